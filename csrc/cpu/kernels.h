@@ -1,0 +1,47 @@
+// What the portable code knows of the kernels: plain pointers, sizes, and one table per capability.
+// No torch header here: the files compiled with AVX flags must not share inline functions with the rest.
+#pragma once
+
+#include <cstdint>
+
+namespace pruned_ops {
+
+// Query rows of one attention task. Every capability's register block (12, 8, 6 or 2 rows) divides it; larger
+// would leave threads idle on small batches, smaller would read the packed keys more often than needed.
+constexpr int64_t kQueryBlock = 48;
+
+// One call of attention, checked. Rows of qkv are row_stride floats apart; context is contiguous.
+struct AttentionArgs {
+  const float* qkv;
+  int64_t row_stride;
+  const int32_t* cu_seqlens;  // (batch + 1,)
+  int64_t batch;
+  int64_t num_heads;
+  int64_t head_dim;
+  int64_t longest;  // tokens of the longest sequence
+  float* context;   // (tokens, num_heads * head_dim)
+};
+
+// The parameters of a LayerNorm over rows of hidden floats.
+struct LayerNormArgs {
+  const float* weight;
+  const float* bias;
+  int64_t hidden;
+  float eps;
+};
+
+struct Kernels {
+  const char* capability;
+  // Floats of scratch that one thread needs, to be aligned to 64 bytes.
+  int64_t (*attention_scratch)(const AttentionArgs& args);
+  // Runs the tasks whose start lies in [begin, end) of the cost axis that csrc/cpu/attention.cpp splits.
+  void (*attention)(const AttentionArgs& args, int64_t begin, int64_t end, float* scratch);
+  // out = LayerNorm(first + second + third); third may be null. out overlaps none of the others.
+  void (*layer_norm_row)(const LayerNormArgs& args, const float* first, const float* second,
+                         const float* third, float* out);
+};
+
+// The table for the capability that ATen runs its own kernels with (it obeys ATEN_CPU_CAPABILITY).
+const Kernels& kernels();
+
+}  // namespace pruned_ops

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace pruned_ops::cpu {
+
+// LayerNorm(x + bias + residual). x, residual float32 (tokens, hidden); bias, norm_weight, norm_bias
+// (hidden,).
+at::Tensor add_layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& bias,
+                          const at::Tensor& residual, const at::Tensor& norm_weight,
+                          const at::Tensor& norm_bias, double eps);
+
+// LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids]).
+// ids int32 or int64 (tokens,); tables float32 (rows, hidden). Returns (tokens, hidden).
+at::Tensor embed_layer_norm(const at::Tensor& input_ids, const at::Tensor& position_ids,
+                            const at::Tensor& token_type_ids, const at::Tensor& word,
+                            const at::Tensor& position, const at::Tensor& token_type,
+                            const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps);
+
+}  // namespace pruned_ops::cpu

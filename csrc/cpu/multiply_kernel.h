@@ -1,0 +1,97 @@
+// C[rows][vectors] (+)= A[rows][depth] * B[depth][vectors]: the one product that attention is made of.
+// Owns up to kRegisterRows rows and two vectors of C, keeps them in registers over the whole depth,
+// and writes them once. B is packed: the vectors of one depth step lie together.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+
+namespace pruned_ops::CPU_CAPABILITY {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+
+// Vectors of C side by side. Two per broadcast value of A: one would be bound by the broadcasts' loads.
+constexpr int kPanelVectors = 2;
+constexpr int64_t kPanel = kPanelVectors * kLanes;
+
+// As many rows as leave registers for B and A: 12 * 2 + 2 + 1 of 32, 6 * 2 + 2 + 1 of 16, and 8 * 2 + 2 + 1
+// of NEON's 32. Elsewhere a vector of eight floats takes two registers of 16: 2 * 4 + 4 + 1.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kRegisterRows = 12;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kRegisterRows = 6;
+#elif defined(__aarch64__)
+constexpr int kRegisterRows = 8;
+#else
+constexpr int kRegisterRows = 2;
+#endif
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// An unrolled loop keeps the accumulators in registers; a rolled one would index them in memory.
+// What C held is added last: shorter chains of additions round less.
+template <int kRows, int kVectors>
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
+              bool accumulate) {
+  Vec sums[kRows][kVectors];
+#pragma GCC unroll 32
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 2
+    for (int vector = 0; vector < kVectors; ++vector) {
+      sums[row][vector] = Vec(0.0f);
+    }
+  }
+  for (int64_t step = 0; step < depth; ++step) {
+    Vec right[kVectors];
+#pragma GCC unroll 2
+    for (int vector = 0; vector < kVectors; ++vector) right[vector] = Vec::loadu(b + vector * kLanes);
+    b += kVectors * kLanes;
+#pragma GCC unroll 32
+    for (int row = 0; row < kRows; ++row) {
+      const Vec left(a[row * a_stride + step]);
+#pragma GCC unroll 2
+      for (int vector = 0; vector < kVectors; ++vector) {
+        sums[row][vector] = at::vec::fmadd(left, right[vector], sums[row][vector]);
+      }
+    }
+  }
+#pragma GCC unroll 32
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 2
+    for (int vector = 0; vector < kVectors; ++vector) {
+      float* target = c + row * c_stride + vector * kLanes;
+      (accumulate ? Vec::loadu(target) + sums[row][vector] : sums[row][vector]).store(target);
+    }
+  }
+}
+
+// Picks the instance for a number of rows known when it runs: 1 <= rows <= kRows.
+template <int kVectors, int kRows = kRegisterRows>
+void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                   int64_t c_stride, bool accumulate) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      return multiply_rows<kVectors, kRows - 1>(rows, a, a_stride, b, depth, c, c_stride, accumulate);
+    }
+  }
+  multiply<kRows, kVectors>(a, a_stride, b, depth, c, c_stride, accumulate);
+}
+
+// All columns: B is cut into panels of kPanel columns, each packed [depth][kPanel], panel_stride floats
+// apart; the last is one vector wide when that is enough. columns is a multiple of kLanes.
+inline void multiply_panels(int64_t rows, const float* a, int64_t a_stride, const float* b,
+                            int64_t panel_stride, int64_t depth, float* c, int64_t c_stride, int64_t columns,
+                            bool accumulate) {
+  int64_t column = 0;
+  for (; column + kPanel <= columns; column += kPanel, b += panel_stride) {
+    multiply_rows<kPanelVectors>(rows, a, a_stride, b, depth, c + column, c_stride, accumulate);
+  }
+  if (column < columns) multiply_rows<1>(rows, a, a_stride, b, depth, c + column, c_stride, accumulate);
+}
+
+}  // namespace pruned_ops::CPU_CAPABILITY

@@ -1,0 +1,47 @@
+"""Run structurally pruned BERT and RoBERTa encoders fast: per-layer head counts and FFN widths, no padding
+computed.
+
+import pruned_ops
+from transformers import AutoModelForQuestionAnswering
+
+model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pruned/or/stock/checkpoint"))
+"""
+
+from pruned_ops import backends as backends
+from pruned_ops import ops as ops
+from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.layers import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
+from pruned_ops.modeling import (
+    PrunedBertForQuestionAnswering,
+    PrunedBertModel,
+    PrunedRobertaForQuestionAnswering,
+    PrunedRobertaModel,
+)
+from pruned_ops.optimize import optimize, restore
+from pruned_ops.packing import PackedBatch
+from pruned_ops.registry import BackendError, record, use_backend
+from pruned_ops.shape import LayerShape, ModelShape
+from pruned_ops.version import __version__
+
+__all__ = [
+    "BackendError",
+    "LayerShape",
+    "ModelShape",
+    "PackedBatch",
+    "PrunedAttention",
+    "PrunedBertConfig",
+    "PrunedBertForQuestionAnswering",
+    "PrunedBertModel",
+    "PrunedEncoder",
+    "PrunedFFN",
+    "PrunedLayer",
+    "PrunedRobertaConfig",
+    "PrunedRobertaForQuestionAnswering",
+    "PrunedRobertaModel",
+    "__version__",
+    "optimize",
+    "ops",
+    "record",
+    "restore",
+    "use_backend",
+]

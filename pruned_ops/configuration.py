@@ -1,0 +1,148 @@
+"""The configs of the pruned models: a stock config plus the shape of every layer, validated before memory is
+taken."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import BertConfig, RobertaConfig
+
+from pruned_ops.layers import ACTIVATIONS
+from pruned_ops.shape import MAX_LAYERS, MAX_PARAMETERS, MAX_WIDTH, LayerShape, ModelShape, checked_int
+
+
+def _dense_fields(layers: list[LayerShape] | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields for the stock config: where the dense model's sizes are not given they are the widest
+    layer's."""
+    fields.pop("model_type", None)  # a stock BertConfig.to_dict() brings its own
+    if layers is not None:
+        fields.setdefault("num_hidden_layers", len(layers))
+        fields.setdefault("num_attention_heads", max([1, *(layer.num_heads for layer in layers)]))
+        fields.setdefault("intermediate_size", max([1, *(layer.ffn_width for layer in layers)]))
+    return fields
+
+
+def _parse_layers(layer_shapes: object) -> list[LayerShape] | None:
+    if layer_shapes is None:
+        return None
+    if not isinstance(layer_shapes, (list, tuple)):
+        raise ValueError(f"layer_shapes is {layer_shapes!r}: a list with one entry a layer is needed")
+    return [LayerShape.parse(layer, f"layer_shapes[{i}]") for i, layer in enumerate(layer_shapes)]
+
+
+class _LayerShapes:
+    """The part that both pruned configs share, on top of a stock config's fields."""
+
+    if TYPE_CHECKING:  # fields of the stock configs
+        hidden_size: int
+        hidden_act: str
+        num_hidden_layers: int
+        num_attention_heads: int
+        intermediate_size: int
+        vocab_size: int
+        max_position_embeddings: int
+        type_vocab_size: int
+
+    def _set_shapes(
+        self, layers: list[LayerShape] | None, head_dim: int | None, null_score_threshold: float
+    ) -> None:
+        self._check_sizes()
+        self.head_dim = self.hidden_size // self.num_attention_heads if head_dim is None else head_dim
+        if layers is None:
+            layers = [LayerShape(self.num_attention_heads, self.intermediate_size)] * self.num_hidden_layers
+        self._check_layers(layers)
+        self.layer_shapes = ModelShape(tuple(layers), self.hidden_size, self.head_dim).to_json()
+        if isinstance(null_score_threshold, bool) or not isinstance(null_score_threshold, (int, float)):
+            raise ValueError(f"null_score_threshold is {null_score_threshold!r}: a number is needed")
+        self.null_score_threshold = float(null_score_threshold)
+
+    def _check_sizes(self) -> None:
+        for name, low, high in (
+            ("hidden_size", 1, MAX_WIDTH),
+            ("num_hidden_layers", 0, MAX_LAYERS),
+            ("num_attention_heads", 1, MAX_WIDTH),
+            ("intermediate_size", 1, MAX_WIDTH),
+            ("vocab_size", 1, 1 << 24),
+            ("max_position_embeddings", 1, 1 << 24),
+            ("type_vocab_size", 1, MAX_WIDTH),
+        ):
+            checked_int(name, getattr(self, name), low, high)
+        rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        if rows * self.hidden_size > MAX_PARAMETERS:
+            raise ValueError(
+                f"the embeddings hold {rows * self.hidden_size:,} numbers; {MAX_PARAMETERS:,} is the limit"
+            )
+        if getattr(self, "is_decoder", False) or getattr(self, "add_cross_attention", False):
+            raise ValueError("is_decoder and add_cross_attention are not supported: pruned_ops runs encoders")
+        if self.hidden_act != "gelu" and self.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"hidden_act {self.hidden_act!r} is not supported; gelu, {', '.join(ACTIVATIONS)} are"
+            )
+
+    def _check_layers(self, layers: list[LayerShape]) -> None:
+        if len(layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_shapes has {len(layers)} entries, num_hidden_layers is {self.num_hidden_layers}"
+            )
+        for i, layer in enumerate(layers):
+            if layer.num_heads > self.num_attention_heads:
+                raise ValueError(
+                    f"layer_shapes[{i}]: num_heads is {layer.num_heads}, but the dense model's "
+                    f"num_attention_heads is {self.num_attention_heads}"
+                )
+            if layer.ffn_width > self.intermediate_size:
+                raise ValueError(
+                    f"layer_shapes[{i}]: ffn_width is {layer.ffn_width}, but the dense model's "
+                    f"intermediate_size is {self.intermediate_size}"
+                )
+
+    @property
+    def shape(self) -> ModelShape:
+        """The layers' shapes as the runtime's contract."""
+        return ModelShape.parse(self.layer_shapes, self.hidden_size, self.head_dim)
+
+
+class PrunedBertConfig(_LayerShapes, BertConfig):
+    """BertConfig plus `layer_shapes` (a LayerShape, or its JSON form, a layer; default: dense), `head_dim`
+    (default:
+    hidden_size // num_attention_heads) and `null_score_threshold` (SQuAD 2.0's, in logits).
+
+    `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
+    sizes that are negative, huge, or contradict each other.
+    """
+
+    model_type = "pruned_bert"
+
+    def __init__(
+        self,
+        head_dim: int | None = None,
+        layer_shapes: list[Any] | None = None,
+        null_score_threshold: float = 0.0,
+        **fields: Any,
+    ) -> None:
+        layers = _parse_layers(layer_shapes)
+        super().__init__(**_dense_fields(layers, fields))
+        self._set_shapes(layers, head_dim, null_score_threshold)
+
+
+class PrunedRobertaConfig(_LayerShapes, RobertaConfig):
+    """RobertaConfig plus `layer_shapes` (a LayerShape, or its JSON form, a layer; default: dense),
+    `head_dim` (default:
+    hidden_size // num_attention_heads) and `null_score_threshold` (SQuAD 2.0's, in logits).
+
+    `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
+    sizes that are negative, huge, or contradict each other.
+    """
+
+    model_type = "pruned_roberta"
+
+    def __init__(
+        self,
+        head_dim: int | None = None,
+        layer_shapes: list[Any] | None = None,
+        null_score_threshold: float = 0.0,
+        **fields: Any,
+    ) -> None:
+        layers = _parse_layers(layer_shapes)
+        super().__init__(**_dense_fields(layers, fields))
+        self._set_shapes(layers, head_dim, null_score_threshold)

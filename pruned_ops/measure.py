@@ -1,0 +1,169 @@
+"""How speed is measured here: workloads of real lengths, runners interleaved in one process, medians, and
+the machine.
+
+Timings on shared machines are noisy. So every runner sees the same batches in the same round, in an order
+that rotates, and what is reported is the median over rounds, and the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Runner = Callable[[dict[str, Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Batches of sequences, given by their lengths in tokens."""
+
+    name: str
+    batches: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def arrival_order(cls, lengths: Sequence[int], batch_size: int, batches: int) -> Workload:
+        """The first `batches` batches of `lengths` as they come (the caller shuffled them; see
+        `arrival_lengths`)."""
+        if len(lengths) < batch_size:
+            raise ValueError(f"{len(lengths)} sequences do not fill a batch of {batch_size}")
+        full = [
+            tuple(lengths[i : i + batch_size]) for i in range(0, len(lengths) - batch_size + 1, batch_size)
+        ]
+        return cls(f"arrival-b{batch_size}", tuple(full[:batches]))
+
+    @classmethod
+    def fixed(cls, length: int, batch_size: int, batches: int) -> Workload:
+        """Every sequence of one length: no padding to save."""
+        return cls(f"fixed{length}-b{batch_size}", ((length,) * batch_size,) * batches)
+
+    @property
+    def sequences(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(sum, self.batches))
+
+    def inputs(self, vocab_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
+        """Padded model inputs of these lengths with seeded random ids: which ids they are costs no time."""
+        generator = torch.Generator().manual_seed(0)
+        made = []
+        for batch in self.batches:
+            lengths = torch.tensor(batch)
+            mask = torch.arange(max(batch)) < lengths[:, None]
+            ids = torch.randint(pad_token_id + 1, vocab_size, mask.shape, generator=generator)
+            made.append({"input_ids": ids.masked_fill(~mask, pad_token_id), "attention_mask": mask.long()})
+        return made
+
+
+def arrival_lengths(lengths_by_question: Sequence[Sequence[int]]) -> list[int]:
+    """Window lengths with the questions shuffled (seed 0): the order in which users' questions would
+    arrive."""
+    questions = list(lengths_by_question)
+    random.Random(0).shuffle(questions)
+    return [length for windows in questions for length in windows]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One runner on one workload. seconds: of each round (all batches once)."""
+
+    workload: Workload
+    seconds: tuple[float, ...]
+
+    def ms(self, percentile: int) -> float:
+        """Milliseconds per batch, at this percentile of the rounds."""
+        ordered = sorted(self.seconds)
+        place = (len(ordered) - 1) * percentile / 100
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        value = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+        return 1000 * value / len(self.workload.batches)
+
+    @property
+    def sequences_per_s(self) -> float:
+        return self.workload.sequences / statistics.median(self.seconds)
+
+    def speedup_over(self, slower: Timing) -> float:
+        """Median over rounds of slower's seconds / ours; both were measured in the same rounds."""
+        return statistics.median(s / own for s, own in zip(slower.seconds, self.seconds, strict=True))
+
+
+def interleave(
+    runners: Mapping[str, Runner],
+    workload: Workload,
+    inputs: Sequence[dict[str, Tensor]],
+    rounds: int,
+    warmup: int = 1,
+) -> dict[str, Timing]:
+    """Time every runner on every batch, batch by batch in turn, for `rounds` rounds after `warmup` untimed
+    ones."""
+    names = list(runners)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with torch.inference_mode():
+        for number in range(-warmup, rounds):
+            total = dict.fromkeys(names, 0.0)
+            for i, batch in enumerate(inputs):
+                turn = (number + i) % len(names)
+                for name in names[turn:] + names[:turn]:
+                    start = time.perf_counter()
+                    runners[name](batch)
+                    _wait()
+                    total[name] += time.perf_counter() - start
+            if number >= 0:
+                for name in names:
+                    seconds[name].append(total[name])
+    return {name: Timing(workload, tuple(values)) for name, values in seconds.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on: processor, cores, threads, instruction set in use, accelerator."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            fields = dict(
+                line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line
+            )
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    name = fields.get("model name", platform.machine())
+    return (
+        f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+    )
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that matter to speed and results."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("pruned-ops", "torch", "transformers", "tokenizers", "triton", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

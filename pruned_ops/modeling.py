@@ -1,0 +1,314 @@
+"""Hugging Face models whose layers differ in size: PrunedBert* and PrunedRoberta*, heads, Auto* registration.
+
+Self-contained modules with BERT's own parameter names. They run padded, in plain torch, and train;
+`optimize` puts the packed encoder inside for inference. Loading is strict: a checkpoint whose tensors
+disagree with its config is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    PreTrainedModel,
+    RobertaConfig,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling, QuestionAnsweringModelOutput
+
+from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.inputs import check_inputs, default_position_ids
+from pruned_ops.layers import Projection
+from pruned_ops.shape import LayerShape
+
+
+class PrunedEmbeddings(nn.Module):
+    """Word, position and token-type embeddings, summed and normalised: ids (batch, seqlen) -> (..,
+    hidden_size)."""
+
+    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig) -> None:
+        super().__init__()
+        self.roberta = isinstance(config, RobertaConfig)
+        self.padding_idx = config.pad_token_id
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(
+            config.max_position_embeddings,
+            config.hidden_size,
+            padding_idx=config.pad_token_id if self.roberta else None,
+        )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        source = input_ids if input_ids is not None else inputs_embeds
+        assert source is not None  # check_inputs saw to it
+        batch_size, seqlen = source.shape[:2]
+        if position_ids is None:
+            position_ids = default_position_ids(
+                input_ids, batch_size, seqlen, source.device, self.padding_idx if self.roberta else None
+            )
+        if token_type_ids is None:
+            token_type_ids = torch.zeros((batch_size, seqlen), dtype=torch.long, device=source.device)
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        total = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(total + self.position_embeddings(position_ids)))
+
+
+class PrunedSelfAttention(nn.Module):
+    """Multi-head attention with this layer's own number of heads: (batch, seqlen, hidden) -> (.., width)."""
+
+    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = shape.num_heads, config.head_dim
+        width = shape.num_heads * config.head_dim
+        self.query = Projection(config.hidden_size, width)
+        self.key = Projection(config.hidden_size, width)
+        self.value = Projection(config.hidden_size, width)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
+        if self.num_heads == 0:
+            return x.new_zeros(*x.shape[:2], 0)
+        heads = (*x.shape[:2], self.num_heads, self.head_dim)
+        query, key, value = (
+            part(x).view(heads).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout.p if self.training else 0.0
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=additive_mask, dropout_p=dropout
+        )
+        return context.transpose(1, 2).flatten(2)
+
+
+class PrunedOutput(nn.Module):
+    """LayerNorm(dense(x) + residual): what follows both the attention and the FFN."""
+
+    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig, width: int) -> None:
+        super().__init__()
+        self.dense = Projection(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class PrunedLayerModule(nn.Module):
+    """One layer with BERT's parameter names (attention.self, attention.output, intermediate, output)."""
+
+    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig, shape: LayerShape) -> None:
+        super().__init__()
+        width = shape.num_heads * config.head_dim
+        self.attention = nn.ModuleDict(
+            {"self": PrunedSelfAttention(config, shape), "output": PrunedOutput(config, width)}
+        )
+        self.intermediate = nn.ModuleDict({"dense": Projection(config.hidden_size, shape.ffn_width)})
+        self.output = PrunedOutput(config, shape.ffn_width)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, additive_mask), x)
+        return self.output(self.activation(self.intermediate["dense"](x)), x)
+
+
+class PrunedEncoderModule(nn.Module):
+    """The stack of layers, named `layer.N` as BERT's."""
+
+    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(PrunedLayerModule(config, shape) for shape in config.shape.layers)
+
+    def forward(self, x: Tensor, additive_mask: Tensor | None, collect: list[Tensor] | None) -> Tensor:
+        for layer in self.layer:
+            x = layer(x, additive_mask)
+            if collect is not None:
+                collect.append(x)
+        return x
+
+
+class PrunedPreTrainedModel(PreTrainedModel):
+    """What the pruned models share: strict loading, from safetensors only."""
+
+    config_class: type[Any] = PrunedBertConfig
+    base_model_prefix = "bert"
+    # The attention is torch's scaled_dot_product_attention while padded, the packed op when optimised.
+    _supports_sdpa = True
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load as any Hugging Face model, but refuse a checkpoint whose tensors are not exactly the config's.
+
+        Errors: ValueError naming missing, unexpected and misshapen tensors; OSError where there is no
+        safetensors file.
+        A bare encoder may be read from a checkpoint with a head on top.
+        """
+        kwargs["use_safetensors"] = True
+        # So that a wrong shape is reported below, by name and with all others.
+        kwargs["ignore_mismatched_sizes"] = True
+        model: Any
+        info: dict[str, Any]
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        unexpected = set(info["unexpected_keys"])
+        if cls.__name__ == model.base_model.__class__.__name__:
+            unexpected = {key for key in unexpected if key.startswith(f"{cls.base_model_prefix}.")}
+        faults = [f"missing {key}" for key in sorted(info["missing_keys"])]
+        faults += [f"unexpected {key}" for key in sorted(unexpected)]
+        for key, found, expected in sorted(info["mismatched_keys"]):
+            faults.append(f"{key} has shape {tuple(found)}, config.json says {tuple(expected)}")
+        if faults:
+            shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+            raise ValueError(f"the tensors in {name_or_path} are not what its config.json describes: {shown}")
+        return (model, info) if output_loading_info else model
+
+
+class PrunedBertModel(PrunedPreTrainedModel):
+    """The bare encoder: ids (batch, seqlen) -> last_hidden_state (batch, seqlen, hidden_size)."""
+
+    def __init__(
+        self, config: PrunedBertConfig | PrunedRobertaConfig, add_pooling_layer: bool = False
+    ) -> None:
+        super().__init__(config)
+        if add_pooling_layer:
+            raise ValueError("the pruned encoder has no pooling layer yet: question answering needs none")
+        self.embeddings = PrunedEmbeddings(config)
+        self.encoder = PrunedEncoderModule(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        check_inputs(self.config, input_ids, inputs_embeds, position_ids, token_type_ids)
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions is not supported: the attention never stores its probabilities"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        additive_mask = None
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; (batch, seqlen) is needed"
+                )
+            # The lowest finite number rather than -inf: a row of padding only is then no NaN.
+            additive_mask = (attention_mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min
+        collect = [x] if output_hidden_states else None
+        x = self.encoder(x, additive_mask, collect)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=x, hidden_states=tuple(collect) if collect else None
+        )
+        return (
+            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        )
+
+
+class PrunedBertForQuestionAnswering(PrunedPreTrainedModel):
+    """A pruned encoder with the start and end head of extractive question answering."""
+
+    encoder_class: type[PrunedBertModel] = PrunedBertModel
+
+    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig) -> None:
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.encoder_class(config))
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
+        """Start and end logits (batch, seqlen); the loss is the mean of both cross-entropies, as in stock
+        BERT."""
+        encoded = self.base_model(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        start_logits, end_logits = (part.contiguous() for part in self.qa_outputs(encoded[0]).unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (_loss(start_logits, start_positions) + _loss(end_logits, end_positions)) / 2
+        output = QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=encoded.hidden_states
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+
+def _loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy of one end of the answer; a position outside the window is no target, as in BERT."""
+    outside = logits.size(1)
+    return F.cross_entropy(logits, positions.flatten().clamp(0, outside), ignore_index=outside)
+
+
+class PrunedRobertaModel(PrunedBertModel):
+    """The bare RoBERTa encoder: BERT's, with positions counted from the padding index."""
+
+    config_class = PrunedRobertaConfig
+    base_model_prefix = "roberta"
+
+
+class PrunedRobertaForQuestionAnswering(PrunedBertForQuestionAnswering):
+    """RoBERTa's counterpart of PrunedBertForQuestionAnswering."""
+
+    config_class = PrunedRobertaConfig
+    base_model_prefix = "roberta"
+    encoder_class = PrunedRobertaModel
+
+
+for _config, _encoder, _answerer in (
+    (PrunedBertConfig, PrunedBertModel, PrunedBertForQuestionAnswering),
+    (PrunedRobertaConfig, PrunedRobertaModel, PrunedRobertaForQuestionAnswering),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _encoder, exist_ok=True)
+    AutoModelForQuestionAnswering.register(_config, _answerer, exist_ok=True)

@@ -1,0 +1,81 @@
+"""Padding removed and put back: a padded batch (batch, seqlen, ...) as tokens back to back (tokens, ...)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Where the real tokens of a padded batch are.
+
+    cu_seqlens int32 (batch + 1,): sequence i owns rows cu_seqlens[i] to cu_seqlens[i + 1] of the packed
+    tensors.
+    max_seqlen: length of the longest sequence, in tokens (host integer). index int64 (tokens,): each token's
+    row in the flattened padded batch; None where nothing is padded. batch_size, seqlen: the padded batch's
+    shape.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    index: Tensor | None
+    batch_size: int
+    seqlen: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return self.batch_size * self.seqlen if self.index is None else self.index.numel()
+
+    @classmethod
+    def from_mask(
+        cls, attention_mask: Tensor | None, batch_size: int, seqlen: int, device: torch.device
+    ) -> PackedBatch:
+        """From a mask of ones and zeros (batch, seqlen), any padding side, holes included; None: nothing is
+        padded.
+
+        Errors: ValueError for another shape or other values. Lengths are copied to the host once.
+        """
+        if attention_mask is None:
+            return cls._unpadded(batch_size, seqlen, device)
+        if tuple(attention_mask.shape) != (batch_size, seqlen):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; the packed encoder takes "
+                f"a mask of ones and "
+                f"zeros of shape (batch, seqlen) = {(batch_size, seqlen)}"
+            )
+        real = attention_mask != 0
+        if attention_mask.dtype != torch.bool and bool((real & (attention_mask != 1)).any()):
+            raise ValueError(
+                "attention_mask holds values other than 0 and 1; an additive mask is not taken here"
+            )
+        real = real.to(device)
+        lengths = real.sum(1, dtype=torch.int32)
+        counts = lengths.tolist()
+        if all(count == seqlen for count in counts):
+            return cls._unpadded(batch_size, seqlen, device)
+        cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=device)
+        torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+        index = real.flatten().nonzero().flatten()
+        return cls(cu_seqlens, max(counts), index, batch_size, seqlen)
+
+    @classmethod
+    def _unpadded(cls, batch_size: int, seqlen: int, device: torch.device) -> PackedBatch:
+        cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seqlen
+        return cls(cu_seqlens, seqlen if batch_size else 0, None, batch_size, seqlen)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(batch, seqlen, ...) -> (tokens, ...): the real tokens only."""
+        flat = padded.reshape(self.batch_size * self.seqlen, *padded.shape[2:])
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def unpack(self, packed: Tensor, fill: float = 0.0) -> Tensor:
+        """(tokens, ...) -> (batch, seqlen, ...): `fill` at padded positions."""
+        if self.index is None:
+            return packed.reshape(self.batch_size, self.seqlen, *packed.shape[1:])
+        flat = packed.new_full((self.batch_size * self.seqlen, *packed.shape[1:]), fill)
+        flat.index_copy_(0, self.index, packed)
+        return flat.view(self.batch_size, self.seqlen, *packed.shape[1:])

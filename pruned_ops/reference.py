@@ -1,0 +1,140 @@
+"""Every op in plain PyTorch: the specification. Read it first.
+
+These functions define what each op means, their signatures are the ops' schemas, and they are also the fake
+kernels that torch.compile traces and the fallback where no backend is willing. So they hold no data-dependent
+control flow.
+tokens: rows of a packed batch, all sequences back to back. Weights are laid out as torch.nn.Linear has them.
+Sources: attention, Vaswani et al. 2017; erf-GELU, Hendrycks and Gimpel 2016; LayerNorm, Ba et al. 2016; the
+post-LN layer they form, Devlin et al. 2018.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _matrix(op: str, name: str, tensor: Tensor, columns: int | None = None) -> None:
+    torch._check(tensor.dim() == 2, lambda: f"{op}: {name} has {tensor.dim()} dimensions, 2 are needed")
+    if columns is not None:
+        torch._check(
+            tensor.size(1) == columns,
+            lambda: f"{op}: {name} has {tensor.size(1)} columns, {columns} are needed",
+        )
+
+
+def _vector(op: str, name: str, tensor: Tensor, size: int) -> None:
+    torch._check(
+        tensor.dim() == 1 and tensor.size(0) == size,
+        lambda: f"{op}: {name} has shape {tuple(tensor.shape)}, ({size},) is needed",
+    )
+
+
+def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> Tensor:
+    """Softmax attention within each sequence of a packed batch.
+
+    qkv (tokens, 3 * num_heads * head_dim), laid out q|k|v; cu_seqlens int32 (batch + 1,): sequence i holds
+    the rows cu_seqlens[i] to cu_seqlens[i + 1]; max_seqlen: no sequence is longer. Returns (tokens,
+    num_heads * head_dim).
+    The scale is 1 / sqrt(head_dim). 0 heads, 0 tokens and empty sequences are allowed.
+    """
+    _matrix("attention", "qkv", qkv)
+    torch._check(head_dim > 0, lambda: f"attention: head_dim is {head_dim}, it must be positive")
+    torch._check(
+        qkv.size(1) % (3 * head_dim) == 0,
+        lambda: f"attention: qkv has {qkv.size(1)} columns, not a multiple of 3 * head_dim (3 * {head_dim})",
+    )
+    torch._check(
+        cu_seqlens.dim() == 1 and cu_seqlens.size(0) > 0 and cu_seqlens.dtype == torch.int32,
+        lambda: (
+            f"attention: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, int32 (batch + "
+            f"1,) is needed"
+        ),
+    )
+    tokens, width = qkv.size(0), qkv.size(1) // 3
+    num_heads, batch = width // head_dim, cu_seqlens.size(0) - 1
+    if tokens == 0 or num_heads == 0 or max_seqlen == 0:
+        return qkv.new_zeros(tokens, width)
+    # Padded view of the batch: row (i, j) is token j of sequence i, or any token where there is none (masked
+    # below).
+    column = torch.arange(max_seqlen, device=qkv.device)
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    rows = (starts[:, None] + column).clamp(max=tokens - 1)
+    real = column < lengths[:, None]
+    padded = qkv[rows].view(batch, max_seqlen, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
+    query, key, value = padded[0], padded[1], padded[2]
+    scores = query @ key.transpose(-1, -2) * head_dim**-0.5
+    scores = scores.masked_fill(~real[:, None, None, :], torch.finfo(qkv.dtype).min)
+    context = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, max_seqlen, width)
+    # Back to packed: the sequence a token belongs to, and its place there.
+    token = torch.arange(tokens, device=qkv.device)
+    sequence = torch.bucketize(token, cu_seqlens[1:].long(), right=True).clamp(max=batch - 1)
+    place = (token - starts[sequence]).clamp(0, max_seqlen - 1)
+    return context[sequence, place]
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x weight^T + bias) in the exact erf form. x (tokens, in) -> (tokens, out); weight (out, in); bias
+    (out,)."""
+    _matrix("linear_gelu", "weight", weight)
+    _matrix("linear_gelu", "x", x, weight.size(1))
+    _vector("linear_gelu", "bias", bias, weight.size(0))
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def add_layer_norm(
+    x: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> Tensor:
+    """LayerNorm(x + bias + residual). x, residual (tokens, hidden); the others (hidden,). Returns (tokens,
+    hidden)."""
+    _matrix("add_layer_norm", "residual", residual)
+    _matrix("add_layer_norm", "x", x, residual.size(1))
+    torch._check(
+        x.size(0) == residual.size(0),
+        lambda: f"add_layer_norm: x has {x.size(0)} rows, residual has {residual.size(0)}",
+    )
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        _vector("add_layer_norm", name, tensor, residual.size(1))
+    if bias is not None:
+        _vector("add_layer_norm", "bias", bias, residual.size(1))
+        x = x + bias
+    return F.layer_norm(x + residual, (residual.size(1),), norm_weight, norm_bias, eps)
+
+
+def linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """LayerNorm(x weight^T + bias + residual). x (tokens, in), weight (hidden, in) -> (tokens, hidden)."""
+    _matrix("linear_add_layer_norm", "weight", weight)
+    _matrix("linear_add_layer_norm", "x", x, weight.size(1))
+    return add_layer_norm(F.linear(x, weight), bias, residual, norm_weight, norm_bias, eps)
+
+
+def embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids]).
+
+    ids int32 or int64 (tokens,); tables (rows, hidden). Returns (tokens, hidden). The order of the sum is
+    BERT's.
+    """
+    for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+        _vector("embed_layer_norm", name, ids, input_ids.size(0))
+    for name, table in (("position", position), ("token_type", token_type)):
+        _matrix("embed_layer_norm", name, table, word.size(1))
+    total = F.embedding(input_ids, word) + F.embedding(token_type_ids, token_type)
+    total = total + F.embedding(position_ids, position)
+    return F.layer_norm(total, (word.size(1),), norm_weight, norm_bias, eps)

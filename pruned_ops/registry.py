@@ -1,0 +1,170 @@
+"""An op has one schema, one reference and several backends; this module picks the backend and says which ran.
+
+With no preference the first willing backend runs, else the reference. Inside `use_backend(name)` that
+backend runs or raises with its reason. `record()` tells which backend ran each op, so no fallback is silent.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REFERENCE = "reference"
+
+_library = torch.library.Library("pruned_ops", "DEF")
+_preferred: ContextVar[str | None] = ContextVar("pruned_ops_preferred", default=None)
+_recorded: ContextVar[dict[str, Counter[str]] | None] = ContextVar("pruned_ops_recorded", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run; the text says why and what would help."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run ops. `missing` is None where it can run here, else why not and the command that would
+    help."""
+
+    name: str
+    missing: str | None
+    description: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's way to run one op. `refuse` gets the op's arguments: None, or a sentence that says why
+    not."""
+
+    backend: Backend
+    launch: Callable[..., Tensor]
+    refuse: Callable[..., str | None]
+
+
+BACKENDS: dict[str, Backend] = {}
+OPS: dict[str, Op] = {}
+
+
+class Op:
+    """An op of the `pruned_ops` namespace of torch.ops, defined by its reference.
+
+    `check_values` gets the op's arguments where the reference runs on CPU tensors and raises on bad values
+    (ids out of their table, say): the reference itself must stay traceable. Backends check for themselves.
+    """
+
+    def __init__(
+        self, reference: Callable[..., Tensor], check_values: Callable[..., None] | None = None
+    ) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self.check_values = check_values
+        self.kernels: dict[str, Kernel] = {}
+        self.__doc__ = reference.__doc__
+        schema = torch.library.infer_schema(reference, mutates_args=())
+        _library.define(f"{self.name}{schema}")
+        self.overload = getattr(torch.ops.pruned_ops, self.name).default
+        _library.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
+        _library.impl(self.name, self._refuse_gradient, "Autograd")
+        torch.library.register_fake(f"pruned_ops::{self.name}", reference, lib=_library)
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.overload(*args, **kwargs)
+
+    def _refuse_gradient(self, *args: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            raise RuntimeError(
+                f"pruned_ops.{self.name} is inference-only and was asked for a gradient: call it under "
+                "torch.no_grad(), or train with the padded model (pruned_ops.restore undoes optimize)"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+    def _dispatch(self, *args: Any) -> Tensor:
+        kernel = self.select(*args)
+        recorded = _recorded.get()
+        if recorded is not None:
+            recorded.setdefault(self.name, Counter())[kernel.backend.name if kernel else REFERENCE] += 1
+        if kernel is not None:
+            return kernel.launch(*args)
+        if self.check_values is not None and args[0].device.type == "cpu":
+            self.check_values(*args)
+        return self.reference(*args)
+
+    def select(self, *args: Any) -> Kernel | None:
+        """The kernel that runs these arguments, None for the reference. BackendError if one asked for
+        cannot."""
+        preferred = _preferred.get()
+        if preferred == REFERENCE:
+            return None
+        if preferred is not None:
+            return self._demand(preferred, args)
+        for kernel in self.kernels.values():
+            if kernel.backend.missing is None and kernel.refuse(*args) is None:
+                return kernel
+        return None
+
+    def _demand(self, name: str, args: tuple[Any, ...]) -> Kernel:
+        kernel = self.kernels.get(name)
+        if kernel is None:
+            raise BackendError(f"backend {name!r} has no {self.name}. {self.reasons(*args)}")
+        reason = kernel.backend.missing or kernel.refuse(*args)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} cannot run {self.name}: {reason}")
+        return kernel
+
+    def reasons(self, *args: Any) -> str:
+        """Every backend of this op with its readiness for these arguments, in one line."""
+        parts = [
+            f"{name}: {kernel.backend.missing or kernel.refuse(*args) or 'willing'}"
+            for name, kernel in self.kernels.items()
+        ]
+        return "; ".join([*parts, f"{REFERENCE}: willing"])
+
+
+def register(
+    op: Op, backend: Backend, launch: Callable[..., Tensor], refuse: Callable[..., str | None]
+) -> None:
+    """Give `op` another way to run. Backends are asked in the order in which they were registered."""
+    op.kernels[backend.name] = Kernel(backend, launch, refuse)
+
+
+def add_backend(backend: Backend) -> Backend:
+    """Make a backend known by its name, whether it can run here or not."""
+    BACKENDS[backend.name] = backend
+    return backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op on this backend ("reference", "cpu", ...) inside the block; BackendError where it
+    cannot."""
+    if name != REFERENCE and name not in BACKENDS:
+        raise BackendError(
+            f"there is no backend {name!r}; this version has {', '.join([REFERENCE, *BACKENDS])}"
+        )
+    missing = BACKENDS[name].missing if name in BACKENDS else None
+    if missing is not None:
+        raise BackendError(f"backend {name!r} is not available: {missing}")
+    token = _preferred.set(name)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+@contextmanager
+def record() -> Iterator[dict[str, Counter[str]]]:
+    """Count which backend ran each op inside the block: op name -> Counter of backend names."""
+    ran: dict[str, Counter[str]] = {}
+    token = _recorded.set(ran)
+    try:
+        yield ran
+    finally:
+        _recorded.reset(token)

@@ -1,0 +1,94 @@
+"""compact(model, decision): the narrow model, with open gates folded into the weights and closed parts
+gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruned_ops import (
+    PrunedBertConfig,
+    PrunedBertForQuestionAnswering,
+    PrunedRobertaConfig,
+    PrunedRobertaForQuestionAnswering,
+)
+from pruned_ops.optimize import model_shape
+from pruned_trainer.attach import find_encoder
+from pruned_trainer.decision import Decision, LayerDecision
+
+_TARGETS: dict[str, tuple[type[Any], type[Any]]] = {
+    "bert": (PrunedBertConfig, PrunedBertForQuestionAnswering),
+    "pruned_bert": (PrunedBertConfig, PrunedBertForQuestionAnswering),
+    "roberta": (PrunedRobertaConfig, PrunedRobertaForQuestionAnswering),
+    "pruned_roberta": (PrunedRobertaConfig, PrunedRobertaForQuestionAnswering),
+}
+
+
+def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
+    """A new model that computes what `model` computes under the decision's gates, without the closed parts.
+
+    model: a stock or pruned question-answering BERT or RoBERTa, which is left alone. A pruned one can be
+    pruned again.
+    Errors: ValueError where the model is another, or the decision was made for other shapes.
+    """
+    if model.config.model_type not in _TARGETS or not hasattr(model, "qa_outputs"):
+        raise ValueError(
+            f"compact takes a BERT or RoBERTa for question answering; this is a {type(model).__name__} "
+            f"({model.config.model_type})"
+        )
+    source = model_shape(find_encoder(model))
+    _check_fits(decision, source.layers)
+    config_class, model_class = _TARGETS[model.config.model_type]
+    fields = {
+        **model.config.to_dict(),
+        "head_dim": source.head_dim,
+        "layer_shapes": [d.shape for d in decision.layers],
+    }
+    fields.pop("architectures", None)
+    narrow = model_class(config_class(**fields)).to(next(model.parameters()).device)
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pruning_gates.")
+    }
+    for i, layer in enumerate(decision.layers):
+        prefix = f"{model.base_model_prefix}.encoder.layer.{i}."
+        _slice_layer(state, prefix, layer, source.head_dim)
+    narrow.load_state_dict(state)
+    return narrow.train(model.training)
+
+
+def _check_fits(decision: Decision, layers: tuple[Any, ...]) -> None:
+    if len(decision.layers) != len(layers):
+        raise ValueError(f"the decision is for {len(decision.layers)} layers, the model has {len(layers)}")
+    for i, (chosen, shape) in enumerate(zip(decision.layers, layers, strict=True)):
+        for kind, kept, size in (
+            ("head", chosen.heads, shape.num_heads),
+            ("FFN unit", chosen.ffn, shape.ffn_width),
+        ):
+            if kept.indices and kept.indices[-1] >= size:
+                raise ValueError(
+                    f"layer {i}: the decision keeps {kind} {kept.indices[-1]}, the model has {size}"
+                )
+
+
+def _slice_layer(state: dict[str, Tensor], prefix: str, layer: LayerDecision, head_dim: int) -> None:
+    device = state[f"{prefix}output.dense.weight"].device
+    heads = torch.tensor(layer.heads.indices, dtype=torch.long, device=device)
+    columns = (heads[:, None] * head_dim + torch.arange(head_dim, device=device)).flatten()
+    head_gates = torch.tensor(layer.heads.values, device=device).repeat_interleave(head_dim)
+    for name in ("query", "key", "value"):
+        for kind in ("weight", "bias"):
+            key = f"{prefix}attention.self.{name}.{kind}"
+            state[key] = state[key].index_select(0, columns)
+    key = f"{prefix}attention.output.dense.weight"
+    state[key] = state[key].index_select(1, columns) * head_gates.to(state[key])
+    units = torch.tensor(layer.ffn.indices, dtype=torch.long, device=device)
+    for kind in ("weight", "bias"):
+        key = f"{prefix}intermediate.dense.{kind}"
+        state[key] = state[key].index_select(0, units)
+    key = f"{prefix}output.dense.weight"
+    state[key] = state[key].index_select(1, units) * torch.tensor(layer.ffn.values, device=device).to(
+        state[key]
+    )

@@ -1,0 +1,111 @@
+"""Models and tokenizers in, checkpoints out: refused by name where they cannot be pruned, written whole or
+not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+import pruned_ops
+
+MODEL_TYPES = (
+    "bert",
+    "roberta",
+    *(c.model_type for c in (pruned_ops.PrunedBertConfig, pruned_ops.PrunedRobertaConfig)),
+)
+# What a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def load_model(name_or_path: str) -> PreTrainedModel:
+    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode; ValueError for any
+    other."""
+    config = AutoConfig.from_pretrained(name_or_path)
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{name_or_path} is a {config.model_type!r} model; only {', '.join(MODEL_TYPES)} can be "
+            f"pruned and run"
+        )
+    model, info = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name_or_path} is no fine-tuned question-answering checkpoint: it lacks "
+            f"{', '.join(sorted(info['missing_keys'])[:4])}"
+        )
+    return model.float().eval()
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer beside a model; ValueError where it has none (answers need character offsets)."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name_or_path} has no fast tokenizer, and answers need its character offsets")
+    return tokenizer
+
+
+def save_checkpoint(
+    model: PreTrainedModel, folder: Path, source: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Weights and config, and the tokenizer files of `source` as they are (saved anew where `source` is no
+    folder)."""
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    logging.enable_progress_bar()
+    files = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if not files:
+        tokenizer.save_pretrained(folder)
+
+
+class OutputFolder:
+    """A folder that appears under its name only when it is whole: work in `partial`, then `publish`.
+
+    Errors: FileExistsError where the folder, or an earlier run's partial one, holds files and `overwrite` is
+    False.
+    """
+
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        self.check(path, overwrite)
+        self.path = path
+        self.partial = self.partial_of(path)
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+
+    @staticmethod
+    def partial_of(path: Path) -> Path:
+        return path.with_name(path.name + ".partial")
+
+    @classmethod
+    def check(cls, path: Path, overwrite: bool) -> None:
+        """Raise as the constructor does, without making anything."""
+        for folder in (path, cls.partial_of(path)):
+            if folder.is_file():
+                raise FileExistsError(f"{folder} is a file; --out names a folder")
+            if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+                raise FileExistsError(f"{folder} is not empty; --overwrite replaces it")
+
+    def publish(self) -> None:
+        """Give the finished folder its name. What stood there before goes only now."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.partial.rename(self.path)

@@ -1,0 +1,1 @@
+"""Tasks: their data, read and checked, and their official metrics."""

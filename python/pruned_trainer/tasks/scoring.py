@@ -1,0 +1,189 @@
+"""Scores of answers by the rule of the official SQuAD 2.0 evaluator, the null threshold, and intervals.
+
+Every score is in percent.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pruned_ops.question_answering import Decoded
+
+if TYPE_CHECKING:
+    from pruned_trainer.tasks.squad import Example
+
+FloatArray = NDArray[np.float64]
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+# Resamples drawn at once: their indices for 10,000 questions take 4 MB.
+_RESAMPLES_AT_ONCE = 50
+
+
+@dataclass(frozen=True, eq=False)
+class QuestionScores:
+    """Exact match and F1 of every question, in percent: (questions,) each."""
+
+    exact: FloatArray
+    f1: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """What a model reaches on a file, in percent.
+
+    metrics: the official evaluator's keys. f1_span: mean F1 of the best span, with the null option off, on
+    the answerable questions; None where there are none. predictions: id -> text, "" for no answer.
+    question_f1: (questions,), question_span_f1: (answerable questions,), in the order of the examples: what
+    `bootstrap_interval` compares between two models.
+    """
+
+    metrics: dict[str, float]
+    f1_span: float | None
+    predictions: dict[str, str]
+    question_f1: FloatArray
+    question_span_f1: FloatArray
+
+    @property
+    def f1(self) -> float:
+        return self.metrics["f1"]
+
+    @property
+    def exact(self) -> float:
+        return self.metrics["exact"]
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, without the articles a, an, the, with single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def answer_scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
+    """(exact, F1) in percent, each the best over the answers; without answers, "" is the right one."""
+    gold = [text for text in map(normalised, answers) if text] or [""]
+    predicted = normalised(prediction)
+    f1 = max(_token_f1(predicted.split(), text.split()) for text in gold)
+    return 100.0 * (predicted in gold), 100.0 * f1
+
+
+def _token_f1(predicted: list[str], gold: list[str]) -> float:
+    if not predicted or not gold:
+        return float(predicted == gold)
+    same = (Counter(predicted) & Counter(gold)).total()
+    if not same:
+        return 0.0
+    precision, recall = same / len(predicted), same / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def question_scores(examples: Sequence[Example], predictions: Mapping[str, str]) -> QuestionScores:
+    """Score each example's prediction, in the order of the examples; other ids are not looked at.
+
+    Raises ValueError, naming them, where predictions are missing.
+    """
+    missing = [example.id for example in examples if example.id not in predictions]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"{len(missing)} questions have no prediction: {', '.join(missing[:5])}{more}")
+    texts = [[answer.text for answer in example.answers] for example in examples]
+    pairs = [answer_scores(predictions[e.id], gold) for e, gold in zip(examples, texts, strict=True)]
+    exact, f1 = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return QuestionScores(exact, f1)
+
+
+def official_metrics(examples: Sequence[Example], scores: QuestionScores) -> dict[str, float]:
+    """The official evaluator's keys; those of answerable or unanswerable questions where there are such."""
+    if not examples:
+        raise ValueError("there are no questions to score")
+    answerable = np.array([bool(example.answers) for example in examples])
+    metrics: dict[str, float] = {}
+    for prefix, chosen in (("", answerable | True), ("HasAns_", answerable), ("NoAns_", ~answerable)):
+        if chosen.any():
+            metrics[f"{prefix}exact"] = float(scores.exact[chosen].mean())
+            metrics[f"{prefix}f1"] = float(scores.f1[chosen].mean())
+            metrics[f"{prefix}total"] = int(chosen.sum())
+    return metrics
+
+
+def best_null_threshold(examples: Sequence[Example], decoded: Sequence[Decoded]) -> float:
+    """The threshold on (null score - best span's score) with the best mean F1 on these (validation) examples.
+
+    Of equally good ones the largest, which answers most; midway between the margins on its two sides, or 1
+    beyond the outermost. Finite always: 0 where no question has a span. O(n log n).
+    """
+    _check_pairs(examples, decoded)
+    spans = {example.id: one.best.answer for example, one in zip(examples, decoded, strict=True)}
+    nothing = dict.fromkeys(spans, "")
+    gain = question_scores(examples, spans).f1 - question_scores(examples, nothing).f1
+    margins = np.array([one.null_margin for one in decoded])
+    # A question without a span says "nothing" at every threshold, and so does not matter.
+    matters = np.isfinite(margins)
+    return _best_threshold(margins[matters], gain[matters])
+
+
+def _best_threshold(margins: FloatArray, gain: FloatArray) -> float:
+    """margins: (questions,), a question is answered where its margin is at most the threshold; gain: what
+    answering it adds to the sum of F1."""
+    if not margins.size:
+        return 0.0
+    order = np.argsort(margins, kind="stable")
+    margins, total = margins[order], np.concatenate([[0.0], np.cumsum(gain[order])])
+    # Answering the first k is possible where the k-th margin differs from the next one. Rounded, so that
+    # sums that are equal but for their order of addition count as equal.
+    possible = np.concatenate([[True], margins[1:] != margins[:-1], [True]])
+    value = np.where(possible, np.round(total, 6), -np.inf)
+    answered = len(value) - 1 - int(np.argmax(value[::-1]))
+    if answered == 0:
+        return float(margins[0]) - 1.0
+    if answered == len(margins):
+        return float(margins[-1]) + 1.0
+    low, high = float(margins[answered - 1]), float(margins[answered])
+    middle = low + (high - low) / 2
+    return middle if middle < high else low  # between neighbouring floats there is no middle
+
+
+def evaluate(examples: Sequence[Example], decoded: Sequence[Decoded], threshold: float) -> EvaluationResult:
+    """Score what was decoded, one per example: no answer where null score - span's score > threshold."""
+    _check_pairs(examples, decoded)
+    predictions = {e.id: one.answer(threshold).answer for e, one in zip(examples, decoded, strict=True)}
+    scores = question_scores(examples, predictions)
+    answerable = [(e, one) for e, one in zip(examples, decoded, strict=True) if e.answers]
+    spans = question_scores([e for e, _ in answerable], {e.id: one.best.answer for e, one in answerable}).f1
+    f1_span = float(spans.mean()) if len(spans) else None
+    return EvaluationResult(official_metrics(examples, scores), f1_span, predictions, scores.f1, spans)
+
+
+def _check_pairs(examples: Sequence[Example], decoded: Sequence[Decoded]) -> None:
+    if len(examples) != len(decoded):
+        raise ValueError(f"{len(examples)} examples, but {len(decoded)} decoded")
+
+
+def bootstrap_interval(
+    first: ArrayLike, second: ArrayLike, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of mean(first - second), both scored on the same questions in the same order.
+
+    first, second: (questions,), any unit; the interval is in that unit. Questions are resampled with
+    replacement, as pairs. The same seed gives the same interval.
+    """
+    if np.shape(first) != np.shape(second) or np.ndim(first) != 1 or not np.size(first):
+        raise ValueError(f"scores of shapes {np.shape(first)} and {np.shape(second)} are no pairs")
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"resamples ({resamples}) must be at least 1, level ({level}) between 0 and 1")
+    difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    random = np.random.default_rng(seed)
+    means = []
+    for done in range(0, resamples, _RESAMPLES_AT_ONCE):
+        shape = (min(_RESAMPLES_AT_ONCE, resamples - done), difference.size)
+        means.append(difference[random.integers(difference.size, size=shape)].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

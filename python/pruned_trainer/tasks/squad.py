@@ -1,0 +1,193 @@
+"""SQuAD 1.1 and 2.0: files, read and checked, and the official SQuAD 2.0 metric.
+
+Nothing here needs the `datasets` library. The whole way from a file to a result is this module's names:
+load_squad, training_features | predict_logits, best_null_threshold, evaluate, bootstrap_interval.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pruned_trainer.tasks.extractive import predict_logits, training_features
+from pruned_trainer.tasks.scoring import (
+    EvaluationResult,
+    QuestionScores,
+    best_null_threshold,
+    bootstrap_interval,
+    evaluate,
+    official_metrics,
+    question_scores,
+)
+
+__all__ = [
+    "EvaluationResult", "Example", "GoldAnswer", "QuestionScores", "SquadFile", "SquadFormatError",
+    "best_null_threshold", "bootstrap_interval", "evaluate", "load_squad", "parse_squad", "predict_logits",
+    "question_scores", "split_articles", "squad_metrics", "training_features",
+]  # fmt: skip
+
+OnBadAnswer = Literal["raise", "keep"]
+
+
+class SquadFormatError(ValueError):
+    """A file that is not SQuAD; the message names file, article, paragraph and question."""
+
+
+class GoldAnswer(NamedTuple):
+    """An annotator's answer: `context[start : start + len(text)] == text`."""
+
+    text: str
+    start: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question; answers is empty exactly where it has none."""
+
+    id: str
+    title: str
+    question: str
+    context: str
+    answers: tuple[GoldAnswer, ...]
+    is_impossible: bool
+
+
+@dataclass(frozen=True)
+class SquadFile:
+    """A checked file: `parsed` as the JSON has it, `examples` in the file's order."""
+
+    path: Path
+    parsed: dict[str, Any]
+    examples: tuple[Example, ...]
+
+
+def load_squad(path: str | Path, on_bad_answer: OnBadAnswer = "raise") -> SquadFile:
+    """Read a SQuAD 1.1 or 2.0 file; see `parse_squad`. FileNotFoundError where there is none."""
+    path = Path(path)
+    content = path.read_bytes()
+    try:
+        parsed = json.loads(content.decode("utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        reason = error if content.strip() else "the file is empty"
+        raise SquadFormatError(f"{path}: not JSON: {reason}") from None
+    return SquadFile(path, parsed, parse_squad(parsed, str(path), on_bad_answer))
+
+
+def parse_squad(parsed: Any, name: str = "gold", on_bad_answer: OnBadAnswer = "raise") -> tuple[Example, ...]:
+    """The questions of a parsed SQuAD file.
+
+    A missing `is_impossible` (SQuAD 1.1) means: impossible where there is no answer. on_bad_answer: "raise"
+    also refuses an answer that is not at its answer_start, or that `is_impossible` contradicts; "keep" takes
+    answers as they stand, as the official evaluator does.
+
+    Raises SquadFormatError, with `name` and the place, for anything else that is not SQuAD.
+    """
+    if on_bad_answer not in ("raise", "keep"):
+        raise ValueError(f"on_bad_answer is {on_bad_answer!r}; it is 'raise' or 'keep'")
+    if not isinstance(parsed, dict):
+        raise SquadFormatError(f"{name}: an object with 'data' is needed, not {type(parsed).__name__}")
+    examples: dict[str, Example] = {}
+    for where, example in _walk(parsed, name):
+        if example.id in examples:
+            raise SquadFormatError(f"{where}: this id appears twice")
+        if on_bad_answer == "raise":
+            _check_answers(example, where)
+        examples[example.id] = example
+    if not examples:
+        raise SquadFormatError(f"{name}: no questions at all")
+    return tuple(examples.values())
+
+
+def _walk(parsed: dict[str, Any], name: str) -> Iterator[tuple[str, Example]]:
+    for a, article in enumerate(_get(parsed, "data", list, name)):
+        title = _get(article, "title", str, f"{name}: article {a}")
+        in_article = f"{name}: article {a} ({title!r})"
+        for p, paragraph in enumerate(_get(article, "paragraphs", list, in_article)):
+            in_paragraph = f"{in_article}, paragraph {p}"
+            context = _get(paragraph, "context", str, in_paragraph)
+            for q, entry in enumerate(_get(paragraph, "qas", list, in_paragraph)):
+                key = _get(entry, "id", str, f"{in_paragraph}, question {q}")
+                where = f"{in_paragraph}, question {key!r}"
+                question, answers = _get(entry, "question", str, where), tuple(_answers(entry, where))
+                impossible = _get(entry, "is_impossible", bool, where, default=not answers)
+                yield where, Example(key, title, question, context, answers, impossible)
+
+
+def _answers(entry: dict[str, Any], where: str) -> Iterator[GoldAnswer]:
+    for number, answer in enumerate(_get(entry, "answers", list, where)):
+        place = f"{where}, answer {number}"
+        yield GoldAnswer(_get(answer, "text", str, place), _get(answer, "answer_start", int, place))
+
+
+def _get(holder: Any, key: str, kind: type, where: str, default: Any = None) -> Any:
+    if not isinstance(holder, dict):
+        raise SquadFormatError(f"{where}: an object is needed, not {type(holder).__name__}")
+    if key not in holder and default is not None:
+        return default
+    if key not in holder:
+        raise SquadFormatError(f"{where}: no {key!r}")
+    value = holder[key]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise SquadFormatError(f"{where}: {key!r} has type {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def _check_answers(example: Example, where: str) -> None:
+    if example.is_impossible == bool(example.answers):
+        state = f"'is_impossible' is {str(example.is_impossible).lower()}"
+        raise SquadFormatError(f"{where}: {state}, but it has {len(example.answers)} answers")
+    for text, start in example.answers:
+        if not text.strip():
+            raise SquadFormatError(f"{where}: an answer is empty")
+        if not 0 <= start < len(example.context):
+            size = f"{len(example.context)} characters"
+            raise SquadFormatError(f"{where}: answer_start {start} is outside the context of {size}")
+        there = example.context[start : start + len(text)]
+        if there != text:
+            raise SquadFormatError(f"{where}: answer {text!r} is not at {start}; there stands {there!r}")
+
+
+def squad_metrics(gold: dict[str, Any], predictions: Mapping[str, str]) -> dict[str, float]:
+    """What the official SQuAD 2.0 evaluator prints: exact, f1 and total, also for answerable ("HasAns_") and
+    unanswerable ("NoAns_") questions where there are such; scores in percent.
+
+    gold: the parsed file. predictions: id -> text, "" for no answer. Raises ValueError where predictions are
+    missing (the official evaluator skips such questions), SquadFormatError where gold is not SQuAD.
+    """
+    examples = parse_squad(gold, on_bad_answer="keep")
+    return official_metrics(examples, question_scores(examples, predictions))
+
+
+def split_articles(
+    examples: Sequence[Example], fraction: float = 0.05, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """(train, held out): whole articles are held out, with at most `fraction` of the questions.
+
+    Articles are drawn at random, passing over those that are too large for what is left of the fraction (some
+    are a quarter of a file); where every one is, the smallest is held out. They are told apart by title, so
+    that no paragraph's neighbours are on the other side. Where there is one article only, its paragraphs are
+    split instead. Both sides keep the order of the examples; the same seed draws the same articles. Raises
+    ValueError where there is one paragraph only.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction}; it must be between 0 and 1")
+    groups = [example.title for example in examples]
+    if len(set(groups)) < 2:
+        groups = [example.context for example in examples]
+    sizes = Counter(groups)  # in the order of the examples
+    if len(sizes) < 2:
+        raise ValueError(f"nothing can be held out of {len(sizes)} paragraphs: pass a validation file")
+    names, held, left = list(sizes), set(), fraction * len(examples)
+    random.Random(seed).shuffle(names)
+    for name in names:
+        if sizes[name] <= left:
+            held.add(name)
+            left -= sizes[name]
+    held = held or {min(names, key=lambda name: sizes[name])}
+    pairs = list(zip(groups, examples, strict=True))
+    return [e for group, e in pairs if group not in held], [e for group, e in pairs if group in held]

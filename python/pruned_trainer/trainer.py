@@ -1,0 +1,237 @@
+"""PruningTrainer: transformers.Trainer with the losses, optimiser groups and logs of pruning, and no loop of
+its own."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pruned_trainer.attach import find_encoder
+from pruned_trainer.budget import Budget, Target
+from pruned_trainer.distillation import Distillation, hidden_loss, logits_loss
+from pruned_trainer.gates import Gates, Lagrangian
+
+# The target falls from the dense cost to what was asked for over this part of the steps; the rest settles
+# there.
+RAMP = 0.6
+
+
+class GatePhase:
+    """What the gate phase adds to training: gates, the budget they cost, the target, and who holds them
+    there."""
+
+    def __init__(self, gates: Gates, budget: Budget, target: Target, gate_learning_rate: float) -> None:
+        self.gates, self.budget, self.target = gates, budget, target
+        self.gate_learning_rate = gate_learning_rate
+        gates.add_module("lagrangian", Lagrangian().to(next(gates.parameters()).device))
+
+    @property
+    def lagrangian(self) -> Lagrangian:
+        return self.gates.get_submodule("lagrangian")  # type: ignore[return-value]
+
+    def target_at(self, progress: float) -> float:
+        """The fraction to hold at this part of the training (0 to 1)."""
+        return 1.0 + (self.target.fraction - 1.0) * min(progress / RAMP, 1.0)
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Optimiser groups for the gates (descent) and the multipliers (ascent, at the gates' learning
+        rate)."""
+        log_alphas = [*self.gates.heads, *self.gates.ffn]
+        multipliers = list(self.lagrangian.parameters())
+        common = {"lr": self.gate_learning_rate, "weight_decay": 0.0}
+        return [{"params": log_alphas, **common}, {"params": multipliers, **common, "maximize": True}]
+
+
+class PruningTrainer(Trainer):
+    """Trains a student with its task loss, distillation from a teacher, and in the gate phase the Lagrangian.
+
+    model: a gated stock model (with `gate_phase`) or any question-answering model (without: plain
+    distillation).
+    teacher: gives start and end logits and hidden states without gradients; None if the distillation needs
+    none.
+    Batches are dictionaries of padded tensors with start_positions and end_positions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        distillation: Distillation,
+        teacher: nn.Module | None = None,
+        gate_phase: GatePhase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if distillation.needs_teacher and teacher is None:
+            raise ValueError("the distillation losses need a teacher")
+        super().__init__(model, args, **kwargs)
+        self.distillation, self.teacher, self.gate_phase = distillation, teacher, gate_phase
+        self.loss_is_scaled_for_ga = False  # compute_loss returns a mean over its minibatch
+        self._parts: dict[str, float] = {}
+        self._counted = 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with decay on matrices, and groups of their own for gates and multipliers."""
+        model = self.model if model is None else model
+        assert model is not None
+        gates = {id(p) for p in self.gate_phase.gates.parameters()} if self.gate_phase else set()
+        weights = [p for p in model.parameters() if p.requires_grad and id(p) not in gates]
+        groups = [
+            {"params": [p for p in weights if p.dim() > 1], "weight_decay": self.args.weight_decay},
+            {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        if self.gate_phase:
+            groups += self.gate_phase.groups(self.args.learning_rate)
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+        )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        weights = self.distillation
+        outputs = model(**inputs, output_hidden_states=weights.hidden > 0)
+        parts = {"task": outputs.loss * weights.task}
+        if self.teacher is not None and weights.needs_teacher:
+            parts.update(self._distil(outputs, inputs))
+        if self.gate_phase is not None:
+            parts["budget"], expected, wanted = self._hold_budget()
+            self._count({"expected": expected, "wanted": wanted})
+        loss = torch.stack(list(parts.values())).sum()
+        self._count({f"loss_{name}": float(part.detach()) for name, part in parts.items()})
+        self._counted += 1
+        if not math.isfinite(float(loss.detach())):
+            raise FloatingPointError(
+                f"the loss is {float(loss.detach())} at step {self.state.global_step} (learning rate "
+                f"{self._get_learning_rate():.3g}, parts "
+                f"{{{', '.join(f'{k}: {float(v):.4g}' for k, v in parts.items())}}}); "
+                "a lower --learning-rate helps"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _distil(self, outputs: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert self.teacher is not None
+        weights = self.distillation
+        questions = {key: value for key, value in inputs.items() if not key.endswith("_positions")}
+        with torch.no_grad():
+            taught = self.teacher(**questions, output_hidden_states=weights.hidden > 0)
+        real = inputs["attention_mask"].bool()
+        parts = {}
+        if weights.logits > 0:
+            parts["logits"] = logits_loss(outputs, taught, real, weights.temperature) * weights.logits
+        if weights.hidden > 0:
+            parts["hidden"] = hidden_loss(outputs, taught, real) * weights.hidden
+        return parts
+
+    def _hold_budget(self) -> tuple[Tensor, float, float]:
+        phase = self.gate_phase
+        assert phase is not None
+        wanted = phase.target_at(self.state.global_step / max(self.state.max_steps, 1))
+        expected = phase.budget.expected(*phase.gates.open_probabilities())
+        return phase.lagrangian(expected, wanted), float(expected.detach()), wanted
+
+    def _count(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._parts[name] = self._parts.get(name, 0.0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's logs with the mean of each loss part, and of the expected and wanted budget, since the
+        last ones."""
+        if self._counted and "loss" in logs:
+            logs.update({name: value / self._counted for name, value in self._parts.items()})
+            self._parts, self._counted = {}, 0
+        super().log(logs, start_time)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ends training after the step under way once `request` was called, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[StopOnInterrupt]:
+    """Turn the first Ctrl-C inside the block into a request to stop; a second one interrupts at once."""
+    callback = StopOnInterrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield callback
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def request(number: int, frame: Any) -> None:
+        callback.requested = True
+        signal.signal(signal.SIGINT, previous)
+        print("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)", flush=True)
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield callback
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class StepClock(TrainerCallback):
+    """Wall-clock seconds of each training step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def pad_batch(features: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Collate features of unequal length: id lists right-padded to the longest (batch, seqlen), positions
+    (batch,)."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+    batch = {}
+    for name, first in features[0].items():
+        if not hasattr(first, "__len__"):
+            batch[name] = torch.tensor([feature[name] for feature in features])
+            continue
+        fill = pad_token_id if name == "input_ids" else 0
+        padded = torch.full((len(features), longest), fill, dtype=torch.long)
+        for row, feature in enumerate(features):
+            padded[row, : len(feature[name])] = torch.as_tensor(feature[name])
+        batch[name] = padded
+    return batch
+
+
+def prepare_student(model: nn.Module, dropout: float, train_embeddings: bool) -> None:
+    """Set every dropout of `model`, and freeze its word embeddings unless they are to be trained.
+
+    Dropout is off by default: the teacher's soft targets regularise, and on CPU it costs the fused attention
+    (3x).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    find_encoder(model).embeddings.word_embeddings.weight.requires_grad_(train_embeddings)
