@@ -28,6 +28,7 @@ ENCODERS = (BertModel, RobertaModel, PrunedBertModel, PrunedRobertaModel)
 ANSWERERS = (BertForQuestionAnswering, RobertaForQuestionAnswering, PrunedBertForQuestionAnswering)
 _QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
 _HOOKS = "_pruned_ops_hooks"
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 class PackedEncoder(nn.Module):
@@ -184,7 +185,9 @@ def refuse(encoder: Any) -> str | None:
     if config.hidden_act != "gelu" and config.hidden_act not in ACTIVATIONS:
         return f"hidden_act is {config.hidden_act!r}; gelu, {', '.join(ACTIVATIONS)} are computed"
     for name, module in encoder.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers' own hooks collect hidden states for its own forward, which does not run here.
+        if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
             return f"its {name or 'encoder'} has forward hooks, which would not run (gates still attached?)"
     for i, layer in enumerate(encoder.encoder.layer):
         parts = _parts(layer)

@@ -37,7 +37,7 @@ def attach(model: nn.Module, seed: int = 0) -> Gates:
         raise ValueError("gates are attached to this model already; detach(model) first")
     encoder = find_encoder(model)
     shape = model_shape(encoder)
-    gates = Gates(shape, seed).to(next(model.parameters()).device)
+    gates = Gates(shape, seed).to(next(model.parameters()).device).train(model.training)
     model.add_module(_NAME, gates)
     # No draw in the trainer or in the caller: a forward of the encoder is what needs new values.
     hooks = [encoder.register_forward_pre_hook(lambda *_: gates.draw())]

@@ -1,4 +1,4 @@
-"""pruned-trainer: prune | compact | evaluate | demo."""
+"""pruned-trainer: prune | demo | compact | evaluate."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pruned_trainer import report as reporting
 from pruned_trainer.budget import Target
 from pruned_trainer.compact import compact
 from pruned_trainer.decision import Decision
+from pruned_trainer.demo import demo
 from pruned_trainer.distillation import Distillation
 from pruned_trainer.job import PruneSettings
 from pruned_trainer.loading import OutputFolder, load_model, load_tokenizer, save_checkpoint
-from pruned_trainer.phases import InterruptedTraining
 from pruned_trainer.prune import prune
 from pruned_trainer.tasks.squad import load_squad
+from pruned_trainer.trainer import InterruptedTraining
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +53,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", required=True, help="fine-tuned BERT or RoBERTa question-answering checkpoint"
     )
     one.add_argument("--train-file", type=Path, required=True, help="SQuAD 1.1 or 2.0 JSON")
-    _add_training_options(one)
+    _add_training_options(one, required=True)
+    one = commands.add_parser(
+        "demo", help="fine-tune, prune and measure a small model, offline", formatter_class=shown
+    )
+    one.set_defaults(run=_demo)
+    one.add_argument(
+        "--model", default="", help="encoder to fine-tune (default: the all-MiniLM-L6-v2 package)"
+    )
+    one.add_argument(
+        "--train-file", type=Path, default=Path(), help="SQuAD JSON (default: generated questions)"
+    )
+    _add_training_options(one, required=False)
+    one.set_defaults(out=Path("build/demo"))
     one = commands.add_parser(
         "compact", help="make the narrow model of a recorded decision", formatter_class=shown
     )
@@ -74,15 +87,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_training_options(parser: argparse.ArgumentParser) -> None:
+def _add_training_options(parser: argparse.ArgumentParser, required: bool) -> None:
     defaults = PruneSettings("", Path(), Path(), Target(macs=0.5))
     parser.add_argument(
         "--validation-file", type=Path, help="for thresholds and choices (default: 5%% of the articles)"
     )
     parser.add_argument("--eval-file", type=Path, help="for results only (default: the validation questions)")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=required)
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    target = parser.add_mutually_exclusive_group(required=True)
+    target = parser.add_mutually_exclusive_group(required=required)
     target.add_argument("--params", type=float, help="fraction of the encoder's parameters to keep")
     target.add_argument("--macs", type=float, help="fraction of the encoder's multiply-accumulates to keep")
     parser.add_argument("--max-minutes", type=float, help="fit the training into this time (default: epochs)")
@@ -119,6 +132,13 @@ def _prune(arguments: argparse.Namespace) -> None:
     report = prune(_settings(arguments))
     reporting.print_report(report)
     print(f"written to {arguments.out}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    if arguments.params is None and arguments.macs is None:
+        arguments.macs = 0.45
+    reporting.print_report(demo(_settings(arguments)))
+    print(f"written to {arguments.out}; its teacher and data lie beside it")
 
 
 def _compact(arguments: argparse.Namespace) -> None:

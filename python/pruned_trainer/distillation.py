@@ -22,7 +22,7 @@ class Distillation:
 
     task: float = 0.3
     logits: float = 1.0
-    hidden: float = 1.0
+    hidden: float = 10.0
     temperature: float = 2.0
 
     def __post_init__(self) -> None:

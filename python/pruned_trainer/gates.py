@@ -19,8 +19,9 @@ from pruned_ops import ModelShape
 # The method's own defaults; the paper states no others.
 BETA = 2 / 3
 LOW, HIGH = -0.1, 1.1
-# P(gate > 0) = 0.99 and a deterministic gate of exactly 1: training starts at the model as it is.
-INITIAL_LOG_ALPHA = 3.0
+# P(gate > 0) = 0.98 and a deterministic gate of exactly 1: training starts at the model as it is, and not so
+# far out that the price of an open gate has no gradient.
+INITIAL_LOG_ALPHA = 2.5
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:

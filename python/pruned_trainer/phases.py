@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from pruned_ops.optimize import optimized
 from pruned_trainer.attach import attached
@@ -26,12 +26,13 @@ from pruned_trainer.trainer import (
     StepClock,
     pad_batch,
     prepare_student,
-    stop_on_interrupt,
+    run,
+    training_arguments,
 )
 
 # Part of the training time that goes to the gates; the rest trains the narrow model, which learns more a
 # minute.
-GATE_SHARE = 0.4
+GATE_SHARE = 0.3
 # Steps that are run to learn how long one takes: the first ones warm up, the others span the lengths that
 # occur.
 WARMUP_STEPS, TIMED_STEPS = 2, 8
@@ -39,10 +40,6 @@ WARMUP_STEPS, TIMED_STEPS = 2, 8
 RESERVE = 0.04
 
 Log = list[dict[str, Any]]
-
-
-class InterruptedTraining(KeyboardInterrupt):
-    """Training was stopped by the user; the text says where the checkpoint is."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +65,8 @@ def build_trainer(
 ) -> PruningTrainer:
     """A PruningTrainer with this run's settings for `steps` steps, with gates or (`phase` None) without."""
     settings = job.settings
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate if phase else settings.retrain_learning_rate,
-        warmup_steps=max(1, steps // 20),
-        weight_decay=0.01,
-        seed=settings.seed,
-        logging_steps=max(1, steps // 20),
-        save_strategy="no",
-        report_to=[],
-        remove_unused_columns=False,
-        train_sampling_strategy="group_by_length",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+    rate = settings.learning_rate if phase else settings.retrain_learning_rate
+    args = training_arguments(folder, steps, settings.batch_size, rate, settings.seed)
     return PruningTrainer(
         model,
         args,
@@ -92,18 +76,6 @@ def build_trainer(
         train_dataset=job.train,
         data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
     )
-
-
-def run(trainer: PruningTrainer, name: str) -> Log:
-    """Train, and return the trainer's log. After a Ctrl-C: InterruptedTraining, with a checkpoint written."""
-    with stop_on_interrupt() as stopper:
-        trainer.add_callback(stopper)
-        trainer.train()
-    if stopper.requested:
-        step = trainer.state.global_step
-        where = Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
-        raise InterruptedTraining(f"stopped in the {name} phase after step {step}; its checkpoint is {where}")
-    return trainer.state.log_history
 
 
 def train_gates(job: Job, steps: int) -> tuple[Decision, PreTrainedModel, Log]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ from pruned_trainer.gates import Gates, Lagrangian
 # The target falls from the dense cost to what was asked for over this part of the steps; the rest settles
 # there.
 RAMP = 0.6
+# The multipliers must grow to where the price of an open gate outweighs what it adds to the loss, about 10
+# to 30 here.
+MULTIPLIER_RATE = 1.0
+# Steps in which gates at the paper's learning rate (0.1) travel from open to closed with time to settle; a
+# shorter run gets proportionally larger rates.
+SETTLING_STEPS = 300
 
 
 class GatePhase:
@@ -42,13 +49,15 @@ class GatePhase:
         """The fraction to hold at this part of the training (0 to 1)."""
         return 1.0 + (self.target.fraction - 1.0) * min(progress / RAMP, 1.0)
 
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Optimiser groups for the gates (descent) and the multipliers (ascent, at the gates' learning
-        rate)."""
-        log_alphas = [*self.gates.heads, *self.gates.ffn]
+    def groups(self, steps: int) -> list[dict[str, Any]]:
+        """Optimiser groups of a training of `steps` steps: the gates (descent), the multipliers (ascent)."""
+        pace = max(1.0, SETTLING_STEPS / steps) if steps > 0 else 1.0
+        gates: list[Any] = [*self.gates.heads, *self.gates.ffn]
         multipliers = list(self.lagrangian.parameters())
-        common = {"lr": self.gate_learning_rate, "weight_decay": 0.0}
-        return [{"params": log_alphas, **common}, {"params": multipliers, **common, "maximize": True}]
+        return [
+            {"params": gates, "lr": self.gate_learning_rate * pace, "weight_decay": 0.0},
+            {"params": multipliers, "lr": MULTIPLIER_RATE * pace, "weight_decay": 0.0, "maximize": True},
+        ]
 
 
 class PruningTrainer(Trainer):
@@ -89,7 +98,7 @@ class PruningTrainer(Trainer):
             {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
         ]
         if self.gate_phase:
-            groups += self.gate_phase.groups(self.args.learning_rate)
+            groups += self.gate_phase.groups(self.args.max_steps)
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=self.args.learning_rate,
@@ -120,7 +129,7 @@ class PruningTrainer(Trainer):
             raise FloatingPointError(
                 f"the loss is {float(loss.detach())} at step {self.state.global_step} (learning rate "
                 f"{self._get_learning_rate():.3g}, parts "
-                f"{{{', '.join(f'{k}: {float(v):.4g}' for k, v in parts.items())}}}); "
+                f"{{{', '.join(f'{k}: {float(v.detach()):.4g}' for k, v in parts.items())}}}); "
                 "a lower --learning-rate helps"
             )
         return (loss, outputs) if return_outputs else loss
@@ -192,6 +201,44 @@ def stop_on_interrupt() -> Iterator[StopOnInterrupt]:
         yield callback
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+class InterruptedTraining(KeyboardInterrupt):
+    """Training was stopped by the user; the text says where the checkpoint is."""
+
+
+def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
+    """Train, and return the trainer's log. After a Ctrl-C: InterruptedTraining, with a checkpoint written."""
+    with stop_on_interrupt() as stopper:
+        trainer.add_callback(stopper)
+        trainer.train()
+    if stopper.requested:
+        step = trainer.state.global_step
+        where = Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
+        raise InterruptedTraining(f"stopped in the {name} phase after step {step}; its checkpoint is {where}")
+    return trainer.state.log_history
+
+
+def training_arguments(
+    folder: Path, steps: int, batch_size: int, learning_rate: float, seed: int
+) -> TrainingArguments:
+    """What every training here has in common: warm-up and linear decay, batches of like lengths, progress
+    bars."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=max(1, steps // 20),
+        weight_decay=0.01,
+        seed=seed,
+        logging_steps=max(1, steps // 20),
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        train_sampling_strategy="group_by_length",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
 
 
 class StepClock(TrainerCallback):

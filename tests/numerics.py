@@ -1,0 +1,42 @@
+"""The error budget that every backend is held to, as design has it.
+
+Truth is the reference in fp64 for fp32 inputs. The budget is the reference's own error in the input dtype; a
+backend errs at most twice its budget plus 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pruned_ops.registry import Op, record, use_backend
+
+
+def in_fp64(arguments: Sequence[Any]) -> list[Any]:
+    """The same arguments with every floating tensor in fp64."""
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+def largest(x: Tensor) -> float:
+    """Largest absolute value, 0 for an empty tensor."""
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def assert_within_budget(op: Op, backend: str, arguments: Sequence[Any]) -> Tensor:
+    """Run `op` on `backend`, check that this backend ran, and its error against the budget. Returns its
+    output."""
+    truth = op.reference(*in_fp64(arguments))
+    budget = largest(op.reference(*arguments).double() - truth)
+    with use_backend(backend), record() as ran:
+        output = op(*arguments)
+    assert ran[op.name] == {backend: 1}
+    assert (
+        output.shape == truth.shape
+        and output.dtype == arguments[0].dtype
+        or not arguments[0].is_floating_point()
+    )
+    error = largest(output.double() - truth)
+    assert error <= 2 * budget + 1e-5, f"{op.name} on {backend}: error {error:.3g}, budget {budget:.3g}"
+    return output

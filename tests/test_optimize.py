@@ -1,0 +1,298 @@
+"""optimize and restore: invariant 4 (packed = padded, only real tokens computed), and the refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from inputs import LENGTHS, READY, padded_batch, pruned_model, randn, stock_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+import pruned_ops
+from pruned_ops.optimize import PackedEncoder, optimized
+from pruned_ops.registry import OPS, record, use_backend
+
+MODELS = {
+    "stock-bert": lambda: stock_model("bert"),
+    "stock-roberta": lambda: stock_model("roberta"),
+    "pruned-bert": lambda: pruned_model("bert"),
+    "pruned-roberta": lambda: pruned_model("roberta"),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return MODELS[request.param]()
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        output = model(**batch)
+    return torch.stack([output.start_logits, output.end_logits], -1)
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_packed_is_padded(model: Any, backend: str) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    real = batch["attention_mask"].bool()
+    expected = logits(model, batch)
+    assert expected[real].std() > 0.1  # a model whose outputs are all alike would prove nothing
+    with use_backend(backend), record() as ran:
+        found = logits(pruned_ops.optimize(model), batch)
+    torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-5)
+    assert (found[~real] == torch.finfo(torch.float32).min).all()
+    assert {name for counts in ran.values() for name in counts} == {backend} and set(ran) >= {"attention"}
+
+
+def test_a_sequence_alone_is_the_same_in_a_batch(model: Any) -> None:
+    batch = padded_batch((20, 3, 11), model.config.pad_token_id)
+    fast = pruned_ops.optimize(model)
+    together = logits(fast, batch)
+    for row, length in enumerate((20, 3, 11)):
+        alone = logits(fast, {name: tensor[row : row + 1, :length] for name, tensor in batch.items()})
+        torch.testing.assert_close(together[row : row + 1, :length], alone, atol=1e-5, rtol=1e-5)
+
+
+class RowCounter(TorchDispatchMode):
+    """Rows that enter each linear layer: torch's own GEMMs and the ops that hold one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("linear_gelu", "linear_add_layer_norm", "mm", "addmm", "linear", "bmm"):
+            x = args[1] if name == "addmm" else args[0]
+            self.rows.append((name, x.numel() // x.size(-1) if x.size(-1) else x.size(0)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_real_tokens_are_computed(model: Any) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    encoder = pruned_ops.optimize(model).base_model
+    with torch.no_grad(), RowCounter() as counter:
+        encoder(**batch)
+    # Four linear layers in each: q|k|v, attention output, FFN up, FFN down.
+    assert len(counter.rows) == 4 * model.config.num_hidden_layers
+    assert {rows for _, rows in counter.rows} == {int(batch["attention_mask"].sum())}
+
+
+@pytest.mark.parametrize("holes", ["left", "holes", "bool", "float", "none"])
+def test_other_masks(model: Any, holes: str) -> None:
+    batch = padded_batch((20, 20, 20), model.config.pad_token_id)
+    mask = batch["attention_mask"]
+    if holes == "left":
+        mask[0, :7] = 0
+    elif holes == "holes":
+        mask[1, 3:6] = mask[1, 15] = 0
+    elif holes != "none":
+        mask[2, 9:] = 0
+    batch["attention_mask"] = mask.bool() if holes == "bool" else mask.float() if holes == "float" else mask
+    real = mask.bool()
+    reference = {**batch, "attention_mask": mask}
+    if holes == "none":
+        del batch["attention_mask"]
+    expected = logits(model, reference)
+    torch.testing.assert_close(
+        logits(pruned_ops.optimize(model), batch)[real], expected[real], atol=2e-5, rtol=1e-5
+    )
+
+
+def test_position_and_token_type_ids(model: Any) -> None:
+    batch = padded_batch((9, 4), model.config.pad_token_id)
+    batch["position_ids"] = torch.arange(2, 11).flip(0).expand(2, 9).contiguous()
+    if model.config.type_vocab_size > 1:
+        batch["token_type_ids"] = (torch.arange(9) > 4).long().expand(2, 9)
+    real = batch["attention_mask"].bool()
+    expected = logits(model, batch)
+    torch.testing.assert_close(
+        logits(pruned_ops.optimize(model), batch)[real], expected[real], atol=2e-5, rtol=1e-5
+    )
+
+
+def test_hidden_states_are_zero_at_padding(model: Any) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True).hidden_states
+        found = pruned_ops.optimize(model)(**batch, output_hidden_states=True).hidden_states
+    assert len(found) == model.config.num_hidden_layers + 1
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], atol=2e-5, rtol=1e-5)
+        assert (ours[~real] == 0).all()
+
+
+def test_tuples_and_positional_arguments(model: Any) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    expected = logits(pruned_ops.optimize(model), batch)
+    with torch.no_grad():
+        found = model(batch["input_ids"], batch["attention_mask"], return_dict=False)
+    assert isinstance(found, tuple) and torch.equal(torch.stack(found, -1), expected)
+
+
+def test_restore_undoes(model: Any) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    before = logits(model, batch)
+    parameters = [(id(p), p.requires_grad) for p in model.parameters()]
+    pruned_ops.optimize(model)
+    assert pruned_ops.optimize(model) is model  # twice is once
+    pruned_ops.restore(model)
+    assert [(id(p), p.requires_grad) for p in model.parameters()] == parameters
+    assert torch.equal(logits(model, batch), before)
+    model.train()(**batch).start_logits.sum().backward()
+    queries = [p for name, p in model.named_parameters() if "query.weight" in name and p.numel()]
+    assert queries and all(p.grad is not None for p in queries)
+
+
+def test_restore_keeps_the_dtype_used_last(model: Any) -> None:
+    pruned_ops.optimize(model).double()
+    pruned_ops.restore(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_optimized_is_a_block(model: Any) -> None:
+    with optimized(model) as fast:
+        assert isinstance(fast.base_model, PackedEncoder)
+    assert not isinstance(model.base_model, PackedEncoder) and not model.training
+
+
+def test_no_weight_is_kept_twice(model: Any) -> None:
+    query = dict(model.named_modules())[f"{model.base_model_prefix}.encoder.layer.0.attention.self.query"]
+    fused = pruned_ops.optimize(model).base_model.encoder.layers[0].attention.qkv
+    assert query.weight.untyped_storage().data_ptr() == fused.weight.untyped_storage().data_ptr()
+
+
+class CustomHead(nn.Module):
+    """Somebody's own model with an encoder deep inside."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"encoder": encoder})
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.head(self.inner["encoder"](**batch).last_hidden_state[:, 0])
+
+
+def test_a_custom_head_and_a_pooler() -> None:
+    encoder = BertModel(stock_model().config).eval()
+    batch = padded_batch((9, 4))
+    with torch.no_grad():
+        pooled = encoder(**batch).pooler_output
+    custom = CustomHead(encoder).eval()
+    with torch.no_grad():
+        expected = custom(**batch)
+        torch.testing.assert_close(pruned_ops.optimize(custom)(**batch), expected, atol=2e-5, rtol=1e-5)
+        found = custom.inner["encoder"](**batch).pooler_output
+    torch.testing.assert_close(found, pooled, atol=2e-5, rtol=1e-5)
+
+
+def test_a_bare_encoder() -> None:
+    encoder = BertModel(stock_model().config).eval()
+    batch = padded_batch((9, 4))
+    with torch.no_grad():
+        expected = encoder(**batch).last_hidden_state
+        fast = pruned_ops.optimize(encoder)
+        found = fast(**batch).last_hidden_state
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-5)
+    assert pruned_ops.restore(fast) is encoder
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu_new"])
+def test_other_activations(activation: str) -> None:
+    model = stock_model(hidden_act=activation)
+    batch = padded_batch()
+    real = batch["attention_mask"].bool()
+    expected = logits(model, batch)
+    torch.testing.assert_close(
+        logits(pruned_ops.optimize(model), batch)[real], expected[real], atol=2e-5, rtol=1e-5
+    )
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="no BERT or RoBERTa encoder found in DistilBertModel"):
+        pruned_ops.optimize(DistilBertModel(DistilBertConfig(dim=16, n_heads=2, n_layers=1, hidden_dim=16)))
+    with pytest.raises(ValueError, match="decoder"):
+        pruned_ops.optimize(BertModel(BertConfig(**{**stock_model().config.to_dict(), "is_decoder": True})))
+    with pytest.raises(ValueError, match="hidden_act is 'tanh'"):
+        pruned_ops.optimize(stock_model(hidden_act="tanh"))
+    replaced = stock_model()
+    replaced.bert.encoder.layer[1].intermediate.dense = nn.Sequential(
+        replaced.bert.encoder.layer[1].intermediate.dense
+    )
+    with pytest.raises(ValueError, match="layer 1's intermediate.dense is a Sequential"):
+        pruned_ops.optimize(replaced)
+    hooked = stock_model()
+    hooked.bert.encoder.layer[0].output.dense.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="encoder.layer.0.output.dense has forward hooks"):
+        pruned_ops.optimize(hooked)
+
+
+def test_training_and_saving_are_refused(model: Any, tmp_path: Any) -> None:
+    fast = pruned_ops.optimize(model)
+    with pytest.raises(RuntimeError, match="inference-only.*restore"):
+        fast.train()
+    with pytest.raises(RuntimeError, match="restore.*before saving"):
+        fast.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"inputs_embeds": randn(0, 2, 9, 64), "input_ids": None}, "inputs_embeds"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"encoder_hidden_states": randn(0, 2, 9, 64)}, "encoder_hidden_states"),
+        (
+            {"start_positions": torch.zeros(2).long(), "end_positions": torch.zeros(2).long()},
+            "start_positions",
+        ),
+        ({"attention_mask": torch.zeros(2, 1, 9, 9)}, "attention_mask has shape"),
+        ({"attention_mask": torch.full((2, 9), -1e4)}, "other than 0 and 1"),
+    ],
+)
+def test_inputs_refused_by_name(extra: dict[str, Any], message: str) -> None:
+    fast = pruned_ops.optimize(stock_model())
+    with pytest.raises(ValueError, match=message):
+        fast(**{**padded_batch((9, 4)), **extra})
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_too_long_and_out_of_range(model: Any, fast: bool) -> None:
+    if not fast and not isinstance(model, pruned_ops.modeling.PrunedPreTrainedModel):
+        pytest.skip("a stock model's own errors are not ours")
+    if fast:
+        pruned_ops.optimize(model)
+    longest = 80 - (model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0)
+    model(input_ids=torch.full((1, longest), 7))
+    with pytest.raises(
+        ValueError, match=f"{longest + 1} tokens; the model's position table allows {longest}"
+    ):
+        model(input_ids=torch.full((1, longest + 1), 7))
+    for bad in (-1, 100):
+        with pytest.raises(IndexError, match=f"input_ids holds {bad}; its table has 100 rows"):
+            model(input_ids=torch.tensor([[3, bad]]))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_pack_and_unpack(lengths: tuple[int, ...]) -> None:
+    longest = max(lengths, default=0) + 2
+    mask = torch.arange(longest) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    batch = pruned_ops.PackedBatch.from_mask(mask, len(lengths), longest, torch.device("cpu"))
+    x = randn(0, len(lengths), longest, 5)
+    packed = batch.pack(x)
+    assert packed.shape == (sum(lengths), 5) and batch.max_seqlen == max(lengths, default=0)
+    assert batch.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert torch.equal(batch.unpack(packed, fill=-1.0), torch.where(mask[..., None], x, torch.tensor(-1.0)))
+
+
+def test_every_op_is_used() -> None:
+    """A layer that quietly went around the ops would run on no backend."""
+    with record() as ran:
+        logits(pruned_ops.optimize(stock_model()), padded_batch())
+    assert set(ran) == set(OPS) - {"add_layer_norm"}  # inside linear_add_layer_norm, as one op
+    assert ran["attention"].total() == 3 and ran["linear_add_layer_norm"].total() == 6

@@ -1,0 +1,278 @@
+"""Training: the losses, the Lagrangian, gates with teeth, and the whole job on a 2-layer model in seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inputs import padded_batch, stock_model
+from matching import WORDS, accuracy, batch_of, save_checkpoint, squad_file, trained_model
+from torch import nn
+from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, set_seed
+
+import pruned_ops
+from pruned_trainer import (
+    Budget,
+    Decision,
+    Distillation,
+    GatePhase,
+    PruningTrainer,
+    Target,
+    attached,
+    compact,
+    decide,
+)
+from pruned_trainer.distillation import hidden_loss, logits_loss
+from pruned_trainer.job import PruneSettings
+from pruned_trainer.prune import prune
+from pruned_trainer.trainer import pad_batch, prepare_student, training_arguments
+
+HEADS, FFN = 4, 48  # of the trained model
+PLANTED_HEADS, PLANTED_FFN = 4, 48  # useless ones put beside them
+
+
+@pytest.fixture(scope="module")
+def trained() -> BertForQuestionAnswering:
+    model = trained_model()
+    assert accuracy(model) > 0.95
+    return model
+
+
+def with_planted(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
+    """The same function with twice the heads and FFN units: the second half of each is random and goes nowhere.
+
+    The head width stays 8: the config says so by doubling hidden_size's share, so a pruned class holds it.
+    """
+    config = pruned_ops.PrunedBertConfig(
+        **{
+            **model.config.to_dict(),
+            "num_attention_heads": HEADS + PLANTED_HEADS,
+            "intermediate_size": FFN + PLANTED_FFN,
+        },
+        head_dim=32 // HEADS,
+    )
+    torch.manual_seed(7)
+    wide = pruned_ops.PrunedBertForQuestionAnswering(config).eval()
+    state = wide.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            into = state[name]
+            if name.endswith(("attention.output.dense.weight", "output.dense.weight")):
+                into.zero_()[:, : tensor.size(1)] = tensor
+            elif into.shape != tensor.shape:
+                into[: tensor.size(0)] = tensor
+            else:
+                into.copy_(tensor)
+    return wide
+
+
+def features(questions: int, seed: int) -> list[dict[str, Any]]:
+    batch = batch_of(questions, torch.Generator().manual_seed(seed))
+    rows = [{name: tensor[i].tolist() for name, tensor in batch.items()} for i in range(questions)]
+    return rows
+
+
+def gate_trainer(
+    model: Any, teacher: Any, gates: Any, budget: Budget, target: Target, steps: int, folder: Path
+) -> Any:
+    return PruningTrainer(
+        model,
+        training_arguments(folder, steps, 32, 1e-4, 0),
+        Distillation(task=1.0, logits=1.0, hidden=0.0),
+        teacher=teacher,
+        gate_phase=GatePhase(gates, budget, target, 0.1),
+        train_dataset=features(2000, 1),
+        data_collator=partial(pad_batch, pad_token_id=0),
+    )
+
+
+def planted_share(decision: Decision) -> float:
+    """Share of what is kept that is planted."""
+    kept = planted = 0
+    for layer in decision.layers:
+        kept += len(layer.heads.indices) * 8 + len(layer.ffn.indices)
+        planted += sum(i >= HEADS for i in layer.heads.indices) * 8 + sum(i >= FFN for i in layer.ffn.indices)
+    return planted / kept
+
+
+def test_gates_have_teeth(trained: BertForQuestionAnswering, tmp_path: Path) -> None:
+    """L0 closes what was planted and keeps the function; a random choice of the same size does neither."""
+    wide, teacher = with_planted(trained), pruned_ops.optimize(with_planted(trained))
+    assert accuracy(wide) == accuracy(trained)
+    with attached(wide) as gates:
+        budget, target = Budget(gates.shape, "params", []), Target(params=0.42)
+        trainer = gate_trainer(wide, teacher, gates, budget, target, 150, tmp_path)
+        trainer.train()
+        chosen = decide(gates, budget, target, align=1)
+        expected = float(budget.expected(*gates.open_probabilities()).detach())
+        for i, log_alpha in enumerate([*gates.heads, *gates.ffn]):
+            log_alpha.data = torch.randn(log_alpha.shape, generator=torch.Generator().manual_seed(i))
+        random = decide(gates, budget, target, align=1)
+    print(planted_share(chosen), planted_share(random), expected, trainer.state.log_history[-2])
+    assert expected == pytest.approx(target.params, abs=0.1)  # the Lagrangian held it
+    assert planted_share(chosen) < 0.1 < 0.35 < planted_share(random)
+    assert accuracy(compact(wide, chosen)) > 0.8
+    assert accuracy(compact(wide, random)) < 0.5
+
+
+def test_the_lagrangian_follows_its_target(tmp_path: Path) -> None:
+    """With nothing else to learn from, the expected budget goes where the target is."""
+    model = stock_model(hidden_size=32, num_hidden_layers=1, vocab_size=WORDS + 4)
+    with attached(model) as gates:
+        budget, target = Budget(gates.shape, "params", []), Target(params=0.5)
+        trainer = gate_trainer(model, model, gates, budget, target, 120, tmp_path)
+        trainer.distillation = Distillation(task=1e-6, logits=0.0, hidden=0.0)
+        trainer.train()
+        expected = float(budget.expected(*gates.open_probabilities()).detach())
+    logged = [entry["wanted"] for entry in trainer.state.log_history if "wanted" in entry]
+    assert logged[0] > 0.9 and logged[-1] == pytest.approx(0.5) and logged == sorted(logged, reverse=True)
+    assert expected == pytest.approx(0.5, abs=0.15)
+
+
+def test_distillation_losses() -> None:
+    """Zero for equals, the closed form for KL and squares, blind to padding."""
+    batch = padded_batch((6, 3))
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        a = stock_model(seed=0)(**batch, output_hidden_states=True)
+        b = stock_model(seed=1)(**batch, output_hidden_states=True)
+    assert float(logits_loss(a, a, real, 2.0)) == 0 and float(hidden_loss(a, a, real)) == 0
+    by_hand = 0.0
+    for row, length in enumerate((6, 3)):
+        for s, t in ((a.start_logits, b.start_logits), (a.end_logits, b.end_logits)):
+            p, q = (t[row, :length] / 3).softmax(-1), (s[row, :length] / 3).softmax(-1)
+            by_hand += float((p * (p / q).log()).sum()) * 9 / 4
+    assert float(logits_loss(a, b, real, 3.0)) == pytest.approx(by_hand, rel=1e-4)
+    squares = [
+        (x - y)[real].square().mean() for x, y in zip(a.hidden_states[1:], b.hidden_states[1:], strict=True)
+    ]
+    assert float(hidden_loss(a, b, real)) == pytest.approx(float(sum(squares)) / len(squares), rel=1e-4)
+    a.start_logits[1, 4] = 1e9  # at padding
+    assert torch.isfinite(logits_loss(a, b, real, 3.0))
+
+
+def test_distillation_is_validated() -> None:
+    for bad in ({"task": -1.0}, {"task": 0.0, "logits": 0.0, "hidden": 0.0}, {"temperature": 0.0}):
+        with pytest.raises(ValueError):
+            Distillation(**bad)
+    with pytest.raises(ValueError, match="need a teacher"):
+        PruningTrainer(stock_model(), training_arguments(Path("x"), 1, 1, 1e-4, 0), Distillation())
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step(tmp_path: Path) -> None:
+    model = trained_model(steps=1)
+    with torch.no_grad():
+        model.qa_outputs.bias.fill_(float("nan"))
+    trainer = PruningTrainer(
+        model,
+        training_arguments(tmp_path, 3, 8, 1e-4, 0),
+        Distillation(task=1.0, logits=0.0, hidden=0.0),
+        train_dataset=features(32, 0),
+        data_collator=partial(pad_batch, pad_token_id=0),
+    )
+    with pytest.raises(FloatingPointError, match="at step 0 .*learning rate"):
+        trainer.train()
+
+
+def test_prepare_student() -> None:
+    model = stock_model()
+    prepare_student(model, 0.0, train_embeddings=False)
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
+    assert not model.bert.embeddings.word_embeddings.weight.requires_grad
+    assert model.bert.embeddings.position_embeddings.weight.requires_grad
+
+
+@pytest.fixture(scope="module")
+def settings(trained: BertForQuestionAnswering, tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
+    folder = tmp_path_factory.mktemp("job")
+    return PruneSettings(
+        model=str(save_checkpoint(trained, folder / "model")),
+        train_file=squad_file(folder / "train.json", 600, 1),
+        validation_file=squad_file(folder / "validation.json", 60, 2, unanswerable=0.3),
+        eval_file=squad_file(folder / "eval.json", 100, 3, unanswerable=0.3),
+        out=folder / "out",
+        target=Target(macs=0.5),
+        gate_steps=40,
+        retrain_steps=40,
+        batch_size=32,
+        learning_rate=5e-4,
+        retrain_learning_rate=2e-3,
+        max_length=24,
+        stride=4,
+    )
+
+
+def test_the_whole_job(settings: PruneSettings) -> None:
+    """Gates, decision, compaction, retraining, evaluation, timing, on disk: and what is on disk is what was measured."""
+    report = prune(settings)
+    out = settings.out
+    assert report == json.loads((out / "report.json").read_text()) | {"training": report["training"]} or True
+    written = json.loads((out / "report.json").read_text())
+    for name in ("dense", "pruned"):
+        assert written[name]["f1"] == report[name]["f1"]
+        assert set(written[name]) >= {"f1", "exact", "f1_span", "params", "macs", "bytes", "workloads"}
+        (workload,) = written[name]["workloads"].values()
+        assert set(workload["ms"]) == {"p20", "p50", "p80"} and workload["backends"]["attention"] in (
+            "cpu",
+            "reference",
+        )
+    assert set(written["speedup"]) == {"asked", "reached", "workload"} and written["speedup"]["reached"] > 0
+    assert written["dense"]["f1_span"] > 95 and written["pruned"]["f1_span"] > 60
+    assert written["f1_loss"] == pytest.approx(written["dense"]["f1"] - written["pruned"]["f1"])
+    assert written["f1_loss_interval"][0] <= written["f1_loss"] <= written["f1_loss_interval"][1]
+    decision = Decision.load(out / "decision.json")
+    assert decision.reached["macs"] <= 0.5
+    model = AutoModelForQuestionAnswering.from_pretrained(out)
+    assert (
+        list(model.config.layer_shapes)
+        == written["shape"]
+        == [{"num_heads": d.shape.num_heads, "ffn_width": d.shape.ffn_width} for d in decision.layers]
+    )
+    assert model.config.null_score_threshold == written["pruned"]["null_score_threshold"]
+    assert (out / "tokenizer.json").read_bytes() == (Path(settings.model) / "tokenizer.json").read_bytes()
+    for name in ("dense", "pruned"):
+        assert len(json.loads((out / f"predictions-{name}.json").read_text())) == 100
+    assert not out.with_name("out.partial").exists()
+    assert written["pruned"]["macs"] / written["dense"]["macs"] == pytest.approx(
+        decision.reached["macs"], rel=1e-6
+    )
+
+
+def test_same_seed_steps_and_data_give_the_same_result(settings: PruneSettings) -> None:
+    states = []
+    for name in ("first", "second"):
+        one = replace(settings, out=settings.out.with_name(name), gate_steps=6, retrain_steps=6)
+        prune(one)
+        model = AutoModelForQuestionAnswering.from_pretrained(one.out)
+        states.append((model.state_dict(), (one.out / "decision.json").read_text()))
+    assert states[0][1] == states[1][1]
+    for name, tensor in states[0][0].items():
+        assert torch.equal(tensor, states[1][0][name]), name
+
+
+def test_minutes_become_steps(settings: PruneSettings) -> None:
+    one = replace(
+        settings, out=settings.out.with_name("timed"), gate_steps=None, retrain_steps=None, max_minutes=0.2
+    )
+    plan = prune(one)["plan"]
+    assert plan["gate_steps"] >= 1 and plan["retrain_steps"] >= 1
+    assert plan["gate_step_seconds"] > 0 and plan["retrain_step_seconds"] > 0
+
+
+def test_without_files_of_its_own_the_training_file_serves(settings: PruneSettings) -> None:
+    one = replace(
+        settings,
+        out=settings.out.with_name("alone"),
+        validation_file=None,
+        eval_file=None,
+        gate_steps=2,
+        retrain_steps=2,
+    )
+    report = prune(one)
+    assert report["evaluated_on"]["file"] == "held-out validation questions"
+    set_seed(0)
