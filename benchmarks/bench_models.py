@@ -1,6 +1,6 @@
-"""Whole models: Hugging Face eager (sdpa, padded) against our packed runtime, the same weights, dense and pruned.
+"""Whole models, the same weights dense and pruned: Hugging Face eager (sdpa, padded) against our runtime.
 
-Real lengths in arrival order at batch 1, 8 and 32 (a SQuAD file's questions, shuffled), and all of 128 or 384.
+Real lengths in arrival order at batch 1, 8 and 32 (a SQuAD file's questions, shuffled); all 128 or 384.
 Usage: python benchmarks/bench_models.py --dense TEACHER --pruned OUT --data SQUAD/eval.json
 """
 

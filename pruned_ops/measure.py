@@ -54,7 +54,9 @@ class Workload:
     def tokens(self) -> int:
         return sum(map(sum, self.batches))
 
-    def inputs(self, vocab_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
+    def inputs(
+        self, vocab_size: int, pad_token_id: int, device: torch.device | str = "cpu"
+    ) -> list[dict[str, Tensor]]:
         """Padded model inputs of these lengths with seeded random ids: which ids they are costs no time."""
         generator = torch.Generator().manual_seed(0)
         made = []
@@ -62,7 +64,8 @@ class Workload:
             lengths = torch.tensor(batch)
             mask = torch.arange(max(batch)) < lengths[:, None]
             ids = torch.randint(pad_token_id + 1, vocab_size, mask.shape, generator=generator)
-            made.append({"input_ids": ids.masked_fill(~mask, pad_token_id), "attention_mask": mask.long()})
+            batch_inputs = {"input_ids": ids.masked_fill(~mask, pad_token_id), "attention_mask": mask.long()}
+            made.append({name: tensor.to(device) for name, tensor in batch_inputs.items()})
         return made
 
 

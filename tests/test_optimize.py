@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import LENGTHS, READY, padded_batch, pruned_model, randn, stock_model
+from inputs import READY, padded_batch, pruned_model, randn, stock_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 import pruned_ops
-from pruned_ops.optimize import PackedEncoder, optimized
+from pruned_ops.optimize import optimized
+from pruned_ops.packed_encoder import PackedEncoder
 from pruned_ops.registry import OPS, record, use_backend
 
 MODELS = {
@@ -45,6 +46,20 @@ def test_packed_is_padded(model: Any, backend: str) -> None:
     torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-5)
     assert (found[~real] == torch.finfo(torch.float32).min).all()
     assert {name for counts in ran.values() for name in counts} == {backend} and set(ran) >= {"attention"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_packed_is_padded_on_a_gpu(model: Any) -> None:
+    batch = {
+        name: tensor.cuda() for name, tensor in padded_batch(pad_token_id=model.config.pad_token_id).items()
+    }
+    real = batch["attention_mask"].bool()
+    expected = logits(model.cuda(), batch)
+    found = logits(pruned_ops.optimize(model), batch)
+    torch.testing.assert_close(found[real], expected[real], atol=1e-3, rtol=1e-3)
+    assert found.is_cuda and (found[~real] == torch.finfo(torch.float32).min).all()
+    pruned_ops.restore(model)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
 
 
 def test_a_sequence_alone_is_the_same_in_a_batch(model: Any) -> None:
@@ -276,18 +291,6 @@ def test_too_long_and_out_of_range(model: Any, fast: bool) -> None:
     for bad in (-1, 100):
         with pytest.raises(IndexError, match=f"input_ids holds {bad}; its table has 100 rows"):
             model(input_ids=torch.tensor([[3, bad]]))
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_pack_and_unpack(lengths: tuple[int, ...]) -> None:
-    longest = max(lengths, default=0) + 2
-    mask = torch.arange(longest) < torch.tensor(lengths, dtype=torch.long)[:, None]
-    batch = pruned_ops.PackedBatch.from_mask(mask, len(lengths), longest, torch.device("cpu"))
-    x = randn(0, len(lengths), longest, 5)
-    packed = batch.pack(x)
-    assert packed.shape == (sum(lengths), 5) and batch.max_seqlen == max(lengths, default=0)
-    assert batch.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    assert torch.equal(batch.unpack(packed, fill=-1.0), torch.where(mask[..., None], x, torch.tensor(-1.0)))
 
 
 def test_every_op_is_used() -> None:

@@ -44,9 +44,9 @@ def trained() -> BertForQuestionAnswering:
 
 
 def with_planted(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
-    """The same function with twice the heads and FFN units: the second half of each is random and goes nowhere.
+    """The same function with twice the heads and FFN units: each second half is random and goes nowhere.
 
-    The head width stays 8: the config says so by doubling hidden_size's share, so a pruned class holds it.
+    A pruned class holds it, because its heads (8 of 8 columns) are wider together than hidden_size (32).
     """
     config = pruned_ops.PrunedBertConfig(
         **{
@@ -113,7 +113,6 @@ def test_gates_have_teeth(trained: BertForQuestionAnswering, tmp_path: Path) -> 
         for i, log_alpha in enumerate([*gates.heads, *gates.ffn]):
             log_alpha.data = torch.randn(log_alpha.shape, generator=torch.Generator().manual_seed(i))
         random = decide(gates, budget, target, align=1)
-    print(planted_share(chosen), planted_share(random), expected, trainer.state.log_history[-2])
     assert expected == pytest.approx(target.params, abs=0.1)  # the Lagrangian held it
     assert planted_share(chosen) < 0.1 < 0.35 < planted_share(random)
     assert accuracy(compact(wide, chosen)) > 0.8
@@ -208,10 +207,9 @@ def settings(trained: BertForQuestionAnswering, tmp_path_factory: pytest.TempPat
 
 
 def test_the_whole_job(settings: PruneSettings) -> None:
-    """Gates, decision, compaction, retraining, evaluation, timing, on disk: and what is on disk is what was measured."""
+    """From gates to a published folder, and what is on disk is what was measured."""
     report = prune(settings)
     out = settings.out
-    assert report == json.loads((out / "report.json").read_text()) | {"training": report["training"]} or True
     written = json.loads((out / "report.json").read_text())
     for name in ("dense", "pruned"):
         assert written[name]["f1"] == report[name]["f1"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pruned_ops.optimize import ENCODERS, model_shape
+from pruned_ops.packed_encoder import ENCODERS, model_shape
 from pruned_trainer.gates import Gates
 
 _NAME = "pruning_gates"

@@ -15,7 +15,7 @@ from pruned_ops import (
     PrunedRobertaConfig,
     PrunedRobertaForQuestionAnswering,
 )
-from pruned_ops.optimize import model_shape
+from pruned_ops.packed_encoder import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision, LayerDecision
 

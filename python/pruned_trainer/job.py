@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.optimize import model_shape
+from pruned_ops.packed_encoder import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, Target
 from pruned_trainer.distillation import Distillation
@@ -75,7 +75,6 @@ class Job:
     """What a run holds from its first phase to its last. The teacher is the model as it came, frozen."""
 
     settings: PruneSettings
-    folder: OutputFolder
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     train: list[dict[str, Any]]
@@ -91,7 +90,7 @@ def say(text: str) -> None:
 
 
 def start(settings: PruneSettings) -> Job:
-    """Load and check everything; the output folder is made last, when nothing else can refuse."""
+    """Load and check everything. Nothing is written yet."""
     started = time.perf_counter()
     train, validation, evaluation = _read_data(settings)
     teacher, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
@@ -109,8 +108,7 @@ def start(settings: PruneSettings) -> Job:
     budget = Budget(model_shape(find_encoder(teacher)), settings.target.unit, [len(w) for w in held.windows])
     budget.check_reachable(settings.target)
     features = training_features(train, tokenizer, settings.max_length, settings.stride, progress=True)
-    folder = OutputFolder(settings.out, settings.overwrite)
-    return Job(settings, folder, teacher, tokenizer, features, held, judged, budget, started)
+    return Job(settings, teacher, tokenizer, features, held, judged, budget, started)
 
 
 def _read_data(settings: PruneSettings) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:

@@ -98,6 +98,10 @@ class OutputFolder:
     @classmethod
     def check(cls, path: Path, overwrite: bool) -> None:
         """Raise as the constructor does, without making anything."""
+        if Path.cwd().is_relative_to(path.resolve()):
+            raise FileExistsError(
+                f"{path} is, or contains, the current folder; --out names a folder of its own"
+            )
         for folder in (path, cls.partial_of(path)):
             if folder.is_file():
                 raise FileExistsError(f"{folder} is a file; --out names a folder")
@@ -105,7 +109,9 @@ class OutputFolder:
                 raise FileExistsError(f"{folder} is not empty; --overwrite replaces it")
 
     def publish(self) -> None:
-        """Give the finished folder its name. What stood there before goes only now."""
+        """Give the finished folder its name. What stood there before goes only after that."""
+        old = self.path.with_name(self.path.name + ".old")
         if self.path.exists():
-            shutil.rmtree(self.path)
+            self.path.rename(old)
         self.partial.rename(self.path)
+        shutil.rmtree(old, ignore_errors=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,13 +18,13 @@ from transformers import PreTrainedModel
 
 from pruned_ops.optimize import optimized
 from pruned_trainer.attach import attached
+from pruned_trainer.callbacks import StepClock
 from pruned_trainer.compact import compact
 from pruned_trainer.decision import Decision, decide
 from pruned_trainer.job import Job, say
 from pruned_trainer.trainer import (
     GatePhase,
     PruningTrainer,
-    StepClock,
     pad_batch,
     prepare_student,
     run,
@@ -78,23 +79,23 @@ def build_trainer(
     )
 
 
-def train_gates(job: Job, steps: int) -> tuple[Decision, PreTrainedModel, Log]:
+def train_gates(job: Job, folder: Path, steps: int) -> tuple[Decision, PreTrainedModel, Log]:
     """Gates and weights together under the Lagrangian; then the decision and the narrow model it makes."""
     settings = job.settings
     student = copy.deepcopy(job.teacher)
     prepare_student(student, settings.dropout, settings.train_embeddings)
     with attached(student, settings.seed) as gates, optimized(job.teacher) as teacher:
         phase = GatePhase(gates, job.budget, settings.target, settings.gate_learning_rate)
-        log = run(build_trainer(job, student, teacher, job.folder.partial / "gates", steps, phase), "gate")
+        log = run(build_trainer(job, student, teacher, folder / "gates", steps, phase), "gate")
         decision = decide(gates, job.budget, settings.target, settings.align)
     return decision, compact(student, decision), log
 
 
-def retrain(job: Job, narrow: PreTrainedModel, steps: int) -> Log:
+def retrain(job: Job, narrow: PreTrainedModel, folder: Path, steps: int) -> Log:
     """Train the narrow model on, in place, distilled from the teacher."""
     prepare_student(narrow, job.settings.dropout, job.settings.train_embeddings)
     with optimized(job.teacher) as teacher:
-        log = run(build_trainer(job, narrow, teacher, job.folder.partial / "retrain", steps, None), "retrain")
+        log = run(build_trainer(job, narrow, teacher, folder / "retrain", steps, None), "retrain")
     narrow.eval()
     return log
 
@@ -158,10 +159,9 @@ def _spanning_batches(job: Job) -> list[dict[str, Any]]:
 
 def _time_steps(job: Job, model: PreTrainedModel, teacher: PreTrainedModel, phase: GatePhase | None) -> float:
     clock = StepClock()
-    trainer = build_trainer(
-        job, model, teacher, job.folder.partial / "clock", WARMUP_STEPS + TIMED_STEPS, phase
-    )
-    trainer.args.train_sampling_strategy = "sequential"
-    trainer.add_callback(clock)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(job, model, teacher, Path(folder), WARMUP_STEPS + TIMED_STEPS, phase)
+        trainer.args.train_sampling_strategy = "sequential"
+        trainer.add_callback(clock)
+        trainer.train()
     return statistics.mean(clock.seconds[WARMUP_STEPS:])

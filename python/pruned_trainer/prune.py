@@ -13,13 +13,13 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from pruned_ops.measure import Workload, machine, versions
-from pruned_ops.optimize import model_shape
+from pruned_ops.packed_encoder import model_shape
 from pruned_trainer import report as reporting
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision
 from pruned_trainer.job import Job, PruneSettings, say, start
-from pruned_trainer.loading import save_checkpoint
-from pruned_trainer.phases import Plan, make_plan, retrain, train_gates
+from pruned_trainer.loading import OutputFolder, save_checkpoint
+from pruned_trainer.phases import make_plan, retrain, train_gates
 from pruned_trainer.tasks.scoring import EvaluationResult
 
 
@@ -31,23 +31,25 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     set_seed(settings.seed)
     job = start(settings)
     plan = make_plan(job)
-    set_seed(
-        settings.seed
-    )  # measuring a step drew random numbers; the run does not depend on whether it was done
+    set_seed(settings.seed)  # measuring a step drew random numbers; the run is the same without
     say(
         f"gate phase: {plan.gate_steps} steps towards {settings.target.fraction:g} of the "
         f"{settings.target.unit}"
     )
-    decision, narrow, gate_log = train_gates(job, plan.gate_steps)
-    decision.save(job.folder.partial / "decision.json")
+    folder = OutputFolder(settings.out, settings.overwrite)
+    decision, narrow, gate_log = train_gates(job, folder.partial, plan.gate_steps)
+    decision.save(folder.partial / "decision.json")
     kept = ", ".join(f"{d.shape.num_heads}/{d.shape.ffn_width}" for d in decision.layers)
     say(f"decided, heads/FFN width a layer: {kept}; {_reached(decision)}")
     say(f"retrain phase: {plan.retrain_steps} steps of the narrow model")
-    retrain_log = retrain(job, narrow, plan.retrain_steps)
+    retrain_log = retrain(job, narrow, folder.partial, plan.retrain_steps)
     minutes = (time.perf_counter() - job.started) / 60
-    return finish(
-        job, decision, narrow, plan, {"minutes": minutes, "gates": gate_log, "retrain": retrain_log}
-    )
+    training = {"minutes": minutes, "gates": gate_log, "retrain": retrain_log}
+    report = finish(job, folder.partial, decision, narrow)
+    report.update({"plan": plan.to_json(), "training": training})
+    reporting.write_json(folder.partial / "report.json", report)
+    folder.publish()
+    return report
 
 
 def _reached(decision: Decision) -> str:
@@ -57,16 +59,9 @@ def _reached(decision: Decision) -> str:
     )
 
 
-def finish(
-    job: Job, decision: Decision, narrow: PreTrainedModel, plan: Plan, training: dict[str, Any]
-) -> dict[str, Any]:
+def finish(job: Job, partial: Path, decision: Decision, narrow: PreTrainedModel) -> dict[str, Any]:
     """Choose thresholds on validation data, save the checkpoint, then evaluate and time both models."""
-    partial = job.folder.partial
-    for name in (
-        "gates",
-        "retrain",
-        "clock",
-    ):  # the phases' own folders; their checkpoints served their purpose
+    for name in ("gates", "retrain"):  # the phases' own folders, empty unless they were interrupted
         shutil.rmtree(partial / name, ignore_errors=True)
     say("null score thresholds, on the validation questions")
     thresholds = {name: reporting.choose_threshold(m, job.validation) for name, m in _both(job, narrow)}
@@ -78,12 +73,8 @@ def finish(
     }
     say("timing dense against pruned")
     report = _report(job, decision, narrow, results, thresholds)
-    report["plan"] = plan.to_json()
-    report["training"] = training
     for name, result in results.items():
         reporting.write_json(partial / f"predictions-{name}.json", result.predictions)
-    reporting.write_json(partial / "report.json", report)
-    job.folder.publish()
     return report
 
 

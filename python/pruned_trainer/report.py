@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pruned_ops
 from pruned_ops.measure import Timing, Workload, arrival_lengths, interleave
-from pruned_ops.optimize import model_shape, optimized
+from pruned_ops.optimize import optimized
+from pruned_ops.packed_encoder import model_shape
 from pruned_ops.question_answering import Decoded, Window, decode, windows
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.tasks.extractive import predict_logits
@@ -80,8 +81,8 @@ def time_models(
     models: Mapping[str, PreTrainedModel], workload: Workload
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Time optimised models against each other on one workload; also which backend ran each op."""
-    config = next(iter(models.values())).config
-    inputs = workload.inputs(config.vocab_size, config.pad_token_id)
+    first = next(iter(models.values()))
+    inputs = workload.inputs(first.config.vocab_size, first.config.pad_token_id, first.device)
     backends: dict[str, Any] = {}
     with ExitStack() as stack:
         for name, model in models.items():
@@ -164,7 +165,7 @@ def _table(report: Mapping[str, Any]) -> Table:
     row("span F1 (answerable, no null)", lambda m: m["f1_span"], "{:.2f}", ratio=False)
     row("encoder parameters", lambda m: m["params"], "{:,}")
     row("encoder MACs per sequence", lambda m: m["macs"] / 1e6, "{:,.0f} M")
-    row("size on disk", lambda m: m["bytes"] / 2**20, "{:.1f} MiB")
+    row("size on disk (fp32)", lambda m: m["bytes"] / 2**20, "{:.1f} MiB")
     row("ms per batch (p50)", lambda m: m["workloads"][workload]["ms"]["p50"], "{:.1f}")
     row("sequences/s", lambda m: m["workloads"][workload]["sequences_per_s"], "{:.1f}")
     table.add_row("speed-up (median of rounds)", "1.00", f"{report['speedup']['reached']:.2f}", "")

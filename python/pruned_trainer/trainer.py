@@ -4,20 +4,17 @@ its own."""
 from __future__ import annotations
 
 import math
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, Target
+from pruned_trainer.callbacks import OneLineProgress, stop_on_interrupt
 from pruned_trainer.distillation import Distillation, hidden_loss, logits_loss
 from pruned_trainer.gates import Gates, Lagrangian
 
@@ -82,7 +79,11 @@ class PruningTrainer(Trainer):
         if distillation.needs_teacher and teacher is None:
             raise ValueError("the distillation losses need a teacher")
         super().__init__(model, args, **kwargs)
-        self.distillation, self.teacher, self.gate_phase = distillation, teacher, gate_phase
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(OneLineProgress)
+        self.distillation, self.gate_phase = distillation, gate_phase
+        self.teacher = teacher.to(self.args.device) if teacher is not None else None
         self.loss_is_scaled_for_ga = False  # compute_loss returns a mean over its minibatch
         self._parts: dict[str, float] = {}
         self._counted = 0
@@ -168,41 +169,6 @@ class PruningTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class StopOnInterrupt(TrainerCallback):
-    """Ends training after the step under way once `request` was called, with a checkpoint."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[StopOnInterrupt]:
-    """Turn the first Ctrl-C inside the block into a request to stop; a second one interrupts at once."""
-    callback = StopOnInterrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield callback
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def request(number: int, frame: Any) -> None:
-        callback.requested = True
-        signal.signal(signal.SIGINT, previous)
-        print("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)", flush=True)
-
-    signal.signal(signal.SIGINT, request)
-    try:
-        yield callback
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 class InterruptedTraining(KeyboardInterrupt):
     """Training was stopped by the user; the text says where the checkpoint is."""
 
@@ -239,20 +205,6 @@ def training_arguments(
         train_sampling_strategy="group_by_length",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-class StepClock(TrainerCallback):
-    """Wall-clock seconds of each training step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
 
 
 def pad_batch(features: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:

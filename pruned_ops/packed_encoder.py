@@ -1,0 +1,223 @@
+"""PackedEncoder: what takes the place of a BERT or RoBERTa encoder, and of which ones it can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertModel, RobertaModel
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from pruned_ops import ops
+from pruned_ops.inputs import check_inputs, default_position_ids
+from pruned_ops.layers import ACTIVATIONS, Projection, PrunedEncoder, fuse_rows, split_rows
+from pruned_ops.modeling import PrunedBertModel, PrunedRobertaModel
+from pruned_ops.packing import PackedBatch
+from pruned_ops.shape import LayerShape, ModelShape
+
+ENCODERS = (BertModel, RobertaModel, PrunedBertModel, PrunedRobertaModel)
+_QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+class PackedEncoder(nn.Module):
+    """Takes the place of a BERT or RoBERTa encoder: padded in, padded out, packed between. Inference only."""
+
+    config: Any
+    embeddings: Any
+    pooler: Any
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        refusal = refuse(original)
+        if refusal is not None:
+            raise ValueError(f"optimize cannot take this {type(original).__name__}: {refusal}")
+        self._keep = [original]  # in a list, so that its parameters are not registered a second time
+        config = original.config
+        self.config = config
+        self.roberta = config.model_type in ("roberta", "pruned_roberta")
+        self.embeddings = original.embeddings
+        self.pooler = getattr(original, "pooler", None)
+        with torch.device("meta"):
+            self.encoder = PrunedEncoder(model_shape(original), config.layer_norm_eps, config.hidden_act)
+        for packed, stock in zip(self.encoder.layers, original.encoder.layer, strict=True):
+            _take_weights(packed, stock)
+        # The parameters are shared with the original, so what is switched off here is remembered for restore.
+        self._required_grad = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.requires_grad_(False)
+        super().train(False)
+        self.register_state_dict_pre_hook(_refuse_state_dict)
+
+    @property
+    def original(self) -> Any:
+        """The encoder that this one replaced."""
+        return self._keep[0]
+
+    def train(self, mode: bool = True) -> PackedEncoder:
+        """Evaluation mode only: RuntimeError for `train(True)`."""
+        if mode:
+            raise RuntimeError(
+                "an optimised model is inference-only: call pruned_ops.restore(model) before training"
+            )
+        return super().train(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.word_embeddings.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.word_embeddings.weight.device
+
+    def undo(self) -> Any:
+        """The original encoder with its own q, k, v weights again, on the device and in the dtype used
+        last."""
+        for packed, stock in zip(self.encoder.layers, self.original.encoder.layer, strict=True):
+            for fused, parts in _fused_parts(packed, stock):
+                split_rows(fused, parts)
+        for parameter in self._required_grad:
+            parameter.requires_grad_(True)
+        return self.original
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **unsupported: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
+        """As the encoder it replaces. Hidden states are 0 at padded positions. Refused by name: see the
+        errors."""
+        named = {name for name, value in unsupported.items() if value is not None and value is not False}
+        if output_attentions or (
+            output_attentions is None and getattr(self.config, "output_attentions", False)
+        ):
+            named.add("output_attentions")
+        if named:
+            raise ValueError(f"an optimised encoder does not take {', '.join(sorted(named))}")
+        check_inputs(self.config, input_ids, inputs_embeds, position_ids, token_type_ids)
+        if input_ids is None:
+            raise ValueError("an optimised encoder does not take inputs_embeds: it looks up real tokens only")
+        with torch.no_grad():
+            batch_size, seqlen = input_ids.shape
+            batch = PackedBatch.from_mask(attention_mask, batch_size, seqlen, self.device)
+            if output_hidden_states is None:
+                output_hidden_states = self.config.output_hidden_states
+            x = self._embed(batch, input_ids, token_type_ids, position_ids)
+            collect = [x] if output_hidden_states else None
+            last = batch.unpack(self.encoder(x, batch, collect))
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=last,
+            pooler_output=self.pooler(last) if self.pooler is not None else None,
+            hidden_states=tuple(batch.unpack(state) for state in collect) if collect else None,
+        )
+        return (
+            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        )
+
+    def _embed(
+        self,
+        batch: PackedBatch,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        tables = self.embeddings
+        if position_ids is None:
+            padding_idx = self.config.pad_token_id if self.roberta else None
+            position_ids = default_position_ids(
+                input_ids, batch.batch_size, batch.seqlen, self.device, padding_idx
+            )
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        return ops.embed_layer_norm(
+            batch.pack(input_ids),
+            batch.pack(position_ids.expand(input_ids.shape)),
+            batch.pack(token_type_ids.expand(input_ids.shape)),
+            tables.word_embeddings.weight,
+            tables.position_embeddings.weight,
+            tables.token_type_embeddings.weight,
+            tables.LayerNorm.weight,
+            tables.LayerNorm.bias,
+            tables.LayerNorm.eps,
+        )
+
+
+def model_shape(encoder: Any) -> ModelShape:
+    """The shape of a stock or pruned encoder, from its config."""
+    config = encoder.config
+    if isinstance(encoder, PrunedBertModel):
+        return config.shape
+    dense = LayerShape(config.num_attention_heads, config.intermediate_size)
+    head_dim = config.hidden_size // config.num_attention_heads
+    return ModelShape((dense,) * config.num_hidden_layers, config.hidden_size, head_dim)
+
+
+def refuse(encoder: Any) -> str | None:
+    """Why the packed encoder cannot take this one's place; None if it can."""
+    config = encoder.config
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "it is a decoder, or has cross-attention"
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        return (
+            f"position_embedding_type is {config.position_embedding_type!r}, only absolute "
+            f"positions are computed"
+        )
+    if config.hidden_act != "gelu" and config.hidden_act not in ACTIVATIONS:
+        return f"hidden_act is {config.hidden_act!r}; gelu, {', '.join(ACTIVATIONS)} are computed"
+    for name, module in encoder.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers' own hooks collect hidden states for its own forward, which does not run here.
+        if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
+            return f"its {name or 'encoder'} has forward hooks, which would not run (gates still attached?)"
+    for i, layer in enumerate(encoder.encoder.layer):
+        parts = _parts(layer)
+        for name in (*_QKV, "attention.output.dense", "intermediate.dense", "output.dense"):
+            if type(parts[name]) not in (nn.Linear, Projection) or parts[name].bias is None:
+                return (
+                    f"layer {i}'s {name} is a {type(parts[name]).__name__}; a plain Linear with "
+                    f"bias is needed"
+                )
+    return None
+
+
+def _parts(stock: nn.Module) -> dict[str, Any]:
+    """A stock or pruned layer's modules by name (the pruned ones keep theirs in ModuleDicts)."""
+    return {name: module for name, module in stock.named_modules() if name}
+
+
+def _fused_parts(packed: Any, stock: nn.Module) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+    parts = _parts(stock)
+    qkv = [parts[name] for name in _QKV]
+    fused = packed.attention.qkv
+    return [(fused.weight, [part.weight for part in qkv]), (fused.bias, [part.bias for part in qkv])]
+
+
+def _take_weights(packed: Any, stock: nn.Module) -> None:
+    parts = _parts(stock)
+    (_, weights), (_, biases) = _fused_parts(packed, stock)
+    packed.attention.qkv.weight = fuse_rows(weights)
+    packed.attention.qkv.bias = fuse_rows(biases)
+    for target, name in (
+        (packed.attention.output, "attention.output.dense"),
+        (packed.attention.norm, "attention.output.LayerNorm"),
+        (packed.ffn.up, "intermediate.dense"),
+        (packed.ffn.down, "output.dense"),
+        (packed.ffn.norm, "output.LayerNorm"),
+    ):
+        target.weight, target.bias = parts[name].weight, parts[name].bias
+
+
+def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise RuntimeError(
+        "an optimised model holds fused weights: call pruned_ops.restore(model) before saving it"
+    )

@@ -1,0 +1,206 @@
+"""The commands as users meet them: bad input is one line, nothing is lost, Ctrl-C leaves a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inputs import stock_model
+from matching import save_checkpoint, squad_file, trained_model
+from transformers import AutoModelForQuestionAnswering, DistilBertConfig, DistilBertForQuestionAnswering
+
+from pruned_trainer.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model and files, shared by the tests of this file."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_checkpoint(trained_model(), folder / "model")
+    squad_file(folder / "train.json", 200, 1)
+    squad_file(folder / "eval.json", 60, 2, unanswerable=0.3)
+    return folder
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "prune", "--model", str(folder / "model"), "--train-file", str(folder / "train.json"),
+        "--validation-file", str(folder / "eval.json"), "--eval-file", str(folder / "eval.json"),
+        "--out", str(out), "--max-length", "24", "--stride", "4", "--gate-steps", "3",
+        "--retrain-steps", "3", *more,
+    ]  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    """Status 2 and one line that says it; argparse's own refusals exit with 2 as well."""
+    try:
+        status = main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and message in error, error
+    assert "Traceback" not in error
+
+
+def test_prune_compact_evaluate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(folder, out, "--params", "0.5")) == 0
+    screen = capsys.readouterr().out
+    for words in (
+        "span F1",
+        "encoder parameters",
+        "size on disk",
+        "sequences/s",
+        "speed-up",
+        "left in each layer",
+        "█",
+    ):
+        assert words in screen
+    report = json.loads((out / "report.json").read_text())
+    assert report["command"].startswith("pruned-trainer") and report["target"]["asked"] == {"params": 0.5}
+    # compact: the same shapes from the recorded decision, without training.
+    again = tmp_path / "again"
+    decision = ["--decision", str(out / "decision.json"), "--out", str(again)]
+    assert main(["compact", "--model", str(folder / "model"), *decision]) == 0
+    shapes = AutoModelForQuestionAnswering.from_pretrained(again).config.layer_shapes
+    assert shapes == report["shape"] and (again / "tokenizer.json").is_file()
+    # evaluate: what the report says of the checkpoint that was saved, with the threshold that it carries.
+    capsys.readouterr()
+    predictions = tmp_path / "predictions.json"
+    evaluate = [
+        "evaluate",
+        "--model",
+        str(out),
+        "--eval-file",
+        str(folder / "eval.json"),
+        "--max-length",
+        "24",
+    ]
+    assert main([*evaluate, "--stride", "4", "--predictions", str(predictions)]) == 0
+    assert f"{report['pruned']['f1']:.2f}" in capsys.readouterr().out
+    assert json.loads(predictions.read_text()) == json.loads((out / "predictions-pruned.json").read_text())
+
+
+def test_output_is_refused_or_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    refused(capsys, arguments(folder, out, "--macs", "0.5"), "is not empty; --overwrite replaces it")
+    assert (out / "mine.txt").read_text() == "keep me"
+    bad = arguments(folder, out, "--macs", "0.5", "--overwrite")
+    bad[bad.index("--train-file") + 1] = str(tmp_path / "none.json")
+    refused(capsys, bad, "none.json")
+    assert (out / "mine.txt").read_text() == "keep me"  # what cannot work touches nothing
+    assert main(arguments(folder, out, "--macs", "0.5", "--overwrite")) == 0
+    assert not (out / "mine.txt").exists() and (out / "model.safetensors").is_file()
+
+
+BAD_DATA: dict[str, tuple[Any, str]] = {
+    "empty": ("", "the file is empty"),
+    "not JSON": ("{", "not JSON"),
+    "no questions": ({"version": "v2.0", "data": []}, "no questions"),
+    "article": ({"data": [{"title": "Rome", "paragraphs": "x"}]}, "Rome"),
+    "answer": (
+        {"data": [{"title": "Rome", "paragraphs": [{"context": "a b", "qas": [
+            {"id": "q7", "question": "?", "answers": [{"text": "zebra", "answer_start": 1}]}]}]}]},
+        "q7",
+    ),
+    "outside": (
+        {"data": [{"title": "Rome", "paragraphs": [{"context": "a b", "qas": [
+            {"id": "q8", "question": "?", "answers": [{"text": "b", "answer_start": 400}]}]}]}]},
+        "q8",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD_DATA)
+def test_bad_data(fault: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = BAD_DATA[fault]
+    path = tmp_path / "bad.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    for option in ("--train-file", "--validation-file", "--eval-file"):
+        argv = arguments(folder, tmp_path / "out", "--macs", "0.5")
+        argv[argv.index(option) + 1] = str(path)
+        refused(capsys, argv, message)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--params", "0.01"], "the least is that"),
+        (["--macs", "1.5"], "a fraction kept between 0 and 1"),
+        (["--macs", "0.5", "--params", "0.5"], "not allowed with"),
+        ([], "one of the arguments --params --macs is required"),
+        (["--macs", "0.5", "--max-length", "64"], "position table allows 32"),
+        (["--macs", "0.5", "--batch-size", "0"], "batch_size is 0"),
+        (["--macs", "0.5", "--gate-steps", "-3"], "gate_steps is -3"),
+        (["--macs", "0.5", "--stride", "24"], "stride 24"),
+    ],
+)
+def test_bad_settings(
+    more: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, arguments(folder, tmp_path / "out", *more), message)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_other_models(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"dim": 16, "n_heads": 2, "n_layers": 1, "hidden_dim": 16, "vocab_size": 28}
+    save_checkpoint(DistilBertForQuestionAnswering(DistilBertConfig(**sizes)), tmp_path / "distil")
+    save_checkpoint(stock_model(vocab_size=28).bert, tmp_path / "headless")
+    for name, message in (
+        ("distil", "is a 'distilbert' model"),
+        ("headless", "lacks qa_outputs"),
+        ("none", "none"),
+    ):
+        argv = arguments(folder, tmp_path / "out", "--macs", "0.5")
+        argv[argv.index("--model") + 1] = str(tmp_path / name)
+        refused(capsys, argv, message)
+
+
+def test_bad_decision(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "decision.json").write_text("{}")
+    argv = ["compact", "--model", str(folder / "model"), "--decision", str(tmp_path / "decision.json")]
+    refused(capsys, [*argv, "--out", str(tmp_path / "out")], "is no decision file")
+
+
+@pytest.mark.parametrize("phase", ["gate", "retrain"])
+def test_ctrl_c_leaves_a_checkpoint(phase: str, folder: Path, tmp_path: Path) -> None:
+    steps = {"gate": ["--gate-steps", "100000"], "retrain": ["--retrain-steps", "100000"]}[phase]
+    argv = arguments(folder, tmp_path / "out", "--macs", "0.5", *steps)
+    command = [sys.executable, "-m", "pruned_trainer.cli", *argv]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    screen = ""
+    for line in process.stdout:
+        screen += line
+        if line.startswith(f"-- {phase} phase"):
+            time.sleep(3)  # into the steps; nothing here depends on how many were done
+            process.send_signal(signal.SIGINT)
+            break
+    screen += process.stdout.read()
+    assert process.wait() == 130, screen
+    assert f"stopped in the {phase} phase" in screen and "Traceback" not in screen
+    (checkpoint,) = (tmp_path / "out.partial" / ("gates" if phase == "gate" else "retrain")).glob(
+        "checkpoint-*"
+    )
+    assert (checkpoint / "model.safetensors").is_file() and (checkpoint / "optimizer.pt").is_file()
+    assert not (tmp_path / "out").exists()
+    if phase == "retrain":  # a narrow model like any other
+        assert AutoModelForQuestionAnswering.from_pretrained(checkpoint).config.model_type == "pruned_bert"
