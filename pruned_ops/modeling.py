@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, QuestionAn
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.inputs import check_inputs
+from pruned_ops.packing import check_mask
 from pruned_ops.padded import PrunedEmbeddings, PrunedEncoderModule
 
 
@@ -104,10 +105,7 @@ class PrunedBertModel(PrunedPreTrainedModel):
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         additive_mask = None
         if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}; (batch, seqlen) is needed"
-                )
+            check_mask(attention_mask, x.size(0), x.size(1))
             # The lowest finite number rather than -inf: a row of padding only is then no NaN.
             additive_mask = (attention_mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min
         collect = [x] if output_hidden_states else None

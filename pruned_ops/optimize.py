@@ -17,10 +17,11 @@ from torch import nn
 from transformers import BertForQuestionAnswering, RobertaForQuestionAnswering
 
 from pruned_ops.modeling import PrunedBertForQuestionAnswering
-from pruned_ops.packed_encoder import ENCODERS, PackedEncoder
+from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
 
 ANSWERERS = (BertForQuestionAnswering, RobertaForQuestionAnswering, PrunedBertForQuestionAnswering)
 _HOOKS = "_pruned_ops_hooks"
+_MODES = "_pruned_ops_modes"
 
 
 def optimize(model: nn.Module) -> Any:
@@ -46,6 +47,11 @@ def optimize(model: nn.Module) -> Any:
             f"that contain one of "
             f"{', '.join(encoder.__name__ for encoder in ENCODERS)}"
         )
+    for _, name, child in found:  # all of them before any is touched
+        refusal = refuse(child)
+        if refusal is not None:
+            raise ValueError(f"optimize cannot take {name}, a {type(child).__name__}: {refusal}")
+    modes = [(module, module.training) for module in model.modules()]
     packed = {
         id(child): PackedEncoder(child) for child in {id(child): child for _, _, child in found}.values()
     }
@@ -58,11 +64,15 @@ def optimize(model: nn.Module) -> Any:
                 module.register_forward_hook(_mask_logits, with_kwargs=True),
             )
             setattr(module, _HOOKS, hooks)
+    setattr(model, _MODES, modes)
     return model.eval()
 
 
 def restore(model: nn.Module) -> Any:
-    """Undo `optimize`: the original encoders are back, with their own parameters. Returns the model."""
+    """Undo `optimize`: the original encoders are back, with their own parameters and in the mode they were
+    in.
+
+    Returns the model."""
     if isinstance(model, PackedEncoder):
         return model.undo()
     originals: dict[int, nn.Module] = {}
@@ -74,6 +84,8 @@ def restore(model: nn.Module) -> Any:
                 setattr(parent, name, originals[id(child)])
         for hook in parent.__dict__.pop(_HOOKS, ()):
             hook.remove()
+    for module, training in model.__dict__.pop(_MODES, ()):
+        module.training = training
     return model
 
 
@@ -83,12 +95,11 @@ def optimized(model: nn.Module) -> Iterator[Any]:
     if any(isinstance(module, PackedEncoder) for module in model.modules()):
         yield model  # whoever optimised it restores it
         return
-    training = model.training
     fast = optimize(model)
     try:
         yield fast
     finally:
-        restore(fast).train(training)
+        restore(fast)
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

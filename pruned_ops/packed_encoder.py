@@ -7,16 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import BertModel, RobertaModel
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.bert.modeling_bert import BertEmbeddings
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from pruned_ops import ops
 from pruned_ops.inputs import check_inputs, default_position_ids
 from pruned_ops.layers import ACTIVATIONS, Projection, PrunedEncoder, fuse_rows, split_rows
 from pruned_ops.modeling import PrunedBertModel, PrunedRobertaModel
 from pruned_ops.packing import PackedBatch
+from pruned_ops.padded import PrunedEmbeddings
 from pruned_ops.shape import LayerShape, ModelShape
 
 ENCODERS = (BertModel, RobertaModel, PrunedBertModel, PrunedRobertaModel)
+_EMBEDDINGS = (BertEmbeddings, RobertaEmbeddings, PrunedEmbeddings)
 _QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
 _CAPTURING = "transformers.utils.output_capturing"
 
@@ -34,6 +39,7 @@ class PackedEncoder(nn.Module):
         if refusal is not None:
             raise ValueError(f"optimize cannot take this {type(original).__name__}: {refusal}")
         self._keep = [original]  # in a list, so that its parameters are not registered a second time
+        self._modes = [(module, module.training) for module in original.modules()]
         config = original.config
         self.config = config
         self.roberta = config.model_type in ("roberta", "pruned_roberta")
@@ -47,7 +53,9 @@ class PackedEncoder(nn.Module):
         self._required_grad = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.requires_grad_(False)
         super().train(False)
+        original.eval()
         self.register_state_dict_pre_hook(_refuse_state_dict)
+        self.register_load_state_dict_pre_hook(_refuse_state_dict)
 
     @property
     def original(self) -> Any:
@@ -81,6 +89,8 @@ class PackedEncoder(nn.Module):
                 split_rows(fused, parts)
         for parameter in self._required_grad:
             parameter.requires_grad_(True)
+        for module, training in self._modes:
+            module.training = training
         return self.original
 
     def forward(
@@ -176,11 +186,22 @@ def refuse(encoder: Any) -> str | None:
         return f"hidden_act is {config.hidden_act!r}; gelu, {', '.join(ACTIVATIONS)} are computed"
     for name, module in encoder.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in module.__dict__:
+            return f"the forward of its {name or 'encoder'} was replaced, and would not run"
         # transformers' own hooks collect hidden states for its own forward, which does not run here.
         if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
             return f"its {name or 'encoder'} has forward hooks, which would not run (gates still attached?)"
+    if type(encoder.embeddings) not in _EMBEDDINGS:
+        return f"its embeddings are a {type(encoder.embeddings).__name__}, not the model's own"
     for i, layer in enumerate(encoder.encoder.layer):
         parts = _parts(layer)
+        activation = parts.get("activation", parts.get("intermediate.intermediate_act_fn"))
+        if type(activation) is not type(ACT2FN[config.hidden_act]):
+            found = type(activation).__name__
+            return f"layer {i}'s activation is a {found}, not the config's {config.hidden_act}"
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            if type(parts[name]) is not nn.LayerNorm or parts[name].eps != config.layer_norm_eps:
+                return f"layer {i}'s {name} is not the nn.LayerNorm that the config describes"
         for name in (*_QKV, "attention.output.dense", "intermediate.dense", "output.dense"):
             if type(parts[name]) not in (nn.Linear, Projection) or parts[name].bias is None:
                 return (
@@ -217,7 +238,8 @@ def _take_weights(packed: Any, stock: nn.Module) -> None:
         target.weight, target.bias = parts[name].weight, parts[name].bias
 
 
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+def _refuse_state_dict(*_: Any) -> None:
     raise RuntimeError(
-        "an optimised model holds fused weights: call pruned_ops.restore(model) before saving it"
+        "an optimised model holds fused weights: call pruned_ops.restore(model) before saving it, or loading "
+        "weights into it"
     )

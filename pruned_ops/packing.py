@@ -8,6 +8,20 @@ import torch
 from torch import Tensor
 
 
+def check_mask(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
+    """Refuse by name what is no mask of ones and zeros (batch, seqlen): taken for one, it would unmask
+    padding."""
+    if tuple(attention_mask.shape) != (batch_size, seqlen):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; a mask of ones and zeros of "
+            f"shape (batch, seqlen) = {(batch_size, seqlen)} is needed"
+        )
+    if attention_mask.dtype == torch.bool or torch.compiler.is_compiling():
+        return
+    if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise ValueError("attention_mask holds values other than 0 and 1; an additive mask is not taken here")
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Where the real tokens of a padded batch are.
@@ -41,18 +55,8 @@ class PackedBatch:
         """
         if attention_mask is None:
             return cls._unpadded(batch_size, seqlen, device)
-        if tuple(attention_mask.shape) != (batch_size, seqlen):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; the packed encoder takes "
-                f"a mask of ones and "
-                f"zeros of shape (batch, seqlen) = {(batch_size, seqlen)}"
-            )
-        real = attention_mask != 0
-        if attention_mask.dtype != torch.bool and bool((real & (attention_mask != 1)).any()):
-            raise ValueError(
-                "attention_mask holds values other than 0 and 1; an additive mask is not taken here"
-            )
-        real = real.to(device)
+        check_mask(attention_mask, batch_size, seqlen)
+        real = (attention_mask != 0).to(device)
         lengths = real.sum(1, dtype=torch.int32)
         counts = lengths.tolist()
         if all(count == seqlen for count in counts):

@@ -143,8 +143,8 @@ def add_backend(backend: Backend) -> Backend:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op on this backend ("reference", "cpu", ...) inside the block; BackendError where it
-    cannot."""
+    """Run every op on this backend ("reference", "cpu", ...) inside the block, in this thread; BackendError
+    where it cannot."""
     if name != REFERENCE and name not in BACKENDS:
         raise BackendError(
             f"there is no backend {name!r}; this version has {', '.join([REFERENCE, *BACKENDS])}"
@@ -161,7 +161,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def record() -> Iterator[dict[str, Counter[str]]]:
-    """Count which backend ran each op inside the block: op name -> Counter of backend names."""
+    """Count which backend ran each op inside the block, in this thread: op name -> Counter of backend
+    names."""
     ran: dict[str, Counter[str]] = {}
     token = _recorded.set(ran)
     try:

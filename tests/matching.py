@@ -85,7 +85,7 @@ def trained_model(steps: int = 500, **sizes: Any) -> BertForQuestionAnswering:
 
 def accuracy(model: Any) -> float:
     """Share of 500 fresh questions whose start and end are both found."""
-    batch = batch_of(500, torch.Generator().manual_seed(99))
+    batch = {k: v.to(model.device) for k, v in batch_of(500, torch.Generator().manual_seed(99)).items()}
     with torch.no_grad():
         output = model(**{k: v for k, v in batch.items() if not k.endswith("positions")})
     right = output.start_logits.argmax(1) == batch["start_positions"]

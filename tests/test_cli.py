@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(trained_model(), folder / "model")
     squad_file(folder / "train.json", 200, 1)
     squad_file(folder / "eval.json", 60, 2, unanswerable=0.3)
+    squad_file(folder / "validation.json", 60, 3, unanswerable=0.3)
     return folder
 
 
 def arguments(folder: Path, out: Path, *more: str) -> list[str]:
     return [
         "prune", "--model", str(folder / "model"), "--train-file", str(folder / "train.json"),
-        "--validation-file", str(folder / "eval.json"), "--eval-file", str(folder / "eval.json"),
+        "--validation-file", str(folder / "validation.json"), "--eval-file", str(folder / "eval.json"),
         "--out", str(out), "--max-length", "24", "--stride", "4", "--gate-steps", "3",
         "--retrain-steps", "3", *more,
     ]  # fmt: skip
@@ -64,7 +66,8 @@ def test_prune_compact_evaluate(folder: Path, tmp_path: Path, capsys: pytest.Cap
     ):
         assert words in screen
     report = json.loads((out / "report.json").read_text())
-    assert report["command"].startswith("pruned-trainer") and report["target"]["asked"] == {"params": 0.5}
+    assert report["command"] == shlex.join(["pruned-trainer", *arguments(folder, out, "--params", "0.5")])
+    assert report["target"]["asked"] == {"params": 0.5}
     # compact: the same shapes from the recorded decision, without training.
     again = tmp_path / "again"
     decision = ["--decision", str(out / "decision.json"), "--out", str(again)]
@@ -145,6 +148,8 @@ def test_bad_data(fault: str, folder: Path, tmp_path: Path, capsys: pytest.Captu
         (["--macs", "0.5", "--batch-size", "0"], "batch_size is 0"),
         (["--macs", "0.5", "--gate-steps", "-3"], "gate_steps is -3"),
         (["--macs", "0.5", "--stride", "24"], "stride 24"),
+        (["--macs", "0.5", "--max-minutes", "1"], "max_minutes has nothing to decide"),
+        (["--macs", "0.5", "--gate-epochs", "1"], "gate_epochs, and gate_steps"),
     ],
 )
 def test_bad_settings(
@@ -168,16 +173,65 @@ def test_other_models(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         refused(capsys, argv, message)
 
 
+def test_broken_checkpoints(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A config that lies about a stock model, and a file that is none: one line each."""
+    faults = {
+        "layers": '"num_hidden_layers": 1',
+        "width": '"hidden_size": 48',
+        "text": '"hidden_size": "96"',
+        "file": "",
+    }
+    for name, text in faults.items():
+        broken = tmp_path / name
+        shutil.copytree(folder / "model", broken)
+        if text:
+            key, value = text.split(": ")
+            config = json.loads((broken / "config.json").read_text())
+            config[json.loads(key)] = json.loads(value)
+            (broken / "config.json").write_text(json.dumps(config))
+        else:
+            (broken / "model.safetensors").write_bytes(b"no tensors")
+        argv = arguments(folder, tmp_path / "out", "--macs", "0.5")
+        argv[argv.index("--model") + 1] = str(broken)
+        refused(capsys, argv, f"{broken} cannot be loaded")
+
+
+def test_inputs_are_never_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = tmp_path / "all"
+    shutil.copytree(folder, same)
+    for out in (same, same / "model"):
+        refused(
+            capsys,
+            arguments(same, out, "--macs", "0.5", "--overwrite"),
+            "which is needed; give another --out",
+        )
+    one_file = arguments(same, tmp_path / "out", "--macs", "0.5")
+    one_file[one_file.index("--validation-file") + 1] = str(same / "eval.json")
+    refused(capsys, one_file, "the evaluation file is never for choices")
+    assert sorted(path.name for path in same.iterdir()) == sorted(path.name for path in folder.iterdir())
+
+
+def test_a_neighbour_called_old_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "mine").write_text("keep me")
+    for more in ([], ["--overwrite"]):
+        assert main(arguments(folder, tmp_path / "out", "--macs", "0.5", *more)) == 0
+    assert (tmp_path / "out.old" / "mine").read_text() == "keep me"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
+
+
 def test_bad_decision(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "decision.json").write_text("{}")
     argv = ["compact", "--model", str(folder / "model"), "--decision", str(tmp_path / "decision.json")]
     refused(capsys, [*argv, "--out", str(tmp_path / "out")], "is no decision file")
 
 
+STEPS = 4000  # reported every twentieth part; half a minute of them
+
+
 @pytest.mark.parametrize("phase", ["gate", "retrain"])
 def test_ctrl_c_leaves_a_checkpoint(phase: str, folder: Path, tmp_path: Path) -> None:
-    steps = {"gate": ["--gate-steps", "100000"], "retrain": ["--retrain-steps", "100000"]}[phase]
-    argv = arguments(folder, tmp_path / "out", "--macs", "0.5", *steps)
+    argv = arguments(folder, tmp_path / "out", "--macs", "0.5", f"--{phase}-steps", str(STEPS))
     command = [sys.executable, "-m", "pruned_trainer.cli", *argv]
     process = subprocess.Popen(
         command,
@@ -190,10 +244,9 @@ def test_ctrl_c_leaves_a_checkpoint(phase: str, folder: Path, tmp_path: Path) ->
     screen = ""
     for line in process.stdout:
         screen += line
-        if line.startswith(f"-- {phase} phase"):
-            time.sleep(3)  # into the steps; nothing here depends on how many were done
-            process.send_signal(signal.SIGINT)
+        if f"step 200/{STEPS}" in line:  # the first report, and many steps to go
             break
+    process.send_signal(signal.SIGINT)
     screen += process.stdout.read()
     assert process.wait() == 130, screen
     assert f"stopped in the {phase} phase" in screen and "Traceback" not in screen

@@ -114,6 +114,12 @@ def test_a_row_of_padding_only_is_no_nan() -> None:
         assert torch.isfinite(pruned_model()(**padded_batch((4, 0))).start_logits).all()
 
 
+@pytest.mark.parametrize("mask", [torch.full((2, 4), -1e4), torch.ones(1, 4), torch.ones(2, 1, 4, 4)])
+def test_a_mask_that_would_be_misread_is_refused(mask: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="attention_mask"):
+        pruned_model()(**{**padded_batch((4, 2)), "attention_mask": mask})
+
+
 def test_config_round_trip(tmp_path: Path) -> None:
     config = PrunedBertConfig(
         hidden_size=96,
@@ -172,6 +178,9 @@ def test_any_stock_config_is_a_dense_pruned_one(kind: str) -> None:
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported"),
         ({"is_decoder": True}, "is_decoder"),
+        ({"pad_token_id": -7}, "pad_token_id is -7"),
+        ({"pad_token_id": 10**9}, "pad_token_id is 1000000000"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps is -1.0"),
         ({"null_score_threshold": "low"}, "null_score_threshold"),
     ],
 )

@@ -163,6 +163,24 @@ def test_restore_undoes(model: Any) -> None:
     assert queries and all(p.grad is not None for p in queries)
 
 
+def test_restore_gives_back_the_mode(model: Any) -> None:
+    model.train()
+    model.base_model.encoder.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert not pruned_ops.optimize(model).training
+    assert {name: module.training for name, module in pruned_ops.restore(model).named_modules()} == before
+
+
+def test_a_refusal_leaves_everything_as_it_was() -> None:
+    good, bad = stock_model().bert.train(), stock_model(hidden_act="tanh").bert
+    both = nn.ModuleList([good, bad])
+    before = {name: tensor.clone() for name, tensor in both.state_dict().items()}
+    with pytest.raises(ValueError, match="optimize cannot take 1, a BertModel: hidden_act is 'tanh'"):
+        pruned_ops.optimize(both)
+    assert both[0] is good and good.training and all(p.requires_grad for p in both.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in both.state_dict().items())
+
+
 def test_restore_keeps_the_dtype_used_last(model: Any) -> None:
     pruned_ops.optimize(model).double()
     pruned_ops.restore(model)
@@ -242,6 +260,15 @@ def test_other_models_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="layer 1's intermediate.dense is a Sequential"):
         pruned_ops.optimize(replaced)
+    for change, message in (
+        (lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.ReLU()), "activation is a ReLU"),
+        (lambda layer: setattr(layer.output, "LayerNorm", nn.Identity()), "output.LayerNorm is not"),
+        (lambda layer: setattr(layer, "forward", lambda x: x), "forward of its encoder.layer.1 was replaced"),
+    ):
+        changed = stock_model()
+        change(changed.bert.encoder.layer[1])
+        with pytest.raises(ValueError, match=message):
+            pruned_ops.optimize(changed)
     hooked = stock_model()
     hooked.bert.encoder.layer[0].output.dense.register_forward_pre_hook(lambda *_: None)
     with pytest.raises(ValueError, match="encoder.layer.0.output.dense has forward hooks"):
@@ -254,6 +281,8 @@ def test_training_and_saving_are_refused(model: Any, tmp_path: Any) -> None:
         fast.train()
     with pytest.raises(RuntimeError, match="restore.*before saving"):
         fast.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="restore.*loading"):
+        fast.load_state_dict({}, strict=False)
 
 
 @pytest.mark.parametrize(

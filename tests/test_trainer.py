@@ -29,6 +29,7 @@ from pruned_trainer import (
 )
 from pruned_trainer.distillation import hidden_loss, logits_loss
 from pruned_trainer.job import PruneSettings
+from pruned_trainer.phases import GATE_SHARE
 from pruned_trainer.prune import prune
 from pruned_trainer.trainer import pad_batch, prepare_student, training_arguments
 
@@ -195,6 +196,7 @@ def settings(trained: BertForQuestionAnswering, tmp_path_factory: pytest.TempPat
         validation_file=squad_file(folder / "validation.json", 60, 2, unanswerable=0.3),
         eval_file=squad_file(folder / "eval.json", 100, 3, unanswerable=0.3),
         out=folder / "out",
+        command="pruned-trainer prune --as-a-test",
         target=Target(macs=0.5),
         gate_steps=40,
         retrain_steps=40,
@@ -224,7 +226,7 @@ def test_the_whole_job(settings: PruneSettings) -> None:
     assert written["f1_loss"] == pytest.approx(written["dense"]["f1"] - written["pruned"]["f1"])
     assert written["f1_loss_interval"][0] <= written["f1_loss"] <= written["f1_loss_interval"][1]
     decision = Decision.load(out / "decision.json")
-    assert decision.reached["macs"] <= 0.5
+    assert decision.reached["macs"] <= 0.5 and written["command"] == "pruned-trainer prune --as-a-test"
     model = AutoModelForQuestionAnswering.from_pretrained(out)
     assert (
         list(model.config.layer_shapes)
@@ -258,8 +260,13 @@ def test_minutes_become_steps(settings: PruneSettings) -> None:
         settings, out=settings.out.with_name("timed"), gate_steps=None, retrain_steps=None, max_minutes=0.2
     )
     plan = prune(one)["plan"]
-    assert plan["gate_steps"] >= 1 and plan["retrain_steps"] >= 1
-    assert plan["gate_step_seconds"] > 0 and plan["retrain_step_seconds"] > 0
+    planned = (
+        plan["gate_steps"] * plan["gate_step_seconds"] + plan["retrain_steps"] * plan["retrain_step_seconds"]
+    )
+    # All of the 12 seconds but what was used before and is kept back, to within the last step.
+    assert 0 < planned <= 12 and plan["gate_steps"] >= 1 and plan["retrain_steps"] >= 1
+    gate_seconds = plan["gate_steps"] * plan["gate_step_seconds"]
+    assert gate_seconds / planned == pytest.approx(GATE_SHARE, abs=0.05)
 
 
 def test_without_files_of_its_own_the_training_file_serves(settings: PruneSettings) -> None:

@@ -55,6 +55,8 @@ class Budget:
             raise ValueError(f"unit is {unit!r}; one of {', '.join(UNITS)} is needed")
         if unit == "macs" and not lengths:
             raise ValueError("MACs depend on the sequence lengths, and none were given")
+        if not any(layer.num_heads or layer.ffn_width for layer in dense.layers):
+            raise ValueError("this encoder has no head and no FFN unit left to prune")
         self.dense, self.unit, self.lengths = dense, unit, list(lengths)
         self.total = self._cost(dense.layers)
         none = (LayerShape(0, 0),) * len(dense.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from pruned_trainer.trainer import InterruptedTraining
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. What the user can mend is one line on stderr, not a
     traceback."""
+    argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args(argv)
+    arguments.command_line = shlex.join(["pruned-trainer", *argv])
     logging.set_verbosity_error()
     try:
         arguments.run(arguments)
@@ -125,6 +128,7 @@ def _settings(arguments: argparse.Namespace) -> PruneSettings:
     plain = {name: given[name] for name in PruneSettings.__dataclass_fields__ if name in given}
     weights = {name: given[f"distil_{name}"] for name in Distillation.__dataclass_fields__}
     target = Target(params=arguments.params, macs=arguments.macs)
+    plain["command"] = arguments.command_line
     return PruneSettings(**plain, target=target, distillation=Distillation(**weights))
 
 
@@ -142,16 +146,21 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _compact(arguments: argparse.Namespace) -> None:
-    OutputFolder.check(arguments.out, arguments.overwrite)
+    inputs = (arguments.model, arguments.decision)
+    OutputFolder.check(arguments.out, arguments.overwrite, inputs)
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     narrow = compact(model, Decision.load(arguments.decision))
-    folder = OutputFolder(arguments.out, arguments.overwrite)
+    folder = OutputFolder(arguments.out, arguments.overwrite, inputs)
     save_checkpoint(narrow, folder.partial, arguments.model, tokenizer)
     folder.publish()
     print(f"written to {arguments.out}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.predictions is not None and not arguments.predictions.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"{arguments.predictions.parent} is no folder; --predictions writes a file into it"
+        )
     files = [load_squad(f) for f in (arguments.eval_file, arguments.validation_file) if f is not None]
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     prepared = [

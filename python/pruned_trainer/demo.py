@@ -47,9 +47,15 @@ def demo(settings: PruneSettings) -> dict[str, Any]:
     (`OUT.teacher`): a stock checkpoint and SQuAD files, for trying `pruned-trainer prune` by hand. Returns
     the report.
     """
-    OutputFolder.check(settings.out, settings.overwrite)
+    generated = settings.train_file == Path()
+    if generated and (settings.eval_file or settings.validation_file):
+        raise ValueError(
+            "--eval-file and --validation-file go with --train-file; without it all three are generated"
+        )
+    for folder in (settings.out, _beside(settings.out, "teacher"), _beside(settings.out, "data")):
+        OutputFolder.check(folder, settings.overwrite, settings.inputs)
     source = settings.model or starting_point()
-    if settings.train_file == Path():
+    if generated:
         files = write_demo_set(_beside(settings.out, "data"))
         say(f"questions made from the demo's own templates: {_beside(settings.out, 'data')}")
         settings = replace(
@@ -57,9 +63,10 @@ def demo(settings: PruneSettings) -> dict[str, Any]:
             train_file=files["train"],
             validation_file=files["validation"],
             eval_file=files["evaluation"],
-            gate_steps=settings.gate_steps or GATE_STEPS,
-            retrain_steps=settings.retrain_steps or RETRAIN_STEPS,
         )
+    if generated and not (settings.max_minutes or settings.gate_epochs or settings.retrain_epochs):
+        gate, again = settings.gate_steps or GATE_STEPS, settings.retrain_steps or RETRAIN_STEPS
+        settings = replace(settings, gate_steps=gate, retrain_steps=again)
     teacher = OutputFolder(_beside(settings.out, "teacher"), settings.overwrite)
     _fine_tune(source, settings, teacher)
     return prune(replace(settings, model=str(teacher.path)))

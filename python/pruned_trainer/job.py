@@ -32,8 +32,8 @@ class PruneSettings:
     validation_file: Path | None = None
     eval_file: Path | None = None
     max_minutes: float | None = None
-    gate_epochs: float = 1.0
-    retrain_epochs: float = 1.0
+    gate_epochs: float | None = None
+    retrain_epochs: float | None = None
     gate_steps: int | None = None
     retrain_steps: int | None = None
     batch_size: int = 16
@@ -48,6 +48,7 @@ class PruneSettings:
     stride: int = 128
     seed: int = 0
     overwrite: bool = False
+    command: str | None = None  # for the report: the command line that said all this
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "align", "max_length"):
@@ -57,17 +58,33 @@ class PruneSettings:
             "learning_rate",
             "gate_learning_rate",
             "retrain_learning_rate",
-            "gate_epochs",
-            "retrain_epochs",
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
-        for name in ("max_minutes", "gate_steps", "retrain_steps"):
+        for name in ("max_minutes", "gate_steps", "retrain_steps", "gate_epochs", "retrain_epochs"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}: it must be positive")
+        for phase in ("gate", "retrain"):
+            if getattr(self, f"{phase}_epochs") and (getattr(self, f"{phase}_steps") or self.max_minutes):
+                raise ValueError(f"{phase}_epochs, and {phase}_steps or max_minutes: say one of them")
+        if self.max_minutes and self.gate_steps and self.retrain_steps:
+            raise ValueError(
+                "max_minutes has nothing to decide where both gate_steps and retrain_steps are given"
+            )
+        if self.eval_file and self.validation_file and same_file(self.eval_file, self.validation_file):
+            raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must lie in [0, 1)")
+
+    @property
+    def inputs(self) -> tuple[Path | str | None, ...]:
+        """What the output must not replace."""
+        return self.model, self.train_file, self.validation_file, self.eval_file
+
+
+def same_file(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
 
 
 @dataclass
@@ -114,7 +131,7 @@ def start(settings: PruneSettings) -> Job:
 def _read_data(settings: PruneSettings) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
     """Training, validation and evaluation examples. Without a validation file 5% of the training articles
     serve."""
-    OutputFolder.check(settings.out, settings.overwrite)
+    OutputFolder.check(settings.out, settings.overwrite, settings.inputs)
     train: Sequence[Example] = load_squad(settings.train_file).examples
     if settings.validation_file is not None:
         validation: Sequence[Example] = load_squad(settings.validation_file).examples

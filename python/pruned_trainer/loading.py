@@ -4,6 +4,8 @@ not at all."""
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +38,34 @@ TOKENIZER_FILES = (
 
 
 def load_model(name_or_path: str) -> PreTrainedModel:
-    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode; ValueError for any
-    other."""
-    config = AutoConfig.from_pretrained(name_or_path)
-    if config.model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"{name_or_path} is a {config.model_type!r} model; only {', '.join(MODEL_TYPES)} can be "
-            f"pruned and run"
+    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode.
+
+    Errors: OSError where there is none; ValueError for another model, for tensors that are not what the
+    config describes, and for whatever else keeps it from loading.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        if config.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"it is a {config.model_type!r} model; only {', '.join(MODEL_TYPES)} can be pruned"
+            )
+        model, info = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+        unexpected = sorted(
+            k for k in info["unexpected_keys"] if "pooler." not in k and "position_ids" not in k
         )
-    model, info = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{name_or_path} is no fine-tuned question-answering checkpoint: it lacks "
-            f"{', '.join(sorted(info['missing_keys'])[:4])}"
-        )
+        if missing:
+            raise ValueError(
+                f"it is no fine-tuned question-answering checkpoint: it lacks {', '.join(missing[:4])}"
+            )
+        if unexpected:
+            raise ValueError(
+                f"it holds tensors that its config does not describe: {', '.join(unexpected[:4])}"
+            )
+    except OSError:
+        raise
+    except Exception as error:  # each library on the way raises its own kind for a broken file or config
+        raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
     return model.float().eval()
 
 
@@ -80,11 +96,11 @@ class OutputFolder:
     """A folder that appears under its name only when it is whole: work in `partial`, then `publish`.
 
     Errors: FileExistsError where the folder, or an earlier run's partial one, holds files and `overwrite` is
-    False.
+    False; and always where it holds one of the run's own `inputs`, or the current folder.
     """
 
-    def __init__(self, path: Path, overwrite: bool) -> None:
-        self.check(path, overwrite)
+    def __init__(self, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = ()) -> None:
+        self.check(path, overwrite, inputs)
         self.path = path
         self.partial = self.partial_of(path)
         if self.partial.exists():
@@ -96,13 +112,14 @@ class OutputFolder:
         return path.with_name(path.name + ".partial")
 
     @classmethod
-    def check(cls, path: Path, overwrite: bool) -> None:
+    def check(cls, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = ()) -> None:
         """Raise as the constructor does, without making anything."""
-        if Path.cwd().is_relative_to(path.resolve()):
-            raise FileExistsError(
-                f"{path} is, or contains, the current folder; --out names a folder of its own"
-            )
         for folder in (path, cls.partial_of(path)):
+            for needed in (Path.cwd(), *(Path(i).resolve() for i in inputs if i is not None and i != "")):
+                if needed.exists() and needed.is_relative_to(folder.resolve()):
+                    raise FileExistsError(
+                        f"{folder} is or holds {needed}, which is needed; give another --out"
+                    )
             if folder.is_file():
                 raise FileExistsError(f"{folder} is a file; --out names a folder")
             if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -110,8 +127,8 @@ class OutputFolder:
 
     def publish(self) -> None:
         """Give the finished folder its name. What stood there before goes only after that."""
-        old = self.path.with_name(self.path.name + ".old")
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         if self.path.exists():
-            self.path.rename(old)
+            self.path.rename(aside / "replaced")
         self.partial.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(aside)

@@ -109,8 +109,8 @@ def make_plan(job: Job) -> Plan:
     settings = job.settings
     epoch = math.ceil(len(job.train) / settings.batch_size)
     if settings.max_minutes is None:
-        gate = settings.gate_steps or math.ceil(epoch * settings.gate_epochs)
-        return Plan(gate, settings.retrain_steps or math.ceil(epoch * settings.retrain_epochs))
+        gate = settings.gate_steps or math.ceil(epoch * (settings.gate_epochs or 1))
+        return Plan(gate, settings.retrain_steps or math.ceil(epoch * (settings.retrain_epochs or 1)))
     say("measuring how long a training step takes")
     gate_seconds, retrain_seconds = _step_seconds(job)
     left = settings.max_minutes * 60 * (1 - RESERVE) - (time.perf_counter() - job.started)

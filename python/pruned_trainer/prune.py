@@ -3,9 +3,7 @@ written."""
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from pruned_trainer.job import Job, PruneSettings, say, start
 from pruned_trainer.loading import OutputFolder, save_checkpoint
 from pruned_trainer.phases import make_plan, retrain, train_gates
 from pruned_trainer.tasks.scoring import EvaluationResult
+from pruned_trainer.trainer import InterruptedTraining
 
 
 def prune(settings: PruneSettings) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
         f"gate phase: {plan.gate_steps} steps towards {settings.target.fraction:g} of the "
         f"{settings.target.unit}"
     )
-    folder = OutputFolder(settings.out, settings.overwrite)
+    folder = OutputFolder(settings.out, settings.overwrite, settings.inputs)
     decision, narrow, gate_log = train_gates(job, folder.partial, plan.gate_steps)
     decision.save(folder.partial / "decision.json")
     kept = ", ".join(f"{d.shape.num_heads}/{d.shape.ffn_width}" for d in decision.layers)
@@ -44,8 +43,12 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     say(f"retrain phase: {plan.retrain_steps} steps of the narrow model")
     retrain_log = retrain(job, narrow, folder.partial, plan.retrain_steps)
     minutes = (time.perf_counter() - job.started) / 60
+    save_checkpoint(narrow, folder.partial, settings.model, job.tokenizer)  # from here on it cannot be lost
     training = {"minutes": minutes, "gates": gate_log, "retrain": retrain_log}
-    report = finish(job, folder.partial, decision, narrow)
+    try:
+        report = finish(job, folder.partial, decision, narrow)
+    except KeyboardInterrupt:
+        raise InterruptedTraining(f"stopped while measuring; the trained model is {folder.partial}") from None
     report.update({"plan": plan.to_json(), "training": training})
     reporting.write_json(folder.partial / "report.json", report)
     folder.publish()
@@ -60,13 +63,13 @@ def _reached(decision: Decision) -> str:
 
 
 def finish(job: Job, partial: Path, decision: Decision, narrow: PreTrainedModel) -> dict[str, Any]:
-    """Choose thresholds on validation data, save the checkpoint, then evaluate and time both models."""
+    """Choose thresholds on validation data, write the pruned one's, then evaluate and time both models."""
     for name in ("gates", "retrain"):  # the phases' own folders, empty unless they were interrupted
         shutil.rmtree(partial / name, ignore_errors=True)
     say("null score thresholds, on the validation questions")
     thresholds = {name: reporting.choose_threshold(m, job.validation) for name, m in _both(job, narrow)}
     narrow.config.null_score_threshold = thresholds["pruned"]
-    save_checkpoint(narrow, partial, job.settings.model, job.tokenizer)
+    narrow.config.save_pretrained(partial)
     say("evaluating dense and pruned")
     results = {
         name: reporting.evaluate_on(m, job.evaluation, thresholds[name]) for name, m in _both(job, narrow)
@@ -120,12 +123,13 @@ def _report(
         if job.settings.eval_file
         else "held-out validation questions",
         "questions": len(job.evaluation.examples),
+        "threshold_chosen_on_these": job.settings.eval_file is None,
     }
     report.update(
         {
             "machine": machine(),
             "versions": versions(),
-            "command": shlex.join(["pruned-trainer", *sys.argv[1:]]),
+            "command": job.settings.command or repr(job.settings),
         }
     )
     return report

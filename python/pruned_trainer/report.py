@@ -129,8 +129,10 @@ def scores_json(result: EvaluationResult, threshold: float) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON for people and programs alike."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """JSON for people and programs alike; the file is there whole, or as it was before."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:

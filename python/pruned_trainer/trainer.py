@@ -78,6 +78,11 @@ class PruningTrainer(Trainer):
     ) -> None:
         if distillation.needs_teacher and teacher is None:
             raise ValueError("the distillation losses need a teacher")
+        if args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs in one process are not supported: start a process each (torchrun, "
+                "accelerate launch), or choose one with CUDA_VISIBLE_DEVICES"
+            )
         super().__init__(model, args, **kwargs)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -181,6 +186,8 @@ def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
     if stopper.requested:
         step = trainer.state.global_step
         where = Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
+        if not where.exists():  # the request came after the last step's end
+            trainer._save_checkpoint(trainer.model_wrapped, trial=None)
         raise InterruptedTraining(f"stopped in the {name} phase after step {step}; its checkpoint is {where}")
     return trainer.state.log_history
 
