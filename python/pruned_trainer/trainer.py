@@ -208,6 +208,7 @@ def training_arguments(
         logging_steps=max(1, steps // 20),
         save_strategy="no",
         report_to=[],
+        disable_tqdm=False,  # said, because the default follows transformers' log level
         remove_unused_columns=False,
         train_sampling_strategy="group_by_length",
         dataloader_pin_memory=torch.cuda.is_available(),
