@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruned_ops.version import __version__
+
 Runner = Callable[[dict[str, Tensor]], Any]
 
 
@@ -163,8 +165,8 @@ def _processor() -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that matter to speed and results."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("pruned-ops", "torch", "transformers", "tokenizers", "triton", "numpy"):
+    found: dict[str, str | None] = {"python": platform.python_version(), "pruned-ops": __version__}
+    for package in ("torch", "transformers", "tokenizers", "triton", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
