@@ -140,13 +140,19 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     console = console or Console()
     console.print(_table(report))
     console.print(_chart(report))
-    speed, loss = report["speedup"], report["f1_loss"]
-    low, high = report["f1_loss_interval"]
+    speed = report["speedup"]
+    changes = [_change(report, "F1", "f1_loss")]
+    if report["f1_span_loss"] is not None:
+        changes.append(_change(report, "span F1", "f1_span_loss"))
     console.print(
-        f"[bold]{speed['reached']:.2f}x[/] as fast as our own dense runtime on {speed['workload']}, for "
-        f"[bold]{loss:+.2f}[/] points of F1 lost (95% interval {low:+.2f} to {high:+.2f})"
-        + (f" and {report['f1_span_loss']:+.2f} of span F1." if report["f1_span_loss"] is not None else ".")
+        f"[bold]{speed['reached']:.2f}x[/] as fast as our own dense runtime on {speed['workload']}; "
+        f"{', '.join(changes)}."
     )
+
+
+def _change(report: Mapping[str, Any], name: str, loss: str) -> str:
+    low, high = report[f"{loss}_interval"]
+    return f"{name} [bold]{-report[loss]:+.2f}[/] points (95% interval {-high:+.2f} to {-low:+.2f})"
 
 
 def _table(report: Mapping[str, Any]) -> Table:
@@ -174,18 +180,18 @@ def _table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _chart(report: Mapping[str, Any], width: int = 30) -> Table:
-    table = Table(title="left in each layer", show_lines=False)
-    for column in ("layer", f"heads of {report['dense_shape']['num_heads']}", "", "FFN width of "):
-        table.add_column(
-            column if column != "FFN width of " else f"FFN width of {report['dense_shape']['ffn_width']}"
-        )
-    table.add_column("")
+def _chart(report: Mapping[str, Any], width: int = 16) -> Table:
+    """Bars of what is left of each layer; `width` characters are the dense model, so that 80 columns do."""
+    dense = report["dense_shape"]
+    table = Table(title="left in each layer")
+    for column in ("layer", f"heads of {dense['num_heads']}", "", f"FFN width of {dense['ffn_width']}", ""):
+        table.add_column(column, no_wrap=True)
+
+    def bar(left: int, full: int) -> str:
+        return "█" * round(width * left / max(full, 1))
+
     for i, layer in enumerate(report["shape"]):
         heads, ffn = layer["num_heads"], layer["ffn_width"]
-        bars = (
-            "█" * round(width * heads / max(report["dense_shape"]["num_heads"], 1)),
-            "█" * round(width * ffn / max(report["dense_shape"]["ffn_width"], 1)),
-        )
-        table.add_row(str(i), str(heads), f"[cyan]{bars[0]}[/]", str(ffn), f"[magenta]{bars[1]}[/]")
+        head_bar, ffn_bar = bar(heads, dense["num_heads"]), bar(ffn, dense["ffn_width"])
+        table.add_row(str(i), str(heads), f"[cyan]{head_bar}[/]", str(ffn), f"[magenta]{ffn_bar}[/]")
     return table
