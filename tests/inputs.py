@@ -117,3 +117,18 @@ def padded_batch(
     ids = torch.randint(5, 100, (len(lengths), longest), generator=generator(seed))
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     return {"input_ids": ids.masked_fill(mask == 0, pad_token_id), "attention_mask": mask}
+
+
+MODELS = {
+    "stock-bert": lambda: stock_model("bert"),
+    "stock-roberta": lambda: stock_model("roberta"),
+    "pruned-bert": lambda: pruned_model("bert"),
+    "pruned-roberta": lambda: pruned_model("roberta"),
+}
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Start and end logits, (batch, seqlen, 2), without gradients."""
+    with torch.no_grad():
+        output = model(**batch)
+    return torch.stack([output.start_logits, output.end_logits], -1)

@@ -11,31 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import ODD_SHAPES, padded_batch, pruned_model, stock_model
-from torch import Tensor
+from inputs import ODD_SHAPES, logits, padded_batch, pruned_model, stock_model
 
 import pruned_ops
 from pruned_ops import LayerShape, ModelShape
 from pruned_trainer import Budget, Decision, Gates, Target, attach, attached, compact, decide, detach
 from pruned_trainer.decision import Kept, LayerDecision, round_up
 from pruned_trainer.gates import deterministic_gate, open_probability, sampled_gate
-
-MODELS = {
-    "stock-bert": lambda: stock_model("bert"),
-    "stock-roberta": lambda: stock_model("roberta"),
-    "pruned-bert": lambda: pruned_model("bert"),
-}
-
-
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> Any:
-    return MODELS[request.param]()
-
-
-def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        output = model(**batch)
-    return torch.stack([output.start_logits, output.end_logits], -1)
 
 
 def scatter(gates: Gates, seed: int = 0) -> None:
