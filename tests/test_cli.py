@@ -257,3 +257,21 @@ def test_ctrl_c_leaves_a_checkpoint(phase: str, folder: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
     if phase == "retrain":  # a narrow model like any other
         assert AutoModelForQuestionAnswering.from_pretrained(checkpoint).config.model_type == "pruned_bert"
+
+
+def test_the_demo_refuses_bad_files_before_it_trains(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.json").write_text("{")
+    argv = ["demo", "--model", str(folder / "model"), "--out", str(tmp_path / "out")]
+    refused(capsys, [*argv, "--eval-file", str(tmp_path / "bad.json")], "go with --train-file")
+    files = ["--train-file", str(folder / "train.json"), "--eval-file", str(tmp_path / "bad.json")]
+    refused(capsys, [*argv, *files], "not JSON")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.json"]
+
+
+def test_the_demo_on_files_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    argv = arguments(folder, tmp_path / "out", "--macs", "0.5")
+    assert main(["demo", *argv[1:]]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.teacher"]
+    assert (tmp_path / "out.teacher" / "model.safetensors").is_file()

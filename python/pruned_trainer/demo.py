@@ -54,6 +54,9 @@ def demo(settings: PruneSettings) -> dict[str, Any]:
         )
     for folder in (settings.out, _beside(settings.out, "teacher"), _beside(settings.out, "data")):
         OutputFolder.check(folder, settings.overwrite, settings.inputs)
+    for given in (settings.validation_file, settings.eval_file):
+        if given is not None:
+            load_squad(given)  # a bad file is refused now, not after the teacher was trained
     source = settings.model or starting_point()
     if generated:
         files = write_demo_set(_beside(settings.out, "data"))

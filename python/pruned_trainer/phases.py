@@ -135,8 +135,7 @@ def _step_seconds(job: Job) -> tuple[float, float]:
     student = copy.deepcopy(job.teacher)
     prepare_student(student, settings.dropout, settings.train_embeddings)
     with attached(student, settings.seed) as gates, optimized(job.teacher) as teacher:
-        # Any choice of the right size will do, so the gates decide as they are (all alike: the first ones
-        # stay).
+        # Any choice of the right size will do: a little seeded noise tells apart gates that are still alike.
         for i, log_alpha in enumerate([*gates.heads, *gates.ffn]):
             log_alpha.data += 0.01 * torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(i))
         narrow = compact(student, decide(gates, job.budget, settings.target, settings.align))
