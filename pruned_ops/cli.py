@@ -1,24 +1,70 @@
-"""pruned-ops: info."""
+"""pruned-ops: info | latency-table."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shlex
 import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pruned_ops.backends import cpu
-from pruned_ops.measure import machine, versions
+from pruned_ops.latency import LatencyTable, measure_table
+from pruned_ops.measure import Workload, arrival_lengths, machine, versions
+from pruned_ops.question_answering import windows
 from pruned_ops.registry import BACKENDS, OPS, REFERENCE
+from pruned_ops.shape import LayerShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status. What the user can mend is one line on stderr, not a
+    traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = build_parser().parse_args(argv)
+    arguments.command_line = shlex.join(["pruned-ops", *argv])
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"pruned-ops {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, with every default shown."""
     parser = argparse.ArgumentParser(prog="pruned-ops", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("info", help="which backends can run here, and why others cannot")
-    one.set_defaults(run=info)
-    arguments = parser.parse_args(argv)
-    arguments.run()
-    return 0
+    one.set_defaults(run=lambda _: info())
+    one = commands.add_parser(
+        "latency-table",
+        help="measure what layers of every size take on this machine",
+        description="Measure what layers of every size take on this machine. Leave it alone meanwhile: what "
+        "else runs is measured along.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    one.set_defaults(run=latency_table)
+    one.add_argument("file", type=Path, metavar="FILE", help="where the table is written, as JSON")
+    one.add_argument("--model", type=Path, required=True, help="folder of a BERT or RoBERTa checkpoint")
+    lengths = one.add_mutually_exclusive_group(required=True)
+    lengths.add_argument("--data", type=Path, help="SQuAD-format JSON whose questions give the lengths")
+    lengths.add_argument("--length", type=int, help="tokens of every sequence, in place of --data")
+    one.add_argument("--batch-size", type=int, default=8)
+    one.add_argument("--batches", type=int, default=16, help="batches of the workload")
+    one.add_argument("--max-length", type=int, default=384, help="tokens of a window of --data")
+    one.add_argument("--stride", type=int, default=128, help="tokens that two windows of --data share")
+    one.add_argument("--rounds", type=int, default=5, help="medians are over so many")
+    one.add_argument("--overwrite", action="store_true", help="replace the latency table that is in FILE")
+    return parser
 
 
 def info() -> None:
@@ -40,6 +86,119 @@ def info() -> None:
     print("ops, with their backends in the order in which they are asked")
     for op in OPS.values():
         print(f"{op.name:>22}  {', '.join([*op.kernels, REFERENCE])}")
+
+
+def latency_table(arguments: argparse.Namespace) -> None:
+    """Measure a latency table, write it, and show what is in it."""
+    start = time.perf_counter()
+    for name in ("batch_size", "batches", "rounds", "length"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+    check_output(arguments.file, arguments.overwrite)
+    config = _load("config", arguments.model)
+    size, batches = arguments.batch_size, arguments.batches
+    if arguments.data is None:
+        workload = Workload.fixed(arguments.length, size, batches)
+    else:
+        tokenizer = _load("tokenizer", arguments.model)
+        cut = (arguments.max_length, arguments.stride)
+        lengths = lengths_of(arguments.data, tokenizer, *cut, needed=size * batches)
+        workload = Workload.arrival_order(lengths, size, batches)
+    table = measure_table(config, workload, arguments.rounds, command=arguments.command_line)
+    table.save(arguments.file)
+    print_table(table, config.num_hidden_layers)
+    print(f"written to {arguments.file} after {time.perf_counter() - start:.0f} s")
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """OSError or ValueError where a table cannot be written to `path`, or where that would replace what is
+    none: found out before a minute of measuring."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder; FILE is written into it")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{path.parent} cannot be written to")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; FILE names a file")
+    if path.exists():
+        if not overwrite:
+            raise FileExistsError(f"{path} exists; --overwrite replaces it")
+        try:
+            LatencyTable.load(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; it is not replaced") from error
+
+
+def _load(what: str, folder: Path) -> Any:
+    """The config or the tokenizer in a checkpoint's folder; OSError or ValueError where there is none."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    needed = ("config.json",) if what == "config" else ("tokenizer.json", "vocab.txt", "vocab.json")
+    if not any((folder / name).is_file() for name in needed):
+        raise FileNotFoundError(f"{folder} holds no {what}: {' or '.join(needed)} is needed")
+    auto = AutoConfig if what == "config" else AutoTokenizer
+    try:
+        return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each library on the way raises its own kind for a broken file
+        raise ValueError(f"the {what} in {folder} cannot be loaded: {error}") from error
+
+
+def lengths_of(
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int = 384,
+    stride: int = 128,
+    needed: int | None = None,
+) -> list[int]:
+    """Lengths in tokens of the windows of a SQuAD-format file's questions, in arrival order.
+
+    needed: so many of them at most (default: all). Errors: OSError where there is no file; ValueError that
+    names it where it is not SQuAD or a question cannot be cut.
+    """
+    try:
+        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+        pairs = [(entry["question"], each["context"]) for each in paragraphs for entry in each["qas"]]
+        if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
+            raise ValueError("questions and contexts are needed")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no SQuAD-format JSON: {error!r}") from error
+    # Where a question comes depends on nothing but their number: so those beyond `needed` need not be cut.
+    order = arrival_lengths([[i] for i in range(len(pairs))])[:needed]
+    questions, contexts = zip(*(pairs[i] for i in order), strict=True)
+    try:
+        cut = windows(tokenizer, questions, contexts, max_length, stride)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}, its questions counted in arrival order: {error}") from error
+    return [len(window) for window in cut][:needed]
+
+
+def print_table(table: LatencyTable, num_layers: int) -> None:
+    """What parts of a few sizes take, the alignment, and a whole dense model of so many layers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    shown = Table(title=f"ms per batch of {table.workload.name}, one layer")
+    shown.add_column("part")
+    for column in ("none", "a quarter", "half", "dense"):
+        shown.add_column(column, justify="right")
+    heads, width = table.attention[-1][0], table.ffn[-1][0]
+    for name, dense, ms in (("num_heads", heads, table.attention_ms), ("ffn_width", width, table.ffn_ms)):
+        sizes = (0, dense // 4, dense // 2, dense)
+        shown.add_row(name, *(f"{ms(size):.2f} ({size})" for size in sizes))
+    console.print(shown)
+    dense_ms, empty_ms = (
+        table.predict([shape] * num_layers) for shape in (LayerShape(heads, width), LayerShape(0, 0))
+    )
+    costs = ", ".join(f"{align}: {cost:.3f}" for align, cost in table.alignment)
+    print(
+        f"{num_layers} dense layers take {dense_ms:.1f} ms, empty ones {empty_ms:.1f}, of which "
+        f"{table.base_ms:.1f} are no layer's"
+    )
+    print(f"relative cost of FFN widths by alignment: {costs}; {table.align} is enough")
 
 
 if __name__ == "__main__":

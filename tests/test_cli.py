@@ -140,10 +140,10 @@ def test_bad_data(fault: str, folder: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--params", "0.01"], "the least is that"),
+        (["--params", "0.01"], "is the limit of what is within reach"),
         (["--macs", "1.5"], "a fraction kept between 0 and 1"),
         (["--macs", "0.5", "--params", "0.5"], "not allowed with"),
-        ([], "one of the arguments --params --macs is required"),
+        ([], "a target is needed"),
         (["--macs", "0.5", "--max-length", "64"], "position table allows 32"),
         (["--macs", "0.5", "--batch-size", "0"], "batch_size is 0"),
         (["--macs", "0.5", "--gate-steps", "-3"], "gate_steps is -3"),

@@ -17,21 +17,21 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 import pruned_ops
 from pruned_trainer import (
-    Budget,
     Decision,
     Distillation,
-    GatePhase,
+    HoldTarget,
     PruningTrainer,
+    SizeBudget,
     Target,
     attached,
     compact,
     decide,
 )
-from pruned_trainer.distillation import hidden_loss, logits_loss
-from pruned_trainer.job import PruneSettings
-from pruned_trainer.phases import GATE_SHARE
+from pruned_trainer.distillation import Projection, hidden_loss, logits_loss
+from pruned_trainer.plan import GATE_SHARE
 from pruned_trainer.prune import prune
-from pruned_trainer.trainer import pad_batch, prepare_student, training_arguments
+from pruned_trainer.settings import PruneSettings
+from pruned_trainer.training import pad_batch, prepare_student, training_arguments
 
 HEADS, FFN = 4, 48  # of the trained model
 PLANTED_HEADS, PLANTED_FFN = 4, 48  # useless ones put beside them
@@ -79,14 +79,14 @@ def features(questions: int, seed: int) -> list[dict[str, Any]]:
 
 
 def gate_trainer(
-    model: Any, teacher: Any, gates: Any, budget: Budget, target: Target, steps: int, folder: Path
+    model: Any, teacher: Any, gates: Any, budget: SizeBudget, target: Target, steps: int, folder: Path
 ) -> Any:
     return PruningTrainer(
         model,
         training_arguments(folder, steps, 32, 1e-4, 0),
         Distillation(task=1.0, logits=1.0, hidden=0.0),
         teacher=teacher,
-        gate_phase=GatePhase(gates, budget, target, 0.1),
+        gate_phase=HoldTarget(gates, budget, [target.value]),
         train_dataset=features(2000, 1),
         data_collator=partial(pad_batch, pad_token_id=0),
     )
@@ -106,15 +106,15 @@ def test_gates_have_teeth(trained: BertForQuestionAnswering, tmp_path: Path) -> 
     wide, teacher = with_planted(trained), pruned_ops.optimize(with_planted(trained))
     assert accuracy(wide) == accuracy(trained)
     with attached(wide) as gates:
-        budget, target = Budget(gates.shape, "params", []), Target(params=0.42)
+        budget, target = SizeBudget(gates.shape, "params"), Target(params=0.42)
         trainer = gate_trainer(wide, teacher, gates, budget, target, 150, tmp_path)
         trainer.train()
-        chosen = decide(gates, budget, target, align=1)
-        expected = float(budget.expected(*gates.open_probabilities()).detach())
-        for i, log_alpha in enumerate([*gates.heads, *gates.ffn]):
+        chosen = decide(gates.scores(), budget, target, align=1)
+        expected = float(budget.expected(gates.probabilities()).detach())
+        for i, log_alpha in enumerate(gates.locations()):
             log_alpha.data = torch.randn(log_alpha.shape, generator=torch.Generator().manual_seed(i))
-        random = decide(gates, budget, target, align=1)
-    assert expected == pytest.approx(target.params, abs=0.1)  # the Lagrangian held it
+        random = decide(gates.scores(), budget, target, align=1)
+    assert expected == pytest.approx(target.value, abs=0.1)  # the Lagrangian held it
     assert planted_share(chosen) < 0.1 < 0.35 < planted_share(random)
     assert accuracy(compact(wide, chosen)) > 0.8
     assert accuracy(compact(wide, random)) < 0.5
@@ -124,11 +124,11 @@ def test_the_lagrangian_follows_its_target(tmp_path: Path) -> None:
     """With nothing else to learn from, the expected budget goes where the target is."""
     model = stock_model(hidden_size=32, num_hidden_layers=1, vocab_size=WORDS + 4)
     with attached(model) as gates:
-        budget, target = Budget(gates.shape, "params", []), Target(params=0.5)
+        budget, target = SizeBudget(gates.shape, "params"), Target(params=0.5)
         trainer = gate_trainer(model, model, gates, budget, target, 120, tmp_path)
         trainer.distillation = Distillation(task=1e-6, logits=0.0, hidden=0.0)
         trainer.train()
-        expected = float(budget.expected(*gates.open_probabilities()).detach())
+        expected = float(budget.expected(gates.probabilities()).detach())
     logged = [entry["wanted"] for entry in trainer.state.log_history if "wanted" in entry]
     assert logged[0] > 0.9 and logged[-1] == pytest.approx(0.5) and logged == sorted(logged, reverse=True)
     assert expected == pytest.approx(0.5, abs=0.15)
@@ -141,7 +141,9 @@ def test_distillation_losses() -> None:
     with torch.no_grad():
         a = stock_model(seed=0)(**batch, output_hidden_states=True)
         b = stock_model(seed=1)(**batch, output_hidden_states=True)
-    assert float(logits_loss(a, a, real, 2.0)) == 0 and float(hidden_loss(a, a, real)) == 0
+    every = Projection([(1, 1), (2, 2), (3, 3)], None)
+    assert float(logits_loss(a, a, real, 2.0)) == 0
+    assert float(hidden_loss(a.hidden_states, a.hidden_states, real, every)) == 0
     by_hand = 0.0
     for row, length in enumerate((6, 3)):
         for s, t in ((a.start_logits, b.start_logits), (a.end_logits, b.end_logits)):
@@ -149,9 +151,12 @@ def test_distillation_losses() -> None:
             by_hand += float((p * (p / q).log()).sum()) * 9 / 4
     assert float(logits_loss(a, b, real, 3.0)) == pytest.approx(by_hand, rel=1e-4)
     squares = [
-        (x - y)[real].square().mean() for x, y in zip(a.hidden_states[1:], b.hidden_states[1:], strict=True)
+        (x - y)[row][real[row]].square().mean()
+        for x, y in zip(a.hidden_states[1:], b.hidden_states[1:], strict=True)
+        for row in range(2)
     ]
-    assert float(hidden_loss(a, b, real)) == pytest.approx(float(sum(squares)) / len(squares), rel=1e-4)
+    found = float(hidden_loss(a.hidden_states, b.hidden_states, real, every))
+    assert found == pytest.approx(float(sum(squares)) / len(squares), rel=1e-4)
     a.start_logits[1, 4] = 1e9  # at padding
     assert torch.isfinite(logits_loss(a, b, real, 3.0))
 

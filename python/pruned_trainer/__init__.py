@@ -2,12 +2,13 @@
 the rest."""
 
 from pruned_trainer.attach import attach, attached, detach
-from pruned_trainer.budget import Budget, Target
+from pruned_trainer.budget import Budget, LatencyBudget, SizeBudget, Target
 from pruned_trainer.compact import compact
 from pruned_trainer.decision import Decision, decide
 from pruned_trainer.distillation import Distillation
-from pruned_trainer.gates import Gates
-from pruned_trainer.trainer import GatePhase, PruningTrainer
+from pruned_trainer.gate_phase import GatePhase, HoldTarget, PayPerGate
+from pruned_trainer.gates import Gates, PerGate, Scores
+from pruned_trainer.trainer import PruningTrainer
 
 __all__ = [
     "Budget",
@@ -15,7 +16,13 @@ __all__ = [
     "Distillation",
     "GatePhase",
     "Gates",
+    "HoldTarget",
+    "LatencyBudget",
+    "PayPerGate",
+    "PerGate",
     "PruningTrainer",
+    "Scores",
+    "SizeBudget",
     "Target",
     "attach",
     "attached",

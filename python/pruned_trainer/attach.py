@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pruned_ops.packed_encoder import ENCODERS, model_shape
-from pruned_trainer.gates import Gates
+from pruned_trainer.gates import DEFAULT_PARTS, Gates
 
 _NAME = "pruning_gates"
 _HOOKS = "_pruning_gate_hooks"
@@ -26,27 +27,33 @@ def find_encoder(model: nn.Module) -> Any:
     return found[0]
 
 
-def attach(model: nn.Module, seed: int = 0) -> Gates:
-    """Put a gate on every head's context and every FFN activation of `model`; the gates become its submodule.
+def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS) -> Gates:
+    """Put gates on every head's context, every FFN activation, every hidden dimension of `model`, as `parts`
+    says ("heads", "ffn", "hidden"); they become its submodule.
 
-    The gates multiply the input of each attention output projection (a head's head_dim columns alike) and of
-    each FFN output projection. They follow the model's train/eval mode. Errors: ValueError if gates are
-    attached already.
+    Head and FFN gates multiply the input of each attention output projection (a head's head_dim columns
+    alike) and of each FFN output projection. Hidden gates multiply every LayerNorm's output; a closed
+    dimension leaves the LayerNorm's statistics. They follow the model's train/eval mode. Errors: ValueError
+    if gates are attached already.
     """
     if hasattr(model, _HOOKS):
         raise ValueError("gates are attached to this model already; detach(model) first")
     encoder = find_encoder(model)
     shape = model_shape(encoder)
-    gates = Gates(shape, seed).to(next(model.parameters()).device).train(model.training)
+    gates = Gates(shape, seed, parts).to(next(model.parameters()).device).train(model.training)
     model.add_module(_NAME, gates)
     # No draw in the trainer or in the caller: a forward of the encoder is what needs new values.
     hooks = [encoder.register_forward_pre_hook(lambda *_: gates.draw())]
     for i, layer in enumerate(encoder.encoder.layer):
-        parts = dict(layer.named_modules())
-        hooks.append(
-            parts["attention.output.dense"].register_forward_pre_hook(_gate_heads(gates, i, shape.head_dim))
-        )
-        hooks.append(parts["output.dense"].register_forward_pre_hook(_gate_ffn(gates, i)))
+        found = dict(layer.named_modules())
+        if "heads" in gates.parts:
+            dense = found["attention.output.dense"]
+            hooks.append(dense.register_forward_pre_hook(_gate_heads(gates, i, shape.head_dim)))
+        if "ffn" in gates.parts:
+            hooks.append(found["output.dense"].register_forward_pre_hook(_gate_ffn(gates, i)))
+    if "hidden" in gates.parts:
+        norms = [module for name, module in encoder.named_modules() if name.endswith("LayerNorm")]
+        hooks += [norm.register_forward_hook(_gate_norm(gates)) for norm in norms]
     setattr(model, _HOOKS, hooks)
     return gates
 
@@ -60,27 +67,46 @@ def detach(model: nn.Module) -> None:
 
 
 @contextmanager
-def attached(model: nn.Module, seed: int = 0) -> Iterator[Gates]:
+def attached(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS) -> Iterator[Gates]:
     """`with attached(model) as gates:` the model is gated inside the block and as before after it."""
-    gates = attach(model, seed)
+    gates = attach(model, seed, parts)
     try:
         yield gates
     finally:
         detach(model)
 
 
-Hook = Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]
+def gated_layer_norm(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """gate * LayerNorm over the dimensions whose gate is not 0: x (..., hidden), gate (hidden,) or (...,
+    hidden); closed dimensions come out as 0."""
+    counts = (gate > 0).to(x.dtype)
+    number = counts.sum(-1, keepdim=True).clamp(min=1)
+    mean = (x * counts).sum(-1, keepdim=True) / number
+    centred = (x - mean) * counts
+    variance = centred.square().sum(-1, keepdim=True) / number
+    return (centred * torch.rsqrt(variance + eps) * weight + bias) * gate
 
 
-def _gate_heads(gates: Gates, layer: int, head_dim: int) -> Hook:
+PreHook = Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]
+
+
+# The values may have a batch of their own, (batch, 1, gates): one gate an example, for per-example gradients.
+def _gate_heads(gates: Gates, layer: int, head_dim: int) -> PreHook:
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-        return (inputs[0] * gates.head_values[layer].repeat_interleave(head_dim),)
+        return (inputs[0] * gates.values.heads[layer].repeat_interleave(head_dim, -1),)
 
     return hook
 
 
-def _gate_ffn(gates: Gates, layer: int) -> Hook:
+def _gate_ffn(gates: Gates, layer: int) -> PreHook:
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-        return (inputs[0] * gates.ffn_values[layer],)
+        return (inputs[0] * gates.values.ffn[layer],)
+
+    return hook
+
+
+def _gate_norm(gates: Gates) -> Callable[[Any, tuple[Any, ...], Tensor], Tensor]:
+    def hook(norm: Any, inputs: tuple[Any, ...], _: Tensor) -> Tensor:
+        return gated_layer_norm(inputs[0], gates.values.hidden, norm.weight, norm.bias, norm.eps)
 
     return hook

@@ -1,25 +1,32 @@
-"""What a choice of gates costs, as a fraction of the dense encoder, and the target it is held to."""
+"""What a choice of gates costs: parameters, multiply-accumulates, or milliseconds from a measured table; and
+the target it is held to."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pruned_ops import LayerShape, ModelShape
+from pruned_ops.latency import LatencyTable
+from pruned_trainer.gates import PerGate
 
-UNITS = ("params", "macs")
+UNITS = ("params", "macs", "speedup", "latency_ms")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What was asked for: the fraction to keep of the dense encoder's parameters, or of its
-    multiply-accumulates."""
+    """What was asked for, in one unit: the fraction to keep of the dense encoder's parameters or
+    multiply-accumulates; how many times as fast as the dense model; or milliseconds a batch of the workload.
+    """
 
     params: float | None = None
     macs: float | None = None
+    speedup: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         given = [unit for unit in UNITS if getattr(self, unit) is not None]
@@ -27,64 +34,195 @@ class Target:
             raise ValueError(
                 f"exactly one target of {', '.join(UNITS)} is needed; got {', '.join(given) or 'none'}"
             )
-        if not 0 < self.fraction < 1:
-            raise ValueError(
-                f"target {self.unit} is {self.fraction}: a fraction kept between 0 and 1 is needed"
-            )
+        unit, value = given[0], self.value
+        if unit in ("params", "macs") and not 0 < value < 1:
+            raise ValueError(f"target {unit} is {value}: a fraction kept between 0 and 1 is needed")
+        if unit == "speedup" and not 1 < value < float("inf"):
+            raise ValueError(f"target speedup is {value}: more than 1 is needed")
+        if unit == "latency_ms" and not 0 < value < float("inf"):
+            raise ValueError(f"target latency_ms is {value}: it must be positive")
 
     @property
     def unit(self) -> str:
-        return "params" if self.params is not None else "macs"
+        return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
-    def fraction(self) -> float:
-        value = self.params if self.params is not None else self.macs
-        assert value is not None
-        return value
+    def value(self) -> float:
+        return float(getattr(self, self.unit))
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it is met by measured time."""
+        return self.unit in ("speedup", "latency_ms")
+
+    def __str__(self) -> str:
+        return {
+            "params": f"{self.value:g} of the parameters",
+            "macs": f"{self.value:g} of the multiply-accumulates",
+            "speedup": f"{self.value:g}x the dense speed",
+            "latency_ms": f"{self.value:g} ms a batch",
+        }[self.unit]
 
 
-class Budget:
-    """Cost of heads and FFN units, linear in their numbers: constant + sum of what is kept, over the dense
-    cost.
+class Budget(ABC):
+    """Cost of an encoder's shape, in units of the dense encoder's: `fraction` of a shape that was chosen,
+    `expected` of gates while they train."""
 
-    lengths: sequence lengths (tokens) of the workload; they weigh the attention's share of the MACs.
-    """
-
-    def __init__(self, dense: ModelShape, unit: str, lengths: Sequence[int]) -> None:
-        if unit not in UNITS:
-            raise ValueError(f"unit is {unit!r}; one of {', '.join(UNITS)} is needed")
-        if unit == "macs" and not lengths:
-            raise ValueError("MACs depend on the sequence lengths, and none were given")
+    def __init__(self, dense: ModelShape) -> None:
         if not any(layer.num_heads or layer.ffn_width for layer in dense.layers):
             raise ValueError("this encoder has no head and no FFN unit left to prune")
-        self.dense, self.unit, self.lengths = dense, unit, list(lengths)
-        self.total = self._cost(dense.layers)
-        none = (LayerShape(0, 0),) * len(dense.layers)
-        self.constant = self._cost(none) / self.total
-        # Every layer costs alike, so one head and one unit of the first layer tell the prices.
-        self.per_head = self._cost((LayerShape(1, 0), *none[1:])) / self.total - self.constant
-        self.per_unit = self._cost((LayerShape(0, 1), *none[1:])) / self.total - self.constant
+        self.dense = dense
+        self.total = self.cost(dense)
 
-    def _cost(self, layers: tuple[LayerShape, ...]) -> int:
-        shape = ModelShape(layers, self.dense.hidden_size, self.dense.head_dim)
+    @abstractmethod
+    def cost(self, shape: ModelShape) -> float:
+        """Cost of a shape, in the budget's own unit."""
+
+    @abstractmethod
+    def expected(self, counts: PerGate) -> Tensor:
+        """Expected fraction where each gate counts with its probability; a differentiable scalar."""
+
+    @abstractmethod
+    def wanted(self, target: Target) -> float:
+        """The fraction of the dense cost that the target allows; ValueError for a target in another unit."""
+
+    def fraction(self, shape: ModelShape) -> float:
+        """Cost of this shape over the dense cost."""
+        return self.cost(shape) / self.total
+
+    def reached(self, shape: ModelShape, target: Target | None) -> dict[str, float]:
+        """This shape's cost by unit, as a target in that unit would have it."""
+        fraction = self.fraction(shape)
+        if isinstance(self, SizeBudget):
+            return {self.unit: fraction}
+        if target is not None and target.unit == "latency_ms":
+            return {"latency_ms": fraction * self.total}
+        return {"speedup": 1 / fraction}
+
+    def prices(self, parts: Sequence[str]) -> PerGate:
+        """What each gate on these parts of the dense model costs, as a fraction of the dense cost: what its
+        whole part costs, spread evenly."""
+        found = PerGate.full(self.dense, 0.0)
+        if "hidden" in parts:
+            saved = 1.0 - self.fraction(replace(self.dense, hidden_size=1))
+            found.hidden += saved / max(self.dense.hidden_size - 1, 1)
+        for i, layer in enumerate(self.dense.layers):
+            for kept, tensor in (
+                (LayerShape(0, layer.ffn_width), found.heads[i]),
+                (LayerShape(layer.num_heads, 0), found.ffn[i]),
+            ):
+                layers = (*self.dense.layers[:i], kept, *self.dense.layers[i + 1 :])
+                saved = 1.0 - self.fraction(replace(self.dense, layers=layers))
+                tensor += saved / max(tensor.numel(), 1)
+        return found
+
+    def check_reachable(self, target: Target, parts: Sequence[str]) -> None:
+        """ValueError, saying what is within reach, where even closing every gate on these parts costs more
+        than the target, or the dense model costs no more."""
+        wanted = self.wanted(target)
+        if wanted >= 1:
+            raise ValueError(f"target {target}: the dense model costs no more than that")
+        layers = tuple(
+            LayerShape(0 if "heads" in parts else layer.num_heads, 0 if "ffn" in parts else layer.ffn_width)
+            for layer in self.dense.layers
+        )
+        hidden = 1 if "hidden" in parts else self.dense.hidden_size
+        least = self.fraction(ModelShape(layers, hidden, self.dense.head_dim))
+        if wanted < least:
+            within = f"{1 / least:.2f}x" if target.unit == "speedup" else f"{least * self._scale(target):.4g}"
+            raise ValueError(
+                f"target {target} cannot be met: with every gate on {', '.join(parts)} closed "
+                f"{least:.4f} of the dense cost is left; {target.unit} {within} is the limit of what is "
+                "within reach"
+            )
+
+    def _scale(self, target: Target) -> float:
+        return self.total if target.unit == "latency_ms" else 1.0
+
+
+class SizeBudget(Budget):
+    """Parameters, or multiply-accumulates over sequences of these lengths (tokens)."""
+
+    def __init__(self, dense: ModelShape, unit: str, lengths: Sequence[int] = ()) -> None:
+        if unit not in ("params", "macs"):
+            raise ValueError(f"unit is {unit!r}; params or macs is needed")
+        if unit == "macs" and not lengths:
+            raise ValueError("MACs depend on the sequence lengths, and none were given")
+        self.unit, self.lengths = unit, list(lengths)
+        super().__init__(dense)
+        self._at_dense, self._at_one = self._counts(dense.hidden_size), self._counts(1)
+
+    def cost(self, shape: ModelShape) -> float:
         return shape.parameters() if self.unit == "params" else shape.macs(self.lengths)
 
-    def fraction(self, layers: Sequence[LayerShape]) -> float:
-        """Cost of these shapes over the dense cost."""
-        return self._cost(tuple(layers)) / self.total
+    def wanted(self, target: Target) -> float:
+        if target.unit != self.unit:
+            raise ValueError(f"target {target.unit} is not held by a budget of {self.unit}")
+        return target.value
 
-    def expected(self, heads: Sequence[Tensor], ffn: Sequence[Tensor]) -> Tensor:
-        """Expected fraction under the gates' open probabilities; differentiable scalar."""
-        kept_heads, kept_units = torch.cat(list(heads)).sum(), torch.cat(list(ffn)).sum()
-        return self.constant + self.per_head * kept_heads + self.per_unit * kept_units
+    def _counts(self, hidden: int) -> tuple[float, float, float]:
+        """Fractions that an empty encoder, one head and one FFN unit cost at this hidden size."""
+        none = (LayerShape(0, 0),) * len(self.dense.layers)
 
-    def check_reachable(self, target: Target) -> None:
-        """ValueError, naming the least that can be reached, where even an empty encoder costs more than the
-        target."""
-        if target.fraction < self.constant:
-            raise ValueError(
-                f"target {self.unit} {target.fraction:.4f} cannot be met: an encoder with no head "
-                f"and no FFN unit left "
-                f"still has {self.constant:.4f} of the dense {self.unit} (biases and LayerNorms); "
-                f"the least is that"
-            )
+        def fraction(first: LayerShape) -> float:
+            return self.fraction(ModelShape((first, *none[1:]), hidden, self.dense.head_dim))
+
+        empty = fraction(LayerShape(0, 0))
+        return empty, fraction(LayerShape(1, 0)) - empty, fraction(LayerShape(0, 1)) - empty
+
+    def expected(self, counts: PerGate) -> Tensor:
+        heads, units = torch.cat(counts.heads).sum(), torch.cat(counts.ffn).sum()
+        # Every count is linear in the hidden size: a point between 1 (0) and the dense one (1).
+        place = (counts.hidden.sum() - 1) / max(self.dense.hidden_size - 1, 1)
+        empty, head, unit = (
+            one + place * (dense - one) for one, dense in zip(self._at_one, self._at_dense, strict=True)
+        )
+        return empty + heads * head + units * unit
+
+
+class LatencyBudget(Budget):
+    """Milliseconds of a batch of the table's workload, on the machine that the table was measured on."""
+
+    def __init__(self, dense: ModelShape, table: LatencyTable) -> None:
+        self.table = table
+        self._attention, self._ffn = torch.tensor(table.attention).T, torch.tensor(table.ffn).T
+        super().__init__(dense)
+
+    def cost(self, shape: ModelShape) -> float:
+        if shape.hidden_size != self.dense.hidden_size:
+            raise ValueError("the table was measured at one hidden size: hidden gates go with params or macs")
+        return self.table.predict(shape.layers)
+
+    def wanted(self, target: Target) -> float:
+        if target.unit == "speedup":
+            return 1 / target.value
+        if target.unit == "latency_ms":
+            return target.value / self.total
+        raise ValueError(f"target {target.unit} is not held by a budget of measured time")
+
+    def expected(self, counts: PerGate) -> Tensor:
+        total = torch.full((), self.table.base_ms, device=counts.hidden.device)
+        for points, widths in ((self._attention, counts.heads), (self._ffn, counts.ffn)):
+            total = total + sum(_interpolated(points.to(total), width.sum()) for width in widths)
+        return total / self.total
+
+
+def _interpolated(points: Tensor, x: Tensor) -> Tensor:
+    """Piecewise linear through points (2, n), rising in the first row; differentiable in the scalar x."""
+    known, values = points
+    if known.numel() == 1:
+        return values[0] + 0 * x
+    right = int(torch.searchsorted(known, x.detach()).clamp(1, known.numel() - 1))
+    slope = (values[right] - values[right - 1]) / (known[right] - known[right - 1])
+    return values[right - 1] + slope * (x - known[right - 1])
+
+
+def make_budget(
+    target: Target, dense: ModelShape, lengths: Sequence[int], table: LatencyTable | None
+) -> Budget:
+    """The budget that the target is in."""
+    if not target.is_time:
+        return SizeBudget(dense, target.unit, lengths)
+    if table is None:
+        raise ValueError(f"target {target.unit} needs a latency table")
+    return LatencyBudget(dense, table)

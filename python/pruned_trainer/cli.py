@@ -1,10 +1,11 @@
-"""pruned-trainer: prune | demo | compact | evaluate."""
+"""pruned-trainer: prune | sweep | demo | compact | evaluate."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers.utils import logging
@@ -15,11 +16,14 @@ from pruned_trainer.compact import compact
 from pruned_trainer.decision import Decision
 from pruned_trainer.demo import demo
 from pruned_trainer.distillation import Distillation
-from pruned_trainer.job import PruneSettings
+from pruned_trainer.distributed import is_main
+from pruned_trainer.evaluation import Prepared, choose_threshold, evaluate_on
+from pruned_trainer.gates import PARTS, PENALTIES
 from pruned_trainer.loading import OutputFolder, load_model, load_tokenizer, save_checkpoint
-from pruned_trainer.prune import prune
-from pruned_trainer.tasks.squad import load_squad
-from pruned_trainer.trainer import InterruptedTraining
+from pruned_trainer.prune import prune, sweep
+from pruned_trainer.settings import DISTIL_IN, PRECISIONS, RECIPES, PruneSettings
+from pruned_trainer.tasks.sources import read_examples
+from pruned_trainer.training import InterruptedTraining
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,38 +51,36 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, with every default shown."""
     parser = argparse.ArgumentParser(prog="pruned-trainer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    shown = argparse.ArgumentDefaultsHelpFormatter
-    one = commands.add_parser(
-        "prune", help="prune a question-answering model on SQuAD-format data", formatter_class=shown
-    )
-    one.set_defaults(run=_prune)
-    one.add_argument(
-        "--model", required=True, help="fine-tuned BERT or RoBERTa question-answering checkpoint"
-    )
-    one.add_argument("--train-file", type=Path, required=True, help="SQuAD 1.1 or 2.0 JSON")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        one.set_defaults(run=run)
+        return one
+
+    one = command("prune", _prune, "prune a question-answering model on SQuAD-format data")
+    _add_model_and_data(one)
+    _add_target(one, several=False)
     _add_training_options(one, required=True)
-    one = commands.add_parser(
-        "demo", help="fine-tune, prune and measure a small model, offline", formatter_class=shown
-    )
-    one.set_defaults(run=_demo)
+    one = command("sweep", _sweep, "a family of pruned models from one training of the gates")
+    _add_model_and_data(one)
+    _add_target(one, several=True)
+    _add_training_options(one, required=True)
+    one = command("demo", _demo, "fine-tune, prune and measure a small model, offline")
     one.add_argument(
         "--model", default="", help="encoder to fine-tune (default: the all-MiniLM-L6-v2 package)"
     )
     one.add_argument(
         "--train-file", type=Path, default=Path(), help="SQuAD JSON (default: generated questions)"
     )
+    _add_target(one, several=False)
     _add_training_options(one, required=False)
     one.set_defaults(out=Path("build/demo"))
-    one = commands.add_parser(
-        "compact", help="make the narrow model of a recorded decision", formatter_class=shown
-    )
-    one.set_defaults(run=_compact)
+    one = command("compact", _compact, "make the narrow model of a recorded decision")
     one.add_argument("--model", required=True, help="the checkpoint that the decision was made for")
     one.add_argument("--decision", type=Path, required=True, help="decision.json")
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--overwrite", action="store_true")
-    one = commands.add_parser("evaluate", help="exact, F1 and span F1 of a checkpoint", formatter_class=shown)
-    one.set_defaults(run=_evaluate)
+    one = command("evaluate", _evaluate, "exact, F1 and span F1 of a checkpoint")
     one.add_argument("--model", required=True)
     one.add_argument("--eval-file", type=Path, required=True)
     one.add_argument(
@@ -90,6 +92,37 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="fine-tuned BERT or RoBERTa question-answering checkpoint"
+    )
+    parser.add_argument(
+        "--train-file", type=Path, required=True,
+        help="SQuAD JSON, another local dataset in SQuAD's columns, or a hub name (owner/name:split)",
+    )  # fmt: skip
+
+
+TARGETS = {
+    "speedup": "times as fast as the dense model, measured",
+    "latency_ms": "milliseconds a batch of the workload, measured",
+    "params": "fraction of the encoder's parameters to keep",
+    "macs": "fraction of the encoder's multiply-accumulates to keep",
+}
+
+
+def _add_target(parser: argparse.ArgumentParser, several: bool) -> None:
+    group = parser.add_mutually_exclusive_group(required=several)
+    for name, text in TARGETS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=float, help=text, nargs="+" if several else None
+        )
+    parser.add_argument(
+        "--latency-table", type=Path,
+        help="made by pruned-ops latency-table; its workload is the target's (default: one is measured, at "
+        "batch 8 and the validation file's lengths)",
+    )  # fmt: skip
+
+
 def _add_training_options(parser: argparse.ArgumentParser, required: bool) -> None:
     defaults = PruneSettings("", Path(), Path(), Target(macs=0.5))
     parser.add_argument(
@@ -98,51 +131,103 @@ def _add_training_options(parser: argparse.ArgumentParser, required: bool) -> No
     parser.add_argument("--eval-file", type=Path, help="for results only (default: the validation questions)")
     parser.add_argument("--out", type=Path, required=required)
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    target = parser.add_mutually_exclusive_group(required=required)
-    target.add_argument("--params", type=float, help="fraction of the encoder's parameters to keep")
-    target.add_argument("--macs", type=float, help="fraction of the encoder's multiply-accumulates to keep")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that --out.partial holds")
+    parser.add_argument("--teacher", help="who teaches (default: the model itself, before pruning)")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default=defaults.recipe,
+        help="joint: gates and weights together, held to the target; paper: gates alone, each part apart, at "
+        "a price; the others train no gates",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(defaults.parts), help="what is pruned"
+    )
+    parser.add_argument(
+        "--penalty", choices=tuple(PENALTIES), default=defaults.penalty,
+        help="a gate counts by P(gate > 0), or by P(gate = 1)",
+    )  # fmt: skip
     parser.add_argument("--max-minutes", type=float, help="fit the training into this time (default: epochs)")
     for name in (
-        "gate_epochs",
-        "retrain_epochs",
-        "learning_rate",
-        "gate_learning_rate",
-        "retrain_learning_rate",
-        "dropout",
-    ):
+        "lambda_attention", "lambda_ffn", "lambda_hidden", "gate_epochs", "retrain_epochs", "learning_rate",
+        "gate_learning_rate", "retrain_learning_rate", "dropout",
+    ):  # fmt: skip
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
-    for name in ("gate_steps", "retrain_steps", "batch_size", "align", "max_length", "stride", "seed"):
+    for name in (
+        "gate_steps", "retrain_steps", "batch_size", "align", "max_length", "stride", "seed", "save_steps",
+    ):  # fmt: skip
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    parser.add_argument("--train-embeddings", action="store_true", help="train the word embeddings too")
+    for name, text in (
+        ("train_embeddings", "train the word embeddings too"),
+        ("compile", "torch.compile the narrow model while it trains"),
+        ("tensorboard", "write loss parts, budget and open gates to --out/tensorboard"),
+    ):
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    parser.add_argument("--precision", choices=PRECISIONS, default=defaults.precision, help="autocast")
+    _add_distillation(parser, defaults.distillation)
+
+
+def _add_distillation(parser: argparse.ArgumentParser, defaults: Distillation) -> None:
     for name in ("task", "logits", "hidden", "temperature"):
         parser.add_argument(
-            f"--distil-{name}",
-            type=float,
-            default=getattr(defaults.distillation, name),
-            help="see Distillation",
+            f"--distil-{name}", type=float, default=getattr(defaults, name), help="see Distillation"
         )
+    parser.add_argument(
+        "--distil-projection", action="store_true",
+        help="a learned matrix between the student's hidden states and the teacher's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distil-layers", nargs="+", metavar="STUDENT:TEACHER", type=_pair,
+        help="layers whose outputs are compared, from 1 (default: each with its own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distil-in", choices=DISTIL_IN, help="phases with a teacher (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--cache-teacher", type=Path, metavar="FOLDER",
+        help="keep the teacher's logits on disk, so that it runs once only (with --distil-hidden 0)",
+    )  # fmt: skip
 
 
-def _settings(arguments: argparse.Namespace) -> PruneSettings:
+def _pair(text: str) -> tuple[int, int]:
+    student, _, teacher = text.partition(":")
+    return int(student), int(teacher or student)
+
+
+def _settings(arguments: argparse.Namespace, target: Target | None) -> PruneSettings:
     given = vars(arguments)
     plain = {name: given[name] for name in PruneSettings.__dataclass_fields__ if name in given}
     weights = {name: given[f"distil_{name}"] for name in Distillation.__dataclass_fields__}
-    target = Target(params=arguments.params, macs=arguments.macs)
-    plain["command"] = arguments.command_line
-    return PruneSettings(**plain, target=target, distillation=Distillation(**weights))
+    if weights["layers"] is not None:
+        weights["layers"] = tuple(weights["layers"])
+    plain.update(command=arguments.command_line, parts=tuple(arguments.parts), target=target)
+    return PruneSettings(**plain, distillation=Distillation(**weights))
+
+
+def _target(arguments: argparse.Namespace) -> Target | None:
+    given = {name: getattr(arguments, name) for name in TARGETS if getattr(arguments, name) is not None}
+    return Target(**given) if given else None
 
 
 def _prune(arguments: argparse.Namespace) -> None:
-    report = prune(_settings(arguments))
-    reporting.print_report(report)
-    print(f"written to {arguments.out}")
+    report = prune(_settings(arguments, _target(arguments)))
+    if is_main():
+        reporting.print_report(report)
+        print(f"written to {arguments.out}")
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    (unit,) = (name for name in TARGETS if getattr(arguments, name) is not None)
+    targets = [Target(**{unit: value}) for value in getattr(arguments, unit)]
+    found = sweep(_settings(arguments, targets[0]), targets)
+    if is_main():
+        reporting.print_sweep(found)
+        print(f"written to {arguments.out}: a folder for each model, sweep.json, sweep.png")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    if arguments.params is None and arguments.macs is None:
-        arguments.macs = 0.45
-    reporting.print_report(demo(_settings(arguments)))
-    print(f"written to {arguments.out}; its teacher and data lie beside it")
+    report = demo(_settings(arguments, _target(arguments) or Target(macs=0.45)))
+    if is_main():
+        reporting.print_report(report)
+        print(f"written to {arguments.out}; its teacher and data lie beside it")
 
 
 def _compact(arguments: argparse.Namespace) -> None:
@@ -161,16 +246,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"{arguments.predictions.parent} is no folder; --predictions writes a file into it"
         )
-    files = [load_squad(f) for f in (arguments.eval_file, arguments.validation_file) if f is not None]
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    prepared = [
-        reporting.Prepared.cut(f.examples, tokenizer, arguments.max_length, arguments.stride) for f in files
+    files = [
+        read_examples(f, "validation")
+        for f in (arguments.eval_file, arguments.validation_file)
+        if f is not None
     ]
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    prepared = [Prepared.cut(f, tokenizer, arguments.max_length, arguments.stride) for f in files]
     if len(prepared) == 2:
-        threshold = reporting.choose_threshold(model, prepared[1])
+        threshold = choose_threshold(model, prepared[1])
     else:
         threshold = getattr(model.config, "null_score_threshold", 0.0)
-    result = reporting.evaluate_on(model, prepared[0], threshold)
+    result = evaluate_on(model, prepared[0], threshold)
     for name, value in result.metrics.items():
         print(f"{name:>14}  {value:.2f}" if isinstance(value, float) else f"{name:>14}  {value}")
     if result.f1_span is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruned_ops import (
+    ModelShape,
     PrunedBertConfig,
     PrunedBertForQuestionAnswering,
     PrunedRobertaConfig,
@@ -17,7 +18,7 @@ from pruned_ops import (
 )
 from pruned_ops.packed_encoder import model_shape
 from pruned_trainer.attach import find_encoder
-from pruned_trainer.decision import Decision, LayerDecision
+from pruned_trainer.decision import Decision, Kept, LayerDecision
 
 _TARGETS: dict[str, tuple[type[Any], type[Any]]] = {
     "bert": (PrunedBertConfig, PrunedBertForQuestionAnswering),
@@ -25,6 +26,8 @@ _TARGETS: dict[str, tuple[type[Any], type[Any]]] = {
     "roberta": (PrunedRobertaConfig, PrunedRobertaForQuestionAnswering),
     "pruned_roberta": (PrunedRobertaConfig, PrunedRobertaForQuestionAnswering),
 }
+
+_ONLY_IN_TRAINING = ("pruning_gates.", "distillation_projection.")
 
 
 def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
@@ -40,37 +43,43 @@ def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
             f"({model.config.model_type})"
         )
     source = model_shape(find_encoder(model))
-    _check_fits(decision, source.layers)
+    _check_fits(decision, source)
     config_class, model_class = _TARGETS[model.config.model_type]
+    shape = decision.shape(source)
     fields = {
         **model.config.to_dict(),
-        "head_dim": source.head_dim,
-        "layer_shapes": [d.shape for d in decision.layers],
+        "hidden_size": shape.hidden_size,
+        "head_dim": shape.head_dim,
+        "layer_shapes": list(shape.layers),
     }
     fields.pop("architectures", None)
     narrow = model_class(config_class(**fields)).to(next(model.parameters()).device)
-    state = {
-        name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pruning_gates.")
-    }
+    state = {name: t for name, t in model.state_dict().items() if not name.startswith(_ONLY_IN_TRAINING)}
     for i, layer in enumerate(decision.layers):
         prefix = f"{model.base_model_prefix}.encoder.layer.{i}."
         _slice_layer(state, prefix, layer, source.head_dim)
+    if decision.hidden is not None:
+        _slice_hidden(state, decision.hidden)
     narrow.load_state_dict(state)
     return narrow.train(model.training)
 
 
-def _check_fits(decision: Decision, layers: tuple[Any, ...]) -> None:
+def _check_fits(decision: Decision, source: ModelShape) -> None:
+    layers = source.layers
     if len(decision.layers) != len(layers):
         raise ValueError(f"the decision is for {len(decision.layers)} layers, the model has {len(layers)}")
     for i, (chosen, shape) in enumerate(zip(decision.layers, layers, strict=True)):
-        for kind, kept, size in (
-            ("head", chosen.heads, shape.num_heads),
-            ("FFN unit", chosen.ffn, shape.ffn_width),
-        ):
-            if kept.indices and kept.indices[-1] >= size:
-                raise ValueError(
-                    f"layer {i}: the decision keeps {kind} {kept.indices[-1]}, the model has {size}"
-                )
+        _check_inside(chosen.heads, shape.num_heads, f"layer {i}: the decision keeps head")
+        _check_inside(chosen.ffn, shape.ffn_width, f"layer {i}: the decision keeps FFN unit")
+    if decision.hidden is not None:
+        _check_inside(decision.hidden, source.hidden_size, "the decision keeps hidden dimension")
+        if not decision.hidden.indices:
+            raise ValueError("the decision keeps no hidden dimension at all")
+
+
+def _check_inside(kept: Kept, size: int, what: str) -> None:
+    if kept.indices and kept.indices[-1] >= size:
+        raise ValueError(f"{what} {kept.indices[-1]}, the model has {size}")
 
 
 def _slice_layer(state: dict[str, Tensor], prefix: str, layer: LayerDecision, head_dim: int) -> None:
@@ -92,3 +101,15 @@ def _slice_layer(state: dict[str, Tensor], prefix: str, layer: LayerDecision, he
     state[key] = state[key].index_select(1, units) * torch.tensor(layer.ffn.values, device=device).to(
         state[key]
     )
+
+
+def _slice_hidden(state: dict[str, Tensor], hidden: Kept) -> None:
+    """Every tensor's hidden dimension; an open gate scales what each LayerNorm puts out."""
+    for name, tensor in state.items():
+        kept = torch.tensor(hidden.indices, dtype=torch.long, device=tensor.device)
+        if name.endswith(("LayerNorm.weight", "LayerNorm.bias")):
+            state[name] = tensor.index_select(0, kept) * torch.tensor(hidden.values).to(tensor)
+        elif name.endswith(("output.dense.weight", "output.dense.bias")):
+            state[name] = tensor.index_select(0, kept)  # a layer's outputs
+        elif tensor.dim() == 2:
+            state[name] = tensor.index_select(1, kept)  # embeddings, and what reads the hidden states

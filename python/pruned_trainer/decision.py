@@ -1,10 +1,9 @@
-"""The decision: which heads and FFN units stay, with their gate values, after alignment. Made once, written
-down."""
+"""The decision: which heads, FFN units and hidden dimensions stay, with their gate values, after alignment.
+Made once, written down."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops import LayerShape
+from pruned_ops import LayerShape, ModelShape
 from pruned_trainer.budget import Budget, Target
-from pruned_trainer.gates import Gates, deterministic_gate
+from pruned_trainer.gates import PerGate, Scores
 
 FORMAT = 1
+# A hidden dimension that stays counts in every LayerNorm's statistics, which one with a gate of 0 does not: one
+# that stays although its gate was closed (to fill an alignment, or a target) is opened this far.
+LEAST_HIDDEN_VALUE = 0.01
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,23 @@ class LayerDecision:
 
 @dataclass(frozen=True)
 class Decision:
-    """The recorded choice for a whole model. target and reached: unit -> fraction of the dense encoder."""
+    """The recorded choice for a whole model.
+
+    hidden: the hidden dimensions that stay, None where there were no gates on them (all stay, as they are).
+    target: the unit and the value that were asked for, empty where a threshold decided. reached: the unit and
+    the value of this choice, by the budget that decided.
+    """
 
     layers: tuple[LayerDecision, ...]
     align: int
     target: dict[str, float]
     reached: dict[str, float]
+    hidden: Kept | None = None
+
+    def shape(self, source: ModelShape) -> ModelShape:
+        """The shape that this choice leaves of a model of shape `source`."""
+        hidden = source.hidden_size if self.hidden is None else len(self.hidden.indices)
+        return ModelShape(tuple(layer.shape for layer in self.layers), hidden, source.head_dim)
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
@@ -69,31 +82,29 @@ class Decision:
             if data.get("format") != FORMAT:
                 raise ValueError(f"format is {data.get('format')!r}, {FORMAT} is needed")
             layers = tuple(
-                LayerDecision(_kept(layer, "heads", i), _kept(layer, "ffn", i)) for i, layer in _layers(data)
+                LayerDecision(_kept(layer, "heads", f"layer {i}"), _kept(layer, "ffn", f"layer {i}"))
+                for i, layer in enumerate(data["layers"])
             )
-            return cls(layers, int(data["align"]), dict(data["target"]), dict(data["reached"]))
+            hidden = _kept(data, "hidden", "model") if data.get("hidden") is not None else None
+            return cls(layers, int(data["align"]), dict(data["target"]), dict(data["reached"]), hidden)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no decision file: {error!r}") from error
 
-    def values(self, gates: Gates) -> tuple[list[Tensor], list[Tensor]]:
-        """Gate values of every head and FFN unit of the source model: what is not kept is 0. For
-        `Gates.fix`."""
-        heads = [_spread(d.heads, s.num_heads) for d, s in zip(self.layers, gates.shape.layers, strict=True)]
-        ffn = [_spread(d.ffn, s.ffn_width) for d, s in zip(self.layers, gates.shape.layers, strict=True)]
-        return heads, ffn
-
-
-def _layers(data: dict[str, Any]) -> enumerate[dict[str, Any]]:
-    return enumerate(data["layers"])
-
-
-def _kept(layer: dict[str, Any], kind: str, number: int) -> Kept:
-    try:
-        return Kept(
-            tuple(int(i) for i in layer[kind]["indices"]), tuple(float(v) for v in layer[kind]["values"])
+    def values(self, shape: ModelShape) -> PerGate:
+        """Gate values of the source model, whose shape this is: what is not kept is 0. For `Gates.fix`."""
+        return PerGate(
+            [_spread(d.heads, s.num_heads) for d, s in zip(self.layers, shape.layers, strict=True)],
+            [_spread(d.ffn, s.ffn_width) for d, s in zip(self.layers, shape.layers, strict=True)],
+            torch.ones(shape.hidden_size) if self.hidden is None else _spread(self.hidden, shape.hidden_size),
         )
+
+
+def _kept(holder: dict[str, Any], kind: str, where: str) -> Kept:
+    try:
+        kept = holder[kind]
+        return Kept(tuple(int(i) for i in kept["indices"]), tuple(float(v) for v in kept["values"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"layer {number}, {kind}: {error}") from error
+        raise ValueError(f"{where}, {kind}: {error}") from error
 
 
 def _spread(kept: Kept, size: int) -> Tensor:
@@ -107,42 +118,66 @@ def round_up(width: int, align: int, limit: int) -> int:
     return min(-(-width // align) * align, limit)
 
 
-def decide(gates: Gates, budget: Budget, target: Target, align: int = 8) -> Decision:
-    """The largest choice within the target: all gates above one threshold on log_alpha, FFN widths rounded
-    up.
+def decide(
+    scores: Scores, budget: Budget, target: Target, align: int = 8, fraction: float | None = None
+) -> Decision:
+    """The largest choice within the target: all gates that rank above one threshold, FFN widths and the
+    hidden size rounded up.
 
-    Heads and FFN units compete on one scale, because the Lagrangian charged each for its own cost.
-    ValueError where not even the smallest choice meets the target.
+    Heads, FFN units and hidden dimensions compete on one scale: the Lagrangian charged each for its own cost,
+    and the other scores are divided by it. fraction: hold the budget to this instead of the target's own
+    fraction, where measured time told that they differ. ValueError where not even the smallest choice fits.
     """
-    budget.check_reachable(target)
-    heads = [h.detach().float().cpu() for h in gates.heads]
-    ffn = [f.detach().float().cpu() for f in gates.ffn]
-    thresholds = torch.cat([*heads, *ffn, torch.tensor([torch.inf])]).unique()
+    limit = budget.wanted(target) if fraction is None else fraction
+    finite = [t[torch.isfinite(t)] for part in (scores.rank.heads, scores.rank.ffn) for t in part]
+    finite.append(scores.rank.hidden[torch.isfinite(scores.rank.hidden)])
+    thresholds = torch.cat([*finite, torch.tensor([torch.inf])]).unique()
     # The cost falls as the threshold rises: the first threshold that fits keeps the most.
     low, high = 0, len(thresholds) - 1
+    if budget.fraction(_shape(scores, budget, float("inf"), align)) > limit:
+        raise ValueError(f"not even the smallest choice meets {limit:.4f} of the dense cost")
     while low < high:
         middle = (low + high) // 2
-        fits = budget.fraction(_shapes(heads, ffn, float(thresholds[middle]), align)) <= target.fraction
+        fits = budget.fraction(_shape(scores, budget, float(thresholds[middle]), align)) <= limit
         low, high = (low, middle) if fits else (middle + 1, high)
-    shapes = _shapes(heads, ffn, float(thresholds[low]), align)
+    return decide_at(scores, budget, float(thresholds[low]), align, target)
+
+
+def decide_at(
+    scores: Scores, budget: Budget, threshold: float, align: int = 8, target: Target | None = None
+) -> Decision:
+    """Everything that ranks at `threshold` or above, FFN widths and the hidden size rounded up."""
+    shape = _shape(scores, budget, threshold, align)
     layers = tuple(
-        LayerDecision(_best(h, shape.num_heads), _best(f, shape.ffn_width))
-        for h, f, shape in zip(heads, ffn, shapes, strict=True)
+        LayerDecision(
+            _best(scores.rank.heads[i], scores.values.heads[i], layer.num_heads),
+            _best(scores.rank.ffn[i], scores.values.ffn[i], layer.ffn_width),
+        )
+        for i, layer in enumerate(shape.layers)
     )
-    return Decision(layers, align, {budget.unit: target.fraction}, {budget.unit: budget.fraction(shapes)})
+    hidden = None
+    if bool(torch.isfinite(scores.rank.hidden).any()):
+        values = scores.values.hidden.clamp(min=LEAST_HIDDEN_VALUE)
+        hidden = _best(scores.rank.hidden, values, shape.hidden_size)
+    asked = {target.unit: target.value} if target is not None else {}
+    return Decision(layers, align, asked, budget.reached(shape, target), hidden)
 
 
-def _shapes(heads: Sequence[Tensor], ffn: Sequence[Tensor], threshold: float, align: int) -> list[LayerShape]:
-    return [
-        LayerShape(int((h >= threshold).sum()), round_up(int((f >= threshold).sum()), align, f.numel()))
-        for h, f in zip(heads, ffn, strict=True)
-    ]
+def _shape(scores: Scores, budget: Budget, threshold: float, align: int) -> ModelShape:
+    def count(rank: Tensor) -> int:
+        return int((rank >= threshold).sum())
+
+    layers = tuple(
+        LayerShape(count(h), round_up(count(f), align, f.numel()))
+        for h, f in zip(scores.rank.heads, scores.rank.ffn, strict=True)
+    )
+    hidden = scores.rank.hidden
+    # A model without any hidden dimension is none.
+    return ModelShape(layers, round_up(max(count(hidden), 1), align, hidden.numel()), budget.dense.head_dim)
 
 
-def _best(log_alpha: Tensor, count: int) -> Kept:
-    """The `count` gates with the largest log_alpha; of equals the first, so that the choice is always the
-    same."""
-    order = torch.sort(log_alpha, descending=True, stable=True).indices[:count]
+def _best(rank: Tensor, values: Tensor, count: int) -> Kept:
+    """The `count` gates that rank highest; of equals the first, so that the choice is always the same."""
+    order = torch.sort(rank, descending=True, stable=True).indices[:count]
     indices = order.sort().values
-    values = deterministic_gate(log_alpha[indices])
-    return Kept(tuple(indices.tolist()), tuple(values.tolist()))
+    return Kept(tuple(indices.tolist()), tuple(values[indices].tolist()))

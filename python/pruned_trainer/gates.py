@@ -1,5 +1,4 @@
-"""Hard-concrete gates (Louizos et al. 2018) on attention heads and FFN activations, and the Lagrangian that
-holds a budget.
+"""Hard-concrete gates (Louizos et al. 2018) on attention heads, FFN activations and hidden dimensions.
 
 A gate is a multiplier in [0, 1] with a trainable location, log_alpha. While training it is sampled anew for
 each minibatch; in evaluation it is deterministic. Both are exactly 0 or 1 with positive probability, so gates
@@ -9,7 +8,8 @@ close for real.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,24 @@ LOW, HIGH = -0.1, 1.1
 # P(gate > 0) = 0.98 and a deterministic gate of exactly 1: training starts at the model as it is, and not so
 # far out that the price of an open gate has no gradient.
 INITIAL_LOG_ALPHA = 2.5
+# What gates can be put on; every layer has its own heads and FFN units, all layers share the hidden
+# dimensions.
+PARTS = ("heads", "ffn", "hidden")
+DEFAULT_PARTS = ("heads", "ffn")
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
     """P(gate > 0), elementwise: sigmoid(log_alpha - beta * log(-low / high))."""
     return torch.sigmoid(log_alpha - BETA * math.log(-LOW / HIGH))
+
+
+def one_probability(log_alpha: Tensor) -> Tensor:
+    """P(gate = 1), elementwise: sigmoid(log_alpha - beta * log((1 - low) / (high - 1)))."""
+    return torch.sigmoid(log_alpha - BETA * math.log((1 - LOW) / (HIGH - 1)))
+
+
+# What a gate counts in the budget: as open when it is not 0 (Louizos et al.), or only when it is exactly 1.
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"open": open_probability, "one": one_probability}
 
 
 def deterministic_gate(log_alpha: Tensor) -> Tensor:
@@ -40,53 +53,145 @@ def sampled_gate(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     return (torch.sigmoid((noise + log_alpha) / BETA) * (HIGH - LOW) + LOW).clamp(0.0, 1.0)
 
 
-class Gates(nn.Module):
-    """One gate for each head and each FFN unit of every layer.
+@dataclass
+class PerGate:
+    """One number for each gate of a model.
 
-    heads[i] (num_heads,) and ffn[i] (ffn_width,) hold log_alpha of layer i; `draw` refreshes `head_values`
-    and `ffn_values`, which multiply the contexts and the activations. The noise depends on `seed` and on how
-    many draws were made (a saved buffer) alone: equal on every process, and the same after a resumed run.
+    heads[i] (num_heads,) and ffn[i] (ffn_width,) are layer i's, hidden (hidden_size,) is the whole model's.
+    """
+
+    heads: list[Tensor]
+    ffn: list[Tensor]
+    hidden: Tensor
+
+    @classmethod
+    def full(cls, shape: ModelShape, value: float) -> PerGate:
+        """The same number for every gate of a model of this shape."""
+        return cls(
+            [torch.full((layer.num_heads,), value) for layer in shape.layers],
+            [torch.full((layer.ffn_width,), value) for layer in shape.layers],
+            torch.full((shape.hidden_size,), value),
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PerGate:
+        """The function of each tensor."""
+        return PerGate(
+            [function(h) for h in self.heads], [function(f) for f in self.ffn], function(self.hidden)
+        )
+
+    def of(self, part: str) -> list[Tensor]:
+        """The tensors of one of PARTS."""
+        return {"heads": self.heads, "ffn": self.ffn, "hidden": [self.hidden]}[part]
+
+    def replace(self, part: str, other: PerGate) -> PerGate:
+        """These numbers, but `other`'s for one of PARTS."""
+        one = PerGate(list(self.heads), list(self.ffn), self.hidden)
+        if part == "heads":
+            one.heads = list(other.heads)
+        elif part == "ffn":
+            one.ffn = list(other.ffn)
+        else:
+            one.hidden = other.hidden
+        return one
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a choice is made from: `rank` says what stays longest (larger; +inf: never goes), `values` what an
+    open gate multiplies its part by."""
+
+    rank: PerGate
+    values: PerGate
+
+
+class Gates(nn.Module):
+    """One gate for each head and each FFN unit of every layer, and one for each hidden dimension.
+
+    parts: those of PARTS that have gates; the others stay open. heads[i] (num_heads,), ffn[i] (ffn_width,)
+    and hidden[0] (hidden_size,) hold log_alpha; `draw` refreshes `values`, by which the hooks multiply. The
+    noise depends on `seed` and on how many draws were made (a saved buffer) alone: equal on every process,
+    and the same after a resumed run.
     """
 
     draws: Tensor
 
-    def __init__(self, shape: ModelShape, seed: int = 0) -> None:
+    def __init__(self, shape: ModelShape, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS) -> None:
         super().__init__()
-        self.shape = shape
-        self.seed = seed
-        self.heads = nn.ParameterList(torch.full((s.num_heads,), INITIAL_LOG_ALPHA) for s in shape.layers)
-        self.ffn = nn.ParameterList(torch.full((s.ffn_width,), INITIAL_LOG_ALPHA) for s in shape.layers)
+        check_parts(parts)
+        self.shape, self.seed, self.parts = shape, seed, tuple(part for part in PARTS if part in parts)
+        start = PerGate.full(shape, INITIAL_LOG_ALPHA)
+        self.heads, self.ffn, self.hidden = (
+            nn.ParameterList(start.of(part) if part in self.parts else []) for part in PARTS
+        )
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
-        self.fixed: tuple[list[Tensor], list[Tensor]] | None = None
-        self.head_values: list[Tensor] = []
-        self.ffn_values: list[Tensor] = []
+        self.fixed: PerGate | None = None
+        self.values = PerGate.full(shape, 1.0)
+
+    def log_alphas(self, part: str) -> list[nn.Parameter]:
+        """The trained locations of one of PARTS; empty where it has no gates."""
+        return list({"heads": self.heads, "ffn": self.ffn, "hidden": self.hidden}[part])
+
+    def locations(self) -> list[nn.Parameter]:
+        """All log_alpha parameters."""
+        return [parameter for part in self.parts for parameter in self.log_alphas(part)]
+
+    def per_gate(self, function: Callable[[Tensor], Tensor], without: float) -> PerGate:
+        """`function` of each log_alpha, and `without` for the parts that have no gates."""
+        device = self.draws.device
+        found = PerGate.full(self.shape, without).map(lambda tensor: tensor.to(device))
+        for part in self.parts:
+            mapped = [function(log_alpha) for log_alpha in self.log_alphas(part)]
+            if part == "hidden":
+                found.hidden = mapped[0]
+            else:
+                setattr(found, part, mapped)
+        return found
 
     def draw(self) -> None:
         """Set the values for the next forward: fixed ones if set, samples while training, else deterministic
         ones."""
         if self.fixed is not None:
-            self.head_values, self.ffn_values = self.fixed
+            self.values = self.fixed
         elif self.training:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.draws))
             self.draws += 1
-            self.head_values = [_sample(log_alpha, generator) for log_alpha in self.heads]
-            self.ffn_values = [_sample(log_alpha, generator) for log_alpha in self.ffn]
+            self.values = self.per_gate(lambda log_alpha: _sample(log_alpha, generator), 1.0)
         else:
-            self.head_values = [deterministic_gate(log_alpha) for log_alpha in self.heads]
-            self.ffn_values = [deterministic_gate(log_alpha) for log_alpha in self.ffn]
+            self.values = self.per_gate(deterministic_gate, 1.0)
 
-    def fix(self, heads: Sequence[Tensor], ffn: Sequence[Tensor]) -> None:
-        """Use these values from now on, in training and evaluation: a hard decision, or all ones."""
-        like = self.heads[0] if len(self.heads) else torch.zeros(())
-        self.fixed = ([v.to(like) for v in heads], [v.to(like) for v in ffn])
+    def fix(self, values: PerGate) -> None:
+        """Use these values from now on, in training and evaluation: a hard decision, or all ones.
+
+        ValueError where values of a part without gates are not all 1: nothing would apply them.
+        """
+        for part in PARTS:
+            if part not in self.parts and any(bool((value != 1).any()) for value in values.of(part)):
+                raise ValueError(f"there are no gates on {part}: attach them with parts including {part!r}")
+        self.fixed = values.map(lambda value: value.to(self.draws.device))
 
     def fix_open(self) -> None:
-        """All gates open: exactly the model without gates."""
-        self.fix([torch.ones_like(h) for h in self.heads], [torch.ones_like(f) for f in self.ffn])
+        """All gates open: the model without gates."""
+        self.fix(PerGate.full(self.shape, 1.0))
 
-    def open_probabilities(self) -> tuple[list[Tensor], list[Tensor]]:
-        """P(gate > 0) of each head and FFN unit, layer by layer; differentiable."""
-        return [open_probability(h) for h in self.heads], [open_probability(f) for f in self.ffn]
+    def probabilities(self, penalty: str = "open") -> PerGate:
+        """The probability of each gate that counts, P(gate > 0) or (penalty "one") P(gate = 1);
+        differentiable."""
+        return self.per_gate(PENALTIES[penalty], 1.0)
+
+    @torch.no_grad()
+    def scores(self) -> Scores:
+        """log_alpha as rank, the deterministic gates as values; on the CPU."""
+        rank = self.per_gate(lambda log_alpha: log_alpha.detach().clone(), math.inf)
+        values = self.per_gate(deterministic_gate, 1.0)
+        return Scores(rank.map(lambda t: t.float().cpu()), values.map(lambda t: t.float().cpu()))
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """ValueError unless these are one or more of PARTS."""
+    if not parts or not set(parts) <= set(PARTS):
+        raise ValueError(
+            f"parts are {', '.join(parts) or 'none'}: one or more of {', '.join(PARTS)} is needed"
+        )
 
 
 def _sample(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
@@ -94,21 +199,3 @@ def _sample(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
     # the logs.
     uniform = torch.rand(log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
     return sampled_gate(log_alpha, uniform.to(log_alpha))
-
-
-class Lagrangian(nn.Module):
-    """Holds the expected budget at a target: linear * gap + quadratic * gap^2, with both multipliers trained
-    upwards.
-
-    gap = expected fraction - target fraction (Wang et al. 2020, as used by CoFi). The multipliers are
-    parameters for gradient ascent: give them to an optimiser with maximize=True.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Parameter(torch.zeros(()))
-        self.quadratic = nn.Parameter(torch.zeros(()))
-
-    def forward(self, expected: Tensor, target: float) -> Tensor:
-        gap = expected - target
-        return self.linear * gap + self.quadratic * gap.square()

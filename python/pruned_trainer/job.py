@@ -1,147 +1,172 @@
-"""What a pruning run is told, and what it loads and checks before any time is spent on training."""
+"""What a pruning run loads and checks before any time is spent on training."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from pruned_ops.latency import LatencyTable, measure_table
+from pruned_ops.measure import Workload
 from pruned_ops.packed_encoder import model_shape
 from pruned_trainer.attach import find_encoder
-from pruned_trainer.budget import Budget, Target
-from pruned_trainer.distillation import Distillation
-from pruned_trainer.loading import OutputFolder, load_model, load_tokenizer
-from pruned_trainer.report import Prepared
+from pruned_trainer.budget import Budget, SizeBudget, Target, make_budget
+from pruned_trainer.distributed import is_main, once
+from pruned_trainer.evaluation import BATCH_SIZE, TIMED_BATCHES, Prepared
+from pruned_trainer.loading import load_model, load_tokenizer
+from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.extractive import training_features
-from pruned_trainer.tasks.squad import Example, load_squad, split_articles
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """Everything a run is told. Times in minutes, lengths in tokens; None where a default is worked out."""
-
-    model: str
-    train_file: Path
-    out: Path
-    target: Target
-    validation_file: Path | None = None
-    eval_file: Path | None = None
-    max_minutes: float | None = None
-    gate_epochs: float | None = None
-    retrain_epochs: float | None = None
-    gate_steps: int | None = None
-    retrain_steps: int | None = None
-    batch_size: int = 16
-    learning_rate: float = 1e-4
-    gate_learning_rate: float = 0.1
-    retrain_learning_rate: float = 2e-4
-    distillation: Distillation = field(default_factory=Distillation)
-    dropout: float = 0.0
-    train_embeddings: bool = False
-    align: int = 8
-    max_length: int = 384
-    stride: int = 128
-    seed: int = 0
-    overwrite: bool = False
-    command: str | None = None  # for the report: the command line that said all this
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "align", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
-        for name in (
-            "learning_rate",
-            "gate_learning_rate",
-            "retrain_learning_rate",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
-        for name in ("max_minutes", "gate_steps", "retrain_steps", "gate_epochs", "retrain_epochs"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}: it must be positive")
-        for phase in ("gate", "retrain"):
-            if getattr(self, f"{phase}_epochs") and (getattr(self, f"{phase}_steps") or self.max_minutes):
-                raise ValueError(f"{phase}_epochs, and {phase}_steps or max_minutes: say one of them")
-        if self.max_minutes and self.gate_steps and self.retrain_steps:
-            raise ValueError(
-                "max_minutes has nothing to decide where both gate_steps and retrain_steps are given"
-            )
-        if self.eval_file and self.validation_file and same_file(self.eval_file, self.validation_file):
-            raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it must lie in [0, 1)")
-
-    @property
-    def inputs(self) -> tuple[Path | str | None, ...]:
-        """What the output must not replace."""
-        return self.model, self.train_file, self.validation_file, self.eval_file
-
-
-def same_file(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+from pruned_trainer.tasks.sources import read_examples
+from pruned_trainer.tasks.squad import Example, split_articles
+from pruned_trainer.teacher_cache import TeacherCache, fingerprint
 
 
 @dataclass
 class Job:
-    """What a run holds from its first phase to its last. The teacher is the model as it came, frozen."""
+    """What a run holds from its first phase to its last.
+
+    dense: the model as it came, frozen. teacher: what distils it, the same unless another was given.
+    workload: what is timed. table: measured where a target is a time.
+    """
 
     settings: PruneSettings
+    dense: PreTrainedModel
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     train: list[dict[str, Any]]
     validation: Prepared
     evaluation: Prepared
     budget: Budget
+    workload: Workload
+    table: LatencyTable | None
+    cache: TeacherCache | None
     started: float
+
+    @property
+    def align(self) -> int:
+        """What FFN widths and the hidden size are rounded up to."""
+        chosen = self.settings.width_align
+        if chosen is None:
+            assert self.table is not None
+            chosen = self.table.align
+        return chosen
 
 
 def say(text: str) -> None:
     """A line on what begins now."""
-    print(f"-- {text}", flush=True)
+    if is_main():
+        print(f"-- {text}", flush=True)
 
 
-def start(settings: PruneSettings) -> Job:
-    """Load and check everything. Nothing is written yet."""
+def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: Path | None = None) -> Job:
+    """Load and check everything. Nothing is written yet (but a teacher cache, where one is asked for).
+
+    targets: more than the settings' one, in the same unit. table_file: a table from this run's first part.
+    """
     started = time.perf_counter()
     train, validation, evaluation = _read_data(settings)
-    teacher, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
-    longest = length_limit(teacher)
+    dense, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
+    longest = length_limit(dense)
     if settings.max_length > longest:
         raise ValueError(
             f"max_length is {settings.max_length}; the model's position table allows {longest} tokens"
         )
+    teacher = load_teacher(settings, dense, tokenizer)
     say(
         f"tokenising {len(train)} training, {len(validation)} validation, {len(evaluation)} "
         f"evaluation questions"
     )
     cut = partial(Prepared.cut, tokenizer=tokenizer, max_length=settings.max_length, stride=settings.stride)
     held, judged = cut(validation), cut(evaluation)
-    budget = Budget(model_shape(find_encoder(teacher)), settings.target.unit, [len(w) for w in held.windows])
-    budget.check_reachable(settings.target)
-    features = training_features(train, tokenizer, settings.max_length, settings.stride, progress=True)
-    return Job(settings, teacher, tokenizer, features, held, judged, budget, started)
+    lengths = held.arrival_lengths()
+    workload = Workload.arrival_order(lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES)
+    wanted = [target for target in (settings.target, *targets) if target is not None]
+    table = None
+    if any(target.is_time for target in wanted):
+        table = latency_table(settings, dense, workload, table_file)
+        workload = table.workload
+    shape = model_shape(find_encoder(dense))
+    budget = make_budget(wanted[0], shape, lengths, table) if wanted else SizeBudget(shape, "macs", lengths)
+    for target in wanted:
+        budget.check_reachable(target, settings.parts)
+    features = training_features(train, tokenizer, settings.max_length, settings.stride, progress=is_main())
+    cache = None
+    if settings.cache_teacher is not None:
+        cache = open_cache(settings.cache_teacher, teacher, features)
+    return Job(
+        settings, dense, teacher, tokenizer, features, held, judged, budget, workload, table, cache, started
+    )
+
+
+def load_teacher(
+    settings: PruneSettings, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedModel:
+    """The model to be pruned itself, or another; ValueError where that one cannot teach it."""
+    if settings.teacher is None:
+        return dense
+    teacher, its = load_model(settings.teacher), load_tokenizer(settings.teacher)
+    faults = []
+    if its.get_vocab() != tokenizer.get_vocab() or teacher.config.vocab_size != dense.config.vocab_size:
+        faults.append(
+            f"its vocabulary has {teacher.config.vocab_size} tokens and is not the student's "
+            f"({dense.config.vocab_size})"
+        )
+    if teacher.config.num_labels != dense.config.num_labels:
+        faults.append(f"it has {teacher.config.num_labels} labels, the student {dense.config.num_labels}")
+    if length_limit(teacher) != length_limit(dense):
+        faults.append(f"it takes {length_limit(teacher)} tokens, the student {length_limit(dense)}")
+    if faults:
+        raise ValueError(f"{settings.teacher} cannot teach {settings.model}: {'; '.join(faults)}")
+    return teacher
+
+
+def latency_table(
+    settings: PruneSettings, dense: PreTrainedModel, workload: Workload, table_file: Path | None
+) -> LatencyTable:
+    """The user's table, or this run's own, or a new one; ValueError for one that is not of this machine and
+    model."""
+    given = settings.latency_table or table_file
+    if given is None:
+        say("measuring how long each part of a layer takes (pruned-ops latency-table keeps such a table)")
+        return once(lambda: measure_table(dense.config, workload, device=dense.device.type))
+    table = LatencyTable.load(given)
+    described = model_shape(find_encoder(dense)), dense.config.hidden_act, "float32", dense.device.type
+    refusal = once(lambda: table.refuse(*described))
+    if refusal is not None:
+        remake = table.remake_command(given)
+        raise ValueError(f"{given} cannot be used: {refusal}; make it again: {remake}")
+    return table
+
+
+def open_cache(folder: Path, teacher: PreTrainedModel, features: list[dict[str, Any]]) -> TeacherCache:
+    """The cache of this teacher's logits on these windows, which get their numbers in it."""
+    for number, feature in enumerate(features):
+        feature["number"] = number
+    lengths = [len(feature["input_ids"]) for feature in features]
+    mark = once(lambda: fingerprint(teacher, features))
+    return TeacherCache(folder, lengths, mark)
 
 
 def _read_data(settings: PruneSettings) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
     """Training, validation and evaluation examples. Without a validation file 5% of the training articles
     serve."""
-    OutputFolder.check(settings.out, settings.overwrite, settings.inputs)
-    train: Sequence[Example] = load_squad(settings.train_file).examples
+    train = read_examples(settings.train_file, "train")
     if settings.validation_file is not None:
-        validation: Sequence[Example] = load_squad(settings.validation_file).examples
+        validation = read_examples(settings.validation_file, "validation")
     else:
         train, validation = split_articles(train, seed=settings.seed)
         say(
             f"no validation file: {len(validation)} questions of the training file's articles are "
             f"held out for it"
         )
-    evaluation = load_squad(settings.eval_file).examples if settings.eval_file is not None else validation
+    evaluation = validation
+    if settings.eval_file is not None:
+        evaluation = read_examples(settings.eval_file, "validation")
     return train, validation, evaluation
 
 

@@ -96,24 +96,31 @@ class OutputFolder:
     """A folder that appears under its name only when it is whole: work in `partial`, then `publish`.
 
     Errors: FileExistsError where the folder, or an earlier run's partial one, holds files and `overwrite` is
-    False; and always where it holds one of the run's own `inputs`, or the current folder.
+    False; and always where it holds one of the run's own `inputs`, or the current folder. resume: go on in
+    the partial folder that is there; FileNotFoundError where there is none.
     """
 
-    def __init__(self, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = ()) -> None:
-        self.check(path, overwrite, inputs)
+    def __init__(
+        self, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = (), resume: bool = False
+    ) -> None:
+        self.check(path, overwrite, inputs, resume)
         self.path = path
         self.partial = self.partial_of(path)
-        if self.partial.exists():
+        if self.partial.exists() and not resume:
             shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
+        self.partial.mkdir(parents=True, exist_ok=resume)
 
     @staticmethod
     def partial_of(path: Path) -> Path:
         return path.with_name(path.name + ".partial")
 
     @classmethod
-    def check(cls, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = ()) -> None:
+    def check(
+        cls, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = (), resume: bool = False
+    ) -> None:
         """Raise as the constructor does, without making anything."""
+        if resume and not cls.partial_of(path).is_dir():
+            raise FileNotFoundError(f"nothing to resume: there is no {cls.partial_of(path)}")
         for folder in (path, cls.partial_of(path)):
             for needed in (Path.cwd(), *(Path(i).resolve() for i in inputs if i is not None and i != "")):
                 if needed.exists() and needed.is_relative_to(folder.resolve()):
@@ -123,7 +130,13 @@ class OutputFolder:
             if folder.is_file():
                 raise FileExistsError(f"{folder} is a file; --out names a folder")
             if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-                raise FileExistsError(f"{folder} is not empty; --overwrite replaces it")
+                if folder == path:
+                    raise FileExistsError(f"{folder} is not empty; --overwrite replaces it")
+                if not resume:
+                    raise FileExistsError(
+                        f"{folder} is not empty: an earlier run was interrupted; --resume goes on with it, "
+                        "--overwrite replaces it"
+                    )
 
     def publish(self) -> None:
         """Give the finished folder its name. What stood there before goes only after that."""

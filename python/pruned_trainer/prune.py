@@ -1,25 +1,43 @@
-"""The main job: gates and weights trained together, one decision, the narrow model trained on, measured and
-written."""
+"""The main job, from settings to a folder: what stays is chosen, the narrow model trained on, measured and
+written; for one target (`prune`) or, from one training of the gates, for several (`sweep`)."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from pruned_ops.measure import Workload, machine, versions
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops.optimize import optimized
 from pruned_trainer import report as reporting
-from pruned_trainer.attach import find_encoder
+from pruned_trainer.budget import Target
+from pruned_trainer.choice import Chosen, choose
 from pruned_trainer.decision import Decision
-from pruned_trainer.job import Job, PruneSettings, say, start
+from pruned_trainer.distributed import is_main, once, state
+from pruned_trainer.evaluation import Judged, choose_threshold, full_report, judge
+from pruned_trainer.job import Job, say, start
 from pruned_trainer.loading import OutputFolder, save_checkpoint
-from pruned_trainer.phases import make_plan, retrain, train_gates
-from pruned_trainer.tasks.scoring import EvaluationResult
-from pruned_trainer.trainer import InterruptedTraining
+from pruned_trainer.plan import Plan, make_plan
+from pruned_trainer.settings import PruneSettings
+from pruned_trainer.training import InterruptedTraining, build_trainer, prepare_student, run
+
+_RUN, _TABLE = "run.json", "latency.json"
+
+
+@dataclass
+class Run:
+    """A job under way: its plan, its folder, and the targets in the order in which they are met."""
+
+    job: Job
+    plan: Plan
+    folder: OutputFolder
+    targets: list[Target]
 
 
 def prune(settings: PruneSettings) -> dict[str, Any]:
@@ -27,109 +45,170 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
 
     Returns the report. Errors: ValueError and OSError, before any training, for what cannot work.
     """
-    set_seed(settings.seed)
-    job = start(settings)
-    plan = make_plan(job)
-    set_seed(settings.seed)  # measuring a step drew random numbers; the run is the same without
-    say(
-        f"gate phase: {plan.gate_steps} steps towards {settings.target.fraction:g} of the "
-        f"{settings.target.unit}"
-    )
-    folder = OutputFolder(settings.out, settings.overwrite, settings.inputs)
-    decision, narrow, gate_log = train_gates(job, folder.partial, plan.gate_steps)
-    decision.save(folder.partial / "decision.json")
-    kept = ", ".join(f"{d.shape.num_heads}/{d.shape.ffn_width}" for d in decision.layers)
-    say(f"decided, heads/FFN width a layer: {kept}; {_reached(decision)}")
-    say(f"retrain phase: {plan.retrain_steps} steps of the narrow model")
-    retrain_log = retrain(job, narrow, folder.partial, plan.retrain_steps)
-    minutes = (time.perf_counter() - job.started) / 60
-    save_checkpoint(narrow, folder.partial, settings.model, job.tokenizer)  # from here on it cannot be lost
-    training = {"minutes": minutes, "gates": gate_log, "retrain": retrain_log}
-    try:
-        report = finish(job, folder.partial, decision, narrow)
-    except KeyboardInterrupt:
-        raise InterruptedTraining(f"stopped while measuring; the trained model is {folder.partial}") from None
-    report.update({"plan": plan.to_json(), "training": training})
-    reporting.write_json(folder.partial / "report.json", report)
-    folder.publish()
+    opened = open_run(settings, [settings.target] if settings.target else [])
+    chosen, log = _choose(opened)
+    dense = judge(opened.job, opened.job.dense)
+    report = _finish(opened, chosen[0], opened.folder.partial, dense, log)
+    publish(opened.folder)
     return report
+
+
+def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
+    """A family of models from one training of the gates: a folder for each target, sweep.json, sweep.png.
+
+    Each folder is as `prune` writes it. Returns what sweep.json holds. Errors: as `prune`'s, and ValueError
+    for targets of different units.
+    """
+    if len({target.unit for target in targets}) != 1:
+        raise ValueError("the targets of a sweep are all in one unit")
+    falls = targets[0].unit != "speedup"
+    ordered = sorted(targets, key=lambda target: target.value, reverse=falls)
+    opened = open_run(settings, ordered)
+    chosen, log = _choose(opened)
+    dense = judge(opened.job, opened.job.dense)
+    points = []
+    for target, one in zip(ordered, chosen, strict=True):
+        place = opened.folder.partial / f"{target.unit}-{target.value:g}"
+        report = _finish(opened, one, place, dense, log)
+        points.append(reporting.sweep_point(report, place.name))
+    found = {"dense": dense.to_json(opened.job), "points": points, "command": settings.command}
+    if is_main():
+        reporting.write_json(opened.folder.partial / "sweep.json", found)
+        reporting.plot_sweep(found, opened.folder.partial / "sweep.png")
+    publish(opened.folder)
+    return found
+
+
+def open_run(settings: PruneSettings, targets: list[Target]) -> Run:
+    """Check, load, plan and only then make the folder; or take up what an interrupted run left."""
+    partial = OutputFolder.partial_of(settings.out)
+    once(lambda: OutputFolder.check(settings.out, settings.overwrite, settings.inputs, settings.resume))
+    asked = {"settings": settings.to_json(), "targets": [str(target) for target in targets]}
+    recorded = once(lambda: _recorded(partial, settings, asked) if settings.resume else None)
+    set_seed(settings.seed)
+    table_file = partial / _TABLE if recorded and (partial / _TABLE).is_file() else None
+    job = start(settings, targets, table_file)
+    plan = Plan(**recorded["plan"]) if recorded else make_plan(job, targets)
+    set_seed(settings.seed)  # measuring a step drew random numbers; the run is the same without
+
+    def make() -> OutputFolder:
+        folder = OutputFolder(settings.out, settings.overwrite, settings.inputs, settings.resume)
+        if job.table is not None:
+            job.table.save(folder.partial / _TABLE)
+        reporting.write_json(folder.partial / _RUN, {**asked, "plan": plan.to_json()})
+        return folder
+
+    return Run(job, plan, once(make), targets)
+
+
+def _recorded(partial: Path, settings: PruneSettings, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the interrupted run was told; ValueError where this one is told something else."""
+    try:
+        recorded = json.loads((partial / _RUN).read_text(encoding="utf-8"))
+        known = recorded["settings"], recorded["plan"], recorded["targets"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{partial} holds no run that can be resumed ({error!r}); --overwrite starts anew"
+        ) from None
+    differing = settings.differences(known[0]) or (["targets"] if known[2] != asked["targets"] else [])
+    if differing:
+        raise ValueError(
+            f"{partial} was started with other settings: {', '.join(differing)}; give the same ones to "
+            "--resume, or --overwrite to start anew"
+        )
+    return recorded
+
+
+def _choose(opened: Run) -> tuple[list[Chosen], list[dict[str, Any]]]:
+    plan, targets = opened.plan, opened.targets
+    towards = ", ".join(str(target) for target in targets) or "the paper's prices"
+    say(f"{opened.job.settings.recipe}: {plan.gate_steps} steps, towards {towards}")
+    return choose(opened.job, opened.folder.partial, plan.gate_steps, targets)
+
+
+def _finish(
+    opened: Run, chosen: Chosen, place: Path, dense: Judged, gate_log: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Train one narrow model on, write it, evaluate and time it, write the report."""
+    job, plan = opened.job, opened.plan
+    kept = ", ".join(f"{d.shape.num_heads}/{d.shape.ffn_width}" for d in chosen.decision.layers)
+    say(f"decided, heads/FFN width a layer: {kept}; {_reached(chosen.decision)}")
+    narrow = chosen.load()
+    nn.Module.to(narrow, job.dense.device)
+    log = []
+    if plan.retrain_steps:
+        say(f"retrain phase: {plan.retrain_steps} steps of the narrow model")
+        work = opened.folder.partial / "retrain"
+        if place != opened.folder.partial:  # one of several
+            work = work.with_name(f"retrain-{place.name}")
+        log = retrain(job, narrow, work, plan.retrain_steps, chosen.decision)
+    minutes = (time.perf_counter() - job.started) / 60
+    if is_main():
+        place.mkdir(exist_ok=True)
+        save_checkpoint(narrow, place, job.settings.model, job.tokenizer)  # from here on it cannot be lost
+        chosen.decision.save(place / "decision.json")
+    state().wait_for_everyone()
+    try:
+        report = _measure(job, place, chosen.decision, dense, narrow)
+    except KeyboardInterrupt:
+        raise InterruptedTraining(f"stopped while measuring; the trained model is {place}") from None
+    training = {"minutes": minutes, "gates": gate_log, "retrain": log}
+    report.update({"plan": plan.to_json(), "training": training})
+    if is_main():
+        reporting.write_json(place / "report.json", report)
+    return report
+
+
+def _measure(
+    job: Job, place: Path, decision: Decision, dense: Judged, narrow: PreTrainedModel
+) -> dict[str, Any]:
+    """Choose the pruned model's threshold on validation data and write it, then evaluate and time."""
+    say("null score threshold, on the validation questions; then the evaluation questions")
+    threshold = choose_threshold(narrow, job.validation)
+    narrow.config.null_score_threshold = threshold
+    if is_main():
+        narrow.config.save_pretrained(place)
+    pruned = judge(job, narrow, threshold)
+    say("timing dense against pruned")
+    report = full_report(job, decision, dense, pruned)
+    if is_main():
+        for name, one in (("dense", dense), ("pruned", pruned)):
+            reporting.write_json(place / f"predictions-{name}.json", one.result.predictions)
+    return report
+
+
+def retrain(
+    job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decision: Decision
+) -> list[dict[str, Any]]:
+    """Train the narrow model on, in place, distilled from the teacher; the log."""
+    set_seed(job.settings.seed)
+    prepare_student(narrow, job.settings.dropout, job.settings.train_embeddings)
+    hidden = decision.hidden.indices if decision.hidden is not None else None
+    if hidden is not None and job.teacher is not job.dense:
+        hidden = None  # which of another teacher's dimensions these would be is not known
+    with optimized(job.teacher) as teacher:
+        trainer = build_trainer(job, narrow, teacher, folder, steps, None, kept_hidden=hidden)
+        log = run(trainer, "retrain")
+    narrow.eval()
+    return log
+
+
+def publish(folder: OutputFolder) -> None:
+    """Drop what only resuming needs, and give the folder its name."""
+
+    def work() -> None:
+        for name in ("gates*", "retrain*", "narrow-*"):
+            for path in folder.partial.glob(name):
+                shutil.rmtree(path)
+        for path in (folder.partial / _RUN, *folder.partial.glob("decision-*.json")):
+            path.unlink()
+        folder.publish()
+
+    once(work)
 
 
 def _reached(decision: Decision) -> str:
     return ", ".join(
-        f"{value:.4f} of the {unit} (target {decision.target[unit]:g})"
+        f"{unit} {value:.4f}" + (f" (target {decision.target[unit]:g})" if unit in decision.target else "")
         for unit, value in decision.reached.items()
     )
-
-
-def finish(job: Job, partial: Path, decision: Decision, narrow: PreTrainedModel) -> dict[str, Any]:
-    """Choose thresholds on validation data, write the pruned one's, then evaluate and time both models."""
-    for name in ("gates", "retrain"):  # the phases' own folders, empty unless they were interrupted
-        shutil.rmtree(partial / name, ignore_errors=True)
-    say("null score thresholds, on the validation questions")
-    thresholds = {name: reporting.choose_threshold(m, job.validation) for name, m in _both(job, narrow)}
-    narrow.config.null_score_threshold = thresholds["pruned"]
-    narrow.config.save_pretrained(partial)
-    say("evaluating dense and pruned")
-    results = {
-        name: reporting.evaluate_on(m, job.evaluation, thresholds[name]) for name, m in _both(job, narrow)
-    }
-    say("timing dense against pruned")
-    report = _report(job, decision, narrow, results, thresholds)
-    for name, result in results.items():
-        reporting.write_json(partial / f"predictions-{name}.json", result.predictions)
-    return report
-
-
-def _both(job: Job, narrow: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
-    return [("dense", job.teacher), ("pruned", narrow)]
-
-
-def _report(
-    job: Job,
-    decision: Decision,
-    narrow: PreTrainedModel,
-    results: dict[str, EvaluationResult],
-    thresholds: dict[str, float],
-) -> dict[str, Any]:
-    lengths = job.validation.arrival_lengths()
-    workload = Workload.arrival_order(
-        lengths, min(reporting.BATCH_SIZE, len(lengths)), reporting.TIMED_BATCHES
-    )
-    models = dict(_both(job, narrow))
-    timings, backends = reporting.time_models(models, workload)
-    dense_shape = model_shape(find_encoder(job.teacher))
-    report: dict[str, Any] = {}
-    for name, model in models.items():
-        report[name] = {
-            **reporting.scores_json(results[name], thresholds[name]),
-            **reporting.model_facts(model, lengths),
-            "workloads": {workload.name: reporting.timing_json(timings[name], backends[name])},
-        }
-    report["speedup"] = {
-        "asked": None,  # this target is a size; measured-time targets fill it
-        "reached": timings["pruned"].speedup_over(timings["dense"]),
-        "workload": workload.name,
-    }
-    report.update(reporting.losses_json(results["dense"], results["pruned"]))
-    report["target"] = {"asked": decision.target, "reached": decision.reached}
-    report["shape"] = model_shape(find_encoder(narrow)).to_json()
-    report["dense_shape"] = {
-        "num_heads": max(layer.num_heads for layer in dense_shape.layers),
-        "ffn_width": max(layer.ffn_width for layer in dense_shape.layers),
-    }
-    report["evaluated_on"] = {
-        "file": Path(job.settings.eval_file).name
-        if job.settings.eval_file
-        else "held-out validation questions",
-        "questions": len(job.evaluation.examples),
-        "threshold_chosen_on_these": job.settings.eval_file is None,
-    }
-    report.update(
-        {
-            "machine": machine(),
-            "versions": versions(),
-            "command": job.settings.command or repr(job.settings),
-        }
-    )
-    return report

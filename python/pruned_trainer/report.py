@@ -1,131 +1,14 @@
-"""What came out: scores and speed of the dense and the pruned model, as report.json and on the screen."""
+"""What came out, for people: report.json and sweep.json as files, tables, bars and a curve."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-import pruned_ops
-from pruned_ops.measure import Timing, Workload, arrival_lengths, interleave
-from pruned_ops.optimize import optimized
-from pruned_ops.packed_encoder import model_shape
-from pruned_ops.question_answering import Decoded, Window, decode, windows
-from pruned_trainer.attach import find_encoder
-from pruned_trainer.tasks.extractive import predict_logits
-from pruned_trainer.tasks.scoring import EvaluationResult, best_null_threshold, bootstrap_interval, evaluate
-from pruned_trainer.tasks.squad import Example
-
-# Batches per round and rounds of the timing: about a minute for a small encoder on two cores.
-TIMED_BATCHES, TIMED_ROUNDS = 16, 7
-BATCH_SIZE = 8
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Examples with their windows: cut once, used for every model."""
-
-    examples: Sequence[Example]
-    windows: Sequence[Window]
-
-    @classmethod
-    def cut(
-        cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int
-    ) -> Prepared:
-        questions, contexts = [e.question for e in examples], [e.context for e in examples]
-        return cls(examples, windows(tokenizer, questions, contexts, max_length, stride, progress=True))
-
-    def arrival_lengths(self) -> list[int]:
-        """Window lengths in arrival order, in tokens."""
-        by_question: list[list[int]] = [[] for _ in self.examples]
-        for window in self.windows:
-            by_question[window.question_index].append(len(window))
-        return arrival_lengths(by_question)
-
-    def decoded(self, model: PreTrainedModel, batch_size: int = 32) -> list[Decoded]:
-        """Every question's best spans and null score by `model`, which runs packed meanwhile."""
-        with optimized(model):
-            logits = predict_logits(model, self.windows, batch_size, model.config.pad_token_id, progress=True)
-        return decode(self.windows, logits, [e.context for e in self.examples])
-
-
-def choose_threshold(model: PreTrainedModel, validation: Prepared) -> float:
-    """The null score threshold that is best for `model` on validation data."""
-    return best_null_threshold(validation.examples, validation.decoded(model))
-
-
-def evaluate_on(model: PreTrainedModel, prepared: Prepared, threshold: float) -> EvaluationResult:
-    """Scores of `model` at this null score threshold."""
-    return evaluate(prepared.examples, prepared.decoded(model), threshold)
-
-
-def model_facts(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:
-    """Encoder parameters, MACs per sequence of this length mix, and bytes of all weights."""
-    shape = model_shape(find_encoder(model))
-    return {
-        "params": shape.parameters(),
-        "macs": shape.macs(lengths) / len(lengths),
-        "params_with_embeddings": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-    }
-
-
-def time_models(
-    models: Mapping[str, PreTrainedModel], workload: Workload
-) -> tuple[dict[str, Timing], dict[str, Any]]:
-    """Time optimised models against each other on one workload; also which backend ran each op."""
-    first = next(iter(models.values()))
-    inputs = workload.inputs(first.config.vocab_size, first.config.pad_token_id, first.device)
-    backends: dict[str, Any] = {}
-    with ExitStack() as stack:
-        for name, model in models.items():
-            stack.enter_context(optimized(model))
-            with pruned_ops.record() as ran:
-                model(**inputs[0])
-            backends[name] = {op: ", ".join(sorted(counts)) for op, counts in ran.items()}
-        runners = {name: (lambda batch, model=model: model(**batch)) for name, model in models.items()}
-        return interleave(runners, workload, inputs, TIMED_ROUNDS), backends
-
-
-def timing_json(timing: Timing, backends: Mapping[str, str]) -> dict[str, Any]:
-    """A workload's entry in report.json: milliseconds per batch."""
-    return {
-        "ms": {f"p{p}": round(timing.ms(p), 3) for p in (20, 50, 80)},
-        "sequences_per_s": round(timing.sequences_per_s, 2),
-        "backends": dict(backends),
-    }
-
-
-def losses_json(dense: EvaluationResult, pruned: EvaluationResult) -> dict[str, Any]:
-    """Points lost from dense to pruned, with 95% bootstrap intervals over the questions."""
-    found: dict[str, Any] = {
-        "f1_loss": dense.f1 - pruned.f1,
-        "f1_loss_interval": bootstrap_interval(dense.question_f1, pruned.question_f1),
-        "f1_span_loss": None,
-        "f1_span_loss_interval": None,
-    }
-    if dense.f1_span is not None and pruned.f1_span is not None:
-        found["f1_span_loss"] = dense.f1_span - pruned.f1_span
-        found["f1_span_loss_interval"] = bootstrap_interval(dense.question_span_f1, pruned.question_span_f1)
-    return found
-
-
-def scores_json(result: EvaluationResult, threshold: float) -> dict[str, Any]:
-    """A model's scores in report.json, in percent."""
-    return {
-        "f1": result.f1,
-        "exact": result.exact,
-        "f1_span": result.f1_span,
-        "metrics": result.metrics,
-        "null_score_threshold": threshold,
-    }
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -148,6 +31,20 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
         f"[bold]{speed['reached']:.2f}x[/] as fast as our own dense runtime on {speed['workload']}; "
         f"{', '.join(changes)}."
     )
+    _print_targets(report, console)
+
+
+def _print_targets(report: Mapping[str, Any], console: Console) -> None:
+    """Asked and reached, and how far the latency table was off."""
+    for unit, asked in report["target"]["asked"].items():
+        reached = report["speedup"]["reached"] if unit == "speedup" else report["target"]["reached"][unit]
+        console.print(f"target {unit}: asked {asked:g}, reached {reached:.4g}.")
+    if "latency_table" in report:
+        table = report["latency_table"]
+        errors = ", ".join(f"{name} {100 * table[name]['error']:+.1f}%" for name in ("dense", "pruned"))
+        console.print(
+            f"latency table: predicted {table['predicted_speedup']:.2f}x; its times are off by {errors}."
+        )
 
 
 def _change(report: Mapping[str, Any], name: str, loss: str) -> str:
@@ -183,7 +80,9 @@ def _table(report: Mapping[str, Any]) -> Table:
 def _chart(report: Mapping[str, Any], width: int = 16) -> Table:
     """Bars of what is left of each layer; `width` characters are the dense model, so that 80 columns do."""
     dense = report["dense_shape"]
-    table = Table(title="left in each layer")
+    hidden = report["hidden_size"]
+    narrower = f", hidden size {hidden} of {dense['hidden_size']}" if hidden != dense["hidden_size"] else ""
+    table = Table(title=f"left in each layer{narrower}")
     for column in ("layer", f"heads of {dense['num_heads']}", "", f"FFN width of {dense['ffn_width']}", ""):
         table.add_column(column, no_wrap=True)
 
@@ -195,3 +94,68 @@ def _chart(report: Mapping[str, Any], width: int = 16) -> Table:
         head_bar, ffn_bar = bar(heads, dense["num_heads"]), bar(ffn, dense["ffn_width"])
         table.add_row(str(i), str(heads), f"[cyan]{head_bar}[/]", str(ffn), f"[magenta]{ffn_bar}[/]")
     return table
+
+
+def sweep_point(report: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """A model of a sweep, as sweep.json lists it."""
+    names = ("f1", "exact", "f1_span", "params", "macs", "bytes")
+    return {
+        "folder": folder,
+        "target": report["target"],
+        "speedup": report["speedup"],
+        **{name: report["pruned"][name] for name in names},
+        **{
+            name: report[name]
+            for name in ("f1_loss", "f1_loss_interval", "f1_span_loss", "f1_span_loss_interval")
+        },
+        "shape": report["shape"],
+    }
+
+
+def print_sweep(sweep: Mapping[str, Any], console: Console | None = None) -> None:
+    """A line for each model of a family."""
+    table = Table(title="one training of the gates, a model for each target")
+    for name in ("model", "speed-up", "F1", "loss (95%)", "span F1", "loss (95%)"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    dense = sweep["dense"]
+    span = "-" if dense["f1_span"] is None else f"{dense['f1_span']:.2f}"
+    table.add_row("dense", "1.00", f"{dense['f1']:.2f}", "", span, "")
+    for point in sweep["points"]:
+        cells = [point["folder"], f"{point['speedup']['reached']:.2f}"]
+        for score in ("f1", "f1_span"):
+            if point[score] is None:
+                cells += ["-", ""]
+                continue
+            low, high = point[f"{score}_loss_interval"]
+            cells += [f"{point[score]:.2f}", f"{point[f'{score}_loss']:.2f} ({low:.2f} to {high:.2f})"]
+        table.add_row(*cells)
+    (console or Console()).print(table)
+
+
+def plot_sweep(sweep: Mapping[str, Any], path: Path) -> None:
+    """F1 and span F1 against measured speed-up, with the intervals of the losses as bars."""
+    from matplotlib.figure import Figure  # only for those who sweep
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for score, label, colour in (("f1", "F1", "#1f77b4"), ("f1_span", "span F1", "#d95f02")):
+        dense = sweep["dense"][score]
+        if dense is None:
+            continue
+        points = sorted(sweep["points"], key=lambda point: point["speedup"]["reached"])
+        speeds, values = [1.0], [dense]
+        below, above = [0.0], [0.0]
+        for point in points:
+            low, high = point[f"{score}_loss_interval"]
+            speeds.append(point["speedup"]["reached"])
+            values.append(point[score])
+            below.append(max(point[score] - (dense - high), 0.0))
+            above.append(max((dense - low) - point[score], 0.0))
+        axes.errorbar(speeds, values, [below, above], marker="o", capsize=3, label=label, color=colour)
+        axes.axhline(dense, color=colour, linestyle=":", linewidth=1)
+    axes.set_xlabel("times as fast as the dense model, our runtime, measured")
+    axes.set_ylabel("percent (bars: 95% interval of the loss)")
+    axes.set_title("dense model and what one training of the gates made of it")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

@@ -1,69 +1,63 @@
-"""PruningTrainer: transformers.Trainer with the losses, optimiser groups and logs of pruning, and no loop of
-its own."""
+"""PruningTrainer: transformers.Trainer with the losses, optimiser groups, logs and checkpoints of pruning,
+and no loop of its own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import get_last_checkpoint
 
-from pruned_trainer.attach import find_encoder
-from pruned_trainer.budget import Budget, Target
-from pruned_trainer.callbacks import OneLineProgress, stop_on_interrupt
-from pruned_trainer.distillation import Distillation, hidden_loss, logits_loss
-from pruned_trainer.gates import Gates, Lagrangian
+from pruned_trainer.callbacks import OneLineProgress
+from pruned_trainer.distillation import Distillation, Projection, Taught, hidden_loss, logits_loss
+from pruned_trainer.gate_phase import GatePhase
+from pruned_trainer.teacher_cache import TeacherCache
 
-# The target falls from the dense cost to what was asked for over this part of the steps; the rest settles
-# there.
-RAMP = 0.6
-# The multipliers must grow to where the price of an open gate outweighs what it adds to the loss, about 10
-# to 30 here.
-MULTIPLIER_RATE = 1.0
-# Steps in which gates at the paper's learning rate (0.1) travel from open to closed with time to settle; a
-# shorter run gets proportionally larger rates.
-SETTLING_STEPS = 300
+_SAVING = "saving"
 
 
-class GatePhase:
-    """What the gate phase adds to training: gates, the budget they cost, the target, and who holds them
-    there."""
+class LengthGroupedSampler(torch.utils.data.Sampler[int]):
+    """Indices in which each `batch_size` consecutive ones are of like lengths, in an order that depends on
+    seed and epoch alone: equal on every process, and after a resumed run."""
 
-    def __init__(self, gates: Gates, budget: Budget, target: Target, gate_learning_rate: float) -> None:
-        self.gates, self.budget, self.target = gates, budget, target
-        self.gate_learning_rate = gate_learning_rate
-        gates.add_module("lagrangian", Lagrangian().to(next(gates.parameters()).device))
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
 
-    @property
-    def lagrangian(self) -> Lagrangian:
-        return self.gates.get_submodule("lagrangian")  # type: ignore[return-value]
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-    def target_at(self, progress: float) -> float:
-        """The fraction to hold at this part of the training (0 to 1)."""
-        return 1.0 + (self.target.fraction - 1.0) * min(progress / RAMP, 1.0)
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
-    def groups(self, steps: int) -> list[dict[str, Any]]:
-        """Optimiser groups of a training of `steps` steps: the gates (descent), the multipliers (ascent)."""
-        pace = max(1.0, SETTLING_STEPS / steps) if steps > 0 else 1.0
-        gates: list[Any] = [*self.gates.heads, *self.gates.ffn]
-        multipliers = list(self.lagrangian.parameters())
-        return [
-            {"params": gates, "lr": self.gate_learning_rate * pace, "weight_decay": 0.0},
-            {"params": multipliers, "lr": MULTIPLIER_RATE * pace, "weight_decay": 0.0, "maximize": True},
-        ]
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        grouped = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        # Grouped they fall in length; shuffled, neighbouring steps have nothing in common. The longest stays
+        # first, so that too large a batch fails at once; a short one stays last.
+        starts = range(self.batch_size, len(grouped) - self.batch_size + 1, self.batch_size)
+        order = [starts[i] for i in torch.randperm(len(starts), generator=generator).tolist()]
+        rest = len(grouped) - len(grouped) % self.batch_size
+        for start in [0, *order]:
+            yield from grouped[start : start + self.batch_size]
+        yield from grouped[max(rest, self.batch_size) :]
 
 
 class PruningTrainer(Trainer):
-    """Trains a student with its task loss, distillation from a teacher, and in the gate phase the Lagrangian.
+    """Trains a student with its task loss, distillation from a teacher, and in the gate phase what open gates
+    cost.
 
-    model: a gated stock model (with `gate_phase`) or any question-answering model (without: plain
-    distillation).
+    model: a gated model (with `gate_phase`) or any question-answering model (without: plain distillation).
     teacher: gives start and end logits and hidden states without gradients; None if the distillation needs
-    none.
+    none. cache: the teacher's logits, where they are on disk already; features then have a "number".
+    kept_hidden: which of the teacher's hidden dimensions the student still has, where it has fewer.
     Batches are dictionaries of padded tensors with start_positions and end_positions.
     """
 
@@ -74,6 +68,8 @@ class PruningTrainer(Trainer):
         distillation: Distillation,
         teacher: nn.Module | None = None,
         gate_phase: GatePhase | None = None,
+        cache: TeacherCache | None = None,
+        kept_hidden: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         if distillation.needs_teacher and teacher is None:
@@ -83,15 +79,32 @@ class PruningTrainer(Trainer):
                 "several GPUs in one process are not supported: start a process each (torchrun, "
                 "accelerate launch), or choose one with CUDA_VISIBLE_DEVICES"
             )
+        self.projection: Projection | None = None
+        if distillation.hidden > 0 and teacher is not None:
+            self.projection = Projection.attach(model, teacher, distillation, kept_hidden)
+        for parameter in model.parameters():
+            if not parameter.numel():  # no gradient ever comes for it, and several processes would wait
+                parameter.requires_grad_(False)
         super().__init__(model, args, **kwargs)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(OneLineProgress)
-        self.distillation, self.gate_phase = distillation, gate_phase
+        self.distillation, self.gate_phase, self.cache = distillation, gate_phase, cache
         self.teacher = teacher.to(self.args.device) if teacher is not None else None
         self.loss_is_scaled_for_ga = False  # compute_loss returns a mean over its minibatch
         self._parts: dict[str, float] = {}
         self._counted = 0
+        self._saving = False
+
+    # -- data and optimiser ------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        lengths = [len(feature["input_ids"]) for feature in dataset]
+        return LengthGroupedSampler(lengths, together, self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with decay on matrices, and groups of their own for gates and multipliers."""
@@ -106,12 +119,14 @@ class PruningTrainer(Trainer):
         if self.gate_phase:
             groups += self.gate_phase.groups(self.args.max_steps)
         self.optimizer = torch.optim.AdamW(
-            groups,
+            [group for group in groups if group["params"]],
             lr=self.args.learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
         )
         return self.optimizer
+
+    # -- loss --------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -120,125 +135,117 @@ class PruningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        numbers = inputs.pop("number", None)
         weights = self.distillation
         outputs = model(**inputs, output_hidden_states=weights.hidden > 0)
         parts = {"task": outputs.loss * weights.task}
         if self.teacher is not None and weights.needs_teacher:
-            parts.update(self._distil(outputs, inputs))
+            parts.update(self._distil(outputs, inputs, numbers))
         if self.gate_phase is not None:
-            parts["budget"], expected, wanted = self._hold_budget()
-            self._count({"expected": expected, "wanted": wanted})
+            progress = self.state.global_step / max(self.state.max_steps, 1)
+            parts["budget"], facts = self.gate_phase.loss(progress)
+            self._count(facts)
         loss = torch.stack(list(parts.values())).sum()
         self._count({f"loss_{name}": float(part.detach()) for name, part in parts.items()})
         self._counted += 1
         if not math.isfinite(float(loss.detach())):
-            raise FloatingPointError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step} (learning rate "
-                f"{self._get_learning_rate():.3g}, parts "
-                f"{{{', '.join(f'{k}: {float(v.detach()):.4g}' for k, v in parts.items())}}}); "
-                "a lower --learning-rate helps"
-            )
+            raise FloatingPointError(self._what_went_wrong(parts))
         return (loss, outputs) if return_outputs else loss
 
-    def _distil(self, outputs: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        assert self.teacher is not None
-        weights = self.distillation
-        questions = {key: value for key, value in inputs.items() if not key.endswith("_positions")}
-        with torch.no_grad():
-            taught = self.teacher(**questions, output_hidden_states=weights.hidden > 0)
-        real = inputs["attention_mask"].bool()
+    def _distil(self, outputs: Any, inputs: dict[str, Tensor], numbers: Tensor | None) -> dict[str, Tensor]:
+        weights, real = self.distillation, inputs["attention_mask"].bool()
+        taught = self._taught(inputs, numbers)
         parts = {}
         if weights.logits > 0:
             parts["logits"] = logits_loss(outputs, taught, real, weights.temperature) * weights.logits
         if weights.hidden > 0:
-            parts["hidden"] = hidden_loss(outputs, taught, real) * weights.hidden
+            assert taught.hidden_states is not None and self.projection is not None
+            loss = hidden_loss(outputs.hidden_states, taught.hidden_states, real, self.projection)
+            parts["hidden"] = loss * weights.hidden
         return parts
 
-    def _hold_budget(self) -> tuple[Tensor, float, float]:
-        phase = self.gate_phase
-        assert phase is not None
-        wanted = phase.target_at(self.state.global_step / max(self.state.max_steps, 1))
-        expected = phase.budget.expected(*phase.gates.open_probabilities())
-        return phase.lagrangian(expected, wanted), float(expected.detach()), wanted
+    def _taught(self, inputs: dict[str, Tensor], numbers: Tensor | None) -> Taught:
+        """What the teacher says of this batch: from the cache if it is there, and the logits alone are asked
+        for."""
+        assert self.teacher is not None
+        hidden, mask = self.distillation.hidden > 0, inputs["attention_mask"]
+        if self.cache is not None and numbers is not None and not hidden:
+            found = self.cache.logits(numbers.cpu(), mask.size(1))
+            if found is not None:
+                return Taught(found[0].to(mask.device), found[1].to(mask.device), None)
+        questions = {key: value for key, value in inputs.items() if not key.endswith("_positions")}
+        with torch.no_grad():
+            output = self.teacher(**questions, output_hidden_states=hidden)
+        taught = Taught(output.start_logits, output.end_logits, output.hidden_states if hidden else None)
+        if self.cache is not None and numbers is not None:
+            self.cache.store(numbers.cpu(), taught.start_logits.cpu(), taught.end_logits.cpu(), mask.cpu())
+        return taught
+
+    def _what_went_wrong(self, parts: dict[str, Tensor]) -> str:
+        values = ", ".join(f"{name} {float(part.detach()):.4g}" for name, part in parts.items())
+        last = last_checkpoint(Path(str(self.args.output_dir)))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
+        return (
+            f"the loss is not finite ({values}) at step {self.state.global_step} with learning rate "
+            f"{self._get_learning_rate():.3g}; {kept}; a lower learning rate helps"
+        )
+
+    # -- logs and checkpoints ----------------------------------------------------------------------------
 
     def _count(self, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._parts[name] = self._parts.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's logs with the mean of each loss part, and of the expected and wanted budget, since the
-        last ones."""
+        """Trainer's logs with the mean (over steps and processes) of each loss part, and of the expected and
+        wanted budget, since the last ones; and how many gates are open in each layer."""
         if self._counted and "loss" in logs:
-            logs.update({name: value / self._counted for name, value in self._parts.items()})
+            names = sorted(self._parts)
+            means = torch.tensor([self._parts[name] / self._counted for name in names])
+            means = self.accelerator.reduce(means.to(self.args.device), "mean").cpu()
+            logs.update(dict(zip(names, means.tolist(), strict=True)))
             self._parts, self._counted = {}, 0
+            if self.gate_phase is not None:
+                logs.update(_open_gates(self.gate_phase))
         super().log(logs, start_time)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, _SAVING) if self._saving else folder
 
-class InterruptedTraining(KeyboardInterrupt):
-    """Training was stopped by the user; the text says where the checkpoint is."""
-
-
-def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
-    """Train, and return the trainer's log. After a Ctrl-C: InterruptedTraining, with a checkpoint written."""
-    with stop_on_interrupt() as stopper:
-        trainer.add_callback(stopper)
-        trainer.train()
-    if stopper.requested:
-        step = trainer.state.global_step
-        where = Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
-        if not where.exists():  # the request came after the last step's end
-            trainer._save_checkpoint(trainer.model_wrapped, trial=None)
-        raise InterruptedTraining(f"stopped in the {name} phase after step {step}; its checkpoint is {where}")
-    return trainer.state.log_history
-
-
-def training_arguments(
-    folder: Path, steps: int, batch_size: int, learning_rate: float, seed: int
-) -> TrainingArguments:
-    """What every training here has in common: warm-up and linear decay, batches of like lengths, progress
-    bars."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=max(1, steps // 20),
-        weight_decay=0.01,
-        seed=seed,
-        logging_steps=max(1, steps // 20),
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=False,  # said, because the default follows transformers' log level
-        remove_unused_columns=False,
-        train_sampling_strategy="group_by_length",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint gets its name only when it is whole; then the one before goes."""
+        run = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            shutil.rmtree(run / _SAVING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(run / name, ignore_errors=True)
+            (run / _SAVING / name).rename(run / name)
+            for older in run.glob("checkpoint-*"):
+                if older.name != name:
+                    shutil.rmtree(older)
+        self.accelerator.wait_for_everyone()
 
 
-def pad_batch(features: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Collate features of unequal length: id lists right-padded to the longest (batch, seqlen), positions
-    (batch,)."""
-    longest = max(len(feature["input_ids"]) for feature in features)
-    batch = {}
-    for name, first in features[0].items():
-        if not hasattr(first, "__len__"):
-            batch[name] = torch.tensor([feature[name] for feature in features])
-            continue
-        fill = pad_token_id if name == "input_ids" else 0
-        padded = torch.full((len(features), longest), fill, dtype=torch.long)
-        for row, feature in enumerate(features):
-            padded[row, : len(feature[name])] = torch.as_tensor(feature[name])
-        batch[name] = padded
-    return batch
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a phase's folder."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return Path(found) if found else None
 
 
-def prepare_student(model: nn.Module, dropout: float, train_embeddings: bool) -> None:
-    """Set every dropout of `model`, and freeze its word embeddings unless they are to be trained.
-
-    Dropout is off by default: the teacher's soft targets regularise, and on CPU it costs the fused attention
-    (3x).
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-    find_encoder(model).embeddings.word_embeddings.weight.requires_grad_(train_embeddings)
+def _open_gates(phase: GatePhase) -> dict[str, float]:
+    """Expected number of open gates, of each layer and of the hidden size."""
+    counts = phase.gates.probabilities()
+    return {
+        f"open_{part}/{f'layer_{i}' if part != 'hidden' else 'model'}": float(tensor.detach().sum())
+        for part in phase.gates.parts
+        for i, tensor in enumerate(counts.of(part))
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -91,8 +91,16 @@ def parse_squad(parsed: Any, name: str = "gold", on_bad_answer: OnBadAnswer = "r
         raise ValueError(f"on_bad_answer is {on_bad_answer!r}; it is 'raise' or 'keep'")
     if not isinstance(parsed, dict):
         raise SquadFormatError(f"{name}: an object with 'data' is needed, not {type(parsed).__name__}")
+    return checked_examples(_walk(parsed, name), name, on_bad_answer)
+
+
+def checked_examples(
+    read: Iterable[tuple[str, Example]], name: str, on_bad_answer: OnBadAnswer = "raise"
+) -> tuple[Example, ...]:
+    """The examples of (where, example), in their order, checked as `parse_squad` says: where goes into
+    errors."""
     examples: dict[str, Example] = {}
-    for where, example in _walk(parsed, name):
+    for where, example in read:
         if example.id in examples:
             raise SquadFormatError(f"{where}: this id appears twice")
         if on_bad_answer == "raise":
@@ -104,27 +112,34 @@ def parse_squad(parsed: Any, name: str = "gold", on_bad_answer: OnBadAnswer = "r
 
 
 def _walk(parsed: dict[str, Any], name: str) -> Iterator[tuple[str, Example]]:
-    for a, article in enumerate(_get(parsed, "data", list, name)):
-        title = _get(article, "title", str, f"{name}: article {a}")
+    for a, article in enumerate(get_field(parsed, "data", list, name)):
+        title = get_field(article, "title", str, f"{name}: article {a}")
         in_article = f"{name}: article {a} ({title!r})"
-        for p, paragraph in enumerate(_get(article, "paragraphs", list, in_article)):
+        for p, paragraph in enumerate(get_field(article, "paragraphs", list, in_article)):
             in_paragraph = f"{in_article}, paragraph {p}"
-            context = _get(paragraph, "context", str, in_paragraph)
-            for q, entry in enumerate(_get(paragraph, "qas", list, in_paragraph)):
-                key = _get(entry, "id", str, f"{in_paragraph}, question {q}")
+            context = get_field(paragraph, "context", str, in_paragraph)
+            for q, entry in enumerate(get_field(paragraph, "qas", list, in_paragraph)):
+                key = get_field(entry, "id", str, f"{in_paragraph}, question {q}")
                 where = f"{in_paragraph}, question {key!r}"
-                question, answers = _get(entry, "question", str, where), tuple(_answers(entry, where))
-                impossible = _get(entry, "is_impossible", bool, where, default=not answers)
-                yield where, Example(key, title, question, context, answers, impossible)
+                yield where, read_question(entry, title, context, where)
+
+
+def read_question(entry: dict[str, Any], title: str, context: str, where: str) -> Example:
+    """The example of an entry of "qas"; its answers' places in the context are not looked at."""
+    key, question = get_field(entry, "id", str, where), get_field(entry, "question", str, where)
+    answers = tuple(_answers(entry, where))
+    impossible = get_field(entry, "is_impossible", bool, where, default=not answers)
+    return Example(key, title, question, context, answers, impossible)
 
 
 def _answers(entry: dict[str, Any], where: str) -> Iterator[GoldAnswer]:
-    for number, answer in enumerate(_get(entry, "answers", list, where)):
+    for number, answer in enumerate(get_field(entry, "answers", list, where)):
         place = f"{where}, answer {number}"
-        yield GoldAnswer(_get(answer, "text", str, place), _get(answer, "answer_start", int, place))
+        yield GoldAnswer(get_field(answer, "text", str, place), get_field(answer, "answer_start", int, place))
 
 
-def _get(holder: Any, key: str, kind: type, where: str, default: Any = None) -> Any:
+def get_field(holder: Any, key: str, kind: type, where: str, default: Any = None) -> Any:
+    """holder[key], which is of this kind (True is no int); else SquadFormatError, with `where`."""
     if not isinstance(holder, dict):
         raise SquadFormatError(f"{where}: an object is needed, not {type(holder).__name__}")
     if key not in holder and default is not None:

@@ -1,0 +1,277 @@
+"""A table of measured time: what attention with n heads, and an FFN of width w, take on this machine for one
+batch of a workload.
+
+It is measured once, kept as a file, and refused where it does not hold: on another machine, with other
+versions, for another model. Time is not proportional to width (a layer without heads still normalises, narrow
+matrices use the processor worse), so a table says what pruning gains where parameters and MACs do not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruned_ops.inputs import check_inputs
+from pruned_ops.latency_parts import (
+    ALIGNMENTS,
+    aligned_widths,
+    backends_of,
+    chain_length,
+    chosen_batches,
+    empty_config,
+    ffn_widths,
+    head_counts,
+    layer_backends,
+    part_inputs,
+    part_runners,
+    time_parts,
+)
+from pruned_ops.measure import Workload, machine, versions
+from pruned_ops.shape import MAX_WIDTH, LayerShape, ModelShape, checked_int
+
+Points = tuple[tuple[int, float], ...]
+
+FORMAT = 1
+# An alignment this near to the best one is as good: medians of a few rounds differ by as much.
+ALIGN_TOLERANCE = 1.02
+_MACHINE = ("processor", "cores", "threads", "cpu_capability", "accelerator", "device")
+_VERSIONS = ("torch", "pruned-ops")
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds per batch of `workload`, for one layer's attention and FFN part at measured sizes.
+
+    base_ms: all that is no layer part: packing, embedding, unpacking, the question-answering head.
+    attention: (num_heads, ms), ffn: (ffn_width, ms): rising from 0 to the dense size, ms never falling.
+    alignment: (align, relative cost of FFN widths that are odd multiples of it), 1.0 is the best.
+    backends: op -> the backend that ran it. command: the command line that made the table, if one did.
+    Errors: ValueError that names the field for anything else.
+    """
+
+    hidden_size: int
+    head_dim: int
+    hidden_act: str
+    dtype: str
+    workload: Workload
+    base_ms: float
+    attention: Points
+    ffn: Points
+    alignment: Points
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    backends: dict[str, Any]
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "head_dim"):
+            checked_int(name, getattr(self, name), 1, MAX_WIDTH)
+        kinds = {"str": str, "dict[str, Any]": dict, "str | None": str | None}
+        for field in fields(self):
+            if not isinstance(getattr(self, field.name), kinds.get(str(field.type), object)):
+                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}")
+        _check_number("base_ms", self.base_ms)
+        for name in ("attention", "ffn", "alignment"):
+            _check_points(name, getattr(self, name))
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON: the file is there whole, or as it was before."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", "utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Read what `save` wrote. Errors: OSError where there is no file to read; ValueError that names the
+        file and its fault for anything else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+                raise ValueError(f'an object with "format": {FORMAT} is needed')
+            names = {field.name for field in fields(cls)}
+            if names != set(data):
+                raise ValueError(f"missing or unknown: {', '.join(sorted(names ^ set(data)))}")
+            data["workload"] = _parse_workload(data["workload"])
+            points = {name: _parse_points(name, data[name]) for name in ("attention", "ffn", "alignment")}
+            return cls(**{**data, **points})
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no latency table: {error}") from error
+
+    def attention_ms(self, num_heads: int) -> float:
+        """Milliseconds per batch of one layer's attention part; ValueError as `part_ms`."""
+        return _interpolate("num_heads", self.attention, num_heads)
+
+    def ffn_ms(self, ffn_width: int) -> float:
+        """Milliseconds per batch of one layer's FFN part; ValueError as `part_ms`."""
+        return _interpolate("ffn_width", self.ffn, ffn_width)
+
+    def part_ms(self, layer: LayerShape) -> float:
+        """Milliseconds per batch of one layer of this shape, piecewise linear between the measured points.
+
+        ValueError beyond the sizes that were measured."""
+        return self.attention_ms(layer.num_heads) + self.ffn_ms(layer.ffn_width)
+
+    def predict(self, layers: Sequence[LayerShape]) -> float:
+        """Milliseconds per batch of a whole model with these layers; ValueError as `part_ms`."""
+        return self.base_ms + sum(self.part_ms(layer) for layer in layers)
+
+    @property
+    def align(self) -> int:
+        """The smallest alignment of FFN widths within 2% of the best."""
+        return min(align for align, cost in self.alignment if cost <= ALIGN_TOLERANCE)
+
+    def refuse(
+        self, shape: ModelShape, hidden_act: str, dtype: str = "float32", device: str = "cpu"
+    ) -> str | None:
+        """Why this table does not hold for a model of this shape here and now, as a sentence that names all
+        that differs; None if it holds."""
+        heads = max((layer.num_heads for layer in shape.layers), default=0)
+        width = max((layer.ffn_width for layer in shape.layers), default=0)
+        here = {**machine(), "device": device}
+        pairs = [(name, self.machine.get(name), here[name]) for name in _MACHINE]
+        pairs += [(name, self.versions.get(name), versions()[name]) for name in _VERSIONS]
+        pairs += [("dtype", self.dtype, dtype), ("hidden_size", self.hidden_size, shape.hidden_size)]
+        pairs += [("head_dim", self.head_dim, shape.head_dim), ("hidden_act", self.hidden_act, hidden_act)]
+        for name, points, needed in (("num_heads", self.attention, heads), ("ffn_width", self.ffn, width)):
+            if needed > points[-1][0]:
+                pairs.append((f"{name} up to", points[-1][0], needed))
+        if all(there == ours for _, there, ours in pairs):  # else the layer may not even run here
+            widest = LayerShape(heads, width)
+            ran = layer_backends(shape.hidden_size, shape.head_dim, widest, hidden_act, device)
+            pairs += [(f"{op} on backend", self.backends.get(op), backend) for op, backend in ran.items()]
+        parts = [f"{n} {a or 'none'}, here is {b or 'none'}" for n, a, b in pairs if a != b]
+        return f"it was made with {'; with '.join(parts)}" if parts else None
+
+    def remake_command(self, path: str | Path) -> str:
+        """The command that makes this table again, in place of the file at `path`."""
+        command = self.command or f"pruned-ops latency-table {path} --model CHECKPOINT --data SQUAD.json"
+        return command if "--overwrite" in command.split() else f"{command} --overwrite"
+
+
+def measure_table(
+    config: Any,
+    workload: Workload,
+    rounds: int = 5,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    command: str | None = None,
+) -> LatencyTable:
+    """Measure this machine on one batch of `workload`, up to the sizes of a BERT or RoBERTa config.
+
+    config: stock, or pruned (then up to its widest layer). fp32. Each part is timed as a chain of up to 6
+    distinct modules over packed batches. At most 4 batches are timed, evenly spread over the workload's in
+    order of their tokens, and scaled by tokens to its mean batch. Every round sees every size, in an order
+    shuffled each time; medians over rounds. Isotonic regression makes the curves rise: noise must never make
+    a wider part cheaper (a pruner would be paid for it); a running maximum would keep one slow measurement.
+    Errors: ValueError for another model, no round, an empty batch, or sequences longer than the model takes.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; at least 1 is needed")
+    chosen = chosen_batches(workload)
+    empty, dense = empty_config(config)
+    model = (empty.hidden_size, empty.head_dim, empty.hidden_act)
+    check_inputs(empty, torch.zeros(1, max(map(max, workload.batches)), dtype=torch.long), None, None, None)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had run here
+        runners = part_runners(empty, dense, device)
+    inputs = part_inputs(empty, chosen, device)
+    densest = ("base", f"attention {dense.num_heads}", f"ffn {dense.ffn_width}")  # what `refuse` compares
+    backends = backends_of(lambda: [runners[name](inputs[0]) for name in densest])
+    ms = time_parts(runners, chosen, inputs, rounds, progress)
+    scale = workload.tokens / len(workload.batches) / (chosen.tokens / len(chosen.batches))
+    part = {name: total * scale / chain_length(empty) for name, total in ms.items()}
+    attention = _rising([(n, part[f"attention {n}"]) for n in head_counts(dense.num_heads)])
+    ffn = _rising([(w, part[f"ffn {w}"]) for w in ffn_widths(dense.ffn_width)])
+    base = max(0.0, ms["base"] * scale - empty.num_hidden_layers * (attention[0][1] + ffn[0][1]))
+    alignment = _alignment(ffn, part)
+    where = {**machine(), "device": str(device)}
+    return LatencyTable(
+        *model, "float32", workload, base, attention, ffn, alignment, where, versions(), backends, command
+    )
+
+
+def _alignment(ffn: Points, ms: Mapping[str, float]) -> Points:
+    """Cost of each alignment: its widths' time over that of the straight line through the curve.
+
+    A line, since the curve's own points are aligned differently and follow what is looked for here."""
+    line = [point for point in ffn if 8 * point[0] >= ffn[-1][0]]
+    if len(line) < 2:
+        return ((ALIGNMENTS[0], 1.0),)
+    slope, start = statistics.linear_regression(*zip(*line, strict=True))
+    costs = {}
+    for align, widths in aligned_widths(ffn[-1][0]).items():
+        expected = sum(max(start + slope * width, ffn[0][1]) for width in widths)
+        costs[align] = sum(ms[f"ffn {width}"] for width in widths) / expected if widths else 1.0
+    return tuple((align, cost / min(costs.values())) for align, cost in costs.items())
+
+
+def _rising(points: Sequence[tuple[int, float]]) -> Points:
+    """Isotonic regression: the never falling curve nearest to the points (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []  # mean, how many points
+    for _, ms in points:
+        pools.append((ms, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (last, n), (before, m) = pools.pop(), pools.pop()
+            pools.append(((before * m + last * n) / (m + n), m + n))
+    smooth = [mean for mean, count in pools for _ in range(count)]
+    return tuple((size, ms) for (size, _), ms in zip(points, smooth, strict=True))
+
+
+def _interpolate(name: str, points: Points, size: int) -> float:
+    """Milliseconds at this size: exact at a measured point, on the line between two."""
+    if not 0 <= size <= points[-1][0]:
+        raise ValueError(f"{name} is {size}; the table reaches from 0 to {points[-1][0]}")
+    i = bisect_left(points, size, key=lambda point: point[0])
+    high, high_ms = points[i]
+    if high == size:
+        return high_ms
+    low, low_ms = points[i - 1]
+    return low_ms + (high_ms - low_ms) * (size - low) / (high - low)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}; a number that is finite and not negative is needed")
+
+
+def _check_points(name: str, points: Points) -> None:
+    """ValueError unless sizes rise; a curve begins at 0 and never falls; the least alignment cost is 1."""
+    for size, value in points:
+        checked_int(f"a size in {name}", size, 0, MAX_WIDTH)
+        _check_number(f"{name} at {size}", value)
+    sizes, values = [size for size, _ in points], [value for _, value in points]
+    if not sizes or sizes != sorted(set(sizes)):
+        raise ValueError(f"the sizes in {name} do not rise: {sizes}")
+    if name == "alignment" and (sizes[0] < 1 or min(values) != 1):
+        raise ValueError("alignment needs aligns from 1 on, and 1.0 as its least cost")
+    if name != "alignment" and (sizes[0] != 0 or values != sorted(values)):
+        raise ValueError(f"{name} must begin at size 0, and its times must never fall")
+
+
+def _parse_points(name: str, value: object) -> Points:
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise ValueError(f"{name} is no list of pairs")
+    return tuple((size, number) for size, number in value)
+
+
+def _parse_workload(value: object) -> Workload:
+    if not isinstance(value, dict) or set(value) != {"name", "batches"} or not isinstance(value["name"], str):
+        raise ValueError("workload needs exactly a name and batches")
+    batches = value["batches"]
+    if not isinstance(batches, list) or not all(isinstance(batch, list) for batch in batches):
+        raise ValueError("the workload's batches are no lists of lengths")
+    name = "a length in workload"
+    return Workload(
+        value["name"], tuple(tuple(checked_int(name, n, 0, MAX_WIDTH) for n in b) for b in batches)
+    )

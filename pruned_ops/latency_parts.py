@@ -1,0 +1,187 @@
+"""The layer parts whose time is measured: which sizes, made of what, on which inputs, and how they are
+timed."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import BertConfig, RobertaConfig
+
+from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.layers import PrunedAttention, PrunedFFN, PrunedLayer
+from pruned_ops.measure import Runner, Workload, interleave
+from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
+from pruned_ops.optimize import optimize
+from pruned_ops.packing import PackedBatch
+from pruned_ops.registry import record
+from pruned_ops.shape import LayerShape
+
+# Distinct modules in a row: as many weights as a small encoder holds, so that they come from memory as there.
+CHAIN = 6
+# Batches that stand for the workload: half a minute to a minute for a small encoder on two cores.
+TIMED_BATCHES = 4
+ALIGNMENTS = (8, 16, 32, 64, 128)
+_LINE = 16  # floats in 64 bytes, where an allocation begins and so every matrix
+
+
+def head_counts(dense: int) -> list[int]:
+    """The numbers of heads that are measured: all up to 16, else 13 of them with 0, 1 and dense."""
+    if dense <= 16:
+        return list(range(dense + 1))
+    return sorted({0, 1, *(round(dense * i / 11) for i in range(12))})
+
+
+def ffn_widths(dense: int) -> list[int]:
+    """The FFN widths that are measured: 0, dense and about 16 even steps of 64 (of 16 below 512) between."""
+    unit = 64 if dense >= 512 else 16
+    return sorted({0, dense, *(min(dense, unit * round(dense * i / 16 / unit)) for i in range(1, 16))})
+
+
+def aligned_widths(dense: int) -> dict[int, list[int]]:
+    """align -> odd multiples of it near 1/4, 1/2 and 3/4 of dense; 8 always, others where they come near."""
+    found = {}
+    for align in ALIGNMENTS:
+        if align == ALIGNMENTS[0] or 8 * align <= dense:
+            odd = [2 * round((dense * quarter / 4 / align - 1) / 2) + 1 for quarter in (1, 2, 3)]
+            found[align] = sorted({align * number for number in odd if align * number <= dense})
+    return found
+
+
+def empty_config(config: Any) -> tuple[PrunedBertConfig | PrunedRobertaConfig, LayerShape]:
+    """The config of the same model with empty layers, and the most heads and the widest FFN of its own.
+
+    ValueError for what is no BERT or RoBERTa, stock or pruned, or none that runs packed."""
+    if type(config) not in (BertConfig, RobertaConfig, PrunedBertConfig, PrunedRobertaConfig):
+        raise ValueError(
+            f"a {getattr(config, 'model_type', type(config).__name__)} model is not measured: a BERT or "
+            f"RoBERTa, stock or pruned, is needed"
+        )
+    pruned = PrunedRobertaConfig if isinstance(config, RobertaConfig) else PrunedBertConfig
+    given = config.to_dict()
+    layers = pruned(**given).shape.layers
+    heads = max((layer.num_heads for layer in layers), default=0)
+    width = max((layer.ffn_width for layer in layers), default=0)
+    empty = pruned(**{**given, "layer_shapes": [LayerShape(0, 0)] * len(layers)})
+    return empty, LayerShape(heads, width)
+
+
+def chain_length(config: Any) -> int:
+    """How many parts a chain has: as many as the model has layers, up to CHAIN."""
+    return min(CHAIN, max(1, config.num_hidden_layers))
+
+
+def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> dict[str, Runner]:
+    """What is timed: "base", the model with empty layers; "attention N" and "ffn W", chains of parts."""
+    hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.hidden_act
+    roberta = isinstance(empty, PrunedRobertaConfig)
+    model_class: Any = PrunedRobertaForQuestionAnswering if roberta else PrunedBertForQuestionAnswering
+    model = optimize(model_class(empty).to(device))
+    runners: dict[str, Runner] = {
+        "base": lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    }
+    # All sizes share one memory, of a row a module. Apart, a large encoder's would take gigabytes, and each
+    # would be colder than a layer's weights are in a model that runs again and again.
+    room = max(4 * dense.num_heads * head_dim, 2 * dense.ffn_width) * hidden + 2 * _LINE
+    memory = torch.empty(chain_length(empty), room).uniform_(-0.05, 0.05).to(device)
+    for n in head_counts(dense.num_heads):
+        runners[f"attention {n}"] = _chain(partial(PrunedAttention, hidden, n, head_dim), memory)
+    aligned = [width for widths in aligned_widths(dense.ffn_width).values() for width in widths]
+    for w in {*ffn_widths(dense.ffn_width), *aligned}:
+        runners[f"ffn {w}"] = _chain(partial(PrunedFFN, hidden, w, hidden_act=act), memory)
+    return runners
+
+
+def _chain(make: Callable[[], nn.Module], memory: Tensor) -> Runner:
+    """Parts one after the other, each with weights from a row of `memory`, over a packed batch."""
+    chain = []
+    for row in memory:
+        with torch.device("meta"):
+            part = make()
+        state, start = {}, 0
+        for name, parameter in part.named_parameters():
+            if parameter.dim() == 1:
+                state[name] = torch.full(parameter.shape, float(name == "norm.weight"), device=row.device)
+            else:
+                state[name] = row[start : start + parameter.numel()].view(parameter.shape)
+                start += -(-parameter.numel() // _LINE) * _LINE
+        part.load_state_dict(state, assign=True)
+        chain.append(part.requires_grad_(False).eval())
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        x, lengths = batch["x"], (batch["cu_seqlens"], int(batch["max_seqlen"]))
+        for part in chain:
+            x = part(x, *lengths) if isinstance(part, PrunedAttention) else part(x)
+        return x
+
+    return run
+
+
+def chosen_batches(workload: Workload) -> Workload:
+    """At most TIMED_BATCHES of its batches, evenly spread in order of tokens; ValueError for an empty one."""
+    if not workload.batches or not all(map(sum, workload.batches)):
+        raise ValueError(f"workload {workload.name} has no batch, or one without tokens")
+    ordered = sorted(workload.batches, key=sum)
+    count = min(TIMED_BATCHES, len(ordered))
+    picked = tuple(ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count))
+    return Workload(workload.name, picked)
+
+
+def part_inputs(config: Any, chosen: Workload, device: torch.device | str) -> list[dict[str, Tensor]]:
+    """A batch's padded ids and mask for the base, and packed rows x (tokens, hidden_size) for the parts."""
+    generator = torch.Generator().manual_seed(0)
+    made = chosen.inputs(config.vocab_size, config.pad_token_id, device)
+    for batch in made:
+        mask = batch["attention_mask"]
+        packed = PackedBatch.from_mask(mask, mask.size(0), mask.size(1), torch.device(device))
+        batch["x"] = torch.randn(packed.tokens, config.hidden_size, generator=generator).to(device)
+        batch["cu_seqlens"], batch["max_seqlen"] = packed.cu_seqlens, torch.tensor(packed.max_seqlen)
+    return made
+
+
+def time_parts(
+    runners: Mapping[str, Runner],
+    chosen: Workload,
+    inputs: Sequence[dict[str, Tensor]],
+    rounds: int,
+    progress: bool,
+) -> dict[str, float]:
+    """Milliseconds of each runner, mean over the batches of the median over rounds."""
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in inputs] for name in runners}
+    order, shuffler = list(runners), random.Random(0)
+    # One untimed batch first: what is done once (threads, buffers, the clock's rise) is over then.
+    turns = [None, *(i for _ in range(rounds) for i in range(len(inputs)))]
+    for turn in tqdm(turns, desc="latency table", unit=" batches", disable=not progress):
+        shuffler.shuffle(order)  # no runner always finds the caches as the same other one leaves them
+        i = turn or 0
+        one = Workload(chosen.name, (chosen.batches[i],))
+        done = interleave({name: runners[name] for name in order}, one, [inputs[i]], rounds=1, warmup=0)
+        if turn is not None:
+            for name, timing in done.items():
+                seconds[name][i] += timing.seconds
+    return {
+        name: 1000 * statistics.fmean(map(statistics.median, batches)) for name, batches in seconds.items()
+    }
+
+
+def backends_of(run: Callable[[], Any]) -> dict[str, str]:
+    """op -> the backend that ran it in `run`; several, with commas, where it was not one."""
+    with torch.inference_mode(), record() as ran:
+        run()
+    return {op: ", ".join(sorted(counts)) for op, counts in ran.items()}
+
+
+def layer_backends(
+    hidden_size: int, head_dim: int, shape: LayerShape, hidden_act: str, device: torch.device | str
+) -> dict[str, str]:
+    """op -> the backend that runs it here in a layer of this shape: found by running one token through it."""
+    with torch.random.fork_rng(devices=[]):
+        layer = PrunedLayer(hidden_size, head_dim, shape, hidden_act=hidden_act).to(device)
+    x = torch.zeros(1, hidden_size, device=device)
+    return backends_of(lambda: layer(x, torch.tensor([0, 1], dtype=torch.int32, device=device), 1))

@@ -1,0 +1,228 @@
+"""What stays: gates trained by a recipe, or importance scores; then a decision for each target, held to
+measured time where the target is a time; and the narrow models that the decisions make."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+from pruned_ops.measure import interleave
+from pruned_ops.optimize import optimized
+from pruned_trainer import importance
+from pruned_trainer.attach import attached
+from pruned_trainer.budget import Target
+from pruned_trainer.compact import compact
+from pruned_trainer.decision import Decision, decide, decide_at
+from pruned_trainer.distributed import is_main, once, state
+from pruned_trainer.gate_phase import GatePhase, HoldTarget, PayPerGate
+from pruned_trainer.gates import Gates, PerGate, Scores
+from pruned_trainer.job import Job, say
+from pruned_trainer.loading import load_model
+from pruned_trainer.training import build_trainer, pad_batch, prepare_student, run
+
+# A choice that meets a target in time lies between these parts of the time allowed: within 3% of it, a little
+# below, because the next measurement of the same models may differ by a percent.
+MEETS = (0.97, 1.0)
+AIM = 0.99
+# Choices that are made and timed before the best so far is taken.
+ATTEMPTS, ROUNDS = 8, 5
+# The paper does not state its threshold: gates whose deterministic value is at least 1/2 stay.
+PAPER_THRESHOLD = 0.0
+
+Log = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A decision and where its narrow model lies."""
+
+    decision: Decision
+    folder: Path
+
+    def load(self) -> PreTrainedModel:
+        """The narrow model, as the gate phase left it."""
+        return load_model(str(self.folder))
+
+
+def choose(job: Job, folder: Path, steps: int, targets: Sequence[Target]) -> tuple[list[Chosen], Log]:
+    """A decision and a narrow model for each target (one without a target, by threshold), in `folder`.
+
+    targets fall in size. What an earlier, interrupted run has written there is taken as it is.
+    """
+    wanted: list[Target | None] = list(targets) or [None]
+    done = _written(folder, len(wanted))
+    if done is not None:
+        return done, []
+    set_seed(job.settings.seed)
+    if job.settings.recipe == "joint":
+        log = _joint(job, folder, steps, targets)
+    else:
+        scores, log = _paper(job, folder, steps) if job.settings.recipe == "paper" else _scored(job, steps)
+        for number, target in enumerate(wanted):
+            _capture(job, folder, number, copy.deepcopy(job.dense), scores, target)
+    done = _written(folder, len(wanted))
+    assert done is not None
+    return done, log
+
+
+def gate_phase_for(job: Job, gates: Gates, targets: Sequence[Target]) -> GatePhase:
+    """The recipe's term of the loss."""
+    settings = job.settings
+    if settings.recipe == "paper":
+        return PayPerGate(gates, settings.multiples, settings.gate_learning_rate, settings.penalty)
+    fractions = [job.budget.wanted(target) for target in targets]
+    return HoldTarget(gates, job.budget, fractions, settings.gate_learning_rate, settings.penalty)
+
+
+def freeze_for(job: Job, student: PreTrainedModel, gates: Gates) -> None:
+    """In the paper's recipe the gates alone train."""
+    if job.settings.recipe == "paper":
+        student.requires_grad_(False)
+        gates.requires_grad_(True)
+
+
+def _joint(job: Job, folder: Path, steps: int, targets: Sequence[Target]) -> Log:
+    """Gates and weights together; a decision is taken as the training passes each target."""
+    settings = job.settings
+    student = copy.deepcopy(job.dense)
+    prepare_student(student, settings.dropout, settings.train_embeddings)
+    with attached(student, settings.seed, settings.parts) as gates, optimized(job.teacher) as teacher:
+        phase = gate_phase_for(job, gates, targets)
+        trainer = build_trainer(job, student, teacher, folder / "gates", steps, phase)
+        ends = [round(steps * (k + 1) / len(targets)) for k in range(len(targets))]
+
+        def capture(number: int) -> None:
+            _capture(job, folder, number, student, gates.scores(), targets[number])
+
+        trainer.add_callback(_AtSteps(ends[:-1], capture))
+        log = run(trainer, "gate")
+        capture(len(targets) - 1)
+    return log
+
+
+def _paper(job: Job, folder: Path, steps: int) -> tuple[Scores, Log]:
+    """Each part's gates alone, on frozen weights; the scores of all parts together."""
+    settings = job.settings
+    rank, values = PerGate.full(job.budget.dense, float("inf")), PerGate.full(job.budget.dense, 1.0)
+    log: Log = []
+    for part in settings.parts:
+        student = copy.deepcopy(job.dense)
+        prepare_student(student, settings.dropout, False)
+        say(f"gates on {part}, at {settings.multiples[part]:g} times the paper's lambda")
+        with attached(student, settings.seed, [part]) as gates, optimized(job.teacher) as teacher:
+            freeze_for(job, student, gates)
+            phase = gate_phase_for(job, gates, [])
+            log += run(build_trainer(job, student, teacher, folder / f"gates-{part}", steps, phase), "gate")
+            found = gates.scores()
+        rank, values = rank.replace(part, found.rank), values.replace(part, found.values)
+    return Scores(rank, values), log
+
+
+def _scored(job: Job, steps: int) -> tuple[Scores, Log]:
+    """Importance scores over `steps` minibatches of the training file."""
+    settings = job.settings
+    order = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    size = settings.train_batch
+    collate = partial(pad_batch, pad_token_id=job.dense.config.pad_token_id)
+    chosen = [order[start : start + size] for start in range(0, min(steps * size, len(order)), size)]
+    device = job.dense.device
+    batches = [
+        {k: v.to(device) for k, v in collate([job.train[i] for i in rows]).items() if k != "number"}
+        for rows in chosen
+    ]
+
+    def work() -> Scores:
+        return importance.score(
+            settings.recipe, job.dense, batches, job.budget, settings.parts, settings.seed, progress=True
+        )
+
+    return once(work), []
+
+
+class _AtSteps(TrainerCallback):
+    """Calls back after each of these steps, with its number among them."""
+
+    def __init__(self, steps: Sequence[int], work: Any) -> None:
+        self.steps, self.work = list(steps), work
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            self.work(self.steps.index(state.global_step))
+
+
+def _capture(
+    job: Job, folder: Path, number: int, student: PreTrainedModel, scores: Scores, target: Target | None
+) -> None:
+    """Decide for one target, and write the decision and its narrow model."""
+    if target is None:
+        decision = decide_at(scores, job.budget, PAPER_THRESHOLD, job.align)
+    elif target.is_time:
+        decision = once(lambda: decide_in_time(job, student, scores, target))
+    else:
+        decision = decide(scores, job.budget, target, job.align)
+    if is_main():
+        place = folder / f"narrow-{number}"
+        compact(student, decision).save_pretrained(place)
+        decision.save(folder / "decision.partial")  # the decision comes last: where it is, all is
+        (folder / "decision.partial").replace(folder / f"decision-{number}.json")
+    state().wait_for_everyone()
+
+
+def _written(folder: Path, number: int) -> list[Chosen] | None:
+    places = [(folder / f"decision-{k}.json", folder / f"narrow-{k}") for k in range(number)]
+    if not all(decision.is_file() for decision, _ in places):
+        return None
+    return [Chosen(Decision.load(decision), narrow) for decision, narrow in places]
+
+
+def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: Target) -> Decision:
+    """The best-ranking choice whose measured time meets the target: decide by the table, time the narrow
+    model against the dense one, correct what is asked of the table, and again.
+
+    ValueError, with the fastest that was seen, where none of ATTEMPTS choices meets it.
+    """
+    asked = job.budget.wanted(target)
+    fraction, best, fastest = asked * AIM, None, float("inf")
+    low, high = 0.0, float("inf")  # of the table's fractions: the largest that met, the smallest that did not
+    for _ in range(ATTEMPTS):
+        try:
+            decision = decide(scores, job.budget, target, job.align, fraction)
+        except ValueError:
+            break
+        measured = _measured_fraction(job, compact(student, decision), target)
+        fastest = min(fastest, measured)
+        say(f"a choice that the table puts at {fraction:.3f} of the dense time takes {measured:.3f} of it "
+            f"({asked:.3f} asked)")  # fmt: skip
+        if measured <= asked * MEETS[1]:
+            low, best = max(low, fraction), decision
+            if measured >= asked * MEETS[0]:
+                break
+        else:
+            high = min(high, fraction)
+        fraction *= asked * AIM / measured
+        if not low < fraction < high:
+            fraction = (low + high) / 2 if low < high < float("inf") else low
+    if best is None:
+        raise ValueError(
+            f"no choice took at most {asked:.3f} of the dense time; the fastest took {fastest:.3f}"
+        )
+    return best
+
+
+def _measured_fraction(job: Job, narrow: PreTrainedModel, target: Target) -> float:
+    """Seconds of the narrow model over seconds of the dense one on the workload, interleaved."""
+    config = job.dense.config
+    inputs = job.workload.inputs(config.vocab_size, config.pad_token_id, job.dense.device)
+    with optimized(job.dense) as dense, optimized(narrow.eval()) as fast:
+        runners = {"dense": lambda batch: dense(**batch), "narrow": lambda batch: fast(**batch)}
+        timings = interleave(runners, job.workload, inputs, ROUNDS)
+    if target.unit == "latency_ms":
+        return timings["narrow"].ms(50) / job.budget.total
+    return 1 / timings["narrow"].speedup_over(timings["dense"])

@@ -1,0 +1,58 @@
+"""What is done once and what is shared where a run has several processes (torchrun, accelerate launch).
+
+With one process all of this is a plain call. The processes meet in Accelerate's PartialState.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+T = TypeVar("T")
+
+
+def state() -> PartialState:
+    """This process among the others; joins them at the first call."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not PartialState._shared_state:
+        return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState()
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks to the user."""
+    return state().is_main_process
+
+
+def world_size() -> int:
+    return state().num_processes
+
+
+def once(work: Callable[[], T]) -> T:
+    """Do this on the main process alone, and give its result, or its error, to all."""
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome = [work(), None]
+        except Exception as error:
+            outcome = [None, error]
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def shared(work: Callable[[Sequence[T]], Sequence[Any]], items: Sequence[T]) -> list[Any]:
+    """work(items), an item's result each, with the items dealt out to the processes; all get all results."""
+    number, processes = state().process_index, world_size()
+    if processes == 1:
+        return list(work(items))
+    mine = range(number, len(items), processes)
+    found = gather_object(list(zip(mine, work([items[i] for i in mine]), strict=True)))
+    return [result for _, result in sorted(found, key=lambda pair: pair[0])]

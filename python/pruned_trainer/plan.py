@@ -1,0 +1,141 @@
+"""How many steps of each phase a run takes: as told, or as many as fit into the time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pruned_ops.optimize import optimized
+from pruned_trainer.attach import attached
+from pruned_trainer.budget import Target
+from pruned_trainer.callbacks import StepClock
+from pruned_trainer.choice import freeze_for, gate_phase_for
+from pruned_trainer.compact import compact
+from pruned_trainer.decision import decide
+from pruned_trainer.distributed import once
+from pruned_trainer.gate_phase import GatePhase
+from pruned_trainer.importance import METHODS
+from pruned_trainer.job import Job, say
+from pruned_trainer.training import build_trainer, prepare_student
+
+# Part of the training time that goes to the gates; the rest trains the narrow model, which learns more a
+# minute.
+GATE_SHARE = 0.25
+# Steps that are run to learn how long one takes: the first ones warm up, the others span the lengths that
+# occur.
+WARMUP_STEPS, TIMED_STEPS = 2, 8
+# Kept back of --max-minutes for the decision, compaction, checkpoints and the unevenness of shared machines.
+RESERVE = 0.05
+# Minibatches that importance scores are taken over where nothing else is said.
+SCORE_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of both phases, and the seconds a step that they were worked out from (None: not from time).
+
+    retrain_steps: of each narrow model, where a run makes several.
+    """
+
+    gate_steps: int
+    retrain_steps: int
+    gate_step_seconds: float | None = None
+    retrain_step_seconds: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(job: Job, targets: list[Target]) -> Plan:
+    """Steps from the settings: given ones first, then those that fit into max_minutes, else epochs.
+
+    The time of a step is measured once, here, on copies; from then on the steps are fixed, so that the same
+    seed, steps and data give the same result.
+    """
+    settings = job.settings
+    epoch = math.ceil(len(job.train) / settings.train_batch)
+    gate = settings.gate_steps
+    if gate is None and settings.recipe in METHODS:
+        gate = SCORE_STEPS if settings.gate_epochs is None else math.ceil(epoch * settings.gate_epochs)
+    again = settings.retrain_steps
+    if settings.max_minutes is None:
+        if gate is None:
+            gate = math.ceil(epoch * (1 if settings.gate_epochs is None else settings.gate_epochs))
+        if again is None:
+            again = math.ceil(epoch * (1 if settings.retrain_epochs is None else settings.retrain_epochs))
+        return Plan(gate, again)
+    say("measuring how long a training step takes")
+    gate_seconds, retrain_seconds = _step_seconds(job, targets[-1] if targets else None)
+    minutes, models = settings.max_minutes, max(len(targets), 1)
+
+    def fit() -> Plan:
+        left = minutes * 60 * (1 - RESERVE) - (time.perf_counter() - job.started)
+        first = gate if gate is not None else int(left * GATE_SHARE / gate_seconds)
+        rest = (left - first * gate_seconds) / retrain_seconds / models
+        return Plan(first, again if again is not None else int(rest), gate_seconds, retrain_seconds)
+
+    plan = once(fit)
+    if plan.gate_steps < 1 or plan.retrain_steps < (0 if again is not None else 1):
+        needed = time.perf_counter() - job.started + 20 * (gate_seconds + models * retrain_seconds)
+        raise ValueError(
+            f"--max-minutes {minutes:g} is too little here: at least "
+            f"{needed / 60 / (1 - RESERVE):.1f} are needed"
+        )
+    return plan
+
+
+def _step_seconds(job: Job, target: Target | None) -> tuple[float, float]:
+    """Seconds of a step with gates, and of one with a model of the target's size; the models are thrown
+    away."""
+    settings = job.settings
+    timed = copy.copy(job)
+    timed.train = _spanning_batches(job)
+    timed.cache = None
+    student = copy.deepcopy(job.dense)
+    prepare_student(student, settings.dropout, settings.train_embeddings)
+    with attached(student, settings.seed, settings.parts) as gates, optimized(job.teacher) as teacher:
+        # Any choice of the right size will do: a little seeded noise tells apart gates that are still alike.
+        for i, log_alpha in enumerate(gates.locations()):
+            noise = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(i))
+            log_alpha.data += 0.01 * noise.to(log_alpha)
+        narrow = student
+        if target is not None:
+            narrow = compact(student, decide(gates.scores(), job.budget, target, job.align))
+        gate = 0.0
+        if settings.recipe not in METHODS:
+            phase = gate_phase_for(job, gates, [] if target is None else [target])
+            freeze_for(job, student, gates)
+            gate = _time_steps(timed, student, teacher, phase)
+        prepare_student(narrow, settings.dropout, settings.train_embeddings)
+        again = _time_steps(timed, narrow, teacher, None)
+    return once(lambda: (gate, again))  # the main process's times are everyone's
+
+
+def _spanning_batches(job: Job) -> list[dict[str, Any]]:
+    """Features of WARMUP_STEPS + TIMED_STEPS batches, each of like lengths, that span the lengths in even
+    steps."""
+    size = job.settings.train_batch
+    ordered = sorted(job.train, key=lambda feature: len(feature["input_ids"]))
+    last = max(len(ordered) - size, 0)
+    places = [round(last * (i + 0.5) / TIMED_STEPS) for i in range(TIMED_STEPS)]
+    warm = [places[TIMED_STEPS // 2]] * WARMUP_STEPS
+    return [feature for place in warm + places for feature in ordered[place : place + size]]
+
+
+def _time_steps(job: Job, model: PreTrainedModel, teacher: PreTrainedModel, phase: GatePhase | None) -> float:
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = WARMUP_STEPS + TIMED_STEPS
+        trainer = build_trainer(job, model, teacher, Path(folder), steps, phase, timing=True)
+        trainer.add_callback(clock)
+        trainer.train()
+    return statistics.mean(clock.seconds[WARMUP_STEPS:])

@@ -1,0 +1,212 @@
+"""Questions from wherever they are: SQuAD's JSON, SQuAD's columns in files and folders, the Hugging Face hub.
+
+SQuAD's columns are id, question, context and answers {text: [...], answer_start: [...]}, and optionally title
+and is_impossible. `datasets` is imported where a folder or the hub is read, pyarrow (which comes with it)
+where a .parquet or .arrow file is; .json and .jsonl need neither.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pruned_trainer.tasks.squad import (
+    Example,
+    SquadFormatError,
+    checked_examples,
+    get_field,
+    load_squad,
+    read_question,
+)
+
+NEEDED = ("id", "question", "context", "answers")
+OPTIONAL = ("title", "is_impossible")
+JSON_LINES = (".jsonl", ".ndjson")
+ARROW = (".parquet", ".arrow")
+NO_NESTED_COLUMNS = (".csv", ".tsv")
+
+# Owner and name. One word alone is no hub name: it is more often a mistyped path, and `datasets` takes some
+# words ("json", "text") for its own readers.
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_SPLIT = re.compile(r"\w+(\.\w+)*")
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+def read_examples(source: str | Path, default_split: str) -> list[Example]:
+    """The questions of a file, a folder or a data set of the hub, checked as `load_squad` checks.
+
+    source: .parquet, .jsonl or .arrow with SQuAD's columns, any other file as SQuAD's JSON; a folder that
+    `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or that is laid out as on the hub; else a hub
+    name. Folders and hub names may end in ":split"; default_split is for those that do not and have splits.
+    What comes from the hub stays in the cache of `datasets`.
+
+    Errors name the source, split, row (from 0) and question: FileNotFoundError where there is no such file,
+    OSError where the hub does not answer or does not know the name, ValueError for an unknown split or a
+    missing library, SquadFormatError (a ValueError) for whatever is not SQuAD.
+    """
+    name, split = str(source), None
+    if not Path(name).exists() and ":" in name:
+        name, split = name.split(":", 1)
+        if not _SPLIT.fullmatch(split):
+            raise ValueError(f"{source}: no such file, and {split!r} is no split: one name, such as train")
+    path = Path(name)
+    if path.is_dir():
+        return _read_folder(path, split, default_split)
+    if path.exists():
+        if split is not None:
+            raise ValueError(f"{path} is a file and has no splits: leave ':{split}' away")
+        return _read_file(path)
+    return _read_hub(name, split or default_split)
+
+
+def _read_file(path: Path) -> list[Example]:
+    suffix = path.suffix.lower()
+    if suffix in NO_NESTED_COLUMNS:
+        raise SquadFormatError(
+            f"{path}: a {suffix} file has no nested columns, and answers are nested: "
+            f"write it as {', '.join((*JSON_LINES[:1], *ARROW))} or SQuAD's .json"
+        )
+    if suffix in JSON_LINES:
+        rows = _json_lines(path)
+        return _examples(str(path), list(dict.fromkeys(key for row in rows for key in row)), rows)
+    if suffix in ARROW:
+        table = _arrow_table(path, suffix)
+        chosen = table.select([column for column in table.column_names if column in NEEDED + OPTIONAL])
+        rows_of_batches = (row for batch in chosen.to_batches() for row in batch.to_pylist())
+        return _examples(str(path), table.column_names, rows_of_batches)
+    return list(load_squad(path).examples)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open("rb") as file:  # as bytes, whose lines end at \n only: text may hold other line ends
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+                reason = error if line.strip() else "it is empty"
+                raise SquadFormatError(f"{path}: line {number} is not JSON: {reason}") from None
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise SquadFormatError(f"{path}: line {number}: an object is needed, not {kind}")
+            rows.append(row)
+    return rows
+
+
+def _arrow_table(path: Path, suffix: str) -> Any:
+    """A pyarrow.Table. An .arrow file is a stream (as `datasets` writes it) or has Arrow's file format."""
+    pyarrow = _library("pyarrow", path)
+    reader = _library("pyarrow.parquet" if suffix == ".parquet" else "pyarrow.ipc", path)
+    with path.open("rb") as file:  # outside the try: an OSError of the file system stays what it is
+        try:
+            if suffix == ".parquet":
+                return reader.read_table(file)
+            is_file_format = file.read(6) == b"ARROW1"
+            file.seek(0)
+            return (reader.open_file if is_file_format else reader.open_stream)(file).read_all()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise SquadFormatError(f"{path}: not {suffix}: {_reason(error)}") from None
+
+
+def _read_folder(path: Path, split: str | None, default_split: str) -> list[Example]:
+    datasets = _library("datasets", path)
+    is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    # Not the user's cache: of a folder whose README lists its files, `datasets` takes names, not contents, to
+    # tell it from another of its name or from what it was before, and so would give old questions.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        try:
+            # Absolute, because `datasets` takes some relative names ("json", "text") for its own readers.
+            place = str(path.resolve())
+            loaded = (
+                datasets.load_from_disk(place) if is_saved else datasets.load_dataset(place, cache_dir=cache)
+            )
+        except Exception as error:  # datasets, pyarrow and each reader raise their own kind
+            raise SquadFormatError(
+                f"{path}: not a folder that `datasets` can read: {_reason(error)}"
+            ) from None
+        if isinstance(loaded, Mapping):
+            return _read_split(loaded, str(path), split or default_split)
+        if split is not None and str(loaded.split) != split:
+            there = f"it is {loaded.split!s}" if loaded.split else "it has none"
+            raise ValueError(f"{path}: no split {split!r}: {there}")
+        return _dataset_examples(str(path), loaded)
+
+
+def _read_hub(name: str, split: str) -> list[Example]:
+    known = (".json", *JSON_LINES, *ARROW, *NO_NESTED_COLUMNS)
+    if not _HUB_NAME.fullmatch(name) or name.startswith(".") or Path(name).suffix.lower() in known:
+        raise FileNotFoundError(f"{name}: no such file or folder (nor a hub name, which is OWNER/NAME)")
+    datasets = _library("datasets", name)
+    try:
+        loaded = datasets.load_dataset(name)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        text = f"{name}: no such file here, and no such data set on the hub: {_reason(error)}"
+        raise FileNotFoundError(text) from None
+    except OSError as error:
+        text = f"{name}: no such file here, and the hub could not be asked: {_reason(error)}"
+        raise ConnectionError(text) from None
+    except Exception as error:  # datasets, the hub's client, pyarrow and each reader raise their own kind
+        text = f"{name}: no such file here, and the hub's data set cannot be read: {_reason(error)}"
+        raise ValueError(text) from None
+    return _read_split(loaded, name, split)
+
+
+def _read_split(splits: Mapping[str, Any], name: str, split: str) -> list[Example]:
+    if split not in splits:
+        one = next(iter(splits), "train")
+        raise ValueError(
+            f"{name}: no split {split!r}; there are {', '.join(splits) or 'none'} (choose with {name}:{one})"
+        )
+    return _dataset_examples(f"{name}, split {split!r}", splits[split])
+
+
+def _dataset_examples(where: str, dataset: Any) -> list[Example]:
+    columns = [column for column in dataset.column_names if column in NEEDED + OPTIONAL]
+    # Only what is needed is decoded; a saved data set may remember a format that turns lists into tensors.
+    return _examples(where, dataset.column_names, dataset.with_format(None).select_columns(columns))
+
+
+def _examples(where: str, columns: Sequence[str], rows: Rows) -> list[Example]:
+    missing = [repr(column) for column in NEEDED if column not in columns]
+    if missing and columns:
+        there = ", ".join(columns)
+        raise SquadFormatError(f"{where}: no column {', '.join(missing)}; there are {there}")
+    return list(checked_examples(_walk(rows, where), where))
+
+
+def _walk(rows: Rows, name: str) -> Iterator[tuple[str, Example]]:
+    for number, row in enumerate(rows):
+        # A column has a value in every row: null is its way of saying that an optional one is absent.
+        entry = {key: value for key, value in row.items() if value is not None or key not in OPTIONAL}
+        where = f"{name}, row {number}"
+        where = f"{where}, question {get_field(entry, 'id', str, where)!r}"
+        answers = get_field(entry, "answers", dict, where)
+        texts = get_field(answers, "text", list, f"{where}, answers")
+        starts = get_field(answers, "answer_start", list, f"{where}, answers")
+        if len(texts) != len(starts):
+            raise SquadFormatError(f"{where}: {len(texts)} answers' texts, but {len(starts)} answer_start")
+        pairs = zip(texts, starts, strict=True)
+        entry["answers"] = [{"text": text, "answer_start": start} for text, start in pairs]
+        title = get_field(entry, "title", str, where, default="")
+        yield where, read_question(entry, title, get_field(entry, "context", str, where), where)
+
+
+def _library(module: str, source: str | Path) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise ValueError(f"{source} cannot be read without {name} ({error}): pip install datasets") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; of its cause where the error itself says no more than that."""
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,0 +1,150 @@
+"""What every training here has in common: arguments, batches, the student's preparation, the run itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from pruned_trainer.attach import find_encoder
+from pruned_trainer.callbacks import stop_on_interrupt
+from pruned_trainer.distillation import Projection
+from pruned_trainer.distributed import world_size
+from pruned_trainer.gate_phase import GatePhase
+from pruned_trainer.job import Job
+from pruned_trainer.trainer import PruningTrainer, last_checkpoint
+
+
+class InterruptedTraining(KeyboardInterrupt):
+    """Training was stopped by the user; the text says where the checkpoint is."""
+
+
+def build_trainer(
+    job: Job,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    folder: Path,
+    steps: int,
+    phase: GatePhase | None,
+    kept_hidden: Sequence[int] | None = None,
+    timing: bool = False,
+) -> PruningTrainer:
+    """A PruningTrainer with this run's settings for `steps` steps, with gates or (`phase` None) without.
+
+    timing: it is run for the clock: features in their order, nothing is written."""
+    settings = job.settings
+    rate = settings.learning_rate if phase else settings.retrain_learning_rate
+    more: dict[str, Any] = {
+        "bf16": settings.precision == "bf16",
+        "fp16": settings.precision == "fp16",
+        "torch_compile": settings.compile and phase is None,
+    }
+    if timing:
+        more["train_sampling_strategy"] = "sequential"
+    else:
+        more.update(save_strategy="steps", save_steps=settings.save_steps)
+        more["report_to"] = ["tensorboard"] if settings.tensorboard else []
+    args = training_arguments(folder, steps, per_process(settings.train_batch), rate, settings.seed, **more)
+    if settings.tensorboard:  # the Trainer's callback takes its folder from the environment alone
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent / "tensorboard" / folder.name)
+    distillation = settings.distillation_in("gates" if phase else "retrain")
+    return PruningTrainer(
+        model,
+        args,
+        distillation,
+        teacher=teacher if distillation.needs_teacher else None,
+        gate_phase=phase,
+        cache=job.cache,
+        kept_hidden=kept_hidden,
+        train_dataset=job.train,
+        data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
+    )
+
+
+def per_process(batch_size: int) -> int:
+    """This process's share of a batch; ValueError where the processes cannot share it evenly."""
+    if batch_size % world_size():
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size()} processes evenly")
+    return batch_size // world_size()
+
+
+def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
+    """Train (on from the last checkpoint, if the folder has one), and return the trainer's log.
+
+    After a Ctrl-C: InterruptedTraining, with a checkpoint written.
+    """
+    folder = Path(str(trainer.args.output_dir))
+    start = last_checkpoint(folder)
+    with stop_on_interrupt() as stopper:
+        trainer.add_callback(stopper)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if stopper.requested:
+        step = trainer.state.global_step
+        where = folder / f"checkpoint-{step}"
+        if not where.exists():  # the request came after the last step's end
+            trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+        raise InterruptedTraining(f"stopped in the {name} phase after step {step}; its checkpoint is {where}")
+    assert trainer.model is not None
+    Projection.detach(trainer.model)
+    return trainer.state.log_history
+
+
+def training_arguments(
+    folder: Path, steps: int, batch_size: int, learning_rate: float, seed: int, **more: Any
+) -> TrainingArguments:
+    """Warm-up and linear decay, batches of like lengths, progress bars. batch_size: of one process."""
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "warmup_steps": max(1, steps // 20),
+        "weight_decay": 0.01,
+        "seed": seed,
+        "logging_steps": max(1, steps // 20),
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": False,  # said, because the default follows transformers' log level
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "group_by_length",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Every parameter takes part in every step, but some (multipliers, projection) outside the model's
+        # forward, where a search for unused ones would not see them.
+        "ddp_find_unused_parameters": False,
+    }
+    return TrainingArguments(**{**values, **more})
+
+
+def pad_batch(features: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Collate features of unequal length: id lists right-padded to the longest (batch, seqlen), positions
+    (batch,)."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+    batch = {}
+    for name, first in features[0].items():
+        if not hasattr(first, "__len__"):
+            batch[name] = torch.tensor([feature[name] for feature in features])
+            continue
+        fill = pad_token_id if name == "input_ids" else 0
+        padded = torch.full((len(features), longest), fill, dtype=torch.long)
+        for row, feature in enumerate(features):
+            padded[row, : len(feature[name])] = torch.as_tensor(feature[name])
+        batch[name] = padded
+    return batch
+
+
+def prepare_student(model: nn.Module, dropout: float, train_embeddings: bool) -> None:
+    """Set every dropout of `model`, and freeze its word embeddings unless they are to be trained.
+
+    Dropout is off by default: the teacher's soft targets regularise, and on CPU it costs the fused attention
+    (3x).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    find_encoder(model).embeddings.word_embeddings.weight.requires_grad_(train_embeddings)
