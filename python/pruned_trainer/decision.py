@@ -16,8 +16,8 @@ from pruned_trainer.budget import Budget, Target
 from pruned_trainer.gates import PerGate, Scores
 
 FORMAT = 1
-# A hidden dimension that stays counts in every LayerNorm's statistics, which one with a gate of 0 does not: one
-# that stays although its gate was closed (to fill an alignment, or a target) is opened this far.
+# A hidden dimension that stays counts in every LayerNorm's statistics, which one with a gate of 0 does not.
+# One that stays although its gate was closed (to fill an alignment, or a target) is opened this far.
 LEAST_HIDDEN_VALUE = 0.01
 
 

@@ -5,7 +5,6 @@ With one process all of this is a plain call. The processes meet in Accelerate's
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,9 +17,8 @@ T = TypeVar("T")
 
 def state() -> PartialState:
     """This process among the others; joins them at the first call."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not PartialState._shared_state:
-        return PartialState(cpu=not torch.cuda.is_available())
-    return PartialState()
+    # Without `cpu` it would see one process only where there is no accelerator.
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def is_main() -> bool:

@@ -26,13 +26,18 @@ _SAVING = "saving"
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     """Indices in which each `batch_size` consecutive ones are of like lengths, in an order that depends on
-    seed and epoch alone: equal on every process, and after a resumed run."""
+    seed and epoch alone: equal on every process, and after a resumed run.
+
+    Full batches only (other examples are left out in each epoch), so that processes share each evenly; a data
+    set smaller than a batch is one batch.
+    """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        number = len(self.lengths)
+        return number - number % self.batch_size if number > self.batch_size else number
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -41,13 +46,11 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         grouped = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
         # Grouped they fall in length; shuffled, neighbouring steps have nothing in common. The longest stays
-        # first, so that too large a batch fails at once; a short one stays last.
-        starts = range(self.batch_size, len(grouped) - self.batch_size + 1, self.batch_size)
+        # first, so that too large a batch fails at once.
+        starts = range(self.batch_size, len(self), self.batch_size)
         order = [starts[i] for i in torch.randperm(len(starts), generator=generator).tolist()]
-        rest = len(grouped) - len(grouped) % self.batch_size
         for start in [0, *order]:
             yield from grouped[start : start + self.batch_size]
-        yield from grouped[max(rest, self.batch_size) :]
 
 
 class PruningTrainer(Trainer):

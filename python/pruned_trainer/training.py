@@ -114,6 +114,8 @@ def training_arguments(
         "remove_unused_columns": False,
         "train_sampling_strategy": "group_by_length",
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Said, because several processes without a GPU would not find each other else.
+        "use_cpu": not torch.cuda.is_available(),
         # Every parameter takes part in every step, but some (multipliers, projection) outside the model's
         # forward, where a search for unused ones would not see them.
         "ddp_find_unused_parameters": False,

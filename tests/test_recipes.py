@@ -1,0 +1,235 @@
+"""Every way to prune, as a whole job: recipes, parts, targets in time, teachers, families."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import job_settings, variant
+from matching import save_checkpoint, trained_model
+from transformers import AutoModelForQuestionAnswering
+
+from pruned_ops.latency import LatencyTable
+from pruned_trainer import (
+    Decision,
+    Distillation,
+    HoldTarget,
+    LatencyBudget,
+    PerGate,
+    SizeBudget,
+    Target,
+    attached,
+)
+from pruned_trainer.choice import MEETS
+from pruned_trainer.prune import prune, sweep
+from pruned_trainer.settings import PruneSettings
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
+    return job_settings(tmp_path_factory.mktemp("recipes"), trained_model())
+
+
+@pytest.fixture(scope="module")
+def timed(settings: PruneSettings) -> Path:
+    """The output of a run with a target in time."""
+    one = variant(settings, "timed", target=Target(speedup=1.15), gate_steps=10, retrain_steps=5, align=8)
+    prune(one)
+    return one.out
+
+
+def test_a_target_in_time(timed: Path) -> None:
+    """Asked, reached, the table with its error; nothing about how fast this machine is."""
+    report = json.loads((timed / "report.json").read_text())
+    assert report["speedup"]["asked"] == 1.15 and report["target"]["asked"] == {"speedup": 1.15}
+    assert report["speedup"]["workload"] == "arrival-b8"
+    table = LatencyTable.load(timed / "latency.json")
+    said = report["latency_table"]
+    for name in ("dense", "pruned"):
+        one = said[name]
+        assert one["error"] == pytest.approx(one["predicted_ms"] / one["measured_ms"] - 1)
+        assert one["measured_ms"] == pytest.approx(
+            report[name]["workloads"]["arrival-b8"]["ms"]["p50"], abs=1e-3
+        )
+    dense = said["dense"]["predicted_ms"]
+    assert dense == pytest.approx(table.base_ms + 2 * (table.attention[-1][1] + table.ffn[-1][1]))
+    assert said["predicted_speedup"] > 1
+
+
+def test_the_table_of_a_run_is_used_again(
+    timed: Path, settings: PruneSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No second measurement; another machine's, another version's, another model's is refused by name."""
+    again = variant(
+        settings, "again", target=Target(latency_ms=1e4), latency_table=timed / "latency.json", align=8
+    )
+    with pytest.raises(ValueError, match="the dense model costs no more than that"):
+        prune(again)
+    assert "measuring how long each part" not in capsys.readouterr().out
+    data = json.loads((timed / "latency.json").read_text())
+    for place, key, value, message in (
+        ("machine", "processor", "Abacus", "Abacus"),
+        ("versions", "torch", "1.0.0", "1.0.0"),
+        (None, "dtype", "bfloat16", "bfloat16"),
+    ):
+        changed = json.loads(json.dumps(data))
+        (changed if place is None else changed[place])[key] = value
+        other = settings.out.with_name("other.json")
+        other.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"{message}.*make it again: pruned-ops latency-table"):
+            prune(replace(again, latency_table=other))
+
+
+def test_a_speedup_beyond_reach_says_what_is_within(timed: Path, settings: PruneSettings) -> None:
+    one = variant(settings, "far", target=Target(speedup=500.0), latency_table=timed / "latency.json")
+    with pytest.raises(ValueError, match=r"500x the dense speed cannot be met.*speedup \d+\.\d+x is the lim"):
+        prune(one)
+    assert not one.out.with_name("far.partial").exists()
+
+
+def test_expected_latency_is_the_table_s(timed: Path) -> None:
+    """Whole counts cost what `predict` says; between measured points the gradient is the slope."""
+    table = LatencyTable.load(timed / "latency.json")
+    table = replace(table, attention=((0, 1.0), (4, 9.0)), ffn=((0, 1.0), (16, 2.0), (48, 10.0)), base_ms=2.0)
+    model = trained_model(steps=1)
+    with attached(model) as gates:
+        budget = LatencyBudget(gates.shape, table)
+        counts = PerGate.full(gates.shape, 1.0)
+        assert float(budget.expected(counts)) == pytest.approx(1.0)
+        counts.ffn[0] = torch.full((48,), 0.5, requires_grad=True)
+        counts.heads[1] = torch.zeros(4)
+        expected = budget.expected(counts)
+        assert float(expected) == pytest.approx((2 + 9 + 1 + 4.0 + 10) / 40)
+        (slope,) = torch.autograd.grad(expected, [counts.ffn[0]])
+    assert slope.tolist() == pytest.approx([0.25 / 40] * 48)
+    assert budget.wanted(Target(speedup=4.0)) == 0.25 and budget.wanted(Target(latency_ms=10.0)) == 0.25
+    with pytest.raises(ValueError, match="not held by a budget of measured time"):
+        budget.wanted(Target(macs=0.5))
+
+
+def test_the_paper_s_recipe(settings: PruneSettings) -> None:
+    """Weights frozen, each part's gates alone, prices instead of a target: dearer heads are fewer heads."""
+    left = []
+    for multiple in (0.5, 30.0):
+        one = variant(
+            settings, f"paper-{multiple}", recipe="paper", target=None, lambda_attention=multiple,
+            lambda_ffn=0.0, gate_steps=60, retrain_steps=5,
+        )  # fmt: skip
+        report = prune(one)
+        decision = Decision.load(one.out / "decision.json")
+        assert decision.target == {} and set(decision.reached) == {"macs"}
+        left.append(sum(layer.shape.num_heads for layer in decision.layers))
+        assert all(layer.shape.ffn_width == 48 for layer in decision.layers)
+        names = {name for entry in report["training"]["gates"] for name in entry}
+        assert {"loss_task", "loss_budget"} <= names and not names & {"loss_logits", "loss_hidden"}
+        assert "loss_logits" in report["training"]["retrain"][0]
+    assert left[1] < left[0]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "gain", "leave-one-out", "random"])
+def test_other_recipes_meet_a_target(recipe: str, settings: PruneSettings) -> None:
+    one = variant(settings, recipe, recipe=recipe, gate_steps=4, retrain_steps=0)
+    report = prune(one)
+    assert report["recipe"] == recipe and 0.3 < report["target"]["reached"]["macs"] <= 0.5
+    assert report["training"]["retrain"] == []
+    AutoModelForQuestionAnswering.from_pretrained(one.out)
+
+
+def test_hidden_dimensions(settings: PruneSettings) -> None:
+    """All three kinds at once; the narrow model learns through a projection onto what is left."""
+    one = variant(settings, "hidden", parts=("heads", "ffn", "hidden"), target=Target(params=0.5), align=1)
+    report = prune(one)
+    model = AutoModelForQuestionAnswering.from_pretrained(one.out)
+    assert model.config.hidden_size == report["hidden_size"] < 32
+    assert report["target"]["reached"]["params"] <= 0.5
+    assert "loss_hidden" in report["training"]["retrain"][0]
+    assert not any("projection" in name for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="hidden dimensions go with a target in params or macs"):
+        replace(one, target=Target(speedup=2.0))
+
+
+def test_a_family_from_one_training(settings: PruneSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    one = variant(settings, "family", retrain_steps=10)
+    found = sweep(one, [Target(macs=0.4), Target(macs=0.8), Target(macs=0.6)])
+    assert capsys.readouterr().out.count("joint: 40 steps") == 1
+    assert [point["folder"] for point in found["points"]] == ["macs-0.8", "macs-0.6", "macs-0.4"]
+    assert json.loads(json.dumps(found)) == json.loads((one.out / "sweep.json").read_text())
+    sizes = []
+    for point in found["points"]:
+        place = one.out / point["folder"]
+        model = AutoModelForQuestionAnswering.from_pretrained(place)
+        assert list(model.config.layer_shapes) == point["shape"] and (place / "tokenizer.json").is_file()
+        assert point["f1"] == json.loads((place / "report.json").read_text())["pruned"]["f1"]
+        sizes.append(point["macs"])
+    assert sizes == sorted(sizes, reverse=True)
+    assert (one.out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    left = {path.name for path in one.out.iterdir()}
+    assert left == {"macs-0.8", "macs-0.6", "macs-0.4", "sweep.json", "sweep.png"}
+    with pytest.raises(ValueError, match="all in one unit"):
+        sweep(variant(settings, "mixed"), [Target(macs=0.4), Target(speedup=2.0)])
+
+
+def test_targets_are_passed_one_after_another() -> None:
+    model = trained_model(steps=1)
+    with attached(model) as gates:
+        phase = HoldTarget(gates, SizeBudget(gates.shape, "params"), [0.8, 0.4])
+        held = [phase.target_at(i / 20) for i in range(21)]
+        with pytest.raises(ValueError, match="that fall"):
+            HoldTarget(gates, SizeBudget(gates.shape, "params"), [0.4, 0.8])
+    assert held == sorted(held, reverse=True) and held[0] == 1.0
+    assert held[6:10] == pytest.approx([0.8] * 4) and held[16:] == pytest.approx([0.4] * 5)
+
+
+def test_a_cached_teacher_teaches_the_same(settings: PruneSettings, tmp_path: Path) -> None:
+    """Logits read from disk give the run that the teacher gives, within the rounding of its batches."""
+    losses = []
+    logits_only = Distillation(hidden=0.0)
+    for name, cache in (("plain", None), ("filling", tmp_path / "cache"), ("filled", tmp_path / "cache")):
+        one = variant(settings, name, distillation=logits_only, cache_teacher=cache, gate_steps=10)
+        log = prune(one)["training"]
+        losses.append([entry["loss"] for entry in log["gates"] + log["retrain"] if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[2] == pytest.approx(losses[0], rel=1e-3)
+    with pytest.raises(ValueError, match="set --distil-hidden 0"):
+        variant(settings, "both", cache_teacher=tmp_path / "cache")
+
+
+def test_teachers_that_cannot_teach_are_refused(settings: PruneSettings, tmp_path: Path) -> None:
+    short = save_checkpoint(trained_model(steps=1, max_position_embeddings=40), tmp_path / "short")
+    with pytest.raises(ValueError, match="it takes 40 tokens, the student 32"):
+        prune(variant(settings, "refused", teacher=str(short)))
+    more = trained_model(steps=1, vocab_size=40)
+    save_checkpoint(more, tmp_path / "words")
+    with pytest.raises(ValueError, match="its vocabulary has 40 tokens and is not the student's"):
+        prune(variant(settings, "refused", teacher=str(tmp_path / "words")))
+
+
+def test_a_deeper_teacher_needs_a_layer_map(settings: PruneSettings, tmp_path: Path) -> None:
+    deep = save_checkpoint(trained_model(steps=60, num_hidden_layers=4, hidden_size=48), tmp_path / "deep")
+    one = variant(settings, "taught", teacher=str(deep), gate_steps=3, retrain_steps=3)
+    with pytest.raises(ValueError, match="the student has 2 layers, the teacher 4: say which"):
+        prune(one)
+    mapped = Distillation(layers=((1, 2), (2, 4)))
+    report = prune(replace(one, distillation=mapped, overwrite=True))
+    assert report["training"]["gates"][0]["loss_hidden"] > 0
+    with pytest.raises(ValueError, match="layers 2:5 cannot be compared"):
+        prune(replace(one, distillation=Distillation(layers=((2, 5),)), overwrite=True))
+
+
+def test_tensorboard(settings: PruneSettings) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    one = variant(settings, "board", tensorboard=True, gate_steps=8, retrain_steps=4)
+    prune(one)
+    events = EventAccumulator(str(one.out / "tensorboard" / "gates"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss_task", "train/loss_hidden", "train/expected", "train/wanted"} <= tags
+    assert {"train/open_heads/layer_0", "train/open_ffn/layer_1"} <= tags
+    assert (one.out / "tensorboard" / "retrain").is_dir()
+
+
+def test_what_meets_a_target_in_time() -> None:
+    assert 1 / MEETS[0] <= 1.031 and MEETS[1] == 1.0
