@@ -79,6 +79,7 @@ def attached(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PAR
 def gated_layer_norm(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """gate * LayerNorm over the dimensions whose gate is not 0: x (..., hidden), gate (hidden,) or (...,
     hidden); closed dimensions come out as 0."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # as torch's own under autocast
     counts = (gate > 0).to(x.dtype)
     number = counts.sum(-1, keepdim=True).clamp(min=1)
     mean = (x * counts).sum(-1, keepdim=True) / number

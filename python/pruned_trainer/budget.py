@@ -185,7 +185,8 @@ class LatencyBudget(Budget):
 
     def __init__(self, dense: ModelShape, table: LatencyTable) -> None:
         self.table = table
-        self._attention, self._ffn = torch.tensor(table.attention).T, torch.tensor(table.ffn).T
+        self._attention = torch.tensor(table.attention).T.contiguous()
+        self._ffn = torch.tensor(table.ffn).T.contiguous()
         super().__init__(dense)
 
     def cost(self, shape: ModelShape) -> float:

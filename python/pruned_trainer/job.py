@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.latency import LatencyTable, measure_table
@@ -16,7 +17,7 @@ from pruned_ops.measure import Workload
 from pruned_ops.packed_encoder import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, SizeBudget, Target, make_budget
-from pruned_trainer.distributed import is_main, once
+from pruned_trainer.distributed import is_main, once, state
 from pruned_trainer.evaluation import BATCH_SIZE, TIMED_BATCHES, Prepared
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.settings import PruneSettings
@@ -77,6 +78,8 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
             f"max_length is {settings.max_length}; the model's position table allows {longest} tokens"
         )
     teacher = load_teacher(settings, dense, tokenizer)
+    for model in (dense, teacher):
+        nn.Module.to(model, state().device)
     say(
         f"tokenising {len(train)} training, {len(validation)} validation, {len(evaluation)} "
         f"evaluation questions"

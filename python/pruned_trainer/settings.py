@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pruned_trainer.budget import Target
 from pruned_trainer.distillation import Distillation
 from pruned_trainer.gates import DEFAULT_PARTS, PARTS, PENALTIES, check_parts
@@ -86,6 +88,8 @@ class PruneSettings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; one of {known} is needed")
         check_parts(self.parts)
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run anywhere")
         if self.target is None and self.recipe != "paper":
             raise ValueError("a target is needed: how fast, or how small (only the paper's recipe has none)")
         if self.target is not None and self.target.is_time and "hidden" in self.parts:

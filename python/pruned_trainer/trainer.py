@@ -177,7 +177,8 @@ class PruningTrainer(Trainer):
             if found is not None:
                 return Taught(found[0].to(mask.device), found[1].to(mask.device), None)
         questions = {key: value for key, value in inputs.items() if not key.endswith("_positions")}
-        with torch.no_grad():
+        # In its own precision, also where the student runs under autocast.
+        with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
             output = self.teacher(**questions, output_hidden_states=hidden)
         taught = Taught(output.start_logits, output.end_logits, output.hidden_states if hidden else None)
         if self.cache is not None and numbers is not None:
