@@ -22,8 +22,10 @@ from pruned_trainer import (
     attached,
 )
 from pruned_trainer.cli import main
+from pruned_trainer.job import start
+from pruned_trainer.plan import make_plan
 from pruned_trainer.prune import prune, sweep
-from pruned_trainer.settings import PruneSettings
+from pruned_trainer.settings import RECIPES, PruneSettings
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,18 @@ def test_the_sweep_command(settings: PruneSettings, capsys: pytest.CaptureFixtur
     where = argv.index("--params")
     assert main([*argv[:where], "--speedup", "0.5", *argv[where + 3 :]]) == 2
     assert "target speedup is 0.5: more than 1 is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_minutes_are_shared_out_in_every_recipe(recipe: str, settings: PruneSettings) -> None:
+    """Both phases fit into the time, by the seconds a step that were measured; too little time is refused."""
+    one = variant(settings, f"minutes-{recipe}", recipe=recipe, gate_steps=None, retrain_steps=None)
+    job = start(replace(one, max_minutes=0.5))
+    assert one.target is not None
+    plan = make_plan(job, [one.target])
+    assert plan.gate_step_seconds is not None and plan.retrain_step_seconds is not None
+    planned = plan.gate_steps * plan.gate_step_seconds + plan.retrain_steps * plan.retrain_step_seconds
+    assert 0 < planned <= 30 and plan.gate_steps >= 1 and plan.retrain_steps >= 1
+    job.started -= 100
+    with pytest.raises(ValueError, match=r"--max-minutes 0.5 is too little here: at least \d"):
+        make_plan(job, [one.target])

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from pruned_trainer import Decision, Target, choice
-from pruned_trainer import prune as pruning
 from pruned_trainer.prune import prune
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.trainer import LengthGroupedSampler, PruningTrainer, last_checkpoint
@@ -179,7 +178,24 @@ def test_what_was_decided_is_not_decided_again(
         patch.setattr(choice, "_joint", None)
         prune(replace(one, resume=True))
     same_end(one.out, whole)
-    assert pruning.open_run is not None
+
+
+def test_a_kill_between_training_and_decision(
+    settings: PruneSettings, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint has every step: what is left is to decide."""
+    one = variant(settings, "undecided", save_steps=10)
+
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "_capture", dies)
+        with pytest.raises(Killed):
+            prune(one)
+    assert last_checkpoint(one.out.with_name("undecided.partial") / "gates").name == "checkpoint-40"
+    prune(replace(one, resume=True))
+    same_end(one.out, whole)
 
 
 def test_a_loss_that_is_no_number_names_the_last_checkpoint(

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pruned_trainer.distributed import on_any
+
 
 class OneLineProgress(ProgressCallback):
     """Trainer's progress bar, with its logs as one line that people can read."""
@@ -30,7 +32,7 @@ class OneLineProgress(ProgressCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ends training after the step under way once `request` was called, with a checkpoint."""
+    """Ends training after the step under way once `requested` is set on any process, with a checkpoint."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -38,6 +40,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self.requested = on_any(self.requested)
         if self.requested:
             control.should_save = control.should_training_stop = True
         return control
@@ -45,23 +48,26 @@ class StopOnInterrupt(TrainerCallback):
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[StopOnInterrupt]:
-    """Turn the first Ctrl-C inside the block into a request to stop; a second one interrupts at once."""
+    """Turn the first Ctrl-C, or SIGTERM, inside the block into a request to stop; a second Ctrl-C interrupts
+    at once."""
     callback = StopOnInterrupt()
     if threading.current_thread() is not threading.main_thread():
         yield callback
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, frame: Any) -> None:
         callback.requested = True
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
         print("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)", flush=True)
 
-    signal.signal(signal.SIGINT, request)
+    for number in previous:
+        signal.signal(number, request)
     try:
         yield callback
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StepClock(TrainerCallback):

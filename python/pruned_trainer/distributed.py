@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 
 T = TypeVar("T")
 
@@ -44,6 +44,13 @@ def once(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def on_any(flag: bool) -> bool:
+    """Whether the flag is set on any process; every process calls this at the same point."""
+    if world_size() == 1:
+        return flag
+    return bool(reduce(torch.tensor(float(flag), device=state().device), "sum") > 0)
 
 
 def shared(work: Callable[[Sequence[T]], Sequence[Any]], items: Sequence[T]) -> list[Any]:

@@ -106,6 +106,7 @@ class HoldTarget(GatePhase):
         return self.lagrangian(expected, wanted), {"expected": float(expected.detach()), "wanted": wanted}
 
     def groups(self, steps: int) -> list[dict[str, Any]]:
+        steps = steps // len(self.fractions)  # each target has its share to settle in
         rate, multipliers = MULTIPLIER_RATE * self.pace(steps), list(self.lagrangian.parameters())
         ascent = {"params": multipliers, "lr": rate, "weight_decay": 0.0, "maximize": True}
         return [*super().groups(steps), ascent]

@@ -122,19 +122,23 @@ def _leave_one_out(model: nn.Module, batches: Batches, parts: Sequence[str], pro
             losses = [example_losses(model(**_inputs(batch)), batch) for batch in batches]
             return float(torch.cat(losses).mean())
 
-        choices = [
-            (part, number, slice(start, start + size))
-            for part, size in (("heads", 1), ("ffn", GROUP), ("hidden", GROUP))
-            if part in parts
-            for number, tensor in enumerate(found.of(part))
-            for start in range(0, tensor.numel(), size)
-        ]
         everything = mean_loss(None)
-        for choice in _shown(choices, progress, "leave-one-out"):
+        for choice in _shown(left_out(gates.shape, parts), progress, "leave-one-out"):
             part, number, where = choice
             group = found.of(part)[number][where]
             group += (mean_loss(choice) - everything) / group.numel()
     return found
+
+
+def left_out(shape: ModelShape, parts: Sequence[str]) -> list[tuple[str, int, slice]]:
+    """What leave-one-out closes, one after another: part, number of the layer, which of its gates."""
+    return [
+        (part, number, slice(start, start + size))
+        for part, size in (("heads", 1), ("ffn", GROUP), ("hidden", GROUP))
+        if part in parts
+        for number, tensor in enumerate(PerGate.full(shape, 0.0).of(part))
+        for start in range(0, tensor.numel(), size)
+    ]
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,17 +15,18 @@ import torch
 from transformers import PreTrainedModel
 
 from pruned_ops.optimize import optimized
+from pruned_trainer import importance
 from pruned_trainer.attach import attached
 from pruned_trainer.budget import Target
 from pruned_trainer.callbacks import StepClock
-from pruned_trainer.choice import freeze_for, gate_phase_for
+from pruned_trainer.choice import ROUNDS, freeze_for, gate_phase_for
 from pruned_trainer.compact import compact
-from pruned_trainer.decision import decide
+from pruned_trainer.decision import decide, decide_at
 from pruned_trainer.distributed import once
 from pruned_trainer.gate_phase import GatePhase
 from pruned_trainer.importance import METHODS
 from pruned_trainer.job import Job, say
-from pruned_trainer.training import build_trainer, prepare_student
+from pruned_trainer.training import build_trainer, pad_batch, prepare_student
 
 # Part of the training time that goes to the gates; the rest trains the narrow model, which learns more a
 # minute.
@@ -35,8 +36,11 @@ GATE_SHARE = 0.25
 WARMUP_STEPS, TIMED_STEPS = 2, 8
 # Kept back of --max-minutes for the decision, compaction, checkpoints and the unevenness of shared machines.
 RESERVE = 0.05
-# Minibatches that importance scores are taken over where nothing else is said.
-SCORE_STEPS = 32
+# Minibatches that importance scores are taken over where nothing else is said. Leave-one-out passes over them
+# again for every head and group.
+SCORE_STEPS = {"gain": 64, "leave-one-out": 8, "random": 1}
+# Choices that are timed before one meets a target in time, usually.
+TIMED_CHOICES = 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ def make_plan(job: Job, targets: list[Target]) -> Plan:
     epoch = math.ceil(len(job.train) / settings.train_batch)
     gate = settings.gate_steps
     if gate is None and settings.recipe in METHODS:
-        gate = SCORE_STEPS if settings.gate_epochs is None else math.ceil(epoch * settings.gate_epochs)
+        default = SCORE_STEPS[settings.recipe]
+        gate = default if settings.gate_epochs is None else math.ceil(epoch * settings.gate_epochs)
     again = settings.retrain_steps
     if settings.max_minutes is None:
         if gate is None:
@@ -76,9 +81,15 @@ def make_plan(job: Job, targets: list[Target]) -> Plan:
     say("measuring how long a training step takes")
     gate_seconds, retrain_seconds = _step_seconds(job, targets[-1] if targets else None)
     minutes, models = settings.max_minutes, max(len(targets), 1)
+    if settings.recipe == "paper":
+        gate_seconds *= len(settings.parts)  # each part's gates train apart
 
     def fit() -> Plan:
-        left = minutes * 60 * (1 - RESERVE) - (time.perf_counter() - job.started)
+        left = (
+            minutes * 60 * (1 - RESERVE)
+            - (time.perf_counter() - job.started)
+            - _deciding_seconds(job, targets)
+        )
         first = gate if gate is not None else int(left * GATE_SHARE / gate_seconds)
         rest = (left - first * gate_seconds) / retrain_seconds / models
         return Plan(first, again if again is not None else int(rest), gate_seconds, retrain_seconds)
@@ -100,6 +111,9 @@ def _step_seconds(job: Job, target: Target | None) -> tuple[float, float]:
     timed = copy.copy(job)
     timed.train = _spanning_batches(job)
     timed.cache = None
+    gate = 0.0
+    if settings.recipe in METHODS:
+        gate = _score_seconds(job, len(importance.left_out(job.budget.dense, settings.parts)))
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, settings.train_embeddings)
     with attached(student, settings.seed, settings.parts) as gates, optimized(job.teacher) as teacher:
@@ -107,10 +121,10 @@ def _step_seconds(job: Job, target: Target | None) -> tuple[float, float]:
         for i, log_alpha in enumerate(gates.locations()):
             noise = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(i))
             log_alpha.data += 0.01 * noise.to(log_alpha)
-        narrow = student
+        decision = decide_at(gates.scores(), job.budget, 0.0, job.align)
         if target is not None:
-            narrow = compact(student, decide(gates.scores(), job.budget, target, job.align))
-        gate = 0.0
+            decision = decide(gates.scores(), job.budget, target, job.align)
+        narrow = compact(student, decision)
         if settings.recipe not in METHODS:
             phase = gate_phase_for(job, gates, [] if target is None else [target])
             freeze_for(job, student, gates)
@@ -118,6 +132,29 @@ def _step_seconds(job: Job, target: Target | None) -> tuple[float, float]:
         prepare_student(narrow, settings.dropout, settings.train_embeddings)
         again = _time_steps(timed, narrow, teacher, None)
     return once(lambda: (gate, again))  # the main process's times are everyone's
+
+
+def _deciding_seconds(job: Job, targets: list[Target]) -> float:
+    """What timing the choices will take: both models, TIMED_CHOICES times for each target in time."""
+    if job.table is None:
+        return 0.0
+    batches = len(job.workload.batches) * (ROUNDS + 1)
+    both = job.budget.total * (1 + job.budget.wanted(targets[-1])) / 1000
+    return TIMED_CHOICES * len(targets) * batches * both
+
+
+def _score_seconds(job: Job, choices: int) -> float:
+    """Seconds that scores take for each minibatch: gain's forward and backward, or a forward a choice."""
+    if job.settings.recipe == "random":
+        return 0.0
+    features = _spanning_batches(job)[: job.settings.train_batch]
+    batch = pad_batch(features, job.dense.config.pad_token_id)
+    batch = {name: tensor.to(job.dense.device) for name, tensor in batch.items() if name != "number"}
+    parts = job.settings.parts
+    start = time.perf_counter()
+    importance.score("gain", job.dense, [batch], job.budget, parts)
+    # A forward is a third of both.
+    return (time.perf_counter() - start) * (1 if job.settings.recipe == "gain" else (choices + 1) / 3)
 
 
 def _spanning_batches(job: Job) -> list[dict[str, Any]]:
