@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pruned_ops.backends import cpu
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload, arrival_lengths, machine, versions
@@ -58,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     lengths = one.add_mutually_exclusive_group(required=True)
     lengths.add_argument("--data", type=Path, help="SQuAD-format JSON whose questions give the lengths")
     lengths.add_argument("--length", type=int, help="tokens of every sequence, in place of --data")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one.add_argument("--device", default=device, help=f"where the model will run, in fp32 (here: {device})")
     one.add_argument("--batch-size", type=int, default=8)
     one.add_argument("--batches", type=int, default=16, help="batches of the workload")
     one.add_argument("--max-length", type=int, default=384, help="tokens of a window of --data")
@@ -105,7 +109,9 @@ def latency_table(arguments: argparse.Namespace) -> None:
         cut = (arguments.max_length, arguments.stride)
         lengths = lengths_of(arguments.data, tokenizer, *cut, needed=size * batches)
         workload = Workload.arrival_order(lengths, size, batches)
-    table = measure_table(config, workload, arguments.rounds, command=arguments.command_line)
+    table = measure_table(
+        config, workload, arguments.rounds, arguments.device, command=arguments.command_line
+    )
     table.save(arguments.file)
     print_table(table, config.num_hidden_layers)
     print(f"written to {arguments.file} after {time.perf_counter() - start:.0f} s")

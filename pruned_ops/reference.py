@@ -29,14 +29,8 @@ def _vector(op: str, name: str, tensor: Tensor, size: int) -> None:
     )
 
 
-def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> Tensor:
-    """Softmax attention within each sequence of a packed batch.
-
-    qkv (tokens, 3 * num_heads * head_dim), laid out q|k|v; cu_seqlens int32 (batch + 1,): sequence i holds
-    the rows cu_seqlens[i] to cu_seqlens[i + 1]; max_seqlen: no sequence is longer. Returns (tokens,
-    num_heads * head_dim).
-    The scale is 1 / sqrt(head_dim). 0 heads, 0 tokens and empty sequences are allowed.
-    """
+def check_attention(qkv: Tensor, cu_seqlens: Tensor, head_dim: int) -> None:
+    """RuntimeError that names the argument unless the shapes are those of `attention`."""
     _matrix("attention", "qkv", qkv)
     torch._check(head_dim > 0, lambda: f"attention: head_dim is {head_dim}, it must be positive")
     torch._check(
@@ -50,6 +44,17 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
             f"1,) is needed"
         ),
     )
+
+
+def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> Tensor:
+    """Softmax attention within each sequence of a packed batch.
+
+    qkv (tokens, 3 * num_heads * head_dim), laid out q|k|v; cu_seqlens int32 (batch + 1,): sequence i holds
+    the rows cu_seqlens[i] to cu_seqlens[i + 1]; max_seqlen: no sequence is longer. Returns (tokens,
+    num_heads * head_dim).
+    The scale is 1 / sqrt(head_dim). 0 heads, 0 tokens and empty sequences are allowed.
+    """
+    check_attention(qkv, cu_seqlens, head_dim)
     tokens, width = qkv.size(0), qkv.size(1) // 3
     num_heads, batch = width // head_dim, cu_seqlens.size(0) - 1
     if tokens == 0 or num_heads == 0 or max_seqlen == 0:
@@ -72,20 +77,24 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
     return context[sequence, place]
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x weight^T + bias) in the exact erf form. x (tokens, in) -> (tokens, out); weight (out, in); bias
-    (out,)."""
+def check_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """RuntimeError that names the argument unless the shapes are those of `linear_gelu`."""
     _matrix("linear_gelu", "weight", weight)
     _matrix("linear_gelu", "x", x, weight.size(1))
     _vector("linear_gelu", "bias", bias, weight.size(0))
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x weight^T + bias) in the exact erf form. x (tokens, in) -> (tokens, out); weight (out, in); bias
+    (out,)."""
+    check_linear_gelu(x, weight, bias)
     return F.gelu(F.linear(x, weight, bias))
 
 
-def add_layer_norm(
-    x: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
-) -> Tensor:
-    """LayerNorm(x + bias + residual). x, residual (tokens, hidden); the others (hidden,). Returns (tokens,
-    hidden)."""
+def check_add_layer_norm(
+    x: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor
+) -> None:
+    """RuntimeError that names the argument unless the shapes are those of `add_layer_norm`."""
     _matrix("add_layer_norm", "residual", residual)
     _matrix("add_layer_norm", "x", x, residual.size(1))
     torch._check(
@@ -96,8 +105,23 @@ def add_layer_norm(
         _vector("add_layer_norm", name, tensor, residual.size(1))
     if bias is not None:
         _vector("add_layer_norm", "bias", bias, residual.size(1))
+
+
+def add_layer_norm(
+    x: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> Tensor:
+    """LayerNorm(x + bias + residual). x, residual (tokens, hidden); the others (hidden,). Returns (tokens,
+    hidden)."""
+    check_add_layer_norm(x, bias, residual, norm_weight, norm_bias)
+    if bias is not None:
         x = x + bias
     return F.layer_norm(x + residual, (residual.size(1),), norm_weight, norm_bias, eps)
+
+
+def check_linear_add_layer_norm(x: Tensor, weight: Tensor) -> None:
+    """RuntimeError that names the argument unless x and weight can be multiplied."""
+    _matrix("linear_add_layer_norm", "weight", weight)
+    _matrix("linear_add_layer_norm", "x", x, weight.size(1))
 
 
 def linear_add_layer_norm(
@@ -110,9 +134,28 @@ def linear_add_layer_norm(
     eps: float,
 ) -> Tensor:
     """LayerNorm(x weight^T + bias + residual). x (tokens, in), weight (hidden, in) -> (tokens, hidden)."""
-    _matrix("linear_add_layer_norm", "weight", weight)
-    _matrix("linear_add_layer_norm", "x", x, weight.size(1))
+    check_linear_add_layer_norm(x, weight)
     return add_layer_norm(F.linear(x, weight), bias, residual, norm_weight, norm_bias, eps)
+
+
+def check_embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+) -> None:
+    """RuntimeError that names the argument unless the shapes are those of `embed_layer_norm`."""
+    _matrix("embed_layer_norm", "word", word)
+    for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+        _vector("embed_layer_norm", name, ids, input_ids.size(0))
+    for name, table in (("position", position), ("token_type", token_type)):
+        _matrix("embed_layer_norm", name, table, word.size(1))
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        _vector("embed_layer_norm", name, tensor, word.size(1))
 
 
 def embed_layer_norm(
@@ -131,10 +174,9 @@ def embed_layer_norm(
     ids int32 or int64 (tokens,); tables (rows, hidden). Returns (tokens, hidden). The order of the sum is
     BERT's.
     """
-    for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
-        _vector("embed_layer_norm", name, ids, input_ids.size(0))
-    for name, table in (("position", position), ("token_type", token_type)):
-        _matrix("embed_layer_norm", name, table, word.size(1))
+    check_embed_layer_norm(
+        input_ids, position_ids, token_type_ids, word, position, token_type, norm_weight, norm_bias
+    )
     total = F.embedding(input_ids, word) + F.embedding(token_type_ids, token_type)
     total = total + F.embedding(position_ids, position)
     return F.layer_norm(total, (word.size(1),), norm_weight, norm_bias, eps)

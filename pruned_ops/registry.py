@@ -30,11 +30,12 @@ class BackendError(RuntimeError):
 @dataclass(frozen=True)
 class Backend:
     """A way to run ops. `missing` is None where it can run here, else why not and the command that would
-    help."""
+    help. on_demand: it runs only where it is asked for (an interpreter, say)."""
 
     name: str
     missing: str | None
     description: str
+    on_demand: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Op:
         if preferred is not None:
             return self._demand(preferred, args)
         for kernel in self.kernels.values():
-            if kernel.backend.missing is None and kernel.refuse(*args) is None:
+            backend = kernel.backend
+            if backend.missing is None and not backend.on_demand and kernel.refuse(*args) is None:
                 return kernel
         return None
 

@@ -6,12 +6,14 @@ backend errs at most twice its budget plus 1e-5.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from torch import Tensor
 
-from pruned_ops.registry import Op, record, use_backend
+from pruned_ops.registry import BackendError, Op, record, use_backend
 
 
 def in_fp64(arguments: Sequence[Any]) -> list[Any]:
@@ -26,7 +28,14 @@ def largest(x: Tensor) -> float:
 
 def assert_within_budget(op: Op, backend: str, arguments: Sequence[Any]) -> Tensor:
     """Run `op` on `backend`, check that this backend ran, and its error against the budget. Returns its
-    output."""
+    output; the reference's where the backend refuses these arguments, which must then be an error that says
+    why."""
+    kernel = op.kernels.get(backend)
+    refusal = kernel.refuse(*arguments) if kernel is not None else None
+    if refusal is not None:
+        with use_backend(backend), pytest.raises(BackendError, match=re.escape(refusal)):
+            op(*arguments)
+        return op.reference(*arguments)
     truth = op.reference(*in_fp64(arguments))
     budget = largest(op.reference(*arguments).double() - truth)
     with use_backend(backend), record() as ran:

@@ -229,8 +229,10 @@ def test_bad_decision(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 STEPS = 4000  # reported every twentieth part; half a minute of them
 
 
-@pytest.mark.parametrize("phase", ["gate", "retrain"])
-def test_ctrl_c_leaves_a_checkpoint(phase: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("phase", "number"), [("gate", signal.SIGINT), ("retrain", signal.SIGTERM)])
+def test_a_signal_leaves_a_checkpoint(
+    phase: str, number: signal.Signals, folder: Path, tmp_path: Path
+) -> None:
     argv = arguments(folder, tmp_path / "out", "--macs", "0.5", f"--{phase}-steps", str(STEPS))
     command = [sys.executable, "-m", "pruned_trainer.cli", *argv]
     process = subprocess.Popen(
@@ -246,10 +248,11 @@ def test_ctrl_c_leaves_a_checkpoint(phase: str, folder: Path, tmp_path: Path) ->
         screen += line
         if f"step 200/{STEPS}" in line:  # the first report, and many steps to go
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     screen += process.stdout.read()
     assert process.wait() == 130, screen
     assert f"stopped in the {phase} phase" in screen and "Traceback" not in screen
+    assert "with --resume goes on from it" in screen
     (checkpoint,) = (tmp_path / "out.partial" / ("gates" if phase == "gate" else "retrain")).glob(
         "checkpoint-*"
     )

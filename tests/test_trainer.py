@@ -28,7 +28,6 @@ from pruned_trainer import (
     decide,
 )
 from pruned_trainer.distillation import Projection, hidden_loss, logits_loss
-from pruned_trainer.plan import GATE_SHARE
 from pruned_trainer.prune import prune
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.training import pad_batch, prepare_student, training_arguments
@@ -258,20 +257,6 @@ def test_same_seed_steps_and_data_give_the_same_result(settings: PruneSettings) 
     assert states[0][1] == states[1][1]
     for name, tensor in states[0][0].items():
         assert torch.equal(tensor, states[1][0][name]), name
-
-
-def test_minutes_become_steps(settings: PruneSettings) -> None:
-    one = replace(
-        settings, out=settings.out.with_name("timed"), gate_steps=None, retrain_steps=None, max_minutes=0.2
-    )
-    plan = prune(one)["plan"]
-    planned = (
-        plan["gate_steps"] * plan["gate_step_seconds"] + plan["retrain_steps"] * plan["retrain_step_seconds"]
-    )
-    # All of the 12 seconds but what was used before and is kept back, to within the last step.
-    assert 0 < planned <= 12 and plan["gate_steps"] >= 1 and plan["retrain_steps"] >= 1
-    gate_seconds = plan["gate_steps"] * plan["gate_step_seconds"]
-    assert gate_seconds / planned == pytest.approx(GATE_SHARE, abs=0.05)
 
 
 def test_without_files_of_its_own_the_training_file_serves(settings: PruneSettings) -> None:

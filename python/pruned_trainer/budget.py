@@ -90,14 +90,9 @@ class Budget(ABC):
         """Cost of this shape over the dense cost."""
         return self.cost(shape) / self.total
 
+    @abstractmethod
     def reached(self, shape: ModelShape, target: Target | None) -> dict[str, float]:
         """This shape's cost by unit, as a target in that unit would have it."""
-        fraction = self.fraction(shape)
-        if isinstance(self, SizeBudget):
-            return {self.unit: fraction}
-        if target is not None and target.unit == "latency_ms":
-            return {"latency_ms": fraction * self.total}
-        return {"speedup": 1 / fraction}
 
     def prices(self, parts: Sequence[str]) -> PerGate:
         """What each gate on these parts of the dense model costs, as a fraction of the dense cost: what its
@@ -116,9 +111,9 @@ class Budget(ABC):
                 tensor += saved / max(tensor.numel(), 1)
         return found
 
-    def check_reachable(self, target: Target, parts: Sequence[str]) -> None:
+    def check_reachable(self, target: Target, parts: Sequence[str], align: int = 1) -> None:
         """ValueError, saying what is within reach, where even closing every gate on these parts costs more
-        than the target, or the dense model costs no more."""
+        than the target, or the dense model costs no more. align: hidden dimensions that stay at least."""
         wanted = self.wanted(target)
         if wanted >= 1:
             raise ValueError(f"target {target}: the dense model costs no more than that")
@@ -126,7 +121,7 @@ class Budget(ABC):
             LayerShape(0 if "heads" in parts else layer.num_heads, 0 if "ffn" in parts else layer.ffn_width)
             for layer in self.dense.layers
         )
-        hidden = 1 if "hidden" in parts else self.dense.hidden_size
+        hidden = min(align, self.dense.hidden_size) if "hidden" in parts else self.dense.hidden_size
         least = self.fraction(ModelShape(layers, hidden, self.dense.head_dim))
         if wanted < least:
             within = f"{1 / least:.2f}x" if target.unit == "speedup" else f"{least * self._scale(target):.4g}"
@@ -160,6 +155,9 @@ class SizeBudget(Budget):
             raise ValueError(f"target {target.unit} is not held by a budget of {self.unit}")
         return target.value
 
+    def reached(self, shape: ModelShape, target: Target | None) -> dict[str, float]:
+        return {self.unit: self.fraction(shape)}
+
     def _counts(self, hidden: int) -> tuple[float, float, float]:
         """Fractions that an empty encoder, one head and one FFN unit cost at this hidden size."""
         none = (LayerShape(0, 0),) * len(self.dense.layers)
@@ -185,8 +183,7 @@ class LatencyBudget(Budget):
 
     def __init__(self, dense: ModelShape, table: LatencyTable) -> None:
         self.table = table
-        self._attention = torch.tensor(table.attention).T.contiguous()
-        self._ffn = torch.tensor(table.ffn).T.contiguous()
+        self._attention, self._ffn = _sloping(table.attention), _sloping(table.ffn)
         super().__init__(dense)
 
     def cost(self, shape: ModelShape) -> float:
@@ -201,11 +198,26 @@ class LatencyBudget(Budget):
             return target.value / self.total
         raise ValueError(f"target {target.unit} is not held by a budget of measured time")
 
+    def reached(self, shape: ModelShape, target: Target | None) -> dict[str, float]:
+        """By the table: what is measured may differ."""
+        if target is not None and target.unit == "latency_ms":
+            return {"latency_ms": self.cost(shape)}
+        return {"speedup": 1 / self.fraction(shape)}
+
     def expected(self, counts: PerGate) -> Tensor:
         total = torch.full((), self.table.base_ms, device=counts.hidden.device)
         for points, widths in ((self._attention, counts.heads), (self._ffn, counts.ffn)):
             total = total + sum(_interpolated(points.to(total), width.sum()) for width in widths)
         return total / self.total
+
+
+def _sloping(points: Sequence[tuple[int, float]]) -> Tensor:
+    """The points as (2, n), with a tenth of the straight line between the ends mixed in: where the measured
+    curve is flat, closing a gate would gain nothing, and nothing would ever close enough of them for the next
+    step down."""
+    widths, values = torch.tensor(points, dtype=torch.float32).T.contiguous()
+    line = values[0] + (values[-1] - values[0]) * widths / widths[-1].clamp(min=1)
+    return torch.stack([widths, 0.9 * values + 0.1 * line])
 
 
 def _interpolated(points: Tensor, x: Tensor) -> Tensor:

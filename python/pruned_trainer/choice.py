@@ -4,6 +4,8 @@ measured time where the target is a time; and the narrow models that the decisio
 from __future__ import annotations
 
 import copy
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,7 @@ from pruned_trainer.gate_phase import GatePhase, HoldTarget, PayPerGate
 from pruned_trainer.gates import Gates, PerGate, Scores
 from pruned_trainer.job import Job, say
 from pruned_trainer.loading import load_model
+from pruned_trainer.report import write_json
 from pruned_trainer.training import build_trainer, pad_batch, prepare_student, run
 
 # A choice that meets a target in time lies between these parts of the time allowed: within 3% of it, a little
@@ -54,12 +57,16 @@ class Chosen:
 def choose(job: Job, folder: Path, steps: int, targets: Sequence[Target]) -> tuple[list[Chosen], Log]:
     """A decision and a narrow model for each target (one without a target, by threshold), in `folder`.
 
-    targets fall in size. What an earlier, interrupted run has written there is taken as it is.
+    targets fall in size. What an earlier, interrupted run has written there is taken as it is, with the log
+    and the time that it took.
     """
     wanted: list[Target | None] = list(targets) or [None]
     done = _written(folder, len(wanted))
-    if done is not None:
-        return done, []
+    record = folder / "choice.json"
+    if done is not None and record.is_file():
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+        job.started -= recorded["seconds"]
+        return done, recorded["log"]
     set_seed(job.settings.seed)
     if job.settings.recipe == "joint":
         log = _joint(job, folder, steps, targets)
@@ -69,6 +76,8 @@ def choose(job: Job, folder: Path, steps: int, targets: Sequence[Target]) -> tup
             _capture(job, folder, number, copy.deepcopy(job.dense), scores, target)
     done = _written(folder, len(wanted))
     assert done is not None
+    if is_main():
+        write_json(record, {"log": log, "seconds": time.perf_counter() - job.started})
     return done, log
 
 
@@ -140,10 +149,11 @@ def _scored(job: Job, steps: int) -> tuple[Scores, Log]:
 
     def work() -> Scores:
         return importance.score(
-            settings.recipe, job.dense, batches, job.budget, settings.parts, settings.seed, progress=True
+            settings.recipe, job.dense, batches, job.budget, settings.parts, settings.seed, is_main()
         )
 
-    return once(work), []
+    # All processes share leave-one-out's many passes; the others are done before one could ask for help.
+    return (work() if settings.recipe == "leave-one-out" else once(work)), []
 
 
 class _AtSteps(TrainerCallback):
@@ -189,30 +199,34 @@ def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: T
     ValueError, with the fastest that was seen, where none of ATTEMPTS choices meets it.
     """
     asked = job.budget.wanted(target)
-    fraction, best, fastest = asked * AIM, None, float("inf")
-    low, high = 0.0, float("inf")  # of the table's fractions: the largest that met, the smallest that did not
+    fraction, best, timed = asked * AIM, None, {}  # timed: the shapes that were, and what they took
+    # Of the fractions asked of the table: the largest that met the target, the smallest that did not.
+    low, high = 0.0, 1.0
     for _ in range(ATTEMPTS):
         try:
             decision = decide(scores, job.budget, target, job.align, fraction)
-        except ValueError:
+        except ValueError:  # no choice is that small
+            low, fraction = max(low, fraction), (max(low, fraction) + high) / 2
+            continue
+        shape = decision.shape(job.budget.dense)
+        if shape in timed:
             break
-        measured = _measured_fraction(job, compact(student, decision), target)
-        fastest = min(fastest, measured)
-        say(f"a choice that the table puts at {fraction:.3f} of the dense time takes {measured:.3f} of it "
-            f"({asked:.3f} asked)")  # fmt: skip
-        if measured <= asked * MEETS[1]:
-            low, best = max(low, fraction), decision
-            if measured >= asked * MEETS[0]:
-                break
-        else:
-            high = min(high, fraction)
-        fraction *= asked * AIM / measured
-        if not low < fraction < high:
-            fraction = (low + high) / 2 if low < high < float("inf") else low
-    if best is None:
-        raise ValueError(
-            f"no choice took at most {asked:.3f} of the dense time; the fastest took {fastest:.3f}"
+        measured = timed[shape] = _measured_fraction(job, compact(student, decision), target)
+        say(
+            f"a choice that the table puts at {job.budget.fraction(shape):.3f} of the dense time takes "
+            f"{measured:.3f} of it ({asked:.3f} asked)"
         )
+        if asked * MEETS[0] <= measured <= asked * MEETS[1]:
+            return decision
+        if measured < asked:
+            low, best = fraction, decision
+        else:
+            high = fraction
+        corrected = fraction * asked * AIM / measured
+        fraction = corrected if low < corrected < high else (low + high) / 2
+    if best is None:
+        fastest = f"the fastest took {min(timed.values()):.3f}" if timed else "the smallest is larger"
+        raise ValueError(f"no choice took at most {asked:.3f} of the dense time; {fastest}")
     return best
 
 

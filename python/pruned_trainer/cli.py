@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from pruned_trainer import report as reporting
@@ -41,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"pruned-trainer {arguments.command}: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"pruned-trainer {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -146,7 +147,7 @@ def _add_training_options(parser: argparse.ArgumentParser, required: bool) -> No
         help="a gate counts by P(gate > 0), or by P(gate = 1)",
     )  # fmt: skip
     parser.add_argument("--max-minutes", type=float, help="fit the training into this time (default: epochs)")
-    for name in (
+    for name in (  # the gates' rate grows in runs that are too short for it
         "lambda_attention", "lambda_ffn", "lambda_hidden", "gate_epochs", "retrain_epochs", "learning_rate",
         "gate_learning_rate", "retrain_learning_rate", "dropout",
     ):  # fmt: skip

@@ -121,7 +121,7 @@ def round_up(width: int, align: int, limit: int) -> int:
 def decide(
     scores: Scores, budget: Budget, target: Target, align: int = 8, fraction: float | None = None
 ) -> Decision:
-    """The largest choice within the target: all gates that rank above one threshold, FFN widths and the
+    """The largest choice within the target: all gates that rank at one threshold or above, FFN widths and the
     hidden size rounded up.
 
     Heads, FFN units and hidden dimensions compete on one scale: the Lagrangian charged each for its own cost,

@@ -75,11 +75,25 @@ class Projection(nn.Module):
         distillation: Distillation,
         kept_hidden: Sequence[int] | None = None,
     ) -> Projection:
-        """ValueError for a layer map that names a layer which is not there. kept_hidden: the teacher's
-        dimensions that the student's stand for; the first ones by default."""
+        """ValueError as `pairs_of`. kept_hidden: the teacher's dimensions that the student's stand for; the
+        first ones by default."""
         student: Any = model.config
         taught: Any = teacher.config
-        depths = student.num_hidden_layers, taught.num_hidden_layers
+        pairs = cls.pairs_of(student, taught, distillation)
+        sizes = student.hidden_size, taught.hidden_size
+        needed = distillation.projection or sizes[0] != sizes[1]
+        made = cls(pairs, sizes if needed else None)
+        if needed:
+            if kept_hidden is not None and made.matrix is not None:
+                made.matrix.data = torch.eye(sizes[1])[:, list(kept_hidden)]
+            model.add_module(_NAME, made.to(next(model.parameters()).device))
+        return made
+
+    @staticmethod
+    def pairs_of(student: Any, teacher: Any, distillation: Distillation) -> list[tuple[int, int]]:
+        """The pairs of layers that are compared, by the models' configs; ValueError for a layer map that
+        names a layer which is not there, and where one is needed."""
+        depths = student.num_hidden_layers, teacher.num_hidden_layers
         if distillation.layers is None and depths[0] != depths[1]:
             raise ValueError(
                 f"the student has {depths[0]} layers, the teacher {depths[1]}: say which are compared "
@@ -92,14 +106,7 @@ class Projection(nn.Module):
                     f"layers {pair[0]}:{pair[1]} cannot be compared: the student has {depths[0]}, "
                     f"the teacher {depths[1]}"
                 )
-        sizes = student.hidden_size, taught.hidden_size
-        needed = distillation.projection or sizes[0] != sizes[1]
-        made = cls(pairs, sizes if needed else None)
-        if needed:
-            if kept_hidden is not None and made.matrix is not None:
-                made.matrix.data = torch.eye(sizes[1])[:, list(kept_hidden)]
-            model.add_module(_NAME, made.to(next(model.parameters()).device))
-        return made
+        return list(pairs)
 
     @staticmethod
     def detach(model: nn.Module) -> None:

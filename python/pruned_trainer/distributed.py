@@ -30,6 +30,13 @@ def world_size() -> int:
     return state().num_processes
 
 
+def per_process(batch_size: int) -> int:
+    """This process's share of a batch; ValueError where the processes cannot share it evenly."""
+    if batch_size % world_size():
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size()} processes evenly")
+    return batch_size // world_size()
+
+
 def once(work: Callable[[], T]) -> T:
     """Do this on the main process alone, and give its result, or its error, to all."""
     if world_size() == 1:

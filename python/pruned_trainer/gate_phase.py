@@ -60,6 +60,11 @@ class GatePhase(ABC):
     def loss(self, progress: float) -> tuple[Tensor, dict[str, float]]:
         """The term at this part of the training (0 to 1), and numbers for the log."""
 
+    @property
+    def stages(self) -> int:
+        """Targets that are held one after another."""
+        return 1
+
     def groups(self, steps: int) -> list[dict[str, Any]]:
         """Optimiser groups of a training of `steps` steps."""
         rate = self.gate_learning_rate * self.pace(steps)
@@ -92,6 +97,10 @@ class HoldTarget(GatePhase):
     @property
     def lagrangian(self) -> Lagrangian:
         return self.gates.get_submodule("lagrangian")  # type: ignore[return-value]
+
+    @property
+    def stages(self) -> int:
+        return len(self.fractions)
 
     def target_at(self, progress: float) -> float:
         """The fraction to hold at this part of the training (0 to 1)."""

@@ -23,6 +23,7 @@ from pruned_ops import ModelShape
 from pruned_ops.packed_encoder import model_shape
 from pruned_trainer.attach import attached, find_encoder
 from pruned_trainer.budget import Budget
+from pruned_trainer.distributed import shared
 from pruned_trainer.gates import PerGate, Scores, check_parts
 
 METHODS = ("gain", "leave-one-out", "random")
@@ -44,7 +45,8 @@ def score(
 ) -> Scores:
     """Scores of every gate on `parts` of a question-answering model, by one of METHODS.
 
-    batches: padded inputs with start_positions and end_positions, on the model's device; random needs none.
+    Several processes share leave-one-out's passes. batches: padded inputs with start_positions and
+    end_positions, on the model's device; random needs none.
     The model is as before afterwards.
     """
     check_parts(parts)
@@ -123,10 +125,13 @@ def _leave_one_out(model: nn.Module, batches: Batches, parts: Sequence[str], pro
             return float(torch.cat(losses).mean())
 
         everything = mean_loss(None)
-        for choice in _shown(left_out(gates.shape, parts), progress, "leave-one-out"):
-            part, number, where = choice
+        choices = left_out(gates.shape, parts)
+        losses = shared(
+            lambda some: [mean_loss(choice) for choice in _shown(some, progress, "leave-one-out")], choices
+        )
+        for (part, number, where), loss in zip(choices, losses, strict=True):
             group = found.of(part)[number][where]
-            group += (mean_loss(choice) - everything) / group.numel()
+            group += (loss - everything) / group.numel()
     return found
 
 

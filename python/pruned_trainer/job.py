@@ -17,7 +17,8 @@ from pruned_ops.measure import Workload
 from pruned_ops.packed_encoder import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, SizeBudget, Target, make_budget
-from pruned_trainer.distributed import is_main, once, state
+from pruned_trainer.distillation import Projection
+from pruned_trainer.distributed import is_main, once, per_process, state
 from pruned_trainer.evaluation import BATCH_SIZE, TIMED_BATCHES, Prepared
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.settings import PruneSettings
@@ -80,6 +81,11 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
     teacher = load_teacher(settings, dense, tokenizer)
     for model in (dense, teacher):
         nn.Module.to(model, state().device)
+    per_process(settings.train_batch)
+    for phase in ("gates", "retrain"):
+        distillation = settings.distillation_in(phase)
+        if distillation.hidden:
+            Projection.pairs_of(dense.config, teacher.config, distillation)
     say(
         f"tokenising {len(train)} training, {len(validation)} validation, {len(evaluation)} "
         f"evaluation questions"
@@ -96,7 +102,7 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
     shape = model_shape(find_encoder(dense))
     budget = make_budget(wanted[0], shape, lengths, table) if wanted else SizeBudget(shape, "macs", lengths)
     for target in wanted:
-        budget.check_reachable(target, settings.parts)
+        budget.check_reachable(target, settings.parts, settings.width_align or 1)
     features = training_features(train, tokenizer, settings.max_length, settings.stride, progress=is_main())
     cache = None
     if settings.cache_teacher is not None:

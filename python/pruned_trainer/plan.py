@@ -65,19 +65,36 @@ def make_plan(job: Job, targets: list[Target]) -> Plan:
     The time of a step is measured once, here, on copies; from then on the steps are fixed, so that the same
     seed, steps and data give the same result.
     """
+    plan = _as_told(job) if job.settings.max_minutes is None else _in_minutes(job, targets)
+    if job.settings.recipe == "joint" and plan.gate_steps < len(targets):
+        raise ValueError(f"{plan.gate_steps} gate steps cannot pass {len(targets)} targets one after another")
+    return plan
+
+
+def _epoch(job: Job) -> int:
+    return math.ceil(len(job.train) / job.settings.train_batch)
+
+
+def _given_gate_steps(job: Job) -> int | None:
     settings = job.settings
-    epoch = math.ceil(len(job.train) / settings.train_batch)
-    gate = settings.gate_steps
-    if gate is None and settings.recipe in METHODS:
-        default = SCORE_STEPS[settings.recipe]
-        gate = default if settings.gate_epochs is None else math.ceil(epoch * settings.gate_epochs)
-    again = settings.retrain_steps
-    if settings.max_minutes is None:
-        if gate is None:
-            gate = math.ceil(epoch * (1 if settings.gate_epochs is None else settings.gate_epochs))
-        if again is None:
-            again = math.ceil(epoch * (1 if settings.retrain_epochs is None else settings.retrain_epochs))
-        return Plan(gate, again)
+    if settings.gate_steps is not None:
+        return settings.gate_steps
+    if settings.gate_epochs is not None:
+        return math.ceil(_epoch(job) * settings.gate_epochs)
+    return SCORE_STEPS.get(settings.recipe)
+
+
+def _as_told(job: Job) -> Plan:
+    gate, again, epochs = _given_gate_steps(job), job.settings.retrain_steps, job.settings.retrain_epochs
+    if again is None:
+        again = math.ceil(_epoch(job) * (1 if epochs is None else epochs))
+    return Plan(_epoch(job) if gate is None else gate, again)
+
+
+def _in_minutes(job: Job, targets: list[Target]) -> Plan:
+    settings = job.settings
+    gate, again = _given_gate_steps(job), settings.retrain_steps
+    assert settings.max_minutes is not None
     say("measuring how long a training step takes")
     gate_seconds, retrain_seconds = _step_seconds(job, targets[-1] if targets else None)
     minutes, models = settings.max_minutes, max(len(targets), 1)
@@ -90,13 +107,18 @@ def make_plan(job: Job, targets: list[Target]) -> Plan:
             - (time.perf_counter() - job.started)
             - _deciding_seconds(job, targets)
         )
-        first = gate if gate is not None else int(left * GATE_SHARE / gate_seconds)
-        rest = (left - first * gate_seconds) / retrain_seconds / models
-        return Plan(first, again if again is not None else int(rest), gate_seconds, retrain_seconds)
+        first, then = gate, again
+        if first is None:  # all that the other phase leaves, where that one is given
+            share = left * GATE_SHARE if then is None else left - then * retrain_seconds * models
+            first = int(share / gate_seconds)
+        if then is None:
+            then = int((left - first * gate_seconds) / retrain_seconds / models)
+        return Plan(first, then, gate_seconds, retrain_seconds)
 
     plan = once(fit)
     if plan.gate_steps < 1 or plan.retrain_steps < (0 if again is not None else 1):
-        needed = time.perf_counter() - job.started + 20 * (gate_seconds + models * retrain_seconds)
+        steps = (gate or 20) * gate_seconds + (20 if again is None else again) * models * retrain_seconds
+        needed = time.perf_counter() - job.started + _deciding_seconds(job, targets) + steps
         raise ValueError(
             f"--max-minutes {minutes:g} is too little here: at least "
             f"{needed / 60 / (1 - RESERVE):.1f} are needed"

@@ -40,15 +40,27 @@ class Run:
     targets: list[Target]
 
 
+@dataclass
+class Trained:
+    """A narrow model at its end. minutes: since the run began."""
+
+    model: PreTrainedModel
+    decision: Decision
+    place: Path
+    log: list[dict[str, Any]]
+    minutes: float
+
+
 def prune(settings: PruneSettings) -> dict[str, Any]:
     """Run the whole job; the output folder holds the checkpoint, decision.json, report.json and predictions.
 
     Returns the report. Errors: ValueError and OSError, before any training, for what cannot work.
     """
     opened = open_run(settings, [settings.target] if settings.target else [])
-    chosen, log = _choose(opened)
+    (chosen,), log = _choose(opened)
+    trained = _train_on(opened, chosen, opened.folder.partial)
     dense = judge(opened.job, opened.job.dense)
-    report = _finish(opened, chosen[0], opened.folder.partial, dense, log)
+    report = _measure(opened, trained, dense, log)
     publish(opened.folder)
     return report
 
@@ -63,14 +75,16 @@ def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
         raise ValueError("the targets of a sweep are all in one unit")
     falls = targets[0].unit != "speedup"
     ordered = sorted(targets, key=lambda target: target.value, reverse=falls)
+    names = [f"{target.unit}-{target.value:g}" for target in ordered]
+    if len(set(names)) != len(names):
+        raise ValueError(f"a target is asked for twice: {', '.join(names)}")
     opened = open_run(settings, ordered)
     chosen, log = _choose(opened)
+    trained = [
+        _train_on(opened, one, opened.folder.partial / name) for one, name in zip(chosen, names, strict=True)
+    ]
     dense = judge(opened.job, opened.job.dense)
-    points = []
-    for target, one in zip(ordered, chosen, strict=True):
-        place = opened.folder.partial / f"{target.unit}-{target.value:g}"
-        report = _finish(opened, one, place, dense, log)
-        points.append(reporting.sweep_point(report, place.name))
+    points = [reporting.sweep_point(_measure(opened, one, dense, log), one.place.name) for one in trained]
     found = {"dense": dense.to_json(opened.job), "points": points, "command": settings.command}
     if is_main():
         reporting.write_json(opened.folder.partial / "sweep.json", found)
@@ -105,7 +119,7 @@ def _recorded(partial: Path, settings: PruneSettings, asked: dict[str, Any]) -> 
     """What the interrupted run was told; ValueError where this one is told something else."""
     try:
         recorded = json.loads((partial / _RUN).read_text(encoding="utf-8"))
-        known = recorded["settings"], recorded["plan"], recorded["targets"]
+        known = dict(recorded["settings"]), Plan(**recorded["plan"]), recorded["targets"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{partial} holds no run that can be resumed ({error!r}); --overwrite starts anew"
@@ -126,54 +140,49 @@ def _choose(opened: Run) -> tuple[list[Chosen], list[dict[str, Any]]]:
     return choose(opened.job, opened.folder.partial, plan.gate_steps, targets)
 
 
-def _finish(
-    opened: Run, chosen: Chosen, place: Path, dense: Judged, gate_log: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Train one narrow model on, write it, evaluate and time it, write the report."""
-    job, plan = opened.job, opened.plan
+def _train_on(opened: Run, chosen: Chosen, place: Path) -> Trained:
+    """Train one narrow model on, and write it."""
+    job, steps = opened.job, opened.plan.retrain_steps
     kept = ", ".join(f"{d.shape.num_heads}/{d.shape.ffn_width}" for d in chosen.decision.layers)
-    say(f"decided, heads/FFN width a layer: {kept}; {_reached(chosen.decision)}")
+    say(f"decided, heads/FFN width a layer: {kept}; {_reached(job, chosen.decision)}")
     narrow = chosen.load()
     nn.Module.to(narrow, job.dense.device)
     log = []
-    if plan.retrain_steps:
-        say(f"retrain phase: {plan.retrain_steps} steps of the narrow model")
+    if steps:
+        say(f"retrain phase: {steps} steps of the narrow model")
         work = opened.folder.partial / "retrain"
         if place != opened.folder.partial:  # one of several
             work = work.with_name(f"retrain-{place.name}")
-        log = retrain(job, narrow, work, plan.retrain_steps, chosen.decision)
+        log = retrain(job, narrow, work, steps, chosen.decision)
     minutes = (time.perf_counter() - job.started) / 60
     if is_main():
         place.mkdir(exist_ok=True)
         save_checkpoint(narrow, place, job.settings.model, job.tokenizer)  # from here on it cannot be lost
         chosen.decision.save(place / "decision.json")
     state().wait_for_everyone()
-    try:
-        report = _measure(job, place, chosen.decision, dense, narrow)
-    except KeyboardInterrupt:
-        raise InterruptedTraining(f"stopped while measuring; the trained model is {place}") from None
-    training = {"minutes": minutes, "gates": gate_log, "retrain": log}
-    report.update({"plan": plan.to_json(), "training": training})
-    if is_main():
-        reporting.write_json(place / "report.json", report)
-    return report
+    return Trained(narrow, chosen.decision, place, log, minutes)
 
 
-def _measure(
-    job: Job, place: Path, decision: Decision, dense: Judged, narrow: PreTrainedModel
-) -> dict[str, Any]:
-    """Choose the pruned model's threshold on validation data and write it, then evaluate and time."""
+def _measure(opened: Run, one: Trained, dense: Judged, gate_log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Choose the pruned model's threshold on validation data and write it, evaluate, time, report."""
+    job = opened.job
     say("null score threshold, on the validation questions; then the evaluation questions")
-    threshold = choose_threshold(narrow, job.validation)
-    narrow.config.null_score_threshold = threshold
+    try:
+        threshold = choose_threshold(one.model, job.validation)
+        one.model.config.null_score_threshold = threshold
+        if is_main():
+            one.model.config.save_pretrained(one.place)
+        pruned = judge(job, one.model, threshold)
+        say("timing dense against pruned")
+        report = full_report(job, one.decision, dense, pruned)
+    except KeyboardInterrupt:
+        raise InterruptedTraining(f"stopped while measuring; the trained model is {one.place}") from None
+    training = {"minutes": one.minutes, "gates": gate_log, "retrain": one.log}
+    report.update({"plan": opened.plan.to_json(), "training": training})
     if is_main():
-        narrow.config.save_pretrained(place)
-    pruned = judge(job, narrow, threshold)
-    say("timing dense against pruned")
-    report = full_report(job, decision, dense, pruned)
-    if is_main():
-        for name, one in (("dense", dense), ("pruned", pruned)):
-            reporting.write_json(place / f"predictions-{name}.json", one.result.predictions)
+        for name, judged in (("dense", dense), ("pruned", pruned)):
+            reporting.write_json(one.place / f"predictions-{name}.json", judged.result.predictions)
+        reporting.write_json(one.place / "report.json", report)
     return report
 
 
@@ -200,15 +209,21 @@ def publish(folder: OutputFolder) -> None:
         for name in ("gates*", "retrain*", "narrow-*"):
             for path in folder.partial.glob(name):
                 shutil.rmtree(path)
-        for path in (folder.partial / _RUN, *folder.partial.glob("decision-*.json")):
+        for path in [
+            *folder.partial.glob("decision-*.json"),
+            folder.partial / _RUN,
+            folder.partial / "choice.json",
+        ]:
             path.unlink()
         folder.publish()
 
     once(work)
 
 
-def _reached(decision: Decision) -> str:
+def _reached(job: Job, decision: Decision) -> str:
+    whose = "the table says " if job.table is not None else ""
     return ", ".join(
-        f"{unit} {value:.4f}" + (f" (target {decision.target[unit]:g})" if unit in decision.target else "")
+        f"{whose}{unit} {value:.4f}"
+        + (f" (target {decision.target[unit]:g})" if unit in decision.target else "")
         for unit, value in decision.reached.items()
     )

@@ -37,8 +37,7 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
 def _print_targets(report: Mapping[str, Any], console: Console) -> None:
     """Asked and reached, and how far the latency table was off."""
     for unit, asked in report["target"]["asked"].items():
-        reached = report["speedup"]["reached"] if unit == "speedup" else report["target"]["reached"][unit]
-        console.print(f"target {unit}: asked {asked:g}, reached {reached:.4g}.")
+        console.print(f"target {unit}: asked {asked:g}, reached {report['target']['reached'][unit]:.4g}.")
     if "latency_table" in report:
         table = report["latency_table"]
         errors = ", ".join(f"{name} {100 * table[name]['error']:+.1f}%" for name in ("dense", "pruned"))

@@ -75,8 +75,6 @@ class PruneSettings:
         self._check_choices()
         self._check_numbers()
         self._check_steps()
-        if self.overwrite and self.resume:
-            raise ValueError("overwrite and resume contradict each other: say one of them")
         if self.eval_file and self.validation_file and same_file(self.eval_file, self.validation_file):
             raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
 
@@ -88,6 +86,8 @@ class PruneSettings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; one of {known} is needed")
         check_parts(self.parts)
+        if len(set(self.parts)) != len(self.parts):
+            raise ValueError(f"parts are {', '.join(self.parts)}: each is said once")
         if self.precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run anywhere")
         if self.target is None and self.recipe != "paper":
@@ -98,11 +98,23 @@ class PruneSettings:
             )
         if self.latency_table is not None and not (self.target is not None and self.target.is_time):
             raise ValueError("a latency table is for the targets speedup and latency_ms")
+        self._check_unused()
         if self.cache_teacher is not None and (self.distillation.hidden > 0 or not self.distillation.logits):
             raise ValueError(
                 "cache_teacher keeps the teacher's logits only, and its hidden states are asked for too: "
                 "set --distil-hidden 0 (and a --distil-logits above 0)"
             )
+
+    def _check_unused(self) -> None:
+        """What the other settings leave without effect is refused."""
+        lambdas = (self.lambda_attention, self.lambda_ffn, self.lambda_hidden)
+        if self.recipe != "paper" and set(lambdas) != {1.0}:
+            raise ValueError("the lambda multiples are prices of the paper's recipe: --recipe paper")
+        if self.recipe in METHODS and self.penalty != "open":
+            raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
+        weights = self.distillation
+        if not weights.hidden and (weights.projection or weights.layers):
+            raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")
 
     def _check_numbers(self) -> None:
         for name in ("batch_size", "align", "max_length", "save_steps"):

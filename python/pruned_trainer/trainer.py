@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pruned_trainer.callbacks import OneLineProgress
 from pruned_trainer.distillation import Distillation, Projection, Taught, hidden_loss, logits_loss
+from pruned_trainer.distributed import on_any
 from pruned_trainer.gate_phase import GatePhase
 from pruned_trainer.teacher_cache import TeacherCache
 
@@ -26,24 +27,24 @@ _SAVING = "saving"
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     """Indices in which each `batch_size` consecutive ones are of like lengths, in an order that depends on
-    seed and epoch alone: equal on every process, and after a resumed run.
+    seed and epoch alone: equal on every process, and after a resumed run. epoch: asked at each start, because
+    loaders that skip what a resumed run has seen pass no epoch on.
 
     Full batches only (other examples are left out in each epoch), so that processes share each evenly; a data
     set smaller than a batch is one batch.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, epoch
 
     def __len__(self) -> int:
         number = len(self.lengths)
         return number - number % self.batch_size if number > self.batch_size else number
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         grouped = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
         # Grouped they fall in length; shuffled, neighbouring steps have nothing in common. The longest stays
         # first, so that too large a batch fails at once.
@@ -107,7 +108,10 @@ class PruningTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         lengths = [len(feature["input_ids"]) for feature in dataset]
-        return LengthGroupedSampler(lengths, together, self.args.seed)
+        steps = max(len(lengths) // together, 1)  # of an epoch
+        return LengthGroupedSampler(
+            lengths, together, self.args.seed, lambda: self.state.global_step // steps
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with decay on matrices, and groups of their own for gates and multipliers."""
@@ -128,6 +132,31 @@ class PruningTrainer(Trainer):
             eps=self.args.adam_epsilon,
         )
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Warm-up and linear decay; the gates' and multipliers' begin anew for each target."""
+        if self.gate_phase is None or self.gate_phase.stages == 1:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        assert optimizer is not None
+        stage = max(num_training_steps // self.gate_phase.stages, 1)
+        own = {id(p) for p in self.gate_phase.gates.parameters()}
+
+        def linear(steps: int, step: int) -> float:
+            warm = max(1, steps // 20)
+            return min(step / warm, max(0.0, (steps - step) / max(steps - warm, 1)))
+
+        def of_weights(step: int) -> float:
+            return linear(num_training_steps, step)
+
+        def of_gates(step: int) -> float:
+            return linear(stage, step % stage)
+
+        rates: Any = [of_gates if id(g["params"][0]) in own else of_weights for g in optimizer.param_groups]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        return self.lr_scheduler
 
     # -- loss --------------------------------------------------------------------------------------------
 
@@ -151,7 +180,7 @@ class PruningTrainer(Trainer):
         loss = torch.stack(list(parts.values())).sum()
         self._count({f"loss_{name}": float(part.detach()) for name, part in parts.items()})
         self._counted += 1
-        if not math.isfinite(float(loss.detach())):
+        if on_any(not math.isfinite(float(loss.detach()))):
             raise FloatingPointError(self._what_went_wrong(parts))
         return (loss, outputs) if return_outputs else loss
 
@@ -186,11 +215,12 @@ class PruningTrainer(Trainer):
         return taught
 
     def _what_went_wrong(self, parts: dict[str, Tensor]) -> str:
-        values = ", ".join(f"{name} {float(part.detach()):.4g}" for name, part in parts.items())
+        found = ", ".join(f"{name} {float(part.detach()):.4g}" for name, part in parts.items())
+        what = f"the loss is not finite ({found})" if parts else "a weight is not finite"
         last = last_checkpoint(Path(str(self.args.output_dir)))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
         return (
-            f"the loss is not finite ({values}) at step {self.state.global_step} with learning rate "
+            f"{what} at step {self.state.global_step} with learning rate "
             f"{self._get_learning_rate():.3g}; {kept}; a lower learning rate helps"
         )
 
@@ -218,8 +248,11 @@ class PruningTrainer(Trainer):
         return os.path.join(folder, _SAVING) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint gets its name only when it is whole; then the one before goes."""
+        """A checkpoint gets its name only when it is whole; then the one before goes. A model that is spoilt
+        is not saved."""
         run = Path(str(self.args.output_dir))
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            raise FloatingPointError(self._what_went_wrong({}))
         if self.args.should_save:
             shutil.rmtree(run / _SAVING, ignore_errors=True)
         self.accelerator.wait_for_everyone()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.callbacks import stop_on_interrupt
 from pruned_trainer.distillation import Projection
-from pruned_trainer.distributed import world_size
+from pruned_trainer.distributed import on_any, per_process
 from pruned_trainer.gate_phase import GatePhase
 from pruned_trainer.job import Job
 from pruned_trainer.trainer import PruningTrainer, last_checkpoint
@@ -67,13 +67,6 @@ def build_trainer(
     )
 
 
-def per_process(batch_size: int) -> int:
-    """This process's share of a batch; ValueError where the processes cannot share it evenly."""
-    if batch_size % world_size():
-        raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size()} processes evenly")
-    return batch_size // world_size()
-
-
 def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
     """Train (on from the last checkpoint, if the folder has one), and return the trainer's log.
 
@@ -84,12 +77,15 @@ def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
     with stop_on_interrupt() as stopper:
         trainer.add_callback(stopper)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-    if stopper.requested:
+    if on_any(stopper.requested):
         step = trainer.state.global_step
         where = folder / f"checkpoint-{step}"
         if not where.exists():  # the request came after the last step's end
             trainer._save_checkpoint(trainer.model_wrapped, trial=None)
-        raise InterruptedTraining(f"stopped in the {name} phase after step {step}; its checkpoint is {where}")
+        how = "" if name == "teacher" else "; the same command with --resume goes on from it"
+        raise InterruptedTraining(
+            f"stopped in the {name} phase after step {step}; its checkpoint is {where}{how}"
+        )
     assert trainer.model is not None
     Projection.detach(trainer.model)
     return trainer.state.log_history
