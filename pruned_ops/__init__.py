@@ -19,7 +19,7 @@ from pruned_ops.modeling import (
 )
 from pruned_ops.optimize import optimize, restore
 from pruned_ops.packing import PackedBatch
-from pruned_ops.registry import BackendError, record, use_backend
+from pruned_ops.registry import BackendError, debug, record, use_backend
 from pruned_ops.shape import LayerShape, ModelShape
 from pruned_ops.version import __version__
 
@@ -41,6 +41,7 @@ __all__ = [
     "__version__",
     "optimize",
     "ops",
+    "debug",
     "record",
     "restore",
     "use_backend",

@@ -20,6 +20,7 @@ REFERENCE = "reference"
 
 _library = torch.library.Library("pruned_ops", "DEF")
 _preferred: ContextVar[str | None] = ContextVar("pruned_ops_preferred", default=None)
+_debugging: ContextVar[bool] = ContextVar("pruned_ops_debugging", default=False)
 _recorded: ContextVar[dict[str, Counter[str]] | None] = ContextVar("pruned_ops_recorded", default=None)
 
 
@@ -92,11 +93,26 @@ class Op:
         recorded = _recorded.get()
         if recorded is not None:
             recorded.setdefault(self.name, Counter())[kernel.backend.name if kernel else REFERENCE] += 1
+        if _debugging.get():
+            return self._debugged(kernel, *args)
         if kernel is not None:
             return kernel.launch(*args)
         if self.check_values is not None and args[0].device.type == "cpu":
             self.check_values(*args)
         return self.reference(*args)
+
+    def _debugged(self, kernel: Kernel | None, *args: Any) -> Tensor:
+        """With values checked first, and the device waited for, so that an error is this op's."""
+        if self.check_values is not None:
+            self.check_values(*args)
+        name = kernel.backend.name if kernel else REFERENCE
+        try:
+            output = kernel.launch(*args) if kernel else self.reference(*args)
+            if output.is_cuda:
+                torch.cuda.synchronize(output.device)
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.name} on {name}: {error}") from error
+        return output
 
     def select(self, *args: Any) -> Kernel | None:
         """The kernel that runs these arguments, None for the reference. BackendError if one asked for
@@ -159,6 +175,17 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _preferred.reset(token)
+
+
+@contextmanager
+def debug() -> Iterator[None]:
+    """Check the values of ids and cu_seqlens on every backend inside the block, in this thread, and wait for
+    each op: errors name the op. Slow; without it GPU backends clamp values, and never read outside."""
+    token = _debugging.set(True)
+    try:
+        yield
+    finally:
+        _debugging.reset(token)
 
 
 @contextmanager

@@ -41,12 +41,12 @@ def attention_arguments(lengths: Sequence[int], num_heads: int, head_dim: int, s
 
 
 def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, seed: int = 0) -> list[Any]:
-    """Arguments of any op at these sizes; `width` is the FFN's, or the heads' times 14."""
+    """Arguments of any op at these sizes; `width` is the FFN's, or about the heads' times 16."""
     norm = [randn(seed + 1, hidden) + 1, randn(seed + 2, hidden), 1e-12]
     x, residual = randn(seed + 3, tokens, width), randn(seed + 4, tokens, hidden)
     if op == "attention":
         first = tokens // 3
-        return attention_arguments((first, tokens - first), width // 14, 14, seed)
+        return attention_arguments((first, tokens - first), width // 16, 16, seed)
     if op == "linear_gelu":
         return [residual, randn(seed + 5, width, hidden), randn(seed + 6, width)]
     if op == "add_layer_norm":

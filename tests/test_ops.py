@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from numerics import assert_within_budget
 from torch import Tensor
 
 import pruned_ops
-from pruned_ops.registry import OPS, record, use_backend
+from pruned_ops.registry import BACKENDS, OPS, record, use_backend
 
 OP_NAMES = sorted(OPS)
 COMPILED = [backend for backend in READY if backend != "reference"]
@@ -27,6 +28,8 @@ COMPILED = [backend for backend in READY if backend != "reference"]
 @pytest.mark.parametrize("backend", READY)
 def test_attention(backend: str, num_heads: int, head_dim: int) -> None:
     for lengths in LENGTHS:
+        if backend in BACKENDS and BACKENDS[backend].on_demand and sum(lengths) * num_heads > 300:
+            continue  # an interpreter: minutes
         assert_within_budget(
             pruned_ops.ops.attention, backend, attention_arguments(lengths, num_heads, head_dim)
         )
@@ -169,13 +172,18 @@ def test_bad_shapes_are_refused(backend: str) -> None:
             pruned_ops.ops.linear_gelu(randn(0, 4, 90), randn(1, 8, 91), randn(2, 8))
 
 
+def checking(backend: str) -> AbstractContextManager[None]:
+    """GPU backends look at values only where they are told to."""
+    return pruned_ops.debug() if backend == "triton" else nullcontext()
+
+
 @pytest.mark.parametrize(
     ("bounds", "longest"), [([0, 5], 5), ([1, 5, 8], 8), ([0, 9, 8], 9), ([0, 5, 7], 5), ([0, 3, 8], 4)]
 )
 @pytest.mark.parametrize("backend", READY)
 def test_bad_cu_seqlens_are_refused(backend: str, bounds: list[int], longest: int) -> None:
     qkv = attention_arguments((5, 3), 2, 16)[0]
-    with use_backend(backend), pytest.raises(RuntimeError, match="cu_seqlens|max_seqlen"):
+    with use_backend(backend), checking(backend), pytest.raises(RuntimeError, match="cu_seqlens|max_seqlen"):
         pruned_ops.ops.attention(qkv, torch.tensor(bounds, dtype=torch.int32), longest, 16)
 
 
@@ -186,7 +194,7 @@ def test_ids_outside_their_table_are_refused(backend: str, value: int, place: in
     arguments = arguments_for("embed_layer_norm")
     arguments[place][3] = value
     name = ("input_ids", "position_ids", "token_type_ids")[place]
-    with use_backend(backend), pytest.raises(IndexError, match=f"{name}.*{value}"):
+    with use_backend(backend), checking(backend), pytest.raises(IndexError, match=f"{name}.*{value}"):
         pruned_ops.ops.embed_layer_norm(*arguments)
 
 
@@ -244,3 +252,20 @@ def test_a_backend_asked_for_runs_or_raises() -> None:
         pruned_ops.ops.add_layer_norm(*halves)
     with pytest.raises(pruned_ops.BackendError, match="there is no backend 'warp'.*cpu"), use_backend("warp"):
         pass
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_debug_checks_values_and_names_the_op(backend: str) -> None:
+    """Also on backends that clamp wrong values otherwise."""
+    attention = attention_arguments((40,), 1, 32)
+    attention[1] = cu_seqlens((20, 30))
+    embedding = arguments_for("embed_layer_norm")
+    embedding[0] = embedding[0] + 10_000
+    with use_backend(backend), pruned_ops.debug():
+        pruned_ops.ops.attention(*attention_arguments((40,), 1, 32))
+        with pytest.raises(RuntimeError, match="attention: cu_seqlens must rise"):
+            pruned_ops.ops.attention(*attention)
+        with pytest.raises(IndexError, match="embed_layer_norm: input_ids holds"):
+            pruned_ops.ops.embed_layer_norm(*embedding)
+        with pytest.raises(RuntimeError, match=f"linear_gelu on {backend}"):
+            pruned_ops.ops.linear_gelu(*arguments_for("linear_gelu")[:2], torch.zeros(3))

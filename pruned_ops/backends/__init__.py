@@ -2,3 +2,4 @@
 included."""
 
 from pruned_ops.backends import cpu as cpu
+from pruned_ops.backends import triton as triton

@@ -1,0 +1,34 @@
+"""Backend "triton": kernels for fp16, bf16 and fp32 on GPUs of sm_80 and later, one file an op.
+
+With TRITON_INTERPRET=1 they run on the CPU in Triton's interpreter, and then only where they are asked for.
+"""
+
+from pruned_ops.backends.triton import launch
+from pruned_ops.registry import Backend, add_backend
+
+_missing = launch.missing()
+BACKEND = add_backend(
+    Backend("triton", _missing, "Triton kernels, compiled when they first run", on_demand=launch.INTERPRETING)
+)
+
+if _missing is None:  # the kernels need Triton to be imported at all
+    from pruned_ops import ops
+    from pruned_ops.backends.triton import (
+        add_layer_norm,
+        attention,
+        embed_layer_norm,
+        linear_add_layer_norm,
+        linear_gelu,
+    )
+    from pruned_ops.registry import register
+
+    register(ops.attention, BACKEND, attention.attention, attention.refuse)
+    register(ops.linear_gelu, BACKEND, linear_gelu.linear_gelu, launch.refuse)
+    register(ops.add_layer_norm, BACKEND, add_layer_norm.add_layer_norm, add_layer_norm.refuse)
+    register(
+        ops.linear_add_layer_norm,
+        BACKEND,
+        linear_add_layer_norm.linear_add_layer_norm,
+        linear_add_layer_norm.refuse,
+    )
+    register(ops.embed_layer_norm, BACKEND, embed_layer_norm.embed_layer_norm, embed_layer_norm.refuse)

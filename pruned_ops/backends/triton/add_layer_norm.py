@@ -1,0 +1,85 @@
+"""Op `add_layer_norm`: LayerNorm(x + bias + residual).
+
+A program owns ROWS whole rows, reads each of them once into registers, and writes it normalised; statistics
+are fp32, two passes over registers. x may come as several partial sums (a split GEMM's), added on the way.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pruned_ops.backends.triton import launch
+from pruned_ops.backends.triton.configs import MAX_HIDDEN, RowConfig, next_power_of_2, row_config
+from pruned_ops.backends.triton.tiles import normalised
+from pruned_ops.reference import check_add_layer_norm
+
+
+@triton.jit
+def add_layer_norm_kernel(
+    x, bias, residual, weight, norm_bias, out, tokens, hidden, eps, stride_x, stride_residual, stride_part,
+    BIAS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = (rows < tokens)[:, None] & (columns < hidden)[None, :]
+    offsets = rows.to(tl.int64)[:, None]
+    total = tl.load(residual + offsets * stride_residual + columns[None, :], mask=inside, other=0.0)
+    total = total.to(tl.float32)
+    for part in tl.static_range(PARTS):
+        pointers = x + part * stride_part + offsets * stride_x + columns[None, :]
+        total += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    there = columns < hidden
+    if BIAS:
+        total += tl.load(bias + columns, mask=there, other=0.0).to(tl.float32)[None, :]
+    scale = tl.load(weight + columns, mask=there, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias + columns, mask=there, other=0.0).to(tl.float32)
+    result = normalised(total, inside, hidden, scale, shift, eps).to(out.dtype.element_ty)
+    tl.store(out + offsets * hidden + columns[None, :], result, mask=inside)
+
+
+def refuse(*args: object) -> str | None:
+    return refuse_hidden(args[2]) or launch.refuse(*args)
+
+
+def refuse_hidden(residual: object) -> str | None:
+    """Rows are kept in registers whole."""
+    if isinstance(residual, Tensor) and residual.dim() and residual.size(-1) > MAX_HIDDEN:
+        return f"hidden_size is {residual.size(-1)}, the kernel takes at most {MAX_HIDDEN}"
+    return None
+
+
+def add_layer_norm(
+    x: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> Tensor:
+    """Launcher of the op; see reference.add_layer_norm."""
+    check_add_layer_norm(x, bias, residual, norm_weight, norm_bias)
+    return launch_add_layer_norm(x, bias, residual, norm_weight, norm_bias, eps, row_config(residual.size(1)))
+
+
+def launch_add_layer_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    config: RowConfig,
+) -> Tensor:
+    """The op with this configuration. x: (tokens, hidden), or partial sums (parts, tokens, hidden)."""
+    x, residual = launch.rows(x), launch.rows(residual)
+    tokens, hidden = residual.shape
+    out = torch.empty((tokens, hidden), dtype=residual.dtype, device=residual.device)
+    if out.numel() == 0:
+        return out
+    parts = x.size(0) if x.dim() == 3 else 1
+    add_layer_norm_kernel[(triton.cdiv(tokens, config.rows),)](
+        x, bias if bias is None else bias.contiguous(), residual, norm_weight.contiguous(),
+        norm_bias.contiguous(), out, tokens, hidden, eps, x.stride(-2), residual.stride(0),
+        x.stride(0) if x.dim() == 3 else 0,
+        BIAS=bias is not None, PARTS=parts, ROWS=config.rows, BLOCK=next_power_of_2(hidden),
+        num_warps=config.warps,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,167 @@
+"""Op `attention`: softmax attention within each sequence of a packed batch.
+
+A program owns one head of BLOCK_M query rows of one sequence (or of several whole short ones), keeps the
+queries, the running maximum, sum and context in registers while it walks the sequence's keys (flash
+attention's online softmax, in powers of 2), and writes the rows' context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pruned_ops.backends.triton import launch
+from pruned_ops.backends.triton.configs import AttentionConfig, attention_config
+from pruned_ops.backends.triton.tiles import product
+from pruned_ops.reference import check_attention
+
+HEAD_DIMS = (16, 32, 64, 128)
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _scores(query, pointers, inside, scale, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    key = tl.load(pointers, mask=inside[None, :], other=0.0)
+    zeros = tl.zeros((query.shape[0], key.shape[1]), tl.float32)
+    return product(query, key, zeros, PRECISION, UPCAST) * scale
+
+
+@triton.jit
+def _absorb(scores, value, context, maximum, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """One block of keys into the running softmax. Masked scores are -inf; the maximum is finite."""
+    highest = tl.maximum(maximum, tl.max(scores, 1))
+    weights = tl.exp2(scores - highest[:, None])
+    shrink = tl.exp2(maximum - highest)
+    total = total * shrink + tl.sum(weights, 1)
+    context = product(weights.to(value.dtype), value, context * shrink[:, None], PRECISION, UPCAST)
+    return context, highest, total
+
+
+@triton.jit
+def attention_kernel(
+    qkv, cu_seqlens, out, tokens, batch, width, tiles, scale, stride_qkv, stride_out,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Long sequences: `tiles` programs a sequence; those beyond its end have nothing to do."""
+    sequence, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    # Clamped: a wrong cu_seqlens must never lead outside the tensors.
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), tokens)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), begin), tokens)
+    if begin + tile * BLOCK_M >= end:
+        return
+    columns = tl.program_id(1) * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    rows = begin + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offsets = rows.to(tl.int64)[:, None]
+    query = tl.load(qkv + offsets * stride_qkv + columns[None, :], mask=(rows < end)[:, None], other=0.0)
+    lanes = tl.arange(0, BLOCK_N)
+    start = (begin + lanes).to(tl.int64) * stride_qkv
+    keys = qkv + width + start[None, :] + columns[:, None]
+    values = qkv + 2 * width + start[:, None] + columns[None, :]
+    maximum = tl.full((BLOCK_M,), -1.0e30, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    context = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    length = end - begin
+    whole = length // BLOCK_N * BLOCK_N
+    everything = lanes < BLOCK_N
+    for _ in range(0, whole, BLOCK_N):
+        scores = _scores(query, keys, everything, scale, PRECISION, UPCAST)
+        value = tl.load(values)
+        context, maximum, total = _absorb(scores, value, context, maximum, total, PRECISION, UPCAST)
+        keys += BLOCK_N * stride_qkv
+        values += BLOCK_N * stride_qkv
+    if whole < length:  # the last block alone is masked
+        inside = whole + lanes < length
+        scores = _scores(query, keys, inside, scale, PRECISION, UPCAST)
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        value = tl.load(values, mask=inside[:, None], other=0.0)
+        context, maximum, total = _absorb(scores, value, context, maximum, total, PRECISION, UPCAST)
+    result = (context / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + offsets * stride_out + columns[None, :], result, mask=(rows < end)[:, None])
+
+
+@triton.jit
+def short_attention_kernel(
+    qkv, cu_seqlens, out, tokens, batch, width, scale, stride_qkv, stride_out,
+    HEAD_DIM: tl.constexpr, SEGMENT: tl.constexpr, SEQUENCES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Sequences of at most SEGMENT tokens: SEQUENCES of them in a program, each blind to the others."""
+    lanes = tl.arange(0, SEGMENT * SEQUENCES)
+    sequence = tl.program_id(0) * SEQUENCES + lanes // SEGMENT
+    there = sequence < batch
+    begin = tl.load(cu_seqlens + sequence, mask=there, other=0)
+    end = tl.load(cu_seqlens + sequence + 1, mask=there, other=0)
+    begin = tl.minimum(tl.maximum(begin, 0), tokens)
+    end = tl.minimum(tl.maximum(end, begin), tokens)
+    rows = begin + lanes % SEGMENT
+    inside = rows < end
+    columns = tl.program_id(1) * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    offsets = rows.to(tl.int64)
+    across = qkv + offsets[:, None] * stride_qkv + columns[None, :]
+    query = tl.load(across, mask=inside[:, None], other=0.0)
+    keys = qkv + width + offsets[None, :] * stride_qkv + columns[:, None]
+    scores = _scores(query, keys, inside, scale, PRECISION, UPCAST)
+    own = (lanes // SEGMENT)[:, None] == (lanes // SEGMENT)[None, :]
+    scores = tl.where(own & inside[None, :], scores, float("-inf"))
+    value = tl.load(across + 2 * width, mask=inside[:, None], other=0.0)
+    maximum = tl.full((SEGMENT * SEQUENCES,), -1.0e30, tl.float32)
+    total = tl.zeros((SEGMENT * SEQUENCES,), tl.float32)
+    context = tl.zeros((SEGMENT * SEQUENCES, HEAD_DIM), tl.float32)
+    context, maximum, total = _absorb(scores, value, context, maximum, total, PRECISION, UPCAST)
+    total = tl.where(total > 0, total, 1.0)  # rows that are none have no keys
+    result = (context / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + offsets[:, None] * stride_out + columns[None, :], result, mask=inside[:, None])
+
+
+def refuse(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> str | None:
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim is {head_dim}, the kernel takes {', '.join(map(str, HEAD_DIMS))}"
+    return launch.refuse(qkv, cu_seqlens)
+
+
+def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> Tensor:
+    """Launcher of the op; see reference.attention."""
+    check_attention(qkv, cu_seqlens, head_dim)
+    tokens, width = qkv.size(0), qkv.size(1) // 3
+    if tokens == 0 or width == 0 or max_seqlen == 0:
+        return qkv.new_zeros(tokens, width)
+    return launch_attention(
+        qkv, cu_seqlens, max_seqlen, head_dim, attention_config(max_seqlen, head_dim, qkv.dtype)
+    )
+
+
+def launch_attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int, config: AttentionConfig
+) -> Tensor:
+    """The op with this configuration."""
+    qkv, cu_seqlens = launch.rows(qkv), cu_seqlens.contiguous()
+    tokens, width, batch = qkv.size(0), qkv.size(1) // 3, cu_seqlens.size(0) - 1
+    heads = width // head_dim
+    out = torch.empty((tokens, width), dtype=qkv.dtype, device=qkv.device)
+    scale = head_dim**-0.5 * LOG2_E
+    common: dict[str, Any] = {
+        "HEAD_DIM": head_dim,
+        "PRECISION": launch.precision(qkv.dtype),
+        "UPCAST": launch.upcast(qkv.dtype),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    strides = qkv.stride(0), out.stride(0)
+    if config.sequences:
+        grid = (triton.cdiv(batch, config.sequences), heads)
+        short_attention_kernel[grid](
+            qkv, cu_seqlens, out, tokens, batch, width, scale, *strides,
+            SEGMENT=config.block_m // config.sequences, SEQUENCES=config.sequences, **common,
+        )  # fmt: skip
+        return out
+    tiles = triton.cdiv(max_seqlen, config.block_m)
+    attention_kernel[(tiles * batch, heads)](
+        qkv, cu_seqlens, out, tokens, batch, width, tiles, scale, *strides,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, **common,
+    )  # fmt: skip
+    return out

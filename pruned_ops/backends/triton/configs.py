@@ -1,0 +1,154 @@
+"""The configurations of every kernel, as data: what is compiled, tested, and chosen from.
+
+Reasons: tiles of 64 and 128 query rows suit lengths of 64 to 512 tokens (192 would waste a third at 128);
+wgmma needs 64 rows and 4 warps; three or four stages of 64 columns in fp16 fill most of the 227 KiB of shared
+memory that a program can have on sm_90, and the smaller ones fit sm_80's 163 KiB. None spills registers on
+either: that rules out 128 x 256 outputs, whose exact GELU needs more than the sums leave free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+# Bytes of shared memory that a program can have.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+# Rows are kept in registers whole: beyond this LayerNorm's kernels refuse.
+MAX_HIDDEN = 8192
+# A row fits a program of the fused GEMM + LayerNorm up to here.
+MAX_FUSED_HIDDEN = 1024
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A tile of block_m tokens by block_n outputs, block_k columns at a time.
+
+    group_m: rows of tiles that are walked together. split_k: programs that share a tile's columns.
+    persistent: as many programs as the chip has multiprocessors, each taking tile after tile.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+    split_k: int = 1
+    persistent: bool = False
+    tma: bool = False
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the operands' stages."""
+        return self.stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """A program of block_m query rows against block_n keys at a time; sequences: how many whole short
+    sequences share a program (0: the sequences are long)."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    sequences: int = 0
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Rows that a program of the LayerNorm kernels owns."""
+
+    rows: int
+    warps: int
+
+
+_HALF = (
+    GemmConfig(128, 128, 64, 8, 3),
+    GemmConfig(128, 128, 64, 8, 4),
+    GemmConfig(128, 64, 64, 4, 4),
+    GemmConfig(64, 128, 64, 4, 4),
+    GemmConfig(64, 64, 64, 4, 4),
+    GemmConfig(64, 32, 64, 4, 4),
+    GemmConfig(32, 64, 64, 4, 4),
+    GemmConfig(16, 64, 128, 4, 3),
+)
+_SPLIT = tuple(
+    replace(config, split_k=split)
+    for config in (GemmConfig(64, 64, 64, 4, 4), GemmConfig(16, 64, 128, 4, 3))
+    for split in (2, 4)
+)
+_SINGLE = (
+    GemmConfig(128, 64, 32, 8, 3),
+    GemmConfig(64, 64, 32, 4, 3),
+    GemmConfig(32, 64, 32, 4, 3),
+    GemmConfig(16, 32, 32, 4, 3),
+)
+# Persistent forms of the large tiles; TMA forms of what wgmma can run.
+_LARGE = _HALF[:6]
+LINEAR_GELU = {
+    2: (
+        *_HALF,
+        *(replace(config, persistent=True) for config in _LARGE[:3]),
+        *(replace(config, tma=True) for config in _LARGE),
+        *(replace(config, tma=True, persistent=True) for config in _LARGE[:3]),
+        *_SPLIT,
+    ),
+    4: (*_SINGLE, replace(_SINGLE[0], persistent=True), replace(_SINGLE[1], split_k=2)),
+}
+# block_n is the hidden size's next power of 2, filled in where it is known.
+FUSED_NORM = {
+    2: {
+        256: (GemmConfig(64, 256, 64, 8, 3), GemmConfig(32, 256, 64, 4, 3), GemmConfig(16, 256, 64, 4, 3)),
+        512: (GemmConfig(32, 512, 64, 8, 2), GemmConfig(16, 512, 64, 4, 2)),
+        1024: (GemmConfig(16, 1024, 32, 8, 2),),
+    },
+    4: {
+        256: (GemmConfig(32, 256, 32, 8, 2), GemmConfig(16, 256, 32, 4, 2)),
+        512: (GemmConfig(16, 512, 32, 8, 2),),
+        1024: (GemmConfig(16, 1024, 16, 8, 2),),
+    },
+}
+ATTENTION = {
+    2: {
+        16: (AttentionConfig(64, 64, 4, 2), AttentionConfig(128, 64, 4, 2)),
+        32: (AttentionConfig(64, 64, 4, 3), AttentionConfig(128, 64, 4, 3), AttentionConfig(128, 128, 8, 2)),
+        64: (AttentionConfig(64, 64, 4, 3), AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 128, 8, 2)),
+        128: (AttentionConfig(64, 64, 8, 2), AttentionConfig(128, 64, 8, 2)),
+    },
+    4: {
+        16: (AttentionConfig(64, 32, 4, 2),),
+        32: (AttentionConfig(32, 32, 4, 2),),
+        64: (AttentionConfig(32, 16, 4, 2),),
+        128: (AttentionConfig(16, 16, 8, 2),),
+    },
+}
+# Item size -> segment length -> whole sequences in a program: 64 rows in fp16, and 32 in fp32, whose exact
+# products have no tensor cores and so keep their operands in registers.
+SHORT = {
+    2: {16: AttentionConfig(64, 64, 4, 1, sequences=4), 32: AttentionConfig(64, 64, 4, 1, sequences=2)},
+    4: {16: AttentionConfig(32, 32, 8, 1, sequences=2)},
+}
+ROWS = (RowConfig(1, 4), RowConfig(4, 4), RowConfig(1, 8))
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def attention_config(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
+    """What runs where nothing was timed: short sequences share a program, the tallest tile that a sequence
+    half fills is taken otherwise."""
+    segment = max(next_power_of_2(max_seqlen), 16)
+    if segment in SHORT[dtype.itemsize] and (dtype.itemsize == 2 or head_dim <= 32):
+        return SHORT[dtype.itemsize][segment]
+    known = ATTENTION[dtype.itemsize][head_dim]
+    fitting = [config for config in known if config.block_m <= max(max_seqlen, 64)]
+    return max(fitting or known[:1], key=lambda config: (config.block_m, -config.block_n))
+
+
+def row_config(hidden: int) -> RowConfig:
+    """Several narrow rows a program, one wide row."""
+    if hidden <= 512:
+        return ROWS[1]
+    return ROWS[0] if hidden <= 2048 else ROWS[2]

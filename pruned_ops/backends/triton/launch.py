@@ -1,0 +1,116 @@
+"""What every launcher here needs: whether Triton can run, which tensors its kernels take, and how they lie in
+memory."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruned_ops.backends.triton.configs import GemmConfig
+
+# With TRITON_INTERPRET=1 the kernels run on the CPU, in numpy: for tests, not for speed.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# TMA and wide loads want rows that begin at a multiple of this.
+ALIGNMENT = 16
+
+
+def missing() -> str | None:
+    """Why Triton's kernels cannot run here, and what would help; None if they can."""
+    if not INTERPRETING and not torch.cuda.is_available():
+        return "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it with: pip install triton"
+    if INTERPRETING:
+        return _interpreter_fault()
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"this GPU is sm_{major}{minor}, the kernels need sm_80 or later"
+    return None
+
+
+def _interpreter_fault() -> str | None:
+    """Triton 3.6's interpreter fails with numpy 2.4 (it asks for an attribute that is gone)."""
+    import numpy
+    import triton
+
+    versions = [
+        tuple(int(part) for part in v.split(".")[:2]) for v in (triton.__version__, numpy.__version__)
+    ]
+    if versions[0] < (3, 8) and versions[1] >= (2, 4):
+        return (
+            f"the interpreter of triton {triton.__version__} does not work with numpy {numpy.__version__}; "
+            "install numpy<2.4"
+        )
+    return None
+
+
+def refuse(*args: Any) -> str | None:
+    """What all kernels here ask of their arguments: one dtype that they take, on a GPU."""
+    wanted = "cpu" if INTERPRETING else "cuda"
+    dtypes = set()
+    for arg in args:
+        if not isinstance(arg, Tensor):
+            continue
+        if arg.device.type != wanted:
+            return f"a tensor is on {arg.device}, the kernel takes tensors on {wanted}"
+        if arg.is_floating_point():
+            dtypes.add(arg.dtype)
+    if not dtypes <= set(DTYPES):
+        return (
+            f"a tensor is {', '.join(sorted(map(str, dtypes - set(DTYPES))))}; fp32, fp16 and bf16 are taken"
+        )
+    if len(dtypes) > 1:
+        return f"the tensors are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` with its last dimension contiguous: what the kernels' pointers go along. A copy only if needed."""
+    return x if x.stride(-1) == 1 or x.size(-1) <= 1 else x.contiguous()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 products are taken: exactly, unless torch is told that TF32 will do."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether products are taken in fp32: the interpreter multiplies the raw bits of bfloat16."""
+    return INTERPRETING and dtype == torch.bfloat16
+
+
+def tma_takes(*tensors: Tensor) -> bool:
+    """Whether a tensor descriptor can describe all of these: base and row stride at multiples of 16 bytes,
+    on a GPU that has TMA."""
+    if not INTERPRETING and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+        return False
+    return all(
+        x.dim() == 2
+        and min(x.shape) > 0
+        and x.stride(1) == 1
+        and x.data_ptr() % ALIGNMENT == 0
+        and x.stride(0) * x.element_size() % ALIGNMENT == 0
+        for x in tensors
+    )
+
+
+def descriptors(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any]:
+    """Descriptors of tiles of x (tokens, k) and weight (width, k) for TMA loads."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return (
+        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+        TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+    )
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; a small number in the interpreter, so that persistent kernels take several tiles there."""
+    return 4 if INTERPRETING else torch.cuda.get_device_properties(device).multi_processor_count

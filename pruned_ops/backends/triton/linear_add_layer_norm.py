@@ -1,0 +1,102 @@
+"""Op `linear_add_layer_norm`: LayerNorm(x weight^T + bias + residual).
+
+Fused, a program owns BLOCK_M whole output rows (BLOCK_N is at least hidden_size), keeps their sums in
+registers, adds bias and residual, normalises, and writes each row once. Where a row does not fit, or that is
+slower, the GEMM is cuBLAS's, or split over programs where tokens are few, and `add_layer_norm` follows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pruned_ops.backends.triton import launch
+from pruned_ops.backends.triton.add_layer_norm import launch_add_layer_norm, refuse_hidden
+from pruned_ops.backends.triton.configs import GemmConfig, row_config
+from pruned_ops.backends.triton.linear_gelu import meta, partial_linear
+from pruned_ops.backends.triton.tiles import matrix_tile, normalised
+from pruned_ops.backends.triton.tuning import linear_add_layer_norm_config
+from pruned_ops.reference import check_add_layer_norm, check_linear_add_layer_norm
+
+
+@triton.jit
+def linear_add_layer_norm_kernel(
+    x, weight, bias, residual, norm_weight, norm_bias, out, tokens, hidden, inner, eps,
+    stride_x, stride_w, stride_residual,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    WHOLE_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M
+    sums = matrix_tile(
+        x, weight, row, 0, tokens, hidden, 0, inner, stride_x, stride_w,
+        BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, False, PRECISION, UPCAST,
+    )  # fmt: skip
+    rows, columns = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    there = columns < hidden
+    inside = (rows < tokens)[:, None] & there[None, :]
+    offsets = rows.to(tl.int64)[:, None]
+    added = tl.load(residual + offsets * stride_residual + columns[None, :], mask=inside, other=0.0)
+    sums += tl.load(bias + columns, mask=there, other=0.0).to(tl.float32)[None, :] + added.to(tl.float32)
+    scale = tl.load(norm_weight + columns, mask=there, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias + columns, mask=there, other=0.0).to(tl.float32)
+    result = normalised(sums, inside, hidden, scale, shift, eps).to(out.dtype.element_ty)
+    tl.store(out + offsets * hidden + columns[None, :], result, mask=inside)
+
+
+def refuse(*args: object) -> str | None:
+    return refuse_hidden(args[3]) or launch.refuse(*args)
+
+
+def linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """Launcher of the op; see reference.linear_add_layer_norm."""
+    check_linear_add_layer_norm(x, weight)
+    check_add_layer_norm(residual, bias, residual, norm_weight, norm_bias)
+    torch._check(
+        weight.size(0) == residual.size(1) and x.size(0) == residual.size(0),
+        lambda: (
+            f"linear_add_layer_norm: residual is {tuple(residual.shape)}, "
+            f"({x.size(0)}, {weight.size(0)}) is needed"
+        ),
+    )
+    config = linear_add_layer_norm_config(x, weight)
+    return launch_linear_add_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, config)
+
+
+def launch_linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    config: GemmConfig | None,
+) -> Tensor:
+    """The op with this configuration; None: cuBLAS's GEMM, then `add_layer_norm`."""
+    tokens, inner = x.shape
+    hidden = weight.size(0)
+    after = (bias, residual, norm_weight, norm_bias, eps, row_config(hidden))
+    if config is None or inner == 0 or tokens == 0:
+        return launch_add_layer_norm(F.linear(x, weight), *after)
+    x, weight, residual = launch.rows(x), launch.rows(weight), launch.rows(residual)
+    if config.split_k > 1:
+        return launch_add_layer_norm(partial_linear(x, weight, config), *after)
+    out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
+    linear_add_layer_norm_kernel[(triton.cdiv(tokens, config.block_m),)](
+        x, weight, bias.contiguous(), residual, norm_weight.contiguous(), norm_bias.contiguous(), out,
+        tokens, hidden, inner, eps, x.stride(0), weight.stride(0), residual.stride(0),
+        **meta(config), WHOLE_K=inner % config.block_k == 0,
+        PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype),
+    )  # fmt: skip
+    return out

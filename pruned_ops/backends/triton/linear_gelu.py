@@ -1,0 +1,135 @@
+"""Op `linear_gelu`: GELU(x weight^T + bias), bias and exact erf-GELU in the GEMM's epilogue.
+
+A program owns a tile of BLOCK_M tokens by BLOCK_N outputs (tile after tile where it is persistent), keeps its
+sums in fp32 registers, and writes them once, activated. With split_k several programs share a tile's columns:
+they write their fp32 sums apart, and a second kernel adds them in a fixed order and activates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pruned_ops.backends.triton import launch
+from pruned_ops.backends.triton.configs import GemmConfig
+from pruned_ops.backends.triton.tiles import gelu, matrix_tile, place
+from pruned_ops.backends.triton.tuning import linear_gelu_config
+from pruned_ops.reference import check_linear_gelu
+
+
+@triton.jit
+def linear_gelu_kernel(
+    x, weight, bias, out, tokens, width, hidden, stride_x, stride_w, stride_out, programs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    WHOLE_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, programs):
+        tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP_M)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        sums = matrix_tile(
+            x, weight, row, column, tokens, width, 0, hidden, stride_x, stride_w,
+            BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA, PRECISION, UPCAST,
+        )  # fmt: skip
+        rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+        inside = columns < width
+        sums += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        result = gelu(sums).to(out.dtype.element_ty)
+        pointers = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+        tl.store(pointers, result, mask=(rows < tokens)[:, None] & inside[None, :])
+
+
+@triton.jit
+def partial_linear_kernel(
+    x, weight, out, tokens, width, hidden, share, stride_x, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    WHOLE_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Columns split * share and on of x weight^T, into out[split] (tokens, width), fp32."""
+    tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    tile_m, tile_n = place(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    row, column, split = tile_m * BLOCK_M, tile_n * BLOCK_N, tl.program_id(1)
+    begin = split * share
+    sums = matrix_tile(
+        x, weight, row, column, tokens, width, begin, tl.minimum(begin + share, hidden), stride_x, stride_w,
+        BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, False, PRECISION, UPCAST,
+    )  # fmt: skip
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    offsets = (split * tokens + rows).to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(out + offsets, sums, mask=(rows < tokens)[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def bias_gelu_kernel(
+    partials, bias, out, tokens, width, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """GELU of the partial sums' sum, BLOCK outputs of one row a program."""
+    row, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    sums = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(SPLIT):
+        offset = (split * tokens + row).to(tl.int64) * width
+        sums += tl.load(partials + offset + columns, mask=inside, other=0.0)
+    pointers = out + row.to(tl.int64) * width + columns
+    tl.store(pointers, gelu(sums).to(out.dtype.element_ty), mask=inside)
+
+
+def partial_linear(x: Tensor, weight: Tensor, config: GemmConfig) -> Tensor:
+    """x weight^T in `split_k` shares of the columns: fp32 (split_k, tokens, width), which sum to it."""
+    (tokens, hidden), width = x.shape, weight.size(0)
+    out = torch.empty((config.split_k, tokens, width), dtype=torch.float32, device=x.device)
+    share = triton.cdiv(triton.cdiv(hidden, config.block_k), config.split_k) * config.block_k
+    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(width, config.block_n)
+    partial_linear_kernel[(tiles, config.split_k)](
+        x, weight, out, tokens, width, hidden, share, x.stride(0), weight.stride(0),
+        **meta(config), WHOLE_K=hidden % config.block_k == 0,
+        PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype),
+    )  # fmt: skip
+    return out
+
+
+def meta(config: GemmConfig) -> dict[str, Any]:
+    """A configuration as a GEMM kernel's own arguments."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Launcher of the op; see reference.linear_gelu."""
+    check_linear_gelu(x, weight, bias)
+    if x.size(0) == 0 or weight.size(0) == 0:
+        return x.new_empty(x.size(0), weight.size(0))
+    return launch_linear_gelu(x, weight, bias, linear_gelu_config(x, weight))
+
+
+def launch_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, config: GemmConfig) -> Tensor:
+    """The op with this configuration."""
+    x, weight, bias = launch.rows(x), launch.rows(weight), bias.contiguous()
+    (tokens, hidden), width = x.shape, weight.size(0)
+    out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+    if config.split_k > 1:
+        partials = partial_linear(x, weight, config)
+        block = 512
+        bias_gelu_kernel[(tokens, triton.cdiv(width, block))](
+            partials, bias, out, tokens, width, SPLIT=config.split_k, BLOCK=block
+        )
+        return out
+    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(width, config.block_n)
+    programs = min(tiles, launch.multiprocessors(x.device)) if config.persistent else tiles
+    operands = launch.descriptors(x, weight, config) if config.tma else (x, weight)
+    linear_gelu_kernel[(programs,)](
+        *operands, bias, out, tokens, width, hidden, x.stride(0), weight.stride(0), out.stride(0), programs,
+        **meta(config), WHOLE_K=hidden % config.block_k == 0, TMA=config.tma,
+        PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype),
+    )  # fmt: skip
+    return out

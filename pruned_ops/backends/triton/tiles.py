@@ -1,0 +1,75 @@
+"""Device functions that the kernels share: a tile of a matrix product, its place, GELU, LayerNorm."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """accumulator + a b, summed in fp32."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile: GROUP_M rows of tiles are walked together, so that L2 serves them."""
+    group = GROUP_M * tiles_n
+    first = tile // group * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    return first + tile % group % height, tile % group // height
+
+
+@triton.jit
+def matrix_tile(
+    x, weight, row, column, tokens, width, begin, end, stride_x, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WHOLE_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The tile of x weight^T that begins at (row, column), over the columns begin to end: fp32 (BLOCK_M,
+    BLOCK_N).
+
+    x (tokens, k), weight (width, k): pointers to rows, or descriptors (TMA). Rows beyond tokens and width
+    hold anything (the last row's again, or zeros): the caller does not store them.
+    """
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TMA:
+        for k in range(begin, end, BLOCK_K):
+            a = x.load([row, k])
+            b = weight.load([column, k]).T
+            accumulator = product(a, b, accumulator, PRECISION, UPCAST)
+    else:
+        ms = tl.minimum(row + tl.arange(0, BLOCK_M), tokens - 1).to(tl.int64)
+        ns = tl.minimum(column + tl.arange(0, BLOCK_N), width - 1).to(tl.int64)
+        ks = tl.arange(0, BLOCK_K)
+        a_pointers = x + ms[:, None] * stride_x + begin + ks[None, :]
+        b_pointers = weight + ns[None, :] * stride_w + begin + ks[:, None]
+        for k in range(begin, end, BLOCK_K):
+            if WHOLE_K:
+                a, b = tl.load(a_pointers), tl.load(b_pointers)
+            else:
+                inside = k + ks < end
+                a = tl.load(a_pointers, mask=inside[None, :], other=0.0)
+                b = tl.load(b_pointers, mask=inside[:, None], other=0.0)
+            accumulator = product(a, b, accumulator, PRECISION, UPCAST)
+            a_pointers += BLOCK_K
+            b_pointers += BLOCK_K
+    return accumulator
+
+
+@triton.jit
+def gelu(x):
+    """Exact, by erf; fp32."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def normalised(x, inside, hidden, weight, bias, eps):
+    """LayerNorm of x (rows, BLOCK) over its first `hidden` columns: two passes over registers, fp32."""
+    mean = tl.sum(tl.where(inside, x, 0.0), 1) / hidden
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / hidden
+    return centred * (1.0 / tl.sqrt(variance + eps))[:, None] * weight[None, :] + bias[None, :]

@@ -1,0 +1,62 @@
+"""Every Triton configuration compiles for sm_80 and sm_90 and fits them, with no GPU at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a program, in bytes (CUDA programming guide)
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def made() -> list[dict[str, Any]]:
+    """What compile_triton.py says, in a process in which the interpreter is off."""
+    everything = ["--all"] if os.environ.get("PRUNED_OPS_COMPILE_ALL") else []
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [str(HERE.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_triton.py"), *everything],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_triton_kernels_are_all_compiled(made: list[dict[str, Any]]) -> None:
+    kernels = {one["kernel"] for one in made}
+    assert kernels == {
+        "linear_gelu_kernel", "partial_linear_kernel", "bias_gelu_kernel", "linear_add_layer_norm_kernel",
+        "attention_kernel", "short_attention_kernel", "add_layer_norm_kernel", "embed_layer_norm_kernel",
+    }  # fmt: skip
+    assert {(one["dtype"], one["target"]) for one in made} >= {("fp16", 80), ("fp16", 90), ("fp32", 80)}
+
+
+def test_triton_kernels_spill_nothing(made: list[dict[str, Any]]) -> None:
+    assert all("REG" in one for one in made)
+    spilt = [one for one in made if one["STACK"] or one["LOCAL"]]
+    assert not spilt, spilt
+
+
+def test_triton_kernels_fit_shared_memory(made: list[dict[str, Any]]) -> None:
+    assert not [one for one in made if one["shared"] > SHARED_MEMORY[one["target"]]]
+
+
+def test_triton_kernels_use_the_tensor_cores_of_sm_90(made: list[dict[str, Any]]) -> None:
+    """wgmma wherever a tile has the 64 rows and the 4 warps that it needs."""
+    able = [
+        one
+        for one in made
+        if one["target"] == 90 and one["dtype"] != "fp32" and one["rows"] >= 64 and one["warps"] >= 4
+    ]
+    assert able and not [one for one in able if not one["wgmma"]]
