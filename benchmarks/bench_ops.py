@@ -1,0 +1,150 @@
+"""Every op alone, our backend against torch's own ways to compute it, beside the machine's ceilings.
+
+Usage: python benchmarks/bench_ops.py [--device cpu|cuda] [--quick]
+On a machine without a GPU, --device cuda prints bounds instead of times: the bytes and FLOPs that each op
+must move, and the least time that an H200's measured ceilings allow. A bound is no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from op_cases import MIXED, MODELS, Case, cases
+from rich.console import Console
+from rich.table import Table
+
+import pruned_ops
+from pruned_ops.measure import Timing, Workload, interleave
+from pruned_ops.registry import OPS
+
+# An H200's ceilings, measured on one: dense fp16 products on random data, and copying.
+H200 = {"flops": 790e12, "bytes": 4.3e12}
+
+
+def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """The largest rate of torch's products, and of copying, here: FLOP/s and bytes/s."""
+    size = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    block = torch.empty(1 << (30 if device == "cuda" else 27), dtype=torch.uint8, device=device)
+    copy = torch.empty_like(block)
+    return {
+        "flops": 2.0 * size**3 / _best(lambda: torch.mm(a, b), device),
+        "bytes": 2.0 * block.numel() / _best(lambda: copy.copy_(block), device),
+    }
+
+
+def _best(work: Callable[[], Any], device: str, times: int = 7) -> float:
+    """Least seconds of several runs."""
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def timed(case: Case, device: str, rounds: int) -> dict[str, Timing]:
+    """Interleaved on the CPU; by CUDA events with a cold L2 on a GPU, where a kernel is shorter than its
+    launch."""
+    workload = Workload(f"{case.op} {case.model}", (case.lengths,))
+    if device == "cpu":
+        return interleave(case.runners, workload, [{}], rounds, warmup=3)
+    from triton.testing import do_bench
+
+    def seconds(work: Callable[[Any], Any]) -> tuple[float, ...]:
+        return tuple(ms / 1000 for ms in do_bench(lambda: work({}), quantiles=[0.2, 0.5, 0.8]))
+
+    return {name: Timing(workload, seconds(work)) for name, work in case.runners.items()}
+
+
+def row_table(title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    for column in ("us p50 (p20-p80)", "GFLOP/s (of peak)", "GB/s (of copy)", "ours is"):
+        table.add_column(column, justify="right")
+    return table
+
+
+def show(table: Table, case: Case, timings: dict[str, Timing], peak: dict[str, float]) -> None:
+    """A line for each runner; how many times as fast ours is stands beside the others."""
+    table.add_row(f"[bold]{case.op}[/], {case.model}")
+    for name, timing in timings.items():
+        seconds = timing.ms(50) / 1000
+        flops, moved = case.flops / seconds, case.bytes / seconds
+        table.add_row(
+            f"  {name}",
+            f"{timing.ms(50) * 1e3:.0f} ({timing.ms(20) * 1e3:.0f}-{timing.ms(80) * 1e3:.0f})",
+            f"{flops / 1e9:.0f} ({100 * flops / peak['flops']:.0f}%)" if case.flops else "",
+            f"{moved / 1e9:.1f} ({100 * moved / peak['bytes']:.0f}%)",
+            "" if name == "ours" else f"{timings['ours'].speedup_over(timing):.2f}x",
+        )
+    table.add_section()
+
+
+def bounds(lengths: tuple[int, ...]) -> Table:
+    """What each op moves, and the least time for it at an H200's ceilings. Not a measurement."""
+    table = Table(title=f"BOUNDS for an H200 in fp16, not results: {sum(lengths)} tokens")
+    for column in ("op", "layer", "MFLOP", "MB", "at least, us", "bound by"):
+        table.add_column(column, justify="left" if column in ("op", "layer", "bound by") else "right")
+    for model in MODELS:
+        for case in cases(model, lengths, torch.float16, "cpu"):
+            compute, move = case.flops / H200["flops"], case.bytes / H200["bytes"]
+            table.add_row(
+                case.op, case.model, f"{case.flops / 1e6:.0f}", f"{case.bytes / 1e6:.1f}",
+                f"{max(compute, move) * 1e6:.2f}", "products" if compute > move else "memory",
+            )  # fmt: skip
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=51)
+    parser.add_argument("--quick", action="store_true", help="few rounds of one model: a look only")
+    parser.add_argument(
+        "--out", type=Path, help="CSV (default: in benchmarks/results/, named after the machine)"
+    )
+    arguments = parser.parse_args()
+    console = Console()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        console.print(bounds(MIXED * 8))
+        return
+    dtype = torch.float32 if arguments.device == "cpu" else torch.float16
+    many = 1 if arguments.device == "cpu" else 8
+    peak, made = ceilings(dtype, arguments.device), []
+    console.print(f"ceilings here: {peak['flops'] / 1e9:.0f} GFLOP/s, {peak['bytes'] / 1e9:.1f} GB/s copied")
+    models = MODELS[:1] if arguments.quick else MODELS
+    for lengths in (
+        [MIXED * many] if arguments.quick else [MIXED * many, (128,) * 8 * many, (384,) * 8 * many]
+    ):
+        table = row_table(f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens, {dtype}")
+        for model in models:
+            for case in cases(model, lengths, dtype, arguments.device):
+                with torch.inference_mode(), pruned_ops.record() as ran:
+                    case.runners["ours"]({})
+                timings = timed(case, arguments.device, 5 if arguments.quick else arguments.rounds)
+                show(table, case, timings, peak)
+                extra = {"op": case.op, "layer": case.model, "lengths": " ".join(map(str, lengths))}
+                extra |= {"gflop": case.flops / 1e9, "mb": case.bytes / 1e6, "dtype": str(dtype)}
+                backend = {"backends": ", ".join(ran.get(case.op, {}))}
+                made += harness.rows(
+                    timings, "ours", {n: extra | (backend if n == "ours" else {}) for n in timings}
+                )
+        console.print(table)
+    out = arguments.out or harness.result_path("ops")
+    harness.write(out, made)
+    console.print(f"written to {out}; {len(OPS)} ops")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What bench_ops.py times: every op of a layer at a model's sizes, and torch's own ways to compute it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pruned_ops
+
+# Lengths of a batch of eight in arrival order: mean 175, as on SQuAD.
+MIXED = (63, 118, 131, 149, 164, 187, 222, 366)
+EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of an encoder's layer."""
+
+    name: str
+    hidden: int
+    heads: int
+    head_dim: int
+    ffn: int
+
+
+MODELS = (
+    Model("minilm dense", 384, 12, 32, 1536),
+    Model("minilm half", 384, 6, 32, 768),
+    Model("base dense", 768, 12, 64, 3072),
+    Model("base half", 768, 6, 64, 1536),
+)
+Runners = dict[str, Callable[[Any], Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one size: its runners (ours first), and what it must compute and move at least."""
+
+    op: str
+    lengths: tuple[int, ...]
+    model: str
+    runners: Runners
+    flops: float
+    bytes: float
+
+
+def cases(model: Model, lengths: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Case]:
+    """The ops of a layer of `model` over a packed batch of these lengths, and the embedding."""
+    torch.manual_seed(0)
+    tokens, hidden, width, ffn = sum(lengths), model.hidden, model.heads * model.head_dim, model.ffn
+
+    def tensor(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, dtype=dtype)
+
+    norm = (tensor(hidden), tensor(hidden))
+    x, bias, residual = tensor(tokens, hidden), tensor(hidden), tensor(tokens, hidden)
+    item = dtype.itemsize
+    made = [_attention(model, lengths, tensor)]
+    up, up_bias = tensor(ffn, hidden), tensor(ffn)
+    made.append(
+        Case(
+            "linear_gelu", lengths, model.name,
+            {
+                "ours": lambda _: pruned_ops.ops.linear_gelu(x, up, up_bias),
+                "torch linear, gelu": lambda _: F.gelu(F.linear(x, up, up_bias)),
+                "torch linear alone": lambda _: F.linear(x, up, up_bias),
+            },
+            2.0 * tokens * hidden * ffn, item * (tokens * (hidden + ffn) + hidden * ffn),
+        )
+    )  # fmt: skip
+    for inner, name in ((width, "heads"), (ffn, "ffn")):
+        made.append(_linear_add_layer_norm(model, lengths, name, inner, tensor))
+    made.append(
+        Case(
+            "add_layer_norm", lengths, model.name,
+            {
+                "ours": lambda _: pruned_ops.ops.add_layer_norm(x, bias, residual, *norm, EPS),
+                "torch adds, layer_norm": lambda _: F.layer_norm(x + bias + residual, (hidden,), *norm, EPS),
+            },
+            0.0, item * 3.0 * tokens * hidden,
+        )
+    )  # fmt: skip
+    made.append(_embed_layer_norm(model, lengths, tensor, device))
+    return made
+
+
+def _attention(model: Model, lengths: tuple[int, ...], tensor: Callable[..., Tensor]) -> Case:
+    width, heads, head_dim = model.heads * model.head_dim, model.heads, model.head_dim
+    qkv = tensor(sum(lengths), 3 * width)
+    bounds = [0, *itertools.accumulate(lengths)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=qkv.device)
+    longest = max(lengths)
+    padded = torch.zeros(len(lengths), longest, 3 * width, dtype=qkv.dtype, device=qkv.device)
+    mask = torch.zeros(len(lengths), 1, 1, longest, dtype=torch.bool, device=qkv.device)
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        padded[i, : end - begin], mask[i, :, :, : end - begin] = qkv[begin:end], True
+    query, key, value = padded.view(len(lengths), longest, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    even = None if len(set(lengths)) == 1 else mask
+
+    def one_by_one(_: Any) -> list[Tensor]:
+        parts = (qkv[begin:end] for begin, end in itertools.pairwise(bounds))
+        views = (part.view(1, -1, 3, heads, head_dim).permute(2, 0, 3, 1, 4) for part in parts)
+        return [F.scaled_dot_product_attention(*view) for view in views]
+
+    return Case(
+        "attention", lengths, model.name,
+        {
+            "ours": lambda _: pruned_ops.ops.attention(qkv, cu_seqlens, longest, head_dim),
+            "torch sdpa, padded": lambda _: F.scaled_dot_product_attention(query, key, value, even),
+            "torch sdpa, one by one": one_by_one,
+        },
+        4.0 * width * sum(n * n for n in lengths), qkv.element_size() * 4.0 * sum(lengths) * width,
+    )  # fmt: skip
+
+
+def _linear_add_layer_norm(
+    model: Model, lengths: tuple[int, ...], name: str, inner: int, tensor: Callable[..., Tensor]
+) -> Case:
+    tokens, hidden = sum(lengths), model.hidden
+    x, weight, bias = tensor(tokens, inner), tensor(hidden, inner), tensor(hidden)
+    residual, norm = tensor(tokens, hidden), (tensor(hidden), tensor(hidden))
+    return Case(
+        "linear_add_layer_norm", lengths, f"{model.name}, {name}",
+        {
+            "ours": lambda _: pruned_ops.ops.linear_add_layer_norm(x, weight, bias, residual, *norm, EPS),
+            "torch linear, add, layer_norm": lambda _: F.layer_norm(
+                F.linear(x, weight, bias) + residual, (hidden,), *norm, EPS
+            ),
+        },
+        2.0 * tokens * hidden * inner,
+        x.element_size() * (tokens * (inner + 2.0 * hidden) + hidden * inner),
+    )  # fmt: skip
+
+
+def _embed_layer_norm(
+    model: Model, lengths: tuple[int, ...], tensor: Callable[..., Tensor], device: str
+) -> Case:
+    tokens, hidden = sum(lengths), model.hidden
+    rows = (30522, 512, 2)
+    ids = [torch.randint(n, (tokens,), device=device) for n in rows]
+    tables, norm = [tensor(n, hidden) for n in rows], (tensor(hidden), tensor(hidden))
+
+    def by_torch(_: Any) -> Tensor:
+        total = sum(F.embedding(one, table) for one, table in zip(ids, tables, strict=True))
+        return F.layer_norm(total, (hidden,), *norm, EPS)  # type: ignore[arg-type]
+
+    return Case(
+        "embed_layer_norm", lengths, model.name,
+        {
+            "ours": lambda _: pruned_ops.ops.embed_layer_norm(*ids, *tables, *norm, EPS),
+            "torch embeddings, layer_norm": by_torch,
+        },
+        0.0, tables[0].element_size() * 4.0 * tokens * hidden,
+    )  # fmt: skip
