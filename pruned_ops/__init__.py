@@ -10,6 +10,7 @@ model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pru
 from pruned_ops import backends as backends
 from pruned_ops import ops as ops
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.importing import import_checkpoint
 from pruned_ops.layers import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
 from pruned_ops.modeling import (
     PrunedBertForQuestionAnswering,
@@ -39,6 +40,7 @@ __all__ = [
     "PrunedRobertaForQuestionAnswering",
     "PrunedRobertaModel",
     "__version__",
+    "import_checkpoint",
     "optimize",
     "ops",
     "debug",

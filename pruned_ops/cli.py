@@ -1,4 +1,4 @@
-"""pruned-ops: info | latency-table."""
+"""pruned-ops: info | latency-table | import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -68,6 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--stride", type=int, default=128, help="tokens that two windows of --data share")
     one.add_argument("--rounds", type=int, default=5, help="medians are over so many")
     one.add_argument("--overwrite", action="store_true", help="replace the latency table that is in FILE")
+    one = commands.add_parser("import", help="take in a checkpoint that another tool pruned")
+    one.set_defaults(run=import_foreign)
+    one.add_argument("folder", type=Path, metavar="DIR", help="config.json and weights, masks beside them")
+    one.add_argument("out", type=Path, metavar="OUT", help="new folder for the pruned_ops checkpoint")
+    one.add_argument("--head-dim", type=int, help="a head's width (default: hidden_size / heads)")
     return parser
 
 
@@ -90,6 +96,25 @@ def info() -> None:
     print("ops, with their backends in the order in which they are asked")
     for op in OPS.values():
         print(f"{op.name:>22}  {', '.join([*op.kernels, REFERENCE])}")
+
+
+def import_foreign(arguments: argparse.Namespace) -> None:
+    """Write what `import_checkpoint` recognises in DIR, with the tokenizer files that lie there, to OUT."""
+    from pruned_ops.importing import TOKENIZER_FILES, read_foreign
+
+    out: Path = arguments.out
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already; give another OUT")
+    model, notes = read_foreign(arguments.folder, arguments.head_dim)
+    model.save_pretrained(out)
+    for name in TOKENIZER_FILES:
+        if (arguments.folder / name).is_file():
+            shutil.copyfile(arguments.folder / name, out / name)
+    for note in notes:
+        print(f"  {note}")
+    shapes = ", ".join(f"{s['num_heads']}/{s['ffn_width']}" for s in model.config.layer_shapes)
+    print(f"heads/FFN width a layer: {shapes}")
+    print(f"written to {out}")
 
 
 def latency_table(arguments: argparse.Namespace) -> None:

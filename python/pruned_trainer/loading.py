@@ -19,21 +19,12 @@ from transformers import (
 from transformers.utils import logging
 
 import pruned_ops
+from pruned_ops.importing import TOKENIZER_FILES
 
 MODEL_TYPES = (
     "bert",
     "roberta",
     *(c.model_type for c in (pruned_ops.PrunedBertConfig, pruned_ops.PrunedRobertaConfig)),
-)
-# What a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
 )
 
 
