@@ -15,10 +15,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, checked_int
+
 KINDS = ("bert", "roberta")
 # What training left behind, or what does not bear on the answers: pooler, position numbers, CoFi's gates and
 # its distillation matrix.
-_LEFT_OUT = re.compile(r"(^|\.)(pooler|position_ids|token_type_ids|layer_transformation|l0_module|cls)(\.|$)")
+_LEFT_OUT = re.compile(
+    r"(^|\.)(pooler|position_ids|token_type_ids|(mha_)?layer_transformation|l0_module|cls)(\.|$)"
+)
+_SIZES = {
+    "hidden_size": MAX_WIDTH, "num_attention_heads": MAX_WIDTH, "intermediate_size": MAX_WIDTH,
+    "num_hidden_layers": MAX_LAYERS, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 24,
+    "type_vocab_size": MAX_WIDTH,
+}  # fmt: skip
+# What of a foreign config describes the model; the rest is that tool's own.
+_FIELDS = (
+    *_SIZES, "model_type", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "layer_norm_eps", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "id2label",
+    "label2id",
+)  # fmt: skip
+_TOKENIZERS = {"bert": "BertTokenizerFast", "roberta": "RobertaTokenizerFast"}
 
 Tensors = dict[str, Tensor]
 
@@ -35,6 +51,14 @@ class Source:
     head: Tensors
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The config's fields that describe the model, and the tokenizer's class, by which the files beside
+        it load under the new model type."""
+        kept = {name: self.config[name] for name in _FIELDS if name in self.config}
+        tokenizer = self.config.get("tokenizer_class") or _TOKENIZERS[self.kind]
+        return {**kept, "tokenizer_class": tokenizer}
+
 
 def open_source(folder: Path) -> Source:
     try:
@@ -48,6 +72,10 @@ def open_source(folder: Path) -> Source:
         raise ValueError(f"{folder} has {config['layer_norm_type']} in place of LayerNorm: not supported")
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(f"{folder} has {config['position_embedding_type']} positions; only absolute ones")
+    for name, high in _SIZES.items():  # before anything is as large as they say
+        checked_int(f"{folder}: {name}", config.get(name), 1, high)
+    if not isinstance(config.get("pruned_heads") or {}, dict):
+        raise ValueError(f"{folder}: pruned_heads is {config['pruned_heads']!r}, not layer -> heads")
     encoder: Tensors = {}
     head: Tensors = {}
     for name, tensor in _read_tensors(folder).items():
@@ -56,7 +84,8 @@ def open_source(folder: Path) -> Source:
         if _LEFT_OUT.search(name):
             continue
         into = encoder if name.startswith(f"{kind}.") else head
-        into[name.removeprefix(f"{kind}.")] = tensor.float()
+        # A copy of its own: masks and what is constant are folded in place.
+        into[name.removeprefix(f"{kind}.")] = tensor.detach().to(torch.float32, copy=True)
     if set(head) != {"qa_outputs.weight", "qa_outputs.bias"}:
         found = ", ".join(sorted(head)[:5]) or "none"
         raise ValueError(
@@ -72,7 +101,10 @@ def _read_tensors(folder: Path) -> Tensors:
             return _read_file(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            listed = json.loads(index.read_text(encoding="utf-8"))
+            if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+                raise ValueError(f"{index} has no weight_map")
+            shards = sorted(set(map(str, listed["weight_map"].values())))
             if any(Path(shard).name != shard for shard in shards):
                 raise ValueError(f"{index} names files outside its folder")
             return {name: tensor for shard in shards for name, tensor in _read_file(folder / shard).items()}
@@ -81,10 +113,16 @@ def _read_tensors(folder: Path) -> Tensors:
 
 def _read_file(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors has its own kind
+            raise ValueError(f"{path} cannot be read: {_first_line(error)}") from None
     found = unpickled(path)
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds no dictionary of tensors")
+    for name, tensor in found.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name} repeats its memory to seem {tuple(tensor.shape)} large")
     return dict(found)
 
 
@@ -92,18 +130,15 @@ def unpickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's own kinds, and torch's
-        raise ValueError(f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read as tensors alone: {_first_line(error)}") from None
 
 
-def dense_size(source: Source, name: str) -> int:
-    value = source.config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{source.folder}: {name} is {value!r} in config.json; a positive integer is needed")
-    return value
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def activation_name(source: Source) -> str:
     name = source.config.get("hidden_act", "gelu")
-    if name not in ACT2FN:
+    if not isinstance(name, str) or name not in ACT2FN:
         raise ValueError(f"{source.folder}: hidden_act {name!r} is not known")
     return name

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
-from pruned_ops.foreign import Source, Tensors, activation_name, dense_size, open_source, unpickled
+from pruned_ops.foreign import Source, Tensors, activation_name, open_source, unpickled
 from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
-from pruned_ops.shape import LayerShape
+from pruned_ops.shape import MAX_WIDTH, LayerShape, checked_int
 
 # What a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
 TOKENIZER_FILES = (
@@ -64,8 +64,14 @@ def read_foreign(folder: str | Path, head_dim: int | None = None) -> tuple[Any, 
     source = open_source(Path(folder))
     layers = _layers(source)
     if head_dim is None:
-        heads = dense_size(source, "num_attention_heads")
-        head_dim = source.config.get("head_dim") or dense_size(source, "hidden_size") // heads
+        hidden, heads = source.config["hidden_size"], source.config["num_attention_heads"]
+        head_dim = source.config.get("head_dim") or hidden // heads
+        if source.config.get("head_dim") is None and hidden % heads:
+            raise ValueError(
+                f"{folder}: {heads} heads do not divide a hidden size of {hidden}: say a head's width "
+                "(head_dim)"
+            )
+    head_dim = checked_int("head_dim", head_dim, 1, MAX_WIDTH)
     for number, layer in layers.items():
         _check_layer(source, number, layer, head_dim)
     _apply_masks(source, layers, head_dim)
@@ -83,7 +89,14 @@ def _layers(source: Source) -> dict[int, Tensors]:
         match = _LAYER.match(name)
         if match:
             layers.setdefault(int(match[1]), {})[match[2]] = source.encoder.pop(name)
-    missing = sorted(set(range(dense_size(source, "num_hidden_layers"))) - set(layers))
+    known = set(range(source.config["num_hidden_layers"]))
+    if set(layers) - known:
+        raise ValueError(
+            f"{source.folder}: there are tensors of layer {max(layers)}, the config has {len(known)} layers"
+        )
+    # CoFi keeps the LayerNorms of a layer that is gone, and does not run them.
+    layers = {number: layer for number, layer in layers.items() if not all("LayerNorm" in n for n in layer)}
+    missing = sorted(known - set(layers))
     if missing:
         source.notes.append(f"layers {', '.join(map(str, missing))} are missing altogether")
     for number, layer in layers.items():
@@ -92,7 +105,8 @@ def _layers(source: Source) -> dict[int, Tensors]:
             state = "lacks, or has besides" if set(layer) - _PARTS else "lacks"
             raise ValueError(
                 f"{source.folder}: layer {number} {state} {', '.join(odd[:4])}; a layer must be there whole "
-                f"or not at all (recognised: {'; '.join(source.notes) or 'its other layers'})"
+                "or not at all, because half of one would still normalise here (recognised: "
+                f"{'; '.join(source.notes) or 'its other layers'})"
             )
     return dict(sorted(layers.items()))
 
@@ -121,13 +135,13 @@ def _check_layer(source: Source, number: int, layer: Tensors, head_dim: int) -> 
         )
     recorded = source.config.get("pruned_heads") or {}
     pruned = len(recorded.get(str(number), []))
-    heads, dense = width // head_dim, dense_size(source, "num_attention_heads")
+    heads, dense = width // head_dim, source.config["num_attention_heads"]
     if pruned and heads != dense - pruned:
         raise ValueError(
             f"{source.folder}: pruned_heads takes {pruned} of {dense} heads from layer {number}, its tensors "
             f"hold {heads}"
         )
-    if heads != dense or inner != dense_size(source, "intermediate_size"):
+    if heads != dense or inner != source.config["intermediate_size"]:
         why = ", as pruned_heads says" if pruned else ""
         source.notes.append(f"layer {number} has {heads} heads{why} and FFN width {inner}")
 
@@ -135,6 +149,12 @@ def _check_layer(source: Source, number: int, layer: Tensors, head_dim: int) -> 
 def _apply_masks(source: Source, layers: dict[int, Tensors], head_dim: int) -> None:
     """Masks beside a dense model multiply contexts and FFN activations: they are folded into the weights."""
     folder, found = source.folder, {}
+    for name in ("zs.pt", "l0_module.pt"):
+        if (folder / name).is_file() and not source.notes:
+            raise ValueError(
+                f"{folder} has {name} beside weights that are not narrowed: let CoFi prune them first "
+                "(prune_model_with_z), then import what it saves"
+            )
     if (folder / "mask.pt").is_file():  # TextPruner: (head mask, FFN mask)
         pair = unpickled(folder / "mask.pt")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -192,11 +212,13 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
         LayerShape(len(x["attention.self.query.bias"]) // head_dim, len(x["intermediate.dense.bias"]))
         for x in layers
     ]
-    hidden = source.encoder["embeddings.word_embeddings.weight"].size(1)
-    if hidden != dense_size(source, "hidden_size"):
-        source.notes.append(f"hidden size {hidden} of {dense_size(source, 'hidden_size')}")
-    dropped = ("pruned_heads", "architectures", "torch_dtype", "dtype", "head_dim")
-    fields = {name: value for name, value in source.config.items() if name not in dropped}
+    table = source.encoder.get("embeddings.word_embeddings.weight")
+    if table is None or table.dim() != 2:
+        raise ValueError(f"{source.folder} has no word_embeddings")
+    hidden = table.size(1)
+    if hidden != source.config["hidden_size"]:
+        source.notes.append(f"hidden size {hidden} of {source.config['hidden_size']}")
+    fields = source.fields
     fields.update(hidden_size=hidden, num_hidden_layers=len(layers), head_dim=head_dim, layer_shapes=shapes)
     config = config_class(**fields)
     with torch.device("meta"):

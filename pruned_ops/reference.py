@@ -52,7 +52,8 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
     qkv (tokens, 3 * num_heads * head_dim), laid out q|k|v; cu_seqlens int32 (batch + 1,): sequence i holds
     the rows cu_seqlens[i] to cu_seqlens[i + 1]; max_seqlen: no sequence is longer. Returns (tokens,
     num_heads * head_dim).
-    The scale is 1 / sqrt(head_dim). 0 heads, 0 tokens and empty sequences are allowed.
+    The scale is 1 / sqrt(head_dim). 0 heads, 0 tokens and empty sequences are allowed. What stands in rows of
+    no sequence, where a backend does not check cu_seqlens, is undefined.
     """
     check_attention(qkv, cu_seqlens, head_dim)
     tokens, width = qkv.size(0), qkv.size(1) // 3

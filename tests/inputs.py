@@ -13,8 +13,16 @@ import pruned_ops
 from pruned_ops import LayerShape
 from pruned_ops.registry import BACKENDS, REFERENCE
 
-# Every backend that can run here; a test's id contains the one it runs.
-READY = [REFERENCE, *(name for name, backend in BACKENDS.items() if backend.missing is None)]
+# Every backend that can run here on CPU tensors; a test's id contains the one it runs. Where there is a GPU,
+# test_triton.py runs Triton's kernels on it.
+READY = [
+    REFERENCE,
+    *(
+        name
+        for name, backend in BACKENDS.items()
+        if backend.missing is None and (name != "triton" or backend.on_demand)
+    ),
+]
 
 # Lengths around the block sizes of kernels, empty and single ones included.
 LENGTHS = [(1,), (5, 3, 9), (15, 16, 17), (0, 7, 0), (63, 64, 65), (130, 1, 257), (511,), (0,), ()]

@@ -125,9 +125,10 @@ def test_smaller_layers_missing_layers_and_a_smaller_hidden_size(dense: Any, tmp
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         tensors.clear()
         for name, tensor in narrow.state_dict().items():
-            if ".layer.1." not in name:
+            if ".layer.1." not in name or "LayerNorm" in name:  # those it keeps, unsliced
                 tensors[name] = tensor.clone()
         tensors["layer_transformation.weight"] = torch.ones(4, 4)
+        tensors["mha_layer_transformation.weight"] = torch.ones(4, 4)
         tensors[f"{prefix}.l0_module.head_loga"] = torch.ones(3)
 
     folder = stored(tmp_path / "cofi", dense, change)
@@ -159,11 +160,16 @@ def pruned_ops_values(heads: Tensor, ffn: Tensor) -> Any:
     return PerGate(list(heads), list(ffn), torch.ones(64))
 
 
-def test_relu_and_pickled_weights(tmp_path: Path) -> None:
+def test_relu_and_pickled_parameters(tmp_path: Path) -> None:
+    """Also fields of the config that would get in the way: they are the other tool's."""
     model = stock_model(hidden_act="relu")
-    folder = stored(tmp_path / "relu", model, lambda config, tensors: None)
+
+    def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        config.update(output_attentions=True, auto_map={"x": "y"}, shape=[1], quantization_config={})
+
+    folder = stored(tmp_path / "relu", model, change)
     (folder / "model.safetensors").unlink()
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    torch.save(dict(model.named_parameters()), folder / "pytorch_model.bin")
     check(folder, model, [LayerShape(HEADS, FFN)] * LAYERS, tmp_path)
 
 
@@ -217,6 +223,22 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
         config["pruned_heads"], said = {"1": [0]}, "pruned_heads takes 1 of 4 heads from layer 1"
     if name == "hostile":
         config["vocab_size"], said = 1 << 40, "vocab_size is 1099511627776"
+    if name == "hostile layers":
+        config["num_hidden_layers"], said = 1 << 40, "num_hidden_layers is 1099511627776"
+    if name == "too many layers":
+        config["num_hidden_layers"], said = 2, "there are tensors of layer 2, the config has 2 layers"
+    if name == "cofi's gates":
+        torch.save({}, folder / "zs.pt")
+        said = "zs.pt beside weights that are not narrowed"
+    if name == "truncated":
+        (folder / "model.safetensors").write_bytes(b"no tensors")
+        return "model.safetensors cannot be read", None
+    if name == "repeated memory":
+        (folder / "model.safetensors").unlink()
+        torch.save({"x": torch.zeros(1).expand(1 << 20, 1 << 10)}, folder / "pytorch_model.bin")
+        return "x repeats its memory", None
+    if name == "heads":
+        config["num_attention_heads"], said = 5, "5 heads do not divide a hidden size of 64"
     if name == "vocabulary":
         config["vocab_size"], said = 120, "word_embeddings"
     if name == "mask":
@@ -231,7 +253,8 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
     "name",
     [
         "no json", "code in a pickle", "other model", "no norm", "half a layer", "classifier",
-        "sizes that disagree", "head_dim", "pruned_heads", "hostile", "vocabulary", "mask",
+        "sizes that disagree", "head_dim", "pruned_heads", "hostile", "vocabulary", "mask", "hostile layers",
+        "too many layers", "cofi's gates", "truncated", "repeated memory", "heads",
     ],
 )  # fmt: skip
 def test_what_is_refused(name: str, tmp_path: Path) -> None:

@@ -168,9 +168,9 @@ def test_nothing_is_written_outside_the_output(monkeypatch: pytest.MonkeyPatch) 
         return whole[32 : 32 + count].view(size)
 
     for op in sorted(OPS):
-        arguments = moved(arguments_for(op, 37, 90, 56), torch.float32)
+        arguments = moved(arguments_for(op, 37, 90, 56), torch.float16)
         if op == "attention":
-            arguments = moved(attention_arguments((12, 25), 2, 32), torch.float32)
+            arguments = moved(attention_arguments((12, 25), 2, 32), torch.float16)
         with monkeypatch.context() as patch, use_backend("triton"):
             patch.setattr(torch, "empty", guarded)
             OPS[op](*arguments)
@@ -244,6 +244,11 @@ def test_the_model_chooses_what_fits_the_shape() -> None:
     few = tuning.fitting(known, 16, 3072, 768, 2, True, h200)[0]
     many = tuning.fitting(known, 32768, 3072, 768, 2, True, h200)[0]
     assert few.block_m <= 64 and many.block_m >= 128 and many.tma
+    # As many tiles as there are multiprocessors beat fewer, larger ones, and splitting.
+    for tokens, width, hidden, tiles in ((256, 3072, 768, 96), (128, 1536, 384, 48), (1408, 768, 384, 132)):
+        best = tuning.fitting(known, tokens, width, hidden, 2, True, h200)[0]
+        made = -(-tokens // best.block_m) * -(-width // best.block_n)
+        assert best.split_k == 1 and tiles <= made <= 132, (tokens, width, hidden, best)
     for config in tuning.fitting(known, 4096, 3072, 768, 2, True, a100):
         assert not config.tma and config.shared_bytes(2) <= configs.SHARED_MEMORY[80]
     assert not any(c.tma for c in tuning.fitting(known, 4096, 3072, 768, 2, False, h200))

@@ -22,13 +22,15 @@ if _missing is None:  # the kernels need Triton to be imported at all
     )
     from pruned_ops.registry import register
 
-    register(ops.attention, BACKEND, attention.attention, attention.refuse)
-    register(ops.linear_gelu, BACKEND, linear_gelu.linear_gelu, launch.refuse)
-    register(ops.add_layer_norm, BACKEND, add_layer_norm.add_layer_norm, add_layer_norm.refuse)
-    register(
-        ops.linear_add_layer_norm,
-        BACKEND,
-        linear_add_layer_norm.linear_add_layer_norm,
-        linear_add_layer_norm.refuse,
-    )
-    register(ops.embed_layer_norm, BACKEND, embed_layer_norm.embed_layer_norm, embed_layer_norm.refuse)
+    for op, launcher, refuse in (
+        (ops.attention, attention.attention, attention.refuse),
+        (ops.linear_gelu, linear_gelu.linear_gelu, launch.refuse),
+        (ops.add_layer_norm, add_layer_norm.add_layer_norm, add_layer_norm.refuse),
+        (
+            ops.linear_add_layer_norm,
+            linear_add_layer_norm.linear_add_layer_norm,
+            linear_add_layer_norm.refuse,
+        ),
+        (ops.embed_layer_norm, embed_layer_norm.embed_layer_norm, embed_layer_norm.refuse),
+    ):
+        register(op, BACKEND, launch.on_its_device(launcher), refuse)

@@ -17,7 +17,7 @@ from pruned_ops.backends.triton.tiles import normalised
 from pruned_ops.reference import check_add_layer_norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "stride_part"])
 def add_layer_norm_kernel(
     x, bias, residual, weight, norm_bias, out, tokens, hidden, eps, stride_x, stride_residual, stride_part,
     BIAS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

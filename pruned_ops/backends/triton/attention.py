@@ -24,24 +24,24 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _scores(query, pointers, inside, scale, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    key = tl.load(pointers, mask=inside[None, :], other=0.0)
+def _scores(query, key, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     zeros = tl.zeros((query.shape[0], key.shape[1]), tl.float32)
-    return product(query, key, zeros, PRECISION, UPCAST) * scale
+    return product(query, key, zeros, PRECISION, UPCAST)
 
 
 @triton.jit
-def _absorb(scores, value, context, maximum, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """One block of keys into the running softmax. Masked scores are -inf; the maximum is finite."""
-    highest = tl.maximum(maximum, tl.max(scores, 1))
-    weights = tl.exp2(scores - highest[:, None])
+def _absorb(scores, scale, value, context, maximum, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """One block of keys into the running softmax. Masked scores are -inf; the maximum is finite. The scale is
+    applied where it is one instruction with the subtraction."""
+    highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - highest[:, None])
     shrink = tl.exp2(maximum - highest)
     total = total * shrink + tl.sum(weights, 1)
     context = product(weights.to(value.dtype), value, context * shrink[:, None], PRECISION, UPCAST)
     return context, highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "batch", "tiles"])
 def attention_kernel(
     qkv, cu_seqlens, out, tokens, batch, width, tiles, scale, stride_qkv, stride_out,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -67,24 +67,24 @@ def attention_kernel(
     context = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     length = end - begin
     whole = length // BLOCK_N * BLOCK_N
-    everything = lanes < BLOCK_N
     for _ in range(0, whole, BLOCK_N):
-        scores = _scores(query, keys, everything, scale, PRECISION, UPCAST)
+        scores = _scores(query, tl.load(keys), PRECISION, UPCAST)
         value = tl.load(values)
-        context, maximum, total = _absorb(scores, value, context, maximum, total, PRECISION, UPCAST)
+        context, maximum, total = _absorb(scores, scale, value, context, maximum, total, PRECISION, UPCAST)
         keys += BLOCK_N * stride_qkv
         values += BLOCK_N * stride_qkv
     if whole < length:  # the last block alone is masked
         inside = whole + lanes < length
-        scores = _scores(query, keys, inside, scale, PRECISION, UPCAST)
+        key = tl.load(keys, mask=inside[None, :], other=0.0)
+        scores = _scores(query, key, PRECISION, UPCAST)
         scores = tl.where(inside[None, :], scores, float("-inf"))
         value = tl.load(values, mask=inside[:, None], other=0.0)
-        context, maximum, total = _absorb(scores, value, context, maximum, total, PRECISION, UPCAST)
+        context, maximum, total = _absorb(scores, scale, value, context, maximum, total, PRECISION, UPCAST)
     result = (context / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + offsets * stride_out + columns[None, :], result, mask=(rows < end)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "batch"])
 def short_attention_kernel(
     qkv, cu_seqlens, out, tokens, batch, width, scale, stride_qkv, stride_out,
     HEAD_DIM: tl.constexpr, SEGMENT: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -105,14 +105,15 @@ def short_attention_kernel(
     across = qkv + offsets[:, None] * stride_qkv + columns[None, :]
     query = tl.load(across, mask=inside[:, None], other=0.0)
     keys = qkv + width + offsets[None, :] * stride_qkv + columns[:, None]
-    scores = _scores(query, keys, inside, scale, PRECISION, UPCAST)
+    key = tl.load(keys, mask=inside[None, :], other=0.0)
+    scores = _scores(query, key, PRECISION, UPCAST)
     own = (lanes // SEGMENT)[:, None] == (lanes // SEGMENT)[None, :]
     scores = tl.where(own & inside[None, :], scores, float("-inf"))
     value = tl.load(across + 2 * width, mask=inside[:, None], other=0.0)
     maximum = tl.full((SEGMENT * SEQUENCES,), -1.0e30, tl.float32)
     total = tl.zeros((SEGMENT * SEQUENCES,), tl.float32)
     context = tl.zeros((SEGMENT * SEQUENCES, HEAD_DIM), tl.float32)
-    context, maximum, total = _absorb(scores, value, context, maximum, total, PRECISION, UPCAST)
+    context, maximum, total = _absorb(scores, scale, value, context, maximum, total, PRECISION, UPCAST)
     total = tl.where(total > 0, total, 1.0)  # rows that are none have no keys
     result = (context / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + offsets[:, None] * stride_out + columns[None, :], result, mask=inside[:, None])

@@ -25,7 +25,7 @@ def _gathered(ids, table, tokens_at, there, table_rows, stride, columns, inside)
     return tl.load(table + index[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "words", "positions", "types"])
 def embed_layer_norm_kernel(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, norm_bias, out,
     tokens, hidden, eps, words, positions, types, stride_word, stride_position, stride_type,

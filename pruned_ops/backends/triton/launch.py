@@ -3,14 +3,18 @@ memory."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pruned_ops.backends.triton.configs import GemmConfig
+from pruned_ops.backends.triton.configs import SHARED_MEMORY, GemmConfig
+
+Launcher = Callable[..., Tensor]
 
 # With TRITON_INTERPRET=1 the kernels run on the CPU, in numpy: for tests, not for speed.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -25,14 +29,9 @@ def missing() -> str | None:
         return "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly"
     try:
         importlib.import_module("triton")
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises whatever it likes
         return f"triton cannot be imported ({error}); install it with: pip install triton"
-    if INTERPRETING:
-        return _interpreter_fault()
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"this GPU is sm_{major}{minor}, the kernels need sm_80 or later"
-    return None
+    return _interpreter_fault() if INTERPRETING else None
 
 
 def _interpreter_fault() -> str | None:
@@ -54,18 +53,24 @@ def _interpreter_fault() -> str | None:
 def refuse(*args: Any) -> str | None:
     """What all kernels here ask of their arguments: one dtype that they take, on a GPU."""
     wanted = "cpu" if INTERPRETING else "cuda"
-    dtypes = set()
+    dtypes, devices = set(), set()
     for arg in args:
         if not isinstance(arg, Tensor):
             continue
         if arg.device.type != wanted:
             return f"a tensor is on {arg.device}, the kernel takes tensors on {wanted}"
+        devices.add(arg.device)
         if arg.is_floating_point():
             dtypes.add(arg.dtype)
     if not dtypes <= set(DTYPES):
         return (
             f"a tensor is {', '.join(sorted(map(str, dtypes - set(DTYPES))))}; fp32, fp16 and bf16 are taken"
         )
+    if len(devices) > 1:
+        return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
+    # Asked here and not at import, which must not touch the GPU: a forked child could not use it any more.
+    if not INTERPRETING and devices and capability(*devices) < (8, 0):
+        return "this GPU is sm_{}{}, the kernels need sm_80 or later".format(*capability(*devices))
     if len(dtypes) > 1:
         return f"the tensors are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
     return None
@@ -78,7 +83,10 @@ def rows(x: Tensor) -> Tensor:
 
 def precision(dtype: torch.dtype) -> str:
     """How fp32 products are taken: exactly, unless torch is told that TF32 will do."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not by the older allow_tf32: reading that raises once the newer setting was used.
+    return (
+        "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    )
 
 
 def upcast(dtype: torch.dtype) -> bool:
@@ -89,7 +97,7 @@ def upcast(dtype: torch.dtype) -> bool:
 def tma_takes(*tensors: Tensor) -> bool:
     """Whether a tensor descriptor can describe all of these: base and row stride at multiples of 16 bytes,
     on a GPU that has TMA."""
-    if not INTERPRETING and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+    if not INTERPRETING and capability(tensors[0].device) < (9, 0):
         return False
     return all(
         x.dim() == 2
@@ -111,6 +119,37 @@ def descriptors(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any
     )
 
 
+@functools.lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; a small number in the interpreter, so that persistent kernels take several tiles there."""
     return 4 if INTERPRETING else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have: 227 KiB on sm_90, 163 on sm_80, but 99 on sm_86, sm_89 and sm_120."""
+    if INTERPRETING:
+        return SHARED_MEMORY[90]
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def on_its_device(launcher: Launcher) -> Launcher:
+    """Triton launches on the current device, whatever the tensors' is: make theirs the current one."""
+
+    @functools.wraps(launcher)
+    def launched(*args: Any) -> Tensor:
+        if not args[0].is_cuda:
+            return launcher(*args)
+        with torch.cuda.device(args[0].device):
+            return launcher(*args)
+
+    return launched

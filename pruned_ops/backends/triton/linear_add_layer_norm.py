@@ -22,7 +22,7 @@ from pruned_ops.backends.triton.tuning import linear_add_layer_norm_config
 from pruned_ops.reference import check_add_layer_norm, check_linear_add_layer_norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def linear_add_layer_norm_kernel(
     x, weight, bias, residual, norm_weight, norm_bias, out, tokens, hidden, inner, eps,
     stride_x, stride_w, stride_residual,

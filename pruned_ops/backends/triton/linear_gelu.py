@@ -2,7 +2,11 @@
 
 A program owns a tile of BLOCK_M tokens by BLOCK_N outputs (tile after tile where it is persistent), keeps its
 sums in fp32 registers, and writes them once, activated. With split_k several programs share a tile's columns:
-they write their fp32 sums apart, and a second kernel adds them in a fixed order and activates.
+they write their fp32 sums apart, and a second kernel adds them in a fixed order and activates. Exact fp32
+products have no tensor cores: cuBLAS takes those.
+
+Sizes that change with every batch are never specialised on, here and in the other kernels: a request must not
+compile.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +26,7 @@ from pruned_ops.backends.triton.tuning import linear_gelu_config
 from pruned_ops.reference import check_linear_gelu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "programs"])
 def linear_gelu_kernel(
     x, weight, bias, out, tokens, width, hidden, stride_x, stride_w, stride_out, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -43,7 +48,7 @@ def linear_gelu_kernel(
         tl.store(pointers, result, mask=(rows < tokens)[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def partial_linear_kernel(
     x, weight, out, tokens, width, hidden, share, stride_x, stride_w,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -63,7 +68,7 @@ def partial_linear_kernel(
     tl.store(out + offsets, sums, mask=(rows < tokens)[:, None] & (columns < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def bias_gelu_kernel(
     partials, bias, out, tokens, width, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -109,7 +114,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_linear_gelu(x, weight, bias)
     if x.size(0) == 0 or weight.size(0) == 0:
         return x.new_empty(x.size(0), weight.size(0))
-    return launch_linear_gelu(x, weight, bias, linear_gelu_config(x, weight))
+    config = linear_gelu_config(x, weight)
+    if config is None:
+        return F.gelu(F.linear(x, weight, bias))
+    return launch_linear_gelu(x, weight, bias, config)
 
 
 def launch_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, config: GemmConfig) -> Tensor:

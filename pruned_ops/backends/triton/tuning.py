@@ -19,15 +19,19 @@ from pruned_ops.backends.triton.configs import (
     FUSED_NORM,
     LINEAR_GELU,
     MAX_FUSED_HIDDEN,
-    SHARED_MEMORY,
     GemmConfig,
     next_power_of_2,
 )
 
 # Columns that a program takes at least: below that, starting it costs more than it does.
 LEAST_SHARE = 128
-# Time of writing and summing partial results, in parts of a tile's own time, for each share.
-SPLIT_COST = 0.15
+# Rows of at most so many numbers are multiplied in the form that holds whole output rows.
+MAX_FUSED_INNER = 256
+# Multiply-accumulates in fp16 that a multiprocessor of an H200 does while it moves a byte, and while a second
+# kernel starts (about 3 us): what partial results cost. From its ceilings, 790 TFLOP/s and 4.3 TB/s.
+MACS_A_BYTE, MACS_A_LAUNCH = 92, 9_000_000
+# Tokens are rounded up to this for the choice, so that batches of about one size share it.
+BUCKET = 128
 
 
 @dataclass(frozen=True)
@@ -40,27 +44,24 @@ class Chip:
 
     @classmethod
     def of(cls, device: torch.device) -> Chip:
-        if launch.INTERPRETING:
-            return cls(launch.multiprocessors(device), SHARED_MEMORY[90], True)
-        properties = torch.cuda.get_device_properties(device)
-        generation = 90 if properties.major >= 9 else 80
-        return cls(properties.multi_processor_count, SHARED_MEMORY[generation], properties.major >= 9)
+        tma = launch.INTERPRETING or launch.capability(device) >= (9, 0)
+        return cls(launch.multiprocessors(device), launch.shared_memory(device), tma)
 
 
 def modelled_time(config: GemmConfig, tokens: int, width: int, hidden: int, chip: Chip) -> float:
     """Relative time of a GEMM (tokens, hidden) x (hidden, width): only its order among configurations means
     anything."""
     tiles = math.ceil(tokens / config.block_m) * math.ceil(width / config.block_n) * config.split_k
-    # Small tiles share a multiprocessor, and read more operands for each product.
-    together = max(1, min(4, (128 * 128) // (config.block_m * config.block_n)))
-    waves = math.ceil(tiles / (chip.multiprocessors * together)) * together
+    waves = math.ceil(tiles / chip.multiprocessors)
+    # Small tiles read more operands for each product.
     reading = 1 + 64 / config.block_m + 64 / config.block_n
     work = (
         config.block_m * config.block_n * math.ceil(hidden / config.split_k / config.block_k) * config.block_k
     )
-    discount = 0.97 if config.persistent and tiles > chip.multiprocessors else 1.0
-    discount *= 0.9 if config.tma else 1.0
-    return waves * work * reading * discount * (1 + SPLIT_COST * (config.split_k - 1))
+    time = waves * work * reading * (0.9 if config.tma else 1.0)
+    if config.split_k > 1:  # fp32 sums are written and read again, by a second kernel
+        time += MACS_A_BYTE * 8 * config.split_k * tokens * width / chip.multiprocessors + MACS_A_LAUNCH
+    return time
 
 
 def fitting(
@@ -82,13 +83,23 @@ def _best(
     tokens: int, width: int, hidden: int, dtype: torch.dtype, tma: bool, device: torch.device
 ) -> GemmConfig:
     known = LINEAR_GELU[dtype.itemsize]
-    return fitting(known, tokens, width, hidden, dtype.itemsize, tma, Chip.of(device))[0]
+    fit = fitting(known, tokens, width, hidden, dtype.itemsize, tma, Chip.of(device))
+    if not fit:
+        raise RuntimeError(f"no configuration of linear_gelu fits the shared memory of {device}")
+    return fit[0]
 
 
-def linear_gelu_config(x: Tensor, weight: Tensor) -> GemmConfig:
-    """For x (tokens, hidden) and weight (width, hidden). Shapes of one bucket of tokens share a choice."""
-    tokens = next_power_of_2(x.size(0))
-    return _best(tokens, weight.size(0), x.size(1), x.dtype, launch.tma_takes(x, weight), x.device)
+def linear_gelu_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
+    """For x (tokens, hidden) and weight (width, hidden); None: torch's GEMM and GELU. Shapes of one bucket of
+    tokens share a choice."""
+    if x.dtype == torch.float32 and launch.precision(x.dtype) == "ieee":
+        return None
+    return _best(bucket(x.size(0)), weight.size(0), x.size(1), x.dtype, launch.tma_takes(x, weight), x.device)
+
+
+def bucket(tokens: int) -> int:
+    """Tokens as the choice sees them: a power of 2 below BUCKET, else a multiple of it."""
+    return next_power_of_2(tokens) if tokens < BUCKET else -(-tokens // BUCKET) * BUCKET
 
 
 def fused_configs(hidden: int, dtype: torch.dtype) -> list[GemmConfig]:
@@ -106,8 +117,9 @@ def _best_fused(
 ) -> GemmConfig | None:
     chip = Chip.of(device)
     fused = fitting(fused_configs(hidden, dtype), tokens, hidden, inner, dtype.itemsize, False, chip)
-    # A program for each few rows must at least fill the chip once; beyond it cuBLAS's larger tiles win.
-    if fused and tokens >= chip.multiprocessors * fused[0].block_m and hidden <= 512:
+    # Few rows a program read the whole weight again and again: only where that is small does it pay to save
+    # the sums' way through memory.
+    if fused and inner <= MAX_FUSED_INNER and tokens >= chip.multiprocessors * fused[0].block_m:
         return fused[0]
     split = [config for config in LINEAR_GELU[dtype.itemsize] if config.split_k > 1]
     few = math.ceil(tokens / 64) * math.ceil(hidden / 64) * 2 <= chip.multiprocessors
@@ -119,4 +131,6 @@ def linear_add_layer_norm_config(x: Tensor, weight: Tensor) -> GemmConfig | None
     """For x (tokens, inner) and weight (hidden, inner); None: cuBLAS's GEMM, then `add_layer_norm`."""
     if x.size(1) == 0 or x.size(0) == 0:
         return None
-    return _best_fused(next_power_of_2(x.size(0)), weight.size(0), x.size(1), x.dtype, x.device)
+    if x.dtype == torch.float32:
+        return None
+    return _best_fused(bucket(x.size(0)), weight.size(0), x.size(1), x.dtype, x.device)
