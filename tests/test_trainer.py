@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from inputs import padded_batch, stock_model
-from matching import WORDS, accuracy, batch_of, save_checkpoint, squad_file, trained_model
+from jobs import job_settings
+from matching import WORDS, accuracy, batch_of, trained_model
 from torch import nn
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, set_seed
 
@@ -193,23 +194,7 @@ def test_prepare_student() -> None:
 
 @pytest.fixture(scope="module")
 def settings(trained: BertForQuestionAnswering, tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
-    folder = tmp_path_factory.mktemp("job")
-    return PruneSettings(
-        model=str(save_checkpoint(trained, folder / "model")),
-        train_file=squad_file(folder / "train.json", 600, 1),
-        validation_file=squad_file(folder / "validation.json", 60, 2, unanswerable=0.3),
-        eval_file=squad_file(folder / "eval.json", 100, 3, unanswerable=0.3),
-        out=folder / "out",
-        command="pruned-trainer prune --as-a-test",
-        target=Target(macs=0.5),
-        gate_steps=40,
-        retrain_steps=40,
-        batch_size=32,
-        learning_rate=5e-4,
-        retrain_learning_rate=2e-3,
-        max_length=24,
-        stride=4,
-    )
+    return job_settings(tmp_path_factory.mktemp("job"), trained)
 
 
 def test_the_whole_job(settings: PruneSettings) -> None:
