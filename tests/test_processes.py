@@ -68,7 +68,7 @@ def test_two_processes_equal_one(settings: PruneSettings) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.count("decided, heads/FFN width") == 1  # one speaks
     reports = [json.loads((place / "report.json").read_text()) for place in (one.out, whole)]
-    # Rounding that the gate phase began grows in the narrow model's steps, which start from it: to 0.002 here.
+    # Rounding that the gate phase began grows in the narrow model's steps: to 0.002 here.
     for phase, within in (("gates", 1e-4), ("retrain", 5e-3)):
         curves = [losses(report["training"][phase]) for report in reports]
         assert len(curves[0]) == len(curves[1]) > 5
