@@ -113,7 +113,9 @@ def extension() -> Extension:
         "csrc/bindings.cpp",
         "csrc/cpu/attention.cpp",
         "csrc/cpu/dispatch.cpp",
+        "csrc/cpu/encoder.cpp",
         "csrc/cpu/layer_norm.cpp",
+        "csrc/cpu/linear.cpp",
     ]
     defined = [(f"PRUNED_OPS_HAVE_{name}", "1") for name in CAPABILITY_FLAGS if name != "DEFAULT"]
     arguments: dict[str, Any] = {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/encoder.h"
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
 
@@ -23,12 +24,16 @@ TORCH_LIBRARY(pruned_ops_cpu, m) {
   m.def(
       "embed_layer_norm(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, "
       "Tensor position, Tensor token_type, Tensor norm_weight, Tensor norm_bias, float eps) -> Tensor");
+  m.def(
+      "encoder(Tensor x, Tensor cu_seqlens, int max_seqlen, Tensor[] weights, int[] widths, int head_dim, "
+      "float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pruned_ops_cpu, CPU, m) {
   m.impl("attention", &pruned_ops::cpu::attention);
   m.impl("add_layer_norm", &pruned_ops::cpu::add_layer_norm);
   m.impl("embed_layer_norm", &pruned_ops::cpu::embed_layer_norm);
+  m.impl("encoder", &pruned_ops::cpu::encoder);
 }
 
 namespace {

@@ -39,6 +39,18 @@ inline void vector(const char* op, const char* name, const at::Tensor& tensor, i
               ", [", size, "] is needed");
 }
 
+// A weight (out, in) as panels (ceil(out / 32), in, 32).
+inline void panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out,
+                   int64_t width) {
+  cpu_float(op, name, tensor);
+  const int64_t needed = (out + width - 1) / width;
+  TORCH_CHECK(
+      tensor.dim() == 3 && tensor.size(0) == needed && tensor.size(1) == in && tensor.size(2) == width, op,
+      ": ", name, " has shape ", tensor.sizes(), ", panels [", needed, ", ", in, ", ", width,
+      "] of a weight [", out, ", ", in, "] are needed");
+  TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
+}
+
 // Returns the number of heads in a q|k|v of this width.
 inline int64_t num_heads(const char* op, const at::Tensor& qkv, int64_t head_dim) {
   matrix(op, "qkv", qkv);
@@ -69,7 +81,7 @@ inline int64_t seqlens(const char* op, const int32_t* bounds, int64_t batch, int
                 max_seqlen);
     longest = std::max(longest, seqlen);
   }
-  TORCH_CHECK(bounds[batch] == tokens, op, ": cu_seqlens ends at ", bounds[batch], ", qkv has ", tokens,
+  TORCH_CHECK(bounds[batch] == tokens, op, ": cu_seqlens ends at ", bounds[batch], ", there are ", tokens,
               " rows");
   return longest;
 }

@@ -3,6 +3,7 @@ timed."""
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,14 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, RobertaConfig
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
-from pruned_ops.layers import PrunedAttention, PrunedFFN, PrunedLayer
+from pruned_ops.layers import PackedParts, PrunedAttention, PrunedEncoder, PrunedFFN
 from pruned_ops.measure import Runner, Workload, interleave
 from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
 from pruned_ops.optimize import optimize
 from pruned_ops.packing import PackedBatch
+from pruned_ops.reference import PANEL
 from pruned_ops.registry import record
-from pruned_ops.shape import LayerShape
+from pruned_ops.shape import LayerShape, ModelShape
 
 # Distinct modules in a row: as many weights as a small encoder holds, so that they come from memory as there.
 CHAIN = 6
@@ -83,36 +85,53 @@ def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> d
     roberta = isinstance(empty, PrunedRobertaConfig)
     model_class: Any = PrunedRobertaForQuestionAnswering if roberta else PrunedBertForQuestionAnswering
     model = optimize(model_class(empty).to(device))
+    one_call = model.base_model.encoder.is_packed
     runners: dict[str, Runner] = {
         "base": lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     }
     # All sizes share one memory, of a row a module. Apart, a large encoder's would take gigabytes, and each
     # would be colder than a layer's weights are in a model that runs again and again.
-    room = max(4 * dense.num_heads * head_dim, 2 * dense.ffn_width) * hidden + 2 * _LINE
+    inner = max(4 * dense.num_heads * head_dim, 2 * dense.ffn_width)
+    room = inner * (hidden + PANEL) + PANEL * hidden + 2 * _LINE  # either layout's
     memory = torch.empty(chain_length(empty), room).uniform_(-0.05, 0.05).to(device)
     for n in head_counts(dense.num_heads):
-        runners[f"attention {n}"] = _chain(partial(PrunedAttention, hidden, n, head_dim), memory)
+        runners[f"attention {n}"] = _chain(
+            partial(PrunedAttention, hidden, n, head_dim), memory, head_dim, one_call
+        )
     aligned = [width for widths in aligned_widths(dense.ffn_width).values() for width in widths]
     for w in {*ffn_widths(dense.ffn_width), *aligned}:
-        runners[f"ffn {w}"] = _chain(partial(PrunedFFN, hidden, w, hidden_act=act), memory)
+        runners[f"ffn {w}"] = _chain(
+            partial(PrunedFFN, hidden, w, hidden_act=act), memory, head_dim, one_call
+        )
     return runners
 
 
-def _chain(make: Callable[[], nn.Module], memory: Tensor) -> Runner:
-    """Parts one after the other, each with weights from a row of `memory`, over a packed batch."""
-    chain = []
-    for row in memory:
+def _chain(
+    make: Callable[[], PrunedAttention | PrunedFFN], memory: Tensor, head_dim: int, one_call: bool
+) -> Runner:
+    """Parts one after the other over a packed batch, each with weights from a row of `memory`."""
+    chain, rows = [], []
+    for values in memory:
+        row = _Row(values)
         with torch.device("meta"):
             part = make()
-        state, start = {}, 0
-        for name, parameter in part.named_parameters():
-            if parameter.dim() == 1:
-                state[name] = torch.full(parameter.shape, float(name == "norm.weight"), device=row.device)
-            else:
-                state[name] = row[start : start + parameter.numel()].view(parameter.shape)
-                start += -(-parameter.numel() // _LINE) * _LINE
+        state = {
+            name: row.take(*parameter.shape)
+            if parameter.dim() > 1
+            else torch.full(parameter.shape, float(name == "norm.weight"), device=values.device)
+            for name, parameter in part.named_parameters()
+        }
         part.load_state_dict(state, assign=True)
         chain.append(part.requires_grad_(False).eval())
+        rows.append(_Row(values))
+    if one_call:
+        next_row = iter(row for row in rows for _ in range(2))
+
+        def panels(linear: nn.Linear) -> Tensor:
+            return next(next_row).take(-(-linear.out_features // PANEL), linear.in_features, PANEL)
+
+        packed = PackedParts(chain, head_dim, panels)
+        return lambda batch: packed(batch["x"], batch["cu_seqlens"], int(batch["max_seqlen"]))
 
     def run(batch: dict[str, Tensor]) -> Tensor:
         x, lengths = batch["x"], (batch["cu_seqlens"], int(batch["max_seqlen"]))
@@ -121,6 +140,19 @@ def _chain(make: Callable[[], nn.Module], memory: Tensor) -> Runner:
         return x
 
     return run
+
+
+class _Row:
+    """Hands out matrices from one memory, each from a line's begin."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory, self.used = memory, 0
+
+    def take(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        taken = self.memory[self.used : self.used + size].view(shape)
+        self.used += -(-size // _LINE) * _LINE
+        return taken
 
 
 def chosen_batches(workload: Workload) -> Workload:
@@ -182,6 +214,7 @@ def layer_backends(
 ) -> dict[str, str]:
     """op -> the backend that runs it here in a layer of this shape: found by running one token through it."""
     with torch.random.fork_rng(devices=[]):
-        layer = PrunedLayer(hidden_size, head_dim, shape, hidden_act=hidden_act).to(device)
-    x = torch.zeros(1, hidden_size, device=device)
-    return backends_of(lambda: layer(x, torch.tensor([0, 1], dtype=torch.int32, device=device), 1))
+        encoder = PrunedEncoder(ModelShape((shape,), hidden_size, head_dim), hidden_act=hidden_act).to(device)
+    encoder.pack()
+    batch = PackedBatch.from_mask(None, 1, 1, torch.device(device))
+    return backends_of(lambda: encoder(torch.zeros(1, hidden_size, device=device), batch))

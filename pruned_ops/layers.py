@@ -9,6 +9,7 @@ ops compute.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pruned_ops import ops
 from pruned_ops.packing import PackedBatch
+from pruned_ops.reference import PART_TENSORS, pack_panels, unpack_panels
 from pruned_ops.shape import LayerShape, ModelShape
 
 # What the runtime computes besides the exact GELU, for which there is a fused op.
@@ -50,11 +52,22 @@ class PrunedAttention(nn.Module):
         self.output = Projection(width, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps)
 
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The first and the second."""
+        return self.qkv, self.output
+
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        qkv = F.linear(x, self.qkv.weight, self.qkv.bias)
+        return self.compute(x, cu_seqlens, max_seqlen, self.qkv.weight, self.output.weight)
+
+    def compute(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, first_weight: Tensor, second_weight: Tensor
+    ) -> Tensor:
+        """forward, with the linears' weights from elsewhere."""
+        qkv = F.linear(x, first_weight, self.qkv.bias)
         context = ops.attention(qkv, cu_seqlens, max_seqlen, self.head_dim)
         return ops.linear_add_layer_norm(
-            context, self.output.weight, self.output.bias, x, self.norm.weight, self.norm.bias, self.norm.eps
+            context, second_weight, self.output.bias, x, self.norm.weight, self.norm.bias, self.norm.eps
         )
 
 
@@ -74,13 +87,22 @@ class PrunedFFN(nn.Module):
         self.down = Projection(ffn_width, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps)
 
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The first and the second."""
+        return self.up, self.down
+
     def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x, self.up.weight, self.down.weight)
+
+    def compute(self, x: Tensor, first_weight: Tensor, second_weight: Tensor) -> Tensor:
+        """forward, with the linears' weights from elsewhere."""
         if self.hidden_act == "gelu":
-            inner = ops.linear_gelu(x, self.up.weight, self.up.bias)
+            inner = ops.linear_gelu(x, first_weight, self.up.bias)
         else:
-            inner = ACTIVATIONS[self.hidden_act](F.linear(x, self.up.weight, self.up.bias))
+            inner = ACTIVATIONS[self.hidden_act](F.linear(x, first_weight, self.up.bias))
         return ops.linear_add_layer_norm(
-            inner, self.down.weight, self.down.bias, x, self.norm.weight, self.norm.bias, self.norm.eps
+            inner, second_weight, self.down.bias, x, self.norm.weight, self.norm.bias, self.norm.eps
         )
 
 
@@ -98,36 +120,151 @@ class PrunedLayer(nn.Module):
         return self.ffn(self.attention(x, cu_seqlens, max_seqlen))
 
 
+class PackedParts:
+    """Attention and FFN parts in a row as one call (`ops.encoder`), their weights in its layout.
+
+    panels: makes the panels of a linear's weight. Biases and norms are the parts' own; the weights are as
+    they were when this was made."""
+
+    def __init__(
+        self,
+        parts: Sequence[PrunedAttention | PrunedFFN],
+        head_dim: int,
+        panels: Callable[[nn.Linear], Tensor],
+    ) -> None:
+        self.head_dim = head_dim
+        self.eps = parts[0].norm.eps if parts else 0.0
+        self.widths: list[int] = []
+        self.weights: list[Tensor] = []
+        for part in parts:
+            inner = part.linears[1].in_features
+            self.widths.append(inner // head_dim if isinstance(part, PrunedAttention) else -1 - inner)
+            for linear in part.linears:
+                self.weights += [panels(linear), linear.bias.detach()]
+            self.weights += [part.norm.weight.detach(), part.norm.bias.detach()]
+
+    @staticmethod
+    def refuse(parts: Sequence[PrunedAttention | PrunedFFN]) -> str | None:
+        """Why these parts cannot run in one call; None if they can."""
+        if all(kernel.backend.missing is not None for kernel in ops.encoder.kernels.values()):
+            return "no backend that is here runs several parts in one call"
+        for part in parts:
+            if isinstance(part, PrunedFFN) and part.hidden_act != "gelu":
+                return f"the FFN's activation is {part.hidden_act}, one call computes gelu"
+            if part.norm.weight.dtype != torch.float32 or part.norm.weight.device.type != "cpu":
+                return "one call runs float32 weights on the CPU"
+            if part.norm.eps != parts[0].norm.eps:
+                return "the parts' LayerNorms differ in eps"
+        return None
+
+    def unpacked(self, part: int) -> tuple[Tensor, Tensor]:
+        """Copies of the weights of a part's two linears, (out, in) each."""
+        first, bias, second, second_bias, *_ = self.weights[PART_TENSORS * part : PART_TENSORS * (part + 1)]
+        return unpack_panels(first, bias.size(0)), unpack_panels(second, second_bias.size(0))
+
+    def __call__(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """(tokens, hidden_size) -> the same, through the parts from `first` to before `last`."""
+        last = len(self.widths) if last is None else last
+        weights = self.weights[PART_TENSORS * first : PART_TENSORS * last]
+        return ops.encoder(
+            x, cu_seqlens, max_seqlen, weights, self.widths[first:last], self.head_dim, self.eps
+        )
+
+
 class PrunedEncoder(nn.Module):
     """A stack of layers of different shapes over a packed batch."""
 
     def __init__(self, shape: ModelShape, eps: float = 1e-12, hidden_act: str = "gelu") -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             PrunedLayer(shape.hidden_size, shape.head_dim, layer, eps, hidden_act) for layer in shape.layers
         )
+        self.head_dim = shape.head_dim
+        self._packed: PackedParts | None = None
+        self._keep_weights: bool | None = None  # as `pack` was told; None before it and after `unpack`
+
+    @property
+    def parts(self) -> list[PrunedAttention | PrunedFFN]:
+        """Each layer's attention and FFN, in the order in which they run."""
+        return [part for layer in self.layers for part in (layer.attention, layer.ffn)]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all layers run as one call, unless another backend is asked for."""
+        return self._packed is not None
+
+    def pack(self, keep_weights: bool = True) -> None:
+        """Bring the weights, as they are now, into the layout in which all layers run as one call; where no
+        backend can, nothing changes. Moving or casting the module tries again.
+
+        keep_weights=False keeps the packed ones only: the linears' weights are NaN until `unpack`."""
+        self.unpack()
+        self._keep_weights = keep_weights
+        if PackedParts.refuse(self.parts) is not None:
+            return
+
+        def panels(linear: nn.Linear) -> Tensor:
+            packed = pack_panels(linear.weight.detach())
+            if not keep_weights:
+                release(linear.weight)
+            return packed
+
+        self._packed = PackedParts(self.parts, self.head_dim, panels)
+
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        packed, self._packed = self._packed, None
+        keep_weights, self._keep_weights = self._keep_weights, None
+        if packed is None or keep_weights:
+            return
+        for i, part in enumerate(self.parts):
+            for linear, weight in zip(part.linears, packed.unpacked(i), strict=True):
+                linear.weight.data = weight
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PrunedEncoder:
+        keep_weights = self._keep_weights
+        self.unpack()
+        super()._apply(*args, **kwargs)
+        if keep_weights is not None:
+            self.pack(keep_weights)
+        return self
 
     def forward(self, x: Tensor, batch: PackedBatch, collect: list[Tensor] | None = None) -> Tensor:
         """(tokens, hidden_size) -> the same; each layer's output is appended to `collect` if given."""
-        for layer in self.layers:
-            x = layer(x, batch.cu_seqlens, batch.max_seqlen)
+        packed, lengths = self._packed, (batch.cu_seqlens, batch.max_seqlen)
+        one_call = packed is not None and ops.encoder.is_chosen()
+        if packed is not None and one_call and collect is None:
+            return packed(x, *lengths)
+        for i, layer in enumerate(self.layers):
+            if packed is None:
+                x = layer(x, *lengths)
+            elif one_call:
+                x = packed(x, *lengths, 2 * i, 2 * i + 2)
+            else:  # another backend is asked for: its ops take weights as they are
+                x = layer.attention.compute(x, *lengths, *packed.unpacked(2 * i))
+                x = layer.ffn.compute(x, *packed.unpacked(2 * i + 1))
             if collect is not None:
                 collect.append(x)
         return x
 
 
+def release(parameter: Tensor) -> None:
+    """Free a parameter's memory but not its shape: it reads as NaN until it gets values again."""
+    parameter.data = parameter.data.new_full((1,), torch.nan).expand(parameter.shape)
+
+
 def fuse_rows(parts: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One parameter that holds the rows of all `parts`, which become views of it: no weight is kept twice."""
+    """One parameter that holds the rows of all `parts`, which are released: no weight is kept twice."""
     fused = nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=False)
-    start = 0
     for part in parts:
-        part.data = fused.data[start : start + part.size(0)]
-        start += part.size(0)
+        release(part)
     return fused
 
 
 def split_rows(fused: nn.Parameter, parts: Sequence[nn.Parameter]) -> None:
-    """Undo `fuse_rows`: give each part rows of its own, with the device and dtype that `fused` has now."""
+    """Undo `fuse_rows`: each part's rows again, with the device and dtype that `fused` has now."""
     start = 0
     for part in parts:
         part.data = fused.detach()[start : start + part.size(0)].clone()

@@ -141,6 +141,7 @@ class PrunedBertForQuestionAnswering(PrunedPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        **for_the_encoder: Any,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         """Start and end logits (batch, seqlen); the loss is the mean of both cross-entropies, as in stock
         BERT."""
@@ -153,6 +154,7 @@ class PrunedBertForQuestionAnswering(PrunedPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            **for_the_encoder,
         )
         start_logits, end_logits = (part.contiguous() for part in self.qa_outputs(encoded[0]).unbind(-1))
         loss = None

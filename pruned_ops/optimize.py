@@ -1,8 +1,8 @@
 """optimize(model): swap the packed encoder into an existing Hugging Face model; restore(model) undoes it.
 
 The model keeps its call signature and its outputs. Inside, padding is removed before the embedding and put
-back after the last layer, so no padded token is computed; q|k|v are one matrix. No weight is copied: the
-fused matrix takes the place of the three, which become views of it.
+back after the last layer (after the logits in question answering), so no padded token is computed. No weight
+is kept twice: the model's own read as NaN until `restore` gives them back.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def optimize(model: nn.Module) -> Any:
     for module in model.modules():
         if isinstance(module, ANSWERERS):
             hooks = (
-                module.register_forward_pre_hook(_refuse_labels, with_kwargs=True),
-                module.register_forward_hook(_mask_logits, with_kwargs=True),
+                module.register_forward_pre_hook(_before_forward, with_kwargs=True),
+                module.register_forward_hook(_after_forward, with_kwargs=True),
             )
             setattr(module, _HOOKS, hooks)
     setattr(model, _MODES, modes)
@@ -107,25 +107,44 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return {**bound, **bound.get("kwargs", {})}
 
 
-def _refuse_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _head_takes_rows(module: Any) -> bool:
+    """Whether what follows the encoder treats tokens one by one, so that it can do without the padding.
+    A subclass's own forward may not."""
+    head = module.qa_outputs
+    return (
+        any(type(module).forward is answerer.forward for answerer in ANSWERERS)
+        and module.base_model.pooler is None
+        and type(head) is nn.Linear
+        and not (head._forward_hooks or head._forward_pre_hooks)
+    )
+
+
+def _before_forward(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Refuse labels; ask the encoder for rows where the head takes them."""
     arguments = _arguments(module, args, kwargs)
     for name in ("start_positions", "end_positions"):
         if arguments.get(name) is not None:
             raise ValueError(
                 f"an optimised model does not take {name}: pruned_ops.restore(model) before computing losses"
             )
+    return args, {**kwargs, "packed_batches": []} if _head_takes_rows(module) else kwargs
 
 
-def _mask_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Logits at padded positions become the dtype's minimum, so that no answer is ever found there."""
     attention_mask = _arguments(module, args, kwargs).get("attention_mask")
-    if attention_mask is None:
-        return output
+    packed_batches = kwargs.get("packed_batches")
     start, end = (
         (output[0], output[1]) if isinstance(output, tuple) else (output.start_logits, output.end_logits)
     )
-    padded = (attention_mask == 0).to(start.device)
-    start, end = (logits.masked_fill(padded, torch.finfo(logits.dtype).min) for logits in (start, end))
+    lowest = torch.finfo(start.dtype).min
+    if packed_batches:
+        start, end = (packed_batches[0].unpack(logits[0], lowest) for logits in (start, end))
+    elif attention_mask is not None:
+        padded = (attention_mask == 0).to(start.device)
+        start, end = (logits.masked_fill(padded, lowest) for logits in (start, end))
     if isinstance(output, tuple):
         return (start, end, *output[2:])
     output.start_logits, output.end_logits = start, end

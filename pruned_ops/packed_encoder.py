@@ -52,6 +52,7 @@ class PackedEncoder(nn.Module):
         # The parameters are shared with the original, so what is switched off here is remembered for restore.
         self._required_grad = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.requires_grad_(False)
+        self.encoder.pack(keep_weights=False)
         super().train(False)
         original.eval()
         self.register_state_dict_pre_hook(_refuse_state_dict)
@@ -84,6 +85,7 @@ class PackedEncoder(nn.Module):
     def undo(self) -> Any:
         """The original encoder with its own q, k, v weights again, on the device and in the dtype used
         last."""
+        self.encoder.unpack()
         for packed, stock in zip(self.encoder.layers, self.original.encoder.layer, strict=True):
             for fused, parts in _fused_parts(packed, stock):
                 split_rows(fused, parts)
@@ -103,10 +105,14 @@ class PackedEncoder(nn.Module):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        packed_batches: list[PackedBatch] | None = None,
         **unsupported: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
         """As the encoder it replaces. Hidden states are 0 at padded positions. Refused by name: see the
-        errors."""
+        errors.
+
+        packed_batches: given a list, last_hidden_state is (1, tokens, hidden_size), the real tokens only, and
+        the batch that tells where they belong is appended to it."""
         named = {name for name, value in unsupported.items() if value is not None and value is not False}
         if output_attentions or (
             output_attentions is None and getattr(self.config, "output_attentions", False)
@@ -124,7 +130,12 @@ class PackedEncoder(nn.Module):
                 output_hidden_states = self.config.output_hidden_states
             x = self._embed(batch, input_ids, token_type_ids, position_ids)
             collect = [x] if output_hidden_states else None
-            last = batch.unpack(self.encoder(x, batch, collect))
+            x = self.encoder(x, batch, collect)
+            if packed_batches is None:
+                last = batch.unpack(x)
+            else:
+                packed_batches.append(batch)
+                last = x[None]
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=self.pooler(last) if self.pooler is not None else None,

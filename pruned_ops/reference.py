@@ -8,9 +8,15 @@ Sources: attention, Vaswani et al. 2017; erf-GELU, Hendrycks and Gimpel 2016; La
 post-LN layer they form, Devlin et al. 2018.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Columns of a weight that lie together in the layout of `encoder`, and tensors of one of its parts.
+PANEL = 32
+PART_TENSORS = 6
 
 
 def _matrix(op: str, name: str, tensor: Tensor, columns: int | None = None) -> None:
@@ -181,3 +187,63 @@ def embed_layer_norm(
     total = F.embedding(input_ids, word) + F.embedding(token_type_ids, token_type)
     total = total + F.embedding(position_ids, position)
     return F.layer_norm(total, (word.size(1),), norm_weight, norm_bias, eps)
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """A weight (out, in) in the layout of `encoder`: panels (ceil(out / 32), in, 32), filled with zeros."""
+    rows = F.pad(weight, (0, 0, 0, -weight.size(0) % PANEL))
+    return rows.view(rows.size(0) // PANEL, PANEL, weight.size(1)).transpose(1, 2).contiguous()
+
+
+def unpack_panels(panels: Tensor, out: int) -> Tensor:
+    """The weight (out, in) that was packed: a copy."""
+    return panels.transpose(1, 2).reshape(panels.size(0) * PANEL, panels.size(1))[:out]
+
+
+def _weight(name: str, panels: Tensor, bias: Tensor, inputs: int) -> Tensor:
+    """unpack_panels, checked; `bias` (out,) tells how wide the weight was."""
+    count = -(-bias.size(0) // PANEL)
+    torch._check(
+        panels.dim() == 3 and tuple(panels.shape) == (count, inputs, PANEL),
+        lambda: (
+            f"encoder: {name} has shape {tuple(panels.shape)}, panels ({count}, {inputs}, {PANEL}) are needed"
+        ),
+    )
+    return unpack_panels(panels, bias.size(0))
+
+
+def encoder(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    weights: Sequence[Tensor],
+    widths: Sequence[int],
+    head_dim: int,
+    eps: float,
+) -> Tensor:
+    """A stack of post-LN parts, attention and FFN in any order, in one call. (tokens, hidden) -> the same.
+
+    widths: a part's number of heads, or -1 - FFN width. weights: six tensors a part: panels (see
+    `pack_panels`) and bias of its first linear, q|k|v or FFN up; of its second; weight and bias of its
+    LayerNorm. cu_seqlens, max_seqlen, head_dim: as in `attention`. The FFN's activation is the exact GELU.
+    """
+    _matrix("encoder", "x", x)
+    torch._check(
+        len(weights) == PART_TENSORS * len(widths),
+        lambda: (
+            f"encoder: weights has {len(weights)} tensors, {PART_TENSORS} for each of {len(widths)} parts"
+        ),
+    )
+    for i, width in enumerate(widths):
+        first, first_bias, second, second_bias, *norm = weights[PART_TENSORS * i : PART_TENSORS * (i + 1)]
+        inner = width * head_dim if width >= 0 else -1 - width
+        _vector("encoder", "first bias", first_bias, 3 * inner if width >= 0 else inner)
+        _vector("encoder", "second bias", second_bias, x.size(1))
+        first = _weight("first weight", first, first_bias, x.size(1))
+        second = _weight("second weight", second, second_bias, inner)
+        if width >= 0:
+            middle = attention(F.linear(x, first, first_bias), cu_seqlens, max_seqlen, head_dim)
+        else:
+            middle = linear_gelu(x, first, first_bias)
+        x = linear_add_layer_norm(middle, second, second_bias, x, norm[0], norm[1], eps)
+    return x.clone() if not widths else x

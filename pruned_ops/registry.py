@@ -7,7 +7,7 @@ backend runs or raises with its reason. `record()` tells which backend ran each 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class Op:
         return self.overload(*args, **kwargs)
 
     def _refuse_gradient(self, *args: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(args)):
             raise RuntimeError(
                 f"pruned_ops.{self.name} is inference-only and was asked for a gradient: call it under "
                 "torch.no_grad(), or train with the padded model (pruned_ops.restore undoes optimize)"
@@ -114,6 +114,15 @@ class Op:
             raise RuntimeError(f"{self.name} on {name}: {error}") from error
         return output
 
+    def is_chosen(self) -> bool:
+        """Whether a backend runs this op here if it is willing: one that is available and, inside
+        `use_backend`, the one asked for."""
+        preferred = _preferred.get()
+        return any(
+            kernel.backend.missing is None and preferred in (None, name)
+            for name, kernel in self.kernels.items()
+        )
+
     def select(self, *args: Any) -> Kernel | None:
         """The kernel that runs these arguments, None for the reference. BackendError if one asked for
         cannot."""
@@ -144,6 +153,15 @@ class Op:
             for name, kernel in self.kernels.items()
         ]
         return "; ".join([*parts, f"{REFERENCE}: willing"])
+
+
+def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an op's arguments, those in lists included."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from tensors_of(arg)
 
 
 def register(

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, Ro
 
 import pruned_ops
 from pruned_ops import LayerShape
+from pruned_ops.reference import pack_panels
 from pruned_ops.registry import BACKENDS, REFERENCE
 
 # Every backend that can run here on CPU tensors; a test's id contains the one it runs. Where there is a GPU,
@@ -61,9 +62,26 @@ def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, 
         return [randn(seed + 7, tokens, hidden), randn(seed + 8, hidden), residual, *norm]
     if op == "linear_add_layer_norm":
         return [x, randn(seed + 9, hidden, width), randn(seed + 10, hidden), residual, *norm]
+    if op == "encoder":
+        return encoder_arguments(tokens, hidden, width, seed)
     ids = [torch.randint(rows, (tokens,), generator=generator(seed + rows)) for rows in (50, 40, 2)]
     tables = [randn(seed + 20 + rows, rows, hidden) for rows in (50, 40, 2)]
     return [*ids, *tables, *norm]
+
+
+def encoder_arguments(tokens: int, hidden: int, width: int, seed: int) -> list[Any]:
+    """Two layers' parts and an FFN more, without heads or width in between."""
+    first, head_dim = tokens // 3, 16
+    widths = [width // 16, -1 - width, 0, -1, -1 - width]
+    weights = []
+    for i, part in enumerate(widths):
+        inner = part * head_dim if part >= 0 else -1 - part
+        for place, (out, inputs) in enumerate(((3 * inner if part >= 0 else inner, hidden), (hidden, inner))):
+            weight = randn(seed + 40 + 10 * i + place, out, inputs) / max(1, inputs) ** 0.5
+            weights += [pack_panels(weight), randn(seed + 42 + 10 * i + place, out)]
+        weights += [randn(seed + 44 + 10 * i, hidden) + 1, randn(seed + 45 + 10 * i, hidden)]
+    x = randn(seed + 39, tokens, hidden)
+    return [x, cu_seqlens((first, tokens - first)), tokens - first, weights, widths, head_dim, 1e-12]
 
 
 def stock_model(kind: str = "bert", seed: int = 0, **fields: Any) -> Any:

@@ -18,7 +18,11 @@ from pruned_ops.registry import BackendError, Op, record, use_backend
 
 def in_fp64(arguments: Sequence[Any]) -> list[Any]:
     """The same arguments with every floating tensor in fp64."""
-    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    return [in_fp64(a) if isinstance(a, list) else a.double() if _is_floating(a) else a for a in arguments]
+
+
+def _is_floating(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
 
 
 def largest(x: Tensor) -> float:

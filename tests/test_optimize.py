@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -27,7 +28,8 @@ def test_packed_is_padded(model: Any, backend: str) -> None:
         found = logits(pruned_ops.optimize(model), batch)
     torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-5)
     assert (found[~real] == torch.finfo(torch.float32).min).all()
-    assert {name for counts in ran.values() for name in counts} == {backend} and set(ran) >= {"attention"}
+    assert {name for counts in ran.values() for name in counts} == {backend}
+    assert ("encoder" if backend == "cpu" else "attention") in ran
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -65,6 +67,8 @@ class RowCounter(TorchDispatchMode):
         if name in ("linear_gelu", "linear_add_layer_norm", "mm", "addmm", "linear", "bmm"):
             x = args[1] if name == "addmm" else args[0]
             self.rows.append((name, x.numel() // x.size(-1) if x.size(-1) else x.size(0)))
+        if name == "encoder":  # one call: two linear layers in each of its parts
+            self.rows += [(name, args[0].size(0))] * 2 * len(args[4])
         return func(*args, **(kwargs or {}))
 
 
@@ -166,9 +170,18 @@ def test_optimized_is_a_block(model: Any) -> None:
 
 
 def test_no_weight_is_kept_twice(model: Any) -> None:
-    query = dict(model.named_modules())[f"{model.base_model_prefix}.encoder.layer.0.attention.self.query"]
-    fused = pruned_ops.optimize(model).base_model.encoder.layers[0].attention.qkv
-    assert query.weight.untyped_storage().data_ptr() == fused.weight.untyped_storage().data_ptr()
+    """What the runtime's layout holds, the model's own weights hold no more; `restore` gives them back."""
+    names = [name for name, one in model.named_parameters() if ".encoder.layer." in name and one.dim() == 2]
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    parameters = [model.get_parameter(name) for name in names]
+    packed = pruned_ops.optimize(model).base_model.encoder.is_packed
+    assert packed == ("cpu" in READY)
+    for name, parameter in zip(names, parameters, strict=True):
+        assert parameter.shape == before[name].shape
+        if packed or any(part in name for part in ("query", "key", "value")):
+            assert parameter.isnan().all() and parameter.untyped_storage().nbytes() == 4
+    model = pruned_ops.restore(model)
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in names)
 
 
 class CustomHead(nn.Module):
@@ -221,7 +234,27 @@ def test_other_activations(activation: str) -> None:
 
 def test_every_op_is_used() -> None:
     """A layer that quietly went around the ops would run on no backend."""
-    with record() as ran:
-        logits(pruned_ops.optimize(stock_model()), padded_batch())
-    assert set(ran) == set(OPS) - {"add_layer_norm"}  # inside linear_add_layer_norm, as one op
+    model = pruned_ops.optimize(stock_model())
+    with record() as ran, use_backend("reference"):
+        logits(model, padded_batch())
+    assert set(ran) == set(OPS) - {"add_layer_norm", "encoder"}  # the first is inside linear_add_layer_norm
     assert ran["attention"].total() == 3 and ran["linear_add_layer_norm"].total() == 6
+
+
+@pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
+def test_the_layers_run_in_one_call(model: Any) -> None:
+    """Hidden states layer by layer are the same bits; a moved model is packed again, with its new weights."""
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    encoder = pruned_ops.optimize(model).base_model
+    with torch.no_grad(), record() as ran:
+        whole = encoder(**batch)
+    assert ran == {"embed_layer_norm": {"cpu": 1}, "encoder": {"cpu": 1}}
+    with torch.no_grad():
+        by_layer = encoder(**batch, output_hidden_states=True)
+    assert torch.equal(whole.last_hidden_state, by_layer.hidden_states[-1])
+    half = copy.deepcopy(encoder).half()
+    assert not half.encoder.is_packed and half.float().encoder.is_packed
+    with torch.no_grad():
+        again = half(**batch).last_hidden_state
+    assert not torch.equal(again, whole.last_hidden_state)  # rounded to half on the way
+    torch.testing.assert_close(again, whole.last_hidden_state, atol=0.05, rtol=0.05)

@@ -206,10 +206,8 @@ def test_the_whole_job(settings: PruneSettings) -> None:
         assert written[name]["f1"] == report[name]["f1"]
         assert set(written[name]) >= {"f1", "exact", "f1_span", "params", "macs", "bytes", "workloads"}
         (workload,) = written[name]["workloads"].values()
-        assert set(workload["ms"]) == {"p20", "p50", "p80"} and workload["backends"]["attention"] in (
-            "cpu",
-            "reference",
-        )
+        assert set(workload["ms"]) == {"p20", "p50", "p80"}
+        assert workload["backends"] == {"embed_layer_norm": "cpu", "encoder": "cpu"}
     assert set(written["speedup"]) == {"asked", "reached", "workload"} and written["speedup"]["reached"] > 0
     assert written["dense"]["f1_span"] > 95 and written["pruned"]["f1_span"] > 60
     assert written["f1_loss"] == pytest.approx(written["dense"]["f1"] - written["pruned"]["f1"])

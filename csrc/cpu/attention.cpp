@@ -19,10 +19,12 @@ constexpr const char* kOp = "attention";
 // Waking the other threads costs some microseconds: about this many multiply-adds of one core.
 constexpr int64_t kWorthAThread = 1 << 17;
 
+}  // namespace
+
 // Splits the work evenly although lengths are unequal: the axis that parallel_for cuts is one of cost, where
 // every query row weighs its sequence's keys, and a task belongs to whoever got its start. The cut decides
 // who computes a row, never how, so the result does not depend on the number of threads.
-void run(const AttentionArgs& args) {
+void run_attention(const AttentionArgs& args) {
   int64_t cost = 0;
   for (int64_t i = 0; i < args.batch; ++i) {
     const int64_t seqlen = args.cu_seqlens[i + 1] - args.cu_seqlens[i];
@@ -37,8 +39,6 @@ void run(const AttentionArgs& args) {
   });
 }
 
-}  // namespace
-
 at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen,
                      int64_t head_dim) {
   const int64_t num_heads = check::num_heads(kOp, qkv, head_dim);
@@ -52,8 +52,8 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_
   at::Tensor context = at::empty({tokens, num_heads * head_dim}, qkv.options());
   if (context.numel() == 0) return context;
   const at::Tensor rows = with_contiguous_rows(qkv);
-  run({rows.const_data_ptr<float>(), rows.stride(0), bounds_data, batch, num_heads, head_dim, longest,
-       context.mutable_data_ptr<float>()});
+  run_attention({rows.const_data_ptr<float>(), rows.stride(0), bounds_data, batch, num_heads, head_dim,
+                 longest, context.mutable_data_ptr<float>()});
   return context;
 }
 

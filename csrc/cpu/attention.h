@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/kernels.h"
+
 namespace pruned_ops::cpu {
 
 // softmax(q k^T / sqrt(head_dim)) v within each sequence of a packed batch.
@@ -11,5 +13,8 @@ namespace pruned_ops::cpu {
 // Returns (tokens, num_heads * head_dim). Zero heads, tokens or sequence lengths are fine.
 at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen,
                      int64_t head_dim);
+
+// The same on checked pointers, in parallel.
+void run_attention(const AttentionArgs& args);
 
 }  // namespace pruned_ops::cpu

@@ -30,13 +30,35 @@ struct LayerNormArgs {
   float eps;
 };
 
+// Columns of a weight that lie together: weights are packed as panels (ceil(out / 32), in, 32), panel by
+// panel and input by input, the last one filled up with zeros. One layout for every capability.
+constexpr int64_t kWeightPanel = 32;
+
+// Rows that a thread takes through several products while they stay in its L2. Enough to read each weight
+// rarely; the FFN activations of so many rows, up to 3072 wide, take 1.2 MB.
+constexpr int64_t kChunkRows = 96;
+
+// What follows a product, while its tile is in L1.
+enum class Finish { kNothing, kBias, kBiasGelu };
+
+// x weight^T + bias, the weight packed.
+struct LinearArgs {
+  const float* panels;
+  const float* bias;  // (out,)
+  int64_t in;
+  int64_t out;
+};
+
 struct Kernels {
   const char* capability;
   // Floats of scratch that one thread needs, to be aligned to 64 bytes.
   int64_t (*attention_scratch)(const AttentionArgs& args);
   // Runs the tasks whose start lies in [begin, end) of the cost axis that csrc/cpu/attention.cpp splits.
   void (*attention)(const AttentionArgs& args, int64_t begin, int64_t end, float* scratch);
-  // out = LayerNorm(first + second + third); third may be null. out overlaps none of the others.
+  // out = finish(x weight^T) for some rows, at best kChunkRows or fewer.
+  void (*linear)(const LinearArgs& args, const float* x, int64_t x_stride, int64_t rows, Finish finish,
+                 float* out, int64_t out_stride);
+  // out = LayerNorm(first + second + third); third may be null. out may be one of them.
   void (*layer_norm_row)(const LayerNormArgs& args, const float* first, const float* second,
                          const float* third, float* out);
 };

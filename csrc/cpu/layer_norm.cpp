@@ -16,22 +16,6 @@ namespace {
 // Elements below which waking another thread costs more than it saves; ATen uses the same number.
 constexpr int64_t kWorthAThread = 32768;
 
-struct Norm {
-  Norm(const char* op, const at::Tensor& norm_weight, const at::Tensor& norm_bias, int64_t hidden,
-       double eps) {
-    TORCH_CHECK(hidden >= 1, op, ": hidden is ", hidden, ", at least 1 is needed");
-    check::vector(op, "norm_weight", norm_weight, hidden);
-    check::vector(op, "norm_bias", norm_bias, hidden);
-    check::eps(op, eps);
-    weight = norm_weight.contiguous();
-    bias = norm_bias.contiguous();
-    args = {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), hidden, static_cast<float>(eps)};
-  }
-
-  at::Tensor weight, bias;  // what args points into
-  LayerNormArgs args;
-};
-
 // A table of embeddings with one checked id per token.
 struct Lookup {
   Lookup(const char* op, const char* ids_name, const at::Tensor& ids, int64_t tokens, const char* table_name,
@@ -66,6 +50,17 @@ void for_each_row(int64_t rows, int64_t hidden, const Run& run) {
 }
 
 }  // namespace
+
+Norm::Norm(const char* op, const at::Tensor& norm_weight, const at::Tensor& norm_bias, int64_t hidden,
+           double eps) {
+  TORCH_CHECK(hidden >= 1, op, ": hidden is ", hidden, ", at least 1 is needed");
+  check::vector(op, "norm_weight", norm_weight, hidden);
+  check::vector(op, "norm_bias", norm_bias, hidden);
+  check::eps(op, eps);
+  weight = norm_weight.contiguous();
+  bias = norm_bias.contiguous();
+  args = {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), hidden, static_cast<float>(eps)};
+}
 
 at::Tensor add_layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& bias,
                           const at::Tensor& residual, const at::Tensor& norm_weight,

@@ -2,9 +2,21 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
 
+#include "cpu/kernels.h"
+
 namespace pruned_ops::cpu {
+
+// The checked parameters of a LayerNorm over rows of `hidden` floats.
+struct Norm {
+  Norm(const char* op, const at::Tensor& norm_weight, const at::Tensor& norm_bias, int64_t hidden,
+       double eps);
+
+  at::Tensor weight, bias;  // what args points into
+  LayerNormArgs args;
+};
 
 // LayerNorm(x + bias + residual). x, residual float32 (tokens, hidden); bias, norm_weight, norm_bias
 // (hidden,).

@@ -1,4 +1,4 @@
-// C[rows][vectors] (+)= A[rows][depth] * B[depth][vectors]: the one product that attention is made of.
+// C[rows][vectors] (+)= A[rows][depth] * B[depth][vectors]: the one product that everything is made of.
 // Owns up to kRegisterRows rows and two vectors of C, keeps them in registers over the whole depth,
 // and writes them once. B is packed: the vectors of one depth step lie together.
 #pragma once
@@ -33,11 +33,25 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// What to bring into L2 while multiplying: `step` bytes from `from` on for every depth step. Weights that
+// come from farther away than L2 are asked for one panel ahead, in even doses.
+struct Ahead {
+  const char* from;
+  int64_t step;
+};
+struct NothingAhead {};
+
+inline void fetch(const Ahead& ahead, int64_t step) {
+  __builtin_prefetch(ahead.from + step * ahead.step, 0, 2);
+}
+inline void fetch(NothingAhead, int64_t) {}
+
 // An unrolled loop keeps the accumulators in registers; a rolled one would index them in memory.
-// What C held is added last: shorter chains of additions round less.
-template <int kRows, int kVectors>
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
-              bool accumulate) {
+// What C held is added last: shorter chains of additions round less. b_stride: floats from one depth step to
+// the next.
+template <int kRows, int kVectors, typename Next>
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
+              int64_t c_stride, bool accumulate, Next next) {
   Vec sums[kRows][kVectors];
 #pragma GCC unroll 32
   for (int row = 0; row < kRows; ++row) {
@@ -50,7 +64,8 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, f
     Vec right[kVectors];
 #pragma GCC unroll 2
     for (int vector = 0; vector < kVectors; ++vector) right[vector] = Vec::loadu(b + vector * kLanes);
-    b += kVectors * kLanes;
+    b += b_stride;
+    fetch(next, step);
 #pragma GCC unroll 32
     for (int row = 0; row < kRows; ++row) {
       const Vec left(a[row * a_stride + step]);
@@ -71,15 +86,16 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, f
 }
 
 // Picks the instance for a number of rows known when it runs: 1 <= rows <= kRows.
-template <int kVectors, int kRows = kRegisterRows>
-void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
-                   int64_t c_stride, bool accumulate) {
+template <int kVectors, typename Next = NothingAhead, int kRows = kRegisterRows>
+void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                   int64_t depth, float* c, int64_t c_stride, bool accumulate, Next next = {}) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return multiply_rows<kVectors, kRows - 1>(rows, a, a_stride, b, depth, c, c_stride, accumulate);
+      return multiply_rows<kVectors, Next, kRows - 1>(rows, a, a_stride, b, b_stride, depth, c, c_stride,
+                                                      accumulate, next);
     }
   }
-  multiply<kRows, kVectors>(a, a_stride, b, depth, c, c_stride, accumulate);
+  multiply<kRows, kVectors>(a, a_stride, b, b_stride, depth, c, c_stride, accumulate, next);
 }
 
 // All columns: B is cut into panels of kPanel columns, each packed [depth][kPanel], panel_stride floats
@@ -89,9 +105,11 @@ inline void multiply_panels(int64_t rows, const float* a, int64_t a_stride, cons
                             bool accumulate) {
   int64_t column = 0;
   for (; column + kPanel <= columns; column += kPanel, b += panel_stride) {
-    multiply_rows<kPanelVectors>(rows, a, a_stride, b, depth, c + column, c_stride, accumulate);
+    multiply_rows<kPanelVectors>(rows, a, a_stride, b, kPanel, depth, c + column, c_stride, accumulate);
   }
-  if (column < columns) multiply_rows<1>(rows, a, a_stride, b, depth, c + column, c_stride, accumulate);
+  if (column < columns) {
+    multiply_rows<1>(rows, a, a_stride, b, kLanes, depth, c + column, c_stride, accumulate);
+  }
 }
 
 }  // namespace pruned_ops::CPU_CAPABILITY

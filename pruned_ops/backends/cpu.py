@@ -1,4 +1,5 @@
-"""Backend "cpu": the C++ extension's kernels (csrc/cpu) around torch's own GEMMs.
+"""Backend "cpu": the C++ extension's kernels (csrc/cpu). Single linears run on torch's GEMM, which packs
+weights as fast as it goes; the encoder in one call has packed weights and its own.
 
 The kernels exist for AVX-512, AVX2 and neither, and choose when they run. They take float32.
 """
@@ -6,6 +7,7 @@ The kernels exist for AVX-512, AVX2 and neither, and choose when they run. They 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruned_ops import ops
-from pruned_ops.registry import Backend, add_backend, register
+from pruned_ops.registry import Backend, add_backend, register, tensors_of
 
 BUILD_COMMAND = "pip install --no-build-isolation ."
 
@@ -31,31 +33,20 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 extension, _missing = _load()
-BACKEND = add_backend(Backend("cpu", _missing, "C++ kernels with AVX-512 and AVX2 paths, torch's GEMMs"))
+BACKEND = add_backend(Backend("cpu", _missing, "C++ kernels with AVX-512 and AVX2 paths"))
 
 
 def _refuse(*args: Any) -> str | None:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            if arg.device.type != "cpu":
-                return f"a tensor is on {arg.device}, the kernel takes tensors on the CPU"
-            if arg.dtype != torch.float32 and arg.is_floating_point():
-                return f"a tensor is {arg.dtype}, the kernel takes torch.float32"
+    for tensor in tensors_of(args):
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}, the kernel takes tensors on the CPU"
+        if tensor.dtype != torch.float32 and tensor.is_floating_point():
+            return f"a tensor is {tensor.dtype}, the kernel takes torch.float32"
     return None
-
-
-def _attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> Tensor:
-    return torch.ops.pruned_ops_cpu.attention(qkv, cu_seqlens, max_seqlen, head_dim)
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(F.linear(x, weight, bias))  # in place: one pass over the rows less
-
-
-def _add_layer_norm(
-    x: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
-) -> Tensor:
-    return torch.ops.pruned_ops_cpu.add_layer_norm(x, bias, residual, norm_weight, norm_bias, eps)
 
 
 def _linear_add_layer_norm(
@@ -67,15 +58,18 @@ def _linear_add_layer_norm(
     norm_bias: Tensor,
     eps: float,
 ) -> Tensor:
-    return _add_layer_norm(F.linear(x, weight), bias, residual, norm_weight, norm_bias, eps)
+    native = torch.ops.pruned_ops_cpu
+    return native.add_layer_norm(F.linear(x, weight), bias, residual, norm_weight, norm_bias, eps)
 
 
-def _embed_layer_norm(*args: Any) -> Tensor:
-    return torch.ops.pruned_ops_cpu.embed_layer_norm(*args)
+def _native(name: str) -> Callable[..., Tensor]:
+    def launch(*args: Any) -> Tensor:
+        return getattr(torch.ops.pruned_ops_cpu, name)(*args)
+
+    return launch
 
 
-register(ops.attention, BACKEND, _attention, _refuse)
+for _op in (ops.attention, ops.add_layer_norm, ops.embed_layer_norm, ops.encoder):
+    register(_op, BACKEND, _native(_op.name), _refuse)
 register(ops.linear_gelu, BACKEND, _linear_gelu, _refuse)
-register(ops.add_layer_norm, BACKEND, _add_layer_norm, _refuse)
 register(ops.linear_add_layer_norm, BACKEND, _linear_add_layer_norm, _refuse)
-register(ops.embed_layer_norm, BACKEND, _embed_layer_norm, _refuse)
