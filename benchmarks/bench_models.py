@@ -1,107 +1,220 @@
-"""Whole models, the same weights dense and pruned: Hugging Face eager (sdpa, padded) against our runtime.
+"""Whole models, the same weights dense and pruned: our runtime beside those that a user would take instead.
 
 Real lengths in arrival order at batch 1, 8 and 32 (a SQuAD file's questions, shuffled); all 128 or 384.
-Usage: python benchmarks/bench_models.py --dense TEACHER --pruned OUT --data SQUAD/eval.json
+Every runner's logits are compared with Hugging Face's before it is timed; all are timed in one process, batch
+by batch in turn, with a short rest between. Writes a CSV with a row for each, and a Markdown table beside it.
+Usage: python benchmarks/bench_models.py --dense TEACHER --pruned OUT --data SQUAD/eval.json --rivals all
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import harness
+import memory
+import model_tables
+import rivals
+import torch
+from model_cases import SAMPLES, SIZES, Source, arrival_lengths, padded_to, workloads
+from plain_bert import fingerprint
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
 import pruned_ops
-from pruned_ops.measure import Timing, Workload, interleave
-from pruned_trainer.evaluation import Prepared
-from pruned_trainer.loading import load_model, load_tokenizer
-from pruned_trainer.tasks.squad import load_squad
+from pruned_ops.measure import Timing, Workload
+from pruned_ops.packed_encoder import model_shape
+from pruned_ops.shape import ModelShape
 
-RIVAL = "HF eager dense"
-# Sequences a round: enough batches for a stable sum, few enough for a round of seconds.
-SEQUENCES = {1: 48, 8: 128, 32: 256}
-
-
-def workloads(lengths: list[int] | None, quick: bool) -> list[Workload]:
-    """Arrival order where lengths are given, and fixed lengths."""
-    made = []
-    for batch_size, sequences in SEQUENCES.items():
-        batches = max(1, sequences // batch_size // (8 if quick else 1))
-        if lengths is not None:
-            made.append(Workload.arrival_order(lengths, batch_size, batches))
-        if batch_size == 8:
-            made += [Workload.fixed(length, batch_size, max(1, batches // 4)) for length in (128, 384)]
-    return made
+OURS = "ours"
+# What a service without dynamic shapes would do, and one goal is stated against. Arrival order only.
+PADDED = "hf padded to 384"
 
 
-def runners(dense: Any, pruned: Any | None) -> dict[str, Any]:
-    """Stock models as they are (sdpa is their default), and optimised copies of the same weights."""
-    models = {RIVAL: dense, "ours dense": pruned_ops.optimize(copy.deepcopy(dense))}
-    if pruned is not None:
-        models["torch pruned, padded"] = pruned
-        models["ours pruned"] = pruned_ops.optimize(copy.deepcopy(pruned))
-    return {name: (lambda batch, model=model: model(**batch)) for name, model in models.items()}
+@dataclass(frozen=True)
+class Contender:
+    """A runner of one model, checked. facts: fields of its rows."""
+
+    runtime: str
+    model: str
+    precision: str
+    run: rivals.Run
+    shape: ModelShape
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.runtime} {self.model}"
 
 
-def backends(run: dict[str, Any], batch: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Which backend ran each op, for the runners that have ops."""
-    found = {}
-    for name, runner in run.items():
-        with pruned_ops.record() as ran:
-            runner(batch)
-        found[name] = {
-            "backends": "; ".join(f"{op}: {', '.join(counts)}" for op, counts in ran.items()) or "torch"
+def contenders(
+    source: Source, names: Sequence[str], device: str, folder: Path, cached: bool
+) -> tuple[list[Contender], list[dict[str, str]]]:
+    """Ours and each rival on each model of the source; and, for each that cannot run, a sentence why.
+
+    Errors: ValueError where a runner's logits are not Hugging Face's."""
+    made, refusals = [], []
+    for model_name in source.names:
+        model = source.load(model_name, device)
+        files = folder / (fingerprint(model) if cached else model_name)
+        samples = SAMPLES.inputs(model.config.vocab_size, model.config.pad_token_id, device)
+        for runtime in (OURS, *(name for name in names if name != PADDED or model_name == "dense")):
+            try:
+                made.append(_contender(runtime, model_name, model, samples, files))
+            except rivals.Refused as reason:
+                who = {"runner": f"{runtime} {model_name}", "runtime": runtime, "model": model_name}
+                refusals.append(who | {"refused": str(reason)})
+    return made, refusals
+
+
+def _contender(
+    runtime: str, model_name: str, model: Any, samples: Sequence[rivals.Batch], folder: Path
+) -> Contender:
+    precision = rivals.RIVALS[runtime].precision if runtime in rivals.RIVALS else "fp32"
+    with torch.inference_mode():
+        run = _runner(runtime, model, samples, folder)
+    try:
+        facts = rivals.compared(run, rivals.hf(model, samples, folder), samples, precision)
+    except ValueError as error:
+        raise ValueError(f"{runtime} {model_name}: {error}") from error
+    shape = model_shape(model.base_model)
+    return Contender(runtime, model_name, precision, run, shape, _backends(run, samples) | facts)
+
+
+def _runner(runtime: str, model: Any, samples: Sequence[rivals.Batch], folder: Path) -> rivals.Run:
+    if runtime == OURS:
+        return rivals.hf(pruned_ops.optimize(copy.deepcopy(model)), samples, folder)
+    if runtime == PADDED:
+        return padded_to(rivals.hf(model, samples, folder), 384, model.config.pad_token_id)
+    return rivals.build(runtime, model, samples, folder)
+
+
+def _backends(run: rivals.Run, samples: Sequence[rivals.Batch]) -> dict[str, Any]:
+    """Which backend ran each op, where the runner has ops."""
+    with torch.inference_mode(), pruned_ops.record() as ran:
+        run(samples[0])
+    return {"backends": "; ".join(f"{op}: {', '.join(counts)}" for op, counts in ran.items()) or "its own"}
+
+
+def compared(timings: dict[str, Timing], entries: list[Contender], peak: float) -> dict[str, dict[str, Any]]:
+    """Each runner's fields besides its times: best rivals of the same model, and the rate of real work.
+
+    The best rival has the same precision; ours also names the best int8 one."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        timing = timings[entry.name]
+        others: dict[str, list[str]] = {"fp32": [], "int8": []}
+        for other in entries:
+            if other.runtime != OURS and other.model == entry.model:
+                others[other.precision].append(other.name)
+        best = harness.best_rival(timings, entry.name, others[entry.precision])
+        if entry.runtime == OURS:
+            best |= harness.best_rival(timings, entry.name, others["int8"], "best_int8_rival")
+        flops = 2.0 * sum(entry.shape.macs(lengths) for lengths in timing.workload.batches)
+        rate = timing.sequences_per_s / timing.workload.sequences * flops
+        found[entry.name] = {
+            **{"runtime": entry.runtime, "model": entry.model, "precision": entry.precision},
+            **best,
+            "gflops": round(rate / 1e9, 1),
+            "peak_gflops": round(peak / 1e9, 1),
+            "percent_of_peak": round(100 * rate / peak, 1),
+            **entry.facts,
         }
     return found
 
 
-def show(timings: dict[str, Timing]) -> Table:
-    workload = next(iter(timings.values())).workload
-    table = Table(title=f"{workload.name}: {workload.sequences} sequences, {workload.tokens} tokens a round")
-    for column in ("", "ms/batch p50 (p20-p80)", "sequences/s", f"vs {RIVAL}"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, timing in timings.items():
-        spread = f"{timing.ms(50):.1f} ({timing.ms(20):.1f}-{timing.ms(80):.1f})"
-        table.add_row(
-            name, spread, f"{timing.sequences_per_s:.1f}", f"{timing.speedup_over(timings[RIVAL]):.2f}x"
+def measure(
+    source: Source, names: Sequence[str], chosen: list[Workload], arguments: argparse.Namespace, folder: Path
+) -> list[dict[str, Any]]:
+    """All rows, shown as they come: the refusals, and every workload."""
+    console, device, made = Console(), arguments.device, []
+    peak = harness.ceilings(torch.float32, device)["flops"]
+    console.print(f"ceiling here: {peak / 1e9:.0f} GFLOP/s in torch's fp32 products")
+    found, refusals = contenders(source, names, device, folder, arguments.cache is not None)
+    for refusal in refusals:
+        console.print(f"{refusal['runner']} is left out: {refusal['refused']}", markup=False, highlight=False)
+        made.append({"workload": "all", **refusal, **harness.stamp(), "device": device})
+    for workload in chosen:
+        entries = [one for one in found if one.runtime != PADDED or workload.name.startswith("arrival")]
+        inputs = workload.inputs(source.config.vocab_size, source.config.pad_token_id, device)
+        timings = harness.interleaved(
+            {one.name: one.run for one in entries}, workload, inputs, arguments.rounds
         )
-    return table
+        first = "hf dense" if "hf" in names else "ours dense"
+        rows = harness.rows(timings, first, compared(timings, entries, peak))
+        console.print(model_tables.for_screen(workload, rows))
+        made += [row | {"device": device} for row in rows]
+    # Timed rows first: the header takes its order from them.
+    return sorted(made, key=lambda row: "refused" in row)
 
 
-def main() -> None:
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dense", default="build/demo.teacher", help="fine-tuned stock checkpoint")
     parser.add_argument("--pruned", default="build/demo", help="pruned checkpoint; 'none' leaves it out")
+    parser.add_argument(
+        "--random",
+        choices=tuple(SIZES),
+        help="random weights of this size, dense and half of it, instead of checkpoints: which they are "
+        "costs no time (with --data, --dense is still read for its tokenizer)",
+    )
     parser.add_argument("--data", type=Path, help="SQuAD file for real lengths (default: fixed lengths only)")
+    parser.add_argument(
+        "--rivals",
+        nargs="+",
+        default=["hf"],
+        choices=(*rivals.RIVALS, "all", "none"),
+        help="runtimes to compare with (default: hf)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workloads", nargs="+", default=["*"], help="names or patterns, as arrival-*")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="an eighth of the batches: a look, not a result")
+    parser.add_argument("--cache", type=Path, help="folder to keep and reuse exported models in")
+    parser.add_argument(
+        "--memory", action="store_true", help="instead: memory of ours and hf over 1,000 batches"
+    )
     parser.add_argument(
         "--out", type=Path, help="CSV (default: benchmarks/results/, named after the machine)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if len(arguments.rivals) > 1 and {"all", "none"} & set(arguments.rivals):
+        parser.error("--rivals takes names, or all, or none")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parsed(argv)
     logging.set_verbosity_error()
-    dense = load_model(arguments.dense)
-    pruned = None if arguments.pruned == "none" else load_model(arguments.pruned)
+    source = Source(arguments.dense, arguments.pruned, arguments.random)
     lengths = None
     if arguments.data is not None:
-        tokenizer = load_tokenizer(arguments.dense)
-        lengths = Prepared.cut(load_squad(arguments.data).examples, tokenizer, 384, 128).arrival_lengths()
-    run, console, made = runners(dense, pruned), Console(), []
-    for workload in workloads(lengths, arguments.quick):
-        inputs = workload.inputs(dense.config.vocab_size, dense.config.pad_token_id)
-        timings = interleave(run, workload, inputs, arguments.rounds)
-        console.print(show(timings))
-        made += harness.rows(timings, RIVAL, backends(run, inputs[0]))
-    out = arguments.out or harness.result_path("models")
+        lengths = arrival_lengths(arguments.data, arguments.dense)
+    else:
+        print("arrival order is left out: its lengths come from --data")
+    chosen = workloads(lengths, arguments.quick, arguments.workloads)
+    if arguments.memory:
+        memory.report(source, chosen[0], arguments.device)
+        return
+    names = {"all": list(rivals.RIVALS), "none": []}.get(arguments.rivals[0], arguments.rivals)
+    if "hf" in names and any(workload.name.startswith("arrival") for workload in chosen):
+        names = [*names, PADDED]
+    with tempfile.TemporaryDirectory() as temporary:
+        made = measure(source, names, chosen, arguments, arguments.cache or Path(temporary))
+    stem = f"models-random-{arguments.random}" if arguments.random else "models"
+    out = arguments.out or harness.result_path(stem, arguments.device)
     harness.write(out, made)
-    console.print(f"written to {out}")
+    out.with_suffix(".md").write_text(model_tables.markdown(made), encoding="utf-8")
+    print(f"written to {out} and {out.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":

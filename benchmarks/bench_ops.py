@@ -8,7 +8,6 @@ must move, and the least time that an H200's measured ceilings allow. A bound is
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,30 +24,6 @@ from pruned_ops.registry import OPS
 
 # An H200's ceilings, measured on one: dense fp16 products on random data, and copying.
 H200 = {"flops": 790e12, "bytes": 4.3e12}
-
-
-def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """The largest rate of torch's products, and of copying, here: FLOP/s and bytes/s."""
-    size = 8192 if device == "cuda" else 1536
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    block = torch.empty(1 << (30 if device == "cuda" else 27), dtype=torch.uint8, device=device)
-    copy = torch.empty_like(block)
-    return {
-        "flops": 2.0 * size**3 / _best(lambda: torch.mm(a, b), device),
-        "bytes": 2.0 * block.numel() / _best(lambda: copy.copy_(block), device),
-    }
-
-
-def _best(work: Callable[[], Any], device: str, times: int = 7) -> float:
-    """Least seconds of several runs."""
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return min(found)
 
 
 def timed(case: Case, device: str, rounds: int) -> dict[str, Timing]:
@@ -121,7 +96,7 @@ def main() -> None:
         return
     dtype = torch.float32 if arguments.device == "cpu" else torch.float16
     many = 1 if arguments.device == "cpu" else 8
-    peak, made = ceilings(dtype, arguments.device), []
+    peak, made = harness.ceilings(dtype, arguments.device), []
     console.print(f"ceilings here: {peak['flops'] / 1e9:.0f} GFLOP/s, {peak['bytes'] / 1e9:.1f} GB/s copied")
     models = MODELS[:1] if arguments.quick else MODELS
     for lengths in (

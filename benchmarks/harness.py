@@ -1,4 +1,5 @@
-"""What every benchmark shares: interleaved timing (pruned_ops.measure) written as self-contained CSV rows.
+"""What every benchmark shares: interleaved timing (pruned_ops.measure) written as self-contained CSV rows,
+and the machine's ceilings.
 
 A row names its machine, versions, workload and runner; nothing is left to the file's name or to memory.
 """
@@ -8,13 +9,58 @@ from __future__ import annotations
 import csv
 import datetime
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pruned_ops.measure import Timing, machine, versions
+import torch
+from torch import Tensor
+
+from pruned_ops.measure import Runner, Timing, Workload, interleave, machine, versions
 
 RESULTS = Path(__file__).parent / "results"
+# Besides those that pruned_ops.measure names: the packages of the rivals.
+RIVAL_PACKAGES = ("onnx", "onnxruntime", "openvino", "nncf", "ctranslate2")
+# OpenMP's threads spin for 5 to 7 ms (measured) after the last region of a runner, on cores that the next one
+# needs where that has threads of its own: without a rest ONNX Runtime took 17 ms a batch instead of 15.
+REST = 0.01
+
+
+def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """The largest rate of torch's products, and of copying, here: FLOP/s and bytes/s."""
+    size = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    block = torch.empty(1 << (30 if device == "cuda" else 27), dtype=torch.uint8, device=device)
+    copy = torch.empty_like(block)
+    return {
+        "flops": 2.0 * size**3 / _best(lambda: torch.mm(a, b), device),
+        "bytes": 2.0 * block.numel() / _best(lambda: copy.copy_(block), device),
+    }
+
+
+def _best(work: Callable[[], Any], device: str, times: int = 7) -> float:
+    """Least seconds of several runs."""
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def interleaved(
+    runners: Mapping[str, Runner], workload: Workload, inputs: Sequence[dict[str, Tensor]], rounds: int
+) -> dict[str, Timing]:
+    """pruned_ops.measure.interleave with an untimed rest of REST seconds after each runner."""
+    spaced: dict[str, Runner] = {}
+    for name, runner in runners.items():
+        spaced |= {name: runner, f"rest after {name}": lambda batch: time.sleep(REST)}
+    timings = interleave(spaced, workload, inputs, rounds)
+    return {name: timings[name] for name in runners}
 
 
 def rows(
@@ -24,8 +70,7 @@ def rows(
 
     speedup_vs_rival is the median over rounds of (rival's seconds / this runner's), from the same rounds.
     """
-    there = machine()
-    found = versions()
+    where = stamp()
     made = []
     for name, timing in timings.items():
         workload = timing.workload
@@ -42,18 +87,48 @@ def rows(
                 "speedup_vs_rival": round(timing.speedup_over(timings[first_rival]), 3),
                 "rounds": len(timing.seconds),
                 **extra.get(name, {}),
-                "date": datetime.date.today().isoformat(),
-                **{f"machine_{key}": value for key, value in there.items()},
-                **{f"version_{key}": value for key, value in found.items()},
+                **where,
             }
         )
     return made
 
 
-def result_path(benchmark: str) -> Path:
-    """results/BENCHMARK-MACHINE.csv: one file per kind of machine."""
+def stamp() -> dict[str, Any]:
+    """When and where a row was measured: date, machine, versions."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        **{f"machine_{key}": value for key, value in machine().items()},
+        **{f"version_{key}": value for key, value in (versions() | rival_versions()).items()},
+    }
+
+
+def rival_versions() -> dict[str, str | None]:
+    """Versions of the rivals' packages; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for package in RIVAL_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def best_rival(
+    timings: Mapping[str, Timing], name: str, others: Sequence[str], field: str = "best_rival"
+) -> dict[str, Any]:
+    """The fastest of `others` by the median, and how many times as fast as it `name` is: the median of the
+    rounds' ratios. Nothing where there are no others."""
+    if not others:
+        return {}
+    best = min(others, key=lambda other: timings[other].ms(50))
+    return {field: best, f"speedup_vs_{field}": round(timings[name].speedup_over(timings[best]), 3)}
+
+
+def result_path(benchmark: str, device: str = "cuda") -> Path:
+    """results/BENCHMARK-MACHINE.csv: one file per kind of machine; a GPU names it unless `device` is cpu."""
     there = machine()
-    kind = re.sub(r"[^a-z0-9]+", "-", str(there["accelerator"] or there["processor"]).lower()).strip("-")
+    accelerator = there["accelerator"] if device == "cuda" else None
+    kind = re.sub(r"[^a-z0-9]+", "-", str(accelerator or there["processor"]).lower()).strip("-")
     return RESULTS / f"{benchmark}-{kind}-{there['threads']}t.csv"
 
 

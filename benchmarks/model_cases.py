@@ -1,0 +1,128 @@
+"""What bench_models.py measures: which models (checkpoints, or random ones of a size) on which batches."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, BertConfig, BertForQuestionAnswering
+
+import pruned_ops
+from pruned_ops import LayerShape
+from pruned_ops.measure import Workload
+from pruned_trainer.evaluation import Prepared
+from pruned_trainer.loading import load_model, load_tokenizer
+from pruned_trainer.tasks.squad import load_squad
+
+Batch = dict[str, Tensor]
+# BertConfig's fields for --random: MiniLM-L6 and BERT-base.
+SIZES: dict[str, dict[str, Any]] = {
+    "minilm": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    "base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+}
+# Sequences a round: enough batches for a stable sum, few enough for a round of seconds.
+SEQUENCES = {1: 48, 8: 128, 32: 256}
+FIXED = {1: (128,), 8: (128, 384), 32: ()}
+# A batch of several lengths and one of one: what every runner's logits are checked on before it is timed.
+SAMPLES = Workload("samples", ((37, 128, 5, 90), (64,)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the models come from: checkpoints, or a name of SIZES."""
+
+    dense: str
+    pruned: str
+    random: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("dense", "pruned") if self.random or self.pruned != "none" else ("dense",)
+
+    @property
+    def config(self) -> Any:
+        """The dense model's config."""
+        return BertConfig(**SIZES[self.random]) if self.random else AutoConfig.from_pretrained(self.dense)
+
+    def load(self, name: str, device: str) -> Any:
+        """The model of one of `names`, in evaluation mode."""
+        if self.random is None:
+            model: Any = load_model({"dense": self.dense, "pruned": self.pruned}[name])
+        else:
+            model = random_model(SIZES[self.random], pruned=name == "pruned")
+        return nn.Module.to(model, device)
+
+
+def half_shapes(layers: int, heads: int, ffn: int) -> list[LayerShape]:
+    """Half of all heads and half of all FFN units, spread unevenly as pruning does it.
+
+    Layers 2i and 2i + 1 are as far above half as below it, by 1, 2 or 3 steps (a head; a twelfth of the dense
+    FFN width). Errors: ValueError for sizes that cannot be halved so."""
+    if layers % 2 or heads % 2 or ffn % 12 or heads < 6:
+        raise ValueError(f"{layers} layers of {heads} heads and {ffn} FFN units cannot be halved in steps")
+    made = []
+    for i in range(layers):
+        steps = (1 + i // 2 % 3) * (1 if i % 2 == 0 else -1)
+        made.append(LayerShape(heads // 2 + steps, ffn // 2 - steps * (ffn // 12)))
+    return made
+
+
+def random_model(sizes: dict[str, Any], pruned: bool) -> Any:
+    """A randomly initialised question-answering BERT, or one with half its heads and FFN units."""
+    torch.manual_seed(0)
+    if not pruned:
+        return BertForQuestionAnswering(BertConfig(**sizes)).eval()
+    shapes = half_shapes(sizes["num_hidden_layers"], sizes["num_attention_heads"], sizes["intermediate_size"])
+    config = pruned_ops.PrunedBertConfig(layer_shapes=shapes, **sizes)
+    return pruned_ops.PrunedBertForQuestionAnswering(config).eval()
+
+
+def arrival_lengths(data: Path, tokenizer: str) -> list[int]:
+    """Lengths of a SQuAD file's windows (384 tokens, stride 128) in arrival order."""
+    return Prepared.cut(load_squad(data).examples, load_tokenizer(tokenizer), 384, 128).arrival_lengths()
+
+
+def workloads(lengths: list[int] | None, quick: bool, patterns: list[str]) -> list[Workload]:
+    """Arrival order where lengths are given, and fixed lengths, whose names match a pattern.
+
+    Errors: ValueError for a pattern that matches none."""
+    made = []
+    for batch_size, sequences in SEQUENCES.items():
+        batches = max(1, sequences // batch_size // (8 if quick else 1))
+        if lengths is not None:
+            made.append(Workload.arrival_order(lengths, batch_size, batches))
+        made += [Workload.fixed(length, batch_size, max(1, batches // 4)) for length in FIXED[batch_size]]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(workload.name, pattern) for workload in made):
+            names = ", ".join(workload.name for workload in made)
+            raise ValueError(f"there is no workload {pattern!r}; there are: {names}")
+    return [w for w in made if any(fnmatch.fnmatch(w.name, pattern) for pattern in patterns)]
+
+
+def padded_to(run: Callable[[Batch], Any], length: int, pad_token_id: int) -> Callable[[Batch], Any]:
+    """A runner whose every batch is padded to `length` first, as a service of fixed length would do; the
+    logits have the batch's own length again."""
+
+    def padded(batch: Batch) -> Any:
+        seqlen = batch["input_ids"].size(1)
+        more = (0, length - seqlen)
+        ids, mask = F.pad(batch["input_ids"], more, value=pad_token_id), F.pad(batch["attention_mask"], more)
+        return tuple(logits[:, :seqlen] for logits in run({"input_ids": ids, "attention_mask": mask}))
+
+    return padded

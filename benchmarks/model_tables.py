@@ -1,0 +1,88 @@
+"""How bench_models.py's rows are shown: a table a workload on screen, and one of all in Markdown."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from pruned_ops.measure import Workload
+
+Row = dict[str, Any]
+
+
+def spread(row: Row) -> str:
+    """Milliseconds a batch: the median of the rounds, and their 20th to 80th percentile."""
+    return f"{row['ms_p50']:.1f} ({row['ms_p20']:.1f}-{row['ms_p80']:.1f})"
+
+
+def against(row: Row, field: str) -> str:
+    """How many times as fast as the best rival, and which that is; empty where there is none."""
+    best = row.get(field)
+    return f"{row[f'speedup_vs_{field}']:.2f}x {best.rsplit(' ', 1)[0]}" if best else ""
+
+
+def for_screen(workload: Workload, rows: Sequence[Row]) -> Table:
+    title = f"{workload.name}: {workload.sequences} sequences, {workload.tokens} tokens a round"
+    table = Table(title=title)
+    table.add_column("")
+    for column in ("ms/batch p50 (p20-p80)", "sequences/s", "GFLOP/s (of peak)", f"vs {rows[0]['rival']}"):
+        table.add_column(column, justify="right")
+    table.add_column("ours is, beside the best rival; int8")
+    for row in rows:
+        ratios = [against(row, "best_rival"), against(row, "best_int8_rival")] if _ours(row) else []
+        table.add_row(
+            row["runner"],
+            spread(row),
+            f"{row['sequences_per_s']:.1f}",
+            f"{row['gflops']:.0f} ({row['percent_of_peak']:.0f}%)",
+            f"{row['speedup_vs_rival']:.2f}x",
+            "; ".join(filter(None, ratios)),
+        )
+    return table
+
+
+def _ours(row: Row) -> bool:
+    return row["runtime"] == "ours"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Workloads down, runtimes across, and how ours stands beside the best rival, won or lost; then what the
+    int8 runtimes' logits are worth, who was left out and why, and where all this was measured."""
+    timed = [row for row in rows if "refused" not in row]
+    refused = {row["runner"]: row["refused"] for row in rows if "refused" in row}
+    runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
+    cells = {(row["workload"], row["model"], row["runtime"]): row for row in timed}
+    columns = ["workload", "model", *runtimes, "ours / best fp32 rival", "ours / best int8 rival"]
+    lines = [
+        "Milliseconds a batch, p50 (p20-p80) of the rounds. The last columns say how many times as fast as "
+        "the fastest rival ours is: the median of the rounds' ratios; below 1 it loses.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join('---' for _ in columns)} |",
+    ]
+    for workload, model in dict.fromkeys((row["workload"], row["model"]) for row in timed):
+        found = [cells.get((workload, model, runtime)) for runtime in runtimes]
+        shown = [spread(row) if row else "-" for row in found]
+        ours = cells[workload, model, "ours"]
+        ratios = [against(ours, "best_rival"), against(ours, "best_int8_rival")]
+        lines.append(f"| {' | '.join([workload, model, *shown, *(ratio or '-' for ratio in ratios)])} |")
+    cosines = {row["runner"]: row["cosine"] for row in timed if row["precision"] == "int8"}
+    lines += ["", *(f"- {name}: cosine of its logits with hf's {c:.5f}" for name, c in cosines.items())]
+    lines += [f"- {name} is left out: {reason}" for name, reason in refused.items()]
+    return "\n".join([*lines, "", *_origin(timed[0])]) + "\n"
+
+
+def _origin(row: Row) -> list[str]:
+    """Machine, peak, versions and command, a line each."""
+    versions = [(key[8:], value) for key, value in row.items() if key.startswith("version_") and value]
+    return [
+        f"Machine: {row['machine_accelerator'] if row['device'] == 'cuda' else row['machine_processor']}, "
+        f"{row['machine_threads']} threads, {row['machine_cpu_capability']}; "
+        f"{row['peak_gflops']:.0f} GFLOP/s in torch's fp32 products.\n",
+        f"Versions: {', '.join(f'{name} {value}' for name, value in versions)}.\n",
+        f"{row['date']}, {row['rounds']} rounds: `{shlex.join(['python', *sys.argv])}`",
+    ]
