@@ -3,19 +3,24 @@
 // exponents' offset and context, and a few rows of scores. It writes its rows of the context, once.
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 
 #include "cpu/kernels.h"
 #include "cpu/multiply_kernel.h"
+#include "cpu/power_kernel.h"
 
 namespace pruned_ops::CPU_CAPABILITY {
 
 // Keys whose scores are held at once: kRegisterRows rows of them stay in L1 between the two products,
 // and their K and V stay in L2 while the task's rows pass over them.
-constexpr int64_t kKeyBlock = 256;
+constexpr int64_t kKeyBlock = 512;
 static_assert(kKeyBlock % kPanel == 0 && kQueryBlock % kRegisterRows == 0);
 
 // Where a thread's scratch is cut. Sizes are in floats; every part starts on a 64-byte line.
@@ -36,13 +41,18 @@ struct AttentionLayout {
 
 // (keys, head_dim) rows -> panels [head_dim][kPanel] of transposed keys; the padding keys are zero.
 inline void pack_keys(const float* source, int64_t stride, int64_t keys, int64_t head_dim, float* packed) {
+  constexpr int64_t kBlock = 16;  // what transpose_mxn takes at most
   for (int64_t first = 0; first < keys; first += kPanel, packed += head_dim * kPanel) {
     const int64_t count = std::min(keys - first, kPanel);
     const int64_t width = std::min(round_up(count, kLanes), kPanel);
     if (count < width) std::memset(packed, 0, head_dim * width * sizeof(float));
-    for (int64_t key = 0; key < count; ++key) {
-      const float* row = source + (first + key) * stride;
-      for (int64_t channel = 0; channel < head_dim; ++channel) packed[channel * width + key] = row[channel];
+    for (int64_t key = 0; key < count; key += kBlock) {
+      for (int64_t channel = 0; channel < head_dim; channel += kBlock) {
+        at::vec::transpose_mxn<float>(source + (first + key) * stride + channel, stride,
+                                      packed + channel * width + key, width,
+                                      static_cast<int>(std::min(count - key, kBlock)),
+                                      static_cast<int>(std::min(head_dim - channel, kBlock)));
+      }
     }
   }
 }
@@ -68,7 +78,7 @@ class AttentionWorker {
   AttentionWorker(const AttentionArgs& args, float* scratch)
       : args_(args),
         layout_(args),
-        scale_(1.0f / std::sqrt(static_cast<float>(args.head_dim))),
+        scale_(static_cast<float>(std::numbers::log2e / std::sqrt(static_cast<double>(args.head_dim)))),
         keys_(scratch),
         values_(scratch + layout_.values),
         scores_(scratch + layout_.scores),
@@ -129,9 +139,7 @@ class AttentionWorker {
     float* context = context_ + row * layout_.context_width;
     multiply_panels(rows, queries, args_.row_stride, keys_ + key * args_.head_dim, args_.head_dim * kPanel,
                     args_.head_dim, scores_, kKeyBlock, padded, false);
-    for (int64_t i = 0; i < rows; ++i) {
-      exponentiate(scores_ + i * kKeyBlock, keys, padded, row + i, key == 0);
-    }
+    exponentiate(row, rows, keys, padded, key == 0);
     // Panels of V are [seqlen][width]: the last may be narrow, and starts where the full ones end.
     const int64_t full = layout_.context_width / kPanel * kPanel;
     multiply_panels(rows, scores_, kKeyBlock, values_ + key * kPanel, seqlen_ * kPanel, keys, context,
@@ -140,38 +148,66 @@ class AttentionWorker {
                     context + full, layout_.context_width, layout_.context_width - full, key != 0);
   }
 
-  // scores -> exp(scale * score - offset), offset being the scaled maximum so far; what was summed under a
-  // smaller offset is scaled down. scale is applied inside the one fused multiply-add, unrounded.
-  void exponentiate(float* scores, int64_t keys, int64_t padded, int64_t row, bool first) {
+  // scores -> 2^(scale * score - offset), offset being the scaled maximum so far; what was summed under a
+  // smaller offset is scaled down. scale is applied inside the one fused multiply-add, unrounded. All rows'
+  // maxima come first: a row alone would wait for each step of its own.
+  void exponentiate(int64_t row, int64_t rows, int64_t keys, int64_t padded, bool first) {
+    float offsets[kRegisterRows];
+    for (int64_t i = 0; i < rows; ++i) {
+      offsets[i] = new_offset(scores_ + i * kKeyBlock, keys, padded, first ? nullptr : offsets_ + row + i);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const float offset = offsets[i];
+      // Powers turn NaN into a number. offset - offset is 0, or NaN where softmax has no value.
+      const float total = powers(scores_ + i * kKeyBlock, padded, offset) + (offset - offset);
+      sums_[row + i] = first ? total : total + sums_[row + i] * rescale(row + i, offset);
+      offsets_[row + i] = offset;
+    }
+  }
+
+  // A row's scaled maximum, `old` included. Its padding becomes -infinity.
+  float new_offset(float* scores, int64_t keys, int64_t padded, const float* old) const {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     for (int64_t key = keys; key < padded; ++key) scores[key] = -kInfinity;
-    Vec largest = Vec::loadu(scores);
-    for (int64_t key = kLanes; key < padded; key += kLanes) {
-      largest = at::vec::maximum(largest, Vec::loadu(scores + key));
+    Vec even(-kInfinity);
+    Vec odd(-kInfinity);
+    int64_t key = 0;
+    for (; key + kPanel <= padded; key += kPanel) {
+      even = at::vec::maximum(even, Vec::loadu(scores + key));
+      odd = at::vec::maximum(odd, Vec::loadu(scores + key + kLanes));
     }
+    if (key < padded) even = at::vec::maximum(even, Vec::loadu(scores + key));
     const auto maximum = [](Vec& x, Vec& y) { return at::vec::maximum(x, y); };
-    float offset = scale_ * at::vec::vec_reduce_all<float>(maximum, largest);
+    const float offset = scale_ * at::vec::vec_reduce_all<float>(maximum, at::vec::maximum(even, odd));
     // Not std::max: a NaN on either side has to stay.
-    if (!first && !(offset > offsets_[row]) && offset == offset) offset = offsets_[row];
+    return old != nullptr && !(offset > *old) && offset == offset ? *old : offset;
+  }
+
+  // scores -> 2^(scale * score - offset); returns their sum.
+  float powers(float* scores, int64_t padded, float offset) const {
     const Vec scale(scale_);
     const Vec shift(-offset);
-    Vec sum(0.0f);
-    for (int64_t key = 0; key < padded; key += kLanes) {
-      const Vec weight = at::vec::fmadd(Vec::loadu(scores + key), scale, shift).exp_u20();
-      weight.store(scores + key);
-      sum = sum + weight;
+    const auto power = [&](int64_t key) {
+      const Vec found = power_of_two(at::vec::fmadd(Vec::loadu(scores + key), scale, shift));
+      found.store(scores + key);
+      return found;
+    };
+    Vec even(0.0f);
+    Vec odd(0.0f);
+    int64_t key = 0;
+    for (; key + kPanel <= padded; key += kPanel) {
+      even = even + power(key);
+      odd = odd + power(key + kLanes);
     }
+    if (key < padded) even = even + power(key);
     const auto plus = [](Vec& x, Vec& y) { return x + y; };
-    // exp_u20 turns NaN into a number. offset - offset is 0, or NaN where softmax has no value.
-    const float total = at::vec::vec_reduce_all<float>(plus, sum) + (offset - offset);
-    sums_[row] = first ? total : total + sums_[row] * rescale(row, offset);
-    offsets_[row] = offset;
+    return at::vec::vec_reduce_all<float>(plus, even + odd);
   }
 
   // Brings a row's context under its new offset; returns the factor.
   float rescale(int64_t row, float offset) {
     if (offset == offsets_[row]) return 1.0f;
-    const float factor = std::exp(offsets_[row] - offset);
+    const float factor = std::exp2(offsets_[row] - offset);
     float* context = context_ + row * layout_.context_width;
     for (int64_t channel = 0; channel < layout_.context_width; channel += kLanes) {
       (Vec::loadu(context + channel) * Vec(factor)).store(context + channel);
@@ -191,7 +227,7 @@ class AttentionWorker {
 
   const AttentionArgs& args_;
   const AttentionLayout layout_;
-  const float scale_;
+  const float scale_;  // log2(e) / sqrt(head_dim): exponents are of 2
   float* const keys_;
   float* const values_;
   float* const scores_;

@@ -1,0 +1,31 @@
+// 2^x for x <= 0: x is rounded to a whole number by adding one whose last bit is worth 1, the rest of it goes
+// through a polynomial (minimax for the relative error on [-1/2, 1/2], fitted by iterated weighted least
+// squares), and the whole number into the exponent. Largest relative error 2.2e-7.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+
+namespace pruned_ops::CPU_CAPABILITY {
+
+inline at::vec::Vectorized<float> power_of_two(const at::vec::Vectorized<float>& x) {
+  using Vec = at::vec::Vectorized<float>;
+  using Bits = at::vec::Vectorized<int32_t>;
+  constexpr float kCoefficients[] = {1.327647245e-03f, 9.675541893e-03f, 5.550713092e-02f,
+                                     2.402212024e-01f, 6.931469440e-01f, 1.000000119e+00f};
+  // Below this the exponent field would run out; 2^-126 stands for all that is less.
+  constexpr float kLeast = -126.0f;
+  constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: its bits shifted left by 23 are 0
+  const Vec bounded = at::vec::clamp_min(x, Vec(kLeast));
+  const Vec shifted = bounded + Vec(kRounds);
+  const Vec rest = bounded - (shifted - Vec(kRounds));
+  Vec sum(kCoefficients[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < 6; ++i) sum = at::vec::fmadd(sum, rest, Vec(kCoefficients[i]));
+  const Bits exponent = at::vec::cast<int32_t>(shifted) << Bits(23);
+  return at::vec::cast<float>(at::vec::cast<int32_t>(sum) + exponent);
+}
+
+}  // namespace pruned_ops::CPU_CAPABILITY
