@@ -46,6 +46,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-Wno-uninitialized",  # gcc's own _mm512_undefined_ps trips it
     ]
 KERNELS = "csrc/cpu/kernels.cpp"
+# The int8 kernels, compiled once. A name of its own, as nothing inline in them may run elsewhere.
+INT8_KERNELS = "csrc/cpu/int8_kernels.cpp"
+INT8_FLAGS = (
+    {"AVX512_VNNI": [*CAPABILITY_FLAGS["AVX512"], "-mavx512vnni"]} if "AVX512" in CAPABILITY_FLAGS else {}
+)
 
 
 def wants_extension() -> bool:
@@ -92,10 +97,14 @@ def make_build_extension() -> type:
             """One object per capability. DEFAULT is first: of an inline function that several objects have,
             the linker keeps the first copy, and that one must run on every processor."""
             objects: list[str] = []
-            for capability, flags in CAPABILITY_FLAGS.items():
-                macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+            copies = [(KERNELS, *copy) for copy in CAPABILITY_FLAGS.items()]
+            copies += [(INT8_KERNELS, *copy) for copy in INT8_FLAGS.items()]
+            for source, capability, flags in copies:
+                # ATen's headers know AVX512, not what it may have besides.
+                vectors = capability.partition("_")[0]
+                macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{vectors}"]
                 objects += self.compiler.compile(
-                    [KERNELS],
+                    [source],
                     output_dir=os.path.join(self.build_temp, capability),
                     include_dirs=ext.include_dirs,
                     extra_postargs={"cxx": [*ext.extra_compile_args["cxx"], *macros, *flags]},
@@ -115,12 +124,14 @@ def extension() -> Extension:
         "csrc/cpu/dispatch.cpp",
         "csrc/cpu/encoder.cpp",
         "csrc/cpu/layer_norm.cpp",
-        "csrc/cpu/linear.cpp",
+        "csrc/cpu/chunks.cpp",
     ]
-    defined = [(f"PRUNED_OPS_HAVE_{name}", "1") for name in CAPABILITY_FLAGS if name != "DEFAULT"]
+    defined = [
+        (f"PRUNED_OPS_HAVE_{name}", "1") for name in (*CAPABILITY_FLAGS, *INT8_FLAGS) if name != "DEFAULT"
+    ]
     arguments: dict[str, Any] = {
         "sources": sources,
-        "depends": [KERNELS, *headers],
+        "depends": [KERNELS, INT8_KERNELS, *headers],
         "include_dirs": [str(ROOT / "csrc")],
         "define_macros": defined,
         "extra_compile_args": {"cxx": CXX_FLAGS},

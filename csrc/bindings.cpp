@@ -47,6 +47,9 @@ pybind11::dict build_info() {
 #ifdef PRUNED_OPS_HAVE_AVX512
   capabilities.emplace_back("AVX512");
 #endif
+#ifdef PRUNED_OPS_HAVE_AVX512_VNNI
+  capabilities.emplace_back("AVX512_VNNI");
+#endif
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
 #if defined(__clang__)
@@ -88,5 +91,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return pruned_ops::kernels().capability; },
       "the capability that runs: DEFAULT, AVX2 or AVX512; obeys ATEN_CPU_CAPABILITY");
+  m.def(
+      "runs_int8", [] { return pruned_ops::int8_kernels() != nullptr; },
+      "whether int8 weights can run: on AVX-512 VNNI, unless ATEN_CPU_CAPABILITY asks for less");
   m.def("cpu_features", &cpu_features, "instruction sets of this processor: name -> bool");
 }

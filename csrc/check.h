@@ -51,6 +51,18 @@ inline void panels(const char* op, const char* name, const at::Tensor& tensor, i
   TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
 }
 
+// A weight (out, in) in int8 as panels; see Int8LinearArgs.
+inline void int8_panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
+  TORCH_CHECK(tensor.device().is_cpu(), op, ": ", name, " is on ", tensor.device(), ", not on the CPU");
+  const int64_t panels = (out + 31) / 32;
+  const int64_t steps = 1 + (in + 3) / 4;
+  TORCH_CHECK(
+      tensor.dim() == 3 && tensor.size(0) == panels && tensor.size(1) == steps && tensor.size(2) == 128, op,
+      ": ", name, " has shape ", tensor.sizes(), ", int8 panels [", panels, ", ", steps,
+      ", 128] of a weight [", out, ", ", in, "] are needed");
+  TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
+}
+
 // Returns the number of heads in a q|k|v of this width.
 inline int64_t num_heads(const char* op, const at::Tensor& qkv, int64_t head_dim) {
   matrix(op, "qkv", qkv);

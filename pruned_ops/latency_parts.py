@@ -21,7 +21,7 @@ from pruned_ops.measure import Runner, Workload, interleave
 from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
 from pruned_ops.optimize import optimize
 from pruned_ops.packing import PackedBatch
-from pruned_ops.reference import PANEL
+from pruned_ops.panels import PANEL
 from pruned_ops.registry import record
 from pruned_ops.shape import LayerShape, ModelShape
 
@@ -127,10 +127,11 @@ def _chain(
     if one_call:
         next_row = iter(row for row in rows for _ in range(2))
 
-        def panels(linear: nn.Linear) -> Tensor:
-            return next(next_row).take(-(-linear.out_features // PANEL), linear.in_features, PANEL)
+        def pack(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+            panels = next(next_row).take(-(-linear.out_features // PANEL), linear.in_features, PANEL)
+            return panels, linear.bias.detach()
 
-        packed = PackedParts(chain, head_dim, panels)
+        packed = PackedParts(chain, head_dim, pack)
         return lambda batch: packed(batch["x"], batch["cu_seqlens"], int(batch["max_seqlen"]))
 
     def run(batch: dict[str, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ ops compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pruned_ops import ops
 from pruned_ops.packing import PackedBatch
-from pruned_ops.reference import PART_TENSORS, pack_panels, unpack_panels
+from pruned_ops.panels import pack_int8, pack_panels, unpack_panels
+from pruned_ops.reference import PART_TENSORS
 from pruned_ops.shape import LayerShape, ModelShape
 
 # What the runtime computes besides the exact GELU, for which there is a fused op.
@@ -123,14 +124,14 @@ class PrunedLayer(nn.Module):
 class PackedParts:
     """Attention and FFN parts in a row as one call (`ops.encoder`), their weights in its layout.
 
-    panels: makes the panels of a linear's weight. Biases and norms are the parts' own; the weights are as
-    they were when this was made."""
+    pack: a linear -> its panels and bias. The norms are the parts' own; the weights are as they were when
+    this was made."""
 
     def __init__(
         self,
         parts: Sequence[PrunedAttention | PrunedFFN],
         head_dim: int,
-        panels: Callable[[nn.Linear], Tensor],
+        pack: Callable[[nn.Linear], tuple[Tensor, Tensor]],
     ) -> None:
         self.head_dim = head_dim
         self.eps = parts[0].norm.eps if parts else 0.0
@@ -140,7 +141,7 @@ class PackedParts:
             inner = part.linears[1].in_features
             self.widths.append(inner // head_dim if isinstance(part, PrunedAttention) else -1 - inner)
             for linear in part.linears:
-                self.weights += [panels(linear), linear.bias.detach()]
+                self.weights += pack(linear)
             self.weights += [part.norm.weight.detach(), part.norm.bias.detach()]
 
     @staticmethod
@@ -157,8 +158,13 @@ class PackedParts:
                 return "the parts' LayerNorms differ in eps"
         return None
 
+    @property
+    def is_fp32(self) -> bool:
+        """Whether no weight is int8."""
+        return all(weight.is_floating_point() for weight in self.weights)
+
     def unpacked(self, part: int) -> tuple[Tensor, Tensor]:
-        """Copies of the weights of a part's two linears, (out, in) each."""
+        """Copies of the weights of a part's two linears, (out, in) each, where they are fp32."""
         first, bias, second, second_bias, *_ = self.weights[PART_TENSORS * part : PART_TENSORS * (part + 1)]
         return unpack_panels(first, bias.size(0)), unpack_panels(second, second_bias.size(0))
 
@@ -183,7 +189,7 @@ class PrunedEncoder(nn.Module):
         )
         self.head_dim = shape.head_dim
         self._packed: PackedParts | None = None
-        self._keep_weights: bool | None = None  # as `pack` was told; None before it and after `unpack`
+        self._packing: tuple[bool, frozenset[str]] | None = None  # what `pack` was told; None if it was not
 
     @property
     def parts(self) -> list[PrunedAttention | PrunedFFN]:
@@ -191,58 +197,80 @@ class PrunedEncoder(nn.Module):
         return [part for layer in self.layers for part in (layer.attention, layer.ffn)]
 
     @property
+    def linear_names(self) -> list[str]:
+        """Every linear's name in this module, as layers.0.attention.qkv."""
+        return [name for name, module in self.named_modules() if isinstance(module, nn.Linear)]
+
+    @property
     def is_packed(self) -> bool:
-        """Whether all layers run as one call, unless another backend is asked for."""
+        """Whether all layers run as one call, unless a backend is asked for that cannot."""
         return self._packed is not None
 
-    def pack(self, keep_weights: bool = True) -> None:
+    @property
+    def int8_linears(self) -> frozenset[str]:
+        """The names of the linears that run in int8."""
+        return self._packing[1] if self.is_packed and self._packing is not None else frozenset()
+
+    def pack(self, keep_weights: bool = True, int8: Collection[str] = ()) -> None:
         """Bring the weights, as they are now, into the layout in which all layers run as one call; where no
         backend can, nothing changes. Moving or casting the module tries again.
 
-        keep_weights=False keeps the packed ones only: the linears' weights are NaN until `unpack`."""
+        keep_weights=False keeps the packed ones only: the linears' weights are NaN until `unpack`.
+        int8: names (of `linear_names`) that are to run in int8; their weights are kept.
+        Errors: ValueError for a name that is none.
+        """
+        unknown = set(int8) - set(self.linear_names)
+        if unknown:
+            raise ValueError(f"there is no linear {', '.join(sorted(unknown))}; see linear_names")
         self.unpack()
-        self._keep_weights = keep_weights
+        self._packing = keep_weights, frozenset(int8)
         if PackedParts.refuse(self.parts) is not None:
             return
+        quantised = {id(self.get_submodule(name)) for name in int8}
 
-        def panels(linear: nn.Linear) -> Tensor:
-            packed = pack_panels(linear.weight.detach())
+        def packed(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+            bias = linear.bias.detach()
+            if id(linear) in quantised:
+                panels, scales = pack_int8(linear.weight)
+                return panels, torch.stack([bias, scales])
+            panels = pack_panels(linear.weight.detach())
             if not keep_weights:
                 release(linear.weight)
-            return packed
+            return panels, bias
 
-        self._packed = PackedParts(self.parts, self.head_dim, panels)
+        self._packed = PackedParts(self.parts, self.head_dim, packed)
 
     def unpack(self) -> None:
         """Undo `pack`."""
-        packed, self._packed = self._packed, None
-        keep_weights, self._keep_weights = self._keep_weights, None
-        if packed is None or keep_weights:
+        packed, packing = self._packed, self._packing
+        self._packed = self._packing = None
+        if packed is None or packing is None or packing[0]:
             return
         for i, part in enumerate(self.parts):
-            for linear, weight in zip(part.linears, packed.unpacked(i), strict=True):
-                linear.weight.data = weight
+            for j, linear in enumerate(part.linears):
+                panels, bias = packed.weights[PART_TENSORS * i + 2 * j :][:2]
+                if panels.is_floating_point():
+                    linear.weight.data = unpack_panels(panels, bias.size(0))
 
     def _apply(self, *args: Any, **kwargs: Any) -> PrunedEncoder:
-        keep_weights = self._keep_weights
+        packing = self._packing
         self.unpack()
         super()._apply(*args, **kwargs)
-        if keep_weights is not None:
-            self.pack(keep_weights)
+        if packing is not None:
+            self.pack(*packing)
         return self
 
     def forward(self, x: Tensor, batch: PackedBatch, collect: list[Tensor] | None = None) -> Tensor:
         """(tokens, hidden_size) -> the same; each layer's output is appended to `collect` if given."""
         packed, lengths = self._packed, (batch.cu_seqlens, batch.max_seqlen)
-        one_call = packed is not None and ops.encoder.is_chosen()
-        if packed is not None and one_call and collect is None:
+        if packed is not None and collect is None and ops.encoder.is_had():
             return packed(x, *lengths)
         for i, layer in enumerate(self.layers):
             if packed is None:
                 x = layer(x, *lengths)
-            elif one_call:
+            elif ops.encoder.is_had() or not packed.is_fp32:
                 x = packed(x, *lengths, 2 * i, 2 * i + 2)
-            else:  # another backend is asked for: its ops take weights as they are
+            else:  # a backend is asked for whose ops take weights as they are
                 x = layer.attention.compute(x, *lengths, *packed.unpacked(2 * i))
                 x = layer.ffn.compute(x, *packed.unpacked(2 * i + 1))
             if collect is not None:

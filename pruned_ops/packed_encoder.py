@@ -33,15 +33,16 @@ class PackedEncoder(nn.Module):
     embeddings: Any
     pooler: Any
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, int8: bool = False) -> None:
         super().__init__()
-        refusal = refuse(original)
+        refusal = refuse(original, int8)
         if refusal is not None:
             raise ValueError(f"optimize cannot take this {type(original).__name__}: {refusal}")
         self._keep = [original]  # in a list, so that its parameters are not registered a second time
         self._modes = [(module, module.training) for module in original.modules()]
         config = original.config
         self.config = config
+        self.int8 = int8
         self.roberta = config.model_type in ("roberta", "pruned_roberta")
         self.embeddings = original.embeddings
         self.pooler = getattr(original, "pooler", None)
@@ -52,7 +53,7 @@ class PackedEncoder(nn.Module):
         # The parameters are shared with the original, so what is switched off here is remembered for restore.
         self._required_grad = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.requires_grad_(False)
-        self.encoder.pack(keep_weights=False)
+        self.encoder.pack(keep_weights=False, int8=self.encoder.linear_names if int8 else ())
         super().train(False)
         original.eval()
         self.register_state_dict_pre_hook(_refuse_state_dict)
@@ -183,9 +184,21 @@ def model_shape(encoder: Any) -> ModelShape:
     return ModelShape((dense,) * config.num_hidden_layers, config.hidden_size, head_dim)
 
 
-def refuse(encoder: Any) -> str | None:
+def refuse(encoder: Any, int8: bool = False) -> str | None:
     """Why the packed encoder cannot take this one's place; None if it can."""
     config = encoder.config
+    if int8:
+        reasons = [
+            kernel.backend.missing or kernel.refuse(torch.empty(0, dtype=torch.int8))
+            for kernel in ops.encoder.kernels.values()
+        ]
+        if all(reasons):
+            return "; ".join(reason for reason in reasons if reason)
+        if (encoder.dtype, encoder.device.type, config.hidden_act) != (torch.float32, "cpu", "gelu"):
+            return (
+                f"int8 takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
+                f"{encoder.device} with {config.hidden_act}"
+            )
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return "it is a decoder, or has cross-attention"
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Columns of a weight that lie together in the layout of `encoder`, and tensors of one of its parts.
-PANEL = 32
-PART_TENSORS = 6
+from pruned_ops.panels import GROUP, PANEL, int8_linear, unpack_panels
+
+PART_TENSORS = 6  # of one part in `encoder`
 
 
 def _matrix(op: str, name: str, tensor: Tensor, columns: int | None = None) -> None:
@@ -189,27 +189,23 @@ def embed_layer_norm(
     return F.layer_norm(total, (word.size(1),), norm_weight, norm_bias, eps)
 
 
-def pack_panels(weight: Tensor) -> Tensor:
-    """A weight (out, in) in the layout of `encoder`: panels (ceil(out / 32), in, 32), filled with zeros."""
-    rows = F.pad(weight, (0, 0, 0, -weight.size(0) % PANEL))
-    return rows.view(rows.size(0) // PANEL, PANEL, weight.size(1)).transpose(1, 2).contiguous()
-
-
-def unpack_panels(panels: Tensor, out: int) -> Tensor:
-    """The weight (out, in) that was packed: a copy."""
-    return panels.transpose(1, 2).reshape(panels.size(0) * PANEL, panels.size(1))[:out]
-
-
-def _weight(name: str, panels: Tensor, bias: Tensor, inputs: int) -> Tensor:
-    """unpack_panels, checked; `bias` (out,) tells how wide the weight was."""
-    count = -(-bias.size(0) // PANEL)
+def _linear(name: str, x: Tensor, panels: Tensor, bias: Tensor, out: int) -> Tensor:
+    """x times the packed weight, plus bias, checked; in fp32 or int8, as the panels' dtype is."""
+    is_int8 = panels.dtype == torch.int8
+    count, inputs = -(-out // PANEL), x.size(1)
+    shape = (count, 1 + -(-inputs // GROUP), GROUP * PANEL) if is_int8 else (count, inputs, PANEL)
     torch._check(
-        panels.dim() == 3 and tuple(panels.shape) == (count, inputs, PANEL),
-        lambda: (
-            f"encoder: {name} has shape {tuple(panels.shape)}, panels ({count}, {inputs}, {PANEL}) are needed"
-        ),
+        tuple(panels.shape) == shape,
+        lambda: f"encoder: {name} weight has shape {tuple(panels.shape)}, panels {shape} are needed",
     )
-    return unpack_panels(panels, bias.size(0))
+    if not is_int8:
+        _vector("encoder", f"{name} bias", bias, out)
+        return F.linear(x, unpack_panels(panels, out), bias)
+    torch._check(
+        tuple(bias.shape) == (2, out),
+        lambda: f"encoder: {name} bias has shape {tuple(bias.shape)}, bias and scales (2, {out}) are needed",
+    )
+    return int8_linear(x, panels, bias)
 
 
 def encoder(
@@ -223,9 +219,10 @@ def encoder(
 ) -> Tensor:
     """A stack of post-LN parts, attention and FFN in any order, in one call. (tokens, hidden) -> the same.
 
-    widths: a part's number of heads, or -1 - FFN width. weights: six tensors a part: panels (see
-    `pack_panels`) and bias of its first linear, q|k|v or FFN up; of its second; weight and bias of its
-    LayerNorm. cu_seqlens, max_seqlen, head_dim: as in `attention`. The FFN's activation is the exact GELU.
+    widths: a part's number of heads, or -1 - FFN width. weights: six tensors a part: panels and bias of its
+    first linear, q|k|v or FFN up; of its second; weight and bias of its LayerNorm. Panels as in panels.py,
+    fp32 or int8; with int8 the bias is (2, out), the scales its second row. cu_seqlens, max_seqlen, head_dim:
+    as in `attention`. The FFN's activation is the exact GELU.
     """
     _matrix("encoder", "x", x)
     torch._check(
@@ -237,13 +234,8 @@ def encoder(
     for i, width in enumerate(widths):
         first, first_bias, second, second_bias, *norm = weights[PART_TENSORS * i : PART_TENSORS * (i + 1)]
         inner = width * head_dim if width >= 0 else -1 - width
-        _vector("encoder", "first bias", first_bias, 3 * inner if width >= 0 else inner)
-        _vector("encoder", "second bias", second_bias, x.size(1))
-        first = _weight("first weight", first, first_bias, x.size(1))
-        second = _weight("second weight", second, second_bias, inner)
-        if width >= 0:
-            middle = attention(F.linear(x, first, first_bias), cu_seqlens, max_seqlen, head_dim)
-        else:
-            middle = linear_gelu(x, first, first_bias)
-        x = linear_add_layer_norm(middle, second, second_bias, x, norm[0], norm[1], eps)
+        middle = _linear("first", x, first, first_bias, 3 * inner if width >= 0 else inner)
+        middle = attention(middle, cu_seqlens, max_seqlen, head_dim) if width >= 0 else F.gelu(middle)
+        middle = _linear("second", middle, second, second_bias, x.size(1))
+        x = F.layer_norm(middle + x, (x.size(1),), norm[0], norm[1], eps)
     return x.clone() if not widths else x

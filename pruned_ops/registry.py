@@ -114,14 +114,9 @@ class Op:
             raise RuntimeError(f"{self.name} on {name}: {error}") from error
         return output
 
-    def is_chosen(self) -> bool:
-        """Whether a backend runs this op here if it is willing: one that is available and, inside
-        `use_backend`, the one asked for."""
-        preferred = _preferred.get()
-        return any(
-            kernel.backend.missing is None and preferred in (None, name)
-            for name, kernel in self.kernels.items()
-        )
+    def is_had(self) -> bool:
+        """Whether the backend asked for has this op; the reference has them all, and so has no preference."""
+        return _preferred.get() in (None, REFERENCE, *self.kernels)
 
     def select(self, *args: Any) -> Kernel | None:
         """The kernel that runs these arguments, None for the reference. BackendError if one asked for

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, Ro
 
 import pruned_ops
 from pruned_ops import LayerShape
-from pruned_ops.reference import pack_panels
+from pruned_ops.panels import pack_panels
 from pruned_ops.registry import BACKENDS, REFERENCE
 
 # Every backend that can run here on CPU tensors; a test's id contains the one it runs. Where there is a GPU,

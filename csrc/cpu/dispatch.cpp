@@ -20,6 +20,11 @@ namespace AVX512 {
 extern const Kernels table;
 }
 #endif
+#ifdef PRUNED_OPS_HAVE_AVX512_VNNI
+namespace AVX512_VNNI {
+extern const Int8Kernels table;
+}
+#endif
 
 namespace {
 
@@ -35,10 +40,25 @@ const Kernels& choose() {
   return DEFAULT::table;
 }
 
+const Int8Kernels* choose_int8() {
+#ifdef PRUNED_OPS_HAVE_AVX512_VNNI
+  __builtin_cpu_init();
+  if (at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512vnni")) {
+    return &AVX512_VNNI::table;
+  }
+#endif
+  return nullptr;
+}
+
 }  // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const Int8Kernels* int8_kernels() {
+  static const Int8Kernels* const chosen = choose_int8();
   return chosen;
 }
 

@@ -7,12 +7,13 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "check.h"
 #include "cpu/attention.h"
+#include "cpu/chunks.h"
 #include "cpu/layer_norm.h"
-#include "cpu/linear.h"
 #include "cpu/rows.h"
 
 namespace pruned_ops::cpu {
@@ -22,12 +23,30 @@ namespace {
 constexpr const char* kOp = "encoder";
 constexpr int64_t kTensors = 6;  // of a part
 
+struct Linear {
+  bool is_int8;
+  LinearArgs fp32;  // its panels are null in int8
+  Int8LinearArgs int8;
+};
+
 struct Part {
   bool is_attention;
   int64_t width;  // of what lies between its linears: num_heads * head_dim, or the FFN width
-  LinearArgs first, second;
+  Linear first, second;
   LayerNormArgs norm;
 };
+
+// A thread's scratch, cut into what a chunk of rows needs.
+struct Scratch {
+  float* inner;  // the FFN's activations
+  float* sums;   // what a LayerNorm takes
+  uint8_t* bytes;
+  float* scales;
+};
+
+int64_t bytes_stride(int64_t columns) {
+  return ((columns + 63) / 64 | 1) * 64;  // an odd number of cache lines, as scratch_stride
+}
 
 // Checks the parts' tensors and keeps those that had to be copied.
 class Parts {
@@ -47,23 +66,44 @@ class Parts {
   int64_t widest_attention() const { return widest(true); }
   int64_t widest_ffn() const { return widest(false); }
 
+  // The most inputs of a linear in int8, 0 if there is none.
+  int64_t widest_int8() const {
+    int64_t found = 0;
+    for (const Part& part : list_) {
+      for (const Linear* linear : {&part.first, &part.second}) {
+        if (linear->is_int8) found = std::max(found, linear->int8.in);
+      }
+    }
+    return found;
+  }
+
  private:
   void add(at::TensorList weights, int64_t width, int64_t hidden, int64_t head_dim, double eps) {
     const bool is_attention = width >= 0;
     const int64_t inner = is_attention ? width * head_dim : -1 - width;
-    const LinearArgs first = linear(weights[0], "first weight", weights[1], "first bias", hidden,
-                                    is_attention ? 3 * inner : inner);
-    const LinearArgs second = linear(weights[2], "second weight", weights[3], "second bias", inner, hidden);
+    const Linear first = linear(weights[0], "first weight", weights[1], "first bias", hidden,
+                                is_attention ? 3 * inner : inner);
+    const Linear second = linear(weights[2], "second weight", weights[3], "second bias", inner, hidden);
     norms_.emplace_back(kOp, weights[4], weights[5], hidden, eps);
     list_.push_back({is_attention, inner, first, second, norms_.back().args});
   }
 
-  LinearArgs linear(const at::Tensor& panels, const char* name, const at::Tensor& bias, const char* bias_name,
-                    int64_t in, int64_t out) {
+  Linear linear(const at::Tensor& panels, const char* name, const at::Tensor& bias, const char* bias_name,
+                int64_t in, int64_t out) {
+    biases_.push_back(bias.contiguous());
+    if (panels.scalar_type() == at::kChar) {
+      TORCH_CHECK(int8_kernels() != nullptr, kOp, ": ", name,
+                  " is int8, which needs a processor with AVX-512 VNNI");
+      check::int8_panels(kOp, name, panels, in, out);
+      check::matrix(kOp, bias_name, bias);
+      TORCH_CHECK(bias.size(0) == 2 && bias.size(1) == out, kOp, ": ", bias_name, " has shape ", bias.sizes(),
+                  ", bias and scales [2, ", out, "] are needed");
+      const float* rows = biases_.back().const_data_ptr<float>();
+      return {true, {nullptr, rows, in, out}, {panels.const_data_ptr<int8_t>(), rows, rows + out, in, out}};
+    }
     check::panels(kOp, name, panels, in, out, kWeightPanel);
     check::vector(kOp, bias_name, bias, out);
-    biases_.push_back(bias.contiguous());
-    return {panels.const_data_ptr<float>(), biases_.back().const_data_ptr<float>(), in, out};
+    return {false, {panels.const_data_ptr<float>(), biases_.back().const_data_ptr<float>(), in, out}, {}};
   }
 
   int64_t widest(bool is_attention) const {
@@ -88,6 +128,8 @@ class Run {
         tokens_(x.size(0)),
         x_(x.mutable_data_ptr<float>()),
         inner_stride_(scratch_stride(parts.widest_ffn())),
+        sums_stride_(scratch_stride(hidden)),
+        bytes_stride_(parts.widest_int8() > 0 ? bytes_stride(parts.widest_int8()) : 0),
         qkv_(at::empty({tokens_, 3 * parts.widest_attention()}, x.options())),
         context_(at::empty({tokens_, parts.widest_attention()}, x.options())) {}
 
@@ -109,33 +151,54 @@ class Run {
   void rows(const std::vector<const Part*>& ready, const Part* next) {
     if (ready.empty() && next == nullptr) return;
     const int64_t inner_floats = kChunkRows * inner_stride_;
-    const int64_t scratch_floats = inner_floats + kChunkRows * scratch_stride(hidden_);
-    for_each_chunk(tokens_, scratch_floats, [&](int64_t begin, int64_t end, float* scratch) {
+    const int64_t sums_floats = kChunkRows * sums_stride_;
+    const int64_t bytes_floats = kChunkRows * bytes_stride_ / static_cast<int64_t>(sizeof(float));
+    const int64_t floats = inner_floats + sums_floats + bytes_floats + kChunkRows;
+    for_each_chunk(tokens_, floats, [&](int64_t begin, int64_t end, float* memory) {
       const int64_t count = end - begin;
+      float* const bytes = memory + inner_floats + sums_floats;
+      const Scratch scratch = {memory, memory + inner_floats, reinterpret_cast<uint8_t*>(bytes),
+                               bytes + bytes_floats};
       float* x = x_ + begin * hidden_;
       for (const Part* part : ready) {
-        const float* inner = scratch;
+        const float* inner = scratch.inner;
         int64_t stride = inner_stride_;
         if (part->is_attention) {
           inner = context_.const_data_ptr<float>() + begin * part->width;
           stride = part->width;
         } else {
-          kernels().linear(part->first, x, hidden_, count, Finish::kBiasGelu, scratch, inner_stride_);
+          linear(part->first, x, hidden_, count, Finish::kBiasGelu, scratch.inner, inner_stride_, scratch);
         }
-        linear_add_layer_norm_rows(part->second, part->norm, inner, stride, x, hidden_, count,
-                                   scratch + inner_floats, x, hidden_);
+        linear(part->second, inner, stride, count, Finish::kNothing, scratch.sums, sums_stride_, scratch);
+        for (int64_t row = 0; row < count; ++row) {
+          // Summed as the reference does: the bias first. In place: the row's sum is over before it is
+          // written.
+          kernels().layer_norm_row(part->norm, scratch.sums + row * sums_stride_, part->second.fp32.bias,
+                                   x + row * hidden_, x + row * hidden_);
+        }
       }
       if (next != nullptr) {
-        kernels().linear(next->first, x, hidden_, count, Finish::kBias,
-                         qkv_.mutable_data_ptr<float>() + begin * next->first.out, next->first.out);
+        const int64_t width = next->first.fp32.out;
+        linear(next->first, x, hidden_, count, Finish::kBias, qkv_.mutable_data_ptr<float>() + begin * width,
+               width, scratch);
       }
     });
+  }
+
+  void linear(const Linear& part, const float* x, int64_t x_stride, int64_t rows, Finish finish, float* out,
+              int64_t out_stride, const Scratch& scratch) const {
+    if (!part.is_int8) {
+      return kernels().linear(part.fp32, x, x_stride, rows, finish, out, out_stride);
+    }
+    const Int8Kernels& kernel = *int8_kernels();
+    kernel.quantize(x, x_stride, rows, part.int8.in, scratch.bytes, bytes_stride_, scratch.scales);
+    kernel.linear(part.int8, scratch.bytes, bytes_stride_, scratch.scales, rows, finish, out, out_stride);
   }
 
   void attend(const Part& part) {
     AttentionArgs args = sequences_;
     args.qkv = qkv_.const_data_ptr<float>();
-    args.row_stride = part.first.out;
+    args.row_stride = part.first.fp32.out;
     args.num_heads = part.width / args.head_dim;
     args.context = context_.mutable_data_ptr<float>();
     run_attention(args);
@@ -145,7 +208,7 @@ class Run {
   const AttentionArgs sequences_;  // qkv, its stride, num_heads and context are each part's
   const int64_t hidden_, tokens_;
   float* const x_;
-  const int64_t inner_stride_;
+  const int64_t inner_stride_, sums_stride_, bytes_stride_;
   at::Tensor qkv_, context_;
 };
 

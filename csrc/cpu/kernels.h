@@ -63,6 +63,33 @@ struct Kernels {
                          const float* third, float* out);
 };
 
+// x weight^T + bias in int8: the weight has a scale an output channel, x a scale a row and 128 added, which
+// unsigned bytes need and the sums start below 0 by. panels: (ceil(out / 32), 1 + ceil(in / 4), 128) bytes.
+// A panel's first line pair holds the 32 int32 that its sums start with, -128 times the channel's weights;
+// each after it 4 inputs of 32 channels, a channel's together.
+struct Int8LinearArgs {
+  const int8_t* panels;
+  const float* bias;    // (out,)
+  const float* scales;  // (out,)
+  int64_t in;
+  int64_t out;
+};
+constexpr int64_t kInt8Group = 4;   // inputs that one instruction multiplies and adds
+constexpr int64_t kInt8Step = 128;  // bytes of a panel's step
+
+struct Int8Kernels {
+  // Rows of x -> bytes with 128 added and a scale each: x is (byte - 128) * scale, the largest being 127.
+  // What fills a row up to whole groups is 128.
+  void (*quantize)(const float* x, int64_t x_stride, int64_t rows, int64_t in, uint8_t* bytes,
+                   int64_t bytes_stride, float* scales);
+  // As Kernels::linear, of quantised rows.
+  void (*linear)(const Int8LinearArgs& args, const uint8_t* x, int64_t x_stride, const float* x_scales,
+                 int64_t rows, Finish finish, float* out, int64_t out_stride);
+};
+
+// Null where the processor lacks AVX-512 VNNI, or another capability was asked for.
+const Int8Kernels* int8_kernels();
+
 // The table for the capability that ATen runs its own kernels with (it obeys ATEN_CPU_CAPABILITY).
 const Kernels& kernels();
 

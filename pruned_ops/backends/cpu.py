@@ -38,6 +38,8 @@ BACKEND = add_backend(Backend("cpu", _missing, "C++ kernels with AVX-512 and AVX
 
 def _refuse(*args: Any) -> str | None:
     for tensor in tensors_of(args):
+        if tensor.dtype == torch.int8 and not (extension is not None and extension.runs_int8()):
+            return "a weight is int8, which needs a processor with AVX-512 VNNI"
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}, the kernel takes tensors on the CPU"
         if tensor.dtype != torch.float32 and tensor.is_floating_point():

@@ -1,4 +1,4 @@
-#include "cpu/linear.h"
+#include "cpu/chunks.h"
 
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
@@ -33,19 +33,6 @@ void for_each_chunk(int64_t rows, int64_t scratch_floats,
       }
     }
   });
-}
-
-void linear_add_layer_norm_rows(const LinearArgs& args, const LayerNormArgs& norm, const float* x,
-                                int64_t x_stride, const float* residual, int64_t residual_stride,
-                                int64_t rows, float* sums, float* out, int64_t out_stride) {
-  const Kernels& kernel = kernels();
-  const int64_t sums_stride = scratch_stride(args.out);
-  kernel.linear(args, x, x_stride, rows, Finish::kNothing, sums, sums_stride);
-  for (int64_t row = 0; row < rows; ++row) {
-    // Summed as the reference does: the bias first.
-    kernel.layer_norm_row(norm, sums + row * sums_stride, args.bias, residual + row * residual_stride,
-                          out + row * out_stride);
-  }
 }
 
 }  // namespace pruned_ops::cpu

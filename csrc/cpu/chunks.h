@@ -18,10 +18,4 @@ inline int64_t scratch_stride(int64_t columns) {
 void for_each_chunk(int64_t rows, int64_t scratch_floats,
                     const std::function<void(int64_t begin, int64_t end, float* scratch)>& run);
 
-// out = LayerNorm(linear(x) + residual) for some rows. sums: scratch of rows * scratch_stride(out) floats.
-// out may be residual.
-void linear_add_layer_norm_rows(const LinearArgs& args, const LayerNormArgs& norm, const float* x,
-                                int64_t x_stride, const float* residual, int64_t residual_stride,
-                                int64_t rows, float* sums, float* out, int64_t out_stride);
-
 }  // namespace pruned_ops::cpu
