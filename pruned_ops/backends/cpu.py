@@ -7,7 +7,9 @@ The kernels exist for AVX-512, AVX2 and neither, and choose when they run. They 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +35,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 extension, _missing = _load()
+# The threads of torch's OpenMP pool are not in a forked child, where the next parallel region would wait for
+# them for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 BACKEND = add_backend(Backend("cpu", _missing, "C++ kernels with AVX-512 and AVX2 paths"))
 
 
