@@ -1,4 +1,4 @@
-# make demo | test | lint | ci | bench | aot | gpu. The first call sets up .venv; what is there already is used.
+# make demo | test | lint | ci | asan | bench | overhead | aot | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
 # to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint ci bench aot gpu clean
+.PHONY: demo test lint ci asan bench overhead aot gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.python:
@@ -43,10 +43,25 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
 
-ci: lint test
+ci: lint asan test
+
+# The extension's own tests with every access and operation of it checked. A second build, beside the first: the
+# package in build/asan comes before the checkout's. Leaks are not looked for, Python's and torch's would be found.
+ASAN_TESTS := tests/test_encoder.py tests/test_int8.py tests/test_ops.py
+asan: $(STAMP)
+	PRUNED_OPS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib >build/asan.log \
+		|| { cat build/asan.log; exit 1; }
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
+	$(BIN)/pytest -q -k "(cpu or encoder or int8) and not compiles_whole and not reference and not triton" $(ASAN_TESTS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_$(BENCH).py $(ARGS)
+
+# What the host spends around the kernels, against the last time it was asked here: over 1.25 times that fails.
+overhead: $(STAMP)
+	$(BIN)/python -m pytest -q benchmarks/overhead.py --benchmark-only --benchmark-autosave \
+		$$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare --benchmark-compare-fail=median:25%)
 
 # Every Triton configuration in every dtype, compiled for sm_80 and sm_90; needs no GPU.
 aot: $(STAMP)

@@ -2,6 +2,7 @@
 
 The kernels that use at::vec are compiled once per capability (DEFAULT, AVX2, AVX512) and chosen at run time.
 PRUNED_OPS_BUILD_EXTENSION=0 installs the package without the extension; the ops then run their references.
+PRUNED_OPS_SANITIZE=1 builds the extension under AddressSanitizer and UBSan (`make asan`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ CXX_FLAGS = [
     # torch's headers: pragmas of other compilers, and notes on passing vectors by value.
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"),
 ]
+
+# The first undefined behaviour ends the process, as the first bad access does.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]
+SANITIZE = SANITIZE if os.environ.get("PRUNED_OPS_SANITIZE", "0") != "0" else []
 
 # What torch compiles its own kernels with.
 CAPABILITY_FLAGS: dict[str, list[str]] = {"DEFAULT": []}
@@ -134,7 +139,8 @@ def extension() -> Extension:
         "depends": [KERNELS, INT8_KERNELS, *headers],
         "include_dirs": [str(ROOT / "csrc")],
         "define_macros": defined,
-        "extra_compile_args": {"cxx": CXX_FLAGS},
+        "extra_compile_args": {"cxx": [*CXX_FLAGS, *SANITIZE]},
+        "extra_link_args": SANITIZE,
     }
     if cpp_extension is None:
         return Extension("pruned_ops._C", **arguments)

@@ -113,15 +113,13 @@ def rival_versions() -> dict[str, str | None]:
     return found
 
 
-def best_rival(
-    timings: Mapping[str, Timing], name: str, others: Sequence[str], field: str = "best_rival"
-) -> dict[str, Any]:
+def best_rival(timings: Mapping[str, Timing], name: str, others: Sequence[str]) -> dict[str, Any]:
     """The fastest of `others` by the median, and how many times as fast as it `name` is: the median of the
     rounds' ratios. Nothing where there are no others."""
     if not others:
         return {}
     best = min(others, key=lambda other: timings[other].ms(50))
-    return {field: best, f"speedup_vs_{field}": round(timings[name].speedup_over(timings[best]), 3)}
+    return {"best_rival": best, "speedup_vs_best_rival": round(timings[name].speedup_over(timings[best]), 3)}
 
 
 def result_path(benchmark: str, device: str = "cuda") -> Path:

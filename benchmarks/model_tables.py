@@ -19,10 +19,10 @@ def spread(row: Row) -> str:
     return f"{row['ms_p50']:.1f} ({row['ms_p20']:.1f}-{row['ms_p80']:.1f})"
 
 
-def against(row: Row, field: str) -> str:
+def against(row: Row | None) -> str:
     """How many times as fast as the best rival, and which that is; empty where there is none."""
-    best = row.get(field)
-    return f"{row[f'speedup_vs_{field}']:.2f}x {best.rsplit(' ', 1)[0]}" if best else ""
+    best = row.get("best_rival") if row else None
+    return f"{row['speedup_vs_best_rival']:.2f}x {best.rsplit(' ', 1)[0]}" if row and best else ""
 
 
 def for_screen(workload: Workload, rows: Sequence[Row]) -> Table:
@@ -31,22 +31,21 @@ def for_screen(workload: Workload, rows: Sequence[Row]) -> Table:
     table.add_column("")
     for column in ("ms/batch p50 (p20-p80)", "sequences/s", "GFLOP/s (of peak)", f"vs {rows[0]['rival']}"):
         table.add_column(column, justify="right")
-    table.add_column("ours is, beside the best rival; int8")
+    table.add_column("ours is, beside the best rival")
     for row in rows:
-        ratios = [against(row, "best_rival"), against(row, "best_int8_rival")] if _ours(row) else []
         table.add_row(
             row["runner"],
             spread(row),
             f"{row['sequences_per_s']:.1f}",
             f"{row['gflops']:.0f} ({row['percent_of_peak']:.0f}%)",
             f"{row['speedup_vs_rival']:.2f}x",
-            "; ".join(filter(None, ratios)),
+            against(row) if _ours(row) else "",
         )
     return table
 
 
 def _ours(row: Row) -> bool:
-    return row["runtime"] == "ours"
+    return row["runtime"] in ("ours", "ours-int8")
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -56,7 +55,7 @@ def markdown(rows: Sequence[Row]) -> str:
     refused = {row["runner"]: row["refused"] for row in rows if "refused" in row}
     runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
     cells = {(row["workload"], row["model"], row["runtime"]): row for row in timed}
-    columns = ["workload", "model", *runtimes, "ours / best fp32 rival", "ours / best int8 rival"]
+    columns = ["workload", "model", *runtimes, "ours / best fp32 rival", "ours-int8 / best int8 rival"]
     lines = [
         "Milliseconds a batch, p50 (p20-p80) of the rounds. The last columns say how many times as fast as "
         "the fastest rival ours is: the median of the rounds' ratios; below 1 it loses.",
@@ -67,8 +66,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for workload, model in dict.fromkeys((row["workload"], row["model"]) for row in timed):
         found = [cells.get((workload, model, runtime)) for runtime in runtimes]
         shown = [spread(row) if row else "-" for row in found]
-        ours = cells[workload, model, "ours"]
-        ratios = [against(ours, "best_rival"), against(ours, "best_int8_rival")]
+        ratios = [against(cells.get((workload, model, name))) for name in ("ours", "ours-int8")]
         lines.append(f"| {' | '.join([workload, model, *shown, *(ratio or '-' for ratio in ratios)])} |")
     cosines = {row["runner"]: row["cosine"] for row in timed if row["precision"] == "int8"}
     lines += ["", *(f"- {name}: cosine of its logits with hf's {c:.5f}" for name, c in cosines.items())]

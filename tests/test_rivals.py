@@ -125,7 +125,7 @@ def test_the_benchmark_of_models_runs_end_to_end(tiny: None, tmp_path: Path, cap
     )
     for workload in ("fixed128-b1", "fixed128-b8", "fixed384-b8"):
         for model in ("dense", "pruned"):
-            for name in ["ours", *names]:
+            for name in ["ours", "ours-int8", *names]:
                 runner = f"{name} {model}"
                 assert (runner in refused) != ((workload, runner) in timed)
             ours = timed[workload, f"ours {model}"]

@@ -1,0 +1,64 @@
+"""The host's share: ops, packing and a whole call at sizes whose arithmetic takes next to no time.
+
+Run by `make overhead`, which compares with the last run on this machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForQuestionAnswering
+
+import pruned_ops
+from pruned_ops import LayerShape, ModelShape, PrunedEncoder
+from pruned_ops.packing import PackedBatch
+
+HIDDEN = 16
+BOUNDS = torch.tensor([0, 2], dtype=torch.int32)
+X, VECTOR, MATRIX = torch.randn(2, HIDDEN), torch.randn(HIDDEN), torch.randn(HIDDEN, HIDDEN)
+IDS, TABLE = torch.zeros(2, dtype=torch.int64), torch.randn(2, HIDDEN)
+OPS: dict[str, tuple[Any, ...]] = {
+    "attention": (torch.randn(2, 3 * HIDDEN), BOUNDS, 2, HIDDEN),
+    "linear_gelu": (X, MATRIX, VECTOR),
+    "add_layer_norm": (X, VECTOR, X, VECTOR, VECTOR, 1e-12),
+    "linear_add_layer_norm": (X, MATRIX, VECTOR, X, VECTOR, VECTOR, 1e-12),
+    "embed_layer_norm": (IDS, IDS, IDS, TABLE, TABLE, TABLE, VECTOR, VECTOR, 1e-12),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op(benchmark: Any, op: str) -> None:
+    benchmark(getattr(pruned_ops.ops, op), *OPS[op])
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_encoder(benchmark: Any, layers: int) -> None:
+    encoder = PrunedEncoder(ModelShape((LayerShape(1, HIDDEN),) * layers, HIDDEN, HIDDEN))
+    encoder.pack()
+    batch = PackedBatch.from_mask(None, 1, 2, torch.device("cpu"))
+    with torch.inference_mode():
+        benchmark(encoder, X, batch)
+
+
+def test_packing(benchmark: Any) -> None:
+    """The mask's lengths, and rows out of a padded batch and back."""
+    mask, padded = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.randn(2, 3, HIDDEN)
+
+    def both() -> None:
+        batch = PackedBatch.from_mask(mask, 2, 3, torch.device("cpu"))
+        batch.unpack(batch.pack(padded))
+
+    benchmark(both)
+
+
+@pytest.mark.parametrize("kind", ["hf", "ours"])
+def test_whole_call(benchmark: Any, kind: str) -> None:
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 6, "num_attention_heads": 1, "intermediate_size": 16}
+    model: Any = BertForQuestionAnswering(BertConfig(**sizes)).eval()
+    if kind == "ours":
+        model = pruned_ops.optimize(model)
+    ids = torch.ones(1, 8, dtype=torch.long)
+    with torch.inference_mode():
+        benchmark(model, input_ids=ids, attention_mask=torch.ones_like(ids))
