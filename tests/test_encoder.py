@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import READY, arguments_for, cu_seqlens
+from inputs import READY, arguments_for, cu_seqlens, randn
 from numerics import assert_within_budget
 
 import pruned_ops
@@ -20,6 +20,15 @@ def test_encoder(hidden: int, width: int) -> None:
     """In one call: heads, no heads, an FFN, none; rows around the sizes of blocks and chunks."""
     for tokens in (0, 1, 7, 16, 37, 193, 230):
         assert_within_budget(OPS["encoder"], "cpu", arguments_for("encoder", tokens, hidden, width))
+
+
+@needs_extension
+@pytest.mark.parametrize("lengths", [(1500, 0, 1, 700), (0, 1030, 0), (400,) * 7, (3,) * 500])
+def test_encoder_in_groups(lengths: tuple[int, ...]) -> None:
+    """More tokens than go through at once, cut between sequences."""
+    arguments = arguments_for("encoder", 1, 32, 48)
+    arguments[:3] = [randn(0, sum(lengths), 32), cu_seqlens(lengths), max(lengths)]
+    assert_within_budget(OPS["encoder"], "cpu", arguments)
 
 
 @needs_extension
