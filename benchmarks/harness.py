@@ -40,7 +40,7 @@ def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
     }
 
 
-def _best(work: Callable[[], Any], device: str, times: int = 7) -> float:
+def _best(work: Callable[[], Any], device: str, times: int = 40) -> float:
     """Least seconds of several runs."""
     found = []
     for _ in range(times):
