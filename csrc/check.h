@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/kernels.h"
+
 namespace pruned_ops::check {
 
 inline void cpu(const char* op, const char* name, const at::Tensor& tensor) {
@@ -40,8 +42,8 @@ inline void vector(const char* op, const char* name, const at::Tensor& tensor, i
 }
 
 // A weight (out, in) as panels (ceil(out / 32), in, 32).
-inline void panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out,
-                   int64_t width) {
+inline void panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
+  constexpr int64_t width = kWeightPanel;
   cpu_float(op, name, tensor);
   const int64_t needed = (out + width - 1) / width;
   TORCH_CHECK(
@@ -53,13 +55,13 @@ inline void panels(const char* op, const char* name, const at::Tensor& tensor, i
 
 // A weight (out, in) in int8 as panels; see Int8LinearArgs.
 inline void int8_panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
-  TORCH_CHECK(tensor.device().is_cpu(), op, ": ", name, " is on ", tensor.device(), ", not on the CPU");
-  const int64_t panels = (out + 31) / 32;
-  const int64_t steps = 1 + (in + 3) / 4;
-  TORCH_CHECK(
-      tensor.dim() == 3 && tensor.size(0) == panels && tensor.size(1) == steps && tensor.size(2) == 128, op,
-      ": ", name, " has shape ", tensor.sizes(), ", int8 panels [", panels, ", ", steps,
-      ", 128] of a weight [", out, ", ", in, "] are needed");
+  cpu(op, name, tensor);
+  const int64_t panels = (out + kWeightPanel - 1) / kWeightPanel;
+  const int64_t steps = 1 + (in + kInt8Group - 1) / kInt8Group;
+  TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == panels && tensor.size(1) == steps &&
+                  tensor.size(2) == kStepBytes,
+              op, ": ", name, " has shape ", tensor.sizes(), ", int8 panels [", panels, ", ", steps, ", ",
+              kStepBytes, "] of a weight [", out, ", ", in, "] are needed");
   TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
 }
 

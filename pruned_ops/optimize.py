@@ -54,7 +54,11 @@ def optimize(
     if not done:
         model = _swapped(model, int8)
         if calibration is not None:
-            choose_int8(model, calibration, tolerance)
+            try:
+                choose_int8(model, calibration, tolerance)
+            except BaseException:  # no half-chosen model is left behind
+                restore(model)
+                raise
     elif any(one.int8 != int8 for one in done):
         raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
     return model

@@ -139,6 +139,11 @@ def test_refusals() -> None:
         pruned_ops.optimize(stock_model(), calibration=[])
     with pytest.raises(ValueError, match="calibration has no batch"):
         pruned_ops.optimize(stock_model(), dtype="int8", calibration=[])
+    model = stock_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        pruned_ops.optimize(model, dtype="int8", calibration=[{"attention_mask": torch.ones(1, 2)}])
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     with pytest.raises(ValueError, match="int8 takes a float32 model.*float16"):
         pruned_ops.optimize(stock_model().half(), dtype="int8")
     with pytest.raises(ValueError, match="with relu"):

@@ -33,6 +33,8 @@ struct LayerNormArgs {
 // Columns of a weight that lie together: weights are packed as panels (ceil(out / 32), in, 32), panel by
 // panel and input by input, the last one filled up with zeros. One layout for every capability.
 constexpr int64_t kWeightPanel = 32;
+// Bytes of a panel's step: an input of 32 channels in fp32, four in int8.
+constexpr int64_t kStepBytes = 128;
 
 // Rows that a thread takes through several products while they stay in its L2. Enough to read each weight
 // rarely; the FFN activations of so many rows, up to 3072 wide, take 1.2 MB.
@@ -74,8 +76,7 @@ struct Int8LinearArgs {
   int64_t in;
   int64_t out;
 };
-constexpr int64_t kInt8Group = 4;   // inputs that one instruction multiplies and adds
-constexpr int64_t kInt8Step = 128;  // bytes of a panel's step
+constexpr int64_t kInt8Group = 4;  // inputs that one instruction multiplies and adds
 
 struct Int8Kernels {
   // Rows of x -> bytes with 128 added and a scale each: x is (byte - 128) * scale, the largest being 127.

@@ -1,0 +1,67 @@
+// How a product with a packed weight is gone through, whatever it is packed in, and how a tile of it becomes
+// output. For every panel of the weight, over blocks of rows; the next panel is brought into L2 meanwhile.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/gelu_kernel.h"
+#include "cpu/kernels.h"
+#include "cpu/multiply_kernel.h"
+
+namespace pruned_ops::CPU_CAPABILITY {
+
+struct Tile {
+  int64_t panel;  // its number
+  int64_t first_column, columns;
+  int64_t first_row, rows;
+  Ahead ahead;
+};
+
+// Calls visit(tile) for all tiles of (rows, out). panel_bytes: of one panel; steps: of a product's depth.
+template <typename Visit>
+inline void for_each_tile(const void* panels, int64_t panel_bytes, int64_t steps, int64_t out, int64_t rows,
+                          const Visit& visit) {
+  // Even blocks: of 64 rows, six of 10 or 11 rather than five of 12 and one of 4, which would wait for B.
+  const int64_t blocks = (rows + kRegisterRows - 1) / kRegisterRows;
+  const int64_t count = (out + kWeightPanel - 1) / kWeightPanel;
+  // Bytes of the next panel for each depth step of each block.
+  const int64_t dose = blocks > 0 ? kStepBytes / blocks + 1 : 0;
+  for (int64_t panel = 0; panel < count; ++panel) {
+    const char* next = static_cast<const char*>(panels) + std::min(panel + 1, count - 1) * panel_bytes;
+    const int64_t first = panel * kWeightPanel;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = rows * block / blocks;
+      visit(Tile{panel, first, std::min(out - first, kWeightPanel), begin,
+                 rows * (block + 1) / blocks - begin, Ahead{next + block * dose * steps, dose}});
+    }
+  }
+}
+
+// finish(values + bias) -> the tile's place in out. values(column, lanes) gives a function of the row, which
+// gives those columns of the tile.
+template <typename Values>
+inline void finish_tile(const Tile& tile, const float* bias, Finish finish, float* out, int64_t out_stride,
+                        const Values& values) {
+  out += tile.first_row * out_stride + tile.first_column;
+  for (int64_t column = 0; column < tile.columns; column += kLanes) {
+    const int64_t lanes = std::min(tile.columns - column, kLanes);
+    const Vec added =
+        finish == Finish::kNothing ? Vec(0.0f) : Vec::loadu(bias + tile.first_column + column, lanes);
+    const auto value_of = values(column, lanes);
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      Vec value = value_of(row) + added;
+      if (finish == Finish::kBiasGelu) value = gelu(value);
+      float* target = out + row * out_stride + column;
+      if (lanes == kLanes) {
+        value.store(target);
+      } else {
+        value.store(target, static_cast<int>(lanes));
+      }
+    }
+  }
+}
+
+}  // namespace pruned_ops::CPU_CAPABILITY
