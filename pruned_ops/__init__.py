@@ -18,7 +18,7 @@ from pruned_ops.modeling import (
     PrunedRobertaForQuestionAnswering,
     PrunedRobertaModel,
 )
-from pruned_ops.optimize import optimize, restore
+from pruned_ops.optimize import optimize, restore, tune
 from pruned_ops.packing import PackedBatch
 from pruned_ops.registry import BackendError, debug, record, use_backend
 from pruned_ops.shape import LayerShape, ModelShape
@@ -46,5 +46,6 @@ __all__ = [
     "debug",
     "record",
     "restore",
+    "tune",
     "use_backend",
 ]

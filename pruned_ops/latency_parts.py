@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, RobertaConfig
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
-from pruned_ops.layers import PackedParts, PrunedAttention, PrunedEncoder, PrunedFFN
+from pruned_ops.layers import PrunedAttention, PrunedEncoder, PrunedFFN
 from pruned_ops.measure import Runner, Workload, interleave
 from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
 from pruned_ops.optimize import optimize
+from pruned_ops.packed_parts import PackedParts
 from pruned_ops.packing import PackedBatch
 from pruned_ops.panels import PANEL
 from pruned_ops.registry import record

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import BertForQuestionAnswering, RobertaForQuestionAnswering
 from pruned_ops.int8 import Batch, choose_int8
 from pruned_ops.modeling import PrunedBertForQuestionAnswering
 from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
+from pruned_ops.registry import BACKENDS, BackendError
 
 ANSWERERS = (BertForQuestionAnswering, RobertaForQuestionAnswering, PrunedBertForQuestionAnswering)
 _HOOKS = "_pruned_ops_hooks"
@@ -117,6 +118,35 @@ def restore(model: nn.Module) -> Any:
     for module, training in model.__dict__.pop(_MODES, ()):
         module.training = training
     return model
+
+
+def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
+    """Time the GPU kernels' configurations at this optimised model's shapes and at these batches, and keep
+    the fastest, on disk too: later runs with batches of about these sizes use them. Without it a model of
+    the kernels' time chooses.
+
+    batches: the lengths, in tokens, of the sequences of each batch. Returns how many shapes were timed; what
+    was known already is not timed again. Errors: ValueError where `model` is not optimised or not on a GPU,
+    or a batch is empty; BackendError where no backend can be tuned.
+    """
+    batches = [tuple(lengths) for lengths in batches]
+    if any(not lengths or min(lengths) < 1 for lengths in batches):
+        raise ValueError("a batch of no sequences, or with one of no tokens, cannot be tuned for")
+    encoders = [module for module in model.modules() if isinstance(module, PackedEncoder)]
+    if not encoders:
+        raise ValueError("tune takes an optimised model: call pruned_ops.optimize(model) first")
+    if any(encoder.device.type != "cuda" for encoder in encoders):
+        raise ValueError("tune times GPU kernels, and this model is on the CPU: call model.to('cuda') first")
+    able = [backend for backend in BACKENDS.values() if backend.tune is not None]
+    ready = [backend.tune for backend in able if backend.tune is not None and backend.missing is None]
+    if not ready:
+        reasons = "; ".join(f"{backend.name}: {backend.missing}" for backend in able)
+        raise BackendError(f"no backend can be tuned here: {reasons}")
+    return sum(
+        one(encoder.encoder.running_shape, batches, encoder.dtype, encoder.device)
+        for one in ready
+        for encoder in encoders
+    )
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from pruned_ops import ops
 from pruned_ops.inputs import check_inputs, default_position_ids
-from pruned_ops.layers import ACTIVATIONS, Projection, PrunedEncoder, fuse_rows, split_rows
+from pruned_ops.layers import ACTIVATIONS, Projection, PrunedEncoder
 from pruned_ops.modeling import PrunedBertModel, PrunedRobertaModel
+from pruned_ops.packed_parts import fuse_rows, split_rows
 from pruned_ops.packing import PackedBatch
 from pruned_ops.padded import PrunedEmbeddings
 from pruned_ops.shape import LayerShape, ModelShape

@@ -31,12 +31,14 @@ class BackendError(RuntimeError):
 @dataclass(frozen=True)
 class Backend:
     """A way to run ops. `missing` is None where it can run here, else why not and the command that would
-    help. on_demand: it runs only where it is asked for (an interpreter, say)."""
+    help. on_demand: it runs only where it is asked for (an interpreter, say). tune: times its kernels on a
+    GPU for a model's shapes, once: (ModelShape, batches of lengths, dtype, device) -> how many it timed."""
 
     name: str
     missing: str | None
     description: str
     on_demand: bool = False
+    tune: Callable[..., int] | None = None
 
 
 @dataclass(frozen=True)

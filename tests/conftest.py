@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 # Without a GPU Triton's kernels are tested in its interpreter; the switch comes before their import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What this user's GPU was tuned to is neither read nor changed by a test.
+os.environ["PRUNED_OPS_CACHE"] = tempfile.mkdtemp(prefix="pruned_ops_cache_")
 
 from inputs import MODELS  # noqa: E402
 

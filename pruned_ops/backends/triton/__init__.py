@@ -3,12 +3,23 @@
 With TRITON_INTERPRET=1 they run on the CPU in Triton's interpreter, and then only where they are asked for.
 """
 
+from typing import Any
+
 from pruned_ops.backends.triton import launch
 from pruned_ops.registry import Backend, add_backend
 
+
+def _tune(*args: Any) -> int:
+    from pruned_ops.backends.triton import timing  # needs Triton
+
+    return timing.tune(*args)
+
+
 _missing = launch.missing()
 BACKEND = add_backend(
-    Backend("triton", _missing, "Triton kernels, compiled when they first run", on_demand=launch.INTERPRETING)
+    Backend(
+        "triton", _missing, "Triton kernels, compiled when they first run", launch.INTERPRETING, tune=_tune
+    )
 )
 
 if _missing is None:  # the kernels need Triton to be imported at all

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pruned_ops.backends.triton import launch
-from pruned_ops.backends.triton.configs import AttentionConfig, attention_config
+from pruned_ops.backends.triton.configs import AttentionConfig
 from pruned_ops.backends.triton.tiles import product
+from pruned_ops.backends.triton.tuning import best_attention_config
 from pruned_ops.reference import check_attention
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -131,9 +132,8 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
     tokens, width = qkv.size(0), qkv.size(1) // 3
     if tokens == 0 or width == 0 or max_seqlen == 0:
         return qkv.new_zeros(tokens, width)
-    return launch_attention(
-        qkv, cu_seqlens, max_seqlen, head_dim, attention_config(max_seqlen, head_dim, qkv.dtype)
-    )
+    config = best_attention_config(qkv, max_seqlen, head_dim)
+    return launch_attention(qkv, cu_seqlens, max_seqlen, head_dim, config)
 
 
 def launch_attention(

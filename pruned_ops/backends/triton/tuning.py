@@ -1,4 +1,5 @@
-"""Which configuration runs which shape: candidates that fit the chip, ranked by a small model of their time.
+"""Which configuration runs which shape: what was timed on this GPU (`choices`), else the best of those that
+fit the chip by a small model of their time. Nothing is timed here, where requests come by.
 
 The model counts what decides for GEMMs of this size: full waves of tiles over the multiprocessors, the share
 of a tile that is useful, and how well a tile of that size feeds the tensor cores.
@@ -14,12 +15,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pruned_ops.backends.triton import launch
+from pruned_ops.backends.triton import choices, launch
+from pruned_ops.backends.triton.choices import Config, Problem
 from pruned_ops.backends.triton.configs import (
+    ATTENTION,
     FUSED_NORM,
     LINEAR_GELU,
     MAX_FUSED_HIDDEN,
+    SHORT,
+    AttentionConfig,
     GemmConfig,
+    attention_config,
     next_power_of_2,
 )
 
@@ -79,14 +85,52 @@ def fitting(
 
 
 @functools.lru_cache(maxsize=4096)
-def _best(
-    tokens: int, width: int, hidden: int, dtype: torch.dtype, tma: bool, device: torch.device
-) -> GemmConfig:
-    known = LINEAR_GELU[dtype.itemsize]
-    fit = fitting(known, tokens, width, hidden, dtype.itemsize, tma, Chip.of(device))
-    if not fit:
-        raise RuntimeError(f"no configuration of linear_gelu fits the shared memory of {device}")
-    return fit[0]
+def _chosen(problem: Problem, tma: bool, device: torch.device) -> Config | None:
+    """What was timed, where it can run these tensors; else the model's choice. None: torch's own."""
+    timed = choices.known(device)
+    if problem in timed:
+        config = timed[problem]
+        if config is None or config in candidates(problem, tma, Chip.of(device)):
+            return config
+    return modelled(problem, tma, Chip.of(device))
+
+
+def forget() -> None:
+    """Choose anew from now on, because other choices are known."""
+    _chosen.cache_clear()
+
+
+def candidates(problem: Problem, tma: bool, chip: Chip) -> list[Config]:
+    """The configurations that can run this, the most promising first."""
+    dtype = problem.torch_dtype
+    tokens, outputs, inner, size = problem.tokens, problem.outputs, problem.inner, dtype.itemsize
+    if problem.op == "attention":
+        segment = max(next_power_of_2(problem.longest), 16)
+        short = [SHORT[size][segment]] if segment in SHORT[size] and (size == 2 or inner <= 32) else []
+        best = attention_config(problem.longest, inner, dtype)
+        return [best, *(one for one in (*short, *ATTENTION[size][inner]) if one != best)]
+    if problem.op == "linear_gelu":
+        return [*fitting(LINEAR_GELU[size], tokens, outputs, inner, size, tma, chip)]
+    split = [config for config in LINEAR_GELU[size] if config.split_k > 1]
+    both = [*fused_configs(outputs, dtype), *split]
+    return [*fitting(both, tokens, outputs, inner, size, False, chip)]
+
+
+def modelled(problem: Problem, tma: bool, chip: Chip) -> Config | None:
+    """The model's choice; None: torch's own."""
+    fit = candidates(problem, tma, chip)
+    if problem.op != "linear_add_layer_norm":
+        if not fit:
+            raise RuntimeError(f"no configuration of {problem.op} fits {chip.shared_memory} bytes of memory")
+        return fit[0]
+    # Few rows a program read the whole weight again and again: only where that is small does it pay to save
+    # the sums' way through memory.
+    fused = [one for one in fit if isinstance(one, GemmConfig) and one.split_k == 1]
+    if fused and problem.inner <= MAX_FUSED_INNER:
+        if problem.tokens >= chip.multiprocessors * fused[0].block_m:
+            return fused[0]
+    few = math.ceil(problem.tokens / 64) * math.ceil(problem.outputs / 64) * 2 <= chip.multiprocessors
+    return next((one for one in fit if few and one not in fused), None)
 
 
 def linear_gelu_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
@@ -94,12 +138,36 @@ def linear_gelu_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
     tokens share a choice."""
     if x.dtype == torch.float32 and launch.precision(x.dtype) == "ieee":
         return None
-    return _best(bucket(x.size(0)), weight.size(0), x.size(1), x.dtype, launch.tma_takes(x, weight), x.device)
+    problem = Problem("linear_gelu", str(x.dtype), bucket(x.size(0)), weight.size(0), x.size(1))
+    found = _chosen(problem, launch.tma_takes(x, weight), x.device)
+    return found if isinstance(found, GemmConfig) else None
+
+
+def linear_add_layer_norm_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
+    """For x (tokens, inner) and weight (hidden, inner); None: cuBLAS's GEMM, then `add_layer_norm`."""
+    if x.size(1) == 0 or x.size(0) == 0 or x.dtype == torch.float32:
+        return None
+    problem = Problem("linear_add_layer_norm", str(x.dtype), bucket(x.size(0)), weight.size(0), x.size(1))
+    found = _chosen(problem, False, x.device)
+    return found if isinstance(found, GemmConfig) else None
+
+
+def best_attention_config(qkv: Tensor, max_seqlen: int, head_dim: int) -> AttentionConfig:
+    """For qkv (tokens, 3 * heads * head_dim) of sequences of at most max_seqlen tokens."""
+    tokens, heads, longest = bucket(qkv.size(0)), qkv.size(1) // (3 * head_dim), length_bucket(max_seqlen)
+    found = _chosen(Problem("attention", str(qkv.dtype), tokens, heads, head_dim, longest), False, qkv.device)
+    assert isinstance(found, AttentionConfig)  # torch's own is no candidate
+    return found
 
 
 def bucket(tokens: int) -> int:
     """Tokens as the choice sees them: a power of 2 below BUCKET, else a multiple of it."""
     return next_power_of_2(tokens) if tokens < BUCKET else -(-tokens // BUCKET) * BUCKET
+
+
+def length_bucket(longest: int) -> int:
+    """The longest sequence as the choice sees it: a power of 2 below 64, else a multiple of 64."""
+    return next_power_of_2(longest) if longest < 64 else -(-longest // 64) * 64
 
 
 def fused_configs(hidden: int, dtype: torch.dtype) -> list[GemmConfig]:
@@ -109,28 +177,3 @@ def fused_configs(hidden: int, dtype: torch.dtype) -> list[GemmConfig]:
     block = max(next_power_of_2(hidden), 16)
     known = FUSED_NORM[dtype.itemsize]
     return [replace(config, block_n=block) for config in known[min(size for size in known if size >= block)]]
-
-
-@functools.lru_cache(maxsize=4096)
-def _best_fused(
-    tokens: int, hidden: int, inner: int, dtype: torch.dtype, device: torch.device
-) -> GemmConfig | None:
-    chip = Chip.of(device)
-    fused = fitting(fused_configs(hidden, dtype), tokens, hidden, inner, dtype.itemsize, False, chip)
-    # Few rows a program read the whole weight again and again: only where that is small does it pay to save
-    # the sums' way through memory.
-    if fused and inner <= MAX_FUSED_INNER and tokens >= chip.multiprocessors * fused[0].block_m:
-        return fused[0]
-    split = [config for config in LINEAR_GELU[dtype.itemsize] if config.split_k > 1]
-    few = math.ceil(tokens / 64) * math.ceil(hidden / 64) * 2 <= chip.multiprocessors
-    found = fitting(split, tokens, hidden, inner, dtype.itemsize, False, chip) if few else []
-    return found[0] if found else None
-
-
-def linear_add_layer_norm_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
-    """For x (tokens, inner) and weight (hidden, inner); None: cuBLAS's GEMM, then `add_layer_norm`."""
-    if x.size(1) == 0 or x.size(0) == 0:
-        return None
-    if x.dtype == torch.float32:
-        return None
-    return _best_fused(bucket(x.size(0)), weight.size(0), x.size(1), x.dtype, x.device)
