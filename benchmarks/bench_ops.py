@@ -1,8 +1,8 @@
 """Every op alone, our backend against torch's own ways to compute it, beside the machine's ceilings.
 
 Usage: python benchmarks/bench_ops.py [--device cpu|cuda] [--quick]
-On a machine without a GPU, --device cuda prints bounds instead of times: the bytes and FLOPs that each op
-must move, and the least time that an H200's measured ceilings allow. A bound is no result.
+On a machine without a GPU, --device cuda prints bounds instead of times (triton_bounds.py). A bound is no
+result.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from rich.table import Table
 import pruned_ops
 from pruned_ops.measure import Timing, Workload, interleave
 from pruned_ops.registry import OPS
-
-# An H200's ceilings, measured on one: dense fp16 products on random data, and copying.
-H200 = {"flops": 790e12, "bytes": 4.3e12}
 
 
 def timed(case: Case, device: str, rounds: int) -> dict[str, Timing]:
@@ -64,21 +61,6 @@ def show(table: Table, case: Case, timings: dict[str, Timing], peak: dict[str, f
     table.add_section()
 
 
-def bounds(lengths: tuple[int, ...]) -> Table:
-    """What each op moves, and the least time for it at an H200's ceilings. Not a measurement."""
-    table = Table(title=f"BOUNDS for an H200 in fp16, not results: {sum(lengths)} tokens")
-    for column in ("op", "layer", "MFLOP", "MB", "at least, us", "bound by"):
-        table.add_column(column, justify="left" if column in ("op", "layer", "bound by") else "right")
-    for model in MODELS:
-        for case in cases(model, lengths, torch.float16, "cpu"):
-            compute, move = case.flops / H200["flops"], case.bytes / H200["bytes"]
-            table.add_row(
-                case.op, case.model, f"{case.flops / 1e6:.0f}", f"{case.bytes / 1e6:.1f}",
-                f"{max(compute, move) * 1e6:.2f}", "products" if compute > move else "memory",
-            )  # fmt: skip
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -92,7 +74,10 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        console.print(bounds(MIXED * 8))
+        import triton_bounds  # needs Triton
+
+        for lengths in (MIXED * 8, (128,) * 8):
+            console.print(*triton_bounds.bounds(lengths))
         return
     dtype = torch.float32 if arguments.device == "cpu" else torch.float16
     many = 1 if arguments.device == "cpu" else 8

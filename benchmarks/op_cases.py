@@ -40,11 +40,14 @@ Runners = dict[str, Callable[[Any], Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one size: its runners (ours first), and what it must compute and move at least."""
+    """An op at one size: its runners (ours first), and what it must compute and move at least.
+
+    shape: tokens, outputs and what each is a sum over, as the choice of a Triton kernel counts them."""
 
     op: str
     lengths: tuple[int, ...]
     model: str
+    shape: tuple[int, int, int]
     runners: Runners
     flops: float
     bytes: float
@@ -65,10 +68,10 @@ def cases(model: Model, lengths: tuple[int, ...], dtype: torch.dtype, device: st
     up, up_bias = tensor(ffn, hidden), tensor(ffn)
     made.append(
         Case(
-            "linear_gelu", lengths, model.name,
+            "linear_gelu", lengths, model.name, (tokens, ffn, hidden),
             {
                 "ours": lambda _: pruned_ops.ops.linear_gelu(x, up, up_bias),
-                "torch linear, gelu": lambda _: F.gelu(F.linear(x, up, up_bias)),
+                **_with_compiled("torch linear, gelu", lambda: F.gelu(F.linear(x, up, up_bias)), device),
                 "torch linear alone": lambda _: F.linear(x, up, up_bias),
             },
             2.0 * tokens * hidden * ffn, item * (tokens * (hidden + ffn) + hidden * ffn),
@@ -78,10 +81,14 @@ def cases(model: Model, lengths: tuple[int, ...], dtype: torch.dtype, device: st
         made.append(_linear_add_layer_norm(model, lengths, name, inner, tensor))
     made.append(
         Case(
-            "add_layer_norm", lengths, model.name,
+            "add_layer_norm", lengths, model.name, (tokens, hidden, 0),
             {
                 "ours": lambda _: pruned_ops.ops.add_layer_norm(x, bias, residual, *norm, EPS),
-                "torch adds, layer_norm": lambda _: F.layer_norm(x + bias + residual, (hidden,), *norm, EPS),
+                **_with_compiled(
+                    "torch adds, layer_norm",
+                    lambda: F.layer_norm(x + bias + residual, (hidden,), *norm, EPS),
+                    device,
+                ),
             },
             0.0, item * 3.0 * tokens * hidden,
         )
@@ -108,15 +115,42 @@ def _attention(model: Model, lengths: tuple[int, ...], tensor: Callable[..., Ten
         views = (part.view(1, -1, 3, heads, head_dim).permute(2, 0, 3, 1, 4) for part in parts)
         return [F.scaled_dot_product_attention(*view) for view in views]
 
+    rivals = {
+        "torch sdpa, padded": lambda _: F.scaled_dot_product_attention(query, key, value, even),
+        "torch sdpa, one by one": one_by_one,
+    }
+    if qkv.is_cuda:
+        rivals |= _packed_attention(qkv.view(-1, 3, heads, head_dim).unbind(1), cu_seqlens, longest)
     return Case(
-        "attention", lengths, model.name,
+        "attention", lengths, model.name, (sum(lengths), heads, head_dim),
         {
             "ours": lambda _: pruned_ops.ops.attention(qkv, cu_seqlens, longest, head_dim),
-            "torch sdpa, padded": lambda _: F.scaled_dot_product_attention(query, key, value, even),
-            "torch sdpa, one by one": one_by_one,
+            **rivals,
         },
         4.0 * width * sum(n * n for n in lengths), qkv.element_size() * 4.0 * sum(lengths) * width,
     )  # fmt: skip
+
+
+def _packed_attention(views: tuple[Tensor, ...], cu_seqlens: Tensor, longest: int) -> Runners:
+    """What else computes attention over packed tokens on a GPU; flash-attn where it is installed."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = (cu_seqlens, cu_seqlens, longest, longest)
+    found: Runners = {"torch varlen_attn": lambda _: varlen_attn(*views, *lengths)}
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return found
+    return {**found, "flash-attn": lambda _: flash_attn_varlen_func(*views, *lengths)}
+
+
+def _with_compiled(name: str, work: Callable[[], Any], device: str) -> Runners:
+    """Torch's way to compute an op, and on a GPU the same compiled with the most autotuning."""
+    runners: Runners = {name: lambda _: work()}
+    if device == "cuda":
+        fast = torch.compile(work, mode="max-autotune-no-cudagraphs", dynamic=False)
+        runners["torch.compile"] = lambda _: fast()
+    return runners
 
 
 def _linear_add_layer_norm(
@@ -126,11 +160,13 @@ def _linear_add_layer_norm(
     x, weight, bias = tensor(tokens, inner), tensor(hidden, inner), tensor(hidden)
     residual, norm = tensor(tokens, hidden), (tensor(hidden), tensor(hidden))
     return Case(
-        "linear_add_layer_norm", lengths, f"{model.name}, {name}",
+        "linear_add_layer_norm", lengths, f"{model.name}, {name}", (tokens, hidden, inner),
         {
             "ours": lambda _: pruned_ops.ops.linear_add_layer_norm(x, weight, bias, residual, *norm, EPS),
-            "torch linear, add, layer_norm": lambda _: F.layer_norm(
-                F.linear(x, weight, bias) + residual, (hidden,), *norm, EPS
+            **_with_compiled(
+                "torch linear, add, layer_norm",
+                lambda: F.layer_norm(F.linear(x, weight, bias) + residual, (hidden,), *norm, EPS),
+                str(x.device.type),
             ),
         },
         2.0 * tokens * hidden * inner,
@@ -151,7 +187,7 @@ def _embed_layer_norm(
         return F.layer_norm(total, (hidden,), *norm, EPS)  # type: ignore[arg-type]
 
     return Case(
-        "embed_layer_norm", lengths, model.name,
+        "embed_layer_norm", lengths, model.name, (tokens, hidden, 0),
         {
             "ours": lambda _: pruned_ops.ops.embed_layer_norm(*ids, *tables, *norm, EPS),
             "torch embeddings, layer_norm": by_torch,

@@ -7,19 +7,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NO_MASK = "attention_mask holds values other than 0 and 1; an additive mask is not taken here"
+
 
 def check_mask(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
     """Refuse by name what is no mask of ones and zeros (batch, seqlen): taken for one, it would unmask
     padding."""
+    _check_shape(attention_mask, batch_size, seqlen)
+    if attention_mask.dtype == torch.bool or torch.compiler.is_compiling():
+        return
+    if bool(_others(attention_mask)):
+        raise ValueError(NO_MASK)
+
+
+def _check_shape(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
     if tuple(attention_mask.shape) != (batch_size, seqlen):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; a mask of ones and zeros of "
             f"shape (batch, seqlen) = {(batch_size, seqlen)} is needed"
         )
-    if attention_mask.dtype == torch.bool or torch.compiler.is_compiling():
-        return
-    if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
-        raise ValueError("attention_mask holds values other than 0 and 1; an additive mask is not taken here")
+
+
+def _others(attention_mask: Tensor) -> Tensor:
+    """Whether there are values besides 0 and 1, on the device."""
+    return ((attention_mask != 0) & (attention_mask != 1)).any()
 
 
 @dataclass(frozen=True)
@@ -55,15 +66,19 @@ class PackedBatch:
         """
         if attention_mask is None:
             return cls._unpadded(batch_size, seqlen, device)
-        check_mask(attention_mask, batch_size, seqlen)
-        real = (attention_mask != 0).to(device)
+        _check_shape(attention_mask, batch_size, seqlen)
+        attention_mask = attention_mask.to(device)
+        real = attention_mask != 0
         lengths = real.sum(1, dtype=torch.int32)
-        counts = lengths.tolist()
+        # One copy to the host for all that is asked there: a GPU is waited for once.
+        *counts, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
+        if others:
+            raise ValueError(NO_MASK)
         if all(count == seqlen for count in counts):
             return cls._unpadded(batch_size, seqlen, device)
         cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=device)
         torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-        index = real.flatten().nonzero().flatten()
+        index = torch.nonzero_static(real.flatten(), size=sum(counts)).flatten()
         return cls(cu_seqlens, max(counts), index, batch_size, seqlen)
 
     @classmethod

@@ -3,7 +3,8 @@
 Reasons: tiles of 64 and 128 query rows suit lengths of 64 to 512 tokens (192 would waste a third at 128);
 wgmma needs 64 rows and 4 warps; three or four stages of 64 columns in fp16 fill most of the 227 KiB of shared
 memory that a program can have on sm_90, and the smaller ones fit sm_80's 163 KiB. None spills registers on
-either: that rules out 128 x 256 outputs, whose exact GELU needs more than the sums leave free.
+either, under Triton 3.6 and 3.9: that rules out 128 x 256 outputs, whose exact GELU needs more than the sums
+leave free.
 """
 
 from __future__ import annotations
@@ -115,19 +116,19 @@ ATTENTION: dict[int, dict[int, tuple[AttentionConfig, ...]]] = {
         16: (AttentionConfig(64, 64, 4, 2), AttentionConfig(128, 64, 4, 2)),
         32: (AttentionConfig(64, 64, 4, 3), AttentionConfig(128, 64, 4, 3), AttentionConfig(128, 128, 8, 2)),
         64: (AttentionConfig(64, 64, 4, 3), AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 128, 8, 2)),
-        128: (AttentionConfig(64, 64, 8, 2), AttentionConfig(128, 64, 8, 2)),
+        128: (AttentionConfig(64, 32, 8, 2), AttentionConfig(128, 64, 8, 2)),
     },
     4: {
         16: (AttentionConfig(64, 32, 4, 2),),
         32: (AttentionConfig(32, 32, 4, 2),),
-        64: (AttentionConfig(32, 16, 4, 2),),
+        64: (AttentionConfig(32, 16, 8, 2),),
         128: (AttentionConfig(16, 16, 8, 2),),
     },
 }
 # Item size -> segment length -> whole sequences in a program: 64 rows in fp16, and 32 in fp32, whose exact
 # products have no tensor cores and so keep their operands in registers.
 SHORT: dict[int, dict[int, AttentionConfig]] = {
-    2: {16: AttentionConfig(64, 64, 4, 1, sequences=4), 32: AttentionConfig(64, 64, 4, 1, sequences=2)},
+    2: {16: AttentionConfig(64, 64, 4, 1, sequences=4), 32: AttentionConfig(64, 64, 8, 1, sequences=2)},
     4: {16: AttentionConfig(32, 32, 8, 1, sequences=2)},
 }
 ROWS = (RowConfig(1, 4), RowConfig(4, 4), RowConfig(1, 8))

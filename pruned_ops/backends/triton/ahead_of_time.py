@@ -1,0 +1,180 @@
+"""Compile kernels for GPUs that need not be here, and read what they take of one.
+
+Needs the interpreter off: with TRITON_INTERPRET=1 Triton compiles nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pruned_ops.backends.triton.add_layer_norm import add_layer_norm_kernel
+from pruned_ops.backends.triton.attention import attention_kernel, short_attention_kernel
+from pruned_ops.backends.triton.configs import SHARED_MEMORY, AttentionConfig, GemmConfig, RowConfig
+from pruned_ops.backends.triton.embed_layer_norm import embed_layer_norm_kernel
+from pruned_ops.backends.triton.linear_add_layer_norm import linear_add_layer_norm_kernel
+from pruned_ops.backends.triton.linear_gelu import (
+    bias_gelu_kernel,
+    linear_gelu_kernel,
+    meta,
+    partial_linear_kernel,
+)
+
+# Of a multiprocessor of sm_80 and sm_90 alike (CUDA programming guide, technical specifications). A program
+# takes registers in steps of 256 a warp, and 1 KiB of shared memory beside its own.
+MOST_WARPS, MOST_PROGRAMS, REGISTERS, REGISTER_STEP, RESERVED = 64, 32, 65536, 256, 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with its arguments' types and its constants. rows: those of its matrix tile, 0 without one."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    dtype: str
+    config: str
+    rows: int = 0
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel takes: registers a thread, bytes spilled a thread, bytes of shared memory a
+    program; and whether it multiplies by wgmma."""
+
+    registers: int
+    spilled: int
+    shared: int
+    wgmma: bool
+
+    def programs(self, warps: int, target: int) -> int:
+        """How many programs of so many warps a multiprocessor of sm_`target` holds at once."""
+        step = -(-self.registers * 32 // REGISTER_STEP) * REGISTER_STEP * warps
+        return min(
+            MOST_PROGRAMS,
+            MOST_WARPS // warps,
+            REGISTERS // step,
+            (SHARED_MEMORY[target] + RESERVED) // (self.shared + RESERVED),
+        )
+
+
+def gemm_case(config: GemmConfig, dtype: str) -> Case:
+    """linear_gelu, or the split GEMM; WHOLE_K is the form that every hidden size but odd ones takes."""
+    constants = _gemm_constants(config)
+    shared = (config.warps, config.stages, dtype, str(config), config.block_m)
+    if config.split_k > 1:
+        types = _pointers("x weight", dtype) | {"out": "*fp32"}
+        types |= _integers("tokens width hidden share stride_x stride_w")
+        return Case(partial_linear_kernel, types, constants, *shared)
+    types = _pointers("x weight bias out", dtype)
+    types |= _integers("tokens width hidden stride_x stride_w stride_out programs")
+    if config.tma:
+        types["x"] = f"tensordesc<{dtype}[{config.block_m}, {config.block_k}]>"
+        types["weight"] = f"tensordesc<{dtype}[{config.block_n}, {config.block_k}]>"
+    return Case(linear_gelu_kernel, types, {**constants, "TMA": config.tma}, *shared, tma=config.tma)
+
+
+def fused_case(config: GemmConfig, dtype: str) -> Case:
+    """linear_add_layer_norm in one kernel."""
+    types = _pointers("x weight bias residual norm_weight norm_bias out", dtype)
+    types |= _integers("tokens hidden inner") | {"eps": "fp32"}
+    types |= _integers("stride_x stride_w stride_residual")
+    shared = (config.warps, config.stages, dtype, str(config), config.block_m)
+    return Case(linear_add_layer_norm_kernel, types, _gemm_constants(config), *shared)
+
+
+def attention_case(config: AttentionConfig, head_dim: int, dtype: str) -> Case:
+    """attention, of long sequences or of several short ones a program."""
+    types = _pointers("qkv", dtype) | {"cu_seqlens": "*i32"} | _pointers("out", dtype)
+    types |= _integers("tokens batch width") | {"scale": "fp32"} | _integers("stride_qkv stride_out")
+    constants: dict[str, Any] = {"HEAD_DIM": head_dim, "PRECISION": "ieee", "UPCAST": False}
+    shared = (config.warps, config.stages, dtype, f"head_dim {head_dim}, {config}", config.block_m)
+    if config.sequences:
+        segment = config.block_m // config.sequences
+        constants |= {"SEGMENT": segment, "SEQUENCES": config.sequences}
+        return Case(short_attention_kernel, types, constants, *shared)
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    return Case(attention_kernel, types | _integers("tiles"), constants, *shared)
+
+
+def add_layer_norm_case(config: RowConfig, block: int, dtype: str) -> Case:
+    types = _pointers("x bias residual weight norm_bias out", dtype) | _integers("tokens hidden")
+    types |= {"eps": "fp32"} | _integers("stride_x stride_residual stride_part")
+    constants = {"BIAS": True, "PARTS": 1, "ROWS": config.rows, "BLOCK": block}
+    return Case(add_layer_norm_kernel, types, constants, config.warps, 2, dtype, f"{config}, block {block}")
+
+
+def embed_layer_norm_case(config: RowConfig, block: int, dtype: str) -> Case:
+    types = dict.fromkeys(("input_ids", "position_ids", "token_type_ids"), "*i64")
+    types |= _pointers("word position token_type weight norm_bias out", dtype) | _integers("tokens hidden")
+    types |= {"eps": "fp32"}
+    types |= _integers("words positions types stride_word stride_position stride_type")
+    constants = {"ROWS": config.rows, "BLOCK": block}
+    return Case(embed_layer_norm_kernel, types, constants, config.warps, 2, dtype, f"{config}, block {block}")
+
+
+def bias_gelu_case(dtype: str) -> Case:
+    """What follows a GEMM that was split in four."""
+    types = {"partials": "*fp32"} | _pointers("bias out", dtype) | _integers("tokens width")
+    return Case(bias_gelu_kernel, types, {"SPLIT": 4, "BLOCK": 512}, 4, 2, dtype, "split 4")
+
+
+def compiled(case: Case, target: int) -> Compiled:
+    """For sm_`target`. Pointers and the sizes that strides come from are taken as multiples of 16, as
+    `optimize` lays them."""
+    signature = {**case.types, **dict.fromkeys(case.constants, "constexpr")}
+    names = [name for name in case.kernel.arg_names if name in signature]
+    every = list(case.kernel.arg_names)
+    aligned = [
+        name
+        for name, kind in case.types.items()
+        if kind.startswith("*") or name.startswith("stride") or name in ("width", "hidden", "inner")
+    ]
+    source = ASTSource(
+        case.kernel,
+        {name: signature[name] for name in names},
+        {(every.index(name),): value for name, value in case.constants.items()},
+        {(every.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    found = _resources(made.asm["cubin"])
+    return Compiled(
+        found["REG"], found["STACK"] + found["LOCAL"], made.metadata.shared, "wgmma" in made.asm["ptx"]
+    )
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump (it comes with Triton) says of a kernel: REG, STACK, SHARED, LOCAL."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", said.stdout)}
+
+
+def _gemm_constants(config: GemmConfig) -> dict[str, Any]:
+    constants = {name: value for name, value in meta(config).items() if not name.startswith("num_")}
+    return {**constants, "WHOLE_K": True, "PRECISION": "ieee", "UPCAST": False}
+
+
+def _pointers(names: str, dtype: str) -> dict[str, str]:
+    return {name: f"*{dtype}" for name in names.split()}
+
+
+def _integers(names: str) -> dict[str, str]:
+    return {name: "i32" for name in names.split()}
