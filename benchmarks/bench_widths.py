@@ -1,0 +1,68 @@
+"""What an FFN width off the multiples of 16 and 32 costs on a CPU: six FFN parts in one call.
+
+Usage: python benchmarks/bench_widths.py [--hidden 384] [--around 768] [--rounds 200]
+Prints, for batches of 1 and 8 sequences of 128 tokens, milliseconds and the time per unit of width against
+the middle width's: the median of the rounds' ratios, widths interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import harness
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pruned_ops import ops
+from pruned_ops.measure import Runner, Workload, interleave
+from pruned_ops.panels import pack_panels
+
+PARTS, LENGTH, EPS = 6, 128, 1e-12
+OFFSETS = (-16, -8, -4, -1, 0, 1, 4, 8, 15, 16, 24, 32)
+
+
+def runner(width: int, hidden: int, lengths: tuple[int, ...]) -> Runner:
+    """Parts of this width over a packed batch, on random weights."""
+    weights: list[Tensor] = []
+    for _ in range(PARTS):
+        up, down = torch.randn(width, hidden) * 0.05, torch.randn(hidden, width) * 0.05
+        weights += [pack_panels(up), torch.zeros(width), pack_panels(down), torch.zeros(hidden)]
+        weights += [torch.ones(hidden), torch.zeros(hidden)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    x = torch.randn(sum(lengths), hidden)
+    return lambda _: ops.encoder(x, bounds, max(lengths), weights, [-1 - width] * PARTS, 32, EPS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--around", type=int, default=768, help="the middle width")
+    parser.add_argument("--rounds", type=int, default=200)
+    arguments = parser.parse_args()
+    console = Console()
+    stamp = harness.stamp()
+    console.print(f"{stamp['machine_processor']}, {stamp['machine_threads']} threads, {stamp['date']}")
+    for lengths in ((LENGTH,), (LENGTH,) * 8):
+        runners = {
+            str(arguments.around + offset): runner(arguments.around + offset, arguments.hidden, lengths)
+            for offset in OFFSETS
+        }
+        with torch.inference_mode():
+            timings = interleave(runners, Workload("ffn", (lengths,)), [{}], arguments.rounds, warmup=3)
+        table = Table(title=f"{PARTS} FFN parts, hidden size {arguments.hidden}, {sum(lengths)} tokens")
+        for column in ("width", "ms p50 (p20-p80)", "time a unit"):
+            table.add_column(column, justify="right")
+        middle = timings[str(arguments.around)]
+        for name, timing in timings.items():
+            ratio = arguments.around / int(name) / timing.speedup_over(middle)
+            spread = f"{timing.ms(50):.3f} ({timing.ms(20):.3f}-{timing.ms(80):.3f})"
+            table.add_row(name, spread, f"{ratio:.3f}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
