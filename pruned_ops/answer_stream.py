@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pruned_ops.answers import Candidates, Decoded
+from pruned_ops.answers import SCORED, Candidates, Decoded
 from pruned_ops.question_answering import RefusedQuestion, Window, check_cut, cut_each
 from pruned_ops.window_logits import batch_logits, token_batches
 
@@ -40,7 +40,7 @@ class Reading:
     max_length: int = 384
     stride: int = 128
     max_answer_tokens: int = 30
-    n_best: int = 20
+    n_best: int = SCORED
     tokens_per_batch: int = 4096
 
     def __post_init__(self) -> None:

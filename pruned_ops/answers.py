@@ -24,6 +24,8 @@ Ranked = list[tuple[float, int, int]]  # score, start, end; best first
 
 # Of a whitespace-only or byte-level vocabulary many token spans are one character span: look further then.
 _WIDEN = 4
+# Spans that share a question's probability: what `decode` keeps of a question.
+SCORED = 20
 # The spans of a long document's windows are thinned out when there are so many times n_best of them.
 _THIN_OUT = 8
 
@@ -73,12 +75,15 @@ class ScoreCalibration:
         """As config.json holds it."""
         return asdict(self)
 
-    def probabilities(self, scores: Sequence[float]) -> list[float]:
-        """Of each of these scores in logits, in [0, 1]; together at most 1."""
-        highest = max(scores)
-        weights = [math.exp((score - highest) / self.temperature) for score in scores]
-        total = sum(weights) + self.other
-        return [weight / total for weight in weights]
+    def probabilities(self, spans: Sequence[float], null: float) -> list[float]:
+        """Of spans, best first, and then of no answer, out of their scores in logits: in [0, 1].
+
+        The softmax is over the SCORED best spans however many there are: a score does not depend on how many
+        were asked for. All of these are at most 1 together."""
+        highest = max(spans[0], null)
+        *weights, last = [math.exp((score - highest) / self.temperature) for score in (*spans, null)]
+        total = sum(weights[:SCORED]) + last + self.other
+        return [weight / total for weight in (*weights, last)]
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,8 @@ class Decoded:
         """
         if not self.n_best:
             return [Answer("", 1.0, 0, 0)]
-        *spans, null = calibration.probabilities(
-            [*(answer.score for answer in self.n_best), self.null_score - null_score_threshold]
-        )
+        scores = [answer.score for answer in self.n_best]
+        *spans, null = calibration.probabilities(scores, self.null_score - null_score_threshold)
         found = [Answer(a.answer, p, a.start, a.end) for a, p in zip(self.n_best, spans, strict=True)]
         if allow_none:
             # The comparison of `answer`, to the last bit.
@@ -135,7 +139,7 @@ class Candidates:
     back, for scores only rise. See `decode` for what counts as a span.
     """
 
-    def __init__(self, context: str, n_best: int = 20, max_answer_tokens: int = 30) -> None:
+    def __init__(self, context: str, n_best: int = SCORED, max_answer_tokens: int = 30) -> None:
         if n_best < 1 or max_answer_tokens < 1:
             raise ValueError(
                 f"n_best ({n_best}) and max_answer_tokens ({max_answer_tokens}) must be at least 1"
@@ -171,7 +175,7 @@ def decode(
     windows: Sequence[Window],
     logits: Sequence[Logits],
     contexts: Sequence[str],
-    n_best: int = 20,
+    n_best: int = SCORED,
     max_answer_tokens: int = 30,
 ) -> list[Decoded]:
     """Each question's best spans, and its null score, out of the logits of all its windows.

@@ -14,7 +14,7 @@ from pruned_ops.answer_stream import AnswerStream, Reading
 from pruned_ops.answers import Answer, Decoded, ScoreCalibration
 from pruned_ops.checkpoints import load_model, load_tokenizer
 from pruned_ops.optimize import optimize
-from pruned_ops.question_answering import RefusedQuestion
+from pruned_ops.question_answering import RefusedQuestion, check_cut
 
 # As in Hugging Face's question-answering scripts, and this project's trainer.
 _MAX_LENGTH, _STRIDE_PARTS = 384, 3
@@ -69,6 +69,7 @@ class QuestionAnswerer:
         if max_length > longest:
             raise ValueError(f"max_length is {max_length}; the model takes sequences of {longest} tokens")
         self.reading = Reading(max_length, stride, max_answer_tokens, tokens_per_batch=tokens_per_batch)
+        check_cut(tokenizer, max_length, stride)
         if null_score_threshold is None:
             null_score_threshold = getattr(config, "null_score_threshold", 0.0)
         self.null_score_threshold = _checked_threshold(null_score_threshold)

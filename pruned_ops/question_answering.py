@@ -162,13 +162,15 @@ def _question_first(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def _piece_end(context: str, begin: int) -> int:
-    """Where the piece of context that begins here ends."""
-    end = begin + PIECE
-    if end >= len(context):
+    """Where the piece of context that begins here ends: before whitespace, best the first after a word."""
+    limit = begin + PIECE
+    if limit >= len(context):
         return len(context)
-    while end > begin + 1 and not (context[end].isspace() and not context[end - 1].isspace()):
-        end -= 1
-    return end if end > begin + 1 else begin + PIECE
+    for after_word in (True, False):
+        for end in range(limit, begin, -1):
+            if context[end].isspace() and not (after_word and context[end - 1].isspace()):
+                return end
+    return limit
 
 
 def _tokens_after(tokenizer: PreTrainedTokenizerFast, context: str, begin: int) -> Iterator[Tokens]:

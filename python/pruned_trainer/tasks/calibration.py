@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.answers import Decoded, ScoreCalibration
+from pruned_ops.answers import SCORED, Decoded, ScoreCalibration
 from pruned_trainer.tasks.scoring import question_scores
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ def fit_calibration(
         return ScoreCalibration()
     predictions = {e.id: one.answer(null_score_threshold).answer for e, one in counted}
     right = question_scores([e for e, _ in counted], predictions).exact > 0
-    behind = np.full((len(counted), 1 + max(len(one.n_best) for _, one in counted)), np.inf)
+    behind = np.full((len(counted), SCORED + 1), np.inf)
     for row, (_, one) in zip(behind, counted, strict=True):
-        scores = np.array([*(a.score for a in one.n_best), one.null_score - null_score_threshold])
+        scores = np.array([*(a.score for a in one.n_best[:SCORED]), one.null_score - null_score_threshold])
         row[: len(scores)] = scores.max() - scores
     return _likeliest(behind, right)
 
