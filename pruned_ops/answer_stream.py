@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pruned_ops.answers import SCORED, Candidates, Decoded
-from pruned_ops.question_answering import RefusedQuestion, Window, check_cut, cut_each
+from pruned_ops.question_answering import RefusedQuestion, Window, cut_each
 from pruned_ops.window_logits import batch_logits, token_batches
 
 # Batches that a block of windows is sorted over: with so many, padding is a few percent of the tokens.
@@ -101,7 +101,6 @@ class AnswerStream:
     def __init__(
         self, model: Any, tokenizer: Any, records: Iterable[Any], reading: Reading, lock: Lock
     ) -> None:
-        check_cut(tokenizer, reading.max_length, reading.stride)
         self._model, self._tokenizer, self._reading, self._lock = model, tokenizer, reading, lock
         self._device = next(model.parameters()).device
         self._tokens = LOOK_AHEAD * reading.tokens_per_batch

@@ -133,7 +133,9 @@ def answer_lines(
             continue
         said = asdict(found) if isinstance(found, Answer) else {"answers": [asdict(one) for one in found]}
         name = {"id": record["id"]} if "id" in record else {}
-        out.write(json.dumps({"line": number, **name, **said}, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps({"line": number, **name, **said}, ensure_ascii=False)
+        # An id may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
+        out.write(text.encode(errors="backslashreplace") + b"\n")
         out.flush()
     return reader.skipped
 

@@ -120,7 +120,7 @@ class QuestionAnsweringPipeline:
     def _results(self, records: Iterable[Any], options: _Options) -> Iterator[Any]:
         answerer = self.answerer
         reading = answerer.reading
-        length = min(options.max_seq_len or reading.max_length, reading.max_length)
+        length = options.max_seq_len or reading.max_length
         stride = min(length // 2, 128) if options.doc_stride is None else options.doc_stride
         reading = replace(
             reading, max_length=length, stride=stride, max_answer_tokens=options.max_answer_len,

@@ -62,14 +62,11 @@ class QuestionAnswerer:
         elif tokenizer is None:
             raise ValueError(f"a {type(model).__name__} has no tokenizer with it: pass its tokenizer too")
         config = model.config
-        longest = _longest(config)
         if max_length is None:
-            max_length = min(_MAX_LENGTH, longest)
+            max_length = min(_MAX_LENGTH, _longest(config))
         stride = max_length // _STRIDE_PARTS if stride is None else stride
-        if max_length > longest:
-            raise ValueError(f"max_length is {max_length}; the model takes sequences of {longest} tokens")
         self.reading = Reading(max_length, stride, max_answer_tokens, tokens_per_batch=tokens_per_batch)
-        check_cut(tokenizer, max_length, stride)
+        _check_reading(self.reading, config, tokenizer)
         if null_score_threshold is None:
             null_score_threshold = getattr(config, "null_score_threshold", 0.0)
         self.null_score_threshold = _checked_threshold(null_score_threshold)
@@ -152,6 +149,7 @@ class QuestionAnswerer:
         self, records: Iterable[Any], reading: Reading, progress: bool = False
     ) -> Iterator[Decoded | RefusedQuestion]:
         """What `stream` chooses from: every record's best spans and null score, in logits."""
+        _check_reading(reading, self.model.config, self.tokenizer)
         stream = AnswerStream(self.model, self.tokenizer, records, reading, self._lock)
         if not progress:
             yield from stream
@@ -169,6 +167,16 @@ def _longest(config: Any) -> int:
     """Tokens of the longest sequence that the model's table of positions allows."""
     roberta = config.model_type in ("roberta", "pruned_roberta")
     return config.max_position_embeddings - (config.pad_token_id + 1 if roberta else 0)
+
+
+def _check_reading(reading: Reading, config: Any, tokenizer: Any) -> None:
+    """ValueError for windows that the model does not take; see `check_cut` for what else."""
+    longest = _longest(config)
+    if reading.max_length > longest:
+        raise ValueError(
+            f"windows of {reading.max_length} tokens are too long: the model takes sequences of {longest}"
+        )
+    check_cut(tokenizer, reading.max_length, reading.stride)
 
 
 def _checked_device(device: torch.device | str) -> torch.device:

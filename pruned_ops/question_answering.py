@@ -131,7 +131,8 @@ def cut_each(
             begin, end = end, _piece_end(context, end)
             (encoding,) = _encodings(tokenizer, [question], [context[begin:end]])
             whole = _whole_window(tokenizer, encoding, index, begin)
-        yield _cut(whole, _tokens_after(tokenizer, context, end), max_length, stride)
+        more = _tokens_after(tokenizer, context, end) if end < len(context) else None
+        yield _cut(whole, more, max_length, stride)
 
 
 def _batches(total: int, batch_size: int, progress: bool) -> Iterator[int]:
@@ -206,12 +207,15 @@ def _whole_window(
     return Window(question_index, ids, np.array(types, dtype=np.int32), offsets, cls[0])
 
 
-def _cut(whole: Window, more: Iterator[Tokens], max_length: int, stride: int) -> Iterator[Window]:
+def _cut(whole: Window, more: Iterator[Tokens] | None, max_length: int, stride: int) -> Iterator[Window]:
     """more: the tokens of the context after those in `whole`. No more than a piece of them is held."""
+    if more is None and len(whole) <= max_length:
+        yield whole
+        return
     first, last = whole.context_range
     room = max_length - (len(whole) - (last - first))
     ids, offsets = whole.input_ids[first:last], whole.offsets[first:last]
-    for more_ids, more_offsets in itertools.chain([(ids[:0], offsets[:0])], more):
+    for more_ids, more_offsets in itertools.chain([(ids[:0], offsets[:0])], more or ()):
         ids, offsets = np.concatenate([ids, more_ids]), np.concatenate([offsets, more_offsets])
         if len(ids) > room and room <= stride:
             raise RefusedQuestion(

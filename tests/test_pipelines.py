@@ -94,6 +94,7 @@ def test_what_is_refused_by_name(qa: Any) -> None:
         ({**asked, "top_k": 0}, ValueError, "top_k is 0"),
         ({**asked, "max_answer_len": 0}, ValueError, "max_answer_len is 0"),
         ({**asked, "doc_stride": 100}, ValueError, "stride 100"),
+        ({**asked, "max_seq_len": 81}, ValueError, "windows of 81 tokens are too long"),
         ({**asked, "max_anser_len": 3}, TypeError, "takes no max_anser_len; it takes top_k"),
         ({"question": words(90), "context": "w2"}, ValueError, "question 0 is too long"),
     ):

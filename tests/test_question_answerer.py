@@ -170,7 +170,7 @@ def test_what_cannot_be_asked_is_named() -> None:
 def test_what_cannot_be_set_is_named() -> None:
     tokenizer = word_tokenizer(96)
     for options, message in (
-        ({"max_length": 81}, "max_length is 81; the model takes sequences of 80"),
+        ({"max_length": 81}, "windows of 81 tokens are too long: the model takes sequences of 80"),
         ({"stride": 80}, "stride 80"),
         ({"tokens_per_batch": 0}, "tokens_per_batch is 0"),
         ({"max_answer_tokens": 1.5}, "max_answer_tokens is 1.5"),
