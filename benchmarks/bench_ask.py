@@ -1,8 +1,8 @@
 """What QuestionAnswerer costs around the model, and gains against a loop around the dense one.
 
 The same questions, spread over a file, in rounds: `answer` on texts; the optimised model alone on the same
-windows, sorted into batches of as many tokens; and a plain loop with Hugging Face alone around the dense model
-in eager mode, tokenizing included and decoding left out, in padded batches of 8 as they come.
+windows, sorted into batches of as many tokens; and a plain loop with Hugging Face alone around the dense
+model in eager mode, tokenizing included and decoding left out, in padded batches of 8 as they come.
 Usage: python benchmarks/bench_ask.py DENSE PRUNED --data SQUAD/eval.json
 """
 

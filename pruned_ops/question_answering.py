@@ -195,16 +195,17 @@ def _whole_window(
 ) -> Window:
     """A question with all of a piece of context; begin: where the piece begins."""
     context_sequence = int(_question_first(tokenizer))
-    sequences = encoding.sequence_ids  # None for what the tokenizer added
-    cls = [i for i, s in enumerate(sequences) if s is None and encoding.ids[i] == tokenizer.cls_token_id]
-    if not cls:
+    ids = np.array(encoding.ids, dtype=np.int32)
+    added = -1  # the sequence of what the tokenizer added
+    sequences = np.array([added if one is None else one for one in encoding.sequence_ids])
+    cls = np.flatnonzero((sequences == added) & (ids == tokenizer.cls_token_id))
+    if not len(cls):
         raise ValueError(f"{type(tokenizer).__name__} adds no CLS token, whose logits would say 'no answer'")
     offsets = _offsets(encoding) + np.int32(begin)
-    offsets[np.array([s != context_sequence for s in sequences], dtype=bool)] = -1
+    offsets[sequences != context_sequence] = -1
     has_types = "token_type_ids" in tokenizer.model_input_names
-    types = encoding.type_ids if has_types else [0] * len(sequences)
-    ids = np.array(encoding.ids, dtype=np.int32)
-    return Window(question_index, ids, np.array(types, dtype=np.int32), offsets, cls[0])
+    types = np.array(encoding.type_ids, dtype=np.int32) if has_types else np.zeros_like(ids)
+    return Window(question_index, ids, types, offsets, int(cls[0]))
 
 
 def _cut(whole: Window, more: Iterator[Tokens] | None, max_length: int, stride: int) -> Iterator[Window]:
