@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -126,7 +127,7 @@ class QuestionAnsweringPipeline:
             reading, max_length=length, stride=stride, max_answer_tokens=options.max_answer_len,
             n_best=max(reading.n_best, options.top_k),
         )  # fmt: skip
-        contexts: list[str] = []  # of the questions that are under way
+        contexts: deque[str] = deque()  # of the questions that are under way
 
         def asked() -> Iterator[tuple[str, str]]:
             for record in records:
@@ -140,7 +141,7 @@ class QuestionAnsweringPipeline:
             ranked = decoded.ranked(
                 answerer.null_score_threshold, answerer.calibration, options.handle_impossible_answer
             )
-            found = self._dictionaries(ranked, contexts.pop(0), options)
+            found = self._dictionaries(ranked, contexts.popleft(), options)
             yield found[0] if options.top_k == 1 else found
 
     def _shortened(self, question: str, tokens: int | None) -> str:
