@@ -122,9 +122,18 @@ def test_bad_lines(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert error.endswith("8 bad lines skipped\n")
 
 
-def asking(folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pruned_ops.cli", "ask", str(folder), "--questions", "-", *more]
+# A test run that was started in the background hands on that Ctrl-C is ignored.
+START = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pruned_ops.cli import main
+sys.exit(main())
+"""
+
+
+def asking(folder: Path) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
+    command = [sys.executable, "-c", START, "ask", str(folder), "--questions", "-"]
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
