@@ -95,7 +95,7 @@ class AnswerStream:
 
     It yields for each record, in order, what the model says, or the RefusedQuestion that says why it cannot
     be asked. An error of `records` itself is raised once all that came before it is answered. lock: held
-    while the tokenizer works, which takes no two callers at once.
+    while the tokenizer works.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pruned_ops.answers import Answer
+from pruned_ops.checkpoints import load_tokenizer
 from pruned_ops.question_answerer import QuestionAnswerer
 from pruned_ops.question_answering import RefusedQuestion
 
@@ -78,8 +79,6 @@ def pipeline(
     if framework not in (None, "pt"):
         raise ValueError(f"framework is {framework!r}; the models here are torch's, 'pt'")
     if isinstance(tokenizer, str):
-        from pruned_ops.checkpoints import load_tokenizer
-
         tokenizer = load_tokenizer(tokenizer)
     if isinstance(device, int):
         device = "cpu" if device < 0 else f"cuda:{device}"
@@ -147,7 +146,8 @@ class QuestionAnsweringPipeline:
     def _shortened(self, question: str, tokens: int | None) -> str:
         if tokens is None:
             return question
-        offsets = self.tokenizer(question, add_special_tokens=False, verbose=False).encodings[0].offsets
+        with self.answerer.lock:
+            offsets = self.tokenizer(question, add_special_tokens=False, verbose=False).encodings[0].offsets
         return question[: offsets[tokens - 1][1]] if len(offsets) > tokens else question
 
     def _dictionaries(
@@ -157,7 +157,8 @@ class QuestionAnsweringPipeline:
         for answer in ranked:
             span = (answer.start, answer.end)
             if options.align_to_words and answer.answer:
-                span = aligned(self.tokenizer, context, *span)
+                with self.answerer.lock:
+                    span = aligned(self.tokenizer, context, *span)
             text = context[slice(*span)]
             # Of spans that are widened to the same words the likeliest comes first, and stays.
             found.setdefault(span, {"score": answer.score, "start": span[0], "end": span[1], "answer": text})
@@ -230,5 +231,6 @@ def _texts(record: Any) -> tuple[str, str]:
         if name not in record:
             raise KeyError(f"a dictionary with question and context is needed; this one has no {name}")
         if not isinstance(record[name], str) or not record[name]:
-            raise ValueError(f"{name} is {record[name]!r}; a string that is not empty is needed")
+            found = "empty" if record[name] == "" else f"a {type(record[name]).__name__}"
+            raise ValueError(f"{name} is {found}; a string that is not empty is needed")
     return record["question"], record["context"]

@@ -75,7 +75,7 @@ class QuestionAnswerer:
         if device is not None:
             model = model.to(_checked_device(device))
         self.model, self.tokenizer = optimize(model, dtype=dtype), tokenizer
-        self._lock = Lock()
+        self.lock = Lock()  # held while the tokenizer works: it takes no two callers at once
 
     @overload
     def answer(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
@@ -121,7 +121,7 @@ class QuestionAnswerer:
         """The answers to any number of questions, in their order, in memory that does not grow with them.
 
         records: mappings with `question` and `context` (a `datasets.Dataset`, what `json.loads` gives), or
-        pairs. Up to 512 of them are read ahead, so answers come in bursts. progress: a bar on stderr.
+        pairs. About a thousand at most are read ahead, so answers come in bursts. progress: a bar on stderr.
         Each answer is an Answer; with top_k, a list of as many at most. keep_refused: a record that cannot be
         asked gives a RefusedQuestion in its place; without it this is raised after the answers before it.
         An error of `records` itself, too, is raised after them.
@@ -150,7 +150,7 @@ class QuestionAnswerer:
     ) -> Iterator[Decoded | RefusedQuestion]:
         """What `stream` chooses from: every record's best spans and null score, in logits."""
         _check_reading(reading, self.model.config, self.tokenizer)
-        stream = AnswerStream(self.model, self.tokenizer, records, reading, self._lock)
+        stream = AnswerStream(self.model, self.tokenizer, records, reading, self.lock)
         if not progress:
             yield from stream
             return

@@ -84,8 +84,8 @@ def test_what_is_refused_by_name(qa: Any) -> None:
             pruned_ops.pipeline("question-answering", **arguments)
     asked = {"question": "w1", "context": "w2"}
     for given, error, message in (
-        ({"question": "", "context": "w1"}, ValueError, "question is ''"),
-        ({"question": "w1", "context": None}, ValueError, "context is None"),
+        ({"question": "", "context": "w1"}, ValueError, "question is empty"),
+        ({"question": "w1", "context": None}, ValueError, "context is a NoneType"),
         ({"question": "w1"}, ValueError, "question and context are needed; given question"),
         ({"data": [{"question": "w1"}]}, KeyError, "has no context"),
         ({"data": [5]}, ValueError, "a int is no question"),
