@@ -24,7 +24,7 @@ BROKEN_PIPE = 128 + 13
 
 
 def add_command(commands: Any) -> None:
-    """The command's arguments, with every default shown."""
+    """The command's arguments."""
     one = commands.add_parser(
         "ask",
         help="answer questions out of texts",
@@ -32,7 +32,6 @@ def add_command(commands: Any) -> None:
         "question, a context and, where you like, an id. The answers are JSON lines in the same order: "
         'line (where the question stood), id, answer ("" for none), score, start and end in characters of '
         "the context; with --top-k a list of such answers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     one.set_defaults(run=ask)
     one.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint with its tokenizer")
@@ -84,9 +83,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.top_k is not None and arguments.top_k < 1:
         raise ValueError(f"--top-k is {arguments.top_k}; at least 1 is needed")
     source = arguments.context_file or arguments.questions
-    if source != "-" and not Path(source).is_file():
+    if source != "-" and (Path(source).is_dir() or not Path(source).exists()):
         raise FileNotFoundError(f"there is no file {source}")
     out: Path | None = arguments.out
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise FileNotFoundError(f"{out} cannot be written: --out names a file in a folder that is there")
     if out is not None and out.exists():
         if source != "-" and out.samefile(source):
             raise FileExistsError(f"{out} is what is read; give another --out")

@@ -86,6 +86,8 @@ def test_one_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ((folder, "--question", "w1"), "--question goes with --context-file"),
         ((folder, "--questions", text, "--context-file", text), "--question goes with --context-file"),
         ((folder, "--questions", tmp_path / "none"), "there is no file"),
+        ((folder, "--questions", tmp_path), "there is no file"),
+        ((folder, "--questions", text, "--out", tmp_path / "none" / "a"), "in a folder that is there"),
         ((tmp_path, "--questions", text), "holds no config.json"),
         ((folder, "--questions", text, "--top-k", 0), "--top-k is 0"),
         ((folder, "--questions", text, "--device", "nowhere"), "device nowhere cannot be used here"),
