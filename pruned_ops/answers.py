@@ -79,7 +79,7 @@ class ScoreCalibration:
         """Of spans, best first, and then of no answer, out of their scores in logits: in [0, 1].
 
         The softmax is over the SCORED best spans however many there are: a score does not depend on how many
-        were asked for. All of these are at most 1 together."""
+        were asked for. Those and no answer are at most 1 together."""
         highest = max(spans[0], null)
         *weights, last = [math.exp((score - highest) / self.temperature) for score in (*spans, null)]
         total = sum(weights[:SCORED]) + last + self.other

@@ -35,8 +35,9 @@ class QuestionAnswerer:
     tokens_per_batch: of the model's batches, padding included.
 
     Scores: the probability that an answer is right, as the checkpoint's `score_calibration` says, which the
-    trainer fitted on the same questions. A checkpoint without one gives the plain softmax over its 20 best
-    spans and no answer: how often answers with such a score are right was never looked at.
+    trainer fitted on the same questions, with the checkpoint's own threshold. A checkpoint without one gives
+    the plain softmax over its 20 best spans and no answer: how often answers with such a score are right was
+    never looked at.
 
     Errors: OSError where there is no checkpoint; ValueError for one that is none, for a model that `optimize`
     does not take, and for settings that the model does not allow.
