@@ -9,6 +9,7 @@ model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pru
 
 from pruned_ops import backends as backends
 from pruned_ops import ops as ops
+from pruned_ops.answers import Answer
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.importing import import_checkpoint
 from pruned_ops.layers import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
@@ -20,11 +21,14 @@ from pruned_ops.modeling import (
 )
 from pruned_ops.optimize import optimize, restore, tune
 from pruned_ops.packing import PackedBatch
+from pruned_ops.pipelines import pipeline
+from pruned_ops.question_answerer import QuestionAnswerer
 from pruned_ops.registry import BackendError, debug, record, use_backend
 from pruned_ops.shape import LayerShape, ModelShape
 from pruned_ops.version import __version__
 
 __all__ = [
+    "Answer",
     "BackendError",
     "LayerShape",
     "ModelShape",
@@ -39,11 +43,13 @@ __all__ = [
     "PrunedRobertaConfig",
     "PrunedRobertaForQuestionAnswering",
     "PrunedRobertaModel",
+    "QuestionAnswerer",
     "__version__",
     "import_checkpoint",
     "optimize",
     "ops",
     "debug",
+    "pipeline",
     "record",
     "restore",
     "tune",

@@ -1,4 +1,4 @@
-"""pruned-ops: info | latency-table | import."""
+"""pruned-ops: info | latency-table | import | ask."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pruned_ops.ask import add_command as add_ask
 from pruned_ops.backends import cpu
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload, arrival_lengths, machine, versions
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("folder", type=Path, metavar="DIR", help="config.json and weights, masks beside them")
     one.add_argument("out", type=Path, metavar="OUT", help="new folder for the pruned_ops checkpoint")
     one.add_argument("--head-dim", type=int, help="a head's width (default: hidden_size / heads)")
+    add_ask(commands)
     return parser
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import BertConfig, RobertaConfig
 
+from pruned_ops.answers import ScoreCalibration
 from pruned_ops.layers import ACTIVATIONS
 from pruned_ops.shape import MAX_LAYERS, MAX_PARAMETERS, MAX_WIDTH, LayerShape, ModelShape, checked_int
 
@@ -44,18 +45,21 @@ class _LayerShapes:
         type_vocab_size: int
         pad_token_id: int | None
 
-    def _set_shapes(
-        self, layers: list[LayerShape] | None, head_dim: int | None, null_score_threshold: float
-    ) -> None:
+    def _set_shapes(self, layers: list[LayerShape] | None, head_dim: int | None) -> None:
         self._check_sizes()
         self.head_dim = self.hidden_size // self.num_attention_heads if head_dim is None else head_dim
         if layers is None:
             layers = [LayerShape(self.num_attention_heads, self.intermediate_size)] * self.num_hidden_layers
         self._check_layers(layers)
         self.layer_shapes = ModelShape(tuple(layers), self.hidden_size, self.head_dim).to_json()
+
+    def _set_answering(self, null_score_threshold: float, score_calibration: dict[str, float] | None) -> None:
         if isinstance(null_score_threshold, bool) or not isinstance(null_score_threshold, (int, float)):
             raise ValueError(f"null_score_threshold is {null_score_threshold!r}: a number is needed")
         self.null_score_threshold = float(null_score_threshold)
+        if score_calibration is not None:
+            score_calibration = ScoreCalibration.parse(score_calibration).to_json()
+        self.score_calibration = score_calibration
 
     def _check_sizes(self) -> None:
         for name, low, high in (
@@ -109,8 +113,8 @@ class _LayerShapes:
 
 class PrunedBertConfig(_LayerShapes, BertConfig):
     """BertConfig plus `layer_shapes` (a LayerShape, or its JSON form, a layer; default: dense), `head_dim`
-    (default:
-    hidden_size // num_attention_heads) and `null_score_threshold` (SQuAD 2.0's, in logits).
+    (default: hidden_size // num_attention_heads), `null_score_threshold` (SQuAD 2.0's, in logits) and
+    `score_calibration` (a `ScoreCalibration` as JSON, None where none was fitted).
 
     `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
     sizes that are negative, huge, or contradict each other.
@@ -123,17 +127,19 @@ class PrunedBertConfig(_LayerShapes, BertConfig):
         head_dim: int | None = None,
         layer_shapes: list[Any] | None = None,
         null_score_threshold: float = 0.0,
+        score_calibration: dict[str, float] | None = None,
         **fields: Any,
     ) -> None:
         layers = _parse_layers(layer_shapes)
         super().__init__(**_dense_fields(layers, fields))
-        self._set_shapes(layers, head_dim, null_score_threshold)
+        self._set_shapes(layers, head_dim)
+        self._set_answering(null_score_threshold, score_calibration)
 
 
 class PrunedRobertaConfig(_LayerShapes, RobertaConfig):
     """RobertaConfig plus `layer_shapes` (a LayerShape, or its JSON form, a layer; default: dense),
-    `head_dim` (default:
-    hidden_size // num_attention_heads) and `null_score_threshold` (SQuAD 2.0's, in logits).
+    `head_dim` (default: hidden_size // num_attention_heads), `null_score_threshold` (SQuAD 2.0's, in logits)
+    and `score_calibration` (a `ScoreCalibration` as JSON, None where none was fitted).
 
     `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
     sizes that are negative, huge, or contradict each other.
@@ -146,8 +152,10 @@ class PrunedRobertaConfig(_LayerShapes, RobertaConfig):
         head_dim: int | None = None,
         layer_shapes: list[Any] | None = None,
         null_score_threshold: float = 0.0,
+        score_calibration: dict[str, float] | None = None,
         **fields: Any,
     ) -> None:
         layers = _parse_layers(layer_shapes)
         super().__init__(**_dense_fields(layers, fields))
-        self._set_shapes(layers, head_dim, null_score_threshold)
+        self._set_shapes(layers, head_dim)
+        self._set_answering(null_score_threshold, score_calibration)

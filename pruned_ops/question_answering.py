@@ -1,10 +1,11 @@
-"""Extractive question answering around a model: windows over long contexts, and spans out of its logits.
+"""Extractive question answering around a model: windows over contexts of any length.
 
 The model itself stays outside: `windows` makes its inputs, `decode` reads its start and end logits.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pruned_ops.answers import Answer as Answer
+from pruned_ops.answers import Decoded as Decoded
+from pruned_ops.answers import Logits as Logits
+from pruned_ops.answers import decode as decode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Int32Array = NDArray[np.int32]
-FloatArray = NDArray[np.floating[Any]]
-Logits = tuple[FloatArray, FloatArray]  # start and end logits of one window, (tokens,) each
-Span = tuple[int, int]  # characters [start, end) of the context
-Ranked = list[tuple[float, int, int]]  # score, start, end; best first
+Tokens = tuple[Int32Array, Int32Array]  # ids, (tokens,), and offsets, (tokens, 2), of a piece of context
 
-# Of a whitespace-only or byte-level vocabulary many token spans are one character span: look further then.
-_WIDEN = 4
+# Characters of a context that are tokenised at once. A tokenizer takes a hundred times their bytes for them.
+PIECE = 1 << 16
+
+
+class RefusedQuestion(ValueError):
+    """A question that cannot be asked; index: its place among those given, reason: what is wrong with it."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"question {index} {reason}")
+        self.index, self.reason = index, reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,46 +62,6 @@ class Window:
         return (int(context[0]), int(context[-1]) + 1) if len(context) else (0, 0)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A span of the context: `answer == context[start:end]` in Python's characters; "" for no answer.
-
-    score: start logit + end logit, of the CLS token for no answer.
-    """
-
-    answer: str
-    score: float
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What a model says on one question: its best spans, best first, and the score of "no answer"."""
-
-    n_best: tuple[Answer, ...]
-    null_score: float
-
-    @property
-    def best(self) -> Answer:
-        """The best span with the null option off; no answer where the context holds no token."""
-        return self.n_best[0] if self.n_best else self.none
-
-    @property
-    def none(self) -> Answer:
-        """No answer, with its score."""
-        return Answer("", self.null_score, 0, 0)
-
-    @property
-    def null_margin(self) -> float:
-        """Null score - best span's score; infinite where there is no span to choose."""
-        return self.null_score - self.n_best[0].score if self.n_best else float("inf")
-
-    def answer(self, null_score_threshold: float) -> Answer:
-        """The best span, or no answer where the null score exceeds the span's by more than the threshold."""
-        return self.none if self.null_margin > null_score_threshold else self.best
-
-
 def windows(
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[str],
@@ -115,17 +86,53 @@ def windows(
         raise TypeError("questions and contexts are sequences of strings; pass [question] and [context]")
     if len(questions) != len(contexts):
         raise ValueError(f"{len(questions)} questions, but {len(contexts)} contexts: one context a question")
-    if not 0 <= stride < max_length:
-        raise ValueError(f"stride {stride} must be at least 0 and less than max_length {max_length}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed")
+    check_cut(tokenizer, max_length, stride)
     found: list[Window] = []
     for first in _batches(len(questions), batch_size, progress):
         batch = slice(first, first + batch_size)
-        found += _batch_windows(tokenizer, questions[batch], contexts[batch], first, max_length, stride)
+        indices = range(len(questions))[batch]
+        for cut in cut_each(tokenizer, questions[batch], contexts[batch], max_length, stride, indices):
+            found += cut
     return found
+
+
+def check_cut(tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int) -> None:
+    """What `windows` raises for these whatever the questions."""
+    if not 0 <= stride < max_length:
+        raise ValueError(f"stride {stride} must be at least 0 and less than max_length {max_length}")
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed")
+
+
+def cut_each(
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[str],
+    contexts: Sequence[str],
+    max_length: int,
+    stride: int,
+    indices: Sequence[int],
+) -> Iterator[Iterator[Window]]:
+    """The windows of each question, made as they are asked for; see `windows`. indices: what the questions
+    are called.
+
+    A context longer than PIECE characters is tokenised piece by piece, each of which ends before whitespace
+    (where it has any), so that its tokens are those of the whole. The inner iterator raises RefusedQuestion.
+    """
+    ends = [_piece_end(context, 0) for context in contexts]
+    pieces = [context[:end] for context, end in zip(contexts, ends, strict=True)]
+    encodings = _encodings(tokenizer, questions, pieces) if questions else ()
+    for index, question, context, end, encoding in zip(
+        indices, questions, contexts, ends, encodings, strict=True
+    ):
+        whole = _whole_window(tokenizer, encoding, index)
+        while whole.context_range == (0, 0) and end < len(context):
+            begin, end = end, _piece_end(context, end)
+            (encoding,) = _encodings(tokenizer, [question], [context[begin:end]])
+            whole = _whole_window(tokenizer, encoding, index, begin)
+        more = _tokens_after(tokenizer, context, end) if end < len(context) else None
+        yield _cut(whole, more, max_length, stride)
 
 
 def _batches(total: int, batch_size: int, progress: bool) -> Iterator[int]:
@@ -141,156 +148,102 @@ def _batches(total: int, batch_size: int, progress: bool) -> Iterator[int]:
             bar.update(min(batch_size, total - first))
 
 
-def _batch_windows(
-    tokenizer: PreTrainedTokenizerFast,
-    questions: Sequence[str],
-    contexts: Sequence[str],
-    first: int,
-    max_length: int,
-    stride: int,
-) -> Iterator[Window]:
-    question_first = tokenizer.padding_side == "right"
-    pair = (questions, contexts) if question_first else (contexts, questions)
+def _encodings(
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], contexts: Sequence[str]
+) -> Sequence[Any]:
+    pair = (questions, contexts) if _question_first(tokenizer) else (contexts, questions)
     # Whole and unpadded, cut by us: the tokenizer's own overflow fails without naming the question. verbose
     # warns of sequences longer than the model takes, which the cut takes care of.
     encoded = tokenizer(*map(list, pair), truncation=False, padding=False, verbose=False)
-    for index, encoding in enumerate(encoded.encodings or ()):
-        whole = _whole_window(tokenizer, encoding, first + index, context_sequence=int(question_first))
-        yield from _cut(whole, max_length, stride)
+    return encoded.encodings or ()
+
+
+def _question_first(tokenizer: PreTrainedTokenizerFast) -> bool:
+    return tokenizer.padding_side == "right"
+
+
+def _piece_end(context: str, begin: int) -> int:
+    """Where the piece of context that begins here ends: before whitespace, best the first after a word."""
+    limit = begin + PIECE
+    if limit >= len(context):
+        return len(context)
+    for after_word in (True, False):
+        for end in range(limit, begin, -1):
+            if context[end].isspace() and not (after_word and context[end - 1].isspace()):
+                return end
+    return limit
+
+
+def _tokens_after(tokenizer: PreTrainedTokenizerFast, context: str, begin: int) -> Iterator[Tokens]:
+    """The tokens of the context from this character on, piece by piece."""
+    while begin < len(context):
+        end = _piece_end(context, begin)
+        piece = [context[begin:end]]
+        encoded = tokenizer(piece, add_special_tokens=False, truncation=False, padding=False, verbose=False)
+        assert encoded.encodings is not None
+        encoding = encoded.encodings[0]
+        yield np.array(encoding.ids, dtype=np.int32), _offsets(encoding) + np.int32(begin)
+        begin = end
+
+
+def _offsets(encoding: Any) -> Int32Array:
+    return np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
 
 
 def _whole_window(
-    tokenizer: PreTrainedTokenizerFast, encoding: Any, question_index: int, context_sequence: int
+    tokenizer: PreTrainedTokenizerFast, encoding: Any, question_index: int, begin: int = 0
 ) -> Window:
-    sequences = encoding.sequence_ids  # None for what the tokenizer added
-    cls = [i for i, s in enumerate(sequences) if s is None and encoding.ids[i] == tokenizer.cls_token_id]
-    if not cls:
-        raise ValueError(f"{type(tokenizer).__name__} adds no CLS token, whose logits would say 'no answer'")
-    offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
-    offsets[np.array([s != context_sequence for s in sequences], dtype=bool)] = -1
-    has_types = "token_type_ids" in tokenizer.model_input_names
-    types = encoding.type_ids if has_types else [0] * len(sequences)
+    """A question with all of a piece of context; begin: where the piece begins."""
+    context_sequence = int(_question_first(tokenizer))
     ids = np.array(encoding.ids, dtype=np.int32)
-    return Window(question_index, ids, np.array(types, dtype=np.int32), offsets, cls[0])
+    added = -1  # the sequence of what the tokenizer added
+    sequences = np.array([added if one is None else one for one in encoding.sequence_ids])
+    cls = np.flatnonzero((sequences == added) & (ids == tokenizer.cls_token_id))
+    if not len(cls):
+        raise ValueError(f"{type(tokenizer).__name__} adds no CLS token, whose logits would say 'no answer'")
+    offsets = _offsets(encoding) + np.int32(begin)
+    offsets[sequences != context_sequence] = -1
+    has_types = "token_type_ids" in tokenizer.model_input_names
+    types = np.array(encoding.type_ids, dtype=np.int32) if has_types else np.zeros_like(ids)
+    return Window(question_index, ids, types, offsets, int(cls[0]))
 
 
-def _cut(whole: Window, max_length: int, stride: int) -> Iterator[Window]:
-    first, last = whole.context_range
-    context = last - first
-    room = max_length - (len(whole) - context)
-    if context <= room:
+def _cut(whole: Window, more: Iterator[Tokens] | None, max_length: int, stride: int) -> Iterator[Window]:
+    """more: the tokens of the context after those in `whole`. No more than a piece of them is held."""
+    if more is None and len(whole) <= max_length:
         yield whole
         return
-    if room <= stride:
-        raise ValueError(
-            f"question {whole.question_index} is too long: with special tokens it takes "
-            f"{len(whole) - context} of max_length {max_length} tokens; {max(room, 0)} are left for its "
-            f"context of {context}, and windows that share {stride} (the stride) need at least {stride + 1}"
-        )
-    for begin in range(first, last - stride, room - stride):
-        end = min(begin + room, last)
-        keep = np.r_[0:first, begin:end, last : len(whole)]
-        cls_index = int(np.flatnonzero(keep == whole.cls_index)[0])
-        parts = (whole.input_ids[keep], whole.token_type_ids[keep], whole.offsets[keep])
-        yield Window(whole.question_index, *parts, cls_index)
+    first, last = whole.context_range
+    room = max_length - (len(whole) - (last - first))
+    ids, offsets = whole.input_ids[first:last], whole.offsets[first:last]
+    for more_ids, more_offsets in itertools.chain([(ids[:0], offsets[:0])], more or ()):
+        ids, offsets = np.concatenate([ids, more_ids]), np.concatenate([offsets, more_offsets])
+        if len(ids) > room and room <= stride:
+            raise RefusedQuestion(
+                whole.question_index,
+                f"is too long: with special tokens it takes {len(whole) - (last - first)} of max_length "
+                f"{max_length} tokens; {max(room, 0)} are left for its context of {len(ids)}, and windows "
+                f"that share {stride} (the stride) need at least {stride + 1}",
+            )
+        while len(ids) > room:
+            yield _with_context(whole, ids[:room], offsets[:room])
+            ids, offsets = ids[room - stride :], offsets[room - stride :]
+    yield _with_context(whole, ids, offsets)
 
 
-def decode(
-    windows: Sequence[Window],
-    logits: Sequence[Logits],
-    contexts: Sequence[str],
-    n_best: int = 20,
-    max_answer_tokens: int = 30,
-) -> list[Decoded]:
-    """Each question's best spans, and its null score, out of the logits of all its windows.
+def _with_context(whole: Window, ids: Int32Array, offsets: Int32Array) -> Window:
+    """A window with other tokens in the place of the context's."""
+    first, last = whole.context_range
 
-    logits: a (start, end) pair per window, (tokens,) each. contexts: `Window.question_index` points into it.
-    A span begins and ends with a context token, has at most max_answer_tokens of them, and loses whitespace
-    at its ends (byte-level tokens can hold some). Its score is start logit + end logit. Spans of the same
-    characters count once, with their best score. Equal scores go to the earlier start, then the earlier end.
-    The null score is the lowest start + end logit at the CLS token over the windows, as in BERT's own script:
-    a question has no answer only if no window has one.
+    def put(values: Int32Array, context: Int32Array) -> Int32Array:
+        return np.concatenate([values[:first], context, values[last:]])
 
-    Raises ValueError for logits that are not finite or do not fit the windows, and for a question without
-    a window.
-    """
-    if n_best < 1 or max_answer_tokens < 1:
-        raise ValueError(f"n_best ({n_best}) and max_answer_tokens ({max_answer_tokens}) must be at least 1")
-    if len(windows) != len(logits):
-        raise ValueError(f"{len(windows)} windows, but logits of {len(logits)}")
-    spans: list[dict[Span, float]] = [{} for _ in contexts]
-    nulls: list[list[float]] = [[] for _ in contexts]
-    for number, (window, pair) in enumerate(zip(windows, logits, strict=True)):
-        question = window.question_index
-        if not 0 <= question < len(contexts):
-            raise ValueError(f"window {number} is of question {question} of {len(contexts)}")
-        start, end = _checked(pair, number, len(window))
-        nulls[question].append(float(start[window.cls_index] + end[window.cls_index]))
-        merged = spans[question]
-        found = _best_spans(window, start, end, contexts[question], n_best, max_answer_tokens)
-        for score, first, last in found:
-            merged[first, last] = max(score, merged.get((first, last), score))
-    without = [i for i, scores in enumerate(nulls) if not scores]
-    if without:
-        raise ValueError(f"no window of question {', '.join(map(str, without[:5]))} ({len(without)} in all)")
-    return [_decoded(*one, n_best) for one in zip(spans, nulls, contexts, strict=True)]
-
-
-def _decoded(spans: dict[Span, float], nulls: list[float], context: str, n_best: int) -> Decoded:
-    best = (Answer(context[start:end], score, start, end) for score, start, end in _ranked(spans)[:n_best])
-    return Decoded(tuple(best), min(nulls))
-
-
-def _checked(pair: Logits, number: int, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both logits in fp64, in which the sum of two fp32 numbers is exact: ties are real ties."""
-    start, end = (np.asarray(values, dtype=np.float64) for values in pair)
-    if start.shape != (length,) or end.shape != (length,):
-        raise ValueError(f"window {number} has {length} tokens, but logits of {start.shape} and {end.shape}")
-    if not (np.isfinite(start).all() and np.isfinite(end).all()):
-        raise ValueError(f"the logits of window {number} are not finite")
-    return start, end
-
-
-def _best_spans(
-    window: Window,
-    start: NDArray[np.float64],
-    end: NDArray[np.float64],
-    context: str,
-    n_best: int,
-    max_answer_tokens: int,
-) -> Ranked:
-    """The n_best different spans of one window, best first."""
-    first, last = window.context_range
-    if first == last:
-        return []
-    width = min(max_answer_tokens, last - first)
-    # Row i, column d: the span from context token i to i + d. Beyond the context the end logit is -inf.
-    ends = np.concatenate([end[first:last], np.full(width - 1, -np.inf)])
-    scores = start[first:last, None] + np.lib.stride_tricks.sliding_window_view(ends, width)
-    flat = scores.ravel()
-    wanted = n_best
-    while True:
-        everything = wanted >= flat.size
-        # All that tie with the last one wanted come along, so that which of them stay is decided by position.
-        least = -np.inf if everything else np.partition(flat, flat.size - wanted)[flat.size - wanted]
-        chosen = np.flatnonzero((flat >= least) & (flat > -np.inf))
-        starts, lengths = np.divmod(chosen, width)
-        characters = (window.offsets[first + starts, 0], window.offsets[first + starts + lengths, 1])
-        ranked = _distinct(flat[chosen], *characters, context)
-        if everything or len(ranked) >= n_best:
-            return ranked[:n_best]
-        wanted *= _WIDEN
-
-
-def _distinct(scores: NDArray[np.float64], starts: Int32Array, ends: Int32Array, context: str) -> Ranked:
-    best: dict[Span, float] = {}
-    for score, start, end in zip(scores.tolist(), starts.tolist(), ends.tolist(), strict=True):
-        text = context[start:end]
-        span = (end - len(text.lstrip()), start + len(text.rstrip()))
-        if span[0] < span[1]:
-            best[span] = max(score, best.get(span, score))
-    return _ranked(best)
-
-
-def _ranked(spans: dict[Span, float]) -> Ranked:
-    return sorted(((score, *span) for span, score in spans.items()), key=lambda s: (-s[0], *s[1:]))
+    types = np.full(len(ids), whole.token_type_ids[first] if last > first else 0, dtype=np.int32)
+    moved = len(ids) - (last - first) if whole.cls_index >= last else 0
+    return Window(
+        whole.question_index,
+        put(whole.input_ids, ids),
+        put(whole.token_type_ids, types),
+        put(whole.offsets, offsets),
+        whole.cls_index + moved,
+    )

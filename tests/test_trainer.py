@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, set_seed
 
 import pruned_ops
+from pruned_ops.answers import ScoreCalibration
 from pruned_trainer import (
     Decision,
     Distillation,
@@ -221,6 +222,7 @@ def test_the_whole_job(settings: PruneSettings) -> None:
         == [{"num_heads": d.shape.num_heads, "ffn_width": d.shape.ffn_width} for d in decision.layers]
     )
     assert model.config.null_score_threshold == written["pruned"]["null_score_threshold"]
+    assert ScoreCalibration.parse(model.config.score_calibration) != ScoreCalibration()
     assert (out / "tokenizer.json").read_bytes() == (Path(settings.model) / "tokenizer.json").read_bytes()
     for name in ("dense", "pruned"):
         assert len(json.loads((out / f"predictions-{name}.json").read_text())) == 100

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pruned_ops
+from pruned_ops.answers import ScoreCalibration
 from pruned_ops.measure import Timing, Workload, arrival_lengths, interleave, machine, versions
 from pruned_ops.optimize import optimized
 from pruned_ops.packed_encoder import model_shape
@@ -21,6 +22,7 @@ from pruned_ops.question_answering import Decoded, Window, decode, windows
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision
 from pruned_trainer.distributed import is_main, once, shared
+from pruned_trainer.tasks.calibration import fit_calibration
 from pruned_trainer.tasks.extractive import predict_logits
 from pruned_trainer.tasks.scoring import EvaluationResult, best_null_threshold, bootstrap_interval, evaluate
 from pruned_trainer.tasks.squad import Example
@@ -70,7 +72,15 @@ def _logits(model: PreTrainedModel, batch_size: int, some: Sequence[Window]) -> 
 
 def choose_threshold(model: PreTrainedModel, validation: Prepared) -> float:
     """The null score threshold that is best for `model` on validation data."""
-    return best_null_threshold(validation.examples, validation.decoded(model))
+    return choose_answering(model, validation)[0]
+
+
+def choose_answering(model: PreTrainedModel, validation: Prepared) -> tuple[float, ScoreCalibration]:
+    """The null score threshold that is best for `model` on validation data, and how far its scores can be
+    believed then."""
+    decoded = validation.decoded(model)
+    threshold = best_null_threshold(validation.examples, decoded)
+    return threshold, fit_calibration(validation.examples, decoded, threshold)
 
 
 def evaluate_on(model: PreTrainedModel, prepared: Prepared, threshold: float) -> EvaluationResult:

@@ -1,5 +1,4 @@
-"""Models and tokenizers in, checkpoints out: refused by name where they cannot be pruned, written whole or
-not at all."""
+"""Checkpoints out, written whole or not at all; `load_model` and `load_tokenizer` are the runtime's."""
 
 from __future__ import annotations
 
@@ -7,65 +6,13 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForQuestionAnswering,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-import pruned_ops
+from pruned_ops.checkpoints import load_model as load_model
+from pruned_ops.checkpoints import load_tokenizer as load_tokenizer
 from pruned_ops.importing import TOKENIZER_FILES
-
-MODEL_TYPES = (
-    "bert",
-    "roberta",
-    *(c.model_type for c in (pruned_ops.PrunedBertConfig, pruned_ops.PrunedRobertaConfig)),
-)
-
-
-def load_model(name_or_path: str) -> PreTrainedModel:
-    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode.
-
-    Errors: OSError where there is none; ValueError for another model, for tensors that are not what the
-    config describes, and for whatever else keeps it from loading.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-        if config.model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"it is a {config.model_type!r} model; only {', '.join(MODEL_TYPES)} can be pruned"
-            )
-        model, info = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
-        missing = sorted(info["missing_keys"])
-        unexpected = sorted(
-            k for k in info["unexpected_keys"] if "pooler." not in k and "position_ids" not in k
-        )
-        if missing:
-            raise ValueError(
-                f"it is no fine-tuned question-answering checkpoint: it lacks {', '.join(missing[:4])}"
-            )
-        if unexpected:
-            raise ValueError(
-                f"it holds tensors that its config does not describe: {', '.join(unexpected[:4])}"
-            )
-    except OSError:
-        raise
-    except Exception as error:  # each library on the way raises its own kind for a broken file or config
-        raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
-    return model.float().eval()
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer beside a model; ValueError where it has none (answers need character offsets)."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
-    if not tokenizer.is_fast:
-        raise ValueError(f"{name_or_path} has no fast tokenizer, and answers need its character offsets")
-    return tokenizer
 
 
 def save_checkpoint(

@@ -20,7 +20,7 @@ from pruned_trainer.budget import Target
 from pruned_trainer.choice import Chosen, choose
 from pruned_trainer.decision import Decision
 from pruned_trainer.distributed import is_main, once, state
-from pruned_trainer.evaluation import Judged, choose_threshold, full_report, judge
+from pruned_trainer.evaluation import Judged, choose_answering, full_report, judge
 from pruned_trainer.job import Job, say, start
 from pruned_trainer.loading import OutputFolder, save_checkpoint
 from pruned_trainer.plan import Plan, make_plan
@@ -164,12 +164,14 @@ def _train_on(opened: Run, chosen: Chosen, place: Path) -> Trained:
 
 
 def _measure(opened: Run, one: Trained, dense: Judged, gate_log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Choose the pruned model's threshold on validation data and write it, evaluate, time, report."""
+    """Choose the pruned model's threshold on validation data and fit its scores there, write both, evaluate,
+    time, report."""
     job = opened.job
     say("null score threshold, on the validation questions; then the evaluation questions")
     try:
-        threshold = choose_threshold(one.model, job.validation)
+        threshold, calibration = choose_answering(one.model, job.validation)
         one.model.config.null_score_threshold = threshold
+        one.model.config.score_calibration = calibration.to_json()
         if is_main():
             one.model.config.save_pretrained(one.place)
         pruned = judge(job, one.model, threshold)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pruned_ops.question_answering import Logits, Window, windows
+from pruned_ops.window_logits import batch_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -87,7 +88,7 @@ def predict_logits(
         with torch.inference_mode():
             for chosen in _batches(order, batch_size, progress):
                 batch = [windows[i] for i in chosen]
-                found.update(zip(chosen, _batch_logits(model, batch, pad_token_id, place), strict=True))
+                found.update(zip(chosen, batch_logits(model, batch, pad_token_id, place), strict=True))
     finally:
         model.train(was_training)
     return [found[i] for i in range(len(windows))]
@@ -104,21 +105,3 @@ def _batches(order: list[int], batch_size: int, progress: bool) -> Iterator[list
         for batch in batches:
             yield batch
             bar.update(len(batch))
-
-
-def _batch_logits(
-    model: torch.nn.Module, batch: list[Window], pad_token_id: int, device: torch.device
-) -> Iterator[Logits]:
-    shape = (len(batch), max(map(len, batch)))
-    ids, types, mask = np.full(shape, pad_token_id), np.zeros(shape, int), np.zeros(shape, int)
-    for row, window in enumerate(batch):
-        ids[row, : len(window)] = window.input_ids
-        types[row, : len(window)] = window.token_type_ids
-        mask[row, : len(window)] = 1
-    inputs = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
-    output = model(**{name: torch.from_numpy(values).to(device) for name, values in inputs.items()})
-    # One copy to the host for the batch, not two for every window.
-    logits = torch.stack([output.start_logits, output.end_logits]).float().cpu().numpy()
-    for row, window in enumerate(batch):
-        # Copies, so that one window's logits do not keep the whole batch in memory.
-        yield logits[0, row, : len(window)].copy(), logits[1, row, : len(window)].copy()

@@ -1,0 +1,91 @@
+"""What QuestionAnswerer costs around the model, and gains against a loop around the dense one.
+
+The same questions, spread over a file, in rounds: `answer` on texts; the optimised model alone on the same
+windows, sorted into batches of as many tokens; and a plain loop with Hugging Face alone around the dense
+model in eager mode, tokenizing included and decoding left out, in padded batches of 8 as they come.
+Usage: python benchmarks/bench_ask.py DENSE PRUNED --data SQUAD/eval.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from pruned_ops import QuestionAnswerer
+from pruned_ops.checkpoints import load_model, load_tokenizer
+from pruned_ops.measure import machine, versions
+from pruned_ops.question_answering import Window, windows
+from pruned_ops.window_logits import batch_logits, token_batches
+from pruned_trainer.tasks.squad import load_squad
+
+
+def bare(answerer: QuestionAnswerer, cut: Sequence[Window]) -> None:
+    """The model alone."""
+    model, device = answerer.model, next(answerer.model.parameters()).device
+    with torch.inference_mode():
+        for places in token_batches(cut, answerer.reading.tokens_per_batch):
+            for _ in batch_logits(model, [cut[i] for i in places], model.config.pad_token_id, device):
+                pass
+
+
+def plain_loop(model: Any, tokenizer: Any, questions: Sequence[str], contexts: Sequence[str]) -> None:
+    """As one writes it with Hugging Face alone."""
+    with torch.inference_mode():
+        for first in range(0, len(questions), 8):
+            texts = (list(questions[first : first + 8]), list(contexts[first : first + 8]))
+            batch = tokenizer(
+                *texts, truncation="only_second", max_length=384, stride=128, padding=True,
+                return_overflowing_tokens=True, return_offsets_mapping=True, return_tensors="pt",
+            )  # fmt: skip
+            output = model(**{name: batch[name] for name in tokenizer.model_input_names})
+            output.start_logits.argmax(1), output.end_logits.argmax(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dense", metavar="DENSE")
+    parser.add_argument("pruned", metavar="PRUNED")
+    parser.add_argument("--data", type=Path, required=True, help="SQuAD-format JSON")
+    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    examples = list(load_squad(arguments.data).examples)
+    random.Random(0).shuffle(examples)
+    questions = [example.question for example in examples[: arguments.questions]]
+    contexts = [example.context for example in examples[: arguments.questions]]
+    answerer = QuestionAnswerer(arguments.pruned, device="cpu")
+    cut = windows(answerer.tokenizer, questions, contexts)
+    dense, tokenizer = load_model(arguments.dense), load_tokenizer(arguments.dense)
+    runners: dict[str, Callable[[], object]] = {
+        "pruned model alone": lambda: bare(answerer, cut),
+        "QuestionAnswerer, pruned": lambda: answerer.answer(questions, contexts),
+        "plain loop, dense": lambda: plain_loop(dense, tokenizer, questions, contexts),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(arguments.rounds):
+        for name, run in runners.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    print(", ".join(f"{k}: {v}" for k, v in {**machine(), **versions()}.items()))
+    print(f"{len(questions)} questions, {len(cut)} windows, {torch.get_num_threads()} threads")
+    asked = seconds["QuestionAnswerer, pruned"]
+    for name, taken in seconds.items():
+        ratio = statistics.median(one / mine for one, mine in zip(taken, asked, strict=True))
+        rate = len(cut) / statistics.median(taken)
+        print(f"{name:>26}  {rate:8.1f} windows/s; QuestionAnswerer is {ratio:.3f} times as fast")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Answers out of start and end logits: the best spans of a question over all its windows, and their scores.
+
+Every reader of logits decodes here: the trainer's evaluation all questions at once (`decode`), and
+`QuestionAnswerer` window by window (`Candidates`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pruned_ops.question_answering import Int32Array, Window
+
+FloatArray = NDArray[np.floating[Any]]
+Logits = tuple[FloatArray, FloatArray]  # start and end logits of one window, (tokens,) each
+Span = tuple[int, int]  # characters [start, end) of the context
+Ranked = list[tuple[float, int, int]]  # score, start, end; best first
+
+# Of a whitespace-only or byte-level vocabulary many token spans are one character span: look further then.
+_WIDEN = 4
+# Spans that share a question's probability: what `decode` keeps of a question.
+SCORED = 20
+# The spans of a long document's windows are thinned out when there are so many times n_best of them.
+_THIN_OUT = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A span of the context: `answer == context[start:end]` in Python's characters; "" for no answer.
+
+    score: in `Decoded`, start logit + end logit (of the CLS token for no answer); from a QuestionAnswerer,
+    the probability in [0, 1] that this is a right answer.
+    """
+
+    answer: str
+    score: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ScoreCalibration:
+    """From a question's scores in logits to probabilities that an answer is right.
+
+    They are the softmax at this temperature over the best spans, no answer, and "something else", which
+    weighs `other` times as much as the likeliest of them: however sure the model is, the likeliest is right
+    with a probability of at most 1 / (1 + other). As it is (1, 0) this is the plain softmax; a checkpoint may
+    hold what was fitted on validation questions. Errors: ValueError for numbers that make no probabilities.
+    """
+
+    temperature: float = 1.0
+    other: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"score_calibration: {name} is {value!r}; a number of at least 0 is needed")
+        if self.temperature == 0:
+            raise ValueError("score_calibration: temperature is 0; a number above 0 is needed")
+
+    @classmethod
+    def parse(cls, value: object) -> ScoreCalibration:
+        """From config.json's object; ValueError for anything else."""
+        if not isinstance(value, dict) or value.keys() != {"temperature", "other"}:
+            raise ValueError(f"score_calibration is {value!r}; temperature and other are needed")
+        return cls(**value)
+
+    def to_json(self) -> dict[str, float]:
+        """As config.json holds it."""
+        return asdict(self)
+
+    def probabilities(self, spans: Sequence[float], null: float) -> list[float]:
+        """Of spans, best first, and then of no answer, out of their scores in logits: in [0, 1].
+
+        The softmax is over the SCORED best spans however many there are: a score does not depend on how many
+        were asked for. Those and no answer are at most 1 together."""
+        highest = max(spans[0], null)
+        *weights, last = [math.exp((score - highest) / self.temperature) for score in (*spans, null)]
+        total = sum(weights[:SCORED]) + last + self.other
+        return [weight / total for weight in (*weights, last)]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a model says on one question: its best spans, best first, and the score of "no answer"."""
+
+    n_best: tuple[Answer, ...]
+    null_score: float
+
+    @property
+    def best(self) -> Answer:
+        """The best span with the null option off; no answer where the context holds no token."""
+        return self.n_best[0] if self.n_best else self.none
+
+    @property
+    def none(self) -> Answer:
+        """No answer, with its score."""
+        return Answer("", self.null_score, 0, 0)
+
+    @property
+    def null_margin(self) -> float:
+        """Null score - best span's score; infinite where there is no span to choose."""
+        return self.null_score - self.n_best[0].score if self.n_best else float("inf")
+
+    def answer(self, null_score_threshold: float) -> Answer:
+        """The best span, or no answer where the null score exceeds the span's by more than the threshold."""
+        return self.none if self.null_margin > null_score_threshold else self.best
+
+    def ranked(
+        self, null_score_threshold: float, calibration: ScoreCalibration, allow_none: bool = True
+    ) -> list[Answer]:
+        """The best spans and no answer with probabilities for scores, likeliest first.
+
+        The threshold is taken off the null score, so that the likeliest is what `answer` says. Without
+        allow_none: spans only, with the same probabilities. Where there is no span, no answer is certain.
+        """
+        if not self.n_best:
+            return [Answer("", 1.0, 0, 0)]
+        scores = [answer.score for answer in self.n_best]
+        *spans, null = calibration.probabilities(scores, self.null_score - null_score_threshold)
+        found = [Answer(a.answer, p, a.start, a.end) for a, p in zip(self.n_best, spans, strict=True)]
+        if allow_none:
+            # The comparison of `answer`, to the last bit.
+            better = sum(self.null_score - span.score <= null_score_threshold for span in self.n_best)
+            found.insert(better, Answer("", null, 0, 0))
+        return found
+
+
+class Candidates:
+    """The best spans of one question over the windows seen so far, and its null score.
+
+    What stays in memory does not grow with the number of windows: a span that n_best others beat cannot come
+    back, for scores only rise. See `decode` for what counts as a span.
+    """
+
+    def __init__(self, context: str, n_best: int = SCORED, max_answer_tokens: int = 30) -> None:
+        if n_best < 1 or max_answer_tokens < 1:
+            raise ValueError(
+                f"n_best ({n_best}) and max_answer_tokens ({max_answer_tokens}) must be at least 1"
+            )
+        self._context, self._n_best, self._max_answer_tokens = context, n_best, max_answer_tokens
+        self._spans: dict[Span, float] = {}
+        self._null_score: float | None = None
+
+    def add(self, window: Window, logits: Logits, name: str) -> None:
+        """Take in one more window of the question; ValueError that calls it by `name` for logits that are not
+        finite or do not fit it."""
+        start, end = _checked(logits, name, len(window))
+        null = float(start[window.cls_index] + end[window.cls_index])
+        self._null_score = null if self._null_score is None else min(null, self._null_score)
+        spans = self._spans
+        found = _best_spans(window, start, end, self._context, self._n_best, self._max_answer_tokens)
+        for score, first, last in found:
+            spans[first, last] = max(score, spans.get((first, last), score))
+        if len(spans) > _THIN_OUT * self._n_best:
+            self._spans = {(first, last): score for score, first, last in _ranked(spans)[: self._n_best]}
+
+    def decoded(self) -> Decoded | None:
+        """The n_best best spans and the null score; None before the first window."""
+        if self._null_score is None:
+            return None
+        best = _ranked(self._spans)[: self._n_best]
+        context = self._context
+        answers = (Answer(context[start:end], score, start, end) for score, start, end in best)
+        return Decoded(tuple(answers), self._null_score)
+
+
+def decode(
+    windows: Sequence[Window],
+    logits: Sequence[Logits],
+    contexts: Sequence[str],
+    n_best: int = SCORED,
+    max_answer_tokens: int = 30,
+) -> list[Decoded]:
+    """Each question's best spans, and its null score, out of the logits of all its windows.
+
+    logits: a (start, end) pair per window, (tokens,) each. contexts: `Window.question_index` points into it.
+    A span begins and ends with a context token, has at most max_answer_tokens of them, and loses whitespace
+    at its ends (byte-level tokens can hold some). Its score is start logit + end logit. Spans of the same
+    characters count once, with their best score. Equal scores go to the earlier start, then the earlier end.
+    The null score is the lowest start + end logit at the CLS token over the windows, as in BERT's own script:
+    a question has no answer only if no window has one.
+
+    Raises ValueError for logits that are not finite or do not fit the windows, and for a question without
+    a window.
+    """
+    if len(windows) != len(logits):
+        raise ValueError(f"{len(windows)} windows, but logits of {len(logits)}")
+    candidates = [Candidates(context, n_best, max_answer_tokens) for context in contexts]
+    for number, (window, pair) in enumerate(zip(windows, logits, strict=True)):
+        if not 0 <= window.question_index < len(contexts):
+            raise ValueError(f"window {number} is of question {window.question_index} of {len(contexts)}")
+        candidates[window.question_index].add(window, pair, f"window {number}")
+    found = [one.decoded() for one in candidates]
+    without = [i for i, one in enumerate(found) if one is None]
+    if without:
+        raise ValueError(f"no window of question {', '.join(map(str, without[:5]))} ({len(without)} in all)")
+    return [one for one in found if one is not None]
+
+
+def _checked(pair: Logits, name: str, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both logits in fp64, in which the sum of two fp32 numbers is exact: ties are real ties."""
+    start, end = (np.asarray(values, dtype=np.float64) for values in pair)
+    if start.shape != (length,) or end.shape != (length,):
+        raise ValueError(f"{name} has {length} tokens, but logits of {start.shape} and {end.shape}")
+    if not (np.isfinite(start).all() and np.isfinite(end).all()):
+        raise ValueError(f"the logits of {name} are not finite")
+    return start, end
+
+
+def _best_spans(
+    window: Window,
+    start: NDArray[np.float64],
+    end: NDArray[np.float64],
+    context: str,
+    n_best: int,
+    max_answer_tokens: int,
+) -> Ranked:
+    """The n_best different spans of one window, best first."""
+    first, last = window.context_range
+    if first == last:
+        return []
+    width = min(max_answer_tokens, last - first)
+    # Row i, column d: the span from context token i to i + d. Beyond the context the end logit is -inf.
+    ends = np.concatenate([end[first:last], np.full(width - 1, -np.inf)])
+    scores = start[first:last, None] + np.lib.stride_tricks.sliding_window_view(ends, width)
+    flat = scores.ravel()
+    wanted = n_best
+    while True:
+        everything = wanted >= flat.size
+        # All that tie with the last one wanted come along, so that which of them stay is decided by position.
+        least = -np.inf if everything else np.partition(flat, flat.size - wanted)[flat.size - wanted]
+        chosen = np.flatnonzero((flat >= least) & (flat > -np.inf))
+        starts, lengths = np.divmod(chosen, width)
+        characters = (window.offsets[first + starts, 0], window.offsets[first + starts + lengths, 1])
+        ranked = _distinct(flat[chosen], *characters, context)
+        if everything or len(ranked) >= n_best:
+            return ranked[:n_best]
+        wanted *= _WIDEN
+
+
+def _distinct(scores: NDArray[np.float64], starts: Int32Array, ends: Int32Array, context: str) -> Ranked:
+    best: dict[Span, float] = {}
+    for score, start, end in zip(scores.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        text = context[start:end]
+        span = (end - len(text.lstrip()), start + len(text.rstrip()))
+        if span[0] < span[1]:
+            best[span] = max(score, best.get(span, score))
+    return _ranked(best)
+
+
+def _ranked(spans: dict[Span, float]) -> Ranked:
+    return sorted(((score, *span) for span, score in spans.items()), key=lambda s: (-s[0], *s[1:]))

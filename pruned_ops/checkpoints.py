@@ -1,0 +1,57 @@
+"""Models and tokenizers in: question-answering checkpoints, refused by name where they are something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+
+MODEL_TYPES = ("bert", "roberta", PrunedBertConfig.model_type, PrunedRobertaConfig.model_type)
+
+
+def load_model(name_or_path: str) -> PreTrainedModel:
+    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode.
+
+    Errors: OSError where there is none; ValueError for another model, for tensors that are not what the
+    config describes, and for whatever else keeps it from loading.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        if config.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"it is a {config.model_type!r} model; only {', '.join(MODEL_TYPES)} are supported"
+            )
+        model, info = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+        unexpected = sorted(
+            k for k in info["unexpected_keys"] if "pooler." not in k and "position_ids" not in k
+        )
+        if missing:
+            raise ValueError(
+                f"it is no fine-tuned question-answering checkpoint: it lacks {', '.join(missing[:4])}"
+            )
+        if unexpected:
+            raise ValueError(
+                f"it holds tensors that its config does not describe: {', '.join(unexpected[:4])}"
+            )
+    except OSError:
+        raise
+    except Exception as error:  # each library on the way raises its own kind for a broken file or config
+        raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
+    return model.float().eval()
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer beside a model; ValueError where it has none (answers need character offsets)."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name_or_path} has no fast tokenizer, and answers need its character offsets")
+    return tokenizer
