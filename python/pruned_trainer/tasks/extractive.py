@@ -48,18 +48,24 @@ def _feature(window: Window, example: Example) -> dict[str, Any]:
 
 def _answer_tokens(window: Window, example: Example) -> tuple[int, int]:
     """First and last token of the first answer; the CLS token, twice, where the window lacks part of it."""
-    nothing = (window.cls_index, window.cls_index)
+    found = None
+    if example.answers and not example.is_impossible:
+        text, start = example.answers[0]
+        found = span_tokens(window, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
+    return found or (window.cls_index, window.cls_index)
+
+
+def span_tokens(window: Window, start: int, end: int) -> tuple[int, int] | None:
+    """First and last token of the context's characters [start, end); None where the window lacks some."""
     first, last = window.context_range
-    if example.is_impossible or not example.answers or first == last:
-        return nothing
-    text, start = example.answers[0]
-    start, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+    if first == last:
+        return None
     starts, ends = window.offsets[first:last].T
     if start < starts[0] or end > ends[-1]:
-        return nothing
-    # Tokens that share a character with the answer: several tokens may be parts of one character.
+        return None
+    # Tokens that share a character with the span: several tokens may be parts of one character.
     inside = np.flatnonzero((ends > start) & (starts < end))
-    return (first + int(inside[0]), first + int(inside[-1])) if len(inside) else nothing
+    return (first + int(inside[0]), first + int(inside[-1])) if len(inside) else None
 
 
 def predict_logits(
