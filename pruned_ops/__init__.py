@@ -18,6 +18,10 @@ from pruned_ops.modeling import (
     PrunedRobertaForQuestionAnswering,
     PrunedRobertaModel,
 )
+from pruned_ops.natural_questions import (
+    PrunedBertForNaturalQuestions,
+    PrunedRobertaForNaturalQuestions,
+)
 from pruned_ops.optimize import optimize, restore
 from pruned_ops.packing import PackedBatch
 from pruned_ops.registry import BackendError, debug, record, use_backend
@@ -31,12 +35,14 @@ __all__ = [
     "PackedBatch",
     "PrunedAttention",
     "PrunedBertConfig",
+    "PrunedBertForNaturalQuestions",
     "PrunedBertForQuestionAnswering",
     "PrunedBertModel",
     "PrunedEncoder",
     "PrunedFFN",
     "PrunedLayer",
     "PrunedRobertaConfig",
+    "PrunedRobertaForNaturalQuestions",
     "PrunedRobertaForQuestionAnswering",
     "PrunedRobertaModel",
     "__version__",

@@ -18,9 +18,9 @@ from tiny_tokenizers import byte_tokenizer, word_tokenizer
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
 
+from pruned_ops.natural_questions import AnswerType
 from pruned_trainer.tasks.natural_questions import Document, nq_metrics, parse_document, read_documents
 from pruned_trainer.tasks.natural_questions_features import (
-    AnswerType,
     NqWindow,
     answer_span,
     cut,

@@ -12,12 +12,12 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pruned_ops.natural_questions import AnswerType
 from pruned_ops.question_answering import Window, windows
 from pruned_trainer.tasks.extractive import span_tokens
 from pruned_trainer.tasks.natural_questions import Document
@@ -37,16 +37,6 @@ MARKERS = tuple(
     for kind in ("Paragraph", "Table", "List", "Other")
     for number in range(1, MAX_POSITION + 1)
 )
-
-
-class AnswerType(IntEnum):
-    """What a window says: the classes of the head."""
-
-    NULL = 0
-    YES = 1
-    NO = 2
-    SHORT = 3
-    LONG = 4
 
 
 @dataclass(frozen=True, eq=False)

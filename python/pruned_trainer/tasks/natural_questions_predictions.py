@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pruned_ops.natural_questions import AnswerType
 from pruned_trainer.tasks.natural_questions import Document
-from pruned_trainer.tasks.natural_questions_features import AnswerType, NqWindow
+from pruned_trainer.tasks.natural_questions_features import NqWindow
 
 FloatArray = NDArray[np.floating[Any]]
 NqLogits = tuple[FloatArray, FloatArray, FloatArray]  # start, end: (tokens,); answer types: (5,)
