@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 import pruned_ops
 from pruned_ops.importing import TOKENIZER_FILES
+from pruned_ops.natural_questions import natural_questions_classes
 
 MODEL_TYPES = (
     "bert",
@@ -29,7 +30,8 @@ MODEL_TYPES = (
 
 
 def load_model(name_or_path: str) -> PreTrainedModel:
-    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode.
+    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode; one with answer types
+    where Natural Questions is what it was saved for.
 
     Errors: OSError where there is none; ValueError for another model, for tensors that are not what the
     config describes, and for whatever else keeps it from loading.
@@ -40,7 +42,11 @@ def load_model(name_or_path: str) -> PreTrainedModel:
             raise ValueError(
                 f"it is a {config.model_type!r} model; only {', '.join(MODEL_TYPES)} can be pruned"
             )
-        model, info = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
+        # Auto classes know no Natural Questions models: the config names the class that was saved.
+        model_class: Any = AutoModelForQuestionAnswering
+        if any(name.endswith("ForNaturalQuestions") for name in config.architectures or ()):
+            model_class = natural_questions_classes(config.model_type)[1]
+        model, info = model_class.from_pretrained(name_or_path, output_loading_info=True)
         missing = sorted(info["missing_keys"])
         unexpected = sorted(
             k for k in info["unexpected_keys"] if "pooler." not in k and "position_ids" not in k

@@ -20,7 +20,7 @@ from pruned_trainer.budget import Target
 from pruned_trainer.choice import Chosen, choose
 from pruned_trainer.decision import Decision
 from pruned_trainer.distributed import is_main, once, state
-from pruned_trainer.evaluation import Judged, choose_threshold, full_report, judge
+from pruned_trainer.evaluation import Judged, full_report, judge
 from pruned_trainer.job import Job, say, start
 from pruned_trainer.loading import OutputFolder, save_checkpoint
 from pruned_trainer.plan import Plan, make_plan
@@ -85,7 +85,12 @@ def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
     ]
     dense = judge(opened.job, opened.job.dense)
     points = [reporting.sweep_point(_measure(opened, one, dense, log), one.place.name) for one in trained]
-    found = {"dense": dense.to_json(opened.job), "points": points, "command": settings.command}
+    found = {
+        "task": settings.task,
+        "dense": dense.to_json(opened.job),
+        "points": points,
+        "command": settings.command,
+    }
     if is_main():
         reporting.write_json(opened.folder.partial / "sweep.json", found)
         reporting.plot_sweep(found, opened.folder.partial / "sweep.png")
@@ -164,15 +169,16 @@ def _train_on(opened: Run, chosen: Chosen, place: Path) -> Trained:
 
 
 def _measure(opened: Run, one: Trained, dense: Judged, gate_log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Choose the pruned model's threshold on validation data and write it, evaluate, time, report."""
+    """Choose the pruned model's thresholds on validation data and write them, evaluate, time, report."""
     job = opened.job
-    say("null score threshold, on the validation questions; then the evaluation questions")
+    say("score thresholds, on the validation questions; then the evaluation questions")
     try:
-        threshold = choose_threshold(one.model, job.validation)
-        one.model.config.null_score_threshold = threshold
+        thresholds = job.validation.best_thresholds(one.model)
+        for name, value in thresholds.items():
+            setattr(one.model.config, name, value)
         if is_main():
             one.model.config.save_pretrained(one.place)
-        pruned = judge(job, one.model, threshold)
+        pruned = judge(job, one.model, thresholds)
         say("timing dense against pruned")
         report = full_report(job, one.decision, dense, pruned)
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pruned_ops.question_answering import Logits, Window, windows
+from pruned_ops.question_answering import Window, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -70,13 +70,16 @@ def span_tokens(window: Window, start: int, end: int) -> tuple[int, int] | None:
 
 def predict_logits(
     model: torch.nn.Module,
-    windows: Sequence[Window],
+    windows: Sequence[Any],
     batch_size: int = 32,
     pad_token_id: int = 0,
     device: torch.device | str | None = None,
     progress: bool = False,
-) -> list[Logits]:
+) -> list[Any]:
     """The start and end logits of every window, in the order given: fp32, (tokens,) each, without padding.
+
+    A tuple each; of three, the answer type logits last, where the model has them. windows: `Window`s, or
+    whatever has a length, input_ids and token_type_ids.
 
     Runs in inference mode and without dropout; the model's training mode is as before afterwards. Batches
     hold windows of like length, longest first: little padding, and too large a batch fails at once.
@@ -86,7 +89,7 @@ def predict_logits(
         raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
     place = torch.device(device) if device is not None else next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
-    found: dict[int, Logits] = {}
+    found: dict[int, Any] = {}
     was_training = model.training
     model.eval()
     try:
@@ -113,8 +116,8 @@ def _batches(order: list[int], batch_size: int, progress: bool) -> Iterator[list
 
 
 def _batch_logits(
-    model: torch.nn.Module, batch: list[Window], pad_token_id: int, device: torch.device
-) -> Iterator[Logits]:
+    model: torch.nn.Module, batch: list[Any], pad_token_id: int, device: torch.device
+) -> Iterator[tuple[Any, ...]]:
     shape = (len(batch), max(map(len, batch)))
     ids, types, mask = np.full(shape, pad_token_id), np.zeros(shape, int), np.zeros(shape, int)
     for row, window in enumerate(batch):
@@ -124,7 +127,9 @@ def _batch_logits(
     inputs = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
     output = model(**{name: torch.from_numpy(values).to(device) for name, values in inputs.items()})
     # One copy to the host for the batch, not two for every window.
+    answer_types = getattr(output, "answer_type_logits", None)
     logits = torch.stack([output.start_logits, output.end_logits]).float().cpu().numpy()
     for row, window in enumerate(batch):
         # Copies, so that one window's logits do not keep the whole batch in memory.
-        yield logits[0, row, : len(window)].copy(), logits[1, row, : len(window)].copy()
+        spans = logits[0, row, : len(window)].copy(), logits[1, row, : len(window)].copy()
+        yield spans if answer_types is None else (*spans, answer_types[row].float().cpu().numpy())
