@@ -139,6 +139,11 @@ def natural_questions_classes(model_type: str) -> tuple[type[Any], type[Any]]:
     return _CLASSES[model_type]
 
 
+def is_natural_questions(config: Any) -> bool:
+    """Whether the model of this config was saved as one of these classes."""
+    return any(name.endswith("ForNaturalQuestions") for name in config.architectures or ())
+
+
 def load_natural_questions(name_or_path: str | Path) -> Any:
     """The Natural Questions model that was saved there, dense or pruned; ValueError for another one."""
     config = AutoConfig.from_pretrained(name_or_path)

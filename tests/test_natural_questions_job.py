@@ -16,7 +16,12 @@ from nq_pages import matching_file, original, page, write
 from tiny_tokenizers import byte_tokenizer, word_tokenizer
 from transformers import BertConfig, BertForQuestionAnswering, RobertaForQuestionAnswering
 
-from pruned_ops import PrunedBertForNaturalQuestions
+from pruned_ops import (
+    LayerShape,
+    PrunedBertConfig,
+    PrunedBertForNaturalQuestions,
+    PrunedBertForQuestionAnswering,
+)
 from pruned_ops.natural_questions import load_natural_questions, with_answer_types
 from pruned_trainer import Target
 from pruned_trainer.cli import main
@@ -119,6 +124,25 @@ def test_a_small_roberta_from_end_to_end(folder: Path, tmp_path: Path) -> None:
         out = ["--model", str(tmp_path / "dense"), "--out", str(tmp_path / recipe)]
         assert main(["prune", *files, *out, *more, *cut]) == 0
         assert load_natural_questions(tmp_path / recipe).config.model_type == "pruned_roberta"
+
+
+def test_a_model_with_squad_s_gates_is_trained_on(folder: Path, dense: Path, tmp_path: Path) -> None:
+    """A pruned SQuAD checkpoint becomes a Natural Questions model of its shapes, which may go on training."""
+    shapes = [LayerShape(3, 16), LayerShape(0, 24)]
+    config = PrunedBertConfig(layer_shapes=shapes, vocab_size=WORDS + 4, **SIZES)
+    save_checkpoint(PrunedBertForQuestionAnswering(config), tmp_path / "pruned")
+    for source, out in (("pruned", "first"), ("first", "second")):
+        argv = [
+            "finetune",
+            "--model",
+            str(tmp_path / source),
+            "--out",
+            str(tmp_path / out),
+            "--epochs",
+            "0.01",
+        ]
+        assert main([*argv, "--train-file", str(folder / "train.jsonl.gz"), *CUT]) == 0
+        assert load_natural_questions(tmp_path / out).config.shape.layers == tuple(shapes)
 
 
 def test_bad_lines_are_refused_or_counted(

@@ -167,7 +167,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     prepared = [task.cut(examples, tokenizer) for examples in files]
     thresholds = prepared[1].best_thresholds(model) if len(prepared) == 2 else own_thresholds(model, task)
     result = prepared[0].evaluate(model, thresholds)
-    reporting.print_scores(result.scores(), thresholds)
+    reporting.print_scores(result.scores(), thresholds, arguments.task)
     if arguments.predictions is not None:
         reporting.write_json(arguments.predictions, result.predictions)
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from pruned_trainer.attach import find_encoder
 from pruned_trainer.distillation import Distillation
 from pruned_trainer.distributed import per_process
 from pruned_trainer.job import length_limit, say
@@ -63,6 +64,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
     examples, _ = task.read_training(settings.train_file, has_validation=True)
     tokenizer = load_tokenizer(settings.model)
     model = task.start_model(settings.model)
+    find_encoder(model)
     longest = length_limit(model)
     if settings.max_length > longest:
         raise ValueError(

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 import pruned_ops
 from pruned_ops.importing import TOKENIZER_FILES
-from pruned_ops.natural_questions import natural_questions_classes
+from pruned_ops.natural_questions import is_natural_questions, natural_questions_classes
 
 MODEL_TYPES = (
     "bert",
@@ -44,7 +44,7 @@ def load_model(name_or_path: str) -> PreTrainedModel:
             )
         # Auto classes know no Natural Questions models: the config names the class that was saved.
         model_class: Any = AutoModelForQuestionAnswering
-        if any(name.endswith("ForNaturalQuestions") for name in config.architectures or ()):
+        if is_natural_questions(config):
             model_class = natural_questions_classes(config.model_type)[1]
         model, info = model_class.from_pretrained(name_or_path, output_loading_info=True)
         missing = sorted(info["missing_keys"])

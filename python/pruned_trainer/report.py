@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pruned_trainer.tasks.task import SCORES
+from pruned_trainer.tasks.task import METRIC_DIGITS, SCORES
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,18 +100,15 @@ def _chart(report: Mapping[str, Any], width: int = 16) -> Table:
     return table
 
 
-def print_scores(scores: Mapping[str, Any], thresholds: Mapping[str, float]) -> None:
+def print_scores(scores: Mapping[str, Any], thresholds: Mapping[str, float], task: str) -> None:
     """A checkpoint's scores, a line each: the official metric's keys, what else there is, the thresholds."""
-    others = {k: v for k, v in scores.items() if k != "metrics" and k not in scores["metrics"]}
-    lines = {**scores["metrics"], **others}
-    width = max(14, *(len(name) for name in (*lines, *thresholds)))
-    for name, value in lines.items():
-        if value is not None:
-            print(
-                f"{name:>{width}}  {value:.2f}" if isinstance(value, float) else f"{name:>{width}}  {value}"
-            )
-    for name, value in thresholds.items():
-        print(f"{name:>{width}}  {value:.4f}")
+    official = scores["metrics"]
+    others = {k: v for k, v in scores.items() if k != "metrics" and k not in official and v is not None}
+    width = max(14, *(len(name) for name in (*official, *others, *thresholds)))
+    for values, digits in ((official, METRIC_DIGITS[task]), (others, 2), (thresholds, 4)):
+        for name, value in values.items():
+            shown = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+            print(f"{name:>{width}}  {shown}")
 
 
 def sweep_point(report: Mapping[str, Any], folder: str) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
 from pruned_ops.measure import arrival_lengths
-from pruned_ops.natural_questions import with_answer_types
+from pruned_ops.natural_questions import is_natural_questions, load_natural_questions, with_answer_types
 from pruned_ops.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
 from pruned_trainer.tasks.natural_questions import (
@@ -130,6 +130,8 @@ class NaturalQuestionsTask:
     thresholds = (LONG, SHORT)
 
     def start_model(self, source: str) -> PreTrainedModel:
+        if is_natural_questions(AutoConfig.from_pretrained(source)):
+            return load_natural_questions(source)
         return with_answer_types(AutoModelForQuestionAnswering.from_pretrained(source))
 
     def check_model(self, model: PreTrainedModel) -> None:

@@ -34,6 +34,10 @@ SCORES = {
 }
 
 
+# Decimals of the official metric's numbers: percent in SQuAD, fractions in Natural Questions.
+METRIC_DIGITS = {"squad": 2, "natural_questions": 4}
+
+
 class Result(Protocol):
     """What a model reaches on a file at given thresholds.
 
