@@ -154,7 +154,7 @@ def test_bad_lines_are_refused_or_counted(
     assert main(argv) == 2
     assert f"{path}, line 4: not JSON" in capsys.readouterr().err
     assert main([*argv, "--skip-bad"]) == 0
-    assert f"2 bad lines skipped; the first: {path}, line 4" in capsys.readouterr().out
+    assert f"bad lines skipped: 2; the first: {path}, line 4" in capsys.readouterr().out
     bare = write(tmp_path / "bare.jsonl", [page(1, "w1", "w2")])
     assert main(["evaluate", "--model", str(dense), "--eval-file", str(bare), *CUT]) == 2
     assert "no document has an annotation to score by" in capsys.readouterr().err

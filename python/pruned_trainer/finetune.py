@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.distillation import Distillation
-from pruned_trainer.distributed import per_process
+from pruned_trainer.distributed import is_main, once, per_process
 from pruned_trainer.job import length_limit, say
 from pruned_trainer.loading import OutputFolder, load_tokenizer, save_checkpoint
 from pruned_trainer.settings import make_task
@@ -55,7 +55,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
     """Train the encoder with the task's heads, those that are missing new, all weights and with the config's
     dropout; write the checkpoint to settings.out. Errors: ValueError and OSError, before any training."""
     inputs = (settings.model, settings.train_file)
-    OutputFolder.check(settings.out, settings.overwrite, inputs)
+    once(lambda: OutputFolder.check(settings.out, settings.overwrite, inputs))
     task = make_task(
         settings.task, settings.max_length, settings.stride, settings.seed, settings.null_rate,
         settings.num_proc, settings.skip_bad,
@@ -64,7 +64,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
     examples, _ = task.read_training(settings.train_file, has_validation=True)
     tokenizer = load_tokenizer(settings.model)
     model = task.start_model(settings.model)
-    find_encoder(model)
+    find_encoder(model)  # refuses what could not be pruned afterwards
     longest = length_limit(model)
     if settings.max_length > longest:
         raise ValueError(
@@ -72,7 +72,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
         )
     say(f"tokenising {task.describe(examples)}")
     features = task.features(examples, tokenizer)
-    folder = OutputFolder(settings.out, settings.overwrite, inputs)
+    folder = once(lambda: OutputFolder(settings.out, settings.overwrite, inputs))
     steps = max(1, round(settings.epochs * len(features) / settings.batch_size))
     more = {name: True for name in ("bf16", "fp16") if name == settings.precision}
     train(
@@ -85,8 +85,9 @@ def fine_tune(settings: FineTuneSettings) -> None:
         settings.seed,
         **more,
     )
-    save_checkpoint(model, folder.partial, settings.model, tokenizer)
-    folder.publish()
+    if is_main():
+        save_checkpoint(model, folder.partial, settings.model, tokenizer)
+    once(folder.publish)
 
 
 def train(

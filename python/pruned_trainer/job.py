@@ -172,7 +172,7 @@ def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
     if settings.validation_file is not None:
         validation = task.read(settings.validation_file, "validation")
     else:
-        say(f"no validation file: {task.describe(validation)} of the training file are held out for it")
+        say(f"no validation file: held out for it, of the training file: {task.describe(validation)}")
     evaluation = validation
     if settings.eval_file is not None:
         evaluation = task.read(settings.eval_file, "validation")

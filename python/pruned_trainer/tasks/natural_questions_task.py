@@ -83,8 +83,10 @@ class NqResult:
 
 @dataclass(frozen=True)
 class Pages:
-    """Documents (without their text) with their windows: cut once, used for every model. annotators: how many
-    must give an answer; 1 where every document has one annotator only, as in training files."""
+    """Documents (without their text) with their windows: cut once, in memory, used for every model.
+
+    annotators: how many must give an answer; 1 where every document has one only, as in training files.
+    """
 
     documents: Sequence[Document]
     windows: Sequence[NqWindow]
@@ -116,9 +118,9 @@ class Pages:
 
 @dataclass(frozen=True)
 class NaturalQuestionsTask:
-    """max_length, stride: of windows, in tokens. null_rate: the share of windows without an answer that is
-    trained on. num_proc: processes that read and tokenise training files. skip_bad: leave out bad lines, and
-    count them. seed: of what is drawn."""
+    """max_length, stride: of windows, in tokens; stride is what neighbours share (the paper gives the step).
+    null_rate: the share of windows without an answer that is trained on. num_proc: processes that read and
+    tokenise training files. skip_bad: leave out bad lines, and count them. seed: of what is drawn."""
 
     max_length: int = 384
     stride: int = 128
@@ -164,7 +166,8 @@ class NaturalQuestionsTask:
                 page, found = cut(document, tokenizer, self.max_length, self.stride)
                 windows += [located(window, page, len(documents)) for window in found]
                 documents.append(document.without_text())
-        report_skipped(skipped)
+        if not examples.held_out:  # else the training's reader, who meets the same lines, says it
+            report_skipped(skipped)
         most = max((len(document.labels) for document in documents), default=0)
         if not most:
             raise NqFormatError(f"{examples.files[0]}: no document has an annotation to score by")
@@ -182,4 +185,4 @@ class NaturalQuestionsTask:
 def report_skipped(skipped: Skipped | None) -> None:
     """Say how many lines were left out, and why the first one was."""
     if skipped and is_main():
-        print(f"-- {len(skipped)} bad lines skipped; the first: {skipped.faults[0]}", flush=True)
+        print(f"-- bad lines skipped: {len(skipped)}; the first: {skipped.faults[0]}", flush=True)
