@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gzip
+import itertools
 import json
 import unicodedata
 from pathlib import Path
@@ -120,6 +122,33 @@ def test_places_survive_on_real_pages(name: str) -> None:
         # What is of no token are words of characters that BERT's normaliser drops: marks and controls.
         assert all(unicodedata.category(c)[0] in "CM" for i in missed for c in document.tokens[i])
     assert short > 100
+
+
+def test_what_is_trained_is_what_is_right(tmp_path: Path) -> None:
+    """A model that says exactly what its windows' labels say finds every long answer of real pages, and every
+    short one that is a single span: features and decoding are each other's inverse."""
+    tokenizer = AutoTokenizer.from_pretrained(real_data("models/minilm-l6-squad2"))
+    path = tmp_path / "gold.jsonl"
+    with gzip.open(real_data("data/natural_questions/eval.jsonl.gz")) as file:
+        path.write_bytes(b"".join(itertools.islice(file, 120)))
+    documents = list(read_documents([path]))
+    windows: list[NqWindow] = []
+    logits: list[Any] = []
+    for number, document in enumerate(documents):
+        read, cut_windows = cut(document, tokenizer)
+        for window, feature in zip(cut_windows, features(document, read, cut_windows), strict=True):
+            found = located(window, read, number)
+            windows.append(found)
+            start, end, kind = feature["start_positions"], feature["end_positions"], feature["answer_types"]
+            logits += logits_of([found], 0, start, end, AnswerType(kind))
+    written = predictions_json(documents, decode_documents(windows, logits, len(documents)))
+    (tmp_path / "predictions.json").write_text(json.dumps(written))
+    metrics = nq_metrics(path, tmp_path / "predictions.json")
+    assert metrics["long-best-threshold-f1"] == 1.0
+    answered = [document for document in documents if answer_span(document)]
+    single = sum(any(len(label.short) == 1 for label in document.labels) for document in answered)
+    expected = single / len(answered)
+    assert metrics["short-best-threshold-f1"] == pytest.approx(expected, abs=0.03) and expected > 0.8
 
 
 def test_markers_say_kind_and_number() -> None:

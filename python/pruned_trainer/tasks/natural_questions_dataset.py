@@ -55,10 +55,10 @@ def training_windows(
 ) -> ArrowWindows:
     """Read, tokenise and cut the documents of these files, and keep the windows on disk (under TMPDIR).
 
-    num_proc: processes, which share a file's lines where there are fewer files. skip_bad: bad lines are left
-    out and counted, else they are an NqFormatError. held_out: the share of documents that `is_held_out` takes
-    away. The number of processes changes the windows' order, not
-    which they are.
+    num_proc: processes, which share a file's lines where there are fewer files; their number changes the
+    windows' order, not which they are. skip_bad: bad lines are left out and counted, else they are an
+    NqFormatError; an id that comes twice is a fault only where one process meets it twice in a file.
+    held_out: the share of documents that `is_held_out` takes away.
     """
     import datasets  # only here: readers and metric do without
 
