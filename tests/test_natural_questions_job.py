@@ -126,6 +126,18 @@ def test_a_small_roberta_from_end_to_end(folder: Path, tmp_path: Path) -> None:
         assert load_natural_questions(tmp_path / recipe).config.model_type == "pruned_roberta"
 
 
+def test_a_family(folder: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*job(folder, dense, "family"), "--recipe", "random", "--gate-steps", "1", "--retrain-steps", "1"]
+    argv[argv.index("--macs") : argv.index("--macs") + 2] = ["--macs", "0.8", "0.5"]
+    assert main(["sweep", *argv[1:]]) == 0
+    assert "short F1" in capsys.readouterr().out
+    found = json.loads((folder / "family" / "sweep.json").read_text())
+    assert [point["folder"] for point in found["points"]] == ["macs-0.8", "macs-0.5"]
+    for point in found["points"]:
+        assert point["long_f1"] == pytest.approx(found["dense"]["long_f1"] - point["long_f1_loss"])
+    assert (folder / "family" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_model_with_squad_s_gates_is_trained_on(folder: Path, dense: Path, tmp_path: Path) -> None:
     """A pruned SQuAD checkpoint becomes a Natural Questions model of its shapes, which may go on training."""
     shapes = [LayerShape(3, 16), LayerShape(0, 24)]

@@ -127,9 +127,10 @@ def _batch_logits(
     inputs = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
     output = model(**{name: torch.from_numpy(values).to(device) for name, values in inputs.items()})
     # One copy to the host for the batch, not two for every window.
-    answer_types = getattr(output, "answer_type_logits", None)
     logits = torch.stack([output.start_logits, output.end_logits]).float().cpu().numpy()
+    types = getattr(output, "answer_type_logits", None)
+    kinds = None if types is None else types.float().cpu().numpy()
     for row, window in enumerate(batch):
         # Copies, so that one window's logits do not keep the whole batch in memory.
         spans = logits[0, row, : len(window)].copy(), logits[1, row, : len(window)].copy()
-        yield spans if answer_types is None else (*spans, answer_types[row].float().cpu().numpy())
+        yield spans if kinds is None else (*spans, kinds[row])
