@@ -128,8 +128,8 @@ def _batch_logits(
     output = model(**{name: torch.from_numpy(values).to(device) for name, values in inputs.items()})
     # One copy to the host for the batch, not two for every window.
     logits = torch.stack([output.start_logits, output.end_logits]).float().cpu().numpy()
-    types = getattr(output, "answer_type_logits", None)
-    kinds = None if types is None else types.float().cpu().numpy()
+    found = getattr(output, "answer_type_logits", None)
+    kinds = None if found is None else found.float().cpu().numpy()
     for row, window in enumerate(batch):
         # Copies, so that one window's logits do not keep the whole batch in memory.
         spans = logits[0, row, : len(window)].copy(), logits[1, row, : len(window)].copy()
