@@ -20,21 +20,21 @@ from rich.table import Table
 from transformers.utils import logging
 
 import pruned_ops
-from pruned_trainer.evaluation import Prepared, choose_threshold, evaluate_on
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.tasks.squad import load_squad
+from pruned_trainer.tasks.squad_task import Questions
 from pruned_trainer.training import pad_batch
 
 CALIBRATION, COMPARED = 4, 8  # batches of 8 windows
 RIVALS = ("ort-int8", "openvino-int8", "openvino-int8-static")
 
 
-def prepared(path: Path, checkpoint: str, questions: int | None = None) -> Prepared:
+def prepared(path: Path, checkpoint: str, questions: int | None = None) -> Questions:
     examples = load_squad(path).examples
-    return Prepared.cut(examples[:questions], load_tokenizer(checkpoint), 384, 128)
+    return Questions.cut(examples[:questions], load_tokenizer(checkpoint), 384, 128)
 
 
-def batches(source: Prepared, model: Any, count: int) -> list[rivals.Batch]:
+def batches(source: Questions, model: Any, count: int) -> list[rivals.Batch]:
     """Evenly spread windows, in batches of 8."""
     step = max(1, len(source.windows) // (8 * count))
     chosen = source.windows[::step][: 8 * count]
@@ -48,7 +48,7 @@ def batches(source: Prepared, model: Any, count: int) -> list[rivals.Batch]:
 def measure(checkpoint: str, data: Path, names: list[str]) -> list[dict[str, Any]]:
     model = load_model(checkpoint)
     evaluation = prepared(data / "eval.json", checkpoint)
-    threshold = choose_threshold(model, prepared(data / "validation.json", checkpoint))
+    thresholds = prepared(data / "validation.json", checkpoint).best_thresholds(model)
     calibration = batches(prepared(data / "train.json", checkpoint, 2000), model, CALIBRATION)
     # Of one token type, which is all that the rivals' graph knows.
     real = [
@@ -69,7 +69,7 @@ def measure(checkpoint: str, data: Path, names: list[str]) -> list[dict[str, Any
         ("ours int8, calibrated", {"dtype": "int8", "calibration": calibration}),
     ):
         fast = pruned_ops.optimize(copy.deepcopy(model), **arguments)
-        scores = evaluate_on(fast, evaluation, threshold)
+        scores = evaluation.evaluate(fast, thresholds)
         encoder = fast.base_model.encoder
         row(
             runner,

@@ -16,9 +16,9 @@ from transformers import AutoConfig, BertConfig, BertForQuestionAnswering
 import pruned_ops
 from pruned_ops import LayerShape
 from pruned_ops.measure import Workload
-from pruned_trainer.evaluation import Prepared
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.tasks.squad import load_squad
+from pruned_trainer.tasks.squad_task import Questions
 
 Batch = dict[str, Tensor]
 # BertConfig's fields for --random: MiniLM-L6 and BERT-base.
@@ -95,7 +95,7 @@ def random_model(sizes: dict[str, Any], pruned: bool) -> Any:
 
 def arrival_lengths(data: Path, tokenizer: str) -> list[int]:
     """Lengths of a SQuAD file's windows (384 tokens, stride 128) in arrival order."""
-    return Prepared.cut(load_squad(data).examples, load_tokenizer(tokenizer), 384, 128).arrival_lengths()
+    return Questions.cut(load_squad(data).examples, load_tokenizer(tokenizer), 384, 128).arrival_lengths()
 
 
 def workloads(lengths: list[int] | None, quick: bool, patterns: list[str]) -> list[Workload]:

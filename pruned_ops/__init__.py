@@ -19,6 +19,10 @@ from pruned_ops.modeling import (
     PrunedRobertaForQuestionAnswering,
     PrunedRobertaModel,
 )
+from pruned_ops.natural_questions import (
+    PrunedBertForNaturalQuestions,
+    PrunedRobertaForNaturalQuestions,
+)
 from pruned_ops.optimize import optimize, restore, tune
 from pruned_ops.packing import PackedBatch
 from pruned_ops.pipelines import pipeline
@@ -35,12 +39,14 @@ __all__ = [
     "PackedBatch",
     "PrunedAttention",
     "PrunedBertConfig",
+    "PrunedBertForNaturalQuestions",
     "PrunedBertForQuestionAnswering",
     "PrunedBertModel",
     "PrunedEncoder",
     "PrunedFFN",
     "PrunedLayer",
     "PrunedRobertaConfig",
+    "PrunedRobertaForNaturalQuestions",
     "PrunedRobertaForQuestionAnswering",
     "PrunedRobertaModel",
     "QuestionAnswerer",

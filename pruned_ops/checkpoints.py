@@ -13,12 +13,14 @@ from transformers import (
 )
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.natural_questions import is_natural_questions, natural_questions_classes
 
 MODEL_TYPES = ("bert", "roberta", PrunedBertConfig.model_type, PrunedRobertaConfig.model_type)
 
 
 def load_model(name_or_path: str) -> PreTrainedModel:
-    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode.
+    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode; one with answer types
+    where Natural Questions is what it was saved for.
 
     Errors: OSError where there is none; ValueError for another model, for tensors that are not what the
     config describes, and for whatever else keeps it from loading.
@@ -29,7 +31,11 @@ def load_model(name_or_path: str) -> PreTrainedModel:
             raise ValueError(
                 f"it is a {config.model_type!r} model; only {', '.join(MODEL_TYPES)} are supported"
             )
-        model, info = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
+        # Auto classes know no Natural Questions models: the config names the class that was saved.
+        model_class: Any = AutoModelForQuestionAnswering
+        if is_natural_questions(config):
+            model_class = natural_questions_classes(config.model_type)[1]
+        model, info = model_class.from_pretrained(name_or_path, output_loading_info=True)
         missing = sorted(info["missing_keys"])
         unexpected = sorted(
             k for k in info["unexpected_keys"] if "pooler." not in k and "position_ids" not in k

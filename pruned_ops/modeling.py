@@ -159,7 +159,7 @@ class PrunedBertForQuestionAnswering(PrunedPreTrainedModel):
         start_logits, end_logits = (part.contiguous() for part in self.qa_outputs(encoded[0]).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = (_loss(start_logits, start_positions) + _loss(end_logits, end_positions)) / 2
+            loss = (span_loss(start_logits, start_positions) + span_loss(end_logits, end_positions)) / 2
         output = QuestionAnsweringModelOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=encoded.hidden_states
         )
@@ -167,7 +167,7 @@ class PrunedBertForQuestionAnswering(PrunedPreTrainedModel):
         return output if wants_dict else output.to_tuple()
 
 
-def _loss(logits: Tensor, positions: Tensor) -> Tensor:
+def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
     """Cross-entropy of one end of the answer; a position outside the window is no target, as in BERT."""
     outside = logits.size(1)
     return F.cross_entropy(logits, positions.flatten().clamp(0, outside), ignore_index=outside)

@@ -19,10 +19,16 @@ from transformers import BertForQuestionAnswering, RobertaForQuestionAnswering
 
 from pruned_ops.int8 import Batch, choose_int8
 from pruned_ops.modeling import PrunedBertForQuestionAnswering
+from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
 from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
 from pruned_ops.registry import BACKENDS, BackendError
 
-ANSWERERS = (BertForQuestionAnswering, RobertaForQuestionAnswering, PrunedBertForQuestionAnswering)
+ANSWERERS = (
+    BertForQuestionAnswering,
+    RobertaForQuestionAnswering,
+    PrunedBertForQuestionAnswering,
+    PrunedBertForNaturalQuestions,
+)
 _HOOKS = "_pruned_ops_hooks"
 _MODES = "_pruned_ops_modes"
 
@@ -189,7 +195,7 @@ def _before_forward(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Refuse labels; ask the encoder for rows where the head takes them."""
     arguments = _arguments(module, args, kwargs)
-    for name in ("start_positions", "end_positions"):
+    for name in ("start_positions", "end_positions", "answer_types"):
         if arguments.get(name) is not None:
             raise ValueError(
                 f"an optimised model does not take {name}: pruned_ops.restore(model) before computing losses"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,12 @@ def token_batches(windows: Sequence[Window], tokens: int) -> Iterator[list[int]]
 
 
 def batch_logits(
-    model: torch.nn.Module, batch: Sequence[Window], pad_token_id: int, device: torch.device
-) -> Iterator[Logits]:
+    model: torch.nn.Module, batch: Sequence[Any], pad_token_id: int, device: torch.device
+) -> Iterator[Any]:
     """The start and end logits of each window, fp32, (tokens,) each, without padding, in one call of the
-    model."""
+    model; then its answer type logits, where the model has them.
+
+    batch: `Window`s, or whatever has a length, input_ids and token_type_ids."""
     shape = (len(batch), max(map(len, batch)))
     ids, types, mask = np.full(shape, pad_token_id), np.zeros(shape, int), np.zeros(shape, int)
     for row, window in enumerate(batch):
@@ -37,6 +40,9 @@ def batch_logits(
     output = model(**{name: torch.from_numpy(values).to(device) for name, values in inputs.items()})
     # One copy to the host for the batch, not two for every window.
     logits = torch.stack([output.start_logits, output.end_logits]).float().cpu().numpy()
+    found = getattr(output, "answer_type_logits", None)
+    kinds = None if found is None else found.float().cpu().numpy()
     for row, window in enumerate(batch):
         # Copies, so that one window's logits do not keep the whole batch in memory.
-        yield logits[0, row, : len(window)].copy(), logits[1, row, : len(window)].copy()
+        spans: Logits = logits[0, row, : len(window)].copy(), logits[1, row, : len(window)].copy()
+        yield spans if kinds is None else (*spans, kinds[row])

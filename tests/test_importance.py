@@ -15,6 +15,7 @@ from pruned_ops.packed_encoder import model_shape
 from pruned_trainer import Scores, SizeBudget, Target, attached, compact, decide, importance
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.gates import PARTS, PerGate
+from pruned_trainer.tasks.task import without_labels
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def budget_of(model: Any) -> SizeBudget:
 def mean_loss(model: Any, gates: Any, values: PerGate, data: list[dict[str, torch.Tensor]]) -> float:
     gates.fix(values)
     with torch.no_grad():
-        losses = [importance.example_losses(model(**importance._inputs(batch)), batch) for batch in data]
+        losses = [importance.example_losses(model(**without_labels(batch)), batch) for batch in data]
     return float(torch.cat(losses).mean())
 
 

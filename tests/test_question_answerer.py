@@ -258,16 +258,16 @@ def test_a_model_passed_in_is_optimised_in_place() -> None:
 
 
 def test_f1_on_real_questions_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pruned_trainer.evaluation import Prepared, evaluate_on
     from pruned_trainer.loading import load_model, load_tokenizer
     from pruned_trainer.tasks.scoring import official_metrics, question_scores
     from pruned_trainer.tasks.sources import read_examples
+    from pruned_trainer.tasks.squad_task import THRESHOLD, Questions
 
     examples = read_examples(str(real_data("data/squad2/eval.json")), "validation")[:150]
     folder = str(real_data("models/minilm-l6-squad2"))
     threshold = 0.7
-    prepared = Prepared.cut(examples, load_tokenizer(folder), 384, 128)
-    expected = evaluate_on(load_model(folder), prepared, threshold)
+    prepared = Questions.cut(examples, load_tokenizer(folder), 384, 128)
+    expected = prepared.evaluate(load_model(folder), {THRESHOLD: threshold})
     one = QuestionAnswerer(folder, device="cpu", null_score_threshold=threshold)
     found = one.answer([e.question for e in examples], [e.context for e in examples])
     predictions = {e.id: answer.answer for e, answer in zip(examples, found, strict=True)}

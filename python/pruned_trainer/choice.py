@@ -137,13 +137,14 @@ def _paper(job: Job, folder: Path, steps: int) -> tuple[Scores, Log]:
 def _scored(job: Job, steps: int) -> tuple[Scores, Log]:
     """Importance scores over `steps` minibatches of the training file."""
     settings = job.settings
-    order = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    data = job.gate_train
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     size = settings.train_batch
     collate = partial(pad_batch, pad_token_id=job.dense.config.pad_token_id)
     chosen = [order[start : start + size] for start in range(0, min(steps * size, len(order)), size)]
     device = job.dense.device
     batches = [
-        {k: v.to(device) for k, v in collate([job.train[i] for i in rows]).items() if k != "number"}
+        {k: v.to(device) for k, v in collate([data[i] for i in rows]).items() if k != "number"}
         for rows in chosen
     ]
 

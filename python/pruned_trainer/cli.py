@@ -1,4 +1,4 @@
-"""pruned-trainer: prune | sweep | demo | compact | evaluate."""
+"""pruned-trainer: prune | sweep | demo | finetune | compact | evaluate."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from transformers.utils import logging
 
 from pruned_trainer import report as reporting
 from pruned_trainer.budget import Target
+from pruned_trainer.cli_options import (
+    TARGETS,
+    add_model_and_data,
+    add_target,
+    add_task,
+    add_training_options,
+    settings_of,
+    target_of,
+)
 from pruned_trainer.compact import compact
 from pruned_trainer.decision import Decision
 from pruned_trainer.demo import demo
-from pruned_trainer.distillation import Distillation
 from pruned_trainer.distributed import is_main
-from pruned_trainer.evaluation import Prepared, choose_threshold, evaluate_on
-from pruned_trainer.gates import PARTS, PENALTIES
+from pruned_trainer.finetune import FineTuneSettings, fine_tune
 from pruned_trainer.loading import OutputFolder, load_model, load_tokenizer, save_checkpoint
 from pruned_trainer.prune import prune, sweep
-from pruned_trainer.settings import DISTIL_IN, PRECISIONS, RECIPES, PruneSettings
-from pruned_trainer.tasks.sources import read_examples
+from pruned_trainer.settings import PRECISIONS, make_task
+from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training import InterruptedTraining
 
 
@@ -58,14 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
         one.set_defaults(run=run)
         return one
 
-    one = command("prune", _prune, "prune a question-answering model on SQuAD-format data")
-    _add_model_and_data(one)
-    _add_target(one, several=False)
-    _add_training_options(one, required=True)
+    one = command(
+        "prune", _prune, "prune a question-answering model on SQuAD-format data or Natural Questions"
+    )
+    add_model_and_data(one)
+    add_target(one, several=False)
+    add_training_options(one, required=True)
     one = command("sweep", _sweep, "a family of pruned models from one training of the gates")
-    _add_model_and_data(one)
-    _add_target(one, several=True)
-    _add_training_options(one, required=True)
+    add_model_and_data(one)
+    add_target(one, several=True)
+    add_training_options(one, required=True)
     one = command("demo", _demo, "fine-tune, prune and measure a small model, offline")
     one.add_argument(
         "--model", default="", help="encoder to fine-tune (default: the all-MiniLM-L6-v2 package)"
@@ -73,143 +82,38 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--train-file", type=Path, default=Path(), help="SQuAD JSON (default: generated questions)"
     )
-    _add_target(one, several=False)
-    _add_training_options(one, required=False)
+    add_target(one, several=False)
+    add_training_options(one, required=False)
     one.set_defaults(out=Path("build/demo"))
     one = command("compact", _compact, "make the narrow model of a recorded decision")
     one.add_argument("--model", required=True, help="the checkpoint that the decision was made for")
     one.add_argument("--decision", type=Path, required=True, help="decision.json")
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--overwrite", action="store_true")
-    one = command("evaluate", _evaluate, "exact, F1 and span F1 of a checkpoint")
+    one = command("finetune", _finetune, "make a dense model for a task, to be pruned")
+    add_model_and_data(one)
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--overwrite", action="store_true")
+    one.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="autocast")
+    for name in ("epochs", "learning_rate"):
+        one.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(FineTuneSettings, name))
+    for name in ("batch_size", "max_length", "stride", "seed"):
+        one.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(FineTuneSettings, name))
+    one = command("evaluate", _evaluate, "a checkpoint's scores, by the task's official metric")
+    add_task(one, training=False)
     one.add_argument("--model", required=True)
     one.add_argument("--eval-file", type=Path, required=True)
     one.add_argument(
-        "--validation-file", type=Path, help="choose the null score threshold here (default: the config's)"
+        "--validation-file", type=Path, help="choose the score thresholds here (default: the config's)"
     )
     one.add_argument("--max-length", type=int, default=384)
     one.add_argument("--stride", type=int, default=128)
-    one.add_argument("--predictions", type=Path, help="write id -> answer here")
+    one.add_argument("--predictions", type=Path, help="write the official prediction file here")
     return parser
 
 
-def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, help="fine-tuned BERT or RoBERTa question-answering checkpoint"
-    )
-    parser.add_argument(
-        "--train-file", type=Path, required=True,
-        help="SQuAD JSON, another local dataset in SQuAD's columns, or a hub name (owner/name:split)",
-    )  # fmt: skip
-
-
-TARGETS = {
-    "speedup": "times as fast as the dense model, measured",
-    "latency_ms": "milliseconds a batch of the workload, measured",
-    "params": "fraction of the encoder's parameters to keep",
-    "macs": "fraction of the encoder's multiply-accumulates to keep",
-}
-
-
-def _add_target(parser: argparse.ArgumentParser, several: bool) -> None:
-    group = parser.add_mutually_exclusive_group(required=several)
-    for name, text in TARGETS.items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=float, help=text, nargs="+" if several else None
-        )
-    parser.add_argument(
-        "--latency-table", type=Path,
-        help="made by pruned-ops latency-table; its workload is the target's (default: one is measured, at "
-        "batch 8 and the validation file's lengths)",
-    )  # fmt: skip
-
-
-def _add_training_options(parser: argparse.ArgumentParser, required: bool) -> None:
-    defaults = PruneSettings("", Path(), Path(), Target(macs=0.5))
-    parser.add_argument(
-        "--validation-file", type=Path, help="for thresholds and choices (default: 5%% of the articles)"
-    )
-    parser.add_argument("--eval-file", type=Path, help="for results only (default: the validation questions)")
-    parser.add_argument("--out", type=Path, required=required)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    parser.add_argument("--resume", action="store_true", help="go on with the run that --out.partial holds")
-    parser.add_argument("--teacher", help="who teaches (default: the model itself, before pruning)")
-    parser.add_argument(
-        "--recipe", choices=RECIPES, default=defaults.recipe,
-        help="joint: gates and weights together, held to the target; paper: gates alone, each part apart, at "
-        "a price; the others train no gates",
-    )  # fmt: skip
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(defaults.parts), help="what is pruned"
-    )
-    parser.add_argument(
-        "--penalty", choices=tuple(PENALTIES), default=defaults.penalty,
-        help="a gate counts by P(gate > 0), or by P(gate = 1)",
-    )  # fmt: skip
-    parser.add_argument("--max-minutes", type=float, help="fit the training into this time (default: epochs)")
-    for name in (  # the gates' rate grows in runs that are too short for it
-        "lambda_attention", "lambda_ffn", "lambda_hidden", "gate_epochs", "retrain_epochs", "learning_rate",
-        "gate_learning_rate", "retrain_learning_rate", "dropout",
-    ):  # fmt: skip
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
-    for name in (
-        "gate_steps", "retrain_steps", "batch_size", "align", "max_length", "stride", "seed", "save_steps",
-    ):  # fmt: skip
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    for name, text in (
-        ("train_embeddings", "train the word embeddings too"),
-        ("compile", "torch.compile the narrow model while it trains"),
-        ("tensorboard", "write loss parts, budget and open gates to --out/tensorboard"),
-    ):
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
-    parser.add_argument("--precision", choices=PRECISIONS, default=defaults.precision, help="autocast")
-    _add_distillation(parser, defaults.distillation)
-
-
-def _add_distillation(parser: argparse.ArgumentParser, defaults: Distillation) -> None:
-    for name in ("task", "logits", "hidden", "temperature"):
-        parser.add_argument(
-            f"--distil-{name}", type=float, default=getattr(defaults, name), help="see Distillation"
-        )
-    parser.add_argument(
-        "--distil-projection", action="store_true",
-        help="a learned matrix between the student's hidden states and the teacher's",
-    )  # fmt: skip
-    parser.add_argument(
-        "--distil-layers", nargs="+", metavar="STUDENT:TEACHER", type=_pair,
-        help="layers whose outputs are compared, from 1 (default: each with its own)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--distil-in", choices=DISTIL_IN, help="phases with a teacher (default: the recipe's)"
-    )
-    parser.add_argument(
-        "--cache-teacher", type=Path, metavar="FOLDER",
-        help="keep the teacher's logits on disk, so that it runs once only (with --distil-hidden 0)",
-    )  # fmt: skip
-
-
-def _pair(text: str) -> tuple[int, int]:
-    student, _, teacher = text.partition(":")
-    return int(student), int(teacher or student)
-
-
-def _settings(arguments: argparse.Namespace, target: Target | None) -> PruneSettings:
-    given = vars(arguments)
-    plain = {name: given[name] for name in PruneSettings.__dataclass_fields__ if name in given}
-    weights = {name: given[f"distil_{name}"] for name in Distillation.__dataclass_fields__}
-    if weights["layers"] is not None:
-        weights["layers"] = tuple(weights["layers"])
-    plain.update(command=arguments.command_line, parts=tuple(arguments.parts), target=target)
-    return PruneSettings(**plain, distillation=Distillation(**weights))
-
-
-def _target(arguments: argparse.Namespace) -> Target | None:
-    given = {name: getattr(arguments, name) for name in TARGETS if getattr(arguments, name) is not None}
-    return Target(**given) if given else None
-
-
 def _prune(arguments: argparse.Namespace) -> None:
-    report = prune(_settings(arguments, _target(arguments)))
+    report = prune(settings_of(arguments, target_of(arguments)))
     if is_main():
         reporting.print_report(report)
         print(f"written to {arguments.out}")
@@ -218,17 +122,24 @@ def _prune(arguments: argparse.Namespace) -> None:
 def _sweep(arguments: argparse.Namespace) -> None:
     (unit,) = (name for name in TARGETS if getattr(arguments, name) is not None)
     targets = [Target(**{unit: value}) for value in getattr(arguments, unit)]
-    found = sweep(_settings(arguments, targets[0]), targets)
+    found = sweep(settings_of(arguments, targets[0]), targets)
     if is_main():
         reporting.print_sweep(found)
         print(f"written to {arguments.out}: a folder for each model, sweep.json, sweep.png")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    report = demo(_settings(arguments, _target(arguments) or Target(macs=0.45)))
+    report = demo(settings_of(arguments, target_of(arguments) or Target(macs=0.45)))
     if is_main():
         reporting.print_report(report)
         print(f"written to {arguments.out}; its teacher and data lie beside it")
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    fine_tune(FineTuneSettings(**{name: given[name] for name in FineTuneSettings.__dataclass_fields__}))
+    if is_main():
+        print(f"written to {arguments.out}")
 
 
 def _compact(arguments: argparse.Namespace) -> None:
@@ -247,23 +158,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"{arguments.predictions.parent} is no folder; --predictions writes a file into it"
         )
+    task = make_task(arguments.task, arguments.max_length, arguments.stride, skip_bad=arguments.skip_bad)
     files = [
-        read_examples(f, "validation")
-        for f in (arguments.eval_file, arguments.validation_file)
-        if f is not None
+        task.read(f, "validation") for f in (arguments.eval_file, arguments.validation_file) if f is not None
     ]
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    prepared = [Prepared.cut(f, tokenizer, arguments.max_length, arguments.stride) for f in files]
-    if len(prepared) == 2:
-        threshold = choose_threshold(model, prepared[1])
-    else:
-        threshold = getattr(model.config, "null_score_threshold", 0.0)
-    result = evaluate_on(model, prepared[0], threshold)
-    for name, value in result.metrics.items():
-        print(f"{name:>14}  {value:.2f}" if isinstance(value, float) else f"{name:>14}  {value}")
-    if result.f1_span is not None:
-        print(f"{'f1_span':>14}  {result.f1_span:.2f}")
-    print(f"{'threshold':>14}  {threshold:.4f}")
+    task.check_model(model)
+    prepared = [task.cut(examples, tokenizer) for examples in files]
+    thresholds = prepared[1].best_thresholds(model) if len(prepared) == 2 else own_thresholds(model, task)
+    result = prepared[0].evaluate(model, thresholds)
+    reporting.print_scores(result.scores(), thresholds, arguments.task)
     if arguments.predictions is not None:
         reporting.write_json(arguments.predictions, result.predictions)
 

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from pruned_ops import (
     ModelShape,
     PrunedBertConfig,
+    PrunedBertForNaturalQuestions,
     PrunedBertForQuestionAnswering,
     PrunedRobertaConfig,
     PrunedRobertaForQuestionAnswering,
 )
+from pruned_ops.natural_questions import natural_questions_classes
 from pruned_ops.packed_encoder import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision, Kept, LayerDecision
@@ -45,6 +47,8 @@ def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
     source = model_shape(find_encoder(model))
     _check_fits(decision, source)
     config_class, model_class = _TARGETS[model.config.model_type]
+    if isinstance(model, PrunedBertForNaturalQuestions):
+        config_class, model_class = natural_questions_classes(model.config.model_type)
     shape = decision.shape(source)
     fields = {
         **model.config.to_dict(),

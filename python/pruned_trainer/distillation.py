@@ -51,11 +51,13 @@ class Distillation:
 
 
 class Taught(NamedTuple):
-    """What a teacher says of a batch: logits (batch, seqlen), hidden states (batch, seqlen, hidden)."""
+    """What a teacher says of a batch: logits (batch, seqlen), hidden states (batch, seqlen, hidden), answer
+    type logits (batch, types) where the task has them."""
 
     start_logits: Tensor
     end_logits: Tensor
     hidden_states: tuple[Tensor, ...] | None
+    answer_type_logits: Tensor | None = None
 
 
 class Projection(nn.Module):
@@ -119,16 +121,24 @@ class Projection(nn.Module):
 
 
 def logits_loss(student: Any, teacher: Any, real: Tensor, temperature: float) -> Tensor:
-    """Mean over start and end of KL(teacher || student), times temperature^2. Logits and `real` (batch,
-    seqlen)."""
-    total = torch.zeros((), device=real.device)
-    for s, t in ((student.start_logits, teacher.start_logits), (student.end_logits, teacher.end_logits)):
-        lowest = torch.finfo(s.dtype).min
-        student_log = F.log_softmax((s / temperature).masked_fill(~real, lowest), -1)
-        teacher_log = F.log_softmax((t / temperature).masked_fill(~real, lowest), -1)
-        divergence = (teacher_log.exp() * (teacher_log - student_log)).masked_fill(~real, 0.0)
-        total = total + divergence.sum(-1).mean()
-    return total / 2 * temperature**2
+    """Mean over start and end (and answer type, where there is one) of KL(teacher || student), times
+    temperature^2. Start and end logits and `real` (batch, seqlen)."""
+    pairs = [(student.start_logits, teacher.start_logits), (student.end_logits, teacher.end_logits)]
+    parts = [_divergence(s, t, real, temperature) for s, t in pairs]
+    types = getattr(teacher, "answer_type_logits", None)  # a stock model's output does not know the name
+    if types is not None:
+        everything = torch.ones_like(types, dtype=torch.bool)
+        parts.append(_divergence(student.answer_type_logits, types, everything, temperature))
+    return torch.stack(parts).mean() * temperature**2
+
+
+def _divergence(student: Tensor, teacher: Tensor, real: Tensor, temperature: float) -> Tensor:
+    """Mean over the batch of the KL divergence of two softened distributions over the `real` classes."""
+    lowest = torch.finfo(student.dtype).min
+    student_log = F.log_softmax((student / temperature).masked_fill(~real, lowest), -1)
+    teacher_log = F.log_softmax((teacher / temperature).masked_fill(~real, lowest), -1)
+    divergence = (teacher_log.exp() * (teacher_log - student_log)).masked_fill(~real, 0.0)
+    return divergence.sum(-1).mean()
 
 
 def hidden_loss(

@@ -6,26 +6,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import pruned_ops
-from pruned_ops.answers import ScoreCalibration
-from pruned_ops.measure import Timing, Workload, arrival_lengths, interleave, machine, versions
+from pruned_ops.measure import Timing, Workload, interleave, machine, versions
 from pruned_ops.optimize import optimized
 from pruned_ops.packed_encoder import model_shape
-from pruned_ops.question_answering import Decoded, Window, decode, windows
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision
-from pruned_trainer.distributed import is_main, once, shared
-from pruned_trainer.tasks.calibration import fit_calibration
-from pruned_trainer.tasks.extractive import predict_logits
-from pruned_trainer.tasks.scoring import EvaluationResult, best_null_threshold, bootstrap_interval, evaluate
-from pruned_trainer.tasks.squad import Example
+from pruned_trainer.distributed import once
+from pruned_trainer.tasks.task import Result
 
 if TYPE_CHECKING:
     from pruned_trainer.job import Job
@@ -33,59 +27,6 @@ if TYPE_CHECKING:
 # Batches per round and rounds of the timing: about a minute for a small encoder on two cores.
 TIMED_BATCHES, TIMED_ROUNDS = 16, 7
 BATCH_SIZE = 8
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Examples with their windows: cut once, used for every model."""
-
-    examples: Sequence[Example]
-    windows: Sequence[Window]
-
-    @classmethod
-    def cut(
-        cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int
-    ) -> Prepared:
-        questions, contexts = [e.question for e in examples], [e.context for e in examples]
-        cut = windows(tokenizer, questions, contexts, max_length, stride, progress=is_main())
-        return cls(examples, cut)
-
-    def arrival_lengths(self) -> list[int]:
-        """Window lengths in arrival order, in tokens."""
-        by_question: list[list[int]] = [[] for _ in self.examples]
-        for window in self.windows:
-            by_question[window.question_index].append(len(window))
-        return arrival_lengths(by_question)
-
-    def decoded(self, model: PreTrainedModel, batch_size: int = 32) -> list[Decoded]:
-        """Every question's best spans and null score by `model`, which runs packed meanwhile, on all
-        processes."""
-        with optimized(model):
-            work = partial(_logits, model, batch_size)
-            logits = shared(work, self.windows)
-        return decode(self.windows, logits, [e.context for e in self.examples])
-
-
-def _logits(model: PreTrainedModel, batch_size: int, some: Sequence[Window]) -> list[Any]:
-    return predict_logits(model, some, batch_size, model.config.pad_token_id, progress=is_main())
-
-
-def choose_threshold(model: PreTrainedModel, validation: Prepared) -> float:
-    """The null score threshold that is best for `model` on validation data."""
-    return choose_answering(model, validation)[0]
-
-
-def choose_answering(model: PreTrainedModel, validation: Prepared) -> tuple[float, ScoreCalibration]:
-    """The null score threshold that is best for `model` on validation data, and how far its scores can be
-    believed then."""
-    decoded = validation.decoded(model)
-    threshold = best_null_threshold(validation.examples, decoded)
-    return threshold, fit_calibration(validation.examples, decoded, threshold)
-
-
-def evaluate_on(model: PreTrainedModel, prepared: Prepared, threshold: float) -> EvaluationResult:
-    """Scores of `model` at this null score threshold."""
-    return evaluate(prepared.examples, prepared.decoded(model), threshold)
 
 
 def model_facts(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:
@@ -125,53 +66,29 @@ def timing_json(timing: Timing, backends: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def losses_json(dense: EvaluationResult, pruned: EvaluationResult) -> dict[str, Any]:
-    """Points lost from dense to pruned, with 95% bootstrap intervals over the questions."""
-    found: dict[str, Any] = {
-        "f1_loss": dense.f1 - pruned.f1,
-        "f1_loss_interval": bootstrap_interval(dense.question_f1, pruned.question_f1),
-        "f1_span_loss": None,
-        "f1_span_loss_interval": None,
-    }
-    if dense.f1_span is not None and pruned.f1_span is not None:
-        found["f1_span_loss"] = dense.f1_span - pruned.f1_span
-        found["f1_span_loss_interval"] = bootstrap_interval(dense.question_span_f1, pruned.question_span_f1)
-    return found
-
-
-def scores_json(result: EvaluationResult, threshold: float) -> dict[str, Any]:
-    """A model's scores in report.json, in percent."""
-    return {
-        "f1": result.f1,
-        "exact": result.exact,
-        "f1_span": result.f1_span,
-        "metrics": result.metrics,
-        "null_score_threshold": threshold,
-    }
-
-
 @dataclass(frozen=True)
 class Judged:
-    """A model's scores on the evaluation questions, at the threshold that is best on the validation ones."""
+    """A model's scores on the evaluation questions, at the thresholds best on the validation questions."""
 
     model: PreTrainedModel
-    threshold: float
-    result: EvaluationResult
+    thresholds: dict[str, float]
+    result: Result
 
     def to_json(self, job: Job) -> dict[str, Any]:
         """Scores and sizes, as report.json has them for each model."""
         return {
-            **scores_json(self.result, self.threshold),
+            **self.result.scores(),
+            **self.thresholds,
             **model_facts(self.model, job.validation.arrival_lengths()),
         }
 
 
-def judge(job: Job, model: PreTrainedModel, threshold: float | None = None) -> Judged:
-    """Choose the null score threshold on validation data (unless it is given), then evaluate."""
+def judge(job: Job, model: PreTrainedModel, thresholds: dict[str, float] | None = None) -> Judged:
+    """Choose the thresholds on validation data (unless they are given), then evaluate."""
     nn.Module.to(model, job.dense.device)
-    if threshold is None:
-        threshold = choose_threshold(model, job.validation)
-    return Judged(model, threshold, evaluate_on(model, job.evaluation, threshold))
+    if thresholds is None:
+        thresholds = job.validation.best_thresholds(model)
+    return Judged(model, thresholds, job.evaluation.evaluate(model, thresholds))
 
 
 def full_report(job: Job, decision: Decision, dense: Judged, pruned: Judged) -> dict[str, Any]:
@@ -186,7 +103,7 @@ def full_report(job: Job, decision: Decision, dense: Judged, pruned: Judged) -> 
     speedup = timings["pruned"].speedup_over(timings["dense"])
     asked = decision.target.get("speedup")
     report["speedup"] = {"asked": asked, "reached": speedup, "workload": workload.name}
-    report.update(losses_json(dense.result, pruned.result))
+    report.update(dense.result.losses(pruned.result))
     report["target"] = {"asked": decision.target, "reached": decision.reached}
     measured = {"speedup": speedup, "latency_ms": timings["pruned"].ms(50)}
     for unit in set(measured) & set(decision.target):  # the decision's own numbers are the table's
@@ -230,9 +147,10 @@ def _circumstances(job: Job) -> dict[str, Any]:
     return {
         "evaluated_on": {
             "file": judged_on,
-            "questions": len(job.evaluation.examples),
+            "questions": len(job.evaluation),
             "threshold_chosen_on_these": settings.eval_file is None,
         },
+        "task": settings.task,
         "recipe": settings.recipe,
         "machine": machine(),
         "versions": versions(),

@@ -25,6 +25,7 @@ from pruned_trainer.attach import attached, find_encoder
 from pruned_trainer.budget import Budget
 from pruned_trainer.distributed import shared
 from pruned_trainer.gates import PerGate, Scores, check_parts
+from pruned_trainer.tasks.task import without_labels
 
 METHODS = ("gain", "leave-one-out", "random")
 # FFN units and hidden dimensions that leave together in leave-one-out: one by one would take a pass over the
@@ -45,8 +46,8 @@ def score(
 ) -> Scores:
     """Scores of every gate on `parts` of a question-answering model, by one of METHODS.
 
-    Several processes share leave-one-out's passes. batches: padded inputs with start_positions and
-    end_positions, on the model's device; random needs none.
+    Several processes share leave-one-out's passes. batches: padded inputs with the task's LABELS,
+    on the model's device; random needs none.
     The model is as before afterwards.
     """
     check_parts(parts)
@@ -66,9 +67,15 @@ def score(
 
 
 def example_losses(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of start and end, averaged, of each example: (batch,)."""
-    starts = F.cross_entropy(output.start_logits, batch["start_positions"], reduction="none")
-    return (starts + F.cross_entropy(output.end_logits, batch["end_positions"], reduction="none")) / 2
+    """Cross-entropy of start and end (and answer type), averaged, of each example: (batch,)."""
+    pairs = [
+        (output.start_logits, batch["start_positions"]),
+        (output.end_logits, batch["end_positions"]),
+    ]
+    if "answer_types" in batch:
+        pairs.append((output.answer_type_logits, batch["answer_types"]))
+    losses = [F.cross_entropy(logits, label, reduction="none") for logits, label in pairs]
+    return torch.stack(losses).mean(0)
 
 
 def _random(shape: ModelShape, seed: int) -> PerGate:
@@ -97,7 +104,7 @@ def _gain(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bo
             gates.fixed = ones
             leaves = [tensor for part in parts for tensor in ones.of(part)]
             with torch.enable_grad():
-                loss = example_losses(model(**_inputs(batch)), batch).sum()
+                loss = example_losses(model(**without_labels(batch)), batch).sum()
             found = torch.autograd.grad(loss, leaves)
             sums = [tensor for part in parts for tensor in total.of(part)]
             for into, gradient in zip(sums, found, strict=True):
@@ -121,7 +128,7 @@ def _leave_one_out(model: nn.Module, batches: Batches, parts: Sequence[str], pro
             if closed is not None:
                 values.of(closed[0])[closed[1]][closed[2]] = 0.0
             gates.fix(values)
-            losses = [example_losses(model(**_inputs(batch)), batch) for batch in batches]
+            losses = [example_losses(model(**without_labels(batch)), batch) for batch in batches]
             return float(torch.cat(losses).mean())
 
         everything = mean_loss(None)
@@ -144,10 +151,6 @@ def left_out(shape: ModelShape, parts: Sequence[str]) -> list[tuple[str, int, sl
         for number, tensor in enumerate(PerGate.full(shape, 0.0).of(part))
         for start in range(0, tensor.numel(), size)
     ]
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in batch.items() if not name.endswith("_positions")}
 
 
 def _shown(things: Iterable[Any], progress: bool, name: str) -> Iterable[Any]:

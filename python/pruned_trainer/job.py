@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, SizeBudget, Target, make_budget
 from pruned_trainer.distillation import Projection
 from pruned_trainer.distributed import is_main, once, per_process, state
-from pruned_trainer.evaluation import BATCH_SIZE, TIMED_BATCHES, Prepared
+from pruned_trainer.evaluation import BATCH_SIZE, TIMED_BATCHES
+from pruned_trainer.features import Part
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.settings import PruneSettings
-from pruned_trainer.tasks.extractive import training_features
-from pruned_trainer.tasks.sources import read_examples
-from pruned_trainer.tasks.squad import Example, split_articles
+from pruned_trainer.tasks.task import Prepared, Task
 from pruned_trainer.teacher_cache import TeacherCache, fingerprint
 
 
@@ -33,6 +31,7 @@ class Job:
     """What a run holds from its first phase to its last.
 
     dense: the model as it came, frozen. teacher: what distils it, the same unless another was given.
+    gate_train: the part of the training windows that gates are trained on.
     workload: what is timed. table: measured where a target is a time.
     """
 
@@ -40,7 +39,9 @@ class Job:
     dense: PreTrainedModel
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    train: list[dict[str, Any]]
+    task: Task
+    train: Sequence[dict[str, Any]]
+    gate_train: Sequence[dict[str, Any]]
     validation: Prepared
     evaluation: Prepared
     budget: Budget
@@ -71,14 +72,16 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
     targets: more than the settings' one, in the same unit. table_file: a table from this run's first part.
     """
     started = time.perf_counter()
-    train, validation, evaluation = _read_data(settings)
+    task = settings.make_task()
+    train, validation, evaluation = _read_data(settings, task)
     dense, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
+    task.check_model(dense)
     longest = length_limit(dense)
     if settings.max_length > longest:
         raise ValueError(
             f"max_length is {settings.max_length}; the model's position table allows {longest} tokens"
         )
-    teacher = load_teacher(settings, dense, tokenizer)
+    teacher = load_teacher(settings, dense, tokenizer, task)
     for model in (dense, teacher):
         nn.Module.to(model, state().device)
     per_process(settings.train_batch)
@@ -86,12 +89,9 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
         distillation = settings.distillation_in(phase)
         if distillation.hidden:
             Projection.pairs_of(dense.config, teacher.config, distillation)
-    say(
-        f"tokenising {len(train)} training, {len(validation)} validation, {len(evaluation)} "
-        f"evaluation questions"
-    )
-    cut = partial(Prepared.cut, tokenizer=tokenizer, max_length=settings.max_length, stride=settings.stride)
-    held, judged = cut(validation), cut(evaluation)
+    read = {"training": train, "validation": validation, "evaluation": evaluation}
+    say(f"tokenising {'; '.join(f'{name}: {task.describe(examples)}' for name, examples in read.items())}")
+    held, judged = (task.cut(examples, tokenizer) for examples in (validation, evaluation))
     lengths = held.arrival_lengths()
     workload = Workload.arrival_order(lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES)
     wanted = [target for target in (settings.target, *targets) if target is not None]
@@ -103,22 +103,26 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
     budget = make_budget(wanted[0], shape, lengths, table) if wanted else SizeBudget(shape, "macs", lengths)
     for target in wanted:
         budget.check_reachable(target, settings.parts, settings.width_align or 1)
-    features = training_features(train, tokenizer, settings.max_length, settings.stride, progress=is_main())
-    cache = None
+    features = task.features(train, tokenizer)
+    cache, gates = None, features
+    if settings.gate_fraction < 1:
+        gates = Part(features, settings.gate_fraction, settings.seed)
     if settings.cache_teacher is not None:
         cache = open_cache(settings.cache_teacher, teacher, features)
     return Job(
-        settings, dense, teacher, tokenizer, features, held, judged, budget, workload, table, cache, started
-    )
+        settings, dense, teacher, tokenizer, task, features, gates, held, judged, budget, workload, table,
+        cache, started,
+    )  # fmt: skip
 
 
 def load_teacher(
-    settings: PruneSettings, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    settings: PruneSettings, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task
 ) -> PreTrainedModel:
     """The model to be pruned itself, or another; ValueError where that one cannot teach it."""
     if settings.teacher is None:
         return dense
     teacher, its = load_model(settings.teacher), load_tokenizer(settings.teacher)
+    task.check_model(teacher)
     faults = []
     if its.get_vocab() != tokenizer.get_vocab() or teacher.config.vocab_size != dense.config.vocab_size:
         faults.append(
@@ -152,7 +156,7 @@ def latency_table(
     return table
 
 
-def open_cache(folder: Path, teacher: PreTrainedModel, features: list[dict[str, Any]]) -> TeacherCache:
+def open_cache(folder: Path, teacher: PreTrainedModel, features: Sequence[dict[str, Any]]) -> TeacherCache:
     """The cache of this teacher's logits on these windows, which get their numbers in it."""
     for number, feature in enumerate(features):
         feature["number"] = number
@@ -161,21 +165,17 @@ def open_cache(folder: Path, teacher: PreTrainedModel, features: list[dict[str, 
     return TeacherCache(folder, lengths, mark)
 
 
-def _read_data(settings: PruneSettings) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
-    """Training, validation and evaluation examples. Without a validation file 5% of the training articles
-    serve."""
-    train = read_examples(settings.train_file, "train")
+def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
+    """Training, validation and evaluation examples. Without a validation file a part of the training file
+    serves."""
+    train, validation = task.read_training(settings.train_file, settings.validation_file is not None)
     if settings.validation_file is not None:
-        validation = read_examples(settings.validation_file, "validation")
+        validation = task.read(settings.validation_file, "validation")
     else:
-        train, validation = split_articles(train, seed=settings.seed)
-        say(
-            f"no validation file: {len(validation)} questions of the training file's articles are "
-            f"held out for it"
-        )
+        say(f"no validation file: held out for it, of the training file: {task.describe(validation)}")
     evaluation = validation
     if settings.eval_file is not None:
-        evaluation = read_examples(settings.eval_file, "validation")
+        evaluation = task.read(settings.eval_file, "validation")
     return train, validation, evaluation
 
 

@@ -7,6 +7,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pruned_trainer.choice import ROUNDS, freeze_for, gate_phase_for
 from pruned_trainer.compact import compact
 from pruned_trainer.decision import decide, decide_at
 from pruned_trainer.distributed import once
+from pruned_trainer.features import lengths_of
 from pruned_trainer.gate_phase import GatePhase
 from pruned_trainer.importance import METHODS
 from pruned_trainer.job import Job, say
@@ -71,8 +73,8 @@ def make_plan(job: Job, targets: list[Target]) -> Plan:
     return plan
 
 
-def _epoch(job: Job) -> int:
-    return math.ceil(len(job.train) / job.settings.train_batch)
+def _epoch(job: Job, features: Sequence[Any]) -> int:
+    return math.ceil(len(features) / job.settings.train_batch)
 
 
 def _given_gate_steps(job: Job) -> int | None:
@@ -80,15 +82,15 @@ def _given_gate_steps(job: Job) -> int | None:
     if settings.gate_steps is not None:
         return settings.gate_steps
     if settings.gate_epochs is not None:
-        return math.ceil(_epoch(job) * settings.gate_epochs)
+        return math.ceil(_epoch(job, job.gate_train) * settings.gate_epochs)
     return SCORE_STEPS.get(settings.recipe)
 
 
 def _as_told(job: Job) -> Plan:
     gate, again, epochs = _given_gate_steps(job), job.settings.retrain_steps, job.settings.retrain_epochs
     if again is None:
-        again = math.ceil(_epoch(job) * (1 if epochs is None else epochs))
-    return Plan(_epoch(job) if gate is None else gate, again)
+        again = math.ceil(_epoch(job, job.train) * (1 if epochs is None else epochs))
+    return Plan(_epoch(job, job.gate_train) if gate is None else gate, again)
 
 
 def _in_minutes(job: Job, targets: list[Target]) -> Plan:
@@ -131,7 +133,7 @@ def _step_seconds(job: Job, target: Target | None) -> tuple[float, float]:
     away."""
     settings = job.settings
     timed = copy.copy(job)
-    timed.train = _spanning_batches(job)
+    timed.train = timed.gate_train = _spanning_batches(job)
     timed.cache = None
     gate = 0.0
     if settings.recipe in METHODS:
@@ -183,11 +185,12 @@ def _spanning_batches(job: Job) -> list[dict[str, Any]]:
     """Features of WARMUP_STEPS + TIMED_STEPS batches, each of like lengths, that span the lengths in even
     steps."""
     size = job.settings.train_batch
-    ordered = sorted(job.train, key=lambda feature: len(feature["input_ids"]))
+    lengths = lengths_of(job.train)
+    ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
     last = max(len(ordered) - size, 0)
     places = [round(last * (i + 0.5) / TIMED_STEPS) for i in range(TIMED_STEPS)]
     warm = [places[TIMED_STEPS // 2]] * WARMUP_STEPS
-    return [feature for place in warm + places for feature in ordered[place : place + size]]
+    return [job.train[row] for place in warm + places for row in ordered[place : place + size]]
 
 
 def _time_steps(job: Job, model: PreTrainedModel, teacher: PreTrainedModel, phase: GatePhase | None) -> float:

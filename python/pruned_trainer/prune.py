@@ -20,11 +20,12 @@ from pruned_trainer.budget import Target
 from pruned_trainer.choice import Chosen, choose
 from pruned_trainer.decision import Decision
 from pruned_trainer.distributed import is_main, once, state
-from pruned_trainer.evaluation import Judged, choose_answering, full_report, judge
+from pruned_trainer.evaluation import Judged, full_report, judge
 from pruned_trainer.job import Job, say, start
 from pruned_trainer.loading import OutputFolder, save_checkpoint
 from pruned_trainer.plan import Plan, make_plan
 from pruned_trainer.settings import PruneSettings
+from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training import InterruptedTraining, build_trainer, prepare_student, run
 
 _RUN, _TABLE = "run.json", "latency.json"
@@ -85,7 +86,12 @@ def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
     ]
     dense = judge(opened.job, opened.job.dense)
     points = [reporting.sweep_point(_measure(opened, one, dense, log), one.place.name) for one in trained]
-    found = {"dense": dense.to_json(opened.job), "points": points, "command": settings.command}
+    found = {
+        "task": settings.task,
+        "dense": dense.to_json(opened.job),
+        "points": points,
+        "command": settings.command,
+    }
     if is_main():
         reporting.write_json(opened.folder.partial / "sweep.json", found)
         reporting.plot_sweep(found, opened.folder.partial / "sweep.png")
@@ -164,17 +170,16 @@ def _train_on(opened: Run, chosen: Chosen, place: Path) -> Trained:
 
 
 def _measure(opened: Run, one: Trained, dense: Judged, gate_log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Choose the pruned model's threshold on validation data and fit its scores there, write both, evaluate,
-    time, report."""
+    """Choose on validation data what the pruned model's config keeps of it (thresholds, calibration), write
+    it, evaluate, time, report."""
     job = opened.job
-    say("null score threshold, on the validation questions; then the evaluation questions")
+    say("score thresholds, on the validation questions; then the evaluation questions")
     try:
-        threshold, calibration = choose_answering(one.model, job.validation)
-        one.model.config.null_score_threshold = threshold
-        one.model.config.score_calibration = calibration.to_json()
+        for name, value in job.validation.best_fields(one.model).items():
+            setattr(one.model.config, name, value)
         if is_main():
             one.model.config.save_pretrained(one.place)
-        pruned = judge(job, one.model, threshold)
+        pruned = judge(job, one.model, own_thresholds(one.model, job.task))
         say("timing dense against pruned")
         report = full_report(job, one.decision, dense, pruned)
     except KeyboardInterrupt:

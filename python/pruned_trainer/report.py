@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from pruned_trainer.tasks.task import METRIC_DIGITS, SCORES
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -24,9 +27,12 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     console.print(_table(report))
     console.print(_chart(report))
     speed = report["speedup"]
-    changes = [_change(report, "F1", "f1_loss")]
-    if report["f1_span_loss"] is not None:
-        changes.append(_change(report, "span F1", "f1_span_loss"))
+    losses = [score for score in SCORES[report["task"]] if score.has_loss]
+    changes = [
+        _change(report, score.label, f"{score.key}_loss")
+        for score in losses
+        if report[f"{score.key}_loss"] is not None
+    ]
     console.print(
         f"[bold]{speed['reached']:.2f}x[/] as fast as our own dense runtime on {speed['workload']}; "
         f"{', '.join(changes)}."
@@ -64,9 +70,8 @@ def _table(report: Mapping[str, Any]) -> Table:
                 name, form.format(a), form.format(b), f"{b / a:.3f}" if ratio and a else f"{b - a:+.2f}"
             )
 
-    row("F1", lambda m: m["f1"], "{:.2f}", ratio=False)
-    row("exact", lambda m: m["exact"], "{:.2f}", ratio=False)
-    row("span F1 (answerable, no null)", lambda m: m["f1_span"], "{:.2f}", ratio=False)
+    for score in SCORES[report["task"]]:
+        row(score.label, itemgetter(score.key), "{:.2f}", ratio=False)
     row("encoder parameters", lambda m: m["params"], "{:,}")
     row("encoder MACs per sequence", lambda m: m["macs"] / 1e6, "{:,.0f} M")
     row("size on disk (fp32)", lambda m: m["bytes"] / 2**20, "{:.1f} MiB")
@@ -95,18 +100,28 @@ def _chart(report: Mapping[str, Any], width: int = 16) -> Table:
     return table
 
 
+def print_scores(scores: Mapping[str, Any], thresholds: Mapping[str, float], task: str) -> None:
+    """A checkpoint's scores, a line each: the official metric's keys, what else there is, the thresholds."""
+    official = scores["metrics"]
+    others = {k: v for k, v in scores.items() if k != "metrics" and k not in official and v is not None}
+    width = max(14, *(len(name) for name in (*official, *others, *thresholds)))
+    for values, digits in ((official, METRIC_DIGITS[task]), (others, 2), (thresholds, 4)):
+        for name, value in values.items():
+            shown = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+            print(f"{name:>{width}}  {shown}")
+
+
 def sweep_point(report: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """A model of a sweep, as sweep.json lists it."""
-    names = ("f1", "exact", "f1_span", "params", "macs", "bytes")
+    scores = SCORES[report["task"]]
+    names = (*(score.key for score in scores), "params", "macs", "bytes")
+    losses = [f"{score.key}_loss" for score in scores if score.has_loss]
     return {
         "folder": folder,
         "target": report["target"],
         "speedup": report["speedup"],
         **{name: report["pruned"][name] for name in names},
-        **{
-            name: report[name]
-            for name in ("f1_loss", "f1_loss_interval", "f1_span_loss", "f1_span_loss_interval")
-        },
+        **{name: report[name] for loss in losses for name in (loss, f"{loss}_interval")},
         "shape": report["shape"],
     }
 
@@ -114,30 +129,32 @@ def sweep_point(report: Mapping[str, Any], folder: str) -> dict[str, Any]:
 def print_sweep(sweep: Mapping[str, Any], console: Console | None = None) -> None:
     """A line for each model of a family."""
     table = Table(title="one training of the gates, a model for each target")
-    for name in ("model", "speed-up", "F1", "loss (95%)", "span F1", "loss (95%)"):
+    scores = [score for score in SCORES[sweep["task"]] if score.has_loss]
+    for name in ("model", "speed-up", *(n for score in scores for n in (score.label, "loss (95%)"))):
         table.add_column(name, justify="left" if name == "model" else "right")
-    dense = sweep["dense"]
-    span = "-" if dense["f1_span"] is None else f"{dense['f1_span']:.2f}"
-    table.add_row("dense", "1.00", f"{dense['f1']:.2f}", "", span, "")
+    dense = [sweep["dense"][score.key] for score in scores]
+    cells = [cell for value in dense for cell in ("-" if value is None else f"{value:.2f}", "")]
+    table.add_row("dense", "1.00", *cells)
     for point in sweep["points"]:
         cells = [point["folder"], f"{point['speedup']['reached']:.2f}"]
-        for score in ("f1", "f1_span"):
-            if point[score] is None:
+        for key, _, _ in scores:
+            if point[key] is None:
                 cells += ["-", ""]
                 continue
-            low, high = point[f"{score}_loss_interval"]
-            cells += [f"{point[score]:.2f}", f"{point[f'{score}_loss']:.2f} ({low:.2f} to {high:.2f})"]
+            low, high = point[f"{key}_loss_interval"]
+            cells += [f"{point[key]:.2f}", f"{point[f'{key}_loss']:.2f} ({low:.2f} to {high:.2f})"]
         table.add_row(*cells)
     (console or Console()).print(table)
 
 
 def plot_sweep(sweep: Mapping[str, Any], path: Path) -> None:
-    """F1 and span F1 against measured speed-up, with the intervals of the losses as bars."""
+    """Each score against measured speed-up, with the intervals of the losses as bars."""
     from matplotlib.figure import Figure  # only for those who sweep
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for score, label, colour in (("f1", "F1", "#1f77b4"), ("f1_span", "span F1", "#d95f02")):
+    scores = [score for score in SCORES[sweep["task"]] if score.has_loss]
+    for (score, label, _), colour in zip(scores, ("#1f77b4", "#d95f02"), strict=True):
         dense = sweep["dense"][score]
         if dense is None:
             continue

@@ -13,6 +13,9 @@ from pruned_trainer.budget import Target
 from pruned_trainer.distillation import Distillation
 from pruned_trainer.gates import DEFAULT_PARTS, PARTS, PENALTIES, check_parts
 from pruned_trainer.importance import METHODS
+from pruned_trainer.tasks.natural_questions_task import NULL_RATE, NaturalQuestionsTask
+from pruned_trainer.tasks.squad_task import SquadTask
+from pruned_trainer.tasks.task import TASKS, Task
 
 # joint: gates and weights train together, a Lagrangian holds the target. paper: the weights are frozen, each
 # part's gates train alone at a price for each open gate. The others train no gates.
@@ -28,7 +31,8 @@ class PruneSettings:
 
     train_file, validation_file, eval_file: a file, a folder, or a hub name. batch_size: of all processes
     together. target: None only where the paper's recipe lets its prices decide. save_steps: from one
-    checkpoint to the next.
+    checkpoint to the next. gate_fraction: the share of the training windows that gates are trained on.
+    null_rate, num_proc, skip_bad: of Natural Questions, see `NaturalQuestionsTask`.
     """
 
     model: str
@@ -37,6 +41,10 @@ class PruneSettings:
     target: Target | None
     validation_file: Path | None = None
     eval_file: Path | None = None
+    task: str = "squad"
+    null_rate: float = NULL_RATE
+    num_proc: int = 1
+    skip_bad: bool = False
     teacher: str | None = None
     recipe: str = "joint"
     parts: tuple[str, ...] = DEFAULT_PARTS
@@ -48,6 +56,7 @@ class PruneSettings:
     max_minutes: float | None = None
     gate_epochs: float | None = None
     retrain_epochs: float | None = None
+    gate_fraction: float = 1.0
     gate_steps: int | None = None
     retrain_steps: int | None = None
     batch_size: int | None = None
@@ -80,7 +89,7 @@ class PruneSettings:
 
     def _check_choices(self) -> None:
         for name, known in (
-            ("recipe", RECIPES), ("penalty", tuple(PENALTIES)), ("precision", PRECISIONS),
+            ("task", TASKS), ("recipe", RECIPES), ("penalty", tuple(PENALTIES)), ("precision", PRECISIONS),
             ("distil_in", (*DISTIL_IN, None)),
         ):  # fmt: skip
             if getattr(self, name) not in known:
@@ -112,6 +121,9 @@ class PruneSettings:
             raise ValueError("the lambda multiples are prices of the paper's recipe: --recipe paper")
         if self.recipe in METHODS and self.penalty != "open":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
+        self.make_task()
+        if self.task != "squad" and self.cache_teacher is not None:
+            raise ValueError("cache_teacher keeps start and end logits, and no answer types: squad only")
         weights = self.distillation
         if not weights.hidden and (weights.projection or weights.layers):
             raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")
@@ -126,6 +138,8 @@ class PruneSettings:
         for name in ("lambda_attention", "lambda_ffn", "lambda_hidden"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if not 0 < self.gate_fraction <= 1:
+            raise ValueError(f"gate_fraction is {self.gate_fraction}: it must lie in (0, 1]")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must lie in [0, 1)")
 
@@ -145,6 +159,11 @@ class PruneSettings:
             raise ValueError(
                 "max_minutes has nothing to decide where both gate_steps and retrain_steps are given"
             )
+
+    def make_task(self) -> Task:
+        """The task, with what these settings say of it."""
+        own = (self.null_rate, self.num_proc, self.skip_bad)
+        return make_task(self.task, self.max_length, self.stride, self.seed, *own)
 
     @property
     def inputs(self) -> tuple[Path | str | None, ...]:
@@ -192,6 +211,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def make_task(
+    name: str,
+    max_length: int,
+    stride: int,
+    seed: int = 0,
+    null_rate: float = NULL_RATE,
+    num_proc: int = 1,
+    skip_bad: bool = False,
+) -> Task:
+    """The task of this name; ValueError for options that it does not have, or out of range."""
+    if name == "squad":
+        if (null_rate, num_proc, skip_bad) != (NULL_RATE, 1, False):
+            raise ValueError("null_rate, num_proc and skip_bad are for --task natural_questions")
+        return SquadTask(max_length, stride, seed)
+    if not 0 <= null_rate <= 1 or num_proc < 1:
+        raise ValueError(f"null_rate ({null_rate}) must lie in [0, 1], num_proc ({num_proc}) be at least 1")
+    return NaturalQuestionsTask(max_length, stride, seed, null_rate, num_proc, skip_bad)
 
 
 def same_file(one: Path, other: Path) -> bool:

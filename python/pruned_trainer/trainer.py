@@ -19,7 +19,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from pruned_trainer.callbacks import OneLineProgress
 from pruned_trainer.distillation import Distillation, Projection, Taught, hidden_loss, logits_loss
 from pruned_trainer.distributed import on_any
+from pruned_trainer.features import lengths_of
 from pruned_trainer.gate_phase import GatePhase
+from pruned_trainer.tasks.task import without_labels
 from pruned_trainer.teacher_cache import TeacherCache
 
 _SAVING = "saving"
@@ -62,7 +64,7 @@ class PruningTrainer(Trainer):
     teacher: gives start and end logits and hidden states without gradients; None if the distillation needs
     none. cache: the teacher's logits, where they are on disk already; features then have a "number".
     kept_hidden: which of the teacher's hidden dimensions the student still has, where it has fewer.
-    Batches are dictionaries of padded tensors with start_positions and end_positions.
+    Batches are dictionaries of padded tensors with the task's LABELS.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class PruningTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        lengths = [len(feature["input_ids"]) for feature in dataset]
+        lengths = lengths_of(dataset)
         steps = max(len(lengths) // together, 1)  # of an epoch
         return LengthGroupedSampler(
             lengths, together, self.args.seed, lambda: self.state.global_step // steps
@@ -205,11 +207,13 @@ class PruningTrainer(Trainer):
             found = self.cache.logits(numbers.cpu(), mask.size(1))
             if found is not None:
                 return Taught(found[0].to(mask.device), found[1].to(mask.device), None)
-        questions = {key: value for key, value in inputs.items() if not key.endswith("_positions")}
+        questions = without_labels(inputs)
         # In its own precision, also where the student runs under autocast.
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
             output = self.teacher(**questions, output_hidden_states=hidden)
-        taught = Taught(output.start_logits, output.end_logits, output.hidden_states if hidden else None)
+        types = getattr(output, "answer_type_logits", None)
+        states = output.hidden_states if hidden else None
+        taught = Taught(output.start_logits, output.end_logits, states, types)
         if self.cache is not None and numbers is not None:
             self.cache.store(numbers.cpu(), taught.start_logits.cpu(), taught.end_logits.cpu(), mask.cpu())
         return taught

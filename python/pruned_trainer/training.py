@@ -62,7 +62,7 @@ def build_trainer(
         gate_phase=phase,
         cache=job.cache,
         kept_hidden=kept_hidden,
-        train_dataset=job.train,
+        train_dataset=job.gate_train if phase else job.train,
         data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
     )
 

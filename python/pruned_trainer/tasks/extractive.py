@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pruned_ops.question_answering import Logits, Window, windows
+from pruned_ops.question_answering import Window, windows
 from pruned_ops.window_logits import batch_logits
 
 if TYPE_CHECKING:
@@ -49,29 +49,38 @@ def _feature(window: Window, example: Example) -> dict[str, Any]:
 
 def _answer_tokens(window: Window, example: Example) -> tuple[int, int]:
     """First and last token of the first answer; the CLS token, twice, where the window lacks part of it."""
-    nothing = (window.cls_index, window.cls_index)
+    found = None
+    if example.answers and not example.is_impossible:
+        text, start = example.answers[0]
+        found = span_tokens(window, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
+    return found or (window.cls_index, window.cls_index)
+
+
+def span_tokens(window: Window, start: int, end: int) -> tuple[int, int] | None:
+    """First and last token of the context's characters [start, end); None where the window lacks some."""
     first, last = window.context_range
-    if example.is_impossible or not example.answers or first == last:
-        return nothing
-    text, start = example.answers[0]
-    start, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+    if first == last:
+        return None
     starts, ends = window.offsets[first:last].T
     if start < starts[0] or end > ends[-1]:
-        return nothing
-    # Tokens that share a character with the answer: several tokens may be parts of one character.
+        return None
+    # Tokens that share a character with the span: several tokens may be parts of one character.
     inside = np.flatnonzero((ends > start) & (starts < end))
-    return (first + int(inside[0]), first + int(inside[-1])) if len(inside) else nothing
+    return (first + int(inside[0]), first + int(inside[-1])) if len(inside) else None
 
 
 def predict_logits(
     model: torch.nn.Module,
-    windows: Sequence[Window],
+    windows: Sequence[Any],
     batch_size: int = 32,
     pad_token_id: int = 0,
     device: torch.device | str | None = None,
     progress: bool = False,
-) -> list[Logits]:
+) -> list[Any]:
     """The start and end logits of every window, in the order given: fp32, (tokens,) each, without padding.
+
+    A tuple each; of three, the answer type logits last, where the model has them. windows: `Window`s, or
+    whatever has a length, input_ids and token_type_ids.
 
     Runs in inference mode and without dropout; the model's training mode is as before afterwards. Batches
     hold windows of like length, longest first: little padding, and too large a batch fails at once.
@@ -81,7 +90,7 @@ def predict_logits(
         raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
     place = torch.device(device) if device is not None else next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
-    found: dict[int, Logits] = {}
+    found: dict[int, Any] = {}
     was_training = model.training
     model.eval()
     try:

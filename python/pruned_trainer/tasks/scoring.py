@@ -10,7 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,6 +60,24 @@ class EvaluationResult:
     @property
     def exact(self) -> float:
         return self.metrics["exact"]
+
+    def scores(self) -> dict[str, Any]:
+        """As report.json has them for each model."""
+        return {"f1": self.f1, "exact": self.exact, "f1_span": self.f1_span, "metrics": self.metrics}
+
+    def losses(self, pruned: EvaluationResult) -> dict[str, Any]:
+        """Points lost from this to the pruned model, with 95% bootstrap intervals over the questions."""
+        found: dict[str, Any] = {
+            "f1_loss": self.f1 - pruned.f1,
+            "f1_loss_interval": bootstrap_interval(self.question_f1, pruned.question_f1),
+            "f1_span_loss": None,
+            "f1_span_loss_interval": None,
+        }
+        if self.f1_span is not None and pruned.f1_span is not None:
+            found["f1_span_loss"] = self.f1_span - pruned.f1_span
+            interval = bootstrap_interval(self.question_span_f1, pruned.question_span_f1)
+            found["f1_span_loss_interval"] = interval
+        return found
 
 
 def normalised(text: str) -> str:

@@ -1,0 +1,115 @@
+"""SQuAD as a task of the pruning job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
+
+from pruned_ops import PrunedBertForNaturalQuestions
+from pruned_ops.answers import Decoded, decode
+from pruned_ops.measure import arrival_lengths
+from pruned_ops.optimize import optimized
+from pruned_ops.question_answering import Window, windows
+from pruned_trainer.distributed import is_main, shared
+from pruned_trainer.tasks.calibration import fit_calibration
+from pruned_trainer.tasks.extractive import predict_logits, training_features
+from pruned_trainer.tasks.scoring import EvaluationResult, best_null_threshold, evaluate
+from pruned_trainer.tasks.sources import read_examples
+from pruned_trainer.tasks.squad import Example, split_articles
+
+THRESHOLD = "null_score_threshold"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Examples with their windows: cut once, used for every model."""
+
+    examples: Sequence[Example]
+    windows: Sequence[Window]
+
+    @classmethod
+    def cut(
+        cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int
+    ) -> Questions:
+        questions, contexts = [e.question for e in examples], [e.context for e in examples]
+        cut = windows(tokenizer, questions, contexts, max_length, stride, progress=is_main())
+        return cls(examples, cut)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def arrival_lengths(self) -> list[int]:
+        """Window lengths in arrival order, in tokens."""
+        by_question: list[list[int]] = [[] for _ in self.examples]
+        for window in self.windows:
+            by_question[window.question_index].append(len(window))
+        return arrival_lengths(by_question)
+
+    def decoded(self, model: PreTrainedModel, batch_size: int = 32) -> list[Decoded]:
+        """Every question's best spans and null score by `model`, which runs packed meanwhile, on all
+        processes."""
+        with optimized(model):
+            logits = shared(partial(model_logits, model, batch_size), self.windows)
+        return decode(self.windows, logits, [e.context for e in self.examples])
+
+    def best_thresholds(self, model: PreTrainedModel) -> dict[str, float]:
+        return {THRESHOLD: best_null_threshold(self.examples, self.decoded(model))}
+
+    def best_fields(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The threshold, and how far the model's scores can be believed at it."""
+        decoded = self.decoded(model)
+        threshold = best_null_threshold(self.examples, decoded)
+        calibration = fit_calibration(self.examples, decoded, threshold)
+        return {THRESHOLD: threshold, "score_calibration": calibration.to_json()}
+
+    def evaluate(self, model: PreTrainedModel, thresholds: Mapping[str, float]) -> EvaluationResult:
+        return evaluate(self.examples, self.decoded(model), thresholds[THRESHOLD])
+
+
+def model_logits(model: PreTrainedModel, batch_size: int, some: Sequence[Any]) -> list[Any]:
+    """`predict_logits` with the model's padding, and a bar on the main process."""
+    return predict_logits(model, some, batch_size, model.config.pad_token_id, progress=is_main())
+
+
+@dataclass(frozen=True)
+class SquadTask:
+    """max_length, stride: of windows, in tokens. seed: of the articles that are held out."""
+
+    max_length: int = 384
+    stride: int = 128
+    seed: int = 0
+
+    thresholds = (THRESHOLD,)
+
+    def start_model(self, source: str) -> PreTrainedModel:
+        return AutoModelForQuestionAnswering.from_pretrained(source)
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        if isinstance(model, PrunedBertForNaturalQuestions):
+            raise ValueError("the model has answer types: it is for --task natural_questions, not squad")
+
+    def read(self, source: Path | str, split: str) -> Sequence[Example]:
+        return read_examples(source, split)
+
+    def read_training(
+        self, source: Path, has_validation: bool
+    ) -> tuple[Sequence[Example], Sequence[Example] | None]:
+        """Without a validation file 5% of the training articles serve."""
+        train = read_examples(source, "train")
+        return (train, None) if has_validation else split_articles(train, seed=self.seed)
+
+    def describe(self, examples: Sequence[Example]) -> str:
+        return f"{len(examples)} questions"
+
+    def cut(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> Questions:
+        return Questions.cut(examples, tokenizer, self.max_length, self.stride)
+
+    def features(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+    ) -> list[dict[str, Any]]:
+        return training_features(examples, tokenizer, self.max_length, self.stride, progress=is_main())
