@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from pruned_trainer.tasks.natural_questions import Document, parse_document
+
 NULL = {"start_token": -1, "end_token": -1, "candidate_index": -1}
 
 
@@ -57,6 +59,10 @@ def original(entry: dict[str, Any], annotators: int = 5) -> dict[str, Any]:
     found = {name: value for name, value in entry.items() if name != "document_text"}
     repeated = [labels[i % len(labels)] for i in range(annotators)]
     return {**found, "document_tokens": tokens, "annotations": repeated}
+
+
+def parsed(entry: dict[str, Any]) -> Document:
+    return parse_document(json.dumps(entry).encode())
 
 
 def write(path: Path, entries: list[Any]) -> Path:

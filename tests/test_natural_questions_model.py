@@ -50,6 +50,7 @@ def test_start_and_end_are_the_source_s(source: Any) -> None:
         F.cross_entropy(output.answer_type_logits, labels(3)["answer_types"]),
     ]
     torch.testing.assert_close(output.loss, torch.stack(expected).mean())
+    assert model(**batch, **labels(3), return_dict=False)[0] == output.loss
     output.loss.backward()
     assert model.answer_type_outputs.weight.grad.abs().sum() > 0
 

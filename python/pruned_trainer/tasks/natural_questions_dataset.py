@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,39 +60,52 @@ def training_windows(
     NqFormatError; an id that comes twice is a fault only where one process meets it twice in a file.
     held_out: the share of documents that `is_held_out` takes away.
     """
-    import datasets  # only here: readers and metric do without
-
     folder = tempfile.TemporaryDirectory(prefix="natural-questions-", ignore_cleanup_errors=True)
     make = partial(
         _windows, tokenizer=tokenizer, max_length=max_length, stride=stride, null_rate=null_rate, seed=seed,
         held_out=held_out, skip_bad=skip_bad, folder=folder.name,
     )  # fmt: skip
-    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
-    columns = {
-        "input_ids": ids, "token_type_ids": ids, "start_positions": number, "end_positions": number,
-        "answer_types": number, "length": number,
-    }  # fmt: skip
     shares = -(-num_proc // len(files))
+    parts = [(str(path), k, shares) for path in files for k in range(shares)]
     try:
-        table = datasets.Dataset.from_generator(
-            make,
-            features=datasets.Features(columns),
-            gen_kwargs={"parts": [(str(path), k, shares) for path in files for k in range(shares)]},
-            num_proc=num_proc if num_proc > 1 else None,
-            cache_dir=folder.name,
-            fingerprint="windows",  # the folder is new: there is nothing to tell apart
-        )
-    except datasets.exceptions.DatasetGenerationError:
-        # What went wrong in another process comes without its own error.
-        stopped = _notes(folder.name, "error")
+        table = _table(make, parts, num_proc, folder.name)
+    except BaseException:
         folder.cleanup()
-        if stopped:
-            raise NqFormatError(stopped[0]) from None
         raise
     skipped = Skipped(_notes(folder.name, "fault"))
     if not len(table):
         raise NqFormatError(f"{files[0]}: no windows to train on ({len(skipped)} lines were skipped)")
     return ArrowWindows(folder, table, skipped)
+
+
+def _table(
+    make: Callable[..., Iterator[dict[str, Any]]],
+    parts: list[tuple[str, int, int]],
+    num_proc: int,
+    folder: str,
+) -> Any:
+    """The datasets.Dataset of `make`'s rows, in `folder`."""
+    import datasets  # only here: readers and metric do without
+
+    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
+    columns = {
+        "input_ids": ids, "token_type_ids": ids, "start_positions": number, "end_positions": number,
+        "answer_types": number, "length": number,
+    }  # fmt: skip
+    try:
+        return datasets.Dataset.from_generator(
+            make,
+            features=datasets.Features(columns),
+            gen_kwargs={"parts": parts},
+            num_proc=num_proc if num_proc > 1 else None,
+            cache_dir=folder,
+            fingerprint="windows",  # the folder is new: there is nothing to tell apart
+        )
+    except datasets.exceptions.DatasetGenerationError:
+        # What went wrong in another process comes without its own error.
+        for text in _notes(folder, "error"):
+            raise NqFormatError(text) from None
+        raise
 
 
 def _windows(
