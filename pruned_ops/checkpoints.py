@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -15,6 +16,8 @@ from transformers import (
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.natural_questions import is_natural_questions, natural_questions_classes
 
+# Any one of them makes a tokenizer.
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 MODEL_TYPES = ("bert", "roberta", PrunedBertConfig.model_type, PrunedRobertaConfig.model_type)
 
 
@@ -56,8 +59,18 @@ def load_model(name_or_path: str) -> PreTrainedModel:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer beside a model; ValueError where it has none (answers need character offsets)."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
+    """The fast tokenizer beside a model; OSError or ValueError where it has none (answers need character
+    offsets)."""
+    folder = Path(name_or_path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        # Without any of them an empty tokenizer would be made.
+        raise FileNotFoundError(f"{folder} holds no tokenizer: {' or '.join(VOCABULARY_FILES)} is needed")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
+    except OSError:
+        raise
+    except Exception as error:  # as above
+        raise ValueError(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path} has no fast tokenizer, and answers need its character offsets")
     return tokenizer

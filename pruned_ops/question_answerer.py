@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from threading import Lock
 from typing import Any, overload
 
@@ -57,6 +58,8 @@ class QuestionAnswerer:
         tokens_per_batch: int = 4096,
     ) -> None:
         if isinstance(model, (str, PathLike)):
+            if Path(model).is_absolute() and not Path(model).is_dir():  # a hub name is never that
+                raise FileNotFoundError(f"there is no folder {model}")
             tokenizer = load_tokenizer(str(model)) if tokenizer is None else tokenizer
             model = load_model(str(model))
             device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device

@@ -6,6 +6,7 @@ import math
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_long_text_and_a_long_stream_are_not_held() -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(
-    question=st.text(max_size=8), context=st.text(max_size=150), kind=st.sampled_from(["bytes", "wordpiece"])
+    question=st.text(max_size=4), context=st.text(max_size=150), kind=st.sampled_from(["bytes", "wordpiece"])
 )
 def test_spans_are_of_the_text_given(question: str, context: str, kind: str) -> None:
     one = UNICODE[kind]
@@ -167,7 +168,7 @@ def test_what_cannot_be_asked_is_named() -> None:
         one.stream("w1")
 
 
-def test_what_cannot_be_set_is_named() -> None:
+def test_what_cannot_be_set_is_named(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(96)
     for options, message in (
         ({"max_length": 81}, "windows of 81 tokens are too long: the model takes sequences of 80"),
@@ -180,6 +181,11 @@ def test_what_cannot_be_set_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             QuestionAnswerer(stock_model(), tokenizer, **options)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        QuestionAnswerer(tmp_path / "none")
+    stock_model().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+        QuestionAnswerer(tmp_path)
     with pytest.raises(ValueError, match="pass its tokenizer"):
         QuestionAnswerer(stock_model())
     model = stock_model()
@@ -225,7 +231,7 @@ def test_several_threads_may_ask_at_once() -> None:
         )
 
 
-def test_the_checkpoints_threshold_and_calibration_decide(tmp_path: Any) -> None:
+def test_the_checkpoints_threshold_and_calibration_decide(tmp_path: Path) -> None:
     model = pruned_model()
     model.config.null_score_threshold, model.config.score_calibration = (
         1e9,
