@@ -67,14 +67,19 @@ overhead: $(STAMP)
 aot: $(STAMP)
 	PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q tests/test_triton_compiled.py
 
-# On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests,
-# PART=train the trainer with ARGS="prune ...".
+# On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests, then
+# those of the kernels under compute-sanitizer where that is installed; ops the op benchmark beside the card's ceilings;
+# train the trainer with ARGS="prune ...".
 gpu:
-	@case "$(PART)" in tests|train) ;; *) echo "make gpu: there is no PART=$(PART); there are: tests, train"; exit 2;; esac
+	@case "$(PART)" in tests|ops|train) ;; *) echo "make gpu: there is no PART=$(PART); there are: tests, ops, train"; exit 2;; esac
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.cuda.get_device_name())"
 	$(PYTHON) setup.py -q build_ext --inplace
-	if [ "$(PART)" = train ]; then PYTHONPATH=.:python $(PYTHON) -m pruned_trainer.cli $(ARGS); \
-	else PYTHONPATH=.:python $(PYTHON) -m pytest -q; fi
+	PYTHONPATH=.:python $(GPU_$(PART))
+
+GPU_tests = $(PYTHON) -m pytest -q && { ! command -v compute-sanitizer >/dev/null || PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" tests/test_triton.py; }
+GPU_ops = $(PYTHON) benchmarks/bench_ops.py --device cuda $(ARGS)
+GPU_train = $(PYTHON) -m pruned_trainer.cli $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist pruned_ops/_C*.so *.egg-info

@@ -240,7 +240,13 @@ class PrunedEncoder(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, collect: list[Tensor] | None = None) -> Tensor:
         """(tokens, hidden_size) -> the same; each layer's output is appended to `collect` if given."""
-        packed, lengths = self._packed, (batch.cu_seqlens, batch.max_seqlen)
+        return self.run(x, batch.cu_seqlens, batch.max_seqlen, collect)
+
+    def run(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, collect: list[Tensor] | None = None
+    ) -> Tensor:
+        """forward, with the lengths alone."""
+        packed, lengths = self._packed, (cu_seqlens, max_seqlen)
         if packed is not None and collect is None and packed.runs:
             return packed(x, *lengths)
         for i, layer in enumerate(self.layers):

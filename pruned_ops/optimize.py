@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import BertForQuestionAnswering, RobertaForQuestionAnswering
 
+from pruned_ops.engine import Engine
 from pruned_ops.int8 import Batch, choose_int8
 from pruned_ops.modeling import PrunedBertForQuestionAnswering
 from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
@@ -38,6 +39,7 @@ def optimize(
     dtype: str | None = None,
     calibration: Iterable[Batch] | None = None,
     tolerance: float = 0.02,
+    graphs: bool = True,
 ) -> Any:
     """Put the packed encoder into `model`, a stock or pruned BERT or RoBERTa, or any module that contains
     one.
@@ -49,6 +51,8 @@ def optimize(
     activations with a scale a token, on a CPU with AVX-512 VNNI. The fp32 weights are kept for `restore`.
     calibration: with int8, batches of real text; the linears that hurt the outputs most stay fp32, until the
     relative error is expected within `tolerance` (see `choose_int8`). Without it all linears are int8.
+    graphs: on a GPU, run batches by CUDA graphs: `model.engine` (see `engine.Engine`) has its `stats`, and
+    `warm_up(batches)` captures them beforehand. Nothing changes on a CPU.
     Errors: ValueError for a model without such an encoder, or with one that would not be computed as it is,
     for int8 where it cannot run, and for a model that is optimised already in another dtype.
     """
@@ -66,9 +70,20 @@ def optimize(
             except BaseException:  # no half-chosen model is left behind
                 restore(model)
                 raise
+        if graphs:
+            _add_engines(model)
     elif any(one.int8 != int8 for one in done):
         raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
     return model
+
+
+def _add_engines(model: Any) -> None:
+    """An engine for every packed encoder; the first is the model's."""
+    for module in model.modules():
+        if isinstance(module, PackedEncoder):
+            module.engine = Engine(module)
+            if "engine" not in model.__dict__:
+                model.engine = module.engine
 
 
 def _swapped(model: nn.Module, int8: bool) -> Any:
@@ -119,6 +134,8 @@ def restore(model: nn.Module) -> Any:
                 if id(child) not in originals:
                     originals[id(child)] = child.undo()
                 setattr(parent, name, originals[id(child)])
+        if isinstance(parent.__dict__.get("engine"), Engine):
+            del parent.engine
         for hook in parent.__dict__.pop(_HOOKS, ()):
             hook.remove()
     for module, training in model.__dict__.pop(_MODES, ()):

@@ -13,6 +13,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from pruned_ops import ops
+from pruned_ops.engine import Engine
 from pruned_ops.inputs import check_inputs, default_position_ids
 from pruned_ops.layers import ACTIVATIONS, Projection, PrunedEncoder
 from pruned_ops.modeling import PrunedBertModel, PrunedRobertaModel
@@ -39,6 +40,7 @@ class PackedEncoder(nn.Module):
         refusal = refuse(original, int8)
         if refusal is not None:
             raise ValueError(f"optimize cannot take this {type(original).__name__}: {refusal}")
+        self.engine: Engine | None = None  # what runs batches on a GPU; `optimize` decides
         self._keep = [original]  # in a list, so that its parameters are not registered a second time
         self._modes = [(module, module.training) for module in original.modules()]
         config = original.config
@@ -64,6 +66,12 @@ class PackedEncoder(nn.Module):
     def original(self) -> Any:
         """The encoder that this one replaced."""
         return self._keep[0]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PackedEncoder:
+        super()._apply(*args, **kwargs)
+        if self.engine is not None:
+            self.engine.invalidate()  # the weights may be elsewhere, or others
+        return self
 
     def train(self, mode: bool = True) -> PackedEncoder:
         """Evaluation mode only: RuntimeError for `train(True)`."""
@@ -130,9 +138,12 @@ class PackedEncoder(nn.Module):
             batch = PackedBatch.from_mask(attention_mask, batch_size, seqlen, self.device)
             if output_hidden_states is None:
                 output_hidden_states = self.config.output_hidden_states
-            x = self._embed(batch, input_ids, token_type_ids, position_ids)
-            collect = [x] if output_hidden_states else None
-            x = self.encoder(x, batch, collect)
+            inputs = self._packed(batch, input_ids, token_type_ids, position_ids)
+            collect: list[Tensor] | None = [] if output_hidden_states else None
+            if collect is None and self.engine is not None and self.engine.serves:
+                x = self.engine.run(inputs, batch)
+            else:
+                x = self.compute(*inputs, batch.cu_seqlens, batch.max_seqlen, collect)
             if packed_batches is None:
                 last = batch.unpack(x)
             else:
@@ -147,25 +158,35 @@ class PackedEncoder(nn.Module):
             output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
         )
 
-    def _embed(
-        self,
-        batch: PackedBatch,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> Tensor:
-        tables = self.embeddings
+    def _packed(
+        self, batch: PackedBatch, input_ids: Tensor, types: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, positions and types of the real tokens, (tokens,) each."""
         if position_ids is None:
             padding_idx = self.config.pad_token_id if self.roberta else None
             position_ids = default_position_ids(
                 input_ids, batch.batch_size, batch.seqlen, self.device, padding_idx
             )
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        return ops.embed_layer_norm(
-            batch.pack(input_ids),
-            batch.pack(position_ids.expand(input_ids.shape)),
-            batch.pack(token_type_ids.expand(input_ids.shape)),
+        types = torch.zeros_like(input_ids) if types is None else types
+        positions, types = (batch.pack(one.expand(input_ids.shape)) for one in (position_ids, types))
+        return batch.pack(input_ids), positions, types
+
+    def compute(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        collect: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Packed ids (tokens,) -> hidden states (tokens, hidden_size): on the device alone, so that it can be
+        recorded. collect: is given the embedding and each layer's output."""
+        tables = self.embeddings
+        x = ops.embed_layer_norm(
+            input_ids,
+            position_ids,
+            token_type_ids,
             tables.word_embeddings.weight,
             tables.position_embeddings.weight,
             tables.token_type_embeddings.weight,
@@ -173,6 +194,9 @@ class PackedEncoder(nn.Module):
             tables.LayerNorm.bias,
             tables.LayerNorm.eps,
         )
+        if collect is not None:
+            collect.append(x)
+        return self.encoder.run(x, cu_seqlens, max_seqlen, collect)
 
 
 def model_shape(encoder: Any) -> ModelShape:

@@ -49,6 +49,14 @@ class PackedBatch:
     index: Tensor | None
     batch_size: int
     seqlen: int
+    _lengths: tuple[int, ...] | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence, on the host; copied there only where this was not made by from_mask."""
+        if self.index is None:
+            return (self.seqlen,) * self.batch_size
+        return tuple(self.cu_seqlens.diff().tolist()) if self._lengths is None else self._lengths
 
     @property
     def tokens(self) -> int:
@@ -79,7 +87,7 @@ class PackedBatch:
         cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=device)
         torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
         index = torch.nonzero_static(real.flatten(), size=sum(counts)).flatten()
-        return cls(cu_seqlens, max(counts), index, batch_size, seqlen)
+        return cls(cu_seqlens, max(counts), index, batch_size, seqlen, tuple(counts))
 
     @classmethod
     def _unpadded(cls, batch_size: int, seqlen: int, device: torch.device) -> PackedBatch:

@@ -152,6 +152,19 @@ class Op:
         return "; ".join([*parts, f"{REFERENCE}: willing"])
 
 
+def is_watched() -> bool:
+    """Whether this thread asks for a backend, or debugs: then every op is to be dispatched by itself."""
+    return _preferred.get() is not None or _debugging.get()
+
+
+def replayed(ran: dict[str, Counter[str]]) -> None:
+    """Count ops that ran before and are launched again as a whole."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        for op, counts in ran.items():
+            recorded.setdefault(op, Counter()).update(counts)
+
+
 def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among an op's arguments, those in lists included."""
     for arg in args:
