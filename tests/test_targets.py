@@ -37,8 +37,8 @@ def timed(settings: PruneSettings) -> Path:
     lengths = Workload.fixed(14, 8, 4)
     table = measure_table(AutoConfig.from_pretrained(wide), lengths, rounds=2, progress=False)
     empty = table.predict([LayerShape(0, 0)] * 2) / table.predict(shape)
-    # Half of what this machine has within reach, whatever that is.
-    target = Target(speedup=round(1 + (1 / empty - 1) / 2, 2))
+    # A quarter of what this machine has within reach; `prune` measures again, maybe under load.
+    target = Target(speedup=round(1 + (1 / empty - 1) / 4, 2))
     one = variant(settings, "timed", target=target, model=str(wide), align=8)
     with pytest.MonkeyPatch.context() as patch:  # a clock that agrees with the table, on any machine
         patch.setattr(
