@@ -42,6 +42,9 @@ def add_command(commands: Any) -> None:
     one.add_argument("--out", type=Path, help="where the answers go (default: standard output)")
     one.add_argument("--overwrite", action="store_true", help="replace the file --out")
     one.add_argument("--top-k", type=int, help="so many answers at most to each question")
+    one.add_argument(
+        "--always-answer", action="store_true", help='give the best span, "" only where there is none'
+    )
     one.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
     one.add_argument("--dtype", choices=["int8"], help="run the linears in int8, on a CPU with AVX-512 VNNI")
     one.add_argument(
@@ -110,7 +113,10 @@ def _load(arguments: argparse.Namespace) -> QuestionAnswerer:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return QuestionAnswerer(arguments.folder, device=arguments.device, dtype=arguments.dtype)
+    threshold = float("inf") if arguments.always_answer else None
+    return QuestionAnswerer(
+        arguments.folder, device=arguments.device, dtype=arguments.dtype, null_score_threshold=threshold
+    )
 
 
 def answer_lines(

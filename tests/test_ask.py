@@ -170,3 +170,16 @@ def test_ctrl_c_keeps_what_was_answered(folder: Path) -> None:
         assert process.stderr.read() == b"interrupted\n"
     found = [json.loads(line)["line"] for line in (first, *rest)]
     assert found == list(range(1, len(found) + 1)) and len(found) < 8000
+
+
+def test_always_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that never answers gives its best span where that is asked for."""
+    model = stock_model()
+    model.config.null_score_threshold = -1e9
+    shy = save_checkpoint(model, tmp_path / "shy")
+    text = tmp_path / "text.txt"
+    text.write_text(words(20), encoding="utf-8")
+    asked = (shy, "--question", "w1", "--context-file", text)
+    assert run(capsys, *asked)[1][0]["answer"] == ""
+    status, (found,), _ = run(capsys, *asked, "--always-answer")
+    assert status == 0 and found["answer"] == words(20)[found["start"] : found["end"]] != ""
