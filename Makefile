@@ -1,4 +1,4 @@
-# make demo | test | lint | ci | asan | bench | overhead | aot | gpu. The first call sets up .venv; what is there already is used.
+# make demo | test | test-transformers4 | lint | ci | asan | bench | overhead | aot | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
 # to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint ci asan bench overhead aot gpu clean
+.PHONY: demo test test-transformers4 lint ci asan bench overhead aot gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.python:
@@ -43,7 +43,22 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
 
-ci: lint asan test
+ci: lint asan test test-transformers4
+
+# On transformers 4: what differs from .venv is installed in .venv4, the rest is .venv's. The two tools make checkpoints
+# for the importer's tests; --no-deps, because what they ask for is years old.
+VENV4 := .venv4
+$(VENV4)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(VENV4)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+		> "$$($(VENV4)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/beside.pth"
+	$(VENV4)/bin/python -m pip install -q "transformers>=4.57,<5" "datasets>=4,<5" 2>$(VENV4)/pip.log || { cat $(VENV4)/pip.log; exit 1; }
+	$(VENV4)/bin/python -m pip install -q --no-deps "nn_pruning==0.1.2" "textpruner==1.1.post2"
+	touch $@
+
+test-transformers4: $(VENV4)/.installed
+	PRUNED_OPS_TRANSFORMERS5="$(abspath $(BIN)/python)" PYTHONPATH=.:python $(VENV4)/bin/python -m pytest -q \
+		tests/test_modeling.py tests/test_optimize.py tests/test_importing.py tests/test_transformers4.py
 
 # The extension's own tests with every access and operation of it checked. A second build, beside the first: the
 # package in build/asan comes before the checkout's. Leaks are not looked for, Python's and torch's would be found.
@@ -82,4 +97,4 @@ GPU_ops = $(PYTHON) benchmarks/bench_ops.py --device cuda $(ARGS)
 GPU_train = $(PYTHON) -m pruned_trainer.cli $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist pruned_ops/_C*.so *.egg-info
+	rm -rf $(VENV) $(VENV4) build dist pruned_ops/_C*.so *.egg-info

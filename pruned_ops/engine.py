@@ -6,7 +6,7 @@ rounded up to a bucket (tokens by at most `waste`), inputs are copied into its b
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from pruned_ops.cuda_graphs import CudaGraphs, Recorder
 from pruned_ops.packing import PackedBatch
 from pruned_ops.registry import is_watched, record, replayed
 
-_LOG = logging.getLogger(__name__)
 # A program of the attention has so many query rows at least; those beyond a sequence's end stop at once.
 LENGTH_STEP = 64
 
@@ -209,8 +208,10 @@ class Engine:
             except torch.OutOfMemoryError:
                 self._drop()
                 self._out_of_memory = True
-                _LOG.warning(
-                    "no GPU memory for a graph of %s: this model runs without graphs from now on", bucket
+                warnings.warn(
+                    f"no GPU memory for a graph of {bucket}: this model runs without graphs from now on",
+                    RuntimeWarning,
+                    stacklevel=2,
                 )
                 return None
             self.stats.captures += 1

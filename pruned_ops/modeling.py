@@ -57,12 +57,21 @@ class PrunedPreTrainedModel(PreTrainedModel):
             unexpected = {key for key in unexpected if key.startswith(f"{cls.base_model_prefix}.")}
         faults = [f"missing {key}" for key in sorted(info["missing_keys"])]
         faults += [f"unexpected {key}" for key in sorted(unexpected)]
-        for key, found, expected in sorted(info["mismatched_keys"]):
-            faults.append(f"{key} has shape {tuple(found)}, config.json says {tuple(expected)}")
+        for mismatched in sorted(info["mismatched_keys"]):
+            faults.append(_misshapen(mismatched, model))
         if faults:
             shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
             raise ValueError(f"the tensors in {name_or_path} are not what its config.json describes: {shown}")
         return (model, info) if output_loading_info else model
+
+
+def _misshapen(mismatched: Any, model: nn.Module) -> str:
+    """transformers 5 gives a tensor's name, its shape and the one expected; 4 the name alone."""
+    if isinstance(mismatched, str):
+        expected = tuple(model.state_dict()[mismatched].shape)
+        return f"{mismatched} has another shape than config.json says, {expected}"
+    key, found, expected = mismatched
+    return f"{key} has shape {tuple(found)}, config.json says {tuple(expected)}"
 
 
 class PrunedBertModel(PrunedPreTrainedModel):

@@ -191,16 +191,24 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+@functools.cache
+def _passes_on(forward: Callable[..., Any]) -> bool:
+    """Whether a forward takes `packed_batches`, by name or with whatever else it gives the encoder."""
+    parameters = inspect.signature(forward).parameters.values()
+    return any(one.kind is one.VAR_KEYWORD or one.name == "packed_batches" for one in parameters)
+
+
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(_parameters(type(module).forward), args, strict=False)) | kwargs
 
 
 def _head_takes_rows(module: Any) -> bool:
     """Whether what follows the encoder treats tokens one by one, so that it can do without the padding.
-    A subclass's own forward may not."""
+    A subclass's own forward may not; transformers 4's passes no argument of ours on to the encoder."""
     head = module.qa_outputs
     return (
-        any(type(module).forward is answerer.forward for answerer in ANSWERERS)
+        _passes_on(type(module).forward)
+        and any(type(module).forward is answerer.forward for answerer in ANSWERERS)
         and module.base_model.pooler is None
         and type(head) is nn.Linear
         and not (head._forward_hooks or head._forward_pre_hooks)

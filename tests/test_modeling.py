@@ -213,7 +213,7 @@ def test_a_checkpoint_that_disagrees_with_its_config_is_refused(
         config["layer_shapes"][0]["num_heads"] = 3
         (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    wanted = {"missing": "missing", "unexpected": "unexpected"}.get(fault, r"has shape.*config.json says")
+    wanted = {"missing": "missing", "unexpected": "unexpected"}.get(fault, r"shape.*config.json says")
     with pytest.raises(ValueError, match=wanted):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path)
 

@@ -138,8 +138,9 @@ def test_other_gpus_and_versions_have_files_of_their_own(
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"choices": [{"problem": {}, "config": null}]}', '{"choices": [{"problem": 3}]}']
 )
-def test_a_broken_file_is_named_and_left(text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_file_is_named_and_left(text: str) -> None:
     path = choices.file_of(CPU)
     path.write_text(text)
-    assert choices.known(CPU) == {}
-    assert str(path) in caplog.text and "pruned_ops.tune makes it anew" in caplog.text
+    with pytest.warns(RuntimeWarning, match="pruned_ops.tune makes it anew") as warned:
+        assert choices.known(CPU) == {}
+    assert str(path) in str(warned[0].message)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ from pruned_ops.backends.triton.configs import AttentionConfig, GemmConfig
 from pruned_ops.version import __version__
 
 Config = GemmConfig | AttentionConfig
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,9 @@ def known(device: torch.device) -> dict[Problem, Config | None]:
         saved = json.loads(path.read_text(encoding="utf-8"))
         return {Problem(**one["problem"]): _config(one["config"]) for one in saved["choices"]}
     except (ValueError, TypeError, KeyError, OSError) as error:
-        _LOG.warning(
-            "%s cannot be read (%s: %s): the kernels are chosen by the model of their time. Delete the file, "
-            "and pruned_ops.tune makes it anew.", path, type(error).__name__, error,
+        warnings.warn(
+            f"{path} cannot be read ({type(error).__name__}: {error}); a model chooses the kernels. "
+            "Delete the file, and pruned_ops.tune makes it anew.", RuntimeWarning, stacklevel=2,
         )  # fmt: skip
         return {}
 
