@@ -1,0 +1,137 @@
+"""Answer a corpus of questions on many machines with Ray Data: an actor with a QuestionAnswerer per worker.
+
+    pip install "ray[data]"
+    python corpus_on_ray.py CHECKPOINT questions.jsonl more.parquet --out ANSWERS --workers 4 --cpus 2
+
+Each record has a question, a context and, where you like, an id. The corpus is cut into blocks; a worker
+writes a block's answers to a file of its own, which gets its name when it is whole. So the same command goes
+on where it was stopped, and a block whose worker dies is answered again, by another: nothing is lost, nothing
+is there twice. On several machines the paths are on a file system in common; --address names the cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruned_ops import Answer, QuestionAnswerer
+
+# path, number; first, last: bytes of JSON lines, or row groups of Parquet.
+Block = dict[str, Any]
+
+
+def blocks_of(path: Path, records: int) -> Iterator[Block]:
+    """A file in blocks of about so many records, without reading them into memory."""
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        for group in range(ParquetFile(path).num_row_groups):
+            yield {"path": str(path), "number": group, "first": group, "last": group + 1}
+        return
+    number, first, last = 0, 0, 0
+    with path.open("rb") as file:
+        for count, line in enumerate(file, 1):
+            last += len(line)
+            if count % records == 0:
+                yield {"path": str(path), "number": number, "first": first, "last": last}
+                number, first = number + 1, last
+    if last > first:
+        yield {"path": str(path), "number": number, "first": first, "last": last}
+
+
+def records_of(block: Block) -> Iterator[Any]:
+    """A block's records; for a line that is no JSON, a string that says so."""
+    if block["path"].endswith(".parquet"):
+        from pyarrow.parquet import ParquetFile
+
+        yield from ParquetFile(block["path"]).read_row_group(block["first"]).to_pylist()
+        return
+    with open(block["path"], "rb") as file:
+        file.seek(block["first"])
+        for line in file.read(block["last"] - block["first"]).splitlines():
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    yield f"no JSON: {error}"
+
+
+def answers_file(out: Path, block: Block) -> Path:
+    """Where a block's answers are, once all of them are there."""
+    return out / f"{Path(block['path']).name}-{block['number']:06d}.jsonl"
+
+
+class Worker:
+    """One copy of the model. Ray makes it once in each of its processes, and again where one dies."""
+
+    def __init__(self, model: str, out: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.answerer, self.out = QuestionAnswerer(model), Path(out)
+
+    def __call__(self, batch: Block) -> Block:
+        """Answer one block (a batch of one row), and say how many records it had."""
+        block: Block = {name: int(values[0]) for name, values in batch.items() if name != "path"}
+        block["path"] = str(batch["path"][0])
+        records = list(records_of(block))
+        place = answers_file(self.out, block)
+        beside = place.with_suffix(f".{os.getpid()}.part")
+        with beside.open("w", encoding="utf-8") as file:
+            found = self.answerer.stream(records, progress=False, keep_refused=True)
+            for number, (record, answer) in enumerate(zip(records, found, strict=True)):
+                name = record.get("id") if isinstance(record, dict) else None
+                why = record if isinstance(record, str) else getattr(answer, "reason", None)
+                said = asdict(answer) if isinstance(answer, Answer) else {"refused": why}
+                row = {"id": f"{place.stem}:{number}" if name is None else name, **said}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(beside, place)
+        return {"records": [len(records)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder of a checkpoint, or hub name")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON lines or Parquet")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the answers, a file a block")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cpus", type=int, default=1, help="threads a worker computes with")
+    parser.add_argument("--block", type=int, default=256, help="records a block (Parquet: its row groups)")
+    parser.add_argument("--address", help="of a Ray cluster; by default one is started on this machine")
+    arguments = parser.parse_args()
+    try:
+        import ray
+    except ImportError:
+        sys.exit('this example needs Ray: pip install "ray[data]"')
+    names = [path.name for path in arguments.files]
+    if len(set(names)) < len(names):
+        sys.exit("two of the files have one name, and so would their answers: give them different names")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    blocks = [block for path in arguments.files for block in blocks_of(path.absolute(), arguments.block)]
+    left = [block for block in blocks if not answers_file(arguments.out, block).exists()]
+    print(f"{len(blocks)} blocks, {len(left)} of them to be answered")
+    if left:
+        here = None if arguments.address else arguments.workers * arguments.cpus
+        ray.init(address=arguments.address, num_cpus=here)
+        model = str(Path(arguments.model).absolute()) if Path(arguments.model).exists() else arguments.model
+        settings = (model, str(arguments.out.absolute()), arguments.cpus)
+        done = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(
+            Worker,
+            fn_constructor_args=settings,
+            batch_size=1,
+            num_cpus=arguments.cpus,
+            concurrency=arguments.workers,
+        )
+        print(f"{done.sum('records')} records answered in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The example that spreads a corpus over Ray's workers: one process's answers, once each, whoever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inputs import stock_model
+from matching import save_checkpoint
+from tiny_tokenizers import words
+
+from pruned_ops import QuestionAnswerer
+
+pytest.importorskip("ray.data", reason='Ray is not installed: pip install "ray[data]"')
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "python" / "examples" / "corpus_on_ray.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(stock_model(), tmp_path_factory.mktemp("ray") / "model")
+
+
+def corpus(count: int, length: int) -> list[dict[str, Any]]:
+    return [
+        {"id": f"q{i}", "question": f"w{i % 20} w{i % 7}", "context": words(length + i % 11)}
+        for i in range(count)
+    ]
+
+
+def written(path: Path, records: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    return path
+
+
+def command(*argv: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLE), *map(str, argv)], text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run(*argv: object) -> str:
+    process = command(*argv)
+    said, error = process.communicate()
+    assert process.returncode == 0, error[-3000:]
+    return said
+
+
+def answers(out: Path) -> list[dict[str, Any]]:
+    files = sorted(out.iterdir())
+    return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check(found: list[dict[str, Any]], records: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Every record once, with the answer that one process gives."""
+    expected = QuestionAnswerer(str(folder)).answer(
+        [one["question"] for one in records], [one["context"] for one in records]
+    )
+    assert sorted(one["id"] for one in found) == sorted(one["id"] for one in records)
+    by_id = {one["id"]: one for one in found}
+    for record, answer in zip(records, expected, strict=True):
+        one = by_id[record["id"]]
+        assert (one["answer"], one["start"], one["end"]) == (answer.answer, answer.start, answer.end)
+        assert one["score"] == pytest.approx(answer.score, abs=1e-4)
+
+
+def test_two_workers_answer_as_one_process_and_go_on_where_they_stopped(folder: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    records = corpus(50, 20)
+    lines = written(tmp_path / "a.jsonl", [*records[:30], "no record"])
+    with lines.open("a") as file:
+        file.write("{broken\n")
+    write_table(pa.Table.from_pylist(records[30:]), tmp_path / "b.parquet", row_group_size=8)
+    out = tmp_path / "out"
+    asked = (folder, lines, tmp_path / "b.parquet", "--out", out, "--block", 8, "--workers", 2)
+    assert "7 blocks, 7 of them to be answered" in run(*asked)
+    found = answers(out)
+    refused = {one["id"]: one["refused"] for one in found if "refused" in one}
+    assert set(refused) == {"a.jsonl-000003:6", "a.jsonl-000003:7"}
+    assert "no JSON" in refused["a.jsonl-000003:7"]
+    check([one for one in found if "refused" not in one], records, folder)
+    (out / "a.jsonl-000001.jsonl").unlink()
+    assert "7 blocks, 1 of them to be answered" in run(*asked)
+    assert answers(out) == found
+    assert "0 of them" in run(*asked)
+
+
+def test_a_worker_that_is_killed_loses_and_doubles_nothing(folder: Path, tmp_path: Path) -> None:
+    import psutil  # comes with Ray
+
+    records = corpus(1500, 150)
+    out = tmp_path / "out"
+    process = command(
+        folder, written(tmp_path / "a.jsonl", records), "--out", out, "--block", 25, "--workers", 2
+    )
+    killed = None
+    while process.poll() is None and killed is None:
+        parts = list(out.glob("*.part")) if out.is_dir() and len(list(out.glob("*.jsonl"))) > 4 else []
+        if parts:
+            killed = int(parts[0].name.split(".")[-2])
+            if psutil.pid_exists(killed):
+                os.kill(killed, signal.SIGKILL)
+            else:
+                killed = None
+        time.sleep(0.01)
+    said, error = process.communicate()
+    assert process.returncode == 0, error[-3000:]
+    assert killed is not None, "all was answered before a worker could be killed"
+    found = [
+        json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()
+    ]
+    assert len(list(out.glob("*.jsonl"))) == 60
+    check(found, records, folder)
