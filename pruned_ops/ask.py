@@ -38,7 +38,15 @@ def add_command(commands: Any) -> None:
     asked = one.add_mutually_exclusive_group(required=True)
     asked.add_argument("--question", nargs="+", help="what to ask of --context-file")
     asked.add_argument("--questions", metavar="FILE", help="JSON lines; - for standard input")
+    asked.add_argument("--serve", action="store_true", help="open a page to ask in, on this machine")
     one.add_argument("--context-file", type=Path, help="the text, in UTF-8")
+    one.add_argument(
+        "--beside", type=Path, metavar="DIR", help="with --serve: another checkpoint, say the dense one"
+    )
+    one.add_argument(
+        "--host", default="127.0.0.1", help="with --serve: who may come (default: this machine alone)"
+    )
+    one.add_argument("--port", type=int, default=8000, help="with --serve (default: 8000)")
     one.add_argument("--out", type=Path, help="where the answers go (default: standard output)")
     one.add_argument("--overwrite", action="store_true", help="replace the file --out")
     one.add_argument("--top-k", type=int, help="so many answers at most to each question")
@@ -55,6 +63,12 @@ def add_command(commands: Any) -> None:
 def ask(arguments: argparse.Namespace) -> None:
     """Answer everything that can be; what was answered before an error or Ctrl-C is written."""
     check_arguments(arguments)
+    if arguments.serve:
+        from pruned_ops.serve import serve
+
+        folders = [one for one in (arguments.beside, arguments.folder) if one is not None]
+        serve({str(one): _load(one, arguments) for one in folders}, arguments.host, arguments.port)
+        return
     with ExitStack() as stack:
         if arguments.question is not None:
             lines: Iterator[bytes] = _as_lines(arguments.question, arguments.context_file)
@@ -62,7 +76,7 @@ def ask(arguments: argparse.Namespace) -> None:
             lines = iter(sys.stdin.buffer)
         else:
             lines = iter(stack.enter_context(open(arguments.questions, "rb")))
-        answerer = _load(arguments)
+        answerer = _load(arguments.folder, arguments)
         if arguments.out is None:
             out: IO[bytes] = sys.stdout.buffer
         else:
@@ -79,8 +93,15 @@ def ask(arguments: argparse.Namespace) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """OSError or ValueError for what can be known to fail before the model is loaded."""
-    if not (arguments.folder / "config.json").is_file():
-        raise FileNotFoundError(f"{arguments.folder} holds no config.json; DIR is a checkpoint's folder")
+    for folder in (arguments.folder, arguments.beside):
+        if folder is not None and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no config.json; DIR is a checkpoint's folder")
+    if arguments.serve:
+        if arguments.context_file or arguments.out or arguments.top_k or arguments.skip_bad:
+            raise ValueError("--serve takes its questions and texts from the page, and answers there")
+        return
+    if arguments.beside is not None:
+        raise ValueError("--beside goes with --serve")
     if (arguments.question is not None) != (arguments.context_file is not None):
         raise ValueError("--question goes with --context-file; --questions has its contexts in it")
     if arguments.top_k is not None and arguments.top_k < 1:
@@ -106,7 +127,7 @@ def _as_lines(questions: list[str], path: Path) -> Iterator[bytes]:
     return (json.dumps({"question": question, "context": context}).encode() for question in questions)
 
 
-def _load(arguments: argparse.Namespace) -> QuestionAnswerer:
+def _load(folder: Path, arguments: argparse.Namespace) -> QuestionAnswerer:
     from transformers.utils import logging
 
     from pruned_ops.question_answerer import QuestionAnswerer
@@ -115,7 +136,7 @@ def _load(arguments: argparse.Namespace) -> QuestionAnswerer:
     logging.disable_progress_bar()
     threshold = float("inf") if arguments.always_answer else None
     return QuestionAnswerer(
-        arguments.folder, device=arguments.device, dtype=arguments.dtype, null_score_threshold=threshold
+        folder, device=arguments.device, dtype=arguments.dtype, null_score_threshold=threshold
     )
 
 
