@@ -14,7 +14,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ from typing import Any
 import numpy
 import torch
 import torch.nn.functional as F
-from plain_bert import INPUTS, exported
 from torch import Tensor
 from transformers import BertForQuestionAnswering, BertModel
 
+from pruned_ops.export import GRAPH, export_onnx
 from pruned_ops.packed_encoder import model_shape
 
 Batch = dict[str, Tensor]
@@ -90,8 +90,10 @@ def _package(name: str) -> Any:
 
 
 def _onnx(model: Any, folder: Path) -> str:
+    """The exported model's file in `folder`; one that is there is used."""
     _package("onnx")
-    return str(exported(model, folder))
+    path = folder / GRAPH
+    return str(path if path.exists() else export_onnx(model, folder, overwrite=True))
 
 
 @contextmanager
@@ -104,8 +106,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _arrays(batch: Batch) -> dict[str, Any]:
-    return {name: batch[name].numpy() for name in INPUTS}
+def _arrays(batch: Batch, names: Iterable[str]) -> dict[str, Any]:
+    """What a graph with inputs of these names takes; token types that are not given are all 0."""
+    return {name: batch.get(name, torch.zeros_like(batch["input_ids"])).numpy() for name in names}
 
 
 def hf(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
@@ -141,9 +144,10 @@ def _ort_session(path: str) -> Run:
     # Its threads spin while it runs, and stop spinning after: 30 ms of it would slow the runner that is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
 
     def run(batch: Batch) -> Logits:
-        start, end = session.run(None, _arrays(batch))
+        start, end = session.run(None, _arrays(batch, names))
         return torch.from_numpy(start), torch.from_numpy(end)
 
     return run
@@ -195,9 +199,10 @@ def _openvino_compiled(network: Any) -> Run:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     request = _package("openvino").Core().compile_model(network, "CPU", settings).create_infer_request()
+    names = [port.any_name for port in network.inputs]
 
     def run(batch: Batch) -> Logits:
-        start, end = request.infer(_arrays(batch), share_inputs=True, share_outputs=True).values()
+        start, end = request.infer(_arrays(batch, names), share_inputs=True, share_outputs=True).values()
         return torch.from_numpy(start), torch.from_numpy(end)
 
     return run
@@ -227,7 +232,8 @@ def openvino_int8_static(model: Any, samples: Sequence[Batch], folder: Path) -> 
     Those are random ids: the time is what it would be, the accuracy on real questions is not known.
     """
     nncf, network = _nncf(), _openvino_read(model, folder)
-    data, kind = nncf.Dataset([_arrays(batch) for batch in samples]), nncf.ModelType.TRANSFORMER
+    names, kind = [port.any_name for port in network.inputs], nncf.ModelType.TRANSFORMER
+    data = nncf.Dataset([_arrays(batch, names) for batch in samples])
     return _openvino_compiled(nncf.quantize(network, data, model_type=kind, subset_size=len(samples)))
 
 
