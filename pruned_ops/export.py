@@ -5,29 +5,23 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pruned_ops.checkpoints import load_model
 from pruned_ops.importing import TOKENIZER_FILES
 from pruned_ops.optimize import ANSWERERS, restore
 from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
-from pruned_ops.plain_graph import PlainBert
 
 GRAPH = "model.onnx"
-# ONNX Runtime's and OpenVINO's fusions know these operators best; 17 has LayerNormalization.
-OPSET = 17
 # Bytes: what protobuf, and so an ONNX file, can hold.
 LARGEST = 1 << 31
 
@@ -56,7 +50,7 @@ def export(arguments: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     path = export_onnx(arguments.folder, arguments.onnx, arguments.overwrite)
     copied = [name for name in TOKENIZER_FILES if (arguments.folder / name).is_file()]
-    print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB), opset {OPSET}")
+    print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
     print(f"beside it: config.json, {', '.join(copied) or f'and no tokenizer: {arguments.folder} has none'}")
 
 
@@ -72,7 +66,7 @@ def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) 
     already or cannot be written; ValueError for what is no such model, or would not be computed as it is.
     """
     try:
-        importlib.import_module("onnx")
+        from pruned_ops.plain_graph import plain_graph
     except ImportError as error:
         raise ImportError(
             f'the package onnx cannot be imported ({error}): pip install onnx (the extra "onnx" brings it '
@@ -88,7 +82,7 @@ def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) 
                     shutil.copyfile(folder / name, stage / name)
             model = load_model(str(folder))
         model = _original(model)
-        _write_graph(PlainBert(model).eval(), stage / GRAPH)
+        (stage / GRAPH).write_bytes(plain_graph(model).SerializeToString())
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.save_pretrained(stage)
@@ -142,25 +136,3 @@ def _original(model: Any) -> Any:
     if size >= LARGEST:
         raise ValueError(f"the weights take {size:,} bytes; an ONNX file holds less than {LARGEST:,}")
     return model
-
-
-def _write_graph(graph: PlainBert, path: Path) -> None:
-    """By torch's TorchScript exporter: ONNX Runtime's fusions find no attention in the graphs of the newer
-    one."""
-    ids = torch.ones(3, 20, dtype=torch.long, device=next(graph.parameters()).device)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # that this exporter is the older one; sizes that it traces are meant
-        torch.onnx.export(
-            graph,
-            (ids,) * len(graph.inputs),
-            str(path),
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_axes={name: _axes(name) for name in graph.inputs + graph.outputs},
-        )
-
-
-def _axes(name: str) -> dict[int, str]:
-    return {0: "batch"} if name == "answer_type_logits" else {0: "batch", 1: "seqlen"}
