@@ -62,7 +62,8 @@ def openvino_run(path: Path) -> Run:
 
     def run(batch: Batch) -> dict[str, Tensor]:
         found = compiled({name: tensor.numpy() for name, tensor in batch.items()})
-        return {port.any_name: torch.from_numpy(one.copy()) for port, one in found.items()}
+        ports = {name: port for port in compiled.outputs for name in port.get_names()}
+        return {name: torch.from_numpy(found[port].copy()) for name, port in ports.items()}
 
     return run
 
