@@ -103,9 +103,7 @@ def fused_offline(path: Path, folder: Path) -> Any:
     optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
     logging.disable(logging.WARNING)  # it warns of every layer whose sizes differ from the first one's
     try:
-        fused = optimizer.optimize_model(
-            str(path), model_type="bert", num_heads=0, hidden_size=0, opt_level=0
-        )
+        fused = optimizer.optimize_model(str(path), model_type="bert", opt_level=0)
     finally:
         logging.disable(logging.NOTSET)
     fused.save_model_to_file(str(folder / "fused.onnx"))
