@@ -77,15 +77,16 @@ def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) 
             folder = Path(model)
             if not (folder / "config.json").is_file():
                 raise FileNotFoundError(f"{folder} holds no config.json; a checkpoint's folder is needed")
-            for name in TOKENIZER_FILES:
+            for name in ("config.json", *TOKENIZER_FILES):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, stage / name)
-            model = load_model(str(folder))
-        model = _original(model)
+            model = _original(load_model(str(folder)))
+        else:
+            model = _original(model)
+            config = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(stage)
         (stage / GRAPH).write_bytes(plain_graph(model).SerializeToString())
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(stage)
     return Path(path) / GRAPH
 
 

@@ -71,37 +71,26 @@ def plain_graph(model: Any) -> Any:
     model has several token types, token_type_ids. Outputs: start_logits and end_logits (batch, seqlen); from
     a Natural Questions model answer_type_logits (batch, types), too.
     """
-    nodes, encoder = _Nodes(), model.base_model
+    nodes = _Nodes()
     # A model of one type adds the same row everywhere, and its tokenizer gives no types.
     types = ["token_type_ids"] if model.config.type_vocab_size > 1 else []
-    x = _embed(nodes, encoder, bool(types))
-    row = nodes.add("Unsqueeze", "attention_mask", nodes.vector(1))
-    mask = nodes.add("Cast", nodes.add("Unsqueeze", row, nodes.vector(2)), to=TensorProto.FLOAT)
-    # -10000 closes a key as surely as the lowest float does: exp(-10000) is 0.
-    closed = nodes.add("Mul", nodes.add("Sub", nodes.constant(1.0), mask), nodes.constant(-10000.0))
-    shape = model_shape(encoder)
-    for i, (layer, sizes) in enumerate(zip(encoder.encoder.layer, shape.layers, strict=True)):
-        parts = {name: module for name, module in layer.named_modules() if name}
-        named = {name: (f"layer.{i}.{name}", module) for name, module in parts.items()}
-        x = _attention(nodes, x, closed, named, sizes.num_heads, shape.head_dim)
-        x = _ffn(nodes, x, named, sizes.ffn_width, model.config.hidden_act)
+    inputs = [
+        _value(name, "batch", "seqlen", kind=TensorProto.INT64)
+        for name in ("input_ids", "attention_mask", *types)
+    ]
+    outputs = []
+    x = _encode(nodes, model.base_model, bool(types))
     both = nodes.linear(x, "qa_outputs", model.qa_outputs)
     for index, name in enumerate(("start_logits", "end_logits")):
         nodes.add("Gather", both, nodes.constant(index), called=name, axis=2)
-    outputs = [
-        _value(name, "batch", "seqlen", kind=TensorProto.FLOAT) for name in ("start_logits", "end_logits")
-    ]
+        outputs.append(_value(name, "batch", "seqlen", kind=TensorProto.FLOAT))
     if isinstance(model, PrunedBertForNaturalQuestions):
         head = model.answer_type_outputs
         nodes.linear(_first(nodes, x), "answer_type_outputs", head, called="answer_type_logits")
         outputs.append(_value("answer_type_logits", "batch", head.out_features, kind=TensorProto.FLOAT))
-    names = ["input_ids", "attention_mask", *types]
-    inputs = [_value(name, "batch", "seqlen", kind=TensorProto.INT64) for name in names]
-    graph = helper.make_graph(
-        nodes.nodes, type(model).__name__, inputs, outputs, list(nodes.constants.values())
-    )
+    weights = list(nodes.constants.values())
     return helper.make_model(
-        graph,
+        helper.make_graph(nodes.nodes, type(model).__name__, inputs, outputs, weights),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR,
         producer_name="pruned_ops",
@@ -111,6 +100,20 @@ def plain_graph(model: Any) -> Any:
 
 def _value(name: str, *sizes: str | int, kind: int) -> Any:
     return helper.make_tensor_value_info(name, kind, sizes)
+
+
+def _encode(nodes: _Nodes, encoder: Any, typed: bool) -> str:
+    """The last hidden state, (batch, seqlen, hidden_size)."""
+    x, shape = _embed(nodes, encoder, typed), model_shape(encoder)
+    row = nodes.add("Unsqueeze", "attention_mask", nodes.vector(1))
+    mask = nodes.add("Cast", nodes.add("Unsqueeze", row, nodes.vector(2)), to=TensorProto.FLOAT)
+    # -10000 closes a key as surely as the lowest float does: exp(-10000) is 0.
+    closed = nodes.add("Mul", nodes.add("Sub", nodes.constant(1.0), mask), nodes.constant(-10000.0))
+    for i, (layer, sizes) in enumerate(zip(encoder.encoder.layer, shape.layers, strict=True)):
+        named = {name: (f"layer.{i}.{name}", module) for name, module in layer.named_modules()}
+        x = _attention(nodes, x, closed, named, sizes.num_heads, shape.head_dim)
+        x = _ffn(nodes, x, named, sizes.ffn_width, encoder.config.hidden_act)
+    return x
 
 
 def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:

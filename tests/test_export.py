@@ -196,9 +196,10 @@ def test_the_command_writes_a_folder_that_is_usable(
     (out / "model.onnx").write_bytes(b"")
     assert main(["export", str(checkpoint), "--onnx", str(out), "--overwrite"]) == 0
     assert (out / "model.onnx").read_bytes() == before and (out / "mine.txt").read_text() == "stays"
-    # Beside the checkpoint itself, too; its weights stay.
+    # What is exported is no checkpoint; and beside a checkpoint it leaves that one as it is.
     assert main(["export", str(out), "--onnx", str(out), "--overwrite"]) == 2
-    assert "model.onnx" in {file.name for file in out.iterdir()}
+    assert (out / "model.onnx").read_bytes() == before
+    assert (out / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
     assert main(["export", str(checkpoint), "--onnx", str(checkpoint), "--overwrite"]) == 0
     assert pruned_ops.PrunedBertForQuestionAnswering.from_pretrained(checkpoint)
 
