@@ -21,8 +21,7 @@ import memory
 import model_tables
 import rivals
 import torch
-from model_cases import SAMPLES, SIZES, Source, arrival_lengths, padded_to, workloads
-from plain_bert import fingerprint
+from model_cases import SAMPLES, SIZES, Source, arrival_lengths, fingerprint, padded_to, workloads
 from rich.console import Console
 from transformers.utils import logging
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertForQuestionAnswering
 
 import pruned_ops
-from pruned_ops import LayerShape
+from pruned_ops import LayerShape, export
 from pruned_ops.measure import Workload
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.tasks.squad import load_squad
@@ -126,3 +127,15 @@ def padded_to(run: Callable[[Batch], Any], length: int, pad_token_id: int) -> Ca
         return tuple(logits[:, :seqlen] for logits in run({"input_ids": ids, "attention_mask": mask}))
 
     return padded
+
+
+def fingerprint(model: Any) -> str:
+    """A name for exactly these weights, this config, torch and exporter: what a cached file is reused for."""
+    found = hashlib.sha256(torch.__version__.encode())
+    for name in ("export.py", "plain_graph.py"):
+        found.update(Path(export.__file__).with_name(name).read_bytes())
+    found.update(model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]

@@ -11,6 +11,7 @@ from pruned_ops import backends as backends
 from pruned_ops import ops as ops
 from pruned_ops.answers import Answer
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.export import export_onnx
 from pruned_ops.importing import import_checkpoint
 from pruned_ops.layers import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
 from pruned_ops.modeling import (
@@ -51,6 +52,7 @@ __all__ = [
     "PrunedRobertaModel",
     "QuestionAnswerer",
     "__version__",
+    "export_onnx",
     "import_checkpoint",
     "optimize",
     "ops",

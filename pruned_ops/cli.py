@@ -1,4 +1,4 @@
-"""pruned-ops: info | latency-table | import | ask."""
+"""pruned-ops: info | latency-table | import | export | ask."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 
 from pruned_ops.ask import add_command as add_ask
 from pruned_ops.backends import cpu
+from pruned_ops.export import add_command as add_export
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload, arrival_lengths, machine, versions
 from pruned_ops.question_answering import windows
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"pruned-ops {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("folder", type=Path, metavar="DIR", help="config.json and weights, masks beside them")
     one.add_argument("out", type=Path, metavar="OUT", help="new folder for the pruned_ops checkpoint")
     one.add_argument("--head-dim", type=int, help="a head's width (default: hidden_size / heads)")
+    add_export(commands)
     add_ask(commands)
     return parser
 

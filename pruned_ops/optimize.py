@@ -7,10 +7,10 @@ is kept twice: the model's own read as NaN until `restore` gives them back.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,9 +111,12 @@ def _swapped(model: nn.Module, int8: bool) -> Any:
         setattr(parent, name, packed[id(child)])
     for module in model.modules():
         if isinstance(module, ANSWERERS):
+            names = _parameters(module)
             hooks = (
-                module.register_forward_pre_hook(_before_forward, with_kwargs=True),
-                module.register_forward_hook(_after_forward, with_kwargs=True),
+                module.register_forward_pre_hook(
+                    partial(_before_forward, names, _passes_on(module)), with_kwargs=True
+                ),
+                module.register_forward_hook(partial(_after_forward, names), with_kwargs=True),
             )
             setattr(module, _HOOKS, hooks)
     setattr(model, _MODES, modes)
@@ -185,30 +188,23 @@ def optimized(model: nn.Module) -> Iterator[Any]:
         restore(fast)
 
 
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a forward's positional arguments, `self` left out. Cached: it took 3% of a small batch."""
-    return tuple(inspect.signature(forward).parameters)[1:]
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of its forward's positional arguments. Asked for once: it took 3% of a small batch."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
-@functools.cache
-def _passes_on(forward: Callable[..., Any]) -> bool:
-    """Whether a forward takes `packed_batches`, by name or with whatever else it gives the encoder."""
-    parameters = inspect.signature(forward).parameters.values()
+def _passes_on(module: nn.Module) -> bool:
+    """Whether its forward takes `packed_batches`, by name or with whatever else it gives the encoder."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
     return any(one.kind is one.VAR_KEYWORD or one.name == "packed_batches" for one in parameters)
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(_parameters(type(module).forward), args, strict=False)) | kwargs
 
 
 def _head_takes_rows(module: Any) -> bool:
     """Whether what follows the encoder treats tokens one by one, so that it can do without the padding.
-    A subclass's own forward may not; transformers 4's passes no argument of ours on to the encoder."""
+    A subclass's own forward may not."""
     head = module.qa_outputs
     return (
-        _passes_on(type(module).forward)
-        and any(type(module).forward is answerer.forward for answerer in ANSWERERS)
+        any(type(module).forward is answerer.forward for answerer in ANSWERERS)
         and module.base_model.pooler is None
         and type(head) is nn.Linear
         and not (head._forward_hooks or head._forward_pre_hooks)
@@ -216,21 +212,29 @@ def _head_takes_rows(module: Any) -> bool:
 
 
 def _before_forward(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    names: tuple[str, ...],
+    passes_on: bool,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Refuse labels; ask the encoder for rows where the head takes them."""
-    arguments = _arguments(module, args, kwargs)
+    """Refuse labels; ask the encoder for rows where the head takes them. passes_on: transformers 4's forwards
+    give the encoder no argument of ours."""
+    arguments = dict(zip(names, args, strict=False)) | kwargs
     for name in ("start_positions", "end_positions", "answer_types"):
         if arguments.get(name) is not None:
             raise ValueError(
                 f"an optimised model does not take {name}: pruned_ops.restore(model) before computing losses"
             )
-    return args, {**kwargs, "packed_batches": []} if _head_takes_rows(module) else kwargs
+    takes_rows = passes_on and _head_takes_rows(module)
+    return args, {**kwargs, "packed_batches": []} if takes_rows else kwargs
 
 
-def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _after_forward(
+    names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     """Logits at padded positions become the dtype's minimum, so that no answer is ever found there."""
-    attention_mask = _arguments(module, args, kwargs).get("attention_mask")
+    attention_mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
     packed_batches = kwargs.get("packed_batches")
     start, end = (
         (output[0], output[1]) if isinstance(output, tuple) else (output.start_logits, output.end_logits)

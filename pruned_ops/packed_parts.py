@@ -179,6 +179,8 @@ def _aligned(weight: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
 
 def release(parameter: Tensor) -> None:
     """Free a parameter's memory but not its shape: it reads as NaN until it gets values again."""
+    if parameter.numel() == 0:
+        return  # it has none, and torch.export cannot save what is expanded to no element
     parameter.data = parameter.data.new_full((1,), torch.nan).expand(parameter.shape)
 
 

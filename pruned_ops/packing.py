@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NO_MASK = "attention_mask holds values other than 0 and 1; an additive mask is not taken here"
@@ -31,6 +32,11 @@ def _check_shape(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
 def _others(attention_mask: Tensor) -> Tensor:
     """Whether there are values besides 0 and 1, on the device."""
     return ((attention_mask != 0) & (attention_mask != 1)).any()
+
+
+def _bounds(lengths: Tensor) -> Tensor:
+    """int32 (batch,) -> cu_seqlens, int32 (batch + 1,)."""
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class PackedBatch:
         """From a mask of ones and zeros (batch, seqlen), any padding side, holes included; None: nothing is
         padded.
 
-        Errors: ValueError for another shape or other values. Lengths are copied to the host once.
+        Errors: ValueError for another shape or other values (in code that torch.compile or torch.export
+        traced: RuntimeError for the values). Lengths are copied to the host once, in traced code never.
         """
         if attention_mask is None:
             return cls._unpadded(batch_size, seqlen, device)
@@ -78,16 +85,25 @@ class PackedBatch:
         attention_mask = attention_mask.to(device)
         real = attention_mask != 0
         lengths = real.sum(1, dtype=torch.int32)
+        if torch.compiler.is_compiling():
+            return cls._traced(real, lengths, _others(attention_mask))
         # One copy to the host for all that is asked there: a GPU is waited for once.
         *counts, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
         if others:
             raise ValueError(NO_MASK)
         if all(count == seqlen for count in counts):
             return cls._unpadded(batch_size, seqlen, device)
-        cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=device)
-        torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+        cu_seqlens = _bounds(lengths)
         index = torch.nonzero_static(real.flatten(), size=sum(counts)).flatten()
         return cls(cu_seqlens, max(counts), index, batch_size, seqlen, tuple(counts))
+
+    @classmethod
+    def _traced(cls, real: Tensor, lengths: Tensor, others: Tensor) -> PackedBatch:
+        """For torch.compile and torch.export, where no length may come to the host: the longest sequence is
+        taken to be as long as the padded batch, and the number of tokens is known when it runs."""
+        torch._assert_async(~others, NO_MASK)
+        index = real.flatten().nonzero().flatten()
+        return cls(_bounds(lengths), real.size(1), index, real.size(0), real.size(1))
 
     @classmethod
     def _unpadded(cls, batch_size: int, seqlen: int, device: torch.device) -> PackedBatch:

@@ -64,7 +64,8 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
     check_attention(qkv, cu_seqlens, head_dim)
     tokens, width = qkv.size(0), qkv.size(1) // 3
     num_heads, batch = width // head_dim, cu_seqlens.size(0) - 1
-    if tokens == 0 or num_heads == 0 or max_seqlen == 0:
+    # While traced the number of tokens may be unknown, and the shape returned is the same without this.
+    if num_heads == 0 or max_seqlen == 0 or (isinstance(tokens, int) and tokens == 0):
         return qkv.new_zeros(tokens, width)
     # Padded view of the batch: row (i, j) is token j of sequence i, or any token where there is none (masked
     # below).

@@ -117,7 +117,11 @@ class Op:
         return output
 
     def is_had(self) -> bool:
-        """Whether the backend asked for has this op; the reference has them all, and so has no preference."""
+        """Whether the backend asked for has this op; the reference has them all, and so has no preference.
+
+        Traced code is for whatever is preferred when it runs: the op itself refuses what cannot."""
+        if torch.compiler.is_compiling():
+            return True
         return _preferred.get() in (None, REFERENCE, *self.kernels)
 
     def select(self, *args: Any) -> Kernel | None:

@@ -1,0 +1,139 @@
+"""ONNX out: a folder with a graph that ONNX Runtime fuses and OpenVINO reads, its config and its tokenizer;
+`pruned-ops export`."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pruned_ops.checkpoints import load_model
+from pruned_ops.importing import TOKENIZER_FILES
+from pruned_ops.optimize import ANSWERERS, restore
+from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
+
+GRAPH = "model.onnx"
+# Bytes: what protobuf, and so an ONNX file, can hold.
+LARGEST = 1 << 31
+
+
+def add_command(commands: Any) -> None:
+    """The command's arguments."""
+    one = commands.add_parser(
+        "export",
+        help="write a checkpoint as ONNX, for ONNX Runtime, OpenVINO and others",
+        description=f"Write the checkpoint in DIR as OUT/{GRAPH}, its config.json and tokenizer beside it. "
+        "Inputs: input_ids, attention_mask and, where the model has token types, token_type_ids, int64 "
+        "(batch, seqlen). Outputs: start_logits, end_logits (batch, seqlen), which mean nothing at padding. "
+        "Needs the package onnx.",
+    )
+    one.set_defaults(run=export)
+    one.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint")
+    one.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="folder for the ONNX model")
+    one.add_argument("--overwrite", action="store_true", help="replace what an export left in OUT")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Export, and say what was written."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path = export_onnx(arguments.folder, arguments.onnx, arguments.overwrite)
+    copied = [name for name in TOKENIZER_FILES if (arguments.folder / name).is_file()]
+    print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"beside it: config.json, {', '.join(copied) or f'and no tokenizer: {arguments.folder} has none'}")
+
+
+def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) -> Path:
+    """Write a question-answering BERT or RoBERTa, stock or pruned, as ONNX to the folder `path`; returns the
+    graph's file in it.
+
+    model: a checkpoint's folder, whose tokenizer is copied too, or a model in fp32. One that is optimised is
+    exported from its original, fp32 weights, which a copy of the model gets back meanwhile; it is left as it
+    is. The graph takes batches of any size and length, padded on any side.
+    overwrite: replace files of the same names in `path`; others stay.
+    Errors: ImportError without the package onnx; OSError where there is no checkpoint, or `path` is there
+    already or cannot be written; ValueError for what is no such model, or would not be computed as it is.
+    """
+    try:
+        from pruned_ops.plain_graph import plain_graph
+    except ImportError as error:
+        raise ImportError(
+            f'the package onnx cannot be imported ({error}): pip install onnx (the extra "onnx" brings it '
+            "with ONNX Runtime)"
+        ) from error
+    with _staged(Path(path), overwrite) as stage:
+        if isinstance(model, (str, PathLike)):
+            folder = Path(model)
+            if not (folder / "config.json").is_file():
+                raise FileNotFoundError(f"{folder} holds no config.json; a checkpoint's folder is needed")
+            for name in ("config.json", *TOKENIZER_FILES):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, stage / name)
+            model = _original(load_model(str(folder)))
+        else:
+            model = _original(model)
+            config = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(stage)
+        (stage / GRAPH).write_bytes(plain_graph(model).SerializeToString())
+    return Path(path) / GRAPH
+
+
+@contextmanager
+def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder inside `out` whose files move up into it when the block ends well; else nothing is left."""
+    if out.suffix == ".onnx":
+        raise ValueError(f"{out} names a file; a folder is needed, {GRAPH} is written into it")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; a folder is needed")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out.parent} is no folder; {out.name} is made in it")
+    made = not out.exists()
+    if not made and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} is not empty; --overwrite (overwrite=True) replaces an export in it")
+    out.mkdir(exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as stage:
+            yield Path(stage)
+            # The graph comes last: where it is, the rest is.
+            for file in sorted(Path(stage).iterdir(), key=lambda file: file.name == GRAPH):
+                os.replace(file, out / file.name)
+    except BaseException:
+        if made:
+            shutil.rmtree(out)
+        raise
+
+
+def _original(model: Any) -> Any:
+    """The model with its own encoder: itself, or a restored copy of an optimised one. ValueError for a model
+    whose graph would not be what it computes."""
+    name = type(model).__name__
+    if not any(type(model).forward is one.forward for one in ANSWERERS):
+        known = ", ".join(one.__name__ for one in ANSWERERS)
+        raise ValueError(f"a {name} cannot be exported: question-answering models can ({known})")
+    if isinstance(model.base_model, PackedEncoder):
+        model = restore(copy.deepcopy(model))
+    encoder = model.base_model
+    reason = refuse(encoder) if type(encoder) in ENCODERS else f"its encoder is a {type(encoder).__name__}"
+    if reason is None and type(model.qa_outputs) is not nn.Linear:
+        reason = f"its qa_outputs is a {type(model.qa_outputs).__name__}, not a plain Linear"
+    others = {str(one.dtype) for one in model.parameters()} - {"torch.float32"}
+    if reason is None and others:
+        reason = f"it holds {', '.join(sorted(others))}: call model.float() first"
+    if reason is not None:
+        raise ValueError(f"this {name} cannot be exported: {reason}")
+    size = sum(one.numel() * one.element_size() for one in model.parameters())
+    if size >= LARGEST:
+        raise ValueError(f"the weights take {size:,} bytes; an ONNX file holds less than {LARGEST:,}")
+    return model

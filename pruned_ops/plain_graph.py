@@ -1,0 +1,206 @@
+"""The graph that other runtimes are given: a question-answering BERT or RoBERTa in ONNX's plain operators.
+
+Written operator by operator, because what an exporter traces of a model is fused worse: reshapes that read
+sizes from shapes hide from ONNX Runtime what is as large as what, the mask becomes a maze of Where and Expand
+that no attention fusion matches, and layers with 0 heads become products of width 0, which OpenVINO computes
+wrongly. Here the mask is one subtraction, every layer's own head count is a constant, and what was pruned
+away is not there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
+from pruned_ops.packed_encoder import model_shape
+from pruned_ops.version import __version__
+
+# ONNX Runtime's and OpenVINO's fusions know these operators best; 17 has LayerNormalization. IR 8 is of its
+# time, so that runtimes of that time read the file.
+OPSET, IR = 17, 8
+
+
+class _Nodes:
+    """Nodes and constants as they are added; every value is known by its name."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.constants: dict[str, Any] = {}
+
+    def add(self, operator: str, *inputs: str, called: str | None = None, **attributes: Any) -> str:
+        """One more node with one output; the output's name."""
+        name = called or f"{operator}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
+        return name
+
+    def _keep(self, name: str, array: Any) -> str:
+        self.constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def constant(self, value: float) -> str:
+        """One number, int64 or fp32."""
+        dtype = np.int64 if isinstance(value, int) else np.float32
+        return self._keep(f"constant_{value}", np.array(value, dtype))
+
+    def vector(self, *values: int) -> str:
+        """Axes or sizes, int64."""
+        return self._keep(f"vector_{'_'.join(map(str, values))}", np.array(values, np.int64))
+
+    def weight(self, name: str, tensor: Tensor) -> str:
+        return self._keep(name, np.ascontiguousarray(tensor.detach().cpu().numpy()))
+
+    def linear(self, x: str, name: str, module: Any, called: str | None = None) -> str:
+        product = self.add("MatMul", x, self.weight(f"{name}.weight", module.weight.T))
+        return self.add("Add", product, self.weight(f"{name}.bias", module.bias), called=called)
+
+    def norm(self, x: str, name: str, module: Any) -> str:
+        weights = (self.weight(f"{name}.{part}", getattr(module, part)) for part in ("weight", "bias"))
+        return self.add("LayerNormalization", x, *weights, axis=-1, epsilon=module.eps)
+
+
+def plain_graph(model: Any) -> Any:
+    """The model (a BERT or RoBERTa for question answering, stock or pruned, in fp32) as an ONNX ModelProto.
+
+    Inputs, int64 (batch, seqlen): input_ids; attention_mask, of ones and zeros, padded on any side; where the
+    model has several token types, token_type_ids. Outputs: start_logits and end_logits (batch, seqlen); from
+    a Natural Questions model answer_type_logits (batch, types), too.
+    """
+    nodes = _Nodes()
+    # A model of one type adds the same row everywhere, and its tokenizer gives no types.
+    types = ["token_type_ids"] if model.config.type_vocab_size > 1 else []
+    inputs = [
+        _value(name, "batch", "seqlen", kind=TensorProto.INT64)
+        for name in ("input_ids", "attention_mask", *types)
+    ]
+    outputs = []
+    x = _encode(nodes, model.base_model, bool(types))
+    both = nodes.linear(x, "qa_outputs", model.qa_outputs)
+    for index, name in enumerate(("start_logits", "end_logits")):
+        nodes.add("Gather", both, nodes.constant(index), called=name, axis=2)
+        outputs.append(_value(name, "batch", "seqlen", kind=TensorProto.FLOAT))
+    if isinstance(model, PrunedBertForNaturalQuestions):
+        head = model.answer_type_outputs
+        nodes.linear(_first(nodes, x), "answer_type_outputs", head, called="answer_type_logits")
+        outputs.append(_value("answer_type_logits", "batch", head.out_features, kind=TensorProto.FLOAT))
+    weights = list(nodes.constants.values())
+    return helper.make_model(
+        helper.make_graph(nodes.nodes, type(model).__name__, inputs, outputs, weights),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR,
+        producer_name="pruned_ops",
+        producer_version=__version__,
+    )
+
+
+def _value(name: str, *sizes: str | int, kind: int) -> Any:
+    return helper.make_tensor_value_info(name, kind, sizes)
+
+
+def _encode(nodes: _Nodes, encoder: Any, typed: bool) -> str:
+    """The last hidden state, (batch, seqlen, hidden_size)."""
+    x, shape = _embed(nodes, encoder, typed), model_shape(encoder)
+    row = nodes.add("Unsqueeze", "attention_mask", nodes.vector(1))
+    mask = nodes.add("Cast", nodes.add("Unsqueeze", row, nodes.vector(2)), to=TensorProto.FLOAT)
+    # -10000 closes a key as surely as the lowest float does: exp(-10000) is 0.
+    closed = nodes.add("Mul", nodes.add("Sub", nodes.constant(1.0), mask), nodes.constant(-10000.0))
+    for i, (layer, sizes) in enumerate(zip(encoder.encoder.layer, shape.layers, strict=True)):
+        named = {name: (f"layer.{i}.{name}", module) for name, module in layer.named_modules()}
+        x = _attention(nodes, x, closed, named, sizes.num_heads, shape.head_dim)
+        x = _ffn(nodes, x, named, sizes.ffn_width, encoder.config.hidden_act)
+    return x
+
+
+def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
+    """The normalised sum of the three embeddings, (batch, seqlen, hidden_size)."""
+    tables, config = encoder.embeddings, encoder.config
+    if "roberta" in config.model_type:  # counts what is no padding, from behind the padding's own place
+        padding = nodes.constant(config.pad_token_id)
+        real = nodes.add("Not", nodes.add("Equal", "input_ids", padding))
+        real = nodes.add("Cast", real, to=TensorProto.INT64)
+        counted = nodes.add("CumSum", real, nodes.constant(1))
+        positions = nodes.add("Add", nodes.add("Mul", counted, real), padding)
+    else:  # 0, 1, 2, ... by counting ids: a range as long as the ids would not be known to be of their shape
+        ones = nodes.add("Cast", nodes.add("Equal", "input_ids", "input_ids"), to=TensorProto.INT64)
+        positions = nodes.add("CumSum", ones, nodes.constant(1), exclusive=1)
+    words, types, places = (
+        nodes.weight(f"embeddings.{name}", getattr(tables, name).weight)
+        for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")
+    )
+    kind = nodes.add("Gather", types, "token_type_ids" if typed else nodes.constant(0))
+    x = nodes.add("Add", nodes.add("Gather", words, "input_ids"), kind)
+    x = nodes.add("Add", x, nodes.add("Gather", places, positions))
+    return nodes.norm(x, "embeddings.LayerNorm", tables.LayerNorm)
+
+
+def _attention(
+    nodes: _Nodes, x: str, closed: str, named: dict[str, Any], num_heads: int, head_dim: int
+) -> str:
+    """A layer's attention, added to x and normalised; of 0 heads only the output's bias is left."""
+    output = named["attention.output.dense"]
+    if num_heads == 0:
+        return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), named, "attention.output")
+    # In a Reshape 0 says: as large as the input is there.
+    split = nodes.vector(0, 0, num_heads, head_dim)
+
+    def heads(part: str, order: list[int]) -> str:
+        linear = nodes.linear(x, *named[f"attention.self.{part}"])
+        return nodes.add("Transpose", nodes.add("Reshape", linear, split), perm=order)
+
+    query, key, value = heads("query", [0, 2, 1, 3]), heads("key", [0, 2, 3, 1]), heads("value", [0, 2, 1, 3])
+    scores = nodes.add("Div", nodes.add("MatMul", query, key), nodes.constant(math.sqrt(head_dim)))
+    weights = nodes.add("Softmax", nodes.add("Add", scores, closed), axis=-1)
+    context = nodes.add("Transpose", nodes.add("MatMul", weights, value), perm=[0, 2, 1, 3])
+    context = nodes.add("Reshape", context, nodes.vector(0, 0, num_heads * head_dim))
+    return _joined(nodes, x, nodes.linear(context, *output), named, "attention.output")
+
+
+def _ffn(nodes: _Nodes, x: str, named: dict[str, Any], ffn_width: int, activation: str) -> str:
+    """A layer's FFN, added to x and normalised; of width 0 only the output's bias is left."""
+    output = named["output.dense"]
+    if ffn_width == 0:
+        return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), named, "output")
+    inner = _ACTIVATIONS[activation](nodes, nodes.linear(x, *named["intermediate.dense"]))
+    return _joined(nodes, x, nodes.linear(inner, *output), named, "output")
+
+
+def _joined(nodes: _Nodes, x: str, added: str, named: dict[str, Any], part: str) -> str:
+    return nodes.norm(nodes.add("Add", added, x), *named[f"{part}.LayerNorm"])
+
+
+def _gelu(nodes: _Nodes, x: str) -> str:
+    erf = nodes.add("Erf", nodes.add("Div", x, nodes.constant(math.sqrt(2.0))))
+    return nodes.add(
+        "Mul", nodes.add("Mul", x, nodes.add("Add", erf, nodes.constant(1.0))), nodes.constant(0.5)
+    )
+
+
+def _gelu_new(nodes: _Nodes, x: str) -> str:
+    cubed = nodes.add("Mul", nodes.add("Pow", x, nodes.constant(3.0)), nodes.constant(0.044715))
+    inner = nodes.add("Mul", nodes.add("Add", x, cubed), nodes.constant(math.sqrt(2.0 / math.pi)))
+    tanh = nodes.add("Add", nodes.add("Tanh", inner), nodes.constant(1.0))
+    return nodes.add("Mul", nodes.add("Mul", x, nodes.constant(0.5)), tanh)
+
+
+# The activations that `optimize` takes, too, by the config's names.
+_ACTIVATIONS: dict[str, Callable[[_Nodes, str], str]] = {
+    "gelu": _gelu,
+    "gelu_new": _gelu_new,
+    "relu": lambda nodes, x: nodes.add("Relu", x),
+    "silu": lambda nodes, x: nodes.add("Mul", x, nodes.add("Sigmoid", x)),
+}
+
+
+def _first(nodes: _Nodes, x: str) -> str:
+    """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none.
+
+    A product with a row of zeros and a one: runtimes differ in how they index, not in how they multiply."""
+    first = nodes.add("Equal", nodes.add("CumSum", "attention_mask", nodes.constant(1)), nodes.constant(1))
+    first = nodes.add("Mul", nodes.add("Cast", first, to=TensorProto.INT64), "attention_mask")
+    row = nodes.add("Unsqueeze", nodes.add("Cast", first, to=TensorProto.FLOAT), nodes.vector(1))
+    return nodes.add("Squeeze", nodes.add("MatMul", row, x), nodes.vector(1))
