@@ -15,6 +15,7 @@ import torch
 
 from pruned_ops.ask import add_command as add_ask
 from pruned_ops.backends import cpu
+from pruned_ops.bench import add_command as add_bench
 from pruned_ops.check import add_command as add_check
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload, machine, versions
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--head-dim", type=int, help="a head's width (default: hidden_size / heads)")
     add_ask(commands)
     add_check(commands)
+    add_bench(commands)
     return parser
 
 
