@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, QuestionAn
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.inputs import check_inputs
+from pruned_ops.model_card import write_model_card
 from pruned_ops.packing import check_mask
 from pruned_ops.padded import PrunedEmbeddings, PrunedEncoderModule
 
@@ -63,6 +64,19 @@ class PrunedPreTrainedModel(PreTrainedModel):
             shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
             raise ValueError(f"the tensors in {name_or_path} are not what its config.json describes: {shown}")
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As any Hugging Face model's, with a model card beside it; see `write_model_card`."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_model_card(save_directory, self)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `push_to_hub` ends with; transformers put its placeholder where the card was."""
+        write_model_card(working_dir, self)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 class PrunedBertModel(PrunedPreTrainedModel):
