@@ -11,6 +11,12 @@ from pruned_ops import backends as backends
 from pruned_ops import ops as ops
 from pruned_ops.answers import Answer
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.heads import (
+    PrunedBertForSequenceClassification,
+    PrunedBertForTokenClassification,
+    PrunedRobertaForSequenceClassification,
+    PrunedRobertaForTokenClassification,
+)
 from pruned_ops.importing import import_checkpoint
 from pruned_ops.layers import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
 from pruned_ops.modeling import (
@@ -41,6 +47,8 @@ __all__ = [
     "PrunedBertConfig",
     "PrunedBertForNaturalQuestions",
     "PrunedBertForQuestionAnswering",
+    "PrunedBertForSequenceClassification",
+    "PrunedBertForTokenClassification",
     "PrunedBertModel",
     "PrunedEncoder",
     "PrunedFFN",
@@ -48,6 +56,8 @@ __all__ = [
     "PrunedRobertaConfig",
     "PrunedRobertaForNaturalQuestions",
     "PrunedRobertaForQuestionAnswering",
+    "PrunedRobertaForSequenceClassification",
+    "PrunedRobertaForTokenClassification",
     "PrunedRobertaModel",
     "QuestionAnswerer",
     "__version__",

@@ -62,3 +62,14 @@ def check_inputs(
             raise IndexError(
                 f"{name} holds {low if low < 0 else high}; its table has {rows} rows (0 to {rows - 1})"
             )
+
+
+def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none."""
+    if attention_mask is None:
+        return states[:, 0]
+    real = (attention_mask != 0).to(states.device)
+    rows = torch.arange(len(states), device=states.device)
+    # The first of equal maxima is not promised; of these numbers there is one only, or none.
+    at = (real * torch.arange(real.size(1), 0, -1, device=real.device)).argmax(1)
+    return states[rows, at].masked_fill(~real.any(1)[:, None], 0.0)

@@ -15,8 +15,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertForQuestionAnswering, RobertaForQuestionAnswering
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+)
 
+from pruned_ops.heads import PrunedBertForSequenceClassification, PrunedBertForTokenClassification
 from pruned_ops.int8 import Batch, choose_int8
 from pruned_ops.modeling import PrunedBertForQuestionAnswering
 from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
@@ -29,6 +37,15 @@ ANSWERERS = (
     PrunedBertForQuestionAnswering,
     PrunedBertForNaturalQuestions,
 )
+CLASSIFIERS = (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    PrunedBertForSequenceClassification,
+    PrunedBertForTokenClassification,
+)
+_LABELS = ("labels", "start_positions", "end_positions", "answer_types")
 _HOOKS = "_pruned_ops_hooks"
 _MODES = "_pruned_ops_modes"
 
@@ -101,6 +118,8 @@ def _swapped(model: nn.Module, int8: bool) -> Any:
                 module.register_forward_hook(_after_forward, with_kwargs=True),
             )
             setattr(module, _HOOKS, hooks)
+        elif isinstance(module, CLASSIFIERS):
+            setattr(module, _HOOKS, (module.register_forward_pre_hook(_refuse_labels, with_kwargs=True),))
     setattr(model, _MODES, modes)
     return model.eval()
 
@@ -194,13 +213,17 @@ def _before_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Refuse labels; ask the encoder for rows where the head takes them."""
+    _refuse_labels(module, args, kwargs)
+    return args, {**kwargs, "packed_batches": []} if _head_takes_rows(module) else kwargs
+
+
+def _refuse_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     arguments = _arguments(module, args, kwargs)
-    for name in ("start_positions", "end_positions", "answer_types"):
+    for name in _LABELS:
         if arguments.get(name) is not None:
             raise ValueError(
                 f"an optimised model does not take {name}: pruned_ops.restore(model) before computing losses"
             )
-    return args, {**kwargs, "packed_batches": []} if _head_takes_rows(module) else kwargs
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
