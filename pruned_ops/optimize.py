@@ -45,6 +45,8 @@ CLASSIFIERS = (
     PrunedBertForSequenceClassification,
     PrunedBertForTokenClassification,
 )
+# They read a text's label from position 0, whatever is there.
+_READ_FIRST = (BertForSequenceClassification, RobertaForSequenceClassification)
 _LABELS = ("labels", "start_positions", "end_positions", "answer_types")
 _HOOKS = "_pruned_ops_hooks"
 _MODES = "_pruned_ops_modes"
@@ -119,7 +121,9 @@ def _swapped(model: nn.Module, int8: bool) -> Any:
             )
             setattr(module, _HOOKS, hooks)
         elif isinstance(module, CLASSIFIERS):
-            setattr(module, _HOOKS, (module.register_forward_pre_hook(_refuse_labels, with_kwargs=True),))
+            setattr(
+                module, _HOOKS, (module.register_forward_pre_hook(_before_classifying, with_kwargs=True),)
+            )
     setattr(model, _MODES, modes)
     return model.eval()
 
@@ -215,6 +219,18 @@ def _before_forward(
     """Refuse labels; ask the encoder for rows where the head takes them."""
     _refuse_labels(module, args, kwargs)
     return args, {**kwargs, "packed_batches": []} if _head_takes_rows(module) else kwargs
+
+
+def _before_classifying(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse labels, and padding where a stock model would read the label of a text: there is no state."""
+    _refuse_labels(module, args, kwargs)
+    mask = _arguments(module, args, kwargs).get("attention_mask")
+    if isinstance(module, _READ_FIRST) and mask is not None and mask.dim() == 2 and mask.size(1):
+        if bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
+            raise ValueError(
+                f"{type(module).__name__} reads position 0, where attention_mask says there is padding: an "
+                "optimised model computes nothing there; pad on the right"
+            )
 
 
 def _refuse_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from pruned_ops import QuestionAnswerer
 from pruned_ops.answer_scores import answer_scores
 from pruned_ops.check import SAMPLE, check, cut
 from pruned_ops.cli import main
+from pruned_ops.natural_questions import with_answer_types
 from pruned_ops.question_files import Question, read_questions
 from pruned_ops.registry import BACKENDS, OPS, Backend
 
@@ -99,8 +100,11 @@ def test_triton_where_it_is_asked_for(
     assert status == 0 and "attention: triton" in screen and f"{text}: 1 windows of 15 tokens" in screen
 
 
-def test_the_model_is_as_before() -> None:
+@pytest.mark.parametrize("natural_questions", [False, True])
+def test_the_model_is_as_before(natural_questions: bool) -> None:
     model, batch = stock_model(), padded_batch()
+    if natural_questions:
+        model = with_answer_types(model)
     before = logits(model, batch)
     report = check(model, cut(word_tokenizer(90), model.config, "sample", list(SAMPLE)), ["reference"])
     assert not report.faulty and [one.name for one in report.findings] == ["saved", "optimised", "reference"]

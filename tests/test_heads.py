@@ -200,6 +200,18 @@ def test_labels_are_refused_once_optimised(kind: str, head: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_stock_classifier_refuses_padding_at_position_0(kind: str) -> None:
+    """Stock models read whatever is there; a row of padding only is no error."""
+    batch = padded_batch((9, 4, 0), 1)
+    model = pruned_ops.optimize(stock(kind, "sequence"))
+    assert torch.isfinite(run(model, batch)).all()
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    with pytest.raises(ValueError, match="reads position 0.*pad on the right"):
+        run(model, batch)
+    run(pruned_ops.optimize(stock(kind, "token")), batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_pipelines(kind: str) -> None:
     """The same results from a saved and from an optimised model, in padded batches."""
     tokenizer = word_tokenizer(90, padding_side="right")
