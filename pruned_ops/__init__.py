@@ -12,6 +12,12 @@ from pruned_ops import ops as ops
 from pruned_ops.answers import Answer
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.export import export_onnx
+from pruned_ops.heads import (
+    PrunedBertForSequenceClassification,
+    PrunedBertForTokenClassification,
+    PrunedRobertaForSequenceClassification,
+    PrunedRobertaForTokenClassification,
+)
 from pruned_ops.importing import import_checkpoint
 from pruned_ops.layers import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
 from pruned_ops.modeling import (
@@ -42,6 +48,8 @@ __all__ = [
     "PrunedBertConfig",
     "PrunedBertForNaturalQuestions",
     "PrunedBertForQuestionAnswering",
+    "PrunedBertForSequenceClassification",
+    "PrunedBertForTokenClassification",
     "PrunedBertModel",
     "PrunedEncoder",
     "PrunedFFN",
@@ -49,6 +57,8 @@ __all__ = [
     "PrunedRobertaConfig",
     "PrunedRobertaForNaturalQuestions",
     "PrunedRobertaForQuestionAnswering",
+    "PrunedRobertaForSequenceClassification",
+    "PrunedRobertaForTokenClassification",
     "PrunedRobertaModel",
     "QuestionAnswerer",
     "__version__",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -12,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.natural_questions import is_natural_questions, natural_questions_classes
@@ -74,3 +76,25 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path} has no fast tokenizer, and answers need its character offsets")
     return tokenizer
+
+
+def load_folder(folder: Path, device: torch.device | str) -> PreTrainedModel:
+    """The model in a checkpoint's folder, in fp32, on this device; from here on transformers only shows
+    errors.
+
+    Errors: as `load_model`'s and `checked_device`'s; OSError where the folder is none.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; a checkpoint's folder is needed")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    place = checked_device(device)
+    return load_model(str(folder)).to(place)  # type: ignore[arg-type]
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """ValueError, with torch's reason, for a device that cannot be used here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch's own, for no such kind and for none here
+        raise ValueError(f"device {device!s} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,30 +1,28 @@
-"""pruned-ops: info | latency-table | import | export | ask."""
+"""pruned-ops: info | latency-table | import | export | ask | check | bench."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pruned_ops.ask import add_command as add_ask
 from pruned_ops.backends import cpu
+from pruned_ops.bench import add_command as add_bench
+from pruned_ops.check import add_command as add_check
 from pruned_ops.export import add_command as add_export
 from pruned_ops.latency import LatencyTable, measure_table
-from pruned_ops.measure import Workload, arrival_lengths, machine, versions
-from pruned_ops.question_answering import windows
+from pruned_ops.measure import Workload, machine, versions
+from pruned_ops.question_files import lengths_of
 from pruned_ops.registry import BACKENDS, OPS, REFERENCE
 from pruned_ops.shape import LayerShape
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,14 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     arguments.command_line = shlex.join(["pruned-ops", *argv])
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0  # a command that has no status of its own succeeded
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         print(f"pruned-ops {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--head-dim", type=int, help="a head's width (default: hidden_size / heads)")
     add_export(commands)
     add_ask(commands)
+    add_check(commands)
+    add_bench(commands)
     return parser
 
 
@@ -178,36 +177,6 @@ def _load(what: str, folder: Path) -> Any:
         return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each library on the way raises its own kind for a broken file
         raise ValueError(f"the {what} in {folder} cannot be loaded: {error}") from error
-
-
-def lengths_of(
-    path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    max_length: int = 384,
-    stride: int = 128,
-    needed: int | None = None,
-) -> list[int]:
-    """Lengths in tokens of the windows of a SQuAD-format file's questions, in arrival order.
-
-    needed: so many of them at most (default: all). Errors: OSError where there is no file; ValueError that
-    names it where it is not SQuAD or a question cannot be cut.
-    """
-    try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
-        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-        pairs = [(entry["question"], each["context"]) for each in paragraphs for entry in each["qas"]]
-        if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
-            raise ValueError("questions and contexts are needed")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no SQuAD-format JSON: {error!r}") from error
-    # Where a question comes depends on nothing but their number: so those beyond `needed` need not be cut.
-    order = arrival_lengths([[i] for i in range(len(pairs))])[:needed]
-    questions, contexts = zip(*(pairs[i] for i in order), strict=True)
-    try:
-        cut = windows(tokenizer, questions, contexts, max_length, stride)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}, its questions counted in arrival order: {error}") from error
-    return [len(window) for window in cut][:needed]
 
 
 def print_table(table: LatencyTable, num_layers: int) -> None:

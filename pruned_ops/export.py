@@ -17,8 +17,9 @@ from typing import Any
 from torch import nn
 
 from pruned_ops.checkpoints import load_model
+from pruned_ops.head_hooks import ANSWERERS
 from pruned_ops.importing import TOKENIZER_FILES
-from pruned_ops.optimize import ANSWERERS, restore
+from pruned_ops.optimize import restore
 from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
 
 GRAPH = "model.onnx"

@@ -27,6 +27,12 @@ def default_position_ids(
     return real.cumsum(1) * real + padding_idx
 
 
+def longest_sequence(config: Any) -> int:
+    """Tokens of the longest sequence that the model's table of positions allows."""
+    roberta = config.model_type in ("roberta", "pruned_roberta")
+    return config.max_position_embeddings - (config.pad_token_id + 1 if roberta else 0)
+
+
 def check_inputs(
     config: Any,
     input_ids: Tensor | None,
@@ -41,8 +47,7 @@ def check_inputs(
     source = input_ids if input_ids is not None else inputs_embeds
     assert source is not None
     seqlen = source.size(1)
-    roberta = config.model_type in ("roberta", "pruned_roberta")
-    longest = config.max_position_embeddings - (config.pad_token_id + 1 if roberta else 0)
+    longest = longest_sequence(config)
     if position_ids is None and seqlen > longest:
         raise ValueError(f"the sequences have {seqlen} tokens; the model's position table allows {longest}")
     for name, ids, rows in (
@@ -57,3 +62,14 @@ def check_inputs(
             raise IndexError(
                 f"{name} holds {low if low < 0 else high}; its table has {rows} rows (0 to {rows - 1})"
             )
+
+
+def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none."""
+    if attention_mask is None:
+        return states[:, 0]
+    real = (attention_mask != 0).to(states.device)
+    rows = torch.arange(len(states), device=states.device)
+    # The first of equal maxima is not promised; of these numbers there is one only, or none.
+    at = (real * torch.arange(real.size(1), 0, -1, device=real.device)).argmax(1)
+    return states[rows, at].masked_fill(~real.any(1)[:, None], 0.0)

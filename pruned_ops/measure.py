@@ -57,14 +57,19 @@ class Workload:
         return sum(map(sum, self.batches))
 
     def inputs(
-        self, vocab_size: int, pad_token_id: int, device: torch.device | str = "cpu"
+        self,
+        vocab_size: int,
+        pad_token_id: int,
+        device: torch.device | str = "cpu",
+        pad_to: int | None = None,
     ) -> list[dict[str, Tensor]]:
-        """Padded model inputs of these lengths with seeded random ids: which ids they are costs no time."""
+        """Padded model inputs of these lengths with seeded random ids: which ids they are costs no time.
+        pad_to: how long every batch is; by default as its longest sequence."""
         generator = torch.Generator().manual_seed(0)
         made = []
         for batch in self.batches:
             lengths = torch.tensor(batch)
-            mask = torch.arange(max(batch)) < lengths[:, None]
+            mask = torch.arange(pad_to or max(batch)) < lengths[:, None]
             ids = torch.randint(pad_token_id + 1, vocab_size, mask.shape, generator=generator)
             batch_inputs = {"input_ids": ids.masked_fill(~mask, pad_token_id), "attention_mask": mask.long()}
             made.append({name: tensor.to(device) for name, tensor in batch_inputs.items()})
@@ -81,19 +86,20 @@ def arrival_lengths(lengths_by_question: Sequence[Sequence[int]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Timing:
-    """One runner on one workload. seconds: of each round (all batches once)."""
+    """One runner on one workload. seconds: of each round (all batches once); calls: of each batch, round
+    after round."""
 
     workload: Workload
     seconds: tuple[float, ...]
+    calls: tuple[float, ...] = ()
 
     def ms(self, percentile: int) -> float:
         """Milliseconds per batch, at this percentile of the rounds."""
-        ordered = sorted(self.seconds)
-        place = (len(ordered) - 1) * percentile / 100
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        value = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-        return 1000 * value / len(self.workload.batches)
+        return 1000 * _percentile(self.seconds, percentile) / len(self.workload.batches)
+
+    def call_ms(self, percentile: int) -> float:
+        """Milliseconds of a batch, at this percentile of the batches: what a caller waits."""
+        return 1000 * _percentile(self.calls, percentile)
 
     @property
     def sequences_per_s(self) -> float:
@@ -102,6 +108,14 @@ class Timing:
     def speedup_over(self, slower: Timing) -> float:
         """Median over rounds of slower's seconds / ours; both were measured in the same rounds."""
         return statistics.median(s / own for s, own in zip(slower.seconds, self.seconds, strict=True))
+
+
+def _percentile(values: Sequence[float], percentile: int) -> float:
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percentile / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def interleave(
@@ -114,21 +128,23 @@ def interleave(
     """Time every runner on every batch, batch by batch in turn, for `rounds` rounds after `warmup` untimed
     ones."""
     names = list(runners)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    calls: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
         for number in range(-warmup, rounds):
-            total = dict.fromkeys(names, 0.0)
             for i, batch in enumerate(inputs):
                 turn = (number + i) % len(names)
                 for name in names[turn:] + names[:turn]:
                     start = time.perf_counter()
                     runners[name](batch)
                     _wait()
-                    total[name] += time.perf_counter() - start
-            if number >= 0:
-                for name in names:
-                    seconds[name].append(total[name])
-    return {name: Timing(workload, tuple(values)) for name, values in seconds.items()}
+                    if number >= 0:
+                        calls[name].append(time.perf_counter() - start)
+    return {name: _timing(workload, tuple(values), len(inputs)) for name, values in calls.items()}
+
+
+def _timing(workload: Workload, calls: tuple[float, ...], batches: int) -> Timing:
+    rounds = [calls[first : first + batches] for first in range(0, len(calls), batches)]
+    return Timing(workload, tuple(map(sum, rounds)), calls)
 
 
 def _wait() -> None:

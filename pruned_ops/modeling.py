@@ -22,8 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, QuestionAn
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.inputs import check_inputs
+from pruned_ops.model_card import write_model_card
 from pruned_ops.packing import check_mask
-from pruned_ops.padded import PrunedEmbeddings, PrunedEncoderModule
+from pruned_ops.padded import PrunedEmbeddings, PrunedEncoderModule, PrunedPooler
 
 
 class PrunedPreTrainedModel(PreTrainedModel):
@@ -54,7 +55,8 @@ class PrunedPreTrainedModel(PreTrainedModel):
         )
         unexpected = set(info["unexpected_keys"])
         if cls.__name__ == model.base_model.__class__.__name__:
-            unexpected = {key for key in unexpected if key.startswith(f"{cls.base_model_prefix}.")}
+            own = f"{cls.base_model_prefix}."
+            unexpected = {key for key in unexpected if key.startswith(own) and "pooler." not in key}
         faults = [f"missing {key}" for key in sorted(info["missing_keys"])]
         faults += [f"unexpected {key}" for key in sorted(unexpected)]
         for mismatched in sorted(info["mismatched_keys"]):
@@ -63,6 +65,19 @@ class PrunedPreTrainedModel(PreTrainedModel):
             shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
             raise ValueError(f"the tensors in {name_or_path} are not what its config.json describes: {shown}")
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As any Hugging Face model's, with a model card beside it; see `write_model_card`."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_model_card(save_directory, self)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `push_to_hub` ends with; transformers put its placeholder where the card was."""
+        write_model_card(working_dir, self)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 def _misshapen(mismatched: Any, model: nn.Module) -> str:
@@ -75,16 +90,18 @@ def _misshapen(mismatched: Any, model: nn.Module) -> str:
 
 
 class PrunedBertModel(PrunedPreTrainedModel):
-    """The bare encoder: ids (batch, seqlen) -> last_hidden_state (batch, seqlen, hidden_size)."""
+    """The bare encoder: ids (batch, seqlen) -> last_hidden_state (batch, seqlen, hidden_size).
+
+    add_pooling_layer: with BERT's pooler, which a checkpoint of a question-answering model does not have.
+    """
 
     def __init__(
         self, config: PrunedBertConfig | PrunedRobertaConfig, add_pooling_layer: bool = False
     ) -> None:
         super().__init__(config)
-        if add_pooling_layer:
-            raise ValueError("the pruned encoder has no pooling layer yet: question answering needs none")
         self.embeddings = PrunedEmbeddings(config)
         self.encoder = PrunedEncoderModule(config)
+        self.pooler = PrunedPooler(config) if add_pooling_layer else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -120,7 +137,9 @@ class PrunedBertModel(PrunedPreTrainedModel):
         collect = [x] if output_hidden_states else None
         x = self.encoder(x, additive_mask, collect)
         output = BaseModelOutputWithPooling(
-            last_hidden_state=x, hidden_states=tuple(collect) if collect else None
+            last_hidden_state=x,
+            pooler_output=self.pooler(x) if self.pooler is not None else None,
+            hidden_states=tuple(collect) if collect else None,
         )
         return (
             output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -11,13 +11,13 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.modeling_outputs import ModelOutput
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.inputs import first_tokens
 from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaModel, span_loss
 from pruned_ops.packing import PackedBatch
 
@@ -84,7 +84,9 @@ class PrunedBertForNaturalQuestions(PrunedBertForQuestionAnswering):
         )
         states = encoded[0]
         first = (
-            _first_rows(states[0], packed_batches[0]) if packed_batches else _first(states, attention_mask)
+            _first_rows(states[0], packed_batches[0])
+            if packed_batches
+            else first_tokens(states, attention_mask)
         )
         start, end = (part.contiguous() for part in self.qa_outputs(states).unbind(-1))
         types = self.answer_type_outputs(first)
@@ -105,19 +107,8 @@ class PrunedRobertaForNaturalQuestions(PrunedBertForNaturalQuestions):
     encoder_class = PrunedRobertaModel
 
 
-def _first(states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none."""
-    if attention_mask is None:
-        return states[:, 0]
-    real = (attention_mask != 0).to(states.device)
-    rows = torch.arange(len(states), device=states.device)
-    # The first of equal maxima is not promised; of these numbers there is one only, or none.
-    at = (real * torch.arange(real.size(1), 0, -1, device=real.device)).argmax(1)
-    return states[rows, at].masked_fill(~real.any(1)[:, None], 0.0)
-
-
 def _first_rows(states: Tensor, batch: PackedBatch) -> Tensor:
-    """(tokens, hidden) -> (batch, hidden): as `_first`, of a packed batch."""
+    """(tokens, hidden) -> (batch, hidden): as `first_tokens`, of a packed batch."""
     first, end = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
     if not len(states):
         return states.new_zeros(batch.batch_size, states.size(1))

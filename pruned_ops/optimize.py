@@ -7,29 +7,18 @@ is kept twice: the model's own read as NaN until `restore` gives them back.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import BertForQuestionAnswering, RobertaForQuestionAnswering
 
 from pruned_ops.engine import Engine
+from pruned_ops.head_hooks import hook_head
 from pruned_ops.int8 import Batch, choose_int8
-from pruned_ops.modeling import PrunedBertForQuestionAnswering
-from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
 from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
 from pruned_ops.registry import BACKENDS, BackendError
 
-ANSWERERS = (
-    BertForQuestionAnswering,
-    RobertaForQuestionAnswering,
-    PrunedBertForQuestionAnswering,
-    PrunedBertForNaturalQuestions,
-)
 _HOOKS = "_pruned_ops_hooks"
 _MODES = "_pruned_ops_modes"
 
@@ -110,15 +99,9 @@ def _swapped(model: nn.Module, int8: bool) -> Any:
     for parent, name, child in found:
         setattr(parent, name, packed[id(child)])
     for module in model.modules():
-        if isinstance(module, ANSWERERS):
-            names = _parameters(module)
-            hooks = (
-                module.register_forward_pre_hook(
-                    partial(_before_forward, names, _passes_on(module)), with_kwargs=True
-                ),
-                module.register_forward_hook(partial(_after_forward, names), with_kwargs=True),
-            )
-            setattr(module, _HOOKS, hooks)
+        handles = hook_head(module)
+        if handles:
+            setattr(module, _HOOKS, handles)
     setattr(model, _MODES, modes)
     return model.eval()
 
@@ -186,66 +169,3 @@ def optimized(model: nn.Module) -> Iterator[Any]:
         yield fast
     finally:
         restore(fast)
-
-
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of its forward's positional arguments. Asked for once: it took 3% of a small batch."""
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _passes_on(module: nn.Module) -> bool:
-    """Whether its forward takes `packed_batches`, by name or with whatever else it gives the encoder."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return any(one.kind is one.VAR_KEYWORD or one.name == "packed_batches" for one in parameters)
-
-
-def _head_takes_rows(module: Any) -> bool:
-    """Whether what follows the encoder treats tokens one by one, so that it can do without the padding.
-    A subclass's own forward may not."""
-    head = module.qa_outputs
-    return (
-        any(type(module).forward is answerer.forward for answerer in ANSWERERS)
-        and module.base_model.pooler is None
-        and type(head) is nn.Linear
-        and not (head._forward_hooks or head._forward_pre_hooks)
-    )
-
-
-def _before_forward(
-    names: tuple[str, ...],
-    passes_on: bool,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Refuse labels; ask the encoder for rows where the head takes them. passes_on: transformers 4's forwards
-    give the encoder no argument of ours."""
-    arguments = dict(zip(names, args, strict=False)) | kwargs
-    for name in ("start_positions", "end_positions", "answer_types"):
-        if arguments.get(name) is not None:
-            raise ValueError(
-                f"an optimised model does not take {name}: pruned_ops.restore(model) before computing losses"
-            )
-    takes_rows = passes_on and _head_takes_rows(module)
-    return args, {**kwargs, "packed_batches": []} if takes_rows else kwargs
-
-
-def _after_forward(
-    names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    """Logits at padded positions become the dtype's minimum, so that no answer is ever found there."""
-    attention_mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
-    packed_batches = kwargs.get("packed_batches")
-    start, end = (
-        (output[0], output[1]) if isinstance(output, tuple) else (output.start_logits, output.end_logits)
-    )
-    lowest = torch.finfo(start.dtype).min
-    if packed_batches:
-        start, end = (packed_batches[0].unpack(logits[0], lowest) for logits in (start, end))
-    elif attention_mask is not None:
-        padded = (attention_mask == 0).to(start.device)
-        start, end = (logits.masked_fill(padded, lowest) for logits in (start, end))
-    if isinstance(output, tuple):
-        return (start, end, *output[2:])
-    output.start_logits, output.end_logits = start, end
-    return output

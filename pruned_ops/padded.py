@@ -126,3 +126,14 @@ class PrunedEncoderModule(nn.Module):
             if collect is not None:
                 collect.append(x)
         return x
+
+
+class PrunedPooler(nn.Module):
+    """BERT's pooler: (batch, seqlen, hidden_size) -> (batch, hidden_size), of the first position."""
+
+    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x[:, 0]))

@@ -13,7 +13,8 @@ import torch
 
 from pruned_ops.answer_stream import AnswerStream, Reading
 from pruned_ops.answers import Answer, Decoded, ScoreCalibration
-from pruned_ops.checkpoints import load_model, load_tokenizer
+from pruned_ops.checkpoints import checked_device, load_model, load_tokenizer
+from pruned_ops.inputs import longest_sequence
 from pruned_ops.optimize import optimize
 from pruned_ops.question_answering import RefusedQuestion, check_cut
 
@@ -67,7 +68,7 @@ class QuestionAnswerer:
             raise ValueError(f"a {type(model).__name__} has no tokenizer with it: pass its tokenizer too")
         config = model.config
         if max_length is None:
-            max_length = min(_MAX_LENGTH, _longest(config))
+            max_length = min(_MAX_LENGTH, longest_sequence(config))
         stride = max_length // _STRIDE_PARTS if stride is None else stride
         self.reading = Reading(max_length, stride, max_answer_tokens, tokens_per_batch=tokens_per_batch)
         _check_reading(self.reading, config, tokenizer)
@@ -77,7 +78,7 @@ class QuestionAnswerer:
         stored = getattr(config, "score_calibration", None)
         self.calibration = ScoreCalibration() if stored is None else ScoreCalibration.parse(stored)
         if device is not None:
-            model = model.to(_checked_device(device))
+            model = model.to(checked_device(device))
         self.model, self.tokenizer = optimize(model, dtype=dtype), tokenizer
         self.lock = Lock()  # held while the tokenizer works: it takes no two callers at once
 
@@ -167,27 +168,14 @@ class QuestionAnswerer:
                 bar.update()
 
 
-def _longest(config: Any) -> int:
-    """Tokens of the longest sequence that the model's table of positions allows."""
-    roberta = config.model_type in ("roberta", "pruned_roberta")
-    return config.max_position_embeddings - (config.pad_token_id + 1 if roberta else 0)
-
-
 def _check_reading(reading: Reading, config: Any, tokenizer: Any) -> None:
     """ValueError for windows that the model does not take; see `check_cut` for what else."""
-    longest = _longest(config)
+    longest = longest_sequence(config)
     if reading.max_length > longest:
         raise ValueError(
             f"windows of {reading.max_length} tokens are too long: the model takes sequences of {longest}"
         )
     check_cut(tokenizer, reading.max_length, reading.stride)
-
-
-def _checked_device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch's own, for no such kind and for none here
-        raise ValueError(f"device {device!s} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _checked_threshold(value: Any) -> float:

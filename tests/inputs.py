@@ -103,7 +103,7 @@ def stock_model(kind: str = "bert", seed: int = 0, **fields: Any) -> Any:
         "initializer_range": 0.2,
     }
     model = model_class(config_class(**{**sizes, **fields})).eval()
-    return _shake(model, seed)
+    return shake(model, seed)
 
 
 def pruned_model(kind: str = "bert", shapes: Sequence[LayerShape] = tuple(ODD_SHAPES), seed: int = 0) -> Any:
@@ -121,10 +121,10 @@ def pruned_model(kind: str = "bert", shapes: Sequence[LayerShape] = tuple(ODD_SH
         max_position_embeddings=80,
         initializer_range=0.2,
     )
-    return _shake(model_class(config).eval(), seed)
+    return shake(model_class(config).eval(), seed)
 
 
-def _shake(model: Any, seed: int) -> Any:
+def shake(model: Any, seed: int) -> Any:
     """Biases and LayerNorm parameters are initialised to 0 and 1, which hides their loss: make them
     random."""
     noise = generator(seed + 100)

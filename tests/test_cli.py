@@ -68,6 +68,9 @@ def test_prune_compact_evaluate(folder: Path, tmp_path: Path, capsys: pytest.Cap
     report = json.loads((out / "report.json").read_text())
     assert report["command"] == shlex.join(["pruned-trainer", *arguments(folder, out, "--params", "0.5")])
     assert report["target"]["asked"] == {"params": 0.5}
+    card = (out / "README.md").read_text()
+    assert f"| F1 | {report['dense']['f1']:.2f} | {report['pruned']['f1']:.2f} |" in card
+    assert f"{report['speedup']['reached']:.2f}x" in card and report["machine"]["processor"] in card
     # compact: the same shapes from the recorded decision, without training.
     again = tmp_path / "again"
     decision = ["--decision", str(out / "decision.json"), "--out", str(again)]

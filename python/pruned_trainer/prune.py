@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from pruned_ops.model_card import write_model_card
 from pruned_ops.optimize import optimized
 from pruned_trainer import report as reporting
 from pruned_trainer.budget import Target
@@ -190,6 +191,7 @@ def _measure(opened: Run, one: Trained, dense: Judged, gate_log: list[dict[str, 
         for name, judged in (("dense", dense), ("pruned", pruned)):
             reporting.write_json(one.place / f"predictions-{name}.json", judged.result.predictions)
         reporting.write_json(one.place / "report.json", report)
+        write_model_card(one.place, one.model)  # now that there is something to say
     return report
 
 

@@ -5,9 +5,6 @@ Every score is in percent.
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pruned_ops.answer_scores import answer_scores
 from pruned_ops.question_answering import Decoded
 
 if TYPE_CHECKING:
     from pruned_trainer.tasks.squad import Example
 
 FloatArray = NDArray[np.float64]
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 # Resamples drawn at once: their indices for 10,000 questions take 4 MB.
 _RESAMPLES_AT_ONCE = 50
@@ -78,29 +73,6 @@ class EvaluationResult:
             interval = bootstrap_interval(self.question_span_f1, pruned.question_span_f1)
             found["f1_span_loss_interval"] = interval
         return found
-
-
-def normalised(text: str) -> str:
-    """Lower case, without punctuation, without the articles a, an, the, with single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def answer_scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """(exact, F1) in percent, each the best over the answers; without answers, "" is the right one."""
-    gold = [text for text in map(normalised, answers) if text] or [""]
-    predicted = normalised(prediction)
-    f1 = max(_token_f1(predicted.split(), text.split()) for text in gold)
-    return 100.0 * (predicted in gold), 100.0 * f1
-
-
-def _token_f1(predicted: list[str], gold: list[str]) -> float:
-    if not predicted or not gold:
-        return float(predicted == gold)
-    same = (Counter(predicted) & Counter(gold)).total()
-    if not same:
-        return 0.0
-    precision, recall = same / len(predicted), same / len(gold)
-    return 2 * precision * recall / (precision + recall)
 
 
 def question_scores(examples: Sequence[Example], predictions: Mapping[str, str]) -> QuestionScores:

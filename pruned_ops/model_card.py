@@ -1,0 +1,161 @@
+"""The README.md of a pruned checkpoint: what is left of each layer, how good and fast it is, how to load it.
+
+Scores and speed are the trainer's, out of report.json. A card that somebody wrote by hand is left alone.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pruned_ops.shape import ModelShape
+from pruned_ops.version import __version__
+
+CARD, REPORT, WEIGHTS = "README.md", "report.json", "model.safetensors"
+# In every card of ours; who changes the text by hand deletes it.
+MARKER = (
+    "<!-- Written by pruned_ops, and anew when the model is saved. Delete this line to keep your text. -->"
+)
+# In the placeholder that transformers puts into a new repository of the hub.
+_PLACEHOLDER = "This model card has been automatically generated."
+# How a class's name ends -> what loads it, and the hub's name for its task.
+_KINDS = {
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "ForNaturalQuestions": ("load_natural_questions", "question-answering"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "Model": ("AutoModel", "feature-extraction"),
+}
+_SCORES = {
+    "f1": "F1", "exact": "exact match", "f1_span": "span F1 (answerable questions, no null option)",
+    "long_f1": "long answer F1", "short_f1": "short answer F1",
+}  # fmt: skip
+
+
+def write_model_card(folder: str | Path, model: Any) -> bool:
+    """Write README.md beside the checkpoint of `model` in `folder`; False where another one is there.
+
+    Ours, and transformers' placeholder, are replaced. Scores and speed come from report.json in the folder,
+    or in the one that the model was loaded from where the weights are the same, bit for bit; a report of
+    other layer shapes is not this model's.
+    """
+    path = Path(folder) / CARD
+    if path.exists():
+        there = path.read_text(encoding="utf-8", errors="replace")
+        if MARKER not in there and _PLACEHOLDER not in there:
+            return False
+    text = model_card(type(model).__name__, model.config, _report(Path(folder), model))
+    temporary = path.with_name(CARD + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return True
+
+
+def _report(folder: Path, model: Any) -> Mapping[str, Any] | None:
+    source = Path(model.name_or_path or folder)
+    if not (folder / REPORT).is_file():
+        weights = source / WEIGHTS, folder / WEIGHTS
+        if not all(path.is_file() for path in weights) or not filecmp.cmp(*weights, shallow=False):
+            return None
+        folder = source
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        return report if report["shape"] == model.config.layer_shapes else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # it is no report of the trainer's
+
+
+def model_card(model_class: str, config: Any, report: Mapping[str, Any] | None) -> str:
+    """The card's text. report: the trainer's report.json of this checkpoint."""
+    loader, task = next(
+        (kind for ending, kind in _KINDS.items() if model_class.endswith(ending)), _KINDS["Model"]
+    )
+    kind = "RoBERTa" if config.model_type == "pruned_roberta" else "BERT"
+    lines = [
+        "---", "library_name: transformers", f"pipeline_tag: {task}", "tags:", "- pruned_ops", "- pruning",
+        "---", MARKER, "",
+        f"# A structurally pruned {kind} ({task})", "",
+        "Attention heads and feed-forward units that the task did not need are cut out of the weights: "
+        "layers differ in size, nothing is masked. No code comes with the checkpoint; `trust_remote_code` "
+        "is not needed.", "",
+        *_loading(loader, kind),
+        *_shapes(config),
+        *(_numbers(report) if report else ["## Scores and speed", "", "Not known of this checkpoint.", ""]),
+        f"`{model_class}`, written by pruned_ops {__version__}.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _loading(loader: str, kind: str) -> Iterator[str]:
+    where = '"PATH_OR_HUB_NAME"'
+    yield from ("## Load it", "", "```python")
+    if loader == "load_natural_questions":
+        yield from ("import pruned_ops", f"from pruned_ops.natural_questions import {loader}", "")
+        load = f"{loader}({where})"
+    else:
+        yield "import pruned_ops  # teaches the Auto classes what a pruned checkpoint is"
+        yield from (f"from transformers import {loader}", "")
+        load = f"{loader}.from_pretrained({where})"
+    yield f"model = {load}  # plain torch, padded; it can be trained on"
+    yield "model = pruned_ops.optimize(model)  # the same calls, fast, for inference"
+    if loader == "AutoModelForQuestionAnswering":
+        yield f"answerer = pruned_ops.QuestionAnswerer({where})  # answers out of texts of any length"
+    yield from ("```", "")
+
+
+def _shapes(config: Any) -> Iterator[str]:
+    shape: ModelShape = config.shape
+    heads, width = config.num_attention_heads, config.intermediate_size
+    dense = ModelShape.dense(len(shape.layers), heads, width, shape.hidden_size, shape.head_dim)
+    kept = f"{shape.parameters():,} of {dense.parameters():,}"
+    yield from (
+        "## What is left",
+        "",
+        f"| layer | heads of {heads} | FFN width of {width} |",
+        "| --- | --- | --- |",
+    )
+    for number, layer in enumerate(shape.layers):
+        yield f"| {number} | {layer.num_heads} | {layer.ffn_width} |"
+    yield from (
+        "",
+        f"Hidden size {shape.hidden_size}, heads of {shape.head_dim}; {kept} parameters in layers.",
+        "",
+    )
+
+
+def _numbers(report: Mapping[str, Any]) -> Iterator[str]:
+    """Scores and speed beside the dense model's; what the report does not have is left out."""
+    dense, pruned, speed = (_mapping(report.get(name)) for name in ("dense", "pruned", "speedup"))
+    yield from ("## Scores and speed", "", "| | dense | pruned |", "| --- | --- | --- |")
+    for key, label in _SCORES.items():
+        if _are_numbers(dense.get(key), pruned.get(key)):
+            yield f"| {label} | {dense[key]:.2f} | {pruned[key]:.2f} |"
+    name = str(speed.get("workload"))
+    times = [
+        _mapping(_mapping(_mapping(one.get("workloads")).get(name)).get("ms")).get("p50")
+        for one in (dense, pruned)
+    ]
+    if _are_numbers(*times):
+        yield f"| ms a batch (p50), {name} | {times[0]:.1f} | {times[1]:.1f} |"
+    if _are_numbers(speed.get("reached")):
+        yield f"| speed-up, both in our runtime | 1.00x | {speed['reached']:.2f}x |"
+    judged, machine = _mapping(report.get("evaluated_on")), _mapping(report.get("machine"))
+    yield ""
+    if judged:
+        yield f"Scored on {judged.get('questions')} questions of {judged.get('file')}."
+    if machine:
+        place = machine.get("accelerator") or machine.get("processor")
+        torch = _mapping(report.get("versions")).get("torch")
+        yield f"Timed on {place}, {machine.get('threads')} threads, torch {torch}."
+    yield from ("Both by pruned-trainer when the checkpoint was made.", "")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
