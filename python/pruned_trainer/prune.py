@@ -24,6 +24,7 @@ from pruned_trainer.evaluation import Judged, full_report, judge
 from pruned_trainer.job import Job, say, start
 from pruned_trainer.loading import OutputFolder, save_checkpoint
 from pruned_trainer.plan import Plan, make_plan
+from pruned_trainer.report_page import write_pages
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training import InterruptedTraining, build_trainer, prepare_student, run
@@ -53,7 +54,8 @@ class Trained:
 
 
 def prune(settings: PruneSettings) -> dict[str, Any]:
-    """Run the whole job; the output folder holds the checkpoint, decision.json, report.json and predictions.
+    """Run the whole job; the output folder holds the checkpoint, decision.json, report.json, predictions and
+    report.html with its figures.
 
     Returns the report. Errors: ValueError and OSError, before any training, for what cannot work.
     """
@@ -63,11 +65,13 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     dense = judge(opened.job, opened.job.dense)
     report = _measure(opened, trained, dense, log)
     publish(opened.folder)
+    once(lambda: write_pages(settings.out))  # last, of what is on disk: what fails here loses nothing
     return report
 
 
 def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
-    """A family of models from one training of the gates: a folder for each target, sweep.json, sweep.png.
+    """A family of models from one training of the gates: a folder for each target, sweep.json, report.html,
+    sweep.png.
 
     Each folder is as `prune` writes it. Returns what sweep.json holds. Errors: as `prune`'s, and ValueError
     for targets of different units.
@@ -94,8 +98,8 @@ def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
     }
     if is_main():
         reporting.write_json(opened.folder.partial / "sweep.json", found)
-        reporting.plot_sweep(found, opened.folder.partial / "sweep.png")
     publish(opened.folder)
+    once(lambda: write_pages(settings.out))
     return found
 
 
