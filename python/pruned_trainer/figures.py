@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 # Inches: as wide as a phone, where a point of type is then about a CSS pixel.
-WIDTH = 4.7
+WIDTH = 4.4
 # The name of a colour in the page's CSS, and what it is on white. Each is one of a kind: the SVG's are found
 # by value.
 LIGHT = {
@@ -153,7 +153,7 @@ def layers(name: str, kept: Sequence[tuple[int, int]], heads: int, ffn: int) -> 
             axes.tick_params(length=0)
         left.set_yticks(rows)
         left.set_ylim(len(kept) - 0.4, -0.6)
-        left.set_ylabel("layer, from the embedding down")
+        left.set_ylabel("layer")
 
     shown = "; ".join(f"layer {i}: {h} heads, FFN width {f}" for i, (h, f) in enumerate(kept))
     alt = f"Kept of {heads} heads and FFN width {ffn}: {shown}"
@@ -227,6 +227,7 @@ def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) 
                 line.x, line.y, marker=marker, color=LIGHT[colour], label=line.label, linestyle=":",
                 linewidth=1, markerfacecolor="none", markeredgewidth=1.4,
             )  # fmt: skip
+        axes.autoscale_view()
         axes.set_xlabel("times as fast as the same system's dense model")
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.7)
@@ -236,17 +237,21 @@ def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) 
         return ", ".join(f"{x:.2f}x {y:.2f}" for x, y in line.points)
 
     alt = "; ".join(f"{line.label}: {points(line)}" for line in lines)
-    return draw(name, f"{y_label}, over speed-up. {alt}", 2.9 + 0.2 * len(lines), fill)
+    rows = sum(1 + line.label.count("\n") for line in lines)
+    return draw(name, f"{y_label}, over speed-up. {alt}", 2.9 + 0.19 * rows, fill)
 
 
 def _own(axes: Axes, line: Line, colour: str, joined: bool, side: int) -> ErrorbarContainer:
-    errors = None
-    if line.ends:  # the point may lie outside of its interval, and a bar has no negative length
-        below = [max(y - low, 0.0) for y, (low, _) in zip(line.y, line.ends, strict=True)]
-        errors = [below, [max(high - y, 0.0) for y, (_, high) in zip(line.y, line.ends, strict=True)]]
-    # Scores of one model have one speed: beside each other, so that no bar hides the other.
-    aside = ScaledTranslation((6 * side - 3) / 72, 0, axes.figure.dpi_scale_trans)
+    ends = line.ends or [(y, y) for y in line.y]
+    # A point may lie outside of its interval, and a bar has no negative length.
+    below = [max(y - low, 0.0) for y, (low, _) in zip(line.y, ends, strict=True)]
+    above = [max(high - y, 0.0) for y, (_, high) in zip(line.y, ends, strict=True)]
+    # Scores of one model have one speed: beside each other, so that no bar hides the other. What is moved so
+    # does not count for the axes' limits by itself.
+    aside = ScaledTranslation((4 * side - 2) / 72, 0, axes.figure.dpi_scale_trans)
+    corners = [(x, end) for x, pair in zip(line.x, ends, strict=True) for end in pair]
+    axes.update_datalim([*line.points, *corners])
     return axes.errorbar(
-        line.x, line.y, errors, fmt="os"[side], linestyle="-" if joined else "none", capsize=3, color=colour,
-        label=line.label, transform=axes.transData + aside,
+        line.x, line.y, [below, above], fmt="os"[side], linestyle="-" if joined else "none", capsize=3,
+        color=colour, label=line.label, transform=axes.transData + aside,
     )  # fmt: skip

@@ -55,7 +55,8 @@ _NQ_SPEEDS = (1.49, 1.83, 2.46)
 def _natural_questions(score: str, dense: float, *reached: float) -> Published:
     points = tuple(zip(_NQ_SPEEDS, reached, strict=True))
     hardware = "V100, fp16, batch 64"
-    return Published(PAPER, "RoBERTa-large, distilled", "Natural Questions", hardware, score, dense, points)
+    data = "Natural Questions, distilled"
+    return Published(PAPER, "RoBERTa-large", data, hardware, score, dense, points)
 
 
 PUBLISHED = {

@@ -103,7 +103,9 @@ def layers_section(report: Fields) -> Section:
     dense, left = report.part("dense_shape"), shapes(report)
     heads, ffn = dense.number("num_heads"), dense.number("ffn_width")
     if left and heads is not None and ffn is not None:
-        section.notes.append(f"Of {heads:g} heads and an FFN width of {ffn:g} in each dense layer.")
+        section.notes.append(
+            f"Of {heads:g} heads and an FFN width of {ffn:g} a dense layer; layer 0 follows the embedding."
+        )
         section.drawings.append(figures.layers("report-layers", left, int(heads), int(ffn)))
     return section
 

@@ -59,7 +59,7 @@ def _row(one: Published, task: str) -> list[str]:
 
 
 def _label(one: Published) -> str:
-    """The source, and what a reader must know beside its points: model, data, hardware."""
+    """The source, and what a reader must know beside its points: model, score or data, hardware."""
     who = one.source.split(",")[0]
-    score = f", {one.score.removesuffix('_f1')} F1" if one.score != "f1" else ""
-    return f"{who}: {one.model}, {one.data}{score} ({one.hardware})"
+    what = one.data if one.score == "f1" else f"{one.score.removesuffix('_f1')} F1"
+    return f"{who}: {one.model}, {what}\n({one.hardware})"
