@@ -29,7 +29,6 @@ from pruned_trainer.distributed import is_main
 from pruned_trainer.finetune import FineTuneSettings, fine_tune
 from pruned_trainer.loading import OutputFolder, load_model, load_tokenizer, save_checkpoint
 from pruned_trainer.prune import prune, sweep
-from pruned_trainer.report_page import write_pages
 from pruned_trainer.settings import PRECISIONS, make_task
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training import InterruptedTraining
@@ -176,6 +175,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from pruned_trainer.report_page import write_pages  # draws: slow to import, and needed by this alone
+
     for path in write_pages(arguments.out):
         print(f"written: {path}")
 

@@ -109,6 +109,8 @@ def draw(name: str, alt: str, height: float, fill: Callable[[Figure], None]) -> 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         fill(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not again for each format
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=180, facecolor="white")
         nothing = {key: None for key in ("Creator", "Date", "Format", "Type")}

@@ -24,7 +24,6 @@ from pruned_trainer.evaluation import Judged, full_report, judge
 from pruned_trainer.job import Job, say, start
 from pruned_trainer.loading import OutputFolder, save_checkpoint
 from pruned_trainer.plan import Plan, make_plan
-from pruned_trainer.report_page import write_pages
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training import InterruptedTraining, build_trainer, prepare_student, run
@@ -65,7 +64,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     dense = judge(opened.job, opened.job.dense)
     report = _measure(opened, trained, dense, log)
     publish(opened.folder)
-    once(lambda: write_pages(settings.out))  # last, of what is on disk: what fails here loses nothing
+    once(lambda: _draw(settings.out))
     return report
 
 
@@ -99,7 +98,7 @@ def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
     if is_main():
         reporting.write_json(opened.folder.partial / "sweep.json", found)
     publish(opened.folder)
-    once(lambda: write_pages(settings.out))
+    once(lambda: _draw(settings.out))
     return found
 
 
@@ -229,6 +228,16 @@ def publish(folder: OutputFolder) -> None:
         folder.publish()
 
     once(work)
+
+
+def _draw(folder: Path) -> None:
+    """report.html, made last and of what is on disk: what fails here loses nothing."""
+    try:
+        from pruned_trainer.report_page import write_pages
+    except ModuleNotFoundError as error:
+        say(f"no report.html: {error.name} is not installed; where it is, pruned-trainer report makes it")
+        return
+    write_pages(folder)
 
 
 def _reached(job: Job, decision: Decision) -> str:

@@ -115,8 +115,10 @@ def training_section(report: Fields, models: Sequence[Fields]) -> Section:
     section = Section("training", "The training of the gates")
     log = report.part("training").parts("gates")
     if not log:
-        if report.text("recipe"):
-            section.notes.append(f"The recipe {report.text('recipe')} trained no gates.")
+        recipe = report.text("recipe")
+        section.notes.append(
+            f"The recipe {recipe} trained no gates." if recipe else "This report has no log of gates."
+        )
         return section
     found = _openness(log, report)
     if found:

@@ -27,7 +27,7 @@ def speed_section(lines: Sequence[Line], task: str, joined: bool) -> Section:
     )
     if any(one.dense is None for one in series):
         section.notes.append("A series whose dense model's F1 is not known to us is in the table only.")
-    label = "points of F1 against the dense model"
+    label = "points of F1 gained"
     section.drawings.append(figures.against_speed("report-speed", label, [*lines, *theirs], joined))
     head = ("source", "model", "data", "hardware", "score", "dense", "pruned")
     rows = [_row(one, task) for one in series]
