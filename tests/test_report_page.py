@@ -155,6 +155,7 @@ def test_a_family_s_page_has_the_curve_and_a_row_for_each_model(tmp_path: Path) 
         assert text in models
     assert ("href", "./macs-0.7/report.html") in found.attributes
     assert "pruned-trainer sweep --macs 0.7 0.5" in found.texts["command"]
+    assert "Of the model macs-0.7" in found.texts["backends"] and "on arrival-b8" in models
     assert (folder / "sweep.png").read_bytes().startswith(PNG)
     assert "scores" in Parsed(folder / "macs-0.5" / "report.html").ids
     # The models' folders may be gone: what only they knew is named.
@@ -218,7 +219,7 @@ def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
     assert "figure-report-target" not in found.ids
     training = {"gates": [], "retrain": []}
     found = page(put(tmp_path / "gain", a_report(training=training, recipe="gain")))
-    assert "The recipe gain trained no gates" in found.texts["training"]
+    assert "The recipe gain trains no gates" in found.texts["training"]
     assert not (tmp_path / "gain" / "report-gates.png").exists()
 
 
@@ -228,6 +229,7 @@ def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
         ({"speedup": 2.0}, "speedup is 2.0; an object is needed"),
         ({"f1_loss": "much"}, "f1_loss is 'much'; a finite number is needed"),
         ({"f1_loss": float("nan")}, "f1_loss is nan; a finite number"),
+        ({"f1_loss": 10**400}, "a finite number"),
         ({"f1_loss_interval": [1]}, "f1_loss_interval is [1]; a pair of numbers"),
         ({"shape": [{"num_heads": [], "ffn_width": 1}]}, "shape[0].num_heads is []; a finite number"),
         ({"task": "translation"}, "task is 'translation'; one of squad, natural_questions is needed"),

@@ -187,7 +187,7 @@ def openness(name: str, panels: Sequence[tuple[str, Sequence[float], Sequence[Se
     last = "; ".join(
         f"{title} at the end: {', '.join(f'{row[-1]:.2f}' for row in rows)}" for title, _, rows in panels
     )
-    height = 0.7 + sum(0.55 + 0.17 * len(rows) for _, _, rows in panels)
+    height = 0.7 + sum(0.55 + min(0.17 * len(rows), 2.4) for _, _, rows in panels)
     return draw(name, f"Share of open gates in each layer. {last}", height, fill)
 
 

@@ -40,9 +40,13 @@ class Fields:
         value = self.values.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._wrong(name, value, "a finite number")
-        return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                if math.isfinite(value):
+                    return value
+            except OverflowError:  # an integer beyond every float
+                pass
+        raise self._wrong(name, value, "a finite number")
 
     def text(self, name: str) -> str | None:
         value = self.values.get(name)

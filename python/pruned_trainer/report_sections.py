@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from pruned_trainer import figures
 from pruned_trainer.figures import Drawing, Line
+from pruned_trainer.importance import METHODS
 from pruned_trainer.report_circumstances import MODELS, shown
 from pruned_trainer.report_fields import Fields
 from pruned_trainer.report_html import Section, Table
@@ -115,10 +116,8 @@ def training_section(report: Fields, models: Sequence[Fields]) -> Section:
     section = Section("training", "The training of the gates")
     log = report.part("training").parts("gates")
     if not log:
-        recipe = report.text("recipe")
-        section.notes.append(
-            f"The recipe {recipe} trained no gates." if recipe else "This report has no log of gates."
-        )
+        recipe, said = report.text("recipe"), "This report has no log of gates."
+        section.notes.append(f"The recipe {recipe} trains no gates." if recipe in METHODS else said)
         return section
     found = _openness(log, report)
     if found:
@@ -141,7 +140,7 @@ def _openness(log: Sequence[Fields], report: Fields) -> Drawing | None:
         ("hidden", "hidden_size", "hidden dimensions"),
     ):
         full, prefix = dense.number(key), f"open_{part}/"
-        rows = _over_steps(log, [n for n in log[0] if n.startswith(prefix)] or _first(log, prefix))
+        rows = _over_steps(log, _first(log, prefix))
         if full and rows:
             steps, values = rows
             shares = [[min(value / full, 1.0) for value in row] for row in values]
@@ -160,13 +159,13 @@ def _over_steps(log: Iterable[Fields], names: Sequence[str]) -> tuple[list[float
     steps: list[float] = []
     values: list[list[float]] = [[] for _ in names]
     for one in log:
-        step, found = one.number("step"), [one.number(name) for name in names]
-        if not names or step is None or (steps and step <= steps[-1]):
+        step, found = one.number("step"), [v for name in names if (v := one.number(name)) is not None]
+        if step is None or not found or len(found) < len(names):
             continue
-        if all(value is not None for value in found):
+        if not steps or step > steps[-1]:
             steps.append(step)
             for row, value in zip(values, found, strict=True):
-                row.append(float(value or 0.0))
+                row.append(value)
     return (steps, values) if steps else None
 
 

@@ -49,12 +49,22 @@ def sweep_page(sweep: Fields, reports: Mapping[str, Fields]) -> Page:
         _models(sweep, points, reports),
         training_section(common, points),
         speed_section(own_lines(points, task), task, joined=True),
-        *circumstances(Fields(sweep.file, {**common.values, "command": sweep.text("command")})),
+        *_common(sweep, reports),
     ]
     headline = [(str(len(points)), "models from one training of the gates")]
     if _speed(points[-1]):
         headline.append((f"{_speed(points[-1]):.2f}x", "as fast as dense: the fastest of them"))
     return Page("A family of pruned models", subtitle(common), headline, said(sections))
+
+
+def _common(sweep: Fields, reports: Mapping[str, Fields]) -> list[Section]:
+    """Backends, machine and so on from the first model's report; the command is the sweep's."""
+    name, report = next(iter(reports.items()), ("", Fields(sweep.file, {})))
+    made = circumstances(Fields(report.file, {**report.values, "command": sweep.text("command")}))
+    for section in made:
+        if section.key in ("backends", "plan") and section.tables:
+            section.notes.append(f"Of the model {name}; each model's own page has its own.")
+    return made
 
 
 def _speed(point: Fields) -> float:
@@ -101,7 +111,9 @@ def _models(sweep: Fields, points: Sequence[Fields], reports: Mapping[str, Field
         counts = [f"{sum(layer[column] for layer in left):,}" if left else "-" for column in (0, 1)]
         speed = shown(point.part("speedup").number("reached"), "{:.2f}x")
         rows.append([first, *_targets(point), speed, *cells, *counts, *_sizes(point)])
-    return Section("models", "The models", tables=[Table(head, rows)])
+    workloads = {point.part("speedup").text("workload") for point in points} - {None}
+    notes = [f"Speed-ups on {', '.join(sorted(map(str, workloads)))}."] if workloads else []
+    return Section("models", "The models", notes, tables=[Table(head, rows)])
 
 
 def _sizes(model: Fields) -> list[str]:
