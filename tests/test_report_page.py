@@ -6,6 +6,7 @@ import html
 import json
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from reports import a_report, a_sweep, put
 
 from pruned_trainer.cli import main
+from pruned_trainer.prune import _draw
 
 pytest.importorskip("matplotlib")
 
@@ -267,6 +269,14 @@ def test_folders_that_hold_no_report_are_refused(tmp_path: Path, capsys: pytest.
     put(tmp_path / "good", a_report())
     assert main(["report", str(tmp_path / "good")]) == 0
     assert "report.html" in capsys.readouterr().out
+
+
+def test_a_run_ends_well_where_nothing_can_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pruned_trainer.report_page", None)
+    _draw(put(tmp_path / "out", a_report()))
+    assert "no report.html" in capsys.readouterr().out and not (tmp_path / "out" / "report.html").exists()
 
 
 # -- in a browser ----------------------------------------------------------------------------------------

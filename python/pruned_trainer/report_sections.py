@@ -100,6 +100,7 @@ def _kept(report: Fields) -> list[tuple[str, int, int]]:
 
 
 def layers_section(report: Fields) -> Section:
+    """Bars of heads and FFN width."""
     section = Section("layers", "What is left of each layer")
     dense, left = report.part("dense_shape"), shapes(report)
     heads, ffn = dense.number("num_heads"), dense.number("ffn_width")
@@ -116,8 +117,8 @@ def training_section(report: Fields, models: Sequence[Fields]) -> Section:
     section = Section("training", "The training of the gates")
     log = report.part("training").parts("gates")
     if not log:
-        recipe, said = report.text("recipe"), "This report has no log of gates."
-        section.notes.append(f"The recipe {recipe} trains no gates." if recipe in METHODS else said)
+        recipe, without = report.text("recipe"), "This report has no log of gates."
+        section.notes.append(f"The recipe {recipe} trains no gates." if recipe in METHODS else without)
         return section
     found = _openness(log, report)
     if found:
