@@ -234,6 +234,8 @@ def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
         ({"f1_loss": 10**400}, "a finite number"),
         ({"f1_loss_interval": [1]}, "f1_loss_interval is [1]; a pair of numbers"),
         ({"shape": [{"num_heads": [], "ffn_width": 1}]}, "shape[0].num_heads is []; a finite number"),
+        ({"shape": [{"num_heads": 1.5, "ffn_width": 1}]}, "shape[0].num_heads is 1.5; a count is needed"),
+        ({"hidden_size": -1}, "hidden_size is -1; a count"),
         ({"task": "translation"}, "task is 'translation'; one of squad, natural_questions is needed"),
         ({"dense": None, "pruned": None}, "no entry dense or pruned"),
         ({"command": ["a"]}, "command is ['a']; a text is needed"),

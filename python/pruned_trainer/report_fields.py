@@ -48,6 +48,13 @@ class Fields:
                 pass
         raise self._wrong(name, value, "a finite number")
 
+    def count(self, name: str) -> int | None:
+        """How many of something a model has: a whole number, of at most 31 bits."""
+        value = self.number(name)
+        if value is not None and (value != int(value) or not 0 <= value < 2**31):
+            raise self._wrong(name, value, "a count")
+        return None if value is None else int(value)
+
     def text(self, name: str) -> str | None:
         value = self.values.get(name)
         if value is not None and not isinstance(value, str):

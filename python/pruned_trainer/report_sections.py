@@ -47,8 +47,8 @@ def subtitle(report: Fields) -> str:
 
 def shapes(report: Fields) -> list[tuple[int, int]]:
     """(heads, FFN width) of each layer that is left; none where a number is missing."""
-    found = [(layer.number("num_heads"), layer.number("ffn_width")) for layer in report.parts("shape")]
-    return [(int(heads), int(ffn)) for heads, ffn in found if heads is not None and ffn is not None]
+    found = [(layer.count("num_heads"), layer.count("ffn_width")) for layer in report.parts("shape")]
+    return [(heads, ffn) for heads, ffn in found if heads is not None and ffn is not None]
 
 
 def change(report: Fields, score: Score) -> tuple[float, float, float] | None:
@@ -90,12 +90,12 @@ def _kept(report: Fields) -> list[tuple[str, int, int]]:
     found = []
     columns = (("heads", "num_heads"), ("FFN widths, together", "ffn_width")) if left else ()
     for column, (label, key) in enumerate(columns):
-        full = dense.number(key)
+        full = dense.count(key)
         if full is not None:
-            found.append((label, int(full) * len(left), sum(layer[column] for layer in left)))
-    full, hidden = dense.number("hidden_size"), report.number("hidden_size")
+            found.append((label, full * len(left), sum(layer[column] for layer in left)))
+    full, hidden = dense.count("hidden_size"), report.count("hidden_size")
     if full is not None and hidden is not None:
-        found.append(("hidden size", int(full), int(hidden)))
+        found.append(("hidden size", full, hidden))
     return found
 
 
@@ -103,12 +103,12 @@ def layers_section(report: Fields) -> Section:
     """Bars of heads and FFN width."""
     section = Section("layers", "What is left of each layer")
     dense, left = report.part("dense_shape"), shapes(report)
-    heads, ffn = dense.number("num_heads"), dense.number("ffn_width")
+    heads, ffn = dense.count("num_heads"), dense.count("ffn_width")
     if left and heads is not None and ffn is not None:
         section.notes.append(
-            f"Of {heads:g} heads and an FFN width of {ffn:g} a dense layer; layer 0 follows the embedding."
+            f"Of {heads} heads and an FFN width of {ffn} a dense layer; layer 0 follows the embedding."
         )
-        section.drawings.append(figures.layers("report-layers", left, int(heads), int(ffn)))
+        section.drawings.append(figures.layers("report-layers", left, heads, ffn))
     return section
 
 
@@ -140,7 +140,7 @@ def _openness(log: Sequence[Fields], report: Fields) -> Drawing | None:
         ("ffn", "ffn_width", "FFN units"),
         ("hidden", "hidden_size", "hidden dimensions"),
     ):
-        full, prefix = dense.number(key), f"open_{part}/"
+        full, prefix = dense.count(key), f"open_{part}/"
         rows = _over_steps(log, _first(log, prefix))
         if full and rows:
             steps, values = rows
