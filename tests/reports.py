@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Parts of a page, by the ids of their elements.
+SECTIONS = ("scores", "layers", "training", "speed", "speeds", "backends", "machine", "versions", "command")
+FIGURES = ("report-layers", "report-gates", "report-target", "report-speed")
+SWEEP = ("curve", "models", "figure-sweep", "training", "speed", "backends", "machine", "command")
 SCORES = {"squad": ("f1", "f1_span"), "natural_questions": ("long_f1", "short_f1")}
 BACKENDS = {"attention": "cpu", "linear_gelu": "reference"}
 

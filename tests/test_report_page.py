@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import html
-import json
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import a_report, a_sweep, put
+from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, put
 
 from pruned_trainer.cli import main
 from pruned_trainer.prune import _draw
@@ -21,10 +18,6 @@ pytest.importorskip("matplotlib")
 
 from pruned_trainer.report_page import write_pages  # noqa: E402  (draws with it)
 
-# Parts of a page, by the ids of their elements.
-SECTIONS = ("scores", "layers", "training", "speed", "speeds", "backends", "machine", "versions", "command")
-FIGURES = ("report-layers", "report-gates", "report-target", "report-speed")
-SWEEP = ("curve", "models", "figure-sweep", "training", "speed", "backends", "machine", "command")
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 PNG = b"\x89PNG\r\n\x1a\n"
 NASTY = "<script>alert('x')</script> & \"<b>$x_1$\""
@@ -279,60 +272,3 @@ def test_a_run_ends_well_where_nothing_can_draw(
     monkeypatch.setitem(sys.modules, "pruned_trainer.report_page", None)
     _draw(put(tmp_path / "out", a_report()))
     assert "no report.html" in capsys.readouterr().out and not (tmp_path / "out" / "report.html").exists()
-
-
-# -- in a browser ----------------------------------------------------------------------------------------
-
-# Each part's size, how far the page is wider than its frame, texts that leave their figure, and two colours.
-MEASURE = """
-<iframe id=f style="border:0;width:WIDTHpx;height:9000px" srcdoc="PAGE"></iframe><pre id=found></pre><script>
-onload = () => { const d = f.contentDocument, w = f.contentWindow, boxes = {}, outside = [];
-  for (const e of d.querySelectorAll("section, figure, tbody")) boxes[e.id || e.tagName] =
-    [e.getBoundingClientRect().width, e.getBoundingClientRect().height];
-  for (const s of d.querySelectorAll("figure svg")) { const a = s.getBoundingClientRect();
-    for (const t of s.querySelectorAll("text")) { const b = t.getBoundingClientRect();
-      if (b.left < a.left - 1 || b.right > a.right + 1 || b.top < a.top - 1 || b.bottom > a.bottom + 1)
-        outside.push(t.textContent); } }
-  const size = parseFloat(w.getComputedStyle(d.querySelector("figure text")).fontSize);
-  const svg = d.querySelector("svg"), scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
-  found.textContent = JSON.stringify({boxes, outside, over: d.documentElement.scrollWidth - WIDTH,
-    text: size * scale, page: w.getComputedStyle(d.body).backgroundColor,
-    axis: w.getComputedStyle(d.querySelector("#figure-report-speed text")).fill}); }
-</script>"""
-
-
-def seen(folder: Path, width: int, dark: bool) -> dict[str, Any]:
-    """What headless Chromium makes of the page in a frame `width` CSS pixels wide."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next((path for name in names if (path := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"no browser to look at the page with: none of {', '.join(names)} is installed")
-    text = html.escape((folder / "report.html").read_text(encoding="utf-8"))
-    frame = folder / "frame.html"
-    frame.write_text("<!DOCTYPE html>" + MEASURE.replace("WIDTH", str(width)).replace("PAGE", text))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    flags.append(f"--user-data-dir={folder / 'browser'}")
-    flags.append(f"--blink-settings=preferredColorScheme={0 if dark else 1}")
-    done = subprocess.run([browser, *flags, frame.as_uri()], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = done.stdout.partition('<pre id="found">')[2].partition("</pre>")[0]
-    return json.loads(html.unescape(found))
-
-
-@pytest.mark.parametrize("kind", ["prune", "sweep"])
-def test_a_browser_shows_every_part(tmp_path: Path, kind: str) -> None:
-    """On a phone and on a desk, light and dark: all parts have a size, nothing is clipped or too wide."""
-    folder, parts = put(tmp_path / "out", a_report(layers=12)), [*SECTIONS, *map("figure-{}".format, FIGURES)]
-    if kind == "sweep":
-        put(put(folder, a_sweep(), "sweep.json") / "macs-0.7", a_report())
-        parts = list(SWEEP)
-    write_pages(folder)
-    looks = [seen(folder, width, dark) for width, dark in ((390, False), (1200, True))]
-    for found, width in zip(looks, (390, 1200), strict=True):
-        for part in parts:
-            wide, high = found["boxes"][part]
-            assert wide > 300 and high > 30, part
-        assert found["outside"] == [] and found["over"] <= 0
-        assert found["text"] > 9, f"{width} pixels wide: texts of the figures are too small"
-    assert looks[0]["page"] == "rgb(255, 255, 255)" and looks[1]["page"] == "rgb(21, 24, 28)"
-    assert looks[0]["axis"] != looks[1]["axis"]
