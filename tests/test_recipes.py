@@ -91,7 +91,8 @@ def test_a_family_from_one_training(settings: PruneSettings, capsys: pytest.Capt
     assert sizes == sorted(sizes, reverse=True)
     assert (one.out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     left = {path.name for path in one.out.iterdir()}
-    assert left == {"macs-0.8", "macs-0.6", "macs-0.4", "sweep.json", "sweep.png"}
+    figures = {f"{name}.png" for name in ("sweep", "report-gates", "report-target", "report-speed")}
+    assert left == {"macs-0.8", "macs-0.6", "macs-0.4", "sweep.json", "report.html", *figures}
     with pytest.raises(ValueError, match="asked for twice: macs-0.5, macs-0.5"):
         sweep(variant(settings, "twice"), [Target(macs=0.5), Target(macs=0.50000001)])
     with pytest.raises(ValueError, match="2 gate steps cannot pass 3 targets"):

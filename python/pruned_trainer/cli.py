@@ -1,4 +1,4 @@
-"""pruned-trainer: prune | sweep | demo | finetune | compact | evaluate."""
+"""pruned-trainer: prune | sweep | demo | finetune | compact | evaluate | report."""
 
 from __future__ import annotations
 
@@ -109,6 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--max-length", type=int, default=384)
     one.add_argument("--stride", type=int, default=128)
     one.add_argument("--predictions", type=Path, help="write the official prediction file here")
+    one = command("report", _report, "a page of a finished run: report.html, and its figures as PNG")
+    one.add_argument("out", type=Path, metavar="OUT", help="a folder that prune, sweep or demo wrote")
     return parser
 
 
@@ -125,7 +127,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     found = sweep(settings_of(arguments, targets[0]), targets)
     if is_main():
         reporting.print_sweep(found)
-        print(f"written to {arguments.out}: a folder for each model, sweep.json, sweep.png")
+        print(f"written to {arguments.out}: a folder for each model, sweep.json, sweep.png, report.html")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -170,6 +172,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     reporting.print_scores(result.scores(), thresholds, arguments.task)
     if arguments.predictions is not None:
         reporting.write_json(arguments.predictions, result.predictions)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from pruned_trainer.report_page import write_pages  # draws: slow to import, and needed by this alone
+
+    for path in write_pages(arguments.out):
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

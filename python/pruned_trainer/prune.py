@@ -54,7 +54,8 @@ class Trained:
 
 
 def prune(settings: PruneSettings) -> dict[str, Any]:
-    """Run the whole job; the output folder holds the checkpoint, decision.json, report.json and predictions.
+    """Run the whole job; the output folder holds the checkpoint, decision.json, report.json, predictions and
+    report.html with its figures.
 
     Returns the report. Errors: ValueError and OSError, before any training, for what cannot work.
     """
@@ -64,11 +65,13 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     dense = judge(opened.job, opened.job.dense)
     report = _measure(opened, trained, dense, log)
     publish(opened.folder)
+    once(lambda: _draw(settings.out))
     return report
 
 
 def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
-    """A family of models from one training of the gates: a folder for each target, sweep.json, sweep.png.
+    """A family of models from one training of the gates: a folder for each target, sweep.json, report.html,
+    sweep.png.
 
     Each folder is as `prune` writes it. Returns what sweep.json holds. Errors: as `prune`'s, and ValueError
     for targets of different units.
@@ -95,8 +98,8 @@ def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
     }
     if is_main():
         reporting.write_json(opened.folder.partial / "sweep.json", found)
-        reporting.plot_sweep(found, opened.folder.partial / "sweep.png")
     publish(opened.folder)
+    once(lambda: _draw(settings.out))
     return found
 
 
@@ -227,6 +230,16 @@ def publish(folder: OutputFolder) -> None:
         folder.publish()
 
     once(work)
+
+
+def _draw(folder: Path) -> None:
+    """report.html, made last and of what is on disk: what fails here loses nothing."""
+    try:
+        from pruned_trainer.report_page import write_pages
+    except ModuleNotFoundError as error:
+        say(f"no report.html: {error.name} is not installed; where it is, pruned-trainer report makes it")
+        return
+    write_pages(folder)
 
 
 def _reached(job: Job, decision: Decision) -> str:

@@ -1,4 +1,4 @@
-"""What came out, for people: report.json and sweep.json as files, tables, bars and a curve."""
+"""What came out, for people at a terminal: report.json and sweep.json as files, tables and bars."""
 
 from __future__ import annotations
 
@@ -145,33 +145,3 @@ def print_sweep(sweep: Mapping[str, Any], console: Console | None = None) -> Non
             cells += [f"{point[key]:.2f}", f"{point[f'{key}_loss']:.2f} ({low:.2f} to {high:.2f})"]
         table.add_row(*cells)
     (console or Console()).print(table)
-
-
-def plot_sweep(sweep: Mapping[str, Any], path: Path) -> None:
-    """Each score against measured speed-up, with the intervals of the losses as bars."""
-    from matplotlib.figure import Figure  # only for those who sweep
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    scores = [score for score in SCORES[sweep["task"]] if score.has_loss]
-    for (score, label, _), colour in zip(scores, ("#1f77b4", "#d95f02"), strict=True):
-        dense = sweep["dense"][score]
-        if dense is None:
-            continue
-        points = sorted(sweep["points"], key=lambda point: point["speedup"]["reached"])
-        speeds, values = [1.0], [dense]
-        below, above = [0.0], [0.0]
-        for point in points:
-            low, high = point[f"{score}_loss_interval"]
-            speeds.append(point["speedup"]["reached"])
-            values.append(point[score])
-            below.append(max(point[score] - (dense - high), 0.0))
-            above.append(max((dense - low) - point[score], 0.0))
-        axes.errorbar(speeds, values, [below, above], marker="o", capsize=3, label=label, color=colour)
-        axes.axhline(dense, color=colour, linestyle=":", linewidth=1)
-    axes.set_xlabel("times as fast as the dense model, our runtime, measured")
-    axes.set_ylabel("percent (bars: 95% interval of the loss)")
-    axes.set_title("dense model and what one training of the gates made of it")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)

@@ -1,0 +1,262 @@
+"""The figures of a report: each as SVG that takes its colours from the page around it, and as PNG.
+
+The colours start from Okabe and Ito's. Under simulated protanopia, deuteranopia and tritanopia
+(Machado et al., 2009) no two series come nearer than 12 in CIELAB; they differ in marker or line too.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+# Inches: as wide as a phone, where a point of type is then about a CSS pixel.
+WIDTH = 4.4
+# The name of a colour in the page's CSS, and what it is on white. Each is one of a kind: the SVG's are found
+# by value.
+LIGHT = {
+    "ink": "#1c1e21",
+    "muted": "#5b6169",
+    "grid": "#d3d7dc",
+    "track": "#e6e8eb",
+    "first": "#0072b2",
+    "second": "#d55e00",
+    "third": "#99416d",
+    "fourth": "#009e73",
+    "fifth": "#5c4a13",
+}
+DARK = {
+    "ink": "#e8eaed",
+    "muted": "#a3abb5",
+    "grid": "#3d434b",
+    "track": "#31363d",
+    "first": "#56b4e9",
+    "second": "#f0883e",
+    "third": "#fbb6e9",
+    "fourth": "#2fd0a0",
+    "fifth": "#f5cc50",
+}
+# Colours and markers of series, in turn.
+_OURS = (("first", "o"), ("second", "s"))
+_THEIRS = (("third", "D"), ("fourth", "^"), ("fifth", "s"))
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 9.5,
+    "text.color": LIGHT["ink"],
+    "axes.labelcolor": LIGHT["ink"],
+    "axes.edgecolor": LIGHT["muted"],
+    "axes.titlecolor": LIGHT["ink"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"],
+    "grid.color": LIGHT["grid"],
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pruned",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure. name: the stem of its PNG. alt: what it shows, for those who do not see it."""
+
+    name: str
+    alt: str
+    svg: str
+    png: bytes
+
+    def save(self, folder: Path) -> Path:
+        """Write the PNG, whole."""
+        path = folder / f"{self.name}.png"
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_bytes(self.png)
+        temporary.replace(path)
+        return path
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points (x, y) to draw. ends: (low, high) of the bar at each, where there are any. own: ours."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    ends: Sequence[tuple[float, float]] = ()
+    own: bool = True
+
+    @property
+    def x(self) -> list[float]:
+        return [x for x, _ in self.points]
+
+    @property
+    def y(self) -> list[float]:
+        return [y for _, y in self.points]
+
+
+def draw(name: str, alt: str, height: float, fill: Callable[[Figure], None]) -> Drawing:
+    """What `fill` draws, `height` inches high."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        fill(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not again for each format
+        png, svg = io.BytesIO(), io.StringIO()
+        figure.savefig(png, format="png", dpi=180, facecolor="white")
+        nothing = {key: None for key in ("Creator", "Date", "Format", "Type")}
+        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+    return Drawing(name, alt, _inline(svg.getvalue(), name), png.getvalue())
+
+
+def _inline(svg: str, name: str) -> str:
+    """The SVG as a part of an HTML page that holds others: colours by name, ids of its own, as wide as there
+    is room."""
+    head, _, body = svg[svg.index("<svg") :].partition(">")
+    head = re.sub(r' (?:xmlns(?::xlink)?|version|width|height)="[^"]*"', "", head)
+    body = re.sub(r"<style .*?</style>", "", body, flags=re.DOTALL)  # rules for the whole page
+    svg = f"{head}>{body}"
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
+    for role, colour in LIGHT.items():
+        svg = svg.replace(colour, f"var(--{role})")
+    return svg
+
+
+def layers(name: str, kept: Sequence[tuple[int, int]], heads: int, ffn: int) -> Drawing:
+    """Heads and FFN width that each layer keeps, on bars as long as the dense model's. kept: (heads, FFN
+    width) of each layer."""
+
+    def fill(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        panels = (left, "heads", heads, "first"), (right, "FFN width", ffn, "second")
+        for column, (axes, what, full, colour) in enumerate(panels):
+            values = [layer[column] for layer in kept]
+            rows = range(len(kept))
+            axes.barh(rows, [full] * len(kept), color=LIGHT["track"], height=0.72)
+            axes.barh(rows, values, color=LIGHT[colour], height=0.72)
+            for row, value in zip(rows, values, strict=True):
+                axes.text(full * 1.04, row, str(value), va="center", fontsize=8.5)
+            axes.set_title(f"{what}: {sum(values)} of {full * len(kept)}")
+            axes.set_xlim(0, max(full, 1) * 1.3)
+            axes.set_xticks([0, full])
+            axes.spines["left"].set_visible(False)
+            axes.spines["bottom"].set_visible(False)
+            axes.tick_params(length=0)
+        left.set_yticks(rows)
+        left.set_ylim(len(kept) - 0.4, -0.6)
+        left.set_ylabel("layer")
+
+    shown = "; ".join(f"layer {i}: {h} heads, FFN width {f}" for i, (h, f) in enumerate(kept))
+    alt = f"Kept of {heads} heads and FFN width {ffn}: {shown}"
+    return draw(name, alt, 0.75 + 0.24 * len(kept), fill)
+
+
+def openness(name: str, panels: Sequence[tuple[str, Sequence[float], Sequence[Sequence[float]]]]) -> Drawing:
+    """The share of each layer's gates that is open, over the training. panels: (title, steps, rows of a layer
+    each with a share for each step)."""
+
+    def fill(figure: Figure) -> None:
+        ratios = [max(len(rows), 2) for _, _, rows in panels]
+        grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
+        colours = matplotlib.colormaps["cividis"].resampled(10)
+        for axes, (title, steps, rows) in zip(grid, panels, strict=True):
+            edges = range(len(rows) + 1)
+            cells = axes.pcolormesh([0.0, *steps], edges, rows, cmap=colours, vmin=0, vmax=1)
+            cells.set_edgecolor("face")
+            axes.invert_yaxis()
+            axes.set_title(title)
+            axes.set_ylabel("layer" if len(rows) > 1 else "model")
+            shown = range(0, len(rows), 1 + len(rows) // 13)
+            axes.set_yticks([row + 0.5 for row in shown], [str(row) for row in shown])
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        grid[-1].set_xlabel("step of the gate training")
+        bar = figure.colorbar(cells, ax=list(grid), label="share of the gates open", aspect=30)
+        bar.set_ticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+    last = "; ".join(
+        f"{title} at the end: {', '.join(f'{row[-1]:.2f}' for row in rows)}" for title, _, rows in panels
+    )
+    height = 0.7 + sum(0.55 + min(0.17 * len(rows), 2.4) for _, _, rows in panels)
+    return draw(name, f"Share of open gates in each layer. {last}", height, fill)
+
+
+def target(name: str, what: str, wanted: Line, expected: Line, decided: Sequence[float]) -> Drawing:
+    """What the training asked the gates to cost and what they cost, as shares of the dense model's `what`.
+    decided: what the models made of them cost."""
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(wanted.x, wanted.y, color=LIGHT["second"], linestyle="--", label=wanted.label)
+        axes.plot(expected.x, expected.y, color=LIGHT["first"], marker=".", label=expected.label)
+        label = f"decided: {', '.join(f'{share:.3f}' for share in decided)}"
+        for share in decided:
+            axes.axhline(share, color=LIGHT["fourth"], linestyle=":", label=label)
+            label = ""
+        axes.set_title(f"share of the dense {what}")
+        axes.set_xlabel("step of the gate training")
+        axes.set_ylim(0, max(1.05, *wanted.y, *expected.y, *decided))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(alpha=0.7)
+        figure.legend(loc="outside lower center", ncols=1, alignment="left")
+
+    alt = f"At the end {expected.y[-1]:.3f} of the dense {what}, {wanted.y[-1]:.3f} wanted"
+    return draw(name, alt, 3.3, fill)
+
+
+def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) -> Drawing:
+    """Points over measured speed-up: ours filled, with bars, theirs hollow. joined: ours are one curve."""
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        own = [line for line in lines if line.own]
+        handles: list[Any] = []
+        for side, line in enumerate(own):
+            handles.append(_own(axes, line, joined, side))
+        for number, line in enumerate(line for line in lines if not line.own):
+            colour, marker = _THEIRS[number]
+            handles += axes.plot(
+                line.x, line.y, marker=marker, color=LIGHT[colour], label=line.label, linestyle=":",
+                linewidth=1, markerfacecolor="none", markeredgewidth=1.4,
+            )  # fmt: skip
+        axes.autoscale_view()
+        axes.set_xlabel("times as fast as the same system's dense model")
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.7)
+        figure.legend(handles=handles, loc="outside lower center", ncols=1, alignment="left")
+
+    def points(line: Line) -> str:
+        return ", ".join(f"{x:.2f}x {y:.2f}" for x, y in line.points)
+
+    alt = "; ".join(f"{line.label}: {points(line)}" for line in lines)
+    rows = sum(1 + line.label.count("\n") for line in lines)
+    return draw(name, f"{y_label}, over speed-up. {alt}", 2.9 + 0.19 * rows, fill)
+
+
+def _own(axes: Axes, line: Line, joined: bool, side: int) -> ErrorbarContainer:
+    colour, marker = _OURS[side]
+    ends = line.ends or [(y, y) for y in line.y]
+    # A point may lie outside of its interval, and a bar has no negative length.
+    below = [max(y - low, 0.0) for y, (low, _) in zip(line.y, ends, strict=True)]
+    above = [max(high - y, 0.0) for y, (_, high) in zip(line.y, ends, strict=True)]
+    # Scores of one model have one speed: beside each other, so that no bar hides the other. What is moved so
+    # does not count for the axes' limits by itself.
+    aside = ScaledTranslation((4 * side - 2) / 72, 0, axes.figure.dpi_scale_trans)
+    corners = [(x, end) for x, pair in zip(line.x, ends, strict=True) for end in pair]
+    axes.update_datalim([*line.points, *corners])
+    return axes.errorbar(
+        line.x, line.y, [below, above], fmt=marker, linestyle="-" if joined else "none", capsize=3,
+        color=LIGHT[colour], label=line.label, transform=axes.transData + aside,
+    )  # fmt: skip

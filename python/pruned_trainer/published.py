@@ -1,0 +1,68 @@
+"""What others published on speed and F1, to be shown as theirs beside a report of ours.
+
+Other models, data and machines: their points show what has been reached, not what ours would reach there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PAPER = "McCarley et al., arXiv 1910.06360"
+BLOCK_PRUNING = "nn_pruning, its model cards (Lagunas et al., arXiv 2109.04838)"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published series. score: the key of what it is compared with. dense: its own model before pruning, in
+    percent; None where that is not known to us. points: (times as fast as that model, score in percent)."""
+
+    source: str
+    model: str
+    data: str
+    hardware: str
+    score: str
+    dense: float | None
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def changes(self) -> list[tuple[float, float]]:
+        """(speed-up, points of score against its own dense model); none without that."""
+        return [] if self.dense is None else [(speed, score - self.dense) for speed, score in self.points]
+
+
+# The paper's rows a and d to g; of rows b and c its F1 column is uncertain.
+_SQUAD = (
+    Published(
+        PAPER, "BERT-large", "SQuAD 2.0 dev", "K80, batch 1", "f1", 84.6,
+        ((1.63, 83.7), (1.95, 83.2), (2.24, 82.4), (2.40, 81.5)),
+    ),
+    Published(
+        BLOCK_PRUNING, "BERT-large-wwm", "SQuAD 2.0", "RTX 3090", "f1", 85.85,
+        ((2.15, 83.22), (2.63, 82.57)),
+    ),
+    Published(
+        BLOCK_PRUNING, "BERT-base", "SQuAD 1.1", "RTX 3090", "f1", 88.5,
+        ((1.84, 88.72), (1.98, 88.25), (2.44, 87.71), (2.80, 86.69)),
+    ),
+    Published(
+        "CoFi (Xia et al., ACL 2022)", "BERT-base", "SQuAD 1.1", "V100, batch 128", "f1", None,
+        ((2.0, 89.1), (8.7, 82.6)),
+    ),
+)  # fmt: skip
+_NQ_SPEEDS = (1.49, 1.83, 2.46)
+
+
+def _natural_questions(score: str, dense: float, *reached: float) -> Published:
+    points = tuple(zip(_NQ_SPEEDS, reached, strict=True))
+    hardware = "V100, fp16, batch 64"
+    data = "Natural Questions, distilled"
+    return Published(PAPER, "RoBERTa-large", data, hardware, score, dense, points)
+
+
+PUBLISHED = {
+    "squad": _SQUAD,
+    "natural_questions": (
+        _natural_questions("long_f1", 70.3, 69.8, 69.3, 67.6),
+        _natural_questions("short_f1", 58.8, 58.4, 58.4, 55.4),
+    ),
+}
