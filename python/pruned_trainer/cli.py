@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"pruned-trainer {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
