@@ -7,6 +7,7 @@ from transformers import AutoModelForQuestionAnswering
 model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pruned/or/stock/checkpoint"))
 """
 
+from pruned_ops import attention_interface as attention_interface
 from pruned_ops import backends as backends
 from pruned_ops import ops as ops
 from pruned_ops.answers import Answer

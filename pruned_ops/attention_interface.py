@@ -1,0 +1,82 @@
+"""`attn_implementation="pruned_ops"`: our attention alone, in a model of transformers that is left as it is.
+
+The model stays padded; each attention packs its queries, keys and values, computes no padding, and puts the
+context back, with 0 at padded positions. `optimize` is faster: there nothing else is padded either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from pruned_ops import ops
+from pruned_ops.packing import PackedBatch
+
+NAME = "pruned_ops"
+
+
+def padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """What the attention below is given in place of a matrix a head: ones and zeros (batch, seqlen)."""
+    return attention_mask
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query, key, value (batch, heads, seqlen, head_dim) -> context (batch, seqlen, heads, head_dim).
+
+    Errors: ValueError by name for what `ops.attention` is not: causal or cross attention, fewer key heads,
+    another scaling, dropout, a position bias.
+    """
+    batch_size, heads, seqlen, head_dim = query.shape
+    reason = _refusal(module, query, key, scaling, dropout, others)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        shape = tuple(attention_mask.shape)
+        reason = f"the attention_mask is {shape}, ones and zeros (batch, seqlen) are taken"
+    if reason is not None:
+        raise ValueError(f"attn_implementation={NAME!r} is encoders' self-attention, for inference: {reason}")
+    rows = torch.stack([query, key, value], 2).permute(0, 3, 2, 1, 4)  # (batch, seqlen, 3, heads, head_dim)
+    batch = PackedBatch.from_mask(attention_mask, batch_size, seqlen, query.device)
+    qkv = batch.pack(rows.reshape(batch_size, seqlen, 3 * heads * head_dim))
+    context = ops.attention(qkv.contiguous(), batch.cu_seqlens, batch.max_seqlen, head_dim)
+    return batch.unpack(context).view(batch_size, seqlen, heads, head_dim), None
+
+
+def _refusal(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    scaling: float | None,
+    dropout: float,
+    others: dict[str, Any],
+) -> str | None:
+    if getattr(module, "is_causal", False) or others.get("is_causal"):
+        return "this one is causal"
+    if key.shape != query.shape:
+        return f"query is {tuple(query.shape)} and key {tuple(key.shape)}"
+    if scaling is not None and abs(scaling * query.size(-1) ** 0.5 - 1) > 1e-6:
+        return f"scaling is {scaling}, not 1 / sqrt(head_dim)"
+    if dropout:
+        return f"dropout is {dropout}; call model.eval()"
+    for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
+        if others.get(name) is not None:
+            return f"it has a {name}"
+    return None
+
+
+# transformers 4 would take the name for BERT and then run its own attention: there it is left unknown.
+if int(transformers.__version__.split(".")[0]) >= 5:
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
