@@ -25,7 +25,7 @@ from pruned_trainer.cli_options import (
 from pruned_trainer.compact import compact
 from pruned_trainer.decision import Decision
 from pruned_trainer.demo import demo
-from pruned_trainer.distributed import is_main
+from pruned_trainer.distributed import is_main, leave
 from pruned_trainer.finetune import FineTuneSettings, fine_tune
 from pruned_trainer.loading import OutputFolder, load_model, load_tokenizer, save_checkpoint
 from pruned_trainer.prune import prune, sweep
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     try:
         arguments.run(arguments)
+        leave()
     except InterruptedTraining as stop:
         print(stop, file=sys.stderr)
         return 130

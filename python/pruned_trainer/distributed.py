@@ -21,6 +21,14 @@ def state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def leave() -> None:
+    """Part from the others once all are here. A process that simply ends while another still works may abort
+    in its communication's threads, and torchrun then ends the other, too."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        state().wait_for_everyone()
+        torch.distributed.destroy_process_group()
+
+
 def is_main() -> bool:
     """Whether this process writes files and speaks to the user."""
     return state().is_main_process
