@@ -31,7 +31,8 @@ class Profile:
     """How much is done. train_every, judged_every: of the training questions, and of the validation and the
     evaluation questions, every n-th is used; of the latter the curves use every curve_every-th.
 
-    fractions: removed without retraining. multiples: of the paper's lambda. gate_batch, retrain_batch:
+    fractions: removed without retraining. multiples: of the paper's lambda, whose gates the curves choose
+    from. gate_batch, retrain_batch:
     windows a step; scores take retrain_batch windows a minibatch, score_steps minibatches by method.
     """
 
