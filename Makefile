@@ -1,4 +1,4 @@
-# make demo | test | test-transformers4 | lint | ci | asan | bench | overhead | aot | gpu. The first call sets up .venv; what is there already is used.
+# make demo | test | test-transformers4 | lint | ci | asan | bench | results | overhead | aot | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
 # to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-transformers4 lint ci asan bench overhead aot gpu clean
+.PHONY: demo test test-transformers4 lint ci asan bench results overhead aot gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.python:
@@ -72,6 +72,10 @@ asan: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_$(BENCH).py $(ARGS)
+
+# benchmarks/README.md, its figures and the README's result table, from benchmarks/results/.
+results: $(STAMP)
+	$(BIN)/python benchmarks/results_page.py $(ARGS)
 
 # What the host spends around the kernels, against the last time it was asked here: over 1.25 times that fails.
 overhead: $(STAMP)

@@ -26,14 +26,15 @@ SCORES = {"f1": "F1", "f1_span": "span F1"}
 
 
 class Results:
-    """The rows of one study and, where there are any, its timings."""
+    """The rows of one study, and the timings of their models wherever they were made, newest first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = read_rows(path)
-        timed = path.with_name(path.name.replace("study-", "study-timings-", 1))
-        self.timings = read_rows(timed) if timed.is_file() else []
-        self.timed_path = timed
+        found = [(one, read_rows(one)) for one in sorted(path.parent.glob("study-timings-*.csv"))]
+        mine = [(one, rows) for one, rows in found if rows[0]["study"] == path.name]
+        mine.sort(key=lambda one: (one[1][0]["date"], one[1][0]["machine_threads"]), reverse=True)
+        self.timings = dict(mine)
 
     @property
     def stem(self) -> str:
@@ -55,12 +56,6 @@ class Results:
         """A row's, or recipe's, of all seeds."""
         return [row for row in self.rows if row.get("row") == letter]
 
-    def timing(self, letter: str, workload: str) -> list[Row]:
-        return [row for row in self.timings if row["row"] == letter and row["workload"] == workload]
-
-    def workloads(self) -> list[str]:
-        return list(dict.fromkeys(row["workload"] for row in self.timings))
-
     def missing(self) -> list[str]:
         return [row["unit"] for row in self.rows if row["finished"] == "False"]
 
@@ -81,9 +76,8 @@ def figures(results: Results) -> list[Drawing]:
         kept = [(int(h), int(f)) for h, f in (x.split("/") for x in results.row("e")[0]["layers"].split())]
         heads, ffn = map(int, results.row("a")[0]["layers"].split()[0].split("/"))
         drawn.append(layers(f"{results.stem}-layers", kept, heads, ffn))
-    workload = results.workloads()[0] if results.workloads() else None
-    if workload and len(results.letters()) > 1:
-        drawn.append(speed_figure(results, workload))
+    if results.timings and len(results.letters()) > 1:
+        drawn.append(speed_figure(results, next(iter(results.timings.values()))))
     return drawn
 
 
@@ -95,7 +89,7 @@ def curves_figure(results: Results, parts: Sequence[str]) -> Drawing:
         for line, part in zip(grid, parts, strict=True):
             for axes, score in zip(line, SCORES, strict=True):
                 _curves(axes, results, part, score)
-                axes.set_title(f"{SCORES[score]}, {PARTS[part]} removed")
+                axes.set_title(f"{SCORES[score]}: {PARTS[part]}")
         for axes in grid[-1]:
             axes.set_xlabel("% removed")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -124,7 +118,7 @@ def _curves(axes: Any, results: Results, part: str, score: str) -> None:
             value, loss = over_seeds(rows, score), over_seeds(rows, f"{score}_loss")
             if value is None or loss is None:
                 continue
-            x.append(100 * fraction + 0.8 * (side - 1.5))  # beside each other: no bar hides another
+            x.append(100 * fraction + 1.2 * (side - 1.5))  # beside each other: no bar hides another
             y.append(value[0])
             below.append(max(loss[2] - loss[0], 0.0))
             above.append(max(loss[0] - loss[1], 0.0))
@@ -135,14 +129,19 @@ def _curves(axes: Any, results: Results, part: str, score: str) -> None:
     axes.grid(alpha=0.7)
 
 
-def speed_figure(results: Results, workload: str) -> Drawing:
-    """What the rows lose over how fast they are, the paper's beside them."""
+def timed(rows: Sequence[Row], letter: str, workload: str) -> list[Row]:
+    """One row's timings on one workload, of all seeds."""
+    return [row for row in rows if row["row"] == letter and row["workload"] == workload]
+
+
+def speed_figure(results: Results, timings: Sequence[Row]) -> Drawing:
+    """What the rows lose over how fast they are on the first workload, the paper's beside them."""
     lines = []
     for score in SCORES:
         points, ends = [], []
         for letter in results.letters():
             loss = over_seeds(results.row(letter), f"{score}_loss")
-            speed = over_seeds(results.timing(letter, workload), "speedup")
+            speed = over_seeds(timed(timings, letter, timings[0]["workload"]), "speedup")
             if letter != "h" and loss and speed:
                 points.append((speed[0], -loss[0]))
                 ends.append((-loss[2], -loss[1]))
@@ -152,6 +151,4 @@ def speed_figure(results: Results, workload: str) -> Drawing:
     paper = next(one for one in PUBLISHED["squad"] if one.source == PAPER)
     label = f"F1 in the paper: {paper.model}, {paper.data},\n{paper.hardware}"
     lines.append(Line(label, [(1.0, 0.0), *paper.changes], own=False))
-    return against_speed(
-        f"{results.stem}-speed", "points against dense, after retraining", lines, joined=False
-    )
+    return against_speed(f"{results.stem}-speed", "points against dense", lines, joined=False)

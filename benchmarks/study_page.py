@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from study_figures import NAMES, PARTS, SCORES, Results, dense_score
+from study_figures import NAMES, PARTS, SCORES, Results, dense_score, timed
 from study_records import Row, over_seeds
 from study_rows import METHODS
-from study_tables import change, mean, table
-
-# BERT-large on SQuAD 2.0 dev in the paper, by row: % heads and % FFN removed, F1 before and after retraining,
-# speed-up on a K80 at batch 1. None: not given, or its column not certain.
-PAPERS: dict[str, tuple[Any, ...]] = {
-    "a": (0.0, 0.0, None, 84.6, 1.0),
-    "b": (44.3, 0.0, None, None, 1.19),
-    "c": (0.0, 48.1, None, None, 1.29),
-    "d": (44.0, 48.1, 82.6, 83.7, 1.63),
-    "e": (53.1, 64.9, 80.9, 83.2, 1.95),
-    "f": (57.6, 73.7, 76.8, 82.4, 2.24),
-    "g": (60.1, 78.4, 67.8, 81.5, 2.40),
-}
+from study_tables import PAPERS, change, machine_of, mean, papers, table
 
 
 def section(results: Results) -> list[str]:
@@ -29,11 +16,9 @@ def section(results: Results) -> list[str]:
     if not rows:
         return []
     first = rows[0]
-    machine = first.get("machine_accelerator") or first["machine_processor"]
     seeds = sorted({row["seed"] for row in rows if "seed" in row})
     text = [
-        f"### Profile {first['profile']}: {machine}, {first['machine_threads']} "
-        f"thread{'s' if first['machine_threads'] != 1 else ''}",
+        f"### Profile {first['profile']}: {machine_of(first)}",
         "",
         f"Teacher {first['model']}; {'seed' if len(seeds) == 1 else 'seeds'} "
         f"{', '.join(map(str, seeds))}. Intervals are 95%, bootstrapped over the questions"
@@ -133,12 +118,13 @@ def _rows_text(results: Results) -> list[str]:
     lines = []
     for letter in [x for x in letters if x != "h"]:
         rows = results.row(letter)
-        lines.append([letter, _lambdas(rows[0]), *_quality(rows), *_papers(letter)])
+        lines.append([letter, _lambdas(rows[0]), *_quality(rows), *papers(letter)])
     header = ["row", "lambda (heads, FFN)", "heads removed", "FFN removed", "F1 before", "span F1 before",
               "F1", "span F1", "F1 against a", "span F1 against a", "paper: heads, FFN removed",
               "paper: F1 before, after"]  # fmt: skip
     text += table(header, lines)
-    text += _speed_table(results, [x for x in letters if x != "h"])
+    for timings in results.timings.values():
+        text += _speed_table(results, timings, [x for x in letters if x != "h"])
     return text + image(results, "speed", "Points lost over measured speed-up, the paper's beside ours")
 
 
@@ -159,38 +145,28 @@ def _quality(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _papers(letter: str) -> list[str]:
-    heads, ffn, before, after, _ = PAPERS[letter]
-    shown = ["-" if value is None else f"{value:.1f}" for value in (before, after)]
-    return [f"{heads:.1f}%, {ffn:.1f}%", ", ".join(shown)]
-
-
-def _speed_table(results: Results, letters: Sequence[str]) -> list[str]:
-    workloads = results.workloads()
+def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str]) -> list[str]:
+    """Sizes and speeds, as one machine measured them."""
+    workloads = list(dict.fromkeys(row["workload"] for row in timings))
     header = ["row", "MiB", "MACs cut"]
     for workload in workloads:
         header += [f"ms, {workload}", "speed-up", "of the cut arrives"]
     lines = []
     for letter in letters:
-        cells = [
-            letter,
-            mean(results.row(letter), "mib", "{:.1f}"),
-            mean(results.row(letter), "macs_cut", "{:.2f}x"),
-        ]
+        rows = results.row(letter)
+        cells = [letter, mean(rows, "mib", "{:.1f}"), mean(rows, "macs_cut", "{:.2f}x")]
         for workload in workloads:
-            timed = results.timing(letter, workload)
-            cells += [mean(timed, "ms", "{:.1f}"), mean(timed, "speedup", "{:.2f}x")]
-            cells.append(mean(timed, "arrives", "{:.0f}%", 100) if letter != "a" else "-")
-        lines.append([*cells, f"{PAPERS[letter][4]:.2f}x" if letter in PAPERS else "-"])
-    if not workloads:
-        return table([*header, "paper's speed-up"], lines)
-    notes = sorted({row["note"] for row in results.timings if "note" in row})
-    rounds, date = results.timings[0]["rounds"], results.timings[0]["date"]
-    said = f" Meanwhile: {'; '.join(notes)}." if notes else ""
+            found = timed(timings, letter, workload)
+            cells += [mean(found, "ms", "{:.1f}"), mean(found, "speedup", "{:.2f}x")]
+            cells.append(mean(found, "arrives", "{:.0f}%", 100) if letter != "a" else "-")
+        lines.append([*cells, f"{PAPERS[letter][4]:.2f}x"])
+    first = timings[0]
+    said = f" Meanwhile: {first['note']}." if "note" in first else ""
     return [
         *table([*header, "paper's speed-up"], lines),
-        f"All rows' models took turns with the dense one, batch by batch, on our runtime: medians of "
-        f"{rounds} rounds, {date}.{said} In the paper 76% of row e's cut arrives as speed.",
+        f"{machine_of(first)}: all rows' models took turns with the dense one, batch by batch, on our "
+        f"runtime; medians of {first['rounds']} rounds, {first['date']}.{said} In the paper 76% of row e's "
+        "cut arrives as speed.",
         "",
     ]
 
@@ -299,11 +275,10 @@ def _origin_text(results: Results) -> list[str]:
     dates = sorted({row["date"] for row in rows})
     versions = ", ".join(f"{name} {rows[0][f'version_{name}']}" for name in ("torch", "transformers"))
     notes = sorted({row["note"] for row in rows if "note" in row})
+    files = [results.path, *results.timings]
     text = [
         f"Made {' to '.join(dict.fromkeys((dates[0], dates[-1])))} with {versions} by "
-        f"`{rows[0]['command']}`: "
-        f"[{results.path.name}](results/{results.path.name})"
-        + (f", [{results.timed_path.name}](results/{results.timed_path.name})" if results.timings else "")
+        f"`{rows[0]['command']}`: {', '.join(f'[{one.name}](results/{one.name})' for one in files)}"
         + (f". Meanwhile: {'; '.join(notes)}." if notes else "."),
         "",
     ]

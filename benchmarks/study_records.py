@@ -32,8 +32,8 @@ class Profile:
     evaluation questions, every n-th is used; of the latter the curves use every curve_every-th.
 
     fractions: removed without retraining. multiples: of the paper's lambda, whose gates the curves choose
-    from. gate_batch, retrain_batch:
-    windows a step; scores take retrain_batch windows a minibatch, score_steps minibatches by method.
+    from. gate_batch, retrain_batch: windows a step; scores take minibatches of retrain_batch windows,
+    score_steps of them by method.
     """
 
     name: str

@@ -255,7 +255,7 @@ def joint_row(study: Study, seed: int, like: Row) -> Row:
         parts = {k: max(round(v * whole / share), 1) for k, v in _steps(plan).items()}
         return {"kind": "plan", **parts, "planned_seconds": whole}
 
-    plan = study.once(f"plan-joint-seed{seed}", steps)
+    plan = study.once("plan-joint", steps)  # of the first seed, for all
     folder.mkdir(exist_ok=True)
     job = replace(joint, started=time.perf_counter())
     ((chosen, *_), _), seconds = timed_training(

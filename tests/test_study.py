@@ -14,6 +14,8 @@ from matching import save_checkpoint, squad_file, trained_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import study_figures  # noqa: E402
+import study_page  # noqa: E402
 import study_rows  # noqa: E402
 import study_squad  # noqa: E402
 from study_records import Profile, Row, open_study, read_rows  # noqa: E402
@@ -48,6 +50,8 @@ def test_the_study_stops_and_goes_on(
     _check_curves([row for row in whole if row.get("kind") == "curve" and row["on"] != "hidden"])
     _check_rows({row["row"]: row for row in whole if "row" in row})
 
+    _check_page(next((tmp_path / "whole").glob("study-tiny-*.csv")))
+
     # Stopped in the middle of row e's retraining, then gone on with: the same numbers.
     retrain = study_rows.retrain
     with monkeypatch.context() as patch:
@@ -64,6 +68,11 @@ def test_the_study_stops_and_goes_on(
     rows = [[_lasting(row) for row in made if row["part"] == "rows"] for made in (whole, again)]
     assert rows[0] == rows[1] and len(rows[0]) == 3
     assert {row["part"] for row in again if row["finished"] == "False"} == {"curves", "recipes", "hidden"}
+
+    # Another folder does not wipe out what these results have.
+    other = open_study(TINY, *sources, tmp_path / "other-work")
+    with pytest.raises(ValueError, match="row-a-seed0, which .*other-work does not"):
+        study_squad.run(other, tmp_path / "stopped", ("rows",))
 
 
 def _run(
@@ -114,6 +123,23 @@ def _check_rows(rows: dict[str, Row]) -> None:
     for row in rows.values():
         assert 0 <= row["f1"] <= 100 and row["questions"] == 60
         assert row["row"] == "a" or row["f1_before"] >= 0
+
+
+def _check_page(path: Path) -> None:
+    """Figures first, as the page shows those that are there."""
+    results = study_figures.Results(path)
+    drawn = [figure.save(path.parent) for figure in study_figures.figures(results)]
+    assert [one.name.rpartition("-")[2] for one in drawn] == ["curves.png", "layers.png", "speed.png"]
+    assert all(1000 < one.stat().st_size < 200_000 for one in drawn)
+    text = "\n".join(study_page.section(results))
+    assert all(f"](results/{one.name})" in text for one in drawn)
+    titles = [line[5:] for line in text.splitlines() if line.startswith("#### ")]
+    assert len(titles) == 5 and titles[0].startswith("Four ways to choose")
+    assert "- L0 against random in span F1: " in text and "Not finished" not in text
+    for row in results.row("e") + results.row("joint"):
+        assert f"| {row['f1']:.2f} |" in text and f"{-row['f1_span_loss']:+.2f} (" in text
+    (speeds,) = results.timings.values()
+    assert all(f"{row['speedup']:.2f}x" in text for row in speeds if row["row"] in "aeb")
 
 
 def _lasting(row: Row) -> Row:
