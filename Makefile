@@ -88,9 +88,9 @@ aot: $(STAMP)
 
 # On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests, then
 # those of the kernels under compute-sanitizer where that is installed; ops the op benchmark beside the card's ceilings;
-# train the trainer with ARGS="prune ...".
+# train the trainer with ARGS="prune ..."; study the paper's comparison, with ARGS="--max-minutes 8" in parts.
 gpu:
-	@case "$(PART)" in tests|ops|train) ;; *) echo "make gpu: there is no PART=$(PART); there are: tests, ops, train"; exit 2;; esac
+	@case "$(PART)" in tests|ops|train|study) ;; *) echo "make gpu: there is no PART=$(PART); there are: tests, ops, train, study"; exit 2;; esac
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.cuda.get_device_name())"
 	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=.:python $(GPU_$(PART))
@@ -99,6 +99,7 @@ GPU_tests = $(PYTHON) -m pytest -q && { ! command -v compute-sanitizer >/dev/nul
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" tests/test_triton.py; }
 GPU_ops = $(PYTHON) benchmarks/bench_ops.py --device cuda $(ARGS)
 GPU_train = $(PYTHON) -m pruned_trainer.cli $(ARGS)
+GPU_study = $(PYTHON) benchmarks/study_squad.py --profile gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV4) build dist pruned_ops/_C*.so *.egg-info

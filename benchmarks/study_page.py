@@ -46,7 +46,9 @@ def _curves_text(results: Results) -> list[str]:
         "",
         f"The lowest-ranking heads, or FFN units, are taken away and nothing is trained after; "
         f"{some['questions']} questions. L0 takes the gates of that multiple of the paper's lambda whose own "
-        "threshold removes the nearest share. Differences are between answers to the same questions.",
+        "threshold removes the nearest share. Differences are between answers to the same questions. Seen "
+        f"were {some['windows_l0']:,} windows of the training file by L0's gates, {some['windows_gain']:,} by "
+        f"gain, {some['windows_leave-one-out']:,}, again for each head and group of units, by leave-one-out.",
         "",
         *image(results, "curves", "F1 and span F1 over the share removed, by four ways to choose"),
     ]
@@ -110,7 +112,8 @@ def _rows_text(results: Results) -> list[str]:
         "#### The rows of the paper's table",
         "",
         "Gates of heads and of FFN units trained apart at multiples of the paper's lambda on frozen weights, "
-        f"decided at log_alpha 0, compacted, trained on with distillation; {some['questions']} questions. "
+        f"decided at log_alpha 0, compacted, trained on with distillation ({some['windows_retrained']:,} "
+        f"windows); {some['questions']:,} questions. "
         "Changes are against row a, the dense model. The paper's model is BERT-large on SQuAD 2.0 dev, on a "
         "K80 at batch 1.",
         "",

@@ -54,6 +54,13 @@ class Profile:
     stride: int = 128
     save_steps: int = 50
 
+    def seen(self) -> Row:
+        """For every row: the profile, and the windows that training and scores take."""
+        methods = {f"windows_{name}": steps * self.retrain_batch for name, steps in self.score_steps.items()}
+        gates = {"windows_l0": self.gate_steps * self.gate_batch}
+        retrained = {"windows_retrained": self.retrain_steps * self.retrain_batch}
+        return {"profile": self.name, **gates, **methods, **retrained}
+
 
 @dataclass
 class Study:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -103,7 +102,7 @@ def _write(study: Study, results: Path, command: str) -> Path:
     made: list[Row] = []
     for part, name, _ in units(study):
         record = study.finished(name)
-        about = {"part": part, "unit": name, "profile": study.profile.name, "finished": record is not None}
+        about = {"part": part, "unit": name, "finished": record is not None, **study.profile.seen()}
         made += [{**about, **row, **_stamp(record)} for row in record["rows"]] if record else [about]
     path = _path(results, "study", study)
     there = {row["unit"] for row in read_rows(path) if row["finished"] == "True"} if path.is_file() else set()
@@ -171,7 +170,8 @@ def main() -> None:
     logging.set_verbosity_error()
     work = told.work or Path("build", f"study-{told.profile}")
     until = begun + 60 * told.max_minutes if told.max_minutes else float("inf")
-    command = shlex.join(["python", "benchmarks/study_squad.py", *sys.argv[1:]])
+    # As one would say it elsewhere: where data and teacher lie is this machine's affair.
+    command = f"python benchmarks/study_squad.py --profile {told.profile} --data SQUAD --model TEACHER"
     try:
         study = open_study(PROFILES[told.profile], told.model, told.data, work, told.note)
         for path in run(study, told.results, tuple(told.only), command, until):

@@ -77,6 +77,7 @@ def curve_row(
         row |= {score: 60 - behind, f"{score}_loss": dense - 60 + behind}
         for name, value in ((f"{score}_loss", dense - 60 + behind), (f"{score}_behind_l0", behind)):
             row |= {name: value, f"{name}_low": value - width, f"{name}_high": value + width}
+    row |= {f"windows_{name}": 64 for name in ("l0", "gain", "leave-one-out", "retrained")}
     return {**row, **harness.stamp(), "command": "python study", "model": "m"}
 
 

@@ -22,7 +22,7 @@ from study_records import Profile, Row, open_study, read_rows  # noqa: E402
 
 TINY = Profile(
     name="tiny", seeds=(0,), train_every=2, judged_every=2, curve_every=2, fractions=(0.5,),
-    hidden_fractions=(0.25,), multiples=(1, 2), gate_steps=40, gate_batch=8, gate_learning_rate=0.1,
+    hidden_fractions=(0.25,), multiples=(1, 2), gate_steps=24, gate_batch=8, gate_learning_rate=0.1,
     retrain_steps=6, retrain_batch=8, score_steps={"gain": 2, "leave-one-out": 1},
     max_length=24, stride=4, save_steps=2,
 )  # fmt: skip
