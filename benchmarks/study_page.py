@@ -46,9 +46,9 @@ def _curves_text(results: Results) -> list[str]:
         "",
         f"The lowest-ranking heads, or FFN units, are taken away and nothing is trained after; "
         f"{some['questions']} questions. L0 takes the gates of that multiple of the paper's lambda whose own "
-        "threshold removes the nearest share. Differences are between answers to the same questions. Seen "
-        f"were {some['windows_l0']:,} windows of the training file by L0's gates, {some['windows_gain']:,} by "
-        f"gain, {some['windows_leave-one-out']:,}, again for each head and group of units, by leave-one-out.",
+        "threshold removes the nearest share. Differences are between answers to the same questions. L0's "
+        f"gates saw {some['windows_l0']:,} windows of the training file, gain {some['windows_gain']:,}, "
+        f"leave-one-out {some['windows_leave-one-out']:,}, but again for each head and group of 64 units.",
         "",
         *image(results, "curves", "F1 and span F1 over the share removed, by four ways to choose"),
     ]
