@@ -152,9 +152,4 @@ Grid row_grid(int rows) {
   return {static_cast<unsigned>((rows + each - 1) / each)};
 }
 
-// Whether an address, and rows `stride` numbers apart, lie at multiples of 16 bytes.
-inline bool is_aligned(const void* address, int64_t stride, int number_bytes) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * number_bytes % 16 == 0;
-}
-
 }  // namespace pruned_ops::cuda
