@@ -29,13 +29,16 @@ struct Tile {
   // threads of the block. Everything lies at multiples of 16 bytes, so `columns` is a multiple of 8.
   template <int THREADS>
   PRUNED_OPS_DEVICE void copy_async(Global<const T> from, int64_t stride, int rows, int columns) const {
-    static_assert(ROWS * kChunks % THREADS == 0);
+    // A thread copies the same chunk of every kStep-th row, and steps by constants.
+    constexpr int kStep = THREADS / kChunks;
+    static_assert(THREADS % kChunks == 0 && kStep % 8 == 0 && ROWS % kStep == 0);
+    const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
+    const bool inside = chunk * kChunk < columns;
+    const Shared<T> to = at(row, chunk);
+    from = from + (row * stride + chunk * kChunk);
 #pragma unroll
-    for (int i = 0; i < ROWS * kChunks / THREADS; ++i) {
-      const int row = (i * THREADS + thread_index()) / kChunks;
-      const int chunk = (i * THREADS + thread_index()) % kChunks;
-      const bool inside = row < rows && chunk * kChunk < columns;
-      cp_async_128<T>(at(row, chunk), inside ? from + (row * stride + chunk * kChunk) : from, inside);
+    for (int i = 0; i < ROWS; i += kStep) {
+      cp_async_128<T>(to + i * COLUMNS, from + i * stride, inside && row + i < rows);
     }
   }
 
