@@ -64,6 +64,11 @@ struct EmbedLayerNorm {
   Dtype dtype;
 };
 
+// Whether an address, and rows `stride` numbers apart, lie at multiples of 16 bytes.
+inline bool is_aligned(const void* address, int64_t stride, int number_bytes) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * number_bytes % 16 == 0;
+}
+
 const char* attention(const Attention& arguments, void* stream);
 const char* linear_gelu(const Linear& arguments, void* stream);
 const char* add_layer_norm(const AddLayerNorm& arguments, void* stream);

@@ -36,6 +36,14 @@ PRUNED_OPS_DEVICE Shared<T> shared_memory() {
   return reinterpret_cast<T*>(memory);
 }
 
+// Of the current GPU; 0 where that cannot be asked.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Starts a kernel; returns what is wrong with the launch, or nullptr. More than 48 KiB of shared memory are
 // there only for a kernel that asked.
 template <class... Parameters, class... Arguments>
@@ -60,9 +68,17 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, int threads, int sh
 #define __global__
 #define __launch_bounds__(...)
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
 #include "emulator.h"
 
 namespace pruned_ops::cuda {
+
+using std::max;
+using std::memcpy;
+using std::min;
 
 template <class T>
 using Global = emulator::Pointer<T>;
@@ -74,6 +90,10 @@ inline int thread_index() {
 }
 inline Grid block_index() {
   return emulator::block_index();
+}
+
+inline int multiprocessors() {
+  return emulator::multiprocessors();
 }
 
 template <class T>

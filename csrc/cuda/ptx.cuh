@@ -117,12 +117,31 @@ PRUNED_OPS_DEVICE void store_128(Global<T> to, Bits128 value) {
 #endif
 }
 
+// Two 16-bit numbers at once to shared or device memory; the address is a multiple of 4.
+template <class T>
+PRUNED_OPS_DEVICE void store_32(Shared<T> to, uint32_t value) {
+#ifdef __CUDACC__
+  *reinterpret_cast<uint32_t*>(to) = value;
+#else
+  to.store(value);
+#endif
+}
+
 // All threads of the block have come here, and see what the others wrote.
 PRUNED_OPS_DEVICE void sync_threads([[maybe_unused]] int line = __builtin_LINE()) {
 #ifdef __CUDACC__
   __syncthreads();
 #else
   emulator::sync_threads(line);
+#endif
+}
+
+// The same for the 32 lanes of a warp.
+PRUNED_OPS_DEVICE void sync_warp([[maybe_unused]] int line = __builtin_LINE()) {
+#ifdef __CUDACC__
+  __syncwarp();
+#else
+  emulator::sync_warp(line);
 #endif
 }
 
