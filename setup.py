@@ -66,8 +66,7 @@ INT8_FLAGS = (
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 CUDA_SOURCES = [
     "csrc/cuda/ops.cpp",
-    *(f"csrc/cuda/{op}.cu" for op in ("attention", "linear_gelu", "add_layer_norm")),
-    *(f"csrc/cuda/{op}.cu" for op in ("linear_add_layer_norm", "embed_layer_norm")),
+    *sorted(f"csrc/cuda/{path.name}" for path in ROOT.glob("csrc/cuda/*.cu")),
 ]
 # -lineinfo costs no speed: tools can then name the line that a kernel is at.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
@@ -118,9 +117,9 @@ def check_toolkit() -> None:
     wanted = torch.version.cuda.partition(".")[0]
     if found is None or found[1] != wanted:
         raise SetupError(
-            f"{nvcc()} is of {found[0] if found else 'an unknown release'}, torch {torch.__version__} is built "
-            f"with CUDA {torch.version.cuda}: set CUDA_HOME to a toolkit of CUDA {wanted}, install a torch that "
-            f"is built with nvcc's, or set {CUDA_SWITCH}=0 to do without the CUDA kernels"
+            f"{nvcc()} is of {found[0] if found else 'an unknown release'}, torch {torch.__version__} of CUDA "
+            f"{torch.version.cuda}: set CUDA_HOME to a toolkit of CUDA {wanted}, install a torch for nvcc's CUDA, "
+            f"or set {CUDA_SWITCH}=0 to do without the CUDA kernels"
         )
     # The nvcc on PATH may be a script that runs one elsewhere, and torch's build looks for headers beside it.
     plan = subprocess.run([nvcc(), "--dryrun", "-c", "a.cu"], capture_output=True, text=True).stderr
