@@ -15,13 +15,13 @@ from pruned_ops.panels import pack_panels
 from pruned_ops.registry import BACKENDS, REFERENCE
 
 # Every backend that can run here on CPU tensors; a test's id contains the one it runs. Where there is a GPU,
-# test_triton.py runs Triton's kernels on it.
+# test_triton.py and test_cuda.py run the others on it.
 READY = [
     REFERENCE,
     *(
         name
         for name, backend in BACKENDS.items()
-        if backend.missing is None and (name != "triton" or backend.on_demand)
+        if backend.missing is None and (name not in ("triton", "cuda") or backend.on_demand)
     ),
 ]
 
