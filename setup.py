@@ -114,13 +114,14 @@ def check_toolkit() -> None:
     """SetupError unless the toolkit is of torch's major version: both use one CUDA runtime."""
     said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+)[.\d]*", said)
-    wanted = torch.version.cuda.partition(".")[0]
+    cuda = torch.version.cuda
+    wanted = cuda.partition(".")[0]
     if found is None or found[1] != wanted:
         release = found[0] if found else "an unknown release"
         raise SetupError(
-            f"{nvcc()} is of {release}, torch {torch.__version__} of CUDA {torch.version.cuda}: set "
-            f"CUDA_HOME to a toolkit of CUDA {wanted}, install a torch for that nvcc, or set {CUDA_SWITCH}=0 to "
-            "leave the CUDA kernels out"
+            f"{nvcc()} is of {release}, torch {torch.__version__} is built with CUDA {cuda}: set CUDA_HOME to "
+            f"a toolkit of CUDA {wanted}, install a torch for that nvcc, or set {CUDA_SWITCH}=0 to leave the "
+            "CUDA kernels out"
         )
     # The nvcc on PATH may be a script that runs one elsewhere, and torch's build looks for headers beside it.
     plan = subprocess.run([nvcc(), "--dryrun", "-c", "a.cu"], capture_output=True, text=True).stderr

@@ -68,11 +68,10 @@ class Kernel:
 @functools.lru_cache
 def nvcc() -> str | None:
     """The CUDA compiler; None where there is none."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [os.path.join(home, "bin", "nvcc") for home in (*homes, "/usr/local/cuda")]
-    return next(
-        (one for one in (places[0], shutil.which("nvcc"), *places) if one and shutil.which(one)), None
-    )
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which(os.path.join(home, "bin", "nvcc"))
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def toolkit_headers() -> Path:
