@@ -119,9 +119,9 @@ def check_toolkit() -> None:
     if found is None or found[1] != wanted:
         release = found[0] if found else "an unknown release"
         raise SetupError(
-            f"{nvcc()} is of {release}, torch {torch.__version__} is built with CUDA {cuda}: set CUDA_HOME to "
-            f"a toolkit of CUDA {wanted}, install a torch for that nvcc, or set {CUDA_SWITCH}=0 to leave the "
-            "CUDA kernels out"
+            f"{nvcc()} is of {release}, torch {torch.__version__} is built with CUDA {cuda}: set CUDA_HOME "
+            f"to a toolkit of CUDA {wanted}, install a torch for that nvcc, or set {CUDA_SWITCH}=0 to leave "
+            "the CUDA kernels out"
         )
     # The nvcc on PATH may be a script that runs one elsewhere, and torch's build looks for headers beside it.
     plan = subprocess.run([nvcc(), "--dryrun", "-c", "a.cu"], capture_output=True, text=True).stderr
