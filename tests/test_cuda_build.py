@@ -98,18 +98,19 @@ def test_of_torchs_cuda_headers_only_c10s_are_included() -> None:
 def cuda_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A torch for CUDA 13.0 and the nvcc of 13.2 that it finds: a script beside no headers. Returns the
     toolkit that the script's compiler is of."""
-    toolkit, script = tmp_path / "toolkit", tmp_path / "home" / "bin" / "nvcc"
-    for folder in (toolkit / "bin", toolkit / "include", script.parent):
+    toolkit, home = tmp_path / "toolkit", tmp_path / "home"
+    for folder in (toolkit / "bin", toolkit / "include", home / "bin"):
         folder.mkdir(parents=True)
     (toolkit / "include" / "cuda_runtime_api.h").touch()
-    script.write_text(
-        "#!/bin/sh\n"
-        f'[ "$1" = --version ] && echo "Cuda compilation tools, release 13.2, V13.2.1" || '
-        f'echo "#$ TOP={toolkit}/bin/.." >&2\n'
-    )
-    script.chmod(0o755)
+    version, top = "Cuda compilation tools, release 13.2, V13.2.1", f"#$ TOP={toolkit}/bin/.."
+    for path, does in (
+        (toolkit / "bin" / "nvcc", f'[ "$1" = --version ] && echo "{version}" || echo "{top}" >&2'),
+        (home / "bin" / "nvcc", f'exec {toolkit}/bin/nvcc "$@"'),
+    ):
+        path.write_text(f"#!/bin/sh\n{does}\n")
+        path.chmod(0o755)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(home))
     return toolkit
 
 
