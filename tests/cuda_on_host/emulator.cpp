@@ -25,7 +25,7 @@ constexpr size_t kPage = 4096;
 // stacks do not all fall into the same sets of the caches.
 constexpr size_t kStack = 32 * kPage, kGuard = 5 * kPage;
 
-const char* const kNames[] = {"nothing",     "sync_threads",           "shuffle_xor",
+const char* const kNames[] = {"nothing",     "sync_threads",           "sync_warp",   "shuffle_xor",
                               "ldmatrix_x4", "ldmatrix_x4_transposed", "mma_m16n8k16"};
 
 struct Copy {
@@ -275,6 +275,11 @@ void run_block() {
   throw Error(std::exchange(machine.error, {}));
 }
 
+bool is_dropped(int line) {
+  const std::vector<int>& dropped = machine.settings.dropped;
+  return std::find(dropped.begin(), dropped.end(), line) != dropped.end();
+}
+
 void check_launch(const Grid& grid, int threads, int shared_bytes) {
   if (threads < kLanes || threads > kMaxThreads || threads % kLanes != 0)
     fail(std::to_string(threads) + " threads in a block; a multiple of 32 up to 1024 is needed");
@@ -291,6 +296,10 @@ void set(Settings settings) {
   machine.settings = std::move(settings);
   machine.random = machine.settings.seed;
   machine.launches.clear();
+}
+
+int multiprocessors() {
+  return machine.settings.multiprocessors;
 }
 
 const std::vector<Statistics>& statistics() {
@@ -391,8 +400,7 @@ void wait() {
 }
 
 void sync_threads(int line) {
-  const std::vector<int>& dropped = machine.settings.dropped;
-  if (!dropped.empty() && std::find(dropped.begin(), dropped.end(), line) != dropped.end()) return;
+  if (is_dropped(line)) return;
   Fiber& fiber = machine.fibers[current_thread];
   fiber.waits_at = Operation::sync_threads;
   fiber.line = line;
@@ -405,6 +413,12 @@ void sync_threads(int line) {
     ++counted.barriers;
     for (int i = 0; i < machine.threads / kLanes; ++i) set_runnable(i, ~0u);
   }
+  wait();
+}
+
+void sync_warp(int line) {
+  if (is_dropped(line)) return;
+  if (Warp* warp = arrive(Operation::sync_warp, line, nullptr)) release(*warp);
   wait();
 }
 
