@@ -29,13 +29,14 @@ def kernels() -> Any:
 class Emulated:
     """The ops, with threads in this order: "ascending", "descending", or "random" from the seed.
 
-    dropped: lines whose sync_threads is left out. statistics: of the last call, one for each launch. Errors
+    multiprocessors: of the GPU that the kernels find. dropped: lines whose sync_threads is left out. statistics: of the last call, one for each launch. Errors
     are `EmulatorError` of the module.
     """
 
     module: Any = field(default_factory=kernels)
     order: str = "ascending"
     seed: int = 0
+    multiprocessors: int = 132
     dropped: tuple[int, ...] = ()
     statistics: list[dict[str, Any]] = field(default_factory=list)
 
@@ -46,7 +47,7 @@ class Emulated:
             for name, tensor in buffers.items()
             if tensor.numel()
         ]
-        self.module.configure(op, places, self.order, self.seed, list(self.dropped))
+        self.module.configure(op, places, self.order, self.seed, self.multiprocessors, list(self.dropped))
         getattr(self.module, op)(*arguments)
         self.statistics = self.module.statistics()
 

@@ -25,8 +25,7 @@ NAME = "cuda_on_host"
 
 FLAGS = [
     *("-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-fPIC"),
-    # A fortified longjmp refuses to change stacks.
-    *("-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *(f"-I{KERNELS}", f"-I{HERE}"),
     *(f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])),
 ]

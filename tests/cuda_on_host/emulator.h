@@ -46,17 +46,21 @@ struct Statistics {
 };
 
 // What the launches that follow run under. `name` is what errors call the kernel. Threads do not wait at the
-// barriers of the lines in `dropped`: a fault that tests plant.
+// barriers of the lines in `dropped`: a fault that tests plant. multiprocessors: of the GPU, for kernels that
+// choose by how many there are.
 struct Settings {
   std::string name;
   std::vector<Buffer> buffers;
   Order order = Order::ascending;
   uint64_t seed = 0;
+  int multiprocessors = 1;
   std::vector<int> dropped;
 };
 void set(Settings settings);
 // Of the launches since set().
 const std::vector<Statistics>& statistics();
+
+int multiprocessors();
 
 // Runs the kernel in each thread of each block. Throws Error.
 void run(Grid grid, int threads, int shared_bytes, const std::function<void()>& kernel);
@@ -80,6 +84,9 @@ inline Grid block_index() {
                               size_t alignment, bool writes);
 // The buffer that holds the address, one that may be written where it is asked for and there is one.
 const Buffer* find_buffer(uintptr_t address, bool writes);
+
+// Of its own, so that a call with pointers does not find this namespace's functions by itself.
+namespace pointers {
 
 // A pointer that knows its buffer: outside it may point, but not read or write.
 template <class T>
@@ -137,6 +144,9 @@ class Pointer {
   const Buffer* buffer_ = nullptr;
 };
 
+}  // namespace pointers
+using pointers::Pointer;
+
 // Every block finds it full of NaN.
 template <class T>
 Pointer<T> shared_memory() {
@@ -145,7 +155,15 @@ Pointer<T> shared_memory() {
 
 // Where threads wait for each other. What a lane brings to an operation of its warp lies on its stack; the
 // last lane to come does the operation for all.
-enum class Operation { none, sync_threads, shuffle_xor, ldmatrix_x4, ldmatrix_x4_transposed, mma_m16n8k16 };
+enum class Operation {
+  none,
+  sync_threads,
+  sync_warp,
+  shuffle_xor,
+  ldmatrix_x4,
+  ldmatrix_x4_transposed,
+  mma_m16n8k16
+};
 struct Warp {
   void* lanes[kLanes];
   uint32_t arrived = 0;
@@ -160,6 +178,7 @@ void release(Warp& warp);
 void wait();
 
 void sync_threads(int line);
+void sync_warp(int line);
 float shuffle_xor(float x, int bits, int line);
 
 // `from` is nullptr for zeros.
