@@ -69,6 +69,14 @@ def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, 
     return [*ids, *tables, *norm]
 
 
+def moved_to(device: str, arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """All tensors on this device, the floating ones in this dtype."""
+    return [
+        (a.to(device, dtype) if a.is_floating_point() else a.to(device)) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
+
+
 def encoder_arguments(tokens: int, hidden: int, width: int, seed: int) -> list[Any]:
     """Two layers' parts and an FFN more, without heads or width in between."""
     first, head_dim = tokens // 3, 16

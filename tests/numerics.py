@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from pruned_ops.registry import BackendError, Op, record, use_backend
+from pruned_ops.registry import OPS, BackendError, Op, record, use_backend
 
 
 def in_fp64(arguments: Sequence[Any]) -> list[Any]:
@@ -50,3 +50,14 @@ def assert_within_budget(op: Op, backend: str, arguments: Sequence[Any]) -> Tens
     error = largest(output.double() - truth)
     assert error <= 2 * budget + 1e-5, f"{op.name} on {backend}: error {error:.3g}, budget {budget:.3g}"
     return output
+
+
+def within_budget(op: str, output: Tensor, arguments: Sequence[Any]) -> None:
+    """Assert that this is what the op's reference gives of these arguments, within the budget."""
+    reference = OPS[op].reference
+    truth = reference(*in_fp64(arguments))
+    budget = largest(reference(*arguments).double() - truth)
+    error = largest(output.double() - truth)
+    assert output.shape == truth.shape and error <= 2 * budget + 1e-5, (
+        f"error {error:.3g}, budget {budget:.3g}"
+    )
