@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_on_host"))
 
-from build import build  # noqa: E402
+from build import build, compiler  # noqa: E402
 
 GUARD = 64  # numbers before and after an output that must stay as they are
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be here, or None."""
+    return None if shutil.which(compiler()) else f"there is no {compiler()}; a C++ compiler is needed"
 
 
 @functools.cache
@@ -29,8 +35,8 @@ def kernels() -> Any:
 class Emulated:
     """The ops, with threads in this order: "ascending", "descending", or "random" from the seed.
 
-    multiprocessors: of the GPU that the kernels find. dropped: lines whose sync_threads is left out. statistics: of the last call, one for each launch. Errors
-    are `EmulatorError` of the module.
+    multiprocessors: of the GPU that the kernels find. dropped: lines whose sync_threads is left out.
+    statistics: of the last call, one for each launch. Errors are `EmulatorError` of the module.
     """
 
     module: Any = field(default_factory=kernels)
@@ -40,14 +46,23 @@ class Emulated:
     dropped: tuple[int, ...] = ()
     statistics: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, op: str, buffers: Mapping[str, Tensor], writable: set[str], *arguments: Any) -> None:
-        """One call of the module's function on these buffers."""
+    def run(
+        self,
+        op: str,
+        buffers: Mapping[str, Tensor],
+        writable: set[str],
+        *arguments: Any,
+        name: str | None = None,
+    ) -> None:
+        """One call of the module's function on these buffers. name: what errors call it."""
         places = [
             (name, tensor.data_ptr(), extent(tensor), name in writable)
             for name, tensor in buffers.items()
             if tensor.numel()
         ]
-        self.module.configure(op, places, self.order, self.seed, self.multiprocessors, list(self.dropped))
+        self.module.configure(
+            name or op, places, self.order, self.seed, self.multiprocessors, list(self.dropped)
+        )
         getattr(self.module, op)(*arguments)
         self.statistics = self.module.statistics()
 
