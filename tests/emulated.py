@@ -54,10 +54,14 @@ class Emulated:
         *arguments: Any,
         name: str | None = None,
     ) -> None:
-        """One call of the module's function on these buffers. name: what errors call it."""
+        """One call of the module's function on these buffers, if there is something to write. name: what errors
+        call it."""
+        self.statistics = []
+        if writable and not any(buffers[one].numel() for one in writable):
+            return
         places = [
-            (name, tensor.data_ptr(), extent(tensor), name in writable)
-            for name, tensor in buffers.items()
+            (buffer, tensor.data_ptr(), extent(tensor), buffer in writable)
+            for buffer, tensor in buffers.items()
             if tensor.numel()
         ]
         self.module.configure(
@@ -70,12 +74,15 @@ class Emulated:
         if qkv.data_ptr() % 16 or qkv.stride(0) * qkv.element_size() % 16 or qkv.stride(1) != 1:
             qkv = aligned(qkv)
         cu_seqlens = cu_seqlens.contiguous()
-        tokens, width = qkv.size(0), qkv.size(1) // 3
+        tokens, width, batch = qkv.size(0), qkv.size(1) // 3, cu_seqlens.size(0) - 1
+        longest = min(max_seqlen, tokens)
+        if longest == 0 or batch == 0:
+            return qkv.new_zeros(tokens, width)
         out = Output(tokens, width, qkv.dtype)
         buffers = {"qkv": qkv, "cu_seqlens": cu_seqlens, "out": out.tensor}
         self.run(
             "attention", buffers, {"out"}, qkv.data_ptr(), cu_seqlens.data_ptr(), out.tensor.data_ptr(),
-            tokens, cu_seqlens.size(0) - 1, width // head_dim, head_dim, max_seqlen, qkv.stride(0),
+            tokens, batch, width // head_dim, head_dim, longest, qkv.stride(0),
             dtype_name(qkv),
         )  # fmt: skip
         return out.checked()

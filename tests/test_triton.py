@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from inputs import arguments_for, attention_arguments, cu_seqlens, randn
-from numerics import in_fp64, largest
+from numerics import within_budget
 from torch import Tensor
 
 import pruned_ops
@@ -40,16 +40,6 @@ def moved(arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
         (a.to(DEVICE, dtype) if a.is_floating_point() else a.to(DEVICE)) if isinstance(a, Tensor) else a
         for a in arguments
     ]
-
-
-def within_budget(op: str, output: Tensor, arguments: Sequence[Any]) -> None:
-    reference = OPS[op].reference
-    truth = reference(*in_fp64(arguments))
-    budget = largest(reference(*arguments).double() - truth)
-    error = largest(output.double() - truth)
-    assert output.shape == truth.shape and error <= 2 * budget + 1e-5, (
-        f"error {error:.3g}, budget {budget:.3g}"
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -60,7 +60,7 @@ def _digest_of_all() -> str:
     return digest.hexdigest()
 
 
-def _compiled(name: str, text: bytes) -> Path:
+def compiled(name: str, text: bytes) -> Path:
     """The object of this source."""
     digest = hashlib.sha256(_digest_of_all().encode() + text).hexdigest()[:16]
     stem = f"{Path(name).stem}-{digest}"
@@ -70,12 +70,12 @@ def _compiled(name: str, text: bytes) -> Path:
         copy.write_bytes(b'#line 1 "%s"\n' % name.encode() + text)
         # Nothing in the module needs to be quick.
         flags = [*FLAGS, "-O0"] if name == "module.cpp" else FLAGS
-        _run([compiler(), "-x", "c++", *flags, "-c", str(copy), "-o", f"{target}.{os.getpid()}"])
+        run([compiler(), "-x", "c++", *flags, "-c", str(copy), "-o", f"{target}.{os.getpid()}"])
         os.replace(f"{target}.{os.getpid()}", target)
     return target
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or done.stderr:
         raise CompileError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
@@ -95,10 +95,10 @@ def build(changed: Mapping[str, str] | None = None) -> Any:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(jobs) as pool:
-        objects = [str(path) for path in pool.map(_compiled, texts, texts.values())]
+        objects = [str(path) for path in pool.map(compiled, texts, texts.values())]
     library = OUTPUT / f"{NAME}-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        _run([compiler(), "-shared", *objects, "-o", f"{library}.{os.getpid()}"])
+        run([compiler(), "-shared", *objects, "-o", f"{library}.{os.getpid()}"])
         os.replace(f"{library}.{os.getpid()}", library)
     return _loaded(library)
 
