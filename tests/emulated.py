@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_on_host"))
 
-from build import build  # noqa: E402
+from build import build, compiler  # noqa: E402
 
 GUARD = 64  # numbers before and after an output that must stay as they are
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be here, or None."""
+    return None if shutil.which(compiler()) else f"there is no {compiler()}; a C++ compiler is needed"
 
 
 @functools.cache
@@ -29,8 +35,8 @@ def kernels() -> Any:
 class Emulated:
     """The ops, with threads in this order: "ascending", "descending", or "random" from the seed.
 
-    multiprocessors: of the GPU that the kernels find. dropped: lines whose sync_threads is left out. statistics: of the last call, one for each launch. Errors
-    are `EmulatorError` of the module.
+    multiprocessors: of the GPU that the kernels find. dropped: lines whose sync_threads is left out.
+    statistics: of the last call, one for each launch. Errors are `EmulatorError` of the module.
     """
 
     module: Any = field(default_factory=kernels)
@@ -40,14 +46,27 @@ class Emulated:
     dropped: tuple[int, ...] = ()
     statistics: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, op: str, buffers: Mapping[str, Tensor], writable: set[str], *arguments: Any) -> None:
-        """One call of the module's function on these buffers."""
+    def run(
+        self,
+        op: str,
+        buffers: Mapping[str, Tensor],
+        writable: set[str],
+        *arguments: Any,
+        name: str | None = None,
+    ) -> None:
+        """One call of the module's function on these buffers, if there is something to write. name: what errors
+        call it."""
+        self.statistics = []
+        if writable and not any(buffers[one].numel() for one in writable):
+            return
         places = [
-            (name, tensor.data_ptr(), extent(tensor), name in writable)
-            for name, tensor in buffers.items()
+            (buffer, tensor.data_ptr(), extent(tensor), buffer in writable)
+            for buffer, tensor in buffers.items()
             if tensor.numel()
         ]
-        self.module.configure(op, places, self.order, self.seed, self.multiprocessors, list(self.dropped))
+        self.module.configure(
+            name or op, places, self.order, self.seed, self.multiprocessors, list(self.dropped)
+        )
         getattr(self.module, op)(*arguments)
         self.statistics = self.module.statistics()
 
@@ -55,12 +74,15 @@ class Emulated:
         if qkv.data_ptr() % 16 or qkv.stride(0) * qkv.element_size() % 16 or qkv.stride(1) != 1:
             qkv = aligned(qkv)
         cu_seqlens = cu_seqlens.contiguous()
-        tokens, width = qkv.size(0), qkv.size(1) // 3
+        tokens, width, batch = qkv.size(0), qkv.size(1) // 3, cu_seqlens.size(0) - 1
+        longest = min(max_seqlen, tokens)
+        if longest == 0 or batch == 0:
+            return qkv.new_zeros(tokens, width)
         out = Output(tokens, width, qkv.dtype)
         buffers = {"qkv": qkv, "cu_seqlens": cu_seqlens, "out": out.tensor}
         self.run(
             "attention", buffers, {"out"}, qkv.data_ptr(), cu_seqlens.data_ptr(), out.tensor.data_ptr(),
-            tokens, cu_seqlens.size(0) - 1, width // head_dim, head_dim, max_seqlen, qkv.stride(0),
+            tokens, batch, width // head_dim, head_dim, longest, qkv.stride(0),
             dtype_name(qkv),
         )  # fmt: skip
         return out.checked()

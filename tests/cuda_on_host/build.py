@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pybind11
+import torch
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "csrc" / "cuda"
@@ -27,7 +27,10 @@ FLAGS = [
     *("-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-fPIC"),
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *(f"-I{KERNELS}", f"-I{HERE}"),
-    *(f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])),
+    *(
+        f"-isystem{path}"
+        for path in (Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"])
+    ),
 ]
 
 
@@ -54,7 +57,6 @@ def _digest_of_all() -> str:
     digest = hashlib.sha256(targets.stdout + " ".join(FLAGS).encode())
     for path in headers:
         digest.update(path.read_bytes())
-    digest.update(" ".join(path.name for path in KERNELS.glob("*.cu")).encode())
     return digest.hexdigest()
 
 

@@ -10,9 +10,10 @@ import os
 from functools import cache
 from typing import Any
 
-import build
 import torch
 from torch.utils import cpp_extension
+
+import build  # isort: skip  (a folder of this name would make it the project's own)
 
 STAND_INS = build.HERE / "stand_ins"
 CSRC = build.KERNELS.parent

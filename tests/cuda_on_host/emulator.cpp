@@ -382,8 +382,9 @@ void fail(const std::string& what) {
 }
 
 void fail_access(const Buffer* buffer, uintptr_t address, size_t item, size_t bytes, size_t alignment,
-                 bool writes) {
-  const std::string access = (writes ? "writes " : "reads ") + std::to_string(bytes) + " bytes ";
+                 Access kind) {
+  const char* const verbs[] = {"reads ", "writes ", "reads or writes "};
+  const std::string access = verbs[static_cast<int>(kind)] + std::to_string(bytes) + " bytes ";
   if (!buffer) fail(access + "through a null pointer");
   const int64_t offset = static_cast<int64_t>(address - buffer->begin);
   const std::string index =

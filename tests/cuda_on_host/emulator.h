@@ -80,8 +80,10 @@ inline Grid block_index() {
 
 // Throws Error with where it happened.
 [[noreturn]] void fail(const std::string& what);
+// What is done where a number lies; `either`: a reference is taken, to read it or to write it.
+enum class Access { read, write, either };
 [[noreturn]] void fail_access(const Buffer* buffer, uintptr_t address, size_t item, size_t bytes,
-                              size_t alignment, bool writes);
+                              size_t alignment, Access access);
 // The buffer that holds the address, one that may be written where it is asked for and there is one.
 const Buffer* find_buffer(uintptr_t address, bool writes);
 
@@ -92,6 +94,7 @@ namespace pointers {
 template <class T>
 class Pointer {
   static constexpr bool kWrites = !std::is_const_v<T>;
+  static constexpr Access kAccess = kWrites ? Access::either : Access::read;
 
  public:
   Pointer() = default;
@@ -113,28 +116,29 @@ class Pointer {
     return static_cast<int64_t>(address_ - other.address_) / static_cast<int64_t>(sizeof(T));
   }
 
-  T& operator*() const { return *reinterpret_cast<T*>(checked(sizeof(T), alignof(T), kWrites)); }
+  T& operator*() const { return *reinterpret_cast<T*>(checked(sizeof(T), alignof(T), kAccess)); }
   T& operator[](int64_t index) const { return *(*this + index); }
 
   // Several numbers at once, as V.
   template <class V>
   V load() const {
     V value;
-    std::memcpy(&value, reinterpret_cast<const void*>(checked(sizeof(V), alignof(V), false)), sizeof(V));
+    std::memcpy(&value, reinterpret_cast<const void*>(checked(sizeof(V), alignof(V), Access::read)),
+                sizeof(V));
     return value;
   }
   template <class V>
   void store(const V& value) const {
     static_assert(kWrites);
-    std::memcpy(reinterpret_cast<void*>(checked(sizeof(V), alignof(V), true)), &value, sizeof(V));
+    std::memcpy(reinterpret_cast<void*>(checked(sizeof(V), alignof(V), Access::write)), &value, sizeof(V));
   }
 
   // The address, once these bytes there may be read, or written.
-  uintptr_t checked(size_t bytes, size_t alignment, bool writes) const {
+  uintptr_t checked(size_t bytes, size_t alignment, Access access) const {
     if (!buffer_ || address_ - buffer_->begin > buffer_->bytes ||
         buffer_->begin + buffer_->bytes - address_ < bytes || address_ % alignment != 0 ||
-        (writes && !buffer_->writable))
-      fail_access(buffer_, address_, sizeof(T), bytes, alignment, writes);
+        (access != Access::read && !buffer_->writable))
+      fail_access(buffer_, address_, sizeof(T), bytes, alignment, access);
     return address_;
   }
   bool is_shared() const { return buffer_ == &shared; }
@@ -190,8 +194,8 @@ template <class T>
 void cp_async_128(Pointer<T> to, Pointer<const T> from, bool inside) {
   if (!to.is_shared()) fail("cp.async copies to shared memory only");
   if (inside && from.is_shared()) fail("cp.async copies from global memory only");
-  copy_async(to.checked(16, 16, true),
-             inside ? reinterpret_cast<const void*>(from.checked(16, 16, false)) : nullptr);
+  copy_async(to.checked(16, 16, Access::write),
+             inside ? reinterpret_cast<const void*>(from.checked(16, 16, Access::read)) : nullptr);
 }
 
 struct MatrixLane {
@@ -203,7 +207,7 @@ void load_matrices(const Warp& warp, bool transposed);
 template <class T>
 void ldmatrix_x4(uint32_t (&registers)[4], Pointer<const T> row, bool transposed, int line) {
   if (!row.is_shared()) fail("ldmatrix reads shared memory only");
-  MatrixLane lane{reinterpret_cast<const uint16_t*>(row.checked(16, 16, false)), registers};
+  MatrixLane lane{reinterpret_cast<const uint16_t*>(row.checked(16, 16, Access::read)), registers};
   const Operation operation = transposed ? Operation::ldmatrix_x4_transposed : Operation::ldmatrix_x4;
   if (Warp* warp = arrive(operation, line, &lane)) {
     load_matrices(*warp, transposed);

@@ -84,20 +84,18 @@ void run_planted(const std::string& name, const std::vector<Address>& addresses,
   accepted(named(planted::kernels(), name)(pointers.data(), numbers.data()));
 }
 
-#if __has_include("attention.cu")
 void run_attention(Address qkv, Address cu_seqlens, Address result, int tokens, int batch, int num_heads,
                    int head_dim, int max_seqlen, int64_t stride_qkv, const std::string& dtype) {
   accepted(attention({in(qkv), static_cast<const int32_t*>(in(cu_seqlens)), out(result), tokens, batch,
                       num_heads, head_dim, max_seqlen, stride_qkv, dtype_of(dtype)},
                      nullptr));
 }
-#endif
 
 // x, weight, bias, out, tokens, in, width, stride_x, stride_weight, dtype
 using LinearTuple =
     std::tuple<Address, Address, Address, Address, int, int, int, int64_t, int64_t, std::string>;
 
-[[maybe_unused]] Linear linear_of(const LinearTuple& tuple) {
+Linear linear_of(const LinearTuple& tuple) {
   const auto& [x, weight, bias, result, tokens, inputs, width, stride_x, stride_weight, dtype] = tuple;
   return {in(x),  in(weight), in(bias), out(result),   tokens,
           inputs, width,      stride_x, stride_weight, dtype_of(dtype)};
@@ -107,14 +105,13 @@ using LinearTuple =
 using AddTuple = std::tuple<Address, Address, Address, Address, Address, Address, int, int, int64_t, int64_t,
                             float, std::string>;
 
-[[maybe_unused]] AddLayerNorm add_of(const AddTuple& tuple) {
+AddLayerNorm add_of(const AddTuple& tuple) {
   const auto& [x, bias, residual, weight, norm_bias, result, tokens, hidden, stride_x, stride_residual, eps,
                dtype] = tuple;
   return {in(x),  in(bias), in(residual), in(weight),      in(norm_bias), out(result),
           tokens, hidden,   stride_x,     stride_residual, eps,           dtype_of(dtype)};
 }
 
-#if __has_include("embed_layer_norm.cu")
 void run_embed_layer_norm(const std::vector<Address>& ids, const std::vector<Address>& tables,
                           Address norm_weight, Address norm_bias, Address result,
                           const std::vector<int>& rows, const std::vector<int64_t>& strides,
@@ -137,7 +134,6 @@ void run_embed_layer_norm(const std::vector<Address>& ids, const std::vector<Add
   arguments.dtype = dtype_of(dtype);
   accepted(embed_layer_norm(arguments, nullptr));
 }
-#endif
 
 }  // namespace
 
@@ -146,24 +142,14 @@ PYBIND11_MODULE(cuda_on_host, module) {
   module.def("configure", configure);
   module.def("statistics", statistics);
   module.def("planted", run_planted);
-#if __has_include("attention.cu")
   module.def("attention", run_attention);
-#endif
-#if __has_include("linear_gelu.cu")
   module.def("linear_gelu",
              [](const LinearTuple& linear) { accepted(linear_gelu(linear_of(linear), nullptr)); });
-#endif
-#if __has_include("add_layer_norm.cu")
   module.def("add_layer_norm", [](const AddTuple& add) { accepted(add_layer_norm(add_of(add), nullptr)); });
-#endif
-#if __has_include("linear_add_layer_norm.cu")
   module.def("linear_add_layer_norm", [](const LinearTuple& linear, const AddTuple& add) {
     accepted(linear_add_layer_norm(linear_of(linear), add_of(add), nullptr));
   });
-#endif
-#if __has_include("embed_layer_norm.cu")
   module.def("embed_layer_norm", run_embed_layer_norm);
-#endif
 }
 
 }  // namespace pruned_ops::cuda
