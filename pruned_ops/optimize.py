@@ -16,8 +16,9 @@ from torch import nn
 from pruned_ops.engine import Engine
 from pruned_ops.head_hooks import hook_head
 from pruned_ops.int8 import Batch, choose_int8
-from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
+from pruned_ops.packed_encoder import PackedEncoder
 from pruned_ops.registry import BACKENDS, BackendError
+from pruned_ops.swappable import ENCODERS, refuse
 
 _HOOKS = "_pruned_ops_hooks"
 _MODES = "_pruned_ops_modes"
@@ -97,11 +98,15 @@ def _swapped(model: nn.Module, int8: bool) -> Any:
         for child in {id(child): child for _, _, child in found}.values()
     }
     for parent, name, child in found:
-        setattr(parent, name, packed[id(child)])
-    for module in model.modules():
-        handles = hook_head(module)
+        encoder = packed[id(child)]
+        setattr(parent, name, encoder)
+        head, handles = hook_head(parent)
         if handles:
-            setattr(module, _HOOKS, handles)
+            setattr(parent, _HOOKS, handles)
+        if head is not None:
+            encoder.heads.append(head)
+        else:
+            encoder.outside.append(type(parent).__name__)
     setattr(model, _MODES, modes)
     return model.eval()
 

@@ -17,7 +17,9 @@ from inputs import padded_batch, pruned_model, stock_model
 from torch import Tensor
 
 import pruned_ops
-from pruned_ops.engine import Bucket, Engine
+from pruned_ops.buckets import Bucket
+from pruned_ops.engine import Engine
+from pruned_ops.packed_heads import Outputs
 from pruned_ops.packing import PackedBatch
 
 STEP = 0.05
@@ -28,25 +30,37 @@ class StandIn:
 
     Between replays the output holds NaN, as memory that other graphs of the pool may write."""
 
-    def __init__(self, fail_after: int | None = None) -> None:
-        self.recorded, self.fail_after = 0, fail_after
+    def __init__(self, fail_after: int | None = None, error: Exception | None = None) -> None:
+        self.recorded, self.fail_after, self.inside, self.waited = 0, fail_after, 0, 0
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
 
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(self, work: Callable[[], Outputs]) -> Callable[[], Outputs]:
         if self.recorded == self.fail_after:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         self.recorded += 1
-        output = torch.full_like(work(), torch.nan)
+        outputs = Outputs(*(None if one is None else torch.full_like(one, torch.nan) for one in work()))
 
-        def replay() -> Tensor:
-            return output.copy_(work())
+        def replay() -> Outputs:
+            for output, found in zip(outputs, work(), strict=True):
+                if output is not None:
+                    output.copy_(found)
+            self.outputs = outputs
+            return outputs
 
-        self.output = output
         return replay
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
+        self.inside += 1
+        assert self.inside == 1, "two graphs of one pool run at once"
         yield
-        self.output.fill_(torch.nan)
+        for output in self.outputs:
+            if output is not None:
+                output.fill_(torch.nan)
+        self.inside -= 1
+
+    def wait(self) -> None:
+        self.waited += 1
 
 
 def with_engine(model: Any, **settings: Any) -> tuple[Any, Engine]:
