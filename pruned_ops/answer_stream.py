@@ -1,8 +1,8 @@
 """From a stream of questions to what a model says on each, in order, in bounded memory.
 
 Windows are made ahead, in a thread, while the model computes (tokenizers and our ops release the GIL). They
-come in blocks of a few batches' tokens, which `scheduling` sorts by length and runs. Of a question only its context and its best spans are kept, of a context
-only the windows of a block.
+come in blocks of a few batches' tokens, which `scheduling` sorts by length and runs. Of a question only its
+context and its best spans are kept, of a context only the windows of a block.
 """
 
 from __future__ import annotations

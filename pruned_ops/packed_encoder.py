@@ -125,6 +125,7 @@ class PackedEncoder(nn.Module):
             named.add("output_attentions")
         if named:
             raise ValueError(f"an optimised encoder does not take {', '.join(sorted(named))}")
+        self._refuse_autocast()
         check_inputs(self.config, input_ids, inputs_embeds, position_ids, token_type_ids)
         if input_ids is None:
             raise ValueError("an optimised encoder does not take inputs_embeds: it looks up real tokens only")
@@ -142,6 +143,7 @@ class PackedEncoder(nn.Module):
                 head_run.outputs, head_run.batch = outputs, batch
                 last = inputs[0].new_empty((0, 1, self.config.hidden_size), dtype=self.dtype)
             else:
+                assert outputs.rows is not None
                 last = batch.unpack(outputs.rows)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
@@ -151,6 +153,16 @@ class PackedEncoder(nn.Module):
         return (
             output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
         )
+
+    def _refuse_autocast(self) -> None:
+        """Weights are packed once, in their own dtype; autocast would be obeyed by the head alone."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != self.dtype:
+            asked = torch.get_autocast_dtype(kind)
+            raise ValueError(
+                f"autocast asks for {asked}, and an optimised model computes in its weights' dtype, "
+                f"{self.dtype}: call model.to({asked}) instead"
+            )
 
     def _packed(
         self, batch: PackedBatch, input_ids: Tensor, types: Tensor | None, position_ids: Tensor | None

@@ -96,7 +96,11 @@ class HeadRun:
 class SpanHead(PackedHead):
     """Start and end logits of each token; the dtype's minimum at padding, where no answer may be found."""
 
-    classes = (BertForQuestionAnswering, RobertaForQuestionAnswering, PrunedBertForQuestionAnswering)
+    classes: tuple[type[Any], ...] = (
+        BertForQuestionAnswering,
+        RobertaForQuestionAnswering,
+        PrunedBertForQuestionAnswering,
+    )
 
     @property
     def linears(self) -> tuple[Any, ...]:

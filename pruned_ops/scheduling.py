@@ -1,8 +1,8 @@
 """Many sequences through a model at full rate: like lengths together, and copies beside the computing.
 
 Sequences come in blocks of a few batches' tokens and are sorted by length within a block, so that batches of
-a bounded number of tokens hold little padding. On a GPU a batch is computed while the next one's inputs are on
-their way there, and the results of the one before on theirs back.
+a bounded number of tokens hold little padding. On a GPU a batch is computed while the next one's inputs are
+on their way there, and the results of the one before on theirs back.
 """
 
 from __future__ import annotations
@@ -146,9 +146,7 @@ class BatchRunner:
         """Every block's sequences in batches of at most `tokens` (see `token_batches`), with their results on
         the host. A block is read when the batches before it are computed, but for `lanes.ahead` of them."""
         return self.run(
-            [block[place] for place in places]
-            for block in blocks
-            for places in token_batches(block, tokens)
+            [block[place] for place in places] for block in blocks for places in token_batches(block, tokens)
         )
 
     def run(self, batches: Iterable[list[T]]) -> Iterator[tuple[list[T], Tensors]]:
