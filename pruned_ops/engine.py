@@ -193,8 +193,8 @@ class Engine:
                 self.stats.replays += 1
                 self.stats.tokens += tokens
                 self.stats.wasted += bucket.tokens - tokens
-                if head is None:
-                    self.stats.outside.update(self._encoder.outside)
+                if head is None and self._encoder.around:
+                    self.stats.outside[" or ".join(self._encoder.around)] += 1
             replayed(graph.ran)
             return outputs
         found: Outputs = self._encoder.compute(inputs, cu_seqlens, max_seqlen, head)

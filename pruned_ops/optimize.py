@@ -109,10 +109,9 @@ def _swapped(model: nn.Module, int8: bool) -> Any:
         head, handles = hook_head(parent)
         if handles:
             setattr(parent, _HOOKS, handles)
+        encoder.around.append(type(parent if handles else model).__name__)
         if head is not None:
             encoder.heads.append(head)
-        else:
-            encoder.outside.append(type(parent).__name__)
     setattr(model, _MODES, modes)
     return model.eval()
 

@@ -32,9 +32,9 @@ class PackedEncoder(nn.Module):
         if refusal is not None:
             raise ValueError(f"optimize cannot take this {type(original).__name__}: {refusal}")
         self.engine: Engine | None = None  # what runs batches on a GPU; `optimize` decides
-        # The heads around it that it computes, and the names of those that others do; `optimize` knows them.
+        # The heads around it that it can compute, and the classes of all; `optimize` knows them.
         self.heads: list[PackedHead] = []
-        self.outside: list[str] = []
+        self.around: list[str] = []
         self._keep = [original]  # in a list, so that its parameters are not registered a second time
         self._modes = [(module, module.training) for module in original.modules()]
         config = original.config

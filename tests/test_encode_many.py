@@ -1,4 +1,4 @@
-"""encode_many on random arrivals: order, each text once, bounded windows and batches, the outputs of one alone;
+"""encode_many on random arrivals: order, each text once, bounded windows and batches, each as alone;
 and the copies beside the computing, with a stand-in for a GPU's lanes."""
 
 from __future__ import annotations
