@@ -18,7 +18,7 @@ from pruned_ops import (
     PrunedRobertaForQuestionAnswering,
 )
 from pruned_ops.natural_questions import natural_questions_classes
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops.swappable import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision, Kept, LayerDecision
 

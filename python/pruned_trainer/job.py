@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops.swappable import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, SizeBudget, Target, make_budget
 from pruned_trainer.distillation import Projection
