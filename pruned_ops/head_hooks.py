@@ -13,9 +13,15 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    CamembertForQuestionAnswering,
+    CamembertForSequenceClassification,
+    CamembertForTokenClassification,
     RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
     RobertaForTokenClassification,
+    XLMRobertaForQuestionAnswering,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaForTokenClassification,
 )
 
 from pruned_ops.heads import PrunedBertForSequenceClassification, PrunedBertForTokenClassification
@@ -25,19 +31,27 @@ from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
 ANSWERERS = (
     BertForQuestionAnswering,
     RobertaForQuestionAnswering,
+    XLMRobertaForQuestionAnswering,
+    CamembertForQuestionAnswering,
     PrunedBertForQuestionAnswering,
     PrunedBertForNaturalQuestions,
 )
-CLASSIFIERS = (
+# They read a text's label from position 0, whatever is there.
+_READ_FIRST = (
     BertForSequenceClassification,
-    BertForTokenClassification,
     RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+    CamembertForSequenceClassification,
+)
+CLASSIFIERS = (
+    *_READ_FIRST,
+    BertForTokenClassification,
     RobertaForTokenClassification,
+    XLMRobertaForTokenClassification,
+    CamembertForTokenClassification,
     PrunedBertForSequenceClassification,
     PrunedBertForTokenClassification,
 )
-# They read a text's label from position 0, whatever is there.
-_READ_FIRST = (BertForSequenceClassification, RobertaForSequenceClassification)
 _LABELS = ("labels", "start_positions", "end_positions", "answer_types")
 
 Names = tuple[str, ...]

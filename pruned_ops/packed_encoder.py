@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel, RobertaModel
+from transformers import BertModel, CamembertModel, RobertaModel, XLMRobertaModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert.modeling_bert import BertEmbeddings
+from transformers.models.camembert.modeling_camembert import CamembertEmbeddings
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbeddings
 
 from pruned_ops import ops
+from pruned_ops.configuration import is_roberta
 from pruned_ops.engine import Engine
 from pruned_ops.inputs import check_inputs, default_position_ids
 from pruned_ops.layers import ACTIVATIONS, Projection, PrunedEncoder
@@ -22,8 +25,8 @@ from pruned_ops.packing import PackedBatch
 from pruned_ops.padded import PrunedEmbeddings
 from pruned_ops.shape import LayerShape, ModelShape
 
-ENCODERS = (BertModel, RobertaModel, PrunedBertModel, PrunedRobertaModel)
-_EMBEDDINGS = (BertEmbeddings, RobertaEmbeddings, PrunedEmbeddings)
+ENCODERS = (BertModel, RobertaModel, XLMRobertaModel, CamembertModel, PrunedBertModel, PrunedRobertaModel)
+_EMBEDDINGS = (BertEmbeddings, RobertaEmbeddings, XLMRobertaEmbeddings, CamembertEmbeddings, PrunedEmbeddings)
 _QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
 _CAPTURING = "transformers.utils.output_capturing"
 
@@ -46,7 +49,6 @@ class PackedEncoder(nn.Module):
         config = original.config
         self.config = config
         self.int8 = int8
-        self.roberta = config.model_type in ("roberta", "pruned_roberta")
         self.embeddings = original.embeddings
         self.pooler = getattr(original, "pooler", None)
         with torch.device("meta"):
@@ -163,7 +165,7 @@ class PackedEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, positions and types of the real tokens, (tokens,) each."""
         if position_ids is None:
-            padding_idx = self.config.pad_token_id if self.roberta else None
+            padding_idx = self.config.pad_token_id if is_roberta(self.config) else None
             position_ids = default_position_ids(
                 input_ids, batch.batch_size, batch.seqlen, self.device, padding_idx
             )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from pruned_ops.inputs import longest_sequence
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload
 from pruned_ops.packed_encoder import model_shape
@@ -76,7 +77,7 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
     train, validation, evaluation = _read_data(settings, task)
     dense, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
     task.check_model(dense)
-    longest = length_limit(dense)
+    longest = longest_sequence(dense.config)
     if settings.max_length > longest:
         raise ValueError(
             f"max_length is {settings.max_length}; the model's position table allows {longest} tokens"
@@ -131,8 +132,9 @@ def load_teacher(
         )
     if teacher.config.num_labels != dense.config.num_labels:
         faults.append(f"it has {teacher.config.num_labels} labels, the student {dense.config.num_labels}")
-    if length_limit(teacher) != length_limit(dense):
-        faults.append(f"it takes {length_limit(teacher)} tokens, the student {length_limit(dense)}")
+    its_limit, limit = longest_sequence(teacher.config), longest_sequence(dense.config)
+    if its_limit != limit:
+        faults.append(f"it takes {its_limit} tokens, the student {limit}")
     if faults:
         raise ValueError(f"{settings.teacher} cannot teach {settings.model}: {'; '.join(faults)}")
     return teacher
@@ -177,10 +179,3 @@ def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
     if settings.eval_file is not None:
         evaluation = task.read(settings.eval_file, "validation")
     return train, validation, evaluation
-
-
-def length_limit(model: PreTrainedModel) -> int:
-    """Longest sequence the position table allows, in tokens."""
-    config = model.config
-    offset = config.pad_token_id + 1 if config.model_type.endswith("roberta") else 0
-    return config.max_position_embeddings - offset
