@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pruned_ops.inputs import longest_sequence
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload
+from pruned_ops.natural_questions import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.packed_encoder import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, SizeBudget, Target, make_budget
 from pruned_trainer.distillation import Projection
 from pruned_trainer.distributed import is_main, once, per_process, state
 from pruned_trainer.evaluation import BATCH_SIZE, TIMED_BATCHES
-from pruned_trainer.features import Part
+from pruned_trainer.features import Numbered, Part, lengths_of
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.task import Prepared, Task
@@ -105,11 +106,13 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
     for target in wanted:
         budget.check_reachable(target, settings.parts, settings.width_align or 1)
     features = task.features(train, tokenizer)
-    cache, gates = None, features
+    cache = None
+    if settings.cache_teacher is not None:
+        features = Numbered(features)
+        cache = open_cache(settings.cache_teacher, teacher, features)
+    gates = features
     if settings.gate_fraction < 1:
         gates = Part(features, settings.gate_fraction, settings.seed)
-    if settings.cache_teacher is not None:
-        cache = open_cache(settings.cache_teacher, teacher, features)
     return Job(
         settings, dense, teacher, tokenizer, task, features, gates, held, judged, budget, workload, table,
         cache, started,
@@ -159,12 +162,10 @@ def latency_table(
 
 
 def open_cache(folder: Path, teacher: PreTrainedModel, features: Sequence[dict[str, Any]]) -> TeacherCache:
-    """The cache of this teacher's logits on these windows, which get their numbers in it."""
-    for number, feature in enumerate(features):
-        feature["number"] = number
-    lengths = [len(feature["input_ids"]) for feature in features]
+    """The cache of this teacher's logits on these windows."""
     mark = once(lambda: fingerprint(teacher, features))
-    return TeacherCache(folder, lengths, mark)
+    types = len(AnswerType) if isinstance(teacher, PrunedBertForNaturalQuestions) else 0
+    return TeacherCache(folder, lengths_of(features), mark, types)
 
 
 def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
