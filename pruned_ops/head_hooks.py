@@ -10,36 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    RobertaForQuestionAnswering,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
+
+from pruned_ops.packed_heads import (
+    HeadRun,
+    PackedHead,
+    SpanAndTypeHead,
+    SpanHead,
+    TextHead,
+    TokenHead,
+    packed_head,
 )
 
-from pruned_ops.heads import PrunedBertForSequenceClassification, PrunedBertForTokenClassification
-from pruned_ops.modeling import PrunedBertForQuestionAnswering
-from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
-from pruned_ops.packed_heads import HeadRun, PackedHead, packed_head
-
-ANSWERERS = (
-    BertForQuestionAnswering,
-    RobertaForQuestionAnswering,
-    PrunedBertForQuestionAnswering,
-    PrunedBertForNaturalQuestions,
-)
-CLASSIFIERS = (
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
-    PrunedBertForSequenceClassification,
-    PrunedBertForTokenClassification,
-)
+ANSWERERS = (*SpanHead.classes, *SpanAndTypeHead.classes)
+CLASSIFIERS = (*TokenHead.classes, *TextHead.classes)
 # They read a text's label from position 0, whatever is there.
-_READ_FIRST = (BertForSequenceClassification, RobertaForSequenceClassification)
+_READ_FIRST = TextHead.stock_classes
 _LABELS = ("labels", "start_positions", "end_positions", "answer_types")
 
 Names = tuple[str, ...]

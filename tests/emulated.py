@@ -54,8 +54,8 @@ class Emulated:
         *arguments: Any,
         name: str | None = None,
     ) -> None:
-        """One call of the module's function on these buffers, if there is something to write. name: what errors
-        call it."""
+        """One call of the module's function on these buffers, if there is something to write. name: what
+        errors call it."""
         self.statistics = []
         if writable and not any(buffers[one].numel() for one in writable):
             return

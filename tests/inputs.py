@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    CamembertConfig,
+    CamembertForQuestionAnswering,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+    XLMRobertaConfig,
+    XLMRobertaForQuestionAnswering,
+)
 
 import pruned_ops
 from pruned_ops import LayerShape
@@ -98,6 +107,8 @@ def stock_model(kind: str = "bert", seed: int = 0, **fields: Any) -> Any:
     config_class, model_class = {
         "bert": (BertConfig, BertForQuestionAnswering),
         "roberta": (RobertaConfig, RobertaForQuestionAnswering),
+        "xlm-roberta": (XLMRobertaConfig, XLMRobertaForQuestionAnswering),
+        "camembert": (CamembertConfig, CamembertForQuestionAnswering),
     }[kind]
     sizes = {
         "hidden_size": 64,
