@@ -1,4 +1,5 @@
-# make demo | test | test-transformers4 | lint | ci | asan | bench | results | overhead | aot | gpu. The first call sets up .venv; what is there already is used.
+# make demo | test | test-transformers4 | lint | ci | asan | bench | results | overhead | aot | cuda-compile | gpu. The first
+# call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
 # to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-transformers4 lint ci asan bench results overhead aot gpu clean
+.PHONY: demo test test-transformers4 lint ci asan bench results overhead aot cuda-compile gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.python:
@@ -41,7 +42,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 ci: lint asan test test-transformers4
 
@@ -86,6 +87,11 @@ overhead: $(STAMP)
 aot: $(STAMP)
 	PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q tests/test_triton_compiled.py
 
+# Every CUDA kernel, compiled by nvcc alone for sm_80 and sm_90, against the budget in its source; needs no GPU. The
+# tests do the same wherever there is nvcc; this shows the table.
+cuda-compile: $(STAMP)
+	$(BIN)/python tests/cuda_budgets.py
+
 # On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests, then
 # those of the kernels under compute-sanitizer where that is installed; ops the op benchmark beside the card's ceilings;
 # train the trainer with ARGS="prune ..."; study the paper's comparison, with ARGS="--max-minutes 8" in parts.
@@ -95,8 +101,11 @@ gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=.:python $(GPU_$(PART))
 
-GPU_tests = $(PYTHON) -m pytest -q && { ! command -v compute-sanitizer >/dev/null || PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" tests/test_triton.py; }
+GPU_tests = $(PYTHON) -m pytest -q && { ! command -v compute-sanitizer >/dev/null || { $(GPU_memcheck) && $(GPU_racecheck); }; }
+SANITIZED := PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
+GPU_memcheck = $(SANITIZED) memcheck $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" \
+	tests/test_triton.py tests/test_cuda.py
+GPU_racecheck = $(SANITIZED) racecheck $(PYTHON) -m pytest -q -x -k "edges or any_width" tests/test_cuda.py
 GPU_ops = $(PYTHON) benchmarks/bench_ops.py --device cuda $(ARGS)
 GPU_train = $(PYTHON) -m pruned_trainer.cli $(ARGS)
 GPU_study = $(PYTHON) benchmarks/study_squad.py --profile gpu $(ARGS)

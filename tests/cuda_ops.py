@@ -63,9 +63,9 @@ def checked(op: str, arguments: list[Any], launches: bool = True) -> Tensor:
     return output
 
 
-def arguments_of(op: str, dtype: torch.dtype) -> list[Any]:
+def arguments_of(op: str, dtype: torch.dtype, **sizes: int) -> list[Any]:
     """Small ones that the kernels take."""
-    made = attention_arguments((12, 25), 2, 32) if op == "attention" else arguments_for(op)
+    made = attention_arguments((12, 25), 2, 32) if op == "attention" else arguments_for(op, **sizes)
     return moved(made, dtype)
 
 

@@ -9,7 +9,7 @@ namespace pruned_ops::cuda {
 namespace {
 
 template <class T, int THREADS, bool ALIGNED>
-__global__ void __launch_bounds__(row_block_threads<THREADS>(), row_blocks<THREADS, ALIGNED>())
+__global__ void __launch_bounds__(row_block_threads<THREADS>(), row_blocks<THREADS>())
     add_layer_norm_kernel(Global<const T> x, Global<const T> bias, Global<const T> residual,
                           Global<const T> norm_weight, Global<const T> norm_bias, Global<T> out, int tokens,
                           int hidden, int64_t stride_x, int64_t stride_residual, float eps) {

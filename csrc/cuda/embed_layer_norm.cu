@@ -26,7 +26,7 @@ struct Table {
 };
 
 template <class T, int THREADS, bool ALIGNED>
-__global__ void __launch_bounds__(row_block_threads<THREADS>(), row_blocks<THREADS, ALIGNED>())
+__global__ void __launch_bounds__(row_block_threads<THREADS>(), row_blocks<THREADS>())
     embed_layer_norm_kernel(Table<T> word, Table<T> position, Table<T> token_type,
                             Global<const T> norm_weight, Global<const T> norm_bias, Global<T> out, int tokens,
                             int hidden, float eps) {

@@ -12,7 +12,8 @@ struct CUDAStream {
 
 // Kernels are to start on their tensors' device.
 inline CUDAStream getCurrentCUDAStream(DeviceIndex index) {
-  TORCH_CHECK(guarded() && guarded()->index() == index, "a stream is asked for without a guard of its device");
+  TORCH_CHECK(guarded() && guarded()->index() == index,
+              "a stream is asked for without a guard of its device");
   return {};
 }
 
