@@ -41,6 +41,7 @@ int current_thread = -1;
 Grid current_block;
 Buffer shared;
 Statistics counted;
+int fault = 0;
 
 namespace {
 
@@ -315,11 +316,6 @@ void run_block() {
   throw Error(std::exchange(machine.error, {}));
 }
 
-bool is_dropped(int line) {
-  const std::vector<int>& dropped = machine.settings.dropped;
-  return std::find(dropped.begin(), dropped.end(), line) != dropped.end();
-}
-
 void check_launch(const Grid& grid, int threads, int shared_bytes) {
   if (threads < kLanes || threads > kMaxThreads || threads % kLanes != 0)
     fail(std::to_string(threads) + " threads in a block; a multiple of 32 up to 1024 is needed");
@@ -442,7 +438,6 @@ void wait() {
 }
 
 void sync_threads(int line) {
-  if (is_dropped(line)) return;
   Fiber& fiber = machine.fibers[current_thread];
   fiber.waits_at = Operation::sync_threads;
   fiber.line = line;
@@ -459,7 +454,6 @@ void sync_threads(int line) {
 }
 
 void sync_warp(int line) {
-  if (is_dropped(line)) return;
   if (Warp* warp = arrive(Operation::sync_warp, line, nullptr)) release(*warp);
   wait();
 }

@@ -45,16 +45,14 @@ struct Statistics {
   int64_t async_copies = 0;                                                         // of a thread
 };
 
-// What the launches that follow run under. `name` is what errors call the kernel. Threads do not wait at the
-// barriers of the lines in `dropped`: a fault that tests plant. multiprocessors: of the GPU, for kernels that
-// choose by how many there are.
+// What the launches that follow run under. `name` is what errors call the kernel. multiprocessors: of the
+// GPU, for kernels that choose by how many there are.
 struct Settings {
   std::string name;
   std::vector<Buffer> buffers;
   Order order = Order::ascending;
   uint64_t seed = 0;
   int multiprocessors = 1;
-  std::vector<int> dropped;
 };
 void set(Settings settings);
 // Of the launches since set().
@@ -70,6 +68,9 @@ extern int current_thread;
 extern Grid current_block;
 extern Buffer shared;
 extern Statistics counted;
+
+// Which of the faults that a test wrote into a copy of the kernels is there; 0: none.
+extern int fault;
 
 inline int thread_index() {
   return current_thread;
