@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import functools
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_on_host.build import build, compiler
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_on_host"))
-
-from build import build, compiler  # noqa: E402
 
 GUARD = 64  # numbers before and after an output that must stay as they are
 

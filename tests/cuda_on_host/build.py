@@ -21,7 +21,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "csrc" / "cuda"
 OUTPUT = HERE.parents[1] / "build" / "cuda_on_host"
-NAME = "cuda_on_host"
+NAME = "kernels_on_host"
 
 FLAGS = [
     *("-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-fPIC"),

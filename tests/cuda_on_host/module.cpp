@@ -136,7 +136,7 @@ void run_embed_layer_norm(const std::vector<Address>& ids, const std::vector<Add
 
 }  // namespace
 
-PYBIND11_MODULE(cuda_on_host, module) {
+PYBIND11_MODULE(kernels_on_host, module) {
   py::register_local_exception<emulator::Error>(module, "EmulatorError", PyExc_RuntimeError);
   module.def("configure", configure);
   module.def("statistics", statistics);
