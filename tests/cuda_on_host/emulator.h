@@ -55,10 +55,13 @@ struct Settings {
   int multiprocessors = 1;
 };
 void set(Settings settings);
+const Settings& settings();
 // Of the launches since set().
 const std::vector<Statistics>& statistics();
 
-int multiprocessors();
+inline int multiprocessors() {
+  return settings().multiprocessors;
+}
 
 // Runs the kernel in each thread of each block. Throws Error.
 void run(Grid grid, int threads, int shared_bytes, const std::function<void()>& kernel);
@@ -190,6 +193,8 @@ float shuffle_xor(float x, int bits, int line);
 void copy_async(uintptr_t to, const void* from);
 void cp_async_commit();
 void cp_async_wait(int pending);
+// At a block's beginning.
+void forget_copies(int threads);
 
 template <class T>
 void cp_async_128(Pointer<T> to, Pointer<const T> from, bool inside) {
