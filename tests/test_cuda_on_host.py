@@ -7,12 +7,15 @@ import ctypes
 import faulthandler
 import functools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_on_host.build import KERNELS, CompileError, compiled, object_of
 from emulated import Emulated, missing
 from inputs import generator, randn
 from torch import Tensor
@@ -244,3 +247,22 @@ def test_faults_of_others_are_theirs() -> None:
         ctypes.string_at(1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
+
+
+def test_what_changed_is_compiled_again_and_nothing_else(tmp_path: Path) -> None:
+    shutil.copytree(KERNELS, tmp_path, dirs_exist_ok=True)
+    sources = sorted(tmp_path.glob("*.cu"))
+    before = [object_of(source, tmp_path) for source in sources]
+    with (tmp_path / "tile.cuh").open("a") as file:
+        file.write("// Another line.\n")
+    after = [object_of(source, tmp_path) for source in sources]
+    changed = {one.stem for one, old, new in zip(sources, before, after, strict=True) if old != new}
+    assert changed == {"attention", "linear_gelu", "linear_add_layer_norm"}
+
+
+def test_a_warning_is_an_error(tmp_path: Path) -> None:
+    source = tmp_path / "unused.cpp"
+    source.write_text("static int unused() { return 1; }\n")
+    with pytest.raises(CompileError, match="unused"):
+        compiled(source)
+    assert not object_of(source).exists()

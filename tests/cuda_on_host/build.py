@@ -38,7 +38,7 @@ class CompileError(Exception):
 
 
 def compiler() -> str:
-    return os.environ.get("CXX", "g++")
+    return "g++"
 
 
 @cache
@@ -60,17 +60,26 @@ def included(source: Path, kernels: Path) -> list[Path]:
     return found
 
 
-def compiled(source: Path, kernels: Path = KERNELS) -> Path:
-    """The object of this source. kernels: the folder of the kernels and of their headers."""
+def _flags(source: Path, kernels: Path) -> list[str]:
     # Nothing in the module needs to be quick.
-    flags = [*FLAGS, f"-I{kernels}", f"-I{HERE}", *(["-O0"] if source.name == "module.cpp" else [])]
-    digest = hashlib.sha256(_target() + " ".join(flags).encode())
+    return [*FLAGS, f"-I{kernels}", f"-I{HERE}", *(["-O0"] if source.name == "module.cpp" else [])]
+
+
+def object_of(source: Path, kernels: Path = KERNELS) -> Path:
+    """Where the object of this source is, or will be."""
+    digest = hashlib.sha256(_target() + " ".join(_flags(source, kernels)).encode())
     for path in included(source, kernels):
         digest.update(path.read_bytes())
-    target = OUTPUT / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    return OUTPUT / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+
+
+def compiled(source: Path, kernels: Path = KERNELS) -> Path:
+    """The object of this source. kernels: the folder of the kernels and of their headers."""
+    target = object_of(source, kernels)
     if not target.exists():
         OUTPUT.mkdir(parents=True, exist_ok=True)
-        run([compiler(), "-x", "c++", *flags, "-c", str(source), "-o", f"{target}.{os.getpid()}"])
+        command = [compiler(), "-x", "c++", *_flags(source, kernels), "-c", str(source)]
+        run([*command, "-o", f"{target}.{os.getpid()}"])
         os.replace(f"{target}.{os.getpid()}", target)
     return target
 
