@@ -191,3 +191,13 @@ def test_a_cuda_torch_without_nvcc_says_what_is_left_out(
     assert "without the CUDA kernels: there is no nvcc; install the CUDA 13.0" in capsys.readouterr().err
     _, command = planned(monkeypatch, PRUNED_OPS_BUILD_CUDA="1")
     assert "asks for the CUDA kernels, but there is no nvcc" in refusal(command)
+
+
+def test_the_sdist_has_what_the_cuda_build_and_its_tests_need() -> None:
+    rules = [line.split() for line in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()]
+    patterns = {folder: names for rule, folder, *names in rules if rule == "recursive-include"}
+    for folder in ("csrc", "tests"):
+        sources = [path for kind in ("cu", "cuh", "h", "cpp") for path in (ROOT / folder).rglob(f"*.{kind}")]
+        assert sources
+        left_out = [path for path in sources if not any(path.match(name) for name in patterns[folder])]
+        assert not left_out
