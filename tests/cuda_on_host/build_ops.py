@@ -11,9 +11,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from cuda_on_host import build
 from torch.utils import cpp_extension
-
-import build  # isort: skip  (a folder of this name would make it the project's own)
 
 STAND_INS = build.HERE / "stand_ins"
 CSRC = build.KERNELS.parent
@@ -29,9 +28,9 @@ LIBRARIES = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", 
 @cache
 def ops_on_host() -> Any:
     """The ops, with `begin` and `launches`: how many kernels were started since."""
-    emulated = [build.HERE / "emulator.cpp", *sorted(build.KERNELS.glob("*.cu"))]
-    build.OUTPUT.mkdir(parents=True, exist_ok=True)
-    objects = [str(build.compiled(path.name, path.read_bytes())) for path in emulated]
+    emulator = [path for path in sorted(build.HERE.glob("*.cpp")) if path.name != "module.cpp"]
+    emulated = [*emulator, *sorted(build.KERNELS.glob("*.cu"))]
+    objects = [str(build.compiled(path)) for path in emulated]
     command = [build.compiler(), *FLAGS, "-shared", *map(str, SOURCES), *objects, *LIBRARIES]
     digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
     for path in [*SOURCES, *STAND_INS.rglob("*.h"), *CSRC.glob("*.h"), *build.KERNELS.glob("*.h")]:
