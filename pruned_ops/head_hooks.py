@@ -21,8 +21,8 @@ from pruned_ops.packed_heads import (
     packed_head,
 )
 
-ANSWERERS = (*SpanHead.classes, *SpanAndTypeHead.classes)
-CLASSIFIERS = (*TokenHead.classes, *TextHead.classes)
+ANSWERERS: tuple[type[Any], ...] = (*SpanHead.classes, *SpanAndTypeHead.classes)
+CLASSIFIERS: tuple[type[Any], ...] = (*TokenHead.classes, *TextHead.classes)
 # They read a text's label from position 0, whatever is there.
 _READ_FIRST = TextHead.stock_classes
 _LABELS = ("labels", "start_positions", "end_positions", "answer_types")
