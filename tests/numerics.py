@@ -50,8 +50,8 @@ def assert_within_budget(op: Op, backend: str, arguments: Sequence[Any]) -> Tens
 def within_budget(
     op: str, output: Tensor, arguments: Sequence[Any], alike: Sequence[Sequence[Any]] = ()
 ) -> None:
-    """Check shape, dtype and error of what some kernel made of these arguments. alike: more of the same sizes,
-    for a budget where the output's own few numbers say little: the reference errs by chance."""
+    """Check shape, dtype and error of what some kernel made of these arguments. alike: more of the same
+    sizes, for the budget of an output of few numbers, where the reference may err little by chance."""
     reference = OPS[op].reference
     truth = reference(*in_fp64(arguments))
     budget = largest(reference(*arguments).double() - truth)
