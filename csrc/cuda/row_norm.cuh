@@ -51,8 +51,11 @@ struct Row {
         for (int j = 0; j < kPerVector; ++j) values[i + j] = to_float(numbers[j]);
       }
     } else {
+      const Global<const T> own = row + column(0);  // constant steps from here: half the registers
 #pragma unroll
-      for (int i = 0; i < kNumbers; ++i) values[i] = column(i) < hidden ? to_float(row[column(i)]) : 0.0f;
+      for (int i = 0; i < kNumbers; ++i) {
+        values[i] = column(i) < hidden ? to_float(own[i * THREADS]) : 0.0f;
+      }
     }
   }
 
