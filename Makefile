@@ -1,4 +1,4 @@
-# make demo | test | test-transformers4 | lint | ci | asan | bench | overhead | aot | cuda-compile | gpu. The first call sets up .venv; what is there already is used.
+# make demo | test | test-all | test-transformers4 | lint | ci | asan | bench | overhead | aot | cuda-compile | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
 # to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-transformers4 lint ci asan bench overhead aot cuda-compile gpu clean
+.PHONY: demo test test-all test-transformers4 lint ci asan bench overhead aot cuda-compile gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.python:
@@ -36,6 +36,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+# The same with every case of the CUDA kernels in the emulator, and every Triton configuration in every dtype.
+test-all: $(STAMP)
+	PRUNED_OPS_TEST_ALL=1 PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import functools
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_on_host.build import build, compiler
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_on_host"))
-
-from build import build, compiler  # noqa: E402
 
 GUARD = 64  # numbers before and after an output that must stay as they are
 
@@ -35,15 +30,15 @@ def kernels() -> Any:
 class Emulated:
     """The ops, with threads in this order: "ascending", "descending", or "random" from the seed.
 
-    multiprocessors: of the GPU that the kernels find. dropped: lines whose sync_threads is left out.
-    statistics: of the last call, one for each launch. Errors are `EmulatorError` of the module.
+    multiprocessors: of the GPU that the kernels find. fault: of those planted in the module's kernels, 0 for
+    none. statistics: of the last call, one for each launch. Errors are `EmulatorError` of the module.
     """
 
     module: Any = field(default_factory=kernels)
     order: str = "ascending"
     seed: int = 0
     multiprocessors: int = 132
-    dropped: tuple[int, ...] = ()
+    fault: int = 0
     statistics: list[dict[str, Any]] = field(default_factory=list)
 
     def run(
@@ -54,8 +49,7 @@ class Emulated:
         *arguments: Any,
         name: str | None = None,
     ) -> None:
-        """One call of the module's function on these buffers, if there is something to write. name: what errors
-        call it."""
+        """One call of the module's function on these buffers. name: what errors call it."""
         self.statistics = []
         if writable and not any(buffers[one].numel() for one in writable):
             return
@@ -64,9 +58,7 @@ class Emulated:
             for buffer, tensor in buffers.items()
             if tensor.numel()
         ]
-        self.module.configure(
-            name or op, places, self.order, self.seed, self.multiprocessors, list(self.dropped)
-        )
+        self.module.configure(name or op, places, self.order, self.seed, self.multiprocessors, self.fault)
         getattr(self.module, op)(*arguments)
         self.statistics = self.module.statistics()
 

@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import functools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_on_host.build import KERNELS, CompileError, compiled, object_of
 from emulated import Emulated, missing
 from inputs import generator, randn
 from torch import Tensor
@@ -134,37 +136,27 @@ def test_copies_are_there_after_their_wait_alone() -> None:
 
 @pytest.mark.parametrize("count", [32, 96, 1024])
 def test_a_missing_barrier_shows_in_every_order(count: int) -> None:
-    line = line_of("sync_threads();\n  to[thread] = memory[count - 1 - thread];")
     source = randn(0, count)
     results = set()
     for order in ORDERS:
         out = torch.zeros(count)
-        assert planted("reverse", {"out": out, "in": source}, (count,), order=order)["barriers"] == 1
+        assert planted("reverse", {"out": out, "in": source}, (count, 1), order=order)["barriers"] == 1
         assert torch.equal(out, source.flip(0))
-        planted("reverse", {"out": out, "in": source}, (count,), order=order, dropped=(line,))
+        planted("reverse", {"out": out, "in": source}, (count, 0), order=order)
         assert bool(out.isnan().any())  # what another thread has yet to write
         results.add(tuple(out.nan_to_num(0).tolist()))
     assert len(results) == len(ORDERS)
 
 
 def test_a_seed_is_an_order() -> None:
-    line = line_of("sync_threads();\n  to[thread] = memory[count - 1 - thread];")
 
     def result(seed: int) -> Tensor:
         out = torch.zeros(256)
-        planted(
-            "reverse", {"out": out, "in": randn(0, 256)}, (256,), order="random", seed=seed, dropped=(line,)
-        )
+        planted("reverse", {"out": out, "in": randn(0, 256)}, (256, 0), order="random", seed=seed)
         return out.nan_to_num(0)
 
     assert torch.equal(result(1), result(1))
     assert len({tuple(result(seed).tolist()) for seed in range(5)}) > 1
-
-
-def line_of(text: str) -> int:
-    source = (Path(__file__).parent / "cuda_on_host" / "planted.cu").read_text()
-    assert source.count(text) == 1
-    return source[: source.index(text)].count("\n") + 1
 
 
 HERE = r"block \(0, 0, 0\)"
@@ -255,3 +247,22 @@ def test_faults_of_others_are_theirs() -> None:
         ctypes.string_at(1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
+
+
+def test_what_changed_is_compiled_again_and_nothing_else(tmp_path: Path) -> None:
+    shutil.copytree(KERNELS, tmp_path, dirs_exist_ok=True)
+    sources = sorted(tmp_path.glob("*.cu"))
+    before = [object_of(source, tmp_path) for source in sources]
+    with (tmp_path / "tile.cuh").open("a") as file:
+        file.write("// Another line.\n")
+    after = [object_of(source, tmp_path) for source in sources]
+    changed = {one.stem for one, old, new in zip(sources, before, after, strict=True) if old != new}
+    assert changed == {"attention", "linear_gelu", "linear_add_layer_norm"}
+
+
+def test_a_warning_is_an_error(tmp_path: Path) -> None:
+    source = tmp_path / "unused.cpp"
+    source.write_text("static int unused() { return 1; }\n")
+    with pytest.raises(CompileError, match="unused"):
+        compiled(source)
+    assert not object_of(source).exists()

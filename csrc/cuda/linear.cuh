@@ -148,7 +148,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     copy(step + S::kStages - 1);  // where the step before this one was read
     sums.add(memory.x(step), memory.weight(step));
   }
-  cp_async_wait<0>();
   sync_threads();
   sums.template finish<Finish>(memory.out(), bias + (Finish::kBias ? column : 0), columns);
   sync_threads();

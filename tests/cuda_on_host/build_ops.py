@@ -29,9 +29,8 @@ LIBRARIES = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", 
 @cache
 def ops_on_host() -> Any:
     """The ops, with `begin` and `launches`: how many kernels were started since."""
-    emulated = [build.HERE / "emulator.cpp", *sorted(build.KERNELS.glob("*.cu"))]
-    build.OUTPUT.mkdir(parents=True, exist_ok=True)
-    objects = [str(build.compiled(path.name, path.read_bytes())) for path in emulated]
+    emulator = [path for path in build.HERE.glob("*.cpp") if path.name != "module.cpp"]
+    objects = [str(build.compiled(path)) for path in sorted([*emulator, *build.KERNELS.glob("*.cu")])]
     command = [build.compiler(), *FLAGS, "-shared", *map(str, SOURCES), *objects, *LIBRARIES]
     digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
     for path in [*SOURCES, *STAND_INS.rglob("*.h"), *CSRC.glob("*.h"), *build.KERNELS.glob("*.h")]:

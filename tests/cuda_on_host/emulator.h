@@ -45,22 +45,23 @@ struct Statistics {
   int64_t async_copies = 0;                                                         // of a thread
 };
 
-// What the launches that follow run under. `name` is what errors call the kernel. Threads do not wait at the
-// barriers of the lines in `dropped`: a fault that tests plant. multiprocessors: of the GPU, for kernels that
-// choose by how many there are.
+// What the launches that follow run under. `name` is what errors call the kernel. multiprocessors: of the
+// GPU, for kernels that choose by how many there are.
 struct Settings {
   std::string name;
   std::vector<Buffer> buffers;
   Order order = Order::ascending;
   uint64_t seed = 0;
   int multiprocessors = 1;
-  std::vector<int> dropped;
 };
 void set(Settings settings);
+const Settings& settings();
 // Of the launches since set().
 const std::vector<Statistics>& statistics();
 
-int multiprocessors();
+inline int multiprocessors() {
+  return settings().multiprocessors;
+}
 
 // Runs the kernel in each thread of each block. Throws Error.
 void run(Grid grid, int threads, int shared_bytes, const std::function<void()>& kernel);
@@ -70,6 +71,9 @@ extern int current_thread;
 extern Grid current_block;
 extern Buffer shared;
 extern Statistics counted;
+
+// Which of the faults that a test wrote into a copy of the kernels is there; 0: none.
+extern int fault;
 
 inline int thread_index() {
   return current_thread;
@@ -189,6 +193,8 @@ float shuffle_xor(float x, int bits, int line);
 void copy_async(uintptr_t to, const void* from);
 void cp_async_commit();
 void cp_async_wait(int pending);
+// At a block's beginning.
+void forget_copies(int threads);
 
 template <class T>
 void cp_async_128(Pointer<T> to, Pointer<const T> from, bool inside) {

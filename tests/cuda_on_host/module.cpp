@@ -44,8 +44,7 @@ void accepted(const char* refusal) {
 // buffers: name, address, bytes and whether the kernel may write there.
 void configure(const std::string& name,
                const std::vector<std::tuple<std::string, Address, size_t, bool>>& buffers,
-               const std::string& order, uint64_t seed, int multiprocessors,
-               const std::vector<int>& dropped) {
+               const std::string& order, uint64_t seed, int multiprocessors, int fault) {
   using emulator::Order;
   emulator::Settings settings;
   settings.name = name;
@@ -55,7 +54,7 @@ void configure(const std::string& name,
       {{"ascending", Order::ascending}, {"descending", Order::descending}, {"random", Order::random}}, order);
   settings.seed = seed;
   settings.multiprocessors = multiprocessors;
-  settings.dropped = dropped;
+  emulator::fault = fault;
   emulator::set(std::move(settings));
 }
 
@@ -137,7 +136,7 @@ void run_embed_layer_norm(const std::vector<Address>& ids, const std::vector<Add
 
 }  // namespace
 
-PYBIND11_MODULE(cuda_on_host, module) {
+PYBIND11_MODULE(kernels_on_host, module) {
   py::register_local_exception<emulator::Error>(module, "EmulatorError", PyExc_RuntimeError);
   module.def("configure", configure);
   module.def("statistics", statistics);

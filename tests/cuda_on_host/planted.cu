@@ -134,18 +134,18 @@ const char* run_async(void* const* pointers, const int64_t*) {
   return launch(async, {}, 32, 4 * 32 * 16, nullptr, at<uint16_t>(pointers, 0), at<const half>(pointers, 1));
 }
 
-// A block's numbers in reverse, by way of shared memory.
-__global__ void reverse(Global<float> to, Global<const float> from, int count) {
+// A block's numbers in reverse, by way of shared memory; with the barrier that it needs, or without.
+__global__ void reverse(Global<float> to, Global<const float> from, int count, bool waits) {
   const Shared<float> memory = shared_memory<float>();
   const int thread = thread_index();
   memory[thread] = from[thread];
-  sync_threads();
+  if (waits) sync_threads();
   to[thread] = memory[count - 1 - thread];
 }
 const char* run_reverse(void* const* pointers, const int64_t* numbers) {
   const int count = number(numbers, 0);
   return launch(reverse, {}, count, count * 4, nullptr, at<float>(pointers, 0), at<const float>(pointers, 1),
-                count);
+                count, numbers[1] != 0);
 }
 
 // Threads part from `from` on: to another barrier, to another shuffle, to a shuffle others do not do, or for
