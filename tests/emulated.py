@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ GUARD = 64  # numbers before and after an output that must stay as they are
 
 def missing() -> str | None:
     """Why the emulator cannot be here, or None."""
-    return None if shutil.which(compiler()) else f"there is no {compiler()}; a C++ compiler is needed"
+    if not shutil.which(compiler()):
+        return f"there is no {compiler()}; the kernels are compiled for the host when they are tested"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return None if header.exists() else f"there is no {header}; a module is compiled for this Python"
 
 
 @functools.cache

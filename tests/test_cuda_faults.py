@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import Emulated, missing
+from emulated import Emulated, kernels, missing
 from numerics import within_budget
 from planted import FAULTS, USUAL, Fault, Wait, faulty_kernels, number_of, waits
 from torch import Tensor
@@ -49,6 +49,10 @@ def test_a_planted_fault_is_found(fault: Fault) -> None:
 @pytest.mark.parametrize("wait", waits(), ids=lambda wait: f"cuda-{wait.file}-{wait.line}-{wait.statement}")
 def test_no_wait_can_be_left_out(wait: Wait) -> None:
     assert any(symptoms(op, make, number_of(wait)) for op, make in USUAL[wait.file])
+
+
+def test_the_faults_are_in_a_copy() -> None:
+    assert faulty_kernels() is not kernels() and faulty_kernels().__file__ != kernels().__file__
 
 
 def test_without_a_fault_nothing_is_found() -> None:

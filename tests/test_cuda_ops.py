@@ -44,8 +44,8 @@ class Case:
     make: Callable[[], list[Any]]
 
 
-def case(op: Callable[..., list[Any]], *sizes: Any, **named: Any) -> Case:
-    return Case(f"{sizes} {named or ''}", partial(op, *sizes, **named))
+def case(make: Callable[..., list[Any]], *sizes: Any) -> Case:
+    return Case(f"{sizes}", partial(make, *sizes))
 
 
 def attention_cases() -> Iterator[Case]:
@@ -77,7 +77,8 @@ def linear_cases(op: str) -> Iterator[Case]:
     inner, outer, tokens = [1, 8, 16, 31, 90, 200], [1, 8, 56, 72, 130, 384], [0, 1, 37, 65]
     if EVERYTHING:
         inner = [0, 1, 7, 8, 24, 31, 32, 33, 64, 90, 104, 200]
-        outer = [1, 3, 8, 56, 63, 64, 65, 72, 127, 128, 129, 200]
+        # LayerNorm of three numbers may blow up a rounding as far as it likes.
+        outer = [1, 3 if op == "linear_gelu" else 7, 8, 56, 63, 64, 65, 72, 127, 128, 129, 200]
         tokens = [0, 1, 37, 64, 65, 128, 129]
     for ins, outs, count in itertools.product(inner, outer, tokens):
         sizes = (count, ins, outs) if op == "linear_gelu" else (count, outs, ins)

@@ -107,7 +107,8 @@ def build(kernels: Path = KERNELS) -> Any:
 
 @cache
 def _loaded(library: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(NAME, library)
+    # As if each were in a package of its own: pybind11 takes modules of one name for the same.
+    spec = importlib.util.spec_from_file_location(f"{library.stem}.{NAME}", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
