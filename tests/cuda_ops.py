@@ -36,7 +36,7 @@ def native() -> Any:
     """The namespace of what bindings.cpp registers, on a GPU or not."""
     if ON_GPU:
         return torch.ops.pruned_ops_cuda
-    from build_ops import ops_on_host
+    from cuda_on_host.build_ops import ops_on_host
 
     return ops_on_host()
 

@@ -11,9 +11,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from cuda_on_host import build
 from torch.utils import cpp_extension
-
-import build  # isort: skip  (a folder of this name would make it the project's own)
 
 STAND_INS = build.HERE / "stand_ins"
 CSRC = build.KERNELS.parent
@@ -22,7 +21,6 @@ FLAGS = [
     *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{STAND_INS}", f"-I{CSRC}"),
     *(f"-I{build.HERE}", *(f"-isystem{path}" for path in cpp_extension.include_paths())),
 ]
-
 LIBRARIES = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
 
 
