@@ -198,7 +198,8 @@ def extension(cuda: bool) -> Extension:
     make = cpp_extension.CppExtension
     if cuda:
         make, sources = cpp_extension.CUDAExtension, [*sources, *CUDA_SOURCES]
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # torch's build reads it there
         defined.append(("PRUNED_OPS_HAVE_CUDA", f'"{architectures}"'))
     return make(
         "pruned_ops._C",

@@ -154,6 +154,8 @@ def test_a_cuda_torch_with_nvcc_builds_the_cuda_kernels(
     assert {"cudart", "c10_cuda"} <= set(extension.libraries)
     extension, _ = planned(monkeypatch, TORCH_CUDA_ARCH_LIST="9.0")
     assert macros(extension)["PRUNED_OPS_HAVE_CUDA"] == '"9.0"'
+    extension, _ = planned(monkeypatch, TORCH_CUDA_ARCH_LIST="")
+    assert macros(extension)["PRUNED_OPS_HAVE_CUDA"] == '"8.0;9.0+PTX"'
 
 
 def test_the_switch_leaves_the_cuda_kernels_out(monkeypatch: pytest.MonkeyPatch, cuda_torch: Path) -> None:

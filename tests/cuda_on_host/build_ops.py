@@ -21,16 +21,14 @@ FLAGS = [
     *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{STAND_INS}", f"-I{CSRC}"),
     *(f"-I{build.HERE}", *(f"-isystem{path}" for path in cpp_extension.include_paths())),
 ]
-
 LIBRARIES = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
 
 
 @cache
 def ops_on_host() -> Any:
     """The ops, with `begin` and `launches`: how many kernels were started since."""
-    emulator = [path for path in sorted(build.HERE.glob("*.cpp")) if path.name != "module.cpp"]
-    emulated = [*emulator, *sorted(build.KERNELS.glob("*.cu"))]
-    objects = [str(build.compiled(path)) for path in emulated]
+    emulator = [path for path in build.HERE.glob("*.cpp") if path.name != "module.cpp"]
+    objects = [str(build.compiled(path)) for path in sorted([*emulator, *build.KERNELS.glob("*.cu")])]
     command = [build.compiler(), *FLAGS, "-shared", *map(str, SOURCES), *objects, *LIBRARIES]
     digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
     for path in [*SOURCES, *STAND_INS.rglob("*.h"), *CSRC.glob("*.h"), *build.KERNELS.glob("*.h")]:
