@@ -13,7 +13,8 @@ import op_report  # noqa: E402
 def row(runner: str, ms: float, ratio: float) -> dict[str, object]:
     return {
         "op": "attention", "layer": "base half", "lengths": "63 366", "runner": runner, "ms_p20": ms,
-        "ms_p50": ms, "ms_p80": 2 * ms, "gflop": 4.0, "mb": 8.0, "peak_gflops": 800_000.0, "copy_gb_per_s": 4000.0,
+        "ms_p50": ms, "ms_p80": 2 * ms, "gflop": 4.0, "mb": 8.0, "peak_gflops": 800_000.0,
+        "copy_gb_per_s": 4000.0,
         "speedup_vs_rival": ratio, "backends": "triton" if runner == "ours" else "", "dtype": "torch.float16",
         "machine_accelerator": "a card", "machine_processor": "a processor", "date": "2026-01-01",
     }  # fmt: skip
