@@ -254,14 +254,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def shown_and_kept(out: Path) -> Callable[[Workload, list[dict[str, Any]]], None]:
     """Shows a workload's rows when they are there, and writes all so far: who stops early keeps them."""
-    console, kept = Console(), list[dict[str, Any]]()
+    console, kept = Console(), dict[str, list[dict[str, Any]]]()
 
     def show(workload: Workload, rows: list[dict[str, Any]]) -> None:
-        kept.extend(rows)
+        kept[workload.name] = rows  # measured anew beside slower rivals, it replaces what was there
         timed = [row for row in rows if "refused" not in row]
         if timed:
             console.print(model_tables.for_screen(workload, timed))
-            write(out, sorted(kept, key=lambda row: "refused" in row))
+            write(out, sorted(sum(kept.values(), []), key=lambda row: "refused" in row))
         for row in rows:
             if "refused" in row:
                 text = f"{row['runner']} is left out: {row['refused']}"

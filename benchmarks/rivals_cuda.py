@@ -87,9 +87,7 @@ def compiled(mode: str) -> Callable[[Any, Sequence[Batch], Path], Run]:
         # Past the limit of recompilations dynamo would run eagerly and not say so.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.config.recompile_limit = 64
-        traced = torch.compile(
-            lambda ids, mask: padded_logits(model, ids, mask), mode=mode, dynamic=False, fullgraph=True
-        )
+        traced = torch.compile(lambda ids, mask: padded_logits(model, ids, mask), mode=mode, dynamic=False)
 
         def run(batch: Batch) -> Logits:
             torch.compiler.cudagraph_mark_step_begin()
