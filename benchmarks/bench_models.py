@@ -207,7 +207,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="CSV (default: benchmarks/results/, named after the machine)"
     )
-    arguments = parser.parse_args(argv)
+    return checked(parser, parser.parse_args(argv))
+
+
+def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
+    """What goes together, and the names of the rivals; the parser's error for what does not."""
     if len(arguments.rivals) > 1 and {"all", "none"} & set(arguments.rivals):
         parser.error("--rivals takes names, or all, or none")
     if arguments.device == "cuda" and not torch.cuda.is_available():

@@ -110,6 +110,13 @@ def main() -> None:
                     timings, "ours", {n: extra | (backend if n == "ours" else {}) for n in timings}
                 )
         console.print(table)
+    written(made, left_out, arguments, console)
+
+
+def written(
+    made: list[dict[str, Any]], left_out: list[str], arguments: argparse.Namespace, console: Console
+) -> None:
+    """The files, and what was left out."""
     for name in left_out:
         console.print(f"{name} is left out: the {arguments.minutes:g} minutes were used up")
     if not made:
