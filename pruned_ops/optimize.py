@@ -66,8 +66,7 @@ def optimize(
                 raise
         if graphs:
             _add_engines(model)
-        if not hasattr(model, _MANY):
-            setattr(model, _MANY, partial(encode_many, model))
+        _add_encode_many(model)
     elif any(one.int8 != int8 for one in done):
         raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
     return model
@@ -80,6 +79,11 @@ def _add_engines(model: Any) -> None:
             module.engine = Engine(module)
             if "engine" not in model.__dict__:
                 model.engine = module.engine
+
+
+def _add_encode_many(model: Any) -> None:
+    if not hasattr(model, _MANY):  # a method of that name stays the model's own
+        setattr(model, _MANY, partial(encode_many, model))
 
 
 def _swapped(model: nn.Module, int8: bool) -> Any:

@@ -29,6 +29,11 @@ def with_lengths(attention_mask: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return attention_mask
 
 
+def lengths_of(attention_mask: Tensor) -> tuple[int, ...] | None:
+    """What `with_lengths` wrote on this mask."""
+    return getattr(attention_mask, _LENGTHS, None)
+
+
 def _check_shape(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
     if tuple(attention_mask.shape) != (batch_size, seqlen):
         raise ValueError(
@@ -90,7 +95,7 @@ class PackedBatch:
         if attention_mask is None:
             return cls._unpadded(batch_size, seqlen, device)
         _check_shape(attention_mask, batch_size, seqlen)
-        known = None if torch.compiler.is_compiling() else getattr(attention_mask, _LENGTHS, None)
+        known = None if torch.compiler.is_compiling() else lengths_of(attention_mask)
         attention_mask = attention_mask.to(device)
         real = attention_mask != 0
         lengths = real.sum(1, dtype=torch.int32)

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import padded_batch, pruned_model, stock_model
+from test_heads import stock
 from torch import Tensor, nn
 from transformers import BertModel
 
 import pruned_ops
 from pruned_ops.encode_many import encode_many
-from pruned_ops.packing import PackedBatch
+from pruned_ops.packing import PackedBatch, with_lengths
 from pruned_ops.scheduling import LOOK_AHEAD, BatchRunner, HostLanes, Tensors
 
 FAST = pruned_ops.optimize(stock_model())
@@ -180,11 +181,15 @@ def test_the_gpu_is_not_asked_for_lengths_that_the_host_knows(monkeypatch: pytes
 
     monkeypatch.setattr(PackedBatch, "from_mask", classmethod(from_mask))
     assert len(list(FAST.encode_many([[7, 8, 9], [7]]))) == 2 and len(masks) == 1
+    classifier = pruned_ops.optimize(stock("bert", "sequence"))  # which would look at position 0
+    assert len(list(classifier.encode_many([[7, 8, 9], [7]]))) == 2 and len(masks) == 2
+    wrong = torch.tensor([[0, 1, 1]])
+    with pytest.raises(ValueError, match="reads position 0"):
+        classifier(input_ids=torch.full((1, 3), 7), attention_mask=wrong)
+    classifier(input_ids=torch.full((1, 3), 7), attention_mask=with_lengths(wrong, (3,)))  # nobody looks
 
 
 def test_other_heads() -> None:
-    from test_heads import stock
-
     texts = [text(length, length) for length in (9, 3, 30)]
     for kind in ("bert", "roberta"):
         for head in ("sequence", "token"):
