@@ -72,11 +72,9 @@ def _before_classifying(
     """Refuse labels, and padding where a stock model would read the label of a text: there is no state."""
     _refuse_labels(names, args, kwargs)
     mask = _given(names, args, kwargs).get("attention_mask")
-    looked_at = isinstance(module, _READ_FIRST) and mask is not None and mask.dim() == 2 and mask.size(1)
-    if (
-        looked_at and lengths_of(mask) is None
-    ):  # else it is padded on the right, and a GPU need not be waited for
-        if bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
+    if isinstance(module, _READ_FIRST) and mask is not None and mask.dim() == 2 and mask.size(1):
+        # Where the lengths are known it is padded on the right, and a GPU need not be waited for.
+        if lengths_of(mask) is None and bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
             raise ValueError(
                 f"{type(module).__name__} reads position 0, where attention_mask says there is padding: an "
                 "optimised model computes nothing there; pad on the right"

@@ -101,18 +101,18 @@ class PackedBatch:
         lengths = real.sum(1, dtype=torch.int32)
         if torch.compiler.is_compiling():
             return cls._traced(real, lengths, _others(attention_mask))
-        if known is not None:
-            counts = known
-        else:
+        counts = known
+        if counts is None:
             # One copy to the host for all that is asked there: a GPU is waited for once.
-            *counts, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
+            *found, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
             if others:
                 raise ValueError(NO_MASK)
+            counts = tuple(found)
         if all(count == seqlen for count in counts):
             return cls._unpadded(batch_size, seqlen, device)
         cu_seqlens = _bounds(lengths)
         index = torch.nonzero_static(real.flatten(), size=sum(counts)).flatten()
-        return cls(cu_seqlens, max(counts), index, batch_size, seqlen, tuple(counts))
+        return cls(cu_seqlens, max(counts), index, batch_size, seqlen, counts)
 
     @classmethod
     def _traced(cls, real: Tensor, lengths: Tensor, others: Tensor) -> PackedBatch:
