@@ -86,7 +86,7 @@ def _before_classifying(
 ) -> tuple[tuple[Any, ...], Arguments]:
     """Refuse labels, and padding where a stock model would read the label of a text: there is no state."""
     _refuse_labels(names, args, kwargs)
-    mask = _given(names, args, kwargs).get("attention_mask")
+    mask: Any = _given(names, args, kwargs).get("attention_mask")
     looked_at = isinstance(module, _READ_FIRST) and mask is not None and mask.dim() == 2 and mask.size(1)
     if (
         looked_at and lengths_of(mask) is None
