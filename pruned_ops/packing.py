@@ -48,8 +48,8 @@ def _others(attention_mask: Tensor) -> Tensor:
 
 
 def _asked(lengths: Tensor, attention_mask: Tensor) -> tuple[int, ...]:
-    """The lengths, on the host; ValueError for what is no mask. One copy for all that is asked there: a GPU is
-    waited for once."""
+    """The lengths, on the host; ValueError for what is no mask. One copy for all that is asked there: a GPU
+    is waited for once."""
     *counts, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
     if others:
         raise ValueError(NO_MASK)
