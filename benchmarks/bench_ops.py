@@ -16,7 +16,7 @@ from typing import Any
 import harness
 import op_report
 import torch
-from op_cases import MIXED, MODELS, Case, cases
+from op_cases import MIXED, MODELS, Case, Runners, cases
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +37,25 @@ def timed(case: Case, device: str, rounds: int) -> dict[str, Timing]:
         return tuple(ms / 1000 for ms in do_bench(lambda: work({}), quantiles=[0.2, 0.5, 0.8]))
 
     return {name: Timing(workload, seconds(work)) for name, work in case.runners.items()}
+
+
+def ours_elsewhere(case: Case, ran: str) -> Runners:
+    """Ours on each backend that takes this case too, beside the one that ran by itself."""
+    found: Runners = {}
+    for name, kernel in OPS[case.op].kernels.items():
+        if name == ran or kernel.backend.missing is not None or kernel.backend.on_demand:
+            continue
+
+        def work(batch: Any, name: str = name) -> Any:
+            with pruned_ops.use_backend(name):
+                return case.runners["ours"](batch)
+
+        try:
+            work({})
+        except pruned_ops.BackendError:
+            continue
+        found[f"ours on {name}"] = work
+    return found
 
 
 def row_table(title: str) -> Table:
@@ -100,14 +119,18 @@ def main() -> None:
                     continue
                 with torch.inference_mode(), pruned_ops.record() as ran:
                     case.runners["ours"]({})
+                (backend,) = ran[case.op]
+                with torch.inference_mode():
+                    case.runners.update(ours_elsewhere(case, backend))
                 timings = timed(case, arguments.device, 5 if arguments.quick else arguments.rounds)
                 show(table, case, timings, peak)
                 extra = {"op": case.op, "layer": case.model, "lengths": " ".join(map(str, lengths))}
                 extra |= {"gflop": case.flops / 1e9, "mb": case.bytes / 1e6, "dtype": str(dtype)}
+                backends = {n: n.removeprefix("ours on ") for n in timings if n.startswith("ours on ")}
+                backends["ours"] = backend
                 extra |= {"peak_gflops": peak["flops"] / 1e9, "copy_gb_per_s": peak["bytes"] / 1e9}
-                backend = {"backends": ", ".join(ran.get(case.op, {}))}
                 made += harness.rows(
-                    timings, "ours", {n: extra | (backend if n == "ours" else {}) for n in timings}
+                    timings, "ours", {n: extra | {"backends": backends.get(n, "")} for n in timings}
                 )
         console.print(table)
     written(made, left_out, arguments, console)

@@ -10,37 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    RobertaForQuestionAnswering,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
-)
 
-from pruned_ops.heads import PrunedBertForSequenceClassification, PrunedBertForTokenClassification
-from pruned_ops.modeling import PrunedBertForQuestionAnswering
-from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
-from pruned_ops.packed_heads import HeadRun, PackedHead, packed_head
+from pruned_ops.packed_heads import (
+    HeadRun,
+    PackedHead,
+    SpanAndTypeHead,
+    SpanHead,
+    TextHead,
+    TokenHead,
+    packed_head,
+)
 from pruned_ops.packing import lengths_of
 
-ANSWERERS = (
-    BertForQuestionAnswering,
-    RobertaForQuestionAnswering,
-    PrunedBertForQuestionAnswering,
-    PrunedBertForNaturalQuestions,
-)
-CLASSIFIERS = (
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
-    PrunedBertForSequenceClassification,
-    PrunedBertForTokenClassification,
-)
+ANSWERERS: tuple[type[Any], ...] = (*SpanHead.classes, *SpanAndTypeHead.classes)
+CLASSIFIERS: tuple[type[Any], ...] = (*TokenHead.classes, *TextHead.classes)
 # They read a text's label from position 0, whatever is there.
-_READ_FIRST = (BertForSequenceClassification, RobertaForSequenceClassification)
+_READ_FIRST = TextHead.stock_classes
 _LABELS = ("labels", "start_positions", "end_positions", "answer_types")
 
 Names = tuple[str, ...]
@@ -86,12 +71,10 @@ def _before_classifying(
 ) -> tuple[tuple[Any, ...], Arguments]:
     """Refuse labels, and padding where a stock model would read the label of a text: there is no state."""
     _refuse_labels(names, args, kwargs)
-    mask: Any = _given(names, args, kwargs).get("attention_mask")
-    looked_at = isinstance(module, _READ_FIRST) and mask is not None and mask.dim() == 2 and mask.size(1)
-    if (
-        looked_at and lengths_of(mask) is None
-    ):  # else it is padded on the right, and a GPU need not be waited for
-        if bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
+    mask = _given(names, args, kwargs).get("attention_mask")
+    if isinstance(module, _READ_FIRST) and mask is not None and mask.dim() == 2 and mask.size(1):
+        # Where the lengths are known it is padded on the right, and a GPU need not be waited for.
+        if lengths_of(mask) is None and bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
             raise ValueError(
                 f"{type(module).__name__} reads position 0, where attention_mask says there is padding: an "
                 "optimised model computes nothing there; pad on the right"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from pruned_ops import ops
+from pruned_ops.configuration import is_roberta
 from pruned_ops.engine import Engine
 from pruned_ops.inputs import check_inputs, default_position_ids
 from pruned_ops.layers import PrunedEncoder
@@ -40,7 +41,6 @@ class PackedEncoder(nn.Module):
         config = original.config
         self.config = config
         self.int8 = int8
-        self.roberta = config.model_type in ("roberta", "pruned_roberta")
         self.embeddings = original.embeddings
         self.pooler = getattr(original, "pooler", None)
         with torch.device("meta"):
@@ -169,7 +169,7 @@ class PackedEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, positions and types of the real tokens, (tokens,) each."""
         if position_ids is None:
-            padding_idx = self.config.pad_token_id if self.roberta else None
+            padding_idx = self.config.pad_token_id if is_roberta(self.config) else None
             position_ids = default_position_ids(
                 input_ids, batch.batch_size, batch.seqlen, self.device, padding_idx
             )

@@ -15,12 +15,20 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    CamembertForQuestionAnswering,
+    CamembertForSequenceClassification,
+    CamembertForTokenClassification,
     RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
     RobertaForTokenClassification,
+    XLMRobertaForQuestionAnswering,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaForTokenClassification,
 )
 from transformers.models.bert.modeling_bert import BertPooler
+from transformers.models.camembert.modeling_camembert import CamembertClassificationHead
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaClassificationHead
 
 from pruned_ops.heads import (
     PrunedBertForSequenceClassification,
@@ -99,6 +107,8 @@ class SpanHead(PackedHead):
     classes: tuple[type[Any], ...] = (
         BertForQuestionAnswering,
         RobertaForQuestionAnswering,
+        XLMRobertaForQuestionAnswering,
+        CamembertForQuestionAnswering,
         PrunedBertForQuestionAnswering,
     )
 
@@ -137,7 +147,13 @@ class SpanAndTypeHead(SpanHead):
 class TokenHead(PackedHead):
     """A label for each token. At padding, where hidden states are 0, the bias, as the module's own."""
 
-    classes = (BertForTokenClassification, RobertaForTokenClassification, PrunedBertForTokenClassification)
+    classes = (
+        BertForTokenClassification,
+        RobertaForTokenClassification,
+        XLMRobertaForTokenClassification,
+        CamembertForTokenClassification,
+        PrunedBertForTokenClassification,
+    )
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -159,9 +175,14 @@ class TokenHead(PackedHead):
 class TextHead(PackedHead):
     """A label for a text, read from its first token through a linear, tanh and a second linear."""
 
-    classes = (
+    stock_classes = (
         BertForSequenceClassification,
         RobertaForSequenceClassification,
+        XLMRobertaForSequenceClassification,
+        CamembertForSequenceClassification,
+    )
+    classes = (
+        *stock_classes,
         PrunedBertForSequenceClassification,
         PrunedRobertaForSequenceClassification,
     )
@@ -174,7 +195,8 @@ class TextHead(PackedHead):
             return (pooler.dense, head) if _is_plain(pooler) else ()
         if isinstance(self.module, PrunedRobertaForSequenceClassification):
             return head["dense"], head["out_proj"]
-        plain = type(head) is RobertaClassificationHead and not _hooked(head)
+        known = (RobertaClassificationHead, XLMRobertaClassificationHead, CamembertClassificationHead)
+        plain = type(head) in known and not _hooked(head)
         return (head.dense, head.out_proj) if plain else ()
 
     def computes(self) -> bool:

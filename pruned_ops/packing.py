@@ -47,15 +47,6 @@ def _others(attention_mask: Tensor) -> Tensor:
     return ((attention_mask != 0) & (attention_mask != 1)).any()
 
 
-def _asked(lengths: Tensor, attention_mask: Tensor) -> tuple[int, ...]:
-    """The lengths, on the host; ValueError for what is no mask. One copy for all that is asked there: a GPU
-    is waited for once."""
-    *counts, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
-    if others:
-        raise ValueError(NO_MASK)
-    return tuple(counts)
-
-
 def _bounds(lengths: Tensor) -> Tensor:
     """int32 (batch,) -> cu_seqlens, int32 (batch + 1,)."""
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -110,7 +101,13 @@ class PackedBatch:
         lengths = real.sum(1, dtype=torch.int32)
         if torch.compiler.is_compiling():
             return cls._traced(real, lengths, _others(attention_mask))
-        counts = _asked(lengths, attention_mask) if known is None else known
+        counts = known
+        if counts is None:
+            # One copy to the host for all that is asked there: a GPU is waited for once.
+            *found, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
+            if others:
+                raise ValueError(NO_MASK)
+            counts = tuple(found)
         if all(count == seqlen for count in counts):
             return cls._unpadded(batch_size, seqlen, device)
         cu_seqlens = _bounds(lengths)

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertModel, RobertaModel
+from transformers import BertModel, CamembertModel, RobertaModel, XLMRobertaModel
 from transformers.activations import ACT2FN
 from transformers.models.bert.modeling_bert import BertEmbeddings
+from transformers.models.camembert.modeling_camembert import CamembertEmbeddings
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbeddings
 
 from pruned_ops import ops
 from pruned_ops.layers import ACTIVATIONS, Projection
@@ -17,9 +19,9 @@ from pruned_ops.modeling import PrunedBertModel, PrunedRobertaModel
 from pruned_ops.padded import PrunedEmbeddings
 from pruned_ops.shape import LayerShape, ModelShape
 
-ENCODERS = (BertModel, RobertaModel, PrunedBertModel, PrunedRobertaModel)
+ENCODERS = (BertModel, RobertaModel, XLMRobertaModel, CamembertModel, PrunedBertModel, PrunedRobertaModel)
 QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
-_EMBEDDINGS = (BertEmbeddings, RobertaEmbeddings, PrunedEmbeddings)
+_EMBEDDINGS = (BertEmbeddings, RobertaEmbeddings, XLMRobertaEmbeddings, CamembertEmbeddings, PrunedEmbeddings)
 _CAPTURING = "transformers.utils.output_capturing"
 
 
