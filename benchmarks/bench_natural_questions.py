@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("dense", metavar="DENSE", help="a dense Natural Questions checkpoint")
     parser.add_argument("pruned", metavar="PRUNED", help="what was pruned from it")
     parser.add_argument("--data", type=Path, required=True, help="Natural Questions JSONL")
-    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--out", type=Path, help="CSV (default: benchmarks/results/, named after the machine)"
