@@ -112,6 +112,8 @@ class Pages:
 
 def load(checkpoint: str, runtime: str) -> Any:
     """The checkpoint's model in evaluation mode, as this runtime runs it."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model = load_natural_questions(checkpoint).eval()
     if runtime.startswith("hf-"):
         return HuggingFace(model, runtime.removeprefix("hf-")).eval()
@@ -236,8 +238,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=Path, help="CSV (default: benchmarks/results/, named after the machine)"
     )
     arguments = parser.parse_args(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     made = measure(arguments)
     out = arguments.out or harness.result_path("natural-questions-speed", "cpu")
     harness.write(out, made)
