@@ -73,6 +73,9 @@ def test_the_study_stops_and_goes_on(
     other = open_study(TINY, *sources, tmp_path / "other-work")
     with pytest.raises(ValueError, match="row-a-seed0, which .*other-work does not"):
         study_squad.run(other, tmp_path / "stopped", ("rows",))
+    # Yet it can time their models, by their shapes.
+    (timed,) = study_squad.run(other, tmp_path / "stopped", ("timings",))
+    assert [row["row"] for row in read_rows(timed)] == ["a", "e", "b"]
 
 
 def _run(
