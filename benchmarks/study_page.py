@@ -97,6 +97,12 @@ def _ordering(results: Results, part: str) -> list[str]:
                 counts[kind].append(f"{100 * fraction:g}%")
         told = [f"{kind} at {', '.join(places)}" for kind, places in counts.items() if places]
         text.append(f"- L0 against {NAMES[method]} in span F1: {'; '.join(told)}.")
+    own = [
+        f"{100 * fraction:g}% from lambda x{rows[0]['multiple']:g}, "
+        f"which closed {mean(rows, 'closed', '{:.0f}%', 100)}"
+        for fraction, rows in results.curve(part, "l0").items()
+    ]
+    text.append(f"- L0's gates: {'; '.join(own)}. Where more is removed, the rank of log_alpha says what.")
     small = [
         fraction
         for fraction, rows in results.curve(part, "l0").items()

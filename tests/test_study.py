@@ -114,6 +114,7 @@ def _check_curves(rows: list[Row]) -> None:
     }
     for row in rows:
         assert row["removed"] == pytest.approx(0.5, abs=0.01) or row["method"] == "leave-one-out"
+        assert ("closed" in row) == (row["method"] == "l0")
         assert row["f1_span_loss_low"] <= row["f1_span_loss"] <= row["f1_span_loss_high"]
         assert row["f1_behind_l0"] == 0 or row["method"] != "l0"
 
