@@ -25,6 +25,11 @@ PARTS = {"heads": "heads", "ffn": "FFN units", "hidden": "hidden dimensions"}
 SCORES = {"f1": "F1", "f1_span": "span F1"}
 
 
+def timed(rows: Sequence[Row], letter: str, workload: str) -> list[Row]:
+    """One row's timings on one workload, of all seeds."""
+    return [row for row in rows if row["row"] == letter and row["workload"] == workload]
+
+
 class Results:
     """The rows of one study, and the timings of their models wherever they were made, newest first."""
 
@@ -56,6 +61,11 @@ class Results:
         """A row's, or recipe's, of all seeds."""
         return [row for row in self.rows if row.get("row") == letter]
 
+    def timed(self, letter: str) -> list[Row]:
+        """A row's newest timings on their first workload, of all seeds."""
+        newest = next(iter(self.timings.values()), [])
+        return timed(newest, letter, newest[0]["workload"]) if newest else []
+
     def missing(self) -> list[str]:
         return [row["unit"] for row in self.rows if row["finished"] == "False"]
 
@@ -72,12 +82,12 @@ def figures(results: Results) -> list[Drawing]:
     parts = [part for part in ("heads", "ffn") if results.curve(part, "l0")]
     if parts:
         drawn.append(curves_figure(results, parts))
-    if results.row("e"):
+    if results.row("e") and results.row("a"):
         kept = [(int(h), int(f)) for h, f in (x.split("/") for x in results.row("e")[0]["layers"].split())]
         heads, ffn = map(int, results.row("a")[0]["layers"].split()[0].split("/"))
         drawn.append(layers(f"{results.stem}-layers", kept, heads, ffn))
     if results.timings and len(results.letters()) > 1:
-        drawn.append(speed_figure(results, next(iter(results.timings.values()))))
+        drawn.append(speed_figure(results))
     return drawn
 
 
@@ -129,19 +139,14 @@ def _curves(axes: Any, results: Results, part: str, score: str) -> None:
     axes.grid(alpha=0.7)
 
 
-def timed(rows: Sequence[Row], letter: str, workload: str) -> list[Row]:
-    """One row's timings on one workload, of all seeds."""
-    return [row for row in rows if row["row"] == letter and row["workload"] == workload]
-
-
-def speed_figure(results: Results, timings: Sequence[Row]) -> Drawing:
-    """What the rows lose over how fast they are on the first workload, the paper's beside them."""
+def speed_figure(results: Results) -> Drawing:
+    """What the rows lose over how fast they are, the paper's beside them."""
     lines = []
     for score in SCORES:
         points, ends = [], []
         for letter in results.letters():
             loss = over_seeds(results.row(letter), f"{score}_loss")
-            speed = over_seeds(timed(timings, letter, timings[0]["workload"]), "speedup")
+            speed = over_seeds(results.timed(letter), "speedup")
             if letter != "h" and loss and speed:
                 points.append((speed[0], -loss[0]))
                 ends.append((-loss[2], -loss[1]))

@@ -9,6 +9,13 @@ from study_records import Row, over_seeds
 from study_rows import METHODS
 from study_tables import PAPERS, change, machine_of, mean, papers, table
 
+# What `_quality` and `_scores` give.
+QUALITY_COLUMNS = (
+    "heads removed", "FFN removed", "F1 before", "span F1 before", "F1", "span F1", "F1 against dense",
+    "span F1 against dense",
+)  # fmt: skip
+SCORE_COLUMNS = ("F1", "against dense", "span F1", "against dense")
+
 
 def section(results: Results) -> list[str]:
     """Everything that the page says of one study."""
@@ -90,6 +97,12 @@ def _ordering(results: Results, part: str) -> list[str]:
                 counts[kind].append(f"{100 * fraction:g}%")
         told = [f"{kind} at {', '.join(places)}" for kind, places in counts.items() if places]
         text.append(f"- L0 against {NAMES[method]} in span F1: {'; '.join(told)}.")
+    own = [
+        f"{100 * fraction:g}% from lambda x{rows[0]['multiple']:g}, "
+        f"which closed {mean(rows, 'closed', '{:.0f}%', 100)}"
+        for fraction, rows in results.curve(part, "l0").items()
+    ]
+    text.append(f"- L0's gates: {'; '.join(own)}. Where more is removed, the rank of log_alpha says what.")
     small = [
         fraction
         for fraction, rows in results.curve(part, "l0").items()
@@ -114,7 +127,7 @@ def _rows_text(results: Results) -> list[str]:
         "Gates of heads and of FFN units trained apart at multiples of the paper's lambda on frozen weights, "
         f"decided at log_alpha 0, compacted, trained on with distillation ({some['windows_retrained']:,} "
         f"windows); {some['questions']:,} questions. "
-        "Changes are against row a, the dense model. The paper's model is BERT-large on SQuAD 2.0 dev, on a "
+        "Row a is the dense model. The paper's model is BERT-large on SQuAD 2.0 dev, on a "
         "K80 at batch 1.",
         "",
     ]
@@ -122,10 +135,8 @@ def _rows_text(results: Results) -> list[str]:
     for letter in [x for x in letters if x != "h"]:
         rows = results.row(letter)
         lines.append([letter, _lambdas(rows[0]), *_quality(rows), *papers(letter)])
-    header = ["row", "lambda (heads, FFN)", "heads removed", "FFN removed", "F1 before", "span F1 before",
-              "F1", "span F1", "F1 against a", "span F1 against a", "paper: heads, FFN removed",
-              "paper: F1 before, after"]  # fmt: skip
-    text += table(header, lines)
+    papers_columns = ["paper: heads, FFN removed", "paper: F1 before, after"]
+    text += table(["row", "lambda (heads, FFN)", *QUALITY_COLUMNS, *papers_columns], lines)
     for timings in results.timings.values():
         text += _speed_table(results, timings, [x for x in letters if x != "h"])
     return text + image(results, "speed", "Points lost over measured speed-up, the paper's beside ours")
@@ -146,6 +157,11 @@ def _quality(rows: Sequence[Row]) -> list[str]:
         change(rows, "f1_loss"),
         change(rows, "f1_span_loss"),
     ]
+
+
+def _scores(rows: Sequence[Row]) -> list[str]:
+    cells = ((mean(rows, score), change(rows, f"{score}_loss")) for score in SCORES)
+    return [cell for pair in cells for cell in pair]
 
 
 def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str]) -> list[str]:
@@ -211,29 +227,13 @@ def _hidden_text(results: Results) -> list[str]:
         return []
     text = ["#### Gates on hidden dimensions, as in v1 of the paper", ""]
     if points:
-        lines = [
-            [
-                f"{100 * fraction:g}%",
-                mean(r, "f1"),
-                change(r, "f1_loss"),
-                mean(r, "f1_span"),
-                change(r, "f1_span_loss"),
-            ]
-            for fraction, r in points.items()
-        ]
-        header = [
-            "hidden dimensions removed, L0, no retraining",
-            "F1",
-            "against dense",
-            "span F1",
-            "against dense",
-        ]
+        lines = [[f"{100 * fraction:g}%", *_scores(some)] for fraction, some in points.items()]
+        header = ["hidden dimensions removed, L0, no retraining", *SCORE_COLUMNS]
         text += table(header, lines)
     if rows:
         cells = [mean(rows, "hidden_removed", "{:.1f}%", 100), *_quality(rows), mean(rows, "mib", "{:.1f}")]
-        header = ["row h (lambda 1, 1, 1): hidden removed", "heads removed", "FFN removed", "F1 before",
-                  "span F1 before", "F1", "span F1", "F1 against a", "span F1 against a", "MiB"]  # fmt: skip
-        text += table(header, [cells])
+        header = ["row h (lambda 1, 1, 1): hidden removed", *QUALITY_COLUMNS, "MiB", "speed-up"]
+        text += table(header, [[*cells, mean(results.timed("h"), "speedup", "{:.2f}x")]])
     return text
 
 
@@ -245,24 +245,10 @@ def _recipes_text(results: Results) -> list[str]:
     for name, rows in (("the paper's (row e)", paper), ("joint", joint)):
         seconds = [mean(rows, key, "{:.0f}") for key in ("gate_seconds", "retrain_seconds")]
         kept = mean(rows, "macs_kept", "{:.1f}%", 100)
-        cells = [
-            kept,
-            " + ".join(seconds),
-            mean(rows, "f1_before"),
-            mean(rows, "f1"),
-            change(rows, "f1_loss"),
-        ]
-        lines.append([name, *cells, mean(rows, "f1_span"), change(rows, "f1_span_loss")])
-    header = [
-        "recipe",
-        "MACs kept",
-        "seconds (gates + retraining)",
-        "F1 before",
-        "F1",
-        "against a",
-        "span F1",
-        "against a",
-    ]
+        speed = mean(results.timed(rows[0]["row"]), "speedup", "{:.2f}x")
+        lines.append([name, kept, speed, " + ".join(seconds), mean(rows, "f1_span_before"), *_scores(rows)])
+    columns = ["MACs kept", "speed-up", "seconds (gates + retraining)", "span F1 before", *SCORE_COLUMNS]
+    header = ["recipe", *columns]
     return [
         "#### The joint recipe beside the paper's, same size, same time",
         "",

@@ -89,17 +89,17 @@ def importances(study: Study, seed: int, method: str) -> Scores:
     return study.scores(f"{method}-seed{seed}", work)
 
 
-def l0_for(study: Study, seed: int, part: str, fraction: float) -> tuple[Scores, float]:
-    """The trained gates whose own threshold removes the share nearest to `fraction`, and their multiple."""
+def l0_for(study: Study, seed: int, part: str, fraction: float) -> tuple[Scores, Row]:
+    """The trained gates whose own threshold removes the share nearest to `fraction`; their multiple, and
+    that share."""
     multiples = study.profile.multiples if part != "hidden" else (HIDDEN_MULTIPLES[2],)
     found = {multiple: gates(study, seed, part, multiple)[0] for multiple in multiples}
-
-    def distance(multiple: float) -> float:
-        removed = (torch.cat(found[multiple].rank.of(part)) < PAPER_THRESHOLD).float().mean()
-        return abs(float(removed) - fraction)
-
-    best = min(found, key=distance)
-    return found[best], best
+    closed = {
+        multiple: float((torch.cat(scores.rank.of(part)) < PAPER_THRESHOLD).float().mean())
+        for multiple, scores in found.items()
+    }
+    best = min(found, key=lambda multiple: abs(closed[multiple] - fraction))
+    return found[best], {"multiple": best, "closed": closed[best]}
 
 
 def without(job: Job, scores: Scores, part: str, fraction: float) -> Decision:
@@ -143,16 +143,16 @@ def curve_point(study: Study, seed: int, part: str, fraction: float) -> Row:
     rows: list[Row] = []
     first: EvaluationResult | None = None
     for method in METHODS if part != "hidden" else METHODS[:1]:
-        multiple = None
+        about: Row = {}
         if method == "l0":
-            chosen, multiple = l0_for(study, seed, part, fraction)
+            chosen, about = l0_for(study, seed, part, fraction)
         else:
             chosen = importances(study, seed, method)
         decision = without(job, chosen, part, fraction)
         judged = partial(scored, compact(job.dense, decision), study.held, study.questions)
         found = study.result(f"{part}-{fraction:g}-{method}-seed{seed}", judged)
         row = {"kind": "curve", "on": part, "fraction": fraction, "method": method, "seed": seed}
-        row |= {"removed": removed(job, decision)[part], "multiple": multiple, **numbers(found, dense)}
+        row |= {"removed": removed(job, decision)[part], **about, **numbers(found, dense)}
         first = first or found
         rows.append(row | behind(first, found) | {"questions": len(study.questions)})
     return {"rows": rows}

@@ -77,6 +77,7 @@ def curve_row(
         row |= {score: 60 - behind, f"{score}_loss": dense - 60 + behind}
         for name, value in ((f"{score}_loss", dense - 60 + behind), (f"{score}_behind_l0", behind)):
             row |= {name: value, f"{name}_low": value - width, f"{name}_high": value + width}
+    row |= {"multiple": 2, "closed": 0.45} if method == "l0" else {}
     row |= {f"windows_{name}": 64 for name in ("l0", "gain", "leave-one-out", "retrained")}
     return {**row, **harness.stamp(), "command": "python study", "model": "m"}
 
@@ -91,5 +92,6 @@ def test_an_order_is_stated_only_where_the_interval_allows(tmp_path: Path) -> No
     assert "L0 against leave-one-out in span F1: not to be told apart at 50%." in text
     assert "L0 against random in span F1: not to be told apart at 50%." in text  # -6 to 0 over two seeds
     assert "| 63.00 (-3.0; -6.0 to 0.0) |" in text
+    assert "- L0's gates: 50% from lambda x2, which closed 45%." in text
     assert "L0 removes none of the shares tried for less than 5 points of both" in text
     assert "Not finished, and so missing above: row-g-seed0." in text

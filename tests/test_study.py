@@ -73,6 +73,9 @@ def test_the_study_stops_and_goes_on(
     other = open_study(TINY, *sources, tmp_path / "other-work")
     with pytest.raises(ValueError, match="row-a-seed0, which .*other-work does not"):
         study_squad.run(other, tmp_path / "stopped", ("rows",))
+    # Yet it can time their models, by their shapes.
+    (timed,) = study_squad.run(other, tmp_path / "stopped", ("timings",))
+    assert [row["row"] for row in read_rows(timed)] == ["a", "e", "b"]
 
 
 def _run(
@@ -111,6 +114,7 @@ def _check_curves(rows: list[Row]) -> None:
     }
     for row in rows:
         assert row["removed"] == pytest.approx(0.5, abs=0.01) or row["method"] == "leave-one-out"
+        assert ("closed" in row) == (row["method"] == "l0")
         assert row["f1_span_loss_low"] <= row["f1_span_loss"] <= row["f1_span_loss_high"]
         assert row["f1_behind_l0"] == 0 or row["method"] != "l0"
 
