@@ -88,7 +88,15 @@ def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
         )
     assert trainer.model is not None
     Projection.detach(trainer.model)
+    without_autocast(trainer.model)
     return trainer.state.log_history
+
+
+def without_autocast(model: nn.Module) -> None:
+    """Take off the forward that Accelerate put on the model to train it under autocast: what it is scored and
+    timed in afterwards is its own dtype."""
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
 
 
 def training_arguments(
