@@ -66,8 +66,10 @@ def check_inputs(
 
 
 def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none."""
-    if attention_mask is None:
+    """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none.
+
+    States of no row stay so, whatever the mask: an optimised model's head is computed elsewhere."""
+    if attention_mask is None or len(states) == 0:
         return states[:, 0]
     real = (attention_mask != 0).to(states.device)
     rows = torch.arange(len(states), device=states.device)

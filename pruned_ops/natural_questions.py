@@ -19,7 +19,6 @@ from transformers.modeling_outputs import ModelOutput
 from pruned_ops.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.inputs import first_tokens
 from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaModel, span_loss
-from pruned_ops.packing import PackedBatch
 
 
 class AnswerType(IntEnum):
@@ -66,11 +65,10 @@ class PrunedBertForNaturalQuestions(PrunedBertForQuestionAnswering):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        packed_batches: list[PackedBatch] | None = None,
+        **for_the_encoder: Any,
     ) -> NaturalQuestionsOutput | tuple[Any, ...]:
         """Logits, and the loss where all three labels (batch,) are given. A row of padding only has the
-        answer type of a zero hidden state. packed_batches: as the packed encoder's, see `optimize`."""
-        for_the_encoder = {} if packed_batches is None else {"packed_batches": packed_batches}
+        answer type of a zero hidden state."""
         encoded = self.base_model(
             input_ids,
             attention_mask=attention_mask,
@@ -83,11 +81,7 @@ class PrunedBertForNaturalQuestions(PrunedBertForQuestionAnswering):
             **for_the_encoder,
         )
         states = encoded[0]
-        first = (
-            _first_rows(states[0], packed_batches[0])
-            if packed_batches
-            else first_tokens(states, attention_mask)
-        )
+        first = first_tokens(states, attention_mask)
         start, end = (part.contiguous() for part in self.qa_outputs(states).unbind(-1))
         types = self.answer_type_outputs(first)
         loss = None
@@ -105,14 +99,6 @@ class PrunedRobertaForNaturalQuestions(PrunedBertForNaturalQuestions):
     config_class = PrunedRobertaConfig
     base_model_prefix = "roberta"
     encoder_class = PrunedRobertaModel
-
-
-def _first_rows(states: Tensor, batch: PackedBatch) -> Tensor:
-    """(tokens, hidden) -> (batch, hidden): as `first_tokens`, of a packed batch."""
-    first, end = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
-    if not len(states):
-        return states.new_zeros(batch.batch_size, states.size(1))
-    return states[first.clamp(max=len(states) - 1)].masked_fill((first == end)[:, None], 0.0)
 
 
 def natural_questions_class(model_type: str) -> type[Any]:

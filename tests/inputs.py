@@ -24,13 +24,13 @@ from pruned_ops.panels import pack_panels
 from pruned_ops.registry import BACKENDS, REFERENCE
 
 # Every backend that can run here on CPU tensors; a test's id contains the one it runs. Where there is a GPU,
-# test_triton.py runs Triton's kernels on it.
+# test_triton.py and test_cuda.py run the others on it.
 READY = [
     REFERENCE,
     *(
         name
         for name, backend in BACKENDS.items()
-        if backend.missing is None and (name != "triton" or backend.on_demand)
+        if backend.missing is None and (name not in ("triton", "cuda") or backend.on_demand)
     ),
 ]
 
@@ -76,6 +76,14 @@ def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, 
     ids = [torch.randint(rows, (tokens,), generator=generator(seed + rows)) for rows in (50, 40, 2)]
     tables = [randn(seed + 20 + rows, rows, hidden) for rows in (50, 40, 2)]
     return [*ids, *tables, *norm]
+
+
+def moved_to(device: str, arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """All tensors on this device, the floating ones in this dtype."""
+    return [
+        (a.to(device, dtype) if a.is_floating_point() else a.to(device)) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
 
 
 def encoder_arguments(tokens: int, hidden: int, width: int, seed: int) -> list[Any]:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from pruned_ops.measure import interleave
@@ -118,35 +119,40 @@ def _joint(job: Job, folder: Path, steps: int, targets: Sequence[Target]) -> Log
 
 def _paper(job: Job, folder: Path, steps: int) -> tuple[Scores, Log]:
     """Each part's gates alone, on frozen weights; the scores of all parts together."""
-    settings = job.settings
-    rank, values = PerGate.full(job.budget.dense, float("inf")), PerGate.full(job.budget.dense, 1.0)
     log: Log = []
-    for part in settings.parts:
-        student = copy.deepcopy(job.dense)
-        prepare_student(student, settings.dropout, False)
-        say(f"gates on {part}, at {settings.multiples[part]:g} times the paper's lambda")
-        with attached(student, settings.seed, [part]) as gates, optimized(job.teacher) as teacher:
-            freeze_for(job, student, gates)
-            phase = gate_phase_for(job, gates, [])
-            log += run(build_trainer(job, student, teacher, folder / f"gates-{part}", steps, phase), "gate")
-            found = gates.scores()
+    each = {}
+    for part in job.settings.parts:
+        each[part], own = paper_gates(job, folder / f"gates-{part}", part, steps)
+        log += own
+    return together(job, each), log
+
+
+def paper_gates(job: Job, folder: Path, part: str, steps: int) -> tuple[Scores, Log]:
+    """Gates on one part, trained on frozen weights at the settings' price; checkpoints go into `folder`, and
+    training goes on from what is there."""
+    settings = job.settings
+    student = copy.deepcopy(job.dense)
+    prepare_student(student, settings.dropout, False)
+    say(f"gates on {part}, at {settings.multiples[part]:g} times the paper's lambda")
+    with attached(student, settings.seed, [part]) as gates, optimized(job.teacher) as teacher:
+        freeze_for(job, student, gates)
+        phase = gate_phase_for(job, gates, [])
+        log = run(build_trainer(job, student, teacher, folder, steps, phase), "gate")
+        return gates.scores(), log
+
+
+def together(job: Job, each: Mapping[str, Scores]) -> Scores:
+    """The scores of gates that were trained apart, by part; parts that had none stay as they are."""
+    rank, values = PerGate.full(job.budget.dense, float("inf")), PerGate.full(job.budget.dense, 1.0)
+    for part, found in each.items():
         rank, values = rank.replace(part, found.rank), values.replace(part, found.values)
-    return Scores(rank, values), log
+    return Scores(rank, values)
 
 
 def _scored(job: Job, steps: int) -> tuple[Scores, Log]:
     """Importance scores over `steps` minibatches of the training file."""
     settings = job.settings
-    data = job.gate_train
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    size = settings.train_batch
-    collate = partial(pad_batch, pad_token_id=job.dense.config.pad_token_id)
-    chosen = [order[start : start + size] for start in range(0, min(steps * size, len(order)), size)]
-    device = job.dense.device
-    batches = [
-        {k: v.to(device) for k, v in collate([data[i] for i in rows]).items() if k != "number"}
-        for rows in chosen
-    ]
+    batches = score_batches(job, steps)
 
     def work() -> Scores:
         return importance.score(
@@ -155,6 +161,22 @@ def _scored(job: Job, steps: int) -> tuple[Scores, Log]:
 
     # All processes share leave-one-out's many passes; the others are done before one could ask for help.
     return (work() if settings.recipe == "leave-one-out" else once(work)), []
+
+
+def score_batches(job: Job, steps: int) -> list[dict[str, Tensor]]:
+    """The first `steps` minibatches of the gates' training windows, in an order of the seed; on the model's
+    device."""
+    settings = job.settings
+    data = job.gate_train
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    size = settings.train_batch
+    collate = partial(pad_batch, pad_token_id=job.dense.config.pad_token_id)
+    chosen = [order[start : start + size] for start in range(0, min(steps * size, len(order)), size)]
+    device = job.dense.device
+    return [
+        {k: v.to(device) for k, v in collate([data[i] for i in rows]).items() if k != "number"}
+        for rows in chosen
+    ]
 
 
 class _AtSteps(TrainerCallback):

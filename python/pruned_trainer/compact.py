@@ -11,7 +11,7 @@ from pruned_ops import ModelShape, PrunedBertForNaturalQuestions
 from pruned_ops.configuration import PRUNED_CONFIGS
 from pruned_ops.modeling import answering_class
 from pruned_ops.natural_questions import natural_questions_class
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops.swappable import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision, Kept, LayerDecision
 

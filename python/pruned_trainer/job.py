@@ -15,7 +15,7 @@ from pruned_ops.inputs import longest_sequence
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload
 from pruned_ops.natural_questions import AnswerType, PrunedBertForNaturalQuestions
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops.swappable import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, SizeBudget, Target, make_budget
 from pruned_trainer.distillation import Projection

@@ -1,0 +1,280 @@
+"""benchmarks/README.md and the README's result table, from the files in benchmarks/results/.
+
+Usage: python benchmarks/results_page.py (or `make results`). --take OUT keeps the numbers of a run's
+report.json there first: the README shows the newest that was taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+from study_figures import Results, figures
+from study_page import section
+from study_records import Row, read_rows
+from study_tables import mean, table
+
+from pruned_trainer.report import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN = "<!-- From benchmarks/results by `make results`; edits here are lost. -->"
+END = "<!-- Here it ends. -->"
+# How the rows of older files were made, which do not say so themselves.
+COMMANDS = {
+    "models": "python benchmarks/bench_models.py --dense TEACHER --pruned OUT --data SQUAD/eval.json "
+    "--rounds 5",
+    "models-random-minilm": "python benchmarks/bench_models.py --random minilm --dense TEACHER "
+    "--data SQUAD/eval.json --rivals all --quick --rounds 7",
+    "models-random-base": "python benchmarks/bench_models.py --random base --rivals all --rounds 3",
+    "int8": "python benchmarks/bench_int8.py TEACHER OUT --data SQUAD",
+}
+FIGURE_BYTES = 200_000
+
+
+def take(out: Path, results: Path, title: str) -> Path:
+    """Keep what the README shows of OUT/report.json, as prune-MACHINE.json."""
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    workload = report["speedup"]["workload"]
+    kept: dict[str, Any] = {"title": title, "date": datetime.date.today().isoformat()}
+    kept |= {key: report[key] for key in ("command", "machine", "versions")}
+    kept["questions"] = report["evaluated_on"]["questions"]
+    for name in ("dense", "pruned"):
+        one = report[name]
+        kept[name] = {key: one[key] for key in ("f1", "f1_span", "macs")}
+        kept[name]["ms"] = one["workloads"][workload]["ms"]["p50"]
+    kept["pruned"]["layers"] = " ".join(f"{x['num_heads']}/{x['ffn_width']}" for x in report["shape"])
+    kept |= {key: report[key] for key in report if re.fullmatch(r"f1(_span)?_loss(_interval)?", key)}
+    kept |= {
+        "target": report["target"]["asked"],
+        "workload": workload,
+        "speedup": report["speedup"]["reached"],
+    }
+    machine = report["machine"]
+    kind = re.sub(r"[^a-z0-9]+", "-", str(machine["accelerator"] or machine["processor"]).lower()).strip("-")
+    path = results / f"prune-{kind}-{machine.get('threads', machine['cores'])}t.json"
+    write_json(path, kept)
+    return path
+
+
+def result_table(kept: dict[str, Any]) -> list[str]:
+    """What one run of the pruner gave: the README's table."""
+    dense, pruned = kept["dense"], kept["pruned"]
+
+    def scores(label: str, key: str, first: bool) -> str:
+        low, high = kept[f"{key}_loss_interval"]
+        of = "95% interval of the difference: " if first else ""
+        change = f"{-kept[f'{key}_loss']:+.2f} ({of}{-high:+.2f} to {-low:+.2f})"
+        return f"| {label} | {dense[key]:.2f} | {pruned[key]:.2f} | {change} |"
+
+    batch = kept["workload"].rpartition("-b")[2]
+    asked = ", ".join(f"`--{unit.replace('_', '-')} {value}`" for unit, value in kept["target"].items())
+    return [
+        f"| {kept['title']} | dense | pruned | |",
+        "| --- | --- | --- | --- |",
+        scores("F1", "f1", True),
+        scores("span F1 (answerable questions, no null option)", "f1_span", False),
+        f"| encoder multiply-accumulates a sequence | {dense['macs'] / 1e6:,.0f} M | "
+        f"{pruned['macs'] / 1e6:,.0f} M | {pruned['macs'] / dense['macs']:.3f} |",
+        f"| ms per batch of {batch}, our runtime; asked: {asked} | {dense['ms']:.1f} | {pruned['ms']:.1f} | "
+        f"**{kept['speedup']:.2f}x** |",
+    ]
+
+
+def taken(results: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Runs of the pruner that were kept, the newest first."""
+    read = [
+        (path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(results.glob("prune-*.json"))
+    ]
+    return sorted(read, key=lambda one: one[1]["date"], reverse=True)
+
+
+def with_table(readme: str, results: Path) -> str:
+    """The README with the newest run's table between its marks; ValueError where they are not there once."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError("the README has no place, or several, for the result table")
+    before, rest = readme.split(BEGIN)
+    lines = result_table(taken(results)[0][1])
+    return "\n".join([before + BEGIN, *lines, END + rest.split(END)[1]])
+
+
+# -- the page --------------------------------------------------------------------------------------------
+
+
+def page(results: Path) -> str:
+    """The whole page."""
+    lines = [
+        "# Results",
+        "",
+        "Made by `make results` from the files in [results](results), never edited. Each benchmark keeps its "
+        "newest numbers for each kind of machine; what loses is here too.",
+        "",
+        *_pruned(results),
+        *_studies(results),
+        *_models(results),
+        *_int8(results),
+        *_others(results),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _pruned(results: Path) -> list[str]:
+    lines = ["## A teacher, pruned to a measured speed", ""]
+    for path, kept in taken(results):
+        machine = kept["machine"]
+        versions = ", ".join(f"{name} {kept['versions'][name]}" for name in ("torch", "transformers"))
+        note = f" ({kept['note']})" if kept.get("note") else ""
+        lines += [
+            *result_table(kept),
+            "",
+            f"{kept['questions']:,} questions. Heads/FFN width left: {kept['pruned']['layers']}. "
+            f"{machine['accelerator'] or machine['processor']}, {machine['cores']} cores, {versions}, "
+            f"{kept['date']}: [{path.name}](results/{path.name}){note}, by `{kept['command']}`.",
+            "",
+        ]
+    return lines
+
+
+def _studies(results: Path) -> list[str]:
+    found = [
+        path for path in sorted(results.glob("study-*.csv")) if not path.name.startswith("study-timings-")
+    ]
+    lines = ["## The paper's study on SQuAD 2.0 data", ""] if found else []
+    if found:
+        lines += [
+            "McCarley, Chakravarti, Sil, arXiv 1910.06360. Span F1 is that of the best span on the "
+            "answerable questions, without the null option: on this data answering nothing scores about 50 "
+            "F1, so F1 alone hides damage. The null threshold is chosen for each model on the validation "
+            "questions.",
+            "",
+        ]
+    for path in found:
+        lines += section(Results(path))
+    return lines
+
+
+def _machine(row: Row) -> str:
+    device = row.get("machine_accelerator") if row.get("device") == "cuda" else None
+    return f"{device or row['machine_processor']}, {row['machine_threads']} thread" + "s" * (
+        row["machine_threads"] != 1
+    )
+
+
+def _source(path: Path, row: Row, kind: str) -> str:
+    command = row.get("command") or COMMANDS.get(kind, "")
+    more = path.with_suffix(".md")
+    links = [f"[{one.name}](results/{one.name})" for one in (path, more) if one.is_file()]
+    return f"{_machine(row)}; torch {row['version_torch']}; {row['date']}; `{command}`: {', '.join(links)}."
+
+
+def _kind(path: Path, known: Sequence[str]) -> str:
+    """Which of the known benchmarks wrote the file: the longest name that it begins with."""
+    return max((name for name in known if path.name.startswith(f"{name}-")), key=len, default="")
+
+
+def _models(results: Path) -> list[str]:
+    lines = ["## Whole models", ""]
+    for path in sorted(results.glob("models-*.csv")):
+        rows = read_rows(path)
+        timed = [row for row in rows if "ms_p50" in row]
+        lines += [_source(path, rows[0], _kind(path, list(COMMANDS))), ""]
+        lines += (
+            _against_rivals(timed) if any("best_rival" in row for row in timed) else _against_first(timed)
+        )
+    return lines
+
+
+def _against_first(rows: Sequence[Row]) -> list[str]:
+    """Files without a best rival: every runner against the first."""
+    lines = [
+        [row["workload"], row["runner"], f"{row['ms_p50']:.1f}", f"{row['sequences_per_s']:.1f}",
+         f"{row['speedup_vs_rival']:.2f}x"]
+        for row in rows
+    ]  # fmt: skip
+    return table(["workload", "runner", "ms a batch", "sequences/s", f"against {rows[0]['rival']}"], lines)
+
+
+def _against_rivals(rows: Sequence[Row]) -> list[str]:
+    """Ours beside the fastest rival of the same precision, for each workload and model; then the losses."""
+    ours = [row for row in rows if "best_rival" in row and str(row["runtime"]).startswith("ours")]
+    lines, lost = [], []
+    for row in ours:
+        ratio, rival = row["speedup_vs_best_rival"], row["best_rival"].rsplit(" ", 1)[0]
+        same = (row["workload"], row["model"])
+        best = next(
+            x for x in rows if (x["workload"], x["model"]) == same and x["runner"] == row["best_rival"]
+        )
+        cells = [f"{row['ms_p50']:.1f}", f"{best['ms_p50']:.1f}", rival, f"{ratio:.2f}x"]
+        lines.append([row["workload"], row["model"], row["runtime"], *cells])
+        if ratio < 1:
+            lost.append(
+                f"{row['runtime']} {row['model']} on {row['workload']} against {rival} ({ratio:.2f}x)"
+            )
+    header = ["workload", "model", "runtime", "ms a batch", "the best rival's", "which", "times as fast"]
+    said = (
+        f"Slower than a rival in {len(lost)} of {len(lines)}: {'; '.join(lost)}."
+        if lost
+        else "Nothing is lost."
+    )
+    return [*table(header, lines), said, ""]
+
+
+def _int8(results: Path) -> list[str]:
+    lines: list[str] = []
+    for path in sorted(results.glob("int8-*.csv")):
+        rows = read_rows(path)
+        cells = [
+            [str(row["checkpoint"]), row["runner"], mean([row], "f1"), mean([row], "f1_span")]
+            + [f"{row['cosine']:.5f}"]
+            for row in rows
+        ]
+        header = ["checkpoint", "runner", "F1", "span F1", "cosine to fp32"]
+        lines += [_source(path, rows[0], "int8"), "", *table(header, cells)]
+    return ["## int8: what it costs in answers", "", *lines] if lines else []
+
+
+def _others(results: Path) -> list[str]:
+    """Files of benchmarks that this page has no table for."""
+    shown = ("study", "models", "int8", "prune")
+    others = [path for path in sorted(results.glob("*.csv")) if path.name.split("-")[0] not in shown]
+    lines = [f"- {path.name.split('-')[0]}: {_source(path, read_rows(path)[0], '')}" for path in others]
+    return ["## More", "", *lines, ""] if lines else []
+
+
+def draw_figures(results: Path) -> list[Path]:
+    """The studies' figures, beside their CSVs; ValueError for one that is too large to keep."""
+    drawn = []
+    for path in sorted(results.glob("study-*.csv")):
+        if path.name.startswith("study-timings-"):
+            continue
+        for figure in figures(Results(path)):
+            if len(figure.png) > FIGURE_BYTES:
+                raise ValueError(f"{figure.name} has {len(figure.png)} bytes; {FIGURE_BYTES} are the limit")
+            drawn.append(figure.save(results))
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--take", type=Path, metavar="OUT", help="a folder that pruned-trainer prune wrote")
+    parser.add_argument("--title", default="a pruned model", help="of what --take takes: model and data")
+    told = parser.parse_args()
+    if told.take:
+        print(f"written: {take(told.take, harness.RESULTS, told.title)}")
+    written = draw_figures(harness.RESULTS)
+    readme, here = ROOT / "README.md", Path(__file__).with_name("README.md")
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), harness.RESULTS), encoding="utf-8")
+    here.write_text(page(harness.RESULTS), encoding="utf-8")
+    for path in (*written, here, readme):
+        print(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

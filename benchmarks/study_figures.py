@@ -1,0 +1,154 @@
+"""The study's results as its page reads them, and their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from study_records import Row, over_seeds, read_rows
+from study_rows import METHODS
+
+from pruned_trainer.figures import LIGHT, Drawing, Line, against_speed, draw, layers
+from pruned_trainer.published import PAPER, PUBLISHED
+
+# Colour, marker and line of each way to choose: apart for the colour-blind, and in grey.
+STYLES = {
+    "l0": ("first", "o", "-"),
+    "leave-one-out": ("second", "s", "--"),
+    "gain": ("fourth", "^", "-."),
+    "random": ("third", "D", ":"),
+}
+NAMES = {"l0": "L0 gates", "leave-one-out": "leave-one-out", "gain": "gain", "random": "random"}
+PARTS = {"heads": "heads", "ffn": "FFN units", "hidden": "hidden dimensions"}
+SCORES = {"f1": "F1", "f1_span": "span F1"}
+
+
+class Results:
+    """The rows of one study, and the timings of their models wherever they were made, newest first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = read_rows(path)
+        found = [(one, read_rows(one)) for one in sorted(path.parent.glob("study-timings-*.csv"))]
+        mine = [(one, rows) for one, rows in found if rows[0]["study"] == path.name]
+        mine.sort(key=lambda one: (one[1][0]["date"], one[1][0]["machine_threads"]), reverse=True)
+        self.timings = dict(mine)
+
+    @property
+    def stem(self) -> str:
+        return self.path.stem
+
+    def curve(self, part: str, method: str) -> dict[float, list[Row]]:
+        """Fraction -> the rows of all seeds, rising."""
+        found: dict[float, list[Row]] = {}
+        for row in self.rows:
+            if row.get("kind") == "curve" and row["on"] == part and row["method"] == method:
+                found.setdefault(float(row["fraction"]), []).append(row)
+        return dict(sorted(found.items()))
+
+    def letters(self) -> list[str]:
+        """The rows of the table that are there."""
+        return sorted({row["row"] for row in self.rows if row.get("kind") == "row"})
+
+    def row(self, letter: str) -> list[Row]:
+        """A row's, or recipe's, of all seeds."""
+        return [row for row in self.rows if row.get("row") == letter]
+
+    def missing(self) -> list[str]:
+        return [row["unit"] for row in self.rows if row["finished"] == "False"]
+
+
+def dense_score(points: dict[float, list[Row]], score: str) -> float:
+    """The dense model's score on the same questions: any row's with what it lost of it."""
+    row = next(iter(points.values()))[0]
+    return float(row[score] + row[f"{score}_loss"])
+
+
+def figures(results: Results) -> list[Drawing]:
+    """What can be drawn of what is there; names begin with the CSV's."""
+    drawn = []
+    parts = [part for part in ("heads", "ffn") if results.curve(part, "l0")]
+    if parts:
+        drawn.append(curves_figure(results, parts))
+    if results.row("e"):
+        kept = [(int(h), int(f)) for h, f in (x.split("/") for x in results.row("e")[0]["layers"].split())]
+        heads, ffn = map(int, results.row("a")[0]["layers"].split()[0].split("/"))
+        drawn.append(layers(f"{results.stem}-layers", kept, heads, ffn))
+    if results.timings and len(results.letters()) > 1:
+        drawn.append(speed_figure(results, next(iter(results.timings.values()))))
+    return drawn
+
+
+def curves_figure(results: Results, parts: Sequence[str]) -> Drawing:
+    """Scores over the fraction that is gone, without retraining; a panel for each part and score."""
+
+    def fill(figure: Figure) -> None:
+        grid = figure.subplots(len(parts), 2, sharex=True, sharey="col", squeeze=False)
+        for line, part in zip(grid, parts, strict=True):
+            for axes, score in zip(line, SCORES, strict=True):
+                _curves(axes, results, part, score)
+                axes.set_title(f"{SCORES[score]}: {PARTS[part]}")
+        for axes in grid[-1]:
+            axes.set_xlabel("% removed")
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+    alt = "; ".join(
+        f"{PARTS[part]}, {NAMES[method]}: "
+        + ", ".join(
+            f"{100 * f:g}% {over_seeds(rows, 'f1_span')[0]:.1f}"
+            for f, rows in results.curve(part, method).items()
+        )
+        for part in parts
+        for method in METHODS
+    )
+    return draw(f"{results.stem}-curves", f"Span F1 without retraining. {alt}", 0.9 + 2.1 * len(parts), fill)
+
+
+def _curves(axes: Any, results: Results, part: str, score: str) -> None:
+    for side, method in enumerate(METHODS):
+        points = results.curve(part, method)
+        if not points:
+            continue
+        colour, marker, line = STYLES[method]
+        start = dense_score(points, score)
+        x, y, below, above = [0.0], [start], [0.0], [0.0]
+        for fraction, rows in points.items():
+            value, loss = over_seeds(rows, score), over_seeds(rows, f"{score}_loss")
+            if value is None or loss is None:
+                continue
+            x.append(100 * fraction + 1.2 * (side - 1.5))  # beside each other: no bar hides another
+            y.append(value[0])
+            below.append(max(loss[2] - loss[0], 0.0))
+            above.append(max(loss[0] - loss[1], 0.0))
+        axes.errorbar(
+            x, y, [below, above], fmt=marker, linestyle=line, capsize=2, markersize=4.5,
+            color=LIGHT[colour], label=NAMES[method],
+        )  # fmt: skip
+    axes.grid(alpha=0.7)
+
+
+def timed(rows: Sequence[Row], letter: str, workload: str) -> list[Row]:
+    """One row's timings on one workload, of all seeds."""
+    return [row for row in rows if row["row"] == letter and row["workload"] == workload]
+
+
+def speed_figure(results: Results, timings: Sequence[Row]) -> Drawing:
+    """What the rows lose over how fast they are on the first workload, the paper's beside them."""
+    lines = []
+    for score in SCORES:
+        points, ends = [], []
+        for letter in results.letters():
+            loss = over_seeds(results.row(letter), f"{score}_loss")
+            speed = over_seeds(timed(timings, letter, timings[0]["workload"]), "speedup")
+            if letter != "h" and loss and speed:
+                points.append((speed[0], -loss[0]))
+                ends.append((-loss[2], -loss[1]))
+        order = sorted(range(len(points)), key=points.__getitem__)
+        label = f"{SCORES[score]}, rows {', '.join(x for x in results.letters() if x != 'h')} here"
+        lines.append(Line(label, [points[i] for i in order], [ends[i] for i in order]))
+    paper = next(one for one in PUBLISHED["squad"] if one.source == PAPER)
+    label = f"F1 in the paper: {paper.model}, {paper.data},\n{paper.hardware}"
+    lines.append(Line(label, [(1.0, 0.0), *paper.changes], own=False))
+    return against_speed(f"{results.stem}-speed", "points against dense", lines, joined=False)

@@ -1,0 +1,191 @@
+"""What the study (study_squad.py) is told, and what it keeps on disk: a record of each finished piece of
+work, so that none is done twice, and one CSV of all of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+
+from pruned_trainer.gates import PerGate, Scores
+from pruned_trainer.job import Job, start
+from pruned_trainer.report import write_json
+from pruned_trainer.settings import PruneSettings
+from pruned_trainer.tasks.scoring import EvaluationResult
+from pruned_trainer.tasks.squad import load_squad
+from pruned_trainer.tasks.squad_task import Questions
+
+FILES = ("train.json", "validation.json", "eval.json")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is done. train_every, judged_every: of the training questions, and of the validation and the
+    evaluation questions, every n-th is used; of the latter the curves use every curve_every-th.
+
+    fractions: removed without retraining. multiples: of the paper's lambda, whose gates the curves choose
+    from. gate_batch, retrain_batch: windows a step; scores take minibatches of retrain_batch windows,
+    score_steps of them by method.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    train_every: int
+    judged_every: int
+    curve_every: int
+    fractions: tuple[float, ...]
+    hidden_fractions: tuple[float, ...]
+    multiples: tuple[float, ...]
+    gate_steps: int
+    gate_batch: int
+    gate_learning_rate: float
+    retrain_steps: int
+    retrain_batch: int
+    score_steps: Mapping[str, int]
+    max_length: int = 384
+    stride: int = 128
+    save_steps: int = 50
+
+    def seen(self) -> Row:
+        """For every row: the profile, and the windows that training and scores take."""
+        methods = {f"windows_{name}": steps * self.retrain_batch for name, steps in self.score_steps.items()}
+        gates = {"windows_l0": self.gate_steps * self.gate_batch}
+        retrained = {"windows_retrained": self.retrain_steps * self.retrain_batch}
+        return {"profile": self.name, **gates, **methods, **retrained}
+
+
+@dataclass
+class Study:
+    """A study under way. questions, held: what the curves are scored on, and choose thresholds on; the job
+    has what the rows are. note: of the circumstances, for every row made now."""
+
+    profile: Profile
+    job: Job
+    work: Path
+    questions: Questions
+    held: Questions
+    note: str = ""
+
+    def job_for(self, seed: int, **changes: Any) -> Job:
+        """The job with this seed and these settings."""
+        return replace(self.job, settings=replace(self.job.settings, seed=seed, **changes))
+
+    def once(self, name: str, work: Callable[[], Row]) -> Row:
+        """The record of this name: as it is on disk, or as `work` makes it now, with date, machine, versions
+        and note."""
+        path = self.work / "records" / f"{name}.json"
+        if not path.is_file():
+            print(f"== {name}", flush=True)
+            write_json(path, {**work(), **harness.stamp(), "note": self.note})
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def finished(self, name: str) -> Row | None:
+        """The record of this name, if there is one."""
+        path = self.work / "records" / f"{name}.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def scores(self, name: str, work: Callable[[], Scores]) -> Scores:
+        """Gates' or importance scores of this name: from disk, or as `work` finds them now."""
+        path = self.work / "scores" / f"{name}.pt"
+        if not path.is_file():
+            print(f"== {name}", flush=True)
+            found = work()
+            torch.save({k: vars(v) for k, v in vars(found).items()}, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+        loaded = torch.load(path, weights_only=True)
+        return Scores(PerGate(**loaded["rank"]), PerGate(**loaded["values"]))
+
+    def result(self, name: str, work: Callable[[], EvaluationResult]) -> EvaluationResult:
+        """A model's scores question by question, without its answers: from disk, or as `work` finds them."""
+        path = self.work / "scored" / f"{name}.json"
+        if not path.is_file():
+            found = work()
+            write_json(path, {k: _plain(v) for k, v in vars(found).items() if k != "predictions"})
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        arrays = {k: np.array(v) for k, v in loaded.items() if k.startswith("question_")}
+        return EvaluationResult(**{**loaded, **arrays, "predictions": {}})
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def open_study(profile: Profile, model: str, data: Path, work: Path, note: str = "") -> Study:
+    """Load everything; go on in `work` where an earlier call was stopped.
+
+    ValueError where `work` holds another study, FileNotFoundError where data or model are not there.
+    """
+    told = json.loads(json.dumps({**asdict(profile), "model": model, "data": str(data)}))
+    path = work / "study.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != told:
+        raise ValueError(f"{work} holds a study of another profile, model or data; give another --work")
+    for folder in ("records", "scores", "scored", "training", "data"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
+    parts = (profile.train_every, profile.judged_every, profile.judged_every)
+    train, validation, judged = (
+        every_nth(data / name, every, work / "data") for name, every in zip(FILES, parts, strict=True)
+    )
+    settings = PruneSettings(
+        model=model, train_file=train, validation_file=validation, eval_file=judged, out=work / "training",
+        target=None, recipe="paper", max_length=profile.max_length, stride=profile.stride,
+        save_steps=profile.save_steps, batch_size=profile.retrain_batch,
+    )  # fmt: skip
+    job = start(settings)
+    write_json(path, told)
+
+    def fewer(source: Any) -> Any:
+        return job.task.cut(source.examples[:: profile.curve_every], job.tokenizer)
+
+    return Study(profile, job, work, fewer(job.evaluation), fewer(job.validation), note)
+
+
+def every_nth(source: Path, every: int, folder: Path) -> Path:
+    """A SQuAD file of every n-th question of `source`, in `folder`; the source itself where that is all."""
+    if every == 1:
+        return source
+    parsed = load_squad(source).parsed
+    seen = 0
+    for article in parsed["data"]:
+        for paragraph in article["paragraphs"]:
+            number = len(paragraph["qas"])
+            paragraph["qas"] = [qa for i, qa in enumerate(paragraph["qas"]) if (seen + i) % every == 0]
+            seen += number
+        article["paragraphs"] = [paragraph for paragraph in article["paragraphs"] if paragraph["qas"]]
+    parsed["data"] = [article for article in parsed["data"] if article["paragraphs"]]
+    path = folder / source.name
+    path.write_text(json.dumps(parsed), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV that `harness.write` wrote; numbers as numbers, empty cells left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def over_seeds(rows: Sequence[Row], value: str) -> tuple[float, float, float] | None:
+    """(mean, low, high) of a number that rows of several seeds have with its interval: the mean of the
+    numbers, the outermost ends of their intervals; None where none has it."""
+    having = [row for row in rows if value in row]
+    if not having:
+        return None
+    lows = [row.get(f"{value}_low", row[value]) for row in having]
+    highs = [row.get(f"{value}_high", row[value]) for row in having]
+    return sum(row[value] for row in having) / len(having), min(lows), max(highs)

@@ -1,0 +1,187 @@
+"""The paper's comparison on SQuAD 2.0 data with one teacher: ways to choose, the rows of its table, gates on
+hidden dimensions, the joint recipe beside the paper's. See benchmarks/README.md for what came out.
+
+Stopped (Ctrl-C, SIGTERM, --max-minutes) it goes on with the same command: finished pieces are on disk, a
+training goes on from its last checkpoint. Usage: python benchmarks/study_squad.py --profile cpu
+--data SQUAD_FOLDER --model TEACHER
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import harness
+from study_records import Profile, Row, Study, open_study, read_rows
+from study_rows import HIDDEN_MULTIPLES, HIDDEN_ROW, TABLE, curve_point, joint_row, table_row
+from study_timings import timings
+from transformers.utils import logging
+
+PARTS = ("curves", "rows", "recipes", "hidden", "timings")
+# Batch sizes that are timed: the default workload's, and the paper's.
+TIMED = (8, 1)
+PROFILES = {
+    # An hour or two of one core. The gates see 1,600 windows where the paper's see 130,000 questions: few and
+    # small steps would leave nearly all open, so they are many of few windows, and six times as large.
+    "cpu": Profile(
+        name="cpu", seeds=(0,), train_every=4, judged_every=3, curve_every=2,
+        fractions=(0.25, 0.5, 0.7, 0.85), hidden_fractions=(0.1, 0.25), multiples=(1, 2, 4),
+        gate_steps=400, gate_batch=4, gate_learning_rate=0.6, retrain_steps=120, retrain_batch=16,
+        score_steps={"gain": 64, "leave-one-out": 2},
+    ),
+    # A seventh of an epoch of gates, a quarter of one of retraining: sized for 25 minutes of an H200, where
+    # it has not run yet. In parts: --max-minutes 8, and again.
+    "gpu": Profile(
+        name="gpu", seeds=(0, 1, 2), train_every=1, judged_every=1, curve_every=4,
+        fractions=(0.25, 0.5, 0.7, 0.85), hidden_fractions=(0.1, 0.25), multiples=(1, 2, 3, 4),
+        gate_steps=240, gate_batch=24, gate_learning_rate=0.1, retrain_steps=600, retrain_batch=16,
+        score_steps={"gain": 128, "leave-one-out": 8}, save_steps=300,
+    ),
+}  # fmt: skip
+
+Unit = tuple[str, str, Callable[[], Row]]
+
+
+def units(study: Study) -> Iterator[Unit]:
+    """(part, name, work) of everything that makes rows, in the order in which it is done."""
+    profile = study.profile
+    for seed in profile.seeds:
+        for part in ("heads", "ffn"):
+            for fraction in profile.fractions:
+                work: Callable[[], Row] = partial(curve_point, study, seed, part, fraction)
+                yield "curves", f"curve-{part}-{fraction:g}-seed{seed}", work
+        for letter, multiples in TABLE.items():
+            yield "rows", f"row-{letter}-seed{seed}", partial(table_row, study, seed, letter, multiples)
+            if letter == "e":
+                yield "recipes", f"joint-seed{seed}", partial(_beside_e, study, seed)
+        for fraction in profile.hidden_fractions:
+            work = partial(curve_point, study, seed, "hidden", fraction)
+            yield "hidden", f"curve-hidden-{fraction:g}-seed{seed}", work
+        work = partial(table_row, study, seed, HIDDEN_ROW, HIDDEN_MULTIPLES)
+        yield "hidden", f"row-{HIDDEN_ROW}-seed{seed}", work
+
+
+def _beside_e(study: Study, seed: int) -> Row:
+    like = study.once(f"row-e-seed{seed}", partial(table_row, study, seed, "e", TABLE["e"]))
+    return joint_row(study, seed, like["rows"][0])
+
+
+def run(
+    study: Study,
+    results: Path,
+    parts: tuple[str, ...] = PARTS,
+    command: str = "",
+    until: float = float("inf"),
+) -> list[Path]:
+    """Do what is not done of these parts, writing the CSV after each piece; the CSVs. until: no piece begins
+    after this time (of time.monotonic)."""
+    if set(parts) == {"timings"}:
+        return [_time(study, results, command)]
+    written = [_write(study, results, command)]
+    for part, name, work in units(study):
+        if part not in parts or study.finished(name):
+            continue
+        if time.monotonic() > until:
+            print("the time is up; the same command goes on", flush=True)
+            return written
+        study.once(name, work)
+        _write(study, results, command)
+    if "timings" in parts:
+        written.append(_time(study, results, command))
+    return written
+
+
+def _write(study: Study, results: Path, command: str) -> Path:
+    """All rows there are, and a line for each piece that is not finished. ValueError where the CSV has rows
+    that this study's folder lacks: they would be lost."""
+    made: list[Row] = []
+    for part, name, _ in units(study):
+        record = study.finished(name)
+        about = {"part": part, "unit": name, "finished": record is not None, **study.profile.seen()}
+        made += [{**about, **row, **_stamp(record)} for row in record["rows"]] if record else [about]
+    path = _path(results, "study", study)
+    there = {row["unit"] for row in read_rows(path) if row["finished"] == "True"} if path.is_file() else set()
+    lost = sorted(there - {row["unit"] for row in made if row["finished"]})
+    if lost:
+        raise ValueError(
+            f"{path} has {lost[0]}, which {study.work} does not; give that study's --work, or other --results"
+        )
+    harness.write(
+        path, [{**row, "command": command, "model": Path(study.job.settings.model).name} for row in made]
+    )
+    return path
+
+
+def _stamp(record: Row) -> Row:
+    return {key: value for key, value in record.items() if key != "rows"}
+
+
+def _path(results: Path, what: str, study: Study) -> Path:
+    return results / harness.result_path(f"{what}-{study.profile.name}").name
+
+
+def _time(study: Study, results: Path, command: str) -> Path:
+    """Time the models of all rows that are there anew: their shapes alone are needed. Rows that were made on
+    this machine, else on another; ValueError where there are none."""
+    found = [_path(results, "study", study), *sorted(results.glob(f"study-{study.profile.name}-*.csv"))]
+    source = next((path for path in found if path.is_file()), found[0])
+    there = [row for row in read_rows(source) if "layers" in row] if source.is_file() else []
+    if not there:
+        raise ValueError(f"{source} has no model to time yet")
+    more = {"study": source.name, **harness.stamp(), "note": study.note, "command": command}
+    path = _path(results, "study-timings", study)
+    harness.write(path, [{**row, **more} for size in TIMED for row in timings(study, there, size)])
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    root = os.environ.get("PRUNED_OPS_DATA")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile", choices=PROFILES, required=True)
+    parser.add_argument(
+        "--data", type=Path, default=Path(root, "data/squad2") if root else None,
+        help="folder with train.json, validation.json, eval.json (default: PRUNED_OPS_DATA/data/squad2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", default=str(Path(root, "models/minilm-l6-squad2")) if root else None,
+        help="the teacher, which is pruned (default: PRUNED_OPS_DATA/models/minilm-l6-squad2)",
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to do (default: all)")
+    parser.add_argument("--work", type=Path, help="what is kept of it (default: build/study-PROFILE)")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="where the CSVs go")
+    parser.add_argument("--max-minutes", type=float, help="begin no piece of work after this")
+    parser.add_argument("--note", default="", help="what else was going on, written beside every number")
+    return parser
+
+
+def main() -> None:
+    begun = time.monotonic()
+    parser = _parser()
+    told = parser.parse_args()
+    if told.data is None or told.model is None:
+        parser.error("--data and --model are needed where PRUNED_OPS_DATA does not say where they are")
+    logging.set_verbosity_error()
+    work = told.work or Path("build", f"study-{told.profile}")
+    until = begun + 60 * told.max_minutes if told.max_minutes else float("inf")
+    # As one would say it elsewhere: where data and teacher lie is this machine's affair.
+    command = f"python benchmarks/study_squad.py --profile {told.profile} --data SQUAD --model TEACHER"
+    try:
+        study = open_study(PROFILES[told.profile], told.model, told.data, work, told.note)
+        for path in run(study, told.results, tuple(told.only), command, until):
+            print(f"written: {path}")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"study_squad: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

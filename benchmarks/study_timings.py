@@ -1,0 +1,56 @@
+"""The study's models timed: shapes alone matter, so that any machine can time what another one trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from study_records import Row, Study
+from transformers import PreTrainedModel
+
+from pruned_ops import LayerShape
+from pruned_ops.measure import Workload
+from pruned_trainer.compact import compact
+from pruned_trainer.decision import Decision, Kept, LayerDecision
+from pruned_trainer.evaluation import TIMED_BATCHES, time_models
+
+
+def shaped(dense: PreTrainedModel, row: Row) -> PreTrainedModel:
+    """A model of a row's shape, made of whichever heads and units come first: which they are costs no
+    time."""
+    widths = [LayerShape(*map(int, layer.split("/"))) for layer in row["layers"].split()]
+    first = [LayerDecision(_first(one.num_heads), _first(one.ffn_width)) for one in widths]
+    hidden = _first(row["hidden_size"]) if row["hidden_size"] != dense.config.hidden_size else None
+    return compact(dense, Decision(tuple(first), 1, {}, {}, hidden))
+
+
+def _first(number: int) -> Kept:
+    return Kept(tuple(range(number)), (1.0,) * number)
+
+
+def timings(study: Study, rows: Sequence[Row], batch_size: int) -> list[Row]:
+    """Every row's model against the dense one, all in turn, on real lengths in arrival order."""
+    job = study.job
+    lengths = job.validation.arrival_lengths()
+    workload = Workload.arrival_order(lengths, min(batch_size, len(lengths)), TIMED_BATCHES)
+    models = {"dense": copy.deepcopy(job.dense)}
+    models |= {f"{row['row']}-seed{row['seed']}": shaped(job.dense, row) for row in rows}
+    found, _ = time_models(models, workload)
+    made = []
+    for row in rows:
+        own = found[f"{row['row']}-seed{row['seed']}"]
+        speedup, cut = own.speedup_over(found["dense"]), row.get("macs_cut")
+        made.append(
+            {
+                "row": row["row"],
+                "seed": row["seed"],
+                "workload": workload.name,
+                "ms_dense": round(found["dense"].ms(50), 3),
+                "ms": round(own.ms(50), 3),
+                "speedup": round(speedup, 3),
+                "macs_cut": round(cut, 3) if cut else None,
+                "arrives": round(speedup / cut, 3) if cut else None,
+                "rounds": len(own.seconds),
+            }
+        )
+    return made
