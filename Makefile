@@ -99,11 +99,11 @@ cuda-compile: $(STAMP)
 
 # On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests that use
 # the GPU, then those of the kernels under compute-sanitizer where that is installed; ops the op benchmark, models that of
-# whole models beside their rivals, both beside the card's ceilings; train the trainer with ARGS="prune ..."; study the
+# whole models beside their rivals, both beside the card's ceilings; train a pruning run with MODEL and SQUAD; study the
 # paper's comparison, with ARGS="--max-minutes 8" in parts. all: the first three. Each of those ends by itself in under 9
 # minutes: the tests are stopped by `timeout`, the benchmarks begin nothing after --minutes, name what they left out, and
 # are interrupted after that (models: with the rows so far written).
-GPU_TESTS := $(wildcard tests/test_ops.py tests/test_triton*.py tests/test_cuda*.py tests/test_engine*.py \
+GPU_TESTS := $(wildcard tests/test_ops.py tests/test_triton.py tests/test_cuda.py tests/test_cuda_refusals.py tests/test_engine*.py \
 	tests/test_encode_many.py tests/test_optimize.py tests/test_heads.py tests/test_swaps.py)
 gpu: $(addprefix gpu-,$(if $(filter all,$(PART)),tests ops models,$(PART)))
 
@@ -124,8 +124,14 @@ gpu-ops: gpu-ready
 gpu-models: gpu-ready
 	PYTHONPATH=.:python timeout -s INT -k 20 510 $(PYTHON) benchmarks/bench_models.py --device cuda --random large --rivals all --minutes 7 $(ARGS)
 
+# MODEL: a fine-tuned checkpoint; SQUAD: a folder with train.json, validation.json and eval.json. --max-minutes has all but
+# the last evaluation in it. The schedule is for a small teacher: 64 windows a step.
+MINUTES ?= 6
 gpu-train: gpu-ready
-	PYTHONPATH=.:python $(PYTHON) -m pruned_trainer.cli $(ARGS)
+	@test -d "$(MODEL)" -a -d "$(SQUAD)" || { echo "make gpu PART=train: MODEL=CHECKPOINT and SQUAD=FOLDER are needed"; exit 2; }
+	PYTHONPATH=.:python $(PYTHON) -m pruned_trainer.cli prune --model $(MODEL) --train-file $(SQUAD)/train.json \
+		--validation-file $(SQUAD)/validation.json --eval-file $(SQUAD)/eval.json --speedup 1.8 --batch-size 64 --precision bf16 \
+		--max-minutes $(MINUTES) --out build/gpu-train --overwrite $(ARGS)
 
 gpu-study: gpu-ready
 	PYTHONPATH=.:python $(PYTHON) benchmarks/study_squad.py --profile gpu $(ARGS)
