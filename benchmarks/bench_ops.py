@@ -8,13 +8,15 @@ result.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import harness
+import op_report
 import torch
-from op_cases import MIXED, MODELS, Case, cases
+from op_cases import MIXED, MODELS, Case, Runners, cases
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +37,25 @@ def timed(case: Case, device: str, rounds: int) -> dict[str, Timing]:
         return tuple(ms / 1000 for ms in do_bench(lambda: work({}), quantiles=[0.2, 0.5, 0.8]))
 
     return {name: Timing(workload, seconds(work)) for name, work in case.runners.items()}
+
+
+def ours_elsewhere(case: Case, ran: str) -> Runners:
+    """Ours on each backend that takes this case too, beside the one that ran by itself."""
+    found: Runners = {}
+    for name, kernel in OPS[case.op].kernels.items():
+        if name == ran or kernel.backend.missing is not None or kernel.backend.on_demand:
+            continue
+
+        def work(batch: Any, name: str = name) -> Any:
+            with pruned_ops.use_backend(name):
+                return case.runners["ours"](batch)
+
+        try:
+            work({})
+        except pruned_ops.BackendError:
+            continue
+        found[f"ours on {name}"] = work
+    return found
 
 
 def row_table(title: str) -> Table:
@@ -69,10 +90,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--quick", action="store_true", help="few rounds of one model: a look only")
     parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="what is not begun by then is left out by name"
+    )
+    parser.add_argument(
         "--out", type=Path, help="CSV (default: in benchmarks/results/, named after the machine)"
     )
     arguments = parser.parse_args()
-    console = Console()
+    console, end = Console(), time.monotonic() + 60 * arguments.minutes
     if arguments.device == "cuda" and not torch.cuda.is_available():
         import triton_bounds  # needs Triton
 
@@ -81,7 +105,7 @@ def main() -> None:
         return
     dtype = torch.float32 if arguments.device == "cpu" else torch.float16
     many = 1 if arguments.device == "cpu" else 8
-    peak, made = harness.ceilings(dtype, arguments.device), []
+    peak, made, left_out = harness.ceilings(dtype, arguments.device), [], []
     console.print(f"ceilings here: {peak['flops'] / 1e9:.0f} GFLOP/s, {peak['bytes'] / 1e9:.1f} GB/s copied")
     models = MODELS[:1] if arguments.quick else MODELS
     for lengths in (
@@ -90,20 +114,40 @@ def main() -> None:
         table = row_table(f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens, {dtype}")
         for model in models:
             for case in cases(model, lengths, dtype, arguments.device):
+                if time.monotonic() > end:
+                    left_out.append(f"{case.op}, {case.model}, {len(lengths)} sequences")
+                    continue
                 with torch.inference_mode(), pruned_ops.record() as ran:
                     case.runners["ours"]({})
+                (backend,) = ran[case.op]
+                with torch.inference_mode():
+                    case.runners.update(ours_elsewhere(case, backend))
                 timings = timed(case, arguments.device, 5 if arguments.quick else arguments.rounds)
                 show(table, case, timings, peak)
                 extra = {"op": case.op, "layer": case.model, "lengths": " ".join(map(str, lengths))}
                 extra |= {"gflop": case.flops / 1e9, "mb": case.bytes / 1e6, "dtype": str(dtype)}
-                backend = {"backends": ", ".join(ran.get(case.op, {}))}
+                backends = {n: n.removeprefix("ours on ") for n in timings if n.startswith("ours on ")}
+                backends["ours"] = backend
+                extra |= {"peak_gflops": peak["flops"] / 1e9, "copy_gb_per_s": peak["bytes"] / 1e9}
                 made += harness.rows(
-                    timings, "ours", {n: extra | (backend if n == "ours" else {}) for n in timings}
+                    timings, "ours", {n: extra | {"backends": backends.get(n, "")} for n in timings}
                 )
         console.print(table)
-    out = arguments.out or harness.result_path("ops")
+    written(made, left_out, arguments, console)
+
+
+def written(
+    made: list[dict[str, Any]], left_out: list[str], arguments: argparse.Namespace, console: Console
+) -> None:
+    """The files, and what was left out."""
+    for name in left_out:
+        console.print(f"{name} is left out: the {arguments.minutes:g} minutes were used up")
+    if not made:
+        return
+    out = arguments.out or harness.result_path("ops", arguments.device)
     harness.write(out, made)
-    console.print(f"written to {out}; {len(OPS)} ops")
+    op_report.write(out, made, left_out)
+    console.print(f"written to {out}, and as .md and .png; {len(OPS)} ops")
 
 
 if __name__ == "__main__":

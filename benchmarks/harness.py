@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.measure import Runner, Timing, Workload, interleave, machine, versions
+from pruned_ops.measure import Runner, Timing, Workload, event_seconds, interleave, machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 # Besides those that pruned_ops.measure names: the packages of the rivals.
-RIVAL_PACKAGES = ("onnx", "onnxruntime", "openvino", "nncf", "ctranslate2")
+RIVAL_PACKAGES = (
+    *("onnx", "onnxruntime", "openvino", "nncf", "ctranslate2"),
+    *("onnxruntime-gpu", "flash-attn", "torch-tensorrt"),
+)
 # OpenMP's threads spin for 5 to 7 ms (measured) after the last region of a runner, on cores that the next one
 # needs where that has threads of its own: without a rest ONNX Runtime took 17 ms a batch instead of 15.
 REST = 0.01
@@ -53,9 +56,16 @@ def _best(work: Callable[[], Any], device: str, times: int = 40) -> float:
 
 
 def interleaved(
-    runners: Mapping[str, Runner], workload: Workload, inputs: Sequence[dict[str, Tensor]], rounds: int
+    runners: Mapping[str, Runner],
+    workload: Workload,
+    inputs: Sequence[dict[str, Tensor]],
+    rounds: int,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
-    """pruned_ops.measure.interleave with an untimed rest of REST seconds after each runner."""
+    """pruned_ops.measure.interleave with an untimed rest of REST seconds after each runner; on a GPU without,
+    and by its events."""
+    if device == "cuda":
+        return interleave(runners, workload, inputs, rounds, warmup=3, seconds=event_seconds)
     spaced: dict[str, Runner] = {}
     for name, runner in runners.items():
         spaced |= {name: runner, f"rest after {name}": lambda batch: time.sleep(REST)}

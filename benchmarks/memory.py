@@ -19,7 +19,7 @@ STATUS = Path("/proc/self/status")
 BATCHES, EARLY = 1000, 100
 
 
-def _megabytes(name: str) -> float:
+def megabytes(name: str) -> float:
     """A field of /proc/self/status in MiB. (getrusage would count what the parent had before the exec.)"""
     for line in STATUS.read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
@@ -37,13 +37,13 @@ def watch(
     if runtime == "ours":
         model = pruned_ops.optimize(model)
     inputs = workload.inputs(model.config.vocab_size, model.config.pad_token_id, device)
-    found = {"loaded": _megabytes("VmRSS")}
+    found = {"loaded": megabytes("VmRSS")}
     with torch.inference_mode():
         for number in range(1, BATCHES + 1):
             model(**inputs[number % len(inputs)])
             if number == EARLY:
-                found["early"] = _megabytes("VmRSS")
-    return found | {"end": _megabytes("VmRSS"), "peak": _megabytes("VmHWM")}
+                found["early"] = megabytes("VmRSS")
+    return found | {"end": megabytes("VmRSS"), "peak": megabytes("VmHWM")}
 
 
 def report(source: Source, workload: Workload, device: str) -> list[dict[str, Any]]:

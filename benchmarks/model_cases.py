@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pruned_trainer.tasks.squad import load_squad
 from pruned_trainer.tasks.squad_task import Questions
 
 Batch = dict[str, Tensor]
-# BertConfig's fields for --random: MiniLM-L6 and BERT-base.
+# BertConfig's fields for --random: MiniLM-L6, BERT-base and BERT-large.
 SIZES: dict[str, dict[str, Any]] = {
     "minilm": {
         "hidden_size": 384,
@@ -36,11 +37,23 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
         "intermediate_size": 3072,
     },
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
 }
+# The share of the FFN units that the pruned twin keeps, where it is not half. Of the heads it keeps half.
+FFN_KEPT = {"large": 0.45}
+# FFN widths are multiples of this, as `--align` makes them, where the FFN is not tiny.
+FFN_UNIT = 16
 # Sequences a round: enough batches for a stable sum, few enough for a round of seconds.
 SEQUENCES = {1: 48, 8: 128, 32: 256}
 FIXED = {1: (128,), 8: (128, 384), 32: ()}
 # A batch of several lengths and one of one: what every runner's logits are checked on before it is timed.
+# Lengths of eight windows of a SQuAD file in arrival order, where no file is given: mean 175.
+SQUAD_LIKE = (63, 118, 131, 149, 164, 187, 222, 366)
 SAMPLES = Workload("samples", ((37, 128, 5, 90), (64,)))
 
 
@@ -66,30 +79,35 @@ class Source:
         if self.random is None:
             model: Any = load_model({"dense": self.dense, "pruned": self.pruned}[name])
         else:
-            model = random_model(SIZES[self.random], pruned=name == "pruned")
+            kept = FFN_KEPT.get(self.random, 0.5)
+            model = random_model(SIZES[self.random], pruned=name == "pruned", ffn_kept=kept)
         return nn.Module.to(model, device)
 
 
-def half_shapes(layers: int, heads: int, ffn: int) -> list[LayerShape]:
-    """Half of all heads and half of all FFN units, spread unevenly as pruning does it.
+def half_shapes(layers: int, heads: int, ffn: int, ffn_kept: float = 0.5) -> list[LayerShape]:
+    """Half of all heads and a share of all FFN units, spread unevenly as pruning does it.
 
-    Layers 2i and 2i + 1 are as far above half as below it, by 1, 2 or 3 steps (a head; a twelfth of the dense
-    FFN width). Errors: ValueError for sizes that cannot be halved so."""
-    if layers % 2 or heads % 2 or ffn % 12 or heads < 6:
+    Layers 2i and 2i + 1 are as far above the mean as below it, by 1, 2 or 3 steps (a head; a twelfth of the
+    dense FFN width). Errors: ValueError for sizes that cannot be cut so."""
+    if layers % 2 or heads % 2 or ffn < 12 or heads < 6:
         raise ValueError(f"{layers} layers of {heads} heads and {ffn} FFN units cannot be halved in steps")
+    unit = FFN_UNIT if ffn >= 12 * FFN_UNIT else 1
+    mean, step = (int(width) // unit * unit for width in (ffn * ffn_kept, ffn / 12))
     made = []
     for i in range(layers):
         steps = (1 + i // 2 % 3) * (1 if i % 2 == 0 else -1)
-        made.append(LayerShape(heads // 2 + steps, ffn // 2 - steps * (ffn // 12)))
+        made.append(LayerShape(heads // 2 + steps, mean - steps * step))
     return made
 
 
-def random_model(sizes: dict[str, Any], pruned: bool) -> Any:
-    """A randomly initialised question-answering BERT, or one with half its heads and FFN units."""
+def random_model(sizes: dict[str, Any], pruned: bool, ffn_kept: float = 0.5) -> Any:
+    """A randomly initialised question-answering BERT, or one with half its heads and this share of its FFN
+    units."""
     torch.manual_seed(0)
     if not pruned:
         return BertForQuestionAnswering(BertConfig(**sizes)).eval()
-    shapes = half_shapes(sizes["num_hidden_layers"], sizes["num_attention_heads"], sizes["intermediate_size"])
+    names = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+    shapes = half_shapes(*(sizes[name] for name in names), ffn_kept)
     config = pruned_ops.PrunedBertConfig(layer_shapes=shapes, **sizes)
     return pruned_ops.PrunedBertForQuestionAnswering(config).eval()
 
@@ -109,6 +127,31 @@ def workloads(lengths: list[int] | None, quick: bool, patterns: list[str]) -> li
         if lengths is not None:
             made.append(Workload.arrival_order(lengths, batch_size, batches))
         made += [Workload.fixed(length, batch_size, max(1, batches // 4)) for length in FIXED[batch_size]]
+    return matching(made, patterns)
+
+
+def goal_workloads(lengths: list[int] | None, quick: bool, patterns: list[str]) -> list[Workload]:
+    """What the GPU's goals are stated for, and whose names match a pattern: fixed lengths, lengths spread
+    evenly from 48 to 384, and a file's lengths sorted as an offline job would (`lengths`; where there are
+    none, like those of SQuAD).
+
+    quick: of the larger batches a quarter. Errors: ValueError for a pattern that matches none."""
+    made = []
+    for batch_size in (1, 8, 32, 128):
+        rows = max(1, batch_size // 4) if quick else batch_size
+        made += [Workload.fixed(length, rows, 1) for length in ((128, 384) if batch_size <= 8 else (384,))]
+    spread = 8 if quick else 32
+    shuffled = random.Random(0).sample(range(spread), spread)
+    mixed = tuple(48 + (384 - 48) * place // (spread - 1) for place in shuffled)
+    made.insert(-1, Workload(f"lengths48-384-b{spread}", (mixed,)))
+    some = sorted((lengths or [*SQUAD_LIKE] * 64)[: 64 if quick else 512], reverse=True)
+    batches = [tuple(some[first : first + 32]) for first in range(0, len(some), 32)]
+    made.append(Workload("offline-sorted-b32", tuple(batches)))
+    return matching(made, patterns)
+
+
+def matching(made: list[Workload], patterns: list[str]) -> list[Workload]:
+    """Those whose name matches one of the patterns. Errors: ValueError for a pattern that matches none."""
     for pattern in patterns:
         if not any(fnmatch.fnmatch(workload.name, pattern) for workload in made):
             names = ", ".join(workload.name for workload in made)

@@ -45,20 +45,28 @@ def for_screen(workload: Workload, rows: Sequence[Row]) -> Table:
 
 
 def _ours(row: Row) -> bool:
-    return row["runtime"] in ("ours", "ours-int8")
+    return row["runtime"] in ("ours", "ours-int8", "ours-encode-many")
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Workloads down, runtimes across, and how ours stands beside the best rival, won or lost; then what the
     int8 runtimes' logits are worth, who was left out and why, and where all this was measured."""
     timed = [row for row in rows if "refused" not in row]
-    refused = {row["runner"]: row["refused"] for row in rows if "refused" in row}
     runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
     cells = {(row["workload"], row["model"], row["runtime"]): row for row in timed}
-    columns = ["workload", "model", *runtimes, "ours / best fp32 rival", "ours-int8 / best int8 rival"]
+    ratios = {"ours": f"ours / best {timed[0]['precision']} rival"}
+    if "ours-int8" in runtimes:
+        ratios["ours-int8"] = "ours-int8 / best int8 rival"
+    ceilings = any("percent_of_copy" in row for row in timed)
+    columns = ["workload", "model", *runtimes, *ratios.values()]
+    columns += ["ours, pruned against dense", "ours, of the ceilings"] if ceilings else []
     lines = [
         "Milliseconds a batch, p50 (p20-p80) of the rounds. The last columns say how many times as fast as "
         "the fastest rival ours is: the median of the rounds' ratios; below 1 it loses.",
+        *(
+            ["Of the ceilings: of torch's products, and of copying, which all weights once would take."]
+            * ceilings
+        ),
         "",
         f"| {' | '.join(columns)} |",
         f"| {' | '.join('---' for _ in columns)} |",
@@ -66,12 +74,35 @@ def markdown(rows: Sequence[Row]) -> str:
     for workload, model in dict.fromkeys((row["workload"], row["model"]) for row in timed):
         found = [cells.get((workload, model, runtime)) for runtime in runtimes]
         shown = [spread(row) if row else "-" for row in found]
-        ratios = [against(cells.get((workload, model, name))) for name in ("ours", "ours-int8")]
-        lines.append(f"| {' | '.join([workload, model, *shown, *(ratio or '-' for ratio in ratios)])} |")
+        shown += [against(cells.get((workload, model, name))) or "-" for name in ratios]
+        if ceilings:
+            shown += _beside_ceilings(cells.get((workload, model, "ours")))
+        lines.append(f"| {' | '.join([workload, model, *shown])} |")
     cosines = {row["runner"]: row["cosine"] for row in timed if row["precision"] == "int8"}
     lines += ["", *(f"- {name}: cosine of its logits with hf's {c:.5f}" for name, c in cosines.items())]
-    lines += [f"- {name} is left out: {reason}" for name, reason in refused.items()]
+    lines += _left_out(rows)
     return "\n".join([*lines, "", *_origin(timed[0])]) + "\n"
+
+
+def _beside_ceilings(row: Row | None) -> list[str]:
+    if row is None:
+        return ["-", "-"]
+    dense = f"{row['speedup_vs_own_dense']:.2f}x" if row["model"] != "dense" else "-"
+    return [dense, f"{row['percent_of_peak']:.0f}%, {row['percent_of_copy']:.0f}%"]
+
+
+def _left_out(rows: Sequence[Row]) -> list[str]:
+    """A line a runner and reason, with the workloads where that was not all."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "refused" in row:
+            where.setdefault((row["runner"], row["refused"]), []).append(row["workload"])
+    every = {row["workload"] for row in rows}
+    lines = []
+    for (name, reason), some in where.items():
+        place = "" if some == ["all"] or set(some) == every else f" of {', '.join(some)}"
+        lines.append(f"- {name} is left out{place}: {reason}")
+    return lines
 
 
 def _origin(row: Row) -> list[str]:
@@ -80,7 +111,7 @@ def _origin(row: Row) -> list[str]:
     return [
         f"Machine: {row['machine_accelerator'] if row['device'] == 'cuda' else row['machine_processor']}, "
         f"{row['machine_threads']} threads, {row['machine_cpu_capability']}; "
-        f"{row['peak_gflops']:.0f} GFLOP/s in torch's fp32 products.\n",
+        f"{row['peak_gflops']:.0f} GFLOP/s in torch's {row['precision']} products.\n",
         f"Versions: {', '.join(f'{name} {value}' for name, value in versions)}.\n",
         f"{row['date']}, {row['rounds']} rounds: `{shlex.join(['python', *sys.argv])}`",
     ]

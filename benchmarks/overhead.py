@@ -1,10 +1,12 @@
-"""The host's share: ops, packing and a whole call at sizes whose arithmetic takes next to no time.
+"""The host's share: ops, packing, a replay and a whole call at sizes whose arithmetic takes next to no time.
 
 Run by `make overhead`, which compares with the last run on this machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 import pruned_ops
 from pruned_ops import LayerShape, ModelShape, PrunedEncoder
+from pruned_ops.engine import Engine
 from pruned_ops.packing import PackedBatch
 
 HIDDEN = 16
@@ -62,3 +65,39 @@ def test_whole_call(benchmark: Any, kind: str) -> None:
     ids = torch.ones(1, 8, dtype=torch.long)
     with torch.inference_mode():
         benchmark(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+class Nothing:
+    """In place of CUDA graphs: launching them costs nothing, and neither does what they compute."""
+
+    def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        outputs = work()
+        return lambda: outputs
+
+    def ordered(self) -> Any:
+        return nullcontext()
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("what", ["replay", "call"])
+def test_engine(benchmark: Any, what: str) -> None:
+    """What a replay costs the host beside the launch, and what a whole call does: 24 layers, a text of 8."""
+    sizes = {
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 1,
+        "intermediate_size": 16,
+    }
+    model: Any = pruned_ops.optimize(BertForQuestionAnswering(BertConfig(**sizes)).eval())
+    encoder = model.bert
+    encoder.engine = Engine(encoder, recorder=Nothing())
+    ids = torch.ones(1, 8, dtype=torch.long)
+    batch = PackedBatch.from_mask(None, 1, 8, ids.device)
+    with torch.inference_mode():
+        if what == "replay":
+            benchmark(encoder.engine.run, [ids[0]] * 3, batch, encoder.heads[0])
+        else:
+            benchmark(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert encoder.engine.stats.captures == 1

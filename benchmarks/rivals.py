@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import BertForQuestionAnswering, BertModel
 
 from pruned_ops.export import GRAPH, export_onnx
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops.swappable import model_shape
 
 Batch = dict[str, Tensor]
 Logits = tuple[Tensor, ...]
@@ -82,15 +82,15 @@ def compared(run: Run, reference: Run, samples: Sequence[Batch], precision: str)
     return {"max_error": error, "cosine": F.cosine_similarity(ours, theirs, dim=0).item()}
 
 
-def _package(name: str) -> Any:
+def package(name: str, remedy: str = 'pip install -e ".[bench]"') -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise NotInstalled(f'{name} cannot be imported ({error}): pip install -e ".[bench]"') from error
+        raise NotInstalled(f"{name} cannot be imported ({error}): {remedy}") from error
 
 
 def _onnx(model: Any, folder: Path) -> str:
-    _package("onnx")
+    package("onnx")
     return str(folder / GRAPH if (folder / GRAPH).exists() else export_onnx(model, folder, overwrite=True))
 
 
@@ -135,7 +135,7 @@ def compiled(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
 
 
 def _ort_session(path: str) -> Run:
-    ort = _package("onnxruntime")
+    ort = package("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -162,7 +162,7 @@ def ort_fused(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
 
     A rival of its own: its fused attention is faster at some sizes and slower at others.
     """
-    optimizer, path = _package("onnxruntime.transformers.optimizer"), str(folder / "fused.onnx")
+    optimizer, path = package("onnxruntime.transformers.optimizer"), str(folder / "fused.onnx")
     with _quiet():
         fused = optimizer.optimize_model(_onnx(model, folder), model_type="bert", opt_level=0)
     attentions = fused.get_fused_operator_statistics()["Attention"]
@@ -175,7 +175,7 @@ def ort_fused(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
 
 def ort_int8(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
     """ONNX Runtime with int8 weights, a scale a channel, and activations quantised as they come."""
-    quantization, path = _package("onnxruntime.quantization"), str(folder / "int8.onnx")
+    quantization, path = package("onnxruntime.quantization"), str(folder / "int8.onnx")
     weights = quantization.QuantType.QInt8
     # reduce_range would give away a bit that only processors without VNNI need.
     with _quiet():
@@ -187,7 +187,7 @@ def ort_int8(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
 
 def _openvino_read(model: Any, folder: Path) -> Any:
     # Not by convert_model, which reports its use to its maker: a benchmark should report to nobody.
-    return _package("openvino").Core().read_model(_onnx(model, folder))
+    return package("openvino").Core().read_model(_onnx(model, folder))
 
 
 def _openvino_compiled(network: Any) -> Run:
@@ -196,7 +196,7 @@ def _openvino_compiled(network: Any) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",  # where the processor has bf16 it would be taken unasked
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    request = _package("openvino").Core().compile_model(network, "CPU", settings).create_infer_request()
+    request = package("openvino").Core().compile_model(network, "CPU", settings).create_infer_request()
     names = [port.any_name for port in network.inputs]
 
     def run(batch: Batch) -> Logits:
@@ -213,7 +213,7 @@ def openvino(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
 
 def _nncf() -> Any:
     os.environ.setdefault("NNCF_CI", "1")  # its switch against reporting its use
-    nncf = _package("nncf")
+    nncf = package("nncf")
     nncf.set_log_level(logging.ERROR)
     return nncf
 
@@ -238,7 +238,7 @@ def openvino_int8_static(model: Any, samples: Sequence[Batch], folder: Path) -> 
 def _ctranslate2(compute_type: str) -> Callable[[Any, Sequence[Batch], Path], Run]:
     def make(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
         """CTranslate2, in a process of its own (ctranslate2_worker.py says why); the pipe's time counts."""
-        _package("ctranslate2")
+        package("ctranslate2")
         saved = _ctranslate2_saved(model, folder)
         command = [sys.executable, str(WORKER), str(saved), compute_type, str(torch.get_num_threads())]
         # One thread for numpy: a second pool of threads would only be in the way of the first.
@@ -266,7 +266,7 @@ def _ctranslate2_saved(model: Any, folder: Path) -> Path:
     path = folder / "ctranslate2"
     if path.exists():
         return path
-    loader = _package("ctranslate2.converters.transformers").BertLoader()
+    loader = package("ctranslate2.converters.transformers").BertLoader()
     # The converter wants a pooler, which question answering has not: a random one, a product a sequence.
     config = copy.deepcopy(model.config)
     config.position_embedding_type = "absolute"  # a field that transformers 5 dropped

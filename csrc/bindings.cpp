@@ -15,15 +15,30 @@
 #include "cpu/encoder.h"
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
+#ifdef PRUNED_OPS_HAVE_CUDA
+#include <cuda_runtime_api.h>
+
+#include "cuda/ops.h"
+#endif
+
+namespace {
+
+// Of ops that the CPU and the GPU have.
+constexpr const char* kAttention =
+    "attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int head_dim) -> Tensor";
+constexpr const char* kAddLayerNorm =
+    "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor norm_bias, "
+    "float eps) -> Tensor";
+constexpr const char* kEmbedLayerNorm =
+    "embed_layer_norm(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, "
+    "Tensor position, Tensor token_type, Tensor norm_weight, Tensor norm_bias, float eps) -> Tensor";
+
+}  // namespace
 
 TORCH_LIBRARY(pruned_ops_cpu, m) {
-  m.def("attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int head_dim) -> Tensor");
-  m.def(
-      "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor norm_bias, "
-      "float eps) -> Tensor");
-  m.def(
-      "embed_layer_norm(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, "
-      "Tensor position, Tensor token_type, Tensor norm_weight, Tensor norm_bias, float eps) -> Tensor");
+  m.def(kAttention);
+  m.def(kAddLayerNorm);
+  m.def(kEmbedLayerNorm);
   m.def(
       "encoder(Tensor x, Tensor cu_seqlens, int max_seqlen, Tensor[] weights, int[] widths, int head_dim, "
       "float eps) -> Tensor");
@@ -35,6 +50,26 @@ TORCH_LIBRARY_IMPL(pruned_ops_cpu, CPU, m) {
   m.impl("embed_layer_norm", &pruned_ops::cpu::embed_layer_norm);
   m.impl("encoder", &pruned_ops::cpu::encoder);
 }
+
+#ifdef PRUNED_OPS_HAVE_CUDA
+TORCH_LIBRARY(pruned_ops_cuda, m) {
+  m.def(kAttention);
+  m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def(kAddLayerNorm);
+  m.def(
+      "linear_add_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor norm_weight, "
+      "Tensor norm_bias, float eps) -> Tensor");
+  m.def(kEmbedLayerNorm);
+}
+
+TORCH_LIBRARY_IMPL(pruned_ops_cuda, CUDA, m) {
+  m.impl("attention", &pruned_ops::cuda::attention);
+  m.impl("linear_gelu", &pruned_ops::cuda::linear_gelu);
+  m.impl("add_layer_norm", &pruned_ops::cuda::add_layer_norm);
+  m.impl("linear_add_layer_norm", &pruned_ops::cuda::linear_add_layer_norm);
+  m.impl("embed_layer_norm", &pruned_ops::cuda::embed_layer_norm);
+}
+#endif
 
 namespace {
 
@@ -58,6 +93,14 @@ pybind11::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["capabilities"] = capabilities;
+  info["cuda"] = pybind11::none();
+#ifdef PRUNED_OPS_HAVE_CUDA
+  // Its value: the architectures, as TORCH_CUDA_ARCH_LIST names them.
+  pybind11::dict cuda;
+  cuda["version"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  cuda["architectures"] = PRUNED_OPS_HAVE_CUDA;
+  info["cuda"] = cuda;
+#endif
   return info;
 }
 
@@ -86,8 +129,12 @@ std::map<std::string, bool> cpu_features() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What the C++ extension was built with and what it runs; its ops are torch.ops.pruned_ops_cpu.";
-  m.def("build_info", &build_info, "torch: version built against; compiler; capabilities compiled");
+  m.doc() =
+      "What the C++ extension was built with and what it runs; its ops are torch.ops.pruned_ops_cpu and, "
+      "where it was built with CUDA, pruned_ops_cuda.";
+  m.def("build_info", &build_info,
+        "torch: version built against; compiler; capabilities compiled; "
+        "cuda: None, or version and architectures");
   m.def(
       "cpu_capability", [] { return pruned_ops::kernels().capability; },
       "the capability that runs: DEFAULT, AVX2 or AVX512; obeys ATEN_CPU_CAPABILITY");

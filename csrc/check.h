@@ -6,37 +6,46 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "cpu/kernels.h"
 
 namespace pruned_ops::check {
 
-inline void cpu(const char* op, const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.device().is_cpu(), op, ": ", name, " is on ", tensor.device(),
-              ", the kernel takes the CPU");
+// What a kernel takes: float32 on the CPU, or what is said.
+struct Takes {
+  at::Device device = at::kCPU;
+  at::ScalarType dtype = at::kFloat;
+};
+
+inline void on(const char* op, const char* name, const at::Tensor& tensor, at::Device device) {
+  TORCH_CHECK(tensor.device() == device, op, ": ", name, " is on ", tensor.device(), ", the kernel takes ",
+              device);
 }
 
-inline void cpu_float(const char* op, const char* name, const at::Tensor& tensor) {
-  cpu(op, name, tensor);
-  TORCH_CHECK(tensor.scalar_type() == at::kFloat, op, ": ", name, " is ", tensor.scalar_type(),
-              ", the kernel takes Float (float32)");
+inline void taken(const char* op, const char* name, const at::Tensor& tensor, const Takes& takes) {
+  on(op, name, tensor, takes.device);
+  TORCH_CHECK(tensor.scalar_type() == takes.dtype, op, ": ", name, " is ", tensor.scalar_type(),
+              ", the kernel takes ", takes.dtype);
 }
 
-// A float32 (rows, columns) tensor on the CPU.
-inline void matrix(const char* op, const char* name, const at::Tensor& tensor) {
-  cpu_float(op, name, tensor);
+// A (rows, columns) tensor.
+inline void matrix(const char* op, const char* name, const at::Tensor& tensor, const Takes& takes = {}) {
+  taken(op, name, tensor, takes);
   TORCH_CHECK(tensor.dim() == 2, op, ": ", name, " has ", tensor.dim(), " dimensions, 2 are needed");
 }
 
-inline void columns(const char* op, const char* name, const at::Tensor& tensor, int64_t needed) {
-  matrix(op, name, tensor);
+inline void columns(const char* op, const char* name, const at::Tensor& tensor, int64_t needed,
+                    const Takes& takes = {}) {
+  matrix(op, name, tensor, takes);
   TORCH_CHECK(tensor.size(1) == needed, op, ": ", name, " has ", tensor.size(1), " columns, ", needed,
               " are needed");
 }
 
-// A float32 (size,) tensor on the CPU.
-inline void vector(const char* op, const char* name, const at::Tensor& tensor, int64_t size) {
-  cpu_float(op, name, tensor);
+// A (size,) tensor.
+inline void vector(const char* op, const char* name, const at::Tensor& tensor, int64_t size,
+                   const Takes& takes = {}) {
+  taken(op, name, tensor, takes);
   TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, op, ": ", name, " has shape ", tensor.sizes(),
               ", [", size, "] is needed");
 }
@@ -44,7 +53,7 @@ inline void vector(const char* op, const char* name, const at::Tensor& tensor, i
 // A weight (out, in) as panels (ceil(out / 32), in, 32).
 inline void panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
   constexpr int64_t width = kWeightPanel;
-  cpu_float(op, name, tensor);
+  taken(op, name, tensor, {});
   const int64_t needed = (out + width - 1) / width;
   TORCH_CHECK(
       tensor.dim() == 3 && tensor.size(0) == needed && tensor.size(1) == in && tensor.size(2) == width, op,
@@ -55,7 +64,7 @@ inline void panels(const char* op, const char* name, const at::Tensor& tensor, i
 
 // A weight (out, in) in int8 as panels; see Int8LinearArgs.
 inline void int8_panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
-  cpu(op, name, tensor);
+  on(op, name, tensor, at::kCPU);
   const int64_t panels = (out + kWeightPanel - 1) / kWeightPanel;
   const int64_t steps = 1 + (in + kInt8Group - 1) / kInt8Group;
   TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == panels && tensor.size(1) == steps &&
@@ -66,16 +75,16 @@ inline void int8_panels(const char* op, const char* name, const at::Tensor& tens
 }
 
 // Returns the number of heads in a q|k|v of this width.
-inline int64_t num_heads(const char* op, const at::Tensor& qkv, int64_t head_dim) {
-  matrix(op, "qkv", qkv);
+inline int64_t num_heads(const char* op, const at::Tensor& qkv, int64_t head_dim, const Takes& takes = {}) {
+  matrix(op, "qkv", qkv, takes);
   TORCH_CHECK(head_dim >= 1, op, ": head_dim is ", head_dim, ", at least 1 is needed");
   TORCH_CHECK(qkv.size(1) % 3 == 0 && qkv.size(1) / 3 % head_dim == 0, op, ": qkv has ", qkv.size(1),
               " columns, which is not a multiple of 3 * head_dim (3 * ", head_dim, ")");
   return qkv.size(1) / 3 / head_dim;
 }
 
-inline void cu_seqlens_type(const char* op, const at::Tensor& cu_seqlens) {
-  cpu(op, "cu_seqlens", cu_seqlens);
+inline void cu_seqlens_type(const char* op, const at::Tensor& cu_seqlens, at::Device device = at::kCPU) {
+  on(op, "cu_seqlens", cu_seqlens, device);
   TORCH_CHECK(cu_seqlens.scalar_type() == at::kInt, op, ": cu_seqlens is ", cu_seqlens.scalar_type(),
               ", Int (int32) is needed");
   TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op, ": cu_seqlens has shape ",
@@ -104,8 +113,21 @@ inline void eps(const char* op, double value) {
   TORCH_CHECK(value >= 0, op, ": eps is ", value, ", at least 0 is needed");
 }
 
-inline void ids_type(const char* op, const char* name, const at::Tensor& ids, int64_t tokens) {
-  cpu(op, name, ids);
+// x is added to a residual of so many rows.
+inline void same_rows(const char* op, const at::Tensor& x, int64_t rows) {
+  TORCH_CHECK(x.size(0) == rows, op, ": x has ", x.size(0), " rows, residual has ", rows);
+}
+
+// A size or count, as CUDA kernels count.
+inline int as_int(const char* op, const char* name, int64_t value) {
+  constexpr int most = std::numeric_limits<int>::max();
+  TORCH_CHECK(value >= 0 && value <= most, op, ": ", name, " is ", value, ", the kernel takes 0 to ", most);
+  return static_cast<int>(value);
+}
+
+inline void ids_type(const char* op, const char* name, const at::Tensor& ids, int64_t tokens,
+                     at::Device device = at::kCPU) {
+  on(op, name, ids, device);
   TORCH_CHECK(ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong, op, ": ", name, " is ",
               ids.scalar_type(), ", Int (int32) or Long (int64) is needed");
   TORCH_CHECK(ids.dim() == 1 && ids.size(0) == tokens, op, ": ", name, " has shape ", ids.sizes(), ", [",

@@ -1,9 +1,8 @@
 """From a stream of questions to what a model says on each, in order, in bounded memory.
 
 Windows are made ahead, in a thread, while the model computes (tokenizers and our ops release the GIL). They
-come in blocks of a few batches' tokens, and are sorted by length within a block, so that batches of a bounded
-number of tokens hold little padding. Of a question only its context and its best spans are kept, of a context
-only the windows of a block.
+come in blocks of a few batches' tokens, which `scheduling` sorts by length and runs. Of a question only its
+context and its best spans are kept, of a context only the windows of a block.
 """
 
 from __future__ import annotations
@@ -15,14 +14,11 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-import torch
-
 from pruned_ops.answers import SCORED, Candidates, Decoded
 from pruned_ops.question_answering import RefusedQuestion, Window, cut_each
-from pruned_ops.window_logits import batch_logits, token_batches
+from pruned_ops.scheduling import LOOK_AHEAD, BatchRunner, Tensors
+from pruned_ops.window_logits import select_logits, split_logits
 
-# Batches that a block of windows is sorted over: with so many, padding is a few percent of the tokens.
-LOOK_AHEAD = 8
 # What a token takes of English text; only how far ahead is read depends on it.
 _CHARACTERS_PER_TOKEN = 4
 # Questions that are read ahead at most, however short their contexts.
@@ -101,31 +97,43 @@ class AnswerStream:
     def __init__(
         self, model: Any, tokenizer: Any, records: Iterable[Any], reading: Reading, lock: Lock
     ) -> None:
-        self._model, self._tokenizer, self._reading, self._lock = model, tokenizer, reading, lock
-        self._device = next(model.parameters()).device
+        self._tokenizer, self._reading, self._lock = tokenizer, reading, lock
+        device = next(model.parameters()).device
+        self._runner = BatchRunner(model, model.config.pad_token_id, device, select_logits)
         self._tokens = LOOK_AHEAD * reading.tokens_per_batch
         self._records = enumerate(records)
         self._failure: Exception | None = None
         self._contexts: dict[int, str] = {}
         self._candidates: dict[int, Candidates] = {}
         self._ended: dict[int, RefusedQuestion | None] = {}
+        self._left: Counter[int] = Counter()  # a question's windows that are cut, and not yet run
         self._next = 0  # the question whose answer comes next
 
     def __iter__(self) -> Iterator[Decoded | RefusedQuestion]:
         with ThreadPoolExecutor(1, "pruned_ops-windows") as thread:
-            events = self._events(self._read())
-            ahead: Future[_Block] | None = thread.submit(self._block, events)
-            while ahead is not None:
-                block = ahead.result()
-                if block.last:
-                    records = self._read()
-                    events = self._events(records)
-                    ahead = thread.submit(self._block, events) if records else None
-                else:
-                    ahead = thread.submit(self._block, events)
-                yield from self._computed(block)
+            tokens = self._reading.tokens_per_batch
+            for batch, logits in self._runner.scheduled(self._blocks(thread), tokens):
+                self._take(batch, logits)
+                yield from self._complete()
+        yield from self._complete()
         if self._failure is not None:
             raise self._failure
+
+    def _blocks(self, thread: ThreadPoolExecutor) -> Iterator[list[Window]]:
+        """The blocks' windows; while one is computed the thread cuts the next."""
+        events = self._events(self._read())
+        ahead: Future[_Block] | None = thread.submit(self._block, events)
+        while ahead is not None:
+            block = ahead.result()
+            if block.last:
+                records = self._read()
+                events = self._events(records)
+                ahead = thread.submit(self._block, events) if records else None
+            else:
+                ahead = thread.submit(self._block, events)
+            self._left.update(window.question_index for window in block.windows)
+            self._ended |= block.ended
+            yield block.windows
 
     def _read(self) -> list[tuple[int, Asked | RefusedQuestion]]:
         """The next records, about a block of them. They are read by the caller's own thread: a generator of
@@ -182,21 +190,9 @@ class AnswerStream:
         block.last = True
         return block
 
-    def _computed(self, block: _Block) -> Iterator[Decoded | RefusedQuestion]:
-        """Run a block's windows; yield what is complete, in order."""
-        left = Counter(window.question_index for window in block.windows)
-        self._ended |= block.ended
-        yield from self._complete(left)
-        for places in token_batches(block.windows, self._reading.tokens_per_batch):
-            batch = [block.windows[place] for place in places]
-            self._run(batch)
-            left.subtract(window.question_index for window in batch)
-            yield from self._complete(left)
-
-    def _run(self, batch: list[Window]) -> None:
-        with torch.inference_mode():
-            logits = list(batch_logits(self._model, batch, self._model.config.pad_token_id, self._device))
-        for window, pair in zip(batch, logits, strict=True):
+    def _take(self, batch: list[Window], logits: Tensors) -> None:
+        """Keep a batch's best spans."""
+        for window, pair in zip(batch, split_logits(batch, logits), strict=True):
             index = window.question_index
             if index not in self._candidates:
                 reading = self._reading
@@ -204,14 +200,16 @@ class AnswerStream:
                     self._contexts[index], reading.n_best, reading.max_answer_tokens
                 )
             self._candidates[index].add(window, pair, f"a window of question {index}")
+            self._left[index] -= 1
 
-    def _complete(self, left: Counter[int]) -> Iterator[Decoded | RefusedQuestion]:
-        """left: windows of a question that are still to be run in this block."""
-        while self._next in self._ended and not left[self._next]:
+    def _complete(self) -> Iterator[Decoded | RefusedQuestion]:
+        """What is complete, in order."""
+        while self._next in self._ended and not self._left[self._next]:
             index = self._next
             self._next += 1
             refused = self._ended.pop(index)
-            self._contexts.pop(index, None)
+            for kept in (self._contexts, self._left):
+                kept.pop(index, None)
             candidates = self._candidates.pop(index, None)
             if refused is not None:
                 yield refused

@@ -21,9 +21,9 @@ from pruned_ops.inputs import longest_sequence
 from pruned_ops.launch_bound import HALF, TWIN, LaunchBound, half_of, tiny_twin
 from pruned_ops.measure import Runner, Timing, Workload, interleave, machine, versions
 from pruned_ops.optimize import optimize
-from pruned_ops.packed_encoder import model_shape
 from pruned_ops.question_files import lengths_of
 from pruned_ops.registry import record
+from pruned_ops.swappable import model_shape
 
 OURS, THEIRS = "pruned_ops", "Hugging Face"
 WINDOW = 384  # tokens of a window of --data, at most

@@ -15,12 +15,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
-from pruned_ops.natural_questions import is_natural_questions, natural_questions_classes
+from pruned_ops.configuration import PRUNED_CONFIGS
+from pruned_ops.natural_questions import is_natural_questions, natural_questions_class
 
 # Any one of them makes a tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
-MODEL_TYPES = ("bert", "roberta", PrunedBertConfig.model_type, PrunedRobertaConfig.model_type)
 
 
 def load_model(name_or_path: str) -> PreTrainedModel:
@@ -32,14 +31,14 @@ def load_model(name_or_path: str) -> PreTrainedModel:
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-        if config.model_type not in MODEL_TYPES:
+        if config.model_type not in PRUNED_CONFIGS:
             raise ValueError(
-                f"it is a {config.model_type!r} model; only {', '.join(MODEL_TYPES)} are supported"
+                f"it is a {config.model_type!r} model; only {', '.join(PRUNED_CONFIGS)} are supported"
             )
         # Auto classes know no Natural Questions models: the config names the class that was saved.
         model_class: Any = AutoModelForQuestionAnswering
         if is_natural_questions(config):
-            model_class = natural_questions_classes(config.model_type)[1]
+            model_class = natural_questions_class(config.model_type)
         model, info = model_class.from_pretrained(name_or_path, output_loading_info=True)
         missing = sorted(info["missing_keys"])
         unexpected = sorted(

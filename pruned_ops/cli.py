@@ -90,6 +90,9 @@ def info() -> None:
         features = [name for name, there in cpu.extension.cpu_features().items() if there]
         print(f"{'extension':>15}  built with torch {built['torch']}, {built['compiler']}")
         print(f"{'kernels':>15}  {', '.join(built['capabilities'])}; runs {cpu.extension.cpu_capability()}")
+        cuda = built.get("cuda")  # an extension of before there were CUDA kernels does not say
+        compiled = f"CUDA {cuda['version']}, for {cuda['architectures']}" if cuda else "not built"
+        print(f"{'cuda kernels':>15}  {compiled}")
         print(f"{'cpu features':>15}  {', '.join(features) or 'none of those asked about'}")
     print("backends")
     for backend in BACKENDS.values():

@@ -159,3 +159,20 @@ class PrunedRobertaConfig(_LayerShapes, RobertaConfig):
         super().__init__(**_dense_fields(layers, fields))
         self._set_shapes(layers, head_dim)
         self._set_answering(null_score_threshold, score_calibration)
+
+
+# The pruned counterpart of every model type that is taken. XLM-R and CamemBERT are RoBERTa with vocabularies
+# of their own: the same modules under the same names.
+PRUNED_CONFIGS: dict[str, type[PrunedBertConfig | PrunedRobertaConfig]] = {
+    "bert": PrunedBertConfig,
+    "pruned_bert": PrunedBertConfig,
+    "roberta": PrunedRobertaConfig,
+    "xlm-roberta": PrunedRobertaConfig,
+    "camembert": PrunedRobertaConfig,
+    "pruned_roberta": PrunedRobertaConfig,
+}
+
+
+def is_roberta(config: Any) -> bool:
+    """Whether the model of this config, stock or pruned, counts its positions from the padding index."""
+    return PRUNED_CONFIGS.get(config.model_type) is PrunedRobertaConfig

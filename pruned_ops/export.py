@@ -20,7 +20,8 @@ from pruned_ops.checkpoints import load_model
 from pruned_ops.head_hooks import ANSWERERS
 from pruned_ops.importing import TOKENIZER_FILES
 from pruned_ops.optimize import restore
-from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
+from pruned_ops.packed_encoder import PackedEncoder
+from pruned_ops.swappable import ENCODERS, refuse
 
 GRAPH = "model.onnx"
 # Bytes: what protobuf, and so an ONNX file, can hold.

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from pruned_ops.modeling import answering_class
 from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, checked_int
 
-KINDS = ("bert", "roberta")
 # What training left behind, or what does not bear on the answers: pooler, position numbers, CoFi's gates and
 # its distillation matrix.
 _LEFT_OUT = re.compile(
@@ -34,7 +34,11 @@ _FIELDS = (
     "layer_norm_eps", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "id2label",
     "label2id",
 )  # fmt: skip
-_TOKENIZERS = {"bert": "BertTokenizerFast", "roberta": "RobertaTokenizerFast"}
+# Of the model types that can be imported.
+_TOKENIZERS = {
+    "bert": "BertTokenizerFast", "roberta": "RobertaTokenizerFast", "xlm-roberta": "XLMRobertaTokenizerFast",
+    "camembert": "CamembertTokenizerFast",
+}  # fmt: skip
 
 Tensors = dict[str, Tensor]
 
@@ -66,8 +70,9 @@ def open_source(folder: Path) -> Source:
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in KINDS:
-        raise ValueError(f"{folder} is a {kind!r} model; {', '.join(KINDS)} can be imported")
+    if kind not in _TOKENIZERS:
+        raise ValueError(f"{folder} is a {kind!r} model; {', '.join(_TOKENIZERS)} can be imported")
+    prefix = f"{answering_class(kind).base_model_prefix}."
     if config.get("layer_norm_type", "layer_norm") != "layer_norm":
         raise ValueError(f"{folder} has {config['layer_norm_type']} in place of LayerNorm: not supported")
     if config.get("position_embedding_type", "absolute") != "absolute":
@@ -83,9 +88,9 @@ def open_source(folder: Path) -> Source:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if _LEFT_OUT.search(name):
             continue
-        into = encoder if name.startswith(f"{kind}.") else head
+        into = encoder if name.startswith(prefix) else head
         # A copy of its own: masks and what is constant are folded in place.
-        into[name.removeprefix(f"{kind}.")] = tensor.detach().to(torch.float32, copy=True)
+        into[name.removeprefix(prefix)] = tensor.detach().to(torch.float32, copy=True)
     if set(head) != {"qa_outputs.weight", "qa_outputs.bias"}:
         found = ", ".join(sorted(head)[:5]) or "none"
         raise ValueError(

@@ -60,6 +60,7 @@ class _Classifier(PrunedPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        **for_the_encoder: Any,
     ) -> Any:
         """Logits, and the loss where there are labels, as the stock model's."""
         encoded = self.base_model(
@@ -71,6 +72,7 @@ class _Classifier(PrunedPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            **for_the_encoder,
         )
         logits = self.classified(encoded[0], attention_mask)
         loss = None if labels is None else self.loss(logits, labels)

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.foreign import Source, Tensors, activation_name, open_source, unpickled
-from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
+from pruned_ops.modeling import answering_class
 from pruned_ops.shape import MAX_WIDTH, LayerShape, checked_int
 
 # What a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
@@ -33,10 +32,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
-    "bert": (PrunedBertConfig, PrunedBertForQuestionAnswering),
-    "roberta": (PrunedRobertaConfig, PrunedRobertaForQuestionAnswering),
-}
 _LAYER = re.compile(r"^encoder\.layer\.(\d+)\.(.+)$")
 _PARTS = {
     f"{name}.{kind}"
@@ -207,7 +202,7 @@ def _drop_dead(layer: Tensors, head_dim: int, activation: Any) -> tuple[int, int
 
 def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
     """The model, made without memory of its own, with the source's tensors put into it."""
-    config_class, model_class = _CLASSES[source.kind]
+    model_class = answering_class(source.kind)
     shapes = [
         LayerShape(len(x["attention.self.query.bias"]) // head_dim, len(x["intermediate.dense.bias"]))
         for x in layers
@@ -220,12 +215,13 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
         source.notes.append(f"hidden size {hidden} of {source.config['hidden_size']}")
     fields = source.fields
     fields.update(hidden_size=hidden, num_hidden_layers=len(layers), head_dim=head_dim, layer_shapes=shapes)
-    config = config_class(**fields)
+    config = model_class.config_class(**fields)
     with torch.device("meta"):
         model = model_class(config)
-    state = {f"{source.kind}.{name}": tensor for name, tensor in source.encoder.items()} | source.head
+    prefix = f"{model_class.base_model_prefix}."
+    state = {prefix + name: tensor for name, tensor in source.encoder.items()} | source.head
     for number, layer in enumerate(layers):
-        state |= {f"{source.kind}.encoder.layer.{number}.{name}": tensor for name, tensor in layer.items()}
+        state |= {f"{prefix}encoder.layer.{number}.{name}": tensor for name, tensor in layer.items()}
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruned_ops.configuration import is_roberta
+
 
 def default_position_ids(
     input_ids: Tensor | None, batch_size: int, seqlen: int, device: torch.device, padding_idx: int | None
@@ -29,8 +31,7 @@ def default_position_ids(
 
 def longest_sequence(config: Any) -> int:
     """Tokens of the longest sequence that the model's table of positions allows."""
-    roberta = config.model_type in ("roberta", "pruned_roberta")
-    return config.max_position_embeddings - (config.pad_token_id + 1 if roberta else 0)
+    return config.max_position_embeddings - (config.pad_token_id + 1 if is_roberta(config) else 0)
 
 
 def check_inputs(
@@ -65,8 +66,10 @@ def check_inputs(
 
 
 def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none."""
-    if attention_mask is None:
+    """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none.
+
+    States of no row stay so, whatever the mask: an optimised model's head is computed elsewhere."""
+    if attention_mask is None or len(states) == 0:
         return states[:, 0]
     real = (attention_mask != 0).to(states.device)
     rows = torch.arange(len(states), device=states.device)

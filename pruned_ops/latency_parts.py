@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BertConfig, RobertaConfig
 
-from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.layers import PrunedAttention, PrunedEncoder, PrunedFFN
 from pruned_ops.measure import Runner, Workload, interleave
-from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
+from pruned_ops.modeling import answering_class
 from pruned_ops.optimize import optimize
 from pruned_ops.packed_parts import PackedParts
 from pruned_ops.packing import PackedBatch
@@ -61,12 +60,12 @@ def empty_config(config: Any) -> tuple[PrunedBertConfig | PrunedRobertaConfig, L
     """The config of the same model with empty layers, and the most heads and the widest FFN of its own.
 
     ValueError for what is no BERT or RoBERTa, stock or pruned, or none that runs packed."""
-    if type(config) not in (BertConfig, RobertaConfig, PrunedBertConfig, PrunedRobertaConfig):
+    pruned = PRUNED_CONFIGS.get(getattr(config, "model_type", ""))
+    if pruned is None:
         raise ValueError(
             f"a {getattr(config, 'model_type', type(config).__name__)} model is not measured: a BERT or "
             f"RoBERTa, stock or pruned, is needed"
         )
-    pruned = PrunedRobertaConfig if isinstance(config, RobertaConfig) else PrunedBertConfig
     given = config.to_dict()
     layers = pruned(**given).shape.layers
     heads = max((layer.num_heads for layer in layers), default=0)
@@ -83,9 +82,7 @@ def chain_length(config: Any) -> int:
 def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> dict[str, Runner]:
     """What is timed: "base", the model with empty layers; "attention N" and "ffn W", chains of parts."""
     hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.hidden_act
-    roberta = isinstance(empty, PrunedRobertaConfig)
-    model_class: Any = PrunedRobertaForQuestionAnswering if roberta else PrunedBertForQuestionAnswering
-    model = optimize(model_class(empty).to(device))
+    model = optimize(answering_class(empty.model_type)(empty).to(device))
     one_call = model.base_model.encoder.is_packed
     runners: dict[str, Runner] = {
         "base": lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

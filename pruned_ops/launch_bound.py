@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pruned_ops.latency_parts import empty_config
 from pruned_ops.measure import Timing, Workload
-from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops.modeling import answering_class
 from pruned_ops.shape import LayerShape
+from pruned_ops.swappable import model_shape
 
 HALF, TWIN = "half of each batch", "tiny twin"
 # Hidden size, head and FFN width of the twin: arithmetic that takes next to no time.
@@ -96,6 +96,4 @@ def tiny_twin(model: Any) -> Any:
     ]
     sizes = {"hidden_size": _TINY, "head_dim": _TINY, "num_attention_heads": 1, "intermediate_size": _TINY}
     twin = type(config)(**{**config.to_dict(), **sizes, "layer_shapes": shapes})
-    roberta = config.model_type == "pruned_roberta"
-    made = (PrunedRobertaForQuestionAnswering if roberta else PrunedBertForQuestionAnswering)(twin)
-    return made.to(model.device).eval()
+    return answering_class(config.model_type)(twin).to(model.device).eval()

@@ -176,6 +176,11 @@ class PrunedEncoder(nn.Module):
         return isinstance(self._packed, PackedParts)
 
     @property
+    def packed(self) -> PackedParts | AlignedParts | None:
+        """The weights in the layout that `pack` brought them into."""
+        return self._packed
+
+    @property
     def running_shape(self) -> ModelShape:
         """The shape that the kernels see: FFN widths may be filled up (`AlignedParts`)."""
         if not isinstance(self._packed, AlignedParts):

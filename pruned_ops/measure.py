@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -124,9 +125,11 @@ def interleave(
     inputs: Sequence[dict[str, Tensor]],
     rounds: int,
     warmup: int = 1,
+    seconds: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Timing]:
     """Time every runner on every batch, batch by batch in turn, for `rounds` rounds after `warmup` untimed
-    ones."""
+    ones. seconds: runs a call and says how long it took; by default `host_seconds`."""
+    seconds = host_seconds if seconds is None else seconds
     names = list(runners)
     calls: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
@@ -134,11 +137,9 @@ def interleave(
             for i, batch in enumerate(inputs):
                 turn = (number + i) % len(names)
                 for name in names[turn:] + names[:turn]:
-                    start = time.perf_counter()
-                    runners[name](batch)
-                    _wait()
+                    took = seconds(partial(runners[name], batch))
                     if number >= 0:
-                        calls[name].append(time.perf_counter() - start)
+                        calls[name].append(took)
     return {name: _timing(workload, tuple(values), len(inputs)) for name, values in calls.items()}
 
 
@@ -147,9 +148,25 @@ def _timing(workload: Workload, calls: tuple[float, ...], batches: int) -> Timin
     return Timing(workload, tuple(map(sum, rounds)), calls)
 
 
-def _wait() -> None:
+def host_seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes by the host's clock, until a GPU is done too."""
+    start = time.perf_counter()
+    call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def event_seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes by the GPU's clock, from an idle GPU to the end of what the call launched: the
+    host's part before the first launch counts, and so does any gap between launches."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 def machine() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, QuestionAnsweringModelOutput
 
-from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.inputs import check_inputs
 from pruned_ops.model_card import write_model_card
 from pruned_ops.packing import check_mask
@@ -214,6 +214,12 @@ class PrunedRobertaForQuestionAnswering(PrunedBertForQuestionAnswering):
     config_class = PrunedRobertaConfig
     base_model_prefix = "roberta"
     encoder_class = PrunedRobertaModel
+
+
+def answering_class(model_type: str) -> type[Any]:
+    """The pruned counterpart of a question-answering model of this type, one of PRUNED_CONFIGS."""
+    roberta = PRUNED_CONFIGS[model_type] is PrunedRobertaConfig
+    return PrunedRobertaForQuestionAnswering if roberta else PrunedBertForQuestionAnswering
 
 
 for _config, _encoder, _answerer in (

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.modeling_outputs import ModelOutput
 
-from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.inputs import first_tokens
 from pruned_ops.modeling import PrunedBertForQuestionAnswering, PrunedRobertaModel, span_loss
-from pruned_ops.packing import PackedBatch
 
 
 class AnswerType(IntEnum):
@@ -66,11 +65,10 @@ class PrunedBertForNaturalQuestions(PrunedBertForQuestionAnswering):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        packed_batches: list[PackedBatch] | None = None,
+        **for_the_encoder: Any,
     ) -> NaturalQuestionsOutput | tuple[Any, ...]:
         """Logits, and the loss where all three labels (batch,) are given. A row of padding only has the
-        answer type of a zero hidden state. packed_batches: as the packed encoder's, see `optimize`."""
-        for_the_encoder = {} if packed_batches is None else {"packed_batches": packed_batches}
+        answer type of a zero hidden state."""
         encoded = self.base_model(
             input_ids,
             attention_mask=attention_mask,
@@ -83,11 +81,7 @@ class PrunedBertForNaturalQuestions(PrunedBertForQuestionAnswering):
             **for_the_encoder,
         )
         states = encoded[0]
-        first = (
-            _first_rows(states[0], packed_batches[0])
-            if packed_batches
-            else first_tokens(states, attention_mask)
-        )
+        first = first_tokens(states, attention_mask)
         start, end = (part.contiguous() for part in self.qa_outputs(states).unbind(-1))
         types = self.answer_type_outputs(first)
         loss = None
@@ -107,27 +101,12 @@ class PrunedRobertaForNaturalQuestions(PrunedBertForNaturalQuestions):
     encoder_class = PrunedRobertaModel
 
 
-def _first_rows(states: Tensor, batch: PackedBatch) -> Tensor:
-    """(tokens, hidden) -> (batch, hidden): as `first_tokens`, of a packed batch."""
-    first, end = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
-    if not len(states):
-        return states.new_zeros(batch.batch_size, states.size(1))
-    return states[first.clamp(max=len(states) - 1)].masked_fill((first == end)[:, None], 0.0)
-
-
-_CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
-    "bert": (PrunedBertConfig, PrunedBertForNaturalQuestions),
-    "pruned_bert": (PrunedBertConfig, PrunedBertForNaturalQuestions),
-    "roberta": (PrunedRobertaConfig, PrunedRobertaForNaturalQuestions),
-    "pruned_roberta": (PrunedRobertaConfig, PrunedRobertaForNaturalQuestions),
-}
-
-
-def natural_questions_classes(model_type: str) -> tuple[type[Any], type[Any]]:
-    """Config and model class for a BERT or RoBERTa, stock or pruned; ValueError for another model type."""
-    if model_type not in _CLASSES:
-        raise ValueError(f"it is a {model_type!r} model; one of {', '.join(_CLASSES)} is needed")
-    return _CLASSES[model_type]
+def natural_questions_class(model_type: str) -> type[Any]:
+    """The model class for a BERT or RoBERTa, stock or pruned; ValueError for another model type."""
+    if model_type not in PRUNED_CONFIGS:
+        raise ValueError(f"it is a {model_type!r} model; one of {', '.join(PRUNED_CONFIGS)} is needed")
+    roberta = PRUNED_CONFIGS[model_type] is PrunedRobertaConfig
+    return PrunedRobertaForNaturalQuestions if roberta else PrunedBertForNaturalQuestions
 
 
 def is_natural_questions(config: Any) -> bool:
@@ -138,7 +117,7 @@ def is_natural_questions(config: Any) -> bool:
 def load_natural_questions(name_or_path: str | Path) -> Any:
     """The Natural Questions model that was saved there, dense or pruned; ValueError for another one."""
     config = AutoConfig.from_pretrained(name_or_path)
-    _, model_class = natural_questions_classes(config.model_type)
+    model_class = natural_questions_class(config.model_type)
     if type(config) is not model_class.config_class:
         raise ValueError(
             f"{name_or_path} is a stock {config.model_type} checkpoint, without answer types: fine-tune it "
@@ -150,9 +129,9 @@ def load_natural_questions(name_or_path: str | Path) -> Any:
 def with_answer_types(model: Any) -> Any:
     """A Natural Questions model with the encoder and the start and end head of `model`, a stock or pruned
     question-answering BERT or RoBERTa, and a new, random answer type head. `model` is left alone."""
-    config_class, model_class = natural_questions_classes(model.config.model_type)
+    model_class = natural_questions_class(model.config.model_type)
     fields = {k: v for k, v in model.config.to_dict().items() if k != "architectures"}
-    made = model_class(config_class(**fields))
+    made = model_class(model_class.config_class(**fields))
     state = {name: tensor for name, tensor in model.state_dict().items() if "pooler." not in name}
     keys = made.load_state_dict(state, strict=False)
     missing = [name for name in keys.missing_keys if not name.startswith("answer_type_outputs.")]

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from pruned_ops.encode_many import encode_many
 from pruned_ops.engine import Engine
 from pruned_ops.head_hooks import hook_head
 from pruned_ops.int8 import Batch, choose_int8
-from pruned_ops.packed_encoder import ENCODERS, PackedEncoder, refuse
+from pruned_ops.packed_encoder import PackedEncoder
 from pruned_ops.registry import BACKENDS, BackendError
+from pruned_ops.swappable import ENCODERS, refuse
 
 _HOOKS = "_pruned_ops_hooks"
 _MODES = "_pruned_ops_modes"
+_MANY = "encode_many"
 
 
 def optimize(
@@ -42,6 +46,7 @@ def optimize(
     relative error is expected within `tolerance` (see `choose_int8`). Without it all linears are int8.
     graphs: on a GPU, run batches by CUDA graphs: `model.engine` (see `engine.Engine`) has its `stats`, and
     `warm_up(batches)` captures them beforehand. Nothing changes on a CPU.
+    `model.encode_many(texts)` runs any number of texts at full rate, in order (see `encode_many`).
     Errors: ValueError for a model without such an encoder, or with one that would not be computed as it is,
     for int8 where it cannot run, and for a model that is optimised already in another dtype.
     """
@@ -61,6 +66,7 @@ def optimize(
                 raise
         if graphs:
             _add_engines(model)
+        _add_encode_many(model)
     elif any(one.int8 != int8 for one in done):
         raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
     return model
@@ -73,6 +79,11 @@ def _add_engines(model: Any) -> None:
             module.engine = Engine(module)
             if "engine" not in model.__dict__:
                 model.engine = module.engine
+
+
+def _add_encode_many(model: Any) -> None:
+    if not hasattr(model, _MANY):  # a method of that name stays the model's own
+        setattr(model, _MANY, partial(encode_many, model))
 
 
 def _swapped(model: nn.Module, int8: bool) -> Any:
@@ -97,11 +108,14 @@ def _swapped(model: nn.Module, int8: bool) -> Any:
         for child in {id(child): child for _, _, child in found}.values()
     }
     for parent, name, child in found:
-        setattr(parent, name, packed[id(child)])
-    for module in model.modules():
-        handles = hook_head(module)
+        encoder = packed[id(child)]
+        setattr(parent, name, encoder)
+        head, handles = hook_head(parent)
         if handles:
-            setattr(module, _HOOKS, handles)
+            setattr(parent, _HOOKS, handles)
+        encoder.around.append(type(parent if handles else model).__name__)
+        if head is not None:
+            encoder.heads.append(head)
     setattr(model, _MODES, modes)
     return model.eval()
 
@@ -111,6 +125,9 @@ def restore(model: nn.Module) -> Any:
     in.
 
     Returns the model."""
+    many = model.__dict__.get(_MANY)
+    if isinstance(many, partial) and many.func is encode_many:
+        delattr(model, _MANY)
     if isinstance(model, PackedEncoder):
         return model.undo()
     originals: dict[int, nn.Module] = {}

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel, RobertaModel
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.models.bert.modeling_bert import BertEmbeddings
-from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from pruned_ops import ops
+from pruned_ops.configuration import is_roberta
 from pruned_ops.engine import Engine
 from pruned_ops.inputs import check_inputs, default_position_ids
-from pruned_ops.layers import ACTIVATIONS, Projection, PrunedEncoder
-from pruned_ops.modeling import PrunedBertModel, PrunedRobertaModel
+from pruned_ops.layers import PrunedEncoder
+from pruned_ops.packed_heads import HeadRun, Outputs, PackedHead
 from pruned_ops.packed_parts import fuse_rows, split_rows
 from pruned_ops.packing import PackedBatch
-from pruned_ops.padded import PrunedEmbeddings
-from pruned_ops.shape import LayerShape, ModelShape
-
-ENCODERS = (BertModel, RobertaModel, PrunedBertModel, PrunedRobertaModel)
-_EMBEDDINGS = (BertEmbeddings, RobertaEmbeddings, PrunedEmbeddings)
-_QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
-_CAPTURING = "transformers.utils.output_capturing"
+from pruned_ops.swappable import QKV, model_shape, refuse, stock_parts
 
 
 class PackedEncoder(nn.Module):
@@ -41,12 +33,14 @@ class PackedEncoder(nn.Module):
         if refusal is not None:
             raise ValueError(f"optimize cannot take this {type(original).__name__}: {refusal}")
         self.engine: Engine | None = None  # what runs batches on a GPU; `optimize` decides
+        # The heads around it that it can compute, and the classes of all; `optimize` knows them.
+        self.heads: list[PackedHead] = []
+        self.around: list[str] = []
         self._keep = [original]  # in a list, so that its parameters are not registered a second time
         self._modes = [(module, module.training) for module in original.modules()]
         config = original.config
         self.config = config
         self.int8 = int8
-        self.roberta = config.model_type in ("roberta", "pruned_roberta")
         self.embeddings = original.embeddings
         self.pooler = getattr(original, "pooler", None)
         with torch.device("meta"):
@@ -68,9 +62,9 @@ class PackedEncoder(nn.Module):
         return self._keep[0]
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedEncoder:
-        super()._apply(*args, **kwargs)
         if self.engine is not None:
-            self.engine.invalidate()  # the weights may be elsewhere, or others
+            self.engine.invalidate()  # the weights will be elsewhere, or others; no memory is held for graphs
+        super()._apply(*args, **kwargs)
         return self
 
     def train(self, mode: bool = True) -> PackedEncoder:
@@ -95,6 +89,8 @@ class PackedEncoder(nn.Module):
     def undo(self) -> Any:
         """The original encoder with its own q, k, v weights again, on the device and in the dtype used
         last."""
+        if self.engine is not None:
+            self.engine.invalidate()
         self.encoder.unpack()
         for packed, stock in zip(self.encoder.layers, self.original.encoder.layer, strict=True):
             for fused, parts in _fused_parts(packed, stock):
@@ -115,14 +111,13 @@ class PackedEncoder(nn.Module):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        packed_batches: list[PackedBatch] | None = None,
+        head_run: HeadRun | None = None,
         **unsupported: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
         """As the encoder it replaces. Hidden states are 0 at padded positions. Refused by name: see the
         errors.
 
-        packed_batches: given a list, last_hidden_state is (1, tokens, hidden_size), the real tokens only, and
-        the batch that tells where they belong is appended to it."""
+        head_run: is given the head's outputs; last_hidden_state and pooler_output then have no rows."""
         named = {name for name, value in unsupported.items() if value is not None and value is not False}
         if output_attentions or (
             output_attentions is None and getattr(self.config, "output_attentions", False)
@@ -130,6 +125,7 @@ class PackedEncoder(nn.Module):
             named.add("output_attentions")
         if named:
             raise ValueError(f"an optimised encoder does not take {', '.join(sorted(named))}")
+        self._refuse_autocast()
         check_inputs(self.config, input_ids, inputs_embeds, position_ids, token_type_ids)
         if input_ids is None:
             raise ValueError("an optimised encoder does not take inputs_embeds: it looks up real tokens only")
@@ -140,15 +136,15 @@ class PackedEncoder(nn.Module):
                 output_hidden_states = self.config.output_hidden_states
             inputs = self._packed(batch, input_ids, token_type_ids, position_ids)
             collect: list[Tensor] | None = [] if output_hidden_states else None
-            if collect is None and self.engine is not None and self.engine.serves:
-                x = self.engine.run(inputs, batch)
+            head = None if head_run is None else head_run.head
+            run = self.computed if self.engine is None else self.engine.run
+            outputs = run(inputs, batch, head, collect)
+            if head_run is not None:
+                head_run.outputs, head_run.batch = outputs, batch
+                last = inputs[0].new_empty((0, 1, self.config.hidden_size), dtype=self.dtype)
             else:
-                x = self.compute(*inputs, batch.cu_seqlens, batch.max_seqlen, collect)
-            if packed_batches is None:
-                last = batch.unpack(x)
-            else:
-                packed_batches.append(batch)
-                last = x[None]
+                assert outputs.rows is not None
+                last = batch.unpack(outputs.rows)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=self.pooler(last) if self.pooler is not None else None,
@@ -158,12 +154,22 @@ class PackedEncoder(nn.Module):
             output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
         )
 
+    def _refuse_autocast(self) -> None:
+        """Weights are packed once, in their own dtype; autocast would be obeyed by the head alone."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != self.dtype:
+            asked = torch.get_autocast_dtype(kind)
+            raise ValueError(
+                f"autocast asks for {asked}, and an optimised model computes in its weights' dtype, "
+                f"{self.dtype}: call model.to({asked}) instead"
+            )
+
     def _packed(
         self, batch: PackedBatch, input_ids: Tensor, types: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, positions and types of the real tokens, (tokens,) each."""
         if position_ids is None:
-            padding_idx = self.config.pad_token_id if self.roberta else None
+            padding_idx = self.config.pad_token_id if is_roberta(self.config) else None
             position_ids = default_position_ids(
                 input_ids, batch.batch_size, batch.seqlen, self.device, padding_idx
             )
@@ -171,22 +177,30 @@ class PackedEncoder(nn.Module):
         positions, types = (batch.pack(one.expand(input_ids.shape)) for one in (position_ids, types))
         return batch.pack(input_ids), positions, types
 
+    def computed(
+        self,
+        inputs: Sequence[Tensor],
+        batch: PackedBatch,
+        head: PackedHead | None = None,
+        collect: list[Tensor] | None = None,
+    ) -> Outputs:
+        """`compute` on a packed batch."""
+        return self.compute(inputs, batch.cu_seqlens, batch.max_seqlen, head, collect)
+
     def compute(
         self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        token_type_ids: Tensor,
+        inputs: Sequence[Tensor],
         cu_seqlens: Tensor,
         max_seqlen: int,
+        head: PackedHead | None = None,
         collect: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Packed ids (tokens,) -> hidden states (tokens, hidden_size): on the device alone, so that it can be
-        recorded. collect: is given the embedding and each layer's output."""
+    ) -> Outputs:
+        """Packed ids, positions and types (tokens,) -> the head's outputs, without one hidden states (tokens,
+        hidden_size): on the device alone, so that it can be recorded. collect: is given the embedding and
+        each layer's output."""
         tables = self.embeddings
         x = ops.embed_layer_norm(
-            input_ids,
-            position_ids,
-            token_type_ids,
+            *inputs,
             tables.word_embeddings.weight,
             tables.position_embeddings.weight,
             tables.token_type_embeddings.weight,
@@ -196,84 +210,19 @@ class PackedEncoder(nn.Module):
         )
         if collect is not None:
             collect.append(x)
-        return self.encoder.run(x, cu_seqlens, max_seqlen, collect)
-
-
-def model_shape(encoder: Any) -> ModelShape:
-    """The shape of a stock or pruned encoder, from its config."""
-    config = encoder.config
-    if isinstance(encoder, PrunedBertModel):
-        return config.shape
-    dense = LayerShape(config.num_attention_heads, config.intermediate_size)
-    head_dim = config.hidden_size // config.num_attention_heads
-    return ModelShape((dense,) * config.num_hidden_layers, config.hidden_size, head_dim)
-
-
-def refuse(encoder: Any, int8: bool = False) -> str | None:
-    """Why the packed encoder cannot take this one's place; None if it can."""
-    config = encoder.config
-    if int8:
-        reasons = [
-            kernel.backend.missing or kernel.refuse(torch.empty(0, dtype=torch.int8))
-            for kernel in ops.encoder.kernels.values()
-        ]
-        if all(reasons):
-            return "; ".join(reason for reason in reasons if reason)
-        if (encoder.dtype, encoder.device.type, config.hidden_act) != (torch.float32, "cpu", "gelu"):
-            return (
-                f"int8 takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
-                f"{encoder.device} with {config.hidden_act}"
-            )
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        return "it is a decoder, or has cross-attention"
-    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
-        return (
-            f"position_embedding_type is {config.position_embedding_type!r}, only absolute "
-            f"positions are computed"
-        )
-    if config.hidden_act != "gelu" and config.hidden_act not in ACTIVATIONS:
-        return f"hidden_act is {config.hidden_act!r}; gelu, {', '.join(ACTIVATIONS)} are computed"
-    for name, module in encoder.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in module.__dict__:
-            return f"the forward of its {name or 'encoder'} was replaced, and would not run"
-        # transformers' own hooks collect hidden states for its own forward, which does not run here.
-        if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
-            return f"its {name or 'encoder'} has forward hooks, which would not run (gates still attached?)"
-    if type(encoder.embeddings) not in _EMBEDDINGS:
-        return f"its embeddings are a {type(encoder.embeddings).__name__}, not the model's own"
-    for i, layer in enumerate(encoder.encoder.layer):
-        parts = _parts(layer)
-        activation = parts.get("activation", parts.get("intermediate.intermediate_act_fn"))
-        if type(activation) is not type(ACT2FN[config.hidden_act]):
-            found = type(activation).__name__
-            return f"layer {i}'s activation is a {found}, not the config's {config.hidden_act}"
-        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
-            if type(parts[name]) is not nn.LayerNorm or parts[name].eps != config.layer_norm_eps:
-                return f"layer {i}'s {name} is not the nn.LayerNorm that the config describes"
-        for name in (*_QKV, "attention.output.dense", "intermediate.dense", "output.dense"):
-            if type(parts[name]) not in (nn.Linear, Projection) or parts[name].bias is None:
-                return (
-                    f"layer {i}'s {name} is a {type(parts[name]).__name__}; a plain Linear with "
-                    f"bias is needed"
-                )
-    return None
-
-
-def _parts(stock: nn.Module) -> dict[str, Any]:
-    """A stock or pruned layer's modules by name (the pruned ones keep theirs in ModuleDicts)."""
-    return {name: module for name, module in stock.named_modules() if name}
+        x = self.encoder.run(x, cu_seqlens, max_seqlen, collect)
+        return Outputs(x, None) if head is None else head(x, cu_seqlens)
 
 
 def _fused_parts(packed: Any, stock: nn.Module) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
-    parts = _parts(stock)
-    qkv = [parts[name] for name in _QKV]
+    parts = stock_parts(stock)
+    qkv = [parts[name] for name in QKV]
     fused = packed.attention.qkv
     return [(fused.weight, [part.weight for part in qkv]), (fused.bias, [part.bias for part in qkv])]
 
 
 def _take_weights(packed: Any, stock: nn.Module) -> None:
-    parts = _parts(stock)
+    parts = stock_parts(stock)
     (_, weights), (_, biases) = _fused_parts(packed, stock)
     packed.attention.qkv.weight = fuse_rows(weights)
     packed.attention.qkv.bias = fuse_rows(biases)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_LENGTHS = "_pruned_ops_lengths"
 NO_MASK = "attention_mask holds values other than 0 and 1; an additive mask is not taken here"
 
 
@@ -19,6 +20,18 @@ def check_mask(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
         return
     if bool(_others(attention_mask)):
         raise ValueError(NO_MASK)
+
+
+def with_lengths(attention_mask: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The mask itself, right-padded, of ones and zeros, with the number of its ones in each row written on
+    it: `PackedBatch.from_mask` then asks the GPU nothing, and so does not wait for it."""
+    setattr(attention_mask, _LENGTHS, lengths)
+    return attention_mask
+
+
+def lengths_of(attention_mask: Tensor) -> tuple[int, ...] | None:
+    """What `with_lengths` wrote on this mask."""
+    return getattr(attention_mask, _LENGTHS, None)
 
 
 def _check_shape(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
@@ -82,20 +95,24 @@ class PackedBatch:
         if attention_mask is None:
             return cls._unpadded(batch_size, seqlen, device)
         _check_shape(attention_mask, batch_size, seqlen)
+        known = None if torch.compiler.is_compiling() else lengths_of(attention_mask)
         attention_mask = attention_mask.to(device)
         real = attention_mask != 0
         lengths = real.sum(1, dtype=torch.int32)
         if torch.compiler.is_compiling():
             return cls._traced(real, lengths, _others(attention_mask))
-        # One copy to the host for all that is asked there: a GPU is waited for once.
-        *counts, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
-        if others:
-            raise ValueError(NO_MASK)
+        counts = known
+        if counts is None:
+            # One copy to the host for all that is asked there: a GPU is waited for once.
+            *found, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
+            if others:
+                raise ValueError(NO_MASK)
+            counts = tuple(found)
         if all(count == seqlen for count in counts):
             return cls._unpadded(batch_size, seqlen, device)
         cu_seqlens = _bounds(lengths)
         index = torch.nonzero_static(real.flatten(), size=sum(counts)).flatten()
-        return cls(cu_seqlens, max(counts), index, batch_size, seqlen, tuple(counts))
+        return cls(cu_seqlens, max(counts), index, batch_size, seqlen, counts)
 
     @classmethod
     def _traced(cls, real: Tensor, lengths: Tensor, others: Tensor) -> PackedBatch:

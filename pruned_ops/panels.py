@@ -23,8 +23,9 @@ def pack_panels(weight: Tensor) -> Tensor:
 
 
 def unpack_panels(panels: Tensor, out: int) -> Tensor:
-    """The weight (out, in) that was packed: a copy."""
-    return panels.transpose(1, 2).reshape(panels.size(0) * PANEL, panels.size(1))[:out]
+    """The weight (out, in) that was packed: a copy, contiguous."""
+    rows = panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return rows.view(panels.size(0) * PANEL, panels.size(1))[:out]
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

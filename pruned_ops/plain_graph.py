@@ -17,8 +17,9 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from pruned_ops.configuration import is_roberta
 from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops.swappable import model_shape
 from pruned_ops.version import __version__
 
 # ONNX Runtime's and OpenVINO's fusions know these operators best; 17 has LayerNormalization. IR 8 is of its
@@ -119,7 +120,7 @@ def _encode(nodes: _Nodes, encoder: Any, typed: bool) -> str:
 def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     """The normalised sum of the three embeddings, (batch, seqlen, hidden_size)."""
     tables, config = encoder.embeddings, encoder.config
-    if "roberta" in config.model_type:  # counts what is no padding, from behind the padding's own place
+    if is_roberta(config):  # counts what is no padding, from behind the padding's own place
         padding = nodes.constant(config.pad_token_id)
         real = nodes.add("Not", nodes.add("Equal", "input_ids", padding))
         real = nodes.add("Cast", real, to=TensorProto.INT64)

@@ -104,16 +104,20 @@ class Op:
         return self.reference(*args)
 
     def _debugged(self, kernel: Kernel | None, *args: Any) -> Tensor:
-        """With values checked first, and the device waited for, so that an error is this op's."""
+        """With values checked first, and the device waited for before and after, so that an error is this
+        op's."""
+        name = f"{self.name} on {kernel.backend.name if kernel else REFERENCE}"
+        try:
+            _wait(*tensors_of(args))
+        except RuntimeError as error:
+            raise RuntimeError(f"before {name} began: {error}") from error
         if self.check_values is not None:
             self.check_values(*args)
-        name = kernel.backend.name if kernel else REFERENCE
         try:
             output = kernel.launch(*args) if kernel else self.reference(*args)
-            if output.is_cuda:
-                torch.cuda.synchronize(output.device)
+            _wait(output)
         except RuntimeError as error:
-            raise RuntimeError(f"{self.name} on {name}: {error}") from error
+            raise RuntimeError(f"{name}: {error}") from error
         return output
 
     def is_had(self) -> bool:
@@ -176,6 +180,12 @@ def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
             yield arg
         elif isinstance(arg, (list, tuple)):
             yield from tensors_of(arg)
+
+
+def _wait(*tensors: Tensor) -> None:
+    """Until the GPU that they are on has done what it was given; errors of that are raised here."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def register(

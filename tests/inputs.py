@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    CamembertConfig,
+    CamembertForQuestionAnswering,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+    XLMRobertaConfig,
+    XLMRobertaForQuestionAnswering,
+)
 
 import pruned_ops
 from pruned_ops import LayerShape
@@ -15,13 +24,13 @@ from pruned_ops.panels import pack_panels
 from pruned_ops.registry import BACKENDS, REFERENCE
 
 # Every backend that can run here on CPU tensors; a test's id contains the one it runs. Where there is a GPU,
-# test_triton.py runs Triton's kernels on it.
+# test_triton.py and test_cuda.py run the others on it.
 READY = [
     REFERENCE,
     *(
         name
         for name, backend in BACKENDS.items()
-        if backend.missing is None and (name != "triton" or backend.on_demand)
+        if backend.missing is None and (name not in ("triton", "cuda") or backend.on_demand)
     ),
 ]
 
@@ -69,6 +78,14 @@ def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, 
     return [*ids, *tables, *norm]
 
 
+def moved_to(device: str, arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """All tensors on this device, the floating ones in this dtype."""
+    return [
+        (a.to(device, dtype) if a.is_floating_point() else a.to(device)) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
+
+
 def encoder_arguments(tokens: int, hidden: int, width: int, seed: int) -> list[Any]:
     """Two layers' parts and an FFN more, without heads or width in between."""
     first, head_dim = tokens // 3, 16
@@ -90,6 +107,8 @@ def stock_model(kind: str = "bert", seed: int = 0, **fields: Any) -> Any:
     config_class, model_class = {
         "bert": (BertConfig, BertForQuestionAnswering),
         "roberta": (RobertaConfig, RobertaForQuestionAnswering),
+        "xlm-roberta": (XLMRobertaConfig, XLMRobertaForQuestionAnswering),
+        "camembert": (CamembertConfig, CamembertForQuestionAnswering),
     }[kind]
     sizes = {
         "hidden_size": 64,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,57 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import padded_batch, pruned_model, stock_model
-from torch import Tensor
+from stand_in_graphs import StandIn, ids_of, with_engine
 
 import pruned_ops
-from pruned_ops.engine import Bucket, Engine
+from pruned_ops.buckets import Bucket, pieces
+from pruned_ops.engine import Engine
 from pruned_ops.packing import PackedBatch
 
 STEP = 0.05
-
-
-class StandIn:
-    """Records work as a graph does: it runs on the same inputs, into the same output, once more a replay.
-
-    Between replays the output holds NaN, as memory that other graphs of the pool may write."""
-
-    def __init__(self, fail_after: int | None = None) -> None:
-        self.recorded, self.fail_after = 0, fail_after
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        if self.recorded == self.fail_after:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        self.recorded += 1
-        output = torch.full_like(work(), torch.nan)
-
-        def replay() -> Tensor:
-            return output.copy_(work())
-
-        self.output = output
-        return replay
-
-    @contextmanager
-    def ordered(self) -> Iterator[None]:
-        yield
-        self.output.fill_(torch.nan)
-
-
-def with_engine(model: Any, **settings: Any) -> tuple[Any, Engine]:
-    """The optimised model with an engine that runs on the CPU."""
-    fast = pruned_ops.optimize(model)
-    settings.setdefault("recorder", StandIn())
-    engine = Engine(fast.base_model, **settings)
-    fast.base_model.engine = fast.engine = engine
-    return fast, engine
-
-
-def ids_of(lengths: Sequence[int], seed: int = 0) -> dict[str, Tensor]:
-    """A padded batch of these lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    longest = max(lengths)
-    mask = (torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]).long()
-    ids = torch.randint(5, 90, mask.shape, generator=generator)
-    return {"input_ids": ids * mask, "attention_mask": mask}
 
 
 def same(found: Any, expected: Any) -> None:
@@ -132,6 +87,7 @@ def test_batches_of_nothing_and_hidden_states_run_eagerly() -> None:
     assert fast(**nothing).start_logits.shape == (2, 3) and engine.stats.eager == 1
     states = fast(**ids_of([4, 7]), output_hidden_states=True).hidden_states
     assert len(states) == fast.config.num_hidden_layers + 1 and engine.stats.replays == 0
+    assert engine.stats.eager == 2
 
 
 def test_a_large_batch_is_split_between_sequences() -> None:
@@ -143,12 +99,23 @@ def test_a_large_batch_is_split_between_sequences() -> None:
     assert engine.stats.replays == 4 and engine.stats.tokens == 104  # 30 + 8, 25, 40, 1
 
 
+@given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=30), most=st.integers(1, 120))
+def test_pieces_hold_every_sequence_once(lengths: list[int], most: int) -> None:
+    cut = list(pieces(lengths, most))
+    assert [length for _, piece in cut for length in piece] == lengths
+    bounds = [0]
+    for first, piece in cut:
+        assert first == bounds[-1] and (sum(piece) <= most or sum(map(bool, piece)) == 1)
+        bounds.append(first + sum(piece))
+
+
 def test_graphs_used_longest_ago_go() -> None:
     fast, engine = with_engine(stock_model(), max_graphs=2)
     for tokens in (10, 20, 10, 30, 10, 20):
         fast(**ids_of([tokens]))
-    # 30 replaced 20, the older one then; 20 replaced 30.
+    # 30 replaced 20, the older one then; 20 replaced 30. Each time a graph may run still.
     assert len(engine) == 2 and engine.stats.captures == 4 and engine.stats.evicted == 2
+    assert engine._recorder.waited == 2
 
 
 def test_warm_up_captures_what_then_only_runs() -> None:
@@ -168,23 +135,46 @@ def test_moved_cast_and_replaced_weights_are_never_read_at_their_old_place() -> 
     fast.half().float()
     assert len(engine) == 0
     first = fast(**batch).start_logits
-    words = fast.base_model.embeddings.word_embeddings.weight
-    words.data = words.data.flip(0)  # elsewhere in memory, and nobody said so
-    assert not torch.allclose(fast(**batch).start_logits, first)
-    assert engine.stats.invalidated >= 1
+    words = fast.base_model.embeddings.word_embeddings
+    words.weight.data = words.weight.data.flip(0)  # elsewhere in memory, and nobody said so
+    second = fast(**batch).start_logits
+    assert not torch.allclose(second, first) and engine.stats.invalidated == 2
+    words.weight = torch.nn.Parameter(words.weight.data.flip(0), requires_grad=False)  # another one
+    assert torch.equal(fast(**batch).start_logits, first) and engine.stats.invalidated == 3
+    fast.base_model.encoder.layers[0].ffn.norm.double().float()  # a part of it
+    fast.base_model.encoder.pack(keep_weights=True)  # in another layout
+    assert torch.equal(fast(**batch).start_logits, first) and engine.stats.invalidated == 4
 
 
-def test_out_of_memory_leaves_a_model_that_works() -> None:
+def test_restore_and_casts_hold_no_memory_for_graphs() -> None:
+    fast, engine = with_engine(stock_model())
+    fast(**ids_of([12, 5]))
+    for change in (lambda: fast.to(torch.float64), lambda: pruned_ops.restore(fast)):
+        change()
+        assert len(engine) == 0
+        fast.float()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+    ],
+)
+def test_what_cannot_be_captured_leaves_a_model_that_works(error: Exception) -> None:
     model = stock_model()
     batches = [ids_of([9, 4]), ids_of([50])]
     expected = [pruned_ops.optimize(model)(**batch) for batch in batches]
-    fast, engine = with_engine(model, recorder=StandIn(fail_after=1))
+    fast, engine = with_engine(model, recorder=StandIn(fail_after=1, error=error))
     with pytest.warns(RuntimeWarning, match="runs without graphs from now on") as warned:
         for _ in range(2):
             for batch, one in zip(batches, expected, strict=True):
                 same(fast(**batch), one)
-    assert engine.stats.replays == 1 and engine.stats.eager >= 1 and len(engine) == 0
-    assert len(warned) == 1
+    assert len(warned) == 1 and str(error) in str(warned[0].message)
+    assert engine.stats.replays == 1 and engine.stats.eager == 3 and len(engine) == 0
+    with pytest.raises(RuntimeError, match="could be captured"):
+        engine.warm_up([(3,)])
 
 
 def test_eight_threads_get_their_own_answers() -> None:
@@ -221,6 +211,10 @@ def test_copies_and_pickles_begin_without_graphs() -> None:
     twin = copy.deepcopy(fast)
     assert twin.engine is twin.base_model.engine and twin.engine is not engine
     same(twin(**batch), expected)
+    assert twin.engine.stats.captures == 1 and engine.stats.captures == 1
+    again = pickle.loads(pickle.dumps(fast))
+    same(again(**batch), expected)
+    assert again.engine.stats.replays == 1 and again.engine is again.base_model.engine
 
 
 def test_restore_takes_the_engine_away_and_graphs_can_be_declined() -> None:

@@ -26,7 +26,7 @@ HEAD_DIM, HEADS, FFN, LAYERS = 16, 4, 96, 3
 KEPT = [([0, 2, 3], range(96)), ([1], range(0, 96, 2)), ([0, 1, 2, 3], range(10))]
 
 
-@pytest.fixture(params=["bert", "roberta"])
+@pytest.fixture(params=["bert", "roberta", "xlm-roberta"])
 def dense(request: pytest.FixtureRequest) -> Any:
     return stock_model(request.param)
 

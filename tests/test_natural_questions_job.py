@@ -25,7 +25,7 @@ from pruned_ops import (
 from pruned_ops.natural_questions import load_natural_questions, with_answer_types
 from pruned_trainer import Target
 from pruned_trainer.cli import main
-from pruned_trainer.distillation import Taught, logits_loss
+from pruned_trainer.distillation import Distillation, Taught, logits_loss
 from pruned_trainer.features import Part, lengths_of
 from pruned_trainer.importance import example_losses
 from pruned_trainer.job import start
@@ -33,6 +33,7 @@ from pruned_trainer.prune import prune
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.natural_questions import nq_metrics
 from pruned_trainer.tasks.natural_questions_task import NaturalQuestionsTask
+from pruned_trainer.teacher_cache import TeacherCache
 
 datasets = pytest.importorskip("datasets")
 
@@ -175,7 +176,6 @@ def test_bad_lines_are_refused_or_counted(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--cache-teacher", "x", "--distil-hidden", "0"], "no answer types: squad only"),
         (["--null-rate", "2"], "null_rate (2.0) must lie in [0, 1]"),
         (["--num-proc", "0"], "num_proc (0) be at least 1"),
         (["--gate-fraction", "0"], "gate_fraction is 0.0: it must lie in (0, 1]"),
@@ -242,6 +242,30 @@ def test_answer_types_take_part_in_the_losses() -> None:
     every = logits_loss(a, Taught(b.start_logits, b.end_logits, None, b.answer_type_logits), real, 2.0)
     expected = (2 * spans + 4 * by_hand[0].sum(-1).mean()) / 3
     torch.testing.assert_close(every, expected)
+
+
+def test_a_cached_teacher_teaches_the_same(
+    folder: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Start, end and type logits read from disk give the losses that the teacher gives; once they are all
+    there it is not asked again."""
+    stored, losses = [], []
+    original = TeacherCache.store
+
+    def counting(self: Any, *args: Any) -> None:
+        stored.append(name)
+        original(self, *args)
+
+    monkeypatch.setattr(TeacherCache, "store", counting)
+    for name, cache in (("plain", None), ("filling", tmp_path / "cache"), ("filled", tmp_path / "cache")):
+        one = settings_of(
+            folder, dense, tmp_path, cache_teacher=cache, distillation=Distillation(hidden=0.0),
+            batch_size=64, gate_steps=4, retrain_steps=10, gate_fraction=0.5,
+        )  # fmt: skip
+        log = prune(variant(one, name))["training"]
+        losses.append([entry["loss"] for entry in log["gates"] + log["retrain"] if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[2] == pytest.approx(losses[0], rel=1e-3)
+    assert stored and set(stored) == {"filling"}
 
 
 def test_the_record_of_a_run_names_its_task(folder: Path, dense: Path, tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_restore_undoes(model: Any) -> None:
     assert pruned_ops.optimize(model) is model  # twice is once
     pruned_ops.restore(model)
     assert [(id(p), p.requires_grad) for p in model.parameters()] == parameters
+    assert all(p.is_contiguous() for p in model.parameters())  # else it may not be saved
     assert torch.equal(logits(model, batch), before)
     model.train()(**batch).start_logits.sum().backward()
     queries = [p for name, p in model.named_parameters() if "query.weight" in name and p.numel()]

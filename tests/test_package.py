@@ -43,6 +43,7 @@ def test_import_without_extension_and_triton() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "cpu  not available: the C++ extension pruned_ops._C cannot be loaded" in done.stdout
+    assert "cuda  not available: the C++ extension pruned_ops._C cannot be loaded" in done.stdout
     assert "pip install --no-build-isolation ." in done.stdout
     assert "'attention': Counter({'reference': 1})" in done.stdout
     assert "refused: backend 'cpu' is not available" in done.stdout

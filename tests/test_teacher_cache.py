@@ -35,7 +35,7 @@ def batch(lengths: list[int], numbers: list[int], seed: int = 0, extra: int = 0)
     return torch.tensor(numbers, dtype=torch.long), start, end, mask.long()
 
 
-def same(found: tuple[Tensor, Tensor] | None, start: Tensor, end: Tensor, mask: Tensor) -> bool:
+def same(found: tuple[Tensor, ...] | None, start: Tensor, end: Tensor, mask: Tensor) -> bool:
     """Bit for bit, NaN included, with 0 at the padding."""
     assert found is not None
     pairs = zip(found, (start, end), strict=True)
@@ -58,6 +58,23 @@ def test_round_trip_and_reopening(tmp_path: Path) -> None:
         assert wide is not None and wide[0].shape == (2, 7) and not wide[1][:, 5:].any()
         assert same((wide[0][:, :5], wide[1][:, :5]), start.flip(0), end.flip(0), mask.flip(0))
     assert {path.name for path in folder.iterdir()} == {METADATA, CHECKSUMS, LOGITS}
+
+
+def test_answer_types_are_kept(tmp_path: Path) -> None:
+    """A window without tokens has them, too; where the cache has none, or others, they are refused."""
+    cache = TeacherCache(tmp_path, LENGTHS, "abc", 5)
+    numbers, start, end, mask = batch(LENGTHS, [2, 1, 0])
+    types = torch.randn(3, 5)
+    cache.store(numbers, start, end, mask, types)
+    for again in (cache, TeacherCache(tmp_path, LENGTHS, "abc", 5)):
+        found = again.logits(numbers, 5)
+        assert found is not None and same(found[:2], start, end, mask) and torch.equal(found[2], types)
+    assert cache.filled == 3 and cache.logits(torch.tensor([3]), 5) is None
+    for wrong in (None, types[:, 1:]):
+        with pytest.raises(ValueError, match="types has shape"):
+            cache.store(numbers, start, end, mask, wrong)
+    with pytest.raises(ValueError, match="its types is 5, this run's is 0"):
+        TeacherCache(tmp_path, LENGTHS, "abc")
 
 
 def test_the_first_values_stay(tmp_path: Path) -> None:

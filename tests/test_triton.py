@@ -3,13 +3,13 @@ planted faults; and the choice among configurations. Whether they fit a GPU: tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from inputs import arguments_for, attention_arguments, cu_seqlens, randn
-from numerics import in_fp64, largest
+from inputs import arguments_for, attention_arguments, cu_seqlens, moved_to, randn
+from numerics import within_budget
 from torch import Tensor
 
 import pruned_ops
@@ -32,24 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bfloat16's raw bits and rounds it towards zero: bf16 runs on a GPU only.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 SIZES = {"fp32": 4, "half": 2}
-
-
-def moved(arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """Floating tensors in this dtype, all on the device."""
-    return [
-        (a.to(DEVICE, dtype) if a.is_floating_point() else a.to(DEVICE)) if isinstance(a, Tensor) else a
-        for a in arguments
-    ]
-
-
-def within_budget(op: str, output: Tensor, arguments: Sequence[Any]) -> None:
-    reference = OPS[op].reference
-    truth = reference(*in_fp64(arguments))
-    budget = largest(reference(*arguments).double() - truth)
-    error = largest(output.double() - truth)
-    assert output.shape == truth.shape and error <= 2 * budget + 1e-5, (
-        f"error {error:.3g}, budget {budget:.3g}"
-    )
+moved = partial(moved_to, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,7 +8,7 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
-#include "cpu/rows.h"
+#include "rows.h"
 
 namespace pruned_ops::cpu {
 

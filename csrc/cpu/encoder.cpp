@@ -14,7 +14,7 @@
 #include "cpu/attention.h"
 #include "cpu/chunks.h"
 #include "cpu/layer_norm.h"
-#include "cpu/rows.h"
+#include "rows.h"
 
 namespace pruned_ops::cpu {
 

@@ -7,7 +7,7 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
-#include "cpu/rows.h"
+#include "rows.h"
 
 namespace pruned_ops::cpu {
 
@@ -70,7 +70,7 @@ at::Tensor add_layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& 
   const int64_t tokens = residual.size(0);
   const int64_t hidden = residual.size(1);
   check::columns(kOp, "x", x, hidden);
-  TORCH_CHECK(x.size(0) == tokens, kOp, ": x has ", x.size(0), " rows, residual has ", tokens);
+  check::same_rows(kOp, x, tokens);
   const Norm norm(kOp, norm_weight, norm_bias, hidden, eps);
   if (bias) check::vector(kOp, "bias", *bias, hidden);
 

@@ -3,31 +3,17 @@ gone."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruned_ops import (
-    ModelShape,
-    PrunedBertConfig,
-    PrunedBertForNaturalQuestions,
-    PrunedBertForQuestionAnswering,
-    PrunedRobertaConfig,
-    PrunedRobertaForQuestionAnswering,
-)
-from pruned_ops.natural_questions import natural_questions_classes
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops import ModelShape, PrunedBertForNaturalQuestions
+from pruned_ops.configuration import PRUNED_CONFIGS
+from pruned_ops.modeling import answering_class
+from pruned_ops.natural_questions import natural_questions_class
+from pruned_ops.swappable import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision, Kept, LayerDecision
-
-_TARGETS: dict[str, tuple[type[Any], type[Any]]] = {
-    "bert": (PrunedBertConfig, PrunedBertForQuestionAnswering),
-    "pruned_bert": (PrunedBertConfig, PrunedBertForQuestionAnswering),
-    "roberta": (PrunedRobertaConfig, PrunedRobertaForQuestionAnswering),
-    "pruned_roberta": (PrunedRobertaConfig, PrunedRobertaForQuestionAnswering),
-}
 
 _ONLY_IN_TRAINING = ("pruning_gates.", "distillation_projection.")
 
@@ -39,16 +25,15 @@ def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
     pruned again.
     Errors: ValueError where the model is another, or the decision was made for other shapes.
     """
-    if model.config.model_type not in _TARGETS or not hasattr(model, "qa_outputs"):
+    if model.config.model_type not in PRUNED_CONFIGS or not hasattr(model, "qa_outputs"):
         raise ValueError(
             f"compact takes a BERT or RoBERTa for question answering; this is a {type(model).__name__} "
             f"({model.config.model_type})"
         )
     source = model_shape(find_encoder(model))
     _check_fits(decision, source)
-    config_class, model_class = _TARGETS[model.config.model_type]
-    if isinstance(model, PrunedBertForNaturalQuestions):
-        config_class, model_class = natural_questions_classes(model.config.model_type)
+    has_types = isinstance(model, PrunedBertForNaturalQuestions)
+    model_class = (natural_questions_class if has_types else answering_class)(model.config.model_type)
     shape = decision.shape(source)
     fields = {
         **model.config.to_dict(),
@@ -57,7 +42,7 @@ def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
         "layer_shapes": list(shape.layers),
     }
     fields.pop("architectures", None)
-    narrow = model_class(config_class(**fields)).to(next(model.parameters()).device)
+    narrow = model_class(model_class.config_class(**fields)).to(next(model.parameters()).device)
     state = {name: t for name, t in model.state_dict().items() if not name.startswith(_ONLY_IN_TRAINING)}
     for i, layer in enumerate(decision.layers):
         prefix = f"{model.base_model_prefix}.encoder.layer.{i}."

@@ -14,6 +14,21 @@ def lengths_of(features: Sequence[dict[str, Any]]) -> list[int]:
     return list(known) if known is not None else [len(one["input_ids"]) for one in features]
 
 
+class Numbered(Sequence[dict[str, Any]]):
+    """Windows with their place among all of them, as "number"."""
+
+    def __init__(self, features: Sequence[dict[str, Any]]) -> None:
+        self._features, self.lengths = features, lengths_of(features)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        return {**self._features[number], "number": range(len(self))[number]}
+
+
 class Part(Sequence[dict[str, Any]]):
     """A share of some windows, drawn with a seed, in their order; at least one of them."""
 

@@ -11,10 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from pruned_ops.inputs import longest_sequence
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.distillation import Distillation
 from pruned_trainer.distributed import is_main, once, per_process
-from pruned_trainer.job import length_limit, say
+from pruned_trainer.job import say
 from pruned_trainer.loading import OutputFolder, load_tokenizer, save_checkpoint
 from pruned_trainer.settings import make_task
 from pruned_trainer.tasks.natural_questions_task import NULL_RATE
@@ -65,7 +66,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
     tokenizer = load_tokenizer(settings.model)
     model = task.start_model(settings.model)
     find_encoder(model)  # refuses what could not be pruned afterwards
-    longest = length_limit(model)
+    longest = longest_sequence(model.config)
     if settings.max_length > longest:
         raise ValueError(
             f"max_length is {settings.max_length}; the model's position table allows {longest} tokens"

@@ -11,15 +11,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from pruned_ops.inputs import longest_sequence
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload
-from pruned_ops.packed_encoder import model_shape
+from pruned_ops.natural_questions import AnswerType, PrunedBertForNaturalQuestions
+from pruned_ops.swappable import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, SizeBudget, Target, make_budget
 from pruned_trainer.distillation import Projection
 from pruned_trainer.distributed import is_main, once, per_process, state
 from pruned_trainer.evaluation import BATCH_SIZE, TIMED_BATCHES
-from pruned_trainer.features import Part
+from pruned_trainer.features import Numbered, Part, lengths_of
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.task import Prepared, Task
@@ -76,7 +78,7 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
     train, validation, evaluation = _read_data(settings, task)
     dense, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
     task.check_model(dense)
-    longest = length_limit(dense)
+    longest = longest_sequence(dense.config)
     if settings.max_length > longest:
         raise ValueError(
             f"max_length is {settings.max_length}; the model's position table allows {longest} tokens"
@@ -104,11 +106,13 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
     for target in wanted:
         budget.check_reachable(target, settings.parts, settings.width_align or 1)
     features = task.features(train, tokenizer)
-    cache, gates = None, features
+    cache = None
+    if settings.cache_teacher is not None:
+        features = Numbered(features)
+        cache = open_cache(settings.cache_teacher, teacher, features)
+    gates = features
     if settings.gate_fraction < 1:
         gates = Part(features, settings.gate_fraction, settings.seed)
-    if settings.cache_teacher is not None:
-        cache = open_cache(settings.cache_teacher, teacher, features)
     return Job(
         settings, dense, teacher, tokenizer, task, features, gates, held, judged, budget, workload, table,
         cache, started,
@@ -131,8 +135,9 @@ def load_teacher(
         )
     if teacher.config.num_labels != dense.config.num_labels:
         faults.append(f"it has {teacher.config.num_labels} labels, the student {dense.config.num_labels}")
-    if length_limit(teacher) != length_limit(dense):
-        faults.append(f"it takes {length_limit(teacher)} tokens, the student {length_limit(dense)}")
+    its_limit, limit = longest_sequence(teacher.config), longest_sequence(dense.config)
+    if its_limit != limit:
+        faults.append(f"it takes {its_limit} tokens, the student {limit}")
     if faults:
         raise ValueError(f"{settings.teacher} cannot teach {settings.model}: {'; '.join(faults)}")
     return teacher
@@ -157,12 +162,10 @@ def latency_table(
 
 
 def open_cache(folder: Path, teacher: PreTrainedModel, features: Sequence[dict[str, Any]]) -> TeacherCache:
-    """The cache of this teacher's logits on these windows, which get their numbers in it."""
-    for number, feature in enumerate(features):
-        feature["number"] = number
-    lengths = [len(feature["input_ids"]) for feature in features]
+    """The cache of this teacher's logits on these windows."""
     mark = once(lambda: fingerprint(teacher, features))
-    return TeacherCache(folder, lengths, mark)
+    types = len(AnswerType) if isinstance(teacher, PrunedBertForNaturalQuestions) else 0
+    return TeacherCache(folder, lengths_of(features), mark, types)
 
 
 def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
@@ -177,10 +180,3 @@ def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
     if settings.eval_file is not None:
         evaluation = task.read(settings.eval_file, "validation")
     return train, validation, evaluation
-
-
-def length_limit(model: PreTrainedModel) -> int:
-    """Longest sequence the position table allows, in tokens."""
-    config = model.config
-    offset = config.pad_token_id + 1 if config.model_type.endswith("roberta") else 0
-    return config.max_position_embeddings - offset

@@ -122,8 +122,6 @@ class PruneSettings:
         if self.recipe in METHODS and self.penalty != "open":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
         self.make_task()
-        if self.task != "squad" and self.cache_teacher is not None:
-            raise ValueError("cache_teacher keeps start and end logits, and no answer types: squad only")
         weights = self.distillation
         if not weights.hidden and (weights.projection or weights.layers):
             raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")

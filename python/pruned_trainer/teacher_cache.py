@@ -1,11 +1,12 @@
-"""A teacher's start and end logits of every training window, kept on disk.
+"""A teacher's start and end logits of every training window, and its answer types' where it has them, kept on
+disk.
 
 A window's values are written the first time it is seen; every later epoch and phase, and every later run with
 the same teacher and windows, reads them instead of asking the teacher. The folder holds
 
     cache.json      fingerprint, number of windows, tokens: what the values belong to
     checksums.u32   (windows,) CRC-32 of each window's values, 0 where there are none yet
-    logits.f32      (2 * tokens,) little-endian fp32: start logits of window 0, its end logits, window 1, ...
+    logits.f32      little-endian fp32: start logits of window 0, its end logits, its types', window 1, ...
 
 The files have their full size from the beginning. fp32 because that is exact.
 """
@@ -34,7 +35,7 @@ _OF_NO_MATTER = ("_name_or_path", "transformers_version")
 
 
 class TeacherCache:
-    """Start and end logits of training windows 0, 1, ..., in a folder.
+    """Logits of training windows 0, 1, ..., in a folder.
 
     The processes of a run, on one machine, may share the folder, its creation included. What is there is
     never replaced: the first values stored for a window stay.
@@ -46,10 +47,11 @@ class TeacherCache:
     values at once. Either leaves a checksum that is not that of the values: such a window counts as absent.
     """
 
-    def __init__(self, folder: Path, lengths: Sequence[int], fingerprint: str) -> None:
+    def __init__(self, folder: Path, lengths: Sequence[int], fingerprint: str, types: int = 0) -> None:
         """Open the folder's cache, or make one where the folder is empty or absent.
 
         lengths: (windows,) tokens of each window. fingerprint: of teacher and windows, see `fingerprint`.
+        types: how many answer types the teacher has a logit for, in each window.
         Raises ValueError, saying what differs, where the folder holds something else; OSError where the disk
         has no room.
         """
@@ -57,13 +59,16 @@ class TeacherCache:
         self._lengths = np.asarray(lengths, dtype=np.int64).reshape(-1)
         if (self._lengths < 0).any():
             raise ValueError(f"a window has {self._lengths.min()} tokens")
-        self._ends = 2 * np.cumsum(self._lengths)
-        self._sizes = {CHECKSUMS: 4 * len(self._lengths), LOGITS: 8 * int(self._lengths.sum())}
+        self._widths = 2 * self._lengths + types
+        self._ends = np.cumsum(self._widths)
+        self._types = types
+        self._sizes = {CHECKSUMS: 4 * len(self._lengths), LOGITS: 4 * int(self._widths.sum())}
         wanted = {
             "format": _FORMAT,
             "fingerprint": fingerprint,
             "windows": len(self._lengths),
             "tokens": int(self._lengths.sum()),
+            "types": types,
             "lengths_sha256": hashlib.sha256(self._lengths.astype("<i8").tobytes()).hexdigest(),
         }
         if not (folder / METADATA).exists():
@@ -82,8 +87,9 @@ class TeacherCache:
         """Number of windows whose logits are there, by whichever process."""
         return int(np.count_nonzero(self._checksums))
 
-    def logits(self, numbers: Tensor, seqlen: int) -> tuple[Tensor, Tensor] | None:
-        """Start and end logits of the windows `numbers` (batch,): (batch, seqlen) each, fp32, on the CPU.
+    def logits(self, numbers: Tensor, seqlen: int) -> tuple[Tensor, ...] | None:
+        """Start and end logits of the windows `numbers` (batch,): (batch, seqlen) each, fp32, on the CPU;
+        then those of the answer types, (batch, types), where there are any.
 
         Right-padded with zeros, which callers mask. None where any of the windows is not there yet.
         Raises ValueError for a number that is no window's, or a window longer than seqlen.
@@ -91,35 +97,45 @@ class TeacherCache:
         rows = self._rows(numbers, seqlen)
         found = [self._values(row) for row in rows]
         padded = np.zeros((2, len(rows), seqlen), dtype=np.float32)
+        kinds = np.zeros((len(rows), self._types), dtype=np.float32)
         for place, values in enumerate(found):
             if values is None:
                 return None
-            padded[:, place, : values.shape[1]] = values
+            tokens = int(self._lengths[rows[place]])
+            padded[:, place, :tokens] = values[: 2 * tokens].reshape(2, tokens)
+            kinds[place] = values[2 * tokens :]
         start, end = torch.from_numpy(padded)
-        return start, end
+        return (start, end, torch.from_numpy(kinds)) if self._types else (start, end)
 
-    def store(self, numbers: Tensor, start: Tensor, end: Tensor, mask: Tensor) -> None:
+    def store(
+        self, numbers: Tensor, start: Tensor, end: Tensor, mask: Tensor, types: Tensor | None = None
+    ) -> None:
         """Keep the logits of the windows `numbers` (batch,), where they are not kept yet.
 
         start, end: (batch, seqlen) fp32, or 16 bits, which fp32 holds exactly. mask: (batch, seqlen), nonzero
-        at a window's tokens, which stand at the beginning of its row. Raises ValueError for anything else.
+        at a window's tokens, which stand at the beginning of its row. types: (batch, types), where the cache
+        has them. Raises ValueError for anything else.
         """
         rows = self._rows(numbers, mask.size(-1))
-        for name, tensor in (("start", start), ("end", end), ("mask", mask)):
-            if tensor.shape != (len(rows), mask.size(-1)):
+        kinds = torch.zeros(len(rows), 0) if types is None else types
+        shapes = {name: (len(rows), mask.size(-1)) for name in ("start", "end", "mask")}
+        shapes["types"] = (len(rows), self._types)
+        for name, tensor in (("start", start), ("end", end), ("mask", mask), ("types", kinds)):
+            if tensor.shape != shapes[name]:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, for {len(rows)} windows")
             if name != "mask" and tensor.dtype not in _EXACT_IN_FP32:
                 raise ValueError(f"{name} is {tensor.dtype}, which fp32 does not hold exactly")
         expected = np.arange(mask.size(-1)) < self._lengths[rows, None]
         if not np.array_equal(mask.cpu().numpy() != 0, expected):
             raise ValueError("the mask is not that of right-padded windows of the lengths given to the cache")
-        pairs = torch.stack([start.detach().float(), end.detach().float()], 1).cpu().numpy()
-        for row, pair in zip(rows, pairs, strict=True):
+        parts = [tensor.detach().float().cpu().numpy() for tensor in (start, end, kinds)]
+        for row, *one in zip(rows, *parts, strict=True):
             if self._values(row) is None:
                 # The order matters: see the class. Zeroed first, for a window whose old checksum is wrong.
                 self._checksums[row] = 0
-                values = np.ascontiguousarray(pair[:, : self._lengths[row]], dtype="<f4")
-                self._logits[self._place(row)] = values.reshape(-1)
+                tokens = self._lengths[row]
+                values = np.concatenate([one[0][:tokens], one[1][:tokens], one[2]], dtype="<f4")
+                self._logits[self._place(row)] = values
                 self._checksums[row] = _checksum(values)
 
     def _rows(self, numbers: Tensor, seqlen: int) -> list[int]:
@@ -133,14 +149,15 @@ class TeacherCache:
 
     def _place(self, row: int) -> slice:
         end = int(self._ends[row])
-        return slice(end - 2 * int(self._lengths[row]), end)
+        return slice(end - int(self._widths[row]), end)
 
     def _values(self, row: int) -> NDArray[np.float32] | None:
-        """(2, tokens): a copy, so that what was checked is what is returned; None where it is not there."""
+        """(2 * tokens + types,): a copy, so that what was checked is what is returned; None where it is not
+        there."""
         checksum = int(self._checksums[row])
         if checksum == 0:
             return None
-        values = self._logits[self._place(row)].reshape(2, -1).copy()
+        values = self._logits[self._place(row)].copy()
         return values if _checksum(values) == checksum else None
 
     def _forget_torn_windows(self) -> None:

@@ -206,17 +206,18 @@ class PruningTrainer(Trainer):
         if self.cache is not None and numbers is not None and not hidden:
             found = self.cache.logits(numbers.cpu(), mask.size(1))
             if found is not None:
-                return Taught(found[0].to(mask.device), found[1].to(mask.device), None)
+                start, end, *kinds = (logits.to(mask.device) for logits in found)
+                return Taught(start, end, None, *kinds)
         questions = without_labels(inputs)
         # In its own precision, also where the student runs under autocast.
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
             output = self.teacher(**questions, output_hidden_states=hidden)
+        start, end = output.start_logits, output.end_logits
         types = getattr(output, "answer_type_logits", None)
-        states = output.hidden_states if hidden else None
-        taught = Taught(output.start_logits, output.end_logits, states, types)
         if self.cache is not None and numbers is not None:
-            self.cache.store(numbers.cpu(), taught.start_logits.cpu(), taught.end_logits.cpu(), mask.cpu())
-        return taught
+            kept = types.cpu() if types is not None else None
+            self.cache.store(numbers.cpu(), start.cpu(), end.cpu(), mask.cpu(), kept)
+        return Taught(start, end, output.hidden_states if hidden else None, types)
 
     def _what_went_wrong(self, parts: dict[str, Tensor]) -> str:
         found = ", ".join(f"{name} {float(part.detach()):.4g}" for name, part in parts.items())

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pruned_ops.backends.gpu import refuse_hidden
 from pruned_ops.backends.triton import launch
-from pruned_ops.backends.triton.configs import MAX_HIDDEN, RowConfig, next_power_of_2, row_config
+from pruned_ops.backends.triton.configs import RowConfig, next_power_of_2, row_config
 from pruned_ops.backends.triton.tiles import normalised
 from pruned_ops.reference import check_add_layer_norm
 
@@ -42,13 +43,6 @@ def add_layer_norm_kernel(
 
 def refuse(*args: object) -> str | None:
     return refuse_hidden(args[2]) or launch.refuse(*args)
-
-
-def refuse_hidden(residual: object) -> str | None:
-    """Rows are kept in registers whole."""
-    if isinstance(residual, Tensor) and residual.dim() and residual.size(-1) > MAX_HIDDEN:
-        return f"hidden_size is {residual.size(-1)}, the kernel takes at most {MAX_HIDDEN}"
-    return None
 
 
 def add_layer_norm(

@@ -15,8 +15,6 @@ import torch
 
 # Bytes of shared memory that a program can have.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-# Rows are kept in registers whole: beyond this LayerNorm's kernels refuse.
-MAX_HIDDEN = 8192
 # A row fits a program of the fused GEMM + LayerNorm up to here.
 MAX_FUSED_HIDDEN = 1024
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pruned_ops.backends.gpu import refuse_hidden
 from pruned_ops.backends.triton import launch
-from pruned_ops.backends.triton.add_layer_norm import refuse_hidden
 from pruned_ops.backends.triton.configs import RowConfig, next_power_of_2, row_config
 from pruned_ops.backends.triton.tiles import normalised
 from pruned_ops.reference import check_embed_layer_norm

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruned_ops.backends.gpu import capability, refuse_tensors
 from pruned_ops.backends.triton.configs import SHARED_MEMORY, GemmConfig
 
 Launcher = Callable[..., Tensor]
@@ -52,28 +53,7 @@ def _interpreter_fault() -> str | None:
 
 def refuse(*args: Any) -> str | None:
     """What all kernels here ask of their arguments: one dtype that they take, on a GPU."""
-    wanted = "cpu" if INTERPRETING else "cuda"
-    dtypes, devices = set(), set()
-    for arg in args:
-        if not isinstance(arg, Tensor):
-            continue
-        if arg.device.type != wanted:
-            return f"a tensor is on {arg.device}, the kernel takes tensors on {wanted}"
-        devices.add(arg.device)
-        if arg.is_floating_point():
-            dtypes.add(arg.dtype)
-    if not dtypes <= set(DTYPES):
-        return (
-            f"a tensor is {', '.join(sorted(map(str, dtypes - set(DTYPES))))}; fp32, fp16 and bf16 are taken"
-        )
-    if len(devices) > 1:
-        return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
-    # Asked here and not at import, which must not touch the GPU: a forked child could not use it any more.
-    if not INTERPRETING and devices and capability(*devices) < (8, 0):
-        return "this GPU is sm_{}{}, the kernels need sm_80 or later".format(*capability(*devices))
-    if len(dtypes) > 1:
-        return f"the tensors are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
-    return None
+    return refuse_tensors(args, DTYPES, "cpu" if INTERPRETING else "cuda")
 
 
 def rows(x: Tensor) -> Tensor:
@@ -117,12 +97,6 @@ def descriptors(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
     )
-
-
-@functools.lru_cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)
 
 
 @functools.lru_cache

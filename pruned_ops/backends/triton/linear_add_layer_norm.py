@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pruned_ops.backends.gpu import refuse_hidden
 from pruned_ops.backends.triton import launch
-from pruned_ops.backends.triton.add_layer_norm import launch_add_layer_norm, refuse_hidden
+from pruned_ops.backends.triton.add_layer_norm import launch_add_layer_norm
 from pruned_ops.backends.triton.configs import GemmConfig, row_config
 from pruned_ops.backends.triton.linear_gelu import meta, partial_linear
 from pruned_ops.backends.triton.tiles import matrix_tile, normalised

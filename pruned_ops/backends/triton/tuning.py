@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pruned_ops.backends.gpu import capability
 from pruned_ops.backends.triton import choices, launch
 from pruned_ops.backends.triton.choices import Config, Problem
 from pruned_ops.backends.triton.configs import (
@@ -50,7 +51,7 @@ class Chip:
 
     @classmethod
     def of(cls, device: torch.device) -> Chip:
-        tma = launch.INTERPRETING or launch.capability(device) >= (9, 0)
+        tma = launch.INTERPRETING or capability(device) >= (9, 0)
         return cls(launch.multiprocessors(device), launch.shared_memory(device), tma)
 
 

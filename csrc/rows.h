@@ -2,7 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace pruned_ops::cpu {
+namespace pruned_ops {
 
 // The kernels read rows in place wherever they lie (a view of some columns, say), as long as each row's
 // elements are next to each other; any other layout is copied.
@@ -10,4 +10,4 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& matrix) {
   return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous();
 }
 
-}  // namespace pruned_ops::cpu
+}  // namespace pruned_ops

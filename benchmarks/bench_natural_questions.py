@@ -1,0 +1,250 @@
+"""Documents a second on Natural Questions: the packed runtime beside Hugging Face's, padded.
+
+All windows of a document are one batch, as both would be given them; the same documents, in turn, in rounds.
+Hugging Face's dense model is its own BertModel or RobertaModel (attention in eager mode, and sdpa) under the
+checkpoint's heads; it cannot hold a pruned encoder, which runs in plain PyTorch with sdpa instead. Peak
+memory is that of a process of its own for each.
+Usage: python benchmarks/bench_natural_questions.py DENSE PRUNED --data NATURAL_QUESTIONS/eval.jsonl.gz
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import memory
+import rivals
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, BertConfig, RobertaConfig
+from transformers.utils import logging
+
+import pruned_ops
+from pruned_ops.checkpoints import load_tokenizer
+from pruned_ops.configuration import is_roberta
+from pruned_ops.measure import Workload
+from pruned_ops.natural_questions import NaturalQuestionsOutput, load_natural_questions
+from pruned_ops.packed_encoder import refuse
+from pruned_ops.window_logits import batch_logits
+from pruned_trainer.tasks.natural_questions import Document, read_documents
+from pruned_trainer.tasks.natural_questions_features import NqWindow, cut, located, with_markers
+from pruned_trainer.tasks.natural_questions_predictions import decode_documents
+from pruned_trainer.training import pad_batch
+
+# The first of each model's is padded, with sdpa: what the others' logits, and times, are held against.
+RUNTIMES = {
+    "dense": ("hf-sdpa", "hf-eager", "ours", "ours-int8"),
+    "pruned": ("torch-sdpa", "ours", "ours-int8"),
+}
+BASELINE = "hf-eager dense"
+MAX_LENGTH, STRIDE = 384, 128
+# Writing 5 there makes the present memory the peak.
+CLEAR = Path("/proc/self/clear_refs")
+
+
+class HuggingFace(nn.Module):
+    """The dense model as Hugging Face computes it: its own encoder under the checkpoint's heads."""
+
+    def __init__(self, model: Any, attention: str) -> None:
+        super().__init__()
+        kind: Any = RobertaConfig if is_roberta(model.config) else BertConfig
+        fields = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
+        self.encoder = AutoModel.from_config(
+            kind(**fields), attn_implementation=attention, add_pooling_layer=False
+        )
+        self.encoder.load_state_dict(model.base_model.state_dict(), assign=True)
+        self.qa_outputs, self.answer_type_outputs = model.qa_outputs, model.answer_type_outputs
+
+    def forward(self, **batch: Any) -> NaturalQuestionsOutput:
+        states = self.encoder(**batch).last_hidden_state
+        start, end = self.qa_outputs(states).unbind(-1)
+        return NaturalQuestionsOutput(None, start, end, self.answer_type_outputs(states[:, 0]))
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Documents with their windows. seconds: a document's tokenising and cutting, the median."""
+
+    documents: list[Document]
+    windows: list[list[NqWindow]]
+    seconds: float
+
+    @classmethod
+    def read(cls, data: Path, checkpoint: str, number: int) -> Pages:
+        """`number` documents of the file, drawn with seed 0."""
+        found = list(read_documents([data]))
+        chosen = random.Random(0).sample(found, min(number, len(found)))
+        tokenizer, windows, seconds = with_markers(load_tokenizer(checkpoint)), [], []
+        for document in chosen:
+            start = time.perf_counter()
+            page, parts = cut(document, tokenizer, MAX_LENGTH, STRIDE)
+            windows.append([located(part, page, 0) for part in parts])
+            seconds.append(time.perf_counter() - start)
+        return cls(chosen, windows, statistics.median(seconds))
+
+    @property
+    def workload(self) -> Workload:
+        return Workload("document", tuple(tuple(map(len, windows)) for windows in self.windows))
+
+    def inputs(self, pad_token_id: int) -> list[dict[str, Tensor]]:
+        """A padded batch a document."""
+        features = [
+            [
+                {"input_ids": w.input_ids, "token_type_ids": w.token_type_ids, "attention_mask": [1] * len(w)}
+                for w in windows
+            ]
+            for windows in self.windows
+        ]
+        return [pad_batch(one, pad_token_id) for one in features]
+
+
+def load(checkpoint: str, runtime: str) -> Any:
+    """The checkpoint's model in evaluation mode, as this runtime runs it."""
+    model = load_natural_questions(checkpoint).eval()
+    if runtime.startswith("hf-"):
+        return HuggingFace(model, runtime.removeprefix("hf-")).eval()
+    if runtime == "torch-sdpa":
+        return model
+    return pruned_ops.optimize(model, dtype="int8" if runtime == "ours-int8" else None)
+
+
+def peak(checkpoint: str, runtime: str, inputs: Sequence[dict[str, Tensor]], threads: int) -> float:
+    """MiB resident at most, in this process, while the loaded model runs once on every document."""
+    torch.set_num_threads(threads)
+    model = load(checkpoint, runtime)
+    gc.collect()
+    CLEAR.write_text("5")
+    with torch.inference_mode():
+        for batch in inputs:
+            model(**batch)
+    return memory.megabytes("VmHWM")
+
+
+def peak_apart(checkpoint: str, runtime: str, inputs: Sequence[dict[str, Tensor]]) -> float:
+    """`peak` in a process of its own: spawned, because a fork would start with all that this one holds."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak, checkpoint, runtime, inputs, torch.get_num_threads()).result()
+
+
+def checked(name: str, runners: dict[str, rivals.Run], inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """How far a runner's logits are off the padded model's; ValueError where that is no rounding."""
+    runtime, model = name.split()
+    precision = "int8" if runtime == "ours-int8" else "fp32"
+    padded = runners[f"{RUNTIMES[model][0]} {model}"]
+    return {"precision": precision, **rivals.compared(runners[name], padded, inputs[:3], precision)}
+
+
+def decoding_seconds(pages: Pages, model: Any) -> float:
+    """A document's decoding, the median."""
+    seconds = []
+    for windows in pages.windows:
+        with torch.inference_mode():
+            logits = list(batch_logits(model, windows, model.config.pad_token_id, torch.device("cpu")))
+        start = time.perf_counter()
+        decode_documents(windows, logits, 1)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a runner."""
+    checkpoints = {"dense": arguments.dense, "pruned": arguments.pruned}
+    pages = Pages.read(arguments.data, arguments.dense, arguments.documents)
+    models = {
+        f"{runtime} {name}": load(checkpoint, runtime)
+        for name, checkpoint in checkpoints.items()
+        for runtime in RUNTIMES[name]
+        if runtime != "ours-int8" or refuse(load_natural_questions(checkpoint).base_model, int8=True) is None
+    }
+    runners = {name: rivals.hf(model, [], Path()) for name, model in models.items()}
+    inputs = pages.inputs(models["ours dense"].config.pad_token_id)
+    more = {name: checked(name, runners, inputs) for name in runners}
+    for name in runners:
+        runtime, model = name.split()
+        more[name]["peak_mib"] = round(peak_apart(checkpoints[model], runtime, inputs), 1)
+    decoding = decoding_seconds(pages, models["ours pruned"])
+    timings = harness.interleaved(runners, pages.workload, inputs, arguments.rounds)
+    for name, timing in timings.items():
+        model = name.split()[1]
+        more[name] |= {
+            "documents": len(inputs),
+            "padded_tokens": sum(batch["input_ids"].numel() for batch in inputs),
+            "documents_per_s": round(len(inputs) / statistics.median(timing.seconds), 3),
+            "speedup_vs_hf_sdpa_dense": round(timing.speedup_over(timings["hf-sdpa dense"]), 3),
+            "speedup_vs_itself_padded": round(
+                timing.speedup_over(timings[f"{RUNTIMES[model][0]} {model}"]), 3
+            ),
+            "cutting_ms": round(1000 * pages.seconds, 2),
+            "decoding_ms": round(1000 * decoding, 2),
+            "data": arguments.data.name,
+            "command": shlex.join(["python", *sys.argv]),
+        }
+    return harness.rows(timings, BASELINE, more)
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows as a Markdown table, and what they were measured on."""
+    first = rows[0]
+    columns = (
+        "runner", "documents/s", "ms a document, p50 (p20-p80)", f"against {BASELINE}",
+        "against hf-sdpa dense", "against itself, padded", "largest logit error", "peak MiB",
+    )  # fmt: skip
+    made = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        ratios = ("speedup_vs_rival", "speedup_vs_hf_sdpa_dense", "speedup_vs_itself_padded")
+        cells = (
+            row["runner"], f"{row['documents_per_s']:.2f}",
+            f"{row['ms_p50']:.1f} ({row['ms_p20']:.1f}-{row['ms_p80']:.1f})",
+            *(f"{row[name]:.2f}x" for name in ratios), f"{row['max_error']:.1e}", f"{row['peak_mib']:.0f}",
+        )  # fmt: skip
+        made.append(f"| {' | '.join(cells)} |")
+    padded = first["padded_tokens"] / first["real_tokens"]
+    return [
+        *made, "",
+        f"{first['documents']} documents of {first['data']} (seed 0), {first['sequences']} windows, each "
+        f"document's in a batch: {first['real_tokens']:,} tokens a round, {padded:.2f}x with padding. The "
+        f"model alone: tokenising and cutting a document takes {first['cutting_ms']} ms, decoding "
+        f"its answer {first['decoding_ms']} ms. Ratios are medians over {first['rounds']} rounds.", "",
+        f"Machine: {first['machine_processor']}, {first['machine_threads']} threads, "
+        f"{first['machine_cpu_capability']}; torch {first['version_torch']}, transformers "
+        f"{first['version_transformers']}; {first['date']}. `{first['command']}`",
+    ]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dense", metavar="DENSE", help="a dense Natural Questions checkpoint")
+    parser.add_argument("pruned", metavar="PRUNED", help="what was pruned from it")
+    parser.add_argument("--data", type=Path, required=True, help="Natural Questions JSONL")
+    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--out", type=Path, help="CSV (default: benchmarks/results/, named after the machine)"
+    )
+    arguments = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    made = measure(arguments)
+    out = arguments.out or harness.result_path("natural-questions-speed", "cpu")
+    harness.write(out, made)
+    text = "\n".join(lines(made))
+    out.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+    print(f"{text}\nwritten to {out} and {out.with_suffix('.md').name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The runtimes that a user of a GPU would take instead of ours, on the same fp16 weights, with the exact
+GELU.
+
+As in rivals.py: a model in, a runner out, or `Refused` with a sentence. All that can be recorded as a CUDA
+graph is, one for each size that comes, captured before it is timed, without a mask where nothing is padded.
+The lengths of a batch are known on the host, to every runner alike. None of this has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rivals import Batch, Logits, Refused, Rival, Run, hf, package
+from torch import Tensor
+
+from pruned_ops.cuda_graphs import CudaGraphs, Recorder
+from pruned_ops.export import GRAPH, export_onnx
+from pruned_ops.inputs import default_position_ids
+from pruned_ops.modeling import PrunedBertForQuestionAnswering
+from pruned_ops.packing import PackedBatch, lengths_of
+from pruned_ops.swappable import QKV, model_shape, stock_parts
+
+# qkv (tokens, 3, heads, head_dim), cu_seqlens, the longest sequence -> context (tokens, heads, head_dim).
+Attention = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class Graphed:
+    """A function of tensors on the GPU whose every size is a graph, captured when it first comes. Inputs are
+    copied in, and what it returns is valid until the next call.
+
+    recorder: for tests."""
+
+    def __init__(self, device: torch.device, recorder: Recorder | None = None) -> None:
+        self._recorder = CudaGraphs(device) if recorder is None else recorder
+        self._graphs: dict[Any, tuple[list[Tensor], Callable[[], Any]]] = {}
+
+    def __call__(self, work: Callable[..., Any], inputs: Sequence[Tensor], key: Any = None) -> Any:
+        key = (key, *(tuple(one.shape) for one in inputs))
+        if key not in self._graphs:
+            with torch.inference_mode(False), torch.no_grad():
+                held = [one.clone() for one in inputs]
+                self._graphs[key] = held, self._recorder.record(lambda: work(*held))
+        held, replay = self._graphs[key]
+        with self._recorder.ordered():
+            for there, one in zip(held, inputs, strict=True):
+                there.copy_(one)
+            return replay()
+
+
+def _is_padded(batch: Batch) -> bool:
+    """As the host knows it; without its word, there is padding."""
+    lengths = lengths_of(batch["attention_mask"])
+    return lengths is None or any(length < batch["input_ids"].size(1) for length in lengths)
+
+
+def padded_logits(model: Any, ids: Tensor, mask: Tensor | None) -> Logits:
+    """The padded model, without a look at the mask's values, which would wait for the GPU."""
+    if mask is None or not isinstance(model, PrunedBertForQuestionAnswering):
+        output = model(input_ids=ids, attention_mask=mask)
+        return output.start_logits, output.end_logits
+    base: Any = model.base_model
+    x = base.embeddings(ids, None, None, None)
+    x = base.encoder(x, (mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min, None)
+    return tuple(model.qa_outputs(x).unbind(-1))
+
+
+def hf_graphed(model: Any, samples: Sequence[Batch], folder: Path, recorder: Recorder | None = None) -> Run:
+    """Hugging Face's padded forward, scaled_dot_product_attention, as a CUDA graph a size."""
+    graphs = Graphed(model.device, recorder)
+
+    def run(batch: Batch) -> Logits:
+        padded = _is_padded(batch)
+        inputs = [batch["input_ids"], *([batch["attention_mask"]] if padded else [])]
+        return graphs(lambda ids, mask=None: padded_logits(model, ids, mask), inputs)
+
+    return run
+
+
+def compiled(mode: str) -> Callable[[Any, Sequence[Batch], Path], Run]:
+    def make(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+        """torch.compile with its own CUDA graphs, each size compiled for itself: its best."""
+        # Past the limit of recompilations dynamo would run eagerly and not say so.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.config.recompile_limit = 64
+        traced = torch.compile(lambda ids, mask: padded_logits(model, ids, mask), mode=mode, dynamic=False)
+
+        def run(batch: Batch) -> Logits:
+            torch.compiler.cudagraph_mark_step_begin()
+            return traced(batch["input_ids"], batch["attention_mask"] if _is_padded(batch) else None)
+
+        return run
+
+    return make
+
+
+class PackedTorch:
+    """The packed forward by hand in torch's own ops (cuBLAS's GEMMs, its GELU and LayerNorm), around
+    somebody's attention for packed sequences."""
+
+    def __init__(self, model: Any, attention: Attention) -> None:
+        base = model.base_model
+        self.attention, self.shape = attention, model_shape(base)
+        tables, self.head, self.eps = base.embeddings, model.qa_outputs, model.config.layer_norm_eps
+        self.tables = [tables.word_embeddings, tables.position_embeddings]
+        self.type, self.norm = tables.token_type_embeddings.weight[0], tables.LayerNorm
+        self.layers = []
+        for layer in base.encoder.layer:
+            parts = stock_parts(layer)
+            qkv = [torch.cat([getattr(parts[n], name).detach() for n in QKV]) for name in ("weight", "bias")]
+            self.layers.append((qkv, *(parts[name] for name in (
+                "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense",
+                "output.LayerNorm",
+            ))))  # fmt: skip
+
+    def __call__(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """Packed ids and positions (tokens,) -> logits (tokens, 2)."""
+        word, position = self.tables
+        x = self.norm(word(ids) + position(positions) + self.type)
+        for qkv, output, first_norm, up, down, second_norm in self.layers:
+            heads = F.linear(x, *qkv).view(x.size(0), 3, -1, self.shape.head_dim)
+            context = self.attention(heads, cu_seqlens, longest) if heads.numel() else heads[:, 0]
+            x = first_norm(output(context.reshape(x.size(0), output.in_features)) + x)
+            x = second_norm(down(F.gelu(up(x))) + x)
+        return self.head(x)
+
+
+def packed(attention: Attention, model: Any, recorder: Recorder | None = None) -> Run:
+    """PackedTorch as a CUDA graph a size: the padding goes before, and comes back after it."""
+    if model.config.model_type not in ("bert", "pruned_bert"):
+        raise Refused(f"its packed forward was written for BERT; this is a {model.config.model_type}")
+    forward, graphs = PackedTorch(model, attention), Graphed(model.device, recorder)
+
+    def run(batch: Batch) -> Logits:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        rows = PackedBatch.from_mask(mask, *ids.shape, ids.device)
+        positions = default_position_ids(ids, *ids.shape, ids.device, None)
+        inputs = [rows.pack(ids), rows.pack(positions), rows.cu_seqlens]
+        longest = rows.max_seqlen
+        logits = graphs(lambda *held: forward(*held, longest), inputs, longest)
+        return tuple(rows.unpack(part.contiguous()) for part in logits.unbind(-1))
+
+    return run
+
+
+def torch_varlen(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+    """`torch.nn.attention.varlen` (flash attention 2 or later in torch) and cuBLAS."""
+    varlen = package("torch.nn.attention.varlen", "a later torch has it")
+
+    def attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        return varlen.varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, longest, longest)
+
+    return packed(attention, model)
+
+
+def flash_attn(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+    """flash-attn's own kernel for packed sequences, and cuBLAS."""
+    flash = package("flash_attn", "pip install flash-attn")
+
+    def attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        return flash.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, longest)
+
+    return packed(attention, model)
+
+
+def tensorrt(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+    """TensorRT through torch_tensorrt, each size built for itself, in CUDA graphs."""
+    tensorrt = package("torch_tensorrt", "pip install torch-tensorrt")
+    tensorrt.runtime.set_cudagraphs_mode(True)
+    options = {"use_explicit_typing": True, "min_block_size": 1}
+    traced = torch.compile(
+        lambda ids, mask: padded_logits(model, ids, mask),
+        backend="torch_tensorrt", dynamic=False, options=options,
+    )  # fmt: skip
+    return lambda batch: traced(batch["input_ids"], batch["attention_mask"] if _is_padded(batch) else None)
+
+
+def ort_cuda(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+    """ONNX Runtime's CUDA provider in fp16 after its transformer optimizer, with inputs and outputs on the
+    GPU, and a CUDA graph a size."""
+    ort = package("onnxruntime", "pip install onnxruntime-gpu")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise Refused("this onnxruntime has no CUDAExecutionProvider: pip install onnxruntime-gpu")
+    provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
+    session = ort.InferenceSession(_half_graph(model, folder), providers=[provider])
+    return OrtGraphs(ort, session, model.device)
+
+
+def _half_graph(model: Any, folder: Path) -> str:
+    """The exported graph, its attentions fused, in fp16. Errors: Refused where they were not all fused."""
+    path = folder / "fused-fp16.onnx"
+    if not path.exists():
+        single = copy.deepcopy(model).cpu().float()
+        exported = (
+            folder / GRAPH if (folder / GRAPH).exists() else export_onnx(single, folder, overwrite=True)
+        )
+        optimizer = package("onnxruntime.transformers.optimizer", "pip install onnxruntime-gpu onnx")
+        fused = optimizer.optimize_model(str(exported), model_type="bert", opt_level=0, use_gpu=True)
+        attentions = fused.get_fused_operator_statistics()["Attention"]
+        expected = sum(layer.num_heads > 0 for layer in model_shape(model.base_model).layers)
+        if attentions != expected:
+            raise Refused(
+                f"its optimizer fused the attention of {attentions} of {expected} layers with heads"
+            )
+        fused.convert_float_to_float16(keep_io_types=False)
+        fused.save_model_to_file(str(path))
+    return str(path)
+
+
+class OrtGraphs:
+    """Runs an ONNX Runtime session on buffers of a size's own, which its CUDA graph of that size reads."""
+
+    def __init__(self, ort: Any, session: Any, device: torch.device) -> None:
+        self._ort, self._session, self._device = ort, session, device
+        self._inputs = [one.name for one in session.get_inputs()]
+        self._outputs = [one.name for one in session.get_outputs()]
+        self._bound: dict[tuple[int, ...], tuple[Any, Any, dict[str, Tensor], list[Tensor]]] = {}
+
+    def __call__(self, batch: Batch) -> Logits:
+        shape = tuple(batch["input_ids"].shape)
+        if shape not in self._bound:
+            self._bound[shape] = self._bind(shape)
+        binding, options, inputs, outputs = self._bound[shape]
+        for name in self._inputs:
+            if name in batch:
+                inputs[name].copy_(batch[name])
+        torch.cuda.current_stream(self._device).synchronize()  # its stream is its own
+        self._session.run_with_iobinding(binding, options)
+        binding.synchronize_outputs()
+        return tuple(outputs)
+
+    def _bind(self, shape: tuple[int, ...]) -> tuple[Any, Any, dict[str, Tensor], list[Tensor]]:
+        binding, options, place = self._session.io_binding(), self._ort.RunOptions(), self._device.index or 0
+        options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
+        inputs = {name: torch.zeros(shape, dtype=torch.int64, device=self._device) for name in self._inputs}
+        outputs = [torch.zeros(shape, dtype=torch.float16, device=self._device) for _ in self._outputs]
+        for name, one in inputs.items():
+            binding.bind_input(name, "cuda", place, "int64", shape, one.data_ptr())
+        for name, one in zip(self._outputs, outputs, strict=True):
+            binding.bind_output(name, "cuda", place, "float16", shape, one.data_ptr())
+        return binding, options, inputs, outputs
+
+
+CUDA_RIVALS = {
+    "hf": Rival(hf, "fp16", cuda=True),
+    "hf-graphed": Rival(hf_graphed, "fp16", cuda=True),
+    "varlen": Rival(torch_varlen, "fp16", cuda=True),
+    "flash-attn": Rival(flash_attn, "fp16", cuda=True),
+    "ort-cuda": Rival(ort_cuda, "fp16", cuda=True),
+    "compile-max-autotune": Rival(compiled("max-autotune"), "fp16", cuda=True),
+    "tensorrt": Rival(tensorrt, "fp16", cuda=True),
+}
+
+
+def build_cuda(name: str, model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+    """The runner of one of CUDA_RIVALS. Errors: Refused; all but hf need a model on a GPU."""
+    rival = CUDA_RIVALS[name]
+    if name != "hf" and model.device.type != "cuda":
+        raise Refused(f"{name} is measured on a GPU only: use --device cuda")
+    folder.mkdir(parents=True, exist_ok=True)
+    return rival.make(model, samples, folder)

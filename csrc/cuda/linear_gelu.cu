@@ -1,0 +1,25 @@
+// Op linear_gelu: GELU(x weight^T + bias), the exact erf form, of the sums in float; linear.cuh has the plan.
+#include "linear.cuh"
+
+namespace pruned_ops::cuda {
+namespace {
+
+struct Gelu {
+  static constexpr bool kBias = true;
+  static PRUNED_OPS_DEVICE float of(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
+};
+
+}  // namespace
+
+const char* linear_gelu(const Linear& arguments, void* stream) {
+  switch (arguments.dtype) {
+    case Dtype::float16:
+      return start_linear<half, Gelu>(arguments, stream);
+    case Dtype::bfloat16:
+      return start_linear<bfloat16, Gelu>(arguments, stream);
+    default:
+      return "the dtype is neither float16 nor bfloat16";
+  }
+}
+
+}  // namespace pruned_ops::cuda
