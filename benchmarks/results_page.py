@@ -167,9 +167,10 @@ def _machine(row: Row) -> str:
 
 def _source(path: Path, row: Row, kind: str) -> str:
     command = row.get("command") or COMMANDS.get(kind, "")
-    more = path.with_suffix(".md")
-    links = [f"[{one.name}](results/{one.name})" for one in (path, more) if one.is_file()]
-    return f"{_machine(row)}; torch {row['version_torch']}; {row['date']}; `{command}`: {', '.join(links)}."
+    files = [path.with_suffix(kind) for kind in (".csv", ".md", ".png")]
+    links = [f"[{one.name}](results/{one.name})" for one in files if one.is_file()]
+    said = f"; `{command}`" if command else ""
+    return f"{_machine(row)}; torch {row['version_torch']}; {row['date']}{said}: {', '.join(links)}."
 
 
 def _kind(path: Path, known: Sequence[str]) -> str:
@@ -239,11 +240,17 @@ def _int8(results: Path) -> list[str]:
 
 
 def _others(results: Path) -> list[str]:
-    """Files of benchmarks that this page has no table for."""
+    """Files of benchmarks that this page has no table for: what they wrote for readers themselves."""
     shown = ("study", "models", "int8", "prune")
-    others = [path for path in sorted(results.glob("*.csv")) if path.name.split("-")[0] not in shown]
-    lines = [f"- {path.name.split('-')[0]}: {_source(path, read_rows(path)[0], '')}" for path in others]
-    return ["## More", "", *lines, ""] if lines else []
+    lines = []
+    for path in sorted(results.glob("*.csv")):
+        if path.name.split("-")[0] in shown:
+            continue
+        lines += [f"### {path.stem}", "", _source(path, read_rows(path)[0], ""), ""]
+        if path.with_suffix(".md").is_file():
+            text = path.with_suffix(".md").read_text(encoding="utf-8")
+            lines += [re.sub(r"^#", "####", text, flags=re.M).rstrip(), ""]
+    return ["## More", "", *lines] if lines else []
 
 
 def draw_figures(results: Path) -> list[Path]:

@@ -32,6 +32,8 @@ def change(rows: Sequence[Row], loss: str) -> str:
     if found is None:
         return "-"
     value, low, high = found
+    if low == high == 0:  # the dense model itself
+        return "-"
     return f"{-value:+.2f} ({-high:+.2f} to {-low:+.2f})"
 
 

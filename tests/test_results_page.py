@@ -49,6 +49,14 @@ def test_every_result_is_on_the_page() -> None:
         assert f"](results/{path.name})" in text or path.name.startswith("."), path.name
 
 
+def test_a_benchmark_without_a_table_here_brings_its_own(tmp_path: Path) -> None:
+    harness.write(tmp_path / "new-x.csv", [{"runner": "ours", **harness.stamp(), "command": "python new"}])
+    (tmp_path / "new-x.md").write_text("# Found\n\n| a |\n| --- |\n| 7 |\n", encoding="utf-8")
+    text = results_page.page(tmp_path)
+    assert "### new-x" in text and "`python new`: [new-x.csv](results/new-x.csv), [new-x.md]" in text
+    assert "\n#### Found\n" in text and "\n| 7 |\n" in text
+
+
 def test_a_taken_report_becomes_the_readmes_table(tmp_path: Path) -> None:
     report = a_report()
     results_page.take(put(tmp_path / "out", report), tmp_path, "A teacher")
