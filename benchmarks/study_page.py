@@ -137,7 +137,7 @@ def _rows_text(results: Results) -> list[str]:
         lines.append([letter, _lambdas(rows[0]), *_quality(rows), *papers(letter)])
     papers_columns = ["paper: heads, FFN removed", "paper: F1 before, after"]
     text += table(["row", "lambda (heads, FFN)", *QUALITY_COLUMNS, *papers_columns], lines)
-    for timings in results.timings.values():
+    for timings in list(results.timings.values()) or [[]]:
         text += _speed_table(results, timings, [x for x in letters if x != "h"])
     return text + image(results, "speed", "Points lost over measured speed-up, the paper's beside ours")
 
@@ -165,7 +165,7 @@ def _scores(rows: Sequence[Row]) -> list[str]:
 
 
 def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str]) -> list[str]:
-    """Sizes and speeds, as one machine measured them."""
+    """Sizes and speeds, as one machine measured them; sizes alone where none has."""
     workloads = list(dict.fromkeys(row["workload"] for row in timings))
     header = ["row", "MiB", "MACs cut"]
     for workload in workloads:
@@ -179,6 +179,8 @@ def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str
             cells += [mean(found, "ms", "{:.1f}"), mean(found, "speedup", "{:.2f}x")]
             cells.append(mean(found, "arrives", "{:.0f}%", 100) if letter != "a" else "-")
         lines.append([*cells, f"{PAPERS[letter][4]:.2f}x"])
+    if not timings:
+        return [*table([*header, "paper's speed-up"], lines), "Not timed yet: `--only timings`.", ""]
     first = timings[0]
     said = f" Meanwhile: {first['note']}." if "note" in first else ""
     return [
