@@ -30,7 +30,7 @@ PROFILES = {
     # small steps would leave nearly all open, so they are many of few windows, and six times as large.
     "cpu": Profile(
         name="cpu", seeds=(0,), train_every=4, judged_every=3, curve_every=2,
-        fractions=(0.25, 0.5, 0.7, 0.85), hidden_fractions=(0.1, 0.25), multiples=(1, 2, 4, 8, 16),
+        fractions=(0.25, 0.5, 0.7, 0.85), hidden_fractions=(0.1, 0.25), multiples=(1, 2, 4),
         gate_steps=400, gate_batch=4, gate_learning_rate=0.6, retrain_steps=120, retrain_batch=16,
         score_steps={"gain": 64, "leave-one-out": 2},
     ),
