@@ -22,7 +22,7 @@ from rich.table import Table
 
 import pruned_ops
 from pruned_ops.measure import Timing, Workload, interleave
-from pruned_ops.registry import OPS
+from pruned_ops.ops.registry import OPS
 
 
 def timed(case: Case, device: str, rounds: int) -> dict[str, Timing]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pruned_ops import ops
 from pruned_ops.measure import Runner, Workload, interleave
-from pruned_ops.panels import pack_panels
+from pruned_ops.ops.panels import pack_panels
 
 PARTS, LENGTH, EPS = 6, 128, 1e-12
 OFFSETS = (-16, -8, -4, -1, 0, 1, 4, 8, 15, 16, 24, 32)

@@ -8,7 +8,6 @@ model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pru
 """
 
 from pruned_ops import attention_interface as attention_interface
-from pruned_ops import backends as backends
 from pruned_ops import ops as ops
 from pruned_ops.answers import Answer
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
@@ -31,11 +30,12 @@ from pruned_ops.natural_questions import (
     PrunedBertForNaturalQuestions,
     PrunedRobertaForNaturalQuestions,
 )
+from pruned_ops.ops import backends as backends
+from pruned_ops.ops.registry import BackendError, debug, record, use_backend
 from pruned_ops.optimize import optimize, restore, tune
 from pruned_ops.packing import PackedBatch
 from pruned_ops.pipelines import pipeline
 from pruned_ops.question_answerer import QuestionAnswerer
-from pruned_ops.registry import BackendError, debug, record, use_backend
 from pruned_ops.shape import LayerShape, ModelShape
 from pruned_ops.version import __version__
 

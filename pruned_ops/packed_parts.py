@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruned_ops import ops
-from pruned_ops.panels import unpack_panels
-from pruned_ops.reference import PART_TENSORS
+from pruned_ops.ops.panels import unpack_panels
+from pruned_ops.ops.reference import PART_TENSORS
 
 # Bytes: what a GPU's widest loads and its tensor descriptors want of a matrix's base and of its rows.
 ALIGNMENT = 16

@@ -16,8 +16,8 @@ from dataclasses import asdict, replace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-from pruned_ops.backends.triton import ahead_of_time, configs  # noqa: E402
-from pruned_ops.backends.triton.ahead_of_time import Case  # noqa: E402
+from pruned_ops.ops.backends.triton import ahead_of_time, configs  # noqa: E402
+from pruned_ops.ops.backends.triton.ahead_of_time import Case  # noqa: E402
 
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 

@@ -13,7 +13,7 @@ from inputs import arguments_for, attention_arguments, moved_to
 from numerics import within_budget
 from torch import Tensor
 
-from pruned_ops.registry import BACKENDS, OPS, record, use_backend
+from pruned_ops.ops.registry import BACKENDS, OPS, record, use_backend
 
 MISSING = BACKENDS["cuda"].missing
 ON_GPU = MISSING is None

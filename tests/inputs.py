@@ -20,8 +20,8 @@ from transformers import (
 
 import pruned_ops
 from pruned_ops import LayerShape
-from pruned_ops.panels import pack_panels
-from pruned_ops.registry import BACKENDS, REFERENCE
+from pruned_ops.ops.panels import pack_panels
+from pruned_ops.ops.registry import BACKENDS, REFERENCE
 
 # Every backend that can run here on CPU tensors; a test's id contains the one it runs. Where there is a GPU,
 # test_triton.py and test_cuda.py run the others on it.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from pruned_ops.registry import OPS, BackendError, Op, record, use_backend
+from pruned_ops.ops.registry import OPS, BackendError, Op, record, use_backend
 
 
 def in_fp64(arguments: Sequence[Any]) -> list[Any]:

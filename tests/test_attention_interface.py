@@ -13,7 +13,7 @@ from transformers import AutoModel, DistilBertConfig, ViTConfig
 
 import pruned_ops
 from pruned_ops.attention_interface import attention
-from pruned_ops.registry import record, use_backend
+from pruned_ops.ops.registry import record, use_backend
 
 pytestmark = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5,

@@ -29,7 +29,7 @@ from numerics import within_budget
 from torch import Tensor
 
 import pruned_ops
-from pruned_ops.registry import use_backend
+from pruned_ops.ops.registry import use_backend
 
 pytestmark = SKIPPED
 

@@ -15,8 +15,8 @@ from inputs import arguments_for, attention_arguments, moved_to, randn
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from pruned_ops.backends import cuda, gpu
-from pruned_ops.registry import BACKENDS, OPS, Backend, Kernel
+from pruned_ops.ops.backends import cuda, gpu
+from pruned_ops.ops.registry import BACKENDS, OPS, Backend, Kernel
 
 
 @pytest.fixture(autouse=True)

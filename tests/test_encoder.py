@@ -8,7 +8,7 @@ from inputs import READY, arguments_for, cu_seqlens, randn
 from numerics import assert_within_budget
 
 import pruned_ops
-from pruned_ops.registry import OPS, use_backend
+from pruned_ops.ops.registry import OPS, use_backend
 
 needs_extension = pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
 

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import pruned_ops
+from pruned_ops.ops.registry import record, use_backend
 from pruned_ops.optimize import optimized
-from pruned_ops.registry import record, use_backend
 
 CONFIGS: dict[str, tuple[Any, Any]] = {
     "bert": (BertConfig, pruned_ops.PrunedBertConfig),

@@ -11,7 +11,7 @@ import torch
 from inputs import attention_arguments, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pruned_ops.registry import BACKENDS
+from pruned_ops.ops.registry import BACKENDS
 
 MISSING = BACKENDS["triton"].missing
 if MISSING is not None:
@@ -19,12 +19,12 @@ if MISSING is not None:
 
 from triton.runtime import interpreter  # noqa: E402
 
-from pruned_ops.backends.triton import configs, launch, tuning  # noqa: E402
-from pruned_ops.backends.triton.attention import launch_attention  # noqa: E402
-from pruned_ops.backends.triton.choices import Problem  # noqa: E402
-from pruned_ops.backends.triton.configs import GemmConfig  # noqa: E402
-from pruned_ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm  # noqa: E402
-from pruned_ops.backends.triton.linear_gelu import launch_linear_gelu  # noqa: E402
+from pruned_ops.ops.backends.triton import configs, launch, tuning  # noqa: E402
+from pruned_ops.ops.backends.triton.attention import launch_attention  # noqa: E402
+from pruned_ops.ops.backends.triton.choices import Problem  # noqa: E402
+from pruned_ops.ops.backends.triton.configs import GemmConfig  # noqa: E402
+from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm  # noqa: E402
+from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="kernels are counted in the interpreter")
 

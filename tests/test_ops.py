@@ -18,7 +18,7 @@ from numerics import assert_within_budget
 from torch import Tensor
 
 import pruned_ops
-from pruned_ops.registry import BACKENDS, OPS, record, use_backend
+from pruned_ops.ops.registry import BACKENDS, OPS, record, use_backend
 
 OP_NAMES = sorted(OPS)
 # Every op on every backend that has it; `encoder` is one call where a backend can, and its parts elsewhere.
@@ -235,7 +235,7 @@ for op in OPS:
 def test_cpu_capability(capability: str) -> None:
     """The paths that this processor would not choose by itself. torch reads the variable once, so: a process
     each."""
-    from pruned_ops.backends.cpu import extension
+    from pruned_ops.ops.backends.cpu import extension
 
     assert extension is not None
     features = extension.cpu_features()

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel
 
 import pruned_ops
+from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.optimize import optimized
 from pruned_ops.packed_encoder import PackedEncoder
-from pruned_ops.registry import OPS, record, use_backend
 
 
 @pytest.mark.parametrize("backend", READY)

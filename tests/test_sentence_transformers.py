@@ -10,7 +10,7 @@ from tiny_tokenizers import word_tokenizer, words
 from transformers import BertConfig, BertModel
 
 import pruned_ops
-from pruned_ops.registry import record
+from pruned_ops.ops.registry import record
 
 sentence_transformers = pytest.importorskip(
     "sentence_transformers", reason="sentence-transformers is not installed"

@@ -17,7 +17,7 @@ from transformers import AutoModelForQuestionAnswering
 import pruned_ops
 from pruned_ops import LayerShape
 from pruned_ops.engine import Engine
-from pruned_ops.registry import OPS, Backend, Kernel
+from pruned_ops.ops.registry import OPS, Backend, Kernel
 
 
 def test_copies_and_pickles_are_models_of_their_own(model: Any) -> None:
@@ -111,7 +111,7 @@ def test_asynchronous_errors_name_their_op(monkeypatch: pytest.MonkeyPatch) -> N
         if waits[-1] == fails_at[0]:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr("pruned_ops.registry._wait", wait)
+    monkeypatch.setattr("pruned_ops.ops.registry._wait", wait)
     fast = pruned_ops.optimize(stock_model())
     fast.base_model.encoder.unpack()
     # Each op waits twice. Embedding, attention: the 3rd is before the attention, the 4th after it.

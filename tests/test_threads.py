@@ -13,7 +13,7 @@ from inputs import READY, encoder_arguments, logits, padded_batch, stock_model
 from torch import Tensor
 
 import pruned_ops
-from pruned_ops.registry import OPS, use_backend
+from pruned_ops.ops.registry import OPS, use_backend
 
 HUNG = 300  # seconds after which a child is taken to hang
 

@@ -14,15 +14,15 @@ from torch import Tensor
 
 import pruned_ops
 from pruned_ops import LayerShape, ModelShape
-from pruned_ops.registry import BACKENDS, use_backend
+from pruned_ops.ops.registry import BACKENDS, use_backend
 
 pytestmark = pytest.mark.skipif(
     BACKENDS["triton"].missing is not None or torch.cuda.is_available(), reason="Triton's interpreter is off"
 )
 
 if BACKENDS["triton"].missing is None:
-    from pruned_ops.backends.triton import choices, configs, linear_gelu, timing, tuning
-    from pruned_ops.backends.triton.choices import Problem
+    from pruned_ops.ops.backends.triton import choices, configs, linear_gelu, timing, tuning
+    from pruned_ops.ops.backends.triton.choices import Problem
 
 CPU = torch.device("cpu")
 SHAPE = ModelShape((LayerShape(2, 24), LayerShape(0, 24), LayerShape(1, 0)), 32, 16)

@@ -13,7 +13,7 @@ from test_optimize import RowCounter
 
 import pruned_ops
 from pruned_ops import LayerShape
-from pruned_ops.registry import record
+from pruned_ops.ops.registry import record
 
 DYNAMIC = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
 # The batch that is traced; then others, two with nothing padded.

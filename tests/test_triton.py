@@ -13,7 +13,7 @@ from numerics import within_budget
 from torch import Tensor
 
 import pruned_ops
-from pruned_ops.registry import BACKENDS, OPS, record, use_backend
+from pruned_ops.ops.registry import BACKENDS, OPS, record, use_backend
 
 TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.kernels)
 
@@ -21,12 +21,12 @@ MISSING = BACKENDS["triton"].missing
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"triton: {MISSING}")
 
 if MISSING is None:
-    from pruned_ops.backends.triton import configs, tuning
-    from pruned_ops.backends.triton.add_layer_norm import launch_add_layer_norm
-    from pruned_ops.backends.triton.attention import launch_attention
-    from pruned_ops.backends.triton.configs import GemmConfig
-    from pruned_ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
-    from pruned_ops.backends.triton.linear_gelu import launch_linear_gelu
+    from pruned_ops.ops.backends.triton import configs, tuning
+    from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
+    from pruned_ops.ops.backends.triton.attention import launch_attention
+    from pruned_ops.ops.backends.triton.configs import GemmConfig
+    from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
+    from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bfloat16's raw bits and rounds it towards zero: bf16 runs on a GPU only.
@@ -180,7 +180,7 @@ def test_wrong_values_never_lead_outside() -> None:
 
 def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests have teeth: a wrong scale, a sequence that is too long, a lost bias leave the budget."""
-    from pruned_ops.backends.triton import attention as module
+    from pruned_ops.ops.backends.triton import attention as module
 
     arguments = moved(attention_arguments((40, 25), 2, 32), torch.float32)
     config = configs.ATTENTION[4][32][0]

@@ -65,7 +65,7 @@ def test_triton_kernels_use_the_tensor_cores_of_sm_90(made: list[dict[str, Any]]
 
 def test_how_many_programs_a_multiprocessor_holds() -> None:
     """By hand: 164 registers of 32 threads are 21 steps of 256, so 4 warps take 21504 of 65536."""
-    from pruned_ops.backends.triton.ahead_of_time import Compiled
+    from pruned_ops.ops.backends.triton.ahead_of_time import Compiled
 
     assert Compiled(164, 0, 32 * 1024, True).programs(warps=4, target=90) == 3
     assert Compiled(32, 0, 0, False).programs(warps=4, target=90) == 16  # all of 64 warps

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruned_ops.panels import GROUP, PANEL, int8_linear, unpack_panels
+from pruned_ops.ops.panels import GROUP, PANEL, int8_linear, unpack_panels
 
 PART_TENSORS = 6  # of one part in `encoder`
 

@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pruned_ops.backends.gpu import refuse_hidden
-from pruned_ops.backends.triton import launch
-from pruned_ops.backends.triton.add_layer_norm import launch_add_layer_norm
-from pruned_ops.backends.triton.configs import GemmConfig, row_config
-from pruned_ops.backends.triton.linear_gelu import meta, partial_linear
-from pruned_ops.backends.triton.tiles import matrix_tile, normalised
-from pruned_ops.backends.triton.tuning import linear_add_layer_norm_config
-from pruned_ops.reference import check_add_layer_norm, check_linear_add_layer_norm
+from pruned_ops.ops.backends.gpu import refuse_hidden
+from pruned_ops.ops.backends.triton import launch
+from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
+from pruned_ops.ops.backends.triton.configs import GemmConfig, row_config
+from pruned_ops.ops.backends.triton.linear_gelu import meta, partial_linear
+from pruned_ops.ops.backends.triton.tiles import matrix_tile, normalised
+from pruned_ops.ops.backends.triton.tuning import linear_add_layer_norm_config
+from pruned_ops.ops.reference import check_add_layer_norm, check_linear_add_layer_norm
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -5,12 +5,12 @@ With TRITON_INTERPRET=1 they run on the CPU in Triton's interpreter, and then on
 
 from typing import Any
 
-from pruned_ops.backends.triton import launch
-from pruned_ops.registry import Backend, add_backend
+from pruned_ops.ops.backends.triton import launch
+from pruned_ops.ops.registry import Backend, add_backend
 
 
 def _tune(*args: Any) -> int:
-    from pruned_ops.backends.triton import timing  # needs Triton
+    from pruned_ops.ops.backends.triton import timing  # needs Triton
 
     return timing.tune(*args)
 
@@ -24,14 +24,14 @@ BACKEND = add_backend(
 
 if _missing is None:  # the kernels need Triton to be imported at all
     from pruned_ops import ops
-    from pruned_ops.backends.triton import (
+    from pruned_ops.ops.backends.triton import (
         add_layer_norm,
         attention,
         embed_layer_norm,
         linear_add_layer_norm,
         linear_gelu,
     )
-    from pruned_ops.registry import register
+    from pruned_ops.ops.registry import register
 
     for op, launcher, refuse in (
         (ops.attention, attention.attention, attention.refuse),

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from pruned_ops.backends.triton import launch
-from pruned_ops.backends.triton.configs import AttentionConfig, GemmConfig
+from pruned_ops.ops.backends.triton import launch
+from pruned_ops.ops.backends.triton.configs import AttentionConfig, GemmConfig
 from pruned_ops.version import __version__
 
 Config = GemmConfig | AttentionConfig

@@ -16,12 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pruned_ops.backends.triton.add_layer_norm import add_layer_norm_kernel
-from pruned_ops.backends.triton.attention import attention_kernel, short_attention_kernel
-from pruned_ops.backends.triton.configs import SHARED_MEMORY, AttentionConfig, GemmConfig, RowConfig
-from pruned_ops.backends.triton.embed_layer_norm import embed_layer_norm_kernel
-from pruned_ops.backends.triton.linear_add_layer_norm import linear_add_layer_norm_kernel
-from pruned_ops.backends.triton.linear_gelu import (
+from pruned_ops.ops.backends.triton.add_layer_norm import add_layer_norm_kernel
+from pruned_ops.ops.backends.triton.attention import attention_kernel, short_attention_kernel
+from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, AttentionConfig, GemmConfig, RowConfig
+from pruned_ops.ops.backends.triton.embed_layer_norm import embed_layer_norm_kernel
+from pruned_ops.ops.backends.triton.linear_add_layer_norm import linear_add_layer_norm_kernel
+from pruned_ops.ops.backends.triton.linear_gelu import (
     bias_gelu_kernel,
     linear_gelu_kernel,
     meta,

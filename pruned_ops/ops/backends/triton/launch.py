@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.backends.gpu import capability, refuse_tensors
-from pruned_ops.backends.triton.configs import SHARED_MEMORY, GemmConfig
+from pruned_ops.ops.backends.gpu import capability, refuse_tensors
+from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, GemmConfig
 
 Launcher = Callable[..., Tensor]
 

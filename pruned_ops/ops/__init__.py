@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from pruned_ops import reference
-from pruned_ops.registry import Op
+from pruned_ops.ops import reference
+from pruned_ops.ops.registry import Op
 
 
 def _check_ids(name: str, ids: Tensor, rows: int) -> None:

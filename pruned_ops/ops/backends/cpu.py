@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruned_ops import ops
-from pruned_ops.registry import Backend, add_backend, register, tensors_of
+from pruned_ops.ops.registry import Backend, add_backend, register, tensors_of
 
 BUILD_COMMAND = "pip install --no-build-isolation ."
 

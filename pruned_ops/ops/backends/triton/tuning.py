@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pruned_ops.backends.gpu import capability
-from pruned_ops.backends.triton import choices, launch
-from pruned_ops.backends.triton.choices import Config, Problem
-from pruned_ops.backends.triton.configs import (
+from pruned_ops.ops.backends.gpu import capability
+from pruned_ops.ops.backends.triton import choices, launch
+from pruned_ops.ops.backends.triton.choices import Config, Problem
+from pruned_ops.ops.backends.triton.configs import (
     ATTENTION,
     FUSED_NORM,
     LINEAR_GELU,

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pruned_ops.backends.triton import choices, launch, tuning
-from pruned_ops.backends.triton.attention import HEAD_DIMS, launch_attention
-from pruned_ops.backends.triton.choices import Config, Problem
-from pruned_ops.backends.triton.configs import AttentionConfig, GemmConfig
-from pruned_ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
-from pruned_ops.backends.triton.linear_gelu import launch_linear_gelu
+from pruned_ops.ops.backends.triton import choices, launch, tuning
+from pruned_ops.ops.backends.triton.attention import HEAD_DIMS, launch_attention
+from pruned_ops.ops.backends.triton.choices import Config, Problem
+from pruned_ops.ops.backends.triton.configs import AttentionConfig, GemmConfig
+from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
+from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
 from pruned_ops.shape import ModelShape
 
 Timer = Callable[[Callable[[], Tensor]], float]

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pruned_ops.backends.triton import launch
-from pruned_ops.backends.triton.configs import AttentionConfig
-from pruned_ops.backends.triton.tiles import product
-from pruned_ops.backends.triton.tuning import best_attention_config
-from pruned_ops.reference import check_attention
+from pruned_ops.ops.backends.triton import launch
+from pruned_ops.ops.backends.triton.configs import AttentionConfig
+from pruned_ops.ops.backends.triton.tiles import product
+from pruned_ops.ops.backends.triton.tuning import best_attention_config
+from pruned_ops.ops.reference import check_attention
 
 HEAD_DIMS = (16, 32, 64, 128)
 LOG2_E = 1.4426950408889634

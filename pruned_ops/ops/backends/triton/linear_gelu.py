@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pruned_ops.backends.triton import launch
-from pruned_ops.backends.triton.configs import GemmConfig
-from pruned_ops.backends.triton.tiles import gelu, matrix_tile, place
-from pruned_ops.backends.triton.tuning import linear_gelu_config
-from pruned_ops.reference import check_linear_gelu
+from pruned_ops.ops.backends.triton import launch
+from pruned_ops.ops.backends.triton.configs import GemmConfig
+from pruned_ops.ops.backends.triton.tiles import gelu, matrix_tile, place
+from pruned_ops.ops.backends.triton.tuning import linear_gelu_config
+from pruned_ops.ops.reference import check_linear_gelu
 
 
 @triton.jit(do_not_specialize=["tokens", "programs"])

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pruned_ops import ops
-from pruned_ops.backends.cpu import BACKEND as CPU
-from pruned_ops.backends.cpu import extension
-from pruned_ops.backends.gpu import refuse_hidden, refuse_tensors
-from pruned_ops.registry import Backend, Op, add_backend, register
+from pruned_ops.ops.backends.cpu import BACKEND as CPU
+from pruned_ops.ops.backends.cpu import extension
+from pruned_ops.ops.backends.gpu import refuse_hidden, refuse_tensors
+from pruned_ops.ops.registry import Backend, Op, add_backend, register
 
 BUILD_COMMAND = "PRUNED_OPS_BUILD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
 HEAD_DIMS = (32, 64, 128)

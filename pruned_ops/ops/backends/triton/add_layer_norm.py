@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pruned_ops.backends.gpu import refuse_hidden
-from pruned_ops.backends.triton import launch
-from pruned_ops.backends.triton.configs import RowConfig, next_power_of_2, row_config
-from pruned_ops.backends.triton.tiles import normalised
-from pruned_ops.reference import check_add_layer_norm
+from pruned_ops.ops.backends.gpu import refuse_hidden
+from pruned_ops.ops.backends.triton import launch
+from pruned_ops.ops.backends.triton.configs import RowConfig, next_power_of_2, row_config
+from pruned_ops.ops.backends.triton.tiles import normalised
+from pruned_ops.ops.reference import check_add_layer_norm
 
 
 @triton.jit(do_not_specialize=["tokens", "stride_part"])
