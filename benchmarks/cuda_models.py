@@ -17,8 +17,8 @@ import torch
 from model_cases import Source
 
 import pruned_ops
+from pruned_ops.layers.packing import with_lengths
 from pruned_ops.measure import Timing, Workload
-from pruned_ops.packing import with_lengths
 from pruned_ops.shape import ModelShape
 from pruned_ops.swappable import model_shape
 

@@ -19,7 +19,8 @@ from pruned_ops.heads import (
     PrunedRobertaForTokenClassification,
 )
 from pruned_ops.importing import import_checkpoint
-from pruned_ops.layers import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
+from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
+from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.modeling import (
     PrunedBertForQuestionAnswering,
     PrunedBertModel,
@@ -33,7 +34,6 @@ from pruned_ops.natural_questions import (
 from pruned_ops.ops import backends as backends
 from pruned_ops.ops.registry import BackendError, debug, record, use_backend
 from pruned_ops.optimize import optimize, restore, tune
-from pruned_ops.packing import PackedBatch
 from pruned_ops.pipelines import pipeline
 from pruned_ops.question_answerer import QuestionAnswerer
 from pruned_ops.shape import LayerShape, ModelShape

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from pruned_ops import ops
-from pruned_ops.packing import PackedBatch
+from pruned_ops.layers.packing import PackedBatch
 
 NAME = "pruned_ops"
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pruned_ops.buckets import Bucket, pieces
 from pruned_ops.cuda_graphs import CudaGraphs, Recorder, Weights
+from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.ops.registry import is_watched, record, replayed
 from pruned_ops.packed_heads import Outputs, PackedHead
-from pruned_ops.packing import PackedBatch
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from pruned_ops.layers.packing import lengths_of
 from pruned_ops.packed_heads import (
     HeadRun,
     PackedHead,
@@ -20,7 +21,6 @@ from pruned_ops.packed_heads import (
     TokenHead,
     packed_head,
 )
-from pruned_ops.packing import lengths_of
 
 ANSWERERS: tuple[type[Any], ...] = (*SpanHead.classes, *SpanAndTypeHead.classes)
 CLASSIFIERS: tuple[type[Any], ...] = (*TokenHead.classes, *TextHead.classes)

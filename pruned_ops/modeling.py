@@ -22,8 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, QuestionAn
 
 from pruned_ops.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.inputs import check_inputs
+from pruned_ops.layers.packing import check_mask
 from pruned_ops.model_card import write_model_card
-from pruned_ops.packing import check_mask
 from pruned_ops.padded import PrunedEmbeddings, PrunedEncoderModule, PrunedPooler
 
 

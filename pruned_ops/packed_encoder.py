@@ -13,10 +13,10 @@ from pruned_ops import ops
 from pruned_ops.configuration import is_roberta
 from pruned_ops.engine import Engine
 from pruned_ops.inputs import check_inputs, default_position_ids
-from pruned_ops.layers import PrunedEncoder
+from pruned_ops.layers.modules import PrunedEncoder
+from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.layers.weights import fuse_rows, split_rows
 from pruned_ops.packed_heads import HeadRun, Outputs, PackedHead
-from pruned_ops.packed_parts import fuse_rows, split_rows
-from pruned_ops.packing import PackedBatch
 from pruned_ops.swappable import QKV, model_shape, refuse, stock_parts
 
 

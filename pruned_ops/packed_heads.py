@@ -35,9 +35,9 @@ from pruned_ops.heads import (
     PrunedBertForTokenClassification,
     PrunedRobertaForSequenceClassification,
 )
+from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.modeling import PrunedBertForQuestionAnswering
 from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
-from pruned_ops.packing import PackedBatch
 from pruned_ops.padded import PrunedPooler
 
 

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.inputs import default_position_ids
-from pruned_ops.layers import Projection
+from pruned_ops.layers.modules import Projection
 from pruned_ops.shape import LayerShape
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruned_ops.packing import with_lengths
+from pruned_ops.layers.packing import with_lengths
 
 # Batches that a block is sorted over: with so many, padding is a few percent of the tokens.
 LOOK_AHEAD = 8

@@ -14,7 +14,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbeddings
 
 from pruned_ops import ops
-from pruned_ops.layers import ACTIVATIONS, Projection
+from pruned_ops.layers.modules import ACTIVATIONS, Projection
 from pruned_ops.modeling import PrunedBertModel, PrunedRobertaModel
 from pruned_ops.padded import PrunedEmbeddings
 from pruned_ops.shape import LayerShape, ModelShape

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 import pruned_ops
 from pruned_ops import LayerShape, ModelShape, PrunedEncoder
-from pruned_ops.layers import PrunedFFN
-from pruned_ops.packed_parts import ALIGNMENT, AlignedParts
+from pruned_ops.layers.modules import PrunedFFN
+from pruned_ops.layers.weights import ALIGNMENT, AlignedParts
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout that weights get on a GPU."""
     monkeypatch.setattr(AlignedParts, "refuse", staticmethod(lambda parts: None))
-    monkeypatch.setattr("pruned_ops.packed_parts.PackedParts.refuse", staticmethod(lambda parts: "not now"))
+    monkeypatch.setattr("pruned_ops.layers.weights.PackedParts.refuse", staticmethod(lambda parts: "not now"))
 
 
 def unaligned(weight: Tensor) -> Tensor:

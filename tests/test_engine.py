@@ -17,7 +17,7 @@ from stand_in_graphs import StandIn, ids_of, with_engine
 import pruned_ops
 from pruned_ops.buckets import Bucket, pieces
 from pruned_ops.engine import Engine
-from pruned_ops.packing import PackedBatch
+from pruned_ops.layers.packing import PackedBatch
 
 STEP = 0.05
 

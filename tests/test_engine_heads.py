@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 import pruned_ops
+from pruned_ops.layers.weights import AlignedParts
 from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
 from pruned_ops.packed_encoder import PackedEncoder
 from pruned_ops.packed_heads import SpanHead, packed_head
-from pruned_ops.packed_parts import AlignedParts
 
 
 def natural_questions() -> Any:
@@ -190,7 +190,7 @@ def test_other_integers_are_taken() -> None:
 def test_a_layer_is_five_launches_of_ops_and_at_most_seven_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph records of each layer on a GPU: a GEMM, and four ops (their kernels: test_triton)."""
     monkeypatch.setattr(AlignedParts, "refuse", staticmethod(lambda parts: None))
-    monkeypatch.setattr("pruned_ops.packed_parts.PackedParts.refuse", staticmethod(lambda parts: "not now"))
+    monkeypatch.setattr("pruned_ops.layers.weights.PackedParts.refuse", staticmethod(lambda parts: "not now"))
     fast = pruned_ops.optimize(stock_model())
     encoder: PackedEncoder = fast.base_model
     inputs = [torch.ones(12, dtype=torch.int64)] * 3

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruned_ops import ops
+from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.layers.weights import AlignedParts, PackedParts, release
 from pruned_ops.ops.panels import pack_int8, pack_panels
-from pruned_ops.packed_parts import AlignedParts, PackedParts, release
-from pruned_ops.packing import PackedBatch
 from pruned_ops.shape import LayerShape, ModelShape
 
 # What the runtime computes besides the exact GELU, for which there is a fused op.

@@ -1,0 +1,1 @@
+"""The layers as modules over packed tokens; no Hugging Face."""
