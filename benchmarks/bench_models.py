@@ -42,8 +42,8 @@ from transformers.utils import logging
 
 import pruned_ops
 from pruned_ops.measure import Timing, Workload
+from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import ModelShape
-from pruned_ops.swappable import model_shape
 
 OURS = "ours"
 OURS_INT8 = "ours-int8"

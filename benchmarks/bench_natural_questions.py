@@ -33,9 +33,9 @@ from transformers.utils import logging
 
 import pruned_ops
 from pruned_ops.checkpoints import load_tokenizer
-from pruned_ops.configuration import is_roberta
 from pruned_ops.measure import Workload
-from pruned_ops.natural_questions import NaturalQuestionsOutput, load_natural_questions
+from pruned_ops.models.configuration import is_roberta
+from pruned_ops.models.natural_questions import NaturalQuestionsOutput, load_natural_questions
 from pruned_ops.packed_encoder import refuse
 from pruned_ops.window_logits import batch_logits
 from pruned_trainer.tasks.natural_questions import Document, read_documents

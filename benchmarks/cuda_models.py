@@ -19,8 +19,8 @@ from model_cases import Source
 import pruned_ops
 from pruned_ops.layers.packing import with_lengths
 from pruned_ops.measure import Timing, Workload
+from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import ModelShape
-from pruned_ops.swappable import model_shape
 
 OURS, OURS_MANY = "ours", "ours-encode-many"
 # Of a rival's error, beside twice what Hugging Face's own fp16 has against fp32.

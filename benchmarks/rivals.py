@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import BertForQuestionAnswering, BertModel
 
 from pruned_ops.export import GRAPH, export_onnx
-from pruned_ops.swappable import model_shape
+from pruned_ops.models.stock import model_shape
 
 Batch = dict[str, Tensor]
 Logits = tuple[Tensor, ...]

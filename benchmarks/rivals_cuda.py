@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pruned_ops.cuda_graphs import CudaGraphs, Recorder
 from pruned_ops.export import GRAPH, export_onnx
-from pruned_ops.inputs import default_position_ids
 from pruned_ops.layers.packing import PackedBatch, lengths_of
-from pruned_ops.modeling import PrunedBertForQuestionAnswering
-from pruned_ops.swappable import QKV, model_shape, stock_parts
+from pruned_ops.models.inputs import default_position_ids
+from pruned_ops.models.modeling import PrunedBertForQuestionAnswering
+from pruned_ops.models.stock import QKV, model_shape, stock_parts
 
 # qkv (tokens, 3, heads, head_dim), cu_seqlens, the longest sequence -> context (tokens, heads, head_dim).
 Attention = Callable[[Tensor, Tensor, int], Tensor]

@@ -16,7 +16,7 @@ from study_records import Row, Study
 from torch import nn
 from transformers import PreTrainedModel
 
-from pruned_ops.swappable import model_shape
+from pruned_ops.models.stock import model_shape
 from pruned_trainer import importance
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Target

@@ -10,24 +10,24 @@ model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pru
 from pruned_ops import attention_interface as attention_interface
 from pruned_ops import ops as ops
 from pruned_ops.answers import Answer
-from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.export import export_onnx
-from pruned_ops.heads import (
+from pruned_ops.importing import import_checkpoint
+from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
+from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.heads import (
     PrunedBertForSequenceClassification,
     PrunedBertForTokenClassification,
     PrunedRobertaForSequenceClassification,
     PrunedRobertaForTokenClassification,
 )
-from pruned_ops.importing import import_checkpoint
-from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
-from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.modeling import (
+from pruned_ops.models.modeling import (
     PrunedBertForQuestionAnswering,
     PrunedBertModel,
     PrunedRobertaForQuestionAnswering,
     PrunedRobertaModel,
 )
-from pruned_ops.natural_questions import (
+from pruned_ops.models.natural_questions import (
     PrunedBertForNaturalQuestions,
     PrunedRobertaForNaturalQuestions,
 )

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from pruned_ops.bench_page import write_page
 from pruned_ops.checkpoints import load_folder, load_tokenizer
-from pruned_ops.inputs import longest_sequence
 from pruned_ops.launch_bound import HALF, TWIN, LaunchBound, half_of, tiny_twin
 from pruned_ops.measure import Runner, Timing, Workload, interleave, machine, versions
+from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
 from pruned_ops.optimize import optimize
 from pruned_ops.question_files import lengths_of
-from pruned_ops.swappable import model_shape
 
 OURS, THEIRS = "pruned_ops", "Hugging Face"
 WINDOW = 384  # tokens of a window of --data, at most

@@ -15,8 +15,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from pruned_ops.configuration import PRUNED_CONFIGS
-from pruned_ops.natural_questions import is_natural_questions, natural_questions_class
+from pruned_ops.models.configuration import PRUNED_CONFIGS
+from pruned_ops.models.natural_questions import is_natural_questions, natural_questions_class
 
 # Any one of them makes a tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")

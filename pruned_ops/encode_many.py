@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.inputs import longest_sequence
+from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.packed_encoder import PackedEncoder
 from pruned_ops.scheduling import LOOK_AHEAD, BatchRunner, Lanes, Tensors
 

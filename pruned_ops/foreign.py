@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from pruned_ops.modeling import answering_class
+from pruned_ops.models.modeling import answering_class
 from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, checked_int
 
 # What training left behind, or what does not bear on the answers: pooler, position numbers, CoFi's gates and

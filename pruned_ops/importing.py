@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from pruned_ops.foreign import Source, Tensors, activation_name, open_source, unpickled
-from pruned_ops.modeling import answering_class
+from pruned_ops.models.modeling import answering_class
 from pruned_ops.shape import MAX_WIDTH, LayerShape, checked_int
 
 # What a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from pruned_ops.inputs import check_inputs
 from pruned_ops.latency_parts import (
     ALIGNMENTS,
     aligned_widths,
@@ -35,6 +34,7 @@ from pruned_ops.latency_parts import (
     time_parts,
 )
 from pruned_ops.measure import Workload, machine, versions
+from pruned_ops.models.inputs import check_inputs
 from pruned_ops.shape import MAX_WIDTH, LayerShape, ModelShape, checked_int
 
 Points = tuple[tuple[int, float], ...]

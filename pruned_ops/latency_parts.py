@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pruned_ops.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import PackedParts
 from pruned_ops.measure import Runner, Workload, interleave
-from pruned_ops.modeling import answering_class
+from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.modeling import answering_class
 from pruned_ops.ops.panels import PANEL
 from pruned_ops.ops.registry import record
 from pruned_ops.optimize import optimize

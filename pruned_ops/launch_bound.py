@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pruned_ops.latency_parts import empty_config
 from pruned_ops.measure import Timing, Workload
-from pruned_ops.modeling import answering_class
+from pruned_ops.models.modeling import answering_class
+from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import LayerShape
-from pruned_ops.swappable import model_shape
 
 HALF, TWIN = "half of each batch", "tiny twin"
 # Hidden size, head and FFN width of the twin: arithmetic that takes next to no time.

@@ -30,15 +30,15 @@ from transformers.models.camembert.modeling_camembert import CamembertClassifica
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaClassificationHead
 
-from pruned_ops.heads import (
+from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.models.encoder import PrunedPooler
+from pruned_ops.models.heads import (
     PrunedBertForSequenceClassification,
     PrunedBertForTokenClassification,
     PrunedRobertaForSequenceClassification,
 )
-from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.modeling import PrunedBertForQuestionAnswering
-from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
-from pruned_ops.padded import PrunedPooler
+from pruned_ops.models.modeling import PrunedBertForQuestionAnswering
+from pruned_ops.models.natural_questions import PrunedBertForNaturalQuestions
 
 
 class Outputs(NamedTuple):

@@ -17,9 +17,9 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from pruned_ops.configuration import is_roberta
-from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
-from pruned_ops.swappable import model_shape
+from pruned_ops.models.configuration import is_roberta
+from pruned_ops.models.natural_questions import PrunedBertForNaturalQuestions
+from pruned_ops.models.stock import model_shape
 from pruned_ops.version import __version__
 
 # ONNX Runtime's and OpenVINO's fusions know these operators best; 17 has LayerNormalization. IR 8 is of its

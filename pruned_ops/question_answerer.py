@@ -14,7 +14,7 @@ import torch
 from pruned_ops.answer_stream import AnswerStream, Reading
 from pruned_ops.answers import Answer, Decoded, ScoreCalibration
 from pruned_ops.checkpoints import checked_device, load_model, load_tokenizer
-from pruned_ops.inputs import longest_sequence
+from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.optimize import optimize
 from pruned_ops.question_answering import RefusedQuestion, check_cut
 

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 import pruned_ops
 from pruned_ops.cli import main
-from pruned_ops.natural_questions import with_answer_types
+from pruned_ops.models.natural_questions import with_answer_types
+from pruned_ops.models.stock import model_shape
 from pruned_ops.packed_encoder import PackedEncoder
-from pruned_ops.swappable import model_shape
 
 onnx = pytest.importorskip("onnx", reason='needs the extra "onnx"')
 ort = pytest.importorskip("onnxruntime", reason='needs the extra "onnx"')

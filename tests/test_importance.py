@@ -11,7 +11,7 @@ import torch
 from matching import accuracy, batch_of, trained_model
 from transformers import BertForQuestionAnswering
 
-from pruned_ops.swappable import model_shape
+from pruned_ops.models.stock import model_shape
 from pruned_trainer import Scores, SizeBudget, Target, attached, compact, decide, importance
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.gates import PARTS, PerGate

@@ -21,8 +21,8 @@ from transformers.utils import hub
 
 import pruned_ops
 from pruned_ops import LayerShape
-from pruned_ops.model_card import MARKER
-from pruned_ops.natural_questions import PrunedBertForNaturalQuestions
+from pruned_ops.models.model_card import MARKER
+from pruned_ops.models.natural_questions import PrunedBertForNaturalQuestions
 
 REPORT = {
     "dense": {"f1": 58.58, "f1_span": 72.9, "exact": 57.0, "workloads": {"w": {"ms": {"p50": 196.94}}}},

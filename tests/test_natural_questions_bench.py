@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench_natural_questions as bench  # noqa: E402
 
-from pruned_ops.natural_questions import with_answer_types  # noqa: E402
+from pruned_ops.models.natural_questions import with_answer_types  # noqa: E402
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

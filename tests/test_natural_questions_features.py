@@ -15,7 +15,7 @@ from tiny_tokenizers import byte_tokenizer, word_tokenizer
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
 
-from pruned_ops.natural_questions import AnswerType
+from pruned_ops.models.natural_questions import AnswerType
 from pruned_trainer.tasks.natural_questions import read_documents
 from pruned_trainer.tasks.natural_questions_features import (
     NqWindow,

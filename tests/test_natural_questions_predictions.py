@@ -15,7 +15,7 @@ from real_data import real_data
 from tiny_tokenizers import word_tokenizer
 from transformers import AutoTokenizer
 
-from pruned_ops.natural_questions import AnswerType
+from pruned_ops.models.natural_questions import AnswerType
 from pruned_trainer.tasks.natural_questions import Document, nq_metrics, read_documents
 from pruned_trainer.tasks.natural_questions_features import NqWindow, answer_span, cut, features, located
 from pruned_trainer.tasks.natural_questions_predictions import LOWEST, decode_documents, predictions_json

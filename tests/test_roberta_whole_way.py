@@ -16,7 +16,7 @@ from transformers import AutoModelForQuestionAnswering, RobertaTokenizerFast
 
 import pruned_ops
 from pruned_ops import QuestionAnswerer
-from pruned_ops.natural_questions import load_natural_questions
+from pruned_ops.models.natural_questions import load_natural_questions
 from pruned_trainer.cli import main
 
 CUT = ["--max-length", "40", "--stride", "8", "--batch-size", "8"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruned_ops.swappable import ENCODERS, model_shape
+from pruned_ops.models.stock import ENCODERS, model_shape
 from pruned_trainer.gates import DEFAULT_PARTS, Gates
 
 _NAME = "pruning_gates"

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruned_ops import ModelShape, PrunedBertForNaturalQuestions
-from pruned_ops.configuration import PRUNED_CONFIGS
-from pruned_ops.modeling import answering_class
-from pruned_ops.natural_questions import natural_questions_class
-from pruned_ops.swappable import model_shape
+from pruned_ops.models.configuration import PRUNED_CONFIGS
+from pruned_ops.models.modeling import answering_class
+from pruned_ops.models.natural_questions import natural_questions_class
+from pruned_ops.models.stock import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision, Kept, LayerDecision
 

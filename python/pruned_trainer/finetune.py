@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from pruned_ops.inputs import longest_sequence
+from pruned_ops.models.inputs import longest_sequence
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.distillation import Distillation
 from pruned_trainer.distributed import is_main, once, per_process

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pruned_ops import ModelShape
-from pruned_ops.swappable import model_shape
+from pruned_ops.models.stock import model_shape
 from pruned_trainer.attach import attached, find_encoder
 from pruned_trainer.budget import Budget
 from pruned_trainer.distributed import shared

@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.inputs import longest_sequence
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload
-from pruned_ops.natural_questions import AnswerType, PrunedBertForNaturalQuestions
-from pruned_ops.swappable import model_shape
+from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.natural_questions import AnswerType, PrunedBertForNaturalQuestions
+from pruned_ops.models.stock import model_shape
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.budget import Budget, SizeBudget, Target, make_budget
 from pruned_trainer.distillation import Projection

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from pruned_ops.model_card import write_model_card
+from pruned_ops.models.model_card import write_model_card
 from pruned_ops.optimize import optimized
 from pruned_trainer import report as reporting
 from pruned_trainer.budget import Target

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.natural_questions import AnswerType
+from pruned_ops.models.natural_questions import AnswerType
 from pruned_ops.question_answering import Window, windows
 from pruned_trainer.tasks.extractive import span_tokens
 from pruned_trainer.tasks.natural_questions import Document

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.natural_questions import AnswerType
+from pruned_ops.models.natural_questions import AnswerType
 from pruned_trainer.tasks.natural_questions import Document
 from pruned_trainer.tasks.natural_questions_features import NqWindow
 

@@ -12,7 +12,11 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, PreTrainedMo
 
 from pruned_ops import PrunedBertForNaturalQuestions
 from pruned_ops.measure import arrival_lengths
-from pruned_ops.natural_questions import is_natural_questions, load_natural_questions, with_answer_types
+from pruned_ops.models.natural_questions import (
+    is_natural_questions,
+    load_natural_questions,
+    with_answer_types,
+)
 from pruned_ops.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
 from pruned_trainer.tasks.natural_questions import (

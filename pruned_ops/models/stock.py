@@ -15,8 +15,8 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbed
 
 from pruned_ops import ops
 from pruned_ops.layers.modules import ACTIVATIONS, Projection
-from pruned_ops.modeling import PrunedBertModel, PrunedRobertaModel
-from pruned_ops.padded import PrunedEmbeddings
+from pruned_ops.models.encoder import PrunedEmbeddings
+from pruned_ops.models.modeling import PrunedBertModel, PrunedRobertaModel
 from pruned_ops.shape import LayerShape, ModelShape
 
 ENCODERS = (BertModel, RobertaModel, XLMRobertaModel, CamembertModel, PrunedBertModel, PrunedRobertaModel)

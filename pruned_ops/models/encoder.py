@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import RobertaConfig
 from transformers.activations import ACT2FN
 
-from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
-from pruned_ops.inputs import default_position_ids
 from pruned_ops.layers.modules import Projection
+from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.shape import LayerShape
 
 

@@ -20,11 +20,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, QuestionAnsweringModelOutput
 
-from pruned_ops.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
-from pruned_ops.inputs import check_inputs
 from pruned_ops.layers.packing import check_mask
-from pruned_ops.model_card import write_model_card
-from pruned_ops.padded import PrunedEmbeddings, PrunedEncoderModule, PrunedPooler
+from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.encoder import PrunedEmbeddings, PrunedEncoderModule, PrunedPooler
+from pruned_ops.models.inputs import check_inputs
+from pruned_ops.models.model_card import write_model_card
 
 
 class PrunedPreTrainedModel(PreTrainedModel):

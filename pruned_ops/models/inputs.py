@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.configuration import is_roberta
+from pruned_ops.models.configuration import is_roberta
 
 
 def default_position_ids(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
-from pruned_ops.configuration import PrunedBertConfig, PrunedRobertaConfig
-from pruned_ops.inputs import first_tokens
-from pruned_ops.modeling import PrunedBertModel, PrunedPreTrainedModel, PrunedRobertaModel
+from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.inputs import first_tokens
+from pruned_ops.models.modeling import PrunedBertModel, PrunedPreTrainedModel, PrunedRobertaModel
 
 Config = PrunedBertConfig | PrunedRobertaConfig
 

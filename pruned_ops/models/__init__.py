@@ -1,0 +1,1 @@
+"""Hugging Face models of uneven layers: padded, trainable, saved and loaded."""
