@@ -23,7 +23,7 @@ from pruned_ops import QuestionAnswerer
 from pruned_ops.checkpoints import load_model, load_tokenizer
 from pruned_ops.measure import machine, versions
 from pruned_ops.question_answering import Window, windows
-from pruned_ops.scheduling import token_batches
+from pruned_ops.runtime.streaming import token_batches
 from pruned_ops.window_logits import batch_logits
 from pruned_trainer.tasks.squad import load_squad
 

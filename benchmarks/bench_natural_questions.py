@@ -36,7 +36,7 @@ from pruned_ops.checkpoints import load_tokenizer
 from pruned_ops.measure import Workload
 from pruned_ops.models.configuration import is_roberta
 from pruned_ops.models.natural_questions import NaturalQuestionsOutput, load_natural_questions
-from pruned_ops.packed_encoder import refuse
+from pruned_ops.runtime.packed_encoder import refuse
 from pruned_ops.window_logits import batch_logits
 from pruned_trainer.tasks.natural_questions import Document, read_documents
 from pruned_trainer.tasks.natural_questions_features import NqWindow, cut, located, with_markers

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 import pruned_ops
 from pruned_ops import LayerShape, ModelShape, PrunedEncoder
-from pruned_ops.engine import Engine
 from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.runtime.engine import Engine
 
 HIDDEN = 16
 BOUNDS = torch.tensor([0, 2], dtype=torch.int32)

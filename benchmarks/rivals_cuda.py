@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from rivals import Batch, Logits, Refused, Rival, Run, hf, package
 from torch import Tensor
 
-from pruned_ops.cuda_graphs import CudaGraphs, Recorder
 from pruned_ops.export import GRAPH, export_onnx
 from pruned_ops.layers.packing import PackedBatch, lengths_of
 from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.models.modeling import PrunedBertForQuestionAnswering
 from pruned_ops.models.stock import QKV, model_shape, stock_parts
+from pruned_ops.runtime.cuda_graphs import CudaGraphs, Recorder
 
 # qkv (tokens, 3, heads, head_dim), cu_seqlens, the longest sequence -> context (tokens, heads, head_dim).
 Attention = Callable[[Tensor, Tensor, int], Tensor]

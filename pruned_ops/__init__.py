@@ -7,7 +7,6 @@ from transformers import AutoModelForQuestionAnswering
 model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pruned/or/stock/checkpoint"))
 """
 
-from pruned_ops import attention_interface as attention_interface
 from pruned_ops import ops as ops
 from pruned_ops.answers import Answer
 from pruned_ops.export import export_onnx
@@ -33,9 +32,10 @@ from pruned_ops.models.natural_questions import (
 )
 from pruned_ops.ops import backends as backends
 from pruned_ops.ops.registry import BackendError, debug, record, use_backend
-from pruned_ops.optimize import optimize, restore, tune
 from pruned_ops.pipelines import pipeline
 from pruned_ops.question_answerer import QuestionAnswerer
+from pruned_ops.runtime import attention_interface as attention_interface
+from pruned_ops.runtime.optimize import optimize, restore, tune
 from pruned_ops.shape import LayerShape, ModelShape
 from pruned_ops.version import __version__
 

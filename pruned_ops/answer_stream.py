@@ -16,7 +16,7 @@ from typing import Any
 
 from pruned_ops.answers import SCORED, Candidates, Decoded
 from pruned_ops.question_answering import RefusedQuestion, Window, cut_each
-from pruned_ops.scheduling import LOOK_AHEAD, BatchRunner, Tensors
+from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, Tensors
 from pruned_ops.window_logits import select_logits, split_logits
 
 # What a token takes of English text; only how far ahead is read depends on it.

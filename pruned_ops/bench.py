@@ -22,8 +22,8 @@ from pruned_ops.measure import Runner, Timing, Workload, interleave, machine, ve
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
-from pruned_ops.optimize import optimize
 from pruned_ops.question_files import lengths_of
+from pruned_ops.runtime.optimize import optimize
 
 OURS, THEIRS = "pruned_ops", "Hugging Face"
 WINDOW = 384  # tokens of a window of --data, at most

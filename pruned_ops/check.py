@@ -24,9 +24,9 @@ from pruned_ops.answers import Logits, decode
 from pruned_ops.checkpoints import load_folder, load_tokenizer
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.ops.registry import BACKENDS, REFERENCE, BackendError, record, use_backend
-from pruned_ops.optimize import optimized
 from pruned_ops.question_answering import Window, windows
 from pruned_ops.question_files import Question, in_arrival_order, read_questions
+from pruned_ops.runtime.optimize import optimized
 from pruned_ops.window_logits import batch_logits
 
 SAVED, OPTIMISED = "saved", "optimised"

@@ -17,11 +17,11 @@ from typing import Any
 from torch import nn
 
 from pruned_ops.checkpoints import load_model
-from pruned_ops.head_hooks import ANSWERERS
 from pruned_ops.importing import TOKENIZER_FILES
 from pruned_ops.models.stock import ENCODERS, refuse
-from pruned_ops.optimize import restore
-from pruned_ops.packed_encoder import PackedEncoder
+from pruned_ops.runtime.head_hooks import ANSWERERS
+from pruned_ops.runtime.optimize import restore
+from pruned_ops.runtime.packed_encoder import PackedEncoder
 
 GRAPH = "model.onnx"
 # Bytes: what protobuf, and so an ONNX file, can hold.

@@ -22,7 +22,7 @@ from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, Pr
 from pruned_ops.models.modeling import answering_class
 from pruned_ops.ops.panels import PANEL
 from pruned_ops.ops.registry import record
-from pruned_ops.optimize import optimize
+from pruned_ops.runtime.optimize import optimize
 from pruned_ops.shape import LayerShape, ModelShape
 
 # Distinct modules in a row: as many weights as a small encoder holds, so that they come from memory as there.

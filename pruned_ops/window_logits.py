@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pruned_ops.answers import Logits
-from pruned_ops.scheduling import Tensors, padded
+from pruned_ops.runtime.streaming import Tensors, padded
 
 
 def select_logits(output: Any) -> Tensors:

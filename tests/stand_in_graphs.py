@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import pruned_ops
-from pruned_ops.engine import Engine
-from pruned_ops.packed_heads import Outputs
+from pruned_ops.runtime.engine import Engine
+from pruned_ops.runtime.packed_heads import Outputs
 
 
 class StandIn:

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModel, DistilBertConfig, ViTConfig
 
 import pruned_ops
-from pruned_ops.attention_interface import attention
 from pruned_ops.ops.registry import record, use_backend
+from pruned_ops.runtime.attention_interface import attention
 
 pytestmark = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 import pruned_ops
-from pruned_ops.encode_many import encode_many
 from pruned_ops.layers.packing import PackedBatch, with_lengths
-from pruned_ops.scheduling import LOOK_AHEAD, BatchRunner, HostLanes, Tensors
+from pruned_ops.runtime.encode_many import encode_many
+from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, HostLanes, Tensors
 
 FAST = pruned_ops.optimize(stock_model())
 

@@ -15,9 +15,9 @@ from inputs import padded_batch, pruned_model, stock_model
 from stand_in_graphs import StandIn, ids_of, with_engine
 
 import pruned_ops
-from pruned_ops.buckets import Bucket, pieces
-from pruned_ops.engine import Engine
 from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.runtime.buckets import Bucket, pieces
+from pruned_ops.runtime.engine import Engine
 
 STEP = 0.05
 

@@ -17,8 +17,8 @@ from transformers import BertModel
 import pruned_ops
 from pruned_ops.layers.weights import AlignedParts
 from pruned_ops.models.natural_questions import PrunedBertForNaturalQuestions
-from pruned_ops.packed_encoder import PackedEncoder
-from pruned_ops.packed_heads import SpanHead, packed_head
+from pruned_ops.runtime.packed_encoder import PackedEncoder
+from pruned_ops.runtime.packed_heads import SpanHead, packed_head
 
 
 def natural_questions() -> Any:

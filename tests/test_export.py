@@ -21,7 +21,7 @@ import pruned_ops
 from pruned_ops.cli import main
 from pruned_ops.models.natural_questions import with_answer_types
 from pruned_ops.models.stock import model_shape
-from pruned_ops.packed_encoder import PackedEncoder
+from pruned_ops.runtime.packed_encoder import PackedEncoder
 
 onnx = pytest.importorskip("onnx", reason='needs the extra "onnx"')
 ort = pytest.importorskip("onnxruntime", reason='needs the extra "onnx"')

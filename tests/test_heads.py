@@ -25,7 +25,7 @@ from transformers import (
 
 import pruned_ops
 from pruned_ops.ops.registry import record, use_backend
-from pruned_ops.optimize import optimized
+from pruned_ops.runtime.optimize import optimized
 
 CONFIGS: dict[str, tuple[Any, Any]] = {
     "bert": (BertConfig, pruned_ops.PrunedBertConfig),

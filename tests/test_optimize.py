@@ -14,8 +14,8 @@ from transformers import BertModel
 
 import pruned_ops
 from pruned_ops.ops.registry import OPS, record, use_backend
-from pruned_ops.optimize import optimized
-from pruned_ops.packed_encoder import PackedEncoder
+from pruned_ops.runtime.optimize import optimized
+from pruned_ops.runtime.packed_encoder import PackedEncoder
 
 
 @pytest.mark.parametrize("backend", READY)

@@ -16,8 +16,8 @@ from transformers import AutoModelForQuestionAnswering
 
 import pruned_ops
 from pruned_ops import LayerShape
-from pruned_ops.engine import Engine
 from pruned_ops.ops.registry import OPS, Backend, Kernel
+from pruned_ops.runtime.engine import Engine
 
 
 def test_copies_and_pickles_are_models_of_their_own(model: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from pruned_ops.measure import interleave
-from pruned_ops.optimize import optimized
+from pruned_ops.runtime.optimize import optimized
 from pruned_trainer import importance
 from pruned_trainer.attach import attached
 from pruned_trainer.budget import Target

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import pruned_ops
 from pruned_ops.measure import Timing, Workload, interleave, machine, versions
 from pruned_ops.models.stock import model_shape
-from pruned_ops.optimize import optimized
+from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.attach import find_encoder
 from pruned_trainer.decision import Decision
 from pruned_trainer.distributed import once

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pruned_ops.optimize import optimized
+from pruned_ops.runtime.optimize import optimized
 from pruned_trainer import importance
 from pruned_trainer.attach import attached
 from pruned_trainer.budget import Target

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from pruned_ops.models.model_card import write_model_card
-from pruned_ops.optimize import optimized
+from pruned_ops.runtime.optimize import optimized
 from pruned_trainer import report as reporting
 from pruned_trainer.budget import Target
 from pruned_trainer.choice import Chosen, choose

@@ -17,7 +17,7 @@ from pruned_ops.models.natural_questions import (
     load_natural_questions,
     with_answer_types,
 )
-from pruned_ops.optimize import optimized
+from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
 from pruned_trainer.tasks.natural_questions import (
     Document,

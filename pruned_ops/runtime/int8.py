@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruned_ops.packed_encoder import PackedEncoder
+from pruned_ops.runtime.packed_encoder import PackedEncoder
 
 Batch = Mapping[str, Tensor]
 

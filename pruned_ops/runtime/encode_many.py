@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.packed_encoder import PackedEncoder
-from pruned_ops.scheduling import LOOK_AHEAD, BatchRunner, Lanes, Tensors
+from pruned_ops.runtime.packed_encoder import PackedEncoder
+from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, Lanes, Tensors
 
 # Of a batch, padding included. A CPU's caches like small batches. On a GPU so many rows make 128 tiles of 128
 # rows, about one for each multiprocessor of an H200; not measured.

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from pruned_ops.packed_heads import PackedHead
+from pruned_ops.runtime.packed_heads import PackedHead
 
 T = TypeVar("T")
 

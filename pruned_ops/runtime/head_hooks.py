@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pruned_ops.layers.packing import lengths_of
-from pruned_ops.packed_heads import (
+from pruned_ops.runtime.packed_heads import (
     HeadRun,
     PackedHead,
     SpanAndTypeHead,

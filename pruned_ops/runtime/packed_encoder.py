@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from pruned_ops import ops
-from pruned_ops.engine import Engine
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import fuse_rows, split_rows
 from pruned_ops.models.configuration import is_roberta
 from pruned_ops.models.inputs import check_inputs, default_position_ids
 from pruned_ops.models.stock import QKV, model_shape, refuse, stock_parts
-from pruned_ops.packed_heads import HeadRun, Outputs, PackedHead
+from pruned_ops.runtime.engine import Engine
+from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
 
 
 class PackedEncoder(nn.Module):

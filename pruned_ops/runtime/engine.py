@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.buckets import Bucket, pieces
-from pruned_ops.cuda_graphs import CudaGraphs, Recorder, Weights
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.ops.registry import is_watched, record, replayed
-from pruned_ops.packed_heads import Outputs, PackedHead
+from pruned_ops.runtime.buckets import Bucket, pieces
+from pruned_ops.runtime.cuda_graphs import CudaGraphs, Recorder, Weights
+from pruned_ops.runtime.packed_heads import Outputs, PackedHead
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Packed execution inside somebody's Hugging Face model."""
