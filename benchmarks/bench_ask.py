@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging
 
 from pruned_ops import QuestionAnswerer
-from pruned_ops.checkpoints import load_model, load_tokenizer
+from pruned_ops.checkpoints.loading import load_model, load_tokenizer
 from pruned_ops.measure import machine, versions
 from pruned_ops.question_answering import Window, windows
 from pruned_ops.runtime.streaming import token_batches

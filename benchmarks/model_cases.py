@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertForQuestionAnswering
 
 import pruned_ops
-from pruned_ops import LayerShape, export
+from pruned_ops import LayerShape
+from pruned_ops.checkpoints import export
 from pruned_ops.measure import Workload
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.tasks.squad import load_squad

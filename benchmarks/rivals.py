@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertForQuestionAnswering, BertModel
 
-from pruned_ops.export import GRAPH, export_onnx
+from pruned_ops.checkpoints.export import GRAPH, export_onnx
 from pruned_ops.models.stock import model_shape
 
 Batch = dict[str, Tensor]

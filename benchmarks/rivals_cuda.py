@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from rivals import Batch, Logits, Refused, Rival, Run, hf, package
 from torch import Tensor
 
-from pruned_ops.export import GRAPH, export_onnx
+from pruned_ops.checkpoints.export import GRAPH, export_onnx
 from pruned_ops.layers.packing import PackedBatch, lengths_of
 from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.models.modeling import PrunedBertForQuestionAnswering

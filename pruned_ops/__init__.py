@@ -9,8 +9,8 @@ model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pru
 
 from pruned_ops import ops as ops
 from pruned_ops.answers import Answer
-from pruned_ops.export import export_onnx
-from pruned_ops.importing import import_checkpoint
+from pruned_ops.checkpoints.export import export_onnx
+from pruned_ops.checkpoints.importing import import_checkpoint
 from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig

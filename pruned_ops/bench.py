@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pruned_ops.bench_page import write_page
-from pruned_ops.checkpoints import load_folder, load_tokenizer
+from pruned_ops.checkpoints.loading import load_folder, load_tokenizer
 from pruned_ops.launch_bound import HALF, TWIN, LaunchBound, half_of, tiny_twin
 from pruned_ops.measure import Runner, Timing, Workload, interleave, machine, versions
 from pruned_ops.models.inputs import longest_sequence

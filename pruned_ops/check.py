@@ -21,7 +21,7 @@ import torch
 
 from pruned_ops.answer_scores import answer_scores
 from pruned_ops.answers import Logits, decode
-from pruned_ops.checkpoints import load_folder, load_tokenizer
+from pruned_ops.checkpoints.loading import load_folder, load_tokenizer
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.ops.registry import BACKENDS, REFERENCE, BackendError, record, use_backend
 from pruned_ops.question_answering import Window, windows

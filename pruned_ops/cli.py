@@ -16,7 +16,7 @@ import torch
 from pruned_ops.ask import add_command as add_ask
 from pruned_ops.bench import add_command as add_bench
 from pruned_ops.check import add_command as add_check
-from pruned_ops.export import add_command as add_export
+from pruned_ops.checkpoints.export import add_command as add_export
 from pruned_ops.latency import LatencyTable, measure_table
 from pruned_ops.measure import Workload, machine, versions
 from pruned_ops.ops.backends import cpu
@@ -106,7 +106,7 @@ def info() -> None:
 
 def import_foreign(arguments: argparse.Namespace) -> None:
     """Write what `import_checkpoint` recognises in DIR, with the tokenizer files that lie there, to OUT."""
-    from pruned_ops.importing import TOKENIZER_FILES, read_foreign
+    from pruned_ops.checkpoints.importing import TOKENIZER_FILES, read_foreign
 
     out: Path = arguments.out
     if out.exists() and (out.is_file() or any(out.iterdir())):

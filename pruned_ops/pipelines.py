@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pruned_ops.answers import Answer
-from pruned_ops.checkpoints import load_tokenizer
+from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.question_answerer import QuestionAnswerer
 from pruned_ops.question_answering import RefusedQuestion
 

@@ -13,7 +13,7 @@ import torch
 
 from pruned_ops.answer_stream import AnswerStream, Reading
 from pruned_ops.answers import Answer, Decoded, ScoreCalibration
-from pruned_ops.checkpoints import checked_device, load_model, load_tokenizer
+from pruned_ops.checkpoints.loading import checked_device, load_model, load_tokenizer
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.question_answering import RefusedQuestion, check_cut
 from pruned_ops.runtime.optimize import optimize

@@ -262,6 +262,6 @@ def test_without_onnx_the_command_says_what_to_install(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.delitem(sys.modules, "pruned_ops.plain_graph", raising=False)
+    monkeypatch.delitem(sys.modules, "pruned_ops.checkpoints.onnx_graph", raising=False)
     assert main(["export", str(checkpoint), "--onnx", str(tmp_path / "out")]) == 2
     assert "pip install onnx" in capsys.readouterr().err and not list(tmp_path.iterdir())

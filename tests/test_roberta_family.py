@@ -24,7 +24,7 @@ from transformers import (
 
 import pruned_ops
 from pruned_ops import LayerShape, QuestionAnswerer
-from pruned_ops.checkpoints import load_model
+from pruned_ops.checkpoints.loading import load_model
 from pruned_ops.cli import main
 from pruned_ops.latency_parts import empty_config
 from pruned_ops.launch_bound import tiny_twin

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from pruned_ops.foreign import Source, Tensors, activation_name, open_source, unpickled
+from pruned_ops.checkpoints.foreign import Source, Tensors, activation_name, open_source, unpickled
 from pruned_ops.models.modeling import answering_class
 from pruned_ops.shape import MAX_WIDTH, LayerShape, checked_int
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from pruned_ops.checkpoints import load_model
-from pruned_ops.importing import TOKENIZER_FILES
+from pruned_ops.checkpoints.importing import TOKENIZER_FILES
+from pruned_ops.checkpoints.loading import load_model
 from pruned_ops.models.stock import ENCODERS, refuse
 from pruned_ops.runtime.head_hooks import ANSWERERS
 from pruned_ops.runtime.optimize import restore
@@ -68,7 +68,7 @@ def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) 
     already or cannot be written; ValueError for what is no such model, or would not be computed as it is.
     """
     try:
-        from pruned_ops.plain_graph import plain_graph
+        from pruned_ops.checkpoints.onnx_graph import plain_graph
     except ImportError as error:
         raise ImportError(
             f'the package onnx cannot be imported ({error}): pip install onnx (the extra "onnx" brings it '
