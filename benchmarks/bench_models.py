@@ -41,7 +41,7 @@ from rivals_cuda import CUDA_RIVALS
 from transformers.utils import logging
 
 import pruned_ops
-from pruned_ops.measure import Timing, Workload
+from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import ModelShape
 

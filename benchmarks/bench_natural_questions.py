@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 import pruned_ops
 from pruned_ops.checkpoints.loading import load_tokenizer
-from pruned_ops.measure import Workload
+from pruned_ops.measure.timing import Workload
 from pruned_ops.models.configuration import is_roberta
 from pruned_ops.models.natural_questions import NaturalQuestionsOutput, load_natural_questions
 from pruned_ops.runtime.packed_encoder import refuse

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pruned_ops
-from pruned_ops.measure import Timing, Workload, interleave
+from pruned_ops.measure.timing import Timing, Workload, interleave
 from pruned_ops.ops.registry import OPS
 
 

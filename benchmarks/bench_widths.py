@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pruned_ops import ops
-from pruned_ops.measure import Runner, Workload, interleave
+from pruned_ops.measure.timing import Runner, Workload, interleave
 from pruned_ops.ops.panels import pack_panels
 
 PARTS, LENGTH, EPS = 6, 128, 1e-12

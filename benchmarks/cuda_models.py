@@ -18,7 +18,7 @@ from model_cases import Source
 
 import pruned_ops
 from pruned_ops.layers.packing import with_lengths
-from pruned_ops.measure import Timing, Workload
+from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import ModelShape
 

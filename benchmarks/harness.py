@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.measure import Runner, Timing, Workload, event_seconds, interleave, machine, versions
+from pruned_ops.measure.timing import Runner, Timing, Workload, event_seconds, interleave, machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 # Besides those that pruned_ops.measure names: the packages of the rivals.

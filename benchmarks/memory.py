@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pruned_ops
-from pruned_ops.measure import Workload
+from pruned_ops.measure.timing import Workload
 
 STATUS = Path("/proc/self/status")
 BATCHES, EARLY = 1000, 100

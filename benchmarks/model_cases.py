@@ -18,7 +18,7 @@ from transformers import AutoConfig, BertConfig, BertForQuestionAnswering
 import pruned_ops
 from pruned_ops import LayerShape
 from pruned_ops.checkpoints import export
-from pruned_ops.measure import Workload
+from pruned_ops.measure.timing import Workload
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.tasks.squad import load_squad
 from pruned_trainer.tasks.squad_task import Questions

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pruned_ops.measure import Workload
+from pruned_ops.measure.timing import Workload
 
 Row = dict[str, Any]
 

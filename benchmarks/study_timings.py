@@ -9,7 +9,7 @@ from study_records import Row, Study
 from transformers import PreTrainedModel
 
 from pruned_ops import LayerShape
-from pruned_ops.measure import Workload
+from pruned_ops.measure.timing import Workload
 from pruned_trainer.compact import compact
 from pruned_trainer.decision import Decision, Kept, LayerDecision
 from pruned_trainer.evaluation import TIMED_BATCHES, time_models

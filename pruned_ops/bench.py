@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pruned_ops.bench_page import write_page
 from pruned_ops.checkpoints.loading import load_folder, load_tokenizer
-from pruned_ops.launch_bound import HALF, TWIN, LaunchBound, half_of, tiny_twin
-from pruned_ops.measure import Runner, Timing, Workload, interleave, machine, versions
+from pruned_ops.measure.launch_bound import HALF, TWIN, LaunchBound, half_of, tiny_twin
+from pruned_ops.measure.timing import Runner, Timing, Workload, interleave, machine, versions
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record

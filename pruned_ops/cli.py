@@ -17,8 +17,8 @@ from pruned_ops.ask import add_command as add_ask
 from pruned_ops.bench import add_command as add_bench
 from pruned_ops.check import add_command as add_check
 from pruned_ops.checkpoints.export import add_command as add_export
-from pruned_ops.latency import LatencyTable, measure_table
-from pruned_ops.measure import Workload, machine, versions
+from pruned_ops.measure.latency import LatencyTable, measure_table
+from pruned_ops.measure.timing import Workload, machine, versions
 from pruned_ops.ops.backends import cpu
 from pruned_ops.ops.registry import BACKENDS, OPS, REFERENCE
 from pruned_ops.question_files import lengths_of

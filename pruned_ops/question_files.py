@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.measure import arrival_lengths
+from pruned_ops.measure.timing import arrival_lengths
 from pruned_ops.question_answering import windows
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from stand_in_graphs import ids_of
 from test_engine_heads import MODELS, fields
 
 import pruned_ops
-from pruned_ops.measure import event_seconds
+from pruned_ops.measure.timing import event_seconds
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -18,9 +18,15 @@ from transformers import BertConfig, DistilBertConfig, RobertaConfig
 
 from pruned_ops import LayerShape, ModelShape
 from pruned_ops.cli import main
-from pruned_ops.latency import LatencyTable, _alignment, _rising, measure_table
-from pruned_ops.latency_parts import aligned_widths, chosen_batches, ffn_widths, head_counts, layer_backends
-from pruned_ops.measure import Workload, arrival_lengths, machine, versions
+from pruned_ops.measure.latency import LatencyTable, _alignment, _rising, measure_table
+from pruned_ops.measure.layer_times import (
+    aligned_widths,
+    chosen_batches,
+    ffn_widths,
+    head_counts,
+    layer_backends,
+)
+from pruned_ops.measure.timing import Workload, arrival_lengths, machine, versions
 from pruned_ops.question_answering import windows
 from pruned_ops.question_files import lengths_of
 

@@ -19,7 +19,7 @@ import memory  # noqa: E402
 import model_cases  # noqa: E402
 import rivals  # noqa: E402
 
-from pruned_ops.measure import Timing, Workload  # noqa: E402
+from pruned_ops.measure.timing import Timing, Workload  # noqa: E402
 
 SAMPLES = [padded_batch((20, 3, 11, 7)), padded_batch((9,)), padded_batch((40, 64), seed=1)]
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 24}

@@ -27,7 +27,7 @@ import rivals_cuda  # noqa: E402
 
 import pruned_ops  # noqa: E402
 from pruned_ops.layers.packing import with_lengths  # noqa: E402
-from pruned_ops.measure import Workload  # noqa: E402
+from pruned_ops.measure.timing import Workload  # noqa: E402
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 24}
 

@@ -15,8 +15,8 @@ from matching import save_checkpoint, trained_model
 from transformers import AutoConfig
 
 from pruned_ops import LayerShape
-from pruned_ops.latency import LatencyTable, measure_table
-from pruned_ops.measure import Workload
+from pruned_ops.measure.latency import LatencyTable, measure_table
+from pruned_ops.measure.timing import Workload
 from pruned_trainer import LatencyBudget, PerGate, Target, attached, choice, importance
 from pruned_trainer.choice import MEETS
 from pruned_trainer.job import start

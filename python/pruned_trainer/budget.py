@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruned_ops import LayerShape, ModelShape
-from pruned_ops.latency import LatencyTable
+from pruned_ops.measure.latency import LatencyTable
 from pruned_trainer.gates import PerGate
 
 UNITS = ("params", "macs", "speedup", "latency_ms")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from pruned_ops.measure import interleave
+from pruned_ops.measure.timing import interleave
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer import importance
 from pruned_trainer.attach import attached

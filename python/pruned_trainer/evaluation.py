@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import pruned_ops
-from pruned_ops.measure import Timing, Workload, interleave, machine, versions
+from pruned_ops.measure.timing import Timing, Workload, interleave, machine, versions
 from pruned_ops.models.stock import model_shape
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.attach import find_encoder

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.latency import LatencyTable, measure_table
-from pruned_ops.measure import Workload
+from pruned_ops.measure.latency import LatencyTable, measure_table
+from pruned_ops.measure.timing import Workload
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.natural_questions import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.stock import model_shape

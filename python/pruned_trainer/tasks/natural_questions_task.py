@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
-from pruned_ops.measure import arrival_lengths
+from pruned_ops.measure.timing import arrival_lengths
 from pruned_ops.models.natural_questions import (
     is_natural_questions,
     load_natural_questions,

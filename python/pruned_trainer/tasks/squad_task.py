@@ -12,7 +12,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrai
 
 from pruned_ops import PrunedBertForNaturalQuestions
 from pruned_ops.answers import Decoded, decode
-from pruned_ops.measure import arrival_lengths
+from pruned_ops.measure.timing import arrival_lengths
 from pruned_ops.question_answering import Window, windows
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared

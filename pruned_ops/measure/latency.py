@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pruned_ops.latency_parts import (
+from pruned_ops.measure.layer_times import (
     ALIGNMENTS,
     aligned_widths,
     backends_of,
@@ -33,7 +33,7 @@ from pruned_ops.latency_parts import (
     part_runners,
     time_parts,
 )
-from pruned_ops.measure import Workload, machine, versions
+from pruned_ops.measure.timing import Workload, machine, versions
 from pruned_ops.models.inputs import check_inputs
 from pruned_ops.shape import MAX_WIDTH, LayerShape, ModelShape, checked_int
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import PackedParts
-from pruned_ops.measure import Runner, Workload, interleave
+from pruned_ops.measure.timing import Runner, Workload, interleave
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.models.modeling import answering_class
 from pruned_ops.ops.panels import PANEL

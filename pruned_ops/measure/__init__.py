@@ -1,0 +1,1 @@
+"""Milliseconds: of layers, of models, of launches."""
