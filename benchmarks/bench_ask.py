@@ -22,9 +22,9 @@ from transformers.utils import logging
 from pruned_ops import QuestionAnswerer
 from pruned_ops.checkpoints.loading import load_model, load_tokenizer
 from pruned_ops.measure.timing import machine, versions
-from pruned_ops.question_answering import Window, windows
+from pruned_ops.qa.logits import batch_logits
+from pruned_ops.qa.windows import Window, windows
 from pruned_ops.runtime.streaming import token_batches
-from pruned_ops.window_logits import batch_logits
 from pruned_trainer.tasks.squad import load_squad
 
 

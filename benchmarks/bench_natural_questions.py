@@ -36,8 +36,8 @@ from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.configuration import is_roberta
 from pruned_ops.models.natural_questions import NaturalQuestionsOutput, load_natural_questions
+from pruned_ops.qa.logits import batch_logits
 from pruned_ops.runtime.packed_encoder import refuse
-from pruned_ops.window_logits import batch_logits
 from pruned_trainer.tasks.natural_questions import Document, read_documents
 from pruned_trainer.tasks.natural_questions_features import NqWindow, cut, located, with_markers
 from pruned_trainer.tasks.natural_questions_predictions import decode_documents

@@ -8,7 +8,6 @@ model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pru
 """
 
 from pruned_ops import ops as ops
-from pruned_ops.answers import Answer
 from pruned_ops.checkpoints.export import export_onnx
 from pruned_ops.checkpoints.importing import import_checkpoint
 from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
@@ -32,8 +31,9 @@ from pruned_ops.models.natural_questions import (
 )
 from pruned_ops.ops import backends as backends
 from pruned_ops.ops.registry import BackendError, debug, record, use_backend
-from pruned_ops.pipelines import pipeline
-from pruned_ops.question_answerer import QuestionAnswerer
+from pruned_ops.qa.answerer import QuestionAnswerer
+from pruned_ops.qa.decoding import Answer
+from pruned_ops.qa.pipeline import pipeline
 from pruned_ops.runtime import attention_interface as attention_interface
 from pruned_ops.runtime.optimize import optimize, restore, tune
 from pruned_ops.shape import LayerShape, ModelShape

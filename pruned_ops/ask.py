@@ -13,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pruned_ops.answers import Answer
-from pruned_ops.question_answering import RefusedQuestion
+from pruned_ops.qa.decoding import Answer
+from pruned_ops.qa.windows import RefusedQuestion
 
 if TYPE_CHECKING:
-    from pruned_ops.question_answerer import QuestionAnswerer
+    from pruned_ops.qa.answerer import QuestionAnswerer
 
 # What a shell reports of a program that wrote to a pipe that nobody reads any more.
 BROKEN_PIPE = 128 + 13
@@ -130,7 +130,7 @@ def _as_lines(questions: list[str], path: Path) -> Iterator[bytes]:
 def _load(folder: Path, arguments: argparse.Namespace) -> QuestionAnswerer:
     from transformers.utils import logging
 
-    from pruned_ops.question_answerer import QuestionAnswerer
+    from pruned_ops.qa.answerer import QuestionAnswerer
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

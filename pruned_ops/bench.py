@@ -22,7 +22,7 @@ from pruned_ops.measure.timing import Runner, Timing, Workload, interleave, mach
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
-from pruned_ops.question_files import lengths_of
+from pruned_ops.qa.questions import lengths_of
 from pruned_ops.runtime.optimize import optimize
 
 OURS, THEIRS = "pruned_ops", "Hugging Face"

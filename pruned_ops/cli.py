@@ -21,7 +21,7 @@ from pruned_ops.measure.latency import LatencyTable, measure_table
 from pruned_ops.measure.timing import Workload, machine, versions
 from pruned_ops.ops.backends import cpu
 from pruned_ops.ops.registry import BACKENDS, OPS, REFERENCE
-from pruned_ops.question_files import lengths_of
+from pruned_ops.qa.questions import lengths_of
 from pruned_ops.shape import LayerShape
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from pruned_ops.question_answerer import QuestionAnswerer
+    from pruned_ops.qa.answerer import QuestionAnswerer
 
 # Characters that one request may have: a question, and a text of some 250 pages.
 LONGEST_QUESTION, LONGEST_TEXT = 1_000, 500_000

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from inputs import pruned_model, randn
 
 import pruned_ops
-from pruned_ops.answers import Answer, Candidates, Decoded, ScoreCalibration
-from pruned_ops.question_answering import Window
+from pruned_ops.qa.decoding import Answer, Candidates, Decoded, ScoreCalibration
+from pruned_ops.qa.windows import Window
 from pruned_trainer.tasks.calibration import fit_calibration
 from pruned_trainer.tasks.squad import Example, GoldAnswer
 

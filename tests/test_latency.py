@@ -27,8 +27,8 @@ from pruned_ops.measure.layer_times import (
     layer_backends,
 )
 from pruned_ops.measure.timing import Workload, arrival_lengths, machine, versions
-from pruned_ops.question_answering import windows
-from pruned_ops.question_files import lengths_of
+from pruned_ops.qa.questions import lengths_of
+from pruned_ops.qa.windows import windows
 
 SHAPE = ModelShape((LayerShape(2, 20), LayerShape(4, 40)), 32, 8)
 WORKLOAD = Workload("tiny", ((5, 3), (9, 1)))

@@ -11,8 +11,8 @@ from real_data import real_data
 from tiny_tokenizers import byte_tokenizer, word_tokenizer
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
-from pruned_ops import question_answering
-from pruned_ops.question_answering import windows
+from pruned_ops.qa import windows as question_answering
+from pruned_ops.qa.windows import windows
 
 
 def piecewise(

@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 from transformers import BertTokenizerFast
 
 import pruned_ops
-from pruned_ops.pipelines import aligned
+from pruned_ops.qa.pipeline import aligned
 
 CONTEXT = words(60)
 

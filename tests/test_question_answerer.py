@@ -19,8 +19,8 @@ from transformers import BertTokenizerFast
 
 import pruned_ops
 from pruned_ops import Answer, QuestionAnswerer
-from pruned_ops.answers import Decoded, ScoreCalibration, decode
-from pruned_ops.question_answering import RefusedQuestion, cut_each, windows
+from pruned_ops.qa.decoding import Decoded, ScoreCalibration, decode
+from pruned_ops.qa.windows import RefusedQuestion, cut_each, windows
 from pruned_trainer.tasks.extractive import predict_logits
 
 QUESTIONS = [words(1 + i % 4) for i in range(40)]

@@ -14,7 +14,7 @@ from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 from tokenizers import processors
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
-from pruned_ops.question_answering import Answer, Decoded, Window, decode, windows
+from pruned_ops.qa.windows import Answer, Decoded, Window, decode, windows
 
 
 def covered(cut: list[Window]) -> list[list[list[int]]]:

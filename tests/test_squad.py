@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from real_data import real_data
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 
-from pruned_ops.answer_scores import answer_scores, normalised
-from pruned_ops.question_answering import Answer, Decoded, Window, windows
+from pruned_ops.qa.answer_scores import answer_scores, normalised
+from pruned_ops.qa.windows import Answer, Decoded, Window, windows
 from pruned_trainer.tasks import squad
 
 CONTEXT = "The cat 😀 sat on the mat."

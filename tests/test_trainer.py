@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, set_seed
 
 import pruned_ops
-from pruned_ops.answers import ScoreCalibration
+from pruned_ops.qa.decoding import ScoreCalibration
 from pruned_trainer import (
     Decision,
     Distillation,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import BertConfig, RobertaConfig
 
-from pruned_ops.answers import ScoreCalibration
 from pruned_ops.layers.modules import ACTIVATIONS
+from pruned_ops.qa.decoding import ScoreCalibration
 from pruned_ops.shape import MAX_LAYERS, MAX_PARAMETERS, MAX_WIDTH, LayerShape, ModelShape, checked_int
 
 

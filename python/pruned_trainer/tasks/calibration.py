@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.answers import SCORED, Decoded, ScoreCalibration
+from pruned_ops.qa.decoding import SCORED, Decoded, ScoreCalibration
 from pruned_trainer.tasks.scoring import question_scores
 
 if TYPE_CHECKING:

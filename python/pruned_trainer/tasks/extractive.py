@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pruned_ops.question_answering import Window, windows
-from pruned_ops.window_logits import batch_logits
+from pruned_ops.qa.logits import batch_logits
+from pruned_ops.qa.windows import Window, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruned_ops.models.natural_questions import AnswerType
-from pruned_ops.question_answering import Window, windows
+from pruned_ops.qa.windows import Window, windows
 from pruned_trainer.tasks.extractive import span_tokens
 from pruned_trainer.tasks.natural_questions import Document
 from pruned_trainer.tasks.natural_questions_files import Label

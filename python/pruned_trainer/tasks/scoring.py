@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pruned_ops.answer_scores import answer_scores
-from pruned_ops.question_answering import Decoded
+from pruned_ops.qa.answer_scores import answer_scores
+from pruned_ops.qa.windows import Decoded
 
 if TYPE_CHECKING:
     from pruned_trainer.tasks.squad import Example

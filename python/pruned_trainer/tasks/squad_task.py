@@ -11,9 +11,9 @@ from typing import Any
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
-from pruned_ops.answers import Decoded, decode
 from pruned_ops.measure.timing import arrival_lengths
-from pruned_ops.question_answering import Window, windows
+from pruned_ops.qa.decoding import Decoded, decode
+from pruned_ops.qa.windows import Window, windows
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
 from pruned_trainer.tasks.calibration import fit_calibration

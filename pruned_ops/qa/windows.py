@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.answers import Answer as Answer
-from pruned_ops.answers import Decoded as Decoded
-from pruned_ops.answers import Logits as Logits
-from pruned_ops.answers import decode as decode
+from pruned_ops.qa.decoding import Answer as Answer
+from pruned_ops.qa.decoding import Decoded as Decoded
+from pruned_ops.qa.decoding import Logits as Logits
+from pruned_ops.qa.decoding import decode as decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from pruned_ops.question_answering import Int32Array, Window
+    from pruned_ops.qa.windows import Int32Array, Window
 
 FloatArray = NDArray[np.floating[Any]]
 Logits = tuple[FloatArray, FloatArray]  # start and end logits of one window, (tokens,) each

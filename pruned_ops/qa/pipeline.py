@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from pruned_ops.answers import Answer
 from pruned_ops.checkpoints.loading import load_tokenizer
-from pruned_ops.question_answerer import QuestionAnswerer
-from pruned_ops.question_answering import RefusedQuestion
+from pruned_ops.qa.answerer import QuestionAnswerer
+from pruned_ops.qa.decoding import Answer
+from pruned_ops.qa.windows import RefusedQuestion
 
 TASK = "question-answering"
 # Characters on either side of an answer that are looked at for the word it ends in.

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-from pruned_ops.answers import SCORED, Candidates, Decoded
-from pruned_ops.question_answering import RefusedQuestion, Window, cut_each
+from pruned_ops.qa.decoding import SCORED, Candidates, Decoded
+from pruned_ops.qa.logits import select_logits, split_logits
+from pruned_ops.qa.windows import RefusedQuestion, Window, cut_each
 from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, Tensors
-from pruned_ops.window_logits import select_logits, split_logits
 
 # What a token takes of English text; only how far ahead is read depends on it.
 _CHARACTERS_PER_TOKEN = 4

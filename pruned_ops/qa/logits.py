@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.answers import Logits
+from pruned_ops.qa.decoding import Logits
 from pruned_ops.runtime.streaming import Tensors, padded
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruned_ops.measure.timing import arrival_lengths
-from pruned_ops.question_answering import windows
+from pruned_ops.qa.windows import windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

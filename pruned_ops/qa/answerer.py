@@ -11,11 +11,11 @@ from typing import Any, overload
 
 import torch
 
-from pruned_ops.answer_stream import AnswerStream, Reading
-from pruned_ops.answers import Answer, Decoded, ScoreCalibration
 from pruned_ops.checkpoints.loading import checked_device, load_model, load_tokenizer
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.question_answering import RefusedQuestion, check_cut
+from pruned_ops.qa.answer_stream import AnswerStream, Reading
+from pruned_ops.qa.decoding import Answer, Decoded, ScoreCalibration
+from pruned_ops.qa.windows import RefusedQuestion, check_cut
 from pruned_ops.runtime.optimize import optimize
 
 # As in Hugging Face's question-answering scripts, and this project's trainer.

@@ -1,0 +1,1 @@
+"""From a question and a text of any length to an answer."""
