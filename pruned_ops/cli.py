@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from pruned_ops.ask import add_command as add_ask
-from pruned_ops.bench import add_command as add_bench
-from pruned_ops.check import add_command as add_check
 from pruned_ops.checkpoints.export import add_command as add_export
+from pruned_ops.commands.ask import add_command as add_ask
+from pruned_ops.commands.bench import add_command as add_bench
+from pruned_ops.commands.check import add_command as add_check
 from pruned_ops.measure.latency import LatencyTable, measure_table
 from pruned_ops.measure.timing import Workload, machine, versions
 from pruned_ops.ops.backends import cpu

@@ -14,8 +14,8 @@ from inputs import MODELS, READY, pruned_model, stock_model
 from matching import save_checkpoint, squad_file
 
 import pruned_ops
-from pruned_ops.bench import Benchmark, make_workload, measure
 from pruned_ops.cli import main
+from pruned_ops.commands.bench import Benchmark, make_workload, measure
 from pruned_ops.measure.launch_bound import LaunchBound, half_lengths, half_of, tiny_twin
 from pruned_ops.measure.timing import Timing, Workload, interleave
 from pruned_ops.models.stock import model_shape, refuse

@@ -21,7 +21,7 @@ from pruned_ops.cli import main
 pytest.importorskip("fastapi", reason='FastAPI is not installed: pip install "pruned_ops[serve]"')
 from fastapi.testclient import TestClient  # noqa: E402
 
-from pruned_ops.serve import LONGEST_QUESTION, LONGEST_TEXT, application  # noqa: E402
+from pruned_ops.commands.serve import LONGEST_QUESTION, LONGEST_TEXT, application  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.bench_page import write_page
 from pruned_ops.checkpoints.loading import load_folder, load_tokenizer
+from pruned_ops.commands.bench_page import write_page
 from pruned_ops.measure.launch_bound import HALF, TWIN, LaunchBound, half_of, tiny_twin
 from pruned_ops.measure.timing import Runner, Timing, Workload, interleave, machine, versions
 from pruned_ops.models.inputs import longest_sequence

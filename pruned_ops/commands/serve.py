@@ -38,7 +38,7 @@ def application(answerers: "Mapping[str, QuestionAnswerer]") -> "FastAPI":
 
     app = FastAPI(title="pruned-ops ask", docs_url=None, redoc_url=None, openapi_url=None)
     one_at_a_time = Lock()
-    page = files("pruned_ops").joinpath("serve.html").read_text(encoding="utf-8")
+    page = files("pruned_ops.commands").joinpath("serve.html").read_text(encoding="utf-8")
 
     @app.middleware("http")
     async def bounded(request: Request, call_next: Any) -> Any:

@@ -64,7 +64,7 @@ def ask(arguments: argparse.Namespace) -> None:
     """Answer everything that can be; what was answered before an error or Ctrl-C is written."""
     check_arguments(arguments)
     if arguments.serve:
-        from pruned_ops.serve import serve
+        from pruned_ops.commands.serve import serve
 
         folders = [one for one in (arguments.beside, arguments.folder) if one is not None]
         serve({str(one): _load(one, arguments) for one in folders}, arguments.host, arguments.port)

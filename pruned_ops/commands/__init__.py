@@ -1,0 +1,1 @@
+"""What `pruned-ops` can do, a file a command."""
