@@ -25,7 +25,7 @@ from pruned_ops.measure.timing import machine, versions
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.qa.windows import Window, windows
 from pruned_ops.runtime.streaming import token_batches
-from pruned_trainer.tasks.squad import load_squad
+from pruned_trainer.tasks.squad.examples import load_squad
 
 
 def bare(answerer: QuestionAnswerer, cut: Sequence[Window]) -> None:

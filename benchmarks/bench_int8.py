@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 import pruned_ops
 from pruned_trainer.loading import load_model, load_tokenizer
-from pruned_trainer.tasks.squad import load_squad
-from pruned_trainer.tasks.squad_task import Questions
+from pruned_trainer.tasks.squad.examples import load_squad
+from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training import pad_batch
 
 CALIBRATION, COMPARED = 4, 8  # batches of 8 windows

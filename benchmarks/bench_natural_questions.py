@@ -38,9 +38,9 @@ from pruned_ops.models.configuration import is_roberta
 from pruned_ops.models.natural_questions import NaturalQuestionsOutput, load_natural_questions
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.runtime.packed_encoder import refuse
-from pruned_trainer.tasks.natural_questions import Document, read_documents
-from pruned_trainer.tasks.natural_questions_features import NqWindow, cut, located, with_markers
-from pruned_trainer.tasks.natural_questions_predictions import decode_documents
+from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
+from pruned_trainer.tasks.natural_questions.predictions import decode_documents
+from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut, located, with_markers
 from pruned_trainer.training import pad_batch
 
 # The first of each model's is padded, with sdpa: what the others' logits, and times, are held against.

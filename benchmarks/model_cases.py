@@ -20,8 +20,8 @@ from pruned_ops import LayerShape
 from pruned_ops.checkpoints import export
 from pruned_ops.measure.timing import Workload
 from pruned_trainer.loading import load_model, load_tokenizer
-from pruned_trainer.tasks.squad import load_squad
-from pruned_trainer.tasks.squad_task import Questions
+from pruned_trainer.tasks.squad.examples import load_squad
+from pruned_trainer.tasks.squad.task import Questions
 
 Batch = dict[str, Tensor]
 # BertConfig's fields for --random: MiniLM-L6, BERT-base and BERT-large.

@@ -18,9 +18,9 @@ from pruned_trainer.gates import PerGate, Scores
 from pruned_trainer.job import Job, start
 from pruned_trainer.report import write_json
 from pruned_trainer.settings import PruneSettings
-from pruned_trainer.tasks.scoring import EvaluationResult
-from pruned_trainer.tasks.squad import load_squad
-from pruned_trainer.tasks.squad_task import Questions
+from pruned_trainer.tasks.squad.examples import load_squad
+from pruned_trainer.tasks.squad.scoring import EvaluationResult
+from pruned_trainer.tasks.squad.task import Questions
 
 FILES = ("train.json", "validation.json", "eval.json")
 Row = dict[str, Any]

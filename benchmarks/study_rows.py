@@ -28,8 +28,8 @@ from pruned_trainer.gates import PARTS, PerGate, Scores
 from pruned_trainer.job import Job
 from pruned_trainer.plan import make_plan
 from pruned_trainer.prune import retrain
-from pruned_trainer.tasks.scoring import EvaluationResult, bootstrap_interval
-from pruned_trainer.tasks.squad_task import Questions
+from pruned_trainer.tasks.squad.scoring import EvaluationResult, bootstrap_interval
+from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.trainer import last_checkpoint
 
 # The four ways to choose, ours first: the others are compared with it.

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from pruned_trainer.tasks.natural_questions import Document, parse_document
+from pruned_trainer.tasks.natural_questions.documents import Document, parse_document
 
 NULL = {"start_token": -1, "end_token": -1, "candidate_index": -1}
 

@@ -14,8 +14,8 @@ from inputs import pruned_model, randn
 import pruned_ops
 from pruned_ops.qa.decoding import Answer, Candidates, Decoded, ScoreCalibration
 from pruned_ops.qa.windows import Window
-from pruned_trainer.tasks.calibration import fit_calibration
-from pruned_trainer.tasks.squad import Example, GoldAnswer
+from pruned_trainer.tasks.squad.calibration import fit_calibration
+from pruned_trainer.tasks.squad.examples import Example, GoldAnswer
 
 
 @settings(deadline=None)

@@ -16,7 +16,7 @@ from nq_pages import annotation, original, page, write
 from real_data import real_data
 from tiny_tokenizers import word_tokenizer
 
-from pruned_trainer.tasks.natural_questions import (
+from pruned_trainer.tasks.natural_questions.documents import (
     NqFormatError,
     Skipped,
     nq_files,
@@ -24,7 +24,7 @@ from pruned_trainer.tasks.natural_questions import (
     parse_document,
     read_documents,
 )
-from pruned_trainer.tasks.natural_questions_metrics import (
+from pruned_trainer.tasks.natural_questions.metrics import (
     best_threshold,
     f1_loss_interval,
     parse_predictions,
@@ -231,7 +231,7 @@ def test_parts_share_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_training_windows_on_disk(num_proc: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
-    from pruned_trainer.tasks.natural_questions_dataset import training_windows
+    from pruned_trainer.tasks.natural_questions.dataset import training_windows
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     good = [{**PAGE, "example_id": i} for i in range(6)]

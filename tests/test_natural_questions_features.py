@@ -16,8 +16,8 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
 
 from pruned_ops.models.natural_questions import AnswerType
-from pruned_trainer.tasks.natural_questions import read_documents
-from pruned_trainer.tasks.natural_questions_features import (
+from pruned_trainer.tasks.natural_questions.documents import read_documents
+from pruned_trainer.tasks.natural_questions.windows import (
     NqWindow,
     answer_span,
     cut,

@@ -31,8 +31,8 @@ from pruned_trainer.importance import example_losses
 from pruned_trainer.job import start
 from pruned_trainer.prune import prune
 from pruned_trainer.settings import PruneSettings
-from pruned_trainer.tasks.natural_questions import nq_metrics
-from pruned_trainer.tasks.natural_questions_task import NaturalQuestionsTask
+from pruned_trainer.tasks.natural_questions.documents import nq_metrics
+from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.teacher_cache import TeacherCache
 
 datasets = pytest.importorskip("datasets")

@@ -16,9 +16,9 @@ from tiny_tokenizers import word_tokenizer
 from transformers import AutoTokenizer
 
 from pruned_ops.models.natural_questions import AnswerType
-from pruned_trainer.tasks.natural_questions import Document, nq_metrics, read_documents
-from pruned_trainer.tasks.natural_questions_features import NqWindow, answer_span, cut, features, located
-from pruned_trainer.tasks.natural_questions_predictions import LOWEST, decode_documents, predictions_json
+from pruned_trainer.tasks.natural_questions.documents import Document, nq_metrics, read_documents
+from pruned_trainer.tasks.natural_questions.predictions import LOWEST, decode_documents, predictions_json
+from pruned_trainer.tasks.natural_questions.windows import NqWindow, answer_span, cut, features, located
 
 
 def logits_of(windows: list[NqWindow], best: int, start: int, end: int, kind: AnswerType) -> Any:

@@ -21,7 +21,7 @@ import pruned_ops
 from pruned_ops import Answer, QuestionAnswerer
 from pruned_ops.qa.decoding import Decoded, ScoreCalibration, decode
 from pruned_ops.qa.windows import RefusedQuestion, cut_each, windows
-from pruned_trainer.tasks.extractive import predict_logits
+from pruned_trainer.tasks.squad.extractive import predict_logits
 
 QUESTIONS = [words(1 + i % 4) for i in range(40)]
 # Around one window of 80 tokens, many of them, and none.
@@ -265,9 +265,9 @@ def test_a_model_passed_in_is_optimised_in_place() -> None:
 
 def test_f1_on_real_questions_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     from pruned_trainer.loading import load_model, load_tokenizer
-    from pruned_trainer.tasks.scoring import official_metrics, question_scores
-    from pruned_trainer.tasks.sources import read_examples
-    from pruned_trainer.tasks.squad_task import THRESHOLD, Questions
+    from pruned_trainer.tasks.squad.scoring import official_metrics, question_scores
+    from pruned_trainer.tasks.squad.sources import read_examples
+    from pruned_trainer.tasks.squad.task import THRESHOLD, Questions
 
     examples = read_examples(str(real_data("data/squad2/eval.json")), "validation")[:150]
     folder = str(real_data("models/minilm-l6-squad2"))

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from matching import squad_file
 
-from pruned_trainer.tasks.sources import read_examples
-from pruned_trainer.tasks.squad import Example, SquadFormatError, load_squad
+from pruned_trainer.tasks.squad.examples import Example, SquadFormatError, load_squad
+from pruned_trainer.tasks.squad.sources import read_examples
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")

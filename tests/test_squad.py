@@ -21,7 +21,7 @@ from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 
 from pruned_ops.qa.answer_scores import answer_scores, normalised
 from pruned_ops.qa.windows import Answer, Decoded, Window, windows
-from pruned_trainer.tasks import squad
+from pruned_trainer.tasks.squad import examples as squad
 
 CONTEXT = "The cat 😀 sat on the mat."
 

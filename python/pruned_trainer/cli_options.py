@@ -9,7 +9,7 @@ from pruned_trainer.budget import Target
 from pruned_trainer.distillation import Distillation
 from pruned_trainer.gates import PARTS, PENALTIES
 from pruned_trainer.settings import DISTIL_IN, PRECISIONS, RECIPES, PruneSettings
-from pruned_trainer.tasks.natural_questions_task import NULL_RATE
+from pruned_trainer.tasks.natural_questions.task import NULL_RATE
 from pruned_trainer.tasks.task import TASKS
 
 

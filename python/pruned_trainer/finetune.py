@@ -18,7 +18,7 @@ from pruned_trainer.distributed import is_main, once, per_process
 from pruned_trainer.job import say
 from pruned_trainer.loading import OutputFolder, load_tokenizer, save_checkpoint
 from pruned_trainer.settings import make_task
-from pruned_trainer.tasks.natural_questions_task import NULL_RATE
+from pruned_trainer.tasks.natural_questions.task import NULL_RATE
 from pruned_trainer.trainer import PruningTrainer
 from pruned_trainer.training import pad_batch, run, training_arguments
 

@@ -13,8 +13,8 @@ from pruned_trainer.budget import Target
 from pruned_trainer.distillation import Distillation
 from pruned_trainer.gates import DEFAULT_PARTS, PARTS, PENALTIES, check_parts
 from pruned_trainer.importance import METHODS
-from pruned_trainer.tasks.natural_questions_task import NULL_RATE, NaturalQuestionsTask
-from pruned_trainer.tasks.squad_task import SquadTask
+from pruned_trainer.tasks.natural_questions.task import NULL_RATE, NaturalQuestionsTask
+from pruned_trainer.tasks.squad.task import SquadTask
 from pruned_trainer.tasks.task import TASKS, Task
 
 # joint: gates and weights train together, a Lagrangian holds the target. paper: the weights are frozen, each

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pruned_trainer.tasks.squad import (
+from pruned_trainer.tasks.squad.examples import (
     Example,
     SquadFormatError,
     checked_examples,

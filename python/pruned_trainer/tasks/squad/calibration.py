@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruned_ops.qa.decoding import SCORED, Decoded, ScoreCalibration
-from pruned_trainer.tasks.scoring import question_scores
+from pruned_trainer.tasks.squad.scoring import question_scores
 
 if TYPE_CHECKING:
-    from pruned_trainer.tasks.squad import Example
+    from pruned_trainer.tasks.squad.examples import Example
 
 FloatArray = NDArray[np.float64]
 

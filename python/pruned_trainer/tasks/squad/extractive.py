@@ -14,7 +14,7 @@ from pruned_ops.qa.windows import Window, windows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from pruned_trainer.tasks.squad import Example
+    from pruned_trainer.tasks.squad.examples import Example
 
 
 def training_features(

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from pruned_ops.models.natural_questions import AnswerType
 from pruned_ops.qa.windows import Window, windows
-from pruned_trainer.tasks.extractive import span_tokens
-from pruned_trainer.tasks.natural_questions import Document
-from pruned_trainer.tasks.natural_questions_files import Label
+from pruned_trainer.tasks.natural_questions.documents import Document
+from pruned_trainer.tasks.natural_questions.files import Label
+from pruned_trainer.tasks.squad.extractive import span_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

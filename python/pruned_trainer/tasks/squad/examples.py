@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pruned_trainer.tasks.extractive import predict_logits, training_features
-from pruned_trainer.tasks.scoring import (
+from pruned_trainer.tasks.squad.extractive import predict_logits, training_features
+from pruned_trainer.tasks.squad.scoring import (
     EvaluationResult,
     QuestionScores,
     best_null_threshold,

@@ -19,16 +19,15 @@ from pruned_ops.models.natural_questions import (
 )
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
-from pruned_trainer.tasks.natural_questions import (
+from pruned_trainer.tasks.natural_questions.dataset import ArrowWindows, is_held_out, training_windows
+from pruned_trainer.tasks.natural_questions.documents import (
     Document,
     NqFormatError,
     Skipped,
     nq_files,
     read_documents,
 )
-from pruned_trainer.tasks.natural_questions_dataset import ArrowWindows, is_held_out, training_windows
-from pruned_trainer.tasks.natural_questions_features import NqWindow, cut, located, with_markers
-from pruned_trainer.tasks.natural_questions_metrics import (
+from pruned_trainer.tasks.natural_questions.metrics import (
     MIN_ANNOTATORS,
     AnswerStats,
     best_threshold,
@@ -37,8 +36,9 @@ from pruned_trainer.tasks.natural_questions_metrics import (
     parse_predictions,
     score_answers,
 )
-from pruned_trainer.tasks.natural_questions_predictions import decode_documents, predictions_json
-from pruned_trainer.tasks.squad_task import model_logits
+from pruned_trainer.tasks.natural_questions.predictions import decode_documents, predictions_json
+from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut, located, with_markers
+from pruned_trainer.tasks.squad.task import model_logits
 
 LONG, SHORT = "long_score_threshold", "short_score_threshold"
 # Of the windows without an answer: the share that the paper's own code trains on.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_trainer.tasks.natural_questions_files import (
+from pruned_trainer.tasks.natural_questions.files import (
     Label,
     NqFormatError,
     get,
@@ -23,7 +23,7 @@ from pruned_trainer.tasks.natural_questions_files import (
     parse_line,
     read_label,
 )
-from pruned_trainer.tasks.natural_questions_metrics import nq_metrics
+from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 
 __all__ = [
     "Candidate", "Document", "NqFormatError", "Skipped", "nq_files", "nq_metrics", "parse_document",

@@ -16,7 +16,7 @@ from pruned_ops.qa.answer_scores import answer_scores
 from pruned_ops.qa.windows import Decoded
 
 if TYPE_CHECKING:
-    from pruned_trainer.tasks.squad import Example
+    from pruned_trainer.tasks.squad.examples import Example
 
 FloatArray = NDArray[np.float64]
 

@@ -16,11 +16,11 @@ from pruned_ops.qa.decoding import Decoded, decode
 from pruned_ops.qa.windows import Window, windows
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
-from pruned_trainer.tasks.calibration import fit_calibration
-from pruned_trainer.tasks.extractive import predict_logits, training_features
-from pruned_trainer.tasks.scoring import EvaluationResult, best_null_threshold, evaluate
-from pruned_trainer.tasks.sources import read_examples
-from pruned_trainer.tasks.squad import Example, split_articles
+from pruned_trainer.tasks.squad.calibration import fit_calibration
+from pruned_trainer.tasks.squad.examples import Example, split_articles
+from pruned_trainer.tasks.squad.extractive import predict_logits, training_features
+from pruned_trainer.tasks.squad.scoring import EvaluationResult, best_null_threshold, evaluate
+from pruned_trainer.tasks.squad.sources import read_examples
 
 THRESHOLD = "null_score_threshold"
 

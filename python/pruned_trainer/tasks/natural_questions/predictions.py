@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruned_ops.models.natural_questions import AnswerType
-from pruned_trainer.tasks.natural_questions import Document
-from pruned_trainer.tasks.natural_questions_features import NqWindow
+from pruned_trainer.tasks.natural_questions.documents import Document
+from pruned_trainer.tasks.natural_questions.windows import NqWindow
 
 FloatArray = NDArray[np.floating[Any]]
 NqLogits = tuple[FloatArray, FloatArray, FloatArray]  # start, end: (tokens,); answer types: (5,)

@@ -1,0 +1,31 @@
+"""SQuAD 1.1 and 2.0: files, read and checked, and the official SQuAD 2.0 metric.
+
+Nothing here needs the `datasets` library. The whole way from a file to a result is this package's names:
+load_squad, training_features | predict_logits, best_null_threshold, evaluate, bootstrap_interval.
+"""
+
+from pruned_trainer.tasks.squad.examples import (
+    Example,
+    GoldAnswer,
+    SquadFile,
+    SquadFormatError,
+    load_squad,
+    parse_squad,
+    split_articles,
+    squad_metrics,
+)
+from pruned_trainer.tasks.squad.extractive import predict_logits, training_features
+from pruned_trainer.tasks.squad.scoring import (
+    EvaluationResult,
+    QuestionScores,
+    best_null_threshold,
+    bootstrap_interval,
+    evaluate,
+    question_scores,
+)
+
+__all__ = [
+    "EvaluationResult", "Example", "GoldAnswer", "QuestionScores", "SquadFile", "SquadFormatError",
+    "best_null_threshold", "bootstrap_interval", "evaluate", "load_squad", "parse_squad", "predict_logits",
+    "question_scores", "split_articles", "squad_metrics", "training_features",
+]  # fmt: skip
