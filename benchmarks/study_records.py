@@ -14,8 +14,8 @@ import harness
 import numpy as np
 import torch
 
-from pruned_trainer.gates import PerGate, Scores
 from pruned_trainer.job import Job, start
+from pruned_trainer.pruning.gates import PerGate, Scores
 from pruned_trainer.report import write_json
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.squad.examples import load_squad

@@ -17,17 +17,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pruned_ops.models.stock import model_shape
-from pruned_trainer import importance
-from pruned_trainer.attach import find_encoder
-from pruned_trainer.budget import Target
 from pruned_trainer.choice import PAPER_THRESHOLD, choose, paper_gates, score_batches, together
-from pruned_trainer.compact import compact
-from pruned_trainer.decision import Decision, decide_at
 from pruned_trainer.evaluation import model_facts
-from pruned_trainer.gates import PARTS, PerGate, Scores
 from pruned_trainer.job import Job
 from pruned_trainer.plan import make_plan
 from pruned_trainer.prune import retrain
+from pruned_trainer.pruning import importance
+from pruned_trainer.pruning.attach import find_encoder
+from pruned_trainer.pruning.budget import Target
+from pruned_trainer.pruning.compact import compact
+from pruned_trainer.pruning.decision import Decision, decide_at
+from pruned_trainer.pruning.gates import PARTS, PerGate, Scores
 from pruned_trainer.tasks.squad.scoring import EvaluationResult, bootstrap_interval
 from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.trainer import last_checkpoint

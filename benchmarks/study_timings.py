@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from pruned_ops import LayerShape
 from pruned_ops.measure.timing import Workload
-from pruned_trainer.compact import compact
-from pruned_trainer.decision import Decision, Kept, LayerDecision
 from pruned_trainer.evaluation import TIMED_BATCHES, time_models
+from pruned_trainer.pruning.compact import compact
+from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 
 def shaped(dense: PreTrainedModel, row: Row) -> PreTrainedModel:

@@ -12,8 +12,9 @@ from inputs import logits, padded_batch, stock_model
 from test_gates import random_decision
 
 import pruned_ops
-from pruned_trainer import Decision, PerGate, attach, attached, compact
-from pruned_trainer.gates import PENALTIES, sampled_gate
+from pruned_trainer import Decision, PerGate, attached
+from pruned_trainer.pruning import attach, compact
+from pruned_trainer.pruning.gates import PENALTIES, sampled_gate
 
 ALL = ["heads", "ffn", "hidden"]
 

@@ -15,20 +15,10 @@ from inputs import ODD_SHAPES, logits, padded_batch, pruned_model, stock_model
 
 import pruned_ops
 from pruned_ops import LayerShape, ModelShape
-from pruned_trainer import (
-    Decision,
-    Gates,
-    PerGate,
-    SizeBudget,
-    Target,
-    attach,
-    attached,
-    compact,
-    decide,
-    detach,
-)
-from pruned_trainer.decision import Kept, LayerDecision, round_up
-from pruned_trainer.gates import deterministic_gate, open_probability, sampled_gate
+from pruned_trainer import Decision, Gates, PerGate, SizeBudget, Target, attached, decide, detach
+from pruned_trainer.pruning import attach, compact
+from pruned_trainer.pruning.decision import Kept, LayerDecision, round_up
+from pruned_trainer.pruning.gates import deterministic_gate, open_probability, sampled_gate
 
 
 def scatter(gates: Gates, seed: int = 0) -> None:

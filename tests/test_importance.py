@@ -12,9 +12,10 @@ from matching import accuracy, batch_of, trained_model
 from transformers import BertForQuestionAnswering
 
 from pruned_ops.models.stock import model_shape
-from pruned_trainer import Scores, SizeBudget, Target, attached, compact, decide, importance
-from pruned_trainer.attach import find_encoder
-from pruned_trainer.gates import PARTS, PerGate
+from pruned_trainer import Scores, SizeBudget, Target, attached, decide
+from pruned_trainer.pruning import compact, importance
+from pruned_trainer.pruning.attach import find_encoder
+from pruned_trainer.pruning.gates import PARTS, PerGate
 from pruned_trainer.tasks.task import without_labels
 
 

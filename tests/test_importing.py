@@ -19,8 +19,9 @@ from transformers import AutoModelForQuestionAnswering
 import pruned_ops
 from pruned_ops import LayerShape
 from pruned_ops.cli import main
-from pruned_trainer import Decision, attached, compact
-from pruned_trainer.decision import Kept, LayerDecision
+from pruned_trainer import Decision, attached
+from pruned_trainer.pruning import compact
+from pruned_trainer.pruning.decision import Kept, LayerDecision
 
 HEAD_DIM, HEADS, FFN, LAYERS = 16, 4, 96, 3
 KEPT = [([0, 2, 3], range(96)), ([1], range(0, 96, 2)), ([0, 1, 2, 3], range(10))]

@@ -27,9 +27,9 @@ from pruned_trainer import Target
 from pruned_trainer.cli import main
 from pruned_trainer.distillation import Distillation, Taught, logits_loss
 from pruned_trainer.features import Part, lengths_of
-from pruned_trainer.importance import example_losses
 from pruned_trainer.job import start
 from pruned_trainer.prune import prune
+from pruned_trainer.pruning.importance import example_losses
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.natural_questions.documents import nq_metrics
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask

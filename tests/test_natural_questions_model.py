@@ -13,7 +13,8 @@ from transformers import AutoModelForQuestionAnswering
 
 import pruned_ops
 from pruned_ops.models.natural_questions import AnswerType, load_natural_questions, with_answer_types
-from pruned_trainer import SizeBudget, Target, attached, compact, decide
+from pruned_trainer import SizeBudget, Target, attached, decide
+from pruned_trainer.pruning import compact
 
 MAKERS = {
     "stock-bert": lambda: stock_model("bert"),

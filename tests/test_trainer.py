@@ -26,11 +26,11 @@ from pruned_trainer import (
     SizeBudget,
     Target,
     attached,
-    compact,
     decide,
 )
 from pruned_trainer.distillation import Projection, hidden_loss, logits_loss
 from pruned_trainer.prune import prune
+from pruned_trainer.pruning import compact
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.training import pad_batch, prepare_student, training_arguments
 

@@ -18,16 +18,16 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from pruned_ops.measure.timing import interleave
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer import importance
-from pruned_trainer.attach import attached
-from pruned_trainer.budget import Target
-from pruned_trainer.compact import compact
-from pruned_trainer.decision import Decision, decide, decide_at
 from pruned_trainer.distributed import is_main, once, state
-from pruned_trainer.gate_phase import GatePhase, HoldTarget, PayPerGate
-from pruned_trainer.gates import Gates, PerGate, Scores
 from pruned_trainer.job import Job, say
 from pruned_trainer.loading import load_model
+from pruned_trainer.pruning import importance
+from pruned_trainer.pruning.attach import attached
+from pruned_trainer.pruning.budget import Target
+from pruned_trainer.pruning.compact import compact
+from pruned_trainer.pruning.decision import Decision, decide, decide_at
+from pruned_trainer.pruning.gate_phase import GatePhase, HoldTarget, PayPerGate
+from pruned_trainer.pruning.gates import Gates, PerGate, Scores
 from pruned_trainer.report import write_json
 from pruned_trainer.training import build_trainer, pad_batch, prepare_student, run
 

@@ -12,7 +12,6 @@ import torch
 from transformers.utils import logging
 
 from pruned_trainer import report as reporting
-from pruned_trainer.budget import Target
 from pruned_trainer.cli_options import (
     TARGETS,
     add_model_and_data,
@@ -22,13 +21,14 @@ from pruned_trainer.cli_options import (
     settings_of,
     target_of,
 )
-from pruned_trainer.compact import compact
-from pruned_trainer.decision import Decision
 from pruned_trainer.demo import demo
 from pruned_trainer.distributed import is_main, leave
 from pruned_trainer.finetune import FineTuneSettings, fine_tune
 from pruned_trainer.loading import OutputFolder, load_model, load_tokenizer, save_checkpoint
 from pruned_trainer.prune import prune, sweep
+from pruned_trainer.pruning.budget import Target
+from pruned_trainer.pruning.compact import compact
+from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.settings import PRECISIONS, make_task
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training import InterruptedTraining

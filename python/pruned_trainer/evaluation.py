@@ -16,9 +16,9 @@ import pruned_ops
 from pruned_ops.measure.timing import Timing, Workload, interleave, machine, versions
 from pruned_ops.models.stock import model_shape
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer.attach import find_encoder
-from pruned_trainer.decision import Decision
 from pruned_trainer.distributed import once
+from pruned_trainer.pruning.attach import find_encoder
+from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.tasks.task import Result
 
 if TYPE_CHECKING:

@@ -16,18 +16,18 @@ import torch
 from transformers import PreTrainedModel
 
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer import importance
-from pruned_trainer.attach import attached
-from pruned_trainer.budget import Target
 from pruned_trainer.callbacks import StepClock
 from pruned_trainer.choice import ROUNDS, freeze_for, gate_phase_for
-from pruned_trainer.compact import compact
-from pruned_trainer.decision import decide, decide_at
 from pruned_trainer.distributed import once
 from pruned_trainer.features import lengths_of
-from pruned_trainer.gate_phase import GatePhase
-from pruned_trainer.importance import METHODS
 from pruned_trainer.job import Job, say
+from pruned_trainer.pruning import importance
+from pruned_trainer.pruning.attach import attached
+from pruned_trainer.pruning.budget import Target
+from pruned_trainer.pruning.compact import compact
+from pruned_trainer.pruning.decision import decide, decide_at
+from pruned_trainer.pruning.gate_phase import GatePhase
+from pruned_trainer.pruning.importance import METHODS
 from pruned_trainer.training import build_trainer, pad_batch, prepare_student
 
 # Part of the training time that goes to the gates; the rest trains the narrow model, which learns more a

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from pruned_trainer import figures
 from pruned_trainer.figures import Drawing, Line
-from pruned_trainer.importance import METHODS
+from pruned_trainer.pruning.importance import METHODS
 from pruned_trainer.report_circumstances import MODELS, shown
 from pruned_trainer.report_fields import Fields
 from pruned_trainer.report_html import Section, Table

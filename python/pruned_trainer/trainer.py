@@ -20,7 +20,7 @@ from pruned_trainer.callbacks import OneLineProgress
 from pruned_trainer.distillation import Distillation, Projection, Taught, hidden_loss, logits_loss
 from pruned_trainer.distributed import on_any
 from pruned_trainer.features import lengths_of
-from pruned_trainer.gate_phase import GatePhase
+from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.tasks.task import without_labels
 from pruned_trainer.teacher_cache import TeacherCache
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pruned_ops.models.stock import ENCODERS, model_shape
-from pruned_trainer.gates import DEFAULT_PARTS, Gates
+from pruned_trainer.pruning.gates import DEFAULT_PARTS, Gates
 
 _NAME = "pruning_gates"
 _HOOKS = "_pruning_gate_hooks"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruned_trainer.budget import Budget
-from pruned_trainer.gates import PENALTIES, Gates
+from pruned_trainer.pruning.budget import Budget
+from pruned_trainer.pruning.gates import PENALTIES, Gates
 
 # The target falls from the dense cost (or the target before) to what was asked for over this part of its
 # steps; the rest settles there.

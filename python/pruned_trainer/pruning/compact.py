@@ -12,8 +12,8 @@ from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.modeling import answering_class
 from pruned_ops.models.natural_questions import natural_questions_class
 from pruned_ops.models.stock import model_shape
-from pruned_trainer.attach import find_encoder
-from pruned_trainer.decision import Decision, Kept, LayerDecision
+from pruned_trainer.pruning.attach import find_encoder
+from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 _ONLY_IN_TRAINING = ("pruning_gates.", "distillation_projection.")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pruned_ops import LayerShape, ModelShape
-from pruned_trainer.budget import Budget, Target
-from pruned_trainer.gates import PerGate, Scores
+from pruned_trainer.pruning.budget import Budget, Target
+from pruned_trainer.pruning.gates import PerGate, Scores
 
 FORMAT = 1
 # A hidden dimension that stays counts in every LayerNorm's statistics, which one with a gate of 0 does not.

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from pruned_ops import ModelShape
 from pruned_ops.models.stock import model_shape
-from pruned_trainer.attach import attached, find_encoder
-from pruned_trainer.budget import Budget
 from pruned_trainer.distributed import shared
-from pruned_trainer.gates import PerGate, Scores, check_parts
+from pruned_trainer.pruning.attach import attached, find_encoder
+from pruned_trainer.pruning.budget import Budget
+from pruned_trainer.pruning.gates import PerGate, Scores, check_parts
 from pruned_trainer.tasks.task import without_labels
 
 METHODS = ("gain", "leave-one-out", "random")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruned_ops import LayerShape, ModelShape
 from pruned_ops.measure.latency import LatencyTable
-from pruned_trainer.gates import PerGate
+from pruned_trainer.pruning.gates import PerGate
 
 UNITS = ("params", "macs", "speedup", "latency_ms")
 

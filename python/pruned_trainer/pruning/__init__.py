@@ -1,0 +1,1 @@
+"""What stays: gates, budgets, decisions, compaction."""
