@@ -23,7 +23,7 @@ import pruned_ops
 from pruned_trainer.loading import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
-from pruned_trainer.training import pad_batch
+from pruned_trainer.training.phase import pad_batch
 
 CALIBRATION, COMPARED = 4, 8  # batches of 8 windows
 RIVALS = ("ort-int8", "openvino-int8", "openvino-int8-static")

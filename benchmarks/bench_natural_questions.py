@@ -41,7 +41,7 @@ from pruned_ops.runtime.packed_encoder import refuse
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
 from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut, located, with_markers
-from pruned_trainer.training import pad_batch
+from pruned_trainer.training.phase import pad_batch
 
 # The first of each model's is padded, with sdpa: what the others' logits, and times, are held against.
 RUNTIMES = {

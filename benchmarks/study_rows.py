@@ -30,7 +30,7 @@ from pruned_trainer.pruning.decision import Decision, decide_at
 from pruned_trainer.pruning.gates import PARTS, PerGate, Scores
 from pruned_trainer.tasks.squad.scoring import EvaluationResult, bootstrap_interval
 from pruned_trainer.tasks.squad.task import Questions
-from pruned_trainer.trainer import last_checkpoint
+from pruned_trainer.training.trainer import last_checkpoint
 
 # The four ways to choose, ours first: the others are compared with it.
 METHODS = ("l0", "leave-one-out", "gain", "random")

@@ -15,7 +15,7 @@ from transformers import BertForQuestionAnswering, TrainerCallback
 from pruned_trainer import Target
 from pruned_trainer.prune import prune
 from pruned_trainer.settings import PruneSettings
-from pruned_trainer.trainer import PruningTrainer
+from pruned_trainer.training.trainer import PruningTrainer
 
 
 def job_settings(folder: Path, model: BertForQuestionAnswering) -> PruneSettings:

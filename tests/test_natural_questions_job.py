@@ -25,15 +25,15 @@ from pruned_ops import (
 from pruned_ops.models.natural_questions import load_natural_questions, with_answer_types
 from pruned_trainer import Target
 from pruned_trainer.cli import main
-from pruned_trainer.distillation import Distillation, Taught, logits_loss
-from pruned_trainer.features import Part, lengths_of
 from pruned_trainer.job import start
 from pruned_trainer.prune import prune
 from pruned_trainer.pruning.importance import example_losses
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.natural_questions.documents import nq_metrics
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
-from pruned_trainer.teacher_cache import TeacherCache
+from pruned_trainer.training.batches import Part, lengths_of
+from pruned_trainer.training.distillation import Distillation, Taught, logits_loss
+from pruned_trainer.training.teacher_cache import TeacherCache
 
 datasets = pytest.importorskip("datasets")
 

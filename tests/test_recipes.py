@@ -26,7 +26,7 @@ from pruned_trainer.job import start
 from pruned_trainer.plan import GATE_SHARE, make_plan
 from pruned_trainer.prune import prune, sweep
 from pruned_trainer.settings import RECIPES, PruneSettings
-from pruned_trainer.teacher_cache import TeacherCache
+from pruned_trainer.training.teacher_cache import TeacherCache
 
 
 @pytest.fixture(scope="module")

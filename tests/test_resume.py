@@ -19,7 +19,7 @@ from pruned_trainer import Target, choice
 from pruned_trainer import prune as pruning
 from pruned_trainer.prune import prune, sweep
 from pruned_trainer.settings import PruneSettings
-from pruned_trainer.trainer import PruningTrainer, last_checkpoint
+from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -93,7 +93,7 @@ def _run(
 
 def _stopped(job: Any, narrow: Any, folder: Path, steps: int, decision: Any) -> None:
     """Training that ends as by Ctrl-C after half of its steps, with a checkpoint."""
-    from pruned_trainer.callbacks import StopOnInterrupt
+    from pruned_trainer.training.callbacks import StopOnInterrupt
 
     on_step_end = StopOnInterrupt.on_step_end
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pruned_trainer.teacher_cache import CHECKSUMS, LOGITS, METADATA, TeacherCache, fingerprint
+from pruned_trainer.training.teacher_cache import CHECKSUMS, LOGITS, METADATA, TeacherCache, fingerprint
 
 LENGTHS = [3, 0, 5, 1]
 

@@ -28,11 +28,11 @@ from pruned_trainer import (
     attached,
     decide,
 )
-from pruned_trainer.distillation import Projection, hidden_loss, logits_loss
 from pruned_trainer.prune import prune
 from pruned_trainer.pruning import compact
 from pruned_trainer.settings import PruneSettings
-from pruned_trainer.training import pad_batch, prepare_student, training_arguments
+from pruned_trainer.training.distillation import Projection, hidden_loss, logits_loss
+from pruned_trainer.training.phase import pad_batch, prepare_student, training_arguments
 
 HEADS, FFN = 4, 48  # of the trained model
 PLANTED_HEADS, PLANTED_FFN = 4, 48  # useless ones put beside them

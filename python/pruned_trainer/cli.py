@@ -31,7 +31,7 @@ from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.settings import PRECISIONS, make_task
 from pruned_trainer.tasks.task import own_thresholds
-from pruned_trainer.training import InterruptedTraining
+from pruned_trainer.training.phase import InterruptedTraining
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pruned_trainer.distillation import Distillation
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.gates import PARTS, PENALTIES
 from pruned_trainer.settings import DISTIL_IN, PRECISIONS, RECIPES, PruneSettings
 from pruned_trainer.tasks.natural_questions.task import NULL_RATE
 from pruned_trainer.tasks.task import TASKS
+from pruned_trainer.training.distillation import Distillation
 
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:

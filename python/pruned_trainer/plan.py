@@ -16,10 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer.callbacks import StepClock
 from pruned_trainer.choice import ROUNDS, freeze_for, gate_phase_for
 from pruned_trainer.distributed import once
-from pruned_trainer.features import lengths_of
 from pruned_trainer.job import Job, say
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
@@ -28,7 +26,9 @@ from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.importance import METHODS
-from pruned_trainer.training import build_trainer, pad_batch, prepare_student
+from pruned_trainer.training.batches import lengths_of
+from pruned_trainer.training.callbacks import StepClock
+from pruned_trainer.training.phase import build_trainer, pad_batch, prepare_student
 
 # Part of the training time that goes to the gates; the rest trains the narrow model, which learns more a
 # minute.

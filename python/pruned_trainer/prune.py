@@ -27,7 +27,7 @@ from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.task import own_thresholds
-from pruned_trainer.training import InterruptedTraining, build_trainer, prepare_student, run
+from pruned_trainer.training.phase import InterruptedTraining, build_trainer, prepare_student, run
 
 _RUN, _TABLE = "run.json", "latency.json"
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from pruned_trainer.distillation import Distillation
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.gates import DEFAULT_PARTS, PARTS, PENALTIES, check_parts
 from pruned_trainer.pruning.importance import METHODS
 from pruned_trainer.tasks.natural_questions.task import NULL_RATE, NaturalQuestionsTask
 from pruned_trainer.tasks.squad.task import SquadTask
 from pruned_trainer.tasks.task import TASKS, Task
+from pruned_trainer.training.distillation import Distillation
 
 # joint: gates and weights train together, a Lagrangian holds the target. paper: the weights are frozen, each
 # part's gates train alone at a price for each open gate. The others train no gates.

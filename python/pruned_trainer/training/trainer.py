@@ -16,13 +16,13 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
-from pruned_trainer.callbacks import OneLineProgress
-from pruned_trainer.distillation import Distillation, Projection, Taught, hidden_loss, logits_loss
 from pruned_trainer.distributed import on_any
-from pruned_trainer.features import lengths_of
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.tasks.task import without_labels
-from pruned_trainer.teacher_cache import TeacherCache
+from pruned_trainer.training.batches import lengths_of
+from pruned_trainer.training.callbacks import OneLineProgress
+from pruned_trainer.training.distillation import Distillation, Projection, Taught, hidden_loss, logits_loss
+from pruned_trainer.training.teacher_cache import TeacherCache
 
 _SAVING = "saving"
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from pruned_trainer.callbacks import stop_on_interrupt
-from pruned_trainer.distillation import Projection
 from pruned_trainer.distributed import on_any, per_process
 from pruned_trainer.job import Job
 from pruned_trainer.pruning.attach import find_encoder
 from pruned_trainer.pruning.gate_phase import GatePhase
-from pruned_trainer.trainer import PruningTrainer, last_checkpoint
+from pruned_trainer.training.callbacks import stop_on_interrupt
+from pruned_trainer.training.distillation import Projection
+from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
 
 
 class InterruptedTraining(KeyboardInterrupt):

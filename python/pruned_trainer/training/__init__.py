@@ -1,0 +1,1 @@
+"""transformers.Trainer, and what pruning adds to it."""
