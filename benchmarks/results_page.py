@@ -20,7 +20,7 @@ from study_page import section
 from study_records import Row, read_rows
 from study_tables import mean, table
 
-from pruned_trainer.report import write_json
+from pruned_trainer.report.terminal import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- From benchmarks/results by `make results`; edits here are lost. -->"

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from study_records import Row, over_seeds, read_rows
 from study_rows import METHODS
 
-from pruned_trainer.figures import LIGHT, Drawing, Line, against_speed, draw, layers
-from pruned_trainer.published import PAPER, PUBLISHED
+from pruned_trainer.report.figures import LIGHT, Drawing, Line, against_speed, draw, layers
+from pruned_trainer.report.published import PAPER, PUBLISHED
 
 # Colour, marker and line of each way to choose: apart for the colour-blind, and in grey.
 STYLES = {

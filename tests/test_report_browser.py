@@ -14,7 +14,7 @@ from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, put
 
 pytest.importorskip("matplotlib")
 
-from pruned_trainer.report_page import write_pages  # noqa: E402  (draws with it)
+from pruned_trainer.report.page import write_pages  # noqa: E402  (draws with it)
 
 # Each part's size, how far the page is wider than its frame, texts that leave their figure, and two colours.
 MEASURE = """

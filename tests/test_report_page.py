@@ -16,7 +16,7 @@ from pruned_trainer.prune import _draw
 
 pytest.importorskip("matplotlib")
 
-from pruned_trainer.report_page import write_pages  # noqa: E402  (draws with it)
+from pruned_trainer.report.page import write_pages  # noqa: E402  (draws with it)
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -28,7 +28,7 @@ from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase, HoldTarget, PayPerGate
 from pruned_trainer.pruning.gates import Gates, PerGate, Scores
-from pruned_trainer.report import write_json
+from pruned_trainer.report.terminal import write_json
 from pruned_trainer.training.phase import build_trainer, pad_batch, prepare_student, run
 
 # A choice that meets a target in time lies between these parts of the time allowed: within 3% of it, a little

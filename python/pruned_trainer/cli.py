@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from pruned_trainer import report as reporting
 from pruned_trainer.cli_options import (
     TARGETS,
     add_model_and_data,
@@ -29,6 +28,7 @@ from pruned_trainer.prune import prune, sweep
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision
+from pruned_trainer.report import terminal as reporting
 from pruned_trainer.settings import PRECISIONS, make_task
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training.phase import InterruptedTraining
@@ -176,7 +176,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from pruned_trainer.report_page import write_pages  # draws: slow to import, and needed by this alone
+    from pruned_trainer.report.page import write_pages  # draws: slow to import, and needed by this alone
 
     for path in write_pages(arguments.out):
         print(f"written: {path}")

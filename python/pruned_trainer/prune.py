@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, set_seed
 
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer import report as reporting
 from pruned_trainer.choice import Chosen, choose
 from pruned_trainer.distributed import is_main, once, state
 from pruned_trainer.evaluation import Judged, full_report, judge
@@ -25,6 +24,7 @@ from pruned_trainer.loading import OutputFolder, save_checkpoint
 from pruned_trainer.plan import Plan, make_plan
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.decision import Decision
+from pruned_trainer.report import terminal as reporting
 from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training.phase import InterruptedTraining, build_trainer, prepare_student, run
@@ -235,7 +235,7 @@ def publish(folder: OutputFolder) -> None:
 def _draw(folder: Path) -> None:
     """report.html, made last and of what is on disk: what fails here loses nothing."""
     try:
-        from pruned_trainer.report_page import write_pages
+        from pruned_trainer.report.page import write_pages
     except ModuleNotFoundError as error:
         say(f"no report.html: {error.name} is not installed; where it is, pruned-trainer report makes it")
         return

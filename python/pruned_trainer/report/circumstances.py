@@ -3,8 +3,8 @@ command."""
 
 from __future__ import annotations
 
-from pruned_trainer.report_fields import Fields
-from pruned_trainer.report_html import Section, Table
+from pruned_trainer.report.fields import Fields
+from pruned_trainer.report.html import Section, Table
 
 MODELS = ("dense", "pruned")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pruned_trainer import figures
-from pruned_trainer.figures import Drawing, Line
 from pruned_trainer.pruning.importance import METHODS
-from pruned_trainer.report_circumstances import MODELS, shown
-from pruned_trainer.report_fields import Fields
-from pruned_trainer.report_html import Section, Table
+from pruned_trainer.report import figures
+from pruned_trainer.report.circumstances import MODELS, shown
+from pruned_trainer.report.fields import Fields
+from pruned_trainer.report.figures import Drawing, Line
+from pruned_trainer.report.html import Section, Table
 from pruned_trainer.tasks.task import SCORES, Score
 
 _COSTS = {"macs": "multiply-accumulates", "params": "parameters"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from pruned_trainer.figures import DARK, LIGHT, Drawing
+from pruned_trainer.report.figures import DARK, LIGHT, Drawing
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 

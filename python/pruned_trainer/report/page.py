@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pruned_trainer.report_circumstances import circumstances, shown, workloads_section
-from pruned_trainer.report_fields import Fields
-from pruned_trainer.report_html import Page, write
-from pruned_trainer.report_sections import (
+from pruned_trainer.report.circumstances import circumstances, shown, workloads_section
+from pruned_trainer.report.fields import Fields
+from pruned_trainer.report.html import Page, write
+from pruned_trainer.report.sections import (
     change,
     layers_section,
     said,
@@ -16,8 +16,8 @@ from pruned_trainer.report_sections import (
     task_of,
     training_section,
 )
-from pruned_trainer.report_speed import own_lines, speed_section
-from pruned_trainer.report_sweep import model_reports, sweep_page
+from pruned_trainer.report.speed import own_lines, speed_section
+from pruned_trainer.report.sweep import model_reports, sweep_page
 from pruned_trainer.tasks.task import SCORES
 
 

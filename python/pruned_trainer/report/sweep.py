@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from pruned_trainer import figures
-from pruned_trainer.figures import Line
-from pruned_trainer.report_circumstances import circumstances, shown
-from pruned_trainer.report_fields import Fields
-from pruned_trainer.report_html import Cell, Link, Page, Section, Table
-from pruned_trainer.report_sections import (
+from pruned_trainer.report import figures
+from pruned_trainer.report.circumstances import circumstances, shown
+from pruned_trainer.report.fields import Fields
+from pruned_trainer.report.figures import Line
+from pruned_trainer.report.html import Cell, Link, Page, Section, Table
+from pruned_trainer.report.sections import (
     change,
     change_text,
     said,
@@ -20,7 +20,7 @@ from pruned_trainer.report_sections import (
     task_of,
     training_section,
 )
-from pruned_trainer.report_speed import own_lines, speed_section
+from pruned_trainer.report.speed import own_lines, speed_section
 from pruned_trainer.tasks.task import SCORES
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pruned_trainer import figures
-from pruned_trainer.figures import Line
-from pruned_trainer.published import PUBLISHED, Published
-from pruned_trainer.report_circumstances import shown
-from pruned_trainer.report_fields import Fields
-from pruned_trainer.report_html import Section, Table
-from pruned_trainer.report_sections import change
+from pruned_trainer.report import figures
+from pruned_trainer.report.circumstances import shown
+from pruned_trainer.report.fields import Fields
+from pruned_trainer.report.figures import Line
+from pruned_trainer.report.html import Section, Table
+from pruned_trainer.report.published import PUBLISHED, Published
+from pruned_trainer.report.sections import change
 from pruned_trainer.tasks.task import SCORES
 
 
