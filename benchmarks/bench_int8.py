@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 import pruned_ops
-from pruned_trainer.loading import load_model, load_tokenizer
+from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.phase import pad_batch

@@ -19,7 +19,7 @@ import pruned_ops
 from pruned_ops import LayerShape
 from pruned_ops.checkpoints import export
 from pruned_ops.measure.timing import Workload
-from pruned_trainer.loading import load_model, load_tokenizer
+from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
 

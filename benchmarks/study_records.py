@@ -14,10 +14,10 @@ import harness
 import numpy as np
 import torch
 
-from pruned_trainer.job import Job, start
+from pruned_trainer.jobs.job import Job, start
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.gates import PerGate, Scores
 from pruned_trainer.report.terminal import write_json
-from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.scoring import EvaluationResult
 from pruned_trainer.tasks.squad.task import Questions

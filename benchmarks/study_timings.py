@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pruned_ops import LayerShape
 from pruned_ops.measure.timing import Workload
-from pruned_trainer.evaluation import TIMED_BATCHES, time_models
+from pruned_trainer.jobs.evaluation import TIMED_BATCHES, time_models
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import BertForQuestionAnswering, TrainerCallback
 
 from pruned_trainer import Target
-from pruned_trainer.prune import prune
-from pruned_trainer.settings import PruneSettings
+from pruned_trainer.jobs.prune import prune
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.trainer import PruningTrainer
 
 

@@ -25,10 +25,10 @@ from pruned_ops import (
 from pruned_ops.models.natural_questions import load_natural_questions, with_answer_types
 from pruned_trainer import Target
 from pruned_trainer.cli import main
-from pruned_trainer.job import start
-from pruned_trainer.prune import prune
+from pruned_trainer.jobs.job import start
+from pruned_trainer.jobs.prune import prune
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.importance import example_losses
-from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.natural_questions.documents import nq_metrics
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.training.batches import Part, lengths_of

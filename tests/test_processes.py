@@ -16,8 +16,8 @@ from matching import trained_model
 from safetensors.torch import load_file
 
 from pruned_trainer import Decision
-from pruned_trainer.prune import prune
-from pruned_trainer.settings import PruneSettings
+from pruned_trainer.jobs.prune import prune
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.trainer import LengthGroupedSampler
 
 ROOT = Path(__file__).resolve().parents[1]

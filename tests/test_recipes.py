@@ -22,10 +22,10 @@ from pruned_trainer import (
     attached,
 )
 from pruned_trainer.cli import main
-from pruned_trainer.job import start
-from pruned_trainer.plan import GATE_SHARE, make_plan
-from pruned_trainer.prune import prune, sweep
-from pruned_trainer.settings import RECIPES, PruneSettings
+from pruned_trainer.jobs.job import start
+from pruned_trainer.jobs.plan import GATE_SHARE, make_plan
+from pruned_trainer.jobs.prune import prune, sweep
+from pruned_trainer.jobs.settings import RECIPES, PruneSettings
 from pruned_trainer.training.teacher_cache import TeacherCache
 
 

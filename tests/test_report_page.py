@@ -12,7 +12,7 @@ import pytest
 from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, put
 
 from pruned_trainer.cli import main
-from pruned_trainer.prune import _draw
+from pruned_trainer.jobs.prune import _draw
 
 pytest.importorskip("matplotlib")
 

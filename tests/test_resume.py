@@ -15,10 +15,11 @@ import pytest
 from jobs import Killed, command, job_settings, killed, losses, same_end, variant
 from matching import trained_model
 
-from pruned_trainer import Target, choice
-from pruned_trainer import prune as pruning
-from pruned_trainer.prune import prune, sweep
-from pruned_trainer.settings import PruneSettings
+from pruned_trainer import Target
+from pruned_trainer.jobs import choice
+from pruned_trainer.jobs import prune as pruning
+from pruned_trainer.jobs.prune import prune, sweep
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

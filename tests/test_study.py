@@ -103,7 +103,7 @@ def _stopped(job: Any, narrow: Any, folder: Path, steps: int, decision: Any) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StopOnInterrupt, "on_step_end", stop)
-        from pruned_trainer.prune import retrain
+        from pruned_trainer.jobs.prune import retrain
 
         retrain(job, narrow, folder, steps, decision)
 

@@ -17,12 +17,13 @@ from transformers import AutoConfig
 from pruned_ops import LayerShape
 from pruned_ops.measure.latency import LatencyTable, measure_table
 from pruned_ops.measure.timing import Workload
-from pruned_trainer import LatencyBudget, PerGate, Target, attached, choice
-from pruned_trainer.choice import MEETS
-from pruned_trainer.job import start
-from pruned_trainer.prune import prune
+from pruned_trainer import LatencyBudget, PerGate, Target, attached
+from pruned_trainer.jobs import choice
+from pruned_trainer.jobs.choice import MEETS
+from pruned_trainer.jobs.job import start
+from pruned_trainer.jobs.prune import prune
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning import importance
-from pruned_trainer.settings import PruneSettings
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,9 @@ from pruned_trainer import (
     attached,
     decide,
 )
-from pruned_trainer.prune import prune
+from pruned_trainer.jobs.prune import prune
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning import compact
-from pruned_trainer.settings import PruneSettings
 from pruned_trainer.training.distillation import Projection, hidden_loss, logits_loss
 from pruned_trainer.training.phase import pad_batch, prepare_student, training_arguments
 

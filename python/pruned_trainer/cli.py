@@ -22,14 +22,14 @@ from pruned_trainer.cli_options import (
 )
 from pruned_trainer.demo import demo
 from pruned_trainer.distributed import is_main, leave
-from pruned_trainer.finetune import FineTuneSettings, fine_tune
-from pruned_trainer.loading import OutputFolder, load_model, load_tokenizer, save_checkpoint
-from pruned_trainer.prune import prune, sweep
+from pruned_trainer.jobs.finetune import FineTuneSettings, fine_tune
+from pruned_trainer.jobs.output import OutputFolder, load_model, load_tokenizer, save_checkpoint
+from pruned_trainer.jobs.prune import prune, sweep
+from pruned_trainer.jobs.settings import PRECISIONS, make_task
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal as reporting
-from pruned_trainer.settings import PRECISIONS, make_task
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training.phase import InterruptedTraining
 

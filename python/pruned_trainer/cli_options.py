@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pruned_trainer.jobs.settings import DISTIL_IN, PRECISIONS, RECIPES, PruneSettings
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.gates import PARTS, PENALTIES
-from pruned_trainer.settings import DISTIL_IN, PRECISIONS, RECIPES, PruneSettings
 from pruned_trainer.tasks.natural_questions.task import NULL_RATE
 from pruned_trainer.tasks.task import TASKS
 from pruned_trainer.training.distillation import Distillation

@@ -13,11 +13,11 @@ from transformers.utils import logging
 
 from pruned_trainer.demo_data import write_demo_set
 from pruned_trainer.distributed import world_size
-from pruned_trainer.finetune import train
-from pruned_trainer.job import say
-from pruned_trainer.loading import OutputFolder, load_tokenizer, save_checkpoint
-from pruned_trainer.prune import prune
-from pruned_trainer.settings import PruneSettings
+from pruned_trainer.jobs.finetune import train
+from pruned_trainer.jobs.job import say
+from pruned_trainer.jobs.output import OutputFolder, load_tokenizer, save_checkpoint
+from pruned_trainer.jobs.prune import prune
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.squad.extractive import training_features
 from pruned_trainer.tasks.squad.sources import read_examples
 from pruned_trainer.training.phase import prepare_student

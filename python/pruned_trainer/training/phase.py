@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from pruned_trainer.distributed import on_any, per_process
-from pruned_trainer.job import Job
+from pruned_trainer.jobs.job import Job
 from pruned_trainer.pruning.attach import find_encoder
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.training.callbacks import stop_on_interrupt

@@ -17,11 +17,11 @@ from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.natural_questions import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.stock import model_shape
 from pruned_trainer.distributed import is_main, once, per_process, state
-from pruned_trainer.evaluation import BATCH_SIZE, TIMED_BATCHES
-from pruned_trainer.loading import load_model, load_tokenizer
+from pruned_trainer.jobs.evaluation import BATCH_SIZE, TIMED_BATCHES
+from pruned_trainer.jobs.output import load_model, load_tokenizer
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.attach import find_encoder
 from pruned_trainer.pruning.budget import Budget, SizeBudget, Target, make_budget
-from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.task import Prepared, Task
 from pruned_trainer.training.batches import Numbered, Part, lengths_of
 from pruned_trainer.training.distillation import Projection

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from pruned_ops.measure.timing import interleave
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, once, state
-from pruned_trainer.job import Job, say
-from pruned_trainer.loading import load_model
+from pruned_trainer.jobs.job import Job, say
+from pruned_trainer.jobs.output import load_model
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Target

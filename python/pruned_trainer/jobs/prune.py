@@ -16,16 +16,16 @@ from transformers import PreTrainedModel, set_seed
 
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer.choice import Chosen, choose
 from pruned_trainer.distributed import is_main, once, state
-from pruned_trainer.evaluation import Judged, full_report, judge
-from pruned_trainer.job import Job, say, start
-from pruned_trainer.loading import OutputFolder, save_checkpoint
-from pruned_trainer.plan import Plan, make_plan
+from pruned_trainer.jobs.choice import Chosen, choose
+from pruned_trainer.jobs.evaluation import Judged, full_report, judge
+from pruned_trainer.jobs.job import Job, say, start
+from pruned_trainer.jobs.output import OutputFolder, save_checkpoint
+from pruned_trainer.jobs.plan import Plan, make_plan
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal as reporting
-from pruned_trainer.settings import PruneSettings
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training.phase import InterruptedTraining, build_trainer, prepare_student, run
 

@@ -22,7 +22,7 @@ from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.tasks.task import Result
 
 if TYPE_CHECKING:
-    from pruned_trainer.job import Job
+    from pruned_trainer.jobs.job import Job
 
 # Batches per round and rounds of the timing: about a minute for a small encoder on two cores.
 TIMED_BATCHES, TIMED_ROUNDS = 16, 7

@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer.choice import ROUNDS, freeze_for, gate_phase_for
 from pruned_trainer.distributed import once
-from pruned_trainer.job import Job, say
+from pruned_trainer.jobs.choice import ROUNDS, freeze_for, gate_phase_for
+from pruned_trainer.jobs.job import Job, say
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Target

@@ -1,0 +1,1 @@
+"""A command's whole run, in order."""
