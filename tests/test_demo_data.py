@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pruned_trainer.demo_data import (
+from pruned_trainer.demo.questions import (
     KINDS,
     PARTS,
     DemoSet,
@@ -24,7 +24,7 @@ from pruned_trainer.demo_data import (
     words_of,
     write_demo_set,
 )
-from pruned_trainer.demo_wordings import RELATIONS, SPLITS, parse
+from pruned_trainer.demo.wordings import RELATIONS, SPLITS, parse
 
 DEMO = demo_set()
 

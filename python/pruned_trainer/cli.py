@@ -20,7 +20,7 @@ from pruned_trainer.cli_options import (
     settings_of,
     target_of,
 )
-from pruned_trainer.demo import demo
+from pruned_trainer.demo.run import demo
 from pruned_trainer.distributed import is_main, leave
 from pruned_trainer.jobs.finetune import FineTuneSettings, fine_tune
 from pruned_trainer.jobs.output import OutputFolder, load_model, load_tokenizer, save_checkpoint

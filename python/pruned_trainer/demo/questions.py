@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruned_trainer.demo_wordings import RELATIONS, SPLITS, Relation
+from pruned_trainer.demo.wordings import RELATIONS, SPLITS, Relation
 
 VERSION = "pruned_ops demo 1"
 GROUP = 3  # entities, relations and questions in a paragraph; see above why they are as many

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModelForQuestionAnswering, set_seed
 from transformers.utils import logging
 
-from pruned_trainer.demo_data import write_demo_set
+from pruned_trainer.demo.questions import write_demo_set
 from pruned_trainer.distributed import world_size
 from pruned_trainer.jobs.finetune import train
 from pruned_trainer.jobs.job import say

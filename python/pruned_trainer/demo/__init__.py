@@ -1,0 +1,1 @@
+"""The demo: a small question set made here, and a run on it."""
