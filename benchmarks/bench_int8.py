@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import rivals
 from rich.console import Console
 from rich.table import Table
+from rivals import cpu as rivals
 from transformers.utils import logging
 
 import pruned_ops

@@ -19,14 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cuda_models
 import harness
-import memory
-import model_figure
-import model_tables
-import rivals
 import torch
-from model_cases import (
+from rich.console import Console
+from rivals import cpu as rivals
+from rivals.cuda import CUDA_RIVALS
+from transformers.utils import logging
+from whole_models import figure as model_figure
+from whole_models import memory
+from whole_models import on_gpu as cuda_models
+from whole_models import report as model_tables
+from whole_models.cases import (
     SAMPLES,
     SIZES,
     Source,
@@ -36,9 +39,6 @@ from model_cases import (
     padded_to,
     workloads,
 )
-from rich.console import Console
-from rivals_cuda import CUDA_RIVALS
-from transformers.utils import logging
 
 import pruned_ops
 from pruned_ops.measure.timing import Timing, Workload

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import memory
-import rivals
 import torch
+from rivals import cpu as rivals
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, RobertaConfig
 from transformers.utils import logging
+from whole_models import memory
 
 import pruned_ops
 from pruned_ops.checkpoints.loading import load_tokenizer

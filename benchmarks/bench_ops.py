@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import op_report
 import torch
-from op_cases import MIXED, MODELS, Case, Runners, cases
+from kernels import report as op_report
+from kernels.cases import MIXED, MODELS, Case, Runners, cases
 from rich.console import Console
 from rich.table import Table
 
@@ -98,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console, end = Console(), time.monotonic() + 60 * arguments.minutes
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        import triton_bounds  # needs Triton
+        from kernels import bounds as triton_bounds  # needs Triton
 
         for lengths in (MIXED * 8, (128,) * 8):
             console.print(*triton_bounds.bounds(lengths))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from study_figures import Results, figures
-from study_page import section
-from study_records import Row, read_rows
-from study_tables import mean, table
+from study.figures import Results, figures
+from study.page import section
+from study.records import Row, read_rows
+from study.tables import mean, table
 
 from pruned_trainer.report.terminal import write_json
 

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 
 import harness
-from study_records import Profile, Row, Study, open_study, read_rows
-from study_rows import HIDDEN_MULTIPLES, HIDDEN_ROW, TABLE, curve_point, joint_row, table_row
-from study_timings import timings
+from study.records import Profile, Row, Study, open_study, read_rows
+from study.rows import HIDDEN_MULTIPLES, HIDDEN_ROW, TABLE, curve_point, joint_row, table_row
+from study.timings import timings
 from transformers.utils import logging
 
 PARTS = ("curves", "rows", "recipes", "hidden", "timings")

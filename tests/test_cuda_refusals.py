@@ -115,7 +115,7 @@ def test_bench_ops_times_every_backend_that_takes_an_op(monkeypatch: pytest.Monk
     """A row for each beside `ours`, which is the one that runs by itself."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
     import bench_ops
-    from op_cases import Case
+    from kernels.cases import Case
 
     op, arguments = OPS["linear_gelu"], arguments_for("linear_gelu")
     ran: list[str] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import op_report  # noqa: E402
+from kernels import report as op_report  # noqa: E402
 
 
 def row(runner: str, ms: float, ratio: float) -> dict[str, object]:

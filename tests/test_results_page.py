@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import harness  # noqa: E402
 import results_page  # noqa: E402
-from study_figures import Results  # noqa: E402
-from study_page import section  # noqa: E402
+from study.figures import Results  # noqa: E402
+from study.page import section  # noqa: E402
 
 PAGE = ROOT / "benchmarks" / "README.md"
 README = ROOT / "README.md"

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench_models  # noqa: E402
 import harness  # noqa: E402
-import memory  # noqa: E402
-import model_cases  # noqa: E402
-import rivals  # noqa: E402
+from rivals import cpu as rivals  # noqa: E402
+from whole_models import cases as model_cases  # noqa: E402
+from whole_models import memory  # noqa: E402
 
 from pruned_ops.measure.timing import Timing, Workload  # noqa: E402
 

@@ -19,11 +19,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench_models  # noqa: E402
-import cuda_models  # noqa: E402
 import harness  # noqa: E402
-import model_cases  # noqa: E402
-import rivals  # noqa: E402
-import rivals_cuda  # noqa: E402
+from rivals import cpu as rivals  # noqa: E402
+from rivals import cuda as rivals_cuda  # noqa: E402
+from whole_models import cases as model_cases  # noqa: E402
+from whole_models import on_gpu as cuda_models  # noqa: E402
 
 import pruned_ops  # noqa: E402
 from pruned_ops.layers.packing import with_lengths  # noqa: E402

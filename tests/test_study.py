@@ -14,11 +14,11 @@ from matching import save_checkpoint, squad_file, trained_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import study_figures  # noqa: E402
-import study_page  # noqa: E402
-import study_rows  # noqa: E402
 import study_squad  # noqa: E402
-from study_records import Profile, Row, open_study, read_rows  # noqa: E402
+from study import figures as study_figures  # noqa: E402
+from study import page as study_page  # noqa: E402
+from study import rows as study_rows  # noqa: E402
+from study.records import Profile, Row, open_study, read_rows  # noqa: E402
 
 TINY = Profile(
     name="tiny", seeds=(0,), train_every=2, judged_every=2, curve_every=2, fractions=(0.5,),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from study_records import Row, Study
 from transformers import PreTrainedModel
 
 from pruned_ops import LayerShape
@@ -13,6 +12,7 @@ from pruned_ops.measure.timing import Workload
 from pruned_trainer.jobs.evaluation import TIMED_BATCHES, time_models
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
+from study.records import Row, Study
 
 
 def shaped(dense: PreTrainedModel, row: Row) -> PreTrainedModel:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rivals import Batch, Logits, Refused, Rival, Run, hf, package
 from torch import Tensor
 
 from pruned_ops.checkpoints.export import GRAPH, export_onnx
@@ -24,6 +23,7 @@ from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.models.modeling import PrunedBertForQuestionAnswering
 from pruned_ops.models.stock import QKV, model_shape, stock_parts
 from pruned_ops.runtime.cuda_graphs import CudaGraphs, Recorder
+from rivals.cpu import Batch, Logits, Refused, Rival, Run, hf, package
 
 # qkv (tokens, 3, heads, head_dim), cu_seqlens, the longest sequence -> context (tokens, heads, head_dim).
 Attention = Callable[[Tensor, Tensor, int], Tensor]

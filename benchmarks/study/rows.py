@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_records import Row, Study
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,6 +30,7 @@ from pruned_trainer.pruning.gates import PARTS, PerGate, Scores
 from pruned_trainer.tasks.squad.scoring import EvaluationResult, bootstrap_interval
 from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.trainer import last_checkpoint
+from study.records import Row, Study
 
 # The four ways to choose, ours first: the others are compared with it.
 METHODS = ("l0", "leave-one-out", "gain", "random")

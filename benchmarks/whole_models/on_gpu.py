@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import rivals
-import rivals_cuda
 import torch
-from model_cases import Source
+from rivals import cpu as rivals
+from rivals import cuda as rivals_cuda
 
 import pruned_ops
 from pruned_ops.layers.packing import with_lengths
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import ModelShape
+from whole_models.cases import Source
 
 OURS, OURS_MANY = "ours", "ours-encode-many"
 # Of a rival's error, beside twice what Hugging Face's own fp16 has against fp32.

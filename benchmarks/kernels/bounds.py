@@ -8,9 +8,10 @@ import math
 import os
 
 import torch
-from op_cases import MODELS, Case, cases
 from rich import box
 from rich.table import Table
+
+from kernels.cases import MODELS, Case, cases
 
 os.environ.pop("TRITON_INTERPRET", None)  # which would switch compilation off
 

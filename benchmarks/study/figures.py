@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from study_records import Row, over_seeds, read_rows
-from study_rows import METHODS
 
 from pruned_trainer.report.figures import LIGHT, Drawing, Line, against_speed, draw, layers
 from pruned_trainer.report.published import PAPER, PUBLISHED
+from study.records import Row, over_seeds, read_rows
+from study.rows import METHODS
 
 # Colour, marker and line of each way to choose: apart for the colour-blind, and in grey.
 STYLES = {

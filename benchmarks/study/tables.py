@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from study_records import Row, over_seeds
+from study.records import Row, over_seeds
 
 # BERT-large on SQuAD 2.0 dev in the paper, by row: % heads and % FFN removed, F1 before and after retraining,
 # speed-up on a K80 at batch 1. None: not given, or its column not certain.

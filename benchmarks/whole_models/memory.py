@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_cases import Source
 from rich.console import Console
 from rich.table import Table
 
 import pruned_ops
 from pruned_ops.measure.timing import Workload
+from whole_models.cases import Source
 
 STATUS = Path("/proc/self/status")
 BATCHES, EARLY = 1000, 100

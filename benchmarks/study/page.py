@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from study_figures import NAMES, PARTS, SCORES, Results, dense_score, timed
-from study_records import Row, over_seeds
-from study_rows import METHODS
-from study_tables import PAPERS, change, machine_of, mean, papers, table
+from study.figures import NAMES, PARTS, SCORES, Results, dense_score, timed
+from study.records import Row, over_seeds
+from study.rows import METHODS
+from study.tables import PAPERS, change, machine_of, mean, papers, table
 
 # What `_quality` and `_scores` give.
 QUALITY_COLUMNS = (

@@ -1,0 +1,1 @@
+"""What the op benchmarks share: cases, bounds, tables."""

@@ -1,0 +1,1 @@
+"""Other runtimes, set up as their documents say."""

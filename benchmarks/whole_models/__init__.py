@@ -1,0 +1,1 @@
+"""What the model benchmarks share: cases, tables, memory."""
