@@ -64,11 +64,12 @@ $(VENV4)/.installed: $(STAMP)
 
 test-transformers4: $(VENV4)/.installed
 	PRUNED_OPS_TRANSFORMERS5="$(abspath $(BIN)/python)" PYTHONPATH=.:python $(VENV4)/bin/python -m pytest -q \
-		tests/test_modeling.py tests/test_optimize.py tests/test_importing.py tests/test_transformers4.py
+		tests/models/test_modeling.py tests/runtime/test_optimize.py tests/checkpoints/test_importing.py \
+		tests/models/test_transformers4.py
 
 # The extension's own tests with every access and operation of it checked. A second build, beside the first: the
 # package in build/asan comes before the checkout's. Leaks are not looked for, Python's and torch's would be found.
-ASAN_TESTS := tests/test_encoder.py tests/test_int8.py tests/test_ops.py
+ASAN_TESTS := tests/ops/test_encoder.py tests/ops/test_int8.py tests/ops/test_ops.py
 asan: $(STAMP)
 	PRUNED_OPS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib >build/asan.log \
 		|| { cat build/asan.log; exit 1; }
@@ -90,12 +91,12 @@ overhead: $(STAMP)
 
 # Every Triton configuration in every dtype, compiled for sm_80 and sm_90; needs no GPU.
 aot: $(STAMP)
-	PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q tests/test_triton_compiled.py
+	PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q tests/ops/test_triton_compiled.py
 
 # Every CUDA kernel, compiled by nvcc alone for sm_80 and sm_90, against the budget in its source; needs no GPU. The
 # tests do the same wherever there is nvcc; this shows the table.
 cuda-compile: $(STAMP)
-	$(BIN)/python tests/cuda_budgets.py
+	$(BIN)/python tests/support/cuda_budgets.py
 
 # On a machine with a GPU and its own torch: nothing is downloaded, no .venv is made. PART=tests runs the tests that use
 # the GPU, then those of the kernels under compute-sanitizer where that is installed; ops the op benchmark, models that of
@@ -103,8 +104,9 @@ cuda-compile: $(STAMP)
 # paper's comparison, with ARGS="--max-minutes 8" in parts. all: the first three. Each of those ends by itself in under 9
 # minutes: the tests are stopped by `timeout`, the benchmarks begin nothing after --minutes, name what they left out, and
 # are interrupted after that (models: with the rows so far written).
-GPU_TESTS := $(wildcard tests/test_ops.py tests/test_triton.py tests/test_cuda.py tests/test_cuda_refusals.py tests/test_engine*.py \
-	tests/test_encode_many.py tests/test_optimize.py tests/test_heads.py tests/test_swaps.py)
+GPU_TESTS := $(addprefix tests/,ops/test_ops.py ops/test_triton.py ops/test_cuda.py ops/test_cuda_refusals.py \
+	runtime/test_engine.py runtime/test_engine_gpu.py runtime/test_engine_heads.py runtime/test_streaming.py \
+	runtime/test_optimize.py models/test_heads.py runtime/test_swaps.py)
 gpu: $(addprefix gpu-,$(if $(filter all,$(PART)),tests ops models,$(PART)))
 
 gpu-ready:
@@ -115,8 +117,8 @@ SANITIZED := PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 110 co
 gpu-tests: gpu-ready
 	PYTHONPATH=.:python timeout 300 $(PYTHON) -m pytest -q $(GPU_TESTS)
 	! command -v compute-sanitizer >/dev/null || { \
-		$(SANITIZED) memcheck $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" tests/test_triton.py tests/test_cuda.py && \
-		$(SANITIZED) racecheck $(PYTHON) -m pytest -q -x -k "edges or any_width" tests/test_cuda.py; }
+		$(SANITIZED) memcheck $(PYTHON) -m pytest -q -x -k "edges or any_width or row_configuration" tests/ops/test_triton.py tests/ops/test_cuda.py && \
+		$(SANITIZED) racecheck $(PYTHON) -m pytest -q -x -k "edges or any_width" tests/ops/test_cuda.py; }
 
 gpu-ops: gpu-ready
 	PYTHONPATH=.:python timeout -s INT -k 20 510 $(PYTHON) benchmarks/bench_ops.py --device cuda --minutes 7 $(ARGS)

@@ -13,17 +13,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import harness
 from rich.console import Console
 from rich.table import Table
-from rivals import cpu as rivals
 from transformers.utils import logging
 
+import harness
 import pruned_ops
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.phase import pad_batch
+from rivals import cpu as rivals
 
 CALIBRATION, COMPARED = 4, 8  # batches of 8 windows
 RIVALS = ("ort-int8", "openvino-int8", "openvino-int8-static")

@@ -19,12 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
 from rich.console import Console
+from transformers.utils import logging
+
+import harness
+import pruned_ops
+from pruned_ops.measure.timing import Timing, Workload
+from pruned_ops.models.stock import model_shape
+from pruned_ops.shape import ModelShape
 from rivals import cpu as rivals
 from rivals.cuda import CUDA_RIVALS
-from transformers.utils import logging
 from whole_models import figure as model_figure
 from whole_models import memory
 from whole_models import on_gpu as cuda_models
@@ -39,11 +44,6 @@ from whole_models.cases import (
     padded_to,
     workloads,
 )
-
-import pruned_ops
-from pruned_ops.measure.timing import Timing, Workload
-from pruned_ops.models.stock import model_shape
-from pruned_ops.shape import ModelShape
 
 OURS = "ours"
 OURS_INT8 = "ours-int8"

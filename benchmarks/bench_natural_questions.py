@@ -23,14 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
-from rivals import cpu as rivals
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, RobertaConfig
 from transformers.utils import logging
-from whole_models import memory
 
+import harness
 import pruned_ops
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.measure.timing import Workload
@@ -42,6 +40,8 @@ from pruned_trainer.tasks.natural_questions.documents import Document, read_docu
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
 from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut, located, with_markers
 from pruned_trainer.training.phase import pad_batch
+from rivals import cpu as rivals
+from whole_models import memory
 
 # The first of each model's is padded, with sdpa: what the others' logits, and times, are held against.
 RUNTIMES = {

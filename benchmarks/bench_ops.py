@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
-from kernels import report as op_report
-from kernels.cases import MIXED, MODELS, Case, Runners, cases
 from rich.console import Console
 from rich.table import Table
 
+import harness
 import pruned_ops
+from kernels import report as op_report
+from kernels.cases import MIXED, MODELS, Case, Runners, cases
 from pruned_ops.measure.timing import Timing, Workload, interleave
 from pruned_ops.ops.registry import OPS
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 
-import harness
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import harness
 from pruned_ops import ops
 from pruned_ops.measure.timing import Runner, Workload, interleave
 from pruned_ops.ops.panels import pack_panels

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from pruned_trainer.report.terminal import write_json
 from study.figures import Results, figures
 from study.page import section
 from study.records import Row, read_rows
 from study.tables import mean, table
-
-from pruned_trainer.report.terminal import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- From benchmarks/results by `make results`; edits here are lost. -->"

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from transformers.utils import logging
+
 import harness
 from study.records import Profile, Row, Study, open_study, read_rows
 from study.rows import HIDDEN_MULTIPLES, HIDDEN_ROW, TABLE, curve_point, joint_row, table_row
 from study.timings import timings
-from transformers.utils import logging
 
 PARTS = ("curves", "rows", "recipes", "hidden", "timings")
 # Batch sizes that are timed: the default workload's, and the paper's.

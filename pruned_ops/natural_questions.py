@@ -1,5 +1,9 @@
-"""The import path that published model cards name; what it holds is of `pruned_ops.models`."""
+"""The import path that published model cards name. What it holds is defined in `pruned_ops.models`."""
 
-from pruned_ops.models.natural_questions import PrunedBertForNaturalQuestions as PrunedBertForNaturalQuestions
-from pruned_ops.models.natural_questions import PrunedRobertaForNaturalQuestions as PrunedRobertaForNaturalQuestions
+from pruned_ops.models.natural_questions import (
+    PrunedBertForNaturalQuestions as PrunedBertForNaturalQuestions,
+)
+from pruned_ops.models.natural_questions import (
+    PrunedRobertaForNaturalQuestions as PrunedRobertaForNaturalQuestions,
+)
 from pruned_ops.models.natural_questions import load_natural_questions as load_natural_questions

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from inputs import stock_model
 from matching import save_checkpoint
-from tiny_tokenizers import words
-
 from pruned_ops import QuestionAnswerer
+from tiny_tokenizers import words
 
 pytest.importorskip("ray.data", reason='Ray is not installed: pip install "ray[data]"')
 ROOT = Path(__file__).resolve().parents[1]

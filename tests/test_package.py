@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from inputs import cu_seqlens, randn
 
 import pruned_ops
+from inputs import cu_seqlens, randn
 from pruned_ops import LayerShape, ModelShape, PackedBatch, PrunedEncoder
 
 ROOT = Path(pruned_ops.__file__).parent

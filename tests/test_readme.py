@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from inputs import stock_model
 from matching import save_checkpoint
-from tiny_tokenizers import words
-
 from pruned_ops.cli import main as pruned_ops_main
 from pruned_trainer.cli import main as pruned_trainer_main
+from tiny_tokenizers import words
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = {"pruned-ops": pruned_ops_main, "pruned-trainer": pruned_trainer_main}

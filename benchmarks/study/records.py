@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy as np
 import torch
 
+import harness
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.gates import PerGate, Scores

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
-from rivals import cpu as rivals
-from rivals import cuda as rivals_cuda
 
+import harness
 import pruned_ops
 from pruned_ops.layers.packing import with_lengths
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import ModelShape
+from rivals import cpu as rivals
+from rivals import cuda as rivals_cuda
 from whole_models.cases import Source
 
 OURS, OURS_MANY = "ours", "ours-encode-many"

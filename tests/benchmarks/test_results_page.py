@@ -1,0 +1,102 @@
+"""The results page and the README's table are what the files in benchmarks/results/ say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harness
+import results_page
+from reports import a_report, put
+from study.figures import Results
+from study.page import section
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "benchmarks" / "README.md"
+README = ROOT / "README.md"
+
+
+def test_the_page_is_what_the_files_say() -> None:
+    assert PAGE.read_text(encoding="utf-8") == results_page.page(harness.RESULTS), "make results"
+
+
+def test_the_readmes_table_is_what_the_files_say() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text == results_page.with_table(text, harness.RESULTS), "make results"
+    with pytest.raises(ValueError, match="no place"):
+        results_page.with_table(text.replace(results_page.BEGIN, ""), harness.RESULTS)
+
+
+def test_what_the_page_links_is_there_and_small() -> None:
+    links = re.findall(r"\]\((results/[^)]+)\)", PAGE.read_text(encoding="utf-8"))
+    assert len(links) > 5
+    for link in links:
+        path = PAGE.parent / link
+        assert path.is_file(), link
+        if path.suffix == ".png":
+            assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size <= results_page.FIGURE_BYTES
+
+
+def test_every_result_is_on_the_page() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for path in harness.RESULTS.iterdir():
+        assert f"](results/{path.name})" in text or path.name.startswith("."), path.name
+
+
+def test_a_benchmark_without_a_table_here_brings_its_own(tmp_path: Path) -> None:
+    harness.write(tmp_path / "new-x.csv", [{"runner": "ours", **harness.stamp(), "command": "python new"}])
+    (tmp_path / "new-x.md").write_text("# Found\n\n| a |\n| --- |\n| 7 |\n", encoding="utf-8")
+    text = results_page.page(tmp_path)
+    assert "### new-x" in text and "`python new`: [new-x.csv](results/new-x.csv), [new-x.md]" in text
+    assert "\n#### Found\n" in text and "\n| 7 |\n" in text
+
+
+def test_a_taken_report_becomes_the_readmes_table(tmp_path: Path) -> None:
+    report = a_report()
+    results_page.take(put(tmp_path / "out", report), tmp_path, "A teacher")
+    ((path, kept),) = results_page.taken(tmp_path)
+    assert path.name == "prune-a-processor-7-2t.json"
+    before = README.read_text(encoding="utf-8")
+    after = results_page.with_table(before, tmp_path)
+    assert after.split(results_page.END)[1] == before.split(results_page.END)[1]
+    lines = after.split(results_page.BEGIN)[1].split(results_page.END)[0].split("\n")[1:-1]
+    assert lines[0] == "| A teacher | dense | pruned | |"
+    f1, span = (f"{report['pruned'][key]:.2f}" for key in ("f1", "f1_span"))
+    assert f"| {f1} | -0.50 (95% interval of the difference: -1.75 to +0.25) |" in lines[2]
+    assert f"| {span} | -0.50 (-1.75 to +0.25) |" in lines[3]
+    assert (
+        lines[5].startswith("| ms per batch of 8, our runtime; asked: `--macs 0.5` |") and "1.99x" in lines[5]
+    )
+
+
+def curve_row(
+    method: str, behind: float, width: float, fraction: float = 0.5, seed: int = 0
+) -> dict[str, Any]:
+    """A point of span F1 60 less `behind`, known to +-width."""
+    row: dict[str, Any] = {"unit": f"curve-{fraction}", "kind": "curve", "on": "heads", "fraction": fraction}
+    row |= {"method": method, "seed": seed, "questions": 100, "finished": True, "profile": "cpu"}
+    for score, dense in (("f1", 58.0), ("f1_span", 70.0)):
+        row |= {score: 60 - behind, f"{score}_loss": dense - 60 + behind}
+        for name, value in ((f"{score}_loss", dense - 60 + behind), (f"{score}_behind_l0", behind)):
+            row |= {name: value, f"{name}_low": value - width, f"{name}_high": value + width}
+    row |= {"multiple": 2, "closed": 0.45} if method == "l0" else {}
+    row |= {f"windows_{name}": 64 for name in ("l0", "gain", "leave-one-out", "retrained")}
+    return {**row, **harness.stamp(), "command": "python study", "model": "m"}
+
+
+def test_an_order_is_stated_only_where_the_interval_allows(tmp_path: Path) -> None:
+    rows = [curve_row("l0", 0, 0), curve_row("gain", 3, 2), curve_row("leave-one-out", 1, 2)]
+    rows += [curve_row("random", -4, 2), curve_row("random", -2, 2, seed=1)]
+    rows.append({"unit": "row-g-seed0", "finished": False, "profile": "cpu"})
+    harness.write(tmp_path / "study-cpu-x.csv", rows)
+    text = "\n".join(section(Results(tmp_path / "study-cpu-x.csv")))
+    assert "L0 against gain in span F1: ahead at 50%." in text
+    assert "L0 against leave-one-out in span F1: not to be told apart at 50%." in text
+    assert "L0 against random in span F1: not to be told apart at 50%." in text  # -6 to 0 over two seeds
+    assert "| 63.00 (-3.0; -6.0 to 0.0) |" in text
+    assert "- L0's gates: 50% from lambda x2, which closed 45%." in text
+    assert "L0 removes none of the shares tried for less than 5 points of both" in text
+    assert "Not finished, and so missing above: row-g-seed0." in text

@@ -1,0 +1,155 @@
+"""The benchmarks' rivals compute what Hugging Face's eager model does, and the harness runs end to end."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench_models
+import harness
+from inputs import MODELS, logits, padded_batch, stock_model
+from pruned_ops.measure.timing import Timing, Workload
+from rivals import cpu as rivals
+from whole_models import cases as model_cases
+from whole_models import memory
+
+SAMPLES = [padded_batch((20, 3, 11, 7)), padded_batch((9,)), padded_batch((40, 64), seed=1)]
+TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 24}
+# All read the same exported graph, so RoBERTa's positions are tried on one; compiling takes seconds a model.
+CASES = [(name, kind) for name in rivals.RIVALS for kind in ("stock-bert", "pruned-bert")]
+CASES += [("ort", "stock-roberta"), ("ort", "pruned-roberta"), ("ctranslate2", "stock-roberta")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where exported models are, once for all rivals of a model."""
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_rival_gives_hf_eagers_logits(name: str, kind: str, folder: Path) -> None:
+    """Dense and pruned, a layer without heads and one without FFN among them, at several sizes in turn."""
+    model = MODELS[kind]()
+    try:
+        with torch.inference_mode():
+            run = rivals.build(name, model, SAMPLES, folder / kind)
+    except rivals.NotInstalled as reason:
+        pytest.skip(str(reason))
+    except rivals.Refused as reason:
+        assert name.startswith("ctranslate2") and kind != "stock-bert", reason
+        return
+    precision = rivals.RIVALS[name].precision
+    found = rivals.compared(run, rivals.hf(model, [], folder), SAMPLES, precision)
+    assert found["cosine"] > (0.999999 if precision == "fp32" else 0.98), found
+
+
+def test_a_runner_with_other_logits_is_refused() -> None:
+    hf = rivals.hf(stock_model(), [], Path())
+
+    def other(batch: rivals.Batch) -> rivals.Logits:
+        start, end = hf(batch)
+        return start + 0.01, end
+
+    with pytest.raises(ValueError, match="differ from Hugging Face's by 1.00e-02"):
+        rivals.compared(other, hf, SAMPLES, "fp32")
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    with pytest.raises(rivals.NotInstalled, match=r'ctranslate2 .*: pip install -e "\.\[bench\]"'):
+        rivals.RIVALS["ctranslate2"].make(stock_model(), SAMPLES, Path())
+
+
+def test_rivals_that_are_cpu_only_refuse_another_device() -> None:
+    with pytest.raises(rivals.Refused, match="ort is measured on the CPU only: use --device cpu"):
+        rivals.build("ort", stock_model().to("meta"), SAMPLES, Path())
+
+
+def test_padding_to_a_fixed_length_changes_no_logits() -> None:
+    model = stock_model()
+    run = model_cases.padded_to(rivals.hf(model, [], Path()), 80, 0)
+    with torch.inference_mode():
+        found = torch.stack(run(SAMPLES[0]), -1)
+    real = SAMPLES[0]["attention_mask"].bool()
+    torch.testing.assert_close(found[real], logits(model, SAMPLES[0])[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", model_cases.SIZES)
+def test_the_random_twin_is_half_of_the_dense_model(name: str) -> None:
+    sizes = model_cases.SIZES[name]
+    layers, heads, ffn = (
+        sizes[key] for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+    )
+    shapes = model_cases.half_shapes(layers, heads, ffn)
+    assert sum(shape.num_heads for shape in shapes) * 2 == layers * heads
+    assert sum(shape.ffn_width for shape in shapes) * 2 == layers * ffn
+    assert len(set(shapes)) == 6
+
+
+def test_the_best_rival_is_chosen_by_the_median_and_compared_round_by_round() -> None:
+    workload = Workload.fixed(8, 1, 1)
+    seconds = {"ours": (1.0, 2.0, 4.0), "a": (2.0, 3.0, 4.0), "b": (1.0, 9.0, 9.0)}
+    timings = {name: Timing(workload, values) for name, values in seconds.items()}
+    found = harness.best_rival(timings, "ours", ["a", "b"])
+    assert found == {"best_rival": "a", "speedup_vs_best_rival": 1.5}
+    assert harness.best_rival(timings, "ours", []) == {}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--random minilm is a model of seconds, not minutes."""
+    monkeypatch.setitem(model_cases.SIZES, "minilm", TINY)
+    monkeypatch.setattr(harness, "ceilings", lambda dtype, device: {"flops": 1e11})
+
+
+def test_the_benchmark_of_models_runs_end_to_end(tiny: None, tmp_path: Path, capsys: Any) -> None:
+    """Rivals that are not installed, or refuse, have a row with the reason; the others are timed."""
+    out, names = tmp_path / "models.csv", ["hf", "ort", "openvino-int8", "ctranslate2"]
+    arguments = ["--random", "minilm", "--rivals", *names, "--workloads", "fixed*-b[18]", "--quick"]
+    bench_models.main([*arguments, "--rounds", "2", "--out", str(out), "--cache", str(tmp_path / "cache")])
+    with out.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    refused = {row["runner"]: row["refused"] for row in rows if row["refused"]}
+    timed = {(row["workload"], row["runner"]): row for row in rows if not row["refused"]}
+    assert (
+        "takes stock BERT alone" in refused["ctranslate2 pruned"]
+        or "[bench]" in refused["ctranslate2 pruned"]
+    )
+    for workload in ("fixed128-b1", "fixed128-b8", "fixed384-b8"):
+        for model in ("dense", "pruned"):
+            for name in ["ours", "ours-int8", *names]:
+                runner = f"{name} {model}"
+                assert (runner in refused) != ((workload, runner) in timed)
+            ours = timed[workload, f"ours {model}"]
+            assert ours["best_rival"].endswith(model) and "int8" not in ours["best_rival"]
+            assert float(ours["speedup_vs_best_rival"]) > 0 < float(ours["percent_of_peak"])
+            assert "attention" in ours["backends"] or "encoder" in ours["backends"]
+    table = out.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| fixed384-b8 | pruned |" in table and "ctranslate2 pruned is left out" in table
+    assert "arrival order is left out" in capsys.readouterr().out
+
+
+def test_memory_is_watched_in_processes_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tiny: None, capsys: Any
+) -> None:
+    """In this process here, where the sizes are replaced."""
+    if not memory.STATUS.exists():
+        pytest.skip(f"no {memory.STATUS} on this system")
+    monkeypatch.setattr(memory, "BATCHES", 20)
+    monkeypatch.setattr(memory, "EARLY", 10)
+    source = model_cases.Source("", "none", "minilm")
+    found = memory.watch(source, "pruned", "ours", Workload.fixed(16, 2, 2), "cpu", torch.get_num_threads())
+    assert 0 < found["loaded"] <= found["peak"] and found["end"] <= found["peak"]
+
+
+def test_names_that_are_not_there_are_refused(capsys: Any) -> None:
+    with pytest.raises(ValueError, match="there is no workload 'arrival-b8'; there are: fixed128-b1"):
+        model_cases.workloads(None, False, ["arrival-b8"])
+    with pytest.raises(SystemExit):
+        bench_models.parsed(["--rivals", "all", "hf"])
+    assert "names, or all, or none" in capsys.readouterr().err

@@ -1,0 +1,253 @@
+"""The GPU's benchmark without a GPU: its rivals compute Hugging Face's logits, its machinery runs on the CPU,
+and what cannot run is left out by name."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bench_models
+import harness
+import pruned_ops
+from inputs import MODELS, padded_batch, stock_model
+from pruned_ops.layers.packing import with_lengths
+from pruned_ops.measure.timing import Workload
+from rivals import cpu as rivals
+from rivals import cuda as rivals_cuda
+from whole_models import cases as model_cases
+from whole_models import on_gpu as cuda_models
+
+TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 24}
+
+
+class Again:
+    """In place of CUDA graphs: runs the work anew, on the memory that it was recorded with."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        self.recorded += 1
+        return work
+
+    def ordered(self) -> Any:
+        return nullcontext()
+
+    def wait(self) -> None:
+        pass
+
+
+def batch_of(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
+    batch = padded_batch(lengths, seed=seed)
+    with_lengths(batch["attention_mask"], lengths)
+    return batch
+
+
+BATCHES = [batch_of(20, 3, 11), batch_of(9, 9), batch_of(20, 3, 11, seed=1), batch_of(7, 20, 8)]
+
+
+def attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """In place of a GPU's kernel for packed sequences."""
+    tokens, _, heads, head_dim = qkv.shape
+    context = pruned_ops.ops.attention(qkv.reshape(tokens, -1), cu_seqlens, longest, head_dim)
+    return context.view(tokens, heads, head_dim)
+
+
+def packed(model: Any, recorder: Any) -> rivals.Run:
+    return rivals_cuda.packed(attention, model, recorder)
+
+
+def hf_graphed(model: Any, recorder: Any) -> rivals.Run:
+    return rivals_cuda.hf_graphed(model, [], Path(), recorder)
+
+
+@pytest.mark.parametrize("make", [packed, hf_graphed])
+@pytest.mark.parametrize("kind", ["stock-bert", "pruned-bert"])
+def test_graphed_rivals_give_hf_eagers_logits(make: Callable[..., rivals.Run], kind: str) -> None:
+    """A graph a size, whose inputs are copied in; a layer without heads and one without FFN among them."""
+    model, recorder = MODELS[kind](), Again()
+    run = make(model, recorder)
+    found = rivals.compared(run, rivals.hf(model, [], Path()), BATCHES, "fp32")
+    assert found["max_error"] < 1e-4
+    # The first and third are alike, for the padded the fourth too; a packed one's size is its tokens.
+    assert recorder.recorded == (3 if make is packed else 2)
+
+
+def test_the_padded_rivals_get_no_mask_where_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Any] = []
+    plain = rivals_cuda.padded_logits
+    monkeypatch.setattr(
+        rivals_cuda, "padded_logits", lambda model, ids, mask: masks.append(mask) or plain(model, ids, mask)
+    )
+    run = hf_graphed(stock_model(), Again())
+    for batch in (batch_of(9, 9), batch_of(9, 3), padded_batch((9, 9))):
+        run(batch)
+    assert [mask is None for mask in masks] == [True, False, False]
+
+
+@pytest.mark.parametrize("name", [name for name in rivals_cuda.CUDA_RIVALS if name != "hf"])
+def test_on_a_cpu_they_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(rivals.Refused, match=f"^{name} is measured on a GPU only: use --device cuda"):
+        rivals_cuda.build_cuda(name, stock_model(), [], tmp_path)
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, module, remedy in (
+        ("flash-attn", "flash_attn", "pip install flash-attn"),
+        ("tensorrt", "torch_tensorrt", "pip install torch-tensorrt"),
+        ("ort-cuda", "onnxruntime", "pip install onnxruntime-gpu"),
+        ("varlen", "torch.nn.attention.varlen", "a later torch has it"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(rivals.NotInstalled, match=f"{module} cannot be imported .*: {remedy}"):
+            rivals_cuda.CUDA_RIVALS[name].make(stock_model(), [], tmp_path)
+
+
+def test_an_onnxruntime_without_cuda_is_refused(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this one has it")
+    with pytest.raises(rivals.Refused, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
+        rivals_cuda.ort_cuda(stock_model(), [], tmp_path)
+
+
+def test_torchs_varlen_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call fits its signature, with the op itself replaced: it runs on a GPU alone."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    seen: list[Any] = []
+
+    def op(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any) -> Any:
+        seen.append((query.shape, rest))
+        out = attention(torch.stack([query, key, value], 1), cu_q, rest[0])
+        return out, out, out
+
+    monkeypatch.setattr(varlen.torch.ops.torch_attn, "_varlen_attn", op)
+    monkeypatch.setattr(rivals_cuda, "CudaGraphs", lambda device: Again())
+    model = stock_model()
+    run = rivals_cuda.torch_varlen(model, [], Path())
+    found = rivals.compared(run, rivals.hf(model, [], Path()), BATCHES[:1], "fp32")
+    assert found["max_error"] < 1e-4 and len(seen) == model.config.num_hidden_layers
+    shape, (max_q, max_k, is_causal, scale, window, *_) = seen[0]
+    assert shape == (34, 4, 16) and (max_q, max_k, is_causal, scale, window) == (
+        20,
+        20,
+        False,
+        None,
+        [-1, -1],
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model_cases.SIZES, "minilm", TINY)
+    monkeypatch.setattr(harness, "ceilings", lambda dtype, device: {"flops": 1e9, "bytes": 1e6})
+
+
+def measured(tmp_path: Path, *more: str) -> tuple[list[dict[str, str]], str]:
+    out = tmp_path / "goals.csv"
+    common = ["--goals", "--random", "minilm", "--quick", "--rounds", "5", "--out", str(out)]
+    bench_models.main([*common, *more])
+    with out.open(encoding="utf-8") as file:
+        table = out.with_suffix(".md")
+        return list(csv.DictReader(file)), table.read_text("utf-8") if table.exists() else ""
+
+
+def test_the_goals_run_end_to_end(tiny: None, tmp_path: Path) -> None:
+    rows, table = measured(
+        tmp_path, "--rivals", "all", "--workloads", "fixed128-b1", "lengths*", "offline*", "--minutes", "5"
+    )
+    timed = {(row["workload"], row["runner"]): row for row in rows if not row["refused"]}
+    workloads = {"fixed128-b1", "lengths48-384-b8", "offline-sorted-b32"}
+    assert {name for name, _ in timed} == workloads
+    for workload in workloads:
+        for model in ("dense", "pruned"):
+            ours = timed[workload, f"ours {model}"]
+            assert ours["best_rival"] == f"hf {model}" and float(ours["percent_of_copy"]) > 0
+            assert float(ours["percent_of_peak"]) > 0 and float(ours["speedup_vs_own_dense"]) > 0
+            assert "embed_layer_norm" in ours["backends"] and ours["rounds"] == "5"
+    assert ("offline-sorted-b32", "ours-encode-many pruned") in timed
+    refused = {row["runner"]: row["refused"] for row in rows if row["refused"]}
+    assert len(refused) == 2 * (len(rivals_cuda.CUDA_RIVALS) - 1)
+    assert all("is measured on a GPU only" in reason for reason in refused.values())
+    assert "varlen pruned is left out: varlen is measured on a GPU only" in table
+    assert "ours / best float32 rival" in table and "| lengths48-384-b8 | pruned |" in table
+    assert (tmp_path / "goals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_no_time_is_left_for_is_left_out_by_name(tiny: None, tmp_path: Path) -> None:
+    rows, _ = measured(tmp_path, "--rivals", "hf", "--workloads", "fixed128*", "--minutes", "0")
+    assert len(rows) == 8 and {row["refused"] for row in rows} == {"the 0 minutes were used up"}
+    deadline = cuda_models.Deadline(1.0)
+    assert deadline.refuse("hf") is None
+    assert deadline.refuse("compile-max-autotune") == "the 1 minutes were used up; it takes 180 s"
+
+
+def test_rounds_are_as_many_as_fit(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = Workload.fixed(4, 1, 1)
+    inputs = workload.inputs(9, 0)
+    runner = cuda_models.Runner("a", "dense", lambda: None, None, run=lambda batch: time.sleep(0.001))  # type: ignore[arg-type, return-value]
+    for seconds, most, least in ((1e9, 9, 9), (0.0, 5, 5), (2.0, 200, 5)):
+        deadline = cuda_models.Deadline(seconds / 60)
+        timing = cuda_models.timed([runner], workload, inputs, 9 if seconds > 10 else 500, deadline, "cpu")[
+            "a dense"
+        ]
+        assert least <= len(timing.seconds) <= most
+
+
+def test_a_rival_that_fails_or_errs_is_left_out_with_the_reason() -> None:
+    model = stock_model()
+    hf = rivals.hf(model, [], Path())
+
+    def broken() -> rivals.Run:
+        raise RuntimeError("no kernel image\nand more")
+
+    def off(batch: rivals.Batch) -> rivals.Logits:
+        return tuple(logits + 0.1 for logits in hf(batch))
+
+    workload = Workload("one", ((20, 3, 11),))
+    some = [
+        cuda_models.Runner(name, "dense", make, model)
+        for name, make in (("hf", lambda: hf), ("broken", broken), ("off", lambda: off))
+    ]
+    ready, refused = cuda_models.prepared(some, workload, [BATCHES[0]], cuda_models.Deadline(None))
+    assert [one.runtime for one in ready] == ["hf"]
+    reasons = {row["runtime"]: row["refused"] for row in refused}
+    assert reasons["broken"] == "RuntimeError: no kernel image"
+    assert reasons["off"].startswith("its logits are off by 1.00e-01, more than")
+    ours = cuda_models.Runner("ours", "dense", broken, model)
+    with pytest.raises(RuntimeError, match="no kernel image"):  # ours is never left out
+        cuda_models.prepared([ours], workload, [BATCHES[0]], cuda_models.Deadline(None))
+
+
+def test_the_goals_models_and_workloads() -> None:
+    """BERT-large, 24 layers that differ, 8 of 16 heads and 45% of the FFN units on average."""
+    shapes = model_cases.half_shapes(24, 16, 4096, model_cases.FFN_KEPT["large"])
+    assert sum(shape.num_heads for shape in shapes) == 24 * 8 and len(set(shapes)) == 6
+    assert abs(sum(shape.ffn_width for shape in shapes) / 24 / 4096 - 0.45) < 0.002
+    found = {one.name: one for one in model_cases.goal_workloads(None, False, ["*"])}
+    names = ("fixed128-b1", "fixed384-b1", "fixed128-b8", "fixed384-b8", "fixed384-b32", "fixed384-b128")
+    assert set(found) == {*names, "lengths48-384-b32", "offline-sorted-b32"}
+    (mixed,) = found["lengths48-384-b32"].batches
+    assert len(mixed) == 32 and (min(mixed), max(mixed)) == (48, 384) and list(mixed) != sorted(mixed)
+    lengths = [length for batch in found["offline-sorted-b32"].batches for length in batch]
+    assert lengths == sorted(lengths, reverse=True) and len(lengths) == 512
+
+
+def test_names_of_the_other_benchmark_are_refused(capsys: Any) -> None:
+    for arguments, message in (
+        (["--rivals", "varlen"], "--rivals varlen: here there are hf, compile"),
+        (["--goals", "--rivals", "ort"], "--rivals ort: here there are hf, hf-graphed, varlen"),
+        (["--minutes", "3"], "--minutes goes with --device cuda or --goals"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_models.parsed(arguments)
+        assert message in capsys.readouterr().err

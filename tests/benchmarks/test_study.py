@@ -1,0 +1,167 @@
+"""The study of benchmarks/study_squad.py, end to end on a small model that has learned a small task: every
+kind of row, an interruption, and going on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import study_squad
+from matching import save_checkpoint, squad_file, trained_model
+from study import figures as study_figures
+from study import page as study_page
+from study import rows as study_rows
+from study.records import Profile, Row, open_study, read_rows
+
+TINY = Profile(
+    name="tiny", seeds=(0,), train_every=2, judged_every=2, curve_every=2, fractions=(0.5,),
+    hidden_fractions=(0.25,), multiples=(1, 2), gate_steps=24, gate_batch=8, gate_learning_rate=0.1,
+    retrain_steps=6, retrain_batch=8, score_steps={"gain": 2, "leave-one-out": 1},
+    max_length=24, stride=4, save_steps=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A model and a folder of data."""
+    folder = tmp_path_factory.mktemp("study")
+    squad_file(folder / "train.json", 200, 1)
+    squad_file(folder / "validation.json", 60, 2, unanswerable=0.3)
+    squad_file(folder / "eval.json", 120, 3, unanswerable=0.3)
+    return str(save_checkpoint(trained_model(), folder / "model")), folder
+
+
+def test_the_study_stops_and_goes_on(
+    sources: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_rows, "TABLE", {})
+    monkeypatch.setattr(study_squad, "TABLE", {"a": (0, 0), "e": (2, 2), "b": (1, 0)})
+    monkeypatch.setattr(study_squad, "TIMED", (2,))
+    whole = _run(sources, tmp_path / "whole", tmp_path)
+    assert {row["part"] for row in whole} == {"curves", "rows", "recipes", "hidden"}
+    assert all(row["finished"] == "True" for row in whole)
+    _check_curves([row for row in whole if row.get("kind") == "curve" and row["on"] != "hidden"])
+    _check_rows({row["row"]: row for row in whole if "row" in row})
+
+    _check_page(next((tmp_path / "whole").glob("study-tiny-*.csv")))
+
+    # Stopped in the middle of row e's retraining, then gone on with: the same numbers.
+    retrain = study_rows.retrain
+    with monkeypatch.context() as patch:
+        patch.setattr(study_rows, "retrain", _stopped)
+        with pytest.raises(KeyboardInterrupt):
+            _run(sources, tmp_path / "stopped", tmp_path, ("rows",))
+    assert study_rows.retrain is retrain
+    between = read_rows(next((tmp_path / "stopped").glob("study-tiny-*.csv")))
+    states = {row["unit"]: row["finished"] for row in between}
+    assert states["row-a-seed0"] == "True" and states["row-e-seed0"] == "False"
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "stopped-work" / "records").iterdir()}
+    again = _run(sources, tmp_path / "stopped", tmp_path, ("rows",))
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    rows = [[_lasting(row) for row in made if row["part"] == "rows"] for made in (whole, again)]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+    assert {row["part"] for row in again if row["finished"] == "False"} == {"curves", "recipes", "hidden"}
+
+    # Another folder does not wipe out what these results have.
+    other = open_study(TINY, *sources, tmp_path / "other-work")
+    with pytest.raises(ValueError, match="row-a-seed0, which .*other-work does not"):
+        study_squad.run(other, tmp_path / "stopped", ("rows",))
+    # Yet it can time their models, by their shapes.
+    (timed,) = study_squad.run(other, tmp_path / "stopped", ("timings",))
+    assert [row["row"] for row in read_rows(timed)] == ["a", "e", "b"]
+
+
+def _run(
+    sources: tuple[str, Path], results: Path, tmp_path: Path, parts: tuple[str, ...] = study_squad.PARTS
+) -> list[Row]:
+    work = tmp_path / f"{results.name}-work"
+    study = open_study(TINY, sources[0], sources[1], work, note="a test")
+    written = study_squad.run(study, results, parts, "python study")
+    if "timings" in parts:
+        timed = read_rows(written[1])
+        assert {row["row"] for row in timed} == {"a", "e", "b", "h", "joint"}
+        assert all(row["speedup"] > 0 and row["arrives"] > 0 and row["note"] == "a test" for row in timed)
+    return read_rows(written[0])
+
+
+def _stopped(job: Any, narrow: Any, folder: Path, steps: int, decision: Any) -> None:
+    """Training that ends as by Ctrl-C after half of its steps, with a checkpoint."""
+    from pruned_trainer.training.callbacks import StopOnInterrupt
+
+    on_step_end = StopOnInterrupt.on_step_end
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.requested = self.requested or state.global_step == steps // 2
+        return on_step_end(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnInterrupt, "on_step_end", stop)
+        from pruned_trainer.jobs.prune import retrain
+
+        retrain(job, narrow, folder, steps, decision)
+
+
+def _check_curves(rows: list[Row]) -> None:
+    assert {(row["on"], row["method"]) for row in rows} == {
+        (on, method) for on in ("heads", "ffn") for method in study_rows.METHODS
+    }
+    for row in rows:
+        assert row["removed"] == pytest.approx(0.5, abs=0.01) or row["method"] == "leave-one-out"
+        assert ("closed" in row) == (row["method"] == "l0")
+        assert row["f1_span_loss_low"] <= row["f1_span_loss"] <= row["f1_span_loss_high"]
+        assert row["f1_behind_l0"] == 0 or row["method"] != "l0"
+
+
+def _check_rows(rows: dict[str, Row]) -> None:
+    assert rows["a"]["heads_removed"] == 0 and rows["a"]["f1_loss"] == 0 and rows["a"]["macs_cut"] == 1
+    assert rows["b"]["ffn_removed"] == 0 and rows["b"]["layers"].count("/48") == 2
+    assert rows["h"]["hidden_removed"] >= 0 and rows["h"]["lambda_hidden"] == 1
+    assert rows["joint"]["macs_kept"] <= rows["e"]["macs_kept"]
+    for row in rows.values():
+        assert 0 <= row["f1"] <= 100 and row["questions"] == 60
+        assert row["row"] == "a" or row["f1_before"] >= 0
+
+
+def _check_page(path: Path) -> None:
+    """Figures first, as the page shows those that are there."""
+    results = study_figures.Results(path)
+    drawn = [figure.save(path.parent) for figure in study_figures.figures(results)]
+    assert [one.name.rpartition("-")[2] for one in drawn] == ["curves.png", "layers.png", "speed.png"]
+    assert all(1000 < one.stat().st_size < 200_000 for one in drawn)
+    text = "\n".join(study_page.section(results))
+    assert all(f"](results/{one.name})" in text for one in drawn)
+    titles = [line[5:] for line in text.splitlines() if line.startswith("#### ")]
+    assert len(titles) == 5 and titles[0].startswith("Four ways to choose")
+    assert "- L0 against random in span F1: " in text and "Not finished" not in text
+    for row in results.row("e") + results.row("joint"):
+        assert f"| {row['f1']:.2f} |" in text and f"{-row['f1_span_loss']:+.2f} (" in text
+    (speeds,) = results.timings.values()
+    assert all(f"{row['speedup']:.2f}x" in text for row in speeds if row["row"] in "aeb")
+
+
+def _lasting(row: Row) -> Row:
+    """What does not depend on the clock."""
+    return {key: value for key, value in row.items() if "seconds" not in key}
+
+
+def test_another_study_is_refused(sources: tuple[str, Path], tmp_path: Path) -> None:
+    open_study(TINY, *sources, tmp_path)
+    with pytest.raises(ValueError, match="holds a study of another profile"):
+        open_study(replace(TINY, gate_steps=7), *sources, tmp_path)
+
+
+def test_time_is_that_of_all_steps(tmp_path: Path) -> None:
+    """Half of a training took half of the time."""
+    (tmp_path / "checkpoint-5").mkdir()
+
+    def work() -> int:
+        torch.randn(300, 300).svd()
+        return 7
+
+    found, seconds = study_rows.timed_training(tmp_path, 10, work)
+    assert found == 7 and seconds is not None and seconds > 0
+    assert study_rows.timed_training(tmp_path, 5, work)[1] is None

@@ -1,0 +1,267 @@
+"""ONNX out: the graph is fused by ONNX Runtime, and gives the model's logits there and in OpenVINO."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+
+import pruned_ops
+from inputs import logits, padded_batch, pruned_model, stock_model
+from matching import save_checkpoint
+from pruned_ops.cli import main
+from pruned_ops.models.natural_questions import with_answer_types
+from pruned_ops.models.stock import model_shape
+from pruned_ops.runtime.packed_encoder import PackedEncoder
+
+onnx = pytest.importorskip("onnx", reason='needs the extra "onnx"')
+ort = pytest.importorskip("onnxruntime", reason='needs the extra "onnx"')
+
+Batch = dict[str, Tensor]
+Run = Callable[[Batch], dict[str, Tensor]]
+
+
+def batches(model: Any) -> list[Batch]:
+    """Several sizes and lengths, padded right, left and with holes; token types where the model has them."""
+    pad = model.config.pad_token_id
+    made = [padded_batch((20, 3, 11, 1), pad), padded_batch((9,), pad), padded_batch((40, 77), pad, seed=1)]
+    left = {name: tensor.flip(1) for name, tensor in made[0].items()}
+    holes = {**padded_batch((20, 20), pad), "attention_mask": (torch.arange(40) % 7 != 3).long().view(2, 20)}
+    made += [left, holes]
+    if model.config.type_vocab_size > 1:
+        for batch in made:
+            batch["token_type_ids"] = (torch.arange(batch["input_ids"].size(1)) > 4).long().expand_as(
+                batch["input_ids"]
+            ).contiguous()  # fmt: skip
+    return made
+
+
+def ort_run(path: Path | str) -> Run:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_outputs()]
+
+    def run(batch: Batch) -> dict[str, Tensor]:
+        found = session.run(names, {name: tensor.numpy() for name, tensor in batch.items()})
+        return {name: torch.from_numpy(one) for name, one in zip(names, found, strict=True)}
+
+    return run
+
+
+def openvino_run(path: Path) -> Run:
+    openvino = pytest.importorskip("openvino", reason='needs the extra "bench"')
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(batch: Batch) -> dict[str, Tensor]:
+        found = compiled({name: tensor.numpy() for name, tensor in batch.items()})
+        ports = {name: port for port in compiled.outputs for name in port.get_names()}
+        return {name: torch.from_numpy(found[port].copy()) for name, port in ports.items()}
+
+    return run
+
+
+def check_logits(run: Run, model: Any, some: list[Batch]) -> None:
+    """Start and end logits at the real positions, within fp32 rounding."""
+    for batch in some:
+        found, real = run(batch), batch["attention_mask"].bool()
+        ours = torch.stack([found["start_logits"], found["end_logits"]], -1)
+        torch.testing.assert_close(ours[real], logits(model, batch)[real], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("runtime", [ort_run, openvino_run])
+def test_logits_are_the_models(model: Any, runtime: Callable[[Path], Run], tmp_path: Path) -> None:
+    path = pruned_ops.export_onnx(model, tmp_path / "out")
+    onnx.checker.check_model(path, full_check=True)
+    check_logits(runtime(path), model, batches(model))
+
+
+@pytest.mark.parametrize("runtime", [ort_run, openvino_run])
+def test_answer_types(runtime: Callable[[Path], Run], tmp_path: Path) -> None:
+    """From the first real token, wherever it is; of a row of padding only from a zero hidden state."""
+    model = with_answer_types(pruned_model()).eval()
+    run = runtime(pruned_ops.export_onnx(model, tmp_path / "out"))
+    some = batches(model)
+    check_logits(run, model, some)
+    some[0]["attention_mask"][1] = 0
+    for batch in some:
+        with torch.no_grad():
+            expected = model(**batch).answer_type_logits
+        found = run(batch)["answer_type_logits"]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def fused_offline(path: Path, folder: Path) -> Any:
+    """What ONNX Runtime's transformer optimizer makes of it, written to folder/fused.onnx."""
+    optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
+    logging.disable(logging.WARNING)  # it warns of every layer whose sizes differ from the first one's
+    try:
+        fused = optimizer.optimize_model(str(path), model_type="bert", opt_level=0)
+    finally:
+        logging.disable(logging.NOTSET)
+    fused.save_model_to_file(str(folder / "fused.onnx"))
+    return fused.model.graph.node
+
+
+def kinds(nodes: Any) -> Counter[str]:
+    return Counter(node.op_type for node in nodes)
+
+
+def left_in(model: Any) -> tuple[list[int], int]:
+    """The head counts of the layers that have heads; how many layers have an FFN."""
+    layers = model_shape(model.base_model).layers
+    return [one.num_heads for one in layers if one.num_heads], sum(one.ffn_width > 0 for one in layers)
+
+
+def test_the_transformer_optimizer_fuses_every_layer(model: Any, tmp_path: Path) -> None:
+    """An Attention with its own head count for each layer with heads, a BiasGelu for each FFN, and a
+    SkipLayerNormalization after each of both; and they compute the same. It takes padding for right-sided."""
+    nodes = fused_offline(pruned_ops.export_onnx(model, tmp_path / "out"), tmp_path)
+    heads, ffns = left_in(model)
+    found = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "num_heads"]
+    assert found == heads
+    counts = kinds(nodes)
+    assert counts["Attention"] == len(heads) and counts["BiasGelu"] == ffns
+    assert counts["SkipLayerNormalization"] == len(heads) + ffns
+    assert not {"Softmax", "Erf", "Reshape", "Transpose"} & set(counts)
+    check_logits(ort_run(tmp_path / "fused.onnx"), model, batches(model)[:3])
+
+
+def test_a_plain_session_fuses_what_surrounds_attention(model: Any, tmp_path: Path) -> None:
+    """The embeddings' sum and norm too."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "session.onnx")
+    path = pruned_ops.export_onnx(model, tmp_path / "out")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    counts = kinds(onnx.load(tmp_path / "session.onnx").graph.node)
+    heads, ffns = left_in(model)
+    assert counts["BiasGelu"] == ffns and counts["SkipLayerNormalization"] == len(heads) + ffns + 1
+
+
+@pytest.mark.parametrize(("activation", "fused"), [("gelu_new", "FastGelu"), ("relu", "Relu"), ("silu", "")])
+def test_other_activations(activation: str, fused: str, tmp_path: Path) -> None:
+    model = stock_model(hidden_act=activation)
+    path = pruned_ops.export_onnx(model, tmp_path / "out")
+    check_logits(ort_run(path), model, batches(model))
+    assert not fused or kinds(fused_offline(path, tmp_path))[fused] == 3
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_an_optimised_model_is_exported_from_its_original(model: Any, dtype: Any, tmp_path: Path) -> None:
+    """The same file, bit for bit; the model stays optimised and computes what it did."""
+    expected = pruned_ops.export_onnx(model, tmp_path / "original").read_bytes()
+    try:
+        fast = pruned_ops.optimize(model, dtype=dtype)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    before = logits(fast, batches(model)[0])
+    assert pruned_ops.export_onnx(fast, tmp_path / "optimised").read_bytes() == expected
+    assert isinstance(fast.base_model, PackedEncoder)
+    assert torch.equal(logits(fast, batches(model)[0]), before)
+    pruned_ops.restore(fast)
+    assert pruned_ops.export_onnx(fast, tmp_path / "restored").read_bytes() == expected
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = pruned_model()
+    model.config.null_score_threshold = 1.5
+    return save_checkpoint(model, tmp_path_factory.mktemp("export") / "model")
+
+
+def test_the_command_writes_a_folder_that_is_usable(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(checkpoint), "--onnx", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"written to {out / 'model.onnx'}" in said and "tokenizer.json" in said
+    config, tokenizer = AutoConfig.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert config.null_score_threshold == 1.5 and config.architectures == ["PrunedBertForQuestionAnswering"]
+    model = pruned_ops.PrunedBertForQuestionAnswering.from_pretrained(checkpoint).eval()
+    batch = tokenizer(["w1", "w2"], ["w3 w4 w5", "w6"], padding="longest", return_tensors="pt")
+    check_logits(ort_run(out / "model.onnx"), model, [dict(batch)])
+    (out / "mine.txt").write_text("stays")
+    before = (out / "model.onnx").read_bytes()
+    assert main(["export", str(checkpoint), "--onnx", str(out)]) == 2
+    assert f"{out} is not empty; --overwrite" in capsys.readouterr().err
+    (out / "model.onnx").write_bytes(b"")
+    assert main(["export", str(checkpoint), "--onnx", str(out), "--overwrite"]) == 0
+    assert (out / "model.onnx").read_bytes() == before and (out / "mine.txt").read_text() == "stays"
+    # What is exported is no checkpoint; and beside a checkpoint it leaves that one as it is.
+    assert main(["export", str(out), "--onnx", str(out), "--overwrite"]) == 2
+    assert (out / "model.onnx").read_bytes() == before
+    assert (out / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
+    assert main(["export", str(checkpoint), "--onnx", str(checkpoint), "--overwrite"]) == 0
+    assert pruned_ops.PrunedBertForQuestionAnswering.from_pretrained(checkpoint)
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, broken = tmp_path / "file", tmp_path / "broken"
+    file.write_text("")
+    shutil.copytree(checkpoint, broken)
+    (broken / "model.safetensors").write_bytes(b"no tensors")
+    for folder, out, message in (
+        (tmp_path, "out", "holds no config.json"),
+        (tmp_path / "none", "out", "holds no config.json"),
+        (broken, "out", f"{broken} cannot be loaded"),
+        (checkpoint, "file", "is a file; a folder is needed"),
+        (checkpoint, "out.onnx", "names a file; a folder is needed, model.onnx is written into it"),
+        (checkpoint, "none/out", "is no folder; out is made in it"),
+        (checkpoint, "file/out", "is no folder; out is made in it"),
+        (checkpoint, "x" * 300, "name too long"),
+    ):
+        before = sorted(tmp_path.iterdir())
+        assert main(["export", str(folder), "--onnx", str(tmp_path / out)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def with_hook(model: Any) -> Any:
+    model.base_model.encoder.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_head(model: Any) -> Any:
+    model.qa_outputs = nn.Sequential(model.qa_outputs)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: stock_model().bert, "a BertModel cannot be exported: question-answering models can"),
+        (lambda: nn.Linear(2, 2), "a Linear cannot be exported"),
+        (lambda: stock_model().half(), r"it holds torch.float16: call model.float\(\) first"),
+        (lambda: with_hook(stock_model()), "has forward hooks"),
+        (lambda: with_head(stock_model()), "its qa_outputs is a Sequential"),
+        (lambda: stock_model(hidden_act="tanh"), "hidden_act is 'tanh'"),
+    ],
+)
+def test_models_that_would_compute_something_else_are_refused(
+    make: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pruned_ops.export_onnx(make(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_onnx_the_command_says_what_to_install(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.delitem(sys.modules, "pruned_ops.checkpoints.onnx_graph", raising=False)
+    assert main(["export", str(checkpoint), "--onnx", str(tmp_path / "out")]) == 2
+    assert "pip install onnx" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -1,0 +1,272 @@
+"""Foreign checkpoints in every known layout: imported, saved, reloaded, optimised, the same logits."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForQuestionAnswering
+
+import pruned_ops
+from inputs import logits, padded_batch, stock_model
+from pruned_ops import LayerShape
+from pruned_ops.checkpoints.importing import read_foreign
+from pruned_ops.cli import main
+from pruned_trainer import Decision, attached
+from pruned_trainer.pruning import compact
+from pruned_trainer.pruning.decision import Kept, LayerDecision
+from tiny_tokenizers import word_tokenizer
+
+HEAD_DIM, HEADS, FFN, LAYERS = 16, 4, 96, 3
+KEPT = [([0, 2, 3], range(96)), ([1], range(0, 96, 2)), ([0, 1, 2, 3], range(10))]
+
+
+@pytest.fixture(params=["bert", "roberta", "xlm-roberta"])
+def dense(request: pytest.FixtureRequest) -> Any:
+    return stock_model(request.param)
+
+
+def decision(kept: Any = KEPT, hidden: Any = None) -> Decision:
+    layers = tuple(
+        LayerDecision(Kept(tuple(h), (1.0,) * len(h)), Kept(tuple(f), (1.0,) * len(f))) for h, f in kept
+    )
+    return Decision(layers, 1, {}, {}, None if hidden is None else Kept(tuple(hidden), (1.0,) * len(hidden)))
+
+
+def stored(folder: Path, model: Any, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> Path:
+    """The model as a stock checkpoint whose config and tensors `change` has been at."""
+    model.save_pretrained(folder)
+    config, tensors = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "model.safetensors"),
+    )
+    change(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def parts(model: Any, layer: int) -> dict[str, Any]:
+    return dict(model.base_model.encoder.layer[layer].named_modules())
+
+
+def check(folder: Path, expected: Any, shapes: list[LayerShape], tmp_path: Path) -> list[str]:
+    """Import, save, reload, optimise: the source's logits each time. Returns what was recognised."""
+    batch = padded_batch((20, 3, 11, 1), pad_token_id=expected.config.pad_token_id)
+    real = batch["attention_mask"].bool()
+    truth = logits(expected, batch)[real]
+    model, notes = read_foreign(folder)
+    assert list(model.config.shape.layers) == shapes
+    torch.testing.assert_close(logits(model, batch)[real], truth, atol=2e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path / "imported")
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "imported")
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    fast = logits(pruned_ops.optimize(again), batch)
+    torch.testing.assert_close(fast[real], truth, atol=3e-5, rtol=1e-4)
+    return notes
+
+
+def narrow_shapes(kept: Any = KEPT) -> list[LayerShape]:
+    return [LayerShape(len(h), len(f)) for h, f in kept]
+
+
+def test_heads_that_transformers_4_pruned(dense: Any, tmp_path: Path) -> None:
+    """`pruned_heads` in the config, q, k, v and output narrowed, the FFN whole, a pooler beside."""
+    kept = [(heads, range(FFN)) for heads, _ in KEPT]
+    narrow = compact(dense, decision(kept))
+    prefix = dense.base_model_prefix
+
+    def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        config["pruned_heads"] = {"0": [1], "1": [0, 2, 3]}
+        tensors.update({name: t.clone() for name, t in narrow.state_dict().items()})
+        tensors[f"{prefix}.pooler.dense.weight"] = torch.ones(64, 64)
+        tensors[f"{prefix}.embeddings.position_ids"] = torch.arange(80)[None]
+
+    folder = stored(tmp_path / "v4", dense, change)
+    notes = check(folder, narrow, narrow_shapes(kept), tmp_path)
+    assert any("layer 1 has 1 heads, as pruned_heads says" in note for note in notes)
+
+
+def test_zero_rows_columns_and_heads(dense: Any, tmp_path: Path) -> None:
+    """As nn_pruning leaves them: weights zeroed, biases as they were; what is constant goes into a bias."""
+    with torch.no_grad():
+        for number, (heads, units) in enumerate(KEPT):
+            found = parts(dense, number)
+            for head in set(range(HEADS)) - set(heads):
+                rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+                if head % 2:  # its values are gone, their bias is not
+                    found["attention.self.value"].weight[rows] = 0
+                else:
+                    found["attention.output.dense"].weight[:, rows] = 0
+            for unit in set(range(FFN)) - set(units):
+                if unit % 3:
+                    found["intermediate.dense"].weight[unit] = 0
+                else:
+                    found["output.dense"].weight[:, unit] = 0
+    folder = stored(tmp_path / "zeros", dense, lambda config, tensors: None)
+    notes = check(folder, dense, narrow_shapes(), tmp_path)
+    heads, units = sum(HEADS - len(h) for h, _ in KEPT), sum(FFN - len(f) for _, f in KEPT)
+    assert notes == [f"{heads} heads and {units} FFN units without effect, left out"]
+
+
+def test_smaller_layers_missing_layers_and_a_smaller_hidden_size(dense: Any, tmp_path: Path) -> None:
+    """As CoFi leaves them: sizes in the tensors alone, a layer gone, what trained it still there."""
+    hidden = list(range(0, 64, 3))
+    narrow = compact(dense, decision(hidden=hidden))
+    two = compact(dense, decision(hidden=hidden))
+    del two.base_model.encoder.layer[1]
+    prefix = dense.base_model_prefix
+
+    def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors.clear()
+        for name, tensor in narrow.state_dict().items():
+            if ".layer.1." not in name or "LayerNorm" in name:  # those it keeps, unsliced
+                tensors[name] = tensor.clone()
+        tensors["layer_transformation.weight"] = torch.ones(4, 4)
+        tensors["mha_layer_transformation.weight"] = torch.ones(4, 4)
+        tensors[f"{prefix}.l0_module.head_loga"] = torch.ones(3)
+
+    folder = stored(tmp_path / "cofi", dense, change)
+    shapes = [shape for number, shape in enumerate(narrow_shapes()) if number != 1]
+    notes = check(folder, two, shapes, tmp_path)
+    assert "layers 1 are missing altogether" in notes and f"hidden size {len(hidden)} of 64" in notes
+
+
+@pytest.mark.parametrize("names", [("mask.pt",), ("head_mask.pt", "neuron_mask.pt")])
+def test_masks_beside_a_dense_model(names: tuple[str, ...], dense: Any, tmp_path: Path) -> None:
+    """TextPruner's pair, and retraining-free pruning's, whose values are not only 0 and 1."""
+    heads, ffn = torch.zeros(LAYERS, HEADS), torch.zeros(LAYERS, FFN)
+    for number, (kept_heads, units) in enumerate(KEPT):
+        heads[number, kept_heads], ffn[number, list(units)] = 1.0, 1.0
+    if len(names) == 2:
+        heads[0, 0], ffn[1, 2] = 1.5, 0.25
+    folder = stored(tmp_path / "masked", dense, lambda config, tensors: None)
+    for name, value in zip(names, [(heads, ffn)] if len(names) == 1 else [heads, ffn], strict=True):
+        torch.save(value, folder / name)
+    with attached(dense) as gates:
+        gates.fixed = pruned_ops_values(heads, ffn)
+        notes = check(folder, dense, narrow_shapes(), tmp_path)
+    assert sum("folded into them" in note for note in notes) == 2
+
+
+def pruned_ops_values(heads: Tensor, ffn: Tensor) -> Any:
+    from pruned_trainer import PerGate
+
+    return PerGate(list(heads), list(ffn), torch.ones(64))
+
+
+def test_relu_and_pickled_parameters(tmp_path: Path) -> None:
+    """Also fields of the config that would get in the way: they are the other tool's."""
+    model = stock_model(hidden_act="relu")
+
+    def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        config.update(output_attentions=True, auto_map={"x": "y"}, shape=[1], quantization_config={})
+
+    folder = stored(tmp_path / "relu", model, change)
+    (folder / "model.safetensors").unlink()
+    torch.save(dict(model.named_parameters()), folder / "pytorch_model.bin")
+    check(folder, model, [LayerShape(HEADS, FFN)] * LAYERS, tmp_path)
+
+
+def test_the_command(dense: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = stored(tmp_path / "in", dense, lambda config, tensors: None)
+    word_tokenizer(96).save_pretrained(folder)
+    assert main(["import", str(folder), str(tmp_path / "out")]) == 0
+    screen = capsys.readouterr().out
+    assert "heads/FFN width a layer: 4/96, 4/96, 4/96" in screen and "written to" in screen
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    assert main(["import", str(folder), str(tmp_path / "out")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+class Evil:
+    """Would run code where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (exec, ("raise SystemExit(99)",))
+
+
+def broken(folder: Path, name: str) -> tuple[str, int | None]:
+    """Spoil a checkpoint; what its refusal says, and a head_dim to ask for."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    said, head_dim = "", None
+    if name == "no json":
+        (folder / "config.json").write_text("{")
+        return "is no JSON", None
+    if name == "code in a pickle":
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Evil()}))
+        return "cannot be read as tensors alone", None
+    if name == "other model":
+        config["model_type"], said = "distilbert", "is a 'distilbert' model"
+    if name == "no norm":
+        config["layer_norm_type"], said = "no_norm", "has no_norm in place of LayerNorm"
+    if name == "half a layer":
+        tensors = {n: t for n, t in tensors.items() if "layer.1.attention.self" not in n}
+        said = "layer 1 lacks attention.self.key.bias"
+    if name == "classifier":
+        tensors["classifier.weight"] = tensors.pop("qa_outputs.weight")
+        said = "no question-answering head"
+    if name == "sizes that disagree":
+        key = "bert.encoder.layer.2.intermediate.dense.bias"
+        tensors[key], said = tensors[key][:5], "intermediate.dense.bias is (5,), beside the others (96,)"
+    if name == "head_dim":
+        said, head_dim = "no multiple of head_dim 24: say a head's width", 24
+    if name == "pruned_heads":
+        config["pruned_heads"], said = {"1": [0]}, "pruned_heads takes 1 of 4 heads from layer 1"
+    if name == "hostile":
+        config["vocab_size"], said = 1 << 40, "vocab_size is 1099511627776"
+    if name == "hostile layers":
+        config["num_hidden_layers"], said = 1 << 40, "num_hidden_layers is 1099511627776"
+    if name == "too many layers":
+        config["num_hidden_layers"], said = 2, "there are tensors of layer 2, the config has 2 layers"
+    if name == "cofi's gates":
+        torch.save({}, folder / "zs.pt")
+        said = "zs.pt beside weights that are not narrowed"
+    if name == "truncated":
+        (folder / "model.safetensors").write_bytes(b"no tensors")
+        return "model.safetensors cannot be read", None
+    if name == "repeated memory":
+        (folder / "model.safetensors").unlink()
+        torch.save({"x": torch.zeros(1).expand(1 << 20, 1 << 10)}, folder / "pytorch_model.bin")
+        return "x repeats its memory", None
+    if name == "heads":
+        config["num_attention_heads"], said = 5, "5 heads do not divide a hidden size of 64"
+    if name == "vocabulary":
+        config["vocab_size"], said = 120, "word_embeddings"
+    if name == "mask":
+        torch.save((torch.ones(3, 5), None), folder / "mask.pt")
+        said = "the mask of heads has 5 columns"
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    return said, head_dim
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no json", "code in a pickle", "other model", "no norm", "half a layer", "classifier",
+        "sizes that disagree", "head_dim", "pruned_heads", "hostile", "vocabulary", "mask", "hostile layers",
+        "too many layers", "cofi's gates", "truncated", "repeated memory", "heads",
+    ],
+)  # fmt: skip
+def test_what_is_refused(name: str, tmp_path: Path) -> None:
+    folder = stored(tmp_path / "in", stock_model(), lambda config, tensors: None)
+    said, head_dim = broken(folder, name)
+    with pytest.raises(ValueError) as refusal:
+        pruned_ops.import_checkpoint(folder, head_dim)
+    assert said and said in str(refusal.value)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        pruned_ops.import_checkpoint(tmp_path)

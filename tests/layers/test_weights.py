@@ -1,0 +1,118 @@
+"""Weights as GPU kernels want them: aligned, odd FFN widths filled up with exact zeros. On the CPU here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pruned_ops
+from inputs import ODD_SHAPES, cu_seqlens, padded_batch, randn
+from pruned_ops import LayerShape, ModelShape, PrunedEncoder
+from pruned_ops.layers.modules import PrunedFFN
+from pruned_ops.layers.weights import ALIGNMENT, AlignedParts
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout that weights get on a GPU."""
+    monkeypatch.setattr(AlignedParts, "refuse", staticmethod(lambda parts: None))
+    monkeypatch.setattr("pruned_ops.layers.weights.PackedParts.refuse", staticmethod(lambda parts: "not now"))
+
+
+def unaligned(weight: Tensor) -> Tensor:
+    """The same numbers, one number after an aligned address."""
+    memory = torch.empty(weight.numel() + 1 + ALIGNMENT, dtype=weight.dtype)
+    start = -memory.data_ptr() % ALIGNMENT // weight.element_size() + 1
+    view = memory[start : start + weight.numel()].view(weight.shape)
+    return view.copy_(weight)
+
+
+def ffn(width: int, act: str = "gelu", dtype: torch.dtype = torch.float64) -> PrunedFFN:
+    torch.manual_seed(0)
+    return PrunedFFN(48, width, hidden_act=act).to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("act", ["gelu", "relu", "silu", "gelu_new"])
+@pytest.mark.parametrize("width", [1, 7, 8, 35])
+def test_widths_filled_up_compute_the_same(width: int, act: str) -> None:
+    part, x = ffn(width, act), randn(1, 9, 48).double()
+    expected = part(x)
+    found = AlignedParts([part], keep_weights=True)(x, cu_seqlens((9,)), 9)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_matrices_begin_and_go_on_at_whole_alignments(dtype: torch.dtype) -> None:
+    part = ffn(35, dtype=dtype)
+    for linear in part.linears:
+        linear.weight.data = unaligned(linear.weight.data)
+    parts = AlignedParts([part], keep_weights=True)
+    ((up, down),) = parts.weights
+    for weight in (up, down):
+        assert weight.data_ptr() % ALIGNMENT == 0
+        assert weight.stride(0) * weight.element_size() % ALIGNMENT == 0
+    assert up.size(0) == down.size(1) == parts.biases[0].size(0) == (40 if dtype == torch.float16 else 36)
+    assert not up[35:].any() and not down[:, 35:].any() and not parts.biases[0][35:].any()
+
+
+def test_what_lies_well_is_not_copied_and_the_rest_is_held_once() -> None:
+    well, odd = ffn(32), ffn(33)
+    before = [linear.weight.clone() for linear in odd.linears]
+    parts = AlignedParts([well, odd], keep_weights=False)
+    assert [weight.data_ptr() for weight in parts.weights[0]] == [
+        linear.weight.data_ptr() for linear in well.linears
+    ]
+    for linear in odd.linears:
+        assert linear.weight.isnan().all() and linear.weight.untyped_storage().nbytes() == 8
+    parts.give_back([well, odd])
+    for linear, weight in zip(odd.linears, before, strict=True):
+        assert torch.equal(linear.weight, weight) and linear.weight.is_contiguous()
+
+
+def test_an_encoder_runs_aligned_and_gets_its_weights_back(as_on_a_gpu: None) -> None:
+    """Layers without heads and without an FFN too; moving and casting it aligns it anew."""
+    shape = ModelShape(tuple(ODD_SHAPES), 90, 16)
+    torch.manual_seed(0)
+    encoder: Any = PrunedEncoder(shape).requires_grad_(False)
+    x, batch = randn(1, 12, 90), pruned_ops.PackedBatch(cu_seqlens((5, 7)), 7, None, 1, 12)
+    before = {name: one.clone() for name, one in encoder.state_dict().items()}
+    expected = encoder(x, batch)
+    encoder.pack(keep_weights=False)
+    assert encoder.running_shape.layers == tuple(
+        LayerShape(layer.num_heads, -(-layer.ffn_width // 4) * 4) for layer in ODD_SHAPES
+    )
+    torch.testing.assert_close(encoder(x, batch), expected, rtol=1e-5, atol=1e-5)
+    states: list[Tensor] = []
+    torch.testing.assert_close(encoder(x, batch, states), expected, rtol=1e-5, atol=1e-5)
+    assert len(states) == len(ODD_SHAPES)
+    encoder.double()
+    assert encoder.running_shape.layers[-1].ffn_width == 6  # eight bytes a number now
+    encoder.float().unpack()
+    assert encoder.running_shape == shape
+    assert all(torch.equal(one, before[name]) for name, one in encoder.state_dict().items())
+
+
+def test_an_optimised_model_runs_aligned(model: Any, as_on_a_gpu: None) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(**batch)
+        found = pruned_ops.optimize(model)(**batch)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found.start_logits[real], expected.start_logits[real], rtol=1e-4, atol=1e-5)
+    pruned_ops.restore(model)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_tune_says_what_it_needs(model: Any) -> None:
+    with pytest.raises(ValueError, match="takes an optimised model"):
+        pruned_ops.tune(model, [(8, 8)])
+    fast: nn.Module = pruned_ops.optimize(model)
+    with pytest.raises(ValueError, match="is on the CPU"):
+        pruned_ops.tune(fast, [(8, 8)])
+    for wrong in ((), (8, 0)):
+        with pytest.raises(ValueError, match="no sequences, or with one of no tokens"):
+            pruned_ops.tune(fast, [wrong])

@@ -1,0 +1,305 @@
+"""Latency tables: what they say, how they are kept, where they are refused, and the command that makes them.
+Nothing here asserts a speed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, DistilBertConfig, RobertaConfig
+
+from inputs import pruned_model, stock_model
+from matching import squad_file
+from pruned_ops import LayerShape, ModelShape
+from pruned_ops.cli import main
+from pruned_ops.measure.latency import LatencyTable, _alignment, _rising, measure_table
+from pruned_ops.measure.layer_times import (
+    aligned_widths,
+    chosen_batches,
+    ffn_widths,
+    head_counts,
+    layer_backends,
+)
+from pruned_ops.measure.timing import Workload, arrival_lengths, machine, versions
+from pruned_ops.qa.questions import lengths_of
+from pruned_ops.qa.windows import windows
+from tiny_tokenizers import word_tokenizer
+
+SHAPE = ModelShape((LayerShape(2, 20), LayerShape(4, 40)), 32, 8)
+WORKLOAD = Workload("tiny", ((5, 3), (9, 1)))
+
+
+def table(**changes: Any) -> LatencyTable:
+    """A table that holds here for SHAPE, with numbers of which sums are exact."""
+    made = LatencyTable(
+        32, 8, "gelu", "float32", WORKLOAD, 1.0,
+        ((0, 0.5), (1, 1.0), (4, 4.0)), ((0, 0.25), (32, 2.25), (40, 8.25)),
+        ((8, 1.125), (16, 1.015625), (32, 1.0)), {**machine(), "device": "cpu"}, versions(),
+        layer_backends(32, 8, LayerShape(4, 40), "gelu", "cpu"), "pruned-ops latency-table t.json --length 9",
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def config(**fields: Any) -> BertConfig:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    return BertConfig(**{**sizes, "vocab_size": 50, "max_position_embeddings": 20, **fields})
+
+
+def test_predict_interpolates() -> None:
+    made = table()
+    for heads, ms in made.attention:
+        assert made.attention_ms(heads) == ms
+    for width, ms in made.ffn:
+        assert made.ffn_ms(width) == ms
+    assert made.attention_ms(3) == 3.0 and made.ffn_ms(16) == 1.25 and made.ffn_ms(34) == 3.75
+    assert made.part_ms(LayerShape(3, 34)) == 6.75
+    assert made.predict([]) == 1.0
+    assert made.predict([LayerShape(3, 34), LayerShape(0, 0)]) == 1.0 + 6.75 + 0.75
+    assert made.align == 16
+    for layer, message in ((LayerShape(5, 0), "num_heads is 5"), (LayerShape(0, 41), "ffn_width is 41")):
+        with pytest.raises(ValueError, match=f"{message}; the table reaches from 0 to"):
+            made.predict([layer])
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    table().save(path)
+    assert LatencyTable.load(path) == table()
+    assert json.loads(path.read_text())["format"] == 1
+    with pytest.raises(TypeError):
+        table(machine={"no": object()}).save(path)
+    assert LatencyTable.load(path) == table()
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, '"format": 1 is needed'),
+        ({"more": 1}, "missing or unknown: more"),
+        ({"base_ms": math.nan}, "base_ms is nan"),
+        ({"base_ms": "1"}, "base_ms is '1'"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"head_dim": True}, "head_dim is True"),
+        ({"hidden_act": 3}, "hidden_act is 3"),
+        ({"machine": []}, r"machine is \[\]"),
+        ({"command": 3}, "command is 3"),
+        ({"attention": 3}, "attention is no list of pairs"),
+        ({"attention": [[0, 1.0, 2]]}, "attention is no list of pairs"),
+        ({"attention": [[1, 1.0]]}, "attention must begin at size 0"),
+        ({"attention": [[0, 1.0], [2, 0.5]]}, "its times must never fall"),
+        ({"ffn": [[0, 1.0], [0, 1.0]]}, "sizes in ffn do not rise"),
+        ({"ffn": []}, "sizes in ffn do not rise"),
+        ({"ffn": [[0, -1.0]]}, "ffn at 0 is -1.0"),
+        ({"ffn": [[0.5, 1.0]]}, "a size in ffn is 0.5"),
+        ({"alignment": [[8, 1.5]]}, "1.0 as its least cost"),
+        ({"workload": {"name": "x"}}, "workload needs exactly"),
+        ({"workload": {"name": "x", "batches": [3]}}, "batches are no lists"),
+        ({"workload": {"name": "x", "batches": [[-3]]}}, "a length in workload is -3"),
+    ],
+)
+def test_load_refuses(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    table().save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"table.json is no latency table: .*{message}"):
+        LatencyTable.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"{}", b"[" * 100_000])
+def test_load_refuses_other_files(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_bytes(content)
+    with pytest.raises(ValueError, match="t.json is no latency table"):
+        LatencyTable.load(tmp_path / "t.json")
+    with pytest.raises(FileNotFoundError, match="missing.json"):
+        LatencyTable.load(tmp_path / "missing.json")
+
+
+def test_refuse_names_what_differs() -> None:
+    made = table()
+    assert made.refuse(SHAPE, "gelu") is None
+    assert made.refuse(ModelShape((), 32, 8), "gelu") is None
+    torch_here = versions()["torch"]
+    cases = [
+        (table(versions={**versions(), "torch": "2.0"}), f"it was made with torch 2.0, here is {torch_here}"),
+        (table(versions={**versions(), "pruned-ops": "0.0"}), "pruned-ops 0.0, here is"),
+        (table(hidden_size=64), "hidden_size 64, here is 32"),
+        (table(head_dim=16), "head_dim 16, here is 8"),
+        (table(hidden_act="relu"), "hidden_act relu, here is gelu"),
+        (table(dtype="bfloat16"), "dtype bfloat16, here is float32"),
+        (table(attention=((0, 1.0), (3, 1.0))), "num_heads up to 3, here is 4"),
+        (table(ffn=((0, 1.0), (32, 1.0))), "ffn_width up to 32, here is 40"),
+        (table(backends={**made.backends, "encoder": "none such"}), "encoder on backend none such, here"),
+    ]
+    for name in ("processor", "cores", "threads", "cpu_capability", "accelerator", "device"):
+        cases.append((table(machine={**made.machine, name: "another"}), f"{name} another, here is"))
+    for changed, sentence in cases:
+        assert sentence in (changed.refuse(SHAPE, "gelu") or ""), sentence
+    both = table(hidden_size=64, dtype="bfloat16").refuse(SHAPE, "gelu")
+    assert both == "it was made with dtype bfloat16, here is float32; with hidden_size 64, here is 32"
+    assert "device cpu, here is cuda" in (made.refuse(SHAPE, "gelu", device="cuda") or "")
+
+
+def test_remake_command() -> None:
+    assert table().remake_command("x.json") == "pruned-ops latency-table t.json --length 9 --overwrite"
+    assert "x.json" in table(command=None).remake_command("x.json")
+    assert table(command="a --overwrite b").remake_command("x") == "a --overwrite b"
+
+
+def test_sizes() -> None:
+    assert head_counts(12) == list(range(13)) and head_counts(0) == [0]
+    assert len(head_counts(32)) == 13 and {0, 1, 32} <= set(head_counts(32))
+    widths = ffn_widths(1536)
+    assert widths[0] == 0 and widths[-1] == 1536 and len(widths) == 17
+    assert all(width % 64 == 0 for width in widths)
+    assert ffn_widths(0) == [0] and ffn_widths(5) == [0, 5]
+    assert list(aligned_widths(1536)) == [8, 16, 32, 64, 128]
+    for align, found in aligned_widths(1536).items():
+        assert len(found) == 3 and all(width % (2 * align) == align for width in found)
+    assert list(aligned_widths(100)) == [8] and aligned_widths(5) == {8: []}
+
+
+def test_curves_rise_and_alignments_compare() -> None:
+    assert _rising([(0, 1.0), (1, 3.0), (2, 2.0), (3, 4.0)]) == ((0, 1.0), (1, 2.5), (2, 2.5), (3, 4.0))
+    assert [ms for _, ms in _rising([(0, 3.0), (1, 2.0), (2, 1.0)])] == [2.0, 2.0, 2.0]
+    curve = tuple((width, 1.0 + width / 128) for width in range(0, 257, 32))
+    on_line = {f"ffn {w}": 1.0 + w / 128 for ws in aligned_widths(256).values() for w in ws}
+    slow = {name: ms * (1.5 if int(name[4:]) % 16 else 1.0) for name, ms in on_line.items()}
+    assert dict(_alignment(curve, slow)) == pytest.approx({8: 1.5, 16: 1.0, 32: 1.0})
+
+
+def test_chosen_batches() -> None:
+    workload = Workload(
+        "w", tuple((tokens,) for tokens in (16, 3, 5, 7, 9, 11, 13, 15, 1, 2, 4, 6, 8, 10, 12, 14))
+    )
+    chosen = chosen_batches(workload)
+    assert chosen.batches == ((3,), (7,), (11,), (15,))
+    assert chosen_batches(WORKLOAD) == WORKLOAD
+
+
+@pytest.mark.parametrize("kind", ["bert", "pruned-roberta", "empty"])
+def test_measure(kind: str) -> None:
+    empty = {"shapes": [LayerShape(0, 0)] * 2}
+    made_config = {
+        "bert": lambda: config(hidden_act="relu"),
+        "pruned-roberta": lambda: pruned_model("roberta").config,
+        "empty": lambda: pruned_model("bert", **empty).config,
+    }[kind]()
+    heads, width = {"bert": (4, 40), "pruned-roberta": (4, 72), "empty": (0, 0)}[kind]
+    torch.manual_seed(3)
+    made = measure_table(made_config, WORKLOAD, rounds=2, progress=False, command="c")
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+    assert [n for n, _ in made.attention] == head_counts(heads)
+    assert [w for w, _ in made.ffn] == ffn_widths(width)
+    for points in (made.attention, made.ffn):
+        times = [ms for _, ms in points]
+        assert times == sorted(times) and all(0 < ms < math.inf for ms in times)
+    assert made.alignment[0][0] == 8 and made.align in dict(made.alignment)
+    assert 0 <= made.base_ms < math.inf and made.workload == WORKLOAD and made.command == "c"
+    layer_by_layer = {"attention", "linear_add_layer_norm"}  # one call computes gelu only
+    assert set(made.backends) == {"embed_layer_norm", *(layer_by_layer if kind == "bert" else {"encoder"})}
+    head_dim = 8 if kind == "bert" else 16
+    shape = ModelShape((LayerShape(heads, width),) * 2, made.hidden_size, head_dim)
+    assert made.refuse(shape, made_config.hidden_act) is None
+
+
+def test_measure_refuses() -> None:
+    for wrong, workload, rounds, message in (
+        (DistilBertConfig(), WORKLOAD, 2, "a distilbert model is not measured"),
+        (config(), WORKLOAD, 0, "rounds is 0"),
+        (config(), Workload("w", ()), 2, "workload w has no batch"),
+        (config(), Workload("w", ((0,),)), 2, "without tokens"),
+        (config(), Workload("w", ((1,), (21,))), 2, "position table allows 20"),
+        (RobertaConfig(max_position_embeddings=20), Workload("w", ((19,),)), 2, "position table allows 18"),
+        (config(hidden_act="tanh"), WORKLOAD, 2, "hidden_act 'tanh' is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure_table(wrong, workload, rounds, progress=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer, and a file of questions."""
+    folder = tmp_path_factory.mktemp("latency")
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 40}
+    stock_model("bert", **sizes).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    config().save_pretrained(folder / "config-only")
+    DistilBertConfig().save_pretrained(folder / "distilbert")
+    squad_file(folder / "data.json", 40, 1)
+    return folder
+
+
+def test_lengths_are_those_of_arrival_order(tmp_path: Path) -> None:
+    rows = [("w1", " ".join(["w2"] * n)) for n in range(1, 30)]
+    paragraphs = [{"context": context, "qas": [{"question": question}]} for question, context in rows]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": paragraphs[:9]}, {"paragraphs": paragraphs[9:]}]}))
+    by_question: list[list[int]] = [[] for _ in rows]
+    for window in windows(word_tokenizer(), *map(list, zip(*rows, strict=True)), 20, 4):
+        by_question[window.question_index].append(len(window))
+    expected = arrival_lengths(by_question)
+    assert len(expected) > len(rows)
+    assert lengths_of(path, word_tokenizer(), 20, 4) == expected
+    assert lengths_of(path, word_tokenizer(), 20, 4, needed=7) == expected[:7]
+
+
+def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table.json"
+    common = ["latency-table", str(path), "--model", str(folder / "model"), "--rounds", "1", "--batches", "2"]
+    argv = [*common, "--data", str(folder / "data.json"), "--batch-size", "3"]
+    assert main(argv) == 0
+    screen = capsys.readouterr().out
+    for words in ("num_heads", "ffn_width", "a quarter", "dense", "alignment", f"written to {path}"):
+        assert words in screen
+    made = LatencyTable.load(path)
+    assert made.workload.name == "arrival-b3" and [len(b) for b in made.workload.batches] == [3, 3]
+    assert made.command == " ".join(["pruned-ops", *argv])
+    assert made.attention[-1][0] == 4 and made.ffn[-1][0] == 40
+    fixed = [*common, "--length", "9", "--batch-size", "2"]
+    assert main(fixed) == 2 and "--overwrite replaces it" in capsys.readouterr().err
+    assert LatencyTable.load(path) == made
+    assert main([*fixed, "--overwrite"]) == 0
+    assert LatencyTable.load(path).workload == Workload("fixed9-b2", ((9, 9),) * 2)
+
+
+def test_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new, model, data = str(tmp_path / "new.json"), str(folder / "model"), str(folder / "data.json")
+    (tmp_path / "text").write_text("mine")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{")
+    fixed = ["--model", model, "--length", "9"]
+    for argv, message in (
+        ([new, *fixed, "--batch-size", "0"], "--batch-size is 0"),
+        ([new, *fixed, "--batches", "0"], "--batches is 0"),
+        ([new, *fixed, "--rounds", "-1"], "--rounds is -1"),
+        ([new, "--model", model, "--length", "0"], "--length is 0"),
+        ([new, "--model", model, "--length", "81"], "position table allows 80"),
+        ([new, "--model", str(tmp_path), "--length", "9"], "holds no config"),
+        ([new, "--model", str(tmp_path / "broken"), "--length", "9"], "cannot be loaded"),
+        ([new, "--model", str(folder / "distilbert"), "--length", "9"], "a distilbert model is not measured"),
+        ([new, "--model", str(folder / "config-only"), "--data", data], "holds no tokenizer"),
+        ([new, "--model", model, "--data", str(tmp_path / "missing.json")], "missing.json"),
+        ([new, "--model", model, "--data", str(tmp_path / "text")], "is no SQuAD-format JSON"),
+        ([new, "--model", model, "--data", data, "--stride", "500"], "stride 500"),
+        ([new, "--model", model, "--data", data, "--batch-size", "99"], "do not fill a batch of 99"),
+        ([str(tmp_path), *fixed], "is a folder"),
+        ([str(tmp_path / "no/t.json"), *fixed], "is no folder"),
+        ([str(tmp_path / "text"), *fixed, "--overwrite"], "it is not replaced"),
+    ):
+        assert main(["latency-table", *argv]) == 2, argv
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+        assert error.startswith("pruned-ops latency-table: ")
+    for argv in ([new, "--model", model], [new, *fixed, "--data", data]):
+        with pytest.raises(SystemExit) as stop:
+            main(["latency-table", *argv])
+        assert stop.value.code == 2
+    assert (tmp_path / "text").read_text() == "mine" and not Path(new).exists()

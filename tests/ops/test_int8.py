@@ -1,0 +1,191 @@
+"""int8: the layout, the kernels against the reference, and what optimize(model, dtype="int8") promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import inputs
+import pruned_ops
+from inputs import READY, encoder_arguments, logits, padded_batch, pruned_model, randn, stock_model
+from pruned_ops.ops.backends.cpu import extension
+from pruned_ops.ops.panels import pack_int8, pack_panels, quantize, unpack_int8, unpack_panels
+from pruned_ops.ops.registry import OPS, record, use_backend
+from pruned_ops.runtime.int8 import choose_int8
+
+HERE = "cpu" in READY and extension is not None and extension.runs_int8()
+needs_vnni = pytest.mark.skipif(not HERE, reason="no AVX-512 VNNI, or pruned_ops._C is not built")
+
+
+@pytest.mark.parametrize(("out", "inputs"), [(64, 32), (70, 50), (1, 1), (33, 4), (0, 8), (8, 0)])
+def test_the_layout_gives_back_what_was_packed(out: int, inputs: int) -> None:
+    weight = randn(0, out, inputs)
+    panels, scales = pack_int8(weight)
+    values = unpack_int8(panels, out, inputs)
+    assert panels.dtype == torch.int8 and scales.shape == (out,) and values.shape == (out, inputs)
+    error = (values.float() * scales[:, None] - weight).abs()
+    assert bool((error <= scales[:, None] / 2 * 1.001).all())
+    start = panels[:, 0].contiguous().view(torch.int32).flatten()[:out]
+    assert torch.equal(start, -128 * values.sum(1, dtype=torch.int32))
+
+
+def in_int8(arguments: list[Any], which: tuple[int, ...] = (0, 1)) -> list[Any]:
+    """`encoder`'s arguments with the first (0) or second (1) linears of all parts in int8."""
+    weights = list(arguments[3])
+    for place in range(0, len(weights), 6):
+        for which_one in which:
+            at = place + 2 * which_one
+            panels, scales = pack_int8(unpack_panels(weights[at], weights[at + 1].size(0)))
+            weights[at : at + 2] = [panels, torch.stack([weights[at + 1], scales])]
+    return [*arguments[:3], weights, *arguments[4:]]
+
+
+@needs_vnni
+@pytest.mark.parametrize("which", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize(("hidden", "width"), [(90, 72), (16, 0), (1, 16), (384, 200)])
+def test_kernels_compute_the_reference(hidden: int, width: int, which: tuple[int, ...]) -> None:
+    """The same whole numbers: rounding may move a value to the next one, rarely, and no further."""
+    for tokens in (0, 1, 13, 230):
+        arguments = in_int8(encoder_arguments(tokens, hidden, width, seed=1), which)
+        with use_backend("reference"):
+            expected = OPS["encoder"](*arguments)
+        with use_backend("cpu"):
+            found = OPS["encoder"](*arguments)
+        error = (found - expected).abs()
+        assert bool((error < 0.2).all()) and (error > 1e-4).float().mean() < 0.02 if tokens else True
+
+
+@needs_vnni
+def test_the_largest_sums_do_not_overflow_or_saturate() -> None:
+    """All bytes at their ends, over a longer depth than any model's."""
+    inputs, out = 4096, 40
+    up, down = torch.ones(out, inputs), randn(0, inputs, out) / 4096
+    x = torch.ones(3, inputs)
+    x[1], x[2, 1::2] = -1, -1
+    panels, scales = pack_int8(up)
+    weights = [panels, torch.stack([torch.zeros(out), scales]), pack_panels(down), torch.zeros(inputs)]
+    norm = [torch.ones(inputs), torch.zeros(inputs)]
+    bounds = torch.tensor([0, 3], dtype=torch.int32)
+    with use_backend("cpu"):
+        found = OPS["encoder"](x, bounds, 3, [*weights, *norm], [-1 - out], 16, 1e-12)
+    expected = F.layer_norm(F.linear(F.gelu(F.linear(x, up)), down) + x, (inputs,))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_vnni
+def test_what_is_not_a_number_stays_in_its_token() -> None:
+    arguments = in_int8(encoder_arguments(20, 32, 0, seed=2))
+    arguments[0] = arguments[0].clone()
+    arguments[0][7, 3] = float("nan")
+    with use_backend("cpu"):
+        found = OPS["encoder"](*arguments)
+    assert found[7].isnan().all() and torch.isfinite(torch.cat([found[:7], found[8:]])).all()
+
+
+@needs_vnni
+def test_optimize_runs_every_linear_in_int8(model: Any) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    real = batch["attention_mask"].bool()
+    expected = logits(model, batch)[real]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast = pruned_ops.optimize(model, dtype="int8")
+    encoder = fast.base_model.encoder
+    assert encoder.int8_linears == set(encoder.linear_names)
+    with record() as ran:
+        found = logits(fast, batch)[real]
+    assert ran["encoder"] == {"cpu": 1}
+    assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.998
+    assert not torch.equal(found, expected)
+    restored = pruned_ops.restore(fast).state_dict()
+    assert all(torch.equal(restored[name], value) for name, value in before.items())
+
+
+@needs_vnni
+def test_calibration_keeps_in_fp32_what_hurts() -> None:
+    batches = [padded_batch((20, 13), seed=seed) for seed in range(2)]
+    model = pruned_model()
+    exact = torch.cat([logits(model, batch)[batch["attention_mask"].bool()] for batch in batches])
+
+    def error(tolerance: float) -> tuple[float, int]:
+        fast = pruned_ops.optimize(pruned_model(), dtype="int8", calibration=batches, tolerance=tolerance)
+        found = torch.cat([logits(fast, batch)[batch["attention_mask"].bool()] for batch in batches])
+        return float((found - exact).norm() / exact.norm()), len(fast.base_model.encoder.int8_linears)
+
+    none, some, every = error(0.0), error(0.004), error(1.0)
+    assert none[0] < 1e-5 and every[1] == len(pruned_ops.optimize(model).base_model.encoder.linear_names)
+    assert none[1] < some[1] < every[1] and none[0] < some[0] < every[0]
+    assert some[0] < 2 * 0.004  # errors add up nearly
+
+
+@needs_vnni
+def test_calibration_names_every_linear() -> None:
+    model = pruned_ops.optimize(stock_model(), dtype="int8")
+    errors = choose_int8(model, [padded_batch((9,))], tolerance=1.0)
+    assert set(errors) == {f"bert.encoder.{name}" for name in model.bert.encoder.linear_names}
+    assert all(0 < value < 1 for value in errors.values())
+
+
+@needs_vnni
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="dtype is 'int4'"):
+        pruned_ops.optimize(stock_model(), dtype="int4")
+    with pytest.raises(ValueError, match="calibration is for dtype='int8'"):
+        pruned_ops.optimize(stock_model(), calibration=[])
+    with pytest.raises(ValueError, match="calibration has no batch"):
+        pruned_ops.optimize(stock_model(), dtype="int8", calibration=[])
+    model = stock_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        pruned_ops.optimize(model, dtype="int8", calibration=[{"attention_mask": torch.ones(1, 2)}])
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    with pytest.raises(ValueError, match="int8 takes a float32 model.*float16"):
+        pruned_ops.optimize(stock_model().half(), dtype="int8")
+    with pytest.raises(ValueError, match="with relu"):
+        pruned_ops.optimize(stock_model(hidden_act="relu"), dtype="int8")
+    with pytest.raises(ValueError, match="optimised already, in another dtype"):
+        pruned_ops.optimize(pruned_ops.optimize(stock_model()), dtype="int8")
+    encoder = pruned_ops.optimize(stock_model()).bert.encoder
+    with pytest.raises(ValueError, match="there is no linear layers.9.ffn.up"):
+        encoder.pack(int8=["layers.9.ffn.up"])
+
+
+def test_wrong_panels_are_refused_by_name() -> None:
+    good = in_int8(encoder_arguments(9, 32, 48, seed=0))
+    for place, bad, named in (
+        (0, good[3][0][:, :-1].contiguous(), "first weight has shape"),
+        (3, good[3][3][0], "second bias has shape|second bias has 1 dim"),
+    ):
+        weights: list[Tensor] = [*good[3]]
+        weights[place] = bad
+        for backend in ("reference", *(["cpu"] if HERE else [])):
+            with use_backend(backend), pytest.raises(RuntimeError, match=f"encoder: ({named})"):
+                OPS["encoder"](*good[:3], weights, *good[4:])
+
+
+@pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
+def test_without_vnni_it_says_so() -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(inputs.__file__)!r})\n"
+        "import pruned_ops; from inputs import stock_model\n"
+        "pruned_ops.optimize(stock_model(), dtype='int8')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "int8, which needs a processor with AVX-512 VNNI" in done.stderr
+
+
+def test_rounding_is_to_the_nearest_of_255() -> None:
+    values, scales = quantize(torch.tensor([[0.0, 0.0], [-2.0, 1.01], [0.1, 0.03]]))
+    assert values.tolist() == [[0, 0], [-127, 64], [127, 38]]
+    torch.testing.assert_close(scales[:, 0], torch.tensor([0.0, 2.0, 0.1]) / 127)

@@ -1,0 +1,287 @@
+"""Every op on every backend that is there, against the reference, and the ops' manners."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import inputs
+import pruned_ops
+from inputs import LENGTHS, READY, arguments_for, attention_arguments, cu_seqlens, randn
+from numerics import assert_within_budget
+from pruned_ops.ops.registry import BACKENDS, OPS, record, use_backend
+
+OP_NAMES = sorted(OPS)
+# Every op on every backend that has it; `encoder` is one call where a backend can, and its parts elsewhere.
+OP_ON_BACKEND = [
+    pytest.param(backend, op, id=f"{backend}-{op}")
+    for backend in READY
+    for op in OP_NAMES
+    if backend == "reference" or backend in OPS[op].kernels
+]
+COMPILED = [backend for backend in READY if backend != "reference"]
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 20])
+@pytest.mark.parametrize("num_heads", [0, 1, 3, 12])
+@pytest.mark.parametrize("backend", READY)
+def test_attention(backend: str, num_heads: int, head_dim: int) -> None:
+    for lengths in LENGTHS:
+        if backend in BACKENDS and BACKENDS[backend].on_demand and sum(lengths) * num_heads > 300:
+            continue  # an interpreter: minutes
+        assert_within_budget(
+            pruned_ops.ops.attention, backend, attention_arguments(lengths, num_heads, head_dim)
+        )
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_attention_is_softmax_attention(backend: str) -> None:
+    """Against torch's own attention, one sequence at a time: the reference itself is tested too."""
+    lengths, num_heads, head_dim = (7, 33, 1), 3, 16
+    arguments = attention_arguments(lengths, num_heads, head_dim)
+    with use_backend(backend):
+        context = pruned_ops.ops.attention(*arguments)
+    for part, out in zip(arguments[0].split(lengths), context.split(lengths), strict=True):
+        query, key, value = part.view(-1, 3, num_heads, head_dim).permute(1, 2, 0, 3)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        torch.testing.assert_close(out, expected.transpose(0, 1).flatten(1), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_attention_survives_large_scores(backend: str) -> None:
+    arguments = attention_arguments((40, 9), 2, 32)
+    arguments[0][:, :128] *= 60  # scores of thousands: the exponential must be taken of differences
+    assert torch.isfinite(assert_within_budget(pruned_ops.ops.attention, backend, arguments)).all()
+
+
+@pytest.mark.parametrize("width", [0, 1, 8, 56, 200])
+@pytest.mark.parametrize("hidden", [1, 16, 90, 384])
+@pytest.mark.parametrize("op", ["linear_gelu", "add_layer_norm", "linear_add_layer_norm", "embed_layer_norm"])
+@pytest.mark.parametrize("backend", READY)
+def test_other_ops(backend: str, op: str, hidden: int, width: int) -> None:
+    for tokens in (0, 1, 37):
+        assert_within_budget(OPS[op], backend, arguments_for(op, tokens, hidden, width))
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_gelu_everywhere(backend: str) -> None:
+    """The exact GELU where it is 0, where it is x, and between; NaN stays NaN."""
+    x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([-1e4, 1e4, float("nan")])])
+    one = torch.ones(1, 1)
+    with use_backend(backend):
+        found = pruned_ops.ops.linear_gelu(x[:, None], one, torch.zeros(1))[:, 0]
+    torch.testing.assert_close(found, torch.nn.functional.gelu(x), atol=2e-6, rtol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_add_layer_norm_without_bias(backend: str) -> None:
+    arguments = arguments_for("add_layer_norm")
+    arguments[1] = None
+    assert_within_budget(pruned_ops.ops.add_layer_norm, backend, arguments)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 70), max_size=6), st.integers(0, 5), st.sampled_from([8, 16, 32, 33]), st.data()
+)
+def test_attention_anywhere(lengths: list[int], num_heads: int, head_dim: int, data: st.DataObject) -> None:
+    for backend in READY:
+        assert_within_budget(
+            pruned_ops.ops.attention, backend, attention_arguments(lengths, num_heads, head_dim)
+        )
+
+
+def _views(x: Tensor) -> list[Tensor]:
+    """The same values at an odd offset, with a row stride, and transposed in memory."""
+    offset = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    if x.dim() < 2:
+        return [offset]
+    strided = torch.empty(x.size(0), x.size(1) + 3)[:, 1:-2].copy_(x)
+    return [offset, strided, x.t().contiguous().t()]
+
+
+@pytest.mark.parametrize(("backend", "op"), OP_ON_BACKEND)
+def test_views(backend: str, op: str) -> None:
+    """Offset (4-byte aligned) and non-contiguous inputs give what contiguous ones give."""
+    arguments = arguments_for(op)
+    with use_backend(backend):
+        expected = OPS[op](*arguments)
+        for place, argument in enumerate(arguments):
+            if isinstance(argument, Tensor) and argument.is_floating_point():
+                for view in _views(argument):
+                    found = OPS[op](*arguments[:place], view, *arguments[place + 1 :])
+                    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "op"), OP_ON_BACKEND)
+def test_inputs_are_left_alone_and_results_repeat(backend: str, op: str) -> None:
+    arguments = arguments_for(op)
+    before = copy.deepcopy(arguments)
+    with use_backend(backend):
+        first, second = OPS[op](*arguments), OPS[op](*arguments)
+    assert torch.equal(first, second)
+    for old, new in zip(before, arguments, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_sequence_alone_is_the_same_in_a_batch(backend: str) -> None:
+    qkv, _, _, head_dim = attention_arguments((5, 70, 130), 3, 32)
+    with use_backend(backend):
+        together = pruned_ops.ops.attention(qkv, cu_seqlens((5, 70, 130)), 130, head_dim)
+        alone = pruned_ops.ops.attention(qkv[5:75], cu_seqlens((70,)), 70, head_dim)
+    assert torch.equal(together[5:75], alone)
+
+
+@pytest.mark.parametrize(("backend", "op"), OP_ON_BACKEND)
+def test_opcheck(backend: str, op: str) -> None:
+    with use_backend(backend):
+        torch.library.opcheck(OPS[op].overload, tuple(arguments_for(op)))
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_compiles_whole(op: str) -> None:
+    arguments = arguments_for(op)
+    compiled = torch.compile(lambda *a: OPS[op](*a) + 1, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), OPS[op](*arguments) + 1)
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_a_gradient_is_refused(op: str) -> None:
+    arguments: list[Any] = [
+        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in arguments_for(op)
+    ]
+    with pytest.raises(RuntimeError, match=f"{op} is inference-only"):
+        OPS[op](*arguments)
+    with torch.no_grad():
+        OPS[op](*arguments)
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_bad_shapes_are_refused(backend: str) -> None:
+    qkv, bounds, longest, head_dim = attention_arguments((5, 3), 2, 16)
+    norm = [torch.ones(90), torch.zeros(90), 1e-12]
+    with use_backend(backend):
+        for bad in (
+            (qkv, bounds, longest, 15),
+            (qkv, bounds.long(), longest, 16),
+            (qkv[0], bounds, longest, 16),
+        ):
+            with pytest.raises(RuntimeError, match="attention"):
+                pruned_ops.ops.attention(*bad)
+        with pytest.raises(RuntimeError, match="add_layer_norm"):
+            pruned_ops.ops.add_layer_norm(randn(0, 4, 90), randn(1, 89), randn(2, 4, 90), *norm)
+        with pytest.raises(RuntimeError, match="add_layer_norm"):
+            pruned_ops.ops.add_layer_norm(randn(0, 4, 90), None, randn(2, 5, 90), *norm)
+        with pytest.raises(RuntimeError):
+            pruned_ops.ops.linear_gelu(randn(0, 4, 90), randn(1, 8, 91), randn(2, 8))
+
+
+def checking(backend: str) -> AbstractContextManager[None]:
+    """GPU backends look at values only where they are told to."""
+    return pruned_ops.debug() if backend == "triton" else nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "longest"), [([0, 5], 5), ([1, 5, 8], 8), ([0, 9, 8], 9), ([0, 5, 7], 5), ([0, 3, 8], 4)]
+)
+@pytest.mark.parametrize("backend", READY)
+def test_bad_cu_seqlens_are_refused(backend: str, bounds: list[int], longest: int) -> None:
+    qkv = attention_arguments((5, 3), 2, 16)[0]
+    with use_backend(backend), checking(backend), pytest.raises(RuntimeError, match="cu_seqlens|max_seqlen"):
+        pruned_ops.ops.attention(qkv, torch.tensor(bounds, dtype=torch.int32), longest, 16)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("value", [-1, 10_000])
+@pytest.mark.parametrize("backend", READY)
+def test_ids_outside_their_table_are_refused(backend: str, value: int, place: int) -> None:
+    arguments = arguments_for("embed_layer_norm")
+    arguments[place][3] = value
+    name = ("input_ids", "position_ids", "token_type_ids")[place]
+    with use_backend(backend), checking(backend), pytest.raises(IndexError, match=f"{name}.*{value}"):
+        pruned_ops.ops.embed_layer_norm(*arguments)
+
+
+CAPABILITY_SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from inputs import LENGTHS, arguments_for, attention_arguments
+from numerics import assert_within_budget
+from pruned_ops.ops.backends.cpu import extension
+from pruned_ops.ops.registry import OPS
+assert extension.cpu_capability().lower() == {wanted!r}, extension.cpu_capability()
+for lengths in LENGTHS:
+    for head_dim in (8, 20, 32, 64):
+        assert_within_budget(OPS["attention"], "cpu", attention_arguments(lengths, 3, head_dim))
+for op in OPS:
+    for hidden in (1, 90, 384):
+        assert_within_budget(OPS[op], "cpu", arguments_for(op, hidden=hidden))
+"""
+
+
+@pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_cpu_capability(capability: str) -> None:
+    """The paths that this processor would not choose by itself. torch reads the variable once, so: a process
+    each."""
+    from pruned_ops.ops.backends.cpu import extension
+
+    assert extension is not None
+    features = extension.cpu_features()
+    if capability != "default" and not features[{"avx2": "avx2", "avx512": "avx512f"}[capability]]:
+        pytest.skip(f"this processor has no {capability}")
+    script = CAPABILITY_SCRIPT.format(tests=os.path.dirname(inputs.__file__), wanted=capability)
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_preference_runs_the_first_willing_backend() -> None:
+    arguments = arguments_for("add_layer_norm")
+    with record() as ran:
+        pruned_ops.ops.add_layer_norm(*arguments)
+        halves = [a.half() if isinstance(a, Tensor) else a for a in arguments]
+        pruned_ops.ops.add_layer_norm(*halves)  # the cpu kernels take fp32: the reference runs, and it shows
+    expected = {"cpu": 1, "reference": 1} if "cpu" in READY else {"reference": 2}
+    assert ran["add_layer_norm"] == expected
+
+
+@pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
+def test_a_backend_asked_for_runs_or_raises() -> None:
+    halves = [a.half() if isinstance(a, Tensor) else a for a in arguments_for("add_layer_norm")]
+    with (
+        use_backend("cpu"),
+        pytest.raises(pruned_ops.BackendError, match="float16, the kernel takes torch.float32"),
+    ):
+        pruned_ops.ops.add_layer_norm(*halves)
+    with pytest.raises(pruned_ops.BackendError, match="there is no backend 'warp'.*cpu"), use_backend("warp"):
+        pass
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_debug_checks_values_and_names_the_op(backend: str) -> None:
+    """Also on backends that clamp wrong values otherwise."""
+    attention = attention_arguments((40,), 1, 32)
+    attention[1] = cu_seqlens((20, 30))
+    embedding = arguments_for("embed_layer_norm")
+    embedding[0] = embedding[0] + 10_000
+    with use_backend(backend), pruned_ops.debug():
+        pruned_ops.ops.attention(*attention_arguments((40,), 1, 32))
+        with pytest.raises(RuntimeError, match="attention: cu_seqlens must rise"):
+            pruned_ops.ops.attention(*attention)
+        with pytest.raises(IndexError, match="embed_layer_norm: input_ids holds"):
+            pruned_ops.ops.embed_layer_norm(*embedding)
+        with pytest.raises(RuntimeError, match=f"linear_gelu on {backend}"):
+            pruned_ops.ops.linear_gelu(*arguments_for("linear_gelu")[:2], torch.zeros(3))

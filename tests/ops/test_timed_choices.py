@@ -1,0 +1,146 @@
+"""What is timed on a GPU is timed once, kept, and used; here with a stand-in for the clock, interpreted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pruned_ops
+from inputs import randn
+from pruned_ops import LayerShape, ModelShape
+from pruned_ops.ops.registry import BACKENDS, use_backend
+
+pytestmark = pytest.mark.skipif(
+    BACKENDS["triton"].missing is not None or torch.cuda.is_available(), reason="Triton's interpreter is off"
+)
+
+if BACKENDS["triton"].missing is None:
+    from pruned_ops.ops.backends.triton import choices, configs, linear_gelu, timing, tuning
+    from pruned_ops.ops.backends.triton.choices import Problem
+
+CPU = torch.device("cpu")
+SHAPE = ModelShape((LayerShape(2, 24), LayerShape(0, 24), LayerShape(1, 0)), 32, 16)
+BATCHES = [(9, 30), (1,)]
+
+
+class Clock:
+    """A timer that runs nothing: the n-th configuration of a shape is the fastest."""
+
+    def __init__(self, fastest: int) -> None:
+        self.fastest, self.asked = fastest, 0
+
+    def __call__(self, work: Callable[[], Tensor]) -> float:
+        self.asked += 1
+        return abs(self.asked % 3 - self.fastest)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty one."""
+    monkeypatch.setenv("PRUNED_OPS_CACHE", str(tmp_path))
+    choices.known.cache_clear()
+    tuning.forget()
+    yield tmp_path
+    choices.known.cache_clear()
+    tuning.forget()
+
+
+def test_every_shape_of_the_model_is_timed_once() -> None:
+    clock = Clock(0)
+    wanted = set(timing.problems(SHAPE, BATCHES, torch.float16))
+    # Two batches of: two counts of heads, one FFN width, and three inner sizes (32, 16 and 24).
+    assert len(wanted) == 2 * (2 + 1 + 3)
+    assert timing.tune(SHAPE, BATCHES, torch.float16, CPU, clock) == len(wanted) == len(choices.known(CPU))
+    asked = clock.asked
+    assert timing.tune(SHAPE, BATCHES, torch.float16, CPU, clock) == 0 and clock.asked == asked
+    assert timing.tune(SHAPE, [(300,)], torch.float16, CPU, clock) == 6
+
+
+def test_the_fastest_runs_and_another_process_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = randn(0, 9, 32).half(), randn(1, 24, 32).half(), randn(2, 24).half()
+    problem = Problem("linear_gelu", "torch.float16", 16, 24, 32)
+    slow = tuning.candidates(problem, True, tuning.Chip.of(CPU))[3]
+    seen: list[Any] = []
+    original = linear_gelu.launch_linear_gelu
+    monkeypatch.setattr(
+        linear_gelu, "launch_linear_gelu", lambda *args: (seen.append(args[3]), original(*args))[1]
+    )
+
+    def run() -> Tensor:
+        with use_backend("triton"):
+            return pruned_ops.ops.linear_gelu(x, weight, bias)
+
+    modelled = run()
+    assert seen == [tuning.modelled(problem, True, tuning.Chip.of(CPU))] and seen[0] != slow
+    choices.add(CPU, {problem: slow})
+    tuning.forget()
+    torch.testing.assert_close(run(), modelled, rtol=1e-2, atol=1e-2)
+    choices.known.cache_clear()  # as in another process
+    tuning.forget()
+    run()
+    assert seen[1:] == [slow, slow]
+    choices.add(CPU, {problem: None})
+    tuning.forget()
+    run()
+    assert len(seen) == 3  # torch's own way ran
+
+
+def test_each_way_is_really_run_while_it_is_timed() -> None:
+    """With a clock that runs what it times."""
+    ran = []
+
+    def clock(work: Callable[[], Tensor]) -> float:
+        ran.append(work().shape)
+        return float(len(ran))
+
+    for op, outputs, inner, longest, shape in (
+        ("linear_gelu", 24, 32, 0, (16, 24)),
+        ("linear_add_layer_norm", 32, 24, 0, (16, 32)),
+        ("attention", 2, 16, 8, (16, 32)),
+    ):
+        ran.clear()
+        problem = Problem(op, "torch.float16", 16, outputs, inner, longest)
+        timing.fastest(problem, CPU, clock, {})
+        assert len(ran) >= 3 and set(ran) == {torch.Size(shape)}
+
+
+def test_a_choice_that_cannot_run_these_tensors_is_left() -> None:
+    """Timed with tensor descriptors; these rows begin where none can."""
+    problem = Problem("linear_gelu", "torch.float16", 16, 24, 32)
+    tma = next(c for c in tuning.candidates(problem, True, tuning.Chip.of(CPU)) if c.tma)
+    choices.add(CPU, {problem: tma})
+    tuning.forget()
+    weight = randn(1, 24, 32).half()
+    assert tuning.linear_gelu_config(randn(0, 9, 32).half(), weight) == tma
+    odd = randn(0, 9, 33).half()[:, 1:]
+    found = tuning.linear_gelu_config(odd, weight)
+    assert found is not None and not found.tma
+
+
+def test_other_gpus_and_versions_have_files_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    problem = Problem("linear_gelu", "torch.float16", 16, 24, 32)
+    choices.add(CPU, {problem: configs.LINEAR_GELU[2][0]})
+    (saved,) = cache.iterdir()
+    assert json.loads(saved.read_text())["made_with"]["gpu"] == "interpreter"
+    monkeypatch.setattr(choices, "__version__", "another")
+    choices.known.cache_clear()
+    assert choices.known(CPU) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"choices": [{"problem": {}, "config": null}]}', '{"choices": [{"problem": 3}]}']
+)
+def test_a_broken_file_is_named_and_left(text: str) -> None:
+    path = choices.file_of(CPU)
+    path.write_text(text)
+    with pytest.warns(RuntimeWarning, match="pruned_ops.tune makes it anew") as warned:
+        assert choices.known(CPU) == {}
+    assert str(path) in str(warned[0].message)

@@ -1,0 +1,242 @@
+"""Triton's kernels in the interpreter: every configuration of the tables, shapes at the edges of tiles,
+planted faults; and the choice among configurations. Whether they fit a GPU: test_triton_compiled.py."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pruned_ops
+from inputs import arguments_for, attention_arguments, cu_seqlens, moved_to, randn
+from numerics import within_budget
+from pruned_ops.ops.registry import BACKENDS, OPS, record, use_backend
+
+TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.kernels)
+
+MISSING = BACKENDS["triton"].missing
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"triton: {MISSING}")
+
+if MISSING is None:
+    from pruned_ops.ops.backends.triton import configs, tuning
+    from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
+    from pruned_ops.ops.backends.triton.attention import launch_attention
+    from pruned_ops.ops.backends.triton.configs import GemmConfig
+    from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
+    from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies bfloat16's raw bits and rounds it towards zero: bf16 runs on a GPU only.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+SIZES = {"fp32": 4, "half": 2}
+moved = partial(moved_to, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+def test_triton_attention_at_the_edges_of_tiles(head_dim: int, dtype: torch.dtype) -> None:
+    """Lengths at block sizes +-1, one token, no token, one head; short sequences share a program."""
+    for lengths in [(63, 1), (64,), (65, 0, 127), (129,), (1,), (16,) * 5, (3, 17, 0, 32, 31)]:
+        arguments = moved(attention_arguments(lengths, 2, head_dim), dtype)
+        with use_backend("triton"), record() as ran:
+            output = pruned_ops.ops.attention(*arguments)
+        assert ran["attention"] == {"triton": 1}
+        within_budget("attention", output, arguments)
+
+
+def test_triton_attention_over_many_short_sequences() -> None:
+    lengths = tuple(1 + (7 * i) % 30 for i in range(200))
+    arguments = moved(attention_arguments(lengths, 1, 32), torch.float32)
+    with use_backend("triton"):
+        within_budget("attention", pruned_ops.ops.attention(*arguments), arguments)
+
+
+def attention_configs() -> list[Any]:
+    if MISSING is not None:
+        return []
+    found = [
+        pytest.param(
+            config, head_dim, dtype, id=f"triton-{head_dim}-{config.block_m}x{config.block_n}-{name}"
+        )
+        for name, size in SIZES.items()
+        for dtype in DTYPES
+        if dtype.itemsize == size
+        for head_dim, known in configs.ATTENTION[size].items()
+        for config in known
+    ]
+    short = [
+        pytest.param(config, 32, dtype, id=f"triton-short-{segment}-{size}")
+        for size, dtype in ((2, torch.float16), (4, torch.float32))
+        for segment, config in configs.SHORT[size].items()
+    ]
+    return found + short
+
+
+@pytest.mark.parametrize(("config", "head_dim", "dtype"), attention_configs())
+def test_every_attention_configuration(config: Any, head_dim: int, dtype: torch.dtype) -> None:
+    longest = config.block_m // config.sequences if config.sequences else 150
+    lengths = (longest, 1, longest // 2 + 1)
+    arguments = moved(attention_arguments(lengths, 1, head_dim), dtype)
+    within_budget("attention", launch_attention(*arguments, config), arguments)
+
+
+def gemm_configs() -> list[Any]:
+    if MISSING is not None:
+        return []
+    return [
+        pytest.param(
+            config, dtype, id=f"triton-{i}-{config.block_m}x{config.block_n}x{config.block_k}-{name}"
+        )
+        for name, size in SIZES.items()
+        for dtype in DTYPES
+        if dtype.itemsize == size
+        for i, config in enumerate(configs.LINEAR_GELU[size])
+    ]
+
+
+@pytest.mark.parametrize(("config", "dtype"), gemm_configs())
+def test_every_gemm_configuration(config: Any, dtype: torch.dtype) -> None:
+    """A whole number of blocks of columns, and not; more tiles than programs where it is persistent."""
+    for tokens, hidden, width in ((config.block_m + 3, 2 * config.block_k, config.block_n + 8), (5, 72, 24)):
+        arguments = moved([randn(0, tokens, hidden), randn(1, width, hidden), randn(2, width)], dtype)
+        if config.persistent:
+            arguments[0] = torch.cat([arguments[0]] * 3)
+        within_budget("linear_gelu", launch_linear_gelu(*arguments, config), arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 8, 1499])
+def test_triton_linear_gelu_of_any_width(width: int, dtype: torch.dtype) -> None:
+    for tokens in (1, 19):
+        arguments = moved([randn(0, tokens, 40), randn(1, width, 40), randn(2, width)], dtype)
+        with use_backend("triton"):
+            within_budget("linear_gelu", pruned_ops.ops.linear_gelu(*arguments), arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [90, 384, 700])
+def test_every_way_to_linear_add_layer_norm(hidden: int, dtype: torch.dtype) -> None:
+    """Fused, split, and a plain GEMM before `add_layer_norm`: all are the op."""
+    arguments = moved(arguments_for("linear_add_layer_norm", 37, hidden, 72), dtype)
+    split = GemmConfig(16, 32, 32, 4, 2, split_k=2)
+    for config in [None, split, *tuning.fused_configs(hidden, dtype)]:
+        output = launch_linear_add_layer_norm(*arguments, config)
+        within_budget("linear_add_layer_norm", output, arguments)
+
+
+@pytest.mark.parametrize("hidden", [1, 384, 1024])
+def test_every_row_configuration(hidden: int) -> None:
+    arguments = moved(arguments_for("add_layer_norm", 9, hidden), torch.float16)
+    for config in configs.ROWS:
+        within_budget("add_layer_norm", launch_add_layer_norm(*arguments, config), arguments)
+
+
+def test_partial_sums_are_added_in_fp32() -> None:
+    parts = randn(0, 3, 5, 48).to(DEVICE)
+    _, bias, residual, *norm = moved(arguments_for("add_layer_norm", 5, 48), torch.float32)
+    output = launch_add_layer_norm(parts, bias, residual, *norm, configs.ROWS[0])
+    within_budget("add_layer_norm", output, [parts.sum(0), bias, residual, *norm])
+
+
+def test_nothing_is_written_outside_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op's output lies between two sentinels, which stay."""
+    guards: list[Tensor] = []
+    original = torch.empty
+
+    def guarded(size: Any, **kwargs: Any) -> Tensor:
+        count = int(torch.tensor(size).prod())
+        whole = original((count + 64,), **kwargs).fill_(7.0)
+        guards.append(whole)
+        return whole[32 : 32 + count].view(size)
+
+    for op in TRITON_OPS:
+        arguments = moved(arguments_for(op, 37, 90, 56), torch.float16)
+        if op == "attention":
+            arguments = moved(attention_arguments((12, 25), 2, 32), torch.float16)
+        with monkeypatch.context() as patch, use_backend("triton"):
+            patch.setattr(torch, "empty", guarded)
+            OPS[op](*arguments)
+    assert len(guards) >= len(TRITON_OPS)
+    for whole in guards:
+        assert bool((whole[:32] == 7).all()) and bool((whole[-32:] == 7).all())
+        assert not bool((whole[32:-32] == 7).all())
+
+
+def test_wrong_values_never_lead_outside() -> None:
+    """cu_seqlens and ids that a check would refuse are clamped by the kernels."""
+    qkv, _, _, head_dim = moved(attention_arguments((40,), 1, 32), torch.float32)
+    with use_backend("triton"):
+        pruned_ops.ops.attention(qkv, cu_seqlens((20, 900)).to(DEVICE), 64, head_dim)
+        arguments = moved(arguments_for("embed_layer_norm", 9, 48), torch.float32)
+        arguments[0] = arguments[0] + 10_000
+        expected = list(arguments)
+        expected[0] = torch.full_like(arguments[0], arguments[3].size(0) - 1)
+        output = pruned_ops.ops.embed_layer_norm(*arguments)
+    within_budget("embed_layer_norm", output, expected)
+
+
+def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests have teeth: a wrong scale, a sequence that is too long, a lost bias leave the budget."""
+    from pruned_ops.ops.backends.triton import attention as module
+
+    arguments = moved(attention_arguments((40, 25), 2, 32), torch.float32)
+    config = configs.ATTENTION[4][32][0]
+    monkeypatch.setattr(module, "LOG2_E", 1.0)
+    with pytest.raises(AssertionError, match="budget"):
+        within_budget("attention", launch_attention(*arguments, config), arguments)
+    monkeypatch.undo()
+    blind = [arguments[0], cu_seqlens((39, 26)).to(DEVICE), *arguments[2:]]
+    with pytest.raises(AssertionError, match="budget"):
+        within_budget("attention", launch_attention(*blind, config), arguments)
+    gelu = moved(arguments_for("linear_gelu"), torch.float32)
+    without = [gelu[0], gelu[1], torch.zeros_like(gelu[2])]
+    with pytest.raises(AssertionError, match="budget"):
+        within_budget("linear_gelu", launch_linear_gelu(*without, configs.LINEAR_GELU[4][0]), gelu)
+
+
+def test_what_triton_refuses() -> None:
+    qkv, lengths, longest, _ = moved(attention_arguments((5,), 1, 48), torch.float32)
+    with use_backend("triton"):
+        with pytest.raises(pruned_ops.BackendError, match="head_dim is 48, the kernel takes 16, 32, 64, 128"):
+            pruned_ops.ops.attention(qkv, lengths, longest, 48)
+        with pytest.raises(pruned_ops.BackendError, match="several dtypes"):
+            pruned_ops.ops.linear_gelu(qkv, qkv[:3].half(), qkv[0, :3])
+        with pytest.raises(pruned_ops.BackendError, match="fp32, fp16 and bf16 are taken"):
+            pruned_ops.ops.linear_gelu(qkv.double(), qkv[:3].double(), qkv[0, :3].double())
+        with pytest.raises(RuntimeError, match="linear_gelu: bias has shape"):
+            pruned_ops.ops.linear_gelu(qkv, qkv[:3], qkv[0, :4])
+
+
+def test_the_interpreter_runs_only_on_demand() -> None:
+    if DEVICE == "cuda":
+        pytest.skip("there is a GPU: Triton is no interpreter here")
+    arguments = moved(arguments_for("linear_gelu"), torch.float16)
+    with record() as ran:
+        pruned_ops.ops.linear_gelu(*arguments)
+    assert ran["linear_gelu"] == {"reference": 1}
+
+
+def test_the_model_chooses_what_fits_the_shape() -> None:
+    """Few tokens: small or split tiles; many: large ones; TMA and shared memory only as there is."""
+    h200, a100 = (
+        tuning.Chip(132, configs.SHARED_MEMORY[90], True),
+        tuning.Chip(108, configs.SHARED_MEMORY[80], False),
+    )
+    known = configs.LINEAR_GELU[2]
+    few = tuning.fitting(known, 16, 3072, 768, 2, True, h200)[0]
+    many = tuning.fitting(known, 32768, 3072, 768, 2, True, h200)[0]
+    assert few.block_m <= 64 and many.block_m >= 128 and many.tma
+    # As many tiles as there are multiprocessors beat fewer, larger ones, and splitting.
+    for tokens, width, hidden, tiles in ((256, 3072, 768, 96), (128, 1536, 384, 48), (1408, 768, 384, 132)):
+        best = tuning.fitting(known, tokens, width, hidden, 2, True, h200)[0]
+        made = -(-tokens // best.block_m) * -(-width // best.block_n)
+        assert best.split_k == 1 and tiles <= made <= 132, (tokens, width, hidden, best)
+    for config in tuning.fitting(known, 4096, 3072, 768, 2, True, a100):
+        assert not config.tma and config.shared_bytes(2) <= configs.SHARED_MEMORY[80]
+    assert not any(c.tma for c in tuning.fitting(known, 4096, 3072, 768, 2, False, h200))
+    assert not any(c.split_k > 1 for c in tuning.fitting(known, 16, 3072, 64, 2, True, h200))
+    assert tuning.fused_configs(1025, torch.float16) == []
+    assert {c.block_n for c in tuning.fused_configs(384, torch.float16)} == {512}

@@ -1,0 +1,92 @@
+"""Every Triton configuration compiles for sm_80 and sm_90 and fits them, with no GPU at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a program, in bytes (CUDA programming guide)
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def made() -> list[dict[str, Any]]:
+    """What compile_triton.py says, in a process in which the interpreter is off."""
+    everything = ["--all"] if os.environ.get("PRUNED_OPS_COMPILE_ALL") else []
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "support" / "compile_triton.py"), *everything],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_triton_kernels_are_all_compiled(made: list[dict[str, Any]]) -> None:
+    kernels = {one["kernel"] for one in made}
+    assert kernels == {
+        "linear_gelu_kernel", "partial_linear_kernel", "bias_gelu_kernel", "linear_add_layer_norm_kernel",
+        "attention_kernel", "short_attention_kernel", "add_layer_norm_kernel", "embed_layer_norm_kernel",
+    }  # fmt: skip
+    assert {(one["dtype"], one["target"]) for one in made} >= {("fp16", 80), ("fp16", 90), ("fp32", 80)}
+
+
+def test_triton_kernels_spill_nothing(made: list[dict[str, Any]]) -> None:
+    assert all(one["registers"] for one in made)
+    spilt = [one for one in made if one["spilled"]]
+    assert not spilt, spilt
+
+
+def test_triton_kernels_fit_shared_memory(made: list[dict[str, Any]]) -> None:
+    assert not [one for one in made if one["shared"] > SHARED_MEMORY[one["target"]]]
+
+
+def test_triton_kernels_use_the_tensor_cores_of_sm_90(made: list[dict[str, Any]]) -> None:
+    """wgmma wherever a tile has the 64 rows and the 4 warps that it needs."""
+    able = [
+        one
+        for one in made
+        if one["target"] == 90 and one["dtype"] != "fp32" and one["rows"] >= 64 and one["warps"] >= 4
+    ]
+    assert able and not [one for one in able if not one["wgmma"]]
+
+
+def test_how_many_programs_a_multiprocessor_holds() -> None:
+    """By hand: 164 registers of 32 threads are 21 steps of 256, so 4 warps take 21504 of 65536."""
+    from pruned_ops.ops.backends.triton.ahead_of_time import Compiled
+
+    assert Compiled(164, 0, 32 * 1024, True).programs(warps=4, target=90) == 3
+    assert Compiled(32, 0, 0, False).programs(warps=4, target=90) == 16  # all of 64 warps
+    assert Compiled(32, 0, 100 * 1024, False).programs(warps=4, target=90) == 2  # of 228 KiB
+    assert Compiled(32, 0, 100 * 1024, False).programs(warps=4, target=80) == 1  # of 164 KiB
+    assert Compiled(16, 0, 0, False).programs(warps=1, target=90) == 32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it is measured instead")
+def test_the_page_of_bounds() -> None:
+    """Bounds and what the compiled kernels take, called so; no word of a result."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "bench_ops.py"), "--device", "cuda"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "BOUNDS for an H200 in fp16, not results: 64 sequences, 11200 tokens" in done.stdout
+    # q|k|v read and the context written, 11200 x 4 x 384 numbers, at 4.3 TB/s; 12 heads of a tile a sequence
+    # or two or three.
+    first = next(line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["attention"])
+    assert first == ["attention", "3715", "34.4", "8.00", "memory"]
+    assert "128x128x64 tma" in done.stdout and "cuBLAS" in done.stdout

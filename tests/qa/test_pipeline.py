@@ -1,0 +1,122 @@
+"""Calls of the old question-answering pipeline: same arguments, same results."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import pre_tokenizers
+from transformers import BertTokenizerFast
+
+import pruned_ops
+from inputs import stock_model
+from pruned_ops.qa.pipeline import aligned
+from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
+
+CONTEXT = words(60)
+
+
+@pytest.fixture(scope="module")
+def qa() -> Any:
+    return pruned_ops.pipeline(
+        "question-answering", model=stock_model(), tokenizer=word_tokenizer(96), device=-1
+    )
+
+
+def test_every_way_to_ask(qa: Any) -> None:
+    one = qa(question="w1 w2", context=CONTEXT)
+    assert set(one) == {"score", "start", "end", "answer"} and 0 <= one["score"] <= 1
+    assert one["answer"] == CONTEXT[one["start"] : one["end"]] != ""
+    record = {"question": "w1 w2", "context": CONTEXT}
+    example = SimpleNamespace(question_text="w1 w2", context_text=CONTEXT)
+    for same in (
+        qa(record), qa([record]), qa("w1 w2", CONTEXT), qa(X=record), qa(data=[record]), qa(example),
+        qa(question=["w1 w2"], context=[CONTEXT]),
+    ):  # fmt: skip
+        assert same == one
+    for several in (
+        qa([record, record]), qa(record, record), qa([example, record]), qa(data=[record, record]),
+        qa(question=["w1 w2", "w1 w2"], context=CONTEXT), qa(question=["w1 w2"] * 2, context=[CONTEXT] * 2),
+        qa({"question": ["w1 w2"] * 2, "context": [CONTEXT] * 2}), list(qa(r for r in (record, record))),
+    ):  # fmt: skip
+        assert [found["answer"] for found in several] == [one["answer"]] * 2
+
+
+def test_what_a_call_may_say(qa: Any) -> None:
+    asked = {"question": "w1", "context": CONTEXT}
+    top = qa(**asked, top_k=4)
+    assert len(top) == 4 and top[0] == qa(**asked)
+    assert [found["score"] for found in top] == sorted((found["score"] for found in top), reverse=True)
+    assert qa([asked, asked], top_k=2)[1] == top[:2]
+    with pytest.warns(FutureWarning, match="top_k"):
+        assert qa(**asked, topk=4) == top
+    assert "" not in [found["answer"] for found in qa(**asked, top_k=20)]
+    assert all(len(found["answer"].split()) <= 2 for found in qa(**asked, top_k=9, max_answer_len=2))
+    assert qa(**asked, top_k=1, batch_size=8, padding="longest", num_workers=2) == top[0]
+    assert qa(question="w1 w2", context=CONTEXT, max_question_len=1) == qa(**asked)
+    # Short windows: none of them sees the whole of the text.
+    answers = qa(**asked, max_seq_len=20, doc_stride=4, top_k=20)
+    assert all(found["answer"] == CONTEXT[found["start"] : found["end"]] for found in answers)
+    model = qa.model
+    assert pruned_ops.pipeline("question-answering", model, word_tokenizer(96), top_k=4)(**asked) == top
+
+
+def test_no_answer_is_one_where_the_call_allows_it() -> None:
+    model = stock_model()
+    model.config.null_score_threshold = -1e9
+    qa = pruned_ops.pipeline("question-answering", model, word_tokenizer(96))
+    assert qa("w1", CONTEXT)["answer"] != ""
+    none = qa(question="w1", context=CONTEXT, handle_impossible_answer=True)
+    assert none == {"score": 1.0, "start": 0, "end": 0, "answer": ""}
+
+
+def test_what_is_refused_by_name(qa: Any) -> None:
+    for task in ("text-classification", "qa"):
+        with pytest.raises(ValueError, match=f"no '{task}' pipeline here"):
+            pruned_ops.pipeline(task, model=stock_model())
+    for arguments, message in (
+        ({}, "pass model="),
+        ({"model": stock_model()}, "pass its tokenizer"),
+        ({"model": stock_model(), "framework": "tf"}, "framework is 'tf'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pruned_ops.pipeline("question-answering", **arguments)
+    asked = {"question": "w1", "context": "w2"}
+    for given, error, message in (
+        ({"question": "", "context": "w1"}, ValueError, "question is empty"),
+        ({"question": "w1", "context": None}, ValueError, "context is a NoneType"),
+        ({"question": "w1"}, ValueError, "question and context are needed; given question"),
+        ({"data": [{"question": "w1"}]}, KeyError, "has no context"),
+        ({"data": [5]}, ValueError, "a int is no question"),
+        ({"data": 5}, ValueError, "a int is no question"),
+        ({"question": ["w1", "w2"], "context": ["w1"]}, ValueError, "2 questions, but 1 contexts"),
+        ({**asked, "top_k": 0}, ValueError, "top_k is 0"),
+        ({**asked, "max_answer_len": 0}, ValueError, "max_answer_len is 0"),
+        ({**asked, "doc_stride": 100}, ValueError, "stride 100"),
+        ({**asked, "max_seq_len": 81}, ValueError, "windows of 81 tokens are too long"),
+        ({**asked, "max_anser_len": 3}, TypeError, "takes no max_anser_len; it takes top_k"),
+        ({"question": words(90), "context": "w2"}, ValueError, "question 0 is too long"),
+    ):
+        with pytest.raises(error, match=message):
+            qa(**given)
+
+
+def test_answers_are_whole_words_unless_asked_otherwise() -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "play", "##ing", "ball", ",", "un"]
+    wordpiece = BertTokenizerFast(vocab={token: i for i, token in enumerate(pieces)})
+    context = "ball, unplaying, ball"
+    assert context[slice(*aligned(wordpiece, context, 8, 12))] == "unplaying"  # "play"
+    assert context[slice(*aligned(wordpiece, context, 3, 8))] == "ball, unplaying"
+    assert aligned(wordpiece, context, 0, 4) == (0, 4)
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert aligned(tokenizer, "a naïve 😀 b", 4, 5) == (2, 7)
+    qa = pruned_ops.pipeline(
+        "question-answering", stock_model("roberta", vocab_size=300, max_position_embeddings=82), tokenizer
+    )
+    asked = {"question": "q", "context": "alpha beta gamma delta", "top_k": 5, "max_answer_len": 2}
+    assert {found["answer"] for found in qa(**asked)} <= set("alpha beta gamma delta".split())
+    assert not {found["answer"] for found in qa(**asked, align_to_words=False)} <= set(
+        asked["context"].split()
+    )

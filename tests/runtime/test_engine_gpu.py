@@ -1,0 +1,96 @@
+"""The engine and encode_many with real CUDA graphs and streams, where there is a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from test_engine_heads import MODELS, fields
+
+import pruned_ops
+from pruned_ops.measure.timing import event_seconds
+from stand_in_graphs import ids_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def on_gpu(kind: str, graphs: bool = True) -> Any:
+    return pruned_ops.optimize(MODELS[kind]().cuda().half(), graphs=graphs)
+
+
+def batch_of(lengths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]:
+    return {name: tensor.cuda() for name, tensor in ids_of(lengths, seed).items()}
+
+
+def close(found: Any, expected: Any) -> None:
+    for name, value in fields(expected).items():
+        torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_graphs_give_what_eager_gives(kind: str) -> None:
+    eager, fast = on_gpu(kind, graphs=False), on_gpu(kind)
+    for _ in range(2):
+        for seed, lengths in enumerate(((20, 3, 11), (7, 40), (9, 9, 9), (77,))):
+            batch = batch_of(lengths, seed)
+            close(fast(**batch), eager(**batch))
+    assert fast.engine.stats.replays == 8 and not fast.engine.stats.outside
+
+
+def test_threads_and_streams_get_their_own_answers() -> None:
+    eager, fast = on_gpu("question-answering", graphs=False), on_gpu("question-answering")
+    batches = [batch_of((3 + i, 20 - i), i) for i in range(16)]
+    expected = [eager(**batch) for batch in batches]
+    torch.cuda.synchronize()
+
+    def run(batch: dict[str, torch.Tensor]) -> Any:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = fast(**batch)
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        for found, wanted in zip(pool.map(run, batches * 8), expected * 8, strict=True):
+            close(found, wanted)
+
+
+def test_warm_up_and_weights_that_move() -> None:
+    fast = on_gpu("question-answering")
+    assert fast.engine.warm_up([(10, 7), (30,)]) == 2
+    batch = batch_of((10, 7))
+    first = fast(**batch)
+    assert fast.engine.stats.captures == 2 and fast.engine.stats.replays == 1
+    fast.float().half()
+    torch.cuda.empty_cache()
+    close(fast(**batch), first)
+    layer = fast.base_model.encoder.layers[0]
+    layer.ffn.norm.weight.data = layer.ffn.norm.weight.data.clone()
+    torch.cuda.empty_cache()  # what the graph reads is still there when it is looked at
+    close(fast(**batch), first)
+    assert fast.engine.stats.invalidated == 2
+
+
+def test_encode_many_on_streams_of_its_own() -> None:
+    fast = on_gpu("question-answering")
+
+    def texts() -> Iterator[list[int]]:
+        for i in range(300):
+            yield ids_of((1 + 7 * i % 60,), i)["input_ids"][0].tolist()
+
+    for ids, found in zip(texts(), fast.encode_many(texts(), 400), strict=True):
+        alone = fast(input_ids=torch.tensor([ids]).cuda())
+        assert not found.start_logits.is_cuda
+        torch.testing.assert_close(found.start_logits, alone.start_logits[0].cpu(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_replay_costs_the_host_little() -> None:
+    """Of a small batch: no gap between launches is left, so a call's time hardly depends on the layers."""
+    fast = on_gpu("question-answering")
+    batch = batch_of((8,))
+    with torch.inference_mode():
+        for _ in range(5):
+            fast(**batch)
+        assert min(event_seconds(lambda: fast(**batch)) for _ in range(50)) < 2e-3

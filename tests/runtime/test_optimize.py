@@ -1,0 +1,265 @@
+"""optimize and restore: invariant 4, packed = padded and only real tokens computed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertModel
+
+import pruned_ops
+from inputs import READY, logits, padded_batch, stock_model
+from pruned_ops.ops.registry import OPS, record, use_backend
+from pruned_ops.runtime.optimize import optimized
+from pruned_ops.runtime.packed_encoder import PackedEncoder
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_packed_is_padded(model: Any, backend: str) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    real = batch["attention_mask"].bool()
+    expected = logits(model, batch)
+    assert expected[real].std() > 0.1  # a model whose outputs are all alike would prove nothing
+    with use_backend(backend), record() as ran:
+        found = logits(pruned_ops.optimize(model), batch)
+    torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-5)
+    assert (found[~real] == torch.finfo(torch.float32).min).all()
+    assert {name for counts in ran.values() for name in counts} == {backend}
+    has_it = "cpu" in READY and backend in ("reference", *OPS["encoder"].kernels)
+    assert ("encoder" if has_it else "attention") in ran
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_packed_is_padded_on_a_gpu(model: Any) -> None:
+    batch = {
+        name: tensor.cuda() for name, tensor in padded_batch(pad_token_id=model.config.pad_token_id).items()
+    }
+    real = batch["attention_mask"].bool()
+    expected = logits(model.cuda(), batch)
+    found = logits(pruned_ops.optimize(model), batch)
+    torch.testing.assert_close(found[real], expected[real], atol=1e-3, rtol=1e-3)
+    assert found.is_cuda and (found[~real] == torch.finfo(torch.float32).min).all()
+    pruned_ops.restore(model)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+
+
+def test_a_sequence_alone_is_the_same_in_a_batch(model: Any) -> None:
+    batch = padded_batch((20, 3, 11), model.config.pad_token_id)
+    fast = pruned_ops.optimize(model)
+    together = logits(fast, batch)
+    for row, length in enumerate((20, 3, 11)):
+        alone = logits(fast, {name: tensor[row : row + 1, :length] for name, tensor in batch.items()})
+        torch.testing.assert_close(together[row : row + 1, :length], alone, atol=1e-5, rtol=1e-5)
+
+
+class RowCounter(TorchDispatchMode):
+    """Rows that enter each linear layer: torch's own GEMMs and the ops that hold one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("linear_gelu", "linear_add_layer_norm", "mm", "addmm", "linear", "bmm"):
+            x = args[1] if name == "addmm" else args[0]
+            self.rows.append((name, x.numel() // x.size(-1) if x.size(-1) else x.size(0)))
+        if name == "encoder":  # one call: two linear layers in each of its parts
+            self.rows += [(name, args[0].size(0))] * 2 * len(args[4])
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_real_tokens_are_computed(model: Any) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    encoder = pruned_ops.optimize(model).base_model
+    with torch.no_grad(), RowCounter() as counter:
+        encoder(**batch)
+    # Four linear layers in each: q|k|v, attention output, FFN up, FFN down.
+    assert len(counter.rows) == 4 * model.config.num_hidden_layers
+    assert {rows for _, rows in counter.rows} == {int(batch["attention_mask"].sum())}
+
+
+@pytest.mark.parametrize("holes", ["left", "holes", "bool", "float", "none"])
+def test_other_masks(model: Any, holes: str) -> None:
+    batch = padded_batch((20, 20, 20), model.config.pad_token_id)
+    mask = batch["attention_mask"]
+    if holes == "left":
+        mask[0, :7] = 0
+    elif holes == "holes":
+        mask[1, 3:6] = mask[1, 15] = 0
+    elif holes != "none":
+        mask[2, 9:] = 0
+    batch["attention_mask"] = mask.bool() if holes == "bool" else mask.float() if holes == "float" else mask
+    real = mask.bool()
+    reference = {**batch, "attention_mask": mask}
+    if holes == "none":
+        del batch["attention_mask"]
+    expected = logits(model, reference)
+    torch.testing.assert_close(
+        logits(pruned_ops.optimize(model), batch)[real], expected[real], atol=2e-5, rtol=1e-5
+    )
+
+
+def test_position_and_token_type_ids(model: Any) -> None:
+    batch = padded_batch((9, 4), model.config.pad_token_id)
+    batch["position_ids"] = torch.arange(2, 11).flip(0).expand(2, 9).contiguous()
+    if model.config.type_vocab_size > 1:
+        batch["token_type_ids"] = (torch.arange(9) > 4).long().expand(2, 9)
+    real = batch["attention_mask"].bool()
+    expected = logits(model, batch)
+    torch.testing.assert_close(
+        logits(pruned_ops.optimize(model), batch)[real], expected[real], atol=2e-5, rtol=1e-5
+    )
+
+
+def test_hidden_states_are_zero_at_padding(model: Any) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True).hidden_states
+        found = pruned_ops.optimize(model)(**batch, output_hidden_states=True).hidden_states
+    assert len(found) == model.config.num_hidden_layers + 1
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], atol=2e-5, rtol=1e-5)
+        assert (ours[~real] == 0).all()
+
+
+def test_tuples_and_positional_arguments(model: Any) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    expected = logits(pruned_ops.optimize(model), batch)
+    with torch.no_grad():
+        found = model(batch["input_ids"], batch["attention_mask"], return_dict=False)
+    assert isinstance(found, tuple) and torch.equal(torch.stack(found, -1), expected)
+
+
+def test_restore_undoes(model: Any) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    before = logits(model, batch)
+    parameters = [(id(p), p.requires_grad) for p in model.parameters()]
+    pruned_ops.optimize(model)
+    assert pruned_ops.optimize(model) is model  # twice is once
+    pruned_ops.restore(model)
+    assert [(id(p), p.requires_grad) for p in model.parameters()] == parameters
+    assert all(p.is_contiguous() for p in model.parameters())  # else it may not be saved
+    assert torch.equal(logits(model, batch), before)
+    model.train()(**batch).start_logits.sum().backward()
+    queries = [p for name, p in model.named_parameters() if "query.weight" in name and p.numel()]
+    assert queries and all(p.grad is not None for p in queries)
+
+
+def test_restore_gives_back_the_mode(model: Any) -> None:
+    model.train()
+    model.base_model.encoder.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert not pruned_ops.optimize(model).training
+    assert {name: module.training for name, module in pruned_ops.restore(model).named_modules()} == before
+
+
+def test_restore_keeps_the_dtype_used_last(model: Any) -> None:
+    pruned_ops.optimize(model).double()
+    pruned_ops.restore(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_optimized_is_a_block(model: Any) -> None:
+    with optimized(model) as fast:
+        assert isinstance(fast.base_model, PackedEncoder)
+    assert not isinstance(model.base_model, PackedEncoder) and not model.training
+
+
+def test_no_weight_is_kept_twice(model: Any) -> None:
+    """What the runtime's layout holds, the model's own weights hold no more; `restore` gives them back."""
+    names = [name for name, one in model.named_parameters() if ".encoder.layer." in name and one.dim() == 2]
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    parameters = [model.get_parameter(name) for name in names]
+    packed = pruned_ops.optimize(model).base_model.encoder.is_packed
+    assert packed == ("cpu" in READY)
+    for name, parameter in zip(names, parameters, strict=True):
+        assert parameter.shape == before[name].shape
+        if packed or any(part in name for part in ("query", "key", "value")):
+            assert parameter.isnan().all() and parameter.untyped_storage().nbytes() == 4 * bool(
+                parameter.numel()
+            )
+    model = pruned_ops.restore(model)
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in names)
+
+
+class CustomHead(nn.Module):
+    """Somebody's own model with an encoder deep inside."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"encoder": encoder})
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.head(self.inner["encoder"](**batch).last_hidden_state[:, 0])
+
+
+def test_a_custom_head_and_a_pooler() -> None:
+    encoder = BertModel(stock_model().config).eval()
+    batch = padded_batch((9, 4))
+    with torch.no_grad():
+        pooled = encoder(**batch).pooler_output
+    custom = CustomHead(encoder).eval()
+    with torch.no_grad():
+        expected = custom(**batch)
+        torch.testing.assert_close(pruned_ops.optimize(custom)(**batch), expected, atol=2e-5, rtol=1e-5)
+        found = custom.inner["encoder"](**batch).pooler_output
+    torch.testing.assert_close(found, pooled, atol=2e-5, rtol=1e-5)
+
+
+def test_a_bare_encoder() -> None:
+    encoder = BertModel(stock_model().config).eval()
+    batch = padded_batch((9, 4))
+    with torch.no_grad():
+        expected = encoder(**batch).last_hidden_state
+        fast = pruned_ops.optimize(encoder)
+        found = fast(**batch).last_hidden_state
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-5)
+    assert pruned_ops.restore(fast) is encoder
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu_new"])
+def test_other_activations(activation: str) -> None:
+    model = stock_model(hidden_act=activation)
+    batch = padded_batch()
+    real = batch["attention_mask"].bool()
+    expected = logits(model, batch)
+    torch.testing.assert_close(
+        logits(pruned_ops.optimize(model), batch)[real], expected[real], atol=2e-5, rtol=1e-5
+    )
+
+
+def test_every_op_is_used() -> None:
+    """A layer that quietly went around the ops would run on no backend."""
+    model = pruned_ops.optimize(stock_model())
+    model.base_model.encoder.unpack()
+    with record() as ran:
+        logits(model, padded_batch())
+    assert set(ran) == set(OPS) - {"add_layer_norm", "encoder"}  # the first is inside linear_add_layer_norm
+    assert ran["attention"].total() == 3 and ran["linear_add_layer_norm"].total() == 6
+
+
+@pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
+def test_the_layers_run_in_one_call(model: Any) -> None:
+    """Hidden states layer by layer are the same bits; a moved model is packed again, with its new weights."""
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    encoder = pruned_ops.optimize(model).base_model
+    with torch.no_grad(), record() as ran:
+        whole = encoder(**batch)
+    assert ran == {"embed_layer_norm": {"cpu": 1}, "encoder": {"cpu": 1}}
+    with torch.no_grad():
+        by_layer = encoder(**batch, output_hidden_states=True)
+    assert torch.equal(whole.last_hidden_state, by_layer.hidden_states[-1])
+    half = copy.deepcopy(encoder).half()
+    assert not half.encoder.is_packed and half.float().encoder.is_packed
+    with torch.no_grad():
+        again = half(**batch).last_hidden_state
+    assert not torch.equal(again, whole.last_hidden_state)  # rounded to half on the way
+    torch.testing.assert_close(again, whole.last_hidden_state, atol=0.05, rtol=0.05)

@@ -1,0 +1,297 @@
+"""encode_many on random arrivals: order, each text once, bounded windows and batches, each as alone;
+and the copies beside the computing, with a stand-in for a GPU's lanes."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_heads import stock
+from torch import Tensor, nn
+from transformers import BertModel
+
+import pruned_ops
+from inputs import padded_batch, pruned_model, stock_model
+from pruned_ops.layers.packing import PackedBatch, with_lengths
+from pruned_ops.runtime.encode_many import encode_many
+from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, HostLanes, Tensors
+
+FAST = pruned_ops.optimize(stock_model())
+
+
+class StandInLanes:
+    """As a GPU's: what is on its way holds nothing useful before it is waited for, and one batch is ahead."""
+
+    ahead = 1
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.waited = 0
+
+    def to_device(self, host: Tensors) -> Callable[[], Tensors]:
+        return self._copied("in", host)
+
+    def to_host(self, device: Tensors) -> Callable[[], Tensors]:
+        return self._copied("out", device)
+
+    def _copied(self, name: str, source: Tensors) -> Callable[[], Tensors]:
+        self.log.append(f"{name} begins")
+        there = {key: torch.full_like(tensor, -1) for key, tensor in source.items()}
+
+        def arrive() -> Tensors:
+            self.log.append(f"{name} ends")
+            for key, tensor in source.items():
+                there[key].copy_(tensor)
+            return there
+
+        return arrive
+
+    def wait(self) -> None:
+        self.waited += 1
+
+
+def text(length: int, seed: int) -> list[int]:
+    return torch.randint(5, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def alone(model: Any, ids: list[int]) -> Any:
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids]))
+
+
+def shapes_of(model: nn.Module, seen: list[tuple[int, ...]]) -> Any:
+    """A hook that notes the shape of each batch."""
+    return model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 80), max_size=120), tokens=st.integers(1, 200), overlapped=st.booleans()
+)
+def test_random_arrivals(lengths: list[int], tokens: int, overlapped: bool) -> None:
+    """In order, each text once, what it gives alone; windows, batches and what is held are bounded."""
+    texts = [text(length, seed) for seed, length in enumerate(lengths)]
+    seen: list[tuple[int, ...]] = []
+    read = 0
+
+    def arrivals() -> Iterator[list[int]]:
+        nonlocal read
+        for one in texts:
+            read += 1
+            yield one
+
+    lanes = StandInLanes() if overlapped else HostLanes()
+    hook = shapes_of(FAST, seen)
+    given_back = 0
+    try:
+        for found in encode_many(FAST, arrivals(), tokens, lanes):
+            held = sum(lengths[given_back:read])
+            # A window, and on a GPU the one that is read while the last one's batches are computed.
+            longest = max(lengths)
+            windows = (1 + lanes.ahead) * (LOOK_AHEAD * tokens + longest)
+            assert held <= windows + 2 * lanes.ahead * max(tokens, longest)
+            assert found.start_logits.shape == (lengths[given_back],)
+            given_back += 1
+    finally:
+        hook.remove()
+    assert given_back == read == len(texts)
+    assert sum(batch for batch, _ in seen) == len(texts)
+    assert all(batch * longest <= tokens or batch == 1 for batch, longest in seen)
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_each_text_gives_what_it_gives_alone(model: Any, overlapped: bool) -> None:
+    fast = pruned_ops.optimize(model)
+    texts = [text(1 + 11 * seed % 40, seed) for seed in range(30)]
+    lanes = StandInLanes() if overlapped else None
+    for ids, found in zip(texts, encode_many(fast, texts, 64, lanes), strict=True):
+        expected = alone(fast, ids)
+        assert type(found) is type(expected) and not found.start_logits.is_inference()
+        for name in ("start_logits", "end_logits"):
+            torch.testing.assert_close(found[name], expected[name][0], rtol=1e-4, atol=1e-5)
+            assert found[name].untyped_storage().nbytes() == 4 * len(ids)  # no batch is kept with it
+
+
+def test_little_is_padded_and_few_batches_are_run() -> None:
+    """Sorted within a window: what arrives long and short in turn is computed by like lengths."""
+    seen: list[tuple[int, ...]] = []
+    hook = shapes_of(FAST, seen)
+    lengths = [70, 5] * 200
+    list(FAST.encode_many((text(length, 1) for length in lengths), tokens_per_batch=700))
+    hook.remove()
+    assert sum(batch * longest for batch, longest in seen) <= 1.2 * sum(lengths)
+    assert len(seen) <= 2 * sum(lengths) / 700
+
+
+def test_copies_run_beside_the_computing() -> None:
+    """The next batch is on its way before this one is computed, and before the last one's results are."""
+    lanes = StandInLanes()
+    batches = [[text_of(4)], [text_of(5)], [text_of(6)]]
+    computed: list[int] = []
+
+    def model(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        lanes.log.append("computed")
+        computed.append(input_ids.size(1))
+        assert bool((attention_mask == 1).all()) and int(input_ids.min()) >= 5  # it has arrived
+        return input_ids
+
+    runner = BatchRunner(model, 0, torch.device("cpu"), lambda output: {"ids": output}, lanes)
+    found = [results["ids"].shape for _, results in runner.run(batches)]
+    assert computed == [4, 5, 6] and found == [(1, 4), (1, 5), (1, 6)] and lanes.waited == 1
+    one = ["in ends", "computed", "out begins"]
+    expected = ["in begins", "in begins", *one, "in begins", *one, "out ends", *one, "out ends", "out ends"]
+    assert lanes.log == expected
+
+
+def text_of(length: int) -> Any:
+    class Text:
+        input_ids = text(length, 0)
+        token_type_ids = None
+
+        def __len__(self) -> int:
+            return length
+
+    return Text()
+
+
+def test_who_stops_early_leaves_nothing_on_its_way() -> None:
+    lanes = StandInLanes()
+    stream = encode_many(FAST, ([7, 8] for _ in iter(int, 1)), 8, lanes)  # without end
+    next(stream)
+    stream.close()
+    assert lanes.waited == 1
+
+
+def test_the_gpu_is_not_asked_for_lengths_that_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Any] = []
+    plain = PackedBatch.from_mask.__func__  # type: ignore[attr-defined]
+
+    def from_mask(cls: Any, mask: Tensor, *rest: Any) -> Any:
+        masks.append(mask)
+        batch = plain(cls, mask, *rest)
+        mask[:, 0] = 7  # with the lengths written on it nobody looks, and so nobody waits
+        again = plain(cls, mask, *rest)
+        assert again.lengths == batch.lengths == (3, 1)
+        return batch
+
+    classifier = pruned_ops.optimize(stock("bert", "sequence"))  # which would look at position 0
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedBatch, "from_mask", classmethod(from_mask))
+        for model in (FAST, classifier):
+            assert len(list(model.encode_many([[7, 8, 9], [7]]))) == 2
+    assert len(masks) == 2
+    wrong = torch.tensor([[0, 1, 1]])
+    with pytest.raises(ValueError, match="reads position 0"):
+        classifier(input_ids=torch.full((1, 3), 7), attention_mask=wrong)
+    classifier(input_ids=torch.full((1, 3), 7), attention_mask=with_lengths(wrong, (3,)))  # nobody looks
+
+
+def test_other_heads() -> None:
+    texts = [text(length, length) for length in (9, 3, 30)]
+    for kind in ("bert", "roberta"):
+        for head in ("sequence", "token"):
+            fast = pruned_ops.optimize(stock(kind, head))
+            for ids, found in zip(texts, fast.encode_many(texts), strict=True):
+                assert found.logits.shape == ((3,) if head == "sequence" else (len(ids), 3))
+                torch.testing.assert_close(found.logits, alone(fast, ids).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_bare_encoder_and_a_head_of_ones_own() -> None:
+    encoder = pruned_ops.optimize(BertModel(stock_model().config).eval())
+    ids = text(6, 0)
+    (found,) = encoder.encode_many([ids])
+    torch.testing.assert_close(found.last_hidden_state, alone(encoder, ids).last_hidden_state[0])
+    torch.testing.assert_close(found.pooler_output, alone(encoder, ids).pooler_output[0])
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = BertModel(stock_model().config), nn.Linear(64, 2)
+
+        def forward(self, **batch: Tensor) -> Any:
+            return self.head(self.encoder(**batch).last_hidden_state[:, 0])
+
+    own = pruned_ops.optimize(Own().eval())
+    (label,) = own.encode_many([ids])
+    torch.testing.assert_close(label, alone(own, ids)[0])
+    inner = own.encoder
+    for output, message in (
+        (
+            lambda **batch: inner(**batch).last_hidden_state,
+            "one tensor .batch, labels.; this one gives a Tensor",
+        ),
+        (lambda **batch: tuple(inner(**batch).values()), "this one gives a tuple"),
+        (lambda **batch: {"x": inner(**batch).pooler_output}, "does not know how x belongs to the texts"),
+    ):
+        own.forward = output
+        with pytest.raises(ValueError, match=message):
+            list(own.encode_many([ids]))
+
+
+def test_token_types_reach_the_model() -> None:
+    ids, types = text(6, 0), [0, 0, 0, 1, 1, 1]
+    plain, typed = FAST.encode_many([ids, {"input_ids": torch.tensor([ids]), "token_type_ids": types}])
+    with torch.inference_mode():
+        expected = FAST(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+    torch.testing.assert_close(typed.start_logits, expected.start_logits[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(typed.start_logits, plain.start_logits)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], "text 2 has 0 tokens; the model takes 1 to 80"),
+        ([7] * 81, "text 2 has 81 tokens"),
+        ({"input_ids": [7, 8], "attention_mask": [1, 0]}, "text 2 is padded"),
+        ({"input_ids": [7, 8], "token_type_ids": [1]}, "text 2 has 2 input_ids, but 1 token_type_ids"),
+        ({"input_ids": [7], "position_ids": [3]}, "text 2 has position_ids; encode_many reads input_ids and"),
+        ({"token_type_ids": [1]}, "text 2 has no input_ids"),
+        ([0.5], r"text 2: its input_ids are torch.float32 \(1,\); whole numbers"),
+        ("abc", "text 2: its input_ids are no numbers"),
+        ([[7, 8], [7, 8]], r"text 2: its input_ids are torch.int64 \(2, 2\)"),
+    ],
+)
+def test_bad_texts_are_named_after_the_results_before_them(bad: Any, message: str) -> None:
+    stream = FAST.encode_many([[7, 8], [9], bad, [7]])
+    assert [len(one.start_logits) for one in (next(stream), next(stream))] == [2, 1]
+    with pytest.raises(ValueError, match=message):
+        next(stream)
+
+
+def test_an_error_of_the_iterable_comes_after_the_results_before_it() -> None:
+    def broken() -> Iterator[list[int]]:
+        yield [7, 8]
+        raise OSError("the disk is gone")
+
+    stream = FAST.encode_many(broken())
+    assert len(next(stream).start_logits) == 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+
+
+def test_what_is_no_stream_of_texts_is_refused_at_once() -> None:
+    for wrong in ("text", {"input_ids": [1]}, 3):
+        with pytest.raises(ValueError, match="an iterable of tokenised texts is needed"):
+            FAST.encode_many(wrong)
+    for tokens in (0, True, 1.5):
+        with pytest.raises(ValueError, match="tokens_per_batch is"):
+            FAST.encode_many([[7]], tokens)
+    with pytest.raises(ValueError, match="takes an optimised model"):
+        encode_many(stock_model(), [[7]])
+
+
+def test_it_comes_and_goes_with_optimize() -> None:
+    model = pruned_ops.optimize(pruned_model())
+    twin = pickle.loads(pickle.dumps(model))
+    assert twin.encode_many.args == (twin,)
+    assert not hasattr(pruned_ops.restore(model), "encode_many")
+    padded = padded_batch((3, 2))
+    found = list(twin.encode_many(ids[mask.bool()] for ids, mask in zip(*padded.values(), strict=True)))
+    assert [len(one.end_logits) for one in found] == [3, 2]

@@ -1,0 +1,78 @@
+"""The CUDA backend's ops for tests: on a GPU where the extension has its kernels, else csrc/cuda/ops.cpp,
+compiled for CPU tensors and emulated kernels."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emulated import missing as emulator_missing
+from inputs import arguments_for, attention_arguments, moved_to
+from numerics import within_budget
+from pruned_ops.ops.registry import BACKENDS, OPS, record, use_backend
+
+MISSING = BACKENDS["cuda"].missing
+ON_GPU = MISSING is None
+DEVICE = "cuda" if ON_GPU else "cpu"
+moved = partial(moved_to, DEVICE)
+
+SKIPPED = pytest.mark.skipif(
+    not ON_GPU and emulator_missing() is not None, reason=f"cuda: {MISSING}; emulated: {emulator_missing()}"
+)
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason=f"cuda: {MISSING}")
+
+HALVES = [torch.float16, torch.bfloat16]
+ALL = [torch.float32, *HALVES]
+GEMMS = ["linear_gelu", "linear_add_layer_norm"]
+NORMS = ["add_layer_norm", "embed_layer_norm"]
+CUDA_OPS = ["attention", *GEMMS, *NORMS]
+
+
+def native() -> Any:
+    """The namespace of what bindings.cpp registers, on a GPU or not."""
+    if ON_GPU:
+        return torch.ops.pruned_ops_cuda
+    from cuda_on_host.build_ops import ops_on_host
+
+    return ops_on_host()
+
+
+def run(op: str, arguments: list[Any], launches: bool = True) -> Tensor:
+    """The op by this backend; in the emulator, whether a kernel was started."""
+    if ON_GPU:
+        with use_backend("cuda"), record() as ran:
+            output = OPS[op](*arguments)
+        assert ran[op] == {"cuda": 1}
+        return output
+    native().begin()
+    output = getattr(native(), op)(*arguments)
+    assert (native().launches() > 0) == launches
+    return output
+
+
+def checked(op: str, arguments: list[Any], launches: bool = True) -> Tensor:
+    """`run`, within the error budget of the reference."""
+    output = run(op, arguments, launches)
+    within_budget(op, output, arguments)
+    floating = next(a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+    assert (output.dtype, output.device) == (floating.dtype, floating.device) and output.is_contiguous()
+    return output
+
+
+def arguments_of(op: str, dtype: torch.dtype, **sizes: int) -> list[Any]:
+    """Small ones that the kernels take."""
+    made = attention_arguments((12, 25), 2, 32) if op == "attention" else arguments_for(op, **sizes)
+    return moved(made, dtype)
+
+
+def cases() -> list[Any]:
+    """Every op in every dtype that it takes."""
+    return [
+        pytest.param(op, dtype, id=f"cuda-{op}-{str(dtype)[6:]}")
+        for op in CUDA_OPS
+        for dtype in (ALL if op in NORMS else HALVES)
+    ]

@@ -1,0 +1,240 @@
+"""Every way to prune, as a whole job: recipes, parts, targets in time, teachers, families."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering
+
+from jobs import job_settings, variant
+from matching import save_checkpoint, trained_model
+from pruned_trainer import (
+    Decision,
+    Distillation,
+    HoldTarget,
+    SizeBudget,
+    Target,
+    attached,
+)
+from pruned_trainer.cli import main
+from pruned_trainer.jobs.job import start
+from pruned_trainer.jobs.plan import GATE_SHARE, make_plan
+from pruned_trainer.jobs.prune import prune, sweep
+from pruned_trainer.jobs.settings import RECIPES, PruneSettings
+from pruned_trainer.training.teacher_cache import TeacherCache
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
+    return job_settings(tmp_path_factory.mktemp("recipes"), trained_model())
+
+
+def test_the_paper_s_recipe(settings: PruneSettings) -> None:
+    """Weights frozen, each part's gates alone, prices instead of a target: dearer heads are fewer heads."""
+    left = []
+    for multiple in (0.5, 30.0):
+        one = variant(
+            settings, f"paper-{multiple}", recipe="paper", target=None, lambda_attention=multiple,
+            lambda_ffn=0.0, gate_steps=60, retrain_steps=5,
+        )  # fmt: skip
+        report = prune(one)
+        decision = Decision.load(one.out / "decision.json")
+        assert decision.target == {} and set(decision.reached) == {"macs"}
+        left.append(sum(layer.shape.num_heads for layer in decision.layers))
+        assert all(layer.shape.ffn_width == 48 for layer in decision.layers)
+        names = {name for entry in report["training"]["gates"] for name in entry}
+        assert {"loss_task", "loss_budget"} <= names and not names & {"loss_logits", "loss_hidden"}
+        assert "loss_logits" in report["training"]["retrain"][0]
+    assert left[1] < left[0]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "gain", "leave-one-out", "random"])
+def test_other_recipes_meet_a_target(recipe: str, settings: PruneSettings) -> None:
+    one = variant(settings, recipe, recipe=recipe, gate_steps=4, retrain_steps=0)
+    report = prune(one)
+    assert report["recipe"] == recipe and 0.3 < report["target"]["reached"]["macs"] <= 0.5
+    assert report["training"]["retrain"] == []
+    AutoModelForQuestionAnswering.from_pretrained(one.out)
+
+
+def test_hidden_dimensions(settings: PruneSettings) -> None:
+    """All three kinds at once; the narrow model learns through a projection onto what is left."""
+    one = variant(settings, "hidden", parts=("heads", "ffn", "hidden"), target=Target(params=0.3), align=1)
+    report = prune(one)
+    model = AutoModelForQuestionAnswering.from_pretrained(one.out)
+    assert model.config.hidden_size == report["hidden_size"] < 32
+    assert report["target"]["reached"]["params"] <= 0.3
+    assert "loss_hidden" in report["training"]["retrain"][0]
+    assert not any("projection" in name for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="hidden dimensions go with a target in params or macs"):
+        replace(one, target=Target(speedup=2.0))
+
+
+def test_a_family_from_one_training(settings: PruneSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    one = variant(settings, "family", retrain_steps=10)
+    found = sweep(one, [Target(macs=0.4), Target(macs=0.8), Target(macs=0.6)])
+    assert capsys.readouterr().out.count("joint: 40 steps") == 1
+    assert [point["folder"] for point in found["points"]] == ["macs-0.8", "macs-0.6", "macs-0.4"]
+    assert json.loads(json.dumps(found)) == json.loads((one.out / "sweep.json").read_text())
+    sizes = []
+    for point in found["points"]:
+        place = one.out / point["folder"]
+        model = AutoModelForQuestionAnswering.from_pretrained(place)
+        assert list(model.config.layer_shapes) == point["shape"] and (place / "tokenizer.json").is_file()
+        assert point["f1"] == json.loads((place / "report.json").read_text())["pruned"]["f1"]
+        sizes.append(point["macs"])
+    assert sizes == sorted(sizes, reverse=True)
+    assert (one.out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    left = {path.name for path in one.out.iterdir()}
+    figures = {f"{name}.png" for name in ("sweep", "report-gates", "report-target", "report-speed")}
+    assert left == {"macs-0.8", "macs-0.6", "macs-0.4", "sweep.json", "report.html", *figures}
+    with pytest.raises(ValueError, match="asked for twice: macs-0.5, macs-0.5"):
+        sweep(variant(settings, "twice"), [Target(macs=0.5), Target(macs=0.50000001)])
+    with pytest.raises(ValueError, match="2 gate steps cannot pass 3 targets"):
+        sweep(variant(settings, "few", gate_steps=2), [Target(macs=m) for m in (0.8, 0.6, 0.4)])
+    with pytest.raises(ValueError, match="all in one unit"):
+        sweep(variant(settings, "mixed"), [Target(macs=0.4), Target(speedup=2.0)])
+
+
+def test_targets_are_passed_one_after_another() -> None:
+    model = trained_model(steps=1)
+    with attached(model) as gates:
+        phase = HoldTarget(gates, SizeBudget(gates.shape, "params"), [0.8, 0.4])
+        held = [phase.target_at(i / 20) for i in range(21)]
+        with pytest.raises(ValueError, match="that fall"):
+            HoldTarget(gates, SizeBudget(gates.shape, "params"), [0.4, 0.8])
+    assert held == sorted(held, reverse=True) and held[0] == 1.0
+    assert held[6:10] == pytest.approx([0.8] * 4) and held[16:] == pytest.approx([0.4] * 5)
+
+
+def test_a_cached_teacher_teaches_the_same(
+    settings: PruneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits read from disk give the run that the teacher gives, within the rounding of its batches; once
+    they are all there it is not asked again."""
+    losses, stored = [], []
+    original = TeacherCache.store
+
+    def counting(self: Any, *args: Any) -> None:
+        stored.append(name)
+        original(self, *args)
+
+    monkeypatch.setattr(TeacherCache, "store", counting)
+    logits_only = Distillation(hidden=0.0)
+    for name, cache in (("plain", None), ("filling", tmp_path / "cache"), ("filled", tmp_path / "cache")):
+        one = variant(settings, name, distillation=logits_only, cache_teacher=cache, gate_steps=10)
+        log = prune(one)["training"]
+        losses.append([entry["loss"] for entry in log["gates"] + log["retrain"] if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[2] == pytest.approx(losses[0], rel=1e-3)
+    assert stored and set(stored) == {"filling"}
+    with pytest.raises(ValueError, match="set --distil-hidden 0"):
+        variant(settings, "both", cache_teacher=tmp_path / "cache")
+
+
+def test_teachers_that_cannot_teach_are_refused(settings: PruneSettings, tmp_path: Path) -> None:
+    short = save_checkpoint(trained_model(steps=1, max_position_embeddings=40), tmp_path / "short")
+    with pytest.raises(ValueError, match="it takes 40 tokens, the student 32"):
+        prune(variant(settings, "refused", teacher=str(short)))
+    more = trained_model(steps=1, vocab_size=40)
+    save_checkpoint(more, tmp_path / "words")
+    with pytest.raises(ValueError, match="its vocabulary has 40 tokens and is not the student's"):
+        prune(variant(settings, "refused", teacher=str(tmp_path / "words")))
+
+
+def test_a_deeper_teacher_needs_a_layer_map(settings: PruneSettings, tmp_path: Path) -> None:
+    deep = save_checkpoint(trained_model(steps=60, num_hidden_layers=4, hidden_size=48), tmp_path / "deep")
+    one = variant(settings, "taught", teacher=str(deep), gate_steps=3, retrain_steps=3)
+    with pytest.raises(ValueError, match="the student has 2 layers, the teacher 4: say which"):
+        prune(one)
+    mapped = Distillation(layers=((1, 2), (2, 4)))
+    report = prune(replace(one, distillation=mapped))  # nothing was written before it was refused
+    assert report["training"]["gates"][0]["loss_hidden"] > 0
+    with pytest.raises(ValueError, match="layers 2:5 cannot be compared"):
+        prune(variant(one, "wrong", distillation=Distillation(layers=((2, 5),)), recipe="gain"))
+
+
+def test_tensorboard(settings: PruneSettings) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    one = variant(settings, "board", tensorboard=True, gate_steps=8, retrain_steps=4)
+    prune(one)
+    events = EventAccumulator(str(one.out / "tensorboard" / "gates"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss_task", "train/loss_hidden", "train/expected", "train/wanted"} <= tags
+    assert {"train/open_heads/layer_0", "train/open_ffn/layer_1"} <= tags
+    assert (one.out / "tensorboard" / "retrain").is_dir()
+
+
+def test_autocast_and_compile(settings: PruneSettings) -> None:
+    """Autocast rounds (a little) differently, the compiled narrow model computes the same; both were on."""
+    curves = {}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for name, changes in (("plain", {}), ("bf16", {"precision": "bf16"}), ("compiled", {"compile": True})):
+        one = variant(settings, f"faster-{name}", gate_steps=3, retrain_steps=4, **changes)
+        log = prune(one)["training"]["retrain"]
+        curves[name] = [entry["loss"] for entry in log if "loss" in entry]
+    assert curves["bf16"] == pytest.approx(curves["plain"], rel=0.2) and curves["bf16"] != curves["plain"]
+    assert curves["compiled"] == pytest.approx(curves["plain"], rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="fp16 needs a GPU"):
+            replace(settings, precision="fp16")
+
+
+def test_the_sweep_command(settings: PruneSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    one = variant(settings, "swept")
+    argv = [
+        "sweep", "--model", one.model, "--train-file", str(one.train_file), "--validation-file",
+        str(one.validation_file), "--out", str(one.out), "--params", "0.7", "0.5", "--gate-steps", "6",
+        "--retrain-steps", "2", "--max-length", "24", "--stride", "4",
+    ]  # fmt: skip
+    assert main(argv) == 0
+    screen = capsys.readouterr().out
+    for words in ("a model for each target", "params-0.7", "params-0.5", "sweep.png"):
+        assert words in screen
+    where = argv.index("--params")
+    assert main([*argv[:where], "--speedup", "0.5", *argv[where + 3 :]]) == 2
+    assert "target speedup is 0.5: more than 1 is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_minutes_are_shared_out_in_every_recipe(recipe: str, settings: PruneSettings) -> None:
+    """Both phases fit into the time, by the seconds a step that were measured; one phase's steps leave the
+    other the rest; too little time is refused."""
+    one = variant(settings, f"minutes-{recipe}", recipe=recipe, gate_steps=None, retrain_steps=None)
+    job = start(replace(one, max_minutes=20))
+    assert one.target is not None
+
+    def planned() -> tuple[float, float]:
+        plan = make_plan(job, [one.target])
+        assert plan.gate_step_seconds is not None and plan.retrain_step_seconds is not None
+        assert plan.gate_steps >= 1 and plan.retrain_steps >= 1
+        return plan.gate_steps * plan.gate_step_seconds, plan.retrain_steps * plan.retrain_step_seconds
+
+    gates, again = planned()
+    assert 600 < gates + again <= 1200
+    if recipe in ("joint", "paper"):
+        assert gates / (gates + again) == pytest.approx(GATE_SHARE, abs=0.05)
+        job.settings = replace(job.settings, retrain_steps=10)
+        gates, again = planned()
+        assert 600 < gates + again <= 1200 and again < 100
+    job.started -= 1300
+    with pytest.raises(ValueError, match=r"--max-minutes 20 is too little here: at least \d"):
+        make_plan(job, [one.target])
+
+
+def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
+    for changes, message in (
+        ({"lambda_ffn": 2.0}, "prices of the paper's recipe"),
+        ({"recipe": "gain", "penalty": "one"}, "penalty has no meaning there"),
+        ({"distillation": Distillation(hidden=0.0, projection=True)}, "whose weight is 0"),
+        ({"parts": ("heads", "heads")}, "each is said once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(settings, **changes)  # type: ignore[arg-type]

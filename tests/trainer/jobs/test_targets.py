@@ -1,0 +1,191 @@
+"""Targets in measured time: the table, the budget that interpolates it, the choice held to a clock."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from jobs import job_settings, variant
+from matching import save_checkpoint, trained_model
+from pruned_ops import LayerShape
+from pruned_ops.measure.latency import LatencyTable, measure_table
+from pruned_ops.measure.timing import Workload
+from pruned_trainer import LatencyBudget, PerGate, Target, attached
+from pruned_trainer.jobs import choice
+from pruned_trainer.jobs.choice import MEETS
+from pruned_trainer.jobs.job import start
+from pruned_trainer.jobs.prune import prune
+from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.pruning import importance
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
+    return job_settings(tmp_path_factory.mktemp("targets"), trained_model(steps=100))
+
+
+@pytest.fixture(scope="module")
+def timed(settings: PruneSettings) -> Path:
+    """The output of a run with a target in time, of a model whose FFN takes most of it."""
+    wide = save_checkpoint(trained_model(steps=30, intermediate_size=4096), settings.out.with_name("wide"))
+    shape = [LayerShape(4, 4096)] * 2
+    lengths = Workload.fixed(14, 8, 4)
+    table = measure_table(AutoConfig.from_pretrained(wide), lengths, rounds=2, progress=False)
+    empty = table.predict([LayerShape(0, 0)] * 2) / table.predict(shape)
+    # A quarter of what this machine has within reach; `prune` measures again, maybe under load.
+    target = Target(speedup=round(1 + (1 / empty - 1) / 4, 2))
+    one = variant(settings, "timed", target=target, model=str(wide), align=8)
+    with pytest.MonkeyPatch.context() as patch:  # a clock that agrees with the table, on any machine
+        patch.setattr(
+            choice, "_measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
+        )
+        prune(replace(one, gate_steps=10, retrain_steps=5))
+    return one.out
+
+
+def of_wide(settings: PruneSettings, timed: Path, name: str, target: Target) -> PruneSettings:
+    """Another job on the model and the table of `timed`."""
+    model, table = str(timed.with_name("wide")), timed / "latency.json"
+    return variant(settings, name, model=model, target=target, latency_table=table)
+
+
+def test_a_target_in_time(timed: Path) -> None:
+    """Asked, reached, the table with its error; nothing about how fast this machine is."""
+    report = json.loads((timed / "report.json").read_text())
+    asked = report["speedup"]["asked"]
+    assert report["target"]["asked"] == {"speedup": asked} and asked > 1
+    assert report["target"]["reached"] == {"speedup": report["speedup"]["reached"]}
+    assert report["speedup"]["workload"] == "arrival-b8"
+    table = LatencyTable.load(timed / "latency.json")
+    said = report["latency_table"]
+    for name in ("dense", "pruned"):
+        one = said[name]
+        assert one["error"] == pytest.approx(one["predicted_ms"] / one["measured_ms"] - 1)
+        assert one["measured_ms"] == pytest.approx(
+            report[name]["workloads"]["arrival-b8"]["ms"]["p50"], abs=1e-3
+        )
+    dense = said["dense"]["predicted_ms"]
+    assert dense == pytest.approx(table.base_ms + 2 * (table.attention[-1][1] + table.ffn[-1][1]))
+    assert said["predicted_speedup"] > 1
+
+
+def test_milliseconds(timed: Path, settings: PruneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target in milliseconds, to its end; what is reached is measured."""
+    dense = json.loads((timed / "report.json").read_text())["latency_table"]["dense"]["predicted_ms"]
+    asked = Target(latency_ms=0.8 * dense)
+    one = replace(of_wide(settings, timed, "ms", asked), gate_steps=5, retrain_steps=0, align=8)
+    monkeypatch.setattr(
+        choice, "_measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
+    )
+    report = prune(one)
+    assert report["target"]["asked"] == {"latency_ms": asked.value} and report["speedup"]["asked"] is None
+    (workload,) = report["pruned"]["workloads"].values()
+    reached = report["target"]["reached"]["latency_ms"]
+    assert reached == pytest.approx(workload["ms"]["p50"], abs=1e-3)
+    assert report["latency_table"]["pruned"]["predicted_ms"] <= asked.value
+
+
+def test_the_clock_s_fraction(timed: Path, settings: PruneSettings) -> None:
+    """The dense model against itself: a positive number, whatever the machine."""
+    job = start(of_wide(settings, timed, "clock", Target(speedup=1.01)))
+    assert job.settings.target is not None
+    assert choice._measured_fraction(job, copy.deepcopy(job.dense), job.settings.target) > 0
+
+
+def test_the_table_of_a_run_is_used_again(
+    timed: Path, settings: PruneSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No second measurement; another machine's, another version's, another model's is refused by name."""
+    again = variant(
+        settings,
+        "again",
+        model=str(timed.with_name("wide")),
+        target=Target(latency_ms=1e4),
+        latency_table=timed / "latency.json",
+        align=8,
+    )
+    with pytest.raises(ValueError, match="the dense model costs no more than that"):
+        prune(again)
+    assert "measuring how long each part" not in capsys.readouterr().out
+    data = json.loads((timed / "latency.json").read_text())
+    for place, key, value, message in (
+        ("machine", "processor", "Abacus", "Abacus"),
+        ("versions", "torch", "1.0.0", "1.0.0"),
+        (None, "dtype", "bfloat16", "bfloat16"),
+    ):
+        changed = json.loads(json.dumps(data))
+        (changed if place is None else changed[place])[key] = value
+        other = settings.out.with_name("other.json")
+        other.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"{message}.*make it again: pruned-ops latency-table"):
+            prune(replace(again, latency_table=other))
+
+
+def test_a_speedup_beyond_reach_says_what_is_within(timed: Path, settings: PruneSettings) -> None:
+    one = variant(
+        settings,
+        "far",
+        model=str(timed.with_name("wide")),
+        target=Target(speedup=500.0),
+        latency_table=timed / "latency.json",
+    )
+    with pytest.raises(ValueError, match=r"500x the dense speed cannot be met.*speedup \d+\.\d+x is the lim"):
+        prune(one)
+    assert not one.out.with_name("far.partial").exists()
+
+
+POINTS: dict[str, Any] = {
+    "attention": ((0, 1.0), (4, 9.0)), "ffn": ((0, 1.0), (16, 2.0), (48, 10.0)), "base_ms": 2.0,
+}  # fmt: skip
+
+
+def test_expected_latency_is_the_table_s(timed: Path) -> None:
+    """All gates open cost what `predict` says; between measured points the gradient is the slope."""
+    table = LatencyTable.load(timed / "latency.json")
+    table = replace(table, **POINTS)
+    model = trained_model(steps=1)
+    with attached(model) as gates:
+        budget = LatencyBudget(gates.shape, table)
+        counts = PerGate.full(gates.shape, 1.0)
+        assert float(budget.expected(counts)) == pytest.approx(1.0)
+        counts.ffn[0] = torch.full((48,), 0.5, requires_grad=True)
+        counts.heads[1] = torch.zeros(4)
+        expected = budget.expected(counts)
+        # A tenth of the straight line is mixed in: 4 ms of the curve, 5.5 of the line.
+        assert float(expected) == pytest.approx((2 + 9 + 1 + (0.9 * 4.0 + 0.1 * 5.5) + 10) / 40)
+        (slope,) = torch.autograd.grad(expected, [counts.ffn[0]])
+    assert slope.tolist() == pytest.approx([(0.9 * 0.25 + 0.1 * 9 / 48) / 40] * 48)
+    assert budget.wanted(Target(speedup=4.0)) == 0.25 and budget.wanted(Target(latency_ms=10.0)) == 0.25
+    with pytest.raises(ValueError, match="not held by a budget of measured time"):
+        budget.wanted(Target(macs=0.5))
+
+
+def test_a_choice_is_corrected_until_its_measured_time_meets_the_target(
+    settings: PruneSettings, timed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a clock that contradicts the table by a fifth; and one that no choice can satisfy."""
+    file = settings.out.with_name("points.json")
+    replace(LatencyTable.load(timed / "latency.json"), **POINTS).save(file)
+    target = Target(speedup=1.3)
+    job = start(variant(settings, "clocked", target=target, latency_table=file, align=1))
+    scores = importance.score("random", job.dense, [], job.budget, ["heads", "ffn"])
+    asked = []
+
+    def clock(_: Any, narrow: Any, __: Any) -> float:
+        asked.append(job.budget.fraction(narrow.config.shape))
+        return asked[-1] * 1.2
+
+    monkeypatch.setattr(choice, "_measured_fraction", clock)
+    decision = choice.decide_in_time(job, job.dense, scores, target)
+    reached = 1.2 * job.budget.fraction(decision.shape(job.budget.dense))
+    assert 1 / 1.3 * MEETS[0] <= reached <= 1 / 1.3 and 2 <= len(asked) <= choice.ATTEMPTS
+    monkeypatch.setattr(choice, "_measured_fraction", lambda *_: 0.9)
+    with pytest.raises(ValueError, match="no choice took at most 0.769 .* the fastest took 0.900"):
+        choice.decide_in_time(job, job.dense, scores, target)

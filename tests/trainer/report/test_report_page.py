@@ -1,0 +1,274 @@
+"""report.html: every part is there, it loads nothing, texts are texts, and it says what a report lacks."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pruned_trainer.cli import main
+from pruned_trainer.jobs.prune import _draw
+from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, put
+
+pytest.importorskip("matplotlib")
+
+from pruned_trainer.report.page import write_pages  # noqa: E402  (draws with it)
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+PNG = b"\x89PNG\r\n\x1a\n"
+NASTY = "<script>alert('x')</script> & \"<b>$x_1$\""
+
+
+class Parsed(HTMLParser):
+    """ids, attributes, tags and the text of each section of a page; every tag is closed in its turn."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.tags: set[str] = set()
+        self.texts: dict[str, str] = {"": ""}
+        self._open: list[str] = []
+        self._section = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        found = dict(attrs)
+        if found.get("id"):
+            self.ids.append(str(found["id"]))
+        if tag == "section":
+            self._section = str(found["id"])
+            self.texts[self._section] = ""
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag == "section":
+            self._section = ""
+
+    def handle_data(self, data: str) -> None:
+        self.texts[self._section] += " ".join(data.split()) + "\n"
+
+
+def page(folder: Path) -> Parsed:
+    write_pages(folder)
+    return Parsed(folder / "report.html")
+
+
+def test_every_part_of_a_pruned_model_s_page(tmp_path: Path) -> None:
+    folder = put(tmp_path / "out", a_report())
+    written = [path.name for path in write_pages(folder)]
+    assert written == ["report.html", *(f"{name}.png" for name in FIGURES)]
+    assert {path.name for path in folder.iterdir()} == {"report.json", *written}
+    found = Parsed(folder / "report.html")
+    assert set(SECTIONS) | {f"figure-{name}" for name in FIGURES} <= set(found.ids)
+    assert len(found.ids) == len(set(found.ids)) and "absent" not in found.ids
+    for section, texts in {
+        "scores": ("71.25", "70.75", "-0.50 (-1.75 to +0.25)", "span F1", "8.00 M", "0.500 of dense"),
+        "layers": ("heads: 3 of 36", "FFN width: 300 of 4608"),
+        "training": ("FFN units", "share of the gates open", "wanted", "decided: 0.499"),
+        "speed": ("(K80, batch 1)", "RTX 3090", "arXiv 1910.06360", "1.95x 83.2", "CoFi", "ours: F1"),
+        "speeds": ("arrival-b8", "140.5", "69.5", "1.99x", "113.5"),
+        "backends": ("linear_gelu", "reference", "cpu"),
+        "machine": ("A Processor (7)", "accelerator", "none"),
+        "versions": ("2.13.0",),
+        "plan": ("77", "1.50 s each", "42.1"),
+        "command": ("pruned-trainer prune --macs 0.5",),
+    }.items():
+        for text in texts:
+            assert text in found.texts[section].replace("\u00a0", " "), (section, text)
+
+
+@pytest.mark.parametrize("kind", ["prune", "sweep"])
+def test_nothing_is_loaded_from_elsewhere(tmp_path: Path, kind: str) -> None:
+    folder = put(tmp_path / "out", a_report())
+    if kind == "sweep":
+        put(put(tmp_path / "out", a_sweep(), "sweep.json") / "macs-0.7", a_report())
+    found = page(folder)
+    assert "script" not in found.tags and not found.tags & {"link", "iframe", "object", "embed", "img"}
+    for name, value in found.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
+            assert value.startswith(("#", "./macs-0.7/")), (name, value)
+    assert found.source.count("url(") == found.source.count("url(#")
+    assert "@import" not in found.source and "://" not in found.source
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in found.attributes
+
+
+def test_the_figures_take_the_page_s_colours_and_refer_to_themselves(tmp_path: Path) -> None:
+    found = page(put(tmp_path / "out", a_report()))
+    names = {value[1:] for name, value in found.attributes if name == "xlink:href"}
+    assert names and names <= set(found.ids)
+    style, _, body = found.source.partition("</style>")
+    assert "var(--first)" in body and "#0072b2" in style and "#0072b2" not in body
+    assert "prefers-color-scheme: dark" in style and 'name="viewport"' in style
+    for name in FIGURES:
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(PNG)
+
+
+def test_texts_are_escaped(tmp_path: Path) -> None:
+    report = a_report(command=NASTY, recipe=NASTY)
+    report["machine"][NASTY] = NASTY
+    report["evaluated_on"]["file"] = report["speedup"]["workload"] = NASTY
+    for name in ("dense", "pruned"):
+        report[name]["workloads"] = {NASTY: {"ms": {"p50": 1.0}, "backends": {NASTY: NASTY}}}
+    report["target"]["asked"] = {NASTY: 1.0}
+    found = page(put(tmp_path / "out", report))
+    assert "script" not in found.tags and "b" in found.tags and "<b>$" not in found.source
+    for section in ("", "machine", "backends", "speeds", "command"):
+        assert NASTY in found.texts[section], section
+    folder = '"><img src=x onerror=alert(1)>'
+    family = put(tmp_path / "family", a_sweep(folders=(folder, "b&b")), "sweep.json")
+    put(family / folder, a_report())
+    found = page(family)
+    assert "img" not in found.tags and folder in found.texts["models"] and "b&b" in found.texts["models"]
+
+
+def test_a_family_s_page_has_the_curve_and_a_row_for_each_model(tmp_path: Path) -> None:
+    folder = put(tmp_path / "out", a_sweep(), "sweep.json")
+    for name in ("macs-0.7", "macs-0.5"):
+        put(folder / name, a_report())
+    found = page(folder)
+    assert set(SWEEP) <= set(found.ids)
+    models = found.texts["models"]
+    for text in ("dense", "macs-0.7", "1.50x", "macs-0.5", "2.50x", "-0.50 (-1.75 to +0.25)", "macs 0.4987"):
+        assert text in models
+    assert ("href", "./macs-0.7/report.html") in found.attributes
+    assert "pruned-trainer sweep --macs 0.7 0.5" in found.texts["command"]
+    assert "Of the model macs-0.7" in found.texts["backends"] and "on arrival-b8" in models
+    assert (folder / "sweep.png").read_bytes().startswith(PNG)
+    assert "scores" in Parsed(folder / "macs-0.5" / "report.html").ids
+    # The models' folders may be gone: what only they knew is named.
+    for name in ("macs-0.7", "macs-0.5"):
+        shutil.rmtree(folder / name)
+    found = page(folder)
+    assert "machine" in found.texts["absent"] and {"curve", "models", "speed"} <= set(found.ids)
+
+
+def test_natural_questions_have_their_own_scores_and_peers(tmp_path: Path) -> None:
+    found = page(put(tmp_path / "out", a_report("natural_questions")))
+    assert "long F1" in found.texts["scores"] and "short F1" in found.texts["scores"]
+    assert "span F1" not in found.source and "nn_pruning" not in found.source
+    assert (
+        "RoBERTa-large, short F1" in found.texts["speed"] and "(V100, fp16, batch 64)" in found.texts["speed"]
+    )
+    put(tmp_path / "family", a_sweep("natural_questions"), "sweep.json")
+    found = page(tmp_path / "family")
+    assert "long F1" in found.texts["models"] and "short F1" in found.texts["curve"]
+
+
+@pytest.mark.parametrize(
+    ("absent", "named"),
+    [
+        (
+            ["shape", "machine", "command", "plan", "training.minutes"],
+            ["layer", "machine", "command", "steps and time"],
+        ),
+        (["dense_shape", "training.gates", "versions", "task", "recipe"], ["layer", "versions"]),
+        (["speedup", "f1_loss", "f1_span_loss_interval", "pruned.workloads", "evaluated_on"], []),
+        (["dense", "hidden_size", "target", "training"], []),
+        ([name for name in a_report() if name != "dense"], ["layer", "machine", "command", "versions"]),
+    ],
+)
+def test_what_a_report_lacks_is_left_out_or_said(tmp_path: Path, absent: list[str], named: list[str]) -> None:
+    """Reports of earlier versions have fewer fields."""
+    report = a_report()
+    for field in absent:
+        place, _, name = field.rpartition(".")
+        del (report[place] if place else report)[name]
+    found = page(put(tmp_path / "out", report))
+    for name in named:
+        assert name in found.texts["absent"]
+        assert name not in found.ids
+    assert ("absent" in found.ids) == bool(named)
+    if "training.gates" in absent:
+        assert "no log of gates" in found.texts["training"] and "figure-report-gates" not in found.ids
+    if "speedup" in absent:
+        assert "the points are all others'" in found.texts["speed"]
+
+
+def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
+    """The paper's recipe trains one part after another, towards no target; importance trains no gates."""
+    log = gate = []
+    for part, full in (("heads", 12), ("ffn", 1536)):
+        log = [{"step": s, f"open_{part}/layer_0": full / s, f"open_{part}": 1 / s} for s in (1, 2, 4)]
+        gate = [*gate, *log, {"step": 4}]
+    training = {"gates": gate, "retrain": []}
+    found = page(put(tmp_path / "paper", a_report(training=training, target={"asked": {}, "reached": {}})))
+    assert "FFN units" in found.texts["training"] and "No target was held" in found.texts["training"]
+    assert "figure-report-target" not in found.ids
+    training = {"gates": [], "retrain": []}
+    found = page(put(tmp_path / "gain", a_report(training=training, recipe="gain")))
+    assert "The recipe gain trains no gates" in found.texts["training"]
+    assert not (tmp_path / "gain" / "report-gates.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"speedup": 2.0}, "speedup is 2.0; an object is needed"),
+        ({"f1_loss": "much"}, "f1_loss is 'much'; a finite number is needed"),
+        ({"f1_loss": float("nan")}, "f1_loss is nan; a finite number"),
+        ({"f1_loss": 10**400}, "a finite number"),
+        ({"f1_loss_interval": [1]}, "f1_loss_interval is [1]; a pair of numbers"),
+        ({"shape": [{"num_heads": [], "ffn_width": 1}]}, "shape[0].num_heads is []; a finite number"),
+        ({"shape": [{"num_heads": 1.5, "ffn_width": 1}]}, "shape[0].num_heads is 1.5; a count is needed"),
+        ({"hidden_size": -1}, "hidden_size is -1; a count"),
+        ({"task": "translation"}, "task is 'translation'; one of squad, natural_questions is needed"),
+        ({"dense": None, "pruned": None}, "no entry dense or pruned"),
+        ({"command": ["a"]}, "command is ['a']; a text is needed"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    folder = put(tmp_path / "out", {**a_report(), **changes})
+    assert main(["report", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "report.json" in error and error.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
+def test_folders_that_hold_no_report_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "report.json").write_text("no JSON")
+    put(tmp_path / "list", [1])
+    put(tmp_path / "up", a_sweep(folders=("../list",)), "sweep.json")
+    put(tmp_path / "none", {"task": "squad", "points": []}, "sweep.json")
+    for name, message in (
+        ("", "holds no report.json and no sweep.json"),
+        ("missing", "missing is no folder"),
+        ("text", "report.json is no JSON"),
+        ("list", "report.json holds a list"),
+        ("up", "points[0].folder is '../list'"),
+        ("none", "has no points"),
+    ):
+        assert main(["report", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    put(tmp_path / "good", a_report())
+    assert main(["report", str(tmp_path / "good")]) == 0
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_run_ends_well_where_nothing_can_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pruned_trainer.report.page", None)
+    _draw(put(tmp_path / "out", a_report()))
+    assert "no report.html" in capsys.readouterr().out and not (tmp_path / "out" / "report.html").exists()
