@@ -22,7 +22,7 @@ import pruned_ops
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
-from pruned_trainer.training.phase import pad_batch
+from pruned_trainer.training.batches import pad_batch
 from rivals import cpu as rivals
 
 CALIBRATION, COMPARED = 4, 8  # batches of 8 windows

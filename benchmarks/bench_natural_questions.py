@@ -39,7 +39,7 @@ from pruned_ops.runtime.packed_encoder import refuse
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
 from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut, located, with_markers
-from pruned_trainer.training.phase import pad_batch
+from pruned_trainer.training.batches import pad_batch
 from rivals import cpu as rivals
 from whole_models import memory
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from pruned_trainer.report.terminal import write_json
+from pruned_ops.files import write_json
 from study.figures import Results, figures
 from study.page import section
 from study.records import Row, read_rows

@@ -13,18 +13,14 @@ from pruned_ops.checkpoints.importing import import_checkpoint
 from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.encoder import PrunedBertModel, PrunedRobertaModel
 from pruned_ops.models.heads import (
     PrunedBertForSequenceClassification,
     PrunedBertForTokenClassification,
     PrunedRobertaForSequenceClassification,
     PrunedRobertaForTokenClassification,
 )
-from pruned_ops.models.modeling import (
-    PrunedBertForQuestionAnswering,
-    PrunedBertModel,
-    PrunedRobertaForQuestionAnswering,
-    PrunedRobertaModel,
-)
+from pruned_ops.models.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
 from pruned_ops.models.natural_questions import (
     PrunedBertForNaturalQuestions,
     PrunedRobertaForNaturalQuestions,

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 import harness
+from pruned_ops.files import write_json
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.gates import PerGate, Scores
-from pruned_trainer.report.terminal import write_json
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.scoring import EvaluationResult
 from pruned_trainer.tasks.squad.task import Questions

@@ -15,14 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer.jobs.choice import PAPER_THRESHOLD, choose, paper_gates, score_batches, together
 from pruned_trainer.jobs.evaluation import model_facts
 from pruned_trainer.jobs.job import Job
 from pruned_trainer.jobs.plan import make_plan
 from pruned_trainer.jobs.prune import retrain
 from pruned_trainer.pruning import importance
-from pruned_trainer.pruning.attach import find_encoder
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide_at

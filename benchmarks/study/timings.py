@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from pruned_ops import LayerShape
 from pruned_ops.measure.timing import Workload
-from pruned_trainer.jobs.evaluation import TIMED_BATCHES, time_models
+from pruned_trainer.jobs.evaluation import time_models
+from pruned_trainer.jobs.job import TIMED_BATCHES
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 from study.records import Row, Study

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import shutil
@@ -16,44 +15,15 @@ from typing import Any
 
 from torch import nn
 
-from pruned_ops.checkpoints.importing import TOKENIZER_FILES
-from pruned_ops.checkpoints.loading import load_model
-from pruned_ops.models.stock import ENCODERS, refuse
+from pruned_ops.checkpoints.loading import TOKENIZER_FILES, load_model
+from pruned_ops.models.stock import ENCODERS
 from pruned_ops.runtime.head_hooks import ANSWERERS
 from pruned_ops.runtime.optimize import restore
-from pruned_ops.runtime.packed_encoder import PackedEncoder
+from pruned_ops.runtime.packed_encoder import PackedEncoder, refuse
 
 GRAPH = "model.onnx"
 # Bytes: what protobuf, and so an ONNX file, can hold.
 LARGEST = 1 << 31
-
-
-def add_command(commands: Any) -> None:
-    """The command's arguments."""
-    one = commands.add_parser(
-        "export",
-        help="write a checkpoint as ONNX, for ONNX Runtime, OpenVINO and others",
-        description=f"Write the checkpoint in DIR as OUT/{GRAPH}, its config.json and tokenizer beside it. "
-        "Inputs: input_ids, attention_mask and, where the model has token types, token_type_ids, int64 "
-        "(batch, seqlen). Outputs: start_logits, end_logits (batch, seqlen), which mean nothing at padding. "
-        "Needs the package onnx.",
-    )
-    one.set_defaults(run=export)
-    one.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint")
-    one.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="folder for the ONNX model")
-    one.add_argument("--overwrite", action="store_true", help="replace what an export left in OUT")
-
-
-def export(arguments: argparse.Namespace) -> None:
-    """Export, and say what was written."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    path = export_onnx(arguments.folder, arguments.onnx, arguments.overwrite)
-    copied = [name for name in TOKENIZER_FILES if (arguments.folder / name).is_file()]
-    print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    print(f"beside it: config.json, {', '.join(copied) or f'and no tokenizer: {arguments.folder} has none'}")
 
 
 def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) -> Path:

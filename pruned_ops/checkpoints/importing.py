@@ -22,16 +22,6 @@ from pruned_ops.checkpoints.foreign import Source, Tensors, activation_name, ope
 from pruned_ops.models.modeling import answering_class
 from pruned_ops.shape import MAX_WIDTH, LayerShape, checked_int
 
-# What a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 _LAYER = re.compile(r"^encoder\.layer\.(\d+)\.(.+)$")
 _PARTS = {
     f"{name}.{kind}"

@@ -18,6 +18,18 @@ from transformers.utils import logging
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.natural_questions import is_natural_questions, natural_questions_class
 
+# What a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
 # Any one of them makes a tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 

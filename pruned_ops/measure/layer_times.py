@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN
+from pruned_ops.layers.modules import PrunedAttention, PrunedFFN
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import PackedParts
-from pruned_ops.measure.timing import Runner, Workload, interleave
+from pruned_ops.measure.latency import LatencyTable, Points
+from pruned_ops.measure.timing import Runner, Workload, interleave, machine, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.inputs import check_inputs
 from pruned_ops.models.modeling import answering_class
 from pruned_ops.ops.panels import PANEL
-from pruned_ops.ops.registry import record
+from pruned_ops.ops.registry import backends_of
 from pruned_ops.runtime.optimize import optimize
-from pruned_ops.shape import LayerShape, ModelShape
+from pruned_ops.shape import LayerShape
 
 # Distinct modules in a row: as many weights as a small encoder holds, so that they come from memory as there.
 CHAIN = 6
@@ -201,19 +203,69 @@ def time_parts(
     }
 
 
-def backends_of(run: Callable[[], Any]) -> dict[str, str]:
-    """op -> the backend that ran it in `run`; several, with commas, where it was not one."""
-    with torch.inference_mode(), record() as ran:
-        run()
-    return {op: ", ".join(sorted(counts)) for op, counts in ran.items()}
+def measure_table(
+    config: Any,
+    workload: Workload,
+    rounds: int = 5,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    command: str | None = None,
+) -> LatencyTable:
+    """Measure this machine on one batch of `workload`, up to the sizes of a BERT or RoBERTa config.
+
+    config: stock, or pruned (then up to its widest layer). fp32. Each part is timed as a chain of up to 6
+    distinct modules over packed batches. At most 4 batches are timed, evenly spread over the workload's in
+    order of their tokens, and scaled by tokens to its mean batch. Every round sees every size, in an order
+    shuffled each time; medians over rounds. Isotonic regression makes the curves rise: noise must never make
+    a wider part cheaper (a pruner would be paid for it); a running maximum would keep one slow measurement.
+    Errors: ValueError for another model, no round, an empty batch, or sequences longer than the model takes.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; at least 1 is needed")
+    chosen = chosen_batches(workload)
+    empty, dense = empty_config(config)
+    model = (empty.hidden_size, empty.head_dim, empty.hidden_act)
+    check_inputs(empty, torch.zeros(1, max(map(max, workload.batches)), dtype=torch.long), None, None, None)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had run here
+        runners = part_runners(empty, dense, device)
+    inputs = part_inputs(empty, chosen, device)
+    densest = ("base", f"attention {dense.num_heads}", f"ffn {dense.ffn_width}")  # what `refuse` compares
+    backends = backends_of(lambda: [runners[name](inputs[0]) for name in densest])
+    ms = time_parts(runners, chosen, inputs, rounds, progress)
+    scale = workload.tokens / len(workload.batches) / (chosen.tokens / len(chosen.batches))
+    part = {name: total * scale / chain_length(empty) for name, total in ms.items()}
+    attention = _rising([(n, part[f"attention {n}"]) for n in head_counts(dense.num_heads)])
+    ffn = _rising([(w, part[f"ffn {w}"]) for w in ffn_widths(dense.ffn_width)])
+    base = max(0.0, ms["base"] * scale - empty.num_hidden_layers * (attention[0][1] + ffn[0][1]))
+    alignment = _alignment(ffn, part)
+    where = {**machine(), "device": str(device)}
+    return LatencyTable(
+        *model, "float32", workload, base, attention, ffn, alignment, where, versions(), backends, command
+    )
 
 
-def layer_backends(
-    hidden_size: int, head_dim: int, shape: LayerShape, hidden_act: str, device: torch.device | str
-) -> dict[str, str]:
-    """op -> the backend that runs it here in a layer of this shape: found by running one token through it."""
-    with torch.random.fork_rng(devices=[]):
-        encoder = PrunedEncoder(ModelShape((shape,), hidden_size, head_dim), hidden_act=hidden_act).to(device)
-    encoder.pack()
-    batch = PackedBatch.from_mask(None, 1, 1, torch.device(device))
-    return backends_of(lambda: encoder(torch.zeros(1, hidden_size, device=device), batch))
+def _alignment(ffn: Points, ms: Mapping[str, float]) -> Points:
+    """Cost of each alignment: its widths' time over that of the straight line through the curve.
+
+    A line, since the curve's own points are aligned differently and follow what is looked for here."""
+    line = [point for point in ffn if 8 * point[0] >= ffn[-1][0]]
+    if len(line) < 2:
+        return ((ALIGNMENTS[0], 1.0),)
+    slope, start = statistics.linear_regression(*zip(*line, strict=True))
+    costs = {}
+    for align, widths in aligned_widths(ffn[-1][0]).items():
+        expected = sum(max(start + slope * width, ffn[0][1]) for width in widths)
+        costs[align] = sum(ms[f"ffn {width}"] for width in widths) / expected if widths else 1.0
+    return tuple((align, cost / min(costs.values())) for align, cost in costs.items())
+
+
+def _rising(points: Sequence[tuple[int, float]]) -> Points:
+    """Isotonic regression: the never falling curve nearest to the points (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []  # mean, how many points
+    for _, ms in points:
+        pools.append((ms, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (last, n), (before, m) = pools.pop(), pools.pop()
+            pools.append(((before * m + last * n) / (m + n), m + n))
+    smooth = [mean for mean, count in pools for _ in range(count)]
+    return tuple((size, ms) for (size, _), ms in zip(points, smooth, strict=True))

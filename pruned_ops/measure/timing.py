@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -75,14 +74,6 @@ class Workload:
             batch_inputs = {"input_ids": ids.masked_fill(~mask, pad_token_id), "attention_mask": mask.long()}
             made.append({name: tensor.to(device) for name, tensor in batch_inputs.items()})
         return made
-
-
-def arrival_lengths(lengths_by_question: Sequence[Sequence[int]]) -> list[int]:
-    """Window lengths with the questions shuffled (seed 0): the order in which users' questions would
-    arrive."""
-    questions = list(lengths_by_question)
-    random.Random(0).shuffle(questions)
-    return [length for windows in questions for length in windows]
 
 
 @dataclass(frozen=True)

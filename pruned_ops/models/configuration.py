@@ -3,13 +3,18 @@ taken."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import BertConfig, RobertaConfig
 
 from pruned_ops.layers.modules import ACTIVATIONS
-from pruned_ops.qa.decoding import ScoreCalibration
 from pruned_ops.shape import MAX_LAYERS, MAX_PARAMETERS, MAX_WIDTH, LayerShape, ModelShape, checked_int
+
+# Spans that share a question's probability: what `decode` keeps of a question.
+SCORED = 20
 
 
 def _dense_fields(layers: list[LayerShape] | None, fields: dict[str, Any]) -> dict[str, Any]:
@@ -176,3 +181,45 @@ PRUNED_CONFIGS: dict[str, type[PrunedBertConfig | PrunedRobertaConfig]] = {
 def is_roberta(config: Any) -> bool:
     """Whether the model of this config, stock or pruned, counts its positions from the padding index."""
     return PRUNED_CONFIGS.get(config.model_type) is PrunedRobertaConfig
+
+
+@dataclass(frozen=True)
+class ScoreCalibration:
+    """From a question's scores in logits to probabilities that an answer is right.
+
+    They are the softmax at this temperature over the best spans, no answer, and "something else", which
+    weighs `other` times as much as the likeliest of them: however sure the model is, the likeliest is right
+    with a probability of at most 1 / (1 + other). As it is (1, 0) this is the plain softmax; a checkpoint may
+    hold what was fitted on validation questions. Errors: ValueError for numbers that make no probabilities.
+    """
+
+    temperature: float = 1.0
+    other: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"score_calibration: {name} is {value!r}; a number of at least 0 is needed")
+        if self.temperature == 0:
+            raise ValueError("score_calibration: temperature is 0; a number above 0 is needed")
+
+    @classmethod
+    def parse(cls, value: object) -> ScoreCalibration:
+        """From config.json's object; ValueError for anything else."""
+        if not isinstance(value, dict) or value.keys() != {"temperature", "other"}:
+            raise ValueError(f"score_calibration is {value!r}; temperature and other are needed")
+        return cls(**value)
+
+    def to_json(self) -> dict[str, float]:
+        """As config.json holds it."""
+        return asdict(self)
+
+    def probabilities(self, spans: Sequence[float], null: float) -> list[float]:
+        """Of spans, best first, and then of no answer, out of their scores in logits: in [0, 1].
+
+        The softmax is over the SCORED best spans however many there are: a score does not depend on how many
+        were asked for. Those and no answer are at most 1 together."""
+        highest = max(spans[0], null)
+        *weights, last = [math.exp((score - highest) / self.temperature) for score in (*spans, null)]
+        total = sum(weights[:SCORED]) + last + self.other
+        return [weight / total for weight in (*weights, last)]

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.encoder import PrunedBertModel, PrunedPreTrainedModel, PrunedRobertaModel
 from pruned_ops.models.inputs import first_tokens
-from pruned_ops.models.modeling import PrunedBertModel, PrunedPreTrainedModel, PrunedRobertaModel
 
 Config = PrunedBertConfig | PrunedRobertaConfig
 

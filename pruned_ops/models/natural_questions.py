@@ -17,8 +17,9 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import ModelOutput
 
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.encoder import PrunedRobertaModel
 from pruned_ops.models.inputs import first_tokens
-from pruned_ops.models.modeling import PrunedBertForQuestionAnswering, PrunedRobertaModel, span_loss
+from pruned_ops.models.modeling import PrunedBertForQuestionAnswering, span_loss
 
 
 class AnswerType(IntEnum):

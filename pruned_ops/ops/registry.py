@@ -240,3 +240,10 @@ def record() -> Iterator[dict[str, Counter[str]]]:
         yield ran
     finally:
         _recorded.reset(token)
+
+
+def backends_of(run: Callable[[], Any]) -> dict[str, str]:
+    """op -> the backend that ran it in `run`; several, with commas, where it was not one."""
+    with torch.inference_mode(), record() as ran:
+        run()
+    return {op: ", ".join(sorted(counts)) for op, counts in ran.items()}

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-from pruned_ops.qa.decoding import SCORED, Candidates, Decoded
+from pruned_ops.models.configuration import SCORED
+from pruned_ops.qa.decoding import Candidates, Decoded
 from pruned_ops.qa.logits import select_logits, split_logits
 from pruned_ops.qa.windows import RefusedQuestion, Window, cut_each
 from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, Tensors

@@ -12,9 +12,10 @@ from typing import Any, overload
 import torch
 
 from pruned_ops.checkpoints.loading import checked_device, load_model, load_tokenizer
+from pruned_ops.models.configuration import ScoreCalibration
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.qa.answer_stream import AnswerStream, Reading
-from pruned_ops.qa.decoding import Answer, Decoded, ScoreCalibration
+from pruned_ops.qa.decoding import Answer, Decoded
 from pruned_ops.qa.windows import RefusedQuestion, check_cut
 from pruned_ops.runtime.optimize import optimize
 

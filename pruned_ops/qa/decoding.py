@@ -6,16 +6,15 @@ Every reader of logits decodes here: the trainer's evaluation all questions at o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from pruned_ops.qa.windows import Int32Array, Window
+from pruned_ops.models.configuration import SCORED, ScoreCalibration
+from pruned_ops.qa.windows import Int32Array, Window
 
 FloatArray = NDArray[np.floating[Any]]
 Logits = tuple[FloatArray, FloatArray]  # start and end logits of one window, (tokens,) each
@@ -24,8 +23,6 @@ Ranked = list[tuple[float, int, int]]  # score, start, end; best first
 
 # Of a whitespace-only or byte-level vocabulary many token spans are one character span: look further then.
 _WIDEN = 4
-# Spans that share a question's probability: what `decode` keeps of a question.
-SCORED = 20
 # The spans of a long document's windows are thinned out when there are so many times n_best of them.
 _THIN_OUT = 8
 
@@ -42,48 +39,6 @@ class Answer:
     score: float
     start: int
     end: int
-
-
-@dataclass(frozen=True)
-class ScoreCalibration:
-    """From a question's scores in logits to probabilities that an answer is right.
-
-    They are the softmax at this temperature over the best spans, no answer, and "something else", which
-    weighs `other` times as much as the likeliest of them: however sure the model is, the likeliest is right
-    with a probability of at most 1 / (1 + other). As it is (1, 0) this is the plain softmax; a checkpoint may
-    hold what was fitted on validation questions. Errors: ValueError for numbers that make no probabilities.
-    """
-
-    temperature: float = 1.0
-    other: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"score_calibration: {name} is {value!r}; a number of at least 0 is needed")
-        if self.temperature == 0:
-            raise ValueError("score_calibration: temperature is 0; a number above 0 is needed")
-
-    @classmethod
-    def parse(cls, value: object) -> ScoreCalibration:
-        """From config.json's object; ValueError for anything else."""
-        if not isinstance(value, dict) or value.keys() != {"temperature", "other"}:
-            raise ValueError(f"score_calibration is {value!r}; temperature and other are needed")
-        return cls(**value)
-
-    def to_json(self) -> dict[str, float]:
-        """As config.json holds it."""
-        return asdict(self)
-
-    def probabilities(self, spans: Sequence[float], null: float) -> list[float]:
-        """Of spans, best first, and then of no answer, out of their scores in logits: in [0, 1].
-
-        The softmax is over the SCORED best spans however many there are: a score does not depend on how many
-        were asked for. Those and no answer are at most 1 together."""
-        highest = max(spans[0], null)
-        *weights, last = [math.exp((score - highest) / self.temperature) for score in (*spans, null)]
-        total = sum(weights[:SCORED]) + last + self.other
-        return [weight / total for weight in (*weights, last)]
 
 
 @dataclass(frozen=True)

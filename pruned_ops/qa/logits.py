@@ -40,3 +40,50 @@ def batch_logits(
     inputs = {name: tensor.to(device) for name, tensor in padded(batch, pad_token_id).items()}
     found = select_logits(model(**inputs))
     yield from split_logits(batch, {name: tensor.cpu() for name, tensor in found.items()})
+
+
+def predict_logits(
+    model: torch.nn.Module,
+    windows: Sequence[Any],
+    batch_size: int = 32,
+    pad_token_id: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> list[Any]:
+    """The start and end logits of every window, in the order given: fp32, (tokens,) each, without padding.
+
+    A tuple each; of three, the answer type logits last, where the model has them. windows: `Window`s, or
+    whatever has a length, input_ids and token_type_ids.
+
+    Runs in inference mode and without dropout; the model's training mode is as before afterwards. Batches
+    hold windows of like length, longest first: little padding, and too large a batch fails at once.
+    device: where the model's inputs go; by default where its first parameter is.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
+    found: dict[int, Any] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for chosen in _batches(order, batch_size, progress):
+                batch = [windows[i] for i in chosen]
+                found.update(zip(chosen, batch_logits(model, batch, pad_token_id, place), strict=True))
+    finally:
+        model.train(was_training)
+    return [found[i] for i in range(len(windows))]
+
+
+def _batches(order: list[int], batch_size: int, progress: bool) -> Iterator[list[int]]:
+    batches = (order[first : first + batch_size] for first in range(0, len(order), batch_size))
+    if not progress:
+        yield from batches
+        return
+    from tqdm.auto import tqdm  # only for those who ask for a bar
+
+    with tqdm(total=len(order), desc="logits", unit=" windows") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.measure.timing import arrival_lengths
 from pruned_ops.qa.windows import windows
 
 if TYPE_CHECKING:
@@ -103,3 +103,11 @@ def lengths_of(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}, its questions counted in arrival order: {error}") from error
     return [len(window) for window in cut][:needed]
+
+
+def arrival_lengths(lengths_by_question: Sequence[Sequence[int]]) -> list[int]:
+    """Window lengths with the questions shuffled (seed 0): the order in which users' questions would
+    arrive."""
+    questions = list(lengths_by_question)
+    random.Random(0).shuffle(questions)
+    return [length for windows in questions for length in windows]

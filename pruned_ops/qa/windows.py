@@ -13,11 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.qa.decoding import Answer as Answer
-from pruned_ops.qa.decoding import Decoded as Decoded
-from pruned_ops.qa.decoding import Logits as Logits
-from pruned_ops.qa.decoding import decode as decode
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -247,3 +242,16 @@ def _with_context(whole: Window, ids: Int32Array, offsets: Int32Array) -> Window
         put(whole.offsets, offsets),
         whole.cls_index + moved,
     )
+
+
+def span_tokens(window: Window, start: int, end: int) -> tuple[int, int] | None:
+    """First and last token of the context's characters [start, end); None where the window lacks some."""
+    first, last = window.context_range
+    if first == last:
+        return None
+    starts, ends = window.offsets[first:last].T
+    if start < starts[0] or end > ends[-1]:
+        return None
+    # Tokens that share a character with the span: several tokens may be parts of one character.
+    inside = np.flatnonzero((ends > start) & (starts < end))
+    return (first + int(inside[0]), first + int(inside[-1])) if len(inside) else None

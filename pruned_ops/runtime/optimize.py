@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from pruned_ops.models.stock import ENCODERS, refuse
+from pruned_ops.models.stock import ENCODERS
 from pruned_ops.ops.registry import BACKENDS, BackendError
 from pruned_ops.runtime.encode_many import encode_many
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.head_hooks import hook_head
 from pruned_ops.runtime.int8 import Batch, choose_int8
-from pruned_ops.runtime.packed_encoder import PackedEncoder
+from pruned_ops.runtime.packed_encoder import PackedEncoder, refuse
 
 _HOOKS = "_pruned_ops_hooks"
 _MODES = "_pruned_ops_modes"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from pruned_ops.files import write_json
 from pruned_trainer.cli_options import (
     TARGETS,
     add_model_and_data,
@@ -172,7 +173,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     result = prepared[0].evaluate(model, thresholds)
     reporting.print_scores(result.scores(), thresholds, arguments.task)
     if arguments.predictions is not None:
-        reporting.write_json(arguments.predictions, result.predictions)
+        write_json(arguments.predictions, result.predictions)
 
 
 def _report(arguments: argparse.Namespace) -> None:

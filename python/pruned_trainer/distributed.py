@@ -76,3 +76,9 @@ def shared(work: Callable[[Sequence[T]], Sequence[Any]], items: Sequence[T]) -> 
     mine = range(number, len(items), processes)
     found = gather_object(list(zip(mine, work([items[i] for i in mine]), strict=True)))
     return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+
+
+def say(text: str) -> None:
+    """A line on what begins now."""
+    if is_main():
+        print(f"-- {text}", flush=True)

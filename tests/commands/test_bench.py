@@ -18,8 +18,9 @@ from pruned_ops.cli import main
 from pruned_ops.commands.bench import Benchmark, make_workload, measure
 from pruned_ops.measure.launch_bound import LaunchBound, half_lengths, half_of, tiny_twin
 from pruned_ops.measure.timing import Timing, Workload, interleave
-from pruned_ops.models.stock import model_shape, refuse
+from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
+from pruned_ops.runtime.packed_encoder import refuse
 
 
 @pytest.fixture(scope="module")

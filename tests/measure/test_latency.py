@@ -17,16 +17,18 @@ from inputs import pruned_model, stock_model
 from matching import squad_file
 from pruned_ops import LayerShape, ModelShape
 from pruned_ops.cli import main
-from pruned_ops.measure.latency import LatencyTable, _alignment, _rising, measure_table
+from pruned_ops.measure.latency import LatencyTable, layer_backends
 from pruned_ops.measure.layer_times import (
+    _alignment,
+    _rising,
     aligned_widths,
     chosen_batches,
     ffn_widths,
     head_counts,
-    layer_backends,
+    measure_table,
 )
-from pruned_ops.measure.timing import Workload, arrival_lengths, machine, versions
-from pruned_ops.qa.questions import lengths_of
+from pruned_ops.measure.timing import Workload, machine, versions
+from pruned_ops.qa.questions import arrival_lengths, lengths_of
 from pruned_ops.qa.windows import windows
 from tiny_tokenizers import word_tokenizer
 

@@ -17,9 +17,10 @@ from transformers import BertTokenizerFast
 import pruned_ops
 from inputs import pruned_model, stock_model
 from pruned_ops import Answer, QuestionAnswerer
-from pruned_ops.qa.decoding import Decoded, ScoreCalibration, decode
+from pruned_ops.models.configuration import ScoreCalibration
+from pruned_ops.qa.decoding import Decoded, decode
+from pruned_ops.qa.logits import predict_logits
 from pruned_ops.qa.windows import RefusedQuestion, cut_each, windows
-from pruned_trainer.tasks.squad.extractive import predict_logits
 from real_data import real_data
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 

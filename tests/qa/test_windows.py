@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
-from pruned_ops.qa.windows import Answer, Decoded, Window, decode, windows
+from pruned_ops.qa.decoding import Answer, Decoded, decode
+from pruned_ops.qa.windows import Window, windows
 from real_data import real_data
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 

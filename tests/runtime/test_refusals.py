@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertMode
 
 import pruned_ops
 from inputs import padded_batch, randn, stock_model
-from pruned_ops.models.modeling import PrunedPreTrainedModel
+from pruned_ops.models.encoder import PrunedPreTrainedModel
 
 
 def test_a_refusal_leaves_everything_as_it_was() -> None:

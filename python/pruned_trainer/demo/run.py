@@ -12,9 +12,8 @@ from transformers import AutoModelForQuestionAnswering, set_seed
 from transformers.utils import logging
 
 from pruned_trainer.demo.questions import write_demo_set
-from pruned_trainer.distributed import world_size
+from pruned_trainer.distributed import say, world_size
 from pruned_trainer.jobs.finetune import train
-from pruned_trainer.jobs.job import say
 from pruned_trainer.jobs.output import OutputFolder, load_tokenizer, save_checkpoint
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings

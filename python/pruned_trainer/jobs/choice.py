@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
+from pruned_ops.files import write_json
 from pruned_ops.measure.timing import interleave
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer.distributed import is_main, once, state
-from pruned_trainer.jobs.job import Job, say
+from pruned_trainer.distributed import is_main, once, say, state
+from pruned_trainer.jobs.job import Job, build_trainer
 from pruned_trainer.jobs.output import load_model
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
@@ -28,8 +29,8 @@ from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase, HoldTarget, PayPerGate
 from pruned_trainer.pruning.gates import Gates, PerGate, Scores
-from pruned_trainer.report.terminal import write_json
-from pruned_trainer.training.phase import build_trainer, pad_batch, prepare_student, run
+from pruned_trainer.training.batches import pad_batch
+from pruned_trainer.training.phase import prepare_student, run
 
 # A choice that meets a target in time lies between these parts of the time allowed: within 3% of it, a little
 # below, because the next measurement of the same models may differ by a percent.

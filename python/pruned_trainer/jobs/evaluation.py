@@ -14,19 +14,15 @@ from transformers import PreTrainedModel
 
 import pruned_ops
 from pruned_ops.measure.timing import Timing, Workload, interleave, machine, versions
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once
-from pruned_trainer.pruning.attach import find_encoder
+from pruned_trainer.jobs.job import TIMED_ROUNDS
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.tasks.task import Result
 
 if TYPE_CHECKING:
     from pruned_trainer.jobs.job import Job
-
-# Batches per round and rounds of the timing: about a minute for a small encoder on two cores.
-TIMED_BATCHES, TIMED_ROUNDS = 16, 7
-BATCH_SIZE = 8
 
 
 def model_facts(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from pruned_ops.models.inputs import longest_sequence
-from pruned_trainer.distributed import is_main, once, per_process
-from pruned_trainer.jobs.job import say
+from pruned_ops.models.stock import find_encoder
+from pruned_trainer.distributed import is_main, once, per_process, say
 from pruned_trainer.jobs.output import OutputFolder, load_tokenizer, save_checkpoint
 from pruned_trainer.jobs.settings import make_task
-from pruned_trainer.pruning.attach import find_encoder
 from pruned_trainer.tasks.natural_questions.task import NULL_RATE
+from pruned_trainer.training.batches import pad_batch
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.phase import pad_batch, run, training_arguments
+from pruned_trainer.training.phase import run, training_arguments
 from pruned_trainer.training.trainer import PruningTrainer
 
 

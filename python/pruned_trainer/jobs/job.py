@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.measure.latency import LatencyTable, measure_table
+from pruned_ops.measure.latency import LatencyTable
+from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.natural_questions import AnswerType, PrunedBertForNaturalQuestions
-from pruned_ops.models.stock import model_shape
-from pruned_trainer.distributed import is_main, once, per_process, state
-from pruned_trainer.jobs.evaluation import BATCH_SIZE, TIMED_BATCHES
+from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_trainer.distributed import once, per_process, say, state
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.pruning.attach import find_encoder
 from pruned_trainer.pruning.budget import Budget, SizeBudget, Target, make_budget
+from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.tasks.task import Prepared, Task
-from pruned_trainer.training.batches import Numbered, Part, lengths_of
+from pruned_trainer.training.batches import Numbered, Part, lengths_of, pad_batch
 from pruned_trainer.training.distillation import Projection
+from pruned_trainer.training.phase import training_arguments
 from pruned_trainer.training.teacher_cache import TeacherCache, fingerprint
+from pruned_trainer.training.trainer import PruningTrainer
+
+# Batches per round and rounds of the timing: about a minute for a small encoder on two cores.
+TIMED_BATCHES, TIMED_ROUNDS = 16, 7
+BATCH_SIZE = 8
 
 
 @dataclass
@@ -60,12 +68,6 @@ class Job:
             assert self.table is not None
             chosen = self.table.align
         return chosen
-
-
-def say(text: str) -> None:
-    """A line on what begins now."""
-    if is_main():
-        print(f"-- {text}", flush=True)
 
 
 def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: Path | None = None) -> Job:
@@ -180,3 +182,45 @@ def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
     if settings.eval_file is not None:
         evaluation = task.read(settings.eval_file, "validation")
     return train, validation, evaluation
+
+
+def build_trainer(
+    job: Job,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    folder: Path,
+    steps: int,
+    phase: GatePhase | None,
+    kept_hidden: Sequence[int] | None = None,
+    timing: bool = False,
+) -> PruningTrainer:
+    """A PruningTrainer with this run's settings for `steps` steps, with gates or (`phase` None) without.
+
+    timing: it is run for the clock: features in their order, nothing is written."""
+    settings = job.settings
+    rate = settings.learning_rate if phase else settings.retrain_learning_rate
+    more: dict[str, Any] = {
+        "bf16": settings.precision == "bf16",
+        "fp16": settings.precision == "fp16",
+        "torch_compile": settings.compile and phase is None,
+    }
+    if timing:
+        more["train_sampling_strategy"] = "sequential"
+    else:
+        more.update(save_strategy="steps", save_steps=settings.save_steps)
+        more["report_to"] = ["tensorboard"] if settings.tensorboard else []
+    args = training_arguments(folder, steps, per_process(settings.train_batch), rate, settings.seed, **more)
+    if settings.tensorboard:  # the Trainer's callback takes its folder from the environment alone
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent / "tensorboard" / folder.name)
+    distillation = settings.distillation_in("gates" if phase else "retrain")
+    return PruningTrainer(
+        model,
+        args,
+        distillation,
+        teacher=teacher if distillation.needs_teacher else None,
+        gate_phase=phase,
+        cache=job.cache,
+        kept_hidden=kept_hidden,
+        train_dataset=job.gate_train if phase else job.train,
+        data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
+    )

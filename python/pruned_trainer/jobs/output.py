@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from pruned_ops.checkpoints.importing import TOKENIZER_FILES
+from pruned_ops.checkpoints.loading import TOKENIZER_FILES
 from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
 

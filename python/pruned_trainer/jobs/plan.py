@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer.distributed import once
+from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import ROUNDS, freeze_for, gate_phase_for
-from pruned_trainer.jobs.job import Job, say
+from pruned_trainer.jobs.job import Job, build_trainer
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Target
@@ -26,9 +26,9 @@ from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.importance import METHODS
-from pruned_trainer.training.batches import lengths_of
+from pruned_trainer.training.batches import lengths_of, pad_batch
 from pruned_trainer.training.callbacks import StepClock
-from pruned_trainer.training.phase import build_trainer, pad_batch, prepare_student
+from pruned_trainer.training.phase import prepare_student
 
 # Part of the training time that goes to the gates; the rest trains the narrow model, which learns more a
 # minute.

@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from pruned_ops.files import write_json
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer.distributed import is_main, once, state
+from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Chosen, choose
 from pruned_trainer.jobs.evaluation import Judged, full_report, judge
-from pruned_trainer.jobs.job import Job, say, start
+from pruned_trainer.jobs.job import Job, build_trainer, start
 from pruned_trainer.jobs.output import OutputFolder, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
 from pruned_trainer.jobs.settings import PruneSettings
@@ -27,7 +28,7 @@ from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal as reporting
 from pruned_trainer.tasks.task import own_thresholds
-from pruned_trainer.training.phase import InterruptedTraining, build_trainer, prepare_student, run
+from pruned_trainer.training.phase import InterruptedTraining, prepare_student, run
 
 _RUN, _TABLE = "run.json", "latency.json"
 
@@ -97,7 +98,7 @@ def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
         "command": settings.command,
     }
     if is_main():
-        reporting.write_json(opened.folder.partial / "sweep.json", found)
+        write_json(opened.folder.partial / "sweep.json", found)
     publish(opened.folder)
     once(lambda: _draw(settings.out))
     return found
@@ -119,7 +120,7 @@ def open_run(settings: PruneSettings, targets: list[Target]) -> Run:
         folder = OutputFolder(settings.out, settings.overwrite, settings.inputs, settings.resume)
         if job.table is not None:
             job.table.save(folder.partial / _TABLE)
-        reporting.write_json(folder.partial / _RUN, {**asked, "plan": plan.to_json()})
+        write_json(folder.partial / _RUN, {**asked, "plan": plan.to_json()})
         return folder
 
     return Run(job, plan, once(make), targets)
@@ -192,8 +193,8 @@ def _measure(opened: Run, one: Trained, dense: Judged, gate_log: list[dict[str, 
     report.update({"plan": opened.plan.to_json(), "training": training})
     if is_main():
         for name, judged in (("dense", dense), ("pruned", pruned)):
-            reporting.write_json(one.place / f"predictions-{name}.json", judged.result.predictions)
-        reporting.write_json(one.place / "report.json", report)
+            write_json(one.place / f"predictions-{name}.json", judged.result.predictions)
+        write_json(one.place / "report.json", report)
         write_model_card(one.place, one.model)  # now that there is something to say
     return report
 

@@ -9,22 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruned_ops.models.stock import ENCODERS, model_shape
+from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer.pruning.gates import DEFAULT_PARTS, Gates
 
 _NAME = "pruning_gates"
 _HOOKS = "_pruning_gate_hooks"
-
-
-def find_encoder(model: nn.Module) -> Any:
-    """The one BERT or RoBERTa encoder inside `model`; ValueError where there is none, or more than one."""
-    found = [module for module in model.modules() if type(module) in ENCODERS]
-    if len(found) != 1:
-        known = ", ".join(encoder.__name__ for encoder in ENCODERS)
-        raise ValueError(
-            f"{type(model).__name__} contains {len(found)} encoders of {known}; exactly one is needed"
-        )
-    return found[0]
 
 
 def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS) -> Gates:

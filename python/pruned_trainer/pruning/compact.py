@@ -11,8 +11,7 @@ from pruned_ops import ModelShape, PrunedBertForNaturalQuestions
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.modeling import answering_class
 from pruned_ops.models.natural_questions import natural_questions_class
-from pruned_ops.models.stock import model_shape
-from pruned_trainer.pruning.attach import find_encoder
+from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 _ONLY_IN_TRAINING = ("pruning_gates.", "distillation_projection.")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pruned_ops import ModelShape
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer.distributed import shared
-from pruned_trainer.pruning.attach import attached, find_encoder
+from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.gates import PerGate, Scores, check_parts
 from pruned_trainer.tasks.task import without_labels

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pruned_trainer.tasks.task import METRIC_DIGITS, SCORES
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON for people and programs alike; the file is there whole, or as it was before."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:

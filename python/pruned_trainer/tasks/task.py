@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from pruned_ops.qa.logits import predict_logits
+from pruned_trainer.distributed import is_main
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -110,3 +113,8 @@ def without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def own_thresholds(model: PreTrainedModel, task: Task) -> dict[str, float]:
     """The thresholds in the model's config."""
     return {name: float(getattr(model.config, name, 0.0)) for name in task.thresholds}
+
+
+def model_logits(model: PreTrainedModel, batch_size: int, some: Sequence[Any]) -> list[Any]:
+    """`predict_logits` with the model's padding, and a bar on the main process."""
+    return predict_logits(model, some, batch_size, model.config.pad_token_id, progress=is_main())

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from torch import nn
+from transformers import TrainingArguments
 
-from pruned_trainer.distributed import on_any, per_process
-from pruned_trainer.jobs.job import Job
-from pruned_trainer.pruning.attach import find_encoder
-from pruned_trainer.pruning.gate_phase import GatePhase
+from pruned_ops.models.stock import find_encoder
+from pruned_trainer.distributed import on_any
 from pruned_trainer.training.callbacks import stop_on_interrupt
 from pruned_trainer.training.distillation import Projection
 from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
@@ -23,48 +18,6 @@ from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
 
 class InterruptedTraining(KeyboardInterrupt):
     """Training was stopped by the user; the text says where the checkpoint is."""
-
-
-def build_trainer(
-    job: Job,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    folder: Path,
-    steps: int,
-    phase: GatePhase | None,
-    kept_hidden: Sequence[int] | None = None,
-    timing: bool = False,
-) -> PruningTrainer:
-    """A PruningTrainer with this run's settings for `steps` steps, with gates or (`phase` None) without.
-
-    timing: it is run for the clock: features in their order, nothing is written."""
-    settings = job.settings
-    rate = settings.learning_rate if phase else settings.retrain_learning_rate
-    more: dict[str, Any] = {
-        "bf16": settings.precision == "bf16",
-        "fp16": settings.precision == "fp16",
-        "torch_compile": settings.compile and phase is None,
-    }
-    if timing:
-        more["train_sampling_strategy"] = "sequential"
-    else:
-        more.update(save_strategy="steps", save_steps=settings.save_steps)
-        more["report_to"] = ["tensorboard"] if settings.tensorboard else []
-    args = training_arguments(folder, steps, per_process(settings.train_batch), rate, settings.seed, **more)
-    if settings.tensorboard:  # the Trainer's callback takes its folder from the environment alone
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent / "tensorboard" / folder.name)
-    distillation = settings.distillation_in("gates" if phase else "retrain")
-    return PruningTrainer(
-        model,
-        args,
-        distillation,
-        teacher=teacher if distillation.needs_teacher else None,
-        gate_phase=phase,
-        cache=job.cache,
-        kept_hidden=kept_hidden,
-        train_dataset=job.gate_train if phase else job.train,
-        data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
-    )
 
 
 def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
@@ -125,23 +78,6 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
     }
     return TrainingArguments(**{**values, **more})
-
-
-def pad_batch(features: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Collate features of unequal length: id lists right-padded to the longest (batch, seqlen), positions
-    (batch,)."""
-    longest = max(len(feature["input_ids"]) for feature in features)
-    batch = {}
-    for name, first in features[0].items():
-        if not hasattr(first, "__len__"):
-            batch[name] = torch.tensor([feature[name] for feature in features])
-            continue
-        fill = pad_token_id if name == "input_ids" else 0
-        padded = torch.full((len(features), longest), fill, dtype=torch.long)
-        for row, feature in enumerate(features):
-            padded[row, : len(feature[name])] = torch.as_tensor(feature[name])
-        batch[name] = padded
-    return batch
 
 
 def prepare_student(model: nn.Module, dropout: float, train_embeddings: bool) -> None:

@@ -6,54 +6,24 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
 from pruned_trainer.distributed import on_any
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.tasks.task import without_labels
-from pruned_trainer.training.batches import lengths_of
+from pruned_trainer.training.batches import LengthGroupedSampler, lengths_of
 from pruned_trainer.training.callbacks import OneLineProgress
 from pruned_trainer.training.distillation import Distillation, Projection, Taught, hidden_loss, logits_loss
 from pruned_trainer.training.teacher_cache import TeacherCache
 
 _SAVING = "saving"
-
-
-class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """Indices in which each `batch_size` consecutive ones are of like lengths, in an order that depends on
-    seed and epoch alone: equal on every process, and after a resumed run. epoch: asked at each start, because
-    loaders that skip what a resumed run has seen pass no epoch on.
-
-    Full batches only (other examples are left out in each epoch), so that processes share each evenly; a data
-    set smaller than a batch is one batch.
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int] = lambda: 0
-    ) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, epoch
-
-    def __len__(self) -> int:
-        number = len(self.lengths)
-        return number - number % self.batch_size if number > self.batch_size else number
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
-        grouped = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
-        # Grouped they fall in length; shuffled, neighbouring steps have nothing in common. The longest stays
-        # first, so that too large a batch fails at once.
-        starts = range(self.batch_size, len(self), self.batch_size)
-        order = [starts[i] for i in torch.randperm(len(starts), generator=generator).tolist()]
-        for start in [0, *order]:
-            yield from grouped[start : start + self.batch_size]
 
 
 class PruningTrainer(Trainer):

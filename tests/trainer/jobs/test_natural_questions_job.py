@@ -28,7 +28,7 @@ from pruned_trainer.jobs.job import start
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.importance import example_losses
-from pruned_trainer.tasks.natural_questions.documents import nq_metrics
+from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.training.batches import Part, lengths_of
 from pruned_trainer.training.distillation import Distillation, Taught, logits_loss

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 from jobs import job_settings, variant
 from matching import save_checkpoint, trained_model
 from pruned_ops import LayerShape
-from pruned_ops.measure.latency import LatencyTable, measure_table
+from pruned_ops.measure.latency import LatencyTable
+from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
 from pruned_trainer import LatencyBudget, PerGate, Target, attached
 from pruned_trainer.jobs import choice

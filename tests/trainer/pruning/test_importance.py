@@ -11,10 +11,9 @@ import torch
 from transformers import BertForQuestionAnswering
 
 from matching import accuracy, batch_of, trained_model
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer import Scores, SizeBudget, Target, attached, decide
 from pruned_trainer.pruning import compact, importance
-from pruned_trainer.pruning.attach import find_encoder
 from pruned_trainer.pruning.gates import PARTS, PerGate
 from pruned_trainer.tasks.task import without_labels
 

@@ -14,17 +14,12 @@ import numpy as np
 import pytest
 
 from nq_pages import annotation, original, page, write
-from pruned_trainer.tasks.natural_questions.documents import (
-    NqFormatError,
-    Skipped,
-    nq_files,
-    nq_metrics,
-    parse_document,
-    read_documents,
-)
+from pruned_trainer.tasks.natural_questions.documents import Skipped, nq_files, parse_document, read_documents
+from pruned_trainer.tasks.natural_questions.files import NqFormatError
 from pruned_trainer.tasks.natural_questions.metrics import (
     best_threshold,
     f1_loss_interval,
+    nq_metrics,
     parse_predictions,
     read_gold,
     read_predictions,

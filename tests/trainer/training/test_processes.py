@@ -18,7 +18,7 @@ from matching import trained_model
 from pruned_trainer import Decision
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.training.trainer import LengthGroupedSampler
+from pruned_trainer.training.batches import LengthGroupedSampler
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -17,7 +17,7 @@ import pruned_ops
 from inputs import padded_batch, stock_model
 from jobs import job_settings
 from matching import WORDS, accuracy, batch_of, trained_model
-from pruned_ops.qa.decoding import ScoreCalibration
+from pruned_ops.models.configuration import ScoreCalibration
 from pruned_trainer import (
     Decision,
     Distillation,
@@ -31,8 +31,9 @@ from pruned_trainer import (
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning import compact
+from pruned_trainer.training.batches import pad_batch
 from pruned_trainer.training.distillation import Projection, hidden_loss, logits_loss
-from pruned_trainer.training.phase import pad_batch, prepare_student, training_arguments
+from pruned_trainer.training.phase import prepare_student, training_arguments
 
 HEADS, FFN = 4, 48  # of the trained model
 PLANTED_HEADS, PLANTED_FFN = 4, 48  # useless ones put beside them

@@ -20,13 +20,9 @@ from pruned_ops.ops.backends.triton.add_layer_norm import add_layer_norm_kernel
 from pruned_ops.ops.backends.triton.attention import attention_kernel, short_attention_kernel
 from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, AttentionConfig, GemmConfig, RowConfig
 from pruned_ops.ops.backends.triton.embed_layer_norm import embed_layer_norm_kernel
+from pruned_ops.ops.backends.triton.linear import meta, partial_linear_kernel
 from pruned_ops.ops.backends.triton.linear_add_layer_norm import linear_add_layer_norm_kernel
-from pruned_ops.ops.backends.triton.linear_gelu import (
-    bias_gelu_kernel,
-    linear_gelu_kernel,
-    meta,
-    partial_linear_kernel,
-)
+from pruned_ops.ops.backends.triton.linear_gelu import bias_gelu_kernel, linear_gelu_kernel
 
 # Of a multiprocessor of sm_80 and sm_90 alike (CUDA programming guide, technical specifications). A program
 # takes registers in steps of 256 a warp, and 1 KiB of shared memory beside its own.

@@ -17,7 +17,7 @@ from pruned_ops.ops.backends.gpu import refuse_hidden
 from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
 from pruned_ops.ops.backends.triton.configs import GemmConfig, row_config
-from pruned_ops.ops.backends.triton.linear_gelu import meta, partial_linear
+from pruned_ops.ops.backends.triton.linear import meta, partial_linear
 from pruned_ops.ops.backends.triton.tiles import matrix_tile, normalised
 from pruned_ops.ops.backends.triton.tuning import linear_add_layer_norm_config
 from pruned_ops.ops.reference import check_add_layer_norm, check_linear_add_layer_norm

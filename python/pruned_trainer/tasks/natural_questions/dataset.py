@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pruned_trainer.tasks.natural_questions.documents import Document, NqFormatError, Skipped, read_documents
+from pruned_trainer.tasks.natural_questions.documents import Document, Skipped, read_documents
+from pruned_trainer.tasks.natural_questions.files import NqFormatError
 from pruned_trainer.tasks.natural_questions.windows import cut, features
 
 if TYPE_CHECKING:

@@ -23,12 +23,6 @@ from pruned_trainer.tasks.natural_questions.files import (
     parse_line,
     read_label,
 )
-from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
-
-__all__ = [
-    "Candidate", "Document", "NqFormatError", "Skipped", "nq_files", "nq_metrics", "parse_document",
-    "read_documents",
-]  # fmt: skip
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 # The simplified layout has no html_token: tags are told by their form, e.g. </P> or <Th_colspan="2">.

@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruned_ops.models.natural_questions import AnswerType
-from pruned_ops.qa.windows import Window, windows
+from pruned_ops.qa.windows import Window, span_tokens, windows
 from pruned_trainer.tasks.natural_questions.documents import Document
 from pruned_trainer.tasks.natural_questions.files import Label
-from pruned_trainer.tasks.squad.extractive import span_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -4,6 +4,7 @@ Nothing here needs the `datasets` library. The whole way from a file to a result
 load_squad, training_features | predict_logits, best_null_threshold, evaluate, bootstrap_interval.
 """
 
+from pruned_ops.qa.logits import predict_logits
 from pruned_trainer.tasks.squad.examples import (
     Example,
     GoldAnswer,
@@ -12,9 +13,8 @@ from pruned_trainer.tasks.squad.examples import (
     load_squad,
     parse_squad,
     split_articles,
-    squad_metrics,
 )
-from pruned_trainer.tasks.squad.extractive import predict_logits, training_features
+from pruned_trainer.tasks.squad.extractive import training_features
 from pruned_trainer.tasks.squad.scoring import (
     EvaluationResult,
     QuestionScores,
@@ -22,6 +22,7 @@ from pruned_trainer.tasks.squad.scoring import (
     bootstrap_interval,
     evaluate,
     question_scores,
+    squad_metrics,
 )
 
 __all__ = [

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.qa.decoding import SCORED, Decoded, ScoreCalibration
+from pruned_ops.models.configuration import SCORED, ScoreCalibration
+from pruned_ops.qa.decoding import Decoded
 from pruned_trainer.tasks.squad.scoring import question_scores
 
 if TYPE_CHECKING:

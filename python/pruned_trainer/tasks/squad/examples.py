@@ -1,35 +1,14 @@
-"""SQuAD 1.1 and 2.0: files, read and checked, and the official SQuAD 2.0 metric.
-
-Nothing here needs the `datasets` library. The whole way from a file to a result is this module's names:
-load_squad, training_features | predict_logits, best_null_threshold, evaluate, bootstrap_interval.
-"""
+"""SQuAD 1.1 and 2.0: files, read and checked. Nothing here needs the `datasets` library."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from pruned_trainer.tasks.squad.extractive import predict_logits, training_features
-from pruned_trainer.tasks.squad.scoring import (
-    EvaluationResult,
-    QuestionScores,
-    best_null_threshold,
-    bootstrap_interval,
-    evaluate,
-    official_metrics,
-    question_scores,
-)
-
-__all__ = [
-    "EvaluationResult", "Example", "GoldAnswer", "QuestionScores", "SquadFile", "SquadFormatError",
-    "best_null_threshold", "bootstrap_interval", "evaluate", "load_squad", "parse_squad", "predict_logits",
-    "question_scores", "split_articles", "squad_metrics", "training_features",
-]  # fmt: skip
 
 OnBadAnswer = Literal["raise", "keep"]
 
@@ -165,17 +144,6 @@ def _check_answers(example: Example, where: str) -> None:
         there = example.context[start : start + len(text)]
         if there != text:
             raise SquadFormatError(f"{where}: answer {text!r} is not at {start}; there stands {there!r}")
-
-
-def squad_metrics(gold: dict[str, Any], predictions: Mapping[str, str]) -> dict[str, float]:
-    """What the official SQuAD 2.0 evaluator prints: exact, f1 and total, also for answerable ("HasAns_") and
-    unanswerable ("NoAns_") questions where there are such; scores in percent.
-
-    gold: the parsed file. predictions: id -> text, "" for no answer. Raises ValueError where predictions are
-    missing (the official evaluator skips such questions), SquadFormatError where gold is not SQuAD.
-    """
-    examples = parse_squad(gold, on_bad_answer="keep")
-    return official_metrics(examples, question_scores(examples, predictions))
 
 
 def split_articles(

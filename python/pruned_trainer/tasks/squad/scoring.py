@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pruned_ops.qa.answer_scores import answer_scores
-from pruned_ops.qa.windows import Decoded
+from pruned_ops.qa.decoding import Decoded
+from pruned_trainer.tasks.squad.examples import parse_squad
 
 if TYPE_CHECKING:
     from pruned_trainer.tasks.squad.examples import Example
@@ -177,3 +178,14 @@ def bootstrap_interval(
         means.append(difference[random.integers(difference.size, size=shape)].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def squad_metrics(gold: dict[str, Any], predictions: Mapping[str, str]) -> dict[str, float]:
+    """What the official SQuAD 2.0 evaluator prints: exact, f1 and total, also for answerable ("HasAns_") and
+    unanswerable ("NoAns_") questions where there are such; scores in percent.
+
+    gold: the parsed file. predictions: id -> text, "" for no answer. Raises ValueError where predictions are
+    missing (the official evaluator skips such questions), SquadFormatError where gold is not SQuAD.
+    """
+    examples = parse_squad(gold, on_bad_answer="keep")
+    return official_metrics(examples, question_scores(examples, predictions))

@@ -11,16 +11,17 @@ from typing import Any
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
-from pruned_ops.measure.timing import arrival_lengths
 from pruned_ops.qa.decoding import Decoded, decode
+from pruned_ops.qa.questions import arrival_lengths
 from pruned_ops.qa.windows import Window, windows
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
 from pruned_trainer.tasks.squad.calibration import fit_calibration
 from pruned_trainer.tasks.squad.examples import Example, split_articles
-from pruned_trainer.tasks.squad.extractive import predict_logits, training_features
+from pruned_trainer.tasks.squad.extractive import training_features
 from pruned_trainer.tasks.squad.scoring import EvaluationResult, best_null_threshold, evaluate
 from pruned_trainer.tasks.squad.sources import read_examples
+from pruned_trainer.tasks.task import model_logits
 
 THRESHOLD = "null_score_threshold"
 
@@ -69,11 +70,6 @@ class Questions:
 
     def evaluate(self, model: PreTrainedModel, thresholds: Mapping[str, float]) -> EvaluationResult:
         return evaluate(self.examples, self.decoded(model), thresholds[THRESHOLD])
-
-
-def model_logits(model: PreTrainedModel, batch_size: int, some: Sequence[Any]) -> list[Any]:
-    """`predict_logits` with the model's padding, and a bar on the main process."""
-    return predict_logits(model, some, batch_size, model.config.pad_token_id, progress=is_main())
 
 
 @dataclass(frozen=True)
