@@ -23,7 +23,7 @@ from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.batches import pad_batch
-from rivals import cpu as rivals
+from rivals import cpu as cpu_rivals
 
 CALIBRATION, COMPARED = 4, 8  # batches of 8 windows
 RIVALS = ("ort-int8", "openvino-int8", "openvino-int8-static")
@@ -34,7 +34,7 @@ def prepared(path: Path, checkpoint: str, questions: int | None = None) -> Quest
     return Questions.cut(examples[:questions], load_tokenizer(checkpoint), 384, 128)
 
 
-def batches(source: Questions, model: Any, count: int) -> list[rivals.Batch]:
+def batches(source: Questions, model: Any, count: int) -> list[cpu_rivals.Batch]:
     """Evenly spread windows, in batches of 8."""
     step = max(1, len(source.windows) // (8 * count))
     chosen = source.windows[::step][: 8 * count]
@@ -57,8 +57,8 @@ def measure(checkpoint: str, data: Path, names: list[str]) -> list[dict[str, Any
     ]
     made: list[dict[str, Any]] = []
 
-    def row(runner: str, run: rivals.Run, **facts: Any) -> None:
-        near = rivals.compared(run, rivals.hf(model, [], Path()), real, "int8")
+    def row(runner: str, run: cpu_rivals.Run, **facts: Any) -> None:
+        near = cpu_rivals.compared(run, cpu_rivals.hf(model, [], Path()), real, "int8")
         made.append(
             {"checkpoint": Path(checkpoint).name, "runner": runner, **near, **facts, **harness.stamp()}
         )
@@ -73,7 +73,7 @@ def measure(checkpoint: str, data: Path, names: list[str]) -> list[dict[str, Any
         encoder = fast.base_model.encoder
         row(
             runner,
-            rivals.hf(fast, [], Path()),
+            cpu_rivals.hf(fast, [], Path()),
             f1=scores.f1,
             f1_span=scores.f1_span,
             int8_linears=len(encoder.int8_linears),
@@ -82,8 +82,8 @@ def measure(checkpoint: str, data: Path, names: list[str]) -> list[dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             try:
-                row(name, rivals.build(name, model, real, Path(folder)))
-            except rivals.Refused as reason:
+                row(name, cpu_rivals.build(name, model, real, Path(folder)))
+            except cpu_rivals.Refused as reason:
                 print(f"{name} is left out: {reason}")
     return made
 

@@ -28,9 +28,8 @@ import pruned_ops
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import ModelShape
-from rivals import cpu as rivals
+from rivals import cpu as cpu_rivals
 from rivals.cuda import CUDA_RIVALS
-from whole_models import figure as model_figure
 from whole_models import memory
 from whole_models import on_gpu as cuda_models
 from whole_models import report as model_tables
@@ -58,7 +57,7 @@ class Contender:
     runtime: str
     model: str
     precision: str
-    run: rivals.Run
+    run: cpu_rivals.Run
     shape: ModelShape
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -82,41 +81,41 @@ def contenders(
         for runtime in (OURS, *int8, *(name for name in names if name != PADDED or model_name == "dense")):
             try:
                 made.append(_contender(runtime, model_name, model, samples, files))
-            except rivals.Refused as reason:
+            except cpu_rivals.Refused as reason:
                 who = {"runner": f"{runtime} {model_name}", "runtime": runtime, "model": model_name}
                 refusals.append(who | {"refused": str(reason)})
     return made, refusals
 
 
 def _contender(
-    runtime: str, model_name: str, model: Any, samples: Sequence[rivals.Batch], folder: Path
+    runtime: str, model_name: str, model: Any, samples: Sequence[cpu_rivals.Batch], folder: Path
 ) -> Contender:
-    precision = rivals.RIVALS[runtime].precision if runtime in rivals.RIVALS else "fp32"
+    precision = cpu_rivals.RIVALS[runtime].precision if runtime in cpu_rivals.RIVALS else "fp32"
     precision = "int8" if runtime == OURS_INT8 else precision
     with torch.inference_mode():
         run = _runner(runtime, model, samples, folder)
     try:
-        facts = rivals.compared(run, rivals.hf(model, samples, folder), samples, precision)
+        facts = cpu_rivals.compared(run, cpu_rivals.hf(model, samples, folder), samples, precision)
     except ValueError as error:
         raise ValueError(f"{runtime} {model_name}: {error}") from error
     shape = model_shape(model.base_model)
     return Contender(runtime, model_name, precision, run, shape, _backends(run, samples) | facts)
 
 
-def _runner(runtime: str, model: Any, samples: Sequence[rivals.Batch], folder: Path) -> rivals.Run:
+def _runner(runtime: str, model: Any, samples: Sequence[cpu_rivals.Batch], folder: Path) -> cpu_rivals.Run:
     if runtime == OURS:
-        return rivals.hf(pruned_ops.optimize(copy.deepcopy(model)), samples, folder)
+        return cpu_rivals.hf(pruned_ops.optimize(copy.deepcopy(model)), samples, folder)
     if runtime == OURS_INT8:
         try:
-            return rivals.hf(pruned_ops.optimize(copy.deepcopy(model), dtype="int8"), samples, folder)
+            return cpu_rivals.hf(pruned_ops.optimize(copy.deepcopy(model), dtype="int8"), samples, folder)
         except ValueError as reason:
-            raise rivals.Refused(str(reason)) from None
+            raise cpu_rivals.Refused(str(reason)) from None
     if runtime == PADDED:
-        return padded_to(rivals.hf(model, samples, folder), 384, model.config.pad_token_id)
-    return rivals.build(runtime, model, samples, folder)
+        return padded_to(cpu_rivals.hf(model, samples, folder), 384, model.config.pad_token_id)
+    return cpu_rivals.build(runtime, model, samples, folder)
 
 
-def _backends(run: rivals.Run, samples: Sequence[rivals.Batch]) -> dict[str, Any]:
+def _backends(run: cpu_rivals.Run, samples: Sequence[cpu_rivals.Batch]) -> dict[str, Any]:
     """Which backend ran each op, where the runner has ops."""
     with torch.inference_mode(), pruned_ops.record() as ran:
         run(samples[0])
@@ -189,7 +188,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rivals",
         nargs="+",
         default=["hf"],
-        choices=(*dict.fromkeys((*rivals.RIVALS, *CUDA_RIVALS)), "all", "none"),
+        choices=(*dict.fromkeys((*cpu_rivals.RIVALS, *CUDA_RIVALS)), "all", "none"),
         help="runtimes to compare with (default: hf)",
     )
     parser.add_argument("--goals", action="store_true", help="the GPU's benchmark, on the CPU")
@@ -219,7 +218,7 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
     arguments.goals = arguments.goals or arguments.device == "cuda"
     if arguments.minutes is not None and not arguments.goals:
         parser.error("--minutes goes with --device cuda or --goals")
-    known = CUDA_RIVALS if arguments.goals else rivals.RIVALS
+    known = CUDA_RIVALS if arguments.goals else cpu_rivals.RIVALS
     for name in arguments.rivals:
         if name not in (*known, "all", "none"):
             parser.error(f"--rivals {name}: here there are {', '.join(known)}")
@@ -279,7 +278,7 @@ def write(out: Path, made: list[dict[str, Any]]) -> None:
     harness.write(out, made)
     if any("refused" not in row for row in made):
         out.with_suffix(".md").write_text(model_tables.markdown(made), encoding="utf-8")
-    reason = model_figure.draw(made, out.with_suffix(".png"))
+    reason = model_tables.draw(made, out.with_suffix(".png"))
     if reason is not None:
         print(reason)
 

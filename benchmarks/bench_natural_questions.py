@@ -33,14 +33,14 @@ import pruned_ops
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.configuration import is_roberta
-from pruned_ops.models.natural_questions import NaturalQuestionsOutput, load_natural_questions
+from pruned_ops.models.heads import NaturalQuestionsOutput, load_natural_questions
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.runtime.packed_encoder import refuse
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
 from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut, located, with_markers
 from pruned_trainer.training.batches import pad_batch
-from rivals import cpu as rivals
+from rivals import cpu as cpu_rivals
 from whole_models import memory
 
 # The first of each model's is padded, with sdpa: what the others' logits, and times, are held against.
@@ -140,12 +140,12 @@ def peak_apart(checkpoint: str, runtime: str, inputs: Sequence[dict[str, Tensor]
         return pool.submit(peak, checkpoint, runtime, inputs, torch.get_num_threads()).result()
 
 
-def checked(name: str, runners: dict[str, rivals.Run], inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
+def checked(name: str, runners: dict[str, cpu_rivals.Run], inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
     """How far a runner's logits are off the padded model's; ValueError where that is no rounding."""
     runtime, model = name.split()
     precision = "int8" if runtime == "ours-int8" else "fp32"
     padded = runners[f"{RUNTIMES[model][0]} {model}"]
-    return {"precision": precision, **rivals.compared(runners[name], padded, inputs[:3], precision)}
+    return {"precision": precision, **cpu_rivals.compared(runners[name], padded, inputs[:3], precision)}
 
 
 def decoding_seconds(pages: Pages, model: Any) -> float:
@@ -170,7 +170,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for runtime in RUNTIMES[name]
         if runtime != "ours-int8" or refuse(load_natural_questions(checkpoint).base_model, int8=True) is None
     }
-    runners = {name: rivals.hf(model, [], Path()) for name, model in models.items()}
+    runners = {name: cpu_rivals.hf(model, [], Path()) for name, model in models.items()}
     inputs = pages.inputs(models["ours dense"].config.pad_token_id)
     more = {name: checked(name, runners, inputs) for name in runners}
     for name in runners:

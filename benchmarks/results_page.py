@@ -17,9 +17,8 @@ from typing import Any
 import harness
 from pruned_ops.files import write_json
 from study.figures import Results, figures
-from study.page import section
+from study.page import mean, section, table
 from study.records import Row, read_rows
-from study.tables import mean, table
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- From benchmarks/results by `make results`; edits here are lost. -->"

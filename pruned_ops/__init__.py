@@ -15,15 +15,14 @@ from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.models.encoder import PrunedBertModel, PrunedRobertaModel
 from pruned_ops.models.heads import (
+    PrunedBertForNaturalQuestions,
+    PrunedBertForQuestionAnswering,
     PrunedBertForSequenceClassification,
     PrunedBertForTokenClassification,
+    PrunedRobertaForNaturalQuestions,
+    PrunedRobertaForQuestionAnswering,
     PrunedRobertaForSequenceClassification,
     PrunedRobertaForTokenClassification,
-)
-from pruned_ops.models.modeling import PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering
-from pruned_ops.models.natural_questions import (
-    PrunedBertForNaturalQuestions,
-    PrunedRobertaForNaturalQuestions,
 )
 from pruned_ops.ops import backends as backends
 from pruned_ops.ops.registry import BackendError, debug, record, use_backend

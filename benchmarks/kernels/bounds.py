@@ -16,8 +16,8 @@ from kernels.cases import MODELS, Case, cases
 os.environ.pop("TRITON_INTERPRET", None)  # which would switch compilation off
 
 from pruned_ops.ops.backends.triton import ahead_of_time, configs, tuning  # noqa: E402
-from pruned_ops.ops.backends.triton.choices import Problem  # noqa: E402
 from pruned_ops.ops.backends.triton.configs import AttentionConfig, GemmConfig  # noqa: E402
+from pruned_ops.ops.backends.triton.tuning import Problem  # noqa: E402
 
 # An H200's ceilings, measured on one: dense fp16 products on random data, and copying.
 CEILINGS = {"flops": 790e12, "bytes": 4.3e12}

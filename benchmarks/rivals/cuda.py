@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pruned_ops.checkpoints.export import GRAPH, export_onnx
 from pruned_ops.layers.packing import PackedBatch, lengths_of
+from pruned_ops.models.heads import PrunedBertForQuestionAnswering
 from pruned_ops.models.inputs import default_position_ids
-from pruned_ops.models.modeling import PrunedBertForQuestionAnswering
 from pruned_ops.models.stock import QKV, model_shape, stock_parts
-from pruned_ops.runtime.cuda_graphs import CudaGraphs, Recorder
+from pruned_ops.runtime.engine import CudaGraphs, Recorder
 from rivals.cpu import Batch, Logits, Refused, Rival, Run, hf, package
 
 # qkv (tokens, 3, heads, head_dim), cu_seqlens, the longest sequence -> context (tokens, heads, head_dim).

@@ -18,8 +18,8 @@ from pruned_ops.layers.packing import with_lengths
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import ModelShape
-from rivals import cpu as rivals
-from rivals import cuda as rivals_cuda
+from rivals import cpu as cpu_rivals
+from rivals import cuda as cuda_rivals
 from whole_models.cases import Source
 
 OURS, OURS_MANY = "ours", "ours-encode-many"
@@ -56,9 +56,9 @@ class Runner:
 
     runtime: str
     model_name: str
-    make: Callable[[], rivals.Run]
+    make: Callable[[], cpu_rivals.Run]
     model: Any
-    run: rivals.Run | None = None
+    run: cpu_rivals.Run | None = None
     refused: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     optimised: Any = None
@@ -81,16 +81,16 @@ def runners(
         model = source.load(model_name, device).to(dtype)
         fast = pruned_ops.optimize(copy.deepcopy(model))
         files = folder / model_name
-        found.append(Runner(OURS, model_name, lambda fast=fast: rivals.hf(fast, [], folder), model))
+        found.append(Runner(OURS, model_name, lambda fast=fast: cpu_rivals.hf(fast, [], folder), model))
         found[-1].optimised = fast
         for name in names:
-            make = lambda n=name, m=model, f=files: rivals_cuda.build_cuda(n, m, [], f)  # noqa: E731
+            make = lambda n=name, m=model, f=files: cuda_rivals.build_cuda(n, m, [], f)  # noqa: E731
             found.append(Runner(name, model_name, make, model))
     return found
 
 
 def prepared(
-    some: list[Runner], workload: Workload, inputs: list[rivals.Batch], deadline: Deadline
+    some: list[Runner], workload: Workload, inputs: list[cpu_rivals.Batch], deadline: Deadline
 ) -> tuple[list[Runner], list[dict[str, str]]]:
     """Those whose logits on the workload are right, every size compiled and captured; and for each other one
     a row that says why not."""
@@ -101,7 +101,7 @@ def prepared(
         if reason is None:
             try:
                 reason = _check(runner, inputs, truth)
-            except rivals.Refused as error:
+            except cpu_rivals.Refused as error:
                 reason = runner.refused = str(error)
             except Exception as error:  # whatever a rival's own code raises
                 if runner.runtime == OURS:
@@ -119,23 +119,23 @@ class Truth:
     """What Hugging Face's eager model says in fp32 of a workload's first and last batch, and how far from it
     a runner may be: twice Hugging Face's own error in the runner's dtype, and SLACK."""
 
-    def __init__(self, inputs: list[rivals.Batch]) -> None:
+    def __init__(self, inputs: list[cpu_rivals.Batch]) -> None:
         self.samples = [inputs[0], *inputs[1:][-1:]]
-        self._known: dict[str, tuple[rivals.Run, float]] = {}
+        self._known: dict[str, tuple[cpu_rivals.Run, float]] = {}
 
-    def of(self, runner: Runner) -> tuple[rivals.Run, float]:
+    def of(self, runner: Runner) -> tuple[cpu_rivals.Run, float]:
         """For the runner's model: what repeats that, and the error allowed."""
         if runner.model_name not in self._known:
-            exact = rivals.hf(copy.deepcopy(runner.model).float(), [], Path())
+            exact = cpu_rivals.hf(copy.deepcopy(runner.model).float(), [], Path())
             with torch.inference_mode():
                 said = {id(batch): exact(batch) for batch in self.samples}
             run = lambda batch: said[id(batch)]  # noqa: E731
-            own = rivals.compared(rivals.hf(runner.model, [], Path()), run, self.samples, "any")
+            own = cpu_rivals.compared(cpu_rivals.hf(runner.model, [], Path()), run, self.samples, "any")
             self._known[runner.model_name] = run, 2 * own["max_error"] + SLACK
         return self._known[runner.model_name]
 
 
-def _check(runner: Runner, inputs: list[rivals.Batch], truth: Truth) -> str | None:
+def _check(runner: Runner, inputs: list[cpu_rivals.Batch], truth: Truth) -> str | None:
     """Run every batch once; why its logits cannot be right, if so."""
     with torch.inference_mode():
         if runner.run is None:
@@ -145,7 +145,7 @@ def _check(runner: Runner, inputs: list[rivals.Batch], truth: Truth) -> str | No
         with pruned_ops.record() as ran:
             runner.run(inputs[0])
     said, allowed = truth.of(runner)
-    found = rivals.compared(runner.run, said, truth.samples, "any")
+    found = cpu_rivals.compared(runner.run, said, truth.samples, "any")
     if not found["max_error"] <= allowed:
         return f"its logits are off by {found['max_error']:.2e}, more than {allowed:.2e}"
     backends = "; ".join(f"{op}: {', '.join(counts)}" for op, counts in ran.items()) or "its own"
@@ -156,7 +156,7 @@ def _check(runner: Runner, inputs: list[rivals.Batch], truth: Truth) -> str | No
 def timed(
     ready: list[Runner],
     workload: Workload,
-    inputs: list[rivals.Batch],
+    inputs: list[cpu_rivals.Batch],
     rounds: int,
     deadline: Deadline,
     device: str,
@@ -170,7 +170,7 @@ def timed(
     return harness.interleaved(runs, workload, inputs, max(ROUNDS_AT_LEAST, min(rounds, fit)), device)
 
 
-def encoded_many(runner: Runner, workload: Workload, inputs: list[rivals.Batch], rounds: int) -> Timing:
+def encoded_many(runner: Runner, workload: Workload, inputs: list[cpu_rivals.Batch], rounds: int) -> Timing:
     """Ours by `encode_many`, by the host's clock: tokenised texts in, logits on the host out."""
     texts = [
         ids[: int(mask.sum())].tolist()
@@ -220,7 +220,7 @@ def rows(
     return harness.rows(timings, first, extra)
 
 
-def batches(source: Source, workload: Workload, device: str) -> list[rivals.Batch]:
+def batches(source: Source, workload: Workload, device: str) -> list[cpu_rivals.Batch]:
     """The workload's inputs, whose lengths the host knows."""
     made = workload.inputs(source.config.vocab_size, source.config.pad_token_id, device)
     for batch, lengths in zip(made, workload.batches, strict=True):
@@ -262,7 +262,7 @@ def measure(
 def _measured(
     ready: list[Runner],
     workload: Workload,
-    inputs: list[rivals.Batch],
+    inputs: list[cpu_rivals.Batch],
     rounds: int,
     deadline: Deadline,
     device: str,

@@ -17,9 +17,9 @@ from torch import nn
 
 from pruned_ops.checkpoints.loading import TOKENIZER_FILES, load_model
 from pruned_ops.models.stock import ENCODERS
-from pruned_ops.runtime.head_hooks import ANSWERERS
 from pruned_ops.runtime.optimize import restore
 from pruned_ops.runtime.packed_encoder import PackedEncoder, refuse
+from pruned_ops.runtime.packed_heads import ANSWERERS
 
 GRAPH = "model.onnx"
 # Bytes: what protobuf, and so an ONNX file, can hold.

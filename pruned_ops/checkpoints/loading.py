@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from pruned_ops.models.configuration import PRUNED_CONFIGS
-from pruned_ops.models.natural_questions import is_natural_questions, natural_questions_class
+from pruned_ops.models.heads import is_natural_questions, natural_questions_class
 
 # What a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
 TOKENIZER_FILES = (

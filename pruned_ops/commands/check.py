@@ -22,10 +22,9 @@ import torch
 from pruned_ops.checkpoints.loading import load_folder, load_tokenizer
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.ops.registry import BACKENDS, REFERENCE, BackendError, record, use_backend
-from pruned_ops.qa.answer_scores import answer_scores
 from pruned_ops.qa.decoding import Logits, decode
 from pruned_ops.qa.logits import batch_logits
-from pruned_ops.qa.questions import Question, in_arrival_order, read_questions
+from pruned_ops.qa.questions import Question, answer_scores, in_arrival_order, read_questions
 from pruned_ops.qa.windows import Window, windows
 from pruned_ops.runtime.optimize import optimized
 

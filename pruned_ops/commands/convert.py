@@ -1,4 +1,4 @@
-"""`pruned-ops import` and `pruned-ops export`: a checkpoint from another tool, and one for another runtime."""
+"""`pruned-ops import` and `pruned-ops export`: checkpoints of other tools, and for other runtimes."""
 
 from __future__ import annotations
 

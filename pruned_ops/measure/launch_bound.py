@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pruned_ops.measure.layer_times import empty_config
 from pruned_ops.measure.timing import Timing, Workload
-from pruned_ops.models.modeling import answering_class
+from pruned_ops.models.heads import answering_class
 from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import LayerShape
 

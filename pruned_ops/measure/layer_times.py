@@ -20,8 +20,8 @@ from pruned_ops.layers.weights import PackedParts
 from pruned_ops.measure.latency import LatencyTable, Points
 from pruned_ops.measure.timing import Runner, Workload, interleave, machine, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.heads import answering_class
 from pruned_ops.models.inputs import check_inputs
-from pruned_ops.models.modeling import answering_class
 from pruned_ops.ops.panels import PANEL
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.runtime.optimize import optimize

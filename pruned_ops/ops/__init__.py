@@ -1,12 +1,12 @@
 """The list of ops, a line each. What an op means stands in reference.py; who runs it, in backends/."""
 
 from pruned_ops.ops import reference
-from pruned_ops.ops.reference import _check_attention, _check_embedding
+from pruned_ops.ops.reference import check_attention_values, check_embed_layer_norm_values
 from pruned_ops.ops.registry import Op
 
-attention = Op(reference.attention, _check_attention)
+attention = Op(reference.attention, check_attention_values)
 linear_gelu = Op(reference.linear_gelu)
 add_layer_norm = Op(reference.add_layer_norm)
 linear_add_layer_norm = Op(reference.linear_add_layer_norm)
-embed_layer_norm = Op(reference.embed_layer_norm, _check_embedding)
+embed_layer_norm = Op(reference.embed_layer_norm, check_embed_layer_norm_values)
 encoder = Op(reference.encoder)

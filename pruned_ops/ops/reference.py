@@ -242,7 +242,7 @@ def encoder(
     return x.clone() if not widths else x
 
 
-def _check_ids(name: str, ids: Tensor, rows: int) -> None:
+def check_id_values(name: str, ids: Tensor, rows: int) -> None:
     if ids.numel() == 0:
         return
     low, high = (int(value) for value in torch.aminmax(ids))
@@ -252,16 +252,16 @@ def _check_ids(name: str, ids: Tensor, rows: int) -> None:
         )
 
 
-def _check_embedding(
+def check_embed_layer_norm_values(
     input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, word: Tensor, position: Tensor,
     token_type: Tensor, *_: object,
 ) -> None:  # fmt: skip
-    _check_ids("input_ids", input_ids, word.size(0))
-    _check_ids("position_ids", position_ids, position.size(0))
-    _check_ids("token_type_ids", token_type_ids, token_type.size(0))
+    check_id_values("input_ids", input_ids, word.size(0))
+    check_id_values("position_ids", position_ids, position.size(0))
+    check_id_values("token_type_ids", token_type_ids, token_type.size(0))
 
 
-def _check_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> None:
+def check_attention_values(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> None:
     lengths = cu_seqlens.diff()
     longest = int(lengths.max()) if lengths.numel() else 0
     if (

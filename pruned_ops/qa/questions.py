@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import string
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,3 +114,30 @@ def arrival_lengths(lengths_by_question: Sequence[Sequence[int]]) -> list[int]:
     questions = list(lengths_by_question)
     random.Random(0).shuffle(questions)
     return [length for windows in questions for length in windows]
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, without the articles a, an, the, with single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def answer_scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
+    """(exact, F1) in percent, each the best over the answers; without answers, "" is the right one."""
+    gold = [text for text in map(normalised, answers) if text] or [""]
+    predicted = normalised(prediction)
+    f1 = max(_token_f1(predicted.split(), text.split()) for text in gold)
+    return 100.0 * (predicted in gold), 100.0 * f1
+
+
+def _token_f1(predicted: list[str], gold: list[str]) -> float:
+    if not predicted or not gold:
+        return float(predicted == gold)
+    same = (Counter(predicted) & Counter(gold)).total()
+    if not same:
+        return 0.0
+    precision, recall = same / len(predicted), same / len(gold)
+    return 2 * precision * recall / (precision + recall)

@@ -9,20 +9,140 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.ops.registry import is_watched, record, replayed
-from pruned_ops.runtime.buckets import Bucket, pieces
-from pruned_ops.runtime.cuda_graphs import CudaGraphs, Recorder, Weights
 from pruned_ops.runtime.packed_heads import Outputs, PackedHead
+
+# A program of the attention has so many query rows at least; those beyond a sequence's end stop at once.
+LENGTH_STEP = 64
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sizes that share a graph: batches of at most these are run as one of exactly these."""
+
+    tokens: int
+    batch: int
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, tokens: int, batch: int, max_seqlen: int, waste: float) -> Bucket:
+        """The smallest bucket for a batch: tokens in steps of a power of 2 that is at most `waste` of them,
+        the number of sequences as a power of 2, lengths in steps of LENGTH_STEP. Rows that are too many make
+        sequences of their own, for which there is room; sequences that are too many are empty."""
+        step = 1 << max(int(waste * tokens), 1).bit_length() - 1
+        longest = -(-max_seqlen // LENGTH_STEP) * LENGTH_STEP
+        fillers = -(-(step - 1) // longest)
+        return cls(-(-tokens // step) * step, 1 << (batch + fillers - 1).bit_length(), longest)
+
+
+def pieces(lengths: Sequence[int], max_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    """A batch cut between sequences into parts of at most max_tokens, or of one sequence with tokens: each
+    part's first row and its sequences' lengths. Every sequence is in one of them, also one of no tokens."""
+    first, piece, tokens = 0, list[int](), 0
+    for length in lengths:
+        if tokens and tokens + length > max_tokens:
+            yield first, piece
+            first, piece, tokens = first + tokens, [], 0
+        piece.append(length)
+        tokens += length
+    if piece:
+        yield first, piece
+
+
+T = TypeVar("T")
+
+
+class Recorder(Protocol):
+    """Records work on a device."""
+
+    def record(self, work: Callable[[], T]) -> Callable[[], T]:
+        """What launches the same again, on the same memory, and returns the same output tensors."""
+
+    def ordered(self) -> Any:
+        """A context whose work comes after that of all earlier such contexts, on whatever streams."""
+
+    def wait(self) -> None:
+        """Until the work of all such contexts has ended."""
+
+
+@dataclass
+class Weights:
+    """The weights that a graph reads, and where they were. slots: a module's parameters, and a name in them.
+    held: keeps their memory until the graph is gone, also where they have moved and nobody has looked yet."""
+
+    slots: list[tuple[dict[str, Any], str]]
+    addresses: list[int]
+    held: list[Any]
+    packed: Any
+    linears: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, encoder: Any, head: PackedHead | None) -> Weights:
+        linears = () if head is None else head.linears
+        modules = dict.fromkeys(module for part in (encoder, *linears) for module in part.modules())
+        slots = [
+            (module._parameters, name) for module in modules for name, one in module._parameters.items()
+            if one is not None
+        ]  # fmt: skip
+        held = [parameters[name].detach() for parameters, name in slots]
+        return cls(slots, [one.data_ptr() for one in held], held, encoder.encoder.packed, linears)
+
+    def moved(self, encoder: Any, head: PackedHead | None) -> bool:
+        """Whether one of them is elsewhere now, or another is in its place."""
+        if encoder.encoder.packed is not self.packed or (head is not None and head.linears != self.linears):
+            return True
+        return [parameters[name].data_ptr() for parameters, name in self.slots] != self.addresses
+
+
+class CudaGraphs:
+    """Recorder of one GPU; its graphs share a pool of memory, so only one of them may run at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._finished = torch.cuda.Event()
+
+    def record(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Runs it once first, beside the current stream: kernels are compiled and libraries set up then."""
+        with torch.cuda.device(self._device):
+            aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            aside.wait_stream(current)
+            with torch.cuda.stream(aside):
+                work()
+            current.wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = work()
+
+        def replay() -> T:
+            graph.replay()
+            return output
+
+        return replay
+
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            current.wait_event(self._finished)
+            try:
+                yield
+            finally:
+                self._finished.record(current)
+
+    def wait(self) -> None:
+        self._finished.synchronize()
 
 
 @dataclass

@@ -12,26 +12,20 @@ import torch
 from transformers.utils import logging
 
 from pruned_ops.files import write_json
-from pruned_trainer.cli_options import (
-    TARGETS,
-    add_model_and_data,
-    add_target,
-    add_task,
-    add_training_options,
-    settings_of,
-    target_of,
-)
 from pruned_trainer.demo.run import demo
 from pruned_trainer.distributed import is_main, leave
 from pruned_trainer.jobs.finetune import FineTuneSettings, fine_tune
 from pruned_trainer.jobs.output import OutputFolder, load_model, load_tokenizer, save_checkpoint
 from pruned_trainer.jobs.prune import prune, sweep
-from pruned_trainer.jobs.settings import PRECISIONS, make_task
+from pruned_trainer.jobs.settings import DISTIL_IN, PRECISIONS, RECIPES, PruneSettings, make_task
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision
-from pruned_trainer.report import terminal as reporting
-from pruned_trainer.tasks.task import own_thresholds
+from pruned_trainer.pruning.gates import PARTS, PENALTIES
+from pruned_trainer.report import terminal
+from pruned_trainer.tasks.natural_questions.task import NULL_RATE
+from pruned_trainer.tasks.task import TASKS, own_thresholds
+from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.phase import InterruptedTraining
 
 
@@ -119,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _prune(arguments: argparse.Namespace) -> None:
     report = prune(settings_of(arguments, target_of(arguments)))
     if is_main():
-        reporting.print_report(report)
+        terminal.print_report(report)
         print(f"written to {arguments.out}")
 
 
@@ -128,14 +122,14 @@ def _sweep(arguments: argparse.Namespace) -> None:
     targets = [Target(**{unit: value}) for value in getattr(arguments, unit)]
     found = sweep(settings_of(arguments, targets[0]), targets)
     if is_main():
-        reporting.print_sweep(found)
+        terminal.print_sweep(found)
         print(f"written to {arguments.out}: a folder for each model, sweep.json, sweep.png, report.html")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     report = demo(settings_of(arguments, target_of(arguments) or Target(macs=0.45)))
     if is_main():
-        reporting.print_report(report)
+        terminal.print_report(report)
         print(f"written to {arguments.out}; its teacher and data lie beside it")
 
 
@@ -171,7 +165,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     prepared = [task.cut(examples, tokenizer) for examples in files]
     thresholds = prepared[1].best_thresholds(model) if len(prepared) == 2 else own_thresholds(model, task)
     result = prepared[0].evaluate(model, thresholds)
-    reporting.print_scores(result.scores(), thresholds, arguments.task)
+    terminal.print_scores(result.scores(), thresholds, arguments.task)
     if arguments.predictions is not None:
         write_json(arguments.predictions, result.predictions)
 
@@ -185,3 +179,138 @@ def _report(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="fine-tuned BERT or RoBERTa question-answering checkpoint"
+    )
+    parser.add_argument(
+        "--train-file", type=Path, required=True,
+        help="SQuAD JSON, another local dataset in SQuAD's columns, or a hub name (owner/name:split); "
+        "Natural Questions JSONL, gzip or not, or a folder of such",
+    )  # fmt: skip
+    add_task(parser)
+
+
+def add_task(parser: argparse.ArgumentParser, training: bool = True) -> None:
+    """Which task it is, and what Natural Questions alone is told."""
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0])
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="natural_questions: leave out bad lines, and count them"
+    )
+    if training:
+        parser.add_argument(
+            "--null-rate", type=float, default=NULL_RATE,
+            help="natural_questions: share of the windows without an answer that is trained on",
+        )  # fmt: skip
+        parser.add_argument(
+            "--num-proc", type=int, default=1, help="natural_questions: processes that read and tokenise"
+        )
+
+
+TARGETS = {
+    "speedup": "times as fast as the dense model, measured",
+    "latency_ms": "milliseconds a batch of the workload, measured",
+    "params": "fraction of the encoder's parameters to keep",
+    "macs": "fraction of the encoder's multiply-accumulates to keep",
+}
+
+
+def add_target(parser: argparse.ArgumentParser, several: bool) -> None:
+    group = parser.add_mutually_exclusive_group(required=several)
+    for name, text in TARGETS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=float, help=text, nargs="+" if several else None
+        )
+    parser.add_argument(
+        "--latency-table", type=Path,
+        help="made by pruned-ops latency-table; its workload is the target's (default: one is measured, at "
+        "batch 8 and the validation file's lengths)",
+    )  # fmt: skip
+
+
+def add_training_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    defaults = PruneSettings("", Path(), Path(), Target(macs=0.5))
+    parser.add_argument(
+        "--validation-file",
+        type=Path,
+        help="for thresholds and choices (default: 5%% of the training articles or documents)",
+    )
+    parser.add_argument("--eval-file", type=Path, help="for results only (default: the validation questions)")
+    parser.add_argument("--out", type=Path, required=required)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that --out.partial holds")
+    parser.add_argument("--teacher", help="who teaches (default: the model itself, before pruning)")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default=defaults.recipe,
+        help="joint: gates and weights together, held to the target; paper: gates alone, each part apart, at "
+        "a price; the others train no gates",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(defaults.parts), help="what is pruned"
+    )
+    parser.add_argument(
+        "--penalty", choices=tuple(PENALTIES), default=defaults.penalty,
+        help="a gate counts by P(gate > 0), or by P(gate = 1)",
+    )  # fmt: skip
+    parser.add_argument("--max-minutes", type=float, help="fit the training into this time (default: epochs)")
+    for name in (  # the gates' rate grows in runs that are too short for it
+        "lambda_attention", "lambda_ffn", "lambda_hidden", "gate_epochs", "gate_fraction", "retrain_epochs",
+        "learning_rate", "gate_learning_rate", "retrain_learning_rate", "dropout",
+    ):  # fmt: skip
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
+    for name in (
+        "gate_steps", "retrain_steps", "batch_size", "align", "max_length", "stride", "seed", "save_steps",
+    ):  # fmt: skip
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
+    for name, text in (
+        ("train_embeddings", "train the word embeddings too"),
+        ("compile", "torch.compile the narrow model while it trains"),
+        ("tensorboard", "write loss parts, budget and open gates to --out/tensorboard"),
+    ):
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    parser.add_argument("--precision", choices=PRECISIONS, default=defaults.precision, help="autocast")
+    _add_distillation(parser, defaults.distillation)
+
+
+def _add_distillation(parser: argparse.ArgumentParser, defaults: Distillation) -> None:
+    for name in ("task", "logits", "hidden", "temperature"):
+        parser.add_argument(
+            f"--distil-{name}", type=float, default=getattr(defaults, name), help="see Distillation"
+        )
+    parser.add_argument(
+        "--distil-projection", action="store_true",
+        help="a learned matrix between the student's hidden states and the teacher's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distil-layers", nargs="+", metavar="STUDENT:TEACHER", type=_pair,
+        help="layers whose outputs are compared, from 1 (default: each with its own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distil-in", choices=DISTIL_IN, help="phases with a teacher (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--cache-teacher", type=Path, metavar="FOLDER",
+        help="keep the teacher's logits on disk, so that it runs once only (with --distil-hidden 0)",
+    )  # fmt: skip
+
+
+def _pair(text: str) -> tuple[int, int]:
+    student, _, teacher = text.partition(":")
+    return int(student), int(teacher or student)
+
+
+def settings_of(arguments: argparse.Namespace, target: Target | None) -> PruneSettings:
+    given = vars(arguments)
+    plain = {name: given[name] for name in PruneSettings.__dataclass_fields__ if name in given}
+    weights = {name: given[f"distil_{name}"] for name in Distillation.__dataclass_fields__}
+    if weights["layers"] is not None:
+        weights["layers"] = tuple(weights["layers"])
+    plain.update(command=arguments.command_line, parts=tuple(arguments.parts), target=target)
+    return PruneSettings(**plain, distillation=Distillation(**weights))
+
+
+def target_of(arguments: argparse.Namespace) -> Target | None:
+    given = {name: getattr(arguments, name) for name in TARGETS if getattr(arguments, name) is not None}
+    return Target(**given) if given else None

@@ -14,14 +14,14 @@ import bench_models
 import harness
 from inputs import MODELS, logits, padded_batch, stock_model
 from pruned_ops.measure.timing import Timing, Workload
-from rivals import cpu as rivals
+from rivals import cpu as cpu_rivals
 from whole_models import cases as model_cases
 from whole_models import memory
 
 SAMPLES = [padded_batch((20, 3, 11, 7)), padded_batch((9,)), padded_batch((40, 64), seed=1)]
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 24}
 # All read the same exported graph, so RoBERTa's positions are tried on one; compiling takes seconds a model.
-CASES = [(name, kind) for name in rivals.RIVALS for kind in ("stock-bert", "pruned-bert")]
+CASES = [(name, kind) for name in cpu_rivals.RIVALS for kind in ("stock-bert", "pruned-bert")]
 CASES += [("ort", "stock-roberta"), ("ort", "pruned-roberta"), ("ctranslate2", "stock-roberta")]
 
 
@@ -37,42 +37,42 @@ def test_a_rival_gives_hf_eagers_logits(name: str, kind: str, folder: Path) -> N
     model = MODELS[kind]()
     try:
         with torch.inference_mode():
-            run = rivals.build(name, model, SAMPLES, folder / kind)
-    except rivals.NotInstalled as reason:
+            run = cpu_rivals.build(name, model, SAMPLES, folder / kind)
+    except cpu_rivals.NotInstalled as reason:
         pytest.skip(str(reason))
-    except rivals.Refused as reason:
+    except cpu_rivals.Refused as reason:
         assert name.startswith("ctranslate2") and kind != "stock-bert", reason
         return
-    precision = rivals.RIVALS[name].precision
-    found = rivals.compared(run, rivals.hf(model, [], folder), SAMPLES, precision)
+    precision = cpu_rivals.RIVALS[name].precision
+    found = cpu_rivals.compared(run, cpu_rivals.hf(model, [], folder), SAMPLES, precision)
     assert found["cosine"] > (0.999999 if precision == "fp32" else 0.98), found
 
 
 def test_a_runner_with_other_logits_is_refused() -> None:
-    hf = rivals.hf(stock_model(), [], Path())
+    hf = cpu_rivals.hf(stock_model(), [], Path())
 
-    def other(batch: rivals.Batch) -> rivals.Logits:
+    def other(batch: cpu_rivals.Batch) -> cpu_rivals.Logits:
         start, end = hf(batch)
         return start + 0.01, end
 
     with pytest.raises(ValueError, match="differ from Hugging Face's by 1.00e-02"):
-        rivals.compared(other, hf, SAMPLES, "fp32")
+        cpu_rivals.compared(other, hf, SAMPLES, "fp32")
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
-    with pytest.raises(rivals.NotInstalled, match=r'ctranslate2 .*: pip install -e "\.\[bench\]"'):
-        rivals.RIVALS["ctranslate2"].make(stock_model(), SAMPLES, Path())
+    with pytest.raises(cpu_rivals.NotInstalled, match=r'ctranslate2 .*: pip install -e "\.\[bench\]"'):
+        cpu_rivals.RIVALS["ctranslate2"].make(stock_model(), SAMPLES, Path())
 
 
 def test_rivals_that_are_cpu_only_refuse_another_device() -> None:
-    with pytest.raises(rivals.Refused, match="ort is measured on the CPU only: use --device cpu"):
-        rivals.build("ort", stock_model().to("meta"), SAMPLES, Path())
+    with pytest.raises(cpu_rivals.Refused, match="ort is measured on the CPU only: use --device cpu"):
+        cpu_rivals.build("ort", stock_model().to("meta"), SAMPLES, Path())
 
 
 def test_padding_to_a_fixed_length_changes_no_logits() -> None:
     model = stock_model()
-    run = model_cases.padded_to(rivals.hf(model, [], Path()), 80, 0)
+    run = model_cases.padded_to(cpu_rivals.hf(model, [], Path()), 80, 0)
     with torch.inference_mode():
         found = torch.stack(run(SAMPLES[0]), -1)
     real = SAMPLES[0]["attention_mask"].bool()

@@ -21,8 +21,8 @@ import pruned_ops
 from inputs import MODELS, padded_batch, stock_model
 from pruned_ops.layers.packing import with_lengths
 from pruned_ops.measure.timing import Workload
-from rivals import cpu as rivals
-from rivals import cuda as rivals_cuda
+from rivals import cpu as cpu_rivals
+from rivals import cuda as cuda_rivals
 from whole_models import cases as model_cases
 from whole_models import on_gpu as cuda_models
 
@@ -62,21 +62,21 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     return context.view(tokens, heads, head_dim)
 
 
-def packed(model: Any, recorder: Any) -> rivals.Run:
-    return rivals_cuda.packed(attention, model, recorder)
+def packed(model: Any, recorder: Any) -> cpu_rivals.Run:
+    return cuda_rivals.packed(attention, model, recorder)
 
 
-def hf_graphed(model: Any, recorder: Any) -> rivals.Run:
-    return rivals_cuda.hf_graphed(model, [], Path(), recorder)
+def hf_graphed(model: Any, recorder: Any) -> cpu_rivals.Run:
+    return cuda_rivals.hf_graphed(model, [], Path(), recorder)
 
 
 @pytest.mark.parametrize("make", [packed, hf_graphed])
 @pytest.mark.parametrize("kind", ["stock-bert", "pruned-bert"])
-def test_graphed_rivals_give_hf_eagers_logits(make: Callable[..., rivals.Run], kind: str) -> None:
+def test_graphed_rivals_give_hf_eagers_logits(make: Callable[..., cpu_rivals.Run], kind: str) -> None:
     """A graph a size, whose inputs are copied in; a layer without heads and one without FFN among them."""
     model, recorder = MODELS[kind](), Again()
     run = make(model, recorder)
-    found = rivals.compared(run, rivals.hf(model, [], Path()), BATCHES, "fp32")
+    found = cpu_rivals.compared(run, cpu_rivals.hf(model, [], Path()), BATCHES, "fp32")
     assert found["max_error"] < 1e-4
     # The first and third are alike, for the padded the fourth too; a packed one's size is its tokens.
     assert recorder.recorded == (3 if make is packed else 2)
@@ -84,9 +84,9 @@ def test_graphed_rivals_give_hf_eagers_logits(make: Callable[..., rivals.Run], k
 
 def test_the_padded_rivals_get_no_mask_where_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[Any] = []
-    plain = rivals_cuda.padded_logits
+    plain = cuda_rivals.padded_logits
     monkeypatch.setattr(
-        rivals_cuda, "padded_logits", lambda model, ids, mask: masks.append(mask) or plain(model, ids, mask)
+        cuda_rivals, "padded_logits", lambda model, ids, mask: masks.append(mask) or plain(model, ids, mask)
     )
     run = hf_graphed(stock_model(), Again())
     for batch in (batch_of(9, 9), batch_of(9, 3), padded_batch((9, 9))):
@@ -94,10 +94,10 @@ def test_the_padded_rivals_get_no_mask_where_nothing_is_padded(monkeypatch: pyte
     assert [mask is None for mask in masks] == [True, False, False]
 
 
-@pytest.mark.parametrize("name", [name for name in rivals_cuda.CUDA_RIVALS if name != "hf"])
+@pytest.mark.parametrize("name", [name for name in cuda_rivals.CUDA_RIVALS if name != "hf"])
 def test_on_a_cpu_they_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(rivals.Refused, match=f"^{name} is measured on a GPU only: use --device cuda"):
-        rivals_cuda.build_cuda(name, stock_model(), [], tmp_path)
+    with pytest.raises(cpu_rivals.Refused, match=f"^{name} is measured on a GPU only: use --device cuda"):
+        cuda_rivals.build_cuda(name, stock_model(), [], tmp_path)
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -108,16 +108,16 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("varlen", "torch.nn.attention.varlen", "a later torch has it"),
     ):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(rivals.NotInstalled, match=f"{module} cannot be imported .*: {remedy}"):
-            rivals_cuda.CUDA_RIVALS[name].make(stock_model(), [], tmp_path)
+        with pytest.raises(cpu_rivals.NotInstalled, match=f"{module} cannot be imported .*: {remedy}"):
+            cuda_rivals.CUDA_RIVALS[name].make(stock_model(), [], tmp_path)
 
 
 def test_an_onnxruntime_without_cuda_is_refused(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this one has it")
-    with pytest.raises(rivals.Refused, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
-        rivals_cuda.ort_cuda(stock_model(), [], tmp_path)
+    with pytest.raises(cpu_rivals.Refused, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
+        cuda_rivals.ort_cuda(stock_model(), [], tmp_path)
 
 
 def test_torchs_varlen_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +131,10 @@ def test_torchs_varlen_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -
         return out, out, out
 
     monkeypatch.setattr(varlen.torch.ops.torch_attn, "_varlen_attn", op)
-    monkeypatch.setattr(rivals_cuda, "CudaGraphs", lambda device: Again())
+    monkeypatch.setattr(cuda_rivals, "CudaGraphs", lambda device: Again())
     model = stock_model()
-    run = rivals_cuda.torch_varlen(model, [], Path())
-    found = rivals.compared(run, rivals.hf(model, [], Path()), BATCHES[:1], "fp32")
+    run = cuda_rivals.torch_varlen(model, [], Path())
+    found = cpu_rivals.compared(run, cpu_rivals.hf(model, [], Path()), BATCHES[:1], "fp32")
     assert found["max_error"] < 1e-4 and len(seen) == model.config.num_hidden_layers
     shape, (max_q, max_k, is_causal, scale, window, *_) = seen[0]
     assert shape == (34, 4, 16) and (max_q, max_k, is_causal, scale, window) == (
@@ -176,7 +176,7 @@ def test_the_goals_run_end_to_end(tiny: None, tmp_path: Path) -> None:
             assert "embed_layer_norm" in ours["backends"] and ours["rounds"] == "5"
     assert ("offline-sorted-b32", "ours-encode-many pruned") in timed
     refused = {row["runner"]: row["refused"] for row in rows if row["refused"]}
-    assert len(refused) == 2 * (len(rivals_cuda.CUDA_RIVALS) - 1)
+    assert len(refused) == 2 * (len(cuda_rivals.CUDA_RIVALS) - 1)
     assert all("is measured on a GPU only" in reason for reason in refused.values())
     assert "varlen pruned is left out: varlen is measured on a GPU only" in table
     assert "ours / best float32 rival" in table and "| lengths48-384-b8 | pruned |" in table
@@ -205,12 +205,12 @@ def test_rounds_are_as_many_as_fit(tiny: None, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_rival_that_fails_or_errs_is_left_out_with_the_reason() -> None:
     model = stock_model()
-    hf = rivals.hf(model, [], Path())
+    hf = cpu_rivals.hf(model, [], Path())
 
-    def broken() -> rivals.Run:
+    def broken() -> cpu_rivals.Run:
         raise RuntimeError("no kernel image\nand more")
 
-    def off(batch: rivals.Batch) -> rivals.Logits:
+    def off(batch: cpu_rivals.Batch) -> cpu_rivals.Logits:
         return tuple(logits + 0.1 for logits in hf(batch))
 
     workload = Workload("one", ((20, 3, 11),))

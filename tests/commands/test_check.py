@@ -15,10 +15,9 @@ from matching import save_checkpoint, squad_file
 from pruned_ops import QuestionAnswerer
 from pruned_ops.cli import main
 from pruned_ops.commands.check import SAMPLE, check, cut
-from pruned_ops.models.natural_questions import with_answer_types
+from pruned_ops.models.heads import with_answer_types
 from pruned_ops.ops.registry import BACKENDS, OPS, Backend
-from pruned_ops.qa.answer_scores import answer_scores
-from pruned_ops.qa.questions import Question, read_questions
+from pruned_ops.qa.questions import Question, answer_scores, read_questions
 from tiny_tokenizers import word_tokenizer, words
 
 

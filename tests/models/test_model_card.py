@@ -20,8 +20,8 @@ import pruned_ops
 from inputs import logits, padded_batch, pruned_model
 from matching import save_checkpoint
 from pruned_ops import LayerShape
+from pruned_ops.models.heads import PrunedBertForNaturalQuestions
 from pruned_ops.models.model_card import MARKER
-from pruned_ops.models.natural_questions import PrunedBertForNaturalQuestions
 from tiny_tokenizers import word_tokenizer
 
 REPORT = {

@@ -18,7 +18,7 @@ from inputs import READY, encoder_arguments, logits, padded_batch, pruned_model,
 from pruned_ops.ops.backends.cpu import extension
 from pruned_ops.ops.panels import pack_int8, pack_panels, quantize, unpack_int8, unpack_panels
 from pruned_ops.ops.registry import OPS, record, use_backend
-from pruned_ops.runtime.int8 import choose_int8
+from pruned_ops.runtime.optimize import choose_int8
 
 HERE = "cpu" in READY and extension is not None and extension.runs_int8()
 needs_vnni = pytest.mark.skipif(not HERE, reason="no AVX-512 VNNI, or pruned_ops._C is not built")

@@ -21,10 +21,10 @@ from triton.runtime import interpreter  # noqa: E402
 
 from pruned_ops.ops.backends.triton import configs, launch, tuning  # noqa: E402
 from pruned_ops.ops.backends.triton.attention import launch_attention  # noqa: E402
-from pruned_ops.ops.backends.triton.choices import Problem  # noqa: E402
 from pruned_ops.ops.backends.triton.configs import GemmConfig  # noqa: E402
 from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm  # noqa: E402
 from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu  # noqa: E402
+from pruned_ops.ops.backends.triton.tuning import Problem  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="kernels are counted in the interpreter")
 

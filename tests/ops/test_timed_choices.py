@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 if BACKENDS["triton"].missing is None:
-    from pruned_ops.ops.backends.triton import choices, configs, linear_gelu, timing, tuning
-    from pruned_ops.ops.backends.triton.choices import Problem
+    from pruned_ops.ops.backends.triton import configs, linear_gelu, timing, tuning
+    from pruned_ops.ops.backends.triton.tuning import Problem
 
 CPU = torch.device("cpu")
 SHAPE = ModelShape((LayerShape(2, 24), LayerShape(0, 24), LayerShape(1, 0)), 32, 16)
@@ -44,10 +44,10 @@ class Clock:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty one."""
     monkeypatch.setenv("PRUNED_OPS_CACHE", str(tmp_path))
-    choices.known.cache_clear()
+    tuning.known.cache_clear()
     tuning.forget()
     yield tmp_path
-    choices.known.cache_clear()
+    tuning.known.cache_clear()
     tuning.forget()
 
 
@@ -56,7 +56,7 @@ def test_every_shape_of_the_model_is_timed_once() -> None:
     wanted = set(timing.problems(SHAPE, BATCHES, torch.float16))
     # Two batches of: two counts of heads, one FFN width, and three inner sizes (32, 16 and 24).
     assert len(wanted) == 2 * (2 + 1 + 3)
-    assert timing.tune(SHAPE, BATCHES, torch.float16, CPU, clock) == len(wanted) == len(choices.known(CPU))
+    assert timing.tune(SHAPE, BATCHES, torch.float16, CPU, clock) == len(wanted) == len(tuning.known(CPU))
     asked = clock.asked
     assert timing.tune(SHAPE, BATCHES, torch.float16, CPU, clock) == 0 and clock.asked == asked
     assert timing.tune(SHAPE, [(300,)], torch.float16, CPU, clock) == 6
@@ -78,14 +78,14 @@ def test_the_fastest_runs_and_another_process_finds_it(monkeypatch: pytest.Monke
 
     modelled = run()
     assert seen == [tuning.modelled(problem, True, tuning.Chip.of(CPU))] and seen[0] != slow
-    choices.add(CPU, {problem: slow})
+    tuning.add(CPU, {problem: slow})
     tuning.forget()
     torch.testing.assert_close(run(), modelled, rtol=1e-2, atol=1e-2)
-    choices.known.cache_clear()  # as in another process
+    tuning.known.cache_clear()  # as in another process
     tuning.forget()
     run()
     assert seen[1:] == [slow, slow]
-    choices.add(CPU, {problem: None})
+    tuning.add(CPU, {problem: None})
     tuning.forget()
     run()
     assert len(seen) == 3  # torch's own way ran
@@ -114,7 +114,7 @@ def test_a_choice_that_cannot_run_these_tensors_is_left() -> None:
     """Timed with tensor descriptors; these rows begin where none can."""
     problem = Problem("linear_gelu", "torch.float16", 16, 24, 32)
     tma = next(c for c in tuning.candidates(problem, True, tuning.Chip.of(CPU)) if c.tma)
-    choices.add(CPU, {problem: tma})
+    tuning.add(CPU, {problem: tma})
     tuning.forget()
     weight = randn(1, 24, 32).half()
     assert tuning.linear_gelu_config(randn(0, 9, 32).half(), weight) == tma
@@ -127,20 +127,20 @@ def test_other_gpus_and_versions_have_files_of_their_own(
     monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     problem = Problem("linear_gelu", "torch.float16", 16, 24, 32)
-    choices.add(CPU, {problem: configs.LINEAR_GELU[2][0]})
+    tuning.add(CPU, {problem: configs.LINEAR_GELU[2][0]})
     (saved,) = cache.iterdir()
     assert json.loads(saved.read_text())["made_with"]["gpu"] == "interpreter"
-    monkeypatch.setattr(choices, "__version__", "another")
-    choices.known.cache_clear()
-    assert choices.known(CPU) == {}
+    monkeypatch.setattr(tuning, "__version__", "another")
+    tuning.known.cache_clear()
+    assert tuning.known(CPU) == {}
 
 
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"choices": [{"problem": {}, "config": null}]}', '{"choices": [{"problem": 3}]}']
 )
 def test_a_broken_file_is_named_and_left(text: str) -> None:
-    path = choices.file_of(CPU)
+    path = tuning.file_of(CPU)
     path.write_text(text)
     with pytest.warns(RuntimeWarning, match="pruned_ops.tune makes it anew") as warned:
-        assert choices.known(CPU) == {}
+        assert tuning.known(CPU) == {}
     assert str(path) in str(warned[0].message)

@@ -15,8 +15,8 @@ from inputs import pruned_model, randn
 from pruned_ops.models.configuration import ScoreCalibration
 from pruned_ops.qa.decoding import Answer, Candidates, Decoded
 from pruned_ops.qa.windows import Window
-from pruned_trainer.tasks.squad.calibration import fit_calibration
 from pruned_trainer.tasks.squad.examples import Example, GoldAnswer
+from pruned_trainer.tasks.squad.scoring import fit_calibration
 
 
 @settings(deadline=None)

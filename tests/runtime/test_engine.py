@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 import pruned_ops
 from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.runtime.buckets import Bucket, pieces
-from pruned_ops.runtime.engine import Engine
+from pruned_ops.runtime.engine import Bucket, Engine, pieces
 from stand_in_graphs import StandIn, ids_of, with_engine
 
 STEP = 0.05

@@ -15,7 +15,7 @@ from transformers import BertModel
 import pruned_ops
 from inputs import ODD_SHAPES, padded_batch, pruned_model, shake, stock_model
 from pruned_ops.layers.weights import AlignedParts
-from pruned_ops.models.natural_questions import PrunedBertForNaturalQuestions
+from pruned_ops.models.heads import PrunedBertForNaturalQuestions
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.packed_encoder import PackedEncoder
 from pruned_ops.runtime.packed_heads import SpanHead, packed_head

@@ -18,8 +18,7 @@ from transformers import BertModel
 import pruned_ops
 from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops.layers.packing import PackedBatch, with_lengths
-from pruned_ops.runtime.encode_many import encode_many
-from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, HostLanes, Tensors
+from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, HostLanes, Tensors, encode_many
 
 FAST = pruned_ops.optimize(stock_model())
 

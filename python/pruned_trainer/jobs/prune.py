@@ -26,7 +26,7 @@ from pruned_trainer.jobs.plan import Plan, make_plan
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.decision import Decision
-from pruned_trainer.report import terminal as reporting
+from pruned_trainer.report import terminal
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training.phase import InterruptedTraining, prepare_student, run
 
@@ -90,7 +90,7 @@ def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
         _train_on(opened, one, opened.folder.partial / name) for one, name in zip(chosen, names, strict=True)
     ]
     dense = judge(opened.job, opened.job.dense)
-    points = [reporting.sweep_point(_measure(opened, one, dense, log), one.place.name) for one in trained]
+    points = [terminal.sweep_point(_measure(opened, one, dense, log), one.place.name) for one in trained]
     found = {
         "task": settings.task,
         "dense": dense.to_json(opened.job),

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from pruned_ops import ModelShape, PrunedBertForNaturalQuestions
 from pruned_ops.models.configuration import PRUNED_CONFIGS
-from pruned_ops.models.modeling import answering_class
-from pruned_ops.models.natural_questions import natural_questions_class
+from pruned_ops.models.heads import answering_class, natural_questions_class
 from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
-from pruned_trainer.report.circumstances import circumstances, shown, workloads_section
+from pruned_trainer.report import figures
 from pruned_trainer.report.fields import Fields
-from pruned_trainer.report.html import Page, write
+from pruned_trainer.report.figures import Line
+from pruned_trainer.report.html import Cell, Link, Page, Section, Table, write
 from pruned_trainer.report.sections import (
     change,
+    change_text,
+    circumstances,
     layers_section,
+    own_lines,
     said,
     scores_and_sizes,
+    shapes,
+    shown,
+    speed_section,
     subtitle,
     task_of,
     training_section,
+    workloads_section,
 )
-from pruned_trainer.report.speed import own_lines, speed_section
-from pruned_trainer.report.sweep import model_reports, sweep_page
 from pruned_trainer.tasks.task import SCORES
 
 
@@ -80,3 +88,108 @@ def _headline(report: Fields) -> list[tuple[str, str]]:
         if unit != "speedup" and wanted is not None:
             found.append((shown(target.part("reached").number(unit), "{:.4g}"), f"{unit} ({wanted:g} asked)"))
     return found
+
+
+def model_reports(sweep: Fields, folder: Path) -> dict[str, Fields]:
+    """The reports of the models whose folders are there; ValueError for one that is not beside sweep.json."""
+    reports = {}
+    for point in sweep.parts("points"):
+        name = point.text("folder") or ""
+        if name != Path(name).name or name == "..":
+            raise ValueError(f"{sweep.file}: {point.place}folder is {name!r}; a folder beside it is needed")
+        if name and (folder / name / "report.json").is_file():
+            reports[name] = Fields.read(folder / name / "report.json")
+    return reports
+
+
+def sweep_page(sweep: Fields, reports: Mapping[str, Fields]) -> Page:
+    """reports: of the models that have one, by folder."""
+    points = sorted(sweep.parts("points"), key=_speed)
+    if not points:
+        raise ValueError(f"{sweep.file} has no points: it is no record of a sweep")
+    task = task_of(sweep)
+    # One training, one machine: what the first model's report says of them holds for all.
+    common = next(iter(reports.values()), Fields(sweep.file, {}))
+    sections = [
+        _curve(sweep, points),
+        _models(sweep, points, reports),
+        training_section(common, points),
+        speed_section(own_lines(points, task), task, joined=True),
+        *_common(sweep, reports),
+    ]
+    headline = [(str(len(points)), "models from one training of the gates")]
+    if _speed(points[-1]):
+        headline.append((f"{_speed(points[-1]):.2f}x", "as fast as dense: the fastest of them"))
+    return Page("A family of pruned models", subtitle(common), headline, said(sections))
+
+
+def _common(sweep: Fields, reports: Mapping[str, Fields]) -> list[Section]:
+    """Backends, machine and so on from the first model's report; the command is the sweep's."""
+    name, report = next(iter(reports.items()), ("", Fields(sweep.file, {})))
+    made = circumstances(Fields(report.file, {**report.values, "command": sweep.text("command")}))
+    for section in made:
+        if section.key in ("backends", "plan") and section.tables:
+            section.notes.append(f"Of the model {name}; each model's own page has its own.")
+    return made
+
+
+def _speed(point: Fields) -> float:
+    return point.part("speedup").number("reached") or 0.0
+
+
+def _curve(sweep: Fields, points: Sequence[Fields]) -> Section:
+    """Each score against measured speed-up, from the dense model on."""
+    section = Section("curve", "Scores against measured speed-up")
+    lines = []
+    for score in SCORES[task_of(sweep)]:
+        dense = sweep.part("dense").number(score.key)
+        if not score.has_loss or dense is None:
+            continue
+        found, ends = [(1.0, dense)], [(dense, dense)]
+        for point in points:
+            moved = change(point, score)
+            if moved is not None and _speed(point):
+                found.append((_speed(point), dense + moved[0]))
+                ends.append((dense + moved[1], dense + moved[2]))
+        lines.append(Line(f"{score.label} (bars: 95% interval of the change)", found, ends))
+    if lines:
+        section.drawings.append(figures.against_speed("sweep", "percent", lines, joined=True))
+    return section
+
+
+def _models(sweep: Fields, points: Sequence[Fields], reports: Mapping[str, Fields]) -> Section:
+    """A row for each model."""
+    scores = [score for score in SCORES[task_of(sweep)] if score.has_loss]
+    labels = [text for score in scores for text in (score.label, "change (95% interval)")]
+    head = ("model", "asked", "reached", "speed-up", *labels, "heads", "FFN width", "MACs", "MiB")
+    dense = sweep.part("dense")
+    cells = [text for score in scores for text in (shown(dense.number(score.key), "{:.2f}"), "")]
+    rows: list[list[Cell]] = [["dense", "", "", "1.00x", *cells, "", "", *_sizes(dense)]]
+    for point in points:
+        name = point.text("folder") or "-"
+        cells = [
+            text
+            for score in scores
+            for text in (shown(point.number(score.key), "{:.2f}"), change_text(point, score))
+        ]
+        first = Link(name, f"./{quote(name)}/report.html") if name in reports else name
+        left = shapes(point)
+        counts = [f"{sum(layer[column] for layer in left):,}" if left else "-" for column in (0, 1)]
+        speed = shown(point.part("speedup").number("reached"), "{:.2f}x")
+        rows.append([first, *_targets(point), speed, *cells, *counts, *_sizes(point)])
+    workloads = {point.part("speedup").text("workload") for point in points} - {None}
+    notes = [f"Speed-ups on {', '.join(sorted(map(str, workloads)))}."] if workloads else []
+    return Section("models", "The models", notes, tables=[Table(head, rows)])
+
+
+def _sizes(model: Fields) -> list[str]:
+    return [shown(model.number("macs"), "{:,.0f}\u00a0M", 1e6), shown(model.number("bytes"), "{:.1f}", 2**20)]
+
+
+def _targets(point: Fields) -> list[str]:
+    """Asked and reached, with the unit."""
+    target = point.part("target")
+    return [
+        ", ".join(f"{unit} {value:.4g}" for unit in found if (value := found.number(unit)) is not None) or "-"
+        for found in (target.part("asked"), target.part("reached"))
+    ]

@@ -7,11 +7,89 @@ from collections.abc import Iterable, Sequence
 
 from pruned_trainer.pruning.importance import METHODS
 from pruned_trainer.report import figures
-from pruned_trainer.report.circumstances import MODELS, shown
 from pruned_trainer.report.fields import Fields
 from pruned_trainer.report.figures import Drawing, Line
 from pruned_trainer.report.html import Section, Table
+from pruned_trainer.report.published import PUBLISHED, Published
 from pruned_trainer.tasks.task import SCORES, Score
+
+MODELS = ("dense", "pruned")
+
+
+def shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    """A number for a table; "-" where there is none."""
+    return "-" if value is None else form.format(value / scale)
+
+
+def workloads_section(report: Fields) -> Section:
+    """Milliseconds and sequences a second of both models on each workload, and how good the table was."""
+    section = Section("speeds", "Speeds by workload")
+    for name in _workloads(report):
+        rows = []
+        for model in MODELS:
+            timed = report.part(model).part("workloads").part(name)
+            ms = timed.part("ms")
+            speeds = [shown(ms.number(f"p{p}"), "{:,.1f}") for p in (50, 20, 80)]
+            if timed:
+                rows.append([model, *speeds, shown(timed.number("sequences_per_s"), "{:,.1f}")])
+        if rows:
+            section.tables.append(Table(("", "ms a batch", "p20", "p80", "sequences/s"), rows, name))
+    speed = report.part("speedup")
+    if speed.number("reached") is not None:
+        of = f" on {speed.text('workload')}" if speed.text("workload") else ""
+        section.notes.append(
+            f"Pruned against dense, both on our runtime, timed in turn: {speed.number('reached'):.2f}x{of} "
+            "(the median of the rounds)."
+        )
+    table = report.part("latency_table")
+    errors = [(name, error) for name in MODELS if (error := table.part(name).number("error")) is not None]
+    if errors:
+        off = ", ".join(f"{name} {100 * error:+.1f}%" for name, error in errors)
+        predicted = shown(table.number("predicted_speedup"), "{:.2f}x")
+        section.notes.append(f"The latency table predicted {predicted}; its times are off by {off}.")
+    return section
+
+
+def _workloads(report: Fields) -> list[str]:
+    """Of both models, in the order of the report."""
+    return list(dict.fromkeys(name for model in MODELS for name in report.part(model).part("workloads")))
+
+
+def circumstances(report: Fields) -> list[Section]:
+    """Backends, machine, versions, plan and command, a section each."""
+    backends = Section("backends", "Backends used for each op")
+    for workload in _workloads(report):
+        used = [report.part(model).part("workloads").part(workload).part("backends") for model in MODELS]
+        ops = dict.fromkeys(op for one in used for op in one)
+        rows = [[op, *(one.text(op) or "-" for one in used)] for op in ops]
+        if rows:
+            backends.tables.append(Table(("op", *MODELS), rows, workload, texts=True))
+    machine = Section("machine", "Machine", tables=_pairs(report.part("machine")))
+    versions = Section("versions", "Versions", tables=_pairs(report.part("versions")))
+    command = Section("command", "Command", code=report.text("command") or "")
+    return [backends, machine, versions, _plan(report), command]
+
+
+def _pairs(found: Fields) -> list[Table]:
+    """Names and values as they are; null as "none"."""
+    rows = [(name.replace("_", " "), "none" if v is None else str(v)) for name, v in found.values.items()]
+    return [Table((), rows, texts=True)] if rows else []
+
+
+def _plan(report: Fields) -> Section:
+    plan, minutes = report.part("plan"), report.part("training").number("minutes")
+    rows = []
+    for label, steps, seconds in (
+        ("steps that train or score gates", "gate_steps", "gate_step_seconds"),
+        ("retrain steps", "retrain_steps", "retrain_step_seconds"),
+    ):
+        if plan.number(steps) is not None:
+            each = plan.number(seconds)
+            rows.append((label, f"{plan.number(steps):,.0f}", "" if each is None else f"{each:.2f} s each"))
+    if minutes is not None:
+        rows.append(("minutes until the model was trained", f"{minutes:.1f}", ""))
+    return Section("plan", "Steps and time", tables=[Table((), rows)] if rows else [])
+
 
 _COSTS = {"macs": "multiply-accumulates", "params": "parameters"}
 
@@ -193,3 +271,54 @@ def _share(model: Fields, unit: str | None) -> float | None:
         return model.part("target").part("reached").number(unit)
     speed = model.part("speedup").number("reached")
     return 1 / speed if speed else None
+
+
+def speed_section(lines: Sequence[Line], task: str, joined: bool) -> Section:
+    """lines: ours, as changes against our dense model. joined: they are curves."""
+    section = Section("speed", "F1 against speed, beside what others published")
+    series = PUBLISHED[task]
+    theirs = [Line(_label(one), one.changes, own=False) for one in series if one.changes]
+    if not lines:
+        section.notes.append("This report lacks its speed-up or its losses: the points are all others'.")
+    section.notes.append(
+        "Hollow points are others', on other models, data and hardware, each against its own dense model; "
+        "they show what has been reached, not what these models would reach there."
+    )
+    if any(one.dense is None for one in series):
+        section.notes.append("A series whose dense model's F1 is not known to us is in the table only.")
+    label = "points of F1 gained"
+    section.drawings.append(figures.against_speed("report-speed", label, [*lines, *theirs], joined))
+    head = ("source", "model", "data", "hardware", "score", "dense", "pruned")
+    rows = [_row(one, task) for one in series]
+    section.tables.append(Table(head, rows, "Published by others", texts=True))
+    return section
+
+
+def own_lines(models: Sequence[Fields], task: str) -> list[Line]:
+    """A line for each score that has a loss, with a point for each model that has it and a speed-up."""
+    lines = []
+    for score in SCORES[task]:
+        points = []
+        for model in models if score.has_loss else ():
+            speed, found = model.part("speedup").number("reached"), change(model, score)
+            if speed is not None and found is not None:
+                points.append((speed, found))
+        if points:
+            points.sort()
+            ends = [(low, high) for _, (_, low, high) in points]
+            label = f"ours: {score.label} (bars: 95% interval)"
+            lines.append(Line(label, [(speed, value) for speed, (value, _, _) in points], ends))
+    return lines
+
+
+def _row(one: Published, task: str) -> list[str]:
+    points = ", ".join(f"{speed:.2f}x\u00a0{value:g}" for speed, value in one.points)
+    score = next(score.label for score in SCORES[task] if score.key == one.score)
+    return [one.source, one.model, one.data, one.hardware, score, shown(one.dense, "{:g}"), points]
+
+
+def _label(one: Published) -> str:
+    """The source, and what a reader must know beside its points: model, score or data, hardware."""
+    who = one.source.split(",")[0]
+    what = one.data if one.score == "f1" else f"{one.score.removesuffix('_f1')} F1"
+    return f"{who}: {one.model}, {what}\n({one.hardware})"

@@ -14,8 +14,13 @@ import numpy as np
 import pytest
 
 from nq_pages import annotation, original, page, write
-from pruned_trainer.tasks.natural_questions.documents import Skipped, nq_files, parse_document, read_documents
-from pruned_trainer.tasks.natural_questions.files import NqFormatError
+from pruned_trainer.tasks.natural_questions.documents import (
+    NqFormatError,
+    Skipped,
+    nq_files,
+    parse_document,
+    read_documents,
+)
 from pruned_trainer.tasks.natural_questions.metrics import (
     best_threshold,
     f1_loss_interval,
@@ -226,7 +231,7 @@ def test_parts_share_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_training_windows_on_disk(num_proc: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
-    from pruned_trainer.tasks.natural_questions.dataset import training_windows
+    from pruned_trainer.tasks.natural_questions.windows import training_windows
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     good = [{**PAGE, "example_id": i} for i in range(6)]

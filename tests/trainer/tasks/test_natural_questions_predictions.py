@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nq_pages import annotation, original, page, parsed, write
-from pruned_ops.models.natural_questions import AnswerType
+from pruned_ops.models.heads import AnswerType
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 from pruned_trainer.tasks.natural_questions.predictions import LOWEST, decode_documents, predictions_json

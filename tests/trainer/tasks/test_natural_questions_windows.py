@@ -13,7 +13,7 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
 
 from nq_pages import annotation, page, parsed
-from pruned_ops.models.natural_questions import AnswerType
+from pruned_ops.models.heads import AnswerType
 from pruned_trainer.tasks.natural_questions.documents import read_documents
 from pruned_trainer.tasks.natural_questions.windows import (
     NqWindow,

@@ -17,10 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruned_ops.qa.answer_scores import answer_scores, normalised
 from pruned_ops.qa.decoding import Answer, Decoded
+from pruned_ops.qa.questions import answer_scores, normalised
 from pruned_ops.qa.windows import Window, windows
-from pruned_trainer.tasks.squad import examples as squad
+from pruned_trainer.tasks import squad
 from real_data import real_data
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 

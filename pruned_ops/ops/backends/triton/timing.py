@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pruned_ops.ops.backends.triton import choices, launch, tuning
+from pruned_ops.ops.backends.triton import launch, tuning
 from pruned_ops.ops.backends.triton.attention import HEAD_DIMS, launch_attention
-from pruned_ops.ops.backends.triton.choices import Config, Problem
 from pruned_ops.ops.backends.triton.configs import AttentionConfig, GemmConfig
 from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
 from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
+from pruned_ops.ops.backends.triton.tuning import Config, Problem
 from pruned_ops.shape import ModelShape
 
 Timer = Callable[[Callable[[], Tensor]], float]
@@ -40,7 +40,7 @@ def tune(
 ) -> int:
     """Choose for a model of this shape at these batches (lengths of their sequences); how many shapes of
     kernels were timed for it. What is known already is not timed again."""
-    known = choices.known(device)
+    known = tuning.known(device)
     new = [one for one in dict.fromkeys(problems(shape, batches, dtype)) if one not in known]
     if not new:
         return 0
@@ -49,7 +49,7 @@ def tune(
         problem: fastest(problem, device, timer, tensors)
         for problem in tqdm(new, desc=f"timing kernels on {device}", unit="shape", disable=len(new) < 2)
     }
-    choices.add(device, found)
+    tuning.add(device, found)
     tuning.forget()
     return len(new)
 

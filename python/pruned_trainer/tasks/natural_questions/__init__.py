@@ -3,12 +3,12 @@
 from pruned_trainer.tasks.natural_questions.documents import (
     Candidate,
     Document,
+    NqFormatError,
     Skipped,
     nq_files,
     parse_document,
     read_documents,
 )
-from pruned_trainer.tasks.natural_questions.files import NqFormatError
 from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 
 __all__ = [

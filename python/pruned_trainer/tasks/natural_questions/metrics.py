@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_trainer.tasks.natural_questions.files import (
+from pruned_trainer.tasks.natural_questions.documents import (
     Label,
     NqFormatError,
     Span,

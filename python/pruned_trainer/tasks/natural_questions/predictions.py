@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.models.natural_questions import AnswerType
+from pruned_ops.models.heads import AnswerType
 from pruned_trainer.tasks.natural_questions.documents import Document
 from pruned_trainer.tasks.natural_questions.windows import NqWindow
 

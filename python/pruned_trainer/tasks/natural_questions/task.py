@@ -11,17 +11,17 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
-from pruned_ops.models.natural_questions import (
-    is_natural_questions,
-    load_natural_questions,
-    with_answer_types,
-)
+from pruned_ops.models.heads import is_natural_questions, load_natural_questions, with_answer_types
 from pruned_ops.qa.questions import arrival_lengths
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
-from pruned_trainer.tasks.natural_questions.dataset import ArrowWindows, is_held_out, training_windows
-from pruned_trainer.tasks.natural_questions.documents import Document, Skipped, nq_files, read_documents
-from pruned_trainer.tasks.natural_questions.files import NqFormatError
+from pruned_trainer.tasks.natural_questions.documents import (
+    Document,
+    NqFormatError,
+    Skipped,
+    nq_files,
+    read_documents,
+)
 from pruned_trainer.tasks.natural_questions.metrics import (
     MIN_ANNOTATORS,
     AnswerStats,
@@ -32,7 +32,15 @@ from pruned_trainer.tasks.natural_questions.metrics import (
     score_answers,
 )
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents, predictions_json
-from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut, located, with_markers
+from pruned_trainer.tasks.natural_questions.windows import (
+    ArrowWindows,
+    NqWindow,
+    cut,
+    is_held_out,
+    located,
+    training_windows,
+    with_markers,
+)
 from pruned_trainer.tasks.task import model_logits
 
 LONG, SHORT = "long_score_threshold", "short_score_threshold"

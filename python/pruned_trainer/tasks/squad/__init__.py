@@ -14,7 +14,6 @@ from pruned_trainer.tasks.squad.examples import (
     parse_squad,
     split_articles,
 )
-from pruned_trainer.tasks.squad.extractive import training_features
 from pruned_trainer.tasks.squad.scoring import (
     EvaluationResult,
     QuestionScores,
@@ -24,6 +23,7 @@ from pruned_trainer.tasks.squad.scoring import (
     question_scores,
     squad_metrics,
 )
+from pruned_trainer.tasks.squad.task import training_features
 
 __all__ = [
     "EvaluationResult", "Example", "GoldAnswer", "QuestionScores", "SquadFile", "SquadFormatError",

@@ -6,22 +6,71 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
 from pruned_ops.qa.decoding import Decoded, decode
 from pruned_ops.qa.questions import arrival_lengths
-from pruned_ops.qa.windows import Window, windows
+from pruned_ops.qa.windows import Window, span_tokens, windows
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
-from pruned_trainer.tasks.squad.calibration import fit_calibration
 from pruned_trainer.tasks.squad.examples import Example, split_articles
-from pruned_trainer.tasks.squad.extractive import training_features
-from pruned_trainer.tasks.squad.scoring import EvaluationResult, best_null_threshold, evaluate
+from pruned_trainer.tasks.squad.scoring import (
+    EvaluationResult,
+    best_null_threshold,
+    evaluate,
+    fit_calibration,
+)
 from pruned_trainer.tasks.squad.sources import read_examples
 from pruned_trainer.tasks.task import model_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from pruned_trainer.tasks.squad.examples import Example
+
+
+def training_features(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int = 384,
+    stride: int = 128,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """One dictionary per window: input_ids, token_type_ids, attention_mask, start_positions, end_positions.
+
+    The first three are (tokens,) int32 arrays without padding; a padding collator takes them as they are.
+    The positions are those of the first and last token of the example's first answer; of the CLS token
+    where the question has no answer, or the window does not hold it whole.
+    """
+    questions = [example.question for example in examples]
+    contexts = [example.context for example in examples]
+    cut = windows(tokenizer, questions, contexts, max_length, stride, progress=progress)
+    return [_feature(window, examples[window.question_index]) for window in cut]
+
+
+def _feature(window: Window, example: Example) -> dict[str, Any]:
+    start, end = _answer_tokens(window, example)
+    return {
+        "input_ids": window.input_ids,
+        "token_type_ids": window.token_type_ids,
+        "attention_mask": np.ones_like(window.input_ids),
+        "start_positions": start,
+        "end_positions": end,
+    }
+
+
+def _answer_tokens(window: Window, example: Example) -> tuple[int, int]:
+    """First and last token of the first answer; the CLS token, twice, where the window lacks part of it."""
+    found = None
+    if example.answers and not example.is_impossible:
+        text, start = example.answers[0]
+        found = span_tokens(window, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
+    return found or (window.cls_index, window.cls_index)
+
 
 THRESHOLD = "null_score_threshold"
 
