@@ -38,7 +38,7 @@ from pruned_ops.qa.logits import batch_logits
 from pruned_ops.runtime.packed_encoder import refuse
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
-from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut, located, with_markers
+from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut_document, located, with_markers
 from pruned_trainer.training.batches import pad_batch
 from rivals import cpu as cpu_rivals
 from whole_models import memory
@@ -89,7 +89,7 @@ class Pages:
         tokenizer, windows, seconds = with_markers(load_tokenizer(checkpoint)), [], []
         for document in chosen:
             start = time.perf_counter()
-            page, parts = cut(document, tokenizer, MAX_LENGTH, STRIDE)
+            page, parts = cut_document(document, tokenizer, MAX_LENGTH, STRIDE)
             windows.append([located(part, page, 0) for part in parts])
             seconds.append(time.perf_counter() - start)
         return cls(chosen, windows, statistics.median(seconds))

@@ -162,7 +162,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     ]
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     task.check_model(model)
-    prepared = [task.cut(examples, tokenizer) for examples in files]
+    prepared = [task.prepare(examples, tokenizer) for examples in files]
     thresholds = prepared[1].best_thresholds(model) if len(prepared) == 2 else own_thresholds(model, task)
     result = prepared[0].evaluate(model, thresholds)
     terminal.print_scores(result.scores(), thresholds, arguments.task)

@@ -95,7 +95,7 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
             Projection.pairs_of(dense.config, teacher.config, distillation)
     read = {"training": train, "validation": validation, "evaluation": evaluation}
     say(f"tokenising {'; '.join(f'{name}: {task.describe(examples)}' for name, examples in read.items())}")
-    held, judged = (task.cut(examples, tokenizer) for examples in (validation, evaluation))
+    held, judged = (task.prepare(examples, tokenizer) for examples in (validation, evaluation))
     lengths = held.arrival_lengths()
     workload = Workload.arrival_order(lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES)
     wanted = [target for target in (settings.target, *targets) if target is not None]

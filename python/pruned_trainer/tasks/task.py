@@ -98,7 +98,7 @@ class Task(Protocol):
     def describe(self, examples: Any) -> str:
         """How many, of what."""
 
-    def cut(self, examples: Any, tokenizer: PreTrainedTokenizerFast) -> Prepared:
+    def prepare(self, examples: Any, tokenizer: PreTrainedTokenizerFast) -> Prepared:
         """The examples' windows, to judge models on."""
 
     def features(self, examples: Any, tokenizer: PreTrainedTokenizerFast) -> Sequence[dict[str, Any]]:

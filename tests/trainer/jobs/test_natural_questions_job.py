@@ -218,7 +218,7 @@ def test_gates_see_their_part_and_held_out_documents_nobody(
     assert isinstance(found.gate_train, Part) and len(found.gate_train[:3]) == 3
     assert lengths_of(found.gate_train) == [len(one["input_ids"]) for one in found.gate_train]
     assert 5 < len(found.validation) < 40
-    trained = len(NaturalQuestionsTask(32, 8, null_rate=1.0).cut(
+    trained = len(NaturalQuestionsTask(32, 8, null_rate=1.0).prepare(
         NaturalQuestionsTask().read(folder / "train.jsonl.gz", ""), word_tokenizer(WORDS)
     ).windows)  # fmt: skip
     assert len(found.train) + len(found.validation.windows) == trained  # type: ignore[attr-defined]

@@ -255,8 +255,8 @@ WITHOUT = """
 import sys
 sys.modules["datasets"] = None
 from pruned_trainer.tasks.natural_questions import nq_metrics, read_documents
-from pruned_trainer.tasks.natural_questions import predictions, windows
-from pruned_trainer.tasks.natural_questions.dataset import training_windows
+from pruned_trainer.tasks.natural_questions import predictions
+from pruned_trainer.tasks.natural_questions.windows import training_windows
 """
 
 

@@ -17,7 +17,13 @@ from pruned_ops.models.heads import AnswerType
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 from pruned_trainer.tasks.natural_questions.predictions import LOWEST, decode_documents, predictions_json
-from pruned_trainer.tasks.natural_questions.windows import NqWindow, answer_span, cut, features, located
+from pruned_trainer.tasks.natural_questions.windows import (
+    NqWindow,
+    answer_span,
+    cut_document,
+    features,
+    located,
+)
 from real_data import real_data
 from tiny_tokenizers import word_tokenizer
 
@@ -35,7 +41,7 @@ def logits_of(windows: list[NqWindow], best: int, start: int, end: int, kind: An
 
 
 def located_windows(document: Document, number: int, *how: int) -> list[NqWindow]:
-    read, windows = cut(document, word_tokenizer(), *how)
+    read, windows = cut_document(document, word_tokenizer(), *how)
     return [located(window, read, number) for window in windows]
 
 
@@ -50,7 +56,7 @@ def test_what_is_trained_is_what_is_right(tmp_path: Path) -> None:
     windows: list[NqWindow] = []
     logits: list[Any] = []
     for number, document in enumerate(documents):
-        read, cut_windows = cut(document, tokenizer)
+        read, cut_windows = cut_document(document, tokenizer)
         for window, feature in zip(cut_windows, features(document, read, cut_windows), strict=True):
             found = located(window, read, number)
             windows.append(found)
@@ -139,4 +145,4 @@ def test_decoding_refusals() -> None:
     with pytest.raises(ValueError, match="the logits of window 0 are not finite"):
         decode_documents([window], [(*good[0][:2], np.full(5, np.nan))], 1)
     with pytest.raises(ValueError, match="example 1: question 0 is too long"):
-        cut(parsed(page(1, " ".join(["w1"] * 30), "w2 w3")), word_tokenizer(), 32, 4)
+        cut_document(parsed(page(1, " ".join(["w1"] * 30), "w2 w3")), word_tokenizer(), 32, 4)

@@ -18,7 +18,7 @@ from pruned_trainer.tasks.natural_questions.documents import read_documents
 from pruned_trainer.tasks.natural_questions.windows import (
     NqWindow,
     answer_span,
-    cut,
+    cut_document,
     features,
     located,
     passage,
@@ -62,7 +62,7 @@ def test_places_survive_tokenisation(name: str, data: st.DataObject) -> None:
     last = data.draw(st.integers(first, len(texts[chosen]) - 1))
     entry["annotations"] = [annotation(entry, chosen, (start + first, start + last + 1))]
     document = parsed(entry)
-    read, windows = cut(document, TOKENIZERS[name](), data.draw(st.integers(16, 60)), 5)
+    read, windows = cut_document(document, TOKENIZERS[name](), data.draw(st.integers(16, 60)), 5)
     for window, feature in zip(windows, features(document, read, windows), strict=True):
         found = located(window, read, 0)
         for token, (begin, end) in enumerate(window.offsets):
@@ -95,7 +95,7 @@ def test_places_survive_on_real_pages(name: str) -> None:
         if number == 150:
             break
         answer = answer_span(document)
-        read, windows = cut(document, tokenizer)
+        read, windows = cut_document(document, tokenizer)
         seen = set()
         for window, feature in zip(windows, features(document, read, windows), strict=True):
             found = located(window, read, number)
@@ -122,7 +122,7 @@ def test_markers_say_kind_and_number() -> None:
     assert "[Table=1]" not in plain.get_vocab()
     knowing = word_tokenizer()
     knowing.add_tokens(["[Table=1]"])
-    ids = cut(document, with_markers(knowing))[1][0].input_ids
+    ids = cut_document(document, with_markers(knowing))[1][0].input_ids
     assert knowing.convert_tokens_to_ids("[Table=1]") in ids
     many = passage(parsed(page(1, "?", *["w1"] * 60)))
     assert many.text.count("[Paragraph=50]") == 11
@@ -144,7 +144,7 @@ def test_answer_types() -> None:
     nested["long_answer_candidates"][0]["top_level"] = False
     assert typed(nested, annotation(nested, 0)) is None
     document = parsed({**entry, "annotations": [annotation(entry, 0)]})
-    read, windows = cut(document, word_tokenizer(), 64, 8)
+    read, windows = cut_document(document, word_tokenizer(), 64, 8)
     (whole,) = features(document, read, windows)
     found = located(windows[0], read, 0)
     # Without its tags: a long answer is all of its words.
@@ -155,7 +155,7 @@ def test_null_windows_are_thinned_out_and_answers_never() -> None:
     entry = page(5, "w1", *[" ".join(f"w{10 * i + j}" for j in range(10)) for i in range(30)])
     place = entry["document_text"].split(" ").index("w157")
     document = parsed({**entry, "annotations": [annotation(entry, 15, (place, place + 1))]})
-    read, windows = cut(document, word_tokenizer(), 16, 4)
+    read, windows = cut_document(document, word_tokenizer(), 16, 4)
 
     def kept(rate: float, seed: int = 0) -> list[dict[str, Any]]:
         return list(features(document, read, windows, rate, seed))
@@ -173,7 +173,7 @@ def test_candidates_that_overlap() -> None:
     entry = page(1, "?", "w1 w2 w3 w4")
     entry["long_answer_candidates"].append({"start_token": 5, "end_token": 7, "top_level": True})
     document = parsed({**entry, "annotations": [annotation(entry, 1, (5, 6))]})
-    read, windows = cut(document, word_tokenizer(), 64, 8)
+    read, windows = cut_document(document, word_tokenizer(), 64, 8)
     (one,) = features(document, read, windows)
     found = located(windows[0], read, 0)
     assert found.candidate[one["start_positions"]] == 1

@@ -74,7 +74,7 @@ def nq_metrics(gold_path: str | Path, predictions_path: str | Path) -> dict[str,
     examples.
     """
     long, short = score_answers(read_gold(gold_path), read_predictions(predictions_path))
-    return {**official_metrics(long, "long-"), **official_metrics(short, "short-")}
+    return {**kind_metrics(long, "long-"), **kind_metrics(short, "short-")}
 
 
 def read_gold(path: str | Path) -> dict[int, tuple[Label, ...]]:
@@ -197,7 +197,7 @@ def best_threshold(stats: AnswerStats) -> float:
     return float(threshold[best]) if f1[best] > 0 else 0.0
 
 
-def official_metrics(stats: AnswerStats, prefix: str) -> dict[str, float]:
+def kind_metrics(stats: AnswerStats, prefix: str) -> dict[str, float]:
     """The official evaluator's keys for one kind of answer."""
     threshold, precision, recall = curve(stats)
     f1 = _harmonic(precision, recall)

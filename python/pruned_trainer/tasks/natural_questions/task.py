@@ -27,7 +27,7 @@ from pruned_trainer.tasks.natural_questions.metrics import (
     AnswerStats,
     best_threshold,
     f1_loss_interval,
-    official_metrics,
+    kind_metrics,
     parse_predictions,
     score_answers,
 )
@@ -35,7 +35,7 @@ from pruned_trainer.tasks.natural_questions.predictions import decode_documents,
 from pruned_trainer.tasks.natural_questions.windows import (
     ArrowWindows,
     NqWindow,
-    cut,
+    cut_document,
     is_held_out,
     located,
     training_windows,
@@ -75,7 +75,7 @@ class NqResult:
         return {
             "long_f1": 100 * self.long.f1_at(self.thresholds[0]),
             "short_f1": 100 * self.short.f1_at(self.thresholds[1]),
-            "metrics": {**official_metrics(self.long, "long-"), **official_metrics(self.short, "short-")},
+            "metrics": {**kind_metrics(self.long, "long-"), **kind_metrics(self.short, "short-")},
         }
 
     def losses(self, pruned: NqResult) -> dict[str, Any]:
@@ -167,13 +167,13 @@ class NaturalQuestionsTask:
         share = f"{examples.fraction if examples.held_out else 1 - examples.fraction:.0%} of "
         return f"{share if examples.fraction else ''}{', '.join(path.name for path in examples.files)}"
 
-    def cut(self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast) -> Pages:
+    def prepare(self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast) -> Pages:
         tokenizer, skipped = with_markers(tokenizer), Skipped() if self.skip_bad else None
         documents: list[Document] = []
         windows: list[NqWindow] = []
         for document in read_documents(examples.files, skipped):
             if is_held_out(document, examples.fraction, self.seed) == examples.held_out:
-                page, found = cut(document, tokenizer, self.max_length, self.stride)
+                page, found = cut_document(document, tokenizer, self.max_length, self.stride)
                 windows += [located(window, page, len(documents)) for window in found]
                 documents.append(document.without_text())
         if not examples.held_out:  # else the training's reader, who meets the same lines, says it

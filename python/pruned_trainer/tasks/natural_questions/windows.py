@@ -111,7 +111,7 @@ def passage(document: Document) -> Passage:
     return Passage(" ".join(words), ends - lengths, ends, *places)
 
 
-def cut(
+def cut_document(
     document: Document, tokenizer: PreTrainedTokenizerFast, max_length: int = 384, stride: int = 128
 ) -> tuple[Passage, list[Window]]:
     """What of the document is read, and its windows, as `pruned_ops.question_answering.windows` cuts them; at
@@ -321,7 +321,9 @@ def _windows(
             for document in read_documents([Path(path)], skipped, (share, shares)):
                 if is_held_out(document, held_out, seed):
                     continue
-                for one in features(document, *cut(document, tokenizer, max_length, stride), null_rate, seed):
+                for one in features(
+                    document, *cut_document(document, tokenizer, max_length, stride), null_rate, seed
+                ):
                     del one["attention_mask"]  # all ones
                     yield {**one, "length": len(one["input_ids"])}
     except (ValueError, OSError) as error:

@@ -151,7 +151,7 @@ class SquadTask:
     def describe(self, examples: Sequence[Example]) -> str:
         return f"{len(examples)} questions"
 
-    def cut(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> Questions:
+    def prepare(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> Questions:
         return Questions.cut(examples, tokenizer, self.max_length, self.stride)
 
     def features(
