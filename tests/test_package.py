@@ -7,16 +7,19 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 import torch
 
 import pruned_ops
+import pruned_trainer
 from inputs import cu_seqlens, randn
 from pruned_ops import LayerShape, ModelShape, PackedBatch, PrunedEncoder
 
 ROOT = Path(pruned_ops.__file__).parent
+TRAINER = Path(pruned_trainer.__file__).parent
 WITHOUT = """
 import sys
 class Refuse:
@@ -49,24 +52,135 @@ def test_import_without_extension_and_triton() -> None:
     assert "refused: backend 'cpu' is not available" in done.stdout
 
 
+# A package imports only packages on lines below its own; those on one line do not import each other.
+FLOORS = {
+    ROOT: (
+        ("cli", ""),
+        ("commands",),
+        ("qa",),
+        ("checkpoints", "measure", "natural_questions"),
+        ("runtime",),
+        ("models",),
+        ("layers",),
+        ("ops",),
+        ("shape", "files", "version"),
+    ),
+    TRAINER: (
+        ("cli", ""),
+        ("demo",),
+        ("jobs",),
+        ("report", "training"),
+        ("pruning",),
+        ("tasks",),
+        ("distributed",),
+    ),
+    ROOT.parent / "benchmarks": (
+        ("scripts",),
+        ("study", "whole_models"),
+        ("kernels", "rivals", "harness"),
+    ),
+}
+WITHOUT_TRANSFORMERS = ("shape", "files", "version", "ops", "layers")
+
+
 def _imports(path: Path) -> set[str]:
-    found = set()
+    """What a file imports, under its full name: `from package import name` is `package.name`."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-    return {name.split(".")[0] for name in found}
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
 
 
-def test_arrows_point_down_only() -> None:
-    assert not any("pruned_trainer" in _imports(path) for path in ROOT.rglob("*.py"))
-    lower = [
-        ROOT / name
-        for name in ("shape.py", "reference.py", "registry.py", "ops.py", "packing.py", "layers.py")
-    ]
-    for path in [*lower, *(ROOT / "backends").rglob("*.py")]:
-        assert "transformers" not in _imports(path), path
+def _room(module: str, root: Path, rooms: Collection[str]) -> str | None:
+    """The package or top-level file of `root` that an import is from: "" for its face, None for another root."""
+    parts = module.split(".")
+    if root.name == "benchmarks":
+        scripts = {path.stem for path in root.glob("*.py")} - set(rooms)
+        return parts[0] if parts[0] in rooms else "scripts" if parts[0] in scripts else None
+    if parts[0] != root.name:
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in rooms else ""
+
+
+def _upward(root: Path, floors: tuple[tuple[str, ...], ...]) -> list[str]:
+    """The imports from a package of `root` to one that is not below it."""
+    level = {room: number for number, rooms in enumerate(floors) for room in rooms}
+    faults = []
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root).with_suffix("").parts
+        own = _room(
+            ".".join(inside if root.name == "benchmarks" else (root.name, *inside)).removesuffix(".__init__"),
+            root, level,
+        )  # fmt: skip
+        assert own is not None, f"{path} is on no floor: give it one in FLOORS"
+        for module in _imports(path):
+            room = _room(module, root, level)
+            if room is not None and room != own and level[room] <= level[own]:
+                faults.append(f"{path.relative_to(root.parent)} imports {module}")
+    return faults
+
+
+@pytest.mark.parametrize("root", FLOORS, ids=lambda root: root.name)
+def test_a_package_imports_only_packages_below_it(root: Path) -> None:
+    if not root.is_dir():
+        pytest.skip("installed without the checkout")
+    assert _upward(root, FLOORS[root]) == []
+
+
+def test_an_import_upwards_is_found(tmp_path: Path) -> None:
+    root = tmp_path / "house"
+    for name, text in (("low/a.py", "from house.high import b"), ("high/b.py", "import house.low.a")):
+        path = root / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert _upward(root, (("high",), ("low",))) == ["house/low/a.py imports house.high.b"]
+    assert _upward(root, (("low",), ("high",))) == ["house/high/b.py imports house.low.a"]
+
+
+def _module_of(imported: str, modules: Collection[str]) -> str:
+    """The module that an import is from: itself, or the one that holds the name; "" for another project's."""
+    parent = imported.rpartition(".")[0]
+    return imported if imported in modules else parent if parent in modules else ""
+
+
+def _modules(root: Path) -> dict[str, set[str]]:
+    """Each module under `root` with those of its own package that it imports."""
+    names = {}
+    for path in root.rglob("*.py"):
+        inside = path.relative_to(root.parent).with_suffix("").parts
+        names[".".join(inside).removesuffix(".__init__")] = path
+    return {
+        name: {_module_of(module, names) for module in _imports(path)} - {""} for name, path in names.items()
+    }
+
+
+@pytest.mark.parametrize("root", [ROOT, TRAINER], ids=lambda root: root.name)
+def test_no_imports_go_in_a_circle(root: Path) -> None:
+    """Between files, too. A package's face and its own files are one: `ops/__init__` is imported by all."""
+    remaining = _modules(root)
+    faces = {name for name in remaining if any(other.startswith(f"{name}.") for other in remaining)}
+    remaining = {name: modules - faces for name, modules in remaining.items() if name not in faces}
+    while remaining:
+        free = [name for name, modules in remaining.items() if not modules & (remaining.keys() - {name})]
+        assert free, f"in a circle: {sorted(remaining)}"
+        for name in free:
+            del remaining[name]
+
+
+def test_the_trainer_stands_on_the_runtime() -> None:
+    for path in ROOT.rglob("*.py"):
+        assert not any(module.split(".")[0] == "pruned_trainer" for module in _imports(path)), path
+
+
+@pytest.mark.parametrize("room", WITHOUT_TRANSFORMERS)
+def test_ops_and_layers_know_no_hugging_face(room: str) -> None:
+    paths = [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").is_file() else list((ROOT / room).rglob("*.py"))
+    assert paths
+    for path in paths:
+        assert not any(module.split(".")[0] == "transformers" for module in _imports(path)), path
 
 
 def test_layers_in_a_model_of_ones_own() -> None:
