@@ -95,7 +95,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def _room(module: str, root: Path, rooms: Collection[str]) -> str | None:
-    """The package or top-level file of `root` that an import is from: "" for its face, None for another root."""
+    """The package or file of `root` that an import is from: "" for its face, None for another root."""
     parts = module.split(".")
     if root.name == "benchmarks":
         scripts = {path.stem for path in root.glob("*.py")} - set(rooms)
@@ -141,7 +141,7 @@ def test_an_import_upwards_is_found(tmp_path: Path) -> None:
 
 
 def _module_of(imported: str, modules: Collection[str]) -> str:
-    """The module that an import is from: itself, or the one that holds the name; "" for another project's."""
+    """The module that an import is from: itself, or the one with that name in it; "" for others."""
     parent = imported.rpartition(".")[0]
     return imported if imported in modules else parent if parent in modules else ""
 
