@@ -98,7 +98,7 @@ def _contender(
         facts = cpu_rivals.compared(run, cpu_rivals.hf(model, samples, folder), samples, precision)
     except ValueError as error:
         raise ValueError(f"{runtime} {model_name}: {error}") from error
-    shape = model_shape(model.base_model)
+    shape = model_shape(model)
     return Contender(runtime, model_name, precision, run, shape, _backends(run, samples) | facts)
 
 

@@ -166,7 +166,7 @@ def ort_fused(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
     with _quiet():
         fused = optimizer.optimize_model(_onnx(model, folder), model_type="bert", opt_level=0)
     attentions = fused.get_fused_operator_statistics()["Attention"]
-    expected = sum(layer.num_heads > 0 for layer in model_shape(model.base_model).layers)
+    expected = sum(layer.num_heads > 0 for layer in model_shape(model).layers)
     if attentions != expected:
         raise Refused(f"its optimizer fused the attention of {attentions} of {expected} layers with heads")
     fused.save_model_to_file(path)

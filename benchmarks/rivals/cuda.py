@@ -201,7 +201,7 @@ def _half_graph(model: Any, folder: Path) -> str:
         optimizer = package("onnxruntime.transformers.optimizer", "pip install onnxruntime-gpu onnx")
         fused = optimizer.optimize_model(str(exported), model_type="bert", opt_level=0, use_gpu=True)
         attentions = fused.get_fused_operator_statistics()["Attention"]
-        expected = sum(layer.num_heads > 0 for layer in model_shape(model.base_model).layers)
+        expected = sum(layer.num_heads > 0 for layer in model_shape(model).layers)
         if attentions != expected:
             raise Refused(
                 f"its optimizer fused the attention of {attentions} of {expected} layers with heads"

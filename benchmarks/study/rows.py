@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_ops.models.stock import model_shape
 from pruned_trainer.jobs.choice import PAPER_THRESHOLD, choose, paper_gates, score_batches, together
 from pruned_trainer.jobs.evaluation import model_facts
 from pruned_trainer.jobs.job import Job
@@ -224,7 +224,7 @@ def facts(study: Study, model: PreTrainedModel, decision: Decision | None) -> Ro
     job = study.job
     lengths = job.validation.arrival_lengths()
     there, dense = model_facts(model, lengths), model_facts(job.dense, lengths)
-    shape = model_shape(find_encoder(model))
+    shape = model_shape(model)
     gone = removed(job, decision) if decision is not None else dict.fromkeys(PARTS, 0.0)
     return {
         **{f"{part}_removed": value for part, value in gone.items()},

@@ -69,7 +69,7 @@ class Runner:
 
     @property
     def shape(self) -> ModelShape:
-        return model_shape(self.model.base_model)
+        return model_shape(self.model)
 
 
 def runners(

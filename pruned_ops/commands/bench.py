@@ -188,7 +188,7 @@ def measure(
     timings = interleave(runners, workload, inputs, rounds, warmup=2)
     rows = []
     for name, model in models.items():
-        shape = model_shape(model.base_model)
+        shape = model_shape(model)
         macs = sum(shape.macs(batch) for batch in workload.batches) / len(workload.batches)
         base = timings[f"{THEIRS} {name}"]
         for runtime, precision in ((OURS, dtype), (THEIRS, "fp32")):

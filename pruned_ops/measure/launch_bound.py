@@ -37,7 +37,7 @@ class LaunchBound:
 
     @classmethod
     def of(cls, model: Any, workload: Workload, whole: Timing, half: Timing, twin: Timing) -> LaunchBound:
-        shape, tiny = model_shape(model.base_model), tiny_twin(model).config.shape
+        shape, tiny = model_shape(model), tiny_twin(model).config.shape
         batches = [list(batch) for batch in workload.batches]
         macs = max(1, sum(map(shape.macs, batches)))
         return cls(
@@ -92,7 +92,7 @@ def tiny_twin(model: Any) -> Any:
     config, _ = empty_config(model.config)
     shapes = [
         LayerShape(min(1, layer.num_heads), min(_TINY, layer.ffn_width))
-        for layer in model_shape(model.base_model).layers
+        for layer in model_shape(model).layers
     ]
     sizes = {"hidden_size": _TINY, "head_dim": _TINY, "num_attention_heads": 1, "intermediate_size": _TINY}
     twin = type(config)(**{**config.to_dict(), **sizes, "layer_shapes": shapes})

@@ -1,4 +1,4 @@
-"""Which encoders the packed one can take the place of, and the shapes that they have."""
+"""The encoder inside a model: which ones are known, where it is, and the shape that it has."""
 
 from __future__ import annotations
 
@@ -14,8 +14,24 @@ ENCODERS = (BertModel, RobertaModel, XLMRobertaModel, CamembertModel, PrunedBert
 QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
 
 
-def model_shape(encoder: Any) -> ModelShape:
-    """The shape of a stock or pruned encoder, from its config."""
+def find_encoder(model: nn.Module) -> Any:
+    """The one BERT or RoBERTa encoder inside `model`, or `model` itself where it is one.
+
+    Errors: ValueError where there is none, or more than one."""
+    encoders = [module for module in model.modules() if type(module) in ENCODERS]
+    if len(encoders) != 1:
+        known = ", ".join(encoder.__name__ for encoder in ENCODERS)
+        raise ValueError(
+            f"{type(model).__name__} contains {len(encoders)} encoders of {known}; exactly one is needed"
+        )
+    return encoders[0]
+
+
+def model_shape(model: nn.Module) -> ModelShape:
+    """The shape of the one stock or pruned encoder inside `model`, as its config describes it.
+
+    Errors: ValueError as from `find_encoder`."""
+    encoder = find_encoder(model)
     config = encoder.config
     if isinstance(encoder, PrunedBertModel):
         return config.shape
@@ -24,17 +40,6 @@ def model_shape(encoder: Any) -> ModelShape:
     return ModelShape((dense,) * config.num_hidden_layers, config.hidden_size, head_dim)
 
 
-def stock_parts(stock: nn.Module) -> dict[str, Any]:
-    """A stock or pruned layer's modules by name (the pruned ones keep theirs in ModuleDicts)."""
-    return {name: module for name, module in stock.named_modules() if name}
-
-
-def find_encoder(model: nn.Module) -> Any:
-    """The one BERT or RoBERTa encoder inside `model`; ValueError where there is none, or more than one."""
-    found = [module for module in model.modules() if type(module) in ENCODERS]
-    if len(found) != 1:
-        known = ", ".join(encoder.__name__ for encoder in ENCODERS)
-        raise ValueError(
-            f"{type(model).__name__} contains {len(found)} encoders of {known}; exactly one is needed"
-        )
-    return found[0]
+def stock_parts(layer: nn.Module) -> dict[str, Any]:
+    """The modules of a stock or pruned layer by name (the pruned ones keep theirs in ModuleDicts)."""
+    return {name: module for name, module in layer.named_modules() if name}

@@ -117,7 +117,7 @@ def kinds(nodes: Any) -> Counter[str]:
 
 def left_in(model: Any) -> tuple[list[int], int]:
     """The head counts of the layers that have heads; how many layers have an FFN."""
-    layers = model_shape(model.base_model).layers
+    layers = model_shape(model).layers
     return [one.num_heads for one in layers if one.num_heads], sum(one.ffn_width > 0 for one in layers)
 
 

@@ -68,7 +68,7 @@ def test_dense_against_pruned(
     for row in rows:
         p50, p90, rate = (float(cell.replace(",", "")) for cell in row.split("│")[4:7])
         assert 0 < p50 <= p90 and rate > 0
-    macs = model_shape(pruned_model().base_model).macs([5, 20, 9] * 2) / 3e6
+    macs = model_shape(pruned_model()).macs([5, 20, 9] * 2) / 3e6
     assert f"{macs:,.1f}" in rows[0]
     assert re.search(r"the pruned model is [\d.]+ times as fast as the dense one", screen)
     assert "launch-bound at this size: half of each batch" in screen

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import pruned_ops
 from pruned_ops.measure.timing import Timing, Workload, interleave, machine, versions
-from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_ops.models.stock import model_shape
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once
 from pruned_trainer.jobs.job import TIMED_ROUNDS
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def model_facts(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:
     """Encoder parameters, MACs per sequence of this length mix, and bytes of all weights."""
-    shape = model_shape(find_encoder(model))
+    shape = model_shape(model)
     return {
         "params": shape.parameters(),
         "macs": shape.macs(lengths) / len(lengths),
@@ -106,7 +106,7 @@ def full_report(job: Job, decision: Decision, dense: Judged, pruned: Judged) -> 
         report["target"]["reached"] = {unit: measured[unit]}
     if job.table is not None:
         report["latency_table"] = _prediction_errors(job, models, timings)
-    shapes = {name: model_shape(find_encoder(one.model)) for name, one in models.items()}
+    shapes = {name: model_shape(one.model) for name, one in models.items()}
     report["shape"] = shapes["pruned"].to_json()
     report["hidden_size"] = shapes["pruned"].hidden_size
     report["dense_shape"] = {
@@ -126,7 +126,7 @@ def _prediction_errors(
     assert job.table is not None
     found: dict[str, Any] = {"workload": job.table.workload.name, "align": job.table.align}
     for name, one in models.items():
-        predicted = job.table.predict(model_shape(find_encoder(one.model)).layers)
+        predicted = job.table.predict(model_shape(one.model).layers)
         measured = timings[name].ms(50)
         found[name] = {
             "predicted_ms": predicted,

@@ -18,7 +18,7 @@ from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_ops.models.stock import model_shape
 from pruned_trainer.distributed import once, per_process, say, state
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
@@ -103,7 +103,7 @@ def start(settings: PruneSettings, targets: Sequence[Target] = (), table_file: P
     if any(target.is_time for target in wanted):
         table = latency_table(settings, dense, workload, table_file)
         workload = table.workload
-    shape = model_shape(find_encoder(dense))
+    shape = model_shape(dense)
     budget = make_budget(wanted[0], shape, lengths, table) if wanted else SizeBudget(shape, "macs", lengths)
     for target in wanted:
         budget.check_reachable(target, settings.parts, settings.width_align or 1)
@@ -155,7 +155,7 @@ def latency_table(
         say("measuring how long each part of a layer takes (pruned-ops latency-table keeps such a table)")
         return once(lambda: measure_table(dense.config, workload, device=dense.device.type))
     table = LatencyTable.load(given)
-    described = model_shape(find_encoder(dense)), dense.config.hidden_act, "float32", dense.device.type
+    described = model_shape(dense), dense.config.hidden_act, "float32", dense.device.type
     refusal = once(lambda: table.refuse(*described))
     if refusal is not None:
         remake = table.remake_command(given)

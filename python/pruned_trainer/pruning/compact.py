@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from pruned_ops import ModelShape, PrunedBertForNaturalQuestions
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.heads import answering_class, natural_questions_class
-from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_ops.models.stock import model_shape
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 _ONLY_IN_TRAINING = ("pruning_gates.", "distillation_projection.")
@@ -28,7 +28,7 @@ def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
             f"compact takes a BERT or RoBERTa for question answering; this is a {type(model).__name__} "
             f"({model.config.model_type})"
         )
-    source = model_shape(find_encoder(model))
+    source = model_shape(model)
     _check_fits(decision, source)
     has_types = isinstance(model, PrunedBertForNaturalQuestions)
     model_class = (natural_questions_class if has_types else answering_class)(model.config.model_type)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pruned_ops import ModelShape
-from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_ops.models.stock import model_shape
 from pruned_trainer.distributed import shared
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget
@@ -51,7 +51,7 @@ def score(
     The model is as before afterwards.
     """
     check_parts(parts)
-    shape = model_shape(find_encoder(model))
+    shape = model_shape(model)
     if method == "random":
         worth = _random(shape, seed)
     elif method == "gain":

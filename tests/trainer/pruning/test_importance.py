@@ -11,7 +11,7 @@ import torch
 from transformers import BertForQuestionAnswering
 
 from matching import accuracy, batch_of, trained_model
-from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_ops.models.stock import model_shape
 from pruned_trainer import Scores, SizeBudget, Target, attached, decide
 from pruned_trainer.pruning import compact, importance
 from pruned_trainer.pruning.gates import PARTS, PerGate
@@ -28,7 +28,7 @@ def batches(number: int = 3, size: int = 8) -> list[dict[str, torch.Tensor]]:
 
 
 def budget_of(model: Any) -> SizeBudget:
-    return SizeBudget(model_shape(find_encoder(model)), "macs", [14])
+    return SizeBudget(model_shape(model), "macs", [14])
 
 
 def mean_loss(model: Any, gates: Any, values: PerGate, data: list[dict[str, torch.Tensor]]) -> float:
