@@ -17,7 +17,7 @@ from torch import Tensor
 import harness
 from pruned_ops import ops
 from pruned_ops.measure.timing import Runner, Workload, interleave
-from pruned_ops.ops.panels import pack_panels
+from pruned_ops.ops.panels import ffn_part, to_panels
 
 PARTS, LENGTH, EPS = 6, 128, 1e-12
 OFFSETS = (-16, -8, -4, -1, 0, 1, 4, 8, 15, 16, 24, 32)
@@ -28,11 +28,11 @@ def runner(width: int, hidden: int, lengths: tuple[int, ...]) -> Runner:
     weights: list[Tensor] = []
     for _ in range(PARTS):
         up, down = torch.randn(width, hidden) * 0.05, torch.randn(hidden, width) * 0.05
-        weights += [pack_panels(up), torch.zeros(width), pack_panels(down), torch.zeros(hidden)]
+        weights += [to_panels(up), torch.zeros(width), to_panels(down), torch.zeros(hidden)]
         weights += [torch.ones(hidden), torch.zeros(hidden)]
     bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     x = torch.randn(sum(lengths), hidden)
-    return lambda _: ops.encoder(x, bounds, max(lengths), weights, [-1 - width] * PARTS, 32, EPS)
+    return lambda _: ops.encoder(x, bounds, max(lengths), weights, [ffn_part(width)] * PARTS, 32, EPS)
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
-"""The layers of a pruned post-LN encoder as modules over ops: packed tokens in, packed tokens out, inference
-only.
+"""The layers of a pruned post-LN encoder as modules over packed tokens, for inference only.
 
-Each layer has its own number of heads and FFN width, zero included. Use them in a model of your own, or let
-`optimize` put them into a Hugging Face model. The linear and norm modules inside hold the parameters; the
+Each layer has its own number of heads and FFN width, and either may be 0. Use them in a model of your own, or
+let `optimize` put them into a Hugging Face model. The linear and norm modules inside hold the parameters; the
 ops compute.
 """
 
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from pruned_ops import ops
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.layers.weights import AlignedParts, PackedParts, release
-from pruned_ops.ops.panels import pack_int8, pack_panels
+from pruned_ops.layers.weights import AlignedWeights, Layout, PanelWeights, release
+from pruned_ops.ops.panels import attention_part, ffn_part, to_int8_panels, to_panels
 from pruned_ops.shape import LayerShape, ModelShape
 
-# What the runtime computes besides the exact GELU, for which there is a fused op.
+# The activations that the runtime computes besides the exact GELU, which is fused into an op.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
@@ -30,8 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Projection(nn.Linear):
-    """nn.Linear whose width may be 0 on either side, which nn.Linear initialises with a warning."""
+class PrunedLinear(nn.Linear):
+    """An nn.Linear that may have 0 inputs or outputs; nn.Linear itself would warn when it is initialised."""
 
     def reset_parameters(self) -> None:
         if self.weight.numel():
@@ -41,7 +40,7 @@ class Projection(nn.Linear):
 
 
 class PrunedAttention(nn.Module):
-    """Self-attention with any number of heads, then LayerNorm(projected context + input).
+    """Self-attention with any number of heads, followed by LayerNorm(projected context + input).
 
     (tokens, hidden_size) -> (tokens, hidden_size). The query, key and value weights are one matrix, q|k|v.
     """
@@ -52,19 +51,19 @@ class PrunedAttention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         width = num_heads * head_dim
-        self.qkv = Projection(hidden_size, 3 * width)
-        self.output = Projection(width, hidden_size)
+        self.qkv = PrunedLinear(hidden_size, 3 * width)
+        self.output = PrunedLinear(width, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps)
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
-        """The first and the second."""
+        """The linear before attention and the one after it."""
         return self.qkv, self.output
 
     @property
-    def encoder_width(self) -> int:
-        """As `ops.encoder` counts it: the number of heads."""
-        return self.output.in_features // self.head_dim
+    def encoder_part(self) -> int:
+        """What stands for this part among the `widths` of `ops.encoder`."""
+        return attention_part(self.output.in_features // self.head_dim)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         return self.compute(x, cu_seqlens, max_seqlen, self.qkv.weight, self.qkv.bias, self.output.weight)
@@ -78,7 +77,7 @@ class PrunedAttention(nn.Module):
         first_bias: Tensor,
         second_weight: Tensor,
     ) -> Tensor:
-        """forward, with what lies packed elsewhere."""
+        """The forward pass on weights that do not lie in the linears."""
         qkv = F.linear(x, first_weight, first_bias)
         context = ops.attention(qkv, cu_seqlens, max_seqlen, self.head_dim)
         return ops.linear_add_layer_norm(
@@ -87,7 +86,10 @@ class PrunedAttention(nn.Module):
 
 
 class PrunedFFN(nn.Module):
-    """The FFN of any width, then LayerNorm(its output + its input). (tokens, hidden_size) -> the same."""
+    """An FFN of any width, followed by LayerNorm(its output + its input).
+
+    (tokens, hidden_size) -> (tokens, hidden_size).
+    """
 
     def __init__(
         self, hidden_size: int, ffn_width: int, eps: float = 1e-12, hidden_act: str = "gelu"
@@ -98,19 +100,19 @@ class PrunedFFN(nn.Module):
                 f"hidden_act {hidden_act!r} is not supported; gelu, {', '.join(ACTIVATIONS)} are"
             )
         self.hidden_act: str = hidden_act
-        self.up = Projection(hidden_size, ffn_width)
-        self.down = Projection(ffn_width, hidden_size)
+        self.up = PrunedLinear(hidden_size, ffn_width)
+        self.down = PrunedLinear(ffn_width, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps)
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
-        """The first and the second."""
+        """The linear before the activation and the one after it."""
         return self.up, self.down
 
     @property
-    def encoder_width(self) -> int:
-        """As `ops.encoder` counts it: -1 - the FFN width."""
-        return -1 - self.down.in_features
+    def encoder_part(self) -> int:
+        """What stands for this part among the `widths` of `ops.encoder`."""
+        return ffn_part(self.down.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x, None, 0, self.up.weight, self.up.bias, self.down.weight)
@@ -124,7 +126,8 @@ class PrunedFFN(nn.Module):
         first_bias: Tensor,
         second_weight: Tensor,
     ) -> Tensor:
-        """forward, with what lies packed elsewhere, as an attention takes it; the lengths do not matter."""
+        """The forward pass on weights that do not lie in the linears. cu_seqlens and max_seqlen are not used;
+        the signature is PrunedAttention's."""
         if self.hidden_act == "gelu":
             inner = ops.linear_gelu(x, first_weight, first_bias)
         else:
@@ -157,35 +160,35 @@ class PrunedEncoder(nn.Module):
             PrunedLayer(shape.hidden_size, shape.head_dim, layer, eps, hidden_act) for layer in shape.layers
         )
         self.shape, self.head_dim = shape, shape.head_dim
-        self._packed: PackedParts | AlignedParts | None = None
-        self._packing: tuple[bool, frozenset[str]] | None = None  # what `pack` was told; None if it was not
+        self._laid_out: PanelWeights | AlignedWeights | None = None
+        self._layout: Layout | None = None  # None until `pack` is called
 
     @property
     def parts(self) -> list[PrunedAttention | PrunedFFN]:
-        """Each layer's attention and FFN, in the order in which they run."""
+        """The attention and the FFN of every layer, in the order in which they run."""
         return [part for layer in self.layers for part in (layer.attention, layer.ffn)]
 
     @property
     def linear_names(self) -> list[str]:
-        """Every linear's name in this module, as layers.0.attention.qkv."""
+        """The names of all linears in this module, such as "layers.0.attention.qkv"."""
         return [name for name, module in self.named_modules() if isinstance(module, nn.Linear)]
 
     @property
-    def is_packed(self) -> bool:
-        """Whether all layers run as one call, unless a backend is asked for that cannot."""
-        return isinstance(self._packed, PackedParts)
+    def runs_in_one_call(self) -> bool:
+        """Whether all layers run as one op call, unless a backend is asked for that lacks the op."""
+        return isinstance(self._laid_out, PanelWeights)
 
     @property
-    def packed(self) -> PackedParts | AlignedParts | None:
-        """The weights in the layout that `pack` brought them into."""
-        return self._packed
+    def laid_out(self) -> PanelWeights | AlignedWeights | None:
+        """The weights in the layout that `pack` chose; None where the linears' own weights are used."""
+        return self._laid_out
 
     @property
     def running_shape(self) -> ModelShape:
-        """The shape that the kernels see: FFN widths may be filled up (`AlignedParts`)."""
-        if not isinstance(self._packed, AlignedParts):
+        """The shape that the kernels see, in which `AlignedWeights` may have filled FFN widths up."""
+        if not isinstance(self._laid_out, AlignedWeights):
             return self.shape
-        widths = [second.size(1) for _, second in self._packed.weights[1::2]]
+        widths = [second.size(1) for _, second in self._laid_out.weights[1::2]]
         layers = zip(self.shape.layers, widths, strict=True)
         return replace(
             self.shape, layers=tuple(LayerShape(layer.num_heads, width) for layer, width in layers)
@@ -194,75 +197,83 @@ class PrunedEncoder(nn.Module):
     @property
     def int8_linears(self) -> frozenset[str]:
         """The names of the linears that run in int8."""
-        return self._packing[1] if self.is_packed and self._packing is not None else frozenset()
+        return self._layout.int8 if self.runs_in_one_call and self._layout is not None else frozenset()
 
     def pack(self, keep_weights: bool = True, int8: Collection[str] = ()) -> None:
-        """Bring the weights, as they are now, into the layout in which all layers run as one call, or that a
-        GPU's kernels ask for; where neither is wanted, nothing changes. Moving or casting the module tries
-        again.
+        """Lay the weights out as the kernels of their device want them.
 
-        keep_weights=False keeps the packed ones only: the linears' weights are NaN until `unpack`.
-        int8: names (of `linear_names`) that are to run in int8; their weights are kept.
-        Errors: ValueError for a name that is none.
+        On a CPU they become panels, with which all layers run in one call; on a GPU they are aligned. Where
+        neither layout applies, the linears' own weights are used. The layout holds the weights as they are
+        now; it is made anew when the module is moved or cast.
+        keep_weights=False releases the linears' own weights, which read as NaN until `unpack`.
+        int8: the names (from `linear_names`) of the linears that shall run in int8; they keep their weights.
+        Errors: ValueError for a name that is not in `linear_names`.
         """
         unknown = set(int8) - set(self.linear_names)
         if unknown:
             raise ValueError(f"there is no linear {', '.join(sorted(unknown))}; see linear_names")
         self.unpack()
-        self._packing = keep_weights, frozenset(int8)
-        if AlignedParts.refuse(self.parts) is None:
-            self._packed = AlignedParts(self.parts, keep_weights)
-        if PackedParts.refuse(self.parts) is not None:
-            return
-        quantised = {id(self.get_submodule(name)) for name in int8}
+        self._layout = Layout(keep_weights, frozenset(int8))
+        if AlignedWeights.refuse(self.parts) is None:
+            self._laid_out = AlignedWeights(self.parts, keep_weights)
+        if PanelWeights.refuse(self.parts) is None:
+            self._laid_out = self._panels(self._layout)
 
-        def packed(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    def _panels(self, layout: Layout) -> PanelWeights:
+        quantised = {id(self.get_submodule(name)) for name in layout.int8}
+
+        def lay_out(linear: nn.Linear) -> tuple[Tensor, Tensor]:
             bias = linear.bias.detach()
             if id(linear) in quantised:
-                panels, scales = pack_int8(linear.weight)
+                panels, scales = to_int8_panels(linear.weight)
                 return panels, torch.stack([bias, scales])
-            panels = pack_panels(linear.weight.detach())
-            if not keep_weights:
+            panels = to_panels(linear.weight.detach())
+            if not layout.keep_weights:
                 release(linear.weight)
             return panels, bias
 
-        self._packed = PackedParts(self.parts, self.head_dim, packed)
+        return PanelWeights(self.parts, self.head_dim, lay_out)
 
     def unpack(self) -> None:
-        """Undo `pack`."""
-        packed, packing = self._packed, self._packing
-        self._packed = self._packing = None
-        if packed is not None and packing is not None and not packing[0]:
-            packed.give_back(self.parts)
+        """Undo `pack`: the linears hold and use their own weights again."""
+        laid_out, layout = self._laid_out, self._layout
+        self._laid_out = self._layout = None
+        if laid_out is not None and layout is not None and not layout.keep_weights:
+            laid_out.give_back(self.parts)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PrunedEncoder:
-        packing = self._packing
+        layout = self._layout
         self.unpack()
         super()._apply(*args, **kwargs)
-        if packing is not None:
-            self.pack(*packing)
+        if layout is not None:
+            self.pack(layout.keep_weights, layout.int8)
         return self
 
     def forward(self, x: Tensor, batch: PackedBatch, collect: list[Tensor] | None = None) -> Tensor:
-        """(tokens, hidden_size) -> the same; each layer's output is appended to `collect` if given."""
+        """(tokens, hidden_size) -> the same. Each layer's output is appended to `collect` if it is given."""
         return self.run(x, batch.cu_seqlens, batch.max_seqlen, collect)
 
     def run(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, collect: list[Tensor] | None = None
     ) -> Tensor:
-        """forward, with the lengths alone."""
-        packed, lengths = self._packed, (cu_seqlens, max_seqlen)
-        if packed is not None and collect is None and packed.runs:
-            return packed(x, *lengths)
-        for i, layer in enumerate(self.layers):
-            if packed is None:
-                x = layer(x, *lengths)
-            elif packed.runs:
-                x = packed(x, *lengths, 2 * i, 2 * i + 2)
-            else:  # a backend is asked for whose ops take weights as they are
-                for j, part in enumerate((layer.attention, layer.ffn)):
-                    first, second = packed.weights_of(2 * i + j)
-                    x = part.compute(x, *lengths, first, part.linears[0].bias, second)
+        """The forward pass for a caller that has only the lengths of the batch."""
+        laid_out = self._laid_out
+        if laid_out is not None and collect is None and laid_out.can_run_preferred:
+            return laid_out(x, cu_seqlens, max_seqlen)
+        for i in range(len(self.layers)):
+            x = self._run_layer(i, x, cu_seqlens, max_seqlen)
             if collect is not None:
                 collect.append(x)
+        return x
+
+    def _run_layer(self, i: int, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        layer, laid_out = self.layers[i], self._laid_out
+        if laid_out is None:
+            return layer(x, cu_seqlens, max_seqlen)
+        if laid_out.can_run_preferred:
+            return laid_out(x, cu_seqlens, max_seqlen, first=2 * i, last=2 * i + 2)
+        # The backend that was asked for has no op for this layout: its ops get plain (out, in) weights.
+        for j, part in enumerate((layer.attention, layer.ffn)):
+            first, second = laid_out.weights_of(2 * i + j)
+            x = part.compute(x, cu_seqlens, max_seqlen, first, part.linears[0].bias, second)
         return x

@@ -1,8 +1,9 @@
-"""How a stack's weights lie while it runs: on a CPU as panels for one call, on a GPU aligned."""
+"""How the weights of a stack lie while it runs: on a CPU as panels for one call, on a GPU aligned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,27 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruned_ops import ops
-from pruned_ops.ops.panels import unpack_panels
-from pruned_ops.ops.reference import PART_TENSORS
+from pruned_ops.ops.panels import PART_TENSORS, from_panels
 
-# Bytes: what a GPU's widest loads and its tensor descriptors want of a matrix's base and of its rows.
+# Bytes. A GPU's widest loads and its tensor descriptors need the address of a matrix and of each of its rows
+# to be a multiple of this.
 ALIGNMENT = 16
 
 
-class Part(Protocol):
-    """An attention or an FFN part: two linears and a norm (`layers` has the modules)."""
+class LayerPart(Protocol):
+    """Half a layer, attention or FFN: two linears and a LayerNorm (`layers/modules.py` has both)."""
 
     norm: nn.LayerNorm
 
     @property
     def hidden_act(self) -> str | None:
-        """An FFN's; None for attention."""
+        """The FFN's activation; None for attention."""
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]: ...
 
     @property
-    def encoder_width(self) -> int: ...
+    def encoder_part(self) -> int: ...
 
     def compute(
         self,
@@ -43,31 +44,44 @@ class Part(Protocol):
     ) -> Tensor: ...
 
 
-class PackedParts:
-    """Attention and FFN parts in a row as one call (`ops.encoder`), their weights in its layout.
+@dataclass(frozen=True)
+class Layout:
+    """What a stack's weights were laid out for.
 
-    pack: a linear -> its panels and bias. The norms are the parts' own; the weights are as they were when
-    this was made."""
+    keep_weights: the linears keep their own weights beside the copy that is laid out.
+    int8: the names of the linears that run in int8.
+    """
+
+    keep_weights: bool
+    int8: frozenset[str]
+
+
+class PanelWeights:
+    """The weights of consecutive parts as panels. Calling it runs those parts in one call of `ops.encoder`.
+
+    lay_out: a linear -> its panels and its bias, as `ops.encoder` takes them. The panels hold the weights as
+    they are now; the LayerNorms' parameters are shared with the parts.
+    """
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[LayerPart],
         head_dim: int,
-        pack: Callable[[nn.Linear], tuple[Tensor, Tensor]],
+        lay_out: Callable[[nn.Linear], tuple[Tensor, Tensor]],
     ) -> None:
         self.head_dim = head_dim
         self.eps = parts[0].norm.eps if parts else 0.0
         self.widths: list[int] = []
         self.weights: list[Tensor] = []
         for part in parts:
-            self.widths.append(part.encoder_width)
+            self.widths.append(part.encoder_part)
             for linear in part.linears:
-                self.weights += pack(linear)
+                self.weights += lay_out(linear)
             self.weights += [part.norm.weight.detach(), part.norm.bias.detach()]
 
     @staticmethod
-    def refuse(parts: Sequence[Part]) -> str | None:
-        """Why these parts cannot run in one call; None if they can."""
+    def refuse(parts: Sequence[LayerPart]) -> str | None:
+        """The reason why these parts cannot run in one call; None if they can."""
         if all(kernel.backend.missing is not None for kernel in ops.encoder.kernels.values()):
             return "no backend that is here runs several parts in one call"
         for part in parts:
@@ -80,23 +94,25 @@ class PackedParts:
         return None
 
     @property
-    def runs(self) -> bool:
-        """Whether this runs what is asked for: a backend may be whose ops take weights as they are. int8 has
-        no other form, so it runs or raises."""
-        return ops.encoder.is_had() or not all(weight.is_floating_point() for weight in self.weights)
+    def can_run_preferred(self) -> bool:
+        """False if a backend was asked for by name that lacks `ops.encoder`: such a backend needs the weights
+        as nn.Linear has them (`weights_of`). int8 weights exist as panels only, so with them the one call is
+        made in any case, and the op raises."""
+        is_fp32 = all(weight.is_floating_point() for weight in self.weights)
+        return ops.encoder.can_run_preferred() or not is_fp32
 
     def weights_of(self, part: int) -> tuple[Tensor, Tensor]:
-        """Copies of the weights of a part's two linears, (out, in) each, where they are fp32."""
+        """Copies of the weights of a part's two linears, (out, in) each; both must be fp32 panels."""
         first, bias, second, second_bias, *_ = self.weights[PART_TENSORS * part : PART_TENSORS * (part + 1)]
-        return unpack_panels(first, bias.size(0)), unpack_panels(second, second_bias.size(0))
+        return from_panels(first, bias.size(0)), from_panels(second, second_bias.size(0))
 
-    def give_back(self, parts: Sequence[Part]) -> None:
-        """Give the linears of `parts`, which were released, their weights again; int8 ones kept theirs."""
+    def give_back(self, parts: Sequence[LayerPart]) -> None:
+        """Give the linears of `parts` the weights back that were released; those in int8 kept theirs."""
         for i, part in enumerate(parts):
             for j, linear in enumerate(part.linears):
                 panels, bias = self.weights[PART_TENSORS * i + 2 * j :][:2]
                 if panels.is_floating_point():
-                    linear.weight.data = unpack_panels(panels, bias.size(0))
+                    linear.weight.data = from_panels(panels, bias.size(0))
 
     def __call__(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, first: int = 0, last: int | None = None
@@ -109,20 +125,26 @@ class PackedParts:
         )
 
 
-class AlignedParts:
-    """Parts one op after another, on weights as a GPU's kernels read them best: bases and rows of matrices
-    at multiples of ALIGNMENT bytes. FFN widths between are filled up with zero units, which add exactly 0.
+class AlignedWeights:
+    """The weights of consecutive parts as a GPU's kernels read them fastest. Calling it runs those parts op
+    by op.
 
-    What lies so already is not copied; what is copied is released in the part, unless keep_weights.
+    Every matrix and every row of it begins at a multiple of ALIGNMENT bytes; FFN widths in between are filled
+    up with zero channels, which add exactly 0. A weight that lies so already is not copied. One that is
+    copied is released in its linear, unless keep_weights.
     """
 
-    def __init__(self, parts: Sequence[Part], keep_weights: bool) -> None:
+    can_run_preferred = True  # every backend's ops take these weights
+
+    def __init__(self, parts: Sequence[LayerPart], keep_weights: bool) -> None:
         self.parts = parts
         self.weights: list[tuple[Tensor, Tensor]] = []
         self.biases: list[Tensor] = []
         for part in parts:
             first, second = part.linears
-            fill = 0 if part.hidden_act is None else -second.in_features % _numbers(second.weight)
+            fill = (
+                0 if part.hidden_act is None else -second.in_features % _values_per_alignment(second.weight)
+            )
             self.biases.append(F.pad(first.bias.detach(), (0, fill)) if fill else first.bias.detach())
             self.weights.append(
                 (_aligned(first.weight.detach(), rows=fill), _aligned(second.weight.detach(), columns=fill))
@@ -133,22 +155,20 @@ class AlignedParts:
                         release(linear.weight)
 
     @staticmethod
-    def refuse(parts: Sequence[Part]) -> str | None:
-        """Why these parts' weights stay as they are; None if aligning them helps."""
+    def refuse(parts: Sequence[LayerPart]) -> str | None:
+        """The reason why these parts' weights stay as they are; None if aligning them helps."""
         if not parts or parts[0].norm.weight.device.type != "cuda":
             return "only a GPU's kernels ask for aligned weights"
         return None
 
-    runs = True
-
     def weights_of(self, part: int) -> tuple[Tensor, Tensor]:
-        """The weights of a part's two linears, (out, in) each, of the part's own width."""
+        """The weights of a part's two linears, (out, in) each, without the channels that fill it up."""
         first, second = self.parts[part].linears
         aligned = self.weights[part]
         return aligned[0][: first.out_features], aligned[1][:, : second.in_features]
 
-    def give_back(self, parts: Sequence[Part]) -> None:
-        """Give the linears that were released their weights again."""
+    def give_back(self, parts: Sequence[LayerPart]) -> None:
+        """Give the linears of `parts` the weights back that were released."""
         for i, part in enumerate(parts):
             for linear, weight in zip(part.linears, self.weights_of(i), strict=True):
                 if weight.data_ptr() != linear.weight.data_ptr():
@@ -165,27 +185,28 @@ class AlignedParts:
         return x
 
 
-def _numbers(weight: Tensor) -> int:
-    """How many numbers of this dtype make ALIGNMENT bytes."""
+def _values_per_alignment(weight: Tensor) -> int:
+    """How many values of this dtype fill ALIGNMENT bytes."""
     return ALIGNMENT // weight.element_size()
 
 
 def _aligned(weight: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
-    """The weight with so many zero rows and columns after its own; itself if it lies well already."""
+    """The weight with so many zero rows and columns appended; the weight itself if it is aligned already."""
     if rows or columns:
         return F.pad(weight, (0, columns, 0, rows))
     return weight.clone() if weight.data_ptr() % ALIGNMENT else weight
 
 
 def release(parameter: Tensor) -> None:
-    """Free a parameter's memory but not its shape: it reads as NaN until it gets values again."""
+    """Free a parameter's memory and keep its shape: it reads as NaN until it is given values again."""
     if parameter.numel() == 0:
-        return  # it has none, and torch.export cannot save what is expanded to no element
+        return  # there is no memory to free, and torch.export cannot save a tensor expanded to no element
     parameter.data = parameter.data.new_full((1,), torch.nan).expand(parameter.shape)
 
 
 def fuse_rows(parts: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One parameter that holds the rows of all `parts`, which are released: no weight is kept twice."""
+    """Concatenate the rows of all `parts` into one parameter and release them, so that no weight is held
+    twice."""
     fused = nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=False)
     for part in parts:
         release(part)
@@ -193,7 +214,7 @@ def fuse_rows(parts: Sequence[nn.Parameter]) -> nn.Parameter:
 
 
 def split_rows(fused: nn.Parameter, parts: Sequence[nn.Parameter]) -> None:
-    """Undo `fuse_rows`: each part's rows again, with the device and dtype that `fused` has now."""
+    """Undo `fuse_rows`: give each of `parts` its rows back, on the device and in the dtype of `fused`."""
     start = 0
     for part in parts:
         part.data = fused.detach()[start : start + part.size(0)].clone()

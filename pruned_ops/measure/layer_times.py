@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pruned_ops.layers.modules import PrunedAttention, PrunedFFN
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.layers.weights import PackedParts
+from pruned_ops.layers.weights import PanelWeights
 from pruned_ops.measure.latency import LatencyTable, Points
 from pruned_ops.measure.timing import Runner, Workload, interleave, machine, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
@@ -85,7 +85,7 @@ def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> d
     """What is timed: "base", the model with empty layers; "attention N" and "ffn W", chains of parts."""
     hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.hidden_act
     model = optimize(answering_class(empty.model_type)(empty).to(device))
-    one_call = model.base_model.encoder.is_packed
+    one_call = model.base_model.encoder.runs_in_one_call
     runners: dict[str, Runner] = {
         "base": lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     }
@@ -127,12 +127,12 @@ def _chain(
     if one_call:
         next_row = iter(row for row in rows for _ in range(2))
 
-        def pack(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        def lay_out(linear: nn.Linear) -> tuple[Tensor, Tensor]:
             panels = next(next_row).take(-(-linear.out_features // PANEL), linear.in_features, PANEL)
             return panels, linear.bias.detach()
 
-        packed = PackedParts(chain, head_dim, pack)
-        return lambda batch: packed(batch["x"], batch["cu_seqlens"], int(batch["max_seqlen"]))
+        stack = PanelWeights(chain, head_dim, lay_out)
+        return lambda batch: stack(batch["x"], batch["cu_seqlens"], int(batch["max_seqlen"]))
 
     def run(batch: dict[str, Tensor]) -> Tensor:
         x, lengths = batch["x"], (batch["cu_seqlens"], int(batch["max_seqlen"]))

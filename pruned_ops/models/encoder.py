@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, RobertaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pruned_ops.layers.modules import Projection
+from pruned_ops.layers.modules import PrunedLinear
 from pruned_ops.layers.packing import check_mask
 from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.models.inputs import check_inputs, default_position_ids
@@ -68,9 +68,9 @@ class PrunedSelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = shape.num_heads, config.head_dim
         width = shape.num_heads * config.head_dim
-        self.query = Projection(config.hidden_size, width)
-        self.key = Projection(config.hidden_size, width)
-        self.value = Projection(config.hidden_size, width)
+        self.query = PrunedLinear(config.hidden_size, width)
+        self.key = PrunedLinear(config.hidden_size, width)
+        self.value = PrunedLinear(config.hidden_size, width)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ class PrunedOutput(nn.Module):
 
     def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig, width: int) -> None:
         super().__init__()
-        self.dense = Projection(width, config.hidden_size)
+        self.dense = PrunedLinear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -109,7 +109,7 @@ class PrunedLayerModule(nn.Module):
         self.attention = nn.ModuleDict(
             {"self": PrunedSelfAttention(config, shape), "output": PrunedOutput(config, width)}
         )
-        self.intermediate = nn.ModuleDict({"dense": Projection(config.hidden_size, shape.ffn_width)})
+        self.intermediate = nn.ModuleDict({"dense": PrunedLinear(config.hidden_size, shape.ffn_width)})
         self.output = PrunedOutput(config, shape.ffn_width)
         self.activation = ACT2FN[config.hidden_act]
 

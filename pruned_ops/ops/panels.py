@@ -1,8 +1,8 @@
-"""The layouts of weights that `ops.encoder` reads, and the arithmetic of int8.
+"""What `ops.encoder` takes: the code of a part, the layout of weights as panels, and the arithmetic of int8.
 
-Panels of 32 output channels, input by input, so that a kernel reads a weight from front to back. int8: a
-scale an output channel for weights, a scale a token for activations, both symmetric (the vector-wise
-quantisation of Dettmers et al. 2022, LLM.int8()).
+A panel holds 32 output channels, input by input, so that a kernel reads a weight from front to back;
+csrc/panels.h draws it. In int8 a weight has a scale per output channel and an activation a scale per token,
+both symmetric (the vector-wise quantisation of Dettmers et al. 2022, LLM.int8()).
 """
 
 from __future__ import annotations
@@ -11,35 +11,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PART_TENSORS = 6  # the tensors of one part: panels and bias of two linears, LayerNorm's weight and bias
 PANEL = 32  # output channels that lie together
-GROUP = 4  # inputs of a channel that lie together: what one VNNI instruction multiplies and adds
-LEVELS = 127  # values are -127 to 127: -128 would have no opposite
+GROUP = (
+    4  # inputs of a channel that lie together in int8: as many as one VNNI instruction multiplies and adds
+)
+LEVELS = 127  # int8 values are -127 to 127: -128 would have no opposite
 
 
-def pack_panels(weight: Tensor) -> Tensor:
-    """A weight (out, in) as fp32 panels (ceil(out / 32), in, 32), filled up with zeros."""
+def attention_part(num_heads: int) -> int:
+    """The integer that stands for an attention with this many heads among `ops.encoder`'s widths."""
+    return num_heads
+
+
+def ffn_part(width: int) -> int:
+    """The integer that stands for an FFN of this width among `ops.encoder`'s widths: always negative."""
+    return -1 - width
+
+
+def is_attention(part: int) -> bool:
+    """Whether this integer among `ops.encoder`'s widths stands for an attention; if not, for an FFN."""
+    return part >= 0
+
+
+def inner_width(part: int, head_dim: int) -> int:
+    """The number of channels between the two linears of a part: num_heads * head_dim, or the FFN width."""
+    return part * head_dim if is_attention(part) else -1 - part
+
+
+def to_panels(weight: Tensor) -> Tensor:
+    """Lay a weight (out, in) out as fp32 panels (ceil(out / 32), in, 32), the last filled up with zeros."""
     rows = F.pad(weight, (0, 0, 0, -weight.size(0) % PANEL))
     return rows.view(rows.size(0) // PANEL, PANEL, weight.size(1)).transpose(1, 2).contiguous()
 
 
-def unpack_panels(panels: Tensor, out: int) -> Tensor:
-    """The weight (out, in) that was packed: a copy, contiguous."""
+def from_panels(panels: Tensor, out: int) -> Tensor:
+    """A contiguous copy of the weight (out, in) that these fp32 panels hold."""
     rows = panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return rows.view(panels.size(0) * PANEL, panels.size(1))[:out]
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (rows, columns) -> whole numbers from -127 to 127 in x's dtype, and a scale a row (rows, 1)."""
-    top = x.abs().amax(1, keepdim=True) if x.size(1) else x.new_zeros(x.size(0), 1)
-    inverse = torch.where(top > 0, LEVELS / top, torch.zeros_like(top))
-    return torch.round(x * inverse), top / LEVELS
+def to_int8_panels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a weight (out, in) to int8 panels (ceil(out / 32), 1 + ceil(in / 4), 128) and scales (out,).
 
-
-def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (out, in) as int8 panels (ceil(out / 32), 1 + ceil(in / 4), 128), and its scales (out,).
-
-    A panel's step holds 4 inputs of 32 channels, a channel's together. Its first one is 32 int32, where the
-    sums start: -128 times each channel's weights, because the kernel adds 128 to the activations.
+    Each step of a panel holds 4 inputs of 32 channels, those of a channel together. Before the first step lie
+    32 int32 at which the channels' sums start: -128 times the sum of the channel's weights, because the
+    kernel adds 128 to the activations.
     """
     values, scales = quantize(weight.detach())
     out, inputs = values.shape
@@ -55,19 +72,27 @@ def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(steps, 1).contiguous(), scales[:, 0]
 
 
-def unpack_int8(panels: Tensor, out: int, inputs: int) -> Tensor:
-    """The whole numbers (out, in) that were packed, int8."""
+def from_int8_panels(panels: Tensor, out: int, inputs: int) -> Tensor:
+    """The quantised weight (out, in) that these panels hold, in int8."""
     count, groups = panels.size(0), panels.size(1) - 1
     steps = panels[:, 1:].reshape(count, groups, PANEL, GROUP).transpose(1, 2)
     return steps.reshape(count * PANEL, groups * GROUP)[:out, :inputs]
 
 
-def int8_linear(x: Tensor, panels: Tensor, bias_and_scales: Tensor) -> Tensor:
-    """x (rows, in) times the packed weight, plus bias: (rows, out) in x's dtype.
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise rows (rows, columns) to whole numbers from -127 to 127, in x's dtype, and scales (rows, 1)."""
+    top = x.abs().amax(1, keepdim=True) if x.size(1) else x.new_zeros(x.size(0), 1)
+    inverse = torch.where(top > 0, LEVELS / top, torch.zeros_like(top))
+    return torch.round(x * inverse), top / LEVELS
 
-    bias_and_scales (2, out). The whole numbers are summed exactly."""
+
+def int8_linear(x: Tensor, panels: Tensor, bias_and_scales: Tensor) -> Tensor:
+    """Multiply x (rows, in) by a weight in int8 panels and add the bias: (rows, out) in x's dtype.
+
+    bias_and_scales (2, out): the bias, and the weight's scales. The products are summed exactly.
+    """
     bias, scales = bias_and_scales
     values, x_scales = quantize(x)
-    weight = unpack_int8(panels, bias.size(0), x.size(1))
+    weight = from_int8_panels(panels, bias.size(0), x.size(1))
     sums = values.double() @ weight.double().t()
     return sums.to(x.dtype) * (x_scales * scales) + bias

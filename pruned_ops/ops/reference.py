@@ -14,9 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruned_ops.ops.panels import GROUP, PANEL, int8_linear, unpack_panels
-
-PART_TENSORS = 6  # of one part in `encoder`
+from pruned_ops.ops.panels import (
+    GROUP,
+    PANEL,
+    PART_TENSORS,
+    from_panels,
+    inner_width,
+    int8_linear,
+    is_attention,
+)
 
 
 def _matrix(op: str, name: str, tensor: Tensor, columns: int | None = None) -> None:
@@ -201,7 +207,7 @@ def _linear(name: str, x: Tensor, panels: Tensor, bias: Tensor, out: int) -> Ten
     )
     if not is_int8:
         _vector("encoder", f"{name} bias", bias, out)
-        return F.linear(x, unpack_panels(panels, out), bias)
+        return F.linear(x, from_panels(panels, out), bias)
     torch._check(
         tuple(bias.shape) == (2, out),
         lambda: f"encoder: {name} bias has shape {tuple(bias.shape)}, bias and scales (2, {out}) are needed",
@@ -218,12 +224,13 @@ def encoder(
     head_dim: int,
     eps: float,
 ) -> Tensor:
-    """A stack of post-LN parts, attention and FFN in any order, in one call. (tokens, hidden) -> the same.
+    """Run a stack of post-LN parts, attentions and FFNs in any order. (tokens, hidden) -> (tokens, hidden).
 
-    widths: a part's number of heads, or -1 - FFN width. weights: six tensors a part: panels and bias of its
-    first linear, q|k|v or FFN up; of its second; weight and bias of its LayerNorm. Panels as in panels.py,
-    fp32 or int8; with int8 the bias is (2, out), the scales its second row. cu_seqlens, max_seqlen, head_dim:
-    as in `attention`. The FFN's activation is the exact GELU.
+    widths: one integer per part, `attention_part(num_heads)` or `ffn_part(width)` of panels.py.
+    weights: six tensors per part: panels and bias of its first linear (q|k|v, or FFN up), panels and bias of
+    its second linear, weight and bias of its LayerNorm. The panels are those of panels.py, in fp32 or int8.
+    With int8 panels the bias is (2, out), and its second row holds the scales.
+    cu_seqlens, max_seqlen, head_dim: as in `attention`. The FFN's activation is the exact GELU.
     """
     _matrix("encoder", "x", x)
     torch._check(
@@ -232,11 +239,14 @@ def encoder(
             f"encoder: weights has {len(weights)} tensors, {PART_TENSORS} for each of {len(widths)} parts"
         ),
     )
-    for i, width in enumerate(widths):
+    for i, part in enumerate(widths):
         first, first_bias, second, second_bias, *norm = weights[PART_TENSORS * i : PART_TENSORS * (i + 1)]
-        inner = width * head_dim if width >= 0 else -1 - width
-        middle = _linear("first", x, first, first_bias, 3 * inner if width >= 0 else inner)
-        middle = attention(middle, cu_seqlens, max_seqlen, head_dim) if width >= 0 else F.gelu(middle)
+        inner = inner_width(part, head_dim)
+        if is_attention(part):
+            qkv = _linear("first", x, first, first_bias, 3 * inner)
+            middle = attention(qkv, cu_seqlens, max_seqlen, head_dim)
+        else:
+            middle = F.gelu(_linear("first", x, first, first_bias, inner))
         middle = _linear("second", middle, second, second_bias, x.size(1))
         x = F.layer_norm(middle + x, (x.size(1),), norm[0], norm[1], eps)
     return x.clone() if not widths else x

@@ -120,10 +120,11 @@ class Op:
             raise RuntimeError(f"{name}: {error}") from error
         return output
 
-    def is_had(self) -> bool:
-        """Whether the backend asked for has this op; the reference has them all, and so has no preference.
+    def can_run_preferred(self) -> bool:
+        """True unless a backend was asked for by name that lacks this op.
 
-        Traced code is for whatever is preferred when it runs: the op itself refuses what cannot."""
+        Code that is being traced answers True: which backend is asked for is known only when it runs, and the
+        op then refuses by itself."""
         if torch.compiler.is_compiling():
             return True
         return _preferred.get() in (None, REFERENCE, *self.kernels)

@@ -96,11 +96,11 @@ class Weights:
             if one is not None
         ]  # fmt: skip
         held = [parameters[name].detach() for parameters, name in slots]
-        return cls(slots, [one.data_ptr() for one in held], held, encoder.encoder.packed, linears)
+        return cls(slots, [one.data_ptr() for one in held], held, encoder.encoder.laid_out, linears)
 
     def moved(self, encoder: Any, head: PackedHead | None) -> bool:
         """Whether one of them is elsewhere now, or another is in its place."""
-        if encoder.encoder.packed is not self.packed or (head is not None and head.linears != self.linears):
+        if encoder.encoder.laid_out is not self.packed or (head is not None and head.linears != self.linears):
             return True
         return [parameters[name].data_ptr() for parameters, name in self.slots] != self.addresses
 

@@ -15,7 +15,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbeddings
 
 from pruned_ops import ops
-from pruned_ops.layers.modules import ACTIVATIONS, Projection, PrunedEncoder
+from pruned_ops.layers.modules import ACTIVATIONS, PrunedEncoder, PrunedLinear
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import fuse_rows, split_rows
 from pruned_ops.models.configuration import is_roberta
@@ -295,7 +295,7 @@ def refuse(encoder: Any, int8: bool = False) -> str | None:
             if type(parts[name]) is not nn.LayerNorm or parts[name].eps != config.layer_norm_eps:
                 return f"layer {i}'s {name} is not the nn.LayerNorm that the config describes"
         for name in (*QKV, "attention.output.dense", "intermediate.dense", "output.dense"):
-            if type(parts[name]) not in (nn.Linear, Projection) or parts[name].bias is None:
+            if type(parts[name]) not in (nn.Linear, PrunedLinear) or parts[name].bias is None:
                 return (
                     f"layer {i}'s {name} is a {type(parts[name]).__name__}; a plain Linear with "
                     f"bias is needed"

@@ -12,14 +12,14 @@ import pruned_ops
 from inputs import ODD_SHAPES, cu_seqlens, padded_batch, randn
 from pruned_ops import LayerShape, ModelShape, PrunedEncoder
 from pruned_ops.layers.modules import PrunedFFN
-from pruned_ops.layers.weights import ALIGNMENT, AlignedParts
+from pruned_ops.layers.weights import ALIGNMENT, AlignedWeights, PanelWeights
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout that weights get on a GPU."""
-    monkeypatch.setattr(AlignedParts, "refuse", staticmethod(lambda parts: None))
-    monkeypatch.setattr("pruned_ops.layers.weights.PackedParts.refuse", staticmethod(lambda parts: "not now"))
+    monkeypatch.setattr(AlignedWeights, "refuse", staticmethod(lambda parts: None))
+    monkeypatch.setattr(PanelWeights, "refuse", staticmethod(lambda parts: "not now"))
 
 
 def unaligned(weight: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def ffn(width: int, act: str = "gelu", dtype: torch.dtype = torch.float64) -> Pr
 def test_widths_filled_up_compute_the_same(width: int, act: str) -> None:
     part, x = ffn(width, act), randn(1, 9, 48).double()
     expected = part(x)
-    found = AlignedParts([part], keep_weights=True)(x, cu_seqlens((9,)), 9)
+    found = AlignedWeights([part], keep_weights=True)(x, cu_seqlens((9,)), 9)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
@@ -49,7 +49,7 @@ def test_matrices_begin_and_go_on_at_whole_alignments(dtype: torch.dtype) -> Non
     part = ffn(35, dtype=dtype)
     for linear in part.linears:
         linear.weight.data = unaligned(linear.weight.data)
-    parts = AlignedParts([part], keep_weights=True)
+    parts = AlignedWeights([part], keep_weights=True)
     ((up, down),) = parts.weights
     for weight in (up, down):
         assert weight.data_ptr() % ALIGNMENT == 0
@@ -61,7 +61,7 @@ def test_matrices_begin_and_go_on_at_whole_alignments(dtype: torch.dtype) -> Non
 def test_what_lies_well_is_not_copied_and_the_rest_is_held_once() -> None:
     well, odd = ffn(32), ffn(33)
     before = [linear.weight.clone() for linear in odd.linears]
-    parts = AlignedParts([well, odd], keep_weights=False)
+    parts = AlignedWeights([well, odd], keep_weights=False)
     assert [weight.data_ptr() for weight in parts.weights[0]] == [
         linear.weight.data_ptr() for linear in well.linears
     ]

@@ -16,7 +16,7 @@ import inputs
 import pruned_ops
 from inputs import READY, encoder_arguments, logits, padded_batch, pruned_model, randn, stock_model
 from pruned_ops.ops.backends.cpu import extension
-from pruned_ops.ops.panels import pack_int8, pack_panels, quantize, unpack_int8, unpack_panels
+from pruned_ops.ops.panels import ffn_part, from_int8_panels, from_panels, quantize, to_int8_panels, to_panels
 from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.runtime.optimize import choose_int8
 
@@ -27,8 +27,8 @@ needs_vnni = pytest.mark.skipif(not HERE, reason="no AVX-512 VNNI, or pruned_ops
 @pytest.mark.parametrize(("out", "inputs"), [(64, 32), (70, 50), (1, 1), (33, 4), (0, 8), (8, 0)])
 def test_the_layout_gives_back_what_was_packed(out: int, inputs: int) -> None:
     weight = randn(0, out, inputs)
-    panels, scales = pack_int8(weight)
-    values = unpack_int8(panels, out, inputs)
+    panels, scales = to_int8_panels(weight)
+    values = from_int8_panels(panels, out, inputs)
     assert panels.dtype == torch.int8 and scales.shape == (out,) and values.shape == (out, inputs)
     error = (values.float() * scales[:, None] - weight).abs()
     assert bool((error <= scales[:, None] / 2 * 1.001).all())
@@ -42,7 +42,7 @@ def in_int8(arguments: list[Any], which: tuple[int, ...] = (0, 1)) -> list[Any]:
     for place in range(0, len(weights), 6):
         for which_one in which:
             at = place + 2 * which_one
-            panels, scales = pack_int8(unpack_panels(weights[at], weights[at + 1].size(0)))
+            panels, scales = to_int8_panels(from_panels(weights[at], weights[at + 1].size(0)))
             weights[at : at + 2] = [panels, torch.stack([weights[at + 1], scales])]
     return [*arguments[:3], weights, *arguments[4:]]
 
@@ -69,12 +69,12 @@ def test_the_largest_sums_do_not_overflow_or_saturate() -> None:
     up, down = torch.ones(out, inputs), randn(0, inputs, out) / 4096
     x = torch.ones(3, inputs)
     x[1], x[2, 1::2] = -1, -1
-    panels, scales = pack_int8(up)
-    weights = [panels, torch.stack([torch.zeros(out), scales]), pack_panels(down), torch.zeros(inputs)]
+    panels, scales = to_int8_panels(up)
+    weights = [panels, torch.stack([torch.zeros(out), scales]), to_panels(down), torch.zeros(inputs)]
     norm = [torch.ones(inputs), torch.zeros(inputs)]
     bounds = torch.tensor([0, 3], dtype=torch.int32)
     with use_backend("cpu"):
-        found = OPS["encoder"](x, bounds, 3, [*weights, *norm], [-1 - out], 16, 1e-12)
+        found = OPS["encoder"](x, bounds, 3, [*weights, *norm], [ffn_part(out)], 16, 1e-12)
     expected = F.layer_norm(F.linear(F.gelu(F.linear(x, up)), down) + x, (inputs,))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 

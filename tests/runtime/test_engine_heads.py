@@ -14,7 +14,7 @@ from transformers import BertModel
 
 import pruned_ops
 from inputs import ODD_SHAPES, padded_batch, pruned_model, shake, stock_model
-from pruned_ops.layers.weights import AlignedParts
+from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.models.heads import PrunedBertForNaturalQuestions
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.packed_encoder import PackedEncoder
@@ -190,8 +190,8 @@ def test_other_integers_are_taken() -> None:
 
 def test_a_layer_is_five_launches_of_ops_and_at_most_seven_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph records of each layer on a GPU: a GEMM, and four ops (their kernels: test_triton)."""
-    monkeypatch.setattr(AlignedParts, "refuse", staticmethod(lambda parts: None))
-    monkeypatch.setattr("pruned_ops.layers.weights.PackedParts.refuse", staticmethod(lambda parts: "not now"))
+    monkeypatch.setattr(AlignedWeights, "refuse", staticmethod(lambda parts: None))
+    monkeypatch.setattr(PanelWeights, "refuse", staticmethod(lambda parts: "not now"))
     fast = pruned_ops.optimize(stock_model())
     encoder: PackedEncoder = fast.base_model
     inputs = [torch.ones(12, dtype=torch.int64)] * 3

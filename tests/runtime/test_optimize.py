@@ -178,7 +178,7 @@ def test_no_weight_is_kept_twice(model: Any) -> None:
     names = [name for name, one in model.named_parameters() if ".encoder.layer." in name and one.dim() == 2]
     before = {name: model.get_parameter(name).detach().clone() for name in names}
     parameters = [model.get_parameter(name) for name in names]
-    packed = pruned_ops.optimize(model).base_model.encoder.is_packed
+    packed = pruned_ops.optimize(model).base_model.encoder.runs_in_one_call
     assert packed == ("cpu" in READY)
     for name, parameter in zip(names, parameters, strict=True):
         assert parameter.shape == before[name].shape
@@ -260,7 +260,7 @@ def test_the_layers_run_in_one_call(model: Any) -> None:
         by_layer = encoder(**batch, output_hidden_states=True)
     assert torch.equal(whole.last_hidden_state, by_layer.hidden_states[-1])
     half = copy.deepcopy(encoder).half()
-    assert not half.encoder.is_packed and half.float().encoder.is_packed
+    assert not half.encoder.runs_in_one_call and half.float().encoder.runs_in_one_call
     with torch.no_grad():
         again = half(**batch).last_hidden_state
     assert not torch.equal(again, whole.last_hidden_state)  # rounded to half on the way

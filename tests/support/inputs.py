@@ -20,7 +20,7 @@ from transformers import (
 
 import pruned_ops
 from pruned_ops import LayerShape
-from pruned_ops.ops.panels import pack_panels
+from pruned_ops.ops.panels import attention_part, ffn_part, inner_width, is_attention, to_panels
 from pruned_ops.ops.registry import BACKENDS, REFERENCE
 
 # Every backend that can run here on CPU tensors; a test's id contains the one it runs. Where there is a GPU,
@@ -87,15 +87,16 @@ def moved_to(device: str, arguments: Sequence[Any], dtype: torch.dtype) -> list[
 
 
 def encoder_arguments(tokens: int, hidden: int, width: int, seed: int) -> list[Any]:
-    """Two layers' parts and an FFN more, without heads or width in between."""
+    """A layer, an empty layer and one more FFN: five parts, the third and fourth without heads or width."""
     first, head_dim = tokens // 3, 16
-    widths = [width // 16, -1 - width, 0, -1, -1 - width]
+    widths = [attention_part(width // 16), ffn_part(width), attention_part(0), ffn_part(0), ffn_part(width)]
     weights = []
     for i, part in enumerate(widths):
-        inner = part * head_dim if part >= 0 else -1 - part
-        for place, (out, inputs) in enumerate(((3 * inner if part >= 0 else inner, hidden), (hidden, inner))):
+        inner = inner_width(part, head_dim)
+        first_out = 3 * inner if is_attention(part) else inner
+        for place, (out, inputs) in enumerate(((first_out, hidden), (hidden, inner))):
             weight = randn(seed + 40 + 10 * i + place, out, inputs) / max(1, inputs) ** 0.5
-            weights += [pack_panels(weight), randn(seed + 42 + 10 * i + place, out)]
+            weights += [to_panels(weight), randn(seed + 42 + 10 * i + place, out)]
         weights += [randn(seed + 44 + 10 * i, hidden) + 1, randn(seed + 45 + 10 * i, hidden)]
     x = randn(seed + 39, tokens, hidden)
     return [x, cu_seqlens((first, tokens - first)), tokens - first, weights, widths, head_dim, 1e-12]
