@@ -19,8 +19,7 @@ from inputs import logits, padded_batch, stock_model
 from pruned_ops import LayerShape
 from pruned_ops.checkpoints.importing import read_foreign
 from pruned_ops.cli import main
-from pruned_trainer import Decision, attached
-from pruned_trainer.pruning import compact
+from pruned_trainer import Decision, attached, compact
 from pruned_trainer.pruning.decision import Kept, LayerDecision
 from tiny_tokenizers import word_tokenizer
 

@@ -13,8 +13,7 @@ from transformers import AutoModelForQuestionAnswering
 import pruned_ops
 from inputs import logits, padded_batch, pruned_model, stock_model
 from pruned_ops.models.heads import AnswerType, load_natural_questions, with_answer_types
-from pruned_trainer import SizeBudget, Target, attached, decide
-from pruned_trainer.pruning import compact
+from pruned_trainer import SizeBudget, Target, attached, compact, decide
 
 MAKERS = {
     "stock-bert": lambda: stock_model("bert"),

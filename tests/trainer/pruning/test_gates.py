@@ -15,8 +15,18 @@ from hypothesis import strategies as st
 import pruned_ops
 from inputs import ODD_SHAPES, logits, padded_batch, pruned_model, stock_model
 from pruned_ops import LayerShape, ModelShape
-from pruned_trainer import Decision, Gates, PerGate, SizeBudget, Target, attached, decide, detach
-from pruned_trainer.pruning import attach, compact
+from pruned_trainer import (
+    Decision,
+    Gates,
+    PerGate,
+    SizeBudget,
+    Target,
+    attach,
+    attached,
+    compact,
+    decide,
+    detach,
+)
 from pruned_trainer.pruning.decision import Kept, LayerDecision, round_up
 from pruned_trainer.pruning.gates import PENALTIES, deterministic_gate, open_probability, sampled_gate
 

@@ -12,8 +12,8 @@ from transformers import BertForQuestionAnswering
 
 from matching import accuracy, batch_of, trained_model
 from pruned_ops.models.stock import model_shape
-from pruned_trainer import Scores, SizeBudget, Target, attached, decide
-from pruned_trainer.pruning import compact, importance
+from pruned_trainer import Scores, SizeBudget, Target, attached, compact, decide
+from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.gates import PARTS, PerGate
 from pruned_trainer.tasks.task import without_labels
 

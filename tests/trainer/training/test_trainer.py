@@ -26,11 +26,11 @@ from pruned_trainer import (
     SizeBudget,
     Target,
     attached,
+    compact,
     decide,
 )
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.pruning import compact
 from pruned_trainer.training.batches import pad_batch
 from pruned_trainer.training.distillation import Projection, hidden_loss, logits_loss
 from pruned_trainer.training.phase import prepare_student, training_arguments
