@@ -1,17 +1,17 @@
-"""A question-answering set for the demo, in SQuAD 2.0's JSON layout, made from our own words: no download.
+"""The demo's question-answering set, in SQuAD 2.0's JSON layout, generated from our own words: no download.
 
 A paragraph tells three relations (say founder, product, staff) of three entities of one kind (say
-companies), but each relation only of two of them. So every relation is stated exactly twice, every entity
-has exactly two facts, and neither a count nor the type of an answer tells which one is right, or whether
-there is one. Asked of an entity that has it, a relation has one right answer and one wrong one of the same
-type; asked of the third, it has two wrong ones and no right one. Of a paragraph's three questions one is
-unanswerable: a third of the set.
+companies), but each relation of two of them only. So every relation is stated exactly twice, every entity
+has exactly two facts, and neither a count nor the type of an answer reveals which answer is right, or whether
+there is one. Asked about an entity that has it, a relation has one right answer and one wrong answer of the
+same type; asked about the third entity, it has two wrong answers and no right one. One of a paragraph's three
+questions is unanswerable, and so is a third of the set.
 
 The splits share nothing that could be learned by heart: every word that names are made of, every number and
 every common noun used as an answer belongs to one split (`owner`), and so does every wording
-(`demo_wordings`). `check_disjoint` reads a finished set back and verifies this. The validation set has
-wordings of its own too, a third list: it is there to choose the null threshold, which for unseen wordings
-lies elsewhere than for trained ones.
+(`wordings.RELATIONS`). `check_disjoint` reads a finished set back and verifies this. The validation set has
+wordings of its own, too: it serves to choose the null threshold, which is another for wordings that a model
+has not seen than for those it was trained on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from pruned_trainer.demo.wordings import RELATIONS, SPLITS, Relation
 
 VERSION = "pruned_ops demo 1"
-GROUP = 3  # entities, relations and questions in a paragraph; see above why they are as many
+GROUP = 3  # the number of entities, of relations and of questions in a paragraph: one missing fact each
 
 _HEADS = tuple(
     onset + vowel + coda
@@ -43,7 +43,7 @@ def _compounds(tails: str) -> tuple[str, ...]:
     return tuple(head + tail for head in _HEADS for tail in tails.split())
 
 
-# What names and answers are made of.
+# The words that names and answers are made of.
 PARTS: dict[str, tuple[str, ...]] = {
     "given": tuple(
         """
@@ -114,7 +114,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "bridge": tuple("{town} " + word for word in ("Bridge", "Viaduct", "Footbridge", "Crossing")),
     "machine": tuple("{family} " + word for word in ("engine", "pump", "press", "loom", "boiler", "saw")),
 }
-KINDS |= {part: (f"{{{part}}}",) for part in PARTS}  # a value of one part: a town, a year, a fuel
+KINDS |= {part: (f"{{{part}}}",) for part in PARTS}  # values that are one word: a town, a year, a fuel
 
 _ENTITY_KINDS = sorted({relation.entity_kind for relation in RELATIONS})
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -131,14 +131,16 @@ class DemoSet:
 
 @dataclass(frozen=True)
 class Fact:
+    """What a sentence states or a question asks. value: "" in a question. split: whose wording it is."""
+
     relation: str
     entity: str
-    value: str  # "" in a question
-    split: str  # the one that the wording belongs to
+    value: str
+    split: str
 
 
 def owner(word: str) -> str:
-    """The split that may use a word in names and answers; they own 60, 15 and 25 percent of all words."""
+    """The split that may use a word in names and answers; the splits own 60, 15 and 25% of all words."""
     share = zlib.crc32(word.encode()) % 20
     return "train" if share < 12 else "validation" if share < 15 else "evaluation"
 
@@ -150,7 +152,7 @@ def words_of(part: str, split: str) -> tuple[str, ...]:
 
 
 def _name(kind: str, split: str, rng: random.Random, taken: set[str]) -> str:
-    """A name that shares no word with `taken`, to which its words go: an answer stands once in a context."""
+    """A name that shares no word with `taken`, which gets its words: an answer appears once in a context."""
     while True:
         form = rng.choice(KINDS[kind])
         words = {part: rng.choice(words_of(part, split)) for part in _SLOT.findall(form)}
@@ -160,31 +162,30 @@ def _name(kind: str, split: str, rng: random.Random, taken: set[str]) -> str:
 
 
 def _paragraph(split: str, rng: random.Random, first_id: int) -> dict[str, Any]:
-    """A context and its questions. Relation i is told of all entities but the i-th, who has no answer to
-    it."""
+    """A context and its questions. Relation i is stated of every entity but the i-th, which has no answer."""
     kind = rng.choice(_ENTITY_KINDS)
-    told = rng.sample([relation for relation in RELATIONS if relation.entity_kind == kind], GROUP)
+    relations = rng.sample([relation for relation in RELATIONS if relation.entity_kind == kind], GROUP)
     taken: set[str] = set()
     entities = [_name(kind, split, rng, taken) for _ in range(GROUP)]
     pairs = [(i, j) for i in range(GROUP) for j in range(GROUP) if i != j]
     rng.shuffle(pairs)
-    context, places = "", {}
+    context, answers = "", {}
     for i, j in pairs:
-        statement = rng.choice(told[i].wordings[split].statements).replace("{e}", entities[j])
+        statement = rng.choice(relations[i].wordings[split].statements).replace("{e}", entities[j])
         before, after = statement.split("{v}")
-        value = _name(told[i].value_kind, split, rng, taken)
+        value = _name(relations[i].value_kind, split, rng, taken)
         context += (" " if context else "") + before
-        places[i, j] = {"text": value, "answer_start": len(context)}
+        answers[i, j] = {"text": value, "answer_start": len(context)}
         context += value + after
-    in_vain = rng.randrange(GROUP)
+    unanswerable = rng.randrange(GROUP)
     qas = []
-    for i, relation in enumerate(told):
-        j = i if i == in_vain else rng.choice([j for j in range(GROUP) if j != i])
+    for i, relation in enumerate(relations):
+        j = i if i == unanswerable else rng.choice([j for j in range(GROUP) if j != i])
         question = rng.choice(relation.wordings[split].questions).replace("{e}", entities[j])
         qa = {"id": f"{split}-{first_id + i:05d}", "question": question, "is_impossible": i == j}
-        qa["answers"] = [] if i == j else [places[i, j]]
+        qa["answers"] = [] if i == j else [answers[i, j]]
         if i == j:
-            qa["plausible_answers"] = [place for pair, place in places.items() if pair[0] == i]
+            qa["plausible_answers"] = [answer for pair, answer in answers.items() if pair[0] == i]
         qas.append(qa)
     return {"context": context, "qas": qas}
 
@@ -193,7 +194,7 @@ def _file(split: str, questions: int, seed: int) -> dict[str, Any]:
     rng = random.Random(f"{split} {seed}")  # a string seeds alike on every machine; a stream for each split
     paragraphs = [_paragraph(split, rng, first_id) for first_id in range(0, questions, GROUP)]
     del paragraphs[-1]["qas"][GROUP - (-questions % GROUP) :]
-    # An article of its own for each paragraph, so that the first articles of a file are of every kind.
+    # Each paragraph is an article of its own, so that the first articles of a file are of every kind.
     data = [{"title": f"{split} {number}", "paragraphs": [text]} for number, text in enumerate(paragraphs)]
     return {"version": VERSION, "data": data}
 
@@ -204,7 +205,7 @@ def demo_set(
     validation_questions: int = 300,
     evaluation_questions: int = 540,
 ) -> DemoSet:
-    """The three files, the same for the same arguments. Splits stay apart across seeds too."""
+    """The three files, the same for the same arguments. Splits share nothing across seeds either."""
     counts = (train_questions, validation_questions, evaluation_questions)
     if min(counts) < 1:
         raise ValueError(f"each split needs a question; asked for {counts}")
@@ -212,7 +213,7 @@ def demo_set(
 
 
 def write_demo_set(folder: str | Path, demo: DemoSet | None = None) -> dict[str, Path]:
-    """Writes train.json, validation.json and eval.json; their paths by split. Makes the folder if need be."""
+    """Write train.json, validation.json and eval.json into the folder, new or not; their paths by split."""
     demo = demo_set() if demo is None else demo
     paths = {split: Path(folder) / f"{split.replace('evaluation', 'eval')}.json" for split in SPLITS}
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -224,14 +225,15 @@ def write_demo_set(folder: str | Path, demo: DemoSet | None = None) -> dict[str,
 
 @functools.cache
 def _patterns(kind: str) -> str:
-    """What a name of this kind looks like, as the inside of a regular expression."""
-    looks = {"year": r"\d{4}", "number": r"\d{2,3}"}
-    forms = (_SLOT.sub(lambda m: looks.get(m[1], "[A-Z]?[a-z]+"), form) for form in KINDS[kind])
+    """What a name of this kind looks like, as alternatives of a regular expression."""
+    digits = {"year": r"\d{4}", "number": r"\d{2,3}"}
+    forms = (_SLOT.sub(lambda slot: digits.get(slot[1], "[A-Z]?[a-z]+"), form) for form in KINDS[kind])
     return "|".join(forms)
 
 
 @functools.cache
 def _readers() -> tuple[tuple[re.Pattern[str], Relation, str], ...]:
+    """An expression that matches each wording, with the wording's relation and split."""
     readers = []
     for relation in RELATIONS:
         for split in SPLITS:
@@ -243,9 +245,13 @@ def _readers() -> tuple[tuple[re.Pattern[str], Relation, str], ...]:
 
 
 def read(text: str) -> list[Fact]:
-    """What a sentence or a question of the set says: every wording that it can be read as."""
-    found = ((reader.fullmatch(text), relation, split) for reader, relation, split in _readers())
-    return [Fact(r.name, m["e"], m.groupdict().get("v", ""), split) for m, r, split in found if m]
+    """The facts that a sentence or a question of the set can be read as: one for each wording that fits."""
+    matches = ((reader.fullmatch(text), relation, split) for reader, relation, split in _readers())
+    return [
+        Fact(relation.name, match["e"], match.groupdict().get("v", ""), split)
+        for match, relation, split in matches
+        if match
+    ]
 
 
 def texts(file: dict[str, Any]) -> Iterator[str]:
@@ -257,7 +263,7 @@ def texts(file: dict[str, Any]) -> Iterator[str]:
 
 
 def check_disjoint(demo: DemoSet) -> None:
-    """Raises ValueError where a wording, or a word of a name or an answer, stands in two splits."""
+    """Raise ValueError where a wording, or a word of a name or an answer, appears in two splits."""
     forms = " ".join(form for forms in KINDS.values() for form in forms)
     common = set(re.findall(r"\w+", _SLOT.sub("", forms)))
     seen: dict[str, str] = {}
@@ -266,6 +272,7 @@ def check_disjoint(demo: DemoSet) -> None:
             facts = read(text)
             if {fact.split for fact in facts} != {split}:
                 raise ValueError(f"not worded as {split} is: {text!r}, read as {facts}")
-            for word in set(re.findall(r"\w+", " ".join(f"{f.entity} {f.value}" for f in facts))) - common:
+            names = " ".join(f"{fact.entity} {fact.value}" for fact in facts)
+            for word in set(re.findall(r"\w+", names)) - common:
                 if seen.setdefault(word, split) != split:
                     raise ValueError(f"{word!r} stands in {seen[word]} and in {split}: {text!r}")

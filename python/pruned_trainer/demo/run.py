@@ -1,5 +1,7 @@
-"""The demo: a question-answering model made on the spot, pruned, measured. Offline, on two cores, in
-minutes."""
+"""The demo: it fine-tunes a question-answering model, prunes it and measures both.
+
+It runs offline, in minutes, on two cores.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ GATE_STEPS, RETRAIN_STEPS = 140, 320
 
 
 def starting_point() -> str:
-    """Folder of all-MiniLM-L6-v2 inside its pip package; ValueError with the command where it is not
-    installed."""
+    """The folder of all-MiniLM-L6-v2 inside its pip package. ValueError, with the command that installs it,
+    where it is missing."""
     try:
         package = importlib.import_module(PACKAGE)
     except ImportError:
@@ -41,43 +43,54 @@ def starting_point() -> str:
 
 
 def demo(settings: PruneSettings) -> dict[str, Any]:
-    """Fine-tune `settings.model` on the training file, then prune it; files that are not given are generated.
+    """Fine-tune `settings.model` on the training file, then prune it; generate the files if none are given.
 
-    Beside the output folder stand the generated data (`OUT.data`) and the fine-tuned teacher
-    (`OUT.teacher`): a stock checkpoint and SQuAD files, for trying `pruned-trainer prune` by hand. Returns
-    the report.
+    The generated data (`OUT.data`) and the fine-tuned teacher (`OUT.teacher`) lie beside the output folder:
+    SQuAD files and a stock checkpoint, for trying `pruned-trainer prune` by hand. Returns the report.
     """
+    generated = settings.train_file == Path()
+    _check(settings, generated)
+    source = settings.model or starting_point()
+    if generated:
+        settings = _with_generated_files(settings)
+    teacher = OutputFolder(_beside(settings.out, "teacher"), settings.overwrite)
+    _fine_tune(source, settings, teacher)
+    return prune(replace(settings, model=str(teacher.path)))
+
+
+def _check(settings: PruneSettings, generated: bool) -> None:
+    """Raise ValueError or OSError now for settings, folders and files that would fail after the training."""
     if settings.task != "squad":
         raise ValueError("the demo is made of SQuAD-format questions: it takes no other --task")
     if settings.resume or world_size() > 1:
         raise ValueError("the demo runs in one go, in one process: it takes no --resume and no torchrun")
-    generated = settings.train_file == Path()
     if generated and (settings.eval_file or settings.validation_file):
         raise ValueError(
             "--eval-file and --validation-file go with --train-file; without it all three are generated"
         )
     for folder in (settings.out, _beside(settings.out, "teacher"), _beside(settings.out, "data")):
         OutputFolder.check(folder, settings.overwrite, settings.inputs)
-    for given in (settings.validation_file, settings.eval_file):
-        if given is not None:
-            read_examples(given, "validation")  # a bad file is refused now, not after the teacher was trained
-    source = settings.model or starting_point()
-    if generated:
-        files = write_demo_set(_beside(settings.out, "data"))
-        say(f"questions made from the demo's own templates: {_beside(settings.out, 'data')}")
-        settings = replace(
-            settings,
-            train_file=files["train"],
-            validation_file=files["validation"],
-            eval_file=files["evaluation"],
-        )
-    if generated and not (settings.max_minutes or settings.gate_epochs or settings.retrain_epochs):
-        gate = GATE_STEPS if settings.gate_steps is None else settings.gate_steps
-        again = RETRAIN_STEPS if settings.retrain_steps is None else settings.retrain_steps
-        settings = replace(settings, gate_steps=gate, retrain_steps=again)
-    teacher = OutputFolder(_beside(settings.out, "teacher"), settings.overwrite)
-    _fine_tune(source, settings, teacher)
-    return prune(replace(settings, model=str(teacher.path)))
+    for file in (settings.validation_file, settings.eval_file):
+        if file is not None:
+            read_examples(file, "validation")
+
+
+def _with_generated_files(settings: PruneSettings) -> PruneSettings:
+    """Write the demo's questions; the settings with their files, and with steps if they set no duration."""
+    folder = _beside(settings.out, "data")
+    files = write_demo_set(folder)
+    say(f"questions made from the demo's own templates: {folder}")
+    settings = replace(
+        settings,
+        train_file=files["train"],
+        validation_file=files["validation"],
+        eval_file=files["evaluation"],
+    )
+    if settings.max_minutes or settings.gate_epochs or settings.retrain_epochs:
+        return settings
+    gate_steps = GATE_STEPS if settings.gate_steps is None else settings.gate_steps
+    retrain_steps = RETRAIN_STEPS if settings.retrain_steps is None else settings.retrain_steps
+    return replace(settings, gate_steps=gate_steps, retrain_steps=retrain_steps)
 
 
 def _beside(out: Path, name: str) -> Path:

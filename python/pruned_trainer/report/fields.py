@@ -1,4 +1,7 @@
-"""Reading report.json and sweep.json as they are: fields of any version may be missing, none may be wrong."""
+"""Fields of report.json and sweep.json: read, checked, and formatted for people.
+
+A report of an earlier version may lack any field; a field that is there must have its type.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruned_trainer.tasks.task import SCORES, Score
+
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object of a report. What is absent or null is None, or empty; what has another type than is
-    asked for is a ValueError that names file and field."""
+    """A JSON object of a report.
+
+    A field that is absent or null reads as None, or as an empty list or object. A field of another type than
+    its reader returns is a ValueError that names file and field. place: where in the file this object is.
+    """
 
     file: Path
     values: Mapping[str, Any]
@@ -21,7 +29,7 @@ class Fields:
 
     @classmethod
     def read(cls, file: Path) -> Fields:
-        """A file's one object; ValueError where it holds something else."""
+        """The object that a file holds; ValueError where it holds something else."""
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -49,7 +57,7 @@ class Fields:
         raise self._wrong(name, value, "a finite number")
 
     def count(self, name: str) -> int | None:
-        """How many of something a model has: a whole number, of at most 31 bits."""
+        """A whole number from 0 to 2**31 - 1, such as a number of heads."""
         value = self.number(name)
         if value is not None and (value != int(value) or not 0 <= value < 2**31):
             raise self._wrong(name, value, "a count")
@@ -62,7 +70,7 @@ class Fields:
         return value
 
     def part(self, name: str) -> Fields:
-        """The object of this name; an empty one where there is none."""
+        """The object of this name; an empty one where it is absent."""
         value = self.values.get(name)
         if value is None:
             value = {}
@@ -71,25 +79,25 @@ class Fields:
         return Fields(self.file, value, f"{self.place}{name}.")
 
     def parts(self, name: str) -> list[Fields]:
-        """The objects of the list of this name; none where there is none."""
-        found = []
+        """The objects in the list of this name; an empty list where it is absent."""
+        objects = []
         for number, value in enumerate(self._list(name)):
             if not isinstance(value, dict):
                 raise self._wrong(f"{name}[{number}]", value, "an object")
-            found.append(Fields(self.file, value, f"{self.place}{name}[{number}]."))
-        return found
+            objects.append(Fields(self.file, value, f"{self.place}{name}[{number}]."))
+        return objects
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """(low, high)."""
-        ends = [self._sub(name, number).number("") for number in range(len(self._list(name)))]
+        """The pair of numbers (low, high) of this name."""
+        ends = [
+            Fields(self.file, {"": value}, f"{self.place}{name}[{number}]").number("")
+            for number, value in enumerate(self._list(name))
+        ]
         if not ends:
             return None
         if len(ends) != 2 or ends[0] is None or ends[1] is None:
             raise self._wrong(name, ends, "a pair of numbers")
         return ends[0], ends[1]
-
-    def _sub(self, name: str, number: int) -> Fields:
-        return Fields(self.file, {"": self.values[name][number]}, f"{self.place}{name}[{number}]")
 
     def _list(self, name: str) -> list[Any]:
         value = self.values.get(name)
@@ -99,3 +107,34 @@ class Fields:
 
     def _wrong(self, name: str, value: Any, needed: str) -> ValueError:
         return ValueError(f"{self.file}: {self.place}{name} is {value!r:.60}; {needed} is needed")
+
+
+def shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    """A number as a table's cell; "-" where there is none."""
+    return "-" if value is None else form.format(value / scale)
+
+
+def task_of(report: Fields) -> str:
+    """The report's task; SQuAD where it names none, as reports did before there were several tasks."""
+    task = report.text("task") or "squad"
+    if task not in SCORES:
+        raise ValueError(f"{report.file}: task is {task!r}; one of {', '.join(SCORES)} is needed")
+    return task
+
+
+def shapes(report: Fields) -> list[tuple[int, int]]:
+    """The (heads, FFN width) that each layer keeps, without layers of which one number is missing."""
+    counts = [(layer.count("num_heads"), layer.count("ffn_width")) for layer in report.parts("shape")]
+    return [(heads, ffn) for heads, ffn in counts if heads is not None and ffn is not None]
+
+
+def change(report: Fields, score: Score) -> tuple[float, float, float] | None:
+    """(points gained, low, high) of a score, with its 95% interval; None where the report lacks either."""
+    loss, ends = report.number(f"{score.key}_loss"), report.interval(f"{score.key}_loss_interval")
+    return None if loss is None or ends is None else (-loss, -ends[1], -ends[0])
+
+
+def change_text(report: Fields, score: Score) -> str:
+    """`change` as a table's cell."""
+    gained = change(report, score)
+    return "-" if gained is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*gained)

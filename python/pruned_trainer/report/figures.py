@@ -1,7 +1,7 @@
-"""The figures of a report: each as SVG that takes its colours from the page around it, and as PNG.
+"""The figures of a report, each as SVG that takes its colours from the page around it, and as PNG.
 
-The colours start from Okabe and Ito's. Under simulated protanopia, deuteranopia and tritanopia
-(Machado et al., 2009) no two series come nearer than 12 in CIELAB; they differ in marker or line too.
+The colours are based on Okabe and Ito's. Under simulated protanopia, deuteranopia and tritanopia
+(Machado et al., 2009) any two series are at least 12 apart in CIELAB; they differ in marker or line, too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-# Inches: as wide as a phone, where a point of type is then about a CSS pixel.
+# Inches. A figure is as wide as a phone, where a point of type is then about a CSS pixel.
 WIDTH = 4.4
-# The name of a colour in the page's CSS, and what it is on white. Each is one of a kind: the SVG's are found
-# by value.
+# Name in the page's CSS -> colour on a light and on a dark page. The light values all differ, because
+# `_inline` finds the colours of an SVG by value.
 LIGHT = {
     "ink": "#1c1e21",
     "muted": "#5b6169",
@@ -46,7 +46,7 @@ DARK = {
     "fourth": "#2fd0a0",
     "fifth": "#f5cc50",
 }
-# Colours and markers of series, in turn.
+# Colours and markers of our series and of others' series, in turn.
 _OURS = (("first", "o"), ("second", "s"))
 _THEIRS = (("third", "D"), ("fourth", "^"), ("fifth", "s"))
 _STYLE: dict[Any, Any] = {
@@ -73,7 +73,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure. name: the stem of its PNG. alt: what it shows, for those who do not see it."""
+    """A finished figure. name: the stem of its PNG. alt: what it shows, in words."""
 
     name: str
     alt: str
@@ -81,7 +81,7 @@ class Drawing:
     png: bytes
 
     def save(self, folder: Path) -> Path:
-        """Write the PNG, whole."""
+        """Write NAME.png into the folder; its path. The file is there whole, or as it was before."""
         path = folder / f"{self.name}.png"
         temporary = path.with_name(path.name + ".partial")
         temporary.write_bytes(self.png)
@@ -91,7 +91,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) to draw. ends: (low, high) of the bar at each, where there are any. own: ours."""
+    """Points (x, y) to draw. ends: the bar (low, high) at each point, if any. own: ours, not others'."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -108,7 +108,7 @@ class Line:
 
 
 def draw(name: str, alt: str, height: float, fill: Callable[[Figure], None]) -> Drawing:
-    """What `fill` draws, `height` inches high."""
+    """The figure that `fill` draws, `height` inches high."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         fill(figure)
@@ -116,14 +116,13 @@ def draw(name: str, alt: str, height: float, fill: Callable[[Figure], None]) -> 
         figure.set_layout_engine("none")  # laid out once, not again for each format
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=180, facecolor="white")
-        nothing = {key: None for key in ("Creator", "Date", "Format", "Type")}
-        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+        no_metadata = {key: None for key in ("Creator", "Date", "Format", "Type")}
+        figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
     return Drawing(name, alt, _inline(svg.getvalue(), name), png.getvalue())
 
 
 def _inline(svg: str, name: str) -> str:
-    """The SVG as a part of an HTML page that holds others: colours by name, ids of its own, as wide as there
-    is room."""
+    """The SVG for a page that holds others: with colours by name, ids of its own, and no size of its own."""
     head, _, body = svg[svg.index("<svg") :].partition(">")
     head = re.sub(r' (?:xmlns(?::xlink)?|version|width|height)="[^"]*"', "", head)
     body = re.sub(r"<style .*?</style>", "", body, flags=re.DOTALL)  # rules for the whole page
@@ -136,8 +135,10 @@ def _inline(svg: str, name: str) -> str:
 
 
 def layers(name: str, kept: Sequence[tuple[int, int]], heads: int, ffn: int) -> Drawing:
-    """Heads and FFN width that each layer keeps, on bars as long as the dense model's. kept: (heads, FFN
-    width) of each layer."""
+    """The heads and the FFN width that each layer keeps, on bars as long as the dense model's.
+
+    kept: (heads, FFN width) of each layer. heads, ffn: the same of a dense layer.
+    """
 
     def fill(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
@@ -159,14 +160,16 @@ def layers(name: str, kept: Sequence[tuple[int, int]], heads: int, ffn: int) -> 
         left.set_ylim(len(kept) - 0.4, -0.6)
         left.set_ylabel("layer")
 
-    shown = "; ".join(f"layer {i}: {h} heads, FFN width {f}" for i, (h, f) in enumerate(kept))
-    alt = f"Kept of {heads} heads and FFN width {ffn}: {shown}"
+    by_layer = "; ".join(f"layer {i}: {h} heads, FFN width {f}" for i, (h, f) in enumerate(kept))
+    alt = f"Kept of {heads} heads and FFN width {ffn}: {by_layer}"
     return draw(name, alt, 0.75 + 0.24 * len(kept), fill)
 
 
 def openness(name: str, panels: Sequence[tuple[str, Sequence[float], Sequence[Sequence[float]]]]) -> Drawing:
-    """The share of each layer's gates that is open, over the training. panels: (title, steps, rows of a layer
-    each with a share for each step)."""
+    """The share of each layer's gates that is open, over the training.
+
+    panels: (title, steps, a row for each layer with a share for each step).
+    """
 
     def fill(figure: Figure) -> None:
         ratios = [max(len(rows), 2) for _, _, rows in panels]
@@ -179,8 +182,8 @@ def openness(name: str, panels: Sequence[tuple[str, Sequence[float], Sequence[Se
             axes.invert_yaxis()
             axes.set_title(title)
             axes.set_ylabel("layer" if len(rows) > 1 else "model")
-            shown = range(0, len(rows), 1 + len(rows) // 13)
-            axes.set_yticks([row + 0.5 for row in shown], [str(row) for row in shown])
+            labelled = range(0, len(rows), 1 + len(rows) // 13)
+            axes.set_yticks([row + 0.5 for row in labelled], [str(row) for row in labelled])
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         grid[-1].set_xlabel("step of the gate training")
         bar = figure.colorbar(cells, ax=list(grid), label="share of the gates open", aspect=30)
@@ -194,8 +197,10 @@ def openness(name: str, panels: Sequence[tuple[str, Sequence[float], Sequence[Se
 
 
 def target(name: str, what: str, wanted: Line, expected: Line, decided: Sequence[float]) -> Drawing:
-    """What the training asked the gates to cost and what they cost, as shares of the dense model's `what`.
-    decided: what the models made of them cost."""
+    """The cost that the training asked of the gates and the cost they had, as shares of the dense model's.
+
+    what: what the cost counts. decided: the costs of the models that were made of these gates.
+    """
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
@@ -217,15 +222,18 @@ def target(name: str, what: str, wanted: Line, expected: Line, decided: Sequence
 
 
 def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) -> Drawing:
-    """Points over measured speed-up: ours filled, with bars, theirs hollow. joined: ours are one curve."""
+    """Scores over measured speed-up: ours as filled points with bars, others' as hollow ones.
+
+    joined: each of our lines is a curve, not single points.
+    """
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
         own = [line for line in lines if line.own]
         handles: list[Any] = []
-        for side, line in enumerate(own):
-            handles.append(_own(axes, line, joined, side))
-        for number, line in enumerate(line for line in lines if not line.own):
+        for number, line in enumerate(own):
+            handles.append(_draw_own(axes, line, joined, number))
+        for number, line in enumerate([line for line in lines if not line.own]):
             colour, marker = _THEIRS[number]
             handles += axes.plot(
                 line.x, line.y, marker=marker, color=LIGHT[colour], label=line.label, linestyle=":",
@@ -245,15 +253,16 @@ def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) 
     return draw(name, f"{y_label}, over speed-up. {alt}", 2.9 + 0.19 * rows, fill)
 
 
-def _own(axes: Axes, line: Line, joined: bool, side: int) -> ErrorbarContainer:
-    colour, marker = _OURS[side]
+def _draw_own(axes: Axes, line: Line, joined: bool, number: int) -> ErrorbarContainer:
+    """Draw one of our lines; number: its place among them, 0 or 1."""
+    colour, marker = _OURS[number]
     ends = line.ends or [(y, y) for y in line.y]
     # A point may lie outside of its interval, and a bar has no negative length.
     below = [max(y - low, 0.0) for y, (low, _) in zip(line.y, ends, strict=True)]
     above = [max(high - y, 0.0) for y, (_, high) in zip(line.y, ends, strict=True)]
-    # Scores of one model have one speed: beside each other, so that no bar hides the other. What is moved so
-    # does not count for the axes' limits by itself.
-    aside = ScaledTranslation((4 * side - 2) / 72, 0, axes.figure.dpi_scale_trans)
+    # A model's scores share one speed: the two lines are moved aside, so that no bar hides the other. Moved
+    # artists do not count for the axes' limits by themselves.
+    aside = ScaledTranslation((4 * number - 2) / 72, 0, axes.figure.dpi_scale_trans)
     corners = [(x, end) for x, pair in zip(line.x, ends, strict=True) for end in pair]
     axes.update_datalim([*line.points, *corners])
     return axes.errorbar(

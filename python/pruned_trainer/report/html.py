@@ -1,9 +1,10 @@
-"""A report as one HTML page: what it consists of, and the file. Everything that is text is escaped."""
+"""A report as one HTML file: the parts of a page, and how they are written. Every text is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -11,7 +12,7 @@ from markupsafe import Markup
 
 from pruned_trainer.report.figures import DARK, LIGHT, Drawing
 
-_TEMPLATE = Path(__file__).with_name("report.html")
+_TEMPLATE = files("pruned_trainer.report") / "report.html"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ Cell = str | Link
 
 @dataclass(frozen=True)
 class Table:
-    """The first cell of a row names it; the others are numbers, or texts where `texts` says so."""
+    """A table whose rows begin with their name. texts: the other cells are texts, not numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -37,7 +38,7 @@ class Table:
 
 @dataclass
 class Section:
-    """A part of the page. key: its id. notes: sentences above what else there is. code: shown as typed."""
+    """A part of the page. key: its id in the HTML. notes: sentences above all else. code: shown as typed."""
 
     key: str
     title: str
@@ -49,7 +50,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """headline: (number, what it is) in large type."""
+    """A whole page. headline: (number, what it is) pairs, shown in large type."""
 
     title: str
     subtitle: str
@@ -58,17 +59,17 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The whole file: styles and figures are in it, and it loads nothing."""
+    """The file's text. It holds its styles and figures, and loads nothing."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["svg"] = lambda drawing: Markup(drawing.svg)  # ours, with texts that are escaped
+    environment.filters["svg"] = lambda drawing: Markup(drawing.svg)  # matplotlib has escaped its texts
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(page=page, light=LIGHT, dark=DARK)
 
 
 def write(page: Page, folder: Path) -> list[Path]:
-    """report.html and its figures as PNG, each there whole or as it was before; their paths."""
+    """Write report.html and its figures as PNG; their paths. Each file appears only when it is whole."""
     drawings = [drawing for section in page.sections for drawing in section.drawings]
     path = folder / "report.html"
     temporary = path.with_name(path.name + ".partial")

@@ -1,4 +1,7 @@
-"""report.html of a folder that `prune` or `sweep` wrote: made of its JSON files alone, at any later time."""
+"""report.html for a folder that `prune` or `sweep` wrote: the page of one model, and the page of a family.
+
+The JSON files of the folder are all that a page needs, so it can be made at any later time.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,17 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pruned_trainer.report import figures
-from pruned_trainer.report.fields import Fields
+from pruned_trainer.report.fields import Fields, change, change_text, shapes, shown, task_of
 from pruned_trainer.report.figures import Line
 from pruned_trainer.report.html import Cell, Link, Page, Section, Table, write
 from pruned_trainer.report.sections import (
-    change,
-    change_text,
     circumstances,
+    filled,
     layers_section,
     own_lines,
-    said,
     scores_and_sizes,
-    shapes,
-    shown,
     speed_section,
     subtitle,
-    task_of,
     training_section,
     workloads_section,
 )
@@ -30,10 +28,10 @@ from pruned_trainer.tasks.task import SCORES
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """Write report.html and its figures as PNG into a folder with report.json or sweep.json (then also into
-    its models' folders); their paths.
+    """Write report.html and its figures as PNG into a folder with report.json or sweep.json; their paths.
 
-    Errors: FileNotFoundError where there is neither, ValueError for one that is no report.
+    With sweep.json the folders of the family's models get theirs, too. FileNotFoundError where the folder has
+    neither file, ValueError where the file is no report.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; one that prune or sweep wrote is needed")
@@ -64,34 +62,39 @@ def report_page(report: Fields) -> Page:
         workloads_section(report),
         *circumstances(report),
     ]
-    return Page("A pruned model", subtitle(report), _headline(report), said(sections))
+    return Page("A pruned model", subtitle(report), _headline(report), filled(sections))
 
 
 def _headline(report: Fields) -> list[tuple[str, str]]:
+    """(number, what it is) of speed-up, changes of the scores, cost, and the targets beside the speed-up."""
     dense, pruned, speed = report.part("dense"), report.part("pruned"), report.part("speedup")
-    found = []
+    headline = []
     reached, asked = speed.number("reached"), speed.number("asked")
     if reached is not None:
         workload = f", on {speed.text('workload')}" if speed.text("workload") else ""
-        told = "" if asked is None else f" ({asked:g}x asked)"
-        found.append((f"{reached:.2f}x", f"as fast as dense{workload}{told}"))
+        target_text = "" if asked is None else f" ({asked:g}x asked)"
+        headline.append((f"{reached:.2f}x", f"as fast as dense{workload}{target_text}"))
     for score in SCORES[task_of(report)]:
-        moved = change(report, score) if score.has_loss else None
-        if moved:
-            found.append((f"{moved[0]:+.2f}", f"{score.label} ({moved[1]:+.2f} to {moved[2]:+.2f})"))
-    a, b = dense.number("macs"), pruned.number("macs")
-    if a and b is not None:
-        found.append((f"{b / a:.0%}", "of the encoder's MACs left"))
+        gained = change(report, score) if score.has_loss else None
+        if gained:
+            headline.append((f"{gained[0]:+.2f}", f"{score.label} ({gained[1]:+.2f} to {gained[2]:+.2f})"))
+    full, left = dense.number("macs"), pruned.number("macs")
+    if full and left is not None:
+        headline.append((f"{left / full:.0%}", "of the encoder's MACs left"))
     target = report.part("target")
     for unit in target.part("asked"):
-        wanted = target.part("asked").number(unit)
-        if unit != "speedup" and wanted is not None:
-            found.append((shown(target.part("reached").number(unit), "{:.4g}"), f"{unit} ({wanted:g} asked)"))
-    return found
+        value = target.part("asked").number(unit)
+        if unit != "speedup" and value is not None:
+            got = shown(target.part("reached").number(unit), "{:.4g}")
+            headline.append((got, f"{unit} ({value:g} asked)"))
+    return headline
 
 
 def model_reports(sweep: Fields, folder: Path) -> dict[str, Fields]:
-    """The reports of the models whose folders are there; ValueError for one that is not beside sweep.json."""
+    """The reports of the family's models, by folder, without models whose folder is gone.
+
+    ValueError for a folder that is not beside sweep.json.
+    """
     reports = {}
     for point in sweep.parts("points"):
         name = point.text("folder") or ""
@@ -103,12 +106,12 @@ def model_reports(sweep: Fields, folder: Path) -> dict[str, Fields]:
 
 
 def sweep_page(sweep: Fields, reports: Mapping[str, Fields]) -> Page:
-    """reports: of the models that have one, by folder."""
+    """The page of a family of models. reports: `model_reports`."""
     points = sorted(sweep.parts("points"), key=_speed)
     if not points:
         raise ValueError(f"{sweep.file} has no points: it is no record of a sweep")
     task = task_of(sweep)
-    # One training, one machine: what the first model's report says of them holds for all.
+    # The models share one training and one machine: the first model's report describes them for all.
     common = next(iter(reports.values()), Fields(sweep.file, {}))
     sections = [
         _curve(sweep, points),
@@ -120,45 +123,46 @@ def sweep_page(sweep: Fields, reports: Mapping[str, Fields]) -> Page:
     headline = [(str(len(points)), "models from one training of the gates")]
     if _speed(points[-1]):
         headline.append((f"{_speed(points[-1]):.2f}x", "as fast as dense: the fastest of them"))
-    return Page("A family of pruned models", subtitle(common), headline, said(sections))
+    return Page("A family of pruned models", subtitle(common), headline, filled(sections))
 
 
 def _common(sweep: Fields, reports: Mapping[str, Fields]) -> list[Section]:
-    """Backends, machine and so on from the first model's report; the command is the sweep's."""
+    """The circumstances in the first model's report, but with the sweep's command."""
     name, report = next(iter(reports.items()), ("", Fields(sweep.file, {})))
-    made = circumstances(Fields(report.file, {**report.values, "command": sweep.text("command")}))
-    for section in made:
+    sections = circumstances(Fields(report.file, {**report.values, "command": sweep.text("command")}))
+    for section in sections:
         if section.key in ("backends", "plan") and section.tables:
-            section.notes.append(f"Of the model {name}; each model's own page has its own.")
-    return made
+            section.notes.append(f"This is from the model {name}; each model's own page shows its own.")
+    return sections
 
 
 def _speed(point: Fields) -> float:
+    """The speed-up that a model of the sweep reached; 0 where sweep.json does not have it."""
     return point.part("speedup").number("reached") or 0.0
 
 
 def _curve(sweep: Fields, points: Sequence[Fields]) -> Section:
-    """Each score against measured speed-up, from the dense model on."""
+    """Each score over measured speed-up; the curves begin at the dense model."""
     section = Section("curve", "Scores against measured speed-up")
     lines = []
     for score in SCORES[task_of(sweep)]:
         dense = sweep.part("dense").number(score.key)
         if not score.has_loss or dense is None:
             continue
-        found, ends = [(1.0, dense)], [(dense, dense)]
+        corners, ends = [(1.0, dense)], [(dense, dense)]
         for point in points:
-            moved = change(point, score)
-            if moved is not None and _speed(point):
-                found.append((_speed(point), dense + moved[0]))
-                ends.append((dense + moved[1], dense + moved[2]))
-        lines.append(Line(f"{score.label} (bars: 95% interval of the change)", found, ends))
+            gained = change(point, score)
+            if gained is not None and _speed(point):
+                corners.append((_speed(point), dense + gained[0]))
+                ends.append((dense + gained[1], dense + gained[2]))
+        lines.append(Line(f"{score.label} (bars: 95% interval of the change)", corners, ends))
     if lines:
         section.drawings.append(figures.against_speed("sweep", "percent", lines, joined=True))
     return section
 
 
 def _models(sweep: Fields, points: Sequence[Fields], reports: Mapping[str, Fields]) -> Section:
-    """A row for each model."""
+    """The table with a row for each model; the models with a report are links to their pages."""
     scores = [score for score in SCORES[task_of(sweep)] if score.has_loss]
     labels = [text for score in scores for text in (score.label, "change (95% interval)")]
     head = ("model", "asked", "reached", "speed-up", *labels, "heads", "FFN width", "MACs", "MiB")
@@ -183,13 +187,14 @@ def _models(sweep: Fields, points: Sequence[Fields], reports: Mapping[str, Field
 
 
 def _sizes(model: Fields) -> list[str]:
+    """MACs and size on disk, as cells."""
     return [shown(model.number("macs"), "{:,.0f}\u00a0M", 1e6), shown(model.number("bytes"), "{:.1f}", 2**20)]
 
 
 def _targets(point: Fields) -> list[str]:
-    """Asked and reached, with the unit."""
+    """The target as it was asked and as it was reached, each with its unit, as cells."""
     target = point.part("target")
     return [
-        ", ".join(f"{unit} {value:.4g}" for unit in found if (value := found.number(unit)) is not None) or "-"
-        for found in (target.part("asked"), target.part("reached"))
+        ", ".join(f"{unit} {value:.4g}" for unit in units if (value := units.number(unit)) is not None) or "-"
+        for units in (target.part("asked"), target.part("reached"))
     ]

@@ -1,6 +1,7 @@
-"""What others published on speed and F1, to be shown as theirs beside a report of ours.
+"""Speed and F1 that others published, shown as theirs beside a report of ours.
 
-Other models, data and machines: their points show what has been reached, not what ours would reach there.
+Their models, data and machines are others: the points show what has been reached, not what our models would
+reach there.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ BLOCK_PRUNING = "nn_pruning, its model cards (Lagunas et al., arXiv 2109.04838)"
 
 @dataclass(frozen=True)
 class Published:
-    """A published series. score: the key of what it is compared with. dense: its own model before pruning, in
-    percent; None where that is not known to us. points: (times as fast as that model, score in percent)."""
+    """A published series.
+
+    score: the key of our score that it is compared with. dense: the score of its own dense model, in percent;
+    None where we do not know it. points: (times as fast as that model, score in percent).
+    """
 
     source: str
     model: str
@@ -26,11 +30,11 @@ class Published:
 
     @property
     def changes(self) -> list[tuple[float, float]]:
-        """(speed-up, points of score against its own dense model); none without that."""
+        """(speed-up, points gained over its own dense model); empty where that model's score is unknown."""
         return [] if self.dense is None else [(speed, score - self.dense) for speed, score in self.points]
 
 
-# The paper's rows a and d to g; of rows b and c its F1 column is uncertain.
+# The paper's rows a and d to g. The F1 of its rows b and c is uncertain, so they are left out.
 _SQUAD = (
     Published(
         PAPER, "BERT-large", "SQuAD 2.0 dev", "K80, batch 1", "f1", 84.6,

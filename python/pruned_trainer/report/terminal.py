@@ -1,8 +1,8 @@
-"""What came out, for people at a terminal: report.json and sweep.json as files, tables and bars."""
+"""What came out, for people at a terminal: the contents of report.json and sweep.json as tables and bars."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -13,10 +13,10 @@ from pruned_trainer.tasks.task import METRIC_DIGITS, SCORES
 
 
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """The result table, and what is left of each layer."""
+    """Print the result table, what is left of each layer, and the changes with their intervals."""
     console = console or Console()
-    console.print(_table(report))
-    console.print(_chart(report))
+    console.print(_result_table(report))
+    console.print(_layer_bars(report))
     speed = report["speedup"]
     losses = [score for score in SCORES[report["task"]] if score.has_loss]
     changes = [
@@ -32,7 +32,7 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
 
 
 def _print_targets(report: Mapping[str, Any], console: Console) -> None:
-    """Asked and reached, and how far the latency table was off."""
+    """Print what was asked and what was reached, and how far the latency table was off."""
     for unit, asked in report["target"]["asked"].items():
         console.print(f"target {unit}: asked {asked:g}, reached {report['target']['reached'][unit]:.4g}.")
     if "latency_table" in report:
@@ -48,18 +48,19 @@ def _change(report: Mapping[str, Any], name: str, loss: str) -> str:
     return f"{name} [bold]{-report[loss]:+.2f}[/] points (95% interval {-high:+.2f} to {-low:+.2f})"
 
 
-def _table(report: Mapping[str, Any]) -> Table:
+def _result_table(report: Mapping[str, Any]) -> Table:
     dense, pruned, workload = report["dense"], report["pruned"], report["speedup"]["workload"]
     table = Table(title=f"{report['evaluated_on']['questions']} questions; timing: {workload}")
     for column, side in (("", "left"), ("dense", "right"), ("pruned", "right"), ("pruned / dense", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
 
-    def row(name: str, get: Any, form: str, ratio: bool = True) -> None:
-        a, b = get(dense), get(pruned)
-        if a is not None and b is not None:
-            table.add_row(
-                name, form.format(a), form.format(b), f"{b / a:.3f}" if ratio and a else f"{b - a:+.2f}"
-            )
+    def row(
+        name: str, value_of: Callable[[Mapping[str, Any]], float | None], form: str, ratio: bool = True
+    ) -> None:
+        full, left = value_of(dense), value_of(pruned)
+        if full is not None and left is not None:
+            compared = f"{left / full:.3f}" if ratio and full else f"{left - full:+.2f}"
+            table.add_row(name, form.format(full), form.format(left), compared)
 
     for score in SCORES[report["task"]]:
         row(score.label, itemgetter(score.key), "{:.2f}", ratio=False)
@@ -72,8 +73,8 @@ def _table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _chart(report: Mapping[str, Any], width: int = 16) -> Table:
-    """Bars of what is left of each layer; `width` characters are the dense model, so that 80 columns do."""
+def _layer_bars(report: Mapping[str, Any], width: int = 16) -> Table:
+    """Bars of what is left of each layer. width: characters of a dense layer's bar; 16 fit 80 columns."""
     dense = report["dense_shape"]
     hidden = report["hidden_size"]
     narrower = f", hidden size {hidden} of {dense['hidden_size']}" if hidden != dense["hidden_size"] else ""
@@ -92,18 +93,18 @@ def _chart(report: Mapping[str, Any], width: int = 16) -> Table:
 
 
 def print_scores(scores: Mapping[str, Any], thresholds: Mapping[str, float], task: str) -> None:
-    """A checkpoint's scores, a line each: the official metric's keys, what else there is, the thresholds."""
+    """Print a checkpoint's scores, a line each: the official metric's keys, other scores, the thresholds."""
     official = scores["metrics"]
     others = {k: v for k, v in scores.items() if k != "metrics" and k not in official and v is not None}
     width = max(14, *(len(name) for name in (*official, *others, *thresholds)))
     for values, digits in ((official, METRIC_DIGITS[task]), (others, 2), (thresholds, 4)):
         for name, value in values.items():
-            shown = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-            print(f"{name:>{width}}  {shown}")
+            text = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+            print(f"{name:>{width}}  {text}")
 
 
 def sweep_point(report: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """A model of a sweep, as sweep.json lists it."""
+    """The entry of a sweep's model in sweep.json, from the model's own report."""
     scores = SCORES[report["task"]]
     names = (*(score.key for score in scores), "params", "macs", "bytes")
     losses = [f"{score.key}_loss" for score in scores if score.has_loss]
@@ -118,7 +119,7 @@ def sweep_point(report: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def print_sweep(sweep: Mapping[str, Any], console: Console | None = None) -> None:
-    """A line for each model of a family."""
+    """Print a line for each model of a family."""
     table = Table(title="one training of the gates, a model for each target")
     scores = [score for score in SCORES[sweep["task"]] if score.has_loss]
     for name in ("model", "speed-up", *(n for score in scores for n in (score.label, "loss (95%)"))):

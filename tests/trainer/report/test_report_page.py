@@ -150,7 +150,7 @@ def test_a_family_s_page_has_the_curve_and_a_row_for_each_model(tmp_path: Path) 
         assert text in models
     assert ("href", "./macs-0.7/report.html") in found.attributes
     assert "pruned-trainer sweep --macs 0.7 0.5" in found.texts["command"]
-    assert "Of the model macs-0.7" in found.texts["backends"] and "on arrival-b8" in models
+    assert "from the model macs-0.7" in found.texts["backends"] and "on arrival-b8" in models
     assert (folder / "sweep.png").read_bytes().startswith(PNG)
     assert "scores" in Parsed(folder / "macs-0.5" / "report.html").ids
     # The models' folders may be gone: what only they knew is named.
