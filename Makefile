@@ -80,7 +80,7 @@ asan: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_$(BENCH).py $(ARGS)
 
-# benchmarks/README.md, its figures and the README's result table, from benchmarks/results/.
+# From benchmarks/results/: benchmarks/README.md with its figures, and the first result of README.md with its picture.
 results: $(STAMP)
 	$(BIN)/python benchmarks/results_page.py $(ARGS)
 

@@ -108,7 +108,7 @@ def main() -> None:
         table.add_row(one["checkpoint"], one["runner"], *shown, linears, f"{one['cosine']:.6f}")
     Console().print(table)
     out = arguments.out or harness.result_path("int8", "cpu")
-    harness.write(out, made)
+    harness.write_rows(out, made)
     print(f"written to {out}")
 
 

@@ -275,7 +275,7 @@ def shown_and_kept(out: Path) -> Callable[[Workload, list[dict[str, Any]]], None
 
 def write(out: Path, made: list[dict[str, Any]]) -> None:
     """CSV, Markdown and PNG."""
-    harness.write(out, made)
+    harness.write_rows(out, made)
     if any("refused" not in row for row in made):
         out.with_suffix(".md").write_text(model_tables.markdown(made), encoding="utf-8")
     reason = model_tables.draw(made, out.with_suffix(".png"))

@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     made = measure(arguments)
     out = arguments.out or harness.result_path("natural-questions-speed", "cpu")
-    harness.write(out, made)
+    harness.write_rows(out, made)
     text = "\n".join(lines(made))
     out.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
     print(f"{text}\nwritten to {out} and {out.with_suffix('.md').name}")

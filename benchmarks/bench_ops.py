@@ -145,7 +145,7 @@ def written(
     if not made:
         return
     out = arguments.out or harness.result_path("ops", arguments.device)
-    harness.write(out, made)
+    harness.write_rows(out, made)
     op_report.write(out, made, left_out)
     console.print(f"written to {out}, and as .md and .png; {len(OPS)} ops")
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from pruned_ops.measure.timing import Runner, Timing, Workload, event_seconds, interleave, machine, versions
 
+# A line of a result file: the name of a column -> its value.
+Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 # Besides those that pruned_ops.measure names: the packages of the rivals.
 RIVAL_PACKAGES = (
@@ -134,17 +136,36 @@ def best_rival(timings: Mapping[str, Timing], name: str, others: Sequence[str]) 
 
 def result_path(benchmark: str, device: str = "cuda") -> Path:
     """results/BENCHMARK-MACHINE.csv: one file per kind of machine; a GPU names it unless `device` is cpu."""
-    there = machine()
-    accelerator = there["accelerator"] if device == "cuda" else None
-    kind = re.sub(r"[^a-z0-9]+", "-", str(accelerator or there["processor"]).lower()).strip("-")
-    return RESULTS / f"{benchmark}-{kind}-{there['threads']}t.csv"
+    return RESULTS / f"{file_stem(benchmark, machine(), device)}.csv"
 
 
-def write(path: Path, made: list[dict[str, Any]]) -> None:
+def file_stem(benchmark: str, description: Mapping[str, Any], device: str = "cuda") -> str:
+    """BENCHMARK-MACHINE, in small letters, digits and hyphens, from what `machine` says of a machine."""
+    accelerator = description["accelerator"] if device == "cuda" else None
+    kind = re.sub(r"[^a-z0-9]+", "-", str(accelerator or description["processor"]).lower()).strip("-")
+    return f"{benchmark}-{kind}-{description.get('threads', description['cores'])}t"
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write the rows, with one header; an earlier file of the same machine is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(name for row in made for name in row))
+    names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows(made)
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV that `write_rows` wrote; numbers as numbers, empty cells left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

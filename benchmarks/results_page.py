@@ -1,7 +1,7 @@
-"""benchmarks/README.md and the README's result table, from the files in benchmarks/results/.
+"""Writes benchmarks/README.md and the README's first result, with their figures, from benchmarks/results/.
 
-Usage: python benchmarks/results_page.py (or `make results`). --take OUT keeps the numbers of a run's
-report.json there first: the README shows the newest that was taken.
+Usage: python benchmarks/results_page.py (or `make results`). --take OUT first keeps the numbers of a run's
+report.json there.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from harness import Row, read_rows
+from presentation import table
 from pruned_ops.files import write_json
 from study.figures import Results, figures
-from study.page import mean, section, table
-from study.records import Row, read_rows
+from study.page import mean, section
+from whole_models import first_result
+from whole_models.first_result import FirstResult
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- From benchmarks/results by `make results`; edits here are lost. -->"
@@ -36,7 +39,7 @@ FIGURE_BYTES = 200_000
 
 
 def take(out: Path, results: Path, title: str) -> Path:
-    """Keep what the README shows of OUT/report.json, as prune-MACHINE.json."""
+    """Keep what the page shows of OUT/report.json, as prune-MACHINE.json."""
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     workload = report["speedup"]["workload"]
     kept: dict[str, Any] = {"title": title, "date": datetime.date.today().isoformat()}
@@ -53,15 +56,13 @@ def take(out: Path, results: Path, title: str) -> Path:
         "workload": workload,
         "speedup": report["speedup"]["reached"],
     }
-    machine = report["machine"]
-    kind = re.sub(r"[^a-z0-9]+", "-", str(machine["accelerator"] or machine["processor"]).lower()).strip("-")
-    path = results / f"prune-{kind}-{machine.get('threads', machine['cores'])}t.json"
+    path = results / f"{harness.file_stem('prune', report['machine'])}.json"
     write_json(path, kept)
     return path
 
 
 def result_table(kept: dict[str, Any]) -> list[str]:
-    """What one run of the pruner gave: the README's table."""
+    """What one run of the pruner gave."""
     dense, pruned = kept["dense"], kept["pruned"]
 
     def scores(label: str, key: str, first: bool) -> str:
@@ -92,12 +93,12 @@ def taken(results: Path) -> list[tuple[Path, dict[str, Any]]]:
     return sorted(read, key=lambda one: one[1]["date"], reverse=True)
 
 
-def with_table(readme: str, results: Path) -> str:
-    """The README with the newest run's table between its marks; ValueError where they are not there once."""
+def with_first_result(readme: str, results: Path) -> str:
+    """The README with the first result between its marks; ValueError where they are not there once."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError("the README has no place, or several, for the result table")
+        raise ValueError("the README has no place, or several, for the first result")
     before, rest = readme.split(BEGIN)
-    lines = result_table(taken(results)[0][1])
+    lines = first_result.lines(FirstResult.read(results))
     return "\n".join([before + BEGIN, *lines, END + rest.split(END)[1]])
 
 
@@ -275,9 +276,12 @@ def main() -> None:
         print(f"written: {take(told.take, harness.RESULTS, told.title)}")
     written = draw_figures(harness.RESULTS)
     readme, here = ROOT / "README.md", Path(__file__).with_name("README.md")
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), harness.RESULTS), encoding="utf-8")
+    first_result.draw(FirstResult.read(harness.RESULTS), ROOT / first_result.PICTURE)
+    readme.write_text(
+        with_first_result(readme.read_text(encoding="utf-8"), harness.RESULTS), encoding="utf-8"
+    )
     here.write_text(page(harness.RESULTS), encoding="utf-8")
-    for path in (*written, here, readme):
+    for path in (*written, ROOT / first_result.PICTURE, here, readme):
         print(f"written: {path.relative_to(ROOT)}")
 
 

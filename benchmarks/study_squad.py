@@ -19,7 +19,8 @@ from pathlib import Path
 from transformers.utils import logging
 
 import harness
-from study.records import Profile, Row, Study, open_study, read_rows
+from harness import Row, read_rows
+from study.records import Profile, Study, open_study
 from study.rows import HIDDEN_MULTIPLES, HIDDEN_ROW, TABLE, curve_point, joint_row, table_row
 from study.timings import timings
 
@@ -112,7 +113,7 @@ def _write(study: Study, results: Path, command: str) -> Path:
         raise ValueError(
             f"{path} has {lost[0]}, which {study.work} does not; give that study's --work, or other --results"
         )
-    harness.write(
+    harness.write_rows(
         path, [{**row, "command": command, "model": Path(study.job.settings.model).name} for row in made]
     )
     return path
@@ -136,7 +137,7 @@ def _time(study: Study, results: Path, command: str) -> Path:
         raise ValueError(f"{source} has no model to time yet")
     more = {"study": source.name, **harness.stamp(), "note": study.note, "command": command}
     path = _path(results, "study-timings", study)
-    harness.write(path, [{**row, **more} for size in TIMED for row in timings(study, there, size)])
+    harness.write_rows(path, [{**row, **more} for size in TIMED for row in timings(study, there, size)])
     return path
 
 

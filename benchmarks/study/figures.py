@@ -8,9 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from harness import Row, read_rows
 from pruned_trainer.report.figures import LIGHT, Drawing, Line, against_speed, draw, layers
 from pruned_trainer.report.published import PAPER, PUBLISHED
-from study.records import Row, over_seeds, read_rows
+from study.records import over_seeds
 from study.rows import METHODS
 
 # Colour, marker and line of each way to choose: apart for the colour-blind, and in grey.

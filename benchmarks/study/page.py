@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from harness import Row
+from presentation import table
 from study.figures import NAMES, PARTS, SCORES, Results, dense_score, timed
-from study.records import Row, over_seeds
+from study.records import over_seeds
 from study.rows import METHODS
 
 # BERT-large on SQuAD 2.0 dev in the paper, by row: % heads and % FFN removed, F1 before and after retraining,
@@ -37,12 +39,6 @@ def change(rows: Sequence[Row], loss: str) -> str:
     if low == high == 0:  # the dense model itself
         return "-"
     return f"{-value:+.2f} ({-high:+.2f} to {-low:+.2f})"
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, numbers to the right."""
-    marks = ["---", *("---:" for _ in header[1:])]
-    return [f"| {' | '.join(cells)} |" for cells in (header, marks, *lines)] + [""]
 
 
 def papers(letter: str) -> list[str]:

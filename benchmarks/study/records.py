@@ -3,7 +3,6 @@ work, so that none is done twice, and one CSV of all of them."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 import harness
+from harness import Row
 from pruned_ops.files import write_json
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.settings import PruneSettings
@@ -23,7 +23,6 @@ from pruned_trainer.tasks.squad.scoring import EvaluationResult
 from pruned_trainer.tasks.squad.task import Questions
 
 FILES = ("train.json", "validation.json", "eval.json")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -163,21 +162,6 @@ def every_nth(source: Path, every: int, folder: Path) -> Path:
     path = folder / source.name
     path.write_text(json.dumps(parsed), encoding="utf-8")
     return path
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV that `harness.write` wrote; numbers as numbers, empty cells left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
 
 
 def over_seeds(rows: Sequence[Row], value: str) -> tuple[float, float, float] | None:

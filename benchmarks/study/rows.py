@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from harness import Row
 from pruned_ops.models.stock import model_shape
 from pruned_trainer.jobs.choice import PAPER_THRESHOLD, choose, paper_gates, score_batches, together
 from pruned_trainer.jobs.evaluation import model_facts
@@ -29,7 +30,7 @@ from pruned_trainer.pruning.gates import PARTS, PerGate, Scores
 from pruned_trainer.tasks.squad.scoring import EvaluationResult, bootstrap_interval
 from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.trainer import last_checkpoint
-from study.records import Row, Study
+from study.records import Study
 
 # The four ways to choose, ours first: the others are compared with it.
 METHODS = ("l0", "leave-one-out", "gain", "random")

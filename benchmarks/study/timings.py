@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from harness import Row
 from pruned_ops import LayerShape
 from pruned_ops.measure.timing import Workload
 from pruned_trainer.jobs.evaluation import time_models
 from pruned_trainer.jobs.job import TIMED_BATCHES
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
-from study.records import Row, Study
+from study.records import Study
 
 
 def shaped(dense: PreTrainedModel, row: Row) -> PreTrainedModel:

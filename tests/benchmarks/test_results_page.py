@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import harness
 import results_page
 from reports import a_report, put
 from study.figures import Results
 from study.page import section
+from whole_models import first_result
+from whole_models.first_result import FirstResult
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "benchmarks" / "README.md"
@@ -23,11 +26,28 @@ def test_the_page_is_what_the_files_say() -> None:
     assert PAGE.read_text(encoding="utf-8") == results_page.page(harness.RESULTS), "make results"
 
 
-def test_the_readmes_table_is_what_the_files_say() -> None:
+def test_the_readmes_first_result_is_what_the_files_say() -> None:
     text = README.read_text(encoding="utf-8")
-    assert text == results_page.with_table(text, harness.RESULTS), "make results"
+    assert text == results_page.with_first_result(text, harness.RESULTS), "make results"
     with pytest.raises(ValueError, match="no place"):
-        results_page.with_table(text.replace(results_page.BEGIN, ""), harness.RESULTS)
+        results_page.with_first_result(text.replace(results_page.BEGIN, ""), harness.RESULTS)
+
+
+def test_the_readmes_picture_shows_the_tables_numbers() -> None:
+    result = FirstResult.read(harness.RESULTS)
+    path = ROOT / first_result.PICTURE
+    with Image.open(path) as picture:
+        assert picture.info["Description"] == first_result.description(result), "make results"
+    assert path.stat().st_size <= first_result.PICTURE_BYTES
+
+
+def test_every_ratio_of_the_first_result_has_one_baseline() -> None:
+    result = FirstResult.read(harness.RESULTS)
+    baseline = result.speeds[first_result.BASELINE]["ms_p50"]
+    for runner in first_result.LABELS:
+        row = result.speeds[runner]
+        assert (row["data"], row["documents"]) == ("eval.jsonl.gz", 24)
+        assert result.times_as_fast(runner) == pytest.approx(baseline / row["ms_p50"], rel=0.03)
 
 
 def test_what_the_page_links_is_there_and_small() -> None:
@@ -47,29 +67,28 @@ def test_every_result_is_on_the_page() -> None:
 
 
 def test_a_benchmark_without_a_table_here_brings_its_own(tmp_path: Path) -> None:
-    harness.write(tmp_path / "new-x.csv", [{"runner": "ours", **harness.stamp(), "command": "python new"}])
+    harness.write_rows(
+        tmp_path / "new-x.csv", [{"runner": "ours", **harness.stamp(), "command": "python new"}]
+    )
     (tmp_path / "new-x.md").write_text("# Found\n\n| a |\n| --- |\n| 7 |\n", encoding="utf-8")
     text = results_page.page(tmp_path)
     assert "### new-x" in text and "`python new`: [new-x.csv](results/new-x.csv), [new-x.md]" in text
     assert "\n#### Found\n" in text and "\n| 7 |\n" in text
 
 
-def test_a_taken_report_becomes_the_readmes_table(tmp_path: Path) -> None:
-    report = a_report()
+def test_a_taken_report_becomes_a_table_of_the_page(tmp_path: Path) -> None:
+    report = a_report(versions={"torch": "2.13.0", "transformers": "5.24.0"})
     results_page.take(put(tmp_path / "out", report), tmp_path, "A teacher")
     ((path, kept),) = results_page.taken(tmp_path)
     assert path.name == "prune-a-processor-7-2t.json"
-    before = README.read_text(encoding="utf-8")
-    after = results_page.with_table(before, tmp_path)
-    assert after.split(results_page.END)[1] == before.split(results_page.END)[1]
-    lines = after.split(results_page.BEGIN)[1].split(results_page.END)[0].split("\n")[1:-1]
+    lines = results_page.result_table(kept)
+    assert "\n".join(lines) in results_page.page(tmp_path)
     assert lines[0] == "| A teacher | dense | pruned | |"
     f1, span = (f"{report['pruned'][key]:.2f}" for key in ("f1", "f1_span"))
     assert f"| {f1} | -0.50 (95% interval of the difference: -1.75 to +0.25) |" in lines[2]
     assert f"| {span} | -0.50 (-1.75 to +0.25) |" in lines[3]
-    assert (
-        lines[5].startswith("| ms per batch of 8, our runtime; asked: `--macs 0.5` |") and "1.99x" in lines[5]
-    )
+    asked = "| ms per batch of 8, our runtime; asked: `--macs 0.5` |"
+    assert lines[5].startswith(asked) and "1.99x" in lines[5]
 
 
 def curve_row(
@@ -91,7 +110,7 @@ def test_an_order_is_stated_only_where_the_interval_allows(tmp_path: Path) -> No
     rows = [curve_row("l0", 0, 0), curve_row("gain", 3, 2), curve_row("leave-one-out", 1, 2)]
     rows += [curve_row("random", -4, 2), curve_row("random", -2, 2, seed=1)]
     rows.append({"unit": "row-g-seed0", "finished": False, "profile": "cpu"})
-    harness.write(tmp_path / "study-cpu-x.csv", rows)
+    harness.write_rows(tmp_path / "study-cpu-x.csv", rows)
     text = "\n".join(section(Results(tmp_path / "study-cpu-x.csv")))
     assert "L0 against gain in span F1: ahead at 50%." in text
     assert "L0 against leave-one-out in span F1: not to be told apart at 50%." in text

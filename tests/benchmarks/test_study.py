@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import study_squad
+from harness import Row, read_rows
 from matching import save_checkpoint, squad_file, trained_model
 from study import figures as study_figures
 from study import page as study_page
 from study import rows as study_rows
-from study.records import Profile, Row, open_study, read_rows
+from study.records import Profile, open_study
 
 TINY = Profile(
     name="tiny", seeds=(0,), train_every=2, judged_every=2, curve_every=2, fractions=(0.5,),

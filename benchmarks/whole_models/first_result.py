@@ -1,0 +1,171 @@
+"""The README's first result: a model before and after pruning, beside Hugging Face's runtime.
+
+The table and the picture come from three files of benchmarks/results/: the speeds that
+bench_natural_questions.py measured on the same documents for every runner, the scores of the two models, and
+what int8 costs, which bench_int8.py measured on SQuAD 2.0 data.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import Row, read_rows
+from presentation import save_figure, table
+
+PICTURE = "docs/first-result.png"
+PICTURE_BYTES = 120_000
+BASELINE = "hf-sdpa dense"
+# The runners of the table, as a reader who has never seen this project would name them.
+LABELS = {
+    "hf-eager dense": "Hugging Face, eager",
+    BASELINE: "Hugging Face, SDPA (its default)",
+    "ours dense": "pruned_ops",
+    "ours-int8 dense": "pruned_ops, int8",
+    "ours pruned": "pruned_ops, pruned model",
+    "ours-int8 pruned": "pruned_ops, pruned model, int8",
+}
+# The picture: places of the bars from the top, in pairs, and colours that keep apart in grey, too.
+PLACES = (0.0, 1.0, 2.35, 3.35, 4.7, 5.7)
+COLOURS = {"hf": "#a3abb5", "dense": "#74b3dd", "pruned": "#005f99"}
+INK, MUTED = "#1c1e21", "#5b6169"
+
+
+@dataclass(frozen=True)
+class FirstResult:
+    """The rows behind the table. speeds: by runner. dense, pruned: the two models' scores. int8_losses: F1
+    points that int8 takes from fp32, for the dense model and for a pruned one, on SQuAD 2.0 data."""
+
+    speeds: Mapping[str, Row]
+    dense: Row
+    pruned: Row
+    int8_losses: tuple[float, float]
+
+    @classmethod
+    def read(cls, results: Path) -> FirstResult:
+        """The newest of each kind of file in the folder."""
+        speeds = {row["runner"]: row for row in _newest(results.glob("natural-questions-speed-*.csv"))}
+        scored = (path for path in results.glob("natural-questions-*.csv") if "-speed-" not in path.name)
+        models = {row["model"]: row for row in _newest(scored)}
+        int8 = _newest(results.glob("int8-*.csv"))
+        full = [row["f1"] for row in int8 if row["runner"] == "ours fp32"]
+        quantised = [row["f1"] for row in int8 if row["runner"] == "ours int8"]
+        return cls(
+            speeds,
+            models["dense"],
+            models["pruned, distilled"],
+            (full[0] - quantised[0], full[1] - quantised[1]),
+        )
+
+    @property
+    def macs_kept(self) -> float:
+        """The share of the encoder's multiply-accumulates that the pruned model keeps."""
+        return float(self.pruned["encoder_macs"] / self.dense["encoder_macs"])
+
+    def times_as_fast(self, runner: str) -> float:
+        """The median over the rounds of the baseline's seconds over this runner's."""
+        return float(self.speeds[runner]["speedup_vs_hf_sdpa_dense"])
+
+    def scores(self, runner: str) -> str:
+        """F1 of long and short answers of the runner's model, which was scored in fp32 alone."""
+        if self.speeds[runner]["precision"] != "fp32":
+            return "not scored"
+        model = self.pruned if runner.endswith(" pruned") else self.dense
+        return f"{model['long_f1']:.1f} / {model['short_f1']:.1f}"
+
+    def change(self, answers: str) -> str:
+        """What pruning changed in the F1 of long or short answers, with its 95% interval."""
+        loss, low, high = (self.pruned[f"{answers}_f1_loss{end}"] for end in ("", "_low", "_high"))
+        return f"{-loss:+.2f} (95% interval {-high:+.2f} to {-low:+.2f})"
+
+
+def _newest(paths: Iterable[Path]) -> list[Row]:
+    """The rows of the file that was measured last."""
+    return max((read_rows(path) for path in sorted(paths)), key=lambda rows: str(rows[0]["date"]))
+
+
+def lines(result: FirstResult) -> list[str]:
+    """The README's lines: the picture, the table, and what one must know to read them."""
+    first = result.speeds[BASELINE]
+    cells = [
+        [label, f"{result.speeds[runner]['ms_p50']:.0f}", _times(result, runner), result.scores(runner)]
+        for runner, label in LABELS.items()
+    ]
+    header = ["MiniLM-L6 finds answers in Natural Questions documents", "ms a document", "times as fast"]
+    text = (
+        f"Every row ran the same {first['documents']} documents (about {_tokens(first):,} tokens each) on "
+        f'{first["machine_threads"]} cores of an {first["machine_processor"]}; "times as fast" compares it '
+        "with Hugging Face's SDPA row. "
+        f"The pruned model keeps {100 * result.macs_kept:.0f}% of the encoder's multiply-accumulates. "
+        f"Pruning changed the F1 of long answers by {result.change('long')} and the F1 of short answers by "
+        f"{result.change('short')}. The documents were assembled from real paragraphs, so these F1 scores "
+        "are not comparable with published ones. int8 was scored on SQuAD 2.0 data instead: compared with "
+        f"fp32, it cost the dense model {result.int8_losses[0]:.1f} F1 and a pruned model "
+        f"{result.int8_losses[1]:.1f} F1. [All results](benchmarks/README.md)."
+    )
+    return [
+        f"![{description(result)}]({PICTURE})",
+        "",
+        *table([*header, "F1 of long / short answers"], cells),
+        *textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False),
+    ]
+
+
+def _times(result: FirstResult, runner: str) -> str:
+    return f"{result.times_as_fast(runner):.1f}x"
+
+
+def _tokens(row: Row) -> int:
+    """Tokens of a document, the mean, to two digits."""
+    return int(round(row["real_tokens"] / row["documents"], -2))
+
+
+def description(result: FirstResult) -> str:
+    """The picture in words: it is the alternative text, and the picture's own record of its numbers."""
+    speeds = (f"{label}: {_times(result, runner)}" for runner, label in LABELS.items())
+    return f"Times as fast as Hugging Face with SDPA attention. {'; '.join(speeds)}"
+
+
+def draw(result: FirstResult, path: Path) -> None:
+    """Write the picture: a bar for each runner. ValueError where it cannot be drawn, or is too large."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reason = save_figure(path, (9.4, 4.6), lambda figure: _fill(figure, result), 160, description(result))
+    if reason is not None:
+        raise ValueError(reason)
+    if path.stat().st_size > PICTURE_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; {PICTURE_BYTES} are the limit")
+
+
+def _fill(figure: Any, result: FirstResult) -> None:
+    figure.set_layout_engine("none")
+    first = result.speeds[BASELINE]
+    figure.text(0.035, 0.905, "How many times as fast as Hugging Face", fontsize=19, color=INK, weight="bold")
+    setting = (
+        f"MiniLM-L6 finds answers in documents of about {_tokens(first):,} tokens, on "
+        f"{first['machine_threads']} CPU cores"
+    )
+    scores = (
+        f"F1 of long / short answers in fp32: {result.scores('ours dense')}; "
+        f"pruned model: {result.scores('ours pruned')}"
+    )
+    figure.text(0.035, 0.835, setting, fontsize=14, color=MUTED)
+    figure.text(0.035, 0.045, scores, fontsize=14, color=MUTED)
+    axes = figure.add_axes((0.035, 0.115, 0.93, 0.68))
+    speeds = [result.times_as_fast(runner) for runner in LABELS]
+    left = 0.75 * max(speeds)  # the room for the labels, in units of a bar
+    axes.barh(PLACES, speeds, height=0.8, color=[COLOURS[_kind(runner)] for runner in LABELS])
+    for place, speed, runner in zip(PLACES, speeds, LABELS, strict=True):
+        axes.text(-left, place, LABELS[runner], va="center_baseline", fontsize=15, color=INK)
+        number = _times(result, runner)
+        axes.text(speed + 0.15, place, number, va="center_baseline", fontsize=16, color=INK, weight="bold")
+    axes.set_xlim(-left, 1.15 * max(speeds))
+    axes.set_ylim(PLACES[-1] + 0.5, -0.5)
+    axes.axis("off")
+
+
+def _kind(runner: str) -> str:
+    """The colour's name: whose runtime it is, and for ours which model."""
+    return "hf" if runner.startswith("hf-") else runner.split()[1]
