@@ -18,11 +18,15 @@ MAX_LAYERS = 1 << 10
 MAX_PARAMETERS = 10_000_000_000
 
 
-def checked_int(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int in [low, high]; ValueError naming it otherwise (a bool or a float is no width)."""
+def checked_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as an int in [low, high], or of at least low; ValueError that names it otherwise (a bool or a
+    float is no width)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} is {value!r}: an integer is needed")
-    if not low <= value <= high:
+    if high is None:
+        if value < low:
+            raise ValueError(f"{name} is {value}: at least {low} is needed")
+    elif not low <= value <= high:
         raise ValueError(f"{name} is {value}: it must lie between {low} and {high}")
     return value
 

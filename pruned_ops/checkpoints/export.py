@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from pruned_ops.checkpoints.loading import TOKENIZER_FILES, load_model
+from pruned_ops.checkpoints.loading import TOKENIZER_FILES, checkpoint_folder, load_model
 from pruned_ops.models.stock import ENCODERS
 from pruned_ops.runtime.optimize import restore
 from pruned_ops.runtime.packed_encoder import PackedEncoder, refuse
@@ -46,9 +46,7 @@ def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) 
         ) from error
     with _staged(Path(path), overwrite) as stage:
         if isinstance(model, (str, PathLike)):
-            folder = Path(model)
-            if not (folder / "config.json").is_file():
-                raise FileNotFoundError(f"{folder} holds no config.json; a checkpoint's folder is needed")
+            folder = checkpoint_folder(Path(model))
             for name in ("config.json", *TOKENIZER_FILES):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, stage / name)

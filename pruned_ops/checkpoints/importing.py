@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from pruned_ops.checkpoints.loading import checkpoint_folder
 from pruned_ops.models.heads import answering_class
 from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, LayerShape, checked_int
 
@@ -269,6 +270,7 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
+    checkpoint_folder(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,7 +1,8 @@
-"""Models and tokenizers in: question-answering checkpoints, refused by name where they are something else."""
+"""Models, configs and tokenizers out of checkpoints, refused by name where they are something else."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -18,7 +20,7 @@ from transformers.utils import logging
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.heads import is_natural_questions, natural_questions_class
 
-# What a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
+# The files that a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,19 +30,36 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
-# Any one of them makes a tokenizer.
+# A tokenizer can be made of any one of these.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 
 
+def checkpoint_folder(path: Path) -> Path:
+    """The folder itself; FileNotFoundError where it holds no config.json."""
+    if not (path / "config.json").is_file():
+        reason = "" if path.is_dir() else ": there is no such folder"
+        raise FileNotFoundError(f"{path} holds no config.json{reason}; the folder of a checkpoint is needed")
+    return path
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The config in a checkpoint's folder; OSError where there is none, ValueError for one that is broken."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint_folder(folder), local_files_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # each library on the way raises its own kind for a broken file
+        raise ValueError(f"the config in {folder} cannot be loaded: {error}") from error
+
+
 def load_model(name_or_path: str) -> PreTrainedModel:
-    """A BERT or RoBERTa question-answering model, stock or pruned, in evaluation mode; one with answer types
-    where Natural Questions is what it was saved for.
+    """The BERT or RoBERTa question-answering model, stock or pruned, of a folder or a hub name, in evaluation
+    mode; with answer types where it was saved for Natural Questions.
 
     Errors: OSError where there is none; ValueError for another model, for tensors that are not what the
     config describes, and for whatever else keeps it from loading.
     """
+    _check_local(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type not in PRUNED_CONFIGS:
@@ -64,8 +83,8 @@ def load_model(name_or_path: str) -> PreTrainedModel:
             raise ValueError(
                 f"it holds tensors that its config does not describe: {', '.join(unexpected[:4])}"
             )
-    except OSError:
-        raise
+    except OSError as error:
+        raise _not_found(name_or_path, error) from error
     except Exception as error:  # each library on the way raises its own kind for a broken file or config
         raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
     return model.float().eval()
@@ -75,13 +94,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """The fast tokenizer beside a model; OSError or ValueError where it has none (answers need character
     offsets)."""
     folder = Path(name_or_path)
+    _check_local(name_or_path)
     if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARY_FILES):
         # Without any of them an empty tokenizer would be made.
         raise FileNotFoundError(f"{folder} holds no tokenizer: {' or '.join(VOCABULARY_FILES)} is needed")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
-    except OSError:
-        raise
+    except OSError as error:
+        raise _not_found(name_or_path, error) from error
     except Exception as error:  # as above
         raise ValueError(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
@@ -89,22 +109,48 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_folder(folder: Path, device: torch.device | str) -> PreTrainedModel:
-    """The model in a checkpoint's folder, in fp32, on this device; from here on transformers only shows
-    errors.
+def _check_local(name_or_path: str) -> None:
+    """FileNotFoundError for the path of a folder that is not there, so that the hub is not asked for it. Only
+    NAME and OWNER/NAME may be names of the hub."""
+    path = Path(name_or_path)
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path) is not None
+    if not path.is_dir() and (path.exists() or not is_hub_name):
+        raise FileNotFoundError(f"there is no folder {name_or_path}; the folder of a checkpoint is needed")
 
-    Errors: as `load_model`'s and `checked_device`'s; OSError where the folder is none.
+
+def _not_found(name_or_path: str, error: OSError) -> OSError:
+    """The error itself for a folder; for a hub name one that says first that there is no such folder."""
+    if Path(name_or_path).is_dir():
+        return error
+    reason = str(error).strip().partition("\n")[0]
+    return FileNotFoundError(f"there is no folder {name_or_path}, and no such model on the hub: {reason}")
+
+
+def load_folder(folder: Path, device: torch.device | str | None) -> PreTrainedModel:
+    """The model in a checkpoint's folder, in fp32, on this device (default: `default_device`).
+
+    From here on transformers prints nothing but errors. Errors: `checkpoint_folder`'s, `checked_device`'s and
+    `load_model`'s.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; a checkpoint's folder is needed")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    place = checked_device(device)
+    checkpoint_folder(folder)
+    only_errors()
+    place = checked_device(default_device() if device is None else device)
     return load_model(str(folder)).to(place)  # type: ignore[arg-type]
 
 
+def only_errors() -> None:
+    """Let transformers print nothing but errors from here on: no progress bars, no warnings."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def default_device() -> str:
+    """Where a model runs unless something else is asked for: on the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def checked_device(device: torch.device | str) -> torch.device:
-    """ValueError, with torch's reason, for a device that cannot be used here."""
+    """The device; ValueError, with torch's reason, for one that cannot be used here."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch's own, for no such kind and for none here

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -13,19 +14,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pruned_ops.qa.decoding import Answer
-from pruned_ops.qa.windows import RefusedQuestion
+from pruned_ops.command_line import check_counts
+from pruned_ops.files import check_writable, read_text
 
 if TYPE_CHECKING:
     from pruned_ops.qa.answerer import QuestionAnswerer
 
-# What a shell reports of a program that wrote to a pipe that nobody reads any more.
+# The status that a shell reports of a program that wrote to a pipe which nobody reads any more.
 BROKEN_PIPE = 128 + 13
+# In a JSON string these quotes would be escaped: no line with a question and a context holds it.
+_SQUAD = re.compile(rb'"paragraphs"\s*:\s*\[')
 
 
 def add_command(commands: Any) -> None:
-    """The command's arguments."""
-    one = commands.add_parser(
+    """Add the command and its options to the parser's commands."""
+    parser = commands.add_parser(
         "ask",
         help="answer questions out of texts",
         description="Answer --question out of --context-file, or the JSON lines of --questions, each with a "
@@ -33,58 +36,70 @@ def add_command(commands: Any) -> None:
         'line (where the question stood), id, answer ("" for none), score, start and end in characters of '
         "the context; with --top-k a list of such answers.",
     )
-    one.set_defaults(run=ask)
-    one.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint with its tokenizer")
-    asked = one.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--question", nargs="+", help="what to ask of --context-file")
-    asked.add_argument("--questions", metavar="FILE", help="JSON lines; - for standard input")
-    asked.add_argument("--serve", action="store_true", help="open a page to ask in, on this machine")
-    one.add_argument("--context-file", type=Path, help="the text, in UTF-8")
-    one.add_argument(
-        "--beside", type=Path, metavar="DIR", help="with --serve: another checkpoint, say the dense one"
+    parser.set_defaults(run=run)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint with its tokenizer")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--question", nargs="+", metavar="TEXT", help="questions to ask of --context-file")
+    source.add_argument("--questions", metavar="FILE", help="JSON lines; - for standard input")
+    source.add_argument("--serve", action="store_true", help="open a page to ask in, on this machine")
+    parser.add_argument("--context-file", type=Path, metavar="FILE", help="the text, in UTF-8")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where the answers go (default: standard output)"
     )
-    one.add_argument(
-        "--host", default="127.0.0.1", help="with --serve: who may come (default: this machine alone)"
+    parser.add_argument("--overwrite", action="store_true", help="replace the file --out")
+    parser.add_argument(
+        "--top-k", type=int, metavar="N", help="give a list of at most N answers to each question"
     )
-    one.add_argument("--port", type=int, default=8000, help="with --serve (default: 8000)")
-    one.add_argument("--out", type=Path, help="where the answers go (default: standard output)")
-    one.add_argument("--overwrite", action="store_true", help="replace the file --out")
-    one.add_argument("--top-k", type=int, help="so many answers at most to each question")
-    one.add_argument(
+    parser.add_argument(
         "--always-answer", action="store_true", help='give the best span, "" only where there is none'
     )
-    one.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
-    one.add_argument("--dtype", choices=["int8"], help="run the linears in int8, on a CPU with AVX-512 VNNI")
-    one.add_argument(
+    parser.add_argument(
         "--skip-bad", action="store_true", help="name, skip and count lines that cannot be asked"
+    )
+    parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=["int8"],
+        help="run the linears in int8, on a CPU with AVX-512 VNNI (default: fp32)",
+    )
+    parser.add_argument(
+        "--beside", type=Path, metavar="DIR", help="with --serve: another checkpoint, say the dense one"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="with --serve: the address to listen at (default: this machine alone)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="with --serve: the port to listen at"
     )
 
 
-def ask(arguments: argparse.Namespace) -> None:
-    """Answer everything that can be; what was answered before an error or Ctrl-C is written."""
+def run(arguments: argparse.Namespace) -> None:
+    """Answer every question, or serve the page. On an error or Ctrl-C the answers before it are written."""
     check_arguments(arguments)
     if arguments.serve:
         from pruned_ops.commands.serve import serve
 
-        folders = [one for one in (arguments.beside, arguments.folder) if one is not None]
-        serve({str(one): _load(one, arguments) for one in folders}, arguments.host, arguments.port)
+        folders = [folder for folder in (arguments.beside, arguments.folder) if folder is not None]
+        answerers = {str(folder): _load(folder, arguments) for folder in folders}
+        serve(answerers, arguments.host, arguments.port)
         return
     with ExitStack() as stack:
         if arguments.question is not None:
-            lines: Iterator[bytes] = _as_lines(arguments.question, arguments.context_file)
+            lines = _as_lines(arguments.question, arguments.context_file)
         elif arguments.questions == "-":
             lines = iter(sys.stdin.buffer)
         else:
             lines = iter(stack.enter_context(open(arguments.questions, "rb")))
         answerer = _load(arguments.folder, arguments)
-        if arguments.out is None:
-            out: IO[bytes] = sys.stdout.buffer
-        else:
+        out: IO[bytes] = sys.stdout.buffer
+        if arguments.out is not None:
             out = stack.enter_context(open(arguments.out, "wb"))
         try:
             skipped = answer_lines(answerer, lines, out, arguments.top_k, arguments.skip_bad)
         except BrokenPipeError:
-            # Nobody reads on: no error. What is left in the buffer must not be written when Python ends.
+            # Nobody reads on: no error. The rest of the buffer must not be written when Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(BROKEN_PIPE)
     if skipped:
@@ -93,9 +108,11 @@ def ask(arguments: argparse.Namespace) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """OSError or ValueError for what can be known to fail before the model is loaded."""
+    from pruned_ops.checkpoints.loading import checkpoint_folder
+
     for folder in (arguments.folder, arguments.beside):
-        if folder is not None and not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no config.json; DIR is a checkpoint's folder")
+        if folder is not None:
+            checkpoint_folder(folder)
     if arguments.serve:
         if arguments.context_file or arguments.out or arguments.top_k or arguments.skip_bad:
             raise ValueError("--serve takes its questions and texts from the page, and answers there")
@@ -104,36 +121,44 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError("--beside goes with --serve")
     if (arguments.question is not None) != (arguments.context_file is not None):
         raise ValueError("--question goes with --context-file; --questions has its contexts in it")
-    if arguments.top_k is not None and arguments.top_k < 1:
-        raise ValueError(f"--top-k is {arguments.top_k}; at least 1 is needed")
-    source = arguments.context_file or arguments.questions
+    check_counts(arguments, "top_k")
+    _check_files(arguments.context_file or arguments.questions, arguments.out, arguments.overwrite)
+
+
+def _check_files(source: Path | str, out: Path | None, overwrite: bool) -> None:
+    """OSError or ValueError where the questions cannot be read from `source` or the answers not be written to
+    `out`."""
     if source != "-" and (Path(source).is_dir() or not Path(source).exists()):
         raise FileNotFoundError(f"there is no file {source}")
-    out: Path | None = arguments.out
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise FileNotFoundError(f"{out} cannot be written: --out names a file in a folder that is there")
-    if out is not None and out.exists():
-        if source != "-" and out.samefile(source):
+    if isinstance(source, str) and Path(source).is_file() and _is_squad(Path(source)):
+        raise ValueError(
+            f"{source} is SQuAD-format JSON; --questions takes JSON lines, each with a question and its "
+            "context (`pruned-ops check` and `pruned-trainer evaluate` read SQuAD's format)"
+        )
+    if out is not None:
+        if source != "-" and out.exists() and out.is_file() and out.samefile(source):
             raise FileExistsError(f"{out} is what is read; give another --out")
-        if not arguments.overwrite:
-            raise FileExistsError(f"{out} exists; --overwrite replaces it")
+        check_writable(out, "--out", overwrite)
+
+
+def _is_squad(path: Path) -> bool:
+    """Whether a file begins as SQuAD's JSON does."""
+    with path.open("rb") as file:
+        return _SQUAD.search(file.read(1 << 16)) is not None
 
 
 def _as_lines(questions: list[str], path: Path) -> Iterator[bytes]:
-    try:
-        context = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    """The questions of the file's text, as JSON lines."""
+    context = read_text(path)
     return (json.dumps({"question": question, "context": context}).encode() for question in questions)
 
 
 def _load(folder: Path, arguments: argparse.Namespace) -> QuestionAnswerer:
-    from transformers.utils import logging
-
+    """The checkpoint's model with its tokenizer, as the options say."""
+    from pruned_ops.checkpoints.loading import only_errors
     from pruned_ops.qa.answerer import QuestionAnswerer
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    only_errors()
     threshold = float("inf") if arguments.always_answer else None
     return QuestionAnswerer(
         folder, device=arguments.device, dtype=arguments.dtype, null_score_threshold=threshold
@@ -147,21 +172,22 @@ def answer_lines(
     top_k: int | None = None,
     skip_bad: bool = False,
 ) -> int:
-    """Write an answer for each line, as soon as it is known; the number of bad lines that were skipped.
+    """Write an answer for each line, as soon as it is known; returns how many bad lines were skipped.
 
     Errors: ValueError that names the first bad line, once the answers before it are written.
     """
+    from pruned_ops.qa.windows import RefusedQuestion
+
     reader = _Reader(lines, skip_bad)
     # The bar would be torn by answers on the same terminal.
     progress = sys.stderr.isatty() and not out.isatty()
-    for found in answerer.stream(reader, top_k, progress=progress, keep_refused=True):
-        number, record = reader.asked.popleft()
-        if isinstance(found, RefusedQuestion):
-            reader.bad(number, f"the question {found.reason}")
+    for answer in answerer.stream(reader, top_k, progress=progress, keep_refused=True):
+        number, name = reader.under_way.popleft()
+        if isinstance(answer, RefusedQuestion):
+            reader.bad(number, f"the question {answer.reason}")
             continue
-        said = asdict(found) if isinstance(found, Answer) else {"answers": [asdict(one) for one in found]}
-        name = {"id": record["id"]} if "id" in record else {}
-        text = json.dumps({"line": number, **name, **said}, ensure_ascii=False)
+        fields = asdict(answer) if top_k is None else {"answers": [asdict(each) for each in answer]}
+        text = json.dumps({"line": number, **name, **fields}, ensure_ascii=False)
         # An id may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
         out.write(text.encode(errors="backslashreplace") + b"\n")
         out.flush()
@@ -169,11 +195,12 @@ def answer_lines(
 
 
 class _Reader:
-    """The records in lines; which ones are under way."""
+    """Iterates over the records in lines. under_way: for each record that was read and not yet answered, its
+    line and {"id": its id}, or {} where it has none."""
 
     def __init__(self, lines: Iterator[bytes], skip_bad: bool) -> None:
         self._lines, self._skip_bad = lines, skip_bad
-        self.asked: deque[tuple[int, dict[str, Any]]] = deque()
+        self.under_way: deque[tuple[int, dict[str, Any]]] = deque()
         self.skipped = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -187,7 +214,7 @@ class _Reader:
             except (ValueError, RecursionError) as error:
                 self.bad(number, f"no JSON object with a question and a context: {error}")
                 continue
-            self.asked.append((number, {"id": record["id"]} if "id" in record else {}))
+            self.under_way.append((number, {"id": record["id"]} if "id" in record else {}))
             yield record
 
     def bad(self, number: int, reason: str) -> None:

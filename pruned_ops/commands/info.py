@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from pruned_ops.measure.timing import machine, versions
-from pruned_ops.ops.backends import cpu
-from pruned_ops.ops.registry import BACKENDS, OPS, REFERENCE
+import argparse
+from typing import Any
 
 
-def info() -> None:
-    """Versions, machine, backends with the reason where one is missing, and the order of backends for each
-    op."""
-    for name, value in {**versions(), **machine()}.items():
+def add_command(commands: Any) -> None:
+    """Add the command and its options to the parser's commands."""
+    parser = commands.add_parser(
+        "info",
+        help="which backends run here, and why others do not",
+        description="Print versions, the machine, which backends run on it, why the others do not, and the "
+        "order of backends for each op.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(_: argparse.Namespace) -> None:
+    """Print versions, machine, backends with the reason where one is missing, and each op's backends."""
+    from pruned_ops.measure.timing import machine, versions
+    from pruned_ops.ops.registry import BACKENDS, OPS, REFERENCE
+
+    for name, value in {**versions(), **machine(), **_extension()}.items():
         print(f"{name:>15}  {value if value is not None else '-'}")
-    if cpu.extension is not None:
-        built = cpu.extension.build_info()
-        features = [name for name, there in cpu.extension.cpu_features().items() if there]
-        print(f"{'extension':>15}  built with torch {built['torch']}, {built['compiler']}")
-        print(f"{'kernels':>15}  {', '.join(built['capabilities'])}; runs {cpu.extension.cpu_capability()}")
-        cuda = built.get("cuda")  # an extension of before there were CUDA kernels does not say
-        compiled = f"CUDA {cuda['version']}, for {cuda['architectures']}" if cuda else "not built"
-        print(f"{'cuda kernels':>15}  {compiled}")
-        print(f"{'cpu features':>15}  {', '.join(features) or 'none of those asked about'}")
     print("backends")
     for backend in BACKENDS.values():
         state = "available" if backend.missing is None else f"not available: {backend.missing}"
@@ -29,3 +32,20 @@ def info() -> None:
     print("ops, with their backends in the order in which they are asked")
     for op in OPS.values():
         print(f"{op.name:>22}  {', '.join([*op.kernels, REFERENCE])}")
+
+
+def _extension() -> dict[str, str]:
+    """What the C++ extension was built for, and what this processor has; empty without the extension."""
+    from pruned_ops.ops.backends.cpu import extension
+
+    if extension is None:
+        return {}
+    built = extension.build_info()
+    features = [name for name, present in extension.cpu_features().items() if present]
+    cuda = built.get("cuda")  # an extension of before there were CUDA kernels does not say
+    return {
+        "extension": f"built with torch {built['torch']}, {built['compiler']}",
+        "kernels": f"{', '.join(built['capabilities'])}; runs {extension.cpu_capability()}",
+        "cuda kernels": f"CUDA {cuda['version']}, for {cuda['architectures']}" if cuda else "not built",
+        "cpu features": ", ".join(features) or "none of those asked about",
+    }

@@ -3,37 +3,71 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pruned_ops.measure.latency import LatencyTable
-from pruned_ops.measure.layer_times import measure_table
-from pruned_ops.measure.timing import Workload
-from pruned_ops.qa.questions import lengths_of
+from pruned_ops.command_line import check_counts
+from pruned_ops.files import check_writable
 from pruned_ops.shape import LayerShape
 
+if TYPE_CHECKING:
+    from pruned_ops.measure.latency import LatencyTable
+    from pruned_ops.measure.timing import Workload
 
-def latency_table(arguments: argparse.Namespace) -> None:
-    """Measure a latency table, write it, and show what is in it."""
+
+def add_command(commands: Any) -> None:
+    """Add the command and its options to the parser's commands."""
+    parser = commands.add_parser(
+        "latency-table",
+        help="measure what layers of every size take on this machine",
+        description="Measure what layers of every size take on this machine, in fp32, and write the times to "
+        "FILE. Leave the machine alone meanwhile: other work would be measured too.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("file", type=Path, metavar="FILE", help="where the table is written, as JSON")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="folder of a BERT or RoBERTa checkpoint"
+    )
+    lengths = parser.add_mutually_exclusive_group(required=True)
+    lengths.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="SQuAD-format JSON, or .jsonl, whose questions give the lengths",
+    )
+    lengths.add_argument(
+        "--length", type=int, metavar="N", help="tokens of every sequence, in place of --data"
+    )
+    parser.add_argument("--device", help="where the model will run (default: a GPU where there is one)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a batch")
+    parser.add_argument("--batches", type=int, default=16, metavar="N", help="batches of the workload")
+    parser.add_argument(
+        "--max-length", type=int, default=384, metavar="N", help="tokens of a window of --data, at most"
+    )
+    parser.add_argument(
+        "--stride", type=int, default=128, metavar="N", help="tokens that two windows of --data share"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="how often each size is timed; medians are kept"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the latency table that is in FILE")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure a latency table, write it, and print what is in it."""
+    from pruned_ops.checkpoints.loading import checked_device, default_device, load_config, only_errors
+    from pruned_ops.measure.layer_times import measure_table
+
     start = time.perf_counter()
-    for name in ("batch_size", "batches", "rounds", "length"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+    check_counts(arguments, "batch_size", "batches", "rounds", "length", "max_length")
     check_output(arguments.file, arguments.overwrite)
-    config = _load("config", arguments.model)
-    size, batches = arguments.batch_size, arguments.batches
-    if arguments.data is None:
-        workload = Workload.fixed(arguments.length, size, batches)
-    else:
-        tokenizer = _load("tokenizer", arguments.model)
-        cut = (arguments.max_length, arguments.stride)
-        lengths = lengths_of(arguments.data, tokenizer, *cut, needed=size * batches)
-        workload = Workload.arrival_order(lengths, size, batches)
+    only_errors()
+    config = load_config(arguments.model)
+    device = arguments.device or default_device()
+    checked_device(device)
     table = measure_table(
-        config, workload, arguments.rounds, arguments.device, command=arguments.command_line
+        config, make_workload(arguments), arguments.rounds, device, command=arguments.command_line
     )
     table.save(arguments.file)
     print_table(table, config.num_hidden_layers)
@@ -41,60 +75,58 @@ def latency_table(arguments: argparse.Namespace) -> None:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """OSError or ValueError where a table cannot be written to `path`, or where that would replace what is
-    none: found out before a minute of measuring."""
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder; FILE is written into it")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise PermissionError(f"{path.parent} cannot be written to")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; FILE names a file")
+    """OSError or ValueError where a table cannot be written to `path`, or would replace a file that is no
+    table: asked before a minute of measuring."""
+    from pruned_ops.measure.latency import LatencyTable
+
+    check_writable(path, "FILE", overwrite)
     if path.exists():
-        if not overwrite:
-            raise FileExistsError(f"{path} exists; --overwrite replaces it")
         try:
             LatencyTable.load(path)
         except ValueError as error:
             raise ValueError(f"{error}; it is not replaced") from error
 
 
-def _load(what: str, folder: Path) -> Any:
-    """The config or the tokenizer in a checkpoint's folder; OSError or ValueError where there is none."""
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
+def make_workload(arguments: argparse.Namespace) -> Workload:
+    """Batches of the lengths of a file's questions in arrival order, or of one length."""
+    from pruned_ops.checkpoints.loading import load_tokenizer
+    from pruned_ops.measure.timing import Workload
+    from pruned_ops.qa.questions import window_lengths
 
-    logging.set_verbosity_error()
-    needed = ("config.json",) if what == "config" else ("tokenizer.json", "vocab.txt", "vocab.json")
-    if not any((folder / name).is_file() for name in needed):
-        raise FileNotFoundError(f"{folder} holds no {what}: {' or '.join(needed)} is needed")
-    auto = AutoConfig if what == "config" else AutoTokenizer
-    try:
-        return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each library on the way raises its own kind for a broken file
-        raise ValueError(f"the {what} in {folder} cannot be loaded: {error}") from error
+    size, batches = arguments.batch_size, arguments.batches
+    if arguments.data is None:
+        return Workload.fixed(arguments.length, size, batches)
+    lengths = window_lengths(
+        arguments.data,
+        load_tokenizer(str(arguments.model)),
+        arguments.max_length,
+        arguments.stride,
+        needed=size * batches,
+    )
+    return Workload.arrival_order(lengths, size, batches)
 
 
 def print_table(table: LatencyTable, num_layers: int) -> None:
-    """What parts of a few sizes take, the alignment, and a whole dense model of so many layers."""
+    """Print the times of parts of a few sizes, the alignment, and the time of a whole dense model of
+    num_layers layers."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    shown = Table(title=f"ms per batch of {table.workload.name}, one layer")
-    shown.add_column("part")
+    grid = Table(title=f"ms per batch of {table.workload.name}, one layer")
+    grid.add_column("part")
     for column in ("none", "a quarter", "half", "dense"):
-        shown.add_column(column, justify="right")
+        grid.add_column(column, justify="right")
     heads, width = table.attention[-1][0], table.ffn[-1][0]
     for name, dense, ms in (("num_heads", heads, table.attention_ms), ("ffn_width", width, table.ffn_ms)):
         sizes = (0, dense // 4, dense // 2, dense)
-        shown.add_row(name, *(f"{ms(size):.2f} ({size})" for size in sizes))
-    console.print(shown)
+        grid.add_row(name, *(f"{ms(size):.2f} ({size})" for size in sizes))
+    Console().print(grid)
     dense_ms, empty_ms = (
         table.predict([shape] * num_layers) for shape in (LayerShape(heads, width), LayerShape(0, 0))
     )
     costs = ", ".join(f"{align}: {cost:.3f}" for align, cost in table.alignment)
     print(
         f"{num_layers} dense layers take {dense_ms:.1f} ms, empty ones {empty_ms:.1f}, of which "
-        f"{table.base_ms:.1f} are no layer's"
+        f"{table.base_ms:.1f} are spent outside the layers"
     )
     print(f"relative cost of FFN widths by alignment: {costs}; {table.align} is enough")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pruned_ops.files import write_json
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.measure.timing import Workload, machine, versions
@@ -71,13 +72,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON: the file is there whole, or as it was before."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", "utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_json(Path(path), {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:

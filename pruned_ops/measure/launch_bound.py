@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +41,9 @@ class LaunchBound:
         macs = max(1, sum(map(shape.macs, batches)))
         return cls(
             sum(shape.macs(half_lengths(batch)) for batch in batches) / macs,
-            _ratio(half, whole),
+            whole.speedup_over(half),
             sum(map(tiny.macs, batches)) / macs,
-            _ratio(twin, whole),
+            whole.speedup_over(twin),
         )
 
     @property
@@ -65,10 +64,6 @@ class LaunchBound:
             f"as many layers with one head and a width of {_TINY} ({100 * self.twin_macs:.1f}% of the MACs) "
             f"take {100 * self.twin_time:.0f}%"
         )
-
-
-def _ratio(part: Timing, whole: Timing) -> float:
-    return statistics.median(a / b for a, b in zip(part.seconds, whole.seconds, strict=True))
 
 
 def half_lengths(lengths: list[int]) -> list[int]:

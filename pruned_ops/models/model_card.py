@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pruned_ops.files import write_whole
 from pruned_ops.shape import ModelShape
 from pruned_ops.version import __version__
 
@@ -48,9 +49,7 @@ def write_model_card(folder: str | Path, model: Any) -> bool:
         if MARKER not in there and _PLACEHOLDER not in there:
             return False
     text = model_card(type(model).__name__, model.config, _report(Path(folder), model))
-    temporary = path.with_name(CARD + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text)
     return True
 
 

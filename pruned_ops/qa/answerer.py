@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from pathlib import Path
 from threading import Lock
 from typing import Any, overload
 
 import torch
 
-from pruned_ops.checkpoints.loading import checked_device, load_model, load_tokenizer
+from pruned_ops.checkpoints.loading import checked_device, default_device, load_model, load_tokenizer
 from pruned_ops.models.configuration import SCORED, ScoreCalibration
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.qa.decoding import Answer, Candidates, Decoded
@@ -63,11 +62,9 @@ class QuestionAnswerer:
         tokens_per_batch: int = 4096,
     ) -> None:
         if isinstance(model, (str, PathLike)):
-            if Path(model).is_absolute() and not Path(model).is_dir():  # a hub name is never that
-                raise FileNotFoundError(f"there is no folder {model}")
             tokenizer = load_tokenizer(str(model)) if tokenizer is None else tokenizer
             model = load_model(str(model))
-            device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+            device = default_device() if device is None else device
         elif tokenizer is None:
             raise ValueError(f"a {type(model).__name__} has no tokenizer with it: pass its tokenizer too")
         config = model.config

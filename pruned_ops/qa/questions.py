@@ -42,7 +42,9 @@ def read_questions(path: Path) -> list[Question]:
         try:
             found = list(_of_squad(json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is no SQuAD-format JSON: {error!r}") from error
+            raise ValueError(
+                f"{path} is no SQuAD-format JSON (a file of JSON lines is named .jsonl): {error!r}"
+            ) from error
     if not found:
         raise ValueError(f"{path} holds no question")
     return found
@@ -86,7 +88,7 @@ def in_arrival_order(questions: list[Question], needed: int | None = None) -> li
     return [questions[i] for i in arrival_lengths([[i] for i in range(len(questions))])[:needed]]
 
 
-def lengths_of(
+def window_lengths(
     path: Path,
     tokenizer: PreTrainedTokenizerFast,
     max_length: int = 384,
@@ -120,15 +122,15 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalised(text: str) -> str:
+def normalised_answer(text: str) -> str:
     """Lower case, without punctuation, without the articles a, an, the, with single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def answer_scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
     """(exact, F1) in percent, each the best over the answers; without answers, "" is the right one."""
-    gold = [text for text in map(normalised, answers) if text] or [""]
-    predicted = normalised(prediction)
+    gold = [text for text in map(normalised_answer, answers) if text] or [""]
+    predicted = normalised_answer(prediction)
     f1 = max(_token_f1(predicted.split(), text.split()) for text in gold)
     return 100.0 * (predicted in gold), 100.0 * f1
 

@@ -15,7 +15,8 @@ import pruned_ops
 from inputs import MODELS, READY, pruned_model, stock_model
 from matching import save_checkpoint, squad_file
 from pruned_ops.cli import main
-from pruned_ops.commands.bench import Benchmark, make_workload, measure
+from pruned_ops.commands.bench import make_workload
+from pruned_ops.measure.comparison import Benchmark, compare
 from pruned_ops.measure.launch_bound import LaunchBound, half_lengths, half_of, tiny_twin
 from pruned_ops.measure.timing import Timing, Workload, interleave
 from pruned_ops.models.stock import model_shape
@@ -96,7 +97,7 @@ def test_what_is_run(fixed: bool) -> None:
             with_kwargs=True,
         )
     workload = Workload("two", ((3, 9), (5, 2)))
-    found = measure(models, workload, 1, fixed=fixed)
+    found = compare(models, workload, 1, fixed=fixed)
     shapes = [(2, 9), (2, 9 if fixed else 5)]
     for name in models:  # in Hugging Face's runtime: twice to warm up, once timed; copied and run in ours
         assert [shape for shape in seen[name] if shape[0] == 2].count(shapes[0]) >= 3
@@ -111,7 +112,7 @@ def test_what_is_run(fixed: bool) -> None:
 
 @pytest.mark.skipif(refuse(stock_model().base_model, int8=True) is not None, reason="no int8 kernels here")
 def test_int8() -> None:
-    found = measure({"model": stock_model()}, Workload.fixed(6, 2, 1), 1, "int8")
+    found = compare({"model": stock_model()}, Workload.fixed(6, 2, 1), 1, "int8")
     assert [row.dtype for row in found.rows] == ["int8", "fp32"] and found.against_dense is None
     assert found.rows[0].backends["encoder"] == "cpu"
 
@@ -193,7 +194,7 @@ def test_refusals(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
         ((pruned, "--dense", tmp_path), "holds no config.json"),
         ((pruned, "--dense", other, "--length", 4), "pad with different ids"),
         ((pruned, "--length", 81), "the sequences have 81 tokens; the model's position table allows 80"),
-        ((pruned, "--length", 0), "--lengths has 0"),
+        ((pruned, "--length", 0), "a length of --lengths is 0"),
         ((pruned, "--batch-size", 0), "--batch-size is 0"),
         ((pruned, "--threads", 0), "--threads is 0"),
         ((pruned, "--rounds", -1), "--rounds is -1"),

@@ -14,9 +14,9 @@ from inputs import READY, logits, padded_batch, pruned_model, stock_model
 from matching import save_checkpoint, squad_file
 from pruned_ops import QuestionAnswerer
 from pruned_ops.cli import main
-from pruned_ops.commands.check import SAMPLE, check, cut
 from pruned_ops.models.heads import with_answer_types
 from pruned_ops.ops.registry import BACKENDS, OPS, Backend
+from pruned_ops.qa.agreement import SAMPLE, check, cut_material
 from pruned_ops.qa.questions import Question, answer_scores, read_questions
 from tiny_tokenizers import word_tokenizer, words
 
@@ -105,7 +105,9 @@ def test_the_model_is_as_before(natural_questions: bool) -> None:
     if natural_questions:
         model = with_answer_types(model)
     before = logits(model, batch)
-    report = check(model, cut(word_tokenizer(90), model.config, "sample", list(SAMPLE)), ["reference"])
+    report = check(
+        model, cut_material(word_tokenizer(90), model.config, "sample", list(SAMPLE)), ["reference"]
+    )
     assert not report.faulty and [one.name for one in report.findings] == ["saved", "optimised", "reference"]
     assert torch.equal(logits(model, batch), before)
 
@@ -114,7 +116,7 @@ def test_answers_that_change_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     model = stock_model()
     right = OPS["embed_layer_norm"].reference
     asked = [Question("w1", words(20)), Question("w2", words(9)), Question("w5", words(30))]
-    material = cut(word_tokenizer(90), model.config, "words", asked)
+    material = cut_material(word_tokenizer(90), model.config, "words", asked)
     monkeypatch.setattr(OPS["embed_layer_norm"], "reference", lambda *a: right(*a).flip(-1))
     reference = check(model, material, ["reference"]).findings[-1]
     assert 0 < reference.changed <= 3 and reference.difference > 0.1

@@ -28,7 +28,7 @@ from pruned_ops.measure.layer_times import (
     measure_table,
 )
 from pruned_ops.measure.timing import Workload, machine, versions
-from pruned_ops.qa.questions import arrival_lengths, lengths_of
+from pruned_ops.qa.questions import arrival_lengths, window_lengths
 from pruned_ops.qa.windows import windows
 from tiny_tokenizers import word_tokenizer
 
@@ -249,8 +249,8 @@ def test_lengths_are_those_of_arrival_order(tmp_path: Path) -> None:
         by_question[window.question_index].append(len(window))
     expected = arrival_lengths(by_question)
     assert len(expected) > len(rows)
-    assert lengths_of(path, word_tokenizer(), 20, 4) == expected
-    assert lengths_of(path, word_tokenizer(), 20, 4, needed=7) == expected[:7]
+    assert window_lengths(path, word_tokenizer(), 20, 4) == expected
+    assert window_lengths(path, word_tokenizer(), 20, 4, needed=7) == expected[:7]
 
 
 def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

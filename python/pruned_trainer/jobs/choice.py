@@ -204,8 +204,7 @@ def _capture(
     if is_main():
         place = folder / f"narrow-{number}"
         compact(student, decision).save_pretrained(place)
-        decision.save(folder / "decision.partial")  # the decision comes last: where it is, all is
-        (folder / "decision.partial").replace(folder / f"decision-{number}.json")
+        decision.save(folder / f"decision-{number}.json")  # it comes last: where it is, all is
     state().wait_for_everyone()
 
 

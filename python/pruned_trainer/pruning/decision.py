@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pruned_ops import LayerShape, ModelShape
+from pruned_ops.files import write_json
 from pruned_trainer.pruning.budget import Budget, Target
 from pruned_trainer.pruning.gates import PerGate, Scores
 
@@ -72,7 +73,7 @@ class Decision:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Decision:

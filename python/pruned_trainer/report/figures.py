@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from pruned_ops.files import write_whole
+
 # Inches. A figure is as wide as a phone, where a point of type is then about a CSS pixel.
 WIDTH = 4.4
 # Name in the page's CSS -> colour on a light and on a dark page. The light values all differ, because
@@ -83,9 +85,7 @@ class Drawing:
     def save(self, folder: Path) -> Path:
         """Write NAME.png into the folder; its path. The file is there whole, or as it was before."""
         path = folder / f"{self.name}.png"
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_bytes(self.png)
-        temporary.replace(path)
+        write_whole(path, self.png)
         return path
 
 

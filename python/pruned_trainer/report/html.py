@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from pruned_ops.files import write_whole
 from pruned_trainer.report.figures import DARK, LIGHT, Drawing
 
 _TEMPLATE = files("pruned_trainer.report") / "report.html"
@@ -72,7 +73,5 @@ def write(page: Page, folder: Path) -> list[Path]:
     """Write report.html and its figures as PNG; their paths. Each file appears only when it is whole."""
     drawings = [drawing for section in page.sections for drawing in section.drawings]
     path = folder / "report.html"
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(render(page), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, render(page))
     return [path, *(drawing.save(folder) for drawing in drawings)]

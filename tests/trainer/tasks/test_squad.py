@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruned_ops.qa.decoding import Answer, Decoded
-from pruned_ops.qa.questions import answer_scores, normalised
+from pruned_ops.qa.questions import answer_scores, normalised_answer
 from pruned_ops.qa.windows import Window, windows
 from pruned_trainer.tasks import squad
 from real_data import real_data
@@ -154,7 +154,7 @@ def test_metric_has_the_parts_that_there_are_and_names_missing_ids() -> None:
 
 
 def test_official_rule() -> None:
-    assert normalised("The  U.S.A.,\tan Ann a-b “A”") == "usa ann ab “ ”"
+    assert normalised_answer("The  U.S.A.,\tan Ann a-b “A”") == "usa ann ab “ ”"
     assert answer_scores("The cat!", ["dog", "CAT"]) == (100, 100)
     assert answer_scores("", []) == (100, 100)
     assert answer_scores("cat", []) == (0, 0)

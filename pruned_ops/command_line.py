@@ -1,0 +1,40 @@
+"""The parser of `pruned-ops` and `pruned-trainer`. It imports nothing heavy, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pruned_ops.shape import checked_int
+from pruned_ops.version import __version__
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose help page ends an option's sentence with its default, where it has one and the sentence
+    does not say it. The parsers of its commands are of this kind too."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        settings.setdefault("formatter_class", _Help)
+        super().__init__(*arguments, **settings)
+
+    @classmethod
+    def of_program(cls, name: str, description: str) -> CommandParser:
+        """The parser of a whole program: its commands are added by `add_subparsers`."""
+        parser = cls(prog=name, description=description)
+        parser.add_argument("--version", action="version", version=f"{name} {__version__}")
+        return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    """ValueError that names the first of these options that is given and less than 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None:
+            checked_int(f"--{name.replace('_', '-')}", value, 1)

@@ -1,0 +1,174 @@
+"""Whether every way of running a model says what the saved model says; `pruned-ops check`.
+
+The saved model runs padded, in plain torch. It, the optimised model and every backend are held against the
+saved model in fp64, at real tokens. An error of a few times the saved model's own rounding error is rounding;
+more is a fault.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.ops.registry import BackendError, record, use_backend
+from pruned_ops.qa.decoding import Logits, decode
+from pruned_ops.qa.logits import batch_logits
+from pruned_ops.qa.questions import Question, answer_scores
+from pruned_ops.qa.windows import Window, windows
+from pruned_ops.runtime.optimize import optimized
+
+SAVED, OPTIMISED = "saved", "optimised"
+BATCH_SIZE, MAX_LENGTH = 8, 384
+# An op of a backend may err twice as much as plain torch does, plus SLACK. The errors of a model's ops add
+# up, in each backend in another way: twice that is allowed. A fault is hundreds of times as large.
+TIMES, SLACK = 4, 1e-5
+# The texts where none are given. Their lengths differ, so that batches are padded.
+SAMPLE = (
+    Question("Who wrote the first program?", "Ada Lovelace wrote it."),
+    Question(
+        "Which river flows through the town?",
+        "The town lies on both banks of the Avon, a slow river with willows along it. Its market has been "
+        "held on Thursdays since 1284, and on that day the two bridges are closed to carts.",
+    ),
+    Question("When did the library open?", "It opened in 1905 (the reading room in 1911)."),
+    Question(
+        "What is pruned from the model?",
+        "A transformer has more attention heads than it needs, and its feed-forward layers are wider than "
+        "they have to be. Pruning finds out which of them hardly change what the model says, and takes them "
+        "out of the weights for good. What is left is an ordinary model with smaller matrices: it needs less "
+        "memory and less time, and it is trained on for a while so that it gets back what it lost. How much "
+        "can go depends on the task; on reading comprehension about half of the work can often be saved.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Material:
+    """The windows that are run, in the order of their questions. name: what the user reads of them."""
+
+    name: str
+    questions: list[Question]
+    windows: list[Window]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the right answers are known to every question."""
+        return all(question.answers is not None for question in self.questions)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.windows))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How one way of running the model did.
+
+    error: the largest difference from the fp64 model's logits. difference: the largest from the saved
+    model's. f1: in percent, where the right answers are known. changed: how many questions got another answer
+    than from the saved model. ran: op -> the backends that ran it, with how often.
+    """
+
+    name: str
+    error: float
+    difference: float
+    f1: float | None
+    changed: int
+    ran: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings, the saved model's first. refused: the ways that could not run, with the reasons. allowed:
+    the largest error that counts as rounding."""
+
+    findings: tuple[Finding, ...]
+    refused: Mapping[str, str]
+    allowed: float
+
+    @property
+    def faulty(self) -> list[str]:
+        """The ways that err by more. A NaN counts as more."""
+        return [finding.name for finding in self.findings[1:] if not finding.error <= self.allowed]
+
+
+def cut_material(tokenizer: Any, config: Any, name: str, questions: list[Question]) -> Material:
+    """The questions' windows, cut as the trainer's evaluation cuts them."""
+    max_length = min(MAX_LENGTH, longest_sequence(config))
+    texts, contexts = [one.question for one in questions], [one.context for one in questions]
+    return Material(name, questions, windows(tokenizer, texts, contexts, max_length, max_length // 3))
+
+
+def check(model: Any, material: Material, backends: Sequence[str], must_run: bool = False) -> Report:
+    """Run `model`, a saved one, in every way; it is as before afterwards.
+
+    must_run: a backend that refuses is an error (ValueError), not a line of the report.
+    """
+    saved, _ = logits_of(model, material)
+    truth, _ = logits_of(copy.deepcopy(model).double(), material)
+    own_error = _largest(saved, truth)
+    answers = _answers(model.config, material, saved)
+    findings, refused = [Finding(SAVED, own_error, 0.0, _f1(answers, material), 0)], {}
+    for name in (OPTIMISED, *backends):
+        try:
+            with ExitStack() as stack:
+                if name != OPTIMISED:
+                    stack.enter_context(use_backend(name))
+                logits, ran = logits_of(stack.enter_context(optimized(model)), material)
+        except BackendError as reason:
+            if must_run:
+                raise ValueError(str(reason)) from reason
+            refused[name] = str(reason)
+            continue
+        error, difference = _largest(logits, truth), _largest(logits, saved)
+        f1, changed = None, len(answers)
+        if np.isfinite(error):  # else no answer can be read from such logits
+            others = _answers(model.config, material, logits)
+            f1 = _f1(others, material)
+            changed = sum(answer != other for answer, other in zip(answers, others, strict=True))
+        findings.append(Finding(name, error, difference, f1, changed, ran))
+    return Report(tuple(findings), refused, TIMES * own_error + SLACK)
+
+
+def logits_of(model: Any, material: Material) -> tuple[list[Logits], dict[str, dict[str, int]]]:
+    """Every window's logits, without padding, and how often which backend ran each op."""
+    logits: list[Logits] = []
+    with torch.inference_mode(), record() as ran:
+        for first in range(0, len(material.windows), BATCH_SIZE):
+            batch = material.windows[first : first + BATCH_SIZE]
+            logits += batch_logits(model, batch, model.config.pad_token_id, model.device)
+    return logits, {op: dict(counts) for op, counts in ran.items()}
+
+
+def _largest(logits: list[Logits], expected: list[Logits]) -> float:
+    """The largest difference of two runs' logits; NaN where there is one."""
+    differences = [
+        np.abs(array.astype(np.float64) - other).max()
+        for window, expected_window in zip(logits, expected, strict=True)
+        for array, other in zip(window, expected_window, strict=True)
+    ]
+    return float(np.max(differences))
+
+
+def _answers(config: Any, material: Material, logits: list[Logits]) -> list[str]:
+    """The answer to each question, at the checkpoint's own threshold."""
+    contexts = [question.context for question in material.questions]
+    spans: list[Logits] = [(window[0], window[1]) for window in logits]
+    threshold = getattr(config, "null_score_threshold", 0.0)
+    return [decoded.answer(threshold).answer for decoded in decode(material.windows, spans, contexts)]
+
+
+def _f1(answers: list[str], material: Material) -> float | None:
+    """The mean F1 in percent; None where a right answer is not known."""
+    if not material.is_scored:
+        return None
+    pairs = zip(answers, material.questions, strict=True)
+    return statistics.fmean(answer_scores(answer, question.answers or ())[1] for answer, question in pairs)

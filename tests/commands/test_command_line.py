@@ -1,0 +1,101 @@
+"""The command lines as they are installed: what they answer without torch, and what every option says."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pruned_ops
+from pruned_ops import cli
+
+ROOT = Path(pruned_ops.__file__).parents[1]
+COMMANDS = ("info", "latency-table", "import", "export", "ask", "check", "bench")
+# The installed script's way in, with modules that cannot be imported.
+START = """
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+import pruned_cli
+sys.argv = ["pruned-ops", *{argv!r}]
+sys.exit(pruned_cli.ops())
+"""
+
+
+def started(*argv: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """`pruned-ops ARGV` in a process of its own, outside the checkout."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", START.format(argv=argv, blocked=blocked)],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+@pytest.mark.parametrize(
+    "argv", [("--help",), ("--version",), *((command, "--help") for command in COMMANDS)], ids=" ".join
+)
+def test_help_needs_no_torch(argv: tuple[str, ...]) -> None:
+    done = started(*argv, blocked=("torch", "transformers", "numpy"))
+    assert (done.returncode, done.stderr) == (0, "")
+    begin = f"pruned-ops {pruned_ops.__version__}\n" if argv == ("--version",) else "usage: pruned-ops "
+    assert done.stdout.startswith(begin)
+
+
+def test_a_mistyped_command_needs_no_torch() -> None:
+    done = started("benhc", blocked=("torch",))
+    assert (
+        done.returncode == 2 and "invalid choice: 'benhc'" in done.stderr and "latency-table" in done.stderr
+    )
+
+
+def test_the_installed_command_runs() -> None:
+    """The package's `__init__` has run when the command does: its ops and backends are there."""
+    done = started("info")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "linear_add_layer_norm" in done.stdout and "reference  available" in done.stdout
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (choices,) = (action.choices for action in cli.build_parser()._actions if action.dest == "command")
+    assert isinstance(choices, dict)
+    return choices
+
+
+def test_all_commands_are_there() -> None:
+    assert tuple(commands()) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_sentence_and_its_default_once(command: str) -> None:
+    parser = commands()[command]
+    assert parser.description
+    for action in parser._actions:
+        assert action.help, action.dest
+        said = str(parser._get_formatter()._expand_help(action))
+        has_default = action.default not in (None, False, argparse.SUPPRESS)
+        assert said.count("(default: ") == 1 if has_default else said.count("(default: ") <= 1, said
+        assert "None" not in said and "[" not in said
+
+
+@pytest.mark.parametrize("command", ["latency-table", "import", "export", "ask", "check", "bench"])
+def test_a_folder_that_is_not_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = "build/no-such-model", str(tmp_path / "new")  # OWNER/NAME, as a model of the hub has it
+    argv = {
+        "latency-table": [file, "--model", folder, "--length", "9"],
+        "import": [folder, file],
+        "export": [folder, "--onnx", file],
+        "ask": [folder, "--questions", "-"],
+    }.get(command, [folder])
+    assert cli.main([command, *argv]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"pruned-ops {command}: {folder} holds no config.json: there is no such folder; the folder of a "
+        "checkpoint is needed\n"
+    )
+    assert not Path(file).exists()
