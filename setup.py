@@ -190,7 +190,6 @@ def extension(cuda: bool) -> Extension:
         "csrc/cpu/dispatch.cpp",
         "csrc/cpu/encoder.cpp",
         "csrc/cpu/layer_norm.cpp",
-        "csrc/cpu/chunks.cpp",
     ]
     defined = [
         (f"PRUNED_OPS_HAVE_{name}", "1") for name in (*CAPABILITY_FLAGS, *INT8_FLAGS) if name != "DEFAULT"

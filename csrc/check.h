@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu/kernels.h"
+#include "panels.h"
 
 namespace pruned_ops::check {
 
@@ -50,7 +50,7 @@ inline void vector(const char* op, const char* name, const at::Tensor& tensor, i
               ", [", size, "] is needed");
 }
 
-// A weight (out, in) as panels (ceil(out / 32), in, 32).
+// A weight (out, in) as fp32 panels (ceil(out / 32), in, 32); see panels.h.
 inline void panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
   constexpr int64_t width = kWeightPanel;
   taken(op, name, tensor, {});
@@ -62,7 +62,7 @@ inline void panels(const char* op, const char* name, const at::Tensor& tensor, i
   TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
 }
 
-// A weight (out, in) in int8 as panels; see Int8LinearArgs.
+// A weight (out, in) as int8 panels (ceil(out / 32), 1 + ceil(in / 4), 128); see panels.h.
 inline void int8_panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
   on(op, name, tensor, at::kCPU);
   const int64_t panels = (out + kWeightPanel - 1) / kWeightPanel;

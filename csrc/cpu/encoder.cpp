@@ -4,7 +4,9 @@
 // place.
 #include "cpu/encoder.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -12,8 +14,9 @@
 
 #include "check.h"
 #include "cpu/attention.h"
-#include "cpu/chunks.h"
+#include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
+#include "panels.h"
 #include "rows.h"
 
 namespace pruned_ops::cpu {
@@ -21,11 +24,42 @@ namespace pruned_ops::cpu {
 namespace {
 
 constexpr const char* kOp = "encoder";
-constexpr int64_t kTensors = 6;  // of a part
+constexpr int64_t kTensors = 6;  // of one part
 constexpr int64_t kFloatBytes = sizeof(float);
 // Against all tokens at once: 3% to 5% less time on MiniLM (6% to 8% in int8), 1% to 3% on BERT-base, from
 // 1500 tokens on; 2048 gains half of it, 768 loses it again.
 constexpr int64_t kGroupTokens = 1024;
+// With fewer rows per thread the weights would be read too often for what is computed with them.
+constexpr int64_t kLeastRows = 8;
+
+// Floats from one row to the next of a scratch matrix: whole vectors, and an odd number of cache lines, so
+// that the rows of a block lie in different sets of the cache.
+int64_t scratch_stride(int64_t columns) {
+  return ((columns + 15) / 16 | 1) * 16;
+}
+
+// Calls run(begin, end, scratch) for the rows of a batch: every thread takes an even share of them, in chunks
+// of at most kChunkRows. scratch: scratch_floats floats of this thread's own, aligned to 64 bytes.
+template <typename Run>
+void for_each_chunk(int64_t rows, int64_t scratch_floats, const Run& run) {
+  if (rows == 0) return;
+  const int64_t shares = std::clamp<int64_t>(rows / kLeastRows, 1, at::get_num_threads());
+  const int64_t stride = (scratch_floats + 15) / 16 * 16;
+  const at::DataPtr scratch =
+      c10::GetCPUAllocator()->allocate(static_cast<size_t>(shares * stride) * sizeof(float));
+  float* first_scratch = static_cast<float*>(scratch.get());
+  at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
+    for (int64_t share = from; share < to; ++share) {
+      const int64_t begin = rows * share / shares;
+      const int64_t count = rows * (share + 1) / shares - begin;
+      const int64_t chunks = (count + kChunkRows - 1) / kChunkRows;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        run(begin + count * chunk / chunks, begin + count * (chunk + 1) / chunks,
+            first_scratch + share * stride);
+      }
+    }
+  });
+}
 
 struct Linear {
   bool is_int8;
@@ -42,13 +76,13 @@ struct Part {
 
 // A thread's scratch, cut into what a chunk of rows needs.
 struct Scratch {
-  float* inner;  // the FFN's activations
-  float* sums;   // what a LayerNorm takes
-  uint8_t* bytes;
-  float* scales;
+  float* inner;    // the FFN's activations
+  float* sums;     // the second linear's output, which the LayerNorm takes
+  uint8_t* bytes;  // quantised rows
+  float* scales;   // and their scales
 };
 
-// Checks the parts' tensors and keeps those that had to be copied.
+// The parts with their tensors checked. Keeps those that had to be copied.
 class Parts {
  public:
   Parts(at::TensorList weights, at::IntArrayRef widths, int64_t hidden, int64_t head_dim, double eps) {
@@ -62,30 +96,29 @@ class Parts {
 
   const std::vector<Part>& list() const { return list_; }
 
-  // The widest q|k|v and context.
+  // The most channels of a context; a third of the most of a q|k|v.
   int64_t widest_attention() const { return widest(true); }
   int64_t widest_ffn() const { return widest(false); }
 
-  // The most inputs of a linear in int8, 0 if there is none.
+  // The most inputs of a linear in int8; 0 if there is none.
   int64_t widest_int8() const {
-    int64_t found = 0;
+    int64_t inputs = 0;
     for (const Part& part : list_) {
       for (const Linear* linear : {&part.first, &part.second}) {
-        if (linear->is_int8) found = std::max(found, linear->int8.in);
+        if (linear->is_int8) inputs = std::max(inputs, linear->int8.in);
       }
     }
-    return found;
+    return inputs;
   }
 
  private:
-  void add(at::TensorList weights, int64_t width, int64_t hidden, int64_t head_dim, double eps) {
-    const bool is_attention = width >= 0;
-    const int64_t inner = is_attention ? width * head_dim : -1 - width;
+  void add(at::TensorList weights, int64_t part, int64_t hidden, int64_t head_dim, double eps) {
+    const int64_t inner = inner_width(part, head_dim);
     const Linear first = linear(weights[0], "first weight", weights[1], "first bias", hidden,
-                                is_attention ? 3 * inner : inner);
+                                is_attention(part) ? 3 * inner : inner);
     const Linear second = linear(weights[2], "second weight", weights[3], "second bias", inner, hidden);
     norms_.emplace_back(kOp, weights[4], weights[5], hidden, eps);
-    list_.push_back({is_attention, inner, first, second, norms_.back().args});
+    list_.push_back({is_attention(part), inner, first, second, norms_.back().args});
   }
 
   Linear linear(const at::Tensor& panels, const char* name, const at::Tensor& bias, const char* bias_name,
@@ -106,12 +139,12 @@ class Parts {
     return {false, {panels.const_data_ptr<float>(), biases_.back().const_data_ptr<float>(), in, out}, {}};
   }
 
-  int64_t widest(bool is_attention) const {
-    int64_t found = 0;
+  int64_t widest(bool of_attention) const {
+    int64_t width = 0;
     for (const Part& part : list_) {
-      if (part.is_attention == is_attention) found = std::max(found, part.width);
+      if (part.is_attention == of_attention) width = std::max(width, part.width);
     }
-    return found;
+    return width;
   }
 
   std::vector<Part> list_;
@@ -134,7 +167,7 @@ class Run {
         context_(at::empty({tokens_, parts.widest_attention()}, x.options())) {}
 
   void all() {
-    std::vector<const Part*> ready;  // parts that rows go through before the next attention
+    std::vector<const Part*> ready;  // parts whose rows no longer wait for an attention
     for (const Part& part : parts_.list()) {
       if (part.is_attention) {
         rows(ready, part.width > 0 ? &part : nullptr);
@@ -147,7 +180,7 @@ class Run {
   }
 
  private:
-  // Takes all rows through what `ready` parts still have to do, and makes the q|k|v of `next`.
+  // Takes all rows through what the `ready` parts still have to do, then computes the q|k|v of `next`.
   void rows(const std::vector<const Part*>& ready, const Part* next) {
     if (ready.empty() && next == nullptr) return;
     const int64_t inner_floats = kChunkRows * inner_stride_;
@@ -159,30 +192,33 @@ class Run {
       float* const bytes = memory + inner_floats + sums_floats;
       const Scratch scratch = {memory, memory + inner_floats, reinterpret_cast<uint8_t*>(bytes),
                                bytes + bytes_floats};
-      float* x = x_ + begin * hidden_;
-      for (const Part* part : ready) {
-        const float* inner = scratch.inner;
-        int64_t stride = inner_stride_;
-        if (part->is_attention) {
-          inner = context_.const_data_ptr<float>() + begin * part->width;
-          stride = part->width;
-        } else {
-          linear(part->first, x, hidden_, count, Finish::kBiasGelu, scratch.inner, inner_stride_, scratch);
-        }
-        linear(part->second, inner, stride, count, Finish::kNothing, scratch.sums, sums_stride_, scratch);
-        for (int64_t row = 0; row < count; ++row) {
-          // Summed as the reference does: the bias first. In place: the row's sum is over before it is
-          // written.
-          kernels().layer_norm_row(part->norm, scratch.sums + row * sums_stride_, part->second.fp32.bias,
-                                   x + row * hidden_, x + row * hidden_);
-        }
-      }
+      for (const Part* part : ready) finish(*part, begin, count, scratch);
       if (next != nullptr) {
         const int64_t width = next->first.fp32.out;
-        linear(next->first, x, hidden_, count, Finish::kBias, qkv_.mutable_data_ptr<float>() + begin * width,
-               width, scratch);
+        linear(next->first, x_ + begin * hidden_, hidden_, count, Finish::kBias,
+               qkv_.mutable_data_ptr<float>() + begin * width, width, scratch);
       }
     });
+  }
+
+  // Takes `count` rows through an FFN, or through what follows an attention's context.
+  void finish(const Part& part, int64_t begin, int64_t count, const Scratch& scratch) {
+    float* const x = x_ + begin * hidden_;
+    const float* inner = scratch.inner;
+    int64_t stride = inner_stride_;
+    if (part.is_attention) {
+      inner = context_.const_data_ptr<float>() + begin * part.width;
+      stride = part.width;
+    } else {
+      linear(part.first, x, hidden_, count, Finish::kBiasGelu, scratch.inner, inner_stride_, scratch);
+    }
+    linear(part.second, inner, stride, count, Finish::kNothing, scratch.sums, sums_stride_, scratch);
+    for (int64_t row = 0; row < count; ++row) {
+      // The bias is added first, as in the reference. In place: the sum of a row is complete before the row
+      // is written.
+      kernels().layer_norm_row(part.norm, scratch.sums + row * sums_stride_, part.second.fp32.bias,
+                               x + row * hidden_, x + row * hidden_);
+    }
   }
 
   void linear(const Linear& part, const float* x, int64_t x_stride, int64_t rows, Finish finish, float* out,
@@ -205,7 +241,7 @@ class Run {
   }
 
   const Parts& parts_;
-  const AttentionArgs sequences_;  // qkv, its stride, num_heads and context are each part's
+  const AttentionArgs sequences_;  // without qkv, its stride, num_heads and context: a part has its own
   const int64_t hidden_, tokens_;
   float* const x_;
   const int64_t inner_stride_, sums_stride_, bytes_stride_;
@@ -228,8 +264,8 @@ at::Tensor encoder(const at::Tensor& x, const at::Tensor& cu_seqlens, int64_t ma
   const Parts parts(weights, widths, hidden, head_dim, eps);
   at::Tensor out = at::empty({tokens, hidden}, x.options());
   out.copy_(x);
-  // Whole sequences of about kGroupTokens at a time go through all parts: q|k|v and context then stay in the
-  // cache between the threads' rows and the attention.
+  // Whole sequences of about kGroupTokens tokens go through all parts together, so that q|k|v and context
+  // stay in the cache between the linears and the attention.
   const int64_t groups = (tokens + kGroupTokens - 1) / kGroupTokens;
   std::vector<int32_t> group_bounds;
   int64_t first = 0;

@@ -6,9 +6,9 @@
 
 namespace pruned_ops::cpu {
 
-// A stack of post-LN encoder parts, attention and FFN, in one call: reference.encoder says what it means.
-// x (tokens, hidden); six tensors a part in weights: panels and bias of the first linear, of the second, and
-// the norm's weight and bias. widths: a part's number of heads, or -1 - FFN width.
+// Runs a stack of post-LN encoder parts, attentions and FFNs; reference.encoder says what it computes.
+// x (tokens, hidden). widths: one integer per part, as panels.h defines it. weights: six tensors per part:
+// panels and bias of its first linear, panels and bias of its second, weight and bias of its LayerNorm.
 at::Tensor encoder(const at::Tensor& x, const at::Tensor& cu_seqlens, int64_t max_seqlen,
                    at::TensorList weights, at::IntArrayRef widths, int64_t head_dim, double eps);
 

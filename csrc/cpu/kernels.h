@@ -4,10 +4,12 @@
 
 #include <cstdint>
 
+#include "panels.h"
+
 namespace pruned_ops {
 
 // Query rows of one attention task. Every capability's register block (12, 8, 6 or 2 rows) divides it; larger
-// would leave threads idle on small batches, smaller would read the packed keys more often than needed.
+// would leave threads idle on small batches, smaller would read the laid-out keys more often than needed.
 constexpr int64_t kQueryBlock = 48;
 
 // One call of attention, checked. Rows of qkv are row_stride floats apart; context is contiguous.
@@ -30,12 +32,6 @@ struct LayerNormArgs {
   float eps;
 };
 
-// Columns of a weight that lie together: weights are packed as panels (ceil(out / 32), in, 32), panel by
-// panel and input by input, the last one filled up with zeros. One layout for every capability.
-constexpr int64_t kWeightPanel = 32;
-// Bytes of a panel's step: an input of 32 channels in fp32, four in int8.
-constexpr int64_t kStepBytes = 128;
-
 // Rows that a thread takes through several products while they stay in its L2. Enough to read each weight
 // rarely; the FFN activations of so many rows, up to 3072 wide, take 1.2 MB.
 constexpr int64_t kChunkRows = 96;
@@ -43,10 +39,10 @@ constexpr int64_t kChunkRows = 96;
 // What follows a product, while its tile is in L1.
 enum class Finish { kNothing, kBias, kBiasGelu };
 
-// x weight^T + bias, the weight packed.
+// x weight^T + bias in fp32.
 struct LinearArgs {
-  const float* panels;
-  const float* bias;  // (out,)
+  const float* panels;  // the weight, as panels.h draws it
+  const float* bias;    // (out,)
   int64_t in;
   int64_t out;
 };
@@ -65,25 +61,21 @@ struct Kernels {
                          const float* third, float* out);
 };
 
-// x weight^T + bias in int8: the weight has a scale an output channel, x a scale a row and 128 added, which
-// unsigned bytes need and the sums start below 0 by. panels: (ceil(out / 32), 1 + ceil(in / 4), 128) bytes.
-// A panel's first line pair holds the 32 int32 that its sums start with, -128 times the channel's weights;
-// each after it 4 inputs of 32 channels, a channel's together.
+// x weight^T + bias in int8: the weight has a scale per output channel; x has a scale per row, and 128 added.
 struct Int8LinearArgs {
-  const int8_t* panels;
-  const float* bias;    // (out,)
-  const float* scales;  // (out,)
+  const int8_t* panels;  // the weight, as panels.h draws it
+  const float* bias;     // (out,)
+  const float* scales;   // (out,)
   int64_t in;
   int64_t out;
 };
-constexpr int64_t kInt8Group = 4;  // inputs that one instruction multiplies and adds
 
 struct Int8Kernels {
-  // Rows of x -> bytes with 128 added and a scale each: x is (byte - 128) * scale, the largest being 127.
-  // What fills a row up to whole groups is 128.
+  // Quantises rows of x to bytes with 128 added, and a scale per row: x is (byte - 128) * scale, where
+  // byte - 128 is at most 127. Bytes of 128 fill a row up to whole groups.
   void (*quantize)(const float* x, int64_t x_stride, int64_t rows, int64_t in, uint8_t* bytes,
                    int64_t bytes_stride, float* scales);
-  // As Kernels::linear, of quantised rows.
+  // As Kernels::linear, on quantised rows.
   void (*linear)(const Int8LinearArgs& args, const uint8_t* x, int64_t x_stride, const float* x_scales,
                  int64_t rows, Finish finish, float* out, int64_t out_stride);
 };

@@ -1,5 +1,6 @@
-// How a product with a packed weight is gone through, whatever it is packed in, and how a tile of it becomes
-// output. For every panel of the weight, over blocks of rows; the next panel is brought into L2 meanwhile.
+// The order in which a product with a weight in panels is computed, in fp32 or int8, and how a tile of it
+// becomes output. The panels of the weight come one after the other, each over blocks of rows; the next panel
+// is brought into L2 meanwhile.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -20,7 +21,8 @@ struct Tile {
   Ahead ahead;
 };
 
-// Calls visit(tile) for all tiles of (rows, out). panel_bytes: of one panel; steps: of a product's depth.
+// Calls visit(tile) for all tiles of (rows, out). panel_bytes: the size of a panel. steps: depth steps of the
+// product.
 template <typename Visit>
 inline void for_each_tile(const void* panels, int64_t panel_bytes, int64_t steps, int64_t out, int64_t rows,
                           const Visit& visit) {

@@ -46,14 +46,10 @@ const char* start(const AddLayerNorm& a, void* stream) {
 }  // namespace
 
 const char* add_layer_norm(const AddLayerNorm& arguments, void* stream) {
-  switch (arguments.dtype) {
-    case Dtype::float32:
-      return start<float>(arguments, stream);
-    case Dtype::float16:
-      return start<half>(arguments, stream);
-    default:
-      return start<bfloat16>(arguments, stream);
-  }
+  return visit(arguments.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return start<T>(arguments, stream);
+  });
 }
 
 }  // namespace pruned_ops::cuda

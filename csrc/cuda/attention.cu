@@ -242,14 +242,10 @@ const char* start(const Attention& a, void* stream) {
 }  // namespace
 
 const char* attention(const Attention& arguments, void* stream) {
-  switch (arguments.dtype) {
-    case Dtype::float16:
-      return start<half>(arguments, stream);
-    case Dtype::bfloat16:
-      return start<bfloat16>(arguments, stream);
-    default:
-      return "the dtype is neither float16 nor bfloat16";
-  }
+  return visit_half(arguments.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return start<T>(arguments, stream);
+  });
 }
 
 }  // namespace pruned_ops::cuda

@@ -68,14 +68,10 @@ const char* start(const EmbedLayerNorm& a, void* stream) {
 }  // namespace
 
 const char* embed_layer_norm(const EmbedLayerNorm& arguments, void* stream) {
-  switch (arguments.dtype) {
-    case Dtype::float32:
-      return start<float>(arguments, stream);
-    case Dtype::float16:
-      return start<half>(arguments, stream);
-    default:
-      return start<bfloat16>(arguments, stream);
-  }
+  return visit(arguments.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return start<T>(arguments, stream);
+  });
 }
 
 }  // namespace pruned_ops::cuda

@@ -11,21 +11,13 @@ struct Product {
   static PRUNED_OPS_DEVICE float of(float x) { return x; }
 };
 
-const char* product(const Linear& linear, void* stream) {
-  switch (linear.dtype) {
-    case Dtype::float16:
-      return start_linear<half, Product>(linear, stream);
-    case Dtype::bfloat16:
-      return start_linear<bfloat16, Product>(linear, stream);
-    default:
-      return "the dtype is neither float16 nor bfloat16";
-  }
-}
-
 }  // namespace
 
 const char* linear_add_layer_norm(const Linear& linear, const AddLayerNorm& add, void* stream) {
-  const char* error = product(linear, stream);
+  const char* error = visit_half(linear.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return start_linear<T, Product>(linear, stream);
+  });
   return error != nullptr ? error : add_layer_norm(add, stream);
 }
 

@@ -12,14 +12,10 @@ struct Gelu {
 }  // namespace
 
 const char* linear_gelu(const Linear& arguments, void* stream) {
-  switch (arguments.dtype) {
-    case Dtype::float16:
-      return start_linear<half, Gelu>(arguments, stream);
-    case Dtype::bfloat16:
-      return start_linear<bfloat16, Gelu>(arguments, stream);
-    default:
-      return "the dtype is neither float16 nor bfloat16";
-  }
+  return visit_half(arguments.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return start_linear<T, Gelu>(arguments, stream);
+  });
 }
 
 }  // namespace pruned_ops::cuda

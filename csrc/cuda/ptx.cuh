@@ -9,17 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dtype.cuh"
 #include "launch.h"
 
 namespace pruned_ops::cuda {
-
-// 16-bit numbers as they lie in memory. Kernels compute in float.
-struct half {
-  uint16_t bits;
-};
-struct bfloat16 {
-  uint16_t bits;
-};
 
 // 16 bytes: what a thread moves at once.
 struct alignas(16) Bits128 {
