@@ -77,7 +77,8 @@ FLOORS = {
     ROOT.parent / "benchmarks": (
         ("scripts",),
         ("study", "whole_models"),
-        ("kernels", "rivals", "harness"),
+        ("kernels", "rivals"),
+        ("harness", "presentation"),
     ),
 }
 WITHOUT_TRANSFORMERS = ("shape", "files", "version", "ops", "layers")
