@@ -1,5 +1,5 @@
-# make demo | test | test-all | test-transformers4 | lint | ci | asan | bench | results | overhead | aot | cuda-compile |
-# gpu. The first call sets up .venv; what is there already is used.
+# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | bench | results | overhead | aot |
+# cuda-compile | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
 # to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-transformers4 lint ci asan bench results overhead aot cuda-compile gpu gpu-ready gpu-tests \
+.PHONY: demo test test-all test-transformers4 lint docs ci asan bench results overhead aot cuda-compile gpu gpu-ready gpu-tests \
 	gpu-ops gpu-models gpu-train gpu-study clean
 .DEFAULT_GOAL := test
 
@@ -48,6 +48,21 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# The pages and the API reference as a site in build/site; a broken link or a missing name fails. The sources are read and
+# not imported, so the extra alone is installed: not torch, and not this project.
+DOCS := README.md CHANGELOG.md LICENSE $(wildcard docs/*.md docs/*.css docs/*.png) benchmarks/README.md benchmarks/results \
+	python/examples
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install -q $$($(BIN)/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
+docs: $(VENV)/.docs
+	rm -rf build/pages
+	mkdir -p build/pages
+	cp -r --parents $(DOCS) build/pages
+	$(BIN)/mkdocs build --strict
 
 ci: lint asan test test-transformers4
 
