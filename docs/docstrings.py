@@ -1,4 +1,4 @@
-"""Sets the docstrings for the API reference: a line that explains an argument or the errors begins a paragraph.
+"""Sets the docstrings for the API reference: what explains an argument, or the errors, begins a paragraph.
 
 The docstrings are plain text, in which such lines follow one another; Markdown would run them together.
 """

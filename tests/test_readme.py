@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is there and runs: Python, commands and their options, links, paths and names."""
+"""What README.md and docs/ show is there and runs: Python, commands and options, links, paths and names."""
 
 from __future__ import annotations
 
@@ -65,8 +65,7 @@ def inline_code() -> list[tuple[str, str]]:
 
 
 def command_lines() -> list[str]:
-    """All command lines of the pages: those of plain blocks, continued lines joined, comments left out; and those
-    that a sentence shows."""
+    """The lines of all plain blocks, continued lines joined, comments left out; and all code in sentences."""
     joined = "\n".join(body for _, body in blocks("")).replace("\\\n", " ")
     lines = [line.split(" #")[0].strip() for line in joined.splitlines()]
     return sorted({line for line in (*lines, *(code for _, code in inline_code())) if line})
@@ -138,11 +137,8 @@ def test_commands_and_their_options_exist(line: str) -> None:
 def test_options_in_sentences_exist() -> None:
     known = set(OTHERS)
     for program in COMMANDS:
-        commands = re.search(r"\{([a-z,-]+)\}", help_of(program, ""))
-        assert commands is not None
-        known |= options_in(help_of(program, "")).union(
-            *(options_in(help_of(program, command)) for command in commands[1].split(","))
-        )
+        commands = re.findall(r"^    ([a-z][a-z-]+)(?:\s|$)", help_of(program, ""), re.M)
+        known = known.union(*(options_in(help_of(program, command)) for command in ("", *commands)))
     known |= {
         option
         for path in (ROOT / "benchmarks").rglob("*.py")
