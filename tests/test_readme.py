@@ -39,6 +39,7 @@ MODELS = {
     "build/demo": "answers",
     "build/nq": "answer types",
     "cardiffnlp/twitter-roberta-base-sentiment-latest": "labels",
+    "cross-encoder/ms-marco-MiniLM-L6-v2": "score",
     "sentence-transformers/all-MiniLM-L6-v2": "none",
 }
 # Options of programs that are not ours.
@@ -102,6 +103,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "answers": stock_model(),
         "answer types": with_answer_types(stock_model()),
         "labels": BertForSequenceClassification(config),
+        "score": BertForSequenceClassification(BertConfig(**{**config.to_dict(), "num_labels": 1})),
         "none": BertModel(config),
     }
     return {head: save_checkpoint(model, folder / head.replace(" ", "-")) for head, model in made.items()}
@@ -123,7 +125,7 @@ def test_python_runs_as_printed(
     exec(source, names)  # the page's own lines
     if "answer" in names:
         assert isinstance(names["answer"], (Answer, str))
-    for several in ("labels", "embeddings"):
+    for several in ("labels", "embeddings", "scores"):
         if several in names:
             assert len(names[several]) == 2
 
