@@ -1,4 +1,4 @@
-"""The example that spreads a corpus over Ray's workers: one process's answers, once each, whoever dies."""
+"""The example for Ray: its workers give one process's answers, once each, even if one of them is killed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def corpus(count: int, length: int) -> list[dict[str, Any]]:
 
 
 def written(path: Path, records: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
@@ -51,9 +51,9 @@ def command(*argv: object) -> subprocess.Popen[str]:
 
 def run(*argv: object) -> str:
     process = command(*argv)
-    said, error = process.communicate()
+    output, error = process.communicate()
     assert process.returncode == 0, error[-3000:]
-    return said
+    return output
 
 
 def answers(out: Path) -> list[dict[str, Any]]:
@@ -61,17 +61,17 @@ def answers(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def check(found: list[dict[str, Any]], records: Sequence[dict[str, Any]], folder: Path) -> None:
+def check(rows: list[dict[str, Any]], records: Sequence[dict[str, Any]], folder: Path) -> None:
     """Every record once, with the answer that one process gives."""
     expected = QuestionAnswerer(str(folder)).answer(
-        [one["question"] for one in records], [one["context"] for one in records]
+        [record["question"] for record in records], [record["context"] for record in records]
     )
-    assert sorted(one["id"] for one in found) == sorted(one["id"] for one in records)
-    by_id = {one["id"]: one for one in found}
+    assert sorted(row["id"] for row in rows) == sorted(record["id"] for record in records)
+    by_id = {row["id"]: row for row in rows}
     for record, answer in zip(records, expected, strict=True):
-        one = by_id[record["id"]]
-        assert (one["answer"], one["start"], one["end"]) == (answer.answer, answer.start, answer.end)
-        assert one["score"] == pytest.approx(answer.score, abs=1e-4)
+        row = by_id[record["id"]]
+        assert (row["answer"], row["start"], row["end"]) == (answer.answer, answer.start, answer.end)
+        assert row["score"] == pytest.approx(answer.score, abs=1e-4)
 
 
 def test_two_workers_answer_as_one_process_and_go_on_where_they_stopped(folder: Path, tmp_path: Path) -> None:
@@ -84,17 +84,17 @@ def test_two_workers_answer_as_one_process_and_go_on_where_they_stopped(folder: 
         file.write("{broken\n")
     write_table(pa.Table.from_pylist(records[30:]), tmp_path / "b.parquet", row_group_size=8)
     out = tmp_path / "out"
-    asked = (folder, lines, tmp_path / "b.parquet", "--out", out, "--block", 8, "--workers", 2)
-    assert "7 blocks, 7 of them to be answered" in run(*asked)
+    arguments = (folder, lines, tmp_path / "b.parquet", "--out", out, "--block", 8, "--workers", 2)
+    assert "7 blocks, 7 of them to be answered" in run(*arguments)
     found = answers(out)
-    refused = {one["id"]: one["refused"] for one in found if "refused" in one}
+    refused = {row["id"]: row["refused"] for row in found if "refused" in row}
     assert set(refused) == {"a.jsonl-000003:6", "a.jsonl-000003:7"}
     assert "no JSON" in refused["a.jsonl-000003:7"]
-    check([one for one in found if "refused" not in one], records, folder)
+    check([row for row in found if "refused" not in row], records, folder)
     (out / "a.jsonl-000001.jsonl").unlink()
-    assert "7 blocks, 1 of them to be answered" in run(*asked)
+    assert "7 blocks, 1 of them to be answered" in run(*arguments)
     assert answers(out) == found
-    assert "0 of them" in run(*asked)
+    assert "0 of them" in run(*arguments)
 
 
 def test_a_worker_that_is_killed_loses_and_doubles_nothing(folder: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(folder: Path, tmp_pat
             else:
                 killed = None
         time.sleep(0.01)
-    said, error = process.communicate()
+    _, error = process.communicate()
     assert process.returncode == 0, error[-3000:]
     assert killed is not None, "all was answered before a worker could be killed"
     found = [

@@ -1,12 +1,13 @@
-"""Answer a corpus of questions on many machines with Ray Data: an actor with a QuestionAnswerer per worker.
+"""Answer a corpus of questions on many machines with Ray Data; each worker has a QuestionAnswerer.
 
     pip install "ray[data]"
     python corpus_on_ray.py CHECKPOINT questions.jsonl more.parquet --out ANSWERS --workers 4 --cpus 2
 
-Each record has a question, a context and, where you like, an id. The corpus is cut into blocks; a worker
-writes a block's answers to a file of its own, which gets its name when it is whole. So the same command goes
-on where it was stopped, and a block whose worker dies is answered again, by another: nothing is lost, nothing
-is there twice. On several machines the paths are on a file system in common; --address names the cluster.
+Each record has a question, a context and, if you like, an id. The corpus is divided into blocks, and every
+block's answers are a file, which gets its name when it is whole. So the same command continues where it was
+stopped, and a block whose worker dies is answered again by another: no answer is lost, and none is there
+twice. On several machines the paths must be on a file system that all of them see; --address names the
+cluster.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import torch
 
 from pruned_ops import Answer, QuestionAnswerer
 
-# path, number; first, last: bytes of JSON lines, or row groups of Parquet.
+# A part of a file, as a row of Ray's data: path, number, first and last, which are bytes of JSON lines or row
+# groups of Parquet.
 Block = dict[str, Any]
 
 
 def blocks_of(path: Path, records: int) -> Iterator[Block]:
-    """A file in blocks of about so many records, without reading them into memory."""
+    """A file as blocks of `records` lines, or of one Parquet row group; none is held in memory."""
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
 
@@ -48,7 +50,7 @@ def blocks_of(path: Path, records: int) -> Iterator[Block]:
 
 
 def records_of(block: Block) -> Iterator[Any]:
-    """A block's records; for a line that is no JSON, a string that says so."""
+    """A block's records; a line that is no JSON gives a string that says so."""
     if block["path"].endswith(".parquet"):
         from pyarrow.parquet import ParquetFile
 
@@ -65,48 +67,54 @@ def records_of(block: Block) -> Iterator[Any]:
 
 
 def answers_file(out: Path, block: Block) -> Path:
-    """Where a block's answers are, once all of them are there."""
+    """The file of a block's answers, which exists once it is whole."""
     return out / f"{Path(block['path']).name}-{block['number']:06d}.jsonl"
 
 
 class Worker:
-    """One copy of the model. Ray makes it once in each of its processes, and again where one dies."""
+    """One copy of the model. Ray makes it once in each of its processes, and again when a process dies."""
 
     def __init__(self, model: str, out: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.answerer, self.out = QuestionAnswerer(model), Path(out)
 
     def __call__(self, batch: Block) -> Block:
-        """Answer one block (a batch of one row), and say how many records it had."""
+        """Answer one block (a batch of one row) and write its file; returns how many records it had."""
         block: Block = {name: int(values[0]) for name, values in batch.items() if name != "path"}
         block["path"] = str(batch["path"][0])
         records = list(records_of(block))
-        place = answers_file(self.out, block)
-        beside = place.with_suffix(f".{os.getpid()}.part")
-        with beside.open("w", encoding="utf-8") as file:
-            found = self.answerer.stream(records, progress=False, keep_refused=True)
-            for number, (record, answer) in enumerate(zip(records, found, strict=True)):
-                name = record.get("id") if isinstance(record, dict) else None
-                why = record if isinstance(record, str) else getattr(answer, "reason", None)
-                said = asdict(answer) if isinstance(answer, Answer) else {"refused": why}
-                row = {"id": f"{place.stem}:{number}" if name is None else name, **said}
+        path = answers_file(self.out, block)
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        with partial.open("w", encoding="utf-8") as file:
+            answers = self.answerer.stream(records, progress=False, keep_refused=True)
+            for number, (record, answer) in enumerate(zip(records, answers, strict=True)):
+                key = record.get("id") if isinstance(record, dict) else None
+                reason = record if isinstance(record, str) else getattr(answer, "reason", None)
+                fields = asdict(answer) if isinstance(answer, Answer) else {"refused": reason}
+                row = {"id": f"{path.stem}:{number}" if key is None else key, **fields}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(beside, place)
+        os.replace(partial, path)
         return {"records": [len(records)]}
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="folder of a checkpoint, or hub name")
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines or Parquet")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the answers, a file a block")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the answers, one file per block")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--cpus", type=int, default=1, help="threads a worker computes with")
-    parser.add_argument("--block", type=int, default=256, help="records a block (Parquet: its row groups)")
+    parser.add_argument("--cpus", type=int, default=1, help="threads of each worker")
+    parser.add_argument(
+        "--block", type=int, default=256, help="records per block (Parquet: a row group each)"
+    )
     parser.add_argument("--address", help="of a Ray cluster; by default one is started on this machine")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     try:
         import ray
     except ImportError:
@@ -119,18 +127,18 @@ def main() -> None:
     left = [block for block in blocks if not answers_file(arguments.out, block).exists()]
     print(f"{len(blocks)} blocks, {len(left)} of them to be answered")
     if left:
-        here = None if arguments.address else arguments.workers * arguments.cpus
-        ray.init(address=arguments.address, num_cpus=here)
+        local_cpus = None if arguments.address else arguments.workers * arguments.cpus
+        ray.init(address=arguments.address, num_cpus=local_cpus)
         model = str(Path(arguments.model).absolute()) if Path(arguments.model).exists() else arguments.model
-        settings = (model, str(arguments.out.absolute()), arguments.cpus)
-        done = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(
+        worker_arguments = (model, str(arguments.out.absolute()), arguments.cpus)
+        counts = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(
             Worker,
-            fn_constructor_args=settings,
+            fn_constructor_args=worker_arguments,
             batch_size=1,
             num_cpus=arguments.cpus,
             concurrency=arguments.workers,
         )
-        print(f"{done.sum('records')} records answered in {arguments.out}")
+        print(f"{counts.sum('records')} records answered in {arguments.out}")
 
 
 if __name__ == "__main__":

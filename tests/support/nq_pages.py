@@ -1,4 +1,4 @@
-"""Natural Questions documents made in a test, and a task on them that takes seconds to learn."""
+"""Natural Questions documents made for tests, among them a file that a model learns in seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NULL = {"start_token": -1, "end_token": -1, "candidate_index": -1}
 
 
 def page(key: int, question: str, *paragraphs: str, **changes: Any) -> dict[str, Any]:
-    """An entry of the simplified layout: each paragraph a top-level candidate, no annotation."""
+    """An entry of the simplified layout, whose paragraphs are top-level candidates; it has no annotation."""
     tokens, candidates = ["<H1>", "Title", "</H1>"], []
     for text in paragraphs:
         words = text.split(" ") if text else []
@@ -37,10 +37,10 @@ def annotation(
     """An annotator's label; short: (start, end), document tokens."""
     long = dict(NULL)
     if candidate >= 0:
-        one = entry["long_answer_candidates"][candidate]
+        chosen = entry["long_answer_candidates"][candidate]
         long = {
-            "start_token": one["start_token"],
-            "end_token": one["end_token"],
+            "start_token": chosen["start_token"],
+            "end_token": chosen["end_token"],
             "candidate_index": candidate,
         }
     spans = [{"start_token": start, "end_token": end} for start, end in short]
@@ -49,16 +49,16 @@ def annotation(
 
 def original(entry: dict[str, Any], annotators: int = 5) -> dict[str, Any]:
     """The same entry in the original layout, with byte offsets, and its annotations repeated in turn."""
-    tokens, place = [], 0
+    tokens, start = [], 0
     for word in entry["document_text"].split(" ") if entry["document_text"] else []:
         size = len(word.encode())
         html = word.startswith("<")
-        tokens.append({"token": word, "start_byte": place, "end_byte": place + size, "html_token": html})
-        place += size + 1
+        tokens.append({"token": word, "start_byte": start, "end_byte": start + size, "html_token": html})
+        start += size + 1
     labels = entry["annotations"] or [annotation(entry)]
-    found = {name: value for name, value in entry.items() if name != "document_text"}
+    others = {name: value for name, value in entry.items() if name != "document_text"}
     repeated = [labels[i % len(labels)] for i in range(annotators)]
-    return {**found, "document_tokens": tokens, "annotations": repeated}
+    return {**others, "document_tokens": tokens, "annotations": repeated}
 
 
 def parsed(entry: dict[str, Any]) -> Document:
@@ -66,29 +66,29 @@ def parsed(entry: dict[str, Any]) -> Document:
 
 
 def write(path: Path, entries: list[Any]) -> Path:
-    """JSONL, packed where the name ends in .gz; entries of bytes are lines as they are."""
-    lines = [one if isinstance(one, bytes) else json.dumps(one).encode() for one in entries]
+    """A JSONL file, gzip where its name ends in .gz; entries that are bytes become lines as they are."""
+    lines = [entry if isinstance(entry, bytes) else json.dumps(entry).encode() for entry in entries]
     content = b"".join(line + b"\n" for line in lines)
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
 def matching_page(key: int, rng: random.Random, words: int, paragraphs: int = 2) -> dict[str, Any]:
-    """ "w7" asked of a page of different words: a short answer where it is there; now and then it is not."""
+    """A page of different words, of which the question is one and the answer; now and then it is absent."""
     chosen = rng.sample([f"w{i}" for i in range(words)], 5 * paragraphs + 1)
     texts = [" ".join(chosen[5 * i : 5 * i + 5]) for i in range(paragraphs)]
     absent = rng.random() < 0.3
-    asked = chosen[-1] if absent else rng.choice(chosen[:-1])
-    entry = page(key, asked, *texts)
+    question = chosen[-1] if absent else rng.choice(chosen[:-1])
+    entry = page(key, question, *texts)
     label = annotation(entry)
     if not absent:
-        place = entry["document_text"].split(" ").index(asked)
-        label = annotation(entry, chosen.index(asked) // 5, (place, place + 1))
+        token = entry["document_text"].split(" ").index(question)
+        label = annotation(entry, chosen.index(question) // 5, (token, token + 1))
     return {**entry, "annotations": [label]}
 
 
 def matching_file(path: Path, documents: int, seed: int, words: int = 24, annotators: int = 1) -> Path:
-    """A file of such pages: simplified with one annotator, original with more."""
+    """A file of matching pages, in the simplified layout with one annotator, in the original with more."""
     rng = random.Random(seed)
     entries = [matching_page(1000 * seed + number, rng, words) for number in range(documents)]
-    return write(path, entries if annotators == 1 else [original(one, annotators) for one in entries])
+    return write(path, entries if annotators == 1 else [original(entry, annotators) for entry in entries])

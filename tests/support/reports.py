@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Parts of a page, by the ids of their elements.
+# The ids of a page's parts.
 SECTIONS = ("scores", "layers", "training", "speed", "speeds", "backends", "machine", "versions", "command")
 FIGURES = ("report-layers", "report-gates", "report-target", "report-speed")
 SWEEP = ("curve", "models", "figure-sweep", "training", "speed", "backends", "machine", "command")
@@ -15,7 +15,7 @@ BACKENDS = {"attention": "cpu", "linear_gelu": "reference"}
 
 
 def a_report(task: str = "squad", layers: int = 3, **changes: Any) -> dict[str, Any]:
-    """A joint run on `layers` layers of 12 heads and FFN width 1536; changes: other values of its fields."""
+    """The report of a joint run on layers of 12 heads and FFN width 1536. changes: other values of fields."""
     scores = SCORES[task]
     models = {
         name: {
@@ -52,7 +52,7 @@ def a_report(task: str = "squad", layers: int = 3, **changes: Any) -> dict[str, 
 
 
 def gate_log(layers: int, steps: int = 8) -> list[dict[str, float]]:
-    """Of the joint recipe: gates that close, and the summary that ends it."""
+    """The log of the joint recipe: gates that close, and the summary that ends it."""
     log = []
     for step in range(1, steps + 1):
         left = 1 - 0.5 * step / steps
@@ -63,7 +63,7 @@ def gate_log(layers: int, steps: int = 8) -> list[dict[str, float]]:
 
 
 def a_sweep(task: str = "squad", folders: tuple[str, ...] = ("macs-0.7", "macs-0.5")) -> dict[str, Any]:
-    """A family whose models differ in speed."""
+    """The sweep.json of a family whose models differ in speed."""
     report, points = a_report(task), []
     kept = [key for key in report if key in ("target", "shape") or "_loss" in key]
     for number, folder in enumerate(folders):
@@ -75,7 +75,7 @@ def a_sweep(task: str = "squad", folders: tuple[str, ...] = ("macs-0.7", "macs-0
 
 
 def put(folder: Path, value: Any, name: str = "report.json") -> Path:
-    """The folder, with the value in it as JSON."""
+    """The folder, made if need be, with the value in it as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(value), encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""Natural Questions: files, read one document at a time and checked, and the official metric."""
+"""Natural Questions: files read one document at a time and checked, and the official metric."""
 
 from pruned_trainer.tasks.natural_questions.documents import (
     Candidate,

@@ -1,9 +1,9 @@
-"""The official Natural Questions metric, from its rule: long and short answers, precision, recall and F1 over
-thresholds on the scores.
+"""The official Natural Questions metric, written from its rule.
 
-A question has an answer of a kind where at least two of its annotators give one; a predicted answer is right
-where it is one annotator's: the same span by bytes or by tokens, the same set of short spans, the same yes or
-no. Every score is a fraction, as the official evaluator prints it.
+For long and for short answers it gives precision, recall and F1 over thresholds on the predictions' scores. A
+question has an answer of a kind (long, short) where at least two of its annotators give one. A predicted
+answer is right where it equals one annotator's: the same span by bytes or by tokens, the same set of short
+spans, the same yes or no. Every score is a fraction, as the official evaluator prints it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from pruned_trainer.tasks.natural_questions.documents import (
     Label,
     NqFormatError,
     Span,
-    get,
+    get_field,
     read_label,
     read_lines,
 )
 
-# Annotators who must give an answer before the question counts as having one.
+# How many annotators must give an answer before the question counts as having one.
 MIN_ANNOTATORS = 2
-TARGETS = (0.5, 0.75, 0.9)
+# The precisions at which the official evaluator gives the recall.
+PRECISIONS = (0.5, 0.75, 0.9)
 
 # Resamples drawn at once: their indices for 8,000 documents take 3 MB.
 _RESAMPLES_AT_ONCE = 50
@@ -38,7 +39,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label with the scores that thresholds are laid on."""
+    """A model's label, with the scores that thresholds on its long and its short answer apply to."""
 
     label: Label
     long_score: float
@@ -47,8 +48,11 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class AnswerStats:
-    """(documents,) each: whether the gold has an answer of this kind, the prediction has one, it is right;
-    and its score."""
+    """The predictions of one kind of answer, long or short; every array is (documents,).
+
+    has_gold, has_predicted: whether gold and prediction have an answer. correct: whether the predicted one is
+    right. score: the prediction's.
+    """
 
     has_gold: NDArray[np.bool_]
     has_predicted: NDArray[np.bool_]
@@ -60,14 +64,14 @@ class AnswerStats:
         return float(_f1(*self.counts_at(threshold).sum(0).astype(np.float64)))
 
     def counts_at(self, threshold: float) -> NDArray[np.int64]:
-        """(documents, 3): right, predicted, gold, of the answers whose score is at least the threshold."""
+        """(documents, 3): right, predicted, gold, as 0 or 1, at this threshold on the score."""
         kept = self.score >= threshold
         return np.stack([self.correct & kept, self.has_predicted & kept, self.has_gold], 1).astype(np.int64)
 
 
 def nq_metrics(gold_path: str | Path, predictions_path: str | Path) -> dict[str, float]:
-    """What the official Natural Questions evaluator prints: `long-` and `short-` best-threshold-f1,
-    -precision, -recall, the threshold, and recall at given precisions.
+    """The official Natural Questions evaluator's numbers: `long-` and `short-` best-threshold-f1, -precision,
+    -recall, the threshold, and recall at given precisions.
 
     gold_path: JSONL with example_id and annotations, gzip or not. predictions_path: the official prediction
     JSON. Raises NqFormatError (a ValueError) where either is something else, or the two are not of the same
@@ -78,21 +82,22 @@ def nq_metrics(gold_path: str | Path, predictions_path: str | Path) -> dict[str,
 
 
 def read_gold(path: str | Path) -> dict[int, tuple[Label, ...]]:
-    """example_id -> its annotators' labels; the document itself is not looked at."""
-    found: dict[int, tuple[Label, ...]] = {}
+    """example_id -> its annotators' labels; the document itself is not read."""
+    labels: dict[int, tuple[Label, ...]] = {}
     for where, entry in read_lines(Path(path)):
-        key = get(entry, "example_id", int, where)
+        key = get_field(entry, "example_id", int, where)
         where = f"{where}, example {key}"
-        if key in found:
+        if key in labels:
             raise NqFormatError(f"{where}: this id appears twice")
-        found[key] = tuple(read_label(one, where) for one in get(entry, "annotations", list, where))
-    if not found:
+        annotations = get_field(entry, "annotations", list, where)
+        labels[key] = tuple(read_label(annotation, where) for annotation in annotations)
+    if not labels:
         raise NqFormatError(f"{path}: no examples at all")
-    return found
+    return labels
 
 
 def read_predictions(path: str | Path) -> dict[int, Prediction]:
-    """example_id -> what an official prediction file says of it."""
+    """example_id -> its prediction, from an official prediction file."""
     try:
         parsed = json.loads(Path(path).read_bytes().decode("utf-8"))
     except ValueError as error:
@@ -100,20 +105,20 @@ def read_predictions(path: str | Path) -> dict[int, Prediction]:
     return parse_predictions(parsed, str(path))
 
 
-def parse_predictions(parsed: Any, name: str = "predictions") -> dict[int, Prediction]:
+def parse_predictions(parsed: object, name: str = "predictions") -> dict[int, Prediction]:
     """`read_predictions` of the parsed file."""
-    found: dict[int, Prediction] = {}
-    for number, entry in enumerate(get(parsed, "predictions", list, name)):
-        key = get(entry, "example_id", int, f"{name}: prediction {number}")
+    predictions: dict[int, Prediction] = {}
+    for number, entry in enumerate(get_field(parsed, "predictions", list, name)):
+        key = get_field(entry, "example_id", int, f"{name}: prediction {number}")
         where = f"{name}: example {key}"
         label = read_label(entry, where)
         if label.short and label.yes_no != "NONE":
             raise NqFormatError(f"{where}: both short answers and {label.yes_no}; one of them is possible")
         scores = (_number(entry, f"{kind}_score", where) for kind in ("long_answer", "short_answers"))
-        if key in found:
+        if key in predictions:
             raise NqFormatError(f"{where}: this id appears twice")
-        found[key] = Prediction(label, *scores)
-    return found
+        predictions[key] = Prediction(label, *scores)
+    return predictions
 
 
 def _number(entry: Mapping[str, Any], key: str, where: str) -> float:
@@ -123,26 +128,26 @@ def _number(entry: Mapping[str, Any], key: str, where: str) -> float:
     return float(value)
 
 
-def _same(one: Span, other: Span) -> bool:
-    """By bytes or by tokens, whichever both have."""
-    return any(one[at] >= 0 and one[at : at + 2] == other[at : at + 2] for at in (0, 2))
+def _same(first: Span, second: Span) -> bool:
+    """Whether two spans are equal by bytes or by tokens, whichever both have."""
+    return any(first[at] >= 0 and first[at : at + 2] == second[at : at + 2] for at in (0, 2))
 
 
-def _same_set(one: Sequence[Span], other: Sequence[Span]) -> bool:
-    return all(any(_same(a, b) for b in other) for a in one) and all(
-        any(_same(a, b) for a in one) for b in other
+def _same_set(first: Sequence[Span], second: Sequence[Span]) -> bool:
+    return all(any(_same(a, b) for b in second) for a in first) and all(
+        any(_same(a, b) for a in first) for b in second
     )
 
 
 def _right_long(gold: Sequence[Label], predicted: Label) -> bool:
     span = predicted.long
-    return span is not None and any(one.long is not None and _same(one.long, span) for one in gold)
+    return span is not None and any(label.long is not None and _same(label.long, span) for label in gold)
 
 
 def _right_short(gold: Sequence[Label], predicted: Label) -> bool:
     if predicted.yes_no != "NONE":
-        return any(one.yes_no == predicted.yes_no for one in gold)
-    return bool(predicted.short) and any(_same_set(one.short, predicted.short) for one in gold)
+        return any(label.yes_no == predicted.yes_no for label in gold)
+    return bool(predicted.short) and any(_same_set(label.short, predicted.short) for label in gold)
 
 
 def score_answers(
@@ -150,10 +155,10 @@ def score_answers(
     predictions: Mapping[int, Prediction],
     annotators: int = MIN_ANNOTATORS,
 ) -> tuple[AnswerStats, AnswerStats]:
-    """Long and short answers' statistics, in the gold's order; NqFormatError where the ids differ.
+    """(long, short) answers' statistics, in the gold's order; NqFormatError where the ids differ.
 
-    annotators: how many must give an answer before a document counts as having one. Training documents have
-    one annotator only.
+    annotators: how many must give an answer before a document counts as having one; 1 for training
+    documents, which have one annotator only.
     """
     differing = sorted(gold.keys() ^ predictions.keys())
     if differing:
@@ -163,12 +168,14 @@ def score_answers(
         )
     long, short = [], []
     for key, labels in gold.items():
-        one = predictions[key]
+        prediction = predictions[key]
+        predicted = prediction.label
         has_long = sum(label.long is not None for label in labels) >= annotators
         has_short = sum(label.has_short for label in labels) >= annotators
-        right = has_long and _right_long(labels, one.label), has_short and _right_short(labels, one.label)
-        long.append((has_long, one.label.long is not None, right[0], one.long_score))
-        short.append((has_short, one.label.has_short, right[1], one.short_score))
+        right_long = has_long and _right_long(labels, predicted)
+        right_short = has_short and _right_short(labels, predicted)
+        long.append((has_long, predicted.long is not None, right_long, prediction.long_score))
+        short.append((has_short, predicted.has_short, right_short, prediction.short_score))
     return _stats(long), _stats(short)
 
 
@@ -179,7 +186,7 @@ def _stats(rows: list[tuple[bool, bool, bool, float]]) -> AnswerStats:
 
 
 def curve(stats: AnswerStats) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Thresholds, falling, and precision and recall of the answers whose score is at least that."""
+    """Thresholds, falling, with the precision and recall of the answers that score at least as much."""
     order = np.argsort(-stats.score, kind="stable")
     score = stats.score[order]
     correct, predicted = np.cumsum(stats.correct[order]), np.cumsum(stats.has_predicted[order])
@@ -190,7 +197,7 @@ def curve(stats: AnswerStats) -> tuple[FloatArray, FloatArray, FloatArray]:
 
 
 def best_threshold(stats: AnswerStats) -> float:
-    """The threshold with the best F1 (the highest of equal ones); 0 where every F1 is 0."""
+    """The threshold with the best F1, the highest of equally good ones; 0 where every F1 is 0."""
     threshold, precision, recall = curve(stats)
     f1 = _harmonic(precision, recall)
     best = int(np.argmax(f1))
@@ -198,24 +205,24 @@ def best_threshold(stats: AnswerStats) -> float:
 
 
 def kind_metrics(stats: AnswerStats, prefix: str) -> dict[str, float]:
-    """The official evaluator's keys for one kind of answer."""
+    """The official evaluator's numbers for one kind of answer. prefix: of their keys, "long-" or "short-"."""
     threshold, precision, recall = curve(stats)
     f1 = _harmonic(precision, recall)
     best = int(np.argmax(f1))
-    some = bool(f1[best] > 0)
-    found = {
+    any_right = bool(f1[best] > 0)
+    metrics = {
         "best-threshold-f1": float(f1[best]),
-        "best-threshold-precision": float(precision[best]) if some else 0.0,
-        "best-threshold-recall": float(recall[best]) if some else 0.0,
-        "best-threshold": float(threshold[best]) if some else 0.0,
+        "best-threshold-precision": float(precision[best]) if any_right else 0.0,
+        "best-threshold-recall": float(recall[best]) if any_right else 0.0,
+        "best-threshold": float(threshold[best]) if any_right else 0.0,
     }
-    for target in TARGETS:
-        # Of equal recalls the highest threshold, which is the first.
-        at = int(np.argmax(np.where(precision >= target, recall, -1.0)))
-        reached = bool(precision[at] >= target and recall[at] > 0)
-        found[f"recall-at-precision>={target}"] = float(recall[at]) if reached else 0.0
-        found[f"precision-at-precision>={target}"] = float(precision[at]) if reached else 0.0
-    return {f"{prefix}{name}": value for name, value in found.items()}
+    for least in PRECISIONS:
+        # The first of equal recalls has the highest threshold.
+        at = int(np.argmax(np.where(precision >= least, recall, -1.0)))
+        reached = bool(precision[at] >= least and recall[at] > 0)
+        metrics[f"recall-at-precision>={least}"] = float(recall[at]) if reached else 0.0
+        metrics[f"precision-at-precision>={least}"] = float(precision[at]) if reached else 0.0
+    return {f"{prefix}{name}": value for name, value in metrics.items()}
 
 
 def _harmonic(precision: FloatArray, recall: FloatArray) -> FloatArray:
@@ -230,17 +237,20 @@ def _f1(correct: FloatArray, predicted: FloatArray, gold: FloatArray) -> FloatAr
 def f1_loss_interval(
     first: NDArray[np.int64], second: NDArray[np.int64], resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% percentile interval of F1(first) - F1(second), in percent; both (documents, 3) as `counts_at` has
-    them, on the same documents, which are resampled with replacement, as pairs."""
+    """95% percentile interval of F1(first) - F1(second), in percent.
+
+    first, second: (documents, 3), what `AnswerStats.counts_at` returns for the same documents. These are
+    resampled with replacement, as pairs. The same seed gives the same interval.
+    """
     if first.shape != second.shape or not len(first):
         raise ValueError(f"counts of shapes {first.shape} and {second.shape} are no pairs")
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     both = np.stack([first, second], 1)
-    found: list[FloatArray] = []
+    differences: list[FloatArray] = []
     for done in range(0, resamples, _RESAMPLES_AT_ONCE):
-        rows = random.integers(len(both), size=(min(_RESAMPLES_AT_ONCE, resamples - done), len(both)))
-        sums = np.stack([both[some].sum(0) for some in rows]).astype(np.float64)
+        draws = rng.integers(len(both), size=(min(_RESAMPLES_AT_ONCE, resamples - done), len(both)))
+        sums = np.stack([both[rows].sum(0) for rows in draws]).astype(np.float64)
         f1 = _f1(sums[..., 0], sums[..., 1], sums[..., 2])
-        found.append(100 * (f1[:, 0] - f1[:, 1]))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
+        differences.append(100 * (f1[:, 0] - f1[:, 1]))
+    low, high = np.quantile(np.concatenate(differences), [0.025, 0.975])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Out of a model's logits on all windows of a document: its answer, as the official evaluator reads it."""
+"""A model's logits on all windows of a document, decoded to an answer in the official evaluator's format."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pruned_trainer.tasks.natural_questions.windows import NqWindow
 FloatArray = NDArray[np.floating[Any]]
 NqLogits = tuple[FloatArray, FloatArray, FloatArray]  # start, end: (tokens,); answer types: (5,)
 
-# The score of a document without any word, as in the paper's own code: below all others, and JSON has it.
+# The score of a document without any word, as in the paper's own code: below all others, and valid JSON.
 LOWEST = -10000.0
-NOWHERE = {"start_token": -1, "end_token": -1, "start_byte": -1, "end_byte": -1}
+NO_SPAN = {"start_token": -1, "end_token": -1, "start_byte": -1, "end_byte": -1}
 
 
 @dataclass(frozen=True)
 class NqAnswer:
-    """What a model says of a document: tokens [start, end) in one of its candidates (-1: it has no words).
+    """A model's answer on a document: its tokens [start, end) in one of its candidates (-1: it has no words).
 
-    score: of the span, over the score of "no answer" in its window: start + end logit minus the CLS token's.
-    yes_no: YES or NO where the window's answer type says so; the span then tells the long answer only.
+    score: the span's start and end logits minus those of the CLS token, which say "no answer", in its window.
+    yes_no: YES or NO where the window's answer type says so; the span then names the long answer only.
     """
 
     start: int
@@ -49,22 +49,23 @@ def decode_documents(
         raise ValueError(f"{len(windows)} windows, but logits of {len(logits)}")
     best: list[NqAnswer | None] = [None] * documents
     for number, (window, values) in enumerate(zip(windows, logits, strict=True)):
-        found = _best_span(window, _checked(values, number, len(window)), max_answer_tokens)
-        so_far = best[window.document]
-        if so_far is None or found.score > so_far.score:
-            best[window.document] = found
-    without = [number for number, one in enumerate(best) if one is None]
-    if without:
+        answer = _best_span(window, _checked(values, number, len(window)), max_answer_tokens)
+        best_so_far = best[window.document]
+        if best_so_far is None or answer.score > best_so_far.score:
+            best[window.document] = answer
+    answers = [answer for answer in best if answer is not None]
+    if len(answers) < documents:
+        without = [number for number, answer in enumerate(best) if answer is None]
         raise ValueError(f"no window of document {', '.join(map(str, without[:5]))} ({len(without)} in all)")
-    return [one for one in best if one is not None]
+    return answers
 
 
 def _checked(values: NqLogits, number: int, length: int) -> NqLogits:
-    start, end, types = (np.asarray(one, dtype=np.float64) for one in values)
+    start, end, types = (np.asarray(logits, dtype=np.float64) for logits in values)
     if start.shape != (length,) or end.shape != (length,) or types.shape != (len(AnswerType),):
-        shapes = ", ".join(str(one.shape) for one in (start, end, types))
+        shapes = ", ".join(str(logits.shape) for logits in (start, end, types))
         raise ValueError(f"window {number} has {length} tokens, but logits of {shapes}")
-    if not all(np.isfinite(one).all() for one in (start, end, types)):
+    if not all(np.isfinite(logits).all() for logits in (start, end, types)):
         raise ValueError(f"the logits of window {number} are not finite")
     return start, end, types
 
@@ -76,7 +77,7 @@ def _best_span(window: NqWindow, logits: NqLogits, max_answer_tokens: int) -> Nq
         return NqAnswer(-1, -1, -1, LOWEST, "NONE")
     begin, stop = int(words[0]), int(words[-1]) + 1
     width = min(max_answer_tokens, stop - begin)
-    # Row i, column d: the span from token i to i + d, if both are words of the same candidate.
+    # Row i, column d is the span from token i to i + d, if both belong to words of the same candidate.
     candidate = np.concatenate([window.candidate[begin:stop], np.full(width - 1, -1, dtype=np.int32)])
     ends = np.concatenate([end[begin:stop], np.full(width - 1, -np.inf)])
     view = np.lib.stride_tricks.sliding_window_view
@@ -99,19 +100,22 @@ def _best_span(window: NqWindow, logits: NqLogits, max_answer_tokens: int) -> Nq
 def predictions_json(documents: Iterable[Document], answers: Iterable[NqAnswer]) -> dict[str, Any]:
     """The official prediction file's content: every document's best answer, with its score.
 
-    No threshold is laid on it: that is the evaluator's, and the reader's of the scores. A document without
-    any word has null spans. Byte offsets are the document's, -1 where its file has none.
+    No threshold is applied: the evaluator, or whoever reads the scores, does that. A document without any
+    word has null spans. Byte offsets are the document's, -1 where its file has none.
     """
     return {"predictions": [_prediction(*pair) for pair in zip(documents, answers, strict=True)]}
 
 
 def _prediction(document: Document, answer: NqAnswer) -> dict[str, Any]:
-    long, short = {**NOWHERE, "candidate_index": -1}, []
+    long, short = {**NO_SPAN, "candidate_index": -1}, []
     if answer.candidate >= 0:
-        one = document.candidates[answer.candidate]
-        long = {**_place(document, one.start, one.end), "candidate_index": answer.candidate}
+        candidate = document.candidates[answer.candidate]
+        long = {
+            **_span_json(document, candidate.start, candidate.end),
+            "candidate_index": answer.candidate,
+        }
         if answer.yes_no == "NONE":
-            short = [_place(document, answer.start, answer.end)]
+            short = [_span_json(document, answer.start, answer.end)]
     return {
         "example_id": document.id,
         "long_answer": long,
@@ -122,9 +126,9 @@ def _prediction(document: Document, answer: NqAnswer) -> dict[str, Any]:
     }
 
 
-def _place(document: Document, start: int, end: int) -> dict[str, int]:
-    found = {**NOWHERE, "start_token": start, "end_token": end}
+def _span_json(document: Document, start: int, end: int) -> dict[str, int]:
+    span = {**NO_SPAN, "start_token": start, "end_token": end}
     if document.byte_offsets is not None:
-        found["start_byte"] = int(document.byte_offsets[start, 0])
-        found["end_byte"] = int(document.byte_offsets[end - 1, 1])
-    return found
+        span["start_byte"] = int(document.byte_offsets[start, 0])
+        span["end_byte"] = int(document.byte_offsets[end - 1, 1])
+    return span

@@ -44,16 +44,19 @@ from pruned_trainer.tasks.natural_questions.windows import (
 from pruned_trainer.tasks.task import model_logits
 
 LONG, SHORT = "long_score_threshold", "short_score_threshold"
-# Of the windows without an answer: the share that the paper's own code trains on.
+# The share of the windows without an answer that is trained on, as in the paper's own code.
 NULL_RATE = 0.02
-# Of the training documents, where no validation file is given.
+# The share of the training documents that is held out where no validation file is given.
 HELD_OUT = 0.05
 
 
 @dataclass(frozen=True)
 class NqFiles:
-    """Files that are read when they are cut. fraction: the share of documents that is held out (0: none);
-    held_out: whether these examples are that share, or the others."""
+    """The examples of files, which are read each time they are used.
+
+    fraction: the share of documents that is held out (0: none). held_out: whether these examples are that
+    share, or the others.
+    """
 
     files: tuple[Path, ...]
     fraction: float = 0.0
@@ -62,8 +65,10 @@ class NqFiles:
 
 @dataclass(frozen=True, eq=False)
 class NqResult:
-    """What a model reaches: the official prediction file's content, and statistics of long and short answers.
-    metrics: the official evaluator's keys (fractions). thresholds: LONG's and SHORT's."""
+    """What a model reaches on a file: its predictions, and the statistics of long and short answers.
+
+    predictions: the official prediction file's content. thresholds: those of LONG and SHORT.
+    """
 
     predictions: dict[str, Any]
     long: AnswerStats
@@ -71,7 +76,7 @@ class NqResult:
     thresholds: tuple[float, float]
 
     def scores(self) -> dict[str, Any]:
-        """long_f1, short_f1: at the thresholds, in percent."""
+        """long_f1 and short_f1 at the thresholds, in percent; metrics: the official keys, as fractions."""
         return {
             "long_f1": 100 * self.long.f1_at(self.thresholds[0]),
             "short_f1": 100 * self.short.f1_at(self.thresholds[1]),
@@ -79,20 +84,22 @@ class NqResult:
         }
 
     def losses(self, pruned: NqResult) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        mine, others = self.scores(), pruned.scores()
+        """Points lost from this to the pruned model, with 95% bootstrap intervals over the documents."""
+        losses: dict[str, Any] = {}
+        own_scores, pruned_scores = self.scores(), pruned.scores()
         for number, kind in enumerate(("long", "short")):
-            counts = [getattr(one, kind).counts_at(one.thresholds[number]) for one in (self, pruned)]
-            found[f"{kind}_f1_loss"] = mine[f"{kind}_f1"] - others[f"{kind}_f1"]
-            found[f"{kind}_f1_loss_interval"] = f1_loss_interval(*counts)
-        return found
+            counts = [getattr(result, kind).counts_at(result.thresholds[number]) for result in (self, pruned)]
+            losses[f"{kind}_f1_loss"] = own_scores[f"{kind}_f1"] - pruned_scores[f"{kind}_f1"]
+            losses[f"{kind}_f1_loss_interval"] = f1_loss_interval(*counts)
+        return losses
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Documents (without their text) with their windows: cut once, in memory, used for every model.
+    """Documents, without their text, with their windows, which are cut once and used for every model.
 
-    annotators: how many must give an answer; 1 where every document has one only, as in training files.
+    annotators: how many must give an answer before a document counts as having one; 1 where every document
+    has one annotator only, as in training files.
     """
 
     documents: Sequence[Document]
@@ -103,20 +110,23 @@ class Pages:
         return len(self.documents)
 
     def arrival_lengths(self) -> list[int]:
-        """Window lengths in arrival order, in tokens."""
+        """The windows' lengths in tokens, in arrival order."""
         by_document: list[list[int]] = [[] for _ in self.documents]
         for window in self.windows:
             by_document[window.document].append(len(window))
         return arrival_lengths(by_document)
 
     def best_thresholds(self, model: PreTrainedModel) -> dict[str, float]:
+        """The thresholds under which long and short F1 of `model` are best here, by their fields' names."""
         result = self.evaluate(model, {LONG: 0.0, SHORT: 0.0})
         return {LONG: best_threshold(result.long), SHORT: best_threshold(result.short)}
 
     def best_fields(self, model: PreTrainedModel) -> dict[str, Any]:
-        return {**self.best_thresholds(model)}
+        """The best thresholds: nothing else is chosen on these documents."""
+        return dict(self.best_thresholds(model))
 
     def evaluate(self, model: PreTrainedModel, thresholds: Mapping[str, float]) -> NqResult:
+        """The result of `model`, which runs packed meanwhile, on all processes."""
         with optimized(model):
             logits = shared(partial(model_logits, model, 32), self.windows)
         answers = decode_documents(self.windows, logits, len(self.documents))
@@ -128,9 +138,12 @@ class Pages:
 
 @dataclass(frozen=True)
 class NaturalQuestionsTask:
-    """max_length, stride: of windows, in tokens; stride is what neighbours share (the paper gives the step).
-    null_rate: the share of windows without an answer that is trained on. num_proc: processes that read and
-    tokenise training files. skip_bad: leave out bad lines, and count them. seed: of what is drawn."""
+    """Natural Questions with its options.
+
+    max_length, stride: of windows, in tokens; neighbours share stride tokens (the paper gives the step
+    instead). seed: of all draws. null_rate: the share of windows without an answer that is trained on.
+    num_proc: processes that read and tokenise training files. skip_bad: leave out bad lines, and count them.
+    """
 
     max_length: int = 384
     stride: int = 128
@@ -157,15 +170,16 @@ class NaturalQuestionsTask:
         return NqFiles(tuple(nq_files(source)))
 
     def read_training(self, source: Path, has_validation: bool) -> tuple[NqFiles, NqFiles | None]:
-        """Without a validation file 5% of the training documents serve."""
+        """The training examples; without a validation file, 5% of the documents are held out."""
         files = tuple(nq_files(source))
         if has_validation:
             return NqFiles(files), None
         return NqFiles(files, HELD_OUT), NqFiles(files, HELD_OUT, held_out=True)
 
     def describe(self, examples: NqFiles) -> str:
-        share = f"{examples.fraction if examples.held_out else 1 - examples.fraction:.0%} of "
-        return f"{share if examples.fraction else ''}{', '.join(path.name for path in examples.files)}"
+        names = ", ".join(path.name for path in examples.files)
+        share = examples.fraction if examples.held_out else 1 - examples.fraction
+        return f"{share:.0%} of {names}" if examples.fraction else names
 
     def prepare(self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast) -> Pages:
         tokenizer, skipped = with_markers(tokenizer), Skipped() if self.skip_bad else None
@@ -173,26 +187,26 @@ class NaturalQuestionsTask:
         windows: list[NqWindow] = []
         for document in read_documents(examples.files, skipped):
             if is_held_out(document, examples.fraction, self.seed) == examples.held_out:
-                page, found = cut_document(document, tokenizer, self.max_length, self.stride)
-                windows += [located(window, page, len(documents)) for window in found]
+                page, cut_windows = cut_document(document, tokenizer, self.max_length, self.stride)
+                windows += [located(window, page, len(documents)) for window in cut_windows]
                 documents.append(document.without_text())
-        if not examples.held_out:  # else the training's reader, who meets the same lines, says it
+        if not examples.held_out:  # held-out documents are of a training file, of which `features` reports
             report_skipped(skipped)
-        most = max((len(document.labels) for document in documents), default=0)
-        if not most:
+        annotators = max((len(document.labels) for document in documents), default=0)
+        if not annotators:
             raise NqFormatError(f"{examples.files[0]}: no document has an annotation to score by")
-        return Pages(documents, windows, min(most, MIN_ANNOTATORS))
+        return Pages(documents, windows, min(annotators, MIN_ANNOTATORS))
 
     def features(self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast) -> ArrowWindows:
-        found = training_windows(
+        windows = training_windows(
             examples.files, with_markers(tokenizer), self.max_length, self.stride, self.null_rate, self.seed,
             self.num_proc, self.skip_bad, examples.fraction,
         )  # fmt: skip
-        report_skipped(found.skipped)
-        return found
+        report_skipped(windows.skipped)
+        return windows
 
 
 def report_skipped(skipped: Skipped | None) -> None:
-    """Say how many lines were left out, and why the first one was."""
+    """Print how many lines were left out, and why the first one was."""
     if skipped and is_main():
         print(f"-- bad lines skipped: {len(skipped)}; the first: {skipped.faults[0]}", flush=True)

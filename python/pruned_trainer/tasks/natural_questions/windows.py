@@ -1,9 +1,10 @@
-"""Between Natural Questions documents and a model, after Alberti et al. 2019 (arXiv 1901.08634): windows of
-the question with a part of its page, and what they are trained to say.
+"""Natural Questions documents as windows, each the question with a part of its page, and their labels.
 
-The page is its top-level candidates, without HTML tags, each behind a marker of its kind and number
-([Paragraph=1], [Table=2], [List=1], [Other=1]), from the beginning of the page. A marker is one token where
-the vocabulary has it, else the tokens of its plain text.
+The method is that of Alberti et al. 2019 (arXiv 1901.08634). The part of a page that is read is its top-level
+candidates, without HTML tags, each behind a marker of its kind and number ([Paragraph=1], [Table=2],
+[List=1], [Other=1]), counted from the beginning of the page. A marker is one token where the vocabulary has
+it, else the tokens of its plain text. Windows to train on are made by several processes and kept on disk as
+Arrow.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 
 Int32Array = NDArray[np.int32]
 
-# By the tag that a candidate begins with, as in the paper's own code; any other tag is "Other".
+# A candidate's kind, by the tag that it begins with, as in the paper's own code; any other tag is "Other".
 KINDS = {"<P>": "Paragraph", "<Table>": "Table", "<Ul>": "List", "<Ol>": "List", "<Dl>": "List"}
-# Candidates of a kind beyond this one share its number, as there: those far down are alike.
+# Candidates of a kind beyond this number share it, as in the paper's code: those far down are alike.
 MAX_POSITION = 50
 MARKERS = tuple(
     f"[{kind}={number}]"
@@ -49,10 +50,10 @@ MARKERS = tuple(
 
 @dataclass(frozen=True, eq=False)
 class Passage:
-    """What of a page is read: words between single spaces.
+    """The part of a page that is read, as words between single spaces.
 
-    starts, ends: (words,) places in `text`. token, candidate: (words,) the document token and the candidate
-    that a word is of; -1 for a marker.
+    starts, ends: (words,), a word's characters in `text`. token, candidate: (words,), the document token and
+    the candidate that a word comes from; -1 for a marker.
     """
 
     text: str
@@ -66,9 +67,10 @@ class Passage:
 class NqWindow:
     """A question with as much of its page as the model reads at once; not padded.
 
-    document: its number among those that were cut. input_ids, token_type_ids: (tokens,) int32. first, last:
-    (tokens,) int32, the document tokens [first, last) that a token is part of; candidate: which one they are
-    of; all three -1 for what is none (question, special tokens, markers).
+    document: the document's number among those that were cut. input_ids, token_type_ids: (tokens,) int32.
+    first, last: (tokens,) int32, the document tokens [first, last) that a token is part of. candidate:
+    (tokens,) int32, the candidate that these belong to. All three are -1 for tokens of the question, special
+    tokens and markers.
     """
 
     document: int
@@ -84,24 +86,24 @@ class NqWindow:
 
 
 def with_markers(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer itself, which from now on takes those markers that are in its vocabulary as one token."""
+    """The tokenizer itself, which from now on reads each marker of its vocabulary as one token."""
     vocabulary = tokenizer.get_vocab()
     tokenizer.add_tokens([marker for marker in MARKERS if marker in vocabulary], special_tokens=True)
     return tokenizer
 
 
 def passage(document: Document) -> Passage:
-    """The words of a document's top-level candidates, in the document's order of candidates."""
+    """The words of a document's top-level candidates, in the document's order, behind their markers."""
     words: list[str] = []
     token: list[int] = []
     candidate: list[int] = []
     counts: Counter[str] = Counter()
-    for number, one in enumerate(document.candidates):
-        if not one.top_level:
+    for number, part in enumerate(document.candidates):
+        if not part.top_level:
             continue
-        kind = KINDS.get(document.tokens[one.start], "Other")
+        kind = KINDS.get(document.tokens[part.start], "Other")
         counts[kind] = min(counts[kind] + 1, MAX_POSITION)
-        kept = [i for i in range(one.start, one.end) if not document.is_html[i]]
+        kept = [i for i in range(part.start, part.end) if not document.is_html[i]]
         words += [f"[{kind}={counts[kind]}]", *(document.tokens[i] for i in kept)]
         token += [-1, *kept]
         candidate += [-1, *[number] * len(kept)]
@@ -114,11 +116,10 @@ def passage(document: Document) -> Passage:
 def cut_document(
     document: Document, tokenizer: PreTrainedTokenizerFast, max_length: int = 384, stride: int = 128
 ) -> tuple[Passage, list[Window]]:
-    """What of the document is read, and its windows, as `pruned_ops.question_answering.windows` cuts them; at
-    least one.
+    """The document's passage and its windows (at least one), as `pruned_ops.qa.windows.windows` cuts them.
 
-    stride: how many tokens two neighbouring windows share (not the step). ValueError, with the example id,
-    for a question that leaves no room.
+    stride: the number of tokens that two neighbouring windows share (not the step). ValueError, with the
+    example id, for a question that leaves no room.
     """
     page = passage(document)
     try:
@@ -128,39 +129,44 @@ def cut_document(
 
 
 def located(window: Window, page: Passage, number: int) -> NqWindow:
-    """The window with the document's tokens that its own share a character with; number: its `document`."""
+    """The window with the document tokens that each of its tokens shares a character with.
+
+    number: the document's number, `NqWindow.document`.
+    """
     starts, ends = window.offsets.T
     low = np.searchsorted(page.ends, starts, side="right")
     high = np.searchsorted(page.starts, ends, side="left")
     markers = np.concatenate([[0], np.cumsum(page.token < 0)])
-    # A token of the space between two words only, or one that runs into a marker, is no word's.
+    # A token that holds only the space between two words, or that reaches into a marker, belongs to no word.
     real = (starts >= 0) & (low < high) & (markers[np.maximum(low, high)] == markers[low])
     first, last, candidate = (np.full(len(window), -1, dtype=np.int32) for _ in range(3))
     first[real], last[real] = page.token[low[real]], page.token[high[real] - 1] + 1
     candidate[real] = page.candidate[low[real]]
-    parts = (window.input_ids, window.token_type_ids, first, last, candidate)
-    return NqWindow(number, *parts, window.cls_index)
+    return NqWindow(number, window.input_ids, window.token_type_ids, first, last, candidate, window.cls_index)
 
 
 def answer_span(document: Document) -> tuple[AnswerType, int, int, int] | None:
-    """(type, candidate, start, end) of what a document is trained to answer: document tokens [start, end).
+    """(type, candidate, start, end) of the answer that a document teaches: document tokens [start, end).
 
-    As in the paper's code: of the annotators whose long answer is a top-level candidate the first with a
-    short answer, else the first. Several short answers are one span, from the first's start to the last's
-    end; without one it is the whole long answer. None where no annotator has such a long answer.
+    The choice is that of the paper's code. It looks at annotators whose long answer is a top-level candidate,
+    in the order of their candidates, and takes the first with a short answer, else the first. Several short
+    answers are one span, from the first's start to the last's end; without one the span is the whole long
+    answer. None where no annotator has such a long answer.
     """
-    where = {
-        (one.start, one.end): number
-        for number, one in reversed(list(enumerate(document.candidates)))
-        if one.top_level
+    candidate_at = {
+        (candidate.start, candidate.end): number
+        for number, candidate in reversed(list(enumerate(document.candidates)))
+        if candidate.top_level
     }
-    found = [
-        (where[label.long[:2]], label) for label in document.labels if label.long and label.long[:2] in where
+    answers = [
+        (candidate_at[label.long[:2]], label)
+        for label in document.labels
+        if label.long and label.long[:2] in candidate_at
     ]
-    if not found:
+    if not answers:
         return None
-    ordered = sorted(found, key=lambda pair: pair[0])
-    candidate, label = next((pair for pair in ordered if pair[1].short), ordered[0])
+    answers.sort(key=lambda answer: answer[0])
+    candidate, label = next((answer for answer in answers if answer[1].short), answers[0])
     if label.short:
         start, end = min(span[0] for span in label.short), max(span[1] for span in label.short)
         return AnswerType.SHORT, candidate, start, end
@@ -177,20 +183,20 @@ def features(
 ) -> Iterator[dict[str, Any]]:
     """The windows to train on: ids without padding, start_positions, end_positions, answer_types.
 
-    The positions are those of the first and last token of the answer; of the CLS token, with type NULL, where
-    the window does not hold all of it. null_rate: the share of such windows that is kept, by a draw that
-    depends on seed, example id and the window's number alone.
+    The positions are those of the first and last token of the answer, or of the CLS token, with type NULL,
+    where the window does not hold all of the answer. null_rate: the share of such windows that is kept, by a
+    draw that depends on nothing but seed, example id and the window's number.
     """
     answer = answer_span(document)
     span = _characters(page, *answer[1:]) if answer is not None else None
     for number, window in enumerate(cut_windows):
-        kind, places = AnswerType.NULL, None
+        kind, tokens = AnswerType.NULL, None
         if answer is not None and span is not None:
-            places = span_tokens(window, *span)
-            kind = AnswerType.NULL if places is None else answer[0]
+            tokens = span_tokens(window, *span)
+            kind = AnswerType.NULL if tokens is None else answer[0]
         if kind == AnswerType.NULL and random.Random(f"{seed} {document.id} {number}").random() >= null_rate:
             continue
-        start, end = places or (window.cls_index, window.cls_index)
+        start, end = tokens or (window.cls_index, window.cls_index)
         yield {
             "input_ids": window.input_ids,
             "token_type_ids": window.token_type_ids,
@@ -202,19 +208,22 @@ def features(
 
 
 def _characters(page: Passage, candidate: int, start: int, end: int) -> tuple[int, int] | None:
-    """Where in the page's text the words of document tokens [start, end) in this candidate are; None where
-    there are none (tags only)."""
-    wanted = (page.candidate == candidate) & (page.token >= start) & (page.token < end)
-    inside = np.flatnonzero(wanted & (page.starts < page.ends))  # two spaces have a word of no characters
-    return (int(page.starts[inside[0]]), int(page.ends[inside[-1]])) if len(inside) else None
+    """The characters in the passage of document tokens [start, end) of a candidate; None for tags only."""
+    inside = (page.candidate == candidate) & (page.token >= start) & (page.token < end)
+    words = np.flatnonzero(inside & (page.starts < page.ends))  # between two spaces lies an empty word
+    return (int(page.starts[words[0]]), int(page.ends[words[-1]])) if len(words) else None
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+def is_held_out(document: Document, fraction: float, seed: int) -> bool:
+    """Whether a training document serves for validation: a draw that depends on seed and example id alone."""
+    return random.Random(f"held out {seed} {document.id}").random() < fraction
 
 
 class ArrowWindows(Sequence[dict[str, Any]]):
-    """Training windows in a temporary folder, which goes when this object does. lengths: tokens of each."""
+    """Training windows in a temporary folder, which is removed with this object.
+
+    lengths: of each window, in tokens. skipped: the bad lines that were left out.
+    """
 
     def __init__(self, folder: tempfile.TemporaryDirectory[str], table: Any, skipped: Skipped) -> None:
         self._folder, self._table, self.skipped = folder, table, skipped
@@ -225,7 +234,7 @@ class ArrowWindows(Sequence[dict[str, Any]]):
         return len(self.lengths)
 
     def __getitem__(self, number: Any) -> Any:
-        """The window, as `natural_questions_features.features` gave it."""
+        """The window, as `features` gave it; a list of windows for a slice."""
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         if not -len(self) <= number < len(self):
@@ -249,8 +258,8 @@ def training_windows(
 ) -> ArrowWindows:
     """Read, tokenise and cut the documents of these files, and keep the windows on disk (under TMPDIR).
 
-    num_proc: processes, which share a file's lines where there are fewer files; their number changes the
-    windows' order, not which they are. skip_bad: bad lines are left out and counted, else they are an
+    num_proc: the number of processes, which share a file's lines where there are fewer files; it changes the
+    windows' order, not which they are. skip_bad: leave out bad lines and count them, where else they are an
     NqFormatError; an id that comes twice is a fault only where one process meets it twice in a file.
     held_out: the share of documents that `is_held_out` takes away.
     """
@@ -266,7 +275,7 @@ def training_windows(
     except BaseException:
         folder.cleanup()
         raise
-    skipped = Skipped(_notes(folder.name, "fault"))
+    skipped = Skipped(_read_notes(folder.name, "fault"))
     if not len(table):
         raise NqFormatError(f"{files[0]}: no windows to train on ({len(skipped)} lines were skipped)")
     return ArrowWindows(folder, table, skipped)
@@ -279,7 +288,7 @@ def _table(
     folder: str,
 ) -> Any:
     """The datasets.Dataset of `make`'s rows, in `folder`."""
-    import datasets  # only here: readers and metric do without
+    import datasets  # imported here, because readers and metric do without it
 
     ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
     columns = {
@@ -293,11 +302,11 @@ def _table(
             gen_kwargs={"parts": parts},
             num_proc=num_proc if num_proc > 1 else None,
             cache_dir=folder,
-            fingerprint="windows",  # the folder is new: there is nothing to tell apart
+            fingerprint="windows",  # any name will do, because the folder is new
         )
     except datasets.exceptions.DatasetGenerationError:
-        # What went wrong in another process comes without its own error.
-        for text in _notes(folder, "error"):
+        # The error of another process does not come through; its text is in a note.
+        for text in _read_notes(folder, "error"):
             raise NqFormatError(text) from None
         raise
 
@@ -313,37 +322,32 @@ def _windows(
     skip_bad: bool,
     folder: str,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the table. parts: (file, k, n), every n-th line of a file, from the k-th. What is wrong is
-    written to files in `folder`: that is all that processes have in common."""
+    """Rows of the table. parts: (file, k, n), every n-th line of a file, from the k-th.
+
+    Faults and errors go into notes in `folder`, which is all that the processes have in common.
+    """
     skipped = Skipped() if skip_bad else None
     try:
         for path, share, shares in parts:
             for document in read_documents([Path(path)], skipped, (share, shares)):
                 if is_held_out(document, held_out, seed):
                     continue
-                for one in features(
-                    document, *cut_document(document, tokenizer, max_length, stride), null_rate, seed
-                ):
-                    del one["attention_mask"]  # all ones
-                    yield {**one, "length": len(one["input_ids"])}
+                page, cut_windows = cut_document(document, tokenizer, max_length, stride)
+                for feature in features(document, page, cut_windows, null_rate, seed):
+                    del feature["attention_mask"]  # all ones
+                    yield {**feature, "length": len(feature["input_ids"])}
     except (ValueError, OSError) as error:
-        _note(folder, "error", [str(error)])
+        _write_note(folder, "error", [str(error)])
         raise
     if skipped:
-        _note(folder, "fault", skipped.faults)
+        _write_note(folder, "fault", skipped.faults)
 
 
-def _note(folder: str, kind: str, texts: list[str]) -> None:
+def _write_note(folder: str, kind: str, texts: list[str]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=f".{kind}", delete=False) as file:
         json.dump(texts, file)
 
 
-def _notes(folder: str, kind: str) -> list[str]:
-    found = sorted(Path(folder).glob(f"*.{kind}"))
-    return [text for file in found for text in json.loads(file.read_text())]
-
-
-def is_held_out(document: Document, fraction: float, seed: int) -> bool:
-    """Whether a training document serves as a validation document: a draw that depends on seed and example
-    id."""
-    return random.Random(f"held out {seed} {document.id}").random() < fraction
+def _read_notes(folder: str, kind: str) -> list[str]:
+    notes = sorted(Path(folder).glob(f"*.{kind}"))
+    return [text for note in notes for text in json.loads(note.read_text())]

@@ -1,7 +1,7 @@
-"""SQuAD 1.1 and 2.0: files, read and checked, and the official SQuAD 2.0 metric.
+"""SQuAD 1.1 and 2.0: files read and checked, and the official SQuAD 2.0 metric.
 
-Nothing here needs the `datasets` library. The whole way from a file to a result is this package's names:
-load_squad, training_features | predict_logits, best_null_threshold, evaluate, bootstrap_interval.
+Nothing here needs the `datasets` library. These names lead from a file to a result: load_squad,
+training_features, predict_logits, best_null_threshold, evaluate, bootstrap_interval.
 """
 
 from pruned_ops.qa.logits import predict_logits

@@ -1,4 +1,7 @@
-"""SQuAD 1.1 and 2.0: files, read and checked. Nothing here needs the `datasets` library."""
+"""Examples of SQuAD 1.1 and 2.0, read from a file, checked and split.
+
+Nothing here needs the `datasets` library.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 OnBadAnswer = Literal["raise", "keep"]
+T = TypeVar("T")
 
 
 class SquadFormatError(ValueError):
@@ -26,7 +30,7 @@ class GoldAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One question; answers is empty exactly where it has none."""
+    """One question. answers: empty where the question has none."""
 
     id: str
     title: str
@@ -38,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class SquadFile:
-    """A checked file: `parsed` as the JSON has it, `examples` in the file's order."""
+    """A checked file. parsed: its JSON. examples: in the file's order."""
 
     path: Path
     parsed: dict[str, Any]
@@ -46,7 +50,7 @@ class SquadFile:
 
 
 def load_squad(path: str | Path, on_bad_answer: OnBadAnswer = "raise") -> SquadFile:
-    """Read a SQuAD 1.1 or 2.0 file; see `parse_squad`. FileNotFoundError where there is none."""
+    """Read a SQuAD 1.1 or 2.0 file, checked as `parse_squad` does; FileNotFoundError where there is none."""
     path = Path(path)
     content = path.read_bytes()
     try:
@@ -60,26 +64,28 @@ def load_squad(path: str | Path, on_bad_answer: OnBadAnswer = "raise") -> SquadF
 def parse_squad(parsed: Any, name: str = "gold", on_bad_answer: OnBadAnswer = "raise") -> tuple[Example, ...]:
     """The questions of a parsed SQuAD file.
 
-    A missing `is_impossible` (SQuAD 1.1) means: impossible where there is no answer. on_bad_answer: "raise"
-    also refuses an answer that is not at its answer_start, or that `is_impossible` contradicts; "keep" takes
-    answers as they stand, as the official evaluator does.
+    Without `is_impossible` (SQuAD 1.1) a question is impossible where it has no answer. on_bad_answer:
+    "raise" also refuses an answer that is not at its answer_start, or that `is_impossible` contradicts;
+    "keep" takes answers as they are, as the official evaluator does.
 
-    Raises SquadFormatError, with `name` and the place, for anything else that is not SQuAD.
+    Raises SquadFormatError, with `name` and the place in the file, for anything else that is not SQuAD.
     """
     if on_bad_answer not in ("raise", "keep"):
         raise ValueError(f"on_bad_answer is {on_bad_answer!r}; it is 'raise' or 'keep'")
     if not isinstance(parsed, dict):
         raise SquadFormatError(f"{name}: an object with 'data' is needed, not {type(parsed).__name__}")
-    return checked_examples(_walk(parsed, name), name, on_bad_answer)
+    return checked_examples(_placed_examples(parsed, name), name, on_bad_answer)
 
 
 def checked_examples(
-    read: Iterable[tuple[str, Example]], name: str, on_bad_answer: OnBadAnswer = "raise"
+    placed: Iterable[tuple[str, Example]], name: str, on_bad_answer: OnBadAnswer = "raise"
 ) -> tuple[Example, ...]:
-    """The examples of (where, example), in their order, checked as `parse_squad` says: where goes into
-    errors."""
+    """The examples, in their order, checked as `parse_squad` says.
+
+    placed: (where, example) pairs; errors begin with `where`. name: of the file, for errors.
+    """
     examples: dict[str, Example] = {}
-    for where, example in read:
+    for where, example in placed:
         if example.id in examples:
             raise SquadFormatError(f"{where}: this id appears twice")
         if on_bad_answer == "raise":
@@ -90,7 +96,7 @@ def checked_examples(
     return tuple(examples.values())
 
 
-def _walk(parsed: dict[str, Any], name: str) -> Iterator[tuple[str, Example]]:
+def _placed_examples(parsed: dict[str, Any], name: str) -> Iterator[tuple[str, Example]]:
     for a, article in enumerate(get_field(parsed, "data", list, name)):
         title = get_field(article, "title", str, f"{name}: article {a}")
         in_article = f"{name}: article {a} ({title!r})"
@@ -104,7 +110,7 @@ def _walk(parsed: dict[str, Any], name: str) -> Iterator[tuple[str, Example]]:
 
 
 def read_question(entry: dict[str, Any], title: str, context: str, where: str) -> Example:
-    """The example of an entry of "qas"; its answers' places in the context are not looked at."""
+    """The example of an entry of "qas"; its answers' places in the context are not checked."""
     key, question = get_field(entry, "id", str, where), get_field(entry, "question", str, where)
     answers = tuple(_answers(entry, where))
     impossible = get_field(entry, "is_impossible", bool, where, default=not answers)
@@ -117,8 +123,11 @@ def _answers(entry: dict[str, Any], where: str) -> Iterator[GoldAnswer]:
         yield GoldAnswer(get_field(answer, "text", str, place), get_field(answer, "answer_start", int, place))
 
 
-def get_field(holder: Any, key: str, kind: type, where: str, default: Any = None) -> Any:
-    """holder[key], which is of this kind (True is no int); else SquadFormatError, with `where`."""
+def get_field(holder: object, key: str, kind: type[T], where: str, default: T | None = None) -> T:
+    """holder[key], which must be of this kind (True is no int); `default`, if given, where it is absent.
+
+    SquadFormatError, with `where`, for anything else.
+    """
     if not isinstance(holder, dict):
         raise SquadFormatError(f"{where}: an object is needed, not {type(holder).__name__}")
     if key not in holder and default is not None:
@@ -141,9 +150,9 @@ def _check_answers(example: Example, where: str) -> None:
         if not 0 <= start < len(example.context):
             size = f"{len(example.context)} characters"
             raise SquadFormatError(f"{where}: answer_start {start} is outside the context of {size}")
-        there = example.context[start : start + len(text)]
-        if there != text:
-            raise SquadFormatError(f"{where}: answer {text!r} is not at {start}; there stands {there!r}")
+        at_start = example.context[start : start + len(text)]
+        if at_start != text:
+            raise SquadFormatError(f"{where}: answer {text!r} is not at {start}; there stands {at_start!r}")
 
 
 def split_articles(
@@ -151,10 +160,10 @@ def split_articles(
 ) -> tuple[list[Example], list[Example]]:
     """(train, held out): whole articles are held out, with at most `fraction` of the questions.
 
-    Articles are drawn at random, passing over those that are too large for what is left of the fraction (some
-    are a quarter of a file); where every one is, the smallest is held out. They are told apart by title, so
-    that no paragraph's neighbours are on the other side. Where there is one article only, its paragraphs are
-    split instead. Both sides keep the order of the examples; the same seed draws the same articles. Raises
+    Articles are drawn at random, but not those that are too large for what is left of the fraction (some are
+    a quarter of a file); where all are too large, the smallest is held out. Articles are distinguished by
+    title, so that no paragraph's neighbours are on the other side. A single article is split by paragraphs
+    instead. Both sides keep the order of the examples; the same seed draws the same articles. Raises
     ValueError where there is one paragraph only.
     """
     if not 0 < fraction < 1:
@@ -172,5 +181,5 @@ def split_articles(
             held.add(name)
             left -= sizes[name]
     held = held or {min(names, key=lambda name: sizes[name])}
-    pairs = list(zip(groups, examples, strict=True))
-    return [e for group, e in pairs if group not in held], [e for group, e in pairs if group in held]
+    train = [example for group, example in zip(groups, examples, strict=True) if group not in held]
+    return train, [example for group, example in zip(groups, examples, strict=True) if group in held]

@@ -1,8 +1,8 @@
-"""Questions from wherever they are: SQuAD's JSON, SQuAD's columns in files and folders, the Hugging Face hub.
+"""Examples from any source: SQuAD's JSON, SQuAD's columns in files and folders, the Hugging Face hub.
 
 SQuAD's columns are id, question, context and answers {text: [...], answer_start: [...]}, and optionally title
-and is_impossible. `datasets` is imported where a folder or the hub is read, pyarrow (which comes with it)
-where a .parquet or .arrow file is; .json and .jsonl need neither.
+and is_impossible. `datasets` is imported only where a folder or the hub is read, and pyarrow (which comes
+with it) only where a .parquet or .arrow file is; .json and .jsonl need neither.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ JSON_LINES = (".jsonl", ".ndjson")
 ARROW = (".parquet", ".arrow")
 NO_NESTED_COLUMNS = (".csv", ".tsv")
 
-# Owner and name. One word alone is no hub name: it is more often a mistyped path, and `datasets` takes some
-# words ("json", "text") for its own readers.
+# OWNER/NAME. A single word is not taken as a hub name: it is more often a mistyped path, and `datasets` takes
+# some words ("json", "text") for its own readers.
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 
@@ -42,13 +42,13 @@ def read_examples(source: str | Path, default_split: str) -> list[Example]:
     """The questions of a file, a folder or a data set of the hub, checked as `load_squad` checks.
 
     source: .parquet, .jsonl or .arrow with SQuAD's columns, any other file as SQuAD's JSON; a folder that
-    `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or that is laid out as on the hub; else a hub
-    name. Folders and hub names may end in ":split"; default_split is for those that do not and have splits.
+    `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or that has the hub's layout; else a hub name.
+    Folders and hub names may end in ":split"; default_split serves where they do not and there are splits.
     What comes from the hub stays in the cache of `datasets`.
 
     Errors name the source, split, row (from 0) and question: FileNotFoundError where there is no such file,
     OSError where the hub does not answer or does not know the name, ValueError for an unknown split or a
-    missing library, SquadFormatError (a ValueError) for whatever is not SQuAD.
+    missing library, SquadFormatError (a ValueError) for everything that is not SQuAD.
     """
     name, split = str(source), None
     if not Path(name).exists() and ":" in name:
@@ -85,7 +85,7 @@ def _read_file(path: Path) -> list[Example]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open("rb") as file:  # as bytes, whose lines end at \n only: text may hold other line ends
+    with path.open("rb") as file:  # as bytes, whose lines end at \n only: a text may hold other line ends
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line.decode("utf-8"))
@@ -100,7 +100,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _arrow_table(path: Path, suffix: str) -> Any:
-    """A pyarrow.Table. An .arrow file is a stream (as `datasets` writes it) or has Arrow's file format."""
+    """A file's pyarrow.Table. An .arrow file is a stream (`datasets` writes those) or in the file format."""
     pyarrow = _library("pyarrow", path)
     reader = _library("pyarrow.parquet" if suffix == ".parquet" else "pyarrow.ipc", path)
     with path.open("rb") as file:  # outside the try: an OSError of the file system stays what it is
@@ -117,14 +117,16 @@ def _arrow_table(path: Path, suffix: str) -> Any:
 def _read_folder(path: Path, split: str | None, default_split: str) -> list[Example]:
     datasets = _library("datasets", path)
     is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    # Not the user's cache: of a folder whose README lists its files, `datasets` takes names, not contents, to
-    # tell it from another of its name or from what it was before, and so would give old questions.
+    # The cache is not the user's: where a folder's README lists its files, `datasets` compares names and not
+    # contents, and so would return the questions that the folder, or another of its name, once held.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         try:
             # Absolute, because `datasets` takes some relative names ("json", "text") for its own readers.
-            place = str(path.resolve())
+            folder = str(path.resolve())
             loaded = (
-                datasets.load_from_disk(place) if is_saved else datasets.load_dataset(place, cache_dir=cache)
+                datasets.load_from_disk(folder)
+                if is_saved
+                else datasets.load_dataset(folder, cache_dir=cache)
             )
         except Exception as error:  # datasets, pyarrow and each reader raise their own kind
             raise SquadFormatError(
@@ -133,8 +135,8 @@ def _read_folder(path: Path, split: str | None, default_split: str) -> list[Exam
         if isinstance(loaded, Mapping):
             return _read_split(loaded, str(path), split or default_split)
         if split is not None and str(loaded.split) != split:
-            there = f"it is {loaded.split!s}" if loaded.split else "it has none"
-            raise ValueError(f"{path}: no split {split!r}: {there}")
+            own_split = f"it is {loaded.split!s}" if loaded.split else "it has none"
+            raise ValueError(f"{path}: no split {split!r}: {own_split}")
         return _dataset_examples(str(path), loaded)
 
 
@@ -159,30 +161,28 @@ def _read_hub(name: str, split: str) -> list[Example]:
 
 def _read_split(splits: Mapping[str, Any], name: str, split: str) -> list[Example]:
     if split not in splits:
-        one = next(iter(splits), "train")
-        raise ValueError(
-            f"{name}: no split {split!r}; there are {', '.join(splits) or 'none'} (choose with {name}:{one})"
-        )
+        choice = f"choose with {name}:{next(iter(splits), 'train')}"
+        raise ValueError(f"{name}: no split {split!r}; there are {', '.join(splits) or 'none'} ({choice})")
     return _dataset_examples(f"{name}, split {split!r}", splits[split])
 
 
 def _dataset_examples(where: str, dataset: Any) -> list[Example]:
     columns = [column for column in dataset.column_names if column in NEEDED + OPTIONAL]
-    # Only what is needed is decoded; a saved data set may remember a format that turns lists into tensors.
+    # Only these columns are decoded; a saved data set may remember a format that turns lists into tensors.
     return _examples(where, dataset.column_names, dataset.with_format(None).select_columns(columns))
 
 
 def _examples(where: str, columns: Sequence[str], rows: Rows) -> list[Example]:
     missing = [repr(column) for column in NEEDED if column not in columns]
     if missing and columns:
-        there = ", ".join(columns)
-        raise SquadFormatError(f"{where}: no column {', '.join(missing)}; there are {there}")
-    return list(checked_examples(_walk(rows, where), where))
+        listed = ", ".join(columns)
+        raise SquadFormatError(f"{where}: no column {', '.join(missing)}; there are {listed}")
+    return list(checked_examples(_placed_examples(rows, where), where))
 
 
-def _walk(rows: Rows, name: str) -> Iterator[tuple[str, Example]]:
+def _placed_examples(rows: Rows, name: str) -> Iterator[tuple[str, Example]]:
     for number, row in enumerate(rows):
-        # A column has a value in every row: null is its way of saying that an optional one is absent.
+        # A column has a value in every row: an optional field that is absent is null.
         entry = {key: value for key, value in row.items() if value is not None or key not in OPTIONAL}
         where = f"{name}, row {number}"
         where = f"{where}, question {get_field(entry, 'id', str, where)!r}"
@@ -206,7 +206,7 @@ def _library(module: str, source: str | Path) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong; of its cause where the error itself says no more than that."""
+    """The first line of an error's text, or of its cause's where the error only says that there is one."""
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,4 +1,4 @@
-"""SQuAD as a task of the pruning job."""
+"""SQuAD as a task of the pruning job: features to train on, and questions to judge models on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
@@ -27,10 +27,8 @@ from pruned_trainer.tasks.squad.scoring import (
 from pruned_trainer.tasks.squad.sources import read_examples
 from pruned_trainer.tasks.task import model_logits
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from pruned_trainer.tasks.squad.examples import Example
+# The config's field that holds the null threshold.
+THRESHOLD = "null_score_threshold"
 
 
 def training_features(
@@ -43,13 +41,23 @@ def training_features(
     """One dictionary per window: input_ids, token_type_ids, attention_mask, start_positions, end_positions.
 
     The first three are (tokens,) int32 arrays without padding; a padding collator takes them as they are.
-    The positions are those of the first and last token of the example's first answer; of the CLS token
-    where the question has no answer, or the window does not hold it whole.
+    The positions are those of the first and last token of the example's first answer, or of the CLS token
+    where the question has no answer or the window does not hold all of it.
     """
+    example_windows = _windows(examples, tokenizer, max_length, stride, progress)
+    return [_feature(window, examples[window.question_index]) for window in example_windows]
+
+
+def _windows(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    stride: int,
+    progress: bool,
+) -> list[Window]:
     questions = [example.question for example in examples]
     contexts = [example.context for example in examples]
-    cut = windows(tokenizer, questions, contexts, max_length, stride, progress=progress)
-    return [_feature(window, examples[window.question_index]) for window in cut]
+    return windows(tokenizer, questions, contexts, max_length, stride, progress=progress)
 
 
 def _feature(window: Window, example: Example) -> dict[str, Any]:
@@ -65,19 +73,16 @@ def _feature(window: Window, example: Example) -> dict[str, Any]:
 
 def _answer_tokens(window: Window, example: Example) -> tuple[int, int]:
     """First and last token of the first answer; the CLS token, twice, where the window lacks part of it."""
-    found = None
+    tokens = None
     if example.answers and not example.is_impossible:
         text, start = example.answers[0]
-        found = span_tokens(window, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
-    return found or (window.cls_index, window.cls_index)
-
-
-THRESHOLD = "null_score_threshold"
+        tokens = span_tokens(window, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
+    return tokens or (window.cls_index, window.cls_index)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Examples with their windows: cut once, used for every model."""
+    """Examples with their windows, which are cut once and used for every model."""
 
     examples: Sequence[Example]
     windows: Sequence[Window]
@@ -86,44 +91,45 @@ class Questions:
     def cut(
         cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int
     ) -> Questions:
-        questions, contexts = [e.question for e in examples], [e.context for e in examples]
-        cut = windows(tokenizer, questions, contexts, max_length, stride, progress=is_main())
-        return cls(examples, cut)
+        """The examples, cut into windows. max_length, stride: in tokens, as `windows` takes them."""
+        return cls(examples, _windows(examples, tokenizer, max_length, stride, progress=is_main()))
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def arrival_lengths(self) -> list[int]:
-        """Window lengths in arrival order, in tokens."""
+        """The windows' lengths in tokens, in arrival order."""
         by_question: list[list[int]] = [[] for _ in self.examples]
         for window in self.windows:
             by_question[window.question_index].append(len(window))
         return arrival_lengths(by_question)
 
     def decoded(self, model: PreTrainedModel, batch_size: int = 32) -> list[Decoded]:
-        """Every question's best spans and null score by `model`, which runs packed meanwhile, on all
+        """Each question's best spans and null score by `model`, which runs packed meanwhile, on all
         processes."""
         with optimized(model):
             logits = shared(partial(model_logits, model, batch_size), self.windows)
-        return decode(self.windows, logits, [e.context for e in self.examples])
+        return decode(self.windows, logits, [example.context for example in self.examples])
 
     def best_thresholds(self, model: PreTrainedModel) -> dict[str, float]:
+        """The null threshold under which `model` scores best here, by its field in the config."""
         return {THRESHOLD: best_null_threshold(self.examples, self.decoded(model))}
 
     def best_fields(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The threshold, and how far the model's scores can be believed at it."""
+        """The best null threshold, and the calibration of the model's scores at it."""
         decoded = self.decoded(model)
         threshold = best_null_threshold(self.examples, decoded)
         calibration = fit_calibration(self.examples, decoded, threshold)
         return {THRESHOLD: threshold, "score_calibration": calibration.to_json()}
 
     def evaluate(self, model: PreTrainedModel, thresholds: Mapping[str, float]) -> EvaluationResult:
+        """The scores of `model` at these thresholds."""
         return evaluate(self.examples, self.decoded(model), thresholds[THRESHOLD])
 
 
 @dataclass(frozen=True)
 class SquadTask:
-    """max_length, stride: of windows, in tokens. seed: of the articles that are held out."""
+    """SQuAD with its options. max_length, stride: of windows, in tokens. seed: of the held-out articles."""
 
     max_length: int = 384
     stride: int = 128
@@ -144,7 +150,7 @@ class SquadTask:
     def read_training(
         self, source: Path, has_validation: bool
     ) -> tuple[Sequence[Example], Sequence[Example] | None]:
-        """Without a validation file 5% of the training articles serve."""
+        """The training examples; without a validation file, 5% of them are held out, by whole articles."""
         train = read_examples(source, "train")
         return (train, None) if has_validation else split_articles(train, seed=self.seed)
 
