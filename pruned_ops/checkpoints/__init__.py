@@ -1,1 +1,1 @@
-"""Checkpoints in and out: folders, imports, ONNX."""
+"""Checkpoints in and out: folders, other tools' files, ONNX."""

@@ -1,1 +1,1 @@
-"""What `pruned-ops` can do, a file a command."""
+"""The commands of `pruned-ops`, one file each."""

@@ -1,1 +1,1 @@
-"""The layers as modules over packed tokens; no Hugging Face."""
+"""Layers as modules over packed tokens, without Hugging Face."""

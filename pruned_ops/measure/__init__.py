@@ -1,1 +1,1 @@
-"""Milliseconds: of layers, of models, of launches."""
+"""How many milliseconds layers and models take, and how much of that is launching."""

@@ -1,1 +1,1 @@
-"""Hugging Face models of uneven layers: padded, trainable, saved and loaded."""
+"""Hugging Face models whose layers differ in size: padded, trainable, saved and loaded."""

@@ -1,4 +1,7 @@
-"""The list of ops, a line each. What an op means stands in reference.py; who runs it, in backends/."""
+"""The operations: what each one means, and the backends that run it.
+
+Each has a line here. The function of the same name in reference.py is its meaning.
+"""
 
 from pruned_ops.ops import reference
 from pruned_ops.ops.reference import check_attention_values, check_embed_layer_norm_values

@@ -1,1 +1,1 @@
-"""Packed execution inside somebody's Hugging Face model."""
+"""Packed execution inside a Hugging Face model: `optimize`, CUDA graphs, streams of texts."""

@@ -1,1 +1,1 @@
-"""The demo: a small question set made here, and a run on it."""
+"""The demo: a small set of questions, made here, and a run on it."""

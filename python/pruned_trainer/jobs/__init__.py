@@ -1,1 +1,1 @@
-"""A command's whole run, in order."""
+"""The whole run of a command, from loading to the saved checkpoint."""

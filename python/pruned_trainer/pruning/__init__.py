@@ -1,1 +1,1 @@
-"""What stays: gates, budgets, decisions, compaction."""
+"""What stays of a model: gates, budgets, decisions, compaction."""

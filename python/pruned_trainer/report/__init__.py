@@ -1,1 +1,1 @@
-"""From report.json to people: terminal, page, figures."""
+"""From report.json to what people read: terminal, page, figures."""
