@@ -63,6 +63,7 @@ FLOORS = {
         ("models",),
         ("layers",),
         ("ops",),
+        ("command_line",),
         ("shape", "files", "version"),
     ),
     TRAINER: (
@@ -182,6 +183,27 @@ def test_ops_and_layers_know_no_hugging_face(room: str) -> None:
     assert paths
     for path in paths:
         assert not any(module.split(".")[0] == "transformers" for module in _imports(path)), path
+
+
+def test_csrc_includes_only_what_is_below() -> None:
+    """bindings | cpu, cuda | check | panels, rows; and of csrc/cuda only ops.* know torch."""
+    csrc = ROOT.parent / "csrc"
+    if not csrc.is_dir():
+        pytest.skip("installed without the checkout")
+    level = {"bindings": 0, "cpu": 1, "cuda": 1, "check": 2, "panels": 3, "rows": 3}
+    for path in sorted(csrc.rglob("*.*")):
+        inside = path.relative_to(csrc).parts
+        own = inside[0].split(".")[0]
+        for header in re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8")):
+            beside = (path.parent / header).resolve()
+            target = beside if beside.is_file() else (csrc / header).resolve()
+            if header == "emulator.h":  # the host's side of launch.h, with the tests
+                continue
+            assert target.is_file(), f"{path}: {header}"
+            other = target.relative_to(csrc).parts[0].split(".")[0]
+            assert other == own or level[other] > level[own], f"{path.name} includes {header}"
+        if own == "cuda" and path.stem != "ops":
+            assert not re.search(r"#include <(torch|ATen|c10)/", path.read_text(encoding="utf-8")), path
 
 
 def test_layers_in_a_model_of_ones_own() -> None:
