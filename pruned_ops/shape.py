@@ -1,7 +1,7 @@
 """The contract between trainer, checkpoint and runtime: how wide every layer of a pruned encoder is.
 
 A shape is written down in config.json and never inferred from zeros or from tensor sizes. Zero is a number:
-a layer may keep 0 heads, or 0 FFN channels, and then passes its input on (through the remaining bias and
+a layer may keep 0 heads or 0 FFN channels, and then passes its input on (through the remaining bias and
 LayerNorm).
 """
 
@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# A BERT-class encoder is far below these; a number above them is a mistake or an attack, and is refused
-# before any memory is taken for it.
+# A BERT-class encoder stays far below these limits. A number above them is a mistake or an attack, and is
+# refused before any memory is allocated for it.
 MAX_WIDTH = 1 << 20
 MAX_LAYERS = 1 << 10
 MAX_PARAMETERS = 10_000_000_000
 
 
 def checked_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` as an int in [low, high], or of at least low; ValueError that names it otherwise (a bool or a
-    float is no width)."""
+    """Return `value` if it is an int in [low, high], or of at least low where high is None.
+
+    Errors: ValueError with its name otherwise; a bool is no integer here.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} is {value!r}: an integer is needed")
     if high is None:
@@ -33,7 +35,7 @@ def checked_int(name: str, value: object, low: int, high: int | None = None) -> 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What is left in one layer: attention heads and FFN channels."""
+    """The attention heads and FFN channels that are left in one layer."""
 
     num_heads: int
     ffn_width: int
@@ -44,7 +46,7 @@ class LayerShape:
 
     @classmethod
     def parse(cls, value: object, name: str) -> LayerShape:
-        """A LayerShape from itself or from its JSON form; ValueError that names the place otherwise."""
+        """Make a LayerShape from its JSON form, or return one that is given; else ValueError with `name`."""
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping) or set(value) != {"num_heads", "ffn_width"}:
@@ -57,8 +59,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Every layer's shape, the model's width and a head's width. `num_heads * head_dim` need not be
-    `hidden_size`."""
+    """The shape of every layer, the width of the model and the width of a head.
+
+    `num_heads * head_dim` need not equal `hidden_size`.
+    """
 
     layers: tuple[LayerShape, ...]
     hidden_size: int
@@ -76,7 +80,7 @@ class ModelShape:
 
     @classmethod
     def parse(cls, layers: Sequence[object], hidden_size: int, head_dim: int) -> ModelShape:
-        """A ModelShape from the JSON form of its layers, as it stands in config.json."""
+        """Make a ModelShape from the JSON form of its layers, as config.json holds it."""
         if not isinstance(layers, (list, tuple)):
             raise ValueError(f"layer_shapes is {layers!r}: a list with one entry a layer is needed")
         parsed = tuple(LayerShape.parse(layer, f"layer_shapes[{i}]") for i, layer in enumerate(layers))
@@ -86,16 +90,16 @@ class ModelShape:
     def dense(
         cls, num_layers: int, num_heads: int, ffn_width: int, hidden_size: int, head_dim: int
     ) -> ModelShape:
-        """The shape before pruning: every layer alike."""
+        """Make the shape of a model before pruning, in which all layers are alike."""
         checked_int("num_hidden_layers", num_layers, 0, MAX_LAYERS)
         return cls((LayerShape(num_heads, ffn_width),) * num_layers, hidden_size, head_dim)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The layers as config.json holds them (hidden_size and head_dim are fields of their own there)."""
+        """The JSON form of the layers; hidden_size and head_dim are fields of their own in config.json."""
         return [asdict(layer) for layer in self.layers]
 
     def parameters(self) -> int:
-        """Parameters of the encoder's layers: matrices, biases and LayerNorms, without the embeddings."""
+        """The number of parameters in the layers: matrices, biases and LayerNorms, without the embeddings."""
         hidden = self.hidden_size
         total = 0
         for layer in self.layers:
@@ -106,7 +110,7 @@ class ModelShape:
         return total
 
     def macs(self, lengths: Sequence[int]) -> int:
-        """Multiply-accumulates of the encoder's matrix products over sequences of these lengths (tokens)."""
+        """The multiply-accumulates of the layers' matrix products for sequences of these lengths (tokens)."""
         tokens = sum(lengths)
         pairs = sum(length * length for length in lengths)
         total = 0

@@ -1,7 +1,8 @@
 """An op has one schema, one reference and several backends; this module picks the backend and says which ran.
 
 With no preference the first willing backend runs, else the reference. Inside `use_backend(name)` that
-backend runs or raises with its reason. `record()` tells which backend ran each op, so no fallback is silent.
+backend runs, or raises an error with its reason. `record()` tells which backend ran each op, so that no
+fallback is silent.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ _recorded: ContextVar[dict[str, Counter[str]] | None] = ContextVar("pruned_ops_r
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for cannot run; the text says why and what would help."""
+    """A backend that was asked for by name cannot run; the message says why and what would help."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run ops. `missing` is None where it can run here, else why not and the command that would
-    help. on_demand: it runs only where it is asked for (an interpreter, say). tune: times its kernels on a
-    GPU for a model's shapes, once: (ModelShape, batches of lengths, dtype, device) -> how many it timed."""
+    """A way to run ops.
+
+    missing: None if it can run here, else the reason why it cannot and the command that would help.
+    on_demand: it runs only where it is asked for by name (an interpreter, say).
+    tune: times its kernels on a GPU for the shapes of a model and remembers the fastest; (ModelShape, batches
+    of lengths, dtype, device) -> the number of shapes that it timed.
+    """
 
     name: str
     missing: str | None
@@ -43,8 +48,11 @@ class Backend:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One backend's way to run one op. `refuse` gets the op's arguments: None, or a sentence that says why
-    not."""
+    """How one backend runs one op.
+
+    launch and refuse take the op's arguments. refuse returns None if the kernel takes them, else a sentence
+    that says why it does not.
+    """
 
     backend: Backend
     launch: Callable[..., Tensor]
@@ -56,10 +64,11 @@ OPS: dict[str, Op] = {}
 
 
 class Op:
-    """An op of the `pruned_ops` namespace of torch.ops, defined by its reference.
+    """An op in the namespace `pruned_ops` of torch.ops, defined by its reference.
 
-    `check_values` gets the op's arguments where the reference runs on CPU tensors and raises on bad values
-    (ids out of their table, say): the reference itself must stay traceable. Backends check for themselves.
+    check_values takes the op's arguments and raises an error for bad values (an id outside its table, say).
+    It is apart from the reference, which must stay traceable, and runs before it on CPU tensors; backends
+    check values themselves.
     """
 
     def __init__(
@@ -104,8 +113,8 @@ class Op:
         return self.reference(*args)
 
     def _debugged(self, kernel: Kernel | None, *args: Any) -> Tensor:
-        """With values checked first, and the device waited for before and after, so that an error is this
-        op's."""
+        """Run the op with its values checked, and wait for the device before and after it, so that an error
+        that is raised here is this op's."""
         name = f"{self.name} on {kernel.backend.name if kernel else REFERENCE}"
         try:
             _wait(*tensors_of(args))
@@ -130,8 +139,8 @@ class Op:
         return _preferred.get() in (None, REFERENCE, *self.kernels)
 
     def select(self, *args: Any) -> Kernel | None:
-        """The kernel that runs these arguments, None for the reference. BackendError if one asked for
-        cannot."""
+        """The kernel that is to run these arguments; None means the reference. BackendError if a backend was
+        asked for by name that cannot run them."""
         preferred = _preferred.get()
         if preferred == REFERENCE:
             return None
@@ -153,7 +162,7 @@ class Op:
         return kernel
 
     def reasons(self, *args: Any) -> str:
-        """Every backend of this op with its readiness for these arguments, in one line."""
+        """One line that says of every backend of this op whether it would run these arguments."""
         parts = [
             f"{name}: {kernel.backend.missing or kernel.refuse(*args) or 'willing'}"
             for name, kernel in self.kernels.items()
@@ -161,51 +170,23 @@ class Op:
         return "; ".join([*parts, f"{REFERENCE}: willing"])
 
 
-def is_watched() -> bool:
-    """Whether this thread asks for a backend, or debugs: then every op is to be dispatched by itself."""
-    return _preferred.get() is not None or _debugging.get()
-
-
-def replayed(ran: dict[str, Counter[str]]) -> None:
-    """Count ops that ran before and are launched again as a whole."""
-    recorded = _recorded.get()
-    if recorded is not None:
-        for op, counts in ran.items():
-            recorded.setdefault(op, Counter()).update(counts)
-
-
-def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an op's arguments, those in lists included."""
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from tensors_of(arg)
-
-
-def _wait(*tensors: Tensor) -> None:
-    """Until the GPU that they are on has done what it was given; errors of that are raised here."""
-    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-        torch.cuda.synchronize(device)
+def add_backend(backend: Backend) -> Backend:
+    """Make a backend known by its name, even if it cannot run here."""
+    BACKENDS[backend.name] = backend
+    return backend
 
 
 def register(
     op: Op, backend: Backend, launch: Callable[..., Tensor], refuse: Callable[..., str | None]
 ) -> None:
-    """Give `op` another way to run. Backends are asked in the order in which they were registered."""
+    """Let `backend` run `op`. Backends are asked in the order in which they were registered."""
     op.kernels[backend.name] = Kernel(backend, launch, refuse)
-
-
-def add_backend(backend: Backend) -> Backend:
-    """Make a backend known by its name, whether it can run here or not."""
-    BACKENDS[backend.name] = backend
-    return backend
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op on this backend ("reference", "cpu", ...) inside the block, in this thread; BackendError
-    where it cannot."""
+    """Run every op of this thread on this backend ("reference", "cpu", ...) inside the block, or raise
+    BackendError where it cannot."""
     if name != REFERENCE and name not in BACKENDS:
         raise BackendError(
             f"there is no backend {name!r}; this version has {', '.join([REFERENCE, *BACKENDS])}"
@@ -222,8 +203,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def debug() -> Iterator[None]:
-    """Check the values of ids and cu_seqlens on every backend inside the block, in this thread, and wait for
-    each op: errors name the op. Slow; without it GPU backends clamp values, and never read outside."""
+    """Check ids and cu_seqlens on every backend and wait for each op inside the block, in this thread, so
+    that errors name the op. This is slow. Without it GPU backends clamp values, and never read outside."""
     token = _debugging.set(True)
     try:
         yield
@@ -233,7 +214,7 @@ def debug() -> Iterator[None]:
 
 @contextmanager
 def record() -> Iterator[dict[str, Counter[str]]]:
-    """Count which backend ran each op inside the block, in this thread: op name -> Counter of backend
+    """Count which backends ran each op of this thread inside the block: op name -> Counter of backend
     names."""
     ran: dict[str, Counter[str]] = {}
     token = _recorded.set(ran)
@@ -243,8 +224,36 @@ def record() -> Iterator[dict[str, Counter[str]]]:
         _recorded.reset(token)
 
 
+def is_watched() -> bool:
+    """Whether this thread asks for a backend or debugs, so that every op must be dispatched by itself."""
+    return _preferred.get() is not None or _debugging.get()
+
+
+def replayed(ran: dict[str, Counter[str]]) -> None:
+    """Count the ops of a recorded run (op name -> backend counts) that is launched again as a whole."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        for op, counts in ran.items():
+            recorded.setdefault(op, Counter()).update(counts)
+
+
 def backends_of(run: Callable[[], Any]) -> dict[str, str]:
-    """op -> the backend that ran it in `run`; several, with commas, where it was not one."""
+    """Call `run` and tell which backend ran each op: op name -> backend name, or several with commas."""
     with torch.inference_mode(), record() as ran:
         run()
     return {op: ", ".join(sorted(counts)) for op, counts in ran.items()}
+
+
+def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an op's arguments, including those in lists."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from tensors_of(arg)
+
+
+def _wait(*tensors: Tensor) -> None:
+    """Wait until the GPUs of these tensors are idle; errors of earlier work are raised here."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.synchronize(device)

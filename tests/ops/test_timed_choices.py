@@ -78,14 +78,14 @@ def test_the_fastest_runs_and_another_process_finds_it(monkeypatch: pytest.Monke
 
     modelled = run()
     assert seen == [tuning.modelled(problem, True, tuning.Chip.of(CPU))] and seen[0] != slow
-    tuning.add(CPU, {problem: slow})
+    tuning.remember(CPU, {problem: slow})
     tuning.forget()
     torch.testing.assert_close(run(), modelled, rtol=1e-2, atol=1e-2)
     tuning.known.cache_clear()  # as in another process
     tuning.forget()
     run()
     assert seen[1:] == [slow, slow]
-    tuning.add(CPU, {problem: None})
+    tuning.remember(CPU, {problem: None})
     tuning.forget()
     run()
     assert len(seen) == 3  # torch's own way ran
@@ -114,7 +114,7 @@ def test_a_choice_that_cannot_run_these_tensors_is_left() -> None:
     """Timed with tensor descriptors; these rows begin where none can."""
     problem = Problem("linear_gelu", "torch.float16", 16, 24, 32)
     tma = next(c for c in tuning.candidates(problem, True, tuning.Chip.of(CPU)) if c.tma)
-    tuning.add(CPU, {problem: tma})
+    tuning.remember(CPU, {problem: tma})
     tuning.forget()
     weight = randn(1, 24, 32).half()
     assert tuning.linear_gelu_config(randn(0, 9, 32).half(), weight) == tma
@@ -127,7 +127,7 @@ def test_other_gpus_and_versions_have_files_of_their_own(
     monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     problem = Problem("linear_gelu", "torch.float16", 16, 24, 32)
-    tuning.add(CPU, {problem: configs.LINEAR_GELU[2][0]})
+    tuning.remember(CPU, {problem: configs.LINEAR_GELU[2][0]})
     (saved,) = cache.iterdir()
     assert json.loads(saved.read_text())["made_with"]["gpu"] == "interpreter"
     monkeypatch.setattr(tuning, "__version__", "another")

@@ -1,9 +1,8 @@
-"""Ways to run the ops. Importing this package registers every backend, those that cannot run here
-included, in the order in which they are asked."""
+"""Ways to run the ops; importing this registers all of them, in the order in which they are asked."""
 
 from pruned_ops.ops.backends import cpu as cpu
 from pruned_ops.ops.backends import triton as triton
 
 # isort: split
-# After Triton: no shape has been measured yet at which its kernels are faster.
+# It is asked after Triton: at no shape measured so far are its kernels faster.
 from pruned_ops.ops.backends import cuda as cuda

@@ -1,7 +1,7 @@
-"""Backend "cpu": the C++ extension's kernels (csrc/cpu). Single linears run on torch's GEMM, which packs
-weights as fast as it goes; the encoder in one call has packed weights and its own.
+"""Backend "cpu": the C++ extension's kernels (csrc/cpu), for float32.
 
-The kernels exist for AVX-512, AVX2 and neither, and choose when they run. They take float32.
+They are compiled for AVX-512, for AVX2 and for neither, and the processor decides when they run. A single
+linear runs on torch's GEMM, which takes plain weights; `encoder` has weights in panels and a GEMM of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 extension, _missing = _load()
-# The threads of torch's OpenMP pool are not in a forked child, where the next parallel region would wait for
+# A forked child has none of the threads of torch's OpenMP pool, and its next parallel region would wait for
 # them for ever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
@@ -54,7 +54,7 @@ def _refuse(*args: Any) -> str | None:
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_(F.linear(x, weight, bias))  # in place: one pass over the rows less
+    return torch.ops.aten.gelu_(F.linear(x, weight, bias))  # in place, which saves a pass over the rows
 
 
 def _linear_add_layer_norm(

@@ -1,7 +1,7 @@
-"""Backend "cuda": the C++ extension's kernels for GPUs of sm_80 and later (csrc/cuda), compiled with the
-package, so that the first call compiles nothing.
+"""Backend "cuda": the C++ extension's kernels (csrc/cuda) for GPUs of sm_80 and later.
 
-They take fp16 and bf16; those that multiply no matrices take fp32 too.
+They are compiled with the package, so that the first call compiles nothing. They take fp16 and bf16; those
+that multiply no matrices take fp32 too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What kernels for GPUs ask of their arguments, Triton's and CUDA's alike."""
+"""What the kernels for GPUs require of their arguments, Triton's and CUDA's alike."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import torch
 from torch import Tensor
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-# LayerNorm's kernels keep rows in registers whole.
+# The LayerNorm kernels keep whole rows in registers.
 MAX_HIDDEN = 8192
 
 
-def refuse_tensors(args: Iterable[Any], taken: Sequence[torch.dtype], wanted: str = "cuda") -> str | None:
-    """Why kernels do not take these arguments: one of the dtypes `taken` and one device, of the type `wanted`
-    and sm_80 or later, are needed. None if they do."""
+def refuse_tensors(
+    args: Iterable[Any], taken: Sequence[torch.dtype], device_type: str = "cuda"
+) -> str | None:
+    """The reason why kernels do not take these arguments; None if they do.
+
+    They take tensors of one dtype, which is in `taken`, on one device of this type, which is sm_80 or later.
+    """
     dtypes, devices = set(), set()
     for arg in args:
         if not isinstance(arg, Tensor):
             continue
-        if arg.device.type != wanted:
-            return f"a tensor is on {arg.device}, the kernel takes tensors on {wanted}"
+        if arg.device.type != device_type:
+            return f"a tensor is on {arg.device}, the kernel takes tensors on {device_type}"
         devices.add(arg.device)
         if arg.is_floating_point():
             dtypes.add(arg.dtype)
@@ -33,7 +37,7 @@ def refuse_tensors(args: Iterable[Any], taken: Sequence[torch.dtype], wanted: st
     if len(devices) > 1:
         return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
     # Asked here and not at import, which must not touch the GPU: a forked child could not use it any more.
-    if wanted == "cuda" and devices and capability(*devices) < (8, 0):
+    if device_type == "cuda" and devices and capability(*devices) < (8, 0):
         return "this GPU is sm_{}{}, the kernels need sm_80 or later".format(*capability(*devices))
     if len(dtypes) > 1:
         return f"the tensors are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
@@ -41,7 +45,7 @@ def refuse_tensors(args: Iterable[Any], taken: Sequence[torch.dtype], wanted: st
 
 
 def refuse_hidden(rows: object) -> str | None:
-    """Why LayerNorm's kernels do not take rows of this size; None if they do."""
+    """The reason why the LayerNorm kernels do not take rows of this size; None if they do."""
     if isinstance(rows, Tensor) and rows.dim() and rows.size(-1) > MAX_HIDDEN:
         return f"hidden_size is {rows.size(-1)}, the kernel takes at most {MAX_HIDDEN}"
     return None
@@ -49,5 +53,5 @@ def refuse_hidden(rows: object) -> str | None:
 
 @functools.lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU."""
+    """The compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)

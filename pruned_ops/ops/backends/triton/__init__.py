@@ -1,6 +1,6 @@
-"""Backend "triton": kernels for fp16, bf16 and fp32 on GPUs of sm_80 and later, one file an op.
+"""Backend "triton": kernels for fp16, bf16 and fp32 on GPUs of sm_80 and later, one file per op.
 
-With TRITON_INTERPRET=1 they run on the CPU in Triton's interpreter, and then only where they are asked for.
+With TRITON_INTERPRET=1 they run on the CPU in Triton's interpreter, and then only if they are asked for.
 """
 
 from typing import Any

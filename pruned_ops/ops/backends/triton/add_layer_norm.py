@@ -1,7 +1,8 @@
 """Op `add_layer_norm`: LayerNorm(x + bias + residual).
 
 A program owns ROWS whole rows, reads each of them once into registers, and writes it normalised; statistics
-are fp32, two passes over registers. x may come as several partial sums (a split GEMM's), added on the way.
+are fp32, in two passes over the registers. x may be given as the partial sums of a split GEMM, which are
+added on the way.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def add_layer_norm_kernel(
     for part in tl.static_range(PARTS):
         pointers = x + part * stride_part + offsets * stride_x + columns[None, :]
         total += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    there = columns < hidden
+    in_row = columns < hidden
     if BIAS:
-        total += tl.load(bias + columns, mask=there, other=0.0).to(tl.float32)[None, :]
-    scale = tl.load(weight + columns, mask=there, other=0.0).to(tl.float32)
-    shift = tl.load(norm_bias + columns, mask=there, other=0.0).to(tl.float32)
+        total += tl.load(bias + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    scale = tl.load(weight + columns, mask=in_row, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias + columns, mask=in_row, other=0.0).to(tl.float32)
     result = normalised(total, inside, hidden, scale, shift, eps).to(out.dtype.element_ty)
     tl.store(out + offsets * hidden + columns[None, :], result, mask=inside)
 
@@ -62,7 +63,7 @@ def launch_add_layer_norm(
     eps: float,
     config: RowConfig,
 ) -> Tensor:
-    """The op with this configuration. x: (tokens, hidden), or partial sums (parts, tokens, hidden)."""
+    """Run the op with this configuration. x: (tokens, hidden), or partial sums (parts, tokens, hidden)."""
     x, residual = launch.rows(x), launch.rows(residual)
     tokens, hidden = residual.shape
     out = torch.empty((tokens, hidden), dtype=residual.dtype, device=residual.device)

@@ -1,6 +1,6 @@
-"""Compile kernels for GPUs that need not be here, and read what they take of one.
+"""Compiles the kernels for GPUs that need not be present, and reads the registers and memory that they take.
 
-Needs the interpreter off: with TRITON_INTERPRET=1 Triton compiles nothing.
+The interpreter must be off: with TRITON_INTERPRET=1 Triton compiles nothing.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from pruned_ops.ops.backends.triton.linear import meta, partial_linear_kernel
 from pruned_ops.ops.backends.triton.linear_add_layer_norm import linear_add_layer_norm_kernel
 from pruned_ops.ops.backends.triton.linear_gelu import bias_gelu_kernel, linear_gelu_kernel
 
-# Of a multiprocessor of sm_80 and sm_90 alike (CUDA programming guide, technical specifications). A program
-# takes registers in steps of 256 a warp, and 1 KiB of shared memory beside its own.
+# The limits of a multiprocessor, equal on sm_80 and sm_90 (CUDA programming guide, technical specifications).
+# A program takes registers in steps of 256 per warp, and 1 KiB of shared memory beside its own.
 MOST_WARPS, MOST_PROGRAMS, REGISTERS, REGISTER_STEP, RESERVED = 64, 32, 65536, 256, 1024
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with its arguments' types and its constants. rows: those of its matrix tile, 0 without one."""
+    """A kernel with the types of its arguments, and its constants.
+
+    rows: the rows of its matrix tile; 0 if it has none.
+    """
 
     kernel: Any
     types: dict[str, str]
@@ -46,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel takes: registers a thread, bytes spilled a thread, bytes of shared memory a
+    """What a compiled kernel takes: registers and spilled bytes per thread, bytes of shared memory per
     program; and whether it multiplies by wgmma."""
 
     registers: int
@@ -55,7 +58,7 @@ class Compiled:
     wgmma: bool
 
     def programs(self, warps: int, target: int) -> int:
-        """How many programs of so many warps a multiprocessor of sm_`target` holds at once."""
+        """How many programs of this many warps a multiprocessor of sm_`target` holds at once."""
         step = -(-self.registers * 32 // REGISTER_STEP) * REGISTER_STEP * warps
         return min(
             MOST_PROGRAMS,
@@ -66,7 +69,7 @@ class Compiled:
 
 
 def gemm_case(config: GemmConfig, dtype: str) -> Case:
-    """linear_gelu, or the split GEMM; WHOLE_K is the form that every hidden size but odd ones takes."""
+    """linear_gelu, or the GEMM with split_k. WHOLE_K is True, as for all but odd hidden sizes."""
     constants = _gemm_constants(config)
     shared = (config.warps, config.stages, dtype, str(config), config.block_m)
     if config.split_k > 1:
@@ -91,7 +94,7 @@ def fused_case(config: GemmConfig, dtype: str) -> Case:
 
 
 def attention_case(config: AttentionConfig, head_dim: int, dtype: str) -> Case:
-    """attention, of long sequences or of several short ones a program."""
+    """attention, for long sequences or for several short ones per program."""
     types = _pointers("qkv", dtype) | {"cu_seqlens": "*i32"} | _pointers("out", dtype)
     types |= _integers("tokens batch width") | {"scale": "fp32"} | _integers("stride_qkv stride_out")
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "PRECISION": "ieee", "UPCAST": False}
@@ -121,17 +124,16 @@ def embed_layer_norm_case(config: RowConfig, block: int, dtype: str) -> Case:
 
 
 def bias_gelu_case(dtype: str) -> Case:
-    """What follows a GEMM that was split in four."""
+    """The kernel that follows a GEMM with split_k = 4."""
     types = {"partials": "*fp32"} | _pointers("bias out", dtype) | _integers("tokens width")
     return Case(bias_gelu_kernel, types, {"SPLIT": 4, "BLOCK": 512}, 4, 2, dtype, "split 4")
 
 
 def compiled(case: Case, target: int) -> Compiled:
-    """For sm_`target`. Pointers and the sizes that strides come from are taken as multiples of 16, as
-    `optimize` lays them."""
+    """Compile a case for sm_`target`. Pointers, and the sizes that strides come from, are taken to be
+    multiples of 16, as `optimize` lays weights out."""
     signature = {**case.types, **dict.fromkeys(case.constants, "constexpr")}
-    names = [name for name in case.kernel.arg_names if name in signature]
-    every = list(case.kernel.arg_names)
+    arguments = list(case.kernel.arg_names)
     aligned = [
         name
         for name, kind in case.types.items()
@@ -139,28 +141,26 @@ def compiled(case: Case, target: int) -> Compiled:
     ]
     source = ASTSource(
         case.kernel,
-        {name: signature[name] for name in names},
-        {(every.index(name),): value for name, value in case.constants.items()},
-        {(every.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        {name: signature[name] for name in arguments if name in signature},
+        {(arguments.index(name),): value for name, value in case.constants.items()},
+        {(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": case.warps, "num_stages": case.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    found = _resources(made.asm["cubin"])
-    return Compiled(
-        found["REG"], found["STACK"] + found["LOCAL"], made.metadata.shared, "wgmma" in made.asm["ptx"]
-    )
+    kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    taken = _resources(kernel.asm["cubin"])
+    spilled = taken["STACK"] + taken["LOCAL"]
+    return Compiled(taken["REG"], spilled, kernel.metadata.shared, "wgmma" in kernel.asm["ptx"])
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump (it comes with Triton) says of a kernel: REG, STACK, SHARED, LOCAL."""
+    """A kernel's resources REG, STACK, SHARED and LOCAL, as cuobjdump prints them; it comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", said.stdout)}
+        command = [str(tool), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
 
 
 def _gemm_constants(config: GemmConfig) -> dict[str, Any]:

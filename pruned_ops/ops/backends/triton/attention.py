@@ -1,7 +1,7 @@
 """Op `attention`: softmax attention within each sequence of a packed batch.
 
-A program owns one head of BLOCK_M query rows of one sequence (or of several whole short ones), keeps the
-queries, the running maximum, sum and context in registers while it walks the sequence's keys (flash
+A program owns one head of BLOCK_M query rows of one sequence, or of several whole short sequences. It keeps
+the queries, the running maximum, sum and context in registers while it walks the sequence's keys (flash
 attention's online softmax, in powers of 2), and writes the rows' context.
 """
 
@@ -32,8 +32,8 @@ def _scores(query, key, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _absorb(scores, scale, value, context, maximum, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """One block of keys into the running softmax. Masked scores are -inf; the maximum is finite. The scale is
-    applied where it is one instruction with the subtraction."""
+    """Add one block of keys to the running softmax. Masked scores are -inf; the maximum is finite. The scale
+    is applied together with the subtraction, in one instruction."""
     highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - highest[:, None])
     shrink = tl.exp2(maximum - highest)
@@ -48,7 +48,7 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Long sequences: `tiles` programs a sequence; those beyond its end have nothing to do."""
+    """For long sequences. Each has `tiles` programs, of which those beyond its end have nothing to do."""
     sequence, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     # Clamped: a wrong cu_seqlens must never lead outside the tensors.
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), tokens)
@@ -74,7 +74,7 @@ def attention_kernel(
         context, maximum, total = _absorb(scores, scale, value, context, maximum, total, PRECISION, UPCAST)
         keys += BLOCK_N * stride_qkv
         values += BLOCK_N * stride_qkv
-    if whole < length:  # the last block alone is masked
+    if whole < length:  # only the last block needs a mask
         inside = whole + lanes < length
         key = tl.load(keys, mask=inside[None, :], other=0.0)
         scores = _scores(query, key, PRECISION, UPCAST)
@@ -91,12 +91,12 @@ def short_attention_kernel(
     HEAD_DIM: tl.constexpr, SEGMENT: tl.constexpr, SEQUENCES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sequences of at most SEGMENT tokens: SEQUENCES of them in a program, each blind to the others."""
+    """For sequences of at most SEGMENT tokens. A program owns SEQUENCES of them, masked from each other."""
     lanes = tl.arange(0, SEGMENT * SEQUENCES)
     sequence = tl.program_id(0) * SEQUENCES + lanes // SEGMENT
-    there = sequence < batch
-    begin = tl.load(cu_seqlens + sequence, mask=there, other=0)
-    end = tl.load(cu_seqlens + sequence + 1, mask=there, other=0)
+    in_batch = sequence < batch
+    begin = tl.load(cu_seqlens + sequence, mask=in_batch, other=0)
+    end = tl.load(cu_seqlens + sequence + 1, mask=in_batch, other=0)
     begin = tl.minimum(tl.maximum(begin, 0), tokens)
     end = tl.minimum(tl.maximum(end, begin), tokens)
     rows = begin + lanes % SEGMENT
@@ -115,7 +115,7 @@ def short_attention_kernel(
     total = tl.zeros((SEGMENT * SEQUENCES,), tl.float32)
     context = tl.zeros((SEGMENT * SEQUENCES, HEAD_DIM), tl.float32)
     context, maximum, total = _absorb(scores, scale, value, context, maximum, total, PRECISION, UPCAST)
-    total = tl.where(total > 0, total, 1.0)  # rows that are none have no keys
+    total = tl.where(total > 0, total, 1.0)  # lanes beyond their sequence's end have no keys
     result = (context / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + offsets[:, None] * stride_out + columns[None, :], result, mask=inside[:, None])
 
@@ -139,7 +139,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
 def launch_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int, config: AttentionConfig
 ) -> Tensor:
-    """The op with this configuration."""
+    """Run the op with this configuration."""
     qkv, cu_seqlens = launch.rows(qkv), cu_seqlens.contiguous()
     tokens, width, batch = qkv.size(0), qkv.size(1) // 3, cu_seqlens.size(0) - 1
     heads = width // head_dim

@@ -1,10 +1,10 @@
-"""The configurations of every kernel, as data: what is compiled, tested, and chosen from.
+"""The configurations of every kernel, as data. All of them are compiled and tested, and tuning.py chooses.
 
-Reasons: tiles of 64 and 128 query rows suit lengths of 64 to 512 tokens (192 would waste a third at 128);
-wgmma needs 64 rows and 4 warps; three or four stages of 64 columns in fp16 fill most of the 227 KiB of shared
-memory that a program can have on sm_90, and the smaller ones fit sm_80's 163 KiB. None spills registers on
-either, under Triton 3.6 and 3.9: that rules out 128 x 256 outputs, whose exact GELU needs more than the sums
-leave free.
+The reasons for them: tiles of 64 and 128 query rows suit lengths of 64 to 512 tokens (192 would waste a third
+at 128). wgmma needs 64 rows and 4 warps. Three or four stages of 64 columns in fp16 fill most of the 227 KiB
+of shared memory that a program can have on sm_90; the smaller configurations fit sm_80's 163 KiB. None spills
+registers on either, under Triton 3.6 and 3.9: that rules out 128 x 256 outputs, whose exact GELU needs more
+registers than the sums leave free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 # Bytes of shared memory that a program can have.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-# A row fits a program of the fused GEMM + LayerNorm up to here.
+# The largest hidden size whose rows fit a program of the fused GEMM + LayerNorm.
 MAX_FUSED_HIDDEN = 1024
 
 
@@ -23,8 +23,9 @@ MAX_FUSED_HIDDEN = 1024
 class GemmConfig:
     """A tile of block_m tokens by block_n outputs, block_k columns at a time.
 
-    group_m: rows of tiles that are walked together. split_k: programs that share a tile's columns.
-    persistent: as many programs as the chip has multiprocessors, each taking tile after tile.
+    group_m: how many rows of tiles are walked together. split_k: over how many programs the inner dimension
+    of a tile is split. persistent: as many programs run as the GPU has multiprocessors, and each takes tile
+    after tile.
     """
 
     block_m: int
@@ -38,14 +39,16 @@ class GemmConfig:
     tma: bool = False
 
     def shared_bytes(self, itemsize: int) -> int:
-        """Shared memory of the operands' stages."""
+        """The shared memory that the stages of the operands take."""
         return self.stages * (self.block_m + self.block_n) * self.block_k * itemsize
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """A program of block_m query rows against block_n keys at a time; sequences: how many whole short
-    sequences share a program (0: the sequences are long)."""
+    """A program of block_m query rows that reads block_n keys at a time.
+
+    sequences: how many whole short sequences share a program; 0 means that the sequences are long.
+    """
 
     block_m: int
     block_n: int
@@ -56,7 +59,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Rows that a program of the LayerNorm kernels owns."""
+    """The number of rows that a program of the LayerNorm kernels owns, and its warps."""
 
     rows: int
     warps: int
@@ -83,7 +86,7 @@ _SINGLE = (
     GemmConfig(32, 64, 32, 4, 3),
     GemmConfig(16, 32, 32, 4, 3),
 )
-# Item size -> configurations. Persistent forms of the large tiles; TMA forms of what wgmma can run.
+# Item size -> configurations. The large tiles also come persistent; those that wgmma can run, with TMA.
 _LARGE = _HALF[:6]
 LINEAR_GELU: dict[int, tuple[GemmConfig, ...]] = {
     2: (
@@ -95,7 +98,7 @@ LINEAR_GELU: dict[int, tuple[GemmConfig, ...]] = {
     ),
     4: (*_SINGLE, replace(_SINGLE[0], persistent=True), replace(_SINGLE[1], split_k=2)),
 }
-# Item size -> the largest block_n that they are for, which is the hidden size's next power of 2.
+# Item size -> the largest block_n, which is the next power of 2 of the hidden size -> configurations for it.
 FUSED_NORM: dict[int, dict[int, tuple[GemmConfig, ...]]] = {
     2: {
         256: (GemmConfig(64, 256, 64, 8, 3), GemmConfig(32, 256, 64, 4, 3), GemmConfig(16, 256, 64, 4, 3)),
@@ -123,8 +126,8 @@ ATTENTION: dict[int, dict[int, tuple[AttentionConfig, ...]]] = {
         128: (AttentionConfig(16, 16, 8, 2),),
     },
 }
-# Item size -> segment length -> whole sequences in a program: 64 rows in fp16, and 32 in fp32, whose exact
-# products have no tensor cores and so keep their operands in registers.
+# Item size -> segment length -> the configuration in which several whole sequences share a program. It has 64
+# rows in fp16, and 32 in fp32, whose exact products use no tensor cores and keep their operands in registers.
 SHORT: dict[int, dict[int, AttentionConfig]] = {
     2: {16: AttentionConfig(64, 64, 4, 1, sequences=4), 32: AttentionConfig(64, 64, 8, 1, sequences=2)},
     4: {16: AttentionConfig(32, 32, 8, 1, sequences=2)},
@@ -137,7 +140,8 @@ def next_power_of_2(n: int) -> int:
 
 
 def attention_config(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
-    """Short sequences share a program; otherwise the tallest tile that the longest sequence fills."""
+    """The configuration by the lengths alone: short sequences share a program, and long ones get the tallest
+    tile that the longest of them fills."""
     segment = max(next_power_of_2(max_seqlen), 16)
     if segment in SHORT[dtype.itemsize] and (dtype.itemsize == 2 or head_dim <= 32):
         return SHORT[dtype.itemsize][segment]
@@ -147,7 +151,7 @@ def attention_config(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> Atte
 
 
 def row_config(hidden: int) -> RowConfig:
-    """Several narrow rows a program, one wide row."""
+    """The configuration of the LayerNorm kernels: several narrow rows per program, or one wide row."""
     if hidden <= 512:
         return ROWS[1]
     return ROWS[0] if hidden <= 2048 else ROWS[2]

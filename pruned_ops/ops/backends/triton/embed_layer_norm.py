@@ -1,7 +1,8 @@
 """Op `embed_layer_norm`: LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids]).
 
-A program owns ROWS tokens, gathers their three rows into registers, and writes their sum normalised. Ids are
-clamped into their tables: a wrong one never reads outside (pruned_ops.debug() reports it).
+A program owns ROWS tokens, gathers the three table rows of each into registers, and writes their sum
+normalised. Ids are clamped into their tables, so that a wrong one never reads outside; pruned_ops.debug()
+reports it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pruned_ops.ops.reference import check_embed_layer_norm
 
 
 @triton.jit
-def _gathered(ids, table, tokens_at, there, table_rows, stride, columns, inside):
-    index = tl.load(ids + tokens_at, mask=there, other=0).to(tl.int64)
+def _gathered(ids, table, rows, in_batch, table_rows, stride, columns, inside):
+    index = tl.load(ids + rows, mask=in_batch, other=0).to(tl.int64)
     index = tl.minimum(tl.maximum(index, 0), table_rows - 1)
     return tl.load(table + index[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
@@ -33,11 +34,11 @@ def embed_layer_norm_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    there = rows < tokens
-    inside = there[:, None] & (columns < hidden)[None, :]
-    total = _gathered(input_ids, word, rows, there, words, stride_word, columns, inside)
-    total += _gathered(token_type_ids, token_type, rows, there, types, stride_type, columns, inside)
-    total += _gathered(position_ids, position, rows, there, positions, stride_position, columns, inside)
+    in_batch = rows < tokens
+    inside = in_batch[:, None] & (columns < hidden)[None, :]
+    total = _gathered(input_ids, word, rows, in_batch, words, stride_word, columns, inside)
+    total += _gathered(token_type_ids, token_type, rows, in_batch, types, stride_type, columns, inside)
+    total += _gathered(position_ids, position, rows, in_batch, positions, stride_position, columns, inside)
     scale = tl.load(weight + columns, mask=columns < hidden, other=0.0).to(tl.float32)
     shift = tl.load(norm_bias + columns, mask=columns < hidden, other=0.0).to(tl.float32)
     result = normalised(total, inside, hidden, scale, shift, eps).to(out.dtype.element_ty)
@@ -75,14 +76,14 @@ def launch_embed_layer_norm(
     eps: float,
     config: RowConfig,
 ) -> Tensor:
-    """The op with this configuration; ids and tables in the order of the op's arguments."""
+    """Run the op with this configuration; ids and tables are in the order of the op's arguments."""
     tables = [launch.rows(table) for table in tables]
     tokens, hidden = ids[0].size(0), tables[0].size(1)
     out = torch.empty((tokens, hidden), dtype=tables[0].dtype, device=tables[0].device)
     if out.numel() == 0:
         return out
     embed_layer_norm_kernel[(triton.cdiv(tokens, config.rows),)](
-        *(one.contiguous() for one in ids), *tables, norm_weight.contiguous(), norm_bias.contiguous(), out,
+        *(i.contiguous() for i in ids), *tables, norm_weight.contiguous(), norm_bias.contiguous(), out,
         tokens, hidden, eps, *(table.size(0) for table in tables), *(table.stride(0) for table in tables),
         ROWS=config.rows, BLOCK=next_power_of_2(hidden), num_warps=config.warps,
     )  # fmt: skip

@@ -1,5 +1,5 @@
-"""What every launcher here needs: whether Triton can run, which tensors its kernels take, and how they lie in
-memory."""
+"""What all launchers of this backend share: whether Triton can run here, which tensors its kernels take, and
+how those tensors lie in memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Launcher = Callable[..., Tensor]
 # With TRITON_INTERPRET=1 the kernels run on the CPU, in numpy: for tests, not for speed.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# TMA and wide loads want rows that begin at a multiple of this.
+# TMA and wide loads need rows that begin at a multiple of so many bytes.
 ALIGNMENT = 16
 
 
 def missing() -> str | None:
-    """Why Triton's kernels cannot run here, and what would help; None if they can."""
+    """The reason why Triton's kernels cannot run here, and what would help; None if they can."""
     if not INTERPRETING and not torch.cuda.is_available():
         return "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly"
     try:
@@ -52,31 +52,31 @@ def _interpreter_fault() -> str | None:
 
 
 def refuse(*args: Any) -> str | None:
-    """What all kernels here ask of their arguments: one dtype that they take, on a GPU."""
+    """The reason why the kernels do not take these arguments; None if they do."""
     return refuse_tensors(args, DTYPES, "cpu" if INTERPRETING else "cuda")
 
 
 def rows(x: Tensor) -> Tensor:
-    """`x` with its last dimension contiguous: what the kernels' pointers go along. A copy only if needed."""
+    """`x` with a contiguous last dimension, which the kernels need; a copy only if it has none."""
     return x if x.stride(-1) == 1 or x.size(-1) <= 1 else x.contiguous()
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 products are taken: exactly, unless torch is told that TF32 will do."""
-    # Not by the older allow_tf32: reading that raises once the newer setting was used.
+    """How products are computed: exactly, unless they are fp32 and torch allows TF32."""
+    # Reading the older setting, allow_tf32, raises an error once the newer one was used.
     return (
         "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     )
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """Whether products are taken in fp32: the interpreter multiplies the raw bits of bfloat16."""
+    """Whether operands must be cast to fp32: the interpreter multiplies the raw bits of bfloat16."""
     return INTERPRETING and dtype == torch.bfloat16
 
 
 def tma_takes(*tensors: Tensor) -> bool:
-    """Whether a tensor descriptor can describe all of these: base and row stride at multiples of 16 bytes,
-    on a GPU that has TMA."""
+    """Whether tensor descriptors can describe all of these matrices: their bases and row strides are
+    multiples of 16 bytes, and the GPU has TMA."""
     if not INTERPRETING and capability(tensors[0].device) < (9, 0):
         return False
     return all(
@@ -101,7 +101,7 @@ def descriptors(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; a small number in the interpreter, so that persistent kernels take several tiles there."""
+    """How many the GPU has. In the interpreter few, so that persistent kernels take several tiles there."""
     return 4 if INTERPRETING else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -117,7 +117,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def on_its_device(launcher: Launcher) -> Launcher:
-    """Triton launches on the current device, whatever the tensors' is: make theirs the current one."""
+    """Make the device of the first tensor the current one, where Triton launches whatever the tensors'."""
 
     @functools.wraps(launcher)
     def launched(*args: Any) -> Tensor:

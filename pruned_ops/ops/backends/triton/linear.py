@@ -1,4 +1,8 @@
-"""A linear layer in shares of its inner dimension, which several programs compute and the caller sums."""
+"""A linear layer whose inner dimension is split over several programs; the caller sums their results.
+
+`linear_gelu` and `linear_add_layer_norm` use it where tokens are few, because one program per output tile
+would then leave most multiprocessors idle.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ def partial_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     WHOLE_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Columns split * share and on of x weight^T, into out[split] (tokens, width), fp32."""
+    """A program owns one tile of out[split] (tokens, width), in fp32: the part of x weight^T over the columns
+    from split * share to (split + 1) * share."""
     tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
     tile_m, tile_n = place(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     row, column, split = tile_m * BLOCK_M, tile_n * BLOCK_N, tl.program_id(1)
@@ -35,7 +40,7 @@ def partial_linear_kernel(
 
 
 def partial_linear(x: Tensor, weight: Tensor, config: GemmConfig) -> Tensor:
-    """x weight^T in `split_k` shares of the columns: fp32 (split_k, tokens, width), which sum to it."""
+    """The partial sums of x weight^T over `split_k` shares of the columns: fp32 (split_k, tokens, width)."""
     (tokens, hidden), width = x.shape, weight.size(0)
     out = torch.empty((config.split_k, tokens, width), dtype=torch.float32, device=x.device)
     share = triton.cdiv(triton.cdiv(hidden, config.block_k), config.split_k) * config.block_k
@@ -49,7 +54,7 @@ def partial_linear(x: Tensor, weight: Tensor, config: GemmConfig) -> Tensor:
 
 
 def meta(config: GemmConfig) -> dict[str, Any]:
-    """A configuration as a GEMM kernel's own arguments."""
+    """A configuration as keyword arguments of a GEMM kernel."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

@@ -1,8 +1,9 @@
 """Op `linear_add_layer_norm`: LayerNorm(x weight^T + bias + residual).
 
 Fused, a program owns BLOCK_M whole output rows (BLOCK_N is at least hidden_size), keeps their sums in
-registers, adds bias and residual, normalises, and writes each row once. Where a row does not fit, or that is
-slower, the GEMM is cuBLAS's, or split over programs where tokens are few, and `add_layer_norm` follows.
+registers, adds bias and residual, normalises, and writes each row once. Where a row does not fit into a
+program, or where this is slower, the GEMM is cuBLAS's (split over programs if tokens are few), and
+`add_layer_norm` follows it.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ def linear_add_layer_norm_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, False, PRECISION, UPCAST,
     )  # fmt: skip
     rows, columns = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    there = columns < hidden
-    inside = (rows < tokens)[:, None] & there[None, :]
+    in_row = columns < hidden
+    inside = (rows < tokens)[:, None] & in_row[None, :]
     offsets = rows.to(tl.int64)[:, None]
     added = tl.load(residual + offsets * stride_residual + columns[None, :], mask=inside, other=0.0)
-    sums += tl.load(bias + columns, mask=there, other=0.0).to(tl.float32)[None, :] + added.to(tl.float32)
-    scale = tl.load(norm_weight + columns, mask=there, other=0.0).to(tl.float32)
-    shift = tl.load(norm_bias + columns, mask=there, other=0.0).to(tl.float32)
+    sums += tl.load(bias + columns, mask=in_row, other=0.0).to(tl.float32)[None, :] + added.to(tl.float32)
+    scale = tl.load(norm_weight + columns, mask=in_row, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias + columns, mask=in_row, other=0.0).to(tl.float32)
     result = normalised(sums, inside, hidden, scale, shift, eps).to(out.dtype.element_ty)
     tl.store(out + offsets * hidden + columns[None, :], result, mask=inside)
 
@@ -84,7 +85,7 @@ def launch_linear_add_layer_norm(
     eps: float,
     config: GemmConfig | None,
 ) -> Tensor:
-    """The op with this configuration; None: cuBLAS's GEMM, then `add_layer_norm`."""
+    """Run the op with this configuration; None stands for cuBLAS's GEMM, followed by `add_layer_norm`."""
     tokens, inner = x.shape
     hidden = weight.size(0)
     after = (bias, residual, norm_weight, norm_bias, eps, row_config(hidden))

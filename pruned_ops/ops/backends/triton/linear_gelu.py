@@ -1,11 +1,11 @@
-"""Op `linear_gelu`: GELU(x weight^T + bias), bias and exact erf-GELU in the GEMM's epilogue.
+"""Op `linear_gelu`: GELU(x weight^T + bias), with bias and exact erf-GELU in the GEMM's epilogue.
 
-A program owns a tile of BLOCK_M tokens by BLOCK_N outputs (tile after tile where it is persistent), keeps its
-sums in fp32 registers, and writes them once, activated. With split_k several programs share a tile's columns:
-they write their fp32 sums apart, and a second kernel adds them in a fixed order and activates. Exact fp32
-products have no tensor cores: cuBLAS takes those.
+A program owns a tile of BLOCK_M tokens by BLOCK_N outputs (if it is persistent, one tile after the other),
+keeps its sums in fp32 registers, and writes them once, activated. With split_k the inner dimension of a tile
+is split over several programs (linear.py), and a second kernel adds their sums in a fixed order and activates
+them. Exact fp32 products cannot use tensor cores; cuBLAS computes those.
 
-Sizes that change with every batch are never specialised on, here and in the other kernels: a request must not
+No kernel of this backend is specialised on a size that changes with every batch, because a request must not
 compile.
 """
 
@@ -51,7 +51,7 @@ def linear_gelu_kernel(
 def bias_gelu_kernel(
     partials, bias, out, tokens, width, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """GELU of the partial sums' sum, BLOCK outputs of one row a program."""
+    """A program owns BLOCK outputs of one row: it adds their partial sums and bias, and writes the GELU."""
     row, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     sums = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
@@ -74,7 +74,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def launch_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, config: GemmConfig) -> Tensor:
-    """The op with this configuration."""
+    """Run the op with this configuration."""
     x, weight, bias = launch.rows(x), launch.rows(weight), bias.contiguous()
     (tokens, hidden), width = x.shape, weight.size(0)
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: a tile of a matrix product, its place, GELU, LayerNorm."""
+"""Device functions that the kernels share: a tile of a matrix product and its place, GELU, LayerNorm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def product(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of a tile: GROUP_M rows of tiles are walked together, so that L2 serves them."""
+    """The row and column of a tile. GROUP_M rows of tiles are walked together, so that their operands stay in
+    L2."""
     group = GROUP_M * tiles_n
     first = tile // group * GROUP_M
     height = min(tiles_m - first, GROUP_M)
@@ -29,11 +30,11 @@ def matrix_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WHOLE_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The tile of x weight^T that begins at (row, column), over the columns begin to end: fp32 (BLOCK_M,
-    BLOCK_N).
+    """The tile of x weight^T that begins at (row, column), summed over the columns from begin to end: fp32
+    (BLOCK_M, BLOCK_N).
 
-    x (tokens, k), weight (width, k): pointers to rows, or descriptors (TMA). Rows beyond tokens and width
-    hold anything (the last row's again, or zeros): the caller does not store them.
+    x (tokens, k) and weight (width, k) are pointers to rows, or descriptors (TMA). What lies beyond tokens
+    and width is undefined (the last row again, or zeros), and the caller does not store it.
     """
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
@@ -62,13 +63,13 @@ def matrix_tile(
 
 @triton.jit
 def gelu(x):
-    """Exact, by erf; fp32."""
+    """The exact GELU, by erf, in fp32."""
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def normalised(x, inside, hidden, weight, bias, eps):
-    """LayerNorm of x (rows, BLOCK) over its first `hidden` columns: two passes over registers, fp32."""
+    """LayerNorm of x (rows, BLOCK) over its first `hidden` columns: fp32, two passes over registers."""
     mean = tl.sum(tl.where(inside, x, 0.0), 1) / hidden
     centred = tl.where(inside, x - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / hidden

@@ -1,5 +1,5 @@
-"""Time the configurations of a model's shapes on the GPU at hand, once: `tune`. Requests only look up what it
-found."""
+"""`tune` times the configurations of a model's shapes on this GPU, once. Requests only look its choices up
+(tuning.py)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from pruned_ops.ops.backends.triton.tuning import Config, Problem
 from pruned_ops.shape import ModelShape
 
 Timer = Callable[[Callable[[], Tensor]], float]
-# Of a shape's configurations, best first by the model, so many are timed, and torch's own way beside them.
+# So many configurations of a shape are timed, the most promising ones, and torch's own kernels beside them.
 TIMED = 6
 EPS = 1e-12
 
 
 def median_ms(work: Callable[[], Tensor]) -> float:
-    """By CUDA events, with a cold L2. Short: a model has some sixty shapes, of some six configurations."""
+    """The median time of `work` by CUDA events, with a cold L2. It is measured briefly, because a model has
+    about sixty shapes with about six configurations each."""
     from triton.testing import do_bench
 
     return float(do_bench(work, warmup=5, rep=20, return_mode="median"))
@@ -38,53 +39,59 @@ def tune(
     device: torch.device,
     timer: Timer = median_ms,
 ) -> int:
-    """Choose for a model of this shape at these batches (lengths of their sequences); how many shapes of
-    kernels were timed for it. What is known already is not timed again."""
+    """Choose the configurations for a model of this shape at these batches (lengths of their sequences).
+
+    Returns the number of problems (ops at a shape) that were timed; those known already are not timed again.
+    """
     known = tuning.known(device)
-    new = [one for one in dict.fromkeys(problems(shape, batches, dtype)) if one not in known]
+    new = [problem for problem in dict.fromkeys(problems(shape, batches, dtype)) if problem not in known]
     if not new:
         return 0
     tensors: dict[tuple[int, ...], Tensor] = {}
-    found = {
+    timed = {
         problem: fastest(problem, device, timer, tensors)
         for problem in tqdm(new, desc=f"timing kernels on {device}", unit="shape", disable=len(new) < 2)
     }
-    tuning.add(device, found)
+    tuning.remember(device, timed)
     tuning.forget()
     return len(new)
 
 
 def problems(shape: ModelShape, batches: Iterable[Sequence[int]], dtype: torch.dtype) -> list[Problem]:
-    """What a forward of this model asks the choice for."""
-    made, name, hidden, head_dim = [], str(dtype), shape.hidden_size, shape.head_dim
+    """The problems for which a forward pass of this model needs a configuration."""
+    needed, name, hidden, head_dim = [], str(dtype), shape.hidden_size, shape.head_dim
     exact = dtype == torch.float32 and launch.precision(dtype) == "ieee"
     for lengths in batches:
         tokens, longest = tuning.bucket(sum(lengths)), tuning.length_bucket(max(lengths))
         for layer in shape.layers:
             if layer.num_heads and head_dim in HEAD_DIMS:
-                made.append(Problem("attention", name, tokens, layer.num_heads, head_dim, longest))
+                needed.append(Problem("attention", name, tokens, layer.num_heads, head_dim, longest))
             if layer.ffn_width and not exact:
-                made.append(Problem("linear_gelu", name, tokens, layer.ffn_width, hidden))
+                needed.append(Problem("linear_gelu", name, tokens, layer.ffn_width, hidden))
             for inner in (layer.num_heads * head_dim, layer.ffn_width):
                 if inner and dtype != torch.float32:
-                    made.append(Problem("linear_add_layer_norm", name, tokens, hidden, inner))
-    return made
+                    needed.append(Problem("linear_add_layer_norm", name, tokens, hidden, inner))
+    return needed
 
 
 def fastest(
     problem: Problem, device: torch.device, timer: Timer, tensors: dict[tuple[int, ...], Tensor]
 ) -> Config | None:
-    """The configuration that takes the least time; None: torch's own way does."""
+    """The configuration that takes the least time; None if torch's own kernels do."""
     tma = problem.inner * problem.torch_dtype.itemsize % launch.ALIGNMENT == 0
-    found = tuning.candidates(problem, tma, tuning.Chip.of(device))[:TIMED]
-    promising: list[Config | None] = [*found] if problem.op == "attention" else [None, *found]
+    promising: list[Config | None] = [*tuning.candidates(problem, tma, tuning.Chip.of(device))[:TIMED]]
+    if problem.op != "attention":
+        promising.insert(0, None)
     return min(promising, key=lambda config: timer(_runner(problem, config, device, tensors)))
 
 
 def _runner(
     problem: Problem, config: Config | None, device: torch.device, tensors: dict[tuple[int, ...], Tensor]
 ) -> Callable[[], Tensor]:
-    """The op at this shape with this configuration, on random numbers."""
+    """A function that runs the op at this shape with this configuration, on random numbers.
+
+    tensors: the random tensors by shape, made on demand and shared by all problems.
+    """
     dtype, tokens, outputs, inner = problem.torch_dtype, problem.tokens, problem.outputs, problem.inner
 
     def numbers(*size: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Which configuration runs which shape: what was timed on this GPU (`choices`), else the best of those that
-fit the chip by a small model of their time. Nothing is timed here, where requests come by.
+"""Which configuration runs which shape: one that was timed on this GPU and saved, else the best by a model.
 
-The model counts what decides for GEMMs of this size: full waves of tiles over the multiprocessors, the share
-of a tile that is useful, and how well a tile of that size feeds the tensor cores.
+Nothing is timed here, because this is where requests come by; timing.py does that, and saves its choices with
+`remember`. The model of a GEMM's time counts what decides at these sizes: full waves of tiles over the
+multiprocessors, the share of a tile that is useful, and how well a tile of its size feeds the tensor cores.
 """
 
 from __future__ import annotations
@@ -40,14 +40,25 @@ from pruned_ops.version import __version__
 
 Config = GemmConfig | AttentionConfig
 
+# Columns that a program takes at least: below that, starting it costs more than it does.
+LEAST_SHARE = 128
+# The form that holds whole output rows is used up to this many columns of the inner dimension.
+MAX_FUSED_INNER = 256
+# Multiply-accumulates in fp16 that a multiprocessor of an H200 does while it moves a byte, and while a second
+# kernel starts (about 3 us): what partial results cost. From its ceilings, 790 TFLOP/s and 4.3 TB/s.
+MACS_A_BYTE, MACS_A_LAUNCH = 92, 9_000_000
+# Tokens are rounded up to this for the choice, so that batches of about one size share it.
+BUCKET = 128
+
 
 @dataclass(frozen=True)
 class Problem:
-    """A shape to choose for. tokens, longest: rounded up to their buckets (`tuning`).
+    """An op at a shape, for which a configuration is chosen.
 
-    linear_gelu: outputs = FFN width, inner = hidden_size. linear_add_layer_norm: outputs = hidden_size,
-    inner = the context's or FFN's width. attention: outputs = heads, inner = head_dim, longest = of the
-    sequences.
+    tokens and longest are rounded up to their buckets (`bucket`, `length_bucket`). What the others mean:
+    linear_gelu: outputs is the FFN width, inner is hidden_size.
+    linear_add_layer_norm: outputs is hidden_size, inner is the width of the context or of the FFN.
+    attention: outputs is the number of heads, inner is head_dim, longest is the longest sequence's length.
     """
 
     op: str
@@ -59,96 +70,15 @@ class Problem:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself; its name is what a file holds."""
-        found = getattr(torch, self.dtype.removeprefix("torch."))
-        assert isinstance(found, torch.dtype)
-        return found
-
-
-@functools.lru_cache
-def known(device: torch.device) -> dict[Problem, Config | None]:
-    """The choices of this GPU, read once a process; None as a choice: torch's own. Empty where none was
-    timed."""
-    path = file_of(device)
-    if not path.is_file():
-        return {}
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return {Problem(**one["problem"]): _config(one["config"]) for one in saved["choices"]}
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        warnings.warn(
-            f"{path} cannot be read ({type(error).__name__}: {error}); a model chooses the kernels. "
-            "Delete the file, and pruned_ops.tune makes it anew.", RuntimeWarning, stacklevel=2,
-        )  # fmt: skip
-        return {}
-
-
-def add(device: torch.device, found: Mapping[Problem, Config | None]) -> Path:
-    """Know these choices from now on, here and on disk. What another process saved meanwhile stays."""
-    known.cache_clear()
-    choices = known(device)
-    choices.update(found)
-    path = file_of(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"problem": asdict(problem), "config": config and {type(config).__name__: asdict(config)}}
-        for problem, config in choices.items()
-    ]
-    # Written beside, then renamed: a reader never sees half a file.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump({"made_with": made_with(device), "choices": rows}, file, indent=1)
-    os.replace(file.name, path)
-    return path
-
-
-def made_with(device: torch.device) -> dict[str, Any]:
-    """What the choices depend on besides the shape."""
-    import triton
-
-    gpu = "interpreter" if launch.INTERPRETING else torch.cuda.get_device_name(device)
-    return {
-        "gpu": gpu,
-        "multiprocessors": launch.multiprocessors(device),
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "pruned_ops": __version__,
-    }
-
-
-def file_of(device: torch.device) -> Path:
-    """Where this GPU's choices are: in PRUNED_OPS_CACHE, else in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("PRUNED_OPS_CACHE") or Path(base) / "pruned_ops")
-    key = made_with(device)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
-    name = re.sub(r"[^a-z0-9]+", "-", key["gpu"].lower()).strip("-")
-    return folder / f"triton-{name}-{digest}.json"
-
-
-def _config(saved: Mapping[str, Mapping[str, Any]] | None) -> Config | None:
-    if saved is None:
-        return None
-    (kind, fields), *more = saved.items()
-    kinds: dict[str, type[Config]] = {"GemmConfig": GemmConfig, "AttentionConfig": AttentionConfig}
-    if more or kind not in kinds:
-        raise ValueError(f"{list(saved)} is no kind of configuration")
-    return kinds[kind](**fields)
-
-
-# Columns that a program takes at least: below that, starting it costs more than it does.
-LEAST_SHARE = 128
-# Rows of at most so many numbers are multiplied in the form that holds whole output rows.
-MAX_FUSED_INNER = 256
-# Multiply-accumulates in fp16 that a multiprocessor of an H200 does while it moves a byte, and while a second
-# kernel starts (about 3 us): what partial results cost. From its ceilings, 790 TFLOP/s and 4.3 TB/s.
-MACS_A_BYTE, MACS_A_LAUNCH = 92, 9_000_000
-# Tokens are rounded up to this for the choice, so that batches of about one size share it.
-BUCKET = 128
+        """The dtype itself; the field holds its name, as the file of choices does."""
+        dtype = getattr(torch, self.dtype.removeprefix("torch."))
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What of a GPU the choice depends on."""
+    """The properties of a GPU that the choice depends on."""
 
     multiprocessors: int
     shared_memory: int
@@ -160,9 +90,120 @@ class Chip:
         return cls(launch.multiprocessors(device), launch.shared_memory(device), tma)
 
 
+def linear_gelu_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
+    """The configuration for x (tokens, hidden) and weight (width, hidden); None stands for torch's GEMM and
+    GELU. Batches whose tokens lie in one bucket share a choice."""
+    if x.dtype == torch.float32 and launch.precision(x.dtype) == "ieee":
+        return None
+    problem = Problem("linear_gelu", str(x.dtype), bucket(x.size(0)), weight.size(0), x.size(1))
+    config = _chosen(problem, launch.tma_takes(x, weight), x.device)
+    return config if isinstance(config, GemmConfig) else None
+
+
+def linear_add_layer_norm_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
+    """The configuration for x (tokens, inner) and weight (hidden, inner); None stands for cuBLAS's GEMM,
+    followed by `add_layer_norm`."""
+    if x.size(1) == 0 or x.size(0) == 0 or x.dtype == torch.float32:
+        return None
+    problem = Problem("linear_add_layer_norm", str(x.dtype), bucket(x.size(0)), weight.size(0), x.size(1))
+    config = _chosen(problem, False, x.device)
+    return config if isinstance(config, GemmConfig) else None
+
+
+def best_attention_config(qkv: Tensor, max_seqlen: int, head_dim: int) -> AttentionConfig:
+    """The configuration for qkv (tokens, 3 * heads * head_dim) of sequences of at most max_seqlen tokens."""
+    tokens, heads, longest = bucket(qkv.size(0)), qkv.size(1) // (3 * head_dim), length_bucket(max_seqlen)
+    problem = Problem("attention", str(qkv.dtype), tokens, heads, head_dim, longest)
+    config = _chosen(problem, False, qkv.device)
+    assert isinstance(config, AttentionConfig)  # torch's own kernels are no candidate
+    return config
+
+
+def bucket(tokens: int) -> int:
+    """Round the number of tokens up to a power of 2 below BUCKET, else to a multiple of BUCKET."""
+    return next_power_of_2(tokens) if tokens < BUCKET else -(-tokens // BUCKET) * BUCKET
+
+
+def length_bucket(longest: int) -> int:
+    """Round the length of the longest sequence up to a power of 2 below 64, else to a multiple of 64."""
+    return next_power_of_2(longest) if longest < 64 else -(-longest // 64) * 64
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(problem: Problem, tma: bool, device: torch.device) -> Config | None:
+    """The timed choice if it can run these tensors, else the model's. None stands for torch's own kernels."""
+    timed = known(device)
+    if problem in timed:
+        config = timed[problem]
+        if config is None or config in candidates(problem, tma, Chip.of(device)):
+            return config
+    return modelled(problem, tma, Chip.of(device))
+
+
+def forget() -> None:
+    """Choose again for every shape from now on, because other choices have become known."""
+    _chosen.cache_clear()
+
+
+def modelled(problem: Problem, tma: bool, chip: Chip) -> Config | None:
+    """The choice by the model; None stands for torch's own kernels."""
+    fit = candidates(problem, tma, chip)
+    if problem.op != "linear_add_layer_norm":
+        if not fit:
+            raise RuntimeError(f"no configuration of {problem.op} fits {chip.shared_memory} bytes of memory")
+        return fit[0]
+    # A fused program has few rows and reads the whole weight for them. Only where the weight is small does
+    # this cost less than the way of the sums through memory that it saves.
+    fused = [config for config in fit if isinstance(config, GemmConfig) and config.split_k == 1]
+    if fused and problem.inner <= MAX_FUSED_INNER:
+        if problem.tokens >= chip.multiprocessors * fused[0].block_m:
+            return fused[0]
+    few = math.ceil(problem.tokens / 64) * math.ceil(problem.outputs / 64) * 2 <= chip.multiprocessors
+    return next((config for config in fit if few and config not in fused), None)
+
+
+def candidates(problem: Problem, tma: bool, chip: Chip) -> list[Config]:
+    """The configurations that can run this problem, the most promising first."""
+    dtype = problem.torch_dtype
+    tokens, outputs, inner, size = problem.tokens, problem.outputs, problem.inner, dtype.itemsize
+    if problem.op == "attention":
+        segment = max(next_power_of_2(problem.longest), 16)
+        short = [SHORT[size][segment]] if segment in SHORT[size] and (size == 2 or inner <= 32) else []
+        best = attention_config(problem.longest, inner, dtype)
+        return [best, *(config for config in (*short, *ATTENTION[size][inner]) if config != best)]
+    if problem.op == "linear_gelu":
+        return [*fitting(LINEAR_GELU[size], tokens, outputs, inner, size, tma, chip)]
+    split = [config for config in LINEAR_GELU[size] if config.split_k > 1]
+    both = [*fused_configs(outputs, dtype), *split]
+    return [*fitting(both, tokens, outputs, inner, size, False, chip)]
+
+
+def fused_configs(hidden: int, dtype: torch.dtype) -> list[GemmConfig]:
+    """The configurations whose tile holds a whole output row of this size."""
+    if hidden > MAX_FUSED_HIDDEN:
+        return []
+    block = max(next_power_of_2(hidden), 16)
+    by_size = FUSED_NORM[dtype.itemsize]
+    smallest = min(size for size in by_size if size >= block)
+    return [replace(config, block_n=block) for config in by_size[smallest]]
+
+
+def fitting(
+    configs: Iterable[GemmConfig], tokens: int, width: int, hidden: int, itemsize: int, tma: bool, chip: Chip
+) -> list[GemmConfig]:
+    """The configurations that fit the chip's shared memory and the operands, fastest by the model first."""
+    fit = [
+        config
+        for config in configs
+        if config.shared_bytes(itemsize) <= chip.shared_memory
+        and (not config.tma or (tma and chip.has_tma))
+        and (config.split_k == 1 or hidden // config.split_k >= LEAST_SHARE)
+    ]
+    return sorted(fit, key=lambda config: modelled_time(config, tokens, width, hidden, chip))
+
+
 def modelled_time(config: GemmConfig, tokens: int, width: int, hidden: int, chip: Chip) -> float:
-    """Relative time of a GEMM (tokens, hidden) x (hidden, width): only its order among configurations means
-    anything."""
+    """Relative time of a GEMM (tokens, hidden) x (hidden, width), to compare configurations of one shape."""
     tiles = math.ceil(tokens / config.block_m) * math.ceil(width / config.block_n) * config.split_k
     waves = math.ceil(tiles / chip.multiprocessors)
     # Small tiles read more operands for each product.
@@ -176,110 +217,73 @@ def modelled_time(config: GemmConfig, tokens: int, width: int, hidden: int, chip
     return time
 
 
-def fitting(
-    configs: Iterable[GemmConfig], tokens: int, width: int, hidden: int, itemsize: int, tma: bool, chip: Chip
-) -> list[GemmConfig]:
-    """Those that fit the chip's shared memory and the operands, best first by the model."""
-    fit = [
-        config
-        for config in configs
-        if config.shared_bytes(itemsize) <= chip.shared_memory
-        and (not config.tma or (tma and chip.has_tma))
-        and (config.split_k == 1 or hidden // config.split_k >= LEAST_SHARE)
+@functools.lru_cache
+def known(device: torch.device) -> dict[Problem, Config | None]:
+    """The choices that were timed on this GPU, read once per process. A choice of None stands for torch's
+    own kernels."""
+    path = file_of(device)
+    if not path.is_file():
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return {Problem(**row["problem"]): _config(row["config"]) for row in saved["choices"]}
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        warnings.warn(
+            f"{path} cannot be read ({type(error).__name__}: {error}); a model chooses the kernels. "
+            "Delete the file, and pruned_ops.tune makes it anew.", RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
+        return {}
+
+
+def remember(device: torch.device, timed: Mapping[Problem, Config | None]) -> Path:
+    """Add these choices to the known ones, in this process and on disk. Choices that another process saved
+    in the meantime are kept."""
+    known.cache_clear()
+    choices = known(device)
+    choices.update(timed)
+    path = file_of(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"problem": asdict(problem), "config": config and {type(config).__name__: asdict(config)}}
+        for problem, config in choices.items()
     ]
-    return sorted(fit, key=lambda config: modelled_time(config, tokens, width, hidden, chip))
+    # Written under a name of its own, because several processes may save at once, and then renamed, so that
+    # a reader never sees half a file.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump({"made_with": made_with(device), "choices": rows}, file, indent=1)
+    os.replace(file.name, path)
+    return path
 
 
-@functools.lru_cache(maxsize=4096)
-def _chosen(problem: Problem, tma: bool, device: torch.device) -> Config | None:
-    """What was timed, where it can run these tensors; else the model's choice. None: torch's own."""
-    timed = known(device)
-    if problem in timed:
-        config = timed[problem]
-        if config is None or config in candidates(problem, tma, Chip.of(device)):
-            return config
-    return modelled(problem, tma, Chip.of(device))
+def file_of(device: torch.device) -> Path:
+    """The file of this GPU's choices, in PRUNED_OPS_CACHE or else in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("PRUNED_OPS_CACHE") or Path(base) / "pruned_ops")
+    key = made_with(device)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+    name = re.sub(r"[^a-z0-9]+", "-", key["gpu"].lower()).strip("-")
+    return folder / f"triton-{name}-{digest}.json"
 
 
-def forget() -> None:
-    """Choose anew from now on, because other choices are known."""
-    _chosen.cache_clear()
+def made_with(device: torch.device) -> dict[str, Any]:
+    """What the choices depend on besides the shape: the GPU and the versions of the software."""
+    import triton
+
+    gpu = "interpreter" if launch.INTERPRETING else torch.cuda.get_device_name(device)
+    return {
+        "gpu": gpu,
+        "multiprocessors": launch.multiprocessors(device),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "pruned_ops": __version__,
+    }
 
 
-def candidates(problem: Problem, tma: bool, chip: Chip) -> list[Config]:
-    """The configurations that can run this, the most promising first."""
-    dtype = problem.torch_dtype
-    tokens, outputs, inner, size = problem.tokens, problem.outputs, problem.inner, dtype.itemsize
-    if problem.op == "attention":
-        segment = max(next_power_of_2(problem.longest), 16)
-        short = [SHORT[size][segment]] if segment in SHORT[size] and (size == 2 or inner <= 32) else []
-        best = attention_config(problem.longest, inner, dtype)
-        return [best, *(one for one in (*short, *ATTENTION[size][inner]) if one != best)]
-    if problem.op == "linear_gelu":
-        return [*fitting(LINEAR_GELU[size], tokens, outputs, inner, size, tma, chip)]
-    split = [config for config in LINEAR_GELU[size] if config.split_k > 1]
-    both = [*fused_configs(outputs, dtype), *split]
-    return [*fitting(both, tokens, outputs, inner, size, False, chip)]
-
-
-def modelled(problem: Problem, tma: bool, chip: Chip) -> Config | None:
-    """The model's choice; None: torch's own."""
-    fit = candidates(problem, tma, chip)
-    if problem.op != "linear_add_layer_norm":
-        if not fit:
-            raise RuntimeError(f"no configuration of {problem.op} fits {chip.shared_memory} bytes of memory")
-        return fit[0]
-    # Few rows a program read the whole weight again and again: only where that is small does it pay to save
-    # the sums' way through memory.
-    fused = [one for one in fit if isinstance(one, GemmConfig) and one.split_k == 1]
-    if fused and problem.inner <= MAX_FUSED_INNER:
-        if problem.tokens >= chip.multiprocessors * fused[0].block_m:
-            return fused[0]
-    few = math.ceil(problem.tokens / 64) * math.ceil(problem.outputs / 64) * 2 <= chip.multiprocessors
-    return next((one for one in fit if few and one not in fused), None)
-
-
-def linear_gelu_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
-    """For x (tokens, hidden) and weight (width, hidden); None: torch's GEMM and GELU. Shapes of one bucket of
-    tokens share a choice."""
-    if x.dtype == torch.float32 and launch.precision(x.dtype) == "ieee":
+def _config(saved: Mapping[str, Mapping[str, Any]] | None) -> Config | None:
+    if saved is None:
         return None
-    problem = Problem("linear_gelu", str(x.dtype), bucket(x.size(0)), weight.size(0), x.size(1))
-    found = _chosen(problem, launch.tma_takes(x, weight), x.device)
-    return found if isinstance(found, GemmConfig) else None
-
-
-def linear_add_layer_norm_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
-    """For x (tokens, inner) and weight (hidden, inner); None: cuBLAS's GEMM, then `add_layer_norm`."""
-    if x.size(1) == 0 or x.size(0) == 0 or x.dtype == torch.float32:
-        return None
-    problem = Problem("linear_add_layer_norm", str(x.dtype), bucket(x.size(0)), weight.size(0), x.size(1))
-    found = _chosen(problem, False, x.device)
-    return found if isinstance(found, GemmConfig) else None
-
-
-def best_attention_config(qkv: Tensor, max_seqlen: int, head_dim: int) -> AttentionConfig:
-    """For qkv (tokens, 3 * heads * head_dim) of sequences of at most max_seqlen tokens."""
-    tokens, heads, longest = bucket(qkv.size(0)), qkv.size(1) // (3 * head_dim), length_bucket(max_seqlen)
-    found = _chosen(Problem("attention", str(qkv.dtype), tokens, heads, head_dim, longest), False, qkv.device)
-    assert isinstance(found, AttentionConfig)  # torch's own is no candidate
-    return found
-
-
-def bucket(tokens: int) -> int:
-    """Tokens as the choice sees them: a power of 2 below BUCKET, else a multiple of it."""
-    return next_power_of_2(tokens) if tokens < BUCKET else -(-tokens // BUCKET) * BUCKET
-
-
-def length_bucket(longest: int) -> int:
-    """The longest sequence as the choice sees it: a power of 2 below 64, else a multiple of 64."""
-    return next_power_of_2(longest) if longest < 64 else -(-longest // 64) * 64
-
-
-def fused_configs(hidden: int, dtype: torch.dtype) -> list[GemmConfig]:
-    """Configurations whose tile holds a whole row of this size."""
-    if hidden > MAX_FUSED_HIDDEN:
-        return []
-    block = max(next_power_of_2(hidden), 16)
-    known = FUSED_NORM[dtype.itemsize]
-    return [replace(config, block_n=block) for config in known[min(size for size in known if size >= block)]]
+    (kind, fields), *more = saved.items()
+    kinds: dict[str, type[Config]] = {"GemmConfig": GemmConfig, "AttentionConfig": AttentionConfig}
+    if more or kind not in kinds:
+        raise ValueError(f"{list(saved)} is no kind of configuration")
+    return kinds[kind](**fields)
