@@ -134,7 +134,7 @@ def open_study(profile: Profile, model: str, data: Path, work: Path, note: str =
     )
     settings = PruneSettings(
         model=model, train_file=train, validation_file=validation, eval_file=judged, out=work / "training",
-        target=None, recipe="paper", max_length=profile.max_length, stride=profile.stride,
+        recipe="paper", max_length=profile.max_length, stride=profile.stride,
         save_steps=profile.save_steps, batch_size=profile.retrain_batch,
     )  # fmt: skip
     job = start(settings)

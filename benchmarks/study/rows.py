@@ -19,14 +19,14 @@ from harness import Row
 from pruned_ops.models.stock import model_shape
 from pruned_trainer.jobs.choice import PAPER_THRESHOLD, choose, paper_gates, score_batches, together
 from pruned_trainer.jobs.evaluation import model_facts
-from pruned_trainer.jobs.job import Job
+from pruned_trainer.jobs.job import Clock, Job
 from pruned_trainer.jobs.plan import make_plan
 from pruned_trainer.jobs.prune import retrain
 from pruned_trainer.pruning import importance
-from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide_at
-from pruned_trainer.pruning.gates import PARTS, PerGate, Scores
+from pruned_trainer.pruning.gates import PerGate, Scores
+from pruned_trainer.pruning.options import PARTS, Target
 from pruned_trainer.tasks.squad.scoring import EvaluationResult, bootstrap_interval
 from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.trainer import last_checkpoint
@@ -242,25 +242,26 @@ def joint_row(study: Study, seed: int, like: Row) -> Row:
     """The joint recipe at the size of the paper's recipe's row `like`, in as much time: the steps of both
     are timed one after the other, here."""
     profile, folder = study.profile, study.work / "training" / f"joint-seed{seed}"
-    target = Target(macs=like["macs_kept"])
-    paper = study.job_for(seed, max_minutes=ENDLESS, batch_size=profile.gate_batch)
-    again = study.job_for(seed, max_minutes=ENDLESS)
-    joint = study.job_for(seed, recipe="joint", target=target, max_minutes=ENDLESS)
+    sized: Row = {"targets": (Target(macs=like["macs_kept"]),), "max_minutes": ENDLESS}
+    paper = study.job_for(seed, batch_size=profile.gate_batch, **sized)
+    again = study.job_for(seed, **sized)
+    joint = study.job_for(seed, recipe="joint", **sized)
 
     def steps() -> Row:
-        seconds = make_plan(paper, [target]).gate_step_seconds, make_plan(again, [target])
+        seconds = make_plan(paper).gate_step_seconds, make_plan(again)
         whole = profile.gate_steps * seconds[0] + profile.retrain_steps * seconds[1].retrain_step_seconds
-        plan = make_plan(joint, [target])
+        plan = make_plan(joint)
         share = plan.gate_steps * plan.gate_step_seconds + plan.retrain_steps * plan.retrain_step_seconds
         parts = {k: max(round(v * whole / share), 1) for k, v in _steps(plan).items()}
         return {"kind": "plan", **parts, "planned_seconds": whole}
 
     plan = study.once("plan-joint", steps)  # of the first seed, for all
     folder.mkdir(exist_ok=True)
-    job = replace(joint, started=time.perf_counter())
-    ((chosen, *_), _), seconds = timed_training(
-        folder / "gates", plan["gate_steps"], lambda: choose(job, folder, plan["gate_steps"], [target])
+    job = replace(joint, clock=Clock())
+    choices, seconds = timed_training(
+        folder / "gates", plan["gate_steps"], lambda: choose(job, folder, plan["gate_steps"])
     )
+    (chosen,) = choices.chosen
     narrow = chosen.load()
     name = f"joint-retrain-seed{seed}"
     trained = _train_on(study, joint, plan["retrain_steps"], name, narrow, chosen.decision)

@@ -2,11 +2,12 @@
 the rest."""
 
 from pruned_trainer.pruning.attach import attach, attached, detach
-from pruned_trainer.pruning.budget import Budget, LatencyBudget, SizeBudget, Target
+from pruned_trainer.pruning.budget import Budget, LatencyBudget, SizeBudget
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide
 from pruned_trainer.pruning.gate_phase import GatePhase, HoldTarget, PayPerGate
 from pruned_trainer.pruning.gates import Gates, PerGate, Scores
+from pruned_trainer.pruning.options import Target
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.trainer import PruningTrainer
 

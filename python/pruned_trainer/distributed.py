@@ -1,6 +1,7 @@
-"""What is done once and what is shared where a run has several processes (torchrun, accelerate launch).
+"""Work that is done once, and work that is shared, where a run has several processes (torchrun, accelerate
+launch).
 
-With one process all of this is a plain call. The processes meet in Accelerate's PartialState.
+With one process all of it is a plain call. The processes meet in Accelerate's PartialState.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def state() -> PartialState:
-    """This process among the others; joins them at the first call."""
-    # Without `cpu` it would see one process only where there is no accelerator.
+    """The state of this process among the others; the first call joins them."""
+    # Without `cpu`, where there is no accelerator, it would see a single process.
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def leave() -> None:
-    """Part from the others once all are here. A process that simply ends while another still works may abort
-    in its communication's threads, and torchrun then ends the other, too."""
+    """Wait for the other processes, and part from them.
+
+    A process that simply ends while another still works may abort in its communication's threads, and
+    torchrun then ends the other one, too.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         state().wait_for_everyone()
         torch.distributed.destroy_process_group()
@@ -35,6 +40,7 @@ def is_main() -> bool:
 
 
 def world_size() -> int:
+    """The number of processes."""
     return state().num_processes
 
 
@@ -46,7 +52,7 @@ def per_process(batch_size: int) -> int:
 
 
 def once(work: Callable[[], T]) -> T:
-    """Do this on the main process alone, and give its result, or its error, to all."""
+    """Do this on the main process alone, and give its result, or raise its error, on all."""
     if world_size() == 1:
         return work()
     outcome: list[Any] = [None, None]
@@ -68,17 +74,18 @@ def on_any(flag: bool) -> bool:
     return bool(reduce(torch.tensor(float(flag), device=state().device), "sum") > 0)
 
 
-def shared(work: Callable[[Sequence[T]], Sequence[Any]], items: Sequence[T]) -> list[Any]:
-    """work(items), an item's result each, with the items dealt out to the processes; all get all results."""
-    number, processes = state().process_index, world_size()
+def shared(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:
+    """The results of work(items), one for each item, with the items dealt out to the processes; all get all
+    results."""
+    rank, processes = state().process_index, world_size()
     if processes == 1:
         return list(work(items))
-    mine = range(number, len(items), processes)
-    found = gather_object(list(zip(mine, work([items[i] for i in mine]), strict=True)))
-    return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+    numbers = range(rank, len(items), processes)
+    results = gather_object(list(zip(numbers, work([items[i] for i in numbers]), strict=True)))
+    return [result for _, result in sorted(results, key=lambda pair: pair[0])]
 
 
 def say(text: str) -> None:
-    """A line on what begins now."""
+    """Print a line about the work that begins now."""
     if is_main():
         print(f"-- {text}", flush=True)

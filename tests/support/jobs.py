@@ -27,7 +27,7 @@ def job_settings(folder: Path, model: BertForQuestionAnswering) -> PruneSettings
         eval_file=squad_file(folder / "eval.json", 100, 3, unanswerable=0.3),
         out=folder / "out",
         command="pruned-trainer prune --as-a-test",
-        target=Target(macs=0.5),
+        targets=(Target(macs=0.5),),
         gate_steps=40,
         retrain_steps=40,
         batch_size=32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 import os
@@ -18,7 +19,13 @@ from transformers import AutoModelForQuestionAnswering, DistilBertConfig, Distil
 
 from inputs import stock_model
 from matching import save_checkpoint, squad_file, trained_model
-from pruned_trainer.cli import main
+from pruned_ops import __version__
+from pruned_trainer import Target
+from pruned_trainer.cli import build_parser, main, parse, settings_of
+from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings
+from pruned_trainer.pruning.options import UNITS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +290,104 @@ def test_the_demo_on_files_of_ones_own(folder: Path, tmp_path: Path) -> None:
     assert main(["demo", *argv[1:]]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.teacher"]
     assert (tmp_path / "out.teacher" / "model.safetensors").is_file()
+
+
+# The installed script's way in, with modules that cannot be imported.
+START = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "transformers", "numpy")))
+import pruned_cli
+sys.argv = ["pruned-trainer", *{argv!r}]
+sys.exit(pruned_cli.trainer())
+"""
+COMMANDS = ("prune", "sweep", "demo", "finetune", "compact", "evaluate", "report")
+
+
+@pytest.mark.parametrize(
+    "argv", [("--help",), ("--version",), *((command, "--help") for command in COMMANDS)], ids=" ".join
+)
+def test_help_needs_no_torch(argv: tuple[str, ...]) -> None:
+    script = START.format(argv=argv)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=with_sources())
+    assert (done.returncode, done.stderr) == (0, "")
+    begin = f"pruned-trainer {__version__}\n" if argv == ("--version",) else "usage: pruned-trainer "
+    assert done.stdout.startswith(begin)
+
+
+def with_sources() -> dict[str, str]:
+    """This process's environment, in which the packages under test are found first."""
+    path = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in path if part)}
+
+
+def test_the_installed_command_runs(folder: Path) -> None:
+    """The packages' own imports have run when the command does."""
+    argv = ["evaluate", "--model", str(folder / "model"), "--eval-file", str(folder / "eval.json")]
+    script = "import sys, pruned_cli; sys.exit(pruned_cli.trainer())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *argv, "--max-length", "24", "--stride", "4"],
+        capture_output=True,
+        text=True,
+        env=with_sources(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "f1_span" in done.stdout
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    (choices,) = (action.choices for action in build_parser()._actions if action.dest == "command")
+    assert isinstance(choices, dict)
+    return choices
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_sentence_and_its_default_once(command: str) -> None:
+    assert tuple(parsers()) == COMMANDS
+    parser = parsers()[command]
+    assert parser.description
+    for action in parser._actions:
+        assert action.help, action.dest
+        text = str(parser._get_formatter()._expand_help(action))
+        is_target = action.dest in UNITS
+        # A switch is off, and a target that is not given is none; every other option says its default.
+        if action.required or isinstance(action.default, bool) or is_target or action.dest == "help":
+            assert text.count("(default: ") <= 1, text
+        else:
+            assert text.count("(default: ") == 1, text
+        assert "None" not in text and "[" not in text
+
+
+def test_the_help_of_prune_comes_in_groups() -> None:
+    titles = [group.title for group in parsers()["prune"]._action_groups[2:]]
+    assert titles == ["model and data", "target", "recipe", "distillation", "running"]
+
+
+def test_the_defaults_are_those_of_the_settings() -> None:
+    argv = ["prune", "--model", "m", "--train-file", "t", "--out", "o", "--macs", "0.5"]
+    settings = settings_of(parse(argv))
+    plain = PruneSettings("m", Path("t"), Path("o"), (Target(macs=0.5),), command=settings.command)
+    assert settings == plain
+    arguments = parse(["finetune", "--model", "m", "--train-file", "t", "--out", "o"])
+    for name, value in vars(FineTuneSettings("m", Path("t"), Path("o"))).items():
+        assert getattr(arguments, name) == value, name
+
+
+@pytest.mark.parametrize("command", ["prune", "finetune", "compact", "evaluate", "report"])
+def test_a_folder_that_is_not_there(
+    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names it and says what is needed; the hub is not asked for a path."""
+    missing, new = str(tmp_path / "no" / "model"), str(tmp_path / "out")
+    (tmp_path / "decision.json").write_text("{}")
+    argv = {
+        "prune": arguments(folder, tmp_path / "out", "--macs", "0.5"),
+        "finetune": ["finetune", "--train-file", str(folder / "train.json"), "--out", new],
+        "compact": ["compact", "--decision", str(tmp_path / "decision.json"), "--out", new],
+        "evaluate": ["evaluate", "--eval-file", str(folder / "eval.json")],
+        "report": ["report", missing],
+    }[command]
+    more = [] if command == "report" else ["--model", missing]
+    assert main([*argv, *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"pruned-trainer {command}: ") and missing in error and error.count("\n") == 1
+    assert "hub" not in error and not Path(new).exists()

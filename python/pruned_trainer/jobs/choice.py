@@ -1,21 +1,22 @@
-"""What stays: gates trained by a recipe, or importance scores; then a decision for each target, held to
-measured time where the target is a time; and the narrow models that the decisions make."""
+"""The choice: gates trained by a recipe, or importance scores; then a decision and a narrow model for each
+target, held to measured time where the target is a time."""
 
 from __future__ import annotations
 
 import copy
 import json
-import time
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 
+from pruned_ops import ModelShape
 from pruned_ops.files import write_json
 from pruned_ops.measure.timing import interleave
 from pruned_ops.runtime.optimize import optimized
@@ -24,129 +25,191 @@ from pruned_trainer.jobs.job import Job, build_trainer
 from pruned_trainer.jobs.output import load_model
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
-from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase, HoldTarget, PayPerGate
 from pruned_trainer.pruning.gates import Gates, PerGate, Scores
+from pruned_trainer.pruning.options import Target
 from pruned_trainer.training.batches import pad_batch
-from pruned_trainer.training.phase import prepare_student, run
+from pruned_trainer.training.phase import Log, prepare_student, run
 
-# A choice that meets a target in time lies between these parts of the time allowed: within 3% of it, a little
-# below, because the next measurement of the same models may differ by a percent.
+# A choice meets a target in time when the time that it takes lies between these parts of the time allowed:
+# within 3% of it, a little below, because the next measurement of the same models may differ by a percent.
 MEETS = (0.97, 1.0)
 AIM = 0.99
-# Choices that are made and timed before the best so far is taken.
+# The number of choices that are made and timed before the best so far is taken, and the rounds of each
+# timing.
 ATTEMPTS, ROUNDS = 8, 5
 # The paper does not state its threshold: gates whose deterministic value is at least 1/2 stay.
 PAPER_THRESHOLD = 0.0
 
-Log = list[dict[str, Any]]
+_RECORD = "choice.json"  # the log of the gates' training, and the seconds until its end
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A decision and where its narrow model lies."""
+    """The decision for one target, and the folder of the narrow model that it makes.
+
+    A run keeps both in its own folder, numbered by the target, until its output is whole. The decision is
+    written after the model: where there is a decision, both are whole.
+    """
 
     decision: Decision
-    folder: Path
+    model_folder: Path
+
+    @staticmethod
+    def _paths(folder: Path, number: int) -> tuple[Path, Path]:
+        return folder / f"decision-{number}.json", folder / f"narrow-{number}"
+
+    @classmethod
+    def write(cls, folder: Path, number: int, model: PreTrainedModel, decision: Decision) -> Chosen:
+        """Make the narrow model of `model` by this decision, and write both into a run's folder."""
+        file, model_folder = cls._paths(folder, number)
+        compact(model, decision).save_pretrained(model_folder)
+        decision.save(file)
+        return cls(decision, model_folder)
+
+    @classmethod
+    def read(cls, folder: Path, number: int) -> Chosen | None:
+        """What `write` left in a run's folder; None where it has not come to its end."""
+        file, model_folder = cls._paths(folder, number)
+        return cls(Decision.load(file), model_folder) if file.is_file() else None
+
+    @classmethod
+    def remove_all(cls, folder: Path) -> None:
+        """Remove everything that `write` left in a run's folder."""
+        for file in folder.glob("decision-*.json"):
+            file.unlink()
+        for model_folder in folder.glob("narrow-*"):
+            shutil.rmtree(model_folder)
 
     def load(self) -> PreTrainedModel:
         """The narrow model, as the gate phase left it."""
-        return load_model(str(self.folder))
+        return load_model(str(self.model_folder))
+
+    def publish(self, folder: Path) -> None:
+        """Write the decision beside the trained model, for the user."""
+        self.decision.save(folder / "decision.json")
 
 
-def choose(job: Job, folder: Path, steps: int, targets: Sequence[Target]) -> tuple[list[Chosen], Log]:
-    """A decision and a narrow model for each target (one without a target, by threshold), in `folder`.
+class Choices(NamedTuple):
+    """What `choose` returns: a choice for each target, the log of the gates' training, and the seconds that
+    an interrupted run took until all were made (0 where this run made them)."""
 
-    targets fall in size. What an earlier, interrupted run has written there is taken as it is, with the log
-    and the time that it took.
+    chosen: list[Chosen]
+    log: Log
+    earlier_seconds: float
+
+
+def choose(job: Job, folder: Path, steps: int) -> Choices:
+    """Make a decision and a narrow model for each target (without a target, one by threshold), in `folder`.
+
+    Where an earlier, interrupted run has written them all, nothing is trained or decided again.
     """
-    wanted: list[Target | None] = list(targets) or [None]
-    done = _written(folder, len(wanted))
-    record = folder / "choice.json"
-    if done is not None and record.is_file():
-        recorded = json.loads(record.read_text(encoding="utf-8"))
-        job.started -= recorded["seconds"]
-        return done, recorded["log"]
+    targets: list[Target | None] = list(job.settings.targets) or [None]
+    recorded = _read_all(folder, len(targets))
+    if recorded is not None:
+        return recorded
     set_seed(job.settings.seed)
     if job.settings.recipe == "joint":
-        log = _joint(job, folder, steps, targets)
+        log = train_jointly(job, folder, steps)
     else:
         scores, log = _paper(job, folder, steps) if job.settings.recipe == "paper" else _scored(job, steps)
-        for number, target in enumerate(wanted):
-            _capture(job, folder, number, copy.deepcopy(job.dense), scores, target)
-    done = _written(folder, len(wanted))
-    assert done is not None
+        for number, target in enumerate(targets):
+            decide_for(job, folder, number, copy.deepcopy(job.dense), scores, target)
     if is_main():
-        write_json(record, {"log": log, "seconds": time.perf_counter() - job.started})
-    return done, log
+        write_json(folder / _RECORD, {"log": log, "seconds": job.clock.seconds()})
+    state().wait_for_everyone()
+    made = _read_all(folder, len(targets))  # also in a run that nobody interrupts, so that this way is tried
+    assert made is not None
+    return made._replace(earlier_seconds=0.0)
 
 
-def gate_phase_for(job: Job, gates: Gates, targets: Sequence[Target]) -> GatePhase:
+def _read_all(folder: Path, number: int) -> Choices | None:
+    """The choices that a run has written into its folder, or None where one of them is missing."""
+    record = folder / _RECORD
+    chosen = [Chosen.read(folder, k) for k in range(number)]
+    if not record.is_file() or None in chosen:
+        return None
+    recorded = json.loads(record.read_text(encoding="utf-8"))
+    return Choices([c for c in chosen if c is not None], recorded["log"], recorded["seconds"])
+
+
+def remove_choices(folder: Path) -> None:
+    """Remove what `choose` left in a run's folder, and the gates' checkpoints."""
+    Chosen.remove_all(folder)
+    for checkpoints in folder.glob("gates*"):
+        shutil.rmtree(checkpoints)
+    (folder / _RECORD).unlink()
+
+
+def gate_phase_for(job: Job, gates: Gates) -> GatePhase:
     """The recipe's term of the loss."""
     settings = job.settings
     if settings.recipe == "paper":
         return PayPerGate(gates, settings.multiples, settings.gate_learning_rate, settings.penalty)
-    fractions = [job.budget.wanted(target) for target in targets]
+    fractions = [job.budget.wanted(target) for target in settings.targets]
     return HoldTarget(gates, job.budget, fractions, settings.gate_learning_rate, settings.penalty)
 
 
 def freeze_for(job: Job, student: PreTrainedModel, gates: Gates) -> None:
-    """In the paper's recipe the gates alone train."""
+    """Freeze the weights in the paper's recipe, where the gates alone train."""
     if job.settings.recipe == "paper":
         student.requires_grad_(False)
         gates.requires_grad_(True)
 
 
-def _joint(job: Job, folder: Path, steps: int, targets: Sequence[Target]) -> Log:
-    """Gates and weights together; a decision is taken as the training passes each target."""
+def train_jointly(job: Job, folder: Path, steps: int) -> Log:
+    """Train gates and weights together, and decide for each target when the training has passed it."""
     settings = job.settings
+    targets = settings.targets
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, settings.train_embeddings)
     with attached(student, settings.seed, settings.parts) as gates, optimized(job.teacher) as teacher:
-        phase = gate_phase_for(job, gates, targets)
+        phase = gate_phase_for(job, gates)
         trainer = build_trainer(job, student, teacher, folder / "gates", steps, phase)
         ends = [round(steps * (k + 1) / len(targets)) for k in range(len(targets))]
 
-        def capture(number: int) -> None:
-            _capture(job, folder, number, student, gates.scores(), targets[number])
+        def decide_next(number: int) -> None:
+            decide_for(job, folder, number, student, gates.scores(), targets[number])
 
-        trainer.add_callback(_AtSteps(ends[:-1], capture))
-        log = run(trainer, "gate")
-        capture(len(targets) - 1)
-    return log
+        trainer.add_callback(_AtSteps(ends, decide_next))
+        return run(trainer, "gate")
 
 
 def _paper(job: Job, folder: Path, steps: int) -> tuple[Scores, Log]:
-    """Each part's gates alone, on frozen weights; the scores of all parts together."""
+    """The scores of all parts together, after each part's gates were trained alone on frozen weights."""
     log: Log = []
-    each = {}
+    scores = {}
     for part in job.settings.parts:
-        each[part], own = paper_gates(job, folder / f"gates-{part}", part, steps)
-        log += own
-    return together(job, each), log
+        scores[part], part_log = paper_gates(job, folder / f"gates-{part}", part, steps)
+        log += part_log
+    return together(job, scores), log
 
 
 def paper_gates(job: Job, folder: Path, part: str, steps: int) -> tuple[Scores, Log]:
-    """Gates on one part, trained on frozen weights at the settings' price; checkpoints go into `folder`, and
-    training goes on from what is there."""
+    """Train the gates of one part on frozen weights at the settings' price.
+
+    Checkpoints go into `folder`, and training goes on from the last one that is there.
+    """
     settings = job.settings
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, False)
     say(f"gates on {part}, at {settings.multiples[part]:g} times the paper's lambda")
     with attached(student, settings.seed, [part]) as gates, optimized(job.teacher) as teacher:
         freeze_for(job, student, gates)
-        phase = gate_phase_for(job, gates, [])
+        phase = gate_phase_for(job, gates)
         log = run(build_trainer(job, student, teacher, folder, steps, phase), "gate")
         return gates.scores(), log
 
 
-def together(job: Job, each: Mapping[str, Scores]) -> Scores:
-    """The scores of gates that were trained apart, by part; parts that had none stay as they are."""
+def together(job: Job, scores: Mapping[str, Scores]) -> Scores:
+    """One set of scores out of those of gates that were trained apart, by part; the other parts stay
+    whole."""
     rank, values = PerGate.full(job.budget.dense, float("inf")), PerGate.full(job.budget.dense, 1.0)
-    for part, found in each.items():
-        rank, values = rank.replace(part, found.rank), values.replace(part, found.values)
+    for part, part_scores in scores.items():
+        rank = rank.replace(part, part_scores.rank)
+        values = values.replace(part, part_scores.values)
     return Scores(rank, values)
 
 
@@ -155,13 +218,14 @@ def _scored(job: Job, steps: int) -> tuple[Scores, Log]:
     settings = job.settings
     batches = score_batches(job, steps)
 
-    def work() -> Scores:
+    def score() -> Scores:
         return importance.score(
             settings.recipe, job.dense, batches, job.budget, settings.parts, settings.seed, is_main()
         )
 
-    # All processes share leave-one-out's many passes; the others are done before one could ask for help.
-    return (work() if settings.recipe == "leave-one-out" else once(work)), []
+    # All processes share leave-one-out's many passes; the other methods are done before one could ask for
+    # help.
+    return (score() if settings.recipe == "leave-one-out" else once(score)), []
 
 
 def score_batches(job: Job, steps: int) -> list[dict[str, Tensor]]:
@@ -172,26 +236,34 @@ def score_batches(job: Job, steps: int) -> list[dict[str, Tensor]]:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     size = settings.train_batch
     collate = partial(pad_batch, pad_token_id=job.dense.config.pad_token_id)
-    chosen = [order[start : start + size] for start in range(0, min(steps * size, len(order)), size)]
+    batches = [order[start : start + size] for start in range(0, min(steps * size, len(order)), size)]
     device = job.dense.device
     return [
         {k: v.to(device) for k, v in collate([data[i] for i in rows]).items() if k != "number"}
-        for rows in chosen
+        for rows in batches
     ]
 
 
 class _AtSteps(TrainerCallback):
-    """Calls back after each of these steps, with its number among them."""
+    """Calls `work` with the number of each of these rising steps when training has reached it.
 
-    def __init__(self, steps: Sequence[int], work: Any) -> None:
+    The last call comes at the end of training, when the last checkpoint is whole: a run that is killed then
+    resumes there, past the last step.
+    """
+
+    def __init__(self, steps: Sequence[int], work: Callable[[int], None]) -> None:
         self.steps, self.work = list(steps), work
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.steps:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps[:-1]:
             self.work(self.steps.index(state.global_step))
 
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.steps[-1]:  # else somebody stopped it
+            self.work(len(self.steps) - 1)
 
-def _capture(
+
+def decide_for(
     job: Job, folder: Path, number: int, student: PreTrainedModel, scores: Scores, target: Target | None
 ) -> None:
     """Decide for one target, and write the decision and its narrow model."""
@@ -202,28 +274,22 @@ def _capture(
     else:
         decision = decide(scores, job.budget, target, job.align)
     if is_main():
-        place = folder / f"narrow-{number}"
-        compact(student, decision).save_pretrained(place)
-        decision.save(folder / f"decision-{number}.json")  # it comes last: where it is, all is
+        Chosen.write(folder, number, student, decision)
     state().wait_for_everyone()
 
 
-def _written(folder: Path, number: int) -> list[Chosen] | None:
-    places = [(folder / f"decision-{k}.json", folder / f"narrow-{k}") for k in range(number)]
-    if not all(decision.is_file() for decision, _ in places):
-        return None
-    return [Chosen(Decision.load(decision), narrow) for decision, narrow in places]
-
-
 def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: Target) -> Decision:
-    """The best-ranking choice whose measured time meets the target: decide by the table, time the narrow
-    model against the dense one, correct what is asked of the table, and again.
+    """The best-ranking choice whose measured time meets the target.
 
-    ValueError, with the fastest that was seen, where none of ATTEMPTS choices meets it.
+    It decides by the table, times the narrow model against the dense one, corrects the fraction of the dense
+    time that it asks the table for, and decides again. Errors: ValueError, with the fastest time that was
+    measured, where none of ATTEMPTS choices meets the target.
     """
-    asked = job.budget.wanted(target)
-    fraction, best, timed = asked * AIM, None, {}  # timed: the shapes that were, and what they took
-    # Of the fractions asked of the table: the largest that met the target, the smallest that did not.
+    allowed = job.budget.wanted(target)
+    fraction = allowed * AIM
+    best: Decision | None = None
+    timed: dict[ModelShape, float] = {}
+    # The largest fraction asked of the table that met the target, and the smallest that did not.
     low, high = 0.0, 1.0
     for _ in range(ATTEMPTS):
         try:
@@ -234,27 +300,28 @@ def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: T
         shape = decision.shape(job.budget.dense)
         if shape in timed:
             break
-        measured = timed[shape] = _measured_fraction(job, compact(student, decision), target)
+        measured = timed[shape] = measured_fraction(job, compact(student, decision), target)
         say(
             f"a choice that the table puts at {job.budget.fraction(shape):.3f} of the dense time takes "
-            f"{measured:.3f} of it ({asked:.3f} asked)"
+            f"{measured:.3f} of it ({allowed:.3f} asked)"
         )
-        if asked * MEETS[0] <= measured <= asked * MEETS[1]:
+        if allowed * MEETS[0] <= measured <= allowed * MEETS[1]:
             return decision
-        if measured < asked:
+        if measured < allowed:
             low, best = fraction, decision
         else:
             high = fraction
-        corrected = fraction * asked * AIM / measured
+        corrected = fraction * allowed * AIM / measured
         fraction = corrected if low < corrected < high else (low + high) / 2
     if best is None:
         fastest = f"the fastest took {min(timed.values()):.3f}" if timed else "the smallest is larger"
-        raise ValueError(f"no choice took at most {asked:.3f} of the dense time; {fastest}")
+        raise ValueError(f"no choice took at most {allowed:.3f} of the dense time; {fastest}")
     return best
 
 
-def _measured_fraction(job: Job, narrow: PreTrainedModel, target: Target) -> float:
-    """Seconds of the narrow model over seconds of the dense one on the workload, interleaved."""
+def measured_fraction(job: Job, narrow: PreTrainedModel, target: Target) -> float:
+    """The narrow model's time on the workload over the dense model's (or over the table's time of the dense
+    model, for a target in milliseconds), measured interleaved."""
     config = job.dense.config
     inputs = job.workload.inputs(config.vocab_size, config.pad_token_id, job.dense.device)
     with optimized(job.dense) as dense, optimized(narrow.eval()) as fast:

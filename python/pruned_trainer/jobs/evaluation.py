@@ -1,5 +1,5 @@
-"""What a model is worth: scores on prepared questions, size, and speed beside the dense model; as the entries
-of report.json."""
+"""The evaluation of a model, as the entries of report.json: scores on prepared questions, size, and speed
+beside the dense model."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 import pruned_ops
+from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.timing import Timing, Workload, interleave, machine, versions
 from pruned_ops.models.stock import model_shape
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once
-from pruned_trainer.jobs.job import TIMED_ROUNDS
-from pruned_trainer.pruning.decision import Decision
+from pruned_trainer.jobs.choice import Chosen
+from pruned_trainer.jobs.job import TIMED_ROUNDS, Job
 from pruned_trainer.tasks.task import Result
-
-if TYPE_CHECKING:
-    from pruned_trainer.jobs.job import Job
 
 
 def model_facts(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:
-    """Encoder parameters, MACs per sequence of this length mix, and bytes of all weights."""
+    """Encoder parameters, MACs per sequence over sequences of these lengths, and bytes of all weights."""
     shape = model_shape(model)
     return {
         "params": shape.parameters(),
@@ -39,7 +37,8 @@ def model_facts(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any
 def time_models(
     models: Mapping[str, PreTrainedModel], workload: Workload
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
-    """Time optimised models against each other on one workload; also which backend ran each op."""
+    """Time optimised models against each other on one workload; returns the timings, and the backends that
+    ran each op, by the models' names."""
     first = next(iter(models.values()))
     inputs = workload.inputs(first.config.vocab_size, first.config.pad_token_id, first.device)
     backends: dict[str, Any] = {}
@@ -71,7 +70,7 @@ class Judged:
     result: Result
 
     def to_json(self, job: Job) -> dict[str, Any]:
-        """Scores and sizes, as report.json has them for each model."""
+        """Scores and sizes, as report.json holds them for each model."""
         return {
             **self.result.scores(),
             **self.thresholds,
@@ -87,57 +86,65 @@ def judge(job: Job, model: PreTrainedModel, thresholds: dict[str, float] | None 
     return Judged(model, thresholds, job.evaluation.evaluate(model, thresholds))
 
 
-def full_report(job: Job, decision: Decision, dense: Judged, pruned: Judged) -> dict[str, Any]:
-    """Time both models against each other; everything that report.json holds but the training."""
+def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict[str, Any]:
+    """Time both models against each other; returns everything that report.json holds but the training."""
     models = {"dense": dense, "pruned": pruned}
-    workload = job.workload
-    timings, backends = once(lambda: time_models({name: one.model for name, one in models.items()}, workload))
+    workload, target = job.workload, chosen.decision.target
+    timings, backends = once(
+        lambda: time_models({name: judged.model for name, judged in models.items()}, workload)
+    )
     report: dict[str, Any] = {}
-    for name, one in models.items():
+    for name, judged in models.items():
         timed = {workload.name: timing_json(timings[name], backends[name])}
-        report[name] = {**one.to_json(job), "workloads": timed}
+        report[name] = {**judged.to_json(job), "workloads": timed}
     speedup = timings["pruned"].speedup_over(timings["dense"])
-    asked = decision.target.get("speedup")
-    report["speedup"] = {"asked": asked, "reached": speedup, "workload": workload.name}
+    report["speedup"] = {"asked": target.get("speedup"), "reached": speedup, "workload": workload.name}
     report.update(dense.result.losses(pruned.result))
-    report["target"] = {"asked": decision.target, "reached": decision.reached}
+    report["target"] = {"asked": target, "reached": chosen.decision.reached}
     measured = {"speedup": speedup, "latency_ms": timings["pruned"].ms(50)}
-    for unit in set(measured) & set(decision.target):  # the decision's own numbers are the table's
+    for unit in set(measured) & set(target):  # the decision's own numbers are the table's
         report["target"]["reached"] = {unit: measured[unit]}
     if job.table is not None:
-        report["latency_table"] = _prediction_errors(job, models, timings)
-    shapes = {name: model_shape(one.model) for name, one in models.items()}
-    report["shape"] = shapes["pruned"].to_json()
-    report["hidden_size"] = shapes["pruned"].hidden_size
-    report["dense_shape"] = {
-        "num_heads": max(layer.num_heads for layer in shapes["dense"].layers),
-        "ffn_width": max(layer.ffn_width for layer in shapes["dense"].layers),
-        "hidden_size": shapes["dense"].hidden_size,
-    }
+        report["latency_table"] = _prediction_errors(job.table, models, timings)
+    report.update(_shapes(dense.model, pruned.model))
     report.update(_circumstances(job))
     return report
 
 
 def _prediction_errors(
-    job: Job, models: Mapping[str, Judged], timings: Mapping[str, Timing]
+    table: LatencyTable, models: Mapping[str, Judged], timings: Mapping[str, Timing]
 ) -> dict[str, Any]:
-    """What the table said of each model beside what was measured, in milliseconds a batch; error: predicted
-    over measured, minus 1."""
-    assert job.table is not None
-    found: dict[str, Any] = {"workload": job.table.workload.name, "align": job.table.align}
-    for name, one in models.items():
-        predicted = job.table.predict(model_shape(one.model).layers)
+    """The table's prediction for each model beside the measured time, in milliseconds a batch; error:
+    predicted over measured, minus 1."""
+    errors: dict[str, Any] = {"workload": table.workload.name, "align": table.align}
+    for name, judged in models.items():
+        predicted = table.predict(model_shape(judged.model).layers)
         measured = timings[name].ms(50)
-        found[name] = {
+        errors[name] = {
             "predicted_ms": predicted,
             "measured_ms": measured,
             "error": predicted / measured - 1,
         }
-    found["predicted_speedup"] = found["dense"]["predicted_ms"] / found["pruned"]["predicted_ms"]
-    return found
+    errors["predicted_speedup"] = errors["dense"]["predicted_ms"] / errors["pruned"]["predicted_ms"]
+    return errors
+
+
+def _shapes(dense: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Any]:
+    """The pruned model's layers and hidden size, and the dense model's widest layer."""
+    shape, dense_shape = model_shape(pruned), model_shape(dense)
+    return {
+        "shape": shape.to_json(),
+        "hidden_size": shape.hidden_size,
+        "dense_shape": {
+            "num_heads": max(layer.num_heads for layer in dense_shape.layers),
+            "ffn_width": max(layer.ffn_width for layer in dense_shape.layers),
+            "hidden_size": dense_shape.hidden_size,
+        },
+    }
 
 
 def _circumstances(job: Job) -> dict[str, Any]:
+    """The data, the machine, the versions and the command that the numbers come from."""
     settings = job.settings
     judged_on = Path(settings.eval_file).name if settings.eval_file else "held-out validation questions"
     return {

@@ -1,4 +1,5 @@
-"""Checkpoints out, written whole or not at all; `load_model` and `load_tokenizer` are the runtime's."""
+"""Output folders and checkpoints, written whole or not at all; `load_model` and `load_tokenizer` are the
+runtime's."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
 def save_checkpoint(
     model: PreTrainedModel, folder: Path, source: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Weights and config, and the tokenizer files of `source` as they are (saved anew where `source` is no
-    folder)."""
+    """Write weights and config, and the tokenizer files of `source` as they are (saved anew where `source` is
+    no folder)."""
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     logging.enable_progress_bar()
@@ -33,9 +34,10 @@ def save_checkpoint(
 class OutputFolder:
     """A folder that appears under its name only when it is whole: work in `partial`, then `publish`.
 
+    resume: go on in the partial folder that is there.
     Errors: FileExistsError where the folder, or an earlier run's partial one, holds files and `overwrite` is
-    False; and always where it holds one of the run's own `inputs`, or the current folder. resume: go on in
-    the partial folder that is there; FileNotFoundError where there is none.
+    False; and always where it holds one of the run's own `inputs`, or the current folder. FileNotFoundError
+    where there is nothing to resume.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class OutputFolder:
 
     @staticmethod
     def partial_of(path: Path) -> Path:
+        """The folder that a run works in until its output is whole."""
         return path.with_name(path.name + ".partial")
 
     @classmethod

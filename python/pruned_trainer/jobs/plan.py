@@ -1,4 +1,4 @@
-"""How many steps of each phase a run takes: as told, or as many as fit into the time."""
+"""The plan of a run: the steps of each phase, as the settings give them or as many as fit into the time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,37 @@ from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import ROUNDS, freeze_for, gate_phase_for
 from pruned_trainer.jobs.job import Job, build_trainer
+from pruned_trainer.jobs.settings import SCORE_STEPS
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
-from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.compact import compact
-from pruned_trainer.pruning.decision import decide, decide_at
+from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase
-from pruned_trainer.pruning.importance import METHODS
-from pruned_trainer.training.batches import lengths_of, pad_batch
+from pruned_trainer.pruning.gates import Gates
+from pruned_trainer.pruning.options import METHODS
+from pruned_trainer.training.batches import Features, lengths_of, pad_batch
 from pruned_trainer.training.callbacks import StepClock
 from pruned_trainer.training.phase import prepare_student
 
-# Part of the training time that goes to the gates; the rest trains the narrow model, which learns more a
-# minute.
+# The part of the training time that goes to the gates. The rest trains the narrow model, which learns more in
+# a minute.
 GATE_SHARE = 0.25
-# Steps that are run to learn how long one takes: the first ones warm up, the others span the lengths that
-# occur.
+# The steps that are run to learn how long a step takes: the first ones warm up, the others span the lengths
+# of the windows.
 WARMUP_STEPS, TIMED_STEPS = 2, 8
-# Kept back of --max-minutes for the decision, compaction, checkpoints and the unevenness of shared machines.
+# The part of --max-minutes that is kept back for the decision, compaction, checkpoints and the unevenness of
+# shared machines.
 RESERVE = 0.05
-# Minibatches that importance scores are taken over where nothing else is said. Leave-one-out passes over them
-# again for every head and group.
-SCORE_STEPS = {"gain": 64, "leave-one-out": 8, "random": 1}
-# Choices that are timed before one meets a target in time, usually.
+# The usual number of choices that are timed before one meets a target in time.
 TIMED_CHOICES = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of both phases, and the seconds a step that they were worked out from (None: not from time).
+    """Steps of both phases, and the seconds of a step that they were worked out from (None where they do not
+    come from a time).
 
-    retrain_steps: of each narrow model, where a run makes several.
+    retrain_steps: the steps of each narrow model, where a run makes several.
     """
 
     gate_steps: int
@@ -61,23 +60,28 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(job: Job, targets: list[Target]) -> Plan:
-    """Steps from the settings: given ones first, then those that fit into max_minutes, else epochs.
+def make_plan(job: Job) -> Plan:
+    """The steps that the settings give; those that fit into max_minutes, if it is set; else those of epochs.
 
     The time of a step is measured once, here, on copies; from then on the steps are fixed, so that the same
     seed, steps and data give the same result.
     """
-    plan = _as_told(job) if job.settings.max_minutes is None else _in_minutes(job, targets)
-    if job.settings.recipe == "joint" and plan.gate_steps < len(targets):
-        raise ValueError(f"{plan.gate_steps} gate steps cannot pass {len(targets)} targets one after another")
+    settings = job.settings
+    plan = _from_settings(job) if settings.max_minutes is None else _in_minutes(job, settings.max_minutes)
+    if settings.recipe == "joint" and plan.gate_steps < len(settings.targets):
+        raise ValueError(
+            f"{plan.gate_steps} gate steps cannot pass {len(settings.targets)} targets one after another"
+        )
     return plan
 
 
-def _epoch(job: Job, features: Sequence[Any]) -> int:
+def _epoch(job: Job, features: Features) -> int:
+    """Steps that see each of these features once."""
     return math.ceil(len(features) / job.settings.train_batch)
 
 
 def _given_gate_steps(job: Job) -> int | None:
+    """The gate steps where the settings, or the recipe, decide them; None where they do not."""
     settings = job.settings
     if settings.gate_steps is not None:
         return settings.gate_steps
@@ -86,41 +90,39 @@ def _given_gate_steps(job: Job) -> int | None:
     return SCORE_STEPS.get(settings.recipe)
 
 
-def _as_told(job: Job) -> Plan:
-    gate, again, epochs = _given_gate_steps(job), job.settings.retrain_steps, job.settings.retrain_epochs
-    if again is None:
-        again = math.ceil(_epoch(job, job.train) * (1 if epochs is None else epochs))
-    return Plan(_epoch(job, job.gate_train) if gate is None else gate, again)
+def _from_settings(job: Job) -> Plan:
+    gate, retrain = _given_gate_steps(job), job.settings.retrain_steps
+    if gate is None:
+        gate = _epoch(job, job.gate_train)
+    if retrain is None:
+        epochs = job.settings.retrain_epochs
+        retrain = math.ceil(_epoch(job, job.train) * (1 if epochs is None else epochs))
+    return Plan(gate, retrain)
 
 
-def _in_minutes(job: Job, targets: list[Target]) -> Plan:
+def _in_minutes(job: Job, minutes: float) -> Plan:
     settings = job.settings
-    gate, again = _given_gate_steps(job), settings.retrain_steps
-    assert settings.max_minutes is not None
+    gate, retrain = _given_gate_steps(job), settings.retrain_steps
     say("measuring how long a training step takes")
-    gate_seconds, retrain_seconds = _step_seconds(job, targets[-1] if targets else None)
-    minutes, models = settings.max_minutes, max(len(targets), 1)
+    gate_seconds, retrain_seconds = _step_seconds(job)
+    models = max(len(settings.targets), 1)
     if settings.recipe == "paper":
         gate_seconds *= len(settings.parts)  # each part's gates train apart
 
     def fit() -> Plan:
-        left = (
-            minutes * 60 * (1 - RESERVE)
-            - (time.perf_counter() - job.started)
-            - _deciding_seconds(job, targets)
-        )
-        first, then = gate, again
-        if first is None:  # all that the other phase leaves, where that one is given
-            share = left * GATE_SHARE if then is None else left - then * retrain_seconds * models
-            first = int(share / gate_seconds)
-        if then is None:
-            then = int((left - first * gate_seconds) / retrain_seconds / models)
-        return Plan(first, then, gate_seconds, retrain_seconds)
+        left = minutes * 60 * (1 - RESERVE) - job.clock.seconds() - _deciding_seconds(job)
+        gate_steps, retrain_steps = gate, retrain
+        if gate_steps is None:  # all that the other phase leaves, where that one is given
+            share = left * GATE_SHARE if retrain is None else left - retrain * retrain_seconds * models
+            gate_steps = int(share / gate_seconds)
+        if retrain_steps is None:
+            retrain_steps = int((left - gate_steps * gate_seconds) / retrain_seconds / models)
+        return Plan(gate_steps, retrain_steps, gate_seconds, retrain_seconds)
 
     plan = once(fit)
-    if plan.gate_steps < 1 or plan.retrain_steps < (0 if again is not None else 1):
-        steps = (gate or 20) * gate_seconds + (20 if again is None else again) * models * retrain_seconds
-        needed = time.perf_counter() - job.started + _deciding_seconds(job, targets) + steps
+    if plan.gate_steps < 1 or plan.retrain_steps < (0 if retrain is not None else 1):
+        steps = (gate or 20) * gate_seconds + (20 if retrain is None else retrain) * models * retrain_seconds
+        needed = job.clock.seconds() + _deciding_seconds(job) + steps
         raise ValueError(
             f"--max-minutes {minutes:g} is too little here: at least "
             f"{needed / 60 / (1 - RESERVE):.1f} are needed"
@@ -128,47 +130,52 @@ def _in_minutes(job: Job, targets: list[Target]) -> Plan:
     return plan
 
 
-def _step_seconds(job: Job, target: Target | None) -> tuple[float, float]:
-    """Seconds of a step with gates, and of one with a model of the target's size; the models are thrown
-    away."""
+def _step_seconds(job: Job) -> tuple[float, float]:
+    """Seconds of a step with gates, and of a step of a model of the smallest target's size; the models are
+    thrown away."""
     settings = job.settings
-    timed = copy.copy(job)
-    timed.train = timed.gate_train = _spanning_batches(job)
-    timed.cache = None
+    spanning = _spanning_batches(job)
+    timed = replace(job, train=spanning, gate_train=spanning, cache=None)
     gate = 0.0
     if settings.recipe in METHODS:
         gate = _score_seconds(job, len(importance.left_out(job.budget.dense, settings.parts)))
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, settings.train_embeddings)
     with attached(student, settings.seed, settings.parts) as gates, optimized(job.teacher) as teacher:
-        # Any choice of the right size will do: a little seeded noise tells apart gates that are still alike.
-        for i, log_alpha in enumerate(gates.locations()):
-            noise = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(i))
-            log_alpha.data += 0.01 * noise.to(log_alpha)
-        decision = decide_at(gates.scores(), job.budget, 0.0, job.align)
-        if target is not None:
-            decision = decide(gates.scores(), job.budget, target, job.align)
-        narrow = compact(student, decision)
+        narrow = compact(student, _any_decision(job, gates))
         if settings.recipe not in METHODS:
-            phase = gate_phase_for(job, gates, [] if target is None else [target])
+            phase = gate_phase_for(job, gates)
             freeze_for(job, student, gates)
             gate = _time_steps(timed, student, teacher, phase)
         prepare_student(narrow, settings.dropout, settings.train_embeddings)
-        again = _time_steps(timed, narrow, teacher, None)
-    return once(lambda: (gate, again))  # the main process's times are everyone's
+        retrain = _time_steps(timed, narrow, teacher, None)
+    return once(lambda: (gate, retrain))  # the main process's times are everyone's
 
 
-def _deciding_seconds(job: Job, targets: list[Target]) -> float:
-    """What timing the choices will take: both models, TIMED_CHOICES times for each target in time."""
+def _any_decision(job: Job, gates: Gates) -> Decision:
+    """A choice of the smallest target's size. A little seeded noise tells apart gates that are still
+    alike."""
+    for i, log_alpha in enumerate(gates.locations()):
+        noise = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(i))
+        log_alpha.data += 0.01 * noise.to(log_alpha)
+    if not job.settings.targets:
+        return decide_at(gates.scores(), job.budget, 0.0, job.align)
+    return decide(gates.scores(), job.budget, job.settings.targets[-1], job.align)
+
+
+def _deciding_seconds(job: Job) -> float:
+    """Seconds that timing the choices will take: both models, TIMED_CHOICES times for each target in time."""
     if job.table is None:
         return 0.0
+    targets = job.settings.targets
     batches = len(job.workload.batches) * (ROUNDS + 1)
     both = job.budget.total * (1 + job.budget.wanted(targets[-1])) / 1000
     return TIMED_CHOICES * len(targets) * batches * both
 
 
 def _score_seconds(job: Job, choices: int) -> float:
-    """Seconds that scores take for each minibatch: gain's forward and backward, or a forward a choice."""
+    """Seconds that the scores of one minibatch take: gain's forward and backward pass, or a forward pass for
+    each of leave-one-out's choices."""
     if job.settings.recipe == "random":
         return 0.0
     features = _spanning_batches(job)[: job.settings.train_batch]
@@ -177,23 +184,24 @@ def _score_seconds(job: Job, choices: int) -> float:
     parts = job.settings.parts
     start = time.perf_counter()
     importance.score("gain", job.dense, [batch], job.budget, parts)
-    # A forward is a third of both.
+    # A forward pass is a third of gain's forward and backward pass.
     return (time.perf_counter() - start) * (1 if job.settings.recipe == "gain" else (choices + 1) / 3)
 
 
 def _spanning_batches(job: Job) -> list[dict[str, Any]]:
-    """Features of WARMUP_STEPS + TIMED_STEPS batches, each of like lengths, that span the lengths in even
-    steps."""
+    """Features for WARMUP_STEPS + TIMED_STEPS batches. Each batch is of like lengths, and the timed ones span
+    all lengths in even steps."""
     size = job.settings.train_batch
     lengths = lengths_of(job.train)
     ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
     last = max(len(ordered) - size, 0)
     places = [round(last * (i + 0.5) / TIMED_STEPS) for i in range(TIMED_STEPS)]
-    warm = [places[TIMED_STEPS // 2]] * WARMUP_STEPS
-    return [job.train[row] for place in warm + places for row in ordered[place : place + size]]
+    warmup = [places[TIMED_STEPS // 2]] * WARMUP_STEPS
+    return [job.train[row] for place in warmup + places for row in ordered[place : place + size]]
 
 
 def _time_steps(job: Job, model: PreTrainedModel, teacher: PreTrainedModel, phase: GatePhase | None) -> float:
+    """Mean seconds of a step."""
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
         steps = WARMUP_STEPS + TIMED_STEPS

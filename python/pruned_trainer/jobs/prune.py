@@ -1,13 +1,12 @@
-"""The main job, from settings to a folder: what stays is chosen, the narrow model trained on, measured and
-written; for one target (`prune`) or, from one training of the gates, for several (`sweep`)."""
+"""A pruning run, from settings to a folder: choose what stays, train the narrow model on, measure and write
+it; for one target (`prune`) or, from one training of the gates, for several (`sweep`)."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +17,38 @@ from pruned_ops.files import write_json
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, once, say, state
-from pruned_trainer.jobs.choice import Chosen, choose
+from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
 from pruned_trainer.jobs.evaluation import Judged, full_report, judge
 from pruned_trainer.jobs.job import Job, build_trainer, start
 from pruned_trainer.jobs.output import OutputFolder, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.pruning.budget import Target
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal
 from pruned_trainer.tasks.task import own_thresholds
-from pruned_trainer.training.phase import InterruptedTraining, prepare_student, run
+from pruned_trainer.training.phase import InterruptedTraining, Log, prepare_student, run
 
 _RUN, _TABLE = "run.json", "latency.json"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """A job under way: its plan, its folder, and the targets in the order in which they are met."""
+    """A job under way, with its plan and its folder."""
 
     job: Job
     plan: Plan
     folder: OutputFolder
-    targets: list[Target]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
-    """A narrow model at its end. minutes: since the run began."""
+    """A narrow model after its training, and the folder that it is saved in. minutes: the time that the run
+    had taken by then."""
 
     model: PreTrainedModel
-    decision: Decision
-    place: Path
-    log: list[dict[str, Any]]
+    chosen: Chosen
+    folder: Path
+    log: Log
     minutes: float
 
 
@@ -58,156 +56,161 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     """Run the whole job; the output folder holds the checkpoint, decision.json, report.json, predictions and
     report.html with its figures.
 
-    Returns the report. Errors: ValueError and OSError, before any training, for what cannot work.
+    Returns the report. Errors: ValueError and OSError, before any training, for settings that cannot work.
     """
-    opened = open_run(settings, [settings.target] if settings.target else [])
-    (chosen,), log = _choose(opened)
-    trained = _train_on(opened, chosen, opened.folder.partial)
+    if len(settings.targets) > 1:
+        raise ValueError(
+            f"prune makes one model; sweep makes one for each of {len(settings.targets)} targets"
+        )
+    opened = open_run(settings)
+    opened, choices = _choose(opened)
+    trained = _train_on(opened, choices.chosen[0], opened.folder.partial)
     dense = judge(opened.job, opened.job.dense)
-    report = _measure(opened, trained, dense, log)
+    report = _measure(opened, trained, dense, choices.log)
     publish(opened.folder)
     once(lambda: _draw(settings.out))
     return report
 
 
-def sweep(settings: PruneSettings, targets: Sequence[Target]) -> dict[str, Any]:
-    """A family of models from one training of the gates: a folder for each target, sweep.json, report.html,
-    sweep.png.
+def sweep(settings: PruneSettings) -> dict[str, Any]:
+    """Make a family of models from one training of the gates: a folder for each target, sweep.json,
+    report.html and sweep.png.
 
-    Each folder is as `prune` writes it. Returns what sweep.json holds. Errors: as `prune`'s, and ValueError
-    for targets of different units.
+    Each folder is as `prune` writes it. Returns what sweep.json holds. Errors: as for `prune`.
     """
-    if len({target.unit for target in targets}) != 1:
-        raise ValueError("the targets of a sweep are all in one unit")
-    falls = targets[0].unit != "speedup"
-    ordered = sorted(targets, key=lambda target: target.value, reverse=falls)
-    names = [f"{target.unit}-{target.value:g}" for target in ordered]
-    if len(set(names)) != len(names):
-        raise ValueError(f"a target is asked for twice: {', '.join(names)}")
-    opened = open_run(settings, ordered)
-    chosen, log = _choose(opened)
+    if not settings.targets:
+        raise ValueError("a sweep needs one or more targets")
+    opened = open_run(settings)
+    opened, choices = _choose(opened)
     trained = [
-        _train_on(opened, one, opened.folder.partial / name) for one, name in zip(chosen, names, strict=True)
+        _train_on(opened, chosen, opened.folder.partial / target.name)
+        for chosen, target in zip(choices.chosen, settings.targets, strict=True)
     ]
     dense = judge(opened.job, opened.job.dense)
-    points = [terminal.sweep_point(_measure(opened, one, dense, log), one.place.name) for one in trained]
-    found = {
+    points = [
+        terminal.sweep_point(_measure(opened, model, dense, choices.log), model.folder.name)
+        for model in trained
+    ]
+    summary = {
         "task": settings.task,
         "dense": dense.to_json(opened.job),
         "points": points,
         "command": settings.command,
     }
     if is_main():
-        write_json(opened.folder.partial / "sweep.json", found)
+        write_json(opened.folder.partial / "sweep.json", summary)
     publish(opened.folder)
     once(lambda: _draw(settings.out))
-    return found
+    return summary
 
 
-def open_run(settings: PruneSettings, targets: list[Target]) -> Run:
+def open_run(settings: PruneSettings) -> Run:
     """Check, load, plan and only then make the folder; or take up what an interrupted run left."""
     partial = OutputFolder.partial_of(settings.out)
     once(lambda: OutputFolder.check(settings.out, settings.overwrite, settings.inputs, settings.resume))
-    asked = {"settings": settings.to_json(), "targets": [str(target) for target in targets]}
-    recorded = once(lambda: _recorded(partial, settings, asked) if settings.resume else None)
+    recorded = once(lambda: _recorded_plan(partial, settings)) if settings.resume else None
     set_seed(settings.seed)
     table_file = partial / _TABLE if recorded and (partial / _TABLE).is_file() else None
-    job = start(settings, targets, table_file)
-    plan = Plan(**recorded["plan"]) if recorded else make_plan(job, targets)
+    job = start(settings, table_file)
+    plan = recorded or make_plan(job)
     set_seed(settings.seed)  # measuring a step drew random numbers; the run is the same without
 
-    def make() -> OutputFolder:
+    def make_folder() -> OutputFolder:
         folder = OutputFolder(settings.out, settings.overwrite, settings.inputs, settings.resume)
         if job.table is not None:
             job.table.save(folder.partial / _TABLE)
-        write_json(folder.partial / _RUN, {**asked, "plan": plan.to_json()})
+        write_json(folder.partial / _RUN, {"settings": settings.to_json(), "plan": plan.to_json()})
         return folder
 
-    return Run(job, plan, once(make), targets)
+    return Run(job, plan, once(make_folder))
 
 
-def _recorded(partial: Path, settings: PruneSettings, asked: dict[str, Any]) -> dict[str, Any]:
-    """What the interrupted run was told; ValueError where this one is told something else."""
+def _recorded_plan(partial: Path, settings: PruneSettings) -> Plan:
+    """The plan of the interrupted run; ValueError where that run had other settings, or left no record."""
     try:
         recorded = json.loads((partial / _RUN).read_text(encoding="utf-8"))
-        known = dict(recorded["settings"]), Plan(**recorded["plan"]), recorded["targets"]
+        plan = Plan(**recorded["plan"])
+        known: Mapping[str, Any] = dict(recorded["settings"])
+        if "targets" not in known:
+            known = settings.from_old_record(known, recorded["targets"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{partial} holds no run that can be resumed ({error!r}); --overwrite starts anew"
         ) from None
-    differing = settings.differences(known[0]) or (["targets"] if known[2] != asked["targets"] else [])
+    differing = settings.differences(known)
     if differing:
         raise ValueError(
             f"{partial} was started with other settings: {', '.join(differing)}; give the same ones to "
             "--resume, or --overwrite to start anew"
         )
-    return recorded
+    return plan
 
 
-def _choose(opened: Run) -> tuple[list[Chosen], list[dict[str, Any]]]:
-    plan, targets = opened.plan, opened.targets
-    towards = ", ".join(str(target) for target in targets) or "the paper's prices"
-    say(f"{opened.job.settings.recipe}: {plan.gate_steps} steps, towards {towards}")
-    return choose(opened.job, opened.folder.partial, plan.gate_steps, targets)
+def _choose(opened: Run) -> tuple[Run, Choices]:
+    """Choose for every target; the run's clock then counts what an interrupted run took to choose."""
+    job, steps = opened.job, opened.plan.gate_steps
+    towards = ", ".join(str(target) for target in job.settings.targets) or "the paper's prices"
+    say(f"{job.settings.recipe}: {steps} steps, towards {towards}")
+    choices = choose(job, opened.folder.partial, steps)
+    clock = replace(job.clock, earlier=choices.earlier_seconds)
+    return replace(opened, job=replace(job, clock=clock)), choices
 
 
-def _train_on(opened: Run, chosen: Chosen, place: Path) -> Trained:
-    """Train one narrow model on, and write it."""
-    job, steps = opened.job, opened.plan.retrain_steps
-    kept = ", ".join(f"{d.shape.num_heads}/{d.shape.ffn_width}" for d in chosen.decision.layers)
-    say(f"decided, heads/FFN width a layer: {kept}; {_reached(job, chosen.decision)}")
+def _train_on(opened: Run, chosen: Chosen, folder: Path) -> Trained:
+    """Train one narrow model on, and write it into `folder`."""
+    job, steps, decision = opened.job, opened.plan.retrain_steps, chosen.decision
+    kept = ", ".join(f"{d.shape.num_heads}/{d.shape.ffn_width}" for d in decision.layers)
+    say(f"decided, heads/FFN width a layer: {kept}; {_reached(job, decision)}")
     narrow = chosen.load()
     nn.Module.to(narrow, job.dense.device)
-    log = []
+    log: Log = []
     if steps:
         say(f"retrain phase: {steps} steps of the narrow model")
-        work = opened.folder.partial / "retrain"
-        if place != opened.folder.partial:  # one of several
-            work = work.with_name(f"retrain-{place.name}")
-        log = retrain(job, narrow, work, steps, chosen.decision)
-    minutes = (time.perf_counter() - job.started) / 60
+        checkpoints = opened.folder.partial / "retrain"
+        if folder != opened.folder.partial:  # one of several models
+            checkpoints = checkpoints.with_name(f"retrain-{folder.name}")
+        log = retrain(job, narrow, checkpoints, steps, decision)
+    minutes = job.clock.seconds() / 60
     if is_main():
-        place.mkdir(exist_ok=True)
-        save_checkpoint(narrow, place, job.settings.model, job.tokenizer)  # from here on it cannot be lost
-        chosen.decision.save(place / "decision.json")
+        folder.mkdir(exist_ok=True)
+        save_checkpoint(narrow, folder, job.settings.model, job.tokenizer)  # from here on it cannot be lost
+        chosen.publish(folder)
     state().wait_for_everyone()
-    return Trained(narrow, chosen.decision, place, log, minutes)
+    return Trained(narrow, chosen, folder, log, minutes)
 
 
-def _measure(opened: Run, one: Trained, dense: Judged, gate_log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Choose on validation data what the pruned model's config keeps of it (thresholds, calibration), write
-    it, evaluate, time, report."""
-    job = opened.job
+def _measure(opened: Run, trained: Trained, dense: Judged, gate_log: Log) -> dict[str, Any]:
+    """Choose on validation data what the pruned model's config keeps of it (thresholds, calibration) and
+    write it; then evaluate, time, and report."""
+    job, model, folder = opened.job, trained.model, trained.folder
     say("score thresholds, on the validation questions; then the evaluation questions")
     try:
-        for name, value in job.validation.best_fields(one.model).items():
-            setattr(one.model.config, name, value)
+        for name, value in job.validation.best_fields(model).items():
+            setattr(model.config, name, value)
         if is_main():
-            one.model.config.save_pretrained(one.place)
-        pruned = judge(job, one.model, own_thresholds(one.model, job.task))
+            model.config.save_pretrained(folder)
+        pruned = judge(job, model, own_thresholds(model, job.task))
         say("timing dense against pruned")
-        report = full_report(job, one.decision, dense, pruned)
+        report = full_report(job, trained.chosen, dense, pruned)
     except KeyboardInterrupt:
-        raise InterruptedTraining(f"stopped while measuring; the trained model is {one.place}") from None
-    training = {"minutes": one.minutes, "gates": gate_log, "retrain": one.log}
+        raise InterruptedTraining(f"stopped while measuring; the trained model is {folder}") from None
+    training = {"minutes": trained.minutes, "gates": gate_log, "retrain": trained.log}
     report.update({"plan": opened.plan.to_json(), "training": training})
     if is_main():
         for name, judged in (("dense", dense), ("pruned", pruned)):
-            write_json(one.place / f"predictions-{name}.json", judged.result.predictions)
-        write_json(one.place / "report.json", report)
-        write_model_card(one.place, one.model)  # now that there is something to say
+            write_json(folder / f"predictions-{name}.json", judged.result.predictions)
+        write_json(folder / "report.json", report)
+        write_model_card(folder, model)  # the card quotes the report
     return report
 
 
-def retrain(
-    job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decision: Decision
-) -> list[dict[str, Any]]:
-    """Train the narrow model on, in place, distilled from the teacher; the log."""
+def retrain(job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decision: Decision) -> Log:
+    """Train the narrow model on, in place, distilled from the teacher; returns the log."""
     set_seed(job.settings.seed)
     prepare_student(narrow, job.settings.dropout, job.settings.train_embeddings)
     hidden = decision.hidden.indices if decision.hidden is not None else None
     if hidden is not None and job.teacher is not job.dense:
-        hidden = None  # which of another teacher's dimensions these would be is not known
+        hidden = None  # nothing is known about which of another teacher's dimensions they stand for
     with optimized(job.teacher) as teacher:
         trainer = build_trainer(job, narrow, teacher, folder, steps, None, kept_hidden=hidden)
         log = run(trainer, "retrain")
@@ -216,25 +219,20 @@ def retrain(
 
 
 def publish(folder: OutputFolder) -> None:
-    """Drop what only resuming needs, and give the folder its name."""
+    """Remove what only a resumed run needs, and give the folder its name."""
 
     def work() -> None:
-        for name in ("gates*", "retrain*", "narrow-*"):
-            for path in folder.partial.glob(name):
-                shutil.rmtree(path)
-        for path in [
-            *folder.partial.glob("decision-*.json"),
-            folder.partial / _RUN,
-            folder.partial / "choice.json",
-        ]:
-            path.unlink()
+        remove_choices(folder.partial)
+        for checkpoints in folder.partial.glob("retrain*"):
+            shutil.rmtree(checkpoints)
+        (folder.partial / _RUN).unlink()
         folder.publish()
 
     once(work)
 
 
 def _draw(folder: Path) -> None:
-    """report.html, made last and of what is on disk: what fails here loses nothing."""
+    """Write report.html, last and from what is on disk, so that nothing is lost if this fails."""
     try:
         from pruned_trainer.report.page import write_pages
     except ModuleNotFoundError as error:
@@ -244,9 +242,10 @@ def _draw(folder: Path) -> None:
 
 
 def _reached(job: Job, decision: Decision) -> str:
-    whose = "the table says " if job.table is not None else ""
+    """The cost that the decision reached, with its target, as a text."""
+    source = "the table says " if job.table is not None else ""
     return ", ".join(
-        f"{whose}{unit} {value:.4f}"
+        f"{source}{unit} {value:.4f}"
         + (f" (target {decision.target[unit]:g})" if unit in decision.target else "")
         for unit, value in decision.reached.items()
     )

@@ -1,44 +1,55 @@
-"""What a pruning run is told: every option with its default, checked before anything is loaded."""
+"""The settings of a pruning run and of a fine-tuning: every option with its default, checked before anything
+is loaded.
+
+This module imports neither torch nor transformers, so that the command line can show its help at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from pruned_trainer.pruning.budget import Target
-from pruned_trainer.pruning.gates import DEFAULT_PARTS, PARTS, PENALTIES, check_parts
-from pruned_trainer.pruning.importance import METHODS
-from pruned_trainer.tasks.natural_questions.task import NULL_RATE, NaturalQuestionsTask
-from pruned_trainer.tasks.squad.task import SquadTask
-from pruned_trainer.tasks.task import TASKS, Task
+from pruned_trainer.pruning.options import DEFAULT_PARTS, METHODS, PARTS, PENALTIES, Target, check_parts
+from pruned_trainer.tasks.options import NULL_RATE, TASKS
 from pruned_trainer.training.distillation import Distillation
 
-# joint: gates and weights train together, a Lagrangian holds the target. paper: the weights are frozen, each
-# part's gates train alone at a price for each open gate. The others train no gates.
+if TYPE_CHECKING:
+    from pruned_trainer.tasks.task import Task
+
+# joint: gates and weights train together, and a Lagrangian holds the target. paper: the weights are frozen,
+# and each part's gates train alone at a price for each open gate. The others train no gates.
 RECIPES = ("joint", "paper", *METHODS)
 PRECISIONS = ("fp32", "bf16", "fp16")
-# In which phases the teacher teaches.
+# Examples in a training step, and the paper's own number in its recipe.
+BATCH_SIZE, PAPER_BATCH_SIZE = 16, 24
+# The minibatches that importance scores are taken over by default. Leave-one-out passes over them again for
+# every head and group.
+SCORE_STEPS = {"gain": 64, "leave-one-out": 8, "random": 1}
+# FFN widths and the hidden size are rounded up to a multiple of this, where no latency table says another.
+WIDTH_ALIGN = 8
+# The phases in which the teacher teaches.
 DISTIL_IN = ("gates", "retrain", "both", "none")
 
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """Everything a run is told. Times in minutes, lengths in tokens; None where a default is worked out.
+    """Everything that decides what a pruning run does. Times are in minutes, lengths in tokens; None stands
+    where a default is worked out.
 
-    train_file, validation_file, eval_file: a file, a folder, or a hub name. batch_size: of all processes
-    together. target: None only where the paper's recipe lets its prices decide. save_steps: from one
-    checkpoint to the next. gate_fraction: the share of the training windows that gates are trained on.
-    null_rate, num_proc, skip_bad: of Natural Questions, see `NaturalQuestionsTask`.
+    train_file, validation_file, eval_file: a file, a folder, or a hub name. targets: none (only where the
+    paper's recipe lets its prices decide), one for `prune`, one or more for `sweep`; all in one unit, and
+    kept in the order in which the gate phase meets them, the largest model first. batch_size: counts the
+    examples of all processes together. save_steps: the steps from one checkpoint to the next. gate_fraction:
+    the share of the training windows that gates are trained on. null_rate, num_proc, skip_bad: for Natural
+    Questions alone, see `NaturalQuestionsTask`. command: the command line that gave all this, for the report.
     """
 
     model: str
     train_file: Path
     out: Path
-    target: Target | None
+    targets: tuple[Target, ...] = ()
     validation_file: Path | None = None
     eval_file: Path | None = None
     task: str = "squad"
@@ -78,10 +89,13 @@ class PruneSettings:
     tensorboard: bool = False
     overwrite: bool = False
     resume: bool = False
-    command: str | None = None  # for the report: the command line that said all this
+    command: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", _in_order(self.targets))
         self._check_choices()
+        self._check_targets()
+        self._check_unused()
         self._check_numbers()
         self._check_steps()
         if self.eval_file and self.validation_file and same_file(self.eval_file, self.validation_file):
@@ -89,7 +103,7 @@ class PruneSettings:
 
     def _check_choices(self) -> None:
         for name, known in (
-            ("task", TASKS), ("recipe", RECIPES), ("penalty", tuple(PENALTIES)), ("precision", PRECISIONS),
+            ("task", TASKS), ("recipe", RECIPES), ("penalty", PENALTIES), ("precision", PRECISIONS),
             ("distil_in", (*DISTIL_IN, None)),
         ):  # fmt: skip
             if getattr(self, name) not in known:
@@ -97,34 +111,38 @@ class PruneSettings:
         check_parts(self.parts)
         if len(set(self.parts)) != len(self.parts):
             raise ValueError(f"parts are {', '.join(self.parts)}: each is said once")
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run anywhere")
-        if self.target is None and self.recipe != "paper":
+        if self.precision == "fp16":
+            import torch  # slow to import, and needed for this question alone
+
+            if not torch.cuda.is_available():
+                raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run anywhere")
+
+    def _check_targets(self) -> None:
+        if not self.targets and self.recipe != "paper":
             raise ValueError("a target is needed: how fast, or how small (only the paper's recipe has none)")
-        if self.target is not None and self.target.is_time and "hidden" in self.parts:
+        if self.is_timed and "hidden" in self.parts:
             raise ValueError(
                 "hidden dimensions go with a target in params or macs: latency is measured at one hidden size"
             )
-        if self.latency_table is not None and not (self.target is not None and self.target.is_time):
+        if self.latency_table is not None and not self.is_timed:
             raise ValueError("a latency table is for the targets speedup and latency_ms")
-        self._check_unused()
-        if self.cache_teacher is not None and (self.distillation.hidden > 0 or not self.distillation.logits):
-            raise ValueError(
-                "cache_teacher keeps the teacher's logits only, and its hidden states are asked for too: "
-                "set --distil-hidden 0 (and a --distil-logits above 0)"
-            )
 
     def _check_unused(self) -> None:
-        """What the other settings leave without effect is refused."""
+        """Refuse settings that the other settings leave without effect."""
         lambdas = (self.lambda_attention, self.lambda_ffn, self.lambda_hidden)
         if self.recipe != "paper" and set(lambdas) != {1.0}:
             raise ValueError("the lambda multiples are prices of the paper's recipe: --recipe paper")
         if self.recipe in METHODS and self.penalty != "open":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
-        self.make_task()
+        check_task_options(self.task, self.null_rate, self.num_proc, self.skip_bad)
         weights = self.distillation
         if not weights.hidden and (weights.projection or weights.layers):
             raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")
+        if self.cache_teacher is not None and (weights.hidden > 0 or not weights.logits):
+            raise ValueError(
+                "cache_teacher keeps the teacher's logits only, and its hidden states are asked for too: "
+                "set --distil-hidden 0 (and a --distil-logits above 0)"
+            )
 
     def _check_numbers(self) -> None:
         for name in ("batch_size", "align", "max_length", "save_steps"):
@@ -159,56 +177,100 @@ class PruneSettings:
             )
 
     def make_task(self) -> Task:
-        """The task, with what these settings say of it."""
-        own = (self.null_rate, self.num_proc, self.skip_bad)
-        return make_task(self.task, self.max_length, self.stride, self.seed, *own)
+        """The task, with the options that these settings have for it."""
+        options = (self.null_rate, self.num_proc, self.skip_bad)
+        return make_task(self.task, self.max_length, self.stride, self.seed, *options)
 
     @property
     def inputs(self) -> tuple[Path | str | None, ...]:
-        """What the output must not replace."""
+        """The files and folders that the output must not replace."""
         files = (self.train_file, self.validation_file, self.eval_file, self.latency_table)
         return (self.model, self.teacher, self.cache_teacher, *files)
 
     @property
+    def is_timed(self) -> bool:
+        """Whether the targets are met by measured time."""
+        return any(target.is_time for target in self.targets)
+
+    @property
     def train_batch(self) -> int:
-        """Examples a step: 16, and the paper's 24 in its recipe."""
-        return self.batch_size or (24 if self.recipe == "paper" else 16)
+        """Examples in a training step, over all processes."""
+        return self.batch_size or (PAPER_BATCH_SIZE if self.recipe == "paper" else BATCH_SIZE)
 
     @property
     def width_align(self) -> int | None:
-        """What FFN widths and the hidden size are rounded up to; None where a latency table says it."""
-        timed = self.target is not None and self.target.is_time
-        return self.align or (None if timed else 8)
+        """The number that FFN widths and the hidden size are rounded up to a multiple of; None where the
+        latency table has it."""
+        return self.align or (None if self.is_timed else WIDTH_ALIGN)
 
     @property
     def multiples(self) -> dict[str, float]:
-        """Of the paper's lambda, for each part."""
+        """The multiple of the paper's lambda for each part."""
         return dict(zip(PARTS, (self.lambda_attention, self.lambda_ffn, self.lambda_hidden), strict=True))
 
     def distillation_in(self, phase: str) -> Distillation:
         """The losses of a phase, "gates" or "retrain"."""
-        where = self.distil_in or ("retrain" if self.recipe == "paper" else "both")
-        return self.distillation if where in ("both", phase) else Distillation.none()
+        taught = self.distil_in or ("retrain" if self.recipe == "paper" else "both")
+        return self.distillation if taught in ("both", phase) else Distillation.none()
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the result, for comparing a resumed run with the one it resumes."""
+        """The settings that decide the result, for comparing a resumed run with the one that it resumes."""
         ignored = {"command", "overwrite", "resume", "save_steps", "tensorboard"}
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ignored}
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Names of the settings that are not as recorded by `to_json`."""
+        """Names of the settings that differ from the ones that `to_json` recorded."""
         mine = self.to_json()
         return sorted(name for name in {*mine, *recorded} if mine.get(name) != recorded.get(name))
 
+    def from_old_record(self, recorded: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+        """The recorded settings in today's form, where an earlier version recorded them.
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, (Target, Distillation)):
-        return _plain(asdict(value))
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        That version kept one `target` in the settings, and the text of all targets beside them; the text has
+        too few digits to make the targets of it again, so that equal ones are told by these settings' own.
+        """
+        mine, first = self.to_json()["targets"], recorded["target"]
+        same = [str(target) for target in self.targets] == list(targets)
+        same = same and (first in mine if mine else first is None)
+        kept = {name: value for name, value in recorded.items() if name != "target"}
+        return {**kept, "targets": mine if same else list(targets)}
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """Everything that decides what a fine-tuning does.
+
+    model: an encoder or a question-answering checkpoint, a folder or a hub name. batch_size: counts the
+    examples of all processes together. The other fields are as in `PruneSettings`.
+    """
+
+    model: str
+    train_file: Path
+    out: Path
+    task: str = "squad"
+    epochs: float = 2.0
+    batch_size: int = 16
+    learning_rate: float = 5e-5
+    max_length: int = 384
+    stride: int = 128
+    seed: int = 0
+    precision: str = "fp32"
+    null_rate: float = NULL_RATE
+    num_proc: int = 1
+    skip_bad: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.epochs > 0 and self.learning_rate > 0 and self.batch_size > 0):
+            raise ValueError(
+                f"epochs ({self.epochs}), learning_rate ({self.learning_rate}) and batch_size "
+                f"({self.batch_size}) must be positive"
+            )
+
+    def make_task(self) -> Task:
+        """The task, with the options that these settings have for it."""
+        options = (self.null_rate, self.num_proc, self.skip_bad)
+        return make_task(self.task, self.max_length, self.stride, self.seed, *options)
 
 
 def make_task(
@@ -220,15 +282,51 @@ def make_task(
     num_proc: int = 1,
     skip_bad: bool = False,
 ) -> Task:
-    """The task of this name; ValueError for options that it does not have, or out of range."""
+    """The task of this name. Errors: ValueError as for `check_task_options`."""
+    check_task_options(name, null_rate, num_proc, skip_bad)
     if name == "squad":
-        if (null_rate, num_proc, skip_bad) != (NULL_RATE, 1, False):
-            raise ValueError("null_rate, num_proc and skip_bad are for --task natural_questions")
+        from pruned_trainer.tasks.squad.task import (
+            SquadTask,  # imports transformers: see the module's docstring
+        )
+
         return SquadTask(max_length, stride, seed)
-    if not 0 <= null_rate <= 1 or num_proc < 1:
-        raise ValueError(f"null_rate ({null_rate}) must lie in [0, 1], num_proc ({num_proc}) be at least 1")
+    from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
+
     return NaturalQuestionsTask(max_length, stride, seed, null_rate, num_proc, skip_bad)
 
 
-def same_file(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+def check_task_options(name: str, null_rate: float, num_proc: int, skip_bad: bool) -> None:
+    """ValueError for options that the task of this name does not have, or that are out of range."""
+    if name == "squad":
+        if (null_rate, num_proc, skip_bad) != (NULL_RATE, 1, False):
+            raise ValueError("null_rate, num_proc and skip_bad are for --task natural_questions")
+    elif not 0 <= null_rate <= 1 or num_proc < 1:
+        raise ValueError(f"null_rate ({null_rate}) must lie in [0, 1], num_proc ({num_proc}) be at least 1")
+
+
+def same_file(first: Path, second: Path) -> bool:
+    """Whether both paths lead to one file."""
+    return first.resolve() == second.resolve()
+
+
+def _in_order(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """The targets with the largest model first; ValueError unless they are distinct and all in one unit."""
+    if len({target.unit for target in targets}) > 1:
+        raise ValueError("the targets of a sweep are all in one unit")
+    falls = bool(targets) and targets[0].unit != "speedup"
+    ordered = sorted(targets, key=lambda target: target.value, reverse=falls)
+    names = [target.name for target in ordered]
+    if len(set(names)) != len(names):
+        raise ValueError(f"a target is asked for twice: {', '.join(names)}")
+    return tuple(ordered)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types."""
+    if isinstance(value, (Target, Distillation)):
+        return _plain(asdict(value))
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Attach gates to a stock or pruned Hugging Face model with hooks, and undo it."""
+"""Hooks that put gates on a stock or pruned Hugging Face model, and their removal."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from pruned_ops.models.stock import find_encoder, model_shape
-from pruned_trainer.pruning.gates import DEFAULT_PARTS, Gates
+from pruned_trainer.pruning.gates import Gates
+from pruned_trainer.pruning.options import DEFAULT_PARTS
 
 _NAME = "pruning_gates"
 _HOOKS = "_pruning_gate_hooks"
 
 
 def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS) -> Gates:
-    """Put gates on every head's context, every FFN activation, every hidden dimension of `model`, as `parts`
-    says ("heads", "ffn", "hidden"); they become its submodule.
+    """Put gates on every head's context, every FFN activation, and every hidden dimension of `model`; the
+    gates become its submodule.
 
-    Head and FFN gates multiply the input of each attention output projection (a head's head_dim columns
-    alike) and of each FFN output projection. Hidden gates multiply every LayerNorm's output; a closed
-    dimension leaves the LayerNorm's statistics. They follow the model's train/eval mode. Errors: ValueError
-    if gates are attached already.
+    parts: those of "heads", "ffn" and "hidden" that get gates. Head and FFN gates multiply the input of each
+    attention output projection (all head_dim columns of a head by one gate) and of each FFN output
+    projection. Hidden gates multiply every LayerNorm's output; a closed dimension leaves the LayerNorm's
+    statistics. The gates follow the model's train/eval mode. Errors: ValueError if gates are attached
+    already.
     """
     if hasattr(model, _HOOKS):
         raise ValueError("gates are attached to this model already; detach(model) first")
@@ -31,15 +33,15 @@ def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS
     shape = model_shape(encoder)
     gates = Gates(shape, seed, parts).to(next(model.parameters()).device).train(model.training)
     model.add_module(_NAME, gates)
-    # No draw in the trainer or in the caller: a forward of the encoder is what needs new values.
+    # The encoder draws, and not the trainer: each forward of the encoder needs new values.
     hooks = [encoder.register_forward_pre_hook(lambda *_: gates.draw())]
     for i, layer in enumerate(encoder.encoder.layer):
-        found = dict(layer.named_modules())
+        modules = dict(layer.named_modules())
         if "heads" in gates.parts:
-            dense = found["attention.output.dense"]
+            dense = modules["attention.output.dense"]
             hooks.append(dense.register_forward_pre_hook(_gate_heads(gates, i, shape.head_dim)))
         if "ffn" in gates.parts:
-            hooks.append(found["output.dense"].register_forward_pre_hook(_gate_ffn(gates, i)))
+            hooks.append(modules["output.dense"].register_forward_pre_hook(_gate_ffn(gates, i)))
     if "hidden" in gates.parts:
         norms = [module for name, module in encoder.named_modules() if name.endswith("LayerNorm")]
         hooks += [norm.register_forward_hook(_gate_norm(gates)) for norm in norms]
@@ -48,7 +50,7 @@ def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`: the model is as it was."""
+    """Undo `attach`, so that the model is as it was."""
     for hook in model.__dict__.pop(_HOOKS, ()):
         hook.remove()
     if _NAME in model._modules:
@@ -66,13 +68,15 @@ def attached(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PAR
 
 
 def gated_layer_norm(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """gate * LayerNorm over the dimensions whose gate is not 0: x (..., hidden), gate (hidden,) or (...,
-    hidden); closed dimensions come out as 0."""
+    """gate * LayerNorm(x), with statistics over the dimensions whose gate is not 0.
+
+    x: (..., hidden). gate: (hidden,) or (..., hidden). Closed dimensions come out as 0.
+    """
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # as torch's own under autocast
-    counts = (gate > 0).to(x.dtype)
-    number = counts.sum(-1, keepdim=True).clamp(min=1)
-    mean = (x * counts).sum(-1, keepdim=True) / number
-    centred = (x - mean) * counts
+    is_open = (gate > 0).to(x.dtype)
+    number = is_open.sum(-1, keepdim=True).clamp(min=1)
+    mean = (x * is_open).sum(-1, keepdim=True) / number
+    centred = (x - mean) * is_open
     variance = centred.square().sum(-1, keepdim=True) / number
     return (centred * torch.rsqrt(variance + eps) * weight + bias) * gate
 
@@ -80,7 +84,7 @@ def gated_layer_norm(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps:
 PreHook = Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]
 
 
-# The values may have a batch of their own, (batch, 1, gates): one gate an example, for per-example gradients.
+# A gate's values may also be (batch, 1, gates), with one value for each example, for per-example gradients.
 def _gate_heads(gates: Gates, layer: int, head_dim: int) -> PreHook:
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
         return (inputs[0] * gates.values.heads[layer].repeat_interleave(head_dim, -1),)

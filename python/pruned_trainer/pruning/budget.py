@@ -1,11 +1,11 @@
-"""What a choice of gates costs: parameters, multiply-accumulates, or milliseconds from a measured table; and
-the target it is held to."""
+"""Budgets: what a choice of gates costs, in parameters, multiply-accumulates, or milliseconds from a measured
+table."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,60 +13,12 @@ from torch import Tensor
 from pruned_ops import LayerShape, ModelShape
 from pruned_ops.measure.latency import LatencyTable
 from pruned_trainer.pruning.gates import PerGate
-
-UNITS = ("params", "macs", "speedup", "latency_ms")
-
-
-@dataclass(frozen=True)
-class Target:
-    """What was asked for, in one unit: the fraction to keep of the dense encoder's parameters or
-    multiply-accumulates; how many times as fast as the dense model; or milliseconds a batch of the workload.
-    """
-
-    params: float | None = None
-    macs: float | None = None
-    speedup: float | None = None
-    latency_ms: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [unit for unit in UNITS if getattr(self, unit) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"exactly one target of {', '.join(UNITS)} is needed; got {', '.join(given) or 'none'}"
-            )
-        unit, value = given[0], self.value
-        if unit in ("params", "macs") and not 0 < value < 1:
-            raise ValueError(f"target {unit} is {value}: a fraction kept between 0 and 1 is needed")
-        if unit == "speedup" and not 1 < value < float("inf"):
-            raise ValueError(f"target speedup is {value}: more than 1 is needed")
-        if unit == "latency_ms" and not 0 < value < float("inf"):
-            raise ValueError(f"target latency_ms is {value}: it must be positive")
-
-    @property
-    def unit(self) -> str:
-        return next(unit for unit in UNITS if getattr(self, unit) is not None)
-
-    @property
-    def value(self) -> float:
-        return float(getattr(self, self.unit))
-
-    @property
-    def is_time(self) -> bool:
-        """Whether it is met by measured time."""
-        return self.unit in ("speedup", "latency_ms")
-
-    def __str__(self) -> str:
-        return {
-            "params": f"{self.value:g} of the parameters",
-            "macs": f"{self.value:g} of the multiply-accumulates",
-            "speedup": f"{self.value:g}x the dense speed",
-            "latency_ms": f"{self.value:g} ms a batch",
-        }[self.unit]
+from pruned_trainer.pruning.options import Target
 
 
 class Budget(ABC):
-    """Cost of an encoder's shape, in units of the dense encoder's: `fraction` of a shape that was chosen,
-    `expected` of gates while they train."""
+    """The cost of an encoder, as a fraction of the dense encoder's: `fraction` for a shape that was chosen,
+    `expected` for gates while they train."""
 
     def __init__(self, dense: ModelShape) -> None:
         if not any(layer.num_heads or layer.ffn_width for layer in dense.layers):
@@ -76,44 +28,46 @@ class Budget(ABC):
 
     @abstractmethod
     def cost(self, shape: ModelShape) -> float:
-        """Cost of a shape, in the budget's own unit."""
+        """The cost of a shape, in the budget's own unit."""
 
     @abstractmethod
     def expected(self, counts: PerGate) -> Tensor:
-        """Expected fraction where each gate counts with its probability; a differentiable scalar."""
+        """The expected fraction, a differentiable scalar. counts: the probability with which each gate
+        counts."""
 
     @abstractmethod
     def wanted(self, target: Target) -> float:
         """The fraction of the dense cost that the target allows; ValueError for a target in another unit."""
 
     def fraction(self, shape: ModelShape) -> float:
-        """Cost of this shape over the dense cost."""
+        """The cost of this shape over the dense cost."""
         return self.cost(shape) / self.total
 
     @abstractmethod
     def reached(self, shape: ModelShape, target: Target | None) -> dict[str, float]:
-        """This shape's cost by unit, as a target in that unit would have it."""
+        """The cost of this shape by unit, as a target in that unit would state it."""
 
     def prices(self, parts: Sequence[str]) -> PerGate:
-        """What each gate on these parts of the dense model costs, as a fraction of the dense cost: what its
-        whole part costs, spread evenly."""
-        found = PerGate.full(self.dense, 0.0)
+        """The price of each gate on these parts of the dense model, as a fraction of the dense cost: the cost
+        of the gate's whole part, spread evenly."""
+        prices = PerGate.full(self.dense, 0.0)
         if "hidden" in parts:
             saved = 1.0 - self.fraction(replace(self.dense, hidden_size=1))
-            found.hidden += saved / max(self.dense.hidden_size - 1, 1)
+            prices.hidden += saved / max(self.dense.hidden_size - 1, 1)
         for i, layer in enumerate(self.dense.layers):
-            for kept, tensor in (
-                (LayerShape(0, layer.ffn_width), found.heads[i]),
-                (LayerShape(layer.num_heads, 0), found.ffn[i]),
+            for without_part, gates in (
+                (LayerShape(0, layer.ffn_width), prices.heads[i]),
+                (LayerShape(layer.num_heads, 0), prices.ffn[i]),
             ):
-                layers = (*self.dense.layers[:i], kept, *self.dense.layers[i + 1 :])
+                layers = (*self.dense.layers[:i], without_part, *self.dense.layers[i + 1 :])
                 saved = 1.0 - self.fraction(replace(self.dense, layers=layers))
-                tensor += saved / max(tensor.numel(), 1)
-        return found
+                gates += saved / max(gates.numel(), 1)
+        return prices
 
     def check_reachable(self, target: Target, parts: Sequence[str], align: int = 1) -> None:
-        """ValueError, saying what is within reach, where even closing every gate on these parts costs more
-        than the target, or the dense model costs no more. align: hidden dimensions that stay at least."""
+        """ValueError for a target that the dense model meets already, or that is missed even with every gate
+        on these parts closed; the error says what is within reach. align: the fewest hidden dimensions that
+        stay."""
         wanted = self.wanted(target)
         if wanted >= 1:
             raise ValueError(f"target {target}: the dense model costs no more than that")
@@ -136,7 +90,7 @@ class Budget(ABC):
 
 
 class SizeBudget(Budget):
-    """Parameters, or multiply-accumulates over sequences of these lengths (tokens)."""
+    """A budget of parameters, or of multiply-accumulates over sequences of these lengths (tokens)."""
 
     def __init__(self, dense: ModelShape, unit: str, lengths: Sequence[int] = ()) -> None:
         if unit not in ("params", "macs"):
@@ -160,26 +114,27 @@ class SizeBudget(Budget):
 
     def _counts(self, hidden: int) -> tuple[float, float, float]:
         """Fractions that an empty encoder, one head and one FFN unit cost at this hidden size."""
-        none = (LayerShape(0, 0),) * len(self.dense.layers)
+        empty_layers = (LayerShape(0, 0),) * (len(self.dense.layers) - 1)
 
         def fraction(first: LayerShape) -> float:
-            return self.fraction(ModelShape((first, *none[1:]), hidden, self.dense.head_dim))
+            return self.fraction(ModelShape((first, *empty_layers), hidden, self.dense.head_dim))
 
         empty = fraction(LayerShape(0, 0))
         return empty, fraction(LayerShape(1, 0)) - empty, fraction(LayerShape(0, 1)) - empty
 
     def expected(self, counts: PerGate) -> Tensor:
         heads, units = torch.cat(counts.heads).sum(), torch.cat(counts.ffn).sum()
-        # Every count is linear in the hidden size: a point between 1 (0) and the dense one (1).
+        # Every cost is linear in the hidden size; `place` is 0 at hidden size 1, and 1 at the dense one.
         place = (counts.hidden.sum() - 1) / max(self.dense.hidden_size - 1, 1)
         empty, head, unit = (
-            one + place * (dense - one) for one, dense in zip(self._at_one, self._at_dense, strict=True)
+            least + place * (dense - least) for least, dense in zip(self._at_one, self._at_dense, strict=True)
         )
         return empty + heads * head + units * unit
 
 
 class LatencyBudget(Budget):
-    """Milliseconds of a batch of the table's workload, on the machine that the table was measured on."""
+    """A budget of milliseconds for a batch of the table's workload, on the machine that the table was
+    measured on."""
 
     def __init__(self, dense: ModelShape, table: LatencyTable) -> None:
         self.table = table
@@ -199,7 +154,7 @@ class LatencyBudget(Budget):
         raise ValueError(f"target {target.unit} is not held by a budget of measured time")
 
     def reached(self, shape: ModelShape, target: Target | None) -> dict[str, float]:
-        """By the table: what is measured may differ."""
+        """The cost by the table; a measured time may differ from it."""
         if target is not None and target.unit == "latency_ms":
             return {"latency_ms": self.cost(shape)}
         return {"speedup": 1 / self.fraction(shape)}
@@ -212,16 +167,19 @@ class LatencyBudget(Budget):
 
 
 def _sloping(points: Sequence[tuple[int, float]]) -> Tensor:
-    """The points as (2, n), with a tenth of the straight line between the ends mixed in: where the measured
-    curve is flat, closing a gate would gain nothing, and nothing would ever close enough of them for the next
-    step down."""
+    """The points as (2, n), with a tenth of the straight line between the ends mixed in.
+
+    Where the measured curve is flat, closing a gate would gain nothing, and too few gates would ever close to
+    reach the curve's next step down.
+    """
     widths, values = torch.tensor(points, dtype=torch.float32).T.contiguous()
     line = values[0] + (values[-1] - values[0]) * widths / widths[-1].clamp(min=1)
     return torch.stack([widths, 0.9 * values + 0.1 * line])
 
 
 def _interpolated(points: Tensor, x: Tensor) -> Tensor:
-    """Piecewise linear through points (2, n), rising in the first row; differentiable in the scalar x."""
+    """The value at the scalar x, piecewise linear through points (2, n) that rise in the first row;
+    differentiable in x."""
     known, values = points
     if known.numel() == 1:
         return values[0] + 0 * x
@@ -233,7 +191,7 @@ def _interpolated(points: Tensor, x: Tensor) -> Tensor:
 def make_budget(
     target: Target, dense: ModelShape, lengths: Sequence[int], table: LatencyTable | None
 ) -> Budget:
-    """The budget that the target is in."""
+    """The budget in the target's unit; ValueError where that needs a latency table and there is none."""
     if not target.is_time:
         return SizeBudget(dense, target.unit, lengths)
     if table is None:

@@ -1,5 +1,5 @@
-"""compact(model, decision): the narrow model, with open gates folded into the weights and closed parts
-gone."""
+"""Compaction: the narrow model that a decision leaves, with open gates folded into the weights and without
+the closed parts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ _ONLY_IN_TRAINING = ("pruning_gates.", "distillation_projection.")
 def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
     """A new model that computes what `model` computes under the decision's gates, without the closed parts.
 
-    model: a stock or pruned question-answering BERT or RoBERTa, which is left alone. A pruned one can be
-    pruned again.
-    Errors: ValueError where the model is another, or the decision was made for other shapes.
+    model: a stock or pruned question-answering BERT or RoBERTa, which is left as it is. A pruned model can be
+    pruned again. Errors: ValueError for any other model, and for a decision that was made for other shapes.
     """
     if model.config.model_type not in PRUNED_CONFIGS or not hasattr(model, "qa_outputs"):
         raise ValueError(
@@ -52,6 +51,7 @@ def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
 
 
 def _check_fits(decision: Decision, source: ModelShape) -> None:
+    """ValueError where the decision keeps something that a model of this shape does not have."""
     layers = source.layers
     if len(decision.layers) != len(layers):
         raise ValueError(f"the decision is for {len(decision.layers)} layers, the model has {len(layers)}")
@@ -70,6 +70,7 @@ def _check_inside(kept: Kept, size: int, what: str) -> None:
 
 
 def _slice_layer(state: dict[str, Tensor], prefix: str, layer: LayerDecision, head_dim: int) -> None:
+    """Slice one layer's heads and FFN units, in place, and fold their gates into the output projections."""
     device = state[f"{prefix}output.dense.weight"].device
     heads = torch.tensor(layer.heads.indices, dtype=torch.long, device=device)
     columns = (heads[:, None] * head_dim + torch.arange(head_dim, device=device)).flatten()
@@ -84,14 +85,13 @@ def _slice_layer(state: dict[str, Tensor], prefix: str, layer: LayerDecision, he
     for kind in ("weight", "bias"):
         key = f"{prefix}intermediate.dense.{kind}"
         state[key] = state[key].index_select(0, units)
+    unit_gates = torch.tensor(layer.ffn.values, device=device)
     key = f"{prefix}output.dense.weight"
-    state[key] = state[key].index_select(1, units) * torch.tensor(layer.ffn.values, device=device).to(
-        state[key]
-    )
+    state[key] = state[key].index_select(1, units) * unit_gates.to(state[key])
 
 
 def _slice_hidden(state: dict[str, Tensor], hidden: Kept) -> None:
-    """Every tensor's hidden dimension; an open gate scales what each LayerNorm puts out."""
+    """Slice every tensor's hidden dimension, in place; an open gate scales each LayerNorm's output."""
     for name, tensor in state.items():
         kept = torch.tensor(hidden.indices, dtype=torch.long, device=tensor.device)
         if name.endswith(("LayerNorm.weight", "LayerNorm.bias")):
@@ -99,4 +99,4 @@ def _slice_hidden(state: dict[str, Tensor], hidden: Kept) -> None:
         elif name.endswith(("output.dense.weight", "output.dense.bias")):
             state[name] = tensor.index_select(0, kept)  # a layer's outputs
         elif tensor.dim() == 2:
-            state[name] = tensor.index_select(1, kept)  # embeddings, and what reads the hidden states
+            state[name] = tensor.index_select(1, kept)  # embeddings, and layers that read the hidden states

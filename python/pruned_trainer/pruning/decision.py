@@ -1,5 +1,5 @@
-"""The decision: which heads, FFN units and hidden dimensions stay, with their gate values, after alignment.
-Made once, written down."""
+"""Decisions: which heads, FFN units and hidden dimensions stay, with their gate values, after alignment; how
+they are made of scores, and their file."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor
 
 from pruned_ops import LayerShape, ModelShape
 from pruned_ops.files import write_json
-from pruned_trainer.pruning.budget import Budget, Target
+from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.gates import PerGate, Scores
+from pruned_trainer.pruning.options import Target
 
 FORMAT = 1
-# A hidden dimension that stays counts in every LayerNorm's statistics, which one with a gate of 0 does not.
-# One that stays although its gate was closed (to fill an alignment, or a target) is opened this far.
+# A hidden dimension that stays counts in every LayerNorm's statistics, and a gate of 0 would take it out of
+# them. So a dimension that stays although its gate was closed (to fill an alignment, or a target) is opened
+# this far.
 LEAST_HIDDEN_VALUE = 0.01
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of one kind in one layer: rising indices into the source model, and the gate value of
-    each."""
+    """The gates of one kind that stay in one layer: rising indices into the source model, and the value of
+    each gate."""
 
     indices: tuple[int, ...]
     values: tuple[float, ...]
@@ -55,9 +57,9 @@ class LayerDecision:
 class Decision:
     """The recorded choice for a whole model.
 
-    hidden: the hidden dimensions that stay, None where there were no gates on them (all stay, as they are).
-    target: the unit and the value that were asked for, empty where a threshold decided. reached: the unit and
-    the value of this choice, by the budget that decided.
+    hidden: the hidden dimensions that stay; None where there were no gates on them, so that all stay as they
+    are. target: {unit: value} of the target, empty where a threshold decided. reached: {unit: value} of this
+    choice, by the budget that decided.
     """
 
     layers: tuple[LayerDecision, ...]
@@ -67,17 +69,17 @@ class Decision:
     hidden: Kept | None = None
 
     def shape(self, source: ModelShape) -> ModelShape:
-        """The shape that this choice leaves of a model of shape `source`."""
+        """The shape that is left of a model of shape `source`."""
         hidden = source.hidden_size if self.hidden is None else len(self.hidden.indices)
         return ModelShape(tuple(layer.shape for layer in self.layers), hidden, source.head_dim)
 
     def save(self, path: Path) -> None:
-        """Write as JSON."""
+        """Write the decision as JSON; the file is there whole, or as it was before."""
         write_json(path, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Decision:
-        """Read what `save` wrote; ValueError that names the file and the place if it is anything else."""
+        """Read a file that `save` wrote; ValueError that names the file and the place for any other."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.get("format") != FORMAT:
@@ -92,7 +94,8 @@ class Decision:
             raise ValueError(f"{path} is no decision file: {error!r}") from error
 
     def values(self, shape: ModelShape) -> PerGate:
-        """Gate values of the source model, whose shape this is: what is not kept is 0. For `Gates.fix`."""
+        """The gate values for `Gates.fix` on the source model, whose shape this is; gates that do not stay
+        are 0."""
         return PerGate(
             [_spread(d.heads, s.num_heads) for d, s in zip(self.layers, shape.layers, strict=True)],
             [_spread(d.ffn, s.ffn_width) for d, s in zip(self.layers, shape.layers, strict=True)],
@@ -122,12 +125,13 @@ def round_up(width: int, align: int, limit: int) -> int:
 def decide(
     scores: Scores, budget: Budget, target: Target, align: int = 8, fraction: float | None = None
 ) -> Decision:
-    """The largest choice within the target: all gates that rank at one threshold or above, FFN widths and the
-    hidden size rounded up.
+    """The largest choice within the target: all gates that rank at one threshold or above, with FFN widths
+    and the hidden size rounded up.
 
-    Heads, FFN units and hidden dimensions compete on one scale: the Lagrangian charged each for its own cost,
-    and the other scores are divided by it. fraction: hold the budget to this instead of the target's own
-    fraction, where measured time told that they differ. ValueError where not even the smallest choice fits.
+    Heads, FFN units and hidden dimensions compete on one scale, because the Lagrangian charged each gate for
+    its own cost, and the other scores are divided by it. fraction: the fraction of the dense cost to keep
+    within, instead of the target's own, where measured time has shown that the two differ. Errors: ValueError
+    where not even the smallest choice fits.
     """
     limit = budget.wanted(target) if fraction is None else fraction
     finite = [t[torch.isfinite(t)] for part in (scores.rank.heads, scores.rank.ffn) for t in part]
@@ -147,7 +151,8 @@ def decide(
 def decide_at(
     scores: Scores, budget: Budget, threshold: float, align: int = 8, target: Target | None = None
 ) -> Decision:
-    """Everything that ranks at `threshold` or above, FFN widths and the hidden size rounded up."""
+    """The choice of all gates that rank at `threshold` or above, with FFN widths and the hidden size rounded
+    up."""
     shape = _shape(scores, budget, threshold, align)
     layers = tuple(
         LayerDecision(
@@ -165,6 +170,8 @@ def decide_at(
 
 
 def _shape(scores: Scores, budget: Budget, threshold: float, align: int) -> ModelShape:
+    """The shape that is left by the gates that rank at `threshold` or above, rounded up."""
+
     def count(rank: Tensor) -> int:
         return int((rank >= threshold).sum())
 
@@ -173,12 +180,12 @@ def _shape(scores: Scores, budget: Budget, threshold: float, align: int) -> Mode
         for h, f in zip(scores.rank.heads, scores.rank.ffn, strict=True)
     )
     hidden = scores.rank.hidden
-    # A model without any hidden dimension is none.
+    # A model needs at least one hidden dimension.
     return ModelShape(layers, round_up(max(count(hidden), 1), align, hidden.numel()), budget.dense.head_dim)
 
 
 def _best(rank: Tensor, values: Tensor, count: int) -> Kept:
-    """The `count` gates that rank highest; of equals the first, so that the choice is always the same."""
+    """The `count` gates that rank highest; the first of equal ones, so that the choice is always the same."""
     order = torch.sort(rank, descending=True, stable=True).indices[:count]
     indices = order.sort().values
     return Kept(tuple(indices.tolist()), tuple(values[indices].tolist()))

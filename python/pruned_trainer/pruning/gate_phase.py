@@ -1,7 +1,7 @@
-"""What the gate phase adds to a training: a term of the loss that makes open gates cost something.
+"""The gate phase: the term that it adds to the loss, by which open gates cost something.
 
-`HoldTarget` (the joint recipe) pulls the expected cost to a target with a Lagrangian, through several targets
-one after another if asked; `PayPerGate` (the paper's recipe) charges a fixed price for each open gate.
+`HoldTarget` (the joint recipe) pulls the expected cost to a target with a Lagrangian, or to several targets
+one after another; `PayPerGate` (the paper's recipe) charges a fixed price for each open gate.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from pruned_trainer.pruning.budget import Budget
-from pruned_trainer.pruning.gates import PENALTIES, Gates
+from pruned_trainer.pruning.gates import Gates
+from pruned_trainer.pruning.options import PENALTIES
 
-# The target falls from the dense cost (or the target before) to what was asked for over this part of its
-# steps; the rest settles there.
+# The fraction that is held falls from the dense cost (or the target before) to the target over this part of
+# the target's steps; it stays there for the rest.
 RAMP = 0.6
 # The multipliers must grow to where the price of an open gate outweighs what it adds to the loss, about 10
 # to 30 here.
 MULTIPLIER_RATE = 1.0
-# Steps in which gates at the paper's learning rate (0.1) travel from open to closed with time to settle; a
+# The steps that gates at the paper's learning rate (0.1) take from open to closed, with time to settle. A
 # shorter run gets proportionally larger rates.
 SETTLING_STEPS = 300
 # The paper's prices: 5e-3 a head and 2e-5 an FFN unit of a base model (1.875e-3 and 7.5e-6 of a large one),
@@ -31,11 +32,10 @@ PRICE_OF_ALL = 0.72
 
 
 class Lagrangian(nn.Module):
-    """Holds the expected budget at a target: linear * gap + quadratic * gap^2, with both multipliers trained
-    upwards.
+    """The term linear * gap + quadratic * gap^2, which holds the expected budget at a target.
 
-    gap = expected fraction - target fraction (Wang et al. 2020, as used by CoFi). The multipliers are
-    parameters for gradient ascent: give them to an optimiser with maximize=True.
+    gap = expected fraction - target fraction (Wang et al. 2020, as used by CoFi). Both multipliers are
+    trained by gradient ascent: give them to an optimiser with maximize=True.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Lagrangian(nn.Module):
 
 
 class GatePhase(ABC):
-    """Gates that train, and the term of the loss that they pay. penalty: one of PENALTIES."""
+    """Gates that train, and their term of the loss. penalty: one of PENALTIES."""
 
     def __init__(self, gates: Gates, gate_learning_rate: float, penalty: str = "open") -> None:
         if penalty not in PENALTIES:
@@ -58,27 +58,27 @@ class GatePhase(ABC):
 
     @abstractmethod
     def loss(self, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """The term at this part of the training (0 to 1), and numbers for the log."""
+        """The term of the loss at this part of the training (0 to 1), and numbers for the log."""
 
     @property
     def stages(self) -> int:
-        """Targets that are held one after another."""
+        """The number of targets that are held one after another."""
         return 1
 
     def groups(self, steps: int) -> list[dict[str, Any]]:
-        """Optimiser groups of a training of `steps` steps."""
+        """The optimiser's parameter groups for a training of `steps` steps."""
         rate = self.gate_learning_rate * self.pace(steps)
         return [{"params": self.gates.locations(), "lr": rate, "weight_decay": 0.0}]
 
     @staticmethod
     def pace(steps: int) -> float:
-        """How many times faster the gates of a short training must move."""
+        """The factor by which the gates of a short training must move faster."""
         return max(1.0, SETTLING_STEPS / steps) if steps > 0 else 1.0
 
 
 class HoldTarget(GatePhase):
-    """A Lagrangian that holds the expected cost at `fractions` of the dense cost, one after another, an equal
-    share of the steps each."""
+    """A Lagrangian that holds the expected cost at `fractions` of the dense cost, one after another, each for
+    an equal share of the steps."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class HoldTarget(GatePhase):
         return len(self.fractions)
 
     def target_at(self, progress: float) -> float:
-        """The fraction to hold at this part of the training (0 to 1)."""
+        """The fraction that is held at this part of the training (0 to 1)."""
         place = min(max(progress, 0.0), 1.0) * len(self.fractions)
         stage = min(int(place), len(self.fractions) - 1)
         before = self.fractions[stage - 1] if stage else 1.0
@@ -122,8 +122,10 @@ class HoldTarget(GatePhase):
 
 
 class PayPerGate(GatePhase):
-    """The paper's term: lambda times the expected number of open gates. multiples: for each part, of the
-    paper's own lambda."""
+    """The paper's term: lambda times the expected number of open gates.
+
+    multiples: for each part, the multiple of the paper's own lambda.
+    """
 
     def __init__(
         self,

@@ -15,17 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from pruned_ops import ModelShape
+from pruned_trainer.pruning.options import DEFAULT_PARTS, PARTS, check_parts
 
 # The method's own defaults; the paper states no others.
 BETA = 2 / 3
 LOW, HIGH = -0.1, 1.1
-# P(gate > 0) = 0.98 and a deterministic gate of exactly 1: training starts at the model as it is, and not so
-# far out that the price of an open gate has no gradient.
+# Here P(gate > 0) is 0.98 and the deterministic gate exactly 1, so that training starts at the model as it
+# is; it is not so far out that the price of an open gate has no gradient.
 INITIAL_LOG_ALPHA = 2.5
-# What gates can be put on; every layer has its own heads and FFN units, all layers share the hidden
-# dimensions.
-PARTS = ("heads", "ffn", "hidden")
-DEFAULT_PARTS = ("heads", "ffn")
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
@@ -38,8 +35,8 @@ def one_probability(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha - BETA * math.log((1 - LOW) / (HIGH - 1)))
 
 
-# What a gate counts in the budget: as open when it is not 0 (Louizos et al.), or only when it is exactly 1.
-PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"open": open_probability, "one": one_probability}
+# The probability with which a gate counts in the budget, by the name of the penalty (`options.PENALTIES`).
+COUNTED: dict[str, Callable[[Tensor], Tensor]] = {"open": open_probability, "one": one_probability}
 
 
 def deterministic_gate(log_alpha: Tensor) -> Tensor:
@@ -74,7 +71,7 @@ class PerGate:
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PerGate:
-        """The function of each tensor."""
+        """The numbers after `function` was applied to each tensor."""
         return PerGate(
             [function(h) for h in self.heads], [function(f) for f in self.ffn], function(self.hidden)
         )
@@ -84,21 +81,18 @@ class PerGate:
         return {"heads": self.heads, "ffn": self.ffn, "hidden": [self.hidden]}[part]
 
     def replace(self, part: str, other: PerGate) -> PerGate:
-        """These numbers, but `other`'s for one of PARTS."""
-        one = PerGate(list(self.heads), list(self.ffn), self.hidden)
-        if part == "heads":
-            one.heads = list(other.heads)
-        elif part == "ffn":
-            one.ffn = list(other.ffn)
-        else:
-            one.hidden = other.hidden
-        return one
+        """These numbers, with those of `other` in one of PARTS."""
+        source = {name: other if name == part else self for name in PARTS}
+        return PerGate(list(source["heads"].heads), list(source["ffn"].ffn), source["hidden"].hidden)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a choice is made from: `rank` says what stays longest (larger; +inf: never goes), `values` what an
-    open gate multiplies its part by."""
+    """The numbers that a choice is made from.
+
+    rank: gates with a larger number stay longer, and one with +inf always stays. values: what an open gate
+    multiplies its part by.
+    """
 
     rank: PerGate
     values: PerGate
@@ -136,20 +130,20 @@ class Gates(nn.Module):
         return [parameter for part in self.parts for parameter in self.log_alphas(part)]
 
     def per_gate(self, function: Callable[[Tensor], Tensor], without: float) -> PerGate:
-        """`function` of each log_alpha, and `without` for the parts that have no gates."""
+        """`function` of each log_alpha, and the number `without` for the parts that have no gates."""
         device = self.draws.device
-        found = PerGate.full(self.shape, without).map(lambda tensor: tensor.to(device))
+        numbers = PerGate.full(self.shape, without).map(lambda tensor: tensor.to(device))
         for part in self.parts:
             mapped = [function(log_alpha) for log_alpha in self.log_alphas(part)]
             if part == "hidden":
-                found.hidden = mapped[0]
+                numbers.hidden = mapped[0]
             else:
-                setattr(found, part, mapped)
-        return found
+                setattr(numbers, part, mapped)
+        return numbers
 
     def draw(self) -> None:
-        """Set the values for the next forward: fixed ones if set, samples while training, else deterministic
-        ones."""
+        """Set the values for the next forward pass: the fixed ones, if `fix` was called; else samples in
+        training mode, and deterministic values in evaluation mode."""
         if self.fixed is not None:
             self.values = self.fixed
         elif self.training:
@@ -162,7 +156,8 @@ class Gates(nn.Module):
     def fix(self, values: PerGate) -> None:
         """Use these values from now on, in training and evaluation: a hard decision, or all ones.
 
-        ValueError where values of a part without gates are not all 1: nothing would apply them.
+        Errors: ValueError where values of a part without gates are not all 1, because nothing would apply
+        them.
         """
         for part in PARTS:
             if part not in self.parts and any(bool((value != 1).any()) for value in values.of(part)):
@@ -170,28 +165,20 @@ class Gates(nn.Module):
         self.fixed = values.map(lambda value: value.to(self.draws.device))
 
     def fix_open(self) -> None:
-        """All gates open: the model without gates."""
+        """Open all gates, so that the model computes what it does without gates."""
         self.fix(PerGate.full(self.shape, 1.0))
 
     def probabilities(self, penalty: str = "open") -> PerGate:
-        """The probability of each gate that counts, P(gate > 0) or (penalty "one") P(gate = 1);
+        """The probability with which each gate counts: P(gate > 0), or for the penalty "one" P(gate = 1);
         differentiable."""
-        return self.per_gate(PENALTIES[penalty], 1.0)
+        return self.per_gate(COUNTED[penalty], 1.0)
 
     @torch.no_grad()
     def scores(self) -> Scores:
-        """log_alpha as rank, the deterministic gates as values; on the CPU."""
+        """The scores with log_alpha as rank and the deterministic gates as values, on the CPU."""
         rank = self.per_gate(lambda log_alpha: log_alpha.detach().clone(), math.inf)
         values = self.per_gate(deterministic_gate, 1.0)
         return Scores(rank.map(lambda t: t.float().cpu()), values.map(lambda t: t.float().cpu()))
-
-
-def check_parts(parts: Sequence[str]) -> None:
-    """ValueError unless these are one or more of PARTS."""
-    if not parts or not set(parts) <= set(PARTS):
-        raise ValueError(
-            f"parts are {', '.join(parts) or 'none'}: one or more of {', '.join(PARTS)} is needed"
-        )
 
 
 def _sample(log_alpha: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,5 @@
-"""The paper's other ways to choose what stays: random, gain, leave-one-out. No training: scores from a few
-passes over data.
+"""The paper's other ways to choose what stays, which need a few passes over data and no training: random,
+gain, leave-one-out.
 
 All give the same `Scores` as trained gates do, so that `decide` treats them alike. Gain and leave-one-out
 measure what a part is worth to the loss; it is divided by what the part costs, so that heads, FFN units and
@@ -9,7 +9,7 @@ hidden dimensions can be ranked together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,15 +24,17 @@ from pruned_ops.models.stock import model_shape
 from pruned_trainer.distributed import shared
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget
-from pruned_trainer.pruning.gates import PerGate, Scores, check_parts
+from pruned_trainer.pruning.gates import PerGate, Scores
+from pruned_trainer.pruning.options import METHODS, check_parts
 from pruned_trainer.tasks.task import without_labels
 
-METHODS = ("gain", "leave-one-out", "random")
-# FFN units and hidden dimensions that leave together in leave-one-out: one by one would take a pass over the
-# data for each of thousands.
+# The number of FFN units, or hidden dimensions, that leave-one-out closes together; one by one, each of
+# thousands would take a pass over the data.
 GROUP = 64
 
 Batches = Sequence[dict[str, Tensor]]
+# Gates that leave-one-out closes together: their part, the number of the layer, and which of its gates.
+LeftOut = tuple[str, int, slice]
 
 
 def score(
@@ -44,11 +46,11 @@ def score(
     seed: int = 0,
     progress: bool = False,
 ) -> Scores:
-    """Scores of every gate on `parts` of a question-answering model, by one of METHODS.
+    """Scores of every gate on `parts` of a question-answering model, by one of METHODS; the model is left as
+    it was.
 
-    Several processes share leave-one-out's passes. batches: padded inputs with the task's LABELS,
-    on the model's device; random needs none.
-    The model is as before afterwards.
+    batches: padded inputs with the task's LABELS, on the model's device; random needs none. Several processes
+    share leave-one-out's passes.
     """
     check_parts(parts)
     shape = model_shape(model)
@@ -85,11 +87,11 @@ def _random(shape: ModelShape, seed: int) -> PerGate:
 
 def _per_cost(worth: PerGate, budget: Budget, parts: Sequence[str]) -> PerGate:
     prices = budget.prices(parts)
-    found = PerGate.full(budget.dense, 0.0)
+    scores = PerGate.full(budget.dense, 0.0)
     for part in parts:
-        for target, value, price in zip(found.of(part), worth.of(part), prices.of(part), strict=True):
-            target.copy_(value / price.clamp(min=1e-12))
-    return found
+        for score, value, price in zip(scores.of(part), worth.of(part), prices.of(part), strict=True):
+            score.copy_(value / price.clamp(min=1e-12))
+    return scores
 
 
 def _gain(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool) -> PerGate:
@@ -97,53 +99,56 @@ def _gain(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bo
     with _evaluating(model), attached(model, parts=parts) as gates:
         total = PerGate.full(gates.shape, 0.0)
         examples = 0
-        for batch in _shown(batches, progress, "gain"):
+        for batch in tqdm(batches, desc="gain", disable=not progress):
             rows = len(batch["input_ids"])
-            # A gate for each example: one backward pass gives every example's own derivatives.
+            # Each example has gates of its own, so that one backward pass gives every example's derivatives.
             ones = PerGate.full(gates.shape, 1.0).map(partial(_for_each, rows, gates.draws.device))
             gates.fixed = ones
             leaves = [tensor for part in parts for tensor in ones.of(part)]
             with torch.enable_grad():
                 loss = example_losses(model(**without_labels(batch)), batch).sum()
-            found = torch.autograd.grad(loss, leaves)
+            gradients = torch.autograd.grad(loss, leaves)
             sums = [tensor for part in parts for tensor in total.of(part)]
-            for into, gradient in zip(sums, found, strict=True):
-                into += gradient.abs().sum((0, 1)).cpu()
+            for part_sum, gradient in zip(sums, gradients, strict=True):
+                part_sum += gradient.abs().sum((0, 1)).cpu()
             examples += rows
     return total.map(lambda t: t / max(examples, 1))
 
 
 def _for_each(rows: int, device: torch.device, values: Tensor) -> Tensor:
-    """Values of their own for each example, (rows, 1, gates), that gradients are wanted of."""
+    """The values once for each example, (rows, 1, gates), as leaves of the gradient."""
     return values.to(device).expand(rows, 1, -1).clone().requires_grad_()
 
 
 def _leave_one_out(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool) -> PerGate:
-    """Mean loss with a gate closed minus that with all open: heads one by one, others in groups of GROUP."""
+    """The mean loss with a gate closed minus the loss with all gates open. Heads are closed one by one, FFN
+    units and hidden dimensions in groups of GROUP."""
     with _evaluating(model), attached(model, parts=parts) as gates, torch.no_grad():
-        found = PerGate.full(gates.shape, 0.0)
+        worth = PerGate.full(gates.shape, 0.0)
 
-        def mean_loss(closed: tuple[str, int, slice] | None) -> float:
+        def mean_loss(closed: LeftOut | None) -> float:
             values = PerGate.full(gates.shape, 1.0)
             if closed is not None:
-                values.of(closed[0])[closed[1]][closed[2]] = 0.0
+                part, number, where = closed
+                values.of(part)[number][where] = 0.0
             gates.fix(values)
             losses = [example_losses(model(**without_labels(batch)), batch) for batch in batches]
             return float(torch.cat(losses).mean())
 
-        everything = mean_loss(None)
+        open_loss = mean_loss(None)
         choices = left_out(gates.shape, parts)
-        losses = shared(
-            lambda some: [mean_loss(choice) for choice in _shown(some, progress, "leave-one-out")], choices
-        )
-        for (part, number, where), loss in zip(choices, losses, strict=True):
-            group = found.of(part)[number][where]
-            group += (loss - everything) / group.numel()
-    return found
+
+        def losses_of(choices: Sequence[LeftOut]) -> list[float]:
+            return [mean_loss(choice) for choice in tqdm(choices, "leave-one-out", disable=not progress)]
+
+        for (part, number, where), loss in zip(choices, shared(losses_of, choices), strict=True):
+            group = worth.of(part)[number][where]
+            group += (loss - open_loss) / group.numel()
+    return worth
 
 
-def left_out(shape: ModelShape, parts: Sequence[str]) -> list[tuple[str, int, slice]]:
-    """What leave-one-out closes, one after another: part, number of the layer, which of its gates."""
+def left_out(shape: ModelShape, parts: Sequence[str]) -> list[LeftOut]:
+    """The gates that leave-one-out closes, one choice after another."""
     return [
         (part, number, slice(start, start + size))
         for part, size in (("heads", 1), ("ffn", GROUP), ("hidden", GROUP))
@@ -153,13 +158,9 @@ def left_out(shape: ModelShape, parts: Sequence[str]) -> list[tuple[str, int, sl
     ]
 
 
-def _shown(things: Iterable[Any], progress: bool, name: str) -> Iterable[Any]:
-    return tqdm(things, desc=name) if progress else things
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients for the weights, inside the block."""
+    """Put the model into evaluation mode, without gradients for its weights, inside the block."""
     training, required = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pruned_trainer.pruning.importance import METHODS
+from pruned_trainer.pruning.options import METHODS
 from pruned_trainer.report import figures
 from pruned_trainer.report.fields import Fields, change, change_text, shapes, shown, task_of
 from pruned_trainer.report.figures import Drawing, Line

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-TASKS = ("squad", "natural_questions")
 # The entries of a batch that only the loss reads, by the names of the models' arguments.
 LABELS = ("start_positions", "end_positions", "answer_types")
 

@@ -1,4 +1,5 @@
-"""Training windows as sequences, in memory or on disk alike: their lengths, and a part of them."""
+"""Batches of training windows: the windows as sequences, in memory or on disk alike, their order, and their
+padding."""
 
 from __future__ import annotations
 
@@ -10,18 +11,21 @@ import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+# Training windows: ids and labels by the models' argument names.
+Features = Sequence[dict[str, Any]]
 
-def lengths_of(features: Sequence[dict[str, Any]]) -> list[int]:
-    """Tokens of each window: a sequence's own `lengths`, where it has them (windows on disk are then not
-    read)."""
+
+def lengths_of(features: Features) -> list[int]:
+    """Tokens of each window, from the sequence's own `lengths` where it has them (windows on disk are then
+    not read)."""
     known = getattr(features, "lengths", None)
-    return list(known) if known is not None else [len(one["input_ids"]) for one in features]
+    return list(known) if known is not None else [len(feature["input_ids"]) for feature in features]
 
 
 class Numbered(Sequence[dict[str, Any]]):
-    """Windows with their place among all of them, as "number"."""
+    """The same windows, each with its position among all of them as "number"."""
 
-    def __init__(self, features: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, features: Features) -> None:
         self._features, self.lengths = features, lengths_of(features)
 
     def __len__(self) -> int:
@@ -33,10 +37,10 @@ class Numbered(Sequence[dict[str, Any]]):
         return {**self._features[number], "number": range(len(self))[number]}
 
 
-class Part(Sequence[dict[str, Any]]):
-    """A share of some windows, drawn with a seed, in their order; at least one of them."""
+class Share(Sequence[dict[str, Any]]):
+    """A fraction of the windows, drawn with a seed and kept in their order; at least one of them."""
 
-    def __init__(self, features: Sequence[dict[str, Any]], fraction: float, seed: int) -> None:
+    def __init__(self, features: Features, fraction: float, seed: int) -> None:
         number = max(1, round(fraction * len(features)))
         self._features = features
         self._rows = sorted(random.Random(seed).sample(range(len(features)), number))
@@ -52,30 +56,13 @@ class Part(Sequence[dict[str, Any]]):
         return self._features[self._rows[number]]
 
 
-def pad_batch(features: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Collate features of unequal length: id lists right-padded to the longest (batch, seqlen), positions
-    (batch,)."""
-    longest = max(len(feature["input_ids"]) for feature in features)
-    batch = {}
-    for name, first in features[0].items():
-        if not hasattr(first, "__len__"):
-            batch[name] = torch.tensor([feature[name] for feature in features])
-            continue
-        fill = pad_token_id if name == "input_ids" else 0
-        padded = torch.full((len(features), longest), fill, dtype=torch.long)
-        for row, feature in enumerate(features):
-            padded[row, : len(feature[name])] = torch.as_tensor(feature[name])
-        batch[name] = padded
-    return batch
-
-
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """Indices in which each `batch_size` consecutive ones are of like lengths, in an order that depends on
-    seed and epoch alone: equal on every process, and after a resumed run. epoch: asked at each start, because
-    loaders that skip what a resumed run has seen pass no epoch on.
+    """Indices of which each `batch_size` consecutive ones are of like lengths.
 
-    Full batches only (other examples are left out in each epoch), so that processes share each evenly; a data
-    set smaller than a batch is one batch.
+    Their order depends on seed and epoch alone, so that it is the same on every process and in a resumed run.
+    There are only full batches, so that processes share each evenly: some examples are left out, others in
+    each epoch. A data set smaller than a batch is one batch. epoch: called at each start, because loaders
+    that skip what a resumed run has seen do not pass the epoch on.
     """
 
     def __init__(
@@ -90,9 +77,26 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         grouped = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
-        # Grouped they fall in length; shuffled, neighbouring steps have nothing in common. The longest stays
-        # first, so that too large a batch fails at once.
+        # The groups fall in length. They are shuffled, so that neighbouring steps have nothing in common; the
+        # longest stays first, so that a batch that is too large for the memory fails at once.
         starts = range(self.batch_size, len(self), self.batch_size)
         order = [starts[i] for i in torch.randperm(len(starts), generator=generator).tolist()]
         for start in [0, *order]:
             yield from grouped[start : start + self.batch_size]
+
+
+def pad_batch(features: Features, pad_token_id: int) -> dict[str, Tensor]:
+    """Collate features of unequal length: lists become (batch, seqlen), right-padded to the longest window,
+    and numbers become (batch,)."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+    batch = {}
+    for name, first in features[0].items():
+        if not hasattr(first, "__len__"):
+            batch[name] = torch.tensor([feature[name] for feature in features])
+            continue
+        fill = pad_token_id if name == "input_ids" else 0
+        padded = torch.full((len(features), longest), fill, dtype=torch.long)
+        for row, feature in enumerate(features):
+            padded[row, : len(feature[name])] = torch.as_tensor(feature[name])
+        batch[name] = padded
+    return batch

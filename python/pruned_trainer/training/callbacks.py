@@ -1,4 +1,5 @@
-"""What watches a training: progress on one line, a clock, and an orderly stop on Ctrl-C."""
+"""Callbacks that watch a training: progress on one line, a clock, TensorBoard, and an orderly stop on
+Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,7 +17,7 @@ from pruned_trainer.distributed import on_any
 
 
 class OneLineProgress(ProgressCallback):
-    """Trainer's progress bar, with its logs as one line that people can read."""
+    """The Trainer's progress bar, with its logs as one line that people can read."""
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -32,7 +34,7 @@ class OneLineProgress(ProgressCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ends training after the step under way once `requested` is set on any process, with a checkpoint."""
+    """Ends training, with a checkpoint, after the step in which `requested` is set on any process."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -82,3 +84,15 @@ class StepClock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self._start)
+
+
+def tensorboard_writer(folder: Path) -> TrainerCallback:
+    """A callback that writes the Trainer's logs for TensorBoard into `folder`.
+
+    The Trainer itself would take the folder from an environment variable. Errors: ImportError where
+    tensorboard is not installed.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))

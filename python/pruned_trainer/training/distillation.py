@@ -1,28 +1,26 @@
-"""Losses that draw a student towards its teacher: answer distributions, and hidden states layer by layer."""
+"""What a student learns from its teacher: the weights of the losses, and the layers that are compared.
+
+This module imports neither torch nor transformers, so that the command line can show its help at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-_NAME = "distillation_projection"
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Weights of the loss parts. `temperature` softens the answer distributions (Hinton et al. 2015).
+    """The weights of a training's losses, and how the student is compared with its teacher.
 
-    task: cross-entropy on the gold answer. logits: KL divergence of start and end distributions, times
-    temperature^2. hidden: mean squared difference of hidden states after the layers.
-    projection: the student's hidden states pass through a learned matrix (the identity at first, thrown away
-    afterwards) before they are compared. Where the hidden sizes differ there is one always.
-    layers: pairs (student layer, teacher layer), counted from 1, whose outputs are compared; None: every
-    layer with the teacher's of the same number.
+    task: weight of the cross-entropy on the gold answer.
+    logits: weight of the KL divergence of the start and end distributions, times temperature^2.
+    hidden: weight of the mean squared difference of the hidden states after the layers.
+    temperature: softens the answer distributions (Hinton et al. 2015).
+    projection: whether the student's hidden states pass through a learned matrix before they are compared.
+    The matrix starts as the identity and is thrown away after the training. Models of different hidden sizes
+    always get one.
+    layers: pairs (student layer, teacher layer), counted from 1, whose outputs are compared; None compares
+    every layer with the teacher's layer of the same number.
     """
 
     task: float = 0.3
@@ -40,119 +38,33 @@ class Distillation:
         if self.layers is not None and not self.layers:
             raise ValueError("no pair of layers is left to compare; hidden weight 0 switches that loss off")
 
-    @property
-    def needs_teacher(self) -> bool:
-        return self.logits > 0 or self.hidden > 0
-
     @classmethod
     def none(cls) -> Distillation:
         """The task's own loss, without a teacher."""
         return cls(task=1.0, logits=0.0, hidden=0.0)
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any of the losses compares the student with a teacher."""
+        return self.logits > 0 or self.hidden > 0
 
-class Taught(NamedTuple):
-    """What a teacher says of a batch: logits (batch, seqlen), hidden states (batch, seqlen, hidden), answer
-    type logits (batch, types) where the task has them."""
+    def layer_pairs(self, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+        """The pairs of layers that are compared in models with so many layers.
 
-    start_logits: Tensor
-    end_logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None
-    answer_type_logits: Tensor | None = None
-
-
-class Projection(nn.Module):
-    """Which layers are compared, and the matrix that a student's hidden states pass through before: `attach`
-    makes it the student's submodule, so that it trains and is saved with it; `detach` takes it away."""
-
-    def __init__(self, pairs: Sequence[tuple[int, int]], sizes: tuple[int, int] | None) -> None:
-        super().__init__()
-        self.pairs = list(pairs)
-        self.matrix = nn.Parameter(torch.eye(sizes[1], sizes[0])) if sizes is not None else None
-
-    @classmethod
-    def attach(
-        cls,
-        model: nn.Module,
-        teacher: nn.Module,
-        distillation: Distillation,
-        kept_hidden: Sequence[int] | None = None,
-    ) -> Projection:
-        """ValueError as `pairs_of`. kept_hidden: the teacher's dimensions that the student's stand for; the
-        first ones by default."""
-        student: Any = model.config
-        taught: Any = teacher.config
-        pairs = cls.pairs_of(student, taught, distillation)
-        sizes = student.hidden_size, taught.hidden_size
-        needed = distillation.projection or sizes[0] != sizes[1]
-        made = cls(pairs, sizes if needed else None)
-        if needed:
-            if kept_hidden is not None and made.matrix is not None:
-                made.matrix.data = torch.eye(sizes[1])[:, list(kept_hidden)]
-            model.add_module(_NAME, made.to(next(model.parameters()).device))
-        return made
-
-    @staticmethod
-    def pairs_of(student: Any, teacher: Any, distillation: Distillation) -> list[tuple[int, int]]:
-        """The pairs of layers that are compared, by the models' configs; ValueError for a layer map that
-        names a layer which is not there, and where one is needed."""
-        depths = student.num_hidden_layers, teacher.num_hidden_layers
-        if distillation.layers is None and depths[0] != depths[1]:
+        Errors: ValueError where `layers` names a layer that one of the models lacks, and where the models
+        have different numbers of layers and `layers` is None.
+        """
+        if self.layers is None and student_layers != teacher_layers:
             raise ValueError(
-                f"the student has {depths[0]} layers, the teacher {depths[1]}: say which are compared "
-                "(--distil-layers 1:2 2:4 ...), or give the hidden states no weight (--distil-hidden 0)"
+                f"the student has {student_layers} layers, the teacher {teacher_layers}: say which are "
+                "compared (--distil-layers 1:2 2:4 ...), or give the hidden states no weight "
+                "(--distil-hidden 0)"
             )
-        pairs = distillation.layers or tuple((i + 1, i + 1) for i in range(depths[0]))
-        for pair in pairs:
-            if not (0 < pair[0] <= depths[0] and 0 < pair[1] <= depths[1]):
+        pairs = self.layers or tuple((i + 1, i + 1) for i in range(student_layers))
+        for student, teacher in pairs:
+            if not (0 < student <= student_layers and 0 < teacher <= teacher_layers):
                 raise ValueError(
-                    f"layers {pair[0]}:{pair[1]} cannot be compared: the student has {depths[0]}, "
-                    f"the teacher {depths[1]}"
+                    f"layers {student}:{teacher} cannot be compared: the student has {student_layers}, "
+                    f"the teacher {teacher_layers}"
                 )
         return list(pairs)
-
-    @staticmethod
-    def detach(model: nn.Module) -> None:
-        """Undo `attach`."""
-        if _NAME in model._modules:
-            del model._modules[_NAME]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self.matrix is None else F.linear(x, self.matrix)
-
-
-def logits_loss(student: Any, teacher: Any, real: Tensor, temperature: float) -> Tensor:
-    """Mean over start and end (and answer type, where there is one) of KL(teacher || student), times
-    temperature^2. Start and end logits and `real` (batch, seqlen)."""
-    pairs = [(student.start_logits, teacher.start_logits), (student.end_logits, teacher.end_logits)]
-    parts = [_divergence(s, t, real, temperature) for s, t in pairs]
-    types = getattr(teacher, "answer_type_logits", None)  # a stock model's output does not know the name
-    if types is not None:
-        everything = torch.ones_like(types, dtype=torch.bool)
-        parts.append(_divergence(student.answer_type_logits, types, everything, temperature))
-    return torch.stack(parts).mean() * temperature**2
-
-
-def _divergence(student: Tensor, teacher: Tensor, real: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of the KL divergence of two softened distributions over the `real` classes."""
-    lowest = torch.finfo(student.dtype).min
-    student_log = F.log_softmax((student / temperature).masked_fill(~real, lowest), -1)
-    teacher_log = F.log_softmax((teacher / temperature).masked_fill(~real, lowest), -1)
-    divergence = (teacher_log.exp() * (teacher_log - student_log)).masked_fill(~real, 0.0)
-    return divergence.sum(-1).mean()
-
-
-def hidden_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], real: Tensor, projection: Projection
-) -> Tensor:
-    """Mean squared difference over the real tokens of each sequence, then over sequences and pairs of layers.
-
-    student, teacher: hidden states (batch, seqlen, hidden), the embeddings' first. Sequence by sequence, so
-    that the mean over a batch is the mean over its halves, on however many processes.
-    """
-    weight = real.to(student[0].dtype)
-    weight = weight / (weight.sum(1, keepdim=True).clamp(min=1) * real.size(0))
-    total = torch.zeros((), device=real.device)
-    for mine, others in projection.pairs:
-        difference = (projection(student[mine]) - teacher[others]).square().mean(-1)
-        total = total + (difference * weight).sum()
-    return total / len(projection.pairs)

@@ -1,4 +1,5 @@
-"""What every training here has in common: arguments, batches, the student's preparation, the run itself."""
+"""A phase of training, whatever it trains: its arguments, the preparation of the model, and the run
+itself."""
 
 from __future__ import annotations
 
@@ -12,18 +13,22 @@ from transformers import TrainingArguments
 from pruned_ops.models.stock import find_encoder
 from pruned_trainer.distributed import on_any
 from pruned_trainer.training.callbacks import stop_on_interrupt
-from pruned_trainer.training.distillation import Projection
+from pruned_trainer.training.losses import HiddenProjection
 from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
+
+# The entries that the Trainer logged, in order.
+Log = list[dict[str, Any]]
 
 
 class InterruptedTraining(KeyboardInterrupt):
     """Training was stopped by the user; the text says where the checkpoint is."""
 
 
-def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
-    """Train (on from the last checkpoint, if the folder has one), and return the trainer's log.
+def run(trainer: PruningTrainer, name: str, resumable: bool = True) -> Log:
+    """Train, from the last checkpoint on if the folder has one, and return the trainer's log.
 
-    After a Ctrl-C: InterruptedTraining, with a checkpoint written.
+    name: the phase, for messages. resumable: whether the command has a --resume that goes on from a
+    checkpoint. Errors: InterruptedTraining after a Ctrl-C, with a checkpoint written.
     """
     folder = Path(str(trainer.args.output_dir))
     start = last_checkpoint(folder)
@@ -32,22 +37,22 @@ def run(trainer: PruningTrainer, name: str) -> list[dict[str, Any]]:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     if on_any(stopper.requested):
         step = trainer.state.global_step
-        where = folder / f"checkpoint-{step}"
-        if not where.exists():  # the request came after the last step's end
+        checkpoint = folder / f"checkpoint-{step}"
+        if not checkpoint.exists():  # the request came after the last step's end
             trainer._save_checkpoint(trainer.model_wrapped, trial=None)
-        how = "" if name == "teacher" else "; the same command with --resume goes on from it"
+        remedy = "; the same command with --resume goes on from it" if resumable else ""
         raise InterruptedTraining(
-            f"stopped in the {name} phase after step {step}; its checkpoint is {where}{how}"
+            f"stopped in the {name} phase after step {step}; its checkpoint is {checkpoint}{remedy}"
         )
     assert trainer.model is not None
-    Projection.detach(trainer.model)
+    HiddenProjection.detach(trainer.model)
     without_autocast(trainer.model)
     return trainer.state.log_history
 
 
 def without_autocast(model: nn.Module) -> None:
-    """Take off the forward that Accelerate put on the model to train it under autocast: what it is scored and
-    timed in afterwards is its own dtype."""
+    """Take off the forward that Accelerate put on the model to train it under autocast, so that it is scored
+    and timed in its own dtype afterwards."""
     for name in ("forward", "_original_forward"):
         vars(model).pop(name, None)
 
@@ -67,11 +72,11 @@ def training_arguments(
         "logging_steps": max(1, steps // 20),
         "save_strategy": "no",
         "report_to": [],
-        "disable_tqdm": False,  # said, because the default follows transformers' log level
+        "disable_tqdm": False,  # given, because the default follows transformers' log level
         "remove_unused_columns": False,
         "train_sampling_strategy": "group_by_length",
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Said, because several processes without a GPU would not find each other else.
+        # Given, because several processes without a GPU would not find each other otherwise.
         "use_cpu": not torch.cuda.is_available(),
         # Every parameter takes part in every step, but some (multipliers, projection) outside the model's
         # forward, where a search for unused ones would not see them.
@@ -83,8 +88,8 @@ def training_arguments(
 def prepare_student(model: nn.Module, dropout: float, train_embeddings: bool) -> None:
     """Set every dropout of `model`, and freeze its word embeddings unless they are to be trained.
 
-    Dropout is off by default: the teacher's soft targets regularise, and on CPU it costs the fused attention
-    (3x).
+    Dropout is off by default: the teacher's soft targets regularise already, and on a CPU dropout rules out
+    the fused attention, which is 3 times as fast.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

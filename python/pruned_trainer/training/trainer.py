@@ -1,5 +1,5 @@
-"""PruningTrainer: transformers.Trainer with the losses, optimiser groups, logs and checkpoints of pruning,
-and no loop of its own."""
+"""PruningTrainer: transformers.Trainer with the losses, optimiser groups, logs and checkpoints of pruning; it
+has no training loop of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.tasks.task import without_labels
 from pruned_trainer.training.batches import LengthGroupedSampler, lengths_of
 from pruned_trainer.training.callbacks import OneLineProgress
-from pruned_trainer.training.distillation import Distillation, Projection, Taught, hidden_loss, logits_loss
+from pruned_trainer.training.distillation import Distillation
+from pruned_trainer.training.losses import HiddenProjection, TeacherOutput, hidden_loss, logits_loss
 from pruned_trainer.training.teacher_cache import TeacherCache
 
 _SAVING = "saving"
@@ -30,10 +31,10 @@ class PruningTrainer(Trainer):
     """Trains a student with its task loss, distillation from a teacher, and in the gate phase what open gates
     cost.
 
-    model: a gated model (with `gate_phase`) or any question-answering model (without: plain distillation).
+    model: a gated model, with `gate_phase`; or any question-answering model, without, for plain distillation.
     teacher: gives start and end logits and hidden states without gradients; None if the distillation needs
-    none. cache: the teacher's logits, where they are on disk already; features then have a "number".
-    kept_hidden: which of the teacher's hidden dimensions the student still has, where it has fewer.
+    none. cache: the teacher's logits on disk; features then have a "number". kept_hidden: the teacher's
+    hidden dimensions that the student still has, where it has fewer.
     Batches are dictionaries of padded tensors with the task's LABELS.
     """
 
@@ -55,11 +56,13 @@ class PruningTrainer(Trainer):
                 "several GPUs in one process are not supported: start a process each (torchrun, "
                 "accelerate launch), or choose one with CUDA_VISIBLE_DEVICES"
             )
-        self.projection: Projection | None = None
+        self.projection: HiddenProjection | None = None
         if distillation.hidden > 0 and teacher is not None:
-            self.projection = Projection.attach(model, teacher, distillation, kept_hidden)
+            self.projection = HiddenProjection.attach(model, teacher, distillation, kept_hidden)
         for parameter in model.parameters():
-            if not parameter.numel():  # no gradient ever comes for it, and several processes would wait
+            if (
+                not parameter.numel()
+            ):  # no gradient ever comes for it, and several processes would wait for one
                 parameter.requires_grad_(False)
         super().__init__(model, args, **kwargs)
         if not args.disable_tqdm:
@@ -78,11 +81,12 @@ class PruningTrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        # A batch of all processes together.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         lengths = lengths_of(dataset)
-        steps = max(len(lengths) // together, 1)  # of an epoch
+        epoch_steps = max(len(lengths) // batch_size, 1)
         return LengthGroupedSampler(
-            lengths, together, self.args.seed, lambda: self.state.global_step // steps
+            lengths, batch_size, self.args.seed, lambda: self.state.global_step // epoch_steps
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -108,25 +112,27 @@ class PruningTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Warm-up and linear decay; the gates' and multipliers' begin anew for each target."""
+        """Warm-up and linear decay; those of the gates and multipliers begin anew for each target."""
         if self.gate_phase is None or self.gate_phase.stages == 1:
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
         assert optimizer is not None
         stage = max(num_training_steps // self.gate_phase.stages, 1)
-        own = {id(p) for p in self.gate_phase.gates.parameters()}
+        gates = {id(p) for p in self.gate_phase.gates.parameters()}
 
         def linear(steps: int, step: int) -> float:
             warm = max(1, steps // 20)
             return min(step / warm, max(0.0, (steps - step) / max(steps - warm, 1)))
 
-        def of_weights(step: int) -> float:
+        def weight_rate(step: int) -> float:
             return linear(num_training_steps, step)
 
-        def of_gates(step: int) -> float:
+        def gate_rate(step: int) -> float:
             return linear(stage, step % stage)
 
-        rates: Any = [of_gates if id(g["params"][0]) in own else of_weights for g in optimizer.param_groups]
+        rates: Any = [
+            gate_rate if id(group["params"][0]) in gates else weight_rate for group in optimizer.param_groups
+        ]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         return self.lr_scheduler
 
@@ -153,50 +159,51 @@ class PruningTrainer(Trainer):
         self._count({f"loss_{name}": float(part.detach()) for name, part in parts.items()})
         self._counted += 1
         if on_any(not math.isfinite(float(loss.detach()))):
-            raise FloatingPointError(self._what_went_wrong(parts))
+            raise self._not_finite(parts)
         return (loss, outputs) if return_outputs else loss
 
     def _distil(self, outputs: Any, inputs: dict[str, Tensor], numbers: Tensor | None) -> dict[str, Tensor]:
         weights, real = self.distillation, inputs["attention_mask"].bool()
-        taught = self._taught(inputs, numbers)
+        target = self._teacher_output(inputs, numbers)
         parts = {}
         if weights.logits > 0:
-            parts["logits"] = logits_loss(outputs, taught, real, weights.temperature) * weights.logits
+            parts["logits"] = logits_loss(outputs, target, real, weights.temperature) * weights.logits
         if weights.hidden > 0:
-            assert taught.hidden_states is not None and self.projection is not None
-            loss = hidden_loss(outputs.hidden_states, taught.hidden_states, real, self.projection)
+            assert target.hidden_states is not None and self.projection is not None
+            loss = hidden_loss(outputs.hidden_states, target.hidden_states, real, self.projection)
             parts["hidden"] = loss * weights.hidden
         return parts
 
-    def _taught(self, inputs: dict[str, Tensor], numbers: Tensor | None) -> Taught:
-        """What the teacher says of this batch: from the cache if it is there, and the logits alone are asked
-        for."""
+    def _teacher_output(self, inputs: dict[str, Tensor], numbers: Tensor | None) -> TeacherOutput:
+        """The teacher's output for this batch, from the cache where that has it and only logits are
+        needed."""
         assert self.teacher is not None
         hidden, mask = self.distillation.hidden > 0, inputs["attention_mask"]
         if self.cache is not None and numbers is not None and not hidden:
-            found = self.cache.logits(numbers.cpu(), mask.size(1))
-            if found is not None:
-                start, end, *kinds = (logits.to(mask.device) for logits in found)
-                return Taught(start, end, None, *kinds)
+            cached = self.cache.logits(numbers.cpu(), mask.size(1))
+            if cached is not None:
+                start, end, *answer_types = (logits.to(mask.device) for logits in cached)
+                return TeacherOutput(start, end, None, *answer_types)
         questions = without_labels(inputs)
-        # In its own precision, also where the student runs under autocast.
+        # The teacher runs in its own precision, also where the student runs under autocast.
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
             output = self.teacher(**questions, output_hidden_states=hidden)
         start, end = output.start_logits, output.end_logits
         types = getattr(output, "answer_type_logits", None)
         if self.cache is not None and numbers is not None:
-            kept = types.cpu() if types is not None else None
-            self.cache.store(numbers.cpu(), start.cpu(), end.cpu(), mask.cpu(), kept)
-        return Taught(start, end, output.hidden_states if hidden else None, types)
+            stored_types = types.cpu() if types is not None else None
+            self.cache.store(numbers.cpu(), start.cpu(), end.cpu(), mask.cpu(), stored_types)
+        return TeacherOutput(start, end, output.hidden_states if hidden else None, types)
 
-    def _what_went_wrong(self, parts: dict[str, Tensor]) -> str:
-        found = ", ".join(f"{name} {float(part.detach()):.4g}" for name, part in parts.items())
-        what = f"the loss is not finite ({found})" if parts else "a weight is not finite"
+    def _not_finite(self, parts: dict[str, Tensor]) -> FloatingPointError:
+        """The error for a loss of these parts, or (without parts) a weight, that is not finite."""
+        values = ", ".join(f"{name} {float(part.detach()):.4g}" for name, part in parts.items())
+        fault = f"the loss is not finite ({values})" if parts else "a weight is not finite"
         last = last_checkpoint(Path(str(self.args.output_dir)))
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
-        return (
-            f"{what} at step {self.state.global_step} with learning rate "
-            f"{self._get_learning_rate():.3g}; {kept}; a lower learning rate helps"
+        remedy = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
+        return FloatingPointError(
+            f"{fault} at step {self.state.global_step} with learning rate "
+            f"{self._get_learning_rate():.3g}; {remedy}; a lower learning rate helps"
         )
 
     # -- logs and checkpoints ----------------------------------------------------------------------------
@@ -206,8 +213,8 @@ class PruningTrainer(Trainer):
             self._parts[name] = self._parts.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's logs with the mean (over steps and processes) of each loss part, and of the expected and
-        wanted budget, since the last ones; and how many gates are open in each layer."""
+        """Log, beside the Trainer's own entries, the means over steps and processes since the last log of
+        each loss part and of the expected and wanted budget, and the number of open gates in each layer."""
         if self._counted and "loss" in logs:
             names = sorted(self._parts)
             means = torch.tensor([self._parts[name] / self._counted for name in names])
@@ -223,11 +230,13 @@ class PruningTrainer(Trainer):
         return os.path.join(folder, _SAVING) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint gets its name only when it is whole; then the one before goes. A model that is spoilt
-        is not saved."""
+        """Give a checkpoint its name only when it is whole, and then remove the one before.
+
+        Errors: FloatingPointError, with nothing saved, where a weight is not finite.
+        """
         run = Path(str(self.args.output_dir))
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-            raise FloatingPointError(self._what_went_wrong({}))
+            raise self._not_finite({})
         if self.args.should_save:
             shutil.rmtree(run / _SAVING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -249,12 +258,12 @@ class PruningTrainer(Trainer):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in a phase's folder."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return Path(found) if found else None
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return Path(newest) if newest else None
 
 
 def _open_gates(phase: GatePhase) -> dict[str, float]:
-    """Expected number of open gates, of each layer and of the hidden size."""
+    """The expected number of open gates in each layer, and of open hidden dimensions."""
     counts = phase.gates.probabilities()
     return {
         f"open_{part}/{f'layer_{i}' if part != 'hidden' else 'model'}": float(tensor.detach().sum())

@@ -30,8 +30,9 @@ from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.importance import example_losses
 from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
-from pruned_trainer.training.batches import Part, lengths_of
-from pruned_trainer.training.distillation import Distillation, Taught, logits_loss
+from pruned_trainer.training.batches import Share, lengths_of
+from pruned_trainer.training.distillation import Distillation
+from pruned_trainer.training.losses import TeacherOutput, logits_loss
 from pruned_trainer.training.teacher_cache import TeacherCache
 from tiny_tokenizers import byte_tokenizer, word_tokenizer
 
@@ -205,7 +206,7 @@ def test_models_of_the_other_task_are_refused(
 
 def settings_of(folder: Path, dense: Path, out: Path, **changes: Any) -> PruneSettings:
     return PruneSettings(
-        model=str(dense), train_file=folder / "train.jsonl.gz", out=out / "out", target=Target(macs=0.5),
+        model=str(dense), train_file=folder / "train.jsonl.gz", out=out / "out", targets=(Target(macs=0.5),),
         task="natural_questions", max_length=32, stride=8, null_rate=1.0, **changes,
     )  # fmt: skip
 
@@ -215,7 +216,7 @@ def test_gates_see_their_part_and_held_out_documents_nobody(
 ) -> None:
     found = start(settings_of(folder, dense, tmp_path, gate_fraction=0.2))
     assert len(found.gate_train) == round(0.2 * len(found.train))
-    assert isinstance(found.gate_train, Part) and len(found.gate_train[:3]) == 3
+    assert isinstance(found.gate_train, Share) and len(found.gate_train[:3]) == 3
     assert lengths_of(found.gate_train) == [len(one["input_ids"]) for one in found.gate_train]
     assert 5 < len(found.validation) < 40
     trained = len(NaturalQuestionsTask(32, 8, null_rate=1.0).prepare(
@@ -238,8 +239,8 @@ def test_answer_types_take_part_in_the_losses() -> None:
         (b.answer_type_logits / 2).softmax(-1)
         * ((b.answer_type_logits / 2).log_softmax(-1) - (a.answer_type_logits / 2).log_softmax(-1))
     ]
-    spans = logits_loss(a, Taught(b.start_logits, b.end_logits, None), real, 2.0)
-    every = logits_loss(a, Taught(b.start_logits, b.end_logits, None, b.answer_type_logits), real, 2.0)
+    spans = logits_loss(a, TeacherOutput(b.start_logits, b.end_logits, None), real, 2.0)
+    every = logits_loss(a, TeacherOutput(b.start_logits, b.end_logits, None, b.answer_type_logits), real, 2.0)
     expected = (2 * spans + 4 * by_hand[0].sum(-1).mean()) / 3
     torch.testing.assert_close(every, expected)
 

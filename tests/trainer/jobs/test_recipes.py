@@ -22,7 +22,7 @@ from pruned_trainer import (
     attached,
 )
 from pruned_trainer.cli import main
-from pruned_trainer.jobs.job import start
+from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.plan import GATE_SHARE, make_plan
 from pruned_trainer.jobs.prune import prune, sweep
 from pruned_trainer.jobs.settings import RECIPES, PruneSettings
@@ -34,12 +34,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
     return job_settings(tmp_path_factory.mktemp("recipes"), trained_model())
 
 
+def targets_of(*macs: float) -> tuple[Target, ...]:
+    return tuple(Target(macs=fraction) for fraction in macs)
+
+
 def test_the_paper_s_recipe(settings: PruneSettings) -> None:
     """Weights frozen, each part's gates alone, prices instead of a target: dearer heads are fewer heads."""
     left = []
     for multiple in (0.5, 30.0):
         one = variant(
-            settings, f"paper-{multiple}", recipe="paper", target=None, lambda_attention=multiple,
+            settings, f"paper-{multiple}", recipe="paper", targets=(), lambda_attention=multiple,
             lambda_ffn=0.0, gate_steps=60, retrain_steps=5,
         )  # fmt: skip
         report = prune(one)
@@ -64,7 +68,9 @@ def test_other_recipes_meet_a_target(recipe: str, settings: PruneSettings) -> No
 
 def test_hidden_dimensions(settings: PruneSettings) -> None:
     """All three kinds at once; the narrow model learns through a projection onto what is left."""
-    one = variant(settings, "hidden", parts=("heads", "ffn", "hidden"), target=Target(params=0.3), align=1)
+    one = variant(
+        settings, "hidden", parts=("heads", "ffn", "hidden"), targets=(Target(params=0.3),), align=1
+    )
     report = prune(one)
     model = AutoModelForQuestionAnswering.from_pretrained(one.out)
     assert model.config.hidden_size == report["hidden_size"] < 32
@@ -72,12 +78,12 @@ def test_hidden_dimensions(settings: PruneSettings) -> None:
     assert "loss_hidden" in report["training"]["retrain"][0]
     assert not any("projection" in name for name, _ in model.named_parameters())
     with pytest.raises(ValueError, match="hidden dimensions go with a target in params or macs"):
-        replace(one, target=Target(speedup=2.0))
+        replace(one, targets=(Target(speedup=2.0),))
 
 
 def test_a_family_from_one_training(settings: PruneSettings, capsys: pytest.CaptureFixture[str]) -> None:
-    one = variant(settings, "family", retrain_steps=10)
-    found = sweep(one, [Target(macs=0.4), Target(macs=0.8), Target(macs=0.6)])
+    one = variant(settings, "family", targets=targets_of(0.4, 0.8, 0.6), retrain_steps=10)
+    found = sweep(one)
     assert capsys.readouterr().out.count("joint: 40 steps") == 1
     assert [point["folder"] for point in found["points"]] == ["macs-0.8", "macs-0.6", "macs-0.4"]
     assert json.loads(json.dumps(found)) == json.loads((one.out / "sweep.json").read_text())
@@ -94,11 +100,15 @@ def test_a_family_from_one_training(settings: PruneSettings, capsys: pytest.Capt
     figures = {f"{name}.png" for name in ("sweep", "report-gates", "report-target", "report-speed")}
     assert left == {"macs-0.8", "macs-0.6", "macs-0.4", "sweep.json", "report.html", *figures}
     with pytest.raises(ValueError, match="asked for twice: macs-0.5, macs-0.5"):
-        sweep(variant(settings, "twice"), [Target(macs=0.5), Target(macs=0.50000001)])
+        variant(settings, "twice", targets=targets_of(0.5, 0.50000001))
     with pytest.raises(ValueError, match="2 gate steps cannot pass 3 targets"):
-        sweep(variant(settings, "few", gate_steps=2), [Target(macs=m) for m in (0.8, 0.6, 0.4)])
+        sweep(variant(settings, "few", gate_steps=2, targets=targets_of(0.8, 0.6, 0.4)))
     with pytest.raises(ValueError, match="all in one unit"):
-        sweep(variant(settings, "mixed"), [Target(macs=0.4), Target(speedup=2.0)])
+        variant(settings, "mixed", targets=(Target(macs=0.4), Target(speedup=2.0)))
+    with pytest.raises(ValueError, match="prune makes one model; sweep makes one for each of 2 targets"):
+        prune(variant(settings, "several", targets=targets_of(0.8, 0.4)))
+    with pytest.raises(ValueError, match="a sweep needs one or more targets"):
+        sweep(variant(settings, "none", recipe="paper", targets=()))
 
 
 def test_targets_are_passed_one_after_another() -> None:
@@ -209,24 +219,23 @@ def test_minutes_are_shared_out_in_every_recipe(recipe: str, settings: PruneSett
     other the rest; too little time is refused."""
     one = variant(settings, f"minutes-{recipe}", recipe=recipe, gate_steps=None, retrain_steps=None)
     job = start(replace(one, max_minutes=20))
-    assert one.target is not None
 
-    def planned() -> tuple[float, float]:
-        plan = make_plan(job, [one.target])
+    def planned(job: Job) -> tuple[float, float]:
+        plan = make_plan(job)
         assert plan.gate_step_seconds is not None and plan.retrain_step_seconds is not None
         assert plan.gate_steps >= 1 and plan.retrain_steps >= 1
         return plan.gate_steps * plan.gate_step_seconds, plan.retrain_steps * plan.retrain_step_seconds
 
-    gates, again = planned()
+    gates, again = planned(job)
     assert 600 < gates + again <= 1200
     if recipe in ("joint", "paper"):
         assert gates / (gates + again) == pytest.approx(GATE_SHARE, abs=0.05)
-        job.settings = replace(job.settings, retrain_steps=10)
-        gates, again = planned()
+        job = replace(job, settings=replace(job.settings, retrain_steps=10))
+        gates, again = planned(job)
         assert 600 < gates + again <= 1200 and again < 100
-    job.started -= 1300
+    late = replace(job, clock=replace(job.clock, earlier=1300.0))
     with pytest.raises(ValueError, match=r"--max-minutes 20 is too little here: at least \d"):
-        make_plan(job, [one.target])
+        make_plan(late)
 
 
 def test_options_without_effect_are_refused(settings: PruneSettings) -> None:

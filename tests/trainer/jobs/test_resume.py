@@ -17,7 +17,7 @@ from jobs import Killed, command, job_settings, killed, losses, same_end, varian
 from matching import trained_model
 from pruned_trainer import Target
 from pruned_trainer.jobs import choice
-from pruned_trainer.jobs import prune as pruning
+from pruned_trainer.jobs import prune as prune_module
 from pruned_trainer.jobs.prune import prune, sweep
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
@@ -114,7 +114,7 @@ def test_resuming_what_cannot_be_resumed(settings: PruneSettings, monkeypatch: p
     with pytest.raises(FileExistsError, match="--resume goes on with it, --overwrite replaces it"):
         prune(one)
     with pytest.raises(ValueError, match="started with other settings: gate_learning_rate, target"):
-        prune(replace(one, resume=True, target=Target(macs=0.6), gate_learning_rate=0.2))
+        prune(replace(one, resume=True, targets=(Target(macs=0.6),), gate_learning_rate=0.2))
     partial = one.out.with_name("other.partial")
     (partial / "run.json").write_text("{")
     with pytest.raises(ValueError, match="holds no run that can be resumed"):
@@ -123,13 +123,39 @@ def test_resuming_what_cannot_be_resumed(settings: PruneSettings, monkeypatch: p
     assert not partial.exists() and one.out.is_dir()
 
 
+def record_as_before(out: Path) -> None:
+    """Rewrite the record of an interrupted run as earlier versions wrote it: the first target in the
+    settings, and the text of all targets beside them."""
+    path = out.with_name(f"{out.name}.partial") / "run.json"
+    record = json.loads(path.read_text())
+    targets = record["settings"].pop("targets")
+    record["settings"]["target"] = targets[-1] if targets else None  # a sweep's first as it was typed
+    kept = ({unit: value for unit, value in target.items() if value is not None} for target in targets)
+    path.write_text(json.dumps({**record, "targets": [str(Target(**target)) for target in kept]}))
+
+
+def test_a_run_that_an_earlier_version_began_is_resumed(
+    settings: PruneSettings, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = variant(settings, "begun-before", save_steps=10)
+    killed(one, "gates", 25, monkeypatch)
+    record_as_before(one.out)
+    with pytest.raises(ValueError, match="started with other settings: targets"):
+        prune(replace(one, resume=True, targets=(Target(macs=0.6),)))
+    # Its text has too few digits to tell these targets apart, but the settings have them all.
+    with pytest.raises(ValueError, match="started with other settings: targets"):
+        prune(replace(one, resume=True, targets=(Target(macs=0.5000000001),)))
+    prune(replace(one, resume=True))
+    same_end(one.out, whole)
+
+
 def test_what_was_decided_is_not_decided_again(
     settings: PruneSettings, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = variant(settings, "decided", save_steps=10)
     killed(one, "retrain", 5, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(choice, "_joint", None)
+        patch.setattr(choice, "train_jointly", None)
         prune(replace(one, resume=True))
     same_end(one.out, whole)
 
@@ -144,7 +170,7 @@ def test_a_kill_between_training_and_decision(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(choice, "_capture", dies)
+        patch.setattr(choice, "decide_for", dies)
         with pytest.raises(Killed):
             prune(one)
     assert last_checkpoint(one.out.with_name("undecided.partial") / "gates").name == "checkpoint-40"
@@ -180,11 +206,11 @@ def test_what_an_interrupted_run_took_and_logged_is_reported(
 
 def test_a_sweep_resumes(settings: PruneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while the second model trains: the first is not trained again, and the end is the same."""
-    targets = [Target(macs=0.7), Target(macs=0.5)]
-    base = variant(settings, "swept", retrain_steps=10)
-    sweep(base, targets)
+    targets = (Target(macs=0.7), Target(macs=0.5))
+    base = variant(settings, "swept", targets=targets, retrain_steps=10)
+    sweep(base)
     one = replace(base, out=base.out.with_name("swept-killed"), save_steps=4)
-    original, seen = pruning.retrain, []
+    original, seen = prune_module.retrain, []
 
     def dies(job: Any, narrow: Any, folder: Path, *rest: Any) -> Any:
         seen.append(folder.name)
@@ -193,13 +219,16 @@ def test_a_sweep_resumes(settings: PruneSettings, monkeypatch: pytest.MonkeyPatc
         return original(job, narrow, folder, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pruning, "retrain", dies)
+        patch.setattr(prune_module, "retrain", dies)
         with pytest.raises(Killed):
-            sweep(one, targets)
+            sweep(one)
     assert seen == ["retrain-macs-0.7", "retrain-macs-0.5"]
     with pytest.raises(ValueError, match="other settings: targets"):
-        sweep(replace(one, resume=True), [Target(macs=0.7), Target(macs=0.4)])
-    sweep(replace(one, resume=True), targets)
+        sweep(replace(one, resume=True, targets=(Target(macs=0.7), Target(macs=0.4))))
+    record_as_before(one.out)
+    with pytest.raises(ValueError, match="other settings: targets"):
+        sweep(replace(one, resume=True, targets=(Target(macs=0.7), Target(macs=0.4))))
+    sweep(replace(one, resume=True))
     for name in ("macs-0.7", "macs-0.5"):
         same_end(one.out / name, base.out / name)
 
@@ -207,7 +236,7 @@ def test_a_sweep_resumes(settings: PruneSettings, monkeypatch: pytest.MonkeyPatc
 def test_hidden_gates_resume(settings: PruneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the projection that starts from the dimensions that were kept."""
     parts = ("heads", "ffn", "hidden")
-    base = variant(settings, "narrowed", parts=parts, target=Target(params=0.3), align=1, save_steps=10)
+    base = variant(settings, "narrowed", parts=parts, targets=(Target(params=0.3),), align=1, save_steps=10)
     prune(base)
     for phase in ("gates", "retrain"):
         one = replace(base, out=base.out.with_name(f"narrowed-{phase}"))

@@ -42,10 +42,10 @@ def timed(settings: PruneSettings) -> Path:
     empty = table.predict([LayerShape(0, 0)] * 2) / table.predict(shape)
     # A quarter of what this machine has within reach; `prune` measures again, maybe under load.
     target = Target(speedup=round(1 + (1 / empty - 1) / 4, 2))
-    one = variant(settings, "timed", target=target, model=str(wide), align=8)
+    one = variant(settings, "timed", targets=(target,), model=str(wide), align=8)
     with pytest.MonkeyPatch.context() as patch:  # a clock that agrees with the table, on any machine
         patch.setattr(
-            choice, "_measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
+            choice, "measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
         )
         prune(replace(one, gate_steps=10, retrain_steps=5))
     return one.out
@@ -54,7 +54,7 @@ def timed(settings: PruneSettings) -> Path:
 def of_wide(settings: PruneSettings, timed: Path, name: str, target: Target) -> PruneSettings:
     """Another job on the model and the table of `timed`."""
     model, table = str(timed.with_name("wide")), timed / "latency.json"
-    return variant(settings, name, model=model, target=target, latency_table=table)
+    return variant(settings, name, model=model, targets=(target,), latency_table=table)
 
 
 def test_a_target_in_time(timed: Path) -> None:
@@ -83,7 +83,7 @@ def test_milliseconds(timed: Path, settings: PruneSettings, monkeypatch: pytest.
     asked = Target(latency_ms=0.8 * dense)
     one = replace(of_wide(settings, timed, "ms", asked), gate_steps=5, retrain_steps=0, align=8)
     monkeypatch.setattr(
-        choice, "_measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
+        choice, "measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
     )
     report = prune(one)
     assert report["target"]["asked"] == {"latency_ms": asked.value} and report["speedup"]["asked"] is None
@@ -96,8 +96,7 @@ def test_milliseconds(timed: Path, settings: PruneSettings, monkeypatch: pytest.
 def test_the_clock_s_fraction(timed: Path, settings: PruneSettings) -> None:
     """The dense model against itself: a positive number, whatever the machine."""
     job = start(of_wide(settings, timed, "clock", Target(speedup=1.01)))
-    assert job.settings.target is not None
-    assert choice._measured_fraction(job, copy.deepcopy(job.dense), job.settings.target) > 0
+    assert choice.measured_fraction(job, copy.deepcopy(job.dense), job.settings.targets[0]) > 0
 
 
 def test_the_table_of_a_run_is_used_again(
@@ -108,7 +107,7 @@ def test_the_table_of_a_run_is_used_again(
         settings,
         "again",
         model=str(timed.with_name("wide")),
-        target=Target(latency_ms=1e4),
+        targets=(Target(latency_ms=1e4),),
         latency_table=timed / "latency.json",
         align=8,
     )
@@ -134,7 +133,7 @@ def test_a_speedup_beyond_reach_says_what_is_within(timed: Path, settings: Prune
         settings,
         "far",
         model=str(timed.with_name("wide")),
-        target=Target(speedup=500.0),
+        targets=(Target(speedup=500.0),),
         latency_table=timed / "latency.json",
     )
     with pytest.raises(ValueError, match=r"500x the dense speed cannot be met.*speedup \d+\.\d+x is the lim"):
@@ -175,7 +174,7 @@ def test_a_choice_is_corrected_until_its_measured_time_meets_the_target(
     file = settings.out.with_name("points.json")
     replace(LatencyTable.load(timed / "latency.json"), **POINTS).save(file)
     target = Target(speedup=1.3)
-    job = start(variant(settings, "clocked", target=target, latency_table=file, align=1))
+    job = start(variant(settings, "clocked", targets=(target,), latency_table=file, align=1))
     scores = importance.score("random", job.dense, [], job.budget, ["heads", "ffn"])
     asked = []
 
@@ -183,10 +182,10 @@ def test_a_choice_is_corrected_until_its_measured_time_meets_the_target(
         asked.append(job.budget.fraction(narrow.config.shape))
         return asked[-1] * 1.2
 
-    monkeypatch.setattr(choice, "_measured_fraction", clock)
+    monkeypatch.setattr(choice, "measured_fraction", clock)
     decision = choice.decide_in_time(job, job.dense, scores, target)
     reached = 1.2 * job.budget.fraction(decision.shape(job.budget.dense))
     assert 1 / 1.3 * MEETS[0] <= reached <= 1 / 1.3 and 2 <= len(asked) <= choice.ATTEMPTS
-    monkeypatch.setattr(choice, "_measured_fraction", lambda *_: 0.9)
+    monkeypatch.setattr(choice, "measured_fraction", lambda *_: 0.9)
     with pytest.raises(ValueError, match="no choice took at most 0.769 .* the fastest took 0.900"):
         choice.decide_in_time(job, job.dense, scores, target)

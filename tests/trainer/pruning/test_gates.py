@@ -28,7 +28,7 @@ from pruned_trainer import (
     detach,
 )
 from pruned_trainer.pruning.decision import Kept, LayerDecision, round_up
-from pruned_trainer.pruning.gates import PENALTIES, deterministic_gate, open_probability, sampled_gate
+from pruned_trainer.pruning.gates import COUNTED, deterministic_gate, open_probability, sampled_gate
 
 
 def scatter(gates: Gates, seed: int = 0) -> None:
@@ -301,5 +301,5 @@ def test_the_two_penalties_count_what_they_say() -> None:
     log_alpha = torch.tensor([-2.0, 0.0, 1.0, 3.0])
     uniform = torch.rand(200_000, 1, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
     samples = sampled_gate(log_alpha, uniform)
-    torch.testing.assert_close((samples > 0).float().mean(0), PENALTIES["open"](log_alpha), atol=5e-3, rtol=0)
-    torch.testing.assert_close((samples == 1).float().mean(0), PENALTIES["one"](log_alpha), atol=5e-3, rtol=0)
+    torch.testing.assert_close((samples > 0).float().mean(0), COUNTED["open"](log_alpha), atol=5e-3, rtol=0)
+    torch.testing.assert_close((samples == 1).float().mean(0), COUNTED["one"](log_alpha), atol=5e-3, rtol=0)

@@ -14,7 +14,8 @@ from matching import accuracy, batch_of, trained_model
 from pruned_ops.models.stock import model_shape
 from pruned_trainer import Scores, SizeBudget, Target, attached, compact, decide
 from pruned_trainer.pruning import importance
-from pruned_trainer.pruning.gates import PARTS, PerGate
+from pruned_trainer.pruning.gates import PerGate
+from pruned_trainer.pruning.options import METHODS, PARTS
 from pruned_trainer.tasks.task import without_labels
 
 
@@ -78,7 +79,7 @@ def test_leave_one_out_is_what_closing_costs(trained: BertForQuestionAnswering) 
     assert float(scores.rank.ffn[0][0]) == pytest.approx(worth / float(prices.ffn[0][0]), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", importance.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_all_give_scores_that_decide_takes(method: str, trained: BertForQuestionAnswering) -> None:
     """Same seed, same scores; parts that are not pruned never go; the model is left as it was."""
     state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
@@ -99,7 +100,7 @@ def test_all_give_scores_that_decide_takes(method: str, trained: BertForQuestion
 def test_a_choice_by_gain_is_better_than_a_random_one(trained: BertForQuestionAnswering) -> None:
     budget, target = budget_of(trained), Target(macs=0.6)
     found = {}
-    for method in importance.METHODS:
+    for method in METHODS:
         scores = importance.score(method, trained, batches(8, 32), budget, ["heads", "ffn"], seed=1)
         found[method] = accuracy(compact(trained, decide(scores, budget, target, align=1)))
     assert found["gain"] > found["random"] + 0.1 and found["leave-one-out"] > found["random"] + 0.1, found

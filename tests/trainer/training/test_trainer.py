@@ -32,7 +32,7 @@ from pruned_trainer import (
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.batches import pad_batch
-from pruned_trainer.training.distillation import Projection, hidden_loss, logits_loss
+from pruned_trainer.training.losses import HiddenProjection, hidden_loss, logits_loss
 from pruned_trainer.training.phase import prepare_student, training_arguments
 
 HEADS, FFN = 4, 48  # of the trained model
@@ -143,7 +143,7 @@ def test_distillation_losses() -> None:
     with torch.no_grad():
         a = stock_model(seed=0)(**batch, output_hidden_states=True)
         b = stock_model(seed=1)(**batch, output_hidden_states=True)
-    every = Projection([(1, 1), (2, 2), (3, 3)], None)
+    every = HiddenProjection([(1, 1), (2, 2), (3, 3)], None)
     assert float(logits_loss(a, a, real, 2.0)) == 0
     assert float(hidden_loss(a.hidden_states, a.hidden_states, real, every)) == 0
     by_hand = 0.0

@@ -41,11 +41,10 @@ from pruned_trainer.tasks.natural_questions.windows import (
     training_windows,
     with_markers,
 )
+from pruned_trainer.tasks.options import NULL_RATE
 from pruned_trainer.tasks.task import model_logits
 
 LONG, SHORT = "long_score_threshold", "short_score_threshold"
-# The share of the windows without an answer that is trained on, as in the paper's own code.
-NULL_RATE = 0.02
 # The share of the training documents that is held out where no validation file is given.
 HELD_OUT = 0.05
 
