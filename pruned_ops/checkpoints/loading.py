@@ -43,11 +43,11 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The config in a checkpoint's folder; OSError where there is none, ValueError for one that is broken."""
+    """The config in a checkpoint's folder; `checkpoint_folder`'s error where there is none, ValueError for one
+    that is broken."""
+    checkpoint_folder(folder)
     try:
-        return AutoConfig.from_pretrained(checkpoint_folder(folder), local_files_only=True)
-    except OSError:
-        raise
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each library on the way raises its own kind for a broken file
         raise ValueError(f"the config in {folder} cannot be loaded: {error}") from error
 

@@ -1,9 +1,10 @@
-"""A table of measured time: what attention with n heads, and an FFN of width w, take on this machine for one
-batch of a workload.
+"""LatencyTable: how long attention with n heads, and an FFN of width w, take on a machine for one batch of a
+workload.
 
-It is measured once, kept as a file, and refused where it does not hold: on another machine, with other
-versions, for another model. Time is not proportional to width (a layer without heads still normalises, narrow
-matrices use the processor worse), so a table says what pruning gains where parameters and MACs do not.
+A table is measured once (`layer_times`), kept as a file, and refused where it does not hold: on another
+machine, with other versions, for another model. Time is not proportional to width (a layer without heads
+still normalises, narrow matrices use the processor worse), so a table says what pruning gains where
+parameters and MACs do not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pruned_ops.shape import MAX_WIDTH, LayerShape, ModelShape, checked_int
 Points = tuple[tuple[int, float], ...]
 
 FORMAT = 1
-# An alignment this near to the best one is as good: medians of a few rounds differ by as much.
+# An alignment this near to the best one is as good, because medians of a few rounds differ by as much.
 ALIGN_TOLERANCE = 1.02
 _MACHINE = ("processor", "cores", "threads", "cpu_capability", "accelerator", "device")
 _VERSIONS = ("torch", "pruned-ops")
@@ -38,11 +39,11 @@ _VERSIONS = ("torch", "pruned-ops")
 class LatencyTable:
     """Milliseconds per batch of `workload`, for one layer's attention and FFN part at measured sizes.
 
-    base_ms: all that is no layer part: packing, embedding, unpacking, the question-answering head.
-    attention: (num_heads, ms), ffn: (ffn_width, ms): rising from 0 to the dense size, ms never falling.
-    alignment: (align, relative cost of FFN widths that are odd multiples of it), 1.0 is the best.
-    backends: op -> the backend that ran it. command: the command line that made the table, if one did.
-    Errors: ValueError that names the field for anything else.
+    base_ms: the time outside the layer parts: packing, embedding, unpacking, the question-answering head.
+    attention, ffn: (num_heads, ms) and (ffn_width, ms), sizes rising from 0 to the dense one, ms never
+    falling. alignment: (align, relative cost of FFN widths that are odd multiples of it); 1.0 is the best.
+    backends: op -> the backend that ran it. command: the command line that made the table, where one did.
+    Errors: ValueError that names the field for any other value.
     """
 
     hidden_size: int
@@ -71,13 +72,13 @@ class LatencyTable:
             _check_points(name, getattr(self, name))
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON: the file is there whole, or as it was before."""
+        """Write the table as JSON; the file is there whole, or as it was before."""
         write_json(Path(path), {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
-        """Read what `save` wrote. Errors: OSError where there is no file to read; ValueError that names the
-        file and its fault for anything else."""
+        """The table in a file that `save` wrote. Errors: OSError where there is no file to read; ValueError
+        that names the file and its fault for any other file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
@@ -117,8 +118,8 @@ class LatencyTable:
     def refuse(
         self, shape: ModelShape, hidden_act: str, dtype: str = "float32", device: str = "cpu"
     ) -> str | None:
-        """Why this table does not hold for a model of this shape here and now, as a sentence that names all
-        that differs; None if it holds."""
+        """Why this table does not hold for a model of this shape here and now: a sentence that names all that
+        differs, or None where the table holds."""
         heads = max((layer.num_heads for layer in shape.layers), default=0)
         width = max((layer.ffn_width for layer in shape.layers), default=0)
         here = {**machine(), "device": device}
@@ -129,12 +130,12 @@ class LatencyTable:
         for name, points, needed in (("num_heads", self.attention, heads), ("ffn_width", self.ffn, width)):
             if needed > points[-1][0]:
                 pairs.append((f"{name} up to", points[-1][0], needed))
-        if all(there == ours for _, there, ours in pairs):  # else the layer may not even run here
+        if all(recorded == needed for _, recorded, needed in pairs):  # else the layer may not even run here
             widest = LayerShape(heads, width)
             ran = layer_backends(shape.hidden_size, shape.head_dim, widest, hidden_act, device)
             pairs += [(f"{op} on backend", self.backends.get(op), backend) for op, backend in ran.items()]
-        parts = [f"{n} {a or 'none'}, here is {b or 'none'}" for n, a, b in pairs if a != b]
-        return f"it was made with {'; with '.join(parts)}" if parts else None
+        differences = [f"{n} {a or 'none'}, here is {b or 'none'}" for n, a, b in pairs if a != b]
+        return f"it was made with {'; with '.join(differences)}" if differences else None
 
     def remake_command(self, path: str | Path) -> str:
         """The command that makes this table again, in place of the file at `path`."""
@@ -143,7 +144,7 @@ class LatencyTable:
 
 
 def _interpolate(name: str, points: Points, size: int) -> float:
-    """Milliseconds at this size: exact at a measured point, on the line between two."""
+    """The milliseconds at this size: exact at a measured point, else on the line between two."""
     if not 0 <= size <= points[-1][0]:
         raise ValueError(f"{name} is {size}; the table reaches from 0 to {points[-1][0]}")
     i = bisect_left(points, size, key=lambda point: point[0])
@@ -194,7 +195,7 @@ def _parse_workload(value: object) -> Workload:
 def layer_backends(
     hidden_size: int, head_dim: int, shape: LayerShape, hidden_act: str, device: torch.device | str
 ) -> dict[str, str]:
-    """op -> the backend that runs it here in a layer of this shape: found by running one token through it."""
+    """The backend that runs each op of a layer of this shape here: one token is run through such a layer."""
     with torch.random.fork_rng(devices=[]):
         encoder = PrunedEncoder(ModelShape((shape,), hidden_size, head_dim), hidden_act=hidden_act).to(device)
     encoder.pack()

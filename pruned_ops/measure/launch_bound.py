@@ -1,4 +1,4 @@
-"""Whether a batch's time is spent on getting work started rather than on the work."""
+"""LaunchBound: whether a batch's time goes into starting work rather than into the work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pruned_ops.shape import LayerShape
 HALF, TWIN = "half of each batch", "tiny twin"
 # Hidden size, head and FFN width of the twin: arithmetic that takes next to no time.
 _TINY = 16
-# More than so much of the time does not depend on the work: that is what launch-bound is called here.
+# A size is called launch-bound where more than this share of its time does not depend on the work.
 _BOUND = 0.5
 
 
@@ -36,6 +36,7 @@ class LaunchBound:
 
     @classmethod
     def of(cls, model: Any, workload: Workload, whole: Timing, half: Timing, twin: Timing) -> LaunchBound:
+        """The two tests, out of the times of the whole batch, of `half_of` it and of the `tiny_twin`."""
         shape, tiny = model_shape(model), tiny_twin(model).config.shape
         batches = [list(batch) for batch in workload.batches]
         macs = max(1, sum(map(shape.macs, batches)))
@@ -48,16 +49,17 @@ class LaunchBound:
 
     @property
     def fixed_share(self) -> float:
-        """The share of the time that is left where the work goes to 0, on the line through half and whole."""
+        """The share of the time that would be left without any work, on the line through half and whole."""
         return (self.half_time - self.half_macs) / (1 - self.half_macs) if self.half_macs < 1 else 1.0
 
     @property
     def holds(self) -> bool:
-        """Both tests say so: one alone may have another cause (idle threads; weights that must be read)."""
+        """Whether both tests say so: one alone may have another cause (idle threads; weights to be read)."""
         return self.fixed_share > _BOUND and self.twin_time > _BOUND
 
     @property
     def sentence(self) -> str:
+        """Both tests, in words."""
         return (
             f"{'' if self.holds else 'not '}launch-bound at this size: half of each batch "
             f"({100 * self.half_macs:.0f}% of the MACs) takes {100 * self.half_time:.0f}% of the time, and "
@@ -67,7 +69,7 @@ class LaunchBound:
 
 
 def half_lengths(lengths: list[int]) -> list[int]:
-    """What `half_of` leaves of a batch of these lengths."""
+    """The lengths that `half_of` leaves of a batch of these lengths."""
     if len(lengths) > 1:
         return lengths[: len(lengths) // 2]
     return [max(1, lengths[0] // 2)]
@@ -83,7 +85,8 @@ def half_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tiny_twin(model: Any) -> Any:
-    """A random model that launches what `model` launches, on matrices so small that only that takes time."""
+    """A random model that launches what `model` launches, on matrices so small that only launching takes
+    time."""
     config, _ = empty_config(model.config)
     shapes = [
         LayerShape(min(1, layer.num_heads), min(_TINY, layer.ffn_width))

@@ -1,5 +1,4 @@
-"""The layer parts whose time is measured: which sizes, made of what, on which inputs, and how they are
-timed."""
+"""Measuring a latency table: which sizes, which layer parts, and the curves through their times."""
 
 from __future__ import annotations
 
@@ -25,18 +24,94 @@ from pruned_ops.models.inputs import check_inputs
 from pruned_ops.ops.panels import PANEL
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.runtime.optimize import optimize
-from pruned_ops.shape import LayerShape
+from pruned_ops.shape import LayerShape, checked_int
 
-# Distinct modules in a row: as many weights as a small encoder holds, so that they come from memory as there.
+# The modules of a chain. They hold as many weights as a small encoder, which so come from memory as its do.
 CHAIN = 6
-# Batches that stand for the workload: half a minute to a minute for a small encoder on two cores.
+# The batches that are timed take half a minute to a minute for a small encoder on two cores.
 TIMED_BATCHES = 4
 ALIGNMENTS = (8, 16, 32, 64, 128)
-_LINE = 16  # floats in 64 bytes, where an allocation begins and so every matrix
+_LINE = 16  # floats in 64 bytes, where allocations begin, and so every matrix
+
+
+def measure_table(
+    config: Any,
+    workload: Workload,
+    rounds: int = 5,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    command: str | None = None,
+) -> LatencyTable:
+    """Measure this machine on a mean batch of `workload`, in fp32, up to the sizes of a config.
+
+    config: a BERT's or RoBERTa's, stock or pruned (then sizes go up to its widest layer). Each part is timed
+    as a chain of up to 6 distinct modules over packed batches. At most 4 batches are timed, evenly spread
+    over the workload's in order of their tokens; their times are scaled by tokens to its mean batch. Every
+    round sees every size, in an order shuffled each time; medians over rounds are kept. Isotonic regression
+    makes the curves rise: noise must never make a wider part cheaper (a pruner would be paid for it), and a
+    running maximum would keep one slow measurement.
+    Errors: ValueError for another model, no round, an empty batch, or sequences longer than the model takes.
+    """
+    checked_int("rounds", rounds, 1)
+    chosen = chosen_batches(workload)
+    empty, dense = empty_config(config)
+    check_inputs(empty, torch.zeros(1, max(map(max, workload.batches)), dtype=torch.long), None, None, None)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had run here
+        runners = part_runners(empty, dense, device)
+    inputs = part_inputs(empty, chosen, device)
+    densest = ("base", f"attention {dense.num_heads}", f"ffn {dense.ffn_width}")  # what `refuse` compares
+    backends = backends_of(lambda: [runners[name](inputs[0]) for name in densest])
+    ms = time_parts(runners, chosen, inputs, rounds, progress)
+    scale = workload.tokens / len(workload.batches) / (chosen.tokens / len(chosen.batches))
+    part = {name: total * scale / chain_length(empty) for name, total in ms.items()}
+    attention = _rising([(n, part[f"attention {n}"]) for n in head_counts(dense.num_heads)])
+    ffn = _rising([(w, part[f"ffn {w}"]) for w in ffn_widths(dense.ffn_width)])
+    base = max(0.0, ms["base"] * scale - empty.num_hidden_layers * (attention[0][1] + ffn[0][1]))
+    return LatencyTable(
+        hidden_size=empty.hidden_size,
+        head_dim=empty.head_dim,
+        hidden_act=empty.hidden_act,
+        dtype="float32",
+        workload=workload,
+        base_ms=base,
+        attention=attention,
+        ffn=ffn,
+        alignment=_alignment(ffn, part),
+        machine={**machine(), "device": str(device)},
+        versions=versions(),
+        backends=backends,
+        command=command,
+    )
+
+
+def _alignment(ffn: Points, ms: Mapping[str, float]) -> Points:
+    """The relative cost of each alignment: the time of its widths over their time on the straight line
+    through the curve. Not on the curve itself, whose points are aligned in different ways."""
+    line = [point for point in ffn if 8 * point[0] >= ffn[-1][0]]
+    if len(line) < 2:
+        return ((ALIGNMENTS[0], 1.0),)
+    slope, start = statistics.linear_regression(*zip(*line, strict=True))
+    costs = {}
+    for align, widths in aligned_widths(ffn[-1][0]).items():
+        expected = sum(max(start + slope * width, ffn[0][1]) for width in widths)
+        costs[align] = sum(ms[f"ffn {width}"] for width in widths) / expected if widths else 1.0
+    return tuple((align, cost / min(costs.values())) for align, cost in costs.items())
+
+
+def _rising(points: Sequence[tuple[int, float]]) -> Points:
+    """The never falling curve nearest to the points: isotonic regression by pooling adjacent violators."""
+    pools: list[tuple[float, int]] = []  # the mean of each pool, and how many points it holds
+    for _, ms in points:
+        pools.append((ms, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (last, n), (before, m) = pools.pop(), pools.pop()
+            pools.append(((before * m + last * n) / (m + n), m + n))
+    smooth = [mean for mean, count in pools for _ in range(count)]
+    return tuple((size, ms) for (size, _), ms in zip(points, smooth, strict=True))
 
 
 def head_counts(dense: int) -> list[int]:
-    """The numbers of heads that are measured: all up to 16, else 13 of them with 0, 1 and dense."""
+    """The numbers of heads that are measured: all of them up to 16, else up to 13, with 0, 1 and dense."""
     if dense <= 16:
         return list(range(dense + 1))
     return sorted({0, 1, *(round(dense * i / 11) for i in range(12))})
@@ -49,30 +124,30 @@ def ffn_widths(dense: int) -> list[int]:
 
 
 def aligned_widths(dense: int) -> dict[int, list[int]]:
-    """align -> odd multiples of it near 1/4, 1/2 and 3/4 of dense; 8 always, others where they come near."""
-    found = {}
+    """The FFN widths that show what an alignment costs: align -> odd multiples of it near 1/4, 1/2 and 3/4 of
+    dense. 8 is always there, another align where its multiples come near."""
+    widths = {}
     for align in ALIGNMENTS:
         if align == ALIGNMENTS[0] or 8 * align <= dense:
             odd = [2 * round((dense * quarter / 4 / align - 1) / 2) + 1 for quarter in (1, 2, 3)]
-            found[align] = sorted({align * number for number in odd if align * number <= dense})
-    return found
+            widths[align] = sorted({align * number for number in odd if align * number <= dense})
+    return widths
 
 
 def empty_config(config: Any) -> tuple[PrunedBertConfig | PrunedRobertaConfig, LayerShape]:
-    """The config of the same model with empty layers, and the most heads and the widest FFN of its own.
-
-    ValueError for what is no BERT or RoBERTa, stock or pruned, or none that runs packed."""
+    """The config of the same model with empty layers, and a layer of the most heads and the widest FFN that
+    the config has. ValueError for another model than a BERT or RoBERTa that runs packed, stock or pruned."""
     pruned = PRUNED_CONFIGS.get(getattr(config, "model_type", ""))
     if pruned is None:
         raise ValueError(
             f"a {getattr(config, 'model_type', type(config).__name__)} model is not measured: a BERT or "
             f"RoBERTa, stock or pruned, is needed"
         )
-    given = config.to_dict()
-    layers = pruned(**given).shape.layers
+    values = config.to_dict()
+    layers = pruned(**values).shape.layers
     heads = max((layer.num_heads for layer in layers), default=0)
     width = max((layer.ffn_width for layer in layers), default=0)
-    empty = pruned(**{**given, "layer_shapes": [LayerShape(0, 0)] * len(layers)})
+    empty = pruned(**{**values, "layer_shapes": [LayerShape(0, 0)] * len(layers)})
     return empty, LayerShape(heads, width)
 
 
@@ -82,17 +157,18 @@ def chain_length(config: Any) -> int:
 
 
 def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> dict[str, Runner]:
-    """What is timed: "base", the model with empty layers; "attention N" and "ffn W", chains of parts."""
+    """The runners that are timed: "base", the model with empty layers; "attention N" and "ffn W", chains of
+    parts."""
     hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.hidden_act
     model = optimize(answering_class(empty.model_type)(empty).to(device))
     one_call = model.base_model.encoder.runs_in_one_call
     runners: dict[str, Runner] = {
         "base": lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     }
-    # All sizes share one memory, of a row a module. Apart, a large encoder's would take gigabytes, and each
-    # would be colder than a layer's weights are in a model that runs again and again.
+    # All sizes share one memory, with a row for each module of a chain. Memories of their own would take
+    # gigabytes for a large encoder, and each would be colder than weights are in a model that runs often.
     inner = max(4 * dense.num_heads * head_dim, 2 * dense.ffn_width)
-    room = inner * (hidden + PANEL) + PANEL * hidden + 2 * _LINE  # either layout's
+    room = inner * (hidden + PANEL) + PANEL * hidden + 2 * _LINE  # enough for either layout
     memory = torch.empty(chain_length(empty), room).uniform_(-0.05, 0.05).to(device)
     for n in head_counts(dense.num_heads):
         runners[f"attention {n}"] = _chain(
@@ -109,7 +185,7 @@ def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> d
 def _chain(
     make: Callable[[], PrunedAttention | PrunedFFN], memory: Tensor, head_dim: int, one_call: bool
 ) -> Runner:
-    """Parts one after the other over a packed batch, each with weights from a row of `memory`."""
+    """Run parts one after the other over a packed batch, each with weights from a row of `memory`."""
     chain, rows = [], []
     for values in memory:
         row = _Row(values)
@@ -144,38 +220,41 @@ def _chain(
 
 
 class _Row:
-    """Hands out matrices from one memory, each from a line's begin."""
+    """A row of memory that hands out matrices one after the other, each from the beginning of a line."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory, self.used = memory, 0
 
     def take(self, *shape: int) -> Tensor:
         size = math.prod(shape)
-        taken = self.memory[self.used : self.used + size].view(shape)
+        matrix = self.memory[self.used : self.used + size].view(shape)
         self.used += -(-size // _LINE) * _LINE
-        return taken
+        return matrix
 
 
 def chosen_batches(workload: Workload) -> Workload:
-    """At most TIMED_BATCHES of its batches, evenly spread in order of tokens; ValueError for an empty one."""
+    """The workload with at most TIMED_BATCHES of its batches, evenly spread in order of their tokens;
+    ValueError for an empty batch."""
     if not workload.batches or not all(map(sum, workload.batches)):
         raise ValueError(f"workload {workload.name} has no batch, or one without tokens")
     ordered = sorted(workload.batches, key=sum)
     count = min(TIMED_BATCHES, len(ordered))
-    picked = tuple(ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count))
-    return Workload(workload.name, picked)
+    return Workload(
+        workload.name, tuple(ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count))
+    )
 
 
 def part_inputs(config: Any, chosen: Workload, device: torch.device | str) -> list[dict[str, Tensor]]:
-    """A batch's padded ids and mask for the base, and packed rows x (tokens, hidden_size) for the parts."""
+    """The inputs of each batch: padded ids and mask for the base, and packed rows x (tokens, hidden_size) for
+    the parts."""
     generator = torch.Generator().manual_seed(0)
-    made = chosen.inputs(config.vocab_size, config.pad_token_id, device)
-    for batch in made:
+    batches = chosen.inputs(config.vocab_size, config.pad_token_id, device)
+    for batch in batches:
         mask = batch["attention_mask"]
         packed = PackedBatch.from_mask(mask, mask.size(0), mask.size(1), torch.device(device))
         batch["x"] = torch.randn(packed.tokens, config.hidden_size, generator=generator).to(device)
         batch["cu_seqlens"], batch["max_seqlen"] = packed.cu_seqlens, torch.tensor(packed.max_seqlen)
-    return made
+    return batches
 
 
 def time_parts(
@@ -185,87 +264,20 @@ def time_parts(
     rounds: int,
     progress: bool,
 ) -> dict[str, float]:
-    """Milliseconds of each runner, mean over the batches of the median over rounds."""
+    """The milliseconds of each runner: the mean over the batches of the median over rounds."""
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in inputs] for name in runners}
     order, shuffler = list(runners), random.Random(0)
-    # One untimed batch first: what is done once (threads, buffers, the clock's rise) is over then.
+    # The first batch is not timed: work that is done once (threads, buffers, the clock's rise) is over then.
     turns = [None, *(i for _ in range(rounds) for i in range(len(inputs)))]
     for turn in tqdm(turns, desc="latency table", unit=" batches", disable=not progress):
         shuffler.shuffle(order)  # no runner always finds the caches as the same other one leaves them
         i = turn or 0
-        one = Workload(chosen.name, (chosen.batches[i],))
-        done = interleave({name: runners[name] for name in order}, one, [inputs[i]], rounds=1, warmup=0)
+        batch = Workload(chosen.name, (chosen.batches[i],))
+        shuffled = {name: runners[name] for name in order}
+        timings = interleave(shuffled, batch, [inputs[i]], rounds=1, warmup=0)
         if turn is not None:
-            for name, timing in done.items():
+            for name, timing in timings.items():
                 seconds[name][i] += timing.seconds
     return {
         name: 1000 * statistics.fmean(map(statistics.median, batches)) for name, batches in seconds.items()
     }
-
-
-def measure_table(
-    config: Any,
-    workload: Workload,
-    rounds: int = 5,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
-    command: str | None = None,
-) -> LatencyTable:
-    """Measure this machine on one batch of `workload`, up to the sizes of a BERT or RoBERTa config.
-
-    config: stock, or pruned (then up to its widest layer). fp32. Each part is timed as a chain of up to 6
-    distinct modules over packed batches. At most 4 batches are timed, evenly spread over the workload's in
-    order of their tokens, and scaled by tokens to its mean batch. Every round sees every size, in an order
-    shuffled each time; medians over rounds. Isotonic regression makes the curves rise: noise must never make
-    a wider part cheaper (a pruner would be paid for it); a running maximum would keep one slow measurement.
-    Errors: ValueError for another model, no round, an empty batch, or sequences longer than the model takes.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; at least 1 is needed")
-    chosen = chosen_batches(workload)
-    empty, dense = empty_config(config)
-    model = (empty.hidden_size, empty.head_dim, empty.hidden_act)
-    check_inputs(empty, torch.zeros(1, max(map(max, workload.batches)), dtype=torch.long), None, None, None)
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had run here
-        runners = part_runners(empty, dense, device)
-    inputs = part_inputs(empty, chosen, device)
-    densest = ("base", f"attention {dense.num_heads}", f"ffn {dense.ffn_width}")  # what `refuse` compares
-    backends = backends_of(lambda: [runners[name](inputs[0]) for name in densest])
-    ms = time_parts(runners, chosen, inputs, rounds, progress)
-    scale = workload.tokens / len(workload.batches) / (chosen.tokens / len(chosen.batches))
-    part = {name: total * scale / chain_length(empty) for name, total in ms.items()}
-    attention = _rising([(n, part[f"attention {n}"]) for n in head_counts(dense.num_heads)])
-    ffn = _rising([(w, part[f"ffn {w}"]) for w in ffn_widths(dense.ffn_width)])
-    base = max(0.0, ms["base"] * scale - empty.num_hidden_layers * (attention[0][1] + ffn[0][1]))
-    alignment = _alignment(ffn, part)
-    where = {**machine(), "device": str(device)}
-    return LatencyTable(
-        *model, "float32", workload, base, attention, ffn, alignment, where, versions(), backends, command
-    )
-
-
-def _alignment(ffn: Points, ms: Mapping[str, float]) -> Points:
-    """Cost of each alignment: its widths' time over that of the straight line through the curve.
-
-    A line, since the curve's own points are aligned differently and follow what is looked for here."""
-    line = [point for point in ffn if 8 * point[0] >= ffn[-1][0]]
-    if len(line) < 2:
-        return ((ALIGNMENTS[0], 1.0),)
-    slope, start = statistics.linear_regression(*zip(*line, strict=True))
-    costs = {}
-    for align, widths in aligned_widths(ffn[-1][0]).items():
-        expected = sum(max(start + slope * width, ffn[0][1]) for width in widths)
-        costs[align] = sum(ms[f"ffn {width}"] for width in widths) / expected if widths else 1.0
-    return tuple((align, cost / min(costs.values())) for align, cost in costs.items())
-
-
-def _rising(points: Sequence[tuple[int, float]]) -> Points:
-    """Isotonic regression: the never falling curve nearest to the points (pool adjacent violators)."""
-    pools: list[tuple[float, int]] = []  # mean, how many points
-    for _, ms in points:
-        pools.append((ms, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (last, n), (before, m) = pools.pop(), pools.pop()
-            pools.append(((before * m + last * n) / (m + n), m + n))
-    smooth = [mean for mean, count in pools for _ in range(count)]
-    return tuple((size, ms) for (size, _), ms in zip(points, smooth, strict=True))

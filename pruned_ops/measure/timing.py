@@ -1,8 +1,7 @@
-"""How speed is measured here: workloads of real lengths, runners interleaved in one process, medians, and
-the machine.
+"""Measuring speed: workloads of real lengths, runners interleaved in one process, medians, and the machine.
 
 Timings on shared machines are noisy. So every runner sees the same batches in the same round, in an order
-that rotates, and what is reported is the median over rounds, and the median of the rounds' ratios.
+that rotates, and reports take the median over rounds, and the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Workload:
 
     @classmethod
     def arrival_order(cls, lengths: Sequence[int], batch_size: int, batches: int) -> Workload:
-        """The first `batches` batches of `lengths` as they come (the caller shuffled them; see
-        `arrival_lengths`)."""
+        """The first `batches` batches of `lengths`, in the order given: the caller shuffles, as
+        `arrival_lengths` does."""
         if len(lengths) < batch_size:
             raise ValueError(f"{len(lengths)} sequences do not fill a batch of {batch_size}")
         full = [
@@ -45,7 +44,7 @@ class Workload:
 
     @classmethod
     def fixed(cls, length: int, batch_size: int, batches: int) -> Workload:
-        """Every sequence of one length: no padding to save."""
+        """Batches of sequences of one length, where there is no padding to save."""
         return cls(f"fixed{length}-b{batch_size}", ((length,) * batch_size,) * batches)
 
     @property
@@ -63,23 +62,23 @@ class Workload:
         device: torch.device | str = "cpu",
         pad_to: int | None = None,
     ) -> list[dict[str, Tensor]]:
-        """Padded model inputs of these lengths with seeded random ids: which ids they are costs no time.
-        pad_to: how long every batch is; by default as its longest sequence."""
+        """Padded model inputs of these lengths, with seeded random ids: the time does not depend on them.
+        pad_to: the length of every batch; by default that of its longest sequence."""
         generator = torch.Generator().manual_seed(0)
-        made = []
+        inputs = []
         for batch in self.batches:
             lengths = torch.tensor(batch)
             mask = torch.arange(pad_to or max(batch)) < lengths[:, None]
             ids = torch.randint(pad_token_id + 1, vocab_size, mask.shape, generator=generator)
-            batch_inputs = {"input_ids": ids.masked_fill(~mask, pad_token_id), "attention_mask": mask.long()}
-            made.append({name: tensor.to(device) for name, tensor in batch_inputs.items()})
-        return made
+            padded = {"input_ids": ids.masked_fill(~mask, pad_token_id), "attention_mask": mask.long()}
+            inputs.append({name: tensor.to(device) for name, tensor in padded.items()})
+        return inputs
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One runner on one workload. seconds: of each round (all batches once); calls: of each batch, round
-    after round."""
+    """The times of one runner on one workload. seconds: how long each round took (all batches once). calls:
+    how long each batch took, round after round."""
 
     workload: Workload
     seconds: tuple[float, ...]
@@ -90,15 +89,17 @@ class Timing:
         return 1000 * _percentile(self.seconds, percentile) / len(self.workload.batches)
 
     def call_ms(self, percentile: int) -> float:
-        """Milliseconds of a batch, at this percentile of the batches: what a caller waits."""
+        """Milliseconds of a batch, at this percentile of the batches: how long a caller waits."""
         return 1000 * _percentile(self.calls, percentile)
 
     @property
     def sequences_per_s(self) -> float:
+        """Sequences a second, at the median of the rounds."""
         return self.workload.sequences / statistics.median(self.seconds)
 
     def speedup_over(self, slower: Timing) -> float:
-        """Median over rounds of slower's seconds / ours; both were measured in the same rounds."""
+        """How many times as fast this runner is: the median over rounds of slower's seconds over its own.
+        Both were measured in the same rounds."""
         return statistics.median(s / own for s, own in zip(slower.seconds, self.seconds, strict=True))
 
 
@@ -119,7 +120,7 @@ def interleave(
     seconds: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Timing]:
     """Time every runner on every batch, batch by batch in turn, for `rounds` rounds after `warmup` untimed
-    ones. seconds: runs a call and says how long it took; by default `host_seconds`."""
+    ones. seconds: a function that runs a call and returns how long it took; by default `host_seconds`."""
     seconds = host_seconds if seconds is None else seconds
     names = list(runners)
     calls: dict[str, list[float]] = {name: [] for name in names}
@@ -140,7 +141,7 @@ def _timing(workload: Workload, calls: tuple[float, ...], batches: int) -> Timin
 
 
 def host_seconds(call: Callable[[], Any]) -> float:
-    """How long a call takes by the host's clock, until a GPU is done too."""
+    """How long a call takes by the host's clock, with the work that it left to a GPU."""
     start = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -161,7 +162,7 @@ def event_seconds(call: Callable[[], Any]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on: processor, cores, threads, instruction set in use, accelerator."""
+    """The machine that numbers are measured on: processor, cores, threads, instruction set, accelerator."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -188,11 +189,12 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter to speed and results."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "pruned-ops": __version__}
+    """The versions of Python and of the packages that matter to speed and results; None for a package that is
+    not installed."""
+    numbers: dict[str, str | None] = {"python": platform.python_version(), "pruned-ops": __version__}
     for package in ("torch", "transformers", "tokenizers", "triton", "numpy"):
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            numbers[package] = None
+    return numbers

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pruned_ops.qa.decoding import Logits
 from pruned_ops.runtime.streaming import Tensors, padded
+from pruned_ops.shape import checked_int
 
 
 def select_logits(output: Any) -> Tensors:
@@ -59,8 +60,7 @@ def predict_logits(
     hold windows of like length, longest first: little padding, and too large a batch fails at once.
     device: where the model's inputs go; by default where its first parameter is.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    checked_int("batch_size", batch_size, 1)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
     found: dict[int, Any] = {}

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pruned_ops.shape import checked_int
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -79,10 +81,8 @@ def windows(
     """
     if isinstance(questions, str) or isinstance(contexts, str):
         raise TypeError("questions and contexts are sequences of strings; pass [question] and [context]")
-    if len(questions) != len(contexts):
-        raise ValueError(f"{len(questions)} questions, but {len(contexts)} contexts: one context a question")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    check_pairs(questions, contexts)
+    checked_int("batch_size", batch_size, 1)
     check_cut(tokenizer, max_length, stride)
     found: list[Window] = []
     for first in _batches(len(questions), batch_size, progress):
@@ -91,6 +91,12 @@ def windows(
         for cut in cut_each(tokenizer, questions[batch], contexts[batch], max_length, stride, indices):
             found += cut
     return found
+
+
+def check_pairs(questions: Sequence[str], contexts: Sequence[str]) -> None:
+    """ValueError unless there are as many contexts as questions."""
+    if len(questions) != len(contexts):
+        raise ValueError(f"{len(questions)} questions, but {len(contexts)} contexts: one context a question")
 
 
 def check_cut(tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int) -> None:
