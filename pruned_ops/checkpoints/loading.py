@@ -20,7 +20,7 @@ from transformers.utils import logging
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.heads import is_natural_questions, natural_questions_class
 
-# The files that a tokenizer may consist of; a checkpoint without one of these files simply has none to copy.
+# The files that a tokenizer may consist of. A checkpoint rarely has them all.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,8 +43,7 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The config in a checkpoint's folder; `checkpoint_folder`'s error where there is none, ValueError for one
-    that is broken."""
+    """The config in a checkpoint's folder. Errors: `checkpoint_folder`'s; ValueError for a broken config."""
     checkpoint_folder(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)

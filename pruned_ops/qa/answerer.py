@@ -1,4 +1,4 @@
-"""QuestionAnswerer: questions and texts in, answers out, at any scale."""
+"""QuestionAnswerer: questions and texts in, answers out, for one question or for millions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,39 @@ from pruned_ops.models.configuration import SCORED, ScoreCalibration
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.qa.decoding import Answer, Candidates, Decoded
 from pruned_ops.qa.logits import select_logits, split_logits
-from pruned_ops.qa.windows import RefusedQuestion, Window, check_cut, cut_each
+from pruned_ops.qa.windows import RefusedQuestion, Window, check_cut, check_pairs, cut_each
 from pruned_ops.runtime.optimize import optimize
 from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, Tensors
+from pruned_ops.shape import checked_int
 
-# As in Hugging Face's question-answering scripts, and this project's trainer.
+# The defaults of Hugging Face's question-answering scripts, and of this project's trainer.
 _MAX_LENGTH, _STRIDE_PARTS = 384, 3
+# A token of English text takes about so many. Only how far ahead is read depends on it.
+_CHARACTERS_PER_TOKEN = 4
+# At most so many questions are read ahead, however short their contexts are.
+_QUESTIONS_AHEAD = 512
+
+Texts = tuple[str, str]  # question, context
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How questions are read.
+
+    max_length: tokens of a window. stride: tokens that two neighbouring windows of a question share.
+    max_answer_tokens: tokens of the longest answer. n_best: how many spans of a question are kept.
+    tokens_per_batch: tokens of a batch, padding included. Errors: ValueError for numbers that cannot be.
+    """
+
+    max_length: int = 384
+    stride: int = 128
+    max_answer_tokens: int = 30
+    n_best: int = SCORED
+    tokens_per_batch: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_answer_tokens", "n_best", "tokens_per_batch"):
+            checked_int(name, getattr(self, name), 1)
 
 
 class QuestionAnswerer:
@@ -33,19 +60,19 @@ class QuestionAnswerer:
     tokenizer: the fast tokenizer beside the model; needed with a model that is passed in.
     device: where the model runs; by default a checkpoint goes to the GPU where there is one, and a model
     passed in stays where it is. dtype: None, or "int8" on a CPU (see `optimize`).
-    max_length, stride: tokens of a window, and tokens that two windows of one text share; by default 384
-    (less where the model takes less) and a third of it. max_answer_tokens: the longest answer.
-    null_score_threshold: "no answer" is said where its score exceeds the best span's by more than this; by
-    default the checkpoint's own, which the trainer chose on validation questions, else 0.
-    tokens_per_batch: of the model's batches, padding included.
+    max_length, stride: tokens of a window, and tokens that two neighbouring windows of a text share; by
+    default 384 (less where the model takes less) and a third of it. max_answer_tokens: tokens of the longest
+    answer. null_score_threshold: the answer is "" where the score of "no answer" exceeds the best span's by
+    more than this; by default the checkpoint's own, which the trainer chose on validation questions, else 0.
+    tokens_per_batch: tokens of a batch, padding included.
 
-    Scores: the probability that an answer is right, as the checkpoint's `score_calibration` says, which the
-    trainer fitted on the same questions, with the checkpoint's own threshold. A checkpoint without one gives
-    the plain softmax over its 20 best spans and no answer: how often answers with such a score are right was
-    never looked at.
+    Scores: the probability that an answer is right, by the checkpoint's `score_calibration`, which the
+    trainer fitted on the validation questions with the checkpoint's own threshold. A checkpoint without one
+    gives the plain softmax over its 20 best spans and no answer, which nobody has compared with how often
+    such answers are right.
 
-    Errors: OSError where there is no checkpoint; ValueError for one that is none, for a model that `optimize`
-    does not take, and for settings that the model does not allow.
+    Errors: OSError where there is no checkpoint; ValueError for a checkpoint of another kind, for a model
+    that `optimize` does not take, and for settings that the model does not allow.
     """
 
     def __init__(
@@ -104,17 +131,17 @@ class QuestionAnswerer:
         top_k: int | None = None,
         allow_none: bool = True,
     ) -> Any:
-        """The answer to a question out of a context, or the list of them to lists of the same length.
+        """The answer to a question out of a context, or a list of answers to lists of the same length.
 
-        One context may go with many questions, one question with many contexts. top_k: a list of as many
-        answers at most instead of each answer, likeliest first. allow_none: whether "" (at 0 to 0) may be the
-        answer; without it the best span is, and "" only where the context holds no token.
-        Errors: TypeError for what is neither a string nor a list; RefusedQuestion, a ValueError, with the
-        index of what is no text, or of a question that leaves no room for its context in a window.
+        One context may go with many questions, and one question with many contexts. top_k: gives in place of
+        each answer a list of at most so many, likeliest first. allow_none: whether "" (from 0 to 0) may be
+        the answer; without it the answer is the best span, and "" only where the context holds no token.
+        Errors: TypeError for arguments that are neither strings nor lists; RefusedQuestion, a ValueError,
+        with the index of an entry that is no text, or of a question that leaves no room for its context.
         """
         questions, contexts = _lists(question, context)
-        found = list(self.stream(zip(questions, contexts, strict=True), top_k, allow_none, progress=False))
-        return found[0] if isinstance(question, str) and isinstance(context, str) else found
+        answers = list(self.stream(zip(questions, contexts, strict=True), top_k, allow_none, progress=False))
+        return answers[0] if isinstance(question, str) and isinstance(context, str) else answers
 
     def stream(
         self,
@@ -126,14 +153,14 @@ class QuestionAnswerer:
     ) -> Iterator[Any]:
         """The answers to any number of questions, in their order, in memory that does not grow with them.
 
-        records: mappings with `question` and `context` (a `datasets.Dataset`, what `json.loads` gives), or
-        pairs. About a thousand at most are read ahead, so answers come in bursts. progress: a bar on stderr.
-        Each answer is an Answer; with top_k, a list of as many at most. keep_refused: a record that cannot be
-        asked gives a RefusedQuestion in its place; without it this is raised after the answers before it.
-        An error of `records` itself, too, is raised after them.
+        records: mappings with `question` and `context` (say a `datasets.Dataset`, or JSON objects), or pairs
+        of texts. About a thousand at most are read ahead, so answers come in bursts. top_k: gives a list of
+        at most so many Answers for each question, in place of one Answer. progress: shows a bar on stderr.
+        keep_refused: gives a RefusedQuestion in the place of a record that cannot be asked; without it, the
+        RefusedQuestion is raised after the answers to the records before it. So is an error of `records`.
         """
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k is {top_k!r}; a whole number of at least 1, or None, is needed")
+        if top_k is not None:
+            checked_int("top_k", top_k, 1)
         if isinstance(records, (str, bytes)) or not isinstance(records, Iterable):
             raise TypeError(f"records are a {type(records).__name__}; an iterable of questions is needed")
         return self._answers(records, top_k, allow_none, progress, keep_refused)
@@ -154,7 +181,7 @@ class QuestionAnswerer:
     def decoded(
         self, records: Iterable[Any], reading: Reading, progress: bool = False
     ) -> Iterator[Decoded | RefusedQuestion]:
-        """What `stream` chooses from: every record's best spans and null score, in logits."""
+        """Every record's best spans and null score, in logits, of which `stream` chooses the answers."""
         _check_reading(reading, self.model.config, self.tokenizer)
         stream = AnswerStream(self.model, self.tokenizer, records, reading, self.lock)
         if not progress:
@@ -164,13 +191,13 @@ class QuestionAnswerer:
 
         total = len(records) if isinstance(records, Sized) else None
         with tqdm(total=total, desc="answers", unit=" questions") as bar:
-            for one in stream:
-                yield one
+            for decoded in stream:
+                yield decoded
                 bar.update()
 
 
 def _check_reading(reading: Reading, config: Any, tokenizer: Any) -> None:
-    """ValueError for windows that the model does not take; see `check_cut` for what else."""
+    """ValueError for windows that are too long for the model; `check_cut`'s errors."""
     longest = longest_sequence(config)
     if reading.max_length > longest:
         raise ValueError(
@@ -180,6 +207,7 @@ def _check_reading(reading: Reading, config: Any, tokenizer: Any) -> None:
 
 
 def _checked_threshold(value: Any) -> float:
+    """The threshold as a float; ValueError for NaN, -inf and anything that is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > float("-inf"):
         raise ValueError(f"null_score_threshold is {value!r}; a number is needed (inf: never no answer)")
     return float(value)
@@ -194,53 +222,162 @@ def _lists(question: Any, context: Any) -> tuple[Sequence[str], Sequence[str]]:
         question = [question] * (1 if isinstance(context, str) else len(context))
     if isinstance(context, str):
         context = [context] * len(question)
-    if len(question) != len(context):
-        raise ValueError(f"{len(question)} questions, but {len(context)} contexts: one context a question")
+    check_pairs(question, context)
     return question, context
 
 
-# What a token takes of English text; only how far ahead is read depends on it.
-_CHARACTERS_PER_TOKEN = 4
-# Questions that are read ahead at most, however short their contexts.
-_QUESTIONS_AHEAD = 512
-
-Asked = tuple[str, str]  # question, context
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How questions are read. max_length: tokens of a window; stride: tokens that two of a question's share;
-    max_answer_tokens: a span's at most; n_best: spans kept of a question; tokens_per_batch: of the model's
-    batches, padding included. Errors: ValueError for what cannot be."""
-
-    max_length: int = 384
-    stride: int = 128
-    max_answer_tokens: int = 30
-    n_best: int = SCORED
-    tokens_per_batch: int = 4096
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "max_answer_tokens", "n_best", "tokens_per_batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is needed")
-
-
+# A window, or the end of a question's windows: its index, and the reason where it was refused.
 Event = Window | tuple[int, RefusedQuestion | None]
 
 
 @dataclass
 class _Block:
-    """Some windows, in order, and the questions that have no more after them, with the reason where one was
-    refused. last: the records at hand are used up."""
+    """Some windows, in order. ended: the questions that have no more windows after these, each with the
+    reason where it was refused. last: whether no record that was read is left."""
 
     windows: list[Window] = field(default_factory=list)
     ended: dict[int, RefusedQuestion | None] = field(default_factory=dict)
     last: bool = False
 
 
-def as_asked(record: Any, index: int) -> Asked:
-    """Question and context of a record: a mapping with these keys, or a pair. RefusedQuestion for another."""
+class AnswerStream:
+    """One run over many questions, to be iterated once.
+
+    It yields for each record, in order, the best spans with their scores, or a RefusedQuestion that says why
+    the record cannot be asked. An error of `records` itself is raised once the records before it are
+    answered. lock: is held while the tokenizer works.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, records: Iterable[Any], reading: Reading, lock: Lock
+    ) -> None:
+        self._tokenizer, self._reading, self._lock = tokenizer, reading, lock
+        device = next(model.parameters()).device
+        self._runner = BatchRunner(model, model.config.pad_token_id, device, select_logits)
+        self._tokens = LOOK_AHEAD * reading.tokens_per_batch
+        self._records = enumerate(records)
+        self._failure: Exception | None = None
+        self._contexts: dict[int, str] = {}
+        self._candidates: dict[int, Candidates] = {}
+        self._ended: dict[int, RefusedQuestion | None] = {}
+        self._left: Counter[int] = Counter()  # how many windows of a question are cut and not yet run
+        self._next = 0  # the question whose answer comes next
+
+    def __iter__(self) -> Iterator[Decoded | RefusedQuestion]:
+        with ThreadPoolExecutor(1, "pruned_ops-windows") as thread:
+            tokens = self._reading.tokens_per_batch
+            for batch, logits in self._runner.scheduled(self._blocks(thread), tokens):
+                self._take(batch, logits)
+                yield from self._complete()
+        yield from self._complete()
+        if self._failure is not None:
+            raise self._failure
+
+    def _blocks(self, thread: ThreadPoolExecutor) -> Iterator[list[Window]]:
+        """The windows of block after block; while one is computed the thread cuts the next."""
+        events = self._events(self._read())
+        ahead: Future[_Block] | None = thread.submit(self._block, events)
+        while ahead is not None:
+            block = ahead.result()
+            if block.last:
+                records = self._read()
+                events = self._events(records)
+                ahead = thread.submit(self._block, events) if records else None
+            else:
+                ahead = thread.submit(self._block, events)
+            self._left.update(window.question_index for window in block.windows)
+            self._ended |= block.ended
+            yield block.windows
+
+    def _read(self) -> list[tuple[int, Texts | RefusedQuestion]]:
+        """The next records, about a block of them. The caller's own thread reads them, because a generator
+        may be tied to it, and because Ctrl-C reaches it."""
+        records: list[tuple[int, Texts | RefusedQuestion]] = []
+        characters = 0
+        while characters < self._tokens * _CHARACTERS_PER_TOKEN and len(records) < _QUESTIONS_AHEAD:
+            if self._failure is not None:
+                break
+            try:
+                index, record = next(self._records)
+            except StopIteration:
+                break
+            except Exception as error:  # of any kind, as the iterable is the caller's
+                self._failure = error
+                break
+            try:
+                question, context = _texts_of(record, index)
+            except RefusedQuestion as refused:
+                records.append((index, refused))
+                continue
+            records.append((index, (question, context)))
+            self._contexts[index] = context
+            characters += len(question) + len(context)
+        return records
+
+    def _events(self, records: list[tuple[int, Texts | RefusedQuestion]]) -> Iterator[Event]:
+        """The windows of these records, and each record's end after the last of its windows."""
+        accepted = {index: texts for index, texts in records if not isinstance(texts, RefusedQuestion)}
+        questions, contexts = ([texts[place] for texts in accepted.values()] for place in (0, 1))
+        sizes = (self._reading.max_length, self._reading.stride)
+        cuts = cut_each(self._tokenizer, questions, contexts, *sizes, indices=list(accepted))
+        for index, texts in records:
+            refused = texts if isinstance(texts, RefusedQuestion) else None
+            if refused is None:
+                try:
+                    yield from next(cuts)
+                except RefusedQuestion as too_long:
+                    refused = too_long
+            yield index, refused
+
+    def _block(self, events: Iterator[Event]) -> _Block:
+        """The next windows: tokens of about twice LOOK_AHEAD batches, where the records that were read have
+        so many. This runs in the thread."""
+        block, tokens = _Block(), 0
+        with self._lock:
+            for event in events:
+                if not isinstance(event, Window):
+                    block.ended[event[0]] = event[1]
+                    continue
+                block.windows.append(event)
+                tokens += len(event)
+                if tokens >= 2 * self._tokens:
+                    return block
+        block.last = True
+        return block
+
+    def _take(self, batch: list[Window], logits: Tensors) -> None:
+        """Keep the best spans of a batch's windows."""
+        for window, pair in zip(batch, split_logits(batch, logits), strict=True):
+            index = window.question_index
+            if index not in self._candidates:
+                reading = self._reading
+                self._candidates[index] = Candidates(
+                    self._contexts[index], reading.n_best, reading.max_answer_tokens
+                )
+            self._candidates[index].add(window, pair, f"a window of question {index}")
+            self._left[index] -= 1
+
+    def _complete(self) -> Iterator[Decoded | RefusedQuestion]:
+        """The results of the questions whose windows have all run, in order."""
+        while self._next in self._ended and not self._left[self._next]:
+            index = self._next
+            self._next += 1
+            refused = self._ended.pop(index)
+            self._contexts.pop(index, None)
+            self._left.pop(index, None)
+            candidates = self._candidates.pop(index, None)
+            if refused is not None:
+                yield refused
+                continue
+            assert candidates is not None  # every question has a window
+            decoded = candidates.decoded()
+            assert decoded is not None
+            yield decoded
+
+
+def _texts_of(record: Any, index: int) -> Texts:
+    """The question and the context of a record, which is a mapping with these keys or a pair; RefusedQuestion
+    for any other."""
     if isinstance(record, Mapping):
         missing = [name for name in ("question", "context") if name not in record]
         if missing:
@@ -264,137 +401,3 @@ def as_asked(record: Any, index: int) -> Asked:
                 f"character {error.start}, which is no text",
             ) from None
     return texts
-
-
-class AnswerStream:
-    """One run over many questions, to be iterated once.
-
-    It yields for each record, in order, what the model says, or the RefusedQuestion that says why it cannot
-    be asked. An error of `records` itself is raised once all that came before it is answered. lock: held
-    while the tokenizer works.
-    """
-
-    def __init__(
-        self, model: Any, tokenizer: Any, records: Iterable[Any], reading: Reading, lock: Lock
-    ) -> None:
-        self._tokenizer, self._reading, self._lock = tokenizer, reading, lock
-        device = next(model.parameters()).device
-        self._runner = BatchRunner(model, model.config.pad_token_id, device, select_logits)
-        self._tokens = LOOK_AHEAD * reading.tokens_per_batch
-        self._records = enumerate(records)
-        self._failure: Exception | None = None
-        self._contexts: dict[int, str] = {}
-        self._candidates: dict[int, Candidates] = {}
-        self._ended: dict[int, RefusedQuestion | None] = {}
-        self._left: Counter[int] = Counter()  # a question's windows that are cut, and not yet run
-        self._next = 0  # the question whose answer comes next
-
-    def __iter__(self) -> Iterator[Decoded | RefusedQuestion]:
-        with ThreadPoolExecutor(1, "pruned_ops-windows") as thread:
-            tokens = self._reading.tokens_per_batch
-            for batch, logits in self._runner.scheduled(self._blocks(thread), tokens):
-                self._take(batch, logits)
-                yield from self._complete()
-        yield from self._complete()
-        if self._failure is not None:
-            raise self._failure
-
-    def _blocks(self, thread: ThreadPoolExecutor) -> Iterator[list[Window]]:
-        """The blocks' windows; while one is computed the thread cuts the next."""
-        events = self._events(self._read())
-        ahead: Future[_Block] | None = thread.submit(self._block, events)
-        while ahead is not None:
-            block = ahead.result()
-            if block.last:
-                records = self._read()
-                events = self._events(records)
-                ahead = thread.submit(self._block, events) if records else None
-            else:
-                ahead = thread.submit(self._block, events)
-            self._left.update(window.question_index for window in block.windows)
-            self._ended |= block.ended
-            yield block.windows
-
-    def _read(self) -> list[tuple[int, Asked | RefusedQuestion]]:
-        """The next records, about a block of them. They are read by the caller's own thread: a generator of
-        theirs may be tied to it, and Ctrl-C reaches it."""
-        found: list[tuple[int, Asked | RefusedQuestion]] = []
-        characters = 0
-        while characters < self._tokens * _CHARACTERS_PER_TOKEN and len(found) < _QUESTIONS_AHEAD:
-            if self._failure is not None:
-                break
-            try:
-                index, record = next(self._records)
-            except StopIteration:
-                break
-            except Exception as error:  # whatever the caller's iterable raises; it comes back to them
-                self._failure = error
-                break
-            try:
-                asked = as_asked(record, index)
-            except RefusedQuestion as refused:
-                found.append((index, refused))
-                continue
-            found.append((index, asked))
-            self._contexts[index] = asked[1]
-            characters += len(asked[0]) + len(asked[1])
-        return found
-
-    def _events(self, records: list[tuple[int, Asked | RefusedQuestion]]) -> Iterator[Event]:
-        """The windows of these records, and after the last of each its end."""
-        asked = {index: pair for index, pair in records if not isinstance(pair, RefusedQuestion)}
-        questions, contexts = ([pair[place] for pair in asked.values()] for place in (0, 1))
-        cut = (self._reading.max_length, self._reading.stride)
-        cuts = cut_each(self._tokenizer, questions, contexts, *cut, indices=list(asked))
-        for index, pair in records:
-            refused = pair if isinstance(pair, RefusedQuestion) else None
-            if refused is None:
-                try:
-                    yield from next(cuts)
-                except RefusedQuestion as found:
-                    refused = found
-            yield index, refused
-
-    def _block(self, events: Iterator[Event]) -> _Block:
-        """In the thread: the next windows, about twice a block's where the questions at hand have so many."""
-        block, tokens = _Block(), 0
-        with self._lock:
-            for event in events:
-                if not isinstance(event, Window):
-                    block.ended[event[0]] = event[1]
-                    continue
-                block.windows.append(event)
-                tokens += len(event)
-                if tokens >= 2 * self._tokens:
-                    return block
-        block.last = True
-        return block
-
-    def _take(self, batch: list[Window], logits: Tensors) -> None:
-        """Keep a batch's best spans."""
-        for window, pair in zip(batch, split_logits(batch, logits), strict=True):
-            index = window.question_index
-            if index not in self._candidates:
-                reading = self._reading
-                self._candidates[index] = Candidates(
-                    self._contexts[index], reading.n_best, reading.max_answer_tokens
-                )
-            self._candidates[index].add(window, pair, f"a window of question {index}")
-            self._left[index] -= 1
-
-    def _complete(self) -> Iterator[Decoded | RefusedQuestion]:
-        """What is complete, in order."""
-        while self._next in self._ended and not self._left[self._next]:
-            index = self._next
-            self._next += 1
-            refused = self._ended.pop(index)
-            for kept in (self._contexts, self._left):
-                kept.pop(index, None)
-            candidates = self._candidates.pop(index, None)
-            if refused is not None:
-                yield refused
-                continue
-            assert candidates is not None  # every question has a window
-            decoded = candidates.decoded()
-            assert decoded is not None
-            yield decoded

@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 
 from pruned_ops.models.configuration import SCORED, ScoreCalibration
 from pruned_ops.qa.windows import Int32Array, Window
+from pruned_ops.shape import checked_int
 
 FloatArray = NDArray[np.floating[Any]]
 Logits = tuple[FloatArray, FloatArray]  # start and end logits of one window, (tokens,) each
 Span = tuple[int, int]  # characters [start, end) of the context
 Ranked = list[tuple[float, int, int]]  # score, start, end; best first
 
-# Of a whitespace-only or byte-level vocabulary many token spans are one character span: look further then.
+# Where the vocabulary has whitespace-only or byte-level tokens, many token spans are one character span. Then
+# so many times as many token spans are looked at.
 _WIDEN = 4
-# The spans of a long document's windows are thinned out when there are so many times n_best of them.
+# When so many times n_best spans are kept of a long document, all but the best n_best are dropped.
 _THIN_OUT = 8
 
 
@@ -43,7 +45,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a model says on one question: its best spans, best first, and the score of "no answer"."""
+    """A model's answers to one question: the best spans, best first, and the score of "no answer"."""
 
     n_best: tuple[Answer, ...]
     null_score: float
@@ -70,48 +72,47 @@ class Decoded:
     def ranked(
         self, null_score_threshold: float, calibration: ScoreCalibration, allow_none: bool = True
     ) -> list[Answer]:
-        """The best spans and no answer with probabilities for scores, likeliest first.
+        """The best spans and no answer, with probabilities for scores, likeliest first.
 
-        The threshold is taken off the null score, so that the likeliest is what `answer` says. Without
-        allow_none: spans only, with the same probabilities. Where there is no span, no answer is certain.
+        The threshold is taken off the null score, so that the likeliest is the one that `answer` gives.
+        Without allow_none there are only spans, with the same probabilities. Where there is no span, no
+        answer is certain.
         """
         if not self.n_best:
             return [Answer("", 1.0, 0, 0)]
         scores = [answer.score for answer in self.n_best]
         *spans, null = calibration.probabilities(scores, self.null_score - null_score_threshold)
-        found = [Answer(a.answer, p, a.start, a.end) for a, p in zip(self.n_best, spans, strict=True)]
+        ranked = [Answer(a.answer, p, a.start, a.end) for a, p in zip(self.n_best, spans, strict=True)]
         if allow_none:
-            # The comparison of `answer`, to the last bit.
+            # The same comparison as in `answer`, to the last bit.
             better = sum(self.null_score - span.score <= null_score_threshold for span in self.n_best)
-            found.insert(better, Answer("", null, 0, 0))
-        return found
+            ranked.insert(better, Answer("", null, 0, 0))
+        return ranked
 
 
 class Candidates:
     """The best spans of one question over the windows seen so far, and its null score.
 
-    What stays in memory does not grow with the number of windows: a span that n_best others beat cannot come
-    back, for scores only rise. See `decode` for what counts as a span.
+    The memory does not grow with the number of windows: a span that n_best others beat cannot come back,
+    because scores only rise. See `decode` for what counts as a span.
     """
 
     def __init__(self, context: str, n_best: int = SCORED, max_answer_tokens: int = 30) -> None:
-        if n_best < 1 or max_answer_tokens < 1:
-            raise ValueError(
-                f"n_best ({n_best}) and max_answer_tokens ({max_answer_tokens}) must be at least 1"
-            )
+        checked_int("n_best", n_best, 1)
+        checked_int("max_answer_tokens", max_answer_tokens, 1)
         self._context, self._n_best, self._max_answer_tokens = context, n_best, max_answer_tokens
         self._spans: dict[Span, float] = {}
         self._null_score: float | None = None
 
     def add(self, window: Window, logits: Logits, name: str) -> None:
-        """Take in one more window of the question; ValueError that calls it by `name` for logits that are not
-        finite or do not fit it."""
+        """Take in one more window of the question; ValueError for logits that are not finite or do not fit
+        the window, which the message calls by `name`."""
         start, end = _checked(logits, name, len(window))
         null = float(start[window.cls_index] + end[window.cls_index])
         self._null_score = null if self._null_score is None else min(null, self._null_score)
         spans = self._spans
-        found = _best_spans(window, start, end, self._context, self._n_best, self._max_answer_tokens)
-        for score, first, last in found:
+        best = _best_spans(window, start, end, self._context, self._n_best, self._max_answer_tokens)
+        for score, first, last in best:
             spans[first, last] = max(score, spans.get((first, last), score))
         if len(spans) > _THIN_OUT * self._n_best:
             self._spans = {(first, last): score for score, first, last in _ranked(spans)[: self._n_best]}
@@ -152,15 +153,15 @@ def decode(
         if not 0 <= window.question_index < len(contexts):
             raise ValueError(f"window {number} is of question {window.question_index} of {len(contexts)}")
         candidates[window.question_index].add(window, pair, f"window {number}")
-    found = [one.decoded() for one in candidates]
-    without = [i for i, one in enumerate(found) if one is None]
+    results = [question.decoded() for question in candidates]
+    without = [i for i, decoded in enumerate(results) if decoded is None]
     if without:
         raise ValueError(f"no window of question {', '.join(map(str, without[:5]))} ({len(without)} in all)")
-    return [one for one in found if one is not None]
+    return [decoded for decoded in results if decoded is not None]
 
 
 def _checked(pair: Logits, name: str, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both logits in fp64, in which the sum of two fp32 numbers is exact: ties are real ties."""
+    """Start and end logits in fp64, in which the sum of two fp32 numbers is exact, so that ties are ties."""
     start, end = (np.asarray(values, dtype=np.float64) for values in pair)
     if start.shape != (length,) or end.shape != (length,):
         raise ValueError(f"{name} has {length} tokens, but logits of {start.shape} and {end.shape}")
@@ -186,21 +187,22 @@ def _best_spans(
     ends = np.concatenate([end[first:last], np.full(width - 1, -np.inf)])
     scores = start[first:last, None] + np.lib.stride_tricks.sliding_window_view(ends, width)
     flat = scores.ravel()
-    wanted = n_best
+    count = n_best
     while True:
-        everything = wanted >= flat.size
-        # All that tie with the last one wanted come along, so that which of them stay is decided by position.
-        least = -np.inf if everything else np.partition(flat, flat.size - wanted)[flat.size - wanted]
+        everything = count >= flat.size
+        # All that tie with the last of them come along, so that position decides which of them stay.
+        least = -np.inf if everything else np.partition(flat, flat.size - count)[flat.size - count]
         chosen = np.flatnonzero((flat >= least) & (flat > -np.inf))
         starts, lengths = np.divmod(chosen, width)
         characters = (window.offsets[first + starts, 0], window.offsets[first + starts + lengths, 1])
         ranked = _distinct(flat[chosen], *characters, context)
         if everything or len(ranked) >= n_best:
             return ranked[:n_best]
-        wanted *= _WIDEN
+        count *= _WIDEN
 
 
 def _distinct(scores: NDArray[np.float64], starts: Int32Array, ends: Int32Array, context: str) -> Ranked:
+    """The different spans of characters, without whitespace at their ends, each with its best score."""
     best: dict[Span, float] = {}
     for score, start, end in zip(scores.tolist(), starts.tolist(), ends.tolist(), strict=True):
         text = context[start:end]
@@ -211,4 +213,5 @@ def _distinct(scores: NDArray[np.float64], starts: Int32Array, ends: Int32Array,
 
 
 def _ranked(spans: dict[Span, float]) -> Ranked:
+    """The spans by falling score; equal scores by their places."""
     return sorted(((score, *span) for span, score in spans.items()), key=lambda s: (-s[0], *s[1:]))

@@ -1,4 +1,4 @@
-"""The logits of windows: what a model says of a batch of them, without padding."""
+"""The logits that a model gives for windows, without padding."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from pruned_ops.shape import checked_int
 
 
 def select_logits(output: Any) -> Tensors:
-    """Of a model's output, what is copied to the host, fp32: start and end logits as one, (2, batch, seqlen),
-    and answer type logits, where the model has them."""
+    """The part of a model's output that is copied to the host, in fp32: start and end logits as one tensor,
+    (2, batch, seqlen), and answer type logits, where the model has them."""
     # One copy to the host for the batch, not two for every window.
-    found = {"spans": torch.stack([output.start_logits, output.end_logits]).float()}
+    logits = {"spans": torch.stack([output.start_logits, output.end_logits]).float()}
     kinds: Tensor | None = getattr(output, "answer_type_logits", None)
-    return found if kinds is None else {**found, "kinds": kinds.float()}
+    return logits if kinds is None else {**logits, "kinds": kinds.float()}
 
 
-def split_logits(batch: Sequence[Any], found: Tensors) -> Iterator[Any]:
+def split_logits(batch: Sequence[Any], logits: Tensors) -> Iterator[Any]:
     """The start and end logits of each window, (tokens,) each, without padding; then its answer type logits,
-    where there are any."""
-    logits, kinds = found["spans"].numpy(), found.get("kinds")
+    where there are any. logits: what `select_logits` gave."""
+    both, kinds = logits["spans"].numpy(), logits.get("kinds")
     for row, window in enumerate(batch):
         # Copies, so that one window's logits do not keep the whole batch in memory.
-        spans: Logits = logits[0, row, : len(window)].copy(), logits[1, row, : len(window)].copy()
+        spans: Logits = both[0, row, : len(window)].copy(), both[1, row, : len(window)].copy()
         yield spans if kinds is None else (*spans, kinds[row].numpy().copy())
 
 
 def batch_logits(
     model: torch.nn.Module, batch: Sequence[Any], pad_token_id: int, device: torch.device
 ) -> Iterator[Any]:
-    """`split_logits` of one call of the model.
+    """Call the model on one batch, and give the logits of each window as `split_logits` does.
 
     batch: `Window`s, or whatever has a length, input_ids and token_type_ids."""
     inputs = {name: tensor.to(device) for name, tensor in padded(batch, pad_token_id).items()}
-    found = select_logits(model(**inputs))
-    yield from split_logits(batch, {name: tensor.cpu() for name, tensor in found.items()})
+    logits = select_logits(model(**inputs))
+    yield from split_logits(batch, {name: tensor.cpu() for name, tensor in logits.items()})
 
 
 def predict_logits(
@@ -53,27 +53,27 @@ def predict_logits(
 ) -> list[Any]:
     """The start and end logits of every window, in the order given: fp32, (tokens,) each, without padding.
 
-    A tuple each; of three, the answer type logits last, where the model has them. windows: `Window`s, or
-    whatever has a length, input_ids and token_type_ids.
+    Each window has a tuple of them; its third entry, where the model has answer types, is their logits.
+    windows: `Window`s, or whatever has a length, input_ids and token_type_ids.
 
-    Runs in inference mode and without dropout; the model's training mode is as before afterwards. Batches
-    hold windows of like length, longest first: little padding, and too large a batch fails at once.
-    device: where the model's inputs go; by default where its first parameter is.
+    The model runs in inference mode and without dropout; afterwards its training mode is as before. Batches
+    hold windows of like length, longest first, so that there is little padding and too large a batch fails at
+    once. device: where the model's inputs go; by default where its first parameter is.
     """
     checked_int("batch_size", batch_size, 1)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
-    found: dict[int, Any] = {}
+    logits: dict[int, Any] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for chosen in _batches(order, batch_size, progress):
                 batch = [windows[i] for i in chosen]
-                found.update(zip(chosen, batch_logits(model, batch, pad_token_id, place), strict=True))
+                logits.update(zip(chosen, batch_logits(model, batch, pad_token_id, place), strict=True))
     finally:
         model.train(was_training)
-    return [found[i] for i in range(len(windows))]
+    return [logits[i] for i in range(len(windows))]
 
 
 def _batches(order: list[int], batch_size: int, progress: bool) -> Iterator[list[int]]:

@@ -14,18 +14,20 @@ import torch
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.decoding import Answer
-from pruned_ops.qa.windows import RefusedQuestion
+from pruned_ops.qa.windows import RefusedQuestion, check_pairs
+from pruned_ops.shape import checked_int
 
 TASK = "question-answering"
-# Characters on either side of an answer that are looked at for the word it ends in.
+# The word that an answer ends in is looked for among so many characters on either side of it.
 _AROUND = 200
-# Of the old pipeline; batches are made by tokens here, and texts are never padded.
+# Options of the old pipeline. Here batches are made by tokens, and texts are never padded.
 _WITHOUT_MEANING = ("batch_size", "num_workers", "padding")
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What a call may say, with the old pipeline's names and defaults."""
+    """The options of a call, with the old pipeline's names and defaults. None stands for a default that
+    depends on the model."""
 
     top_k: int = 1
     doc_stride: int | None = None
@@ -38,21 +40,22 @@ class _Options:
     def __post_init__(self) -> None:
         for name in ("top_k", "max_answer_len", "max_seq_len", "max_question_len"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is needed")
+            if value is not None:
+                checked_int(name, value, 1)
 
-    def updated(self, given: dict[str, Any]) -> _Options:
-        """With what a call gave; None means the default. TypeError for a name that is none."""
-        given = {name: value for name, value in given.items() if name not in _WITHOUT_MEANING}
-        if "topk" in given:
+    def updated(self, options: dict[str, Any]) -> _Options:
+        """These options with those of a call, of which None leaves the default. TypeError for a name that is
+        no option's."""
+        options = {name: value for name, value in options.items() if name not in _WITHOUT_MEANING}
+        if "topk" in options:
             warnings.warn("topk is the old name of top_k", FutureWarning, stacklevel=4)
-            given.setdefault("top_k", given["topk"])
-            del given["topk"]
+            options.setdefault("top_k", options["topk"])
+            del options["topk"]
         known = [field.name for field in fields(self)]
-        for name in given:
+        for name in options:
             if name not in known:
                 raise TypeError(f"the {TASK} pipeline takes no {name}; it takes {', '.join(known)}")
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+        return replace(self, **{name: value for name, value in options.items() if value is not None})
 
 
 def pipeline(
@@ -66,8 +69,8 @@ def pipeline(
 ) -> QuestionAnsweringPipeline:
     """The question-answering pipeline of transformers 4, on this project's runtime.
 
-    model, tokenizer, dtype: as for QuestionAnswerer, to which the model is given. device: as there, or a
-    number as in the old pipeline (-1: CPU, n: GPU n). options: defaults for what each call may say.
+    model, tokenizer, dtype: as for QuestionAnswerer, to which they are passed on. device: as there, or a
+    number as in the old pipeline (-1: CPU, n: GPU n). options: the defaults of each call's options.
     Errors: ValueError for another task, for no model, and for another framework than "pt".
     """
     if task != TASK:
@@ -89,16 +92,17 @@ def pipeline(
 class QuestionAnsweringPipeline:
     """Takes the calls of the old pipeline and gives its results: dictionaries with score, start, end, answer.
 
-    One question gives a dictionary, a list where top_k is above 1; several give a list of these; a generator
-    or a data set gives an iterator over them. Inputs are question= and context= (strings, or lists of them),
-    dictionaries with these keys, objects with question_text and context_text, two strings, or a list of any.
+    One question gives a dictionary, or a list of them where top_k is above 1; several questions give a list
+    of such results; a generator or a data set gives an iterator over them. Inputs are question= and context=
+    (strings, or lists of them), dictionaries with these keys, objects with question_text and context_text,
+    two strings, or a list of any of these.
 
-    As before, "" is an answer with handle_impossible_answer only, and with align_to_words answers are widened
-    to whole words. What differs: the score is QuestionAnswerer's, no product of two softmaxes; whether ""
-    comes first is decided by the checkpoint's null score threshold (0 where it has none, as before);
-    max_question_len shortens a longer question where it is given (it did nothing with fast tokenizers), and a
-    question that leaves no room for its context is refused. batch_size, num_workers and padding are taken and
-    mean nothing: batches are made by tokens.
+    As before, "" is an answer only with handle_impossible_answer, and with align_to_words answers are widened
+    to whole words. These differ: the score is QuestionAnswerer's, no product of two softmaxes. The
+    checkpoint's null score threshold decides whether "" comes first (0 where it has none, as before).
+    max_question_len, where it is given, shortens a longer question (it did nothing with fast tokenizers). A
+    question that leaves no room for its context is refused. batch_size, num_workers and padding are accepted
+    and mean nothing, because batches are made by tokens.
     """
 
     task = TASK
@@ -107,17 +111,18 @@ class QuestionAnsweringPipeline:
         self.answerer, self._defaults = answerer, defaults
         self.model, self.tokenizer = answerer.model, answerer.tokenizer
 
-    def __call__(self, *inputs: Any, **given: Any) -> Any:
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         names = ("question", "context", "X", "data")
-        texts: dict[str, Any] = {name: given.pop(name) for name in names if name in given}
-        options = self._defaults.updated(given)
+        texts: dict[str, Any] = {name: keywords.pop(name) for name in names if name in keywords}
+        options = self._defaults.updated(keywords)
         records = _records(inputs, texts)
         if not isinstance(records, list):
             return self._results(records, options)
-        found = list(self._results(records, options))
-        return found[0] if len(found) == 1 else found
+        results = list(self._results(records, options))
+        return results[0] if len(results) == 1 else results
 
     def _results(self, records: Iterable[Any], options: _Options) -> Iterator[Any]:
+        """The result of each record, in order."""
         answerer = self.answerer
         reading = answerer.reading
         length = options.max_seq_len or reading.max_length
@@ -126,24 +131,25 @@ class QuestionAnsweringPipeline:
             reading, max_length=length, stride=stride, max_answer_tokens=options.max_answer_len,
             n_best=max(reading.n_best, options.top_k),
         )  # fmt: skip
-        contexts: deque[str] = deque()  # of the questions that are under way
+        contexts: deque[str] = deque()  # the contexts of the questions that are under way
 
-        def asked() -> Iterator[tuple[str, str]]:
+        def pairs() -> Iterator[tuple[str, str]]:
             for record in records:
                 question, context = _texts(record)
                 contexts.append(context)
                 yield self._shortened(question, options.max_question_len), context
 
-        for decoded in answerer.decoded(asked(), reading):
+        for decoded in answerer.decoded(pairs(), reading):
             if isinstance(decoded, RefusedQuestion):
                 raise decoded
             ranked = decoded.ranked(
                 answerer.null_score_threshold, answerer.calibration, options.handle_impossible_answer
             )
-            found = self._dictionaries(ranked, contexts.popleft(), options)
-            yield found[0] if options.top_k == 1 else found
+            answers = self._dictionaries(ranked, contexts.popleft(), options)
+            yield answers[0] if options.top_k == 1 else answers
 
     def _shortened(self, question: str, tokens: int | None) -> str:
+        """The question's first tokens, at most so many; None leaves it whole."""
         if tokens is None:
             return question
         with self.answerer.lock:
@@ -153,18 +159,20 @@ class QuestionAnsweringPipeline:
     def _dictionaries(
         self, ranked: Sequence[Answer], context: str, options: _Options
     ) -> list[dict[str, Any]]:
-        found: dict[tuple[int, int], dict[str, Any]] = {}
+        """The best options.top_k answers as the old pipeline gave them, each span once."""
+        results: dict[tuple[int, int], dict[str, Any]] = {}
         for answer in ranked:
             span = (answer.start, answer.end)
             if options.align_to_words and answer.answer:
                 with self.answerer.lock:
                     span = aligned(self.tokenizer, context, *span)
             text = context[slice(*span)]
-            # Of spans that are widened to the same words the likeliest comes first, and stays.
-            found.setdefault(span, {"score": answer.score, "start": span[0], "end": span[1], "answer": text})
-            if len(found) == options.top_k:
+            # Where several spans are widened to the same words, the likeliest comes first and stays.
+            result = {"score": answer.score, "start": span[0], "end": span[1], "answer": text}
+            results.setdefault(span, result)
+            if len(results) == options.top_k:
                 break
-        return list(found.values())
+        return list(results.values())
 
 
 def aligned(tokenizer: Any, context: str, start: int, end: int) -> tuple[int, int]:
@@ -187,42 +195,42 @@ def aligned(tokenizer: Any, context: str, start: int, end: int) -> tuple[int, in
 
 
 def _records(inputs: tuple[Any, ...], texts: dict[str, Any]) -> Any:
-    """A call's questions: a list where it gave them at once, else the iterable it gave."""
-    if len(inputs) == 2 and all(isinstance(one, str) for one in inputs):
+    """The questions of a call: a list where it passed them at once, else the iterable that it passed."""
+    if len(inputs) == 2 and all(isinstance(text, str) for text in inputs):
         return [{"question": inputs[0], "context": inputs[1]}]
     if inputs:
-        given: Any = inputs[0] if len(inputs) == 1 else list(inputs)
+        records: Any = inputs[0] if len(inputs) == 1 else list(inputs)
     elif "X" in texts or "data" in texts:
-        given = texts["X"] if "X" in texts else texts["data"]
+        records = texts["X"] if "X" in texts else texts["data"]
     elif "question" in texts and "context" in texts:
-        given = texts
+        records = texts
     else:
         raise ValueError(f"question and context are needed; given {', '.join(texts) or 'nothing'}")
-    if isinstance(given, str):
+    if isinstance(records, str):
         raise ValueError("question and context are needed; given one string")
-    if isinstance(given, Mapping) or hasattr(given, "question_text"):
-        return _spread(given)
-    if isinstance(given, (list, tuple)):
-        return list(chain.from_iterable(map(_spread, given)))
-    if not isinstance(given, Iterable):
-        raise ValueError(f"a {type(given).__name__} is no question with its context")
-    return given
+    if isinstance(records, Mapping) or hasattr(records, "question_text"):
+        return _spread(records)
+    if isinstance(records, (list, tuple)):
+        return list(chain.from_iterable(map(_spread, records)))
+    if not isinstance(records, Iterable):
+        raise ValueError(f"a {type(records).__name__} is no question with its context")
+    return records
 
 
 def _spread(record: Any) -> list[Any]:
-    """A dictionary of lists as many dictionaries."""
+    """The dictionaries that a dictionary of lists stands for; a list of the record alone for any other."""
     question = record.get("question") if isinstance(record, Mapping) else None
     context = record.get("context") if isinstance(record, Mapping) else None
     if not isinstance(question, list):
         return [record]
     contexts = context if isinstance(context, list) else [context] * len(question)
-    if len(contexts) != len(question):
-        raise ValueError(f"{len(question)} questions, but {len(contexts)} contexts: one context a question")
+    check_pairs(question, contexts)
     return [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
 
 
 def _texts(record: Any) -> tuple[str, str]:
-    """Of a dictionary, or an object like transformers' SquadExample; KeyError or ValueError for another."""
+    """The question and the context of a dictionary, or of an object like transformers' SquadExample; KeyError
+    or ValueError for any other record."""
     if hasattr(record, "question_text") and hasattr(record, "context_text"):
         record = {"question": record.question_text, "context": record.context_text}
     if not isinstance(record, Mapping):
@@ -231,6 +239,6 @@ def _texts(record: Any) -> tuple[str, str]:
         if name not in record:
             raise KeyError(f"a dictionary with question and context is needed; this one has no {name}")
         if not isinstance(record[name], str) or not record[name]:
-            found = "empty" if record[name] == "" else f"a {type(record[name]).__name__}"
-            raise ValueError(f"{name} is {found}; a string that is not empty is needed")
+            kind = "empty" if record[name] == "" else f"a {type(record[name]).__name__}"
+            raise ValueError(f"{name} is {kind}; a string that is not empty is needed")
     return record["question"], record["context"]

@@ -1,4 +1,4 @@
-"""Questions out of a user's file, for whoever measures on them: SQuAD's JSON, or JSON lines."""
+"""Questions out of files (SQuAD's JSON, or JSON lines), their order of arrival, and SQuAD's scores."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pruned_ops.qa.windows import windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+T = TypeVar("T")
+
 JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question and the text it is asked of. answers: the right ones, none where there is no answer; None
-    where the file does not say."""
+    """A question and the text it is asked of. answers: the right answers, empty where the text has none; None
+    where they are not known."""
 
     question: str
     context: str
@@ -31,27 +33,30 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a SQuAD-format JSON file or, by its name (.jsonl, .ndjson), of JSON lines with
-    question, context and, where they are known, answers: texts, SQuAD's objects, or SQuAD's columns.
+    """The questions of a SQuAD-format JSON file or, where its name ends in .jsonl or .ndjson, of JSON lines.
 
-    Errors: OSError where there is no file; ValueError that names it, and the line, for anything else.
+    A line is an object with a question, a context and, where they are known, answers: a list of texts or of
+    SQuAD's objects, or SQuAD's columns. Errors: OSError where there is no file; ValueError that names the
+    file, and the line, for any other content.
     """
     if path.suffix.lower() in JSON_LINES:
-        found = [_of_line(line, f"{path}: line {n}") for n, line in _lines(path)]
+        questions = [_of_line(line, f"{path}: line {number}") for number, line in _lines(path)]
     else:
         try:
-            found = list(_of_squad(json.loads(path.read_text(encoding="utf-8"))))
+            questions = list(_of_squad(json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is no SQuAD-format JSON (a file of JSON lines is named .jsonl): {error!r}"
             ) from error
-    if not found:
+    if not questions:
         raise ValueError(f"{path} holds no question")
-    return found
+    return questions
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:  # as bytes, whose lines end at \n only: text may hold other line ends
+    """The number and the bytes of each line that is not empty. A line of bytes ends at \n alone; the lines of
+    text would end elsewhere, too."""
+    with path.open("rb") as file:
         yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
@@ -71,21 +76,24 @@ def _of_line(line: bytes, where: str) -> Question:
 
 
 def _question(question: Any, context: Any, answers: Any) -> Question:
+    """The question of these parsed values; an error of any kind for values that are none."""
     if not isinstance(question, str) or not isinstance(context, str):
         raise ValueError("questions and contexts are needed")
     if isinstance(answers, dict):
         answers = answers["text"]
     if answers is None:
         return Question(question, context)
-    texts = tuple(one["text"] if isinstance(one, dict) else one for one in answers)
+    texts = tuple(answer["text"] if isinstance(answer, dict) else answer for answer in answers)
     if isinstance(answers, str) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"answers are {answers!r}; a list of texts is needed")
     return Question(question, context, texts)
 
 
-def in_arrival_order(questions: list[Question], needed: int | None = None) -> list[Question]:
-    """Shuffled as `arrival_lengths` does it; so many of them at most."""
-    return [questions[i] for i in arrival_lengths([[i] for i in range(len(questions))])[:needed]]
+def in_arrival_order(questions: Sequence[T], needed: int | None = None) -> list[T]:
+    """The questions shuffled (seed 0), as users' questions would arrive; at most `needed` of them."""
+    shuffled = list(questions)
+    random.Random(0).shuffle(shuffled)
+    return shuffled[:needed]
 
 
 def window_lengths(
@@ -95,27 +103,24 @@ def window_lengths(
     stride: int = 128,
     needed: int | None = None,
 ) -> list[int]:
-    """Lengths in tokens of the windows of a file's questions, in arrival order.
+    """The lengths in tokens of the windows of a file's questions, in order of arrival.
 
-    needed: so many of them at most (default: all). Errors: `read_questions`'s; ValueError that names the file
-    where a question cannot be cut.
+    needed: how many lengths there are at most (default: all). Errors: `read_questions`'s; ValueError that
+    names the file where a question cannot be cut.
     """
-    # Where a question comes depends on nothing but their number: so those beyond `needed` need not be cut.
-    asked = in_arrival_order(read_questions(path), needed)
-    questions, contexts = [one.question for one in asked], [one.context for one in asked]
+    # The order depends on the number of questions alone, and each has a window: the rest need not be cut.
+    questions = in_arrival_order(read_questions(path), needed)
+    texts, contexts = [one.question for one in questions], [one.context for one in questions]
     try:
-        cut = windows(tokenizer, questions, contexts, max_length, stride)
+        cut = windows(tokenizer, texts, contexts, max_length, stride)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}, its questions counted in arrival order: {error}") from error
     return [len(window) for window in cut][:needed]
 
 
 def arrival_lengths(lengths_by_question: Sequence[Sequence[int]]) -> list[int]:
-    """Window lengths with the questions shuffled (seed 0): the order in which users' questions would
-    arrive."""
-    questions = list(lengths_by_question)
-    random.Random(0).shuffle(questions)
-    return [length for windows in questions for length in windows]
+    """The window lengths of all questions, the questions in the order of `in_arrival_order`."""
+    return [length for lengths in in_arrival_order(lengths_by_question) for length in lengths]
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -123,12 +128,13 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised_answer(text: str) -> str:
-    """Lower case, without punctuation, without the articles a, an, the, with single spaces."""
+    """The text in lower case, without punctuation and the articles a, an, the, with single spaces: SQuAD's
+    official evaluator compares such texts."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def answer_scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """(exact, F1) in percent, each the best over the answers; without answers, "" is the right one."""
+    """(exact match, F1) in percent, each the best over the answers; without answers, "" is the right one."""
     gold = [text for text in map(normalised_answer, answers) if text] or [""]
     predicted = normalised_answer(prediction)
     f1 = max(_token_f1(predicted.split(), text.split()) for text in gold)
@@ -136,6 +142,7 @@ def answer_scores(prediction: str, answers: Sequence[str]) -> tuple[float, float
 
 
 def _token_f1(predicted: list[str], gold: list[str]) -> float:
+    """The F1 of two lists of words, as bags."""
     if not predicted or not gold:
         return float(predicted == gold)
     same = (Counter(predicted) & Counter(gold)).total()

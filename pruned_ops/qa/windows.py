@@ -1,6 +1,6 @@
-"""Extractive question answering around a model: windows over contexts of any length.
+"""Windows: questions with contexts of any length, cut into inputs that a model takes.
 
-The model itself stays outside: `windows` makes its inputs, `decode` reads its start and end logits.
+`windows` makes a model's inputs here; `decoding.decode` reads its start and end logits.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 Int32Array = NDArray[np.int32]
 Tokens = tuple[Int32Array, Int32Array]  # ids, (tokens,), and offsets, (tokens, 2), of a piece of context
 
-# Characters of a context that are tokenised at once. A tokenizer takes a hundred times their bytes for them.
+# So many characters of a context are tokenised at once. A tokenizer takes a hundred times their memory.
 PIECE = 1 << 16
 
 
 class RefusedQuestion(ValueError):
-    """A question that cannot be asked; index: its place among those given, reason: what is wrong with it."""
+    """A question that cannot be asked. index: its place among the questions; reason: what is wrong with
+    it."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(f"question {index} {reason}")
@@ -84,23 +85,24 @@ def windows(
     check_pairs(questions, contexts)
     checked_int("batch_size", batch_size, 1)
     check_cut(tokenizer, max_length, stride)
-    found: list[Window] = []
+    all_windows: list[Window] = []
     for first in _batches(len(questions), batch_size, progress):
         batch = slice(first, first + batch_size)
         indices = range(len(questions))[batch]
         for cut in cut_each(tokenizer, questions[batch], contexts[batch], max_length, stride, indices):
-            found += cut
-    return found
+            all_windows += cut
+    return all_windows
 
 
-def check_pairs(questions: Sequence[str], contexts: Sequence[str]) -> None:
+def check_pairs(questions: Sequence[Any], contexts: Sequence[Any]) -> None:
     """ValueError unless there are as many contexts as questions."""
     if len(questions) != len(contexts):
         raise ValueError(f"{len(questions)} questions, but {len(contexts)} contexts: one context a question")
 
 
 def check_cut(tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int) -> None:
-    """What `windows` raises for these whatever the questions."""
+    """The errors that `windows` raises for these whatever the questions: ValueError for sizes that cannot be,
+    TypeError for a tokenizer that does not know offsets."""
     if not 0 <= stride < max_length:
         raise ValueError(f"stride {stride} must be at least 0 and less than max_length {max_length}")
     if not getattr(tokenizer, "is_fast", False):
@@ -115,8 +117,8 @@ def cut_each(
     stride: int,
     indices: Sequence[int],
 ) -> Iterator[Iterator[Window]]:
-    """The windows of each question, made as they are asked for; see `windows`. indices: what the questions
-    are called.
+    """The windows of each question, made one by one as they are iterated over; see `windows`. indices: the
+    `question_index` of each question.
 
     A context longer than PIECE characters is tokenised piece by piece, each of which ends before whitespace
     (where it has any), so that its tokens are those of the whole. The inner iterator raises RefusedQuestion.
@@ -152,9 +154,10 @@ def _batches(total: int, batch_size: int, progress: bool) -> Iterator[int]:
 def _encodings(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], contexts: Sequence[str]
 ) -> Sequence[Any]:
+    """The tokenizer's encoding of each question with its context, whole and unpadded."""
     pair = (questions, contexts) if _question_first(tokenizer) else (contexts, questions)
-    # Whole and unpadded, cut by us: the tokenizer's own overflow fails without naming the question. verbose
-    # warns of sequences longer than the model takes, which the cut takes care of.
+    # The cut is made here, because the tokenizer's own fails without naming the question. verbose would warn
+    # of sequences that are longer than the model takes, as they are before the cut.
     encoded = tokenizer(*map(list, pair), truncation=False, padding=False, verbose=False)
     return encoded.encodings or ()
 
@@ -164,7 +167,8 @@ def _question_first(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def _piece_end(context: str, begin: int) -> int:
-    """Where the piece of context that begins here ends: before whitespace, best the first after a word."""
+    """The end of the piece of context that begins here: before whitespace, if possible the first after a
+    word."""
     limit = begin + PIECE
     if limit >= len(context):
         return len(context)
@@ -194,11 +198,11 @@ def _offsets(encoding: Any) -> Int32Array:
 def _whole_window(
     tokenizer: PreTrainedTokenizerFast, encoding: Any, question_index: int, begin: int = 0
 ) -> Window:
-    """A question with all of a piece of context; begin: where the piece begins."""
+    """A question with all of a piece of context, which begins at the character `begin`."""
     context_sequence = int(_question_first(tokenizer))
     ids = np.array(encoding.ids, dtype=np.int32)
     added = -1  # the sequence of what the tokenizer added
-    sequences = np.array([added if one is None else one for one in encoding.sequence_ids])
+    sequences = np.array([added if number is None else number for number in encoding.sequence_ids])
     cls = np.flatnonzero((sequences == added) & (ids == tokenizer.cls_token_id))
     if not len(cls):
         raise ValueError(f"{type(tokenizer).__name__} adds no CLS token, whose logits would say 'no answer'")
@@ -210,7 +214,8 @@ def _whole_window(
 
 
 def _cut(whole: Window, more: Iterator[Tokens] | None, max_length: int, stride: int) -> Iterator[Window]:
-    """more: the tokens of the context after those in `whole`. No more than a piece of them is held."""
+    """The windows of a question. whole: the question with the first piece of its context; more: the tokens of
+    the other pieces, of which one is held at a time."""
     if more is None and len(whole) <= max_length:
         yield whole
         return
@@ -233,7 +238,7 @@ def _cut(whole: Window, more: Iterator[Tokens] | None, max_length: int, stride: 
 
 
 def _with_context(whole: Window, ids: Int32Array, offsets: Int32Array) -> Window:
-    """A window with other tokens in the place of the context's."""
+    """The same window with other tokens in the place of the context's."""
     first, last = whole.context_range
 
     def put(values: Int32Array, context: Int32Array) -> Int32Array:
@@ -251,7 +256,8 @@ def _with_context(whole: Window, ids: Int32Array, offsets: Int32Array) -> Window
 
 
 def span_tokens(window: Window, start: int, end: int) -> tuple[int, int] | None:
-    """First and last token of the context's characters [start, end); None where the window lacks some."""
+    """The first and the last token of the context's characters [start, end); None where the window does not
+    hold them all."""
     first, last = window.context_range
     if first == last:
         return None
