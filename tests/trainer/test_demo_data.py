@@ -86,11 +86,11 @@ def test_as_many_questions_as_asked_and_a_third_without_answer() -> None:
 def test_only_reading_tells_the_answer(split: str) -> None:
     """What is asked is told of two entities of its paragraph: of the one asked about only if answerable."""
     for context, qa in questions(getattr(DEMO, split)):
-        told = [fact for text in re.split(r"(?<=\.) ", context) for fact in read(text)]
-        asked = {(fact.relation, fact.entity) for fact in read(qa["question"])}
-        ((relation, entity),) = asked
-        values = {fact.entity: fact.value for fact in told if fact.relation == relation}
-        assert len(values) == 2 and len(told) == 6
+        facts = [fact for text in re.split(r"(?<=\.) ", context) for fact in read(text)]
+        questioned = {(fact.relation, fact.entity) for fact in read(qa["question"])}
+        ((relation, entity),) = questioned
+        values = {fact.entity: fact.value for fact in facts if fact.relation == relation}
+        assert len(values) == 2 and len(facts) == 6
         if qa["is_impossible"]:
             assert entity not in values and entity in context
             assert sorted(values.values()) == sorted(answer["text"] for answer in qa["plausible_answers"])
@@ -105,9 +105,9 @@ def test_splits_share_no_wording_and_no_name_number_or_answer() -> None:
         split: {answer["text"] for _, qa in questions(getattr(DEMO, split)) for answer in qa["answers"]}
         for split in SPLITS
     }
-    for one, other in itertools.combinations(SPLITS, 2):
-        left, right = getattr(DEMO, one), getattr(DEMO, other)
-        assert not answers[one] & answers[other]
+    for first, second in itertools.combinations(SPLITS, 2):
+        left, right = getattr(DEMO, first), getattr(DEMO, second)
+        assert not answers[first] & answers[second]
         assert not own_words(left) & own_words(right)
         assert not skeletons(left) & skeletons(right)
     assert len(own_words(DEMO.evaluation)) > 500 and len(skeletons(DEMO.evaluation)) > 100
@@ -131,8 +131,8 @@ def test_check_disjoint_finds_a_leak() -> None:
         with pytest.raises(ValueError, match="not worded as evaluation is"):
             check_disjoint(DemoSet(demo.train, demo.validation, target))
     source["qas"][0]["question"] = "How long is the Bellford Bridge?"
-    asked = demo.evaluation["data"][0]["paragraphs"][0]["qas"][0]
-    asked["question"] = "How far does the Bellford Bridge reach?"
+    entry = demo.evaluation["data"][0]["paragraphs"][0]["qas"][0]
+    entry["question"] = "How far does the Bellford Bridge reach?"
     with pytest.raises(ValueError, match="'Bellford' stands in train and in evaluation"):
         check_disjoint(demo)
 

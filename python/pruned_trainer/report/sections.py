@@ -261,7 +261,7 @@ def workloads_section(report: Fields) -> Section:
     if speed.number("reached") is not None:
         workload = f" on {speed.text('workload')}" if speed.text("workload") else ""
         section.notes.append(
-            f"The pruned model against the dense one, both on our runtime, timed in turn: "
+            "The pruned model against the dense one, both on our runtime, timed in turn: "
             f"{speed.number('reached'):.2f}x{workload} (the median of the rounds)."
         )
     table = report.part("latency_table")

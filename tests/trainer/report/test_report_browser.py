@@ -49,8 +49,8 @@ def seen(folder: Path, width: int, dark: bool) -> dict[str, Any]:
     flags.append(f"--blink-settings=preferredColorScheme={0 if dark else 1}")
     done = subprocess.run([browser, *flags, frame.as_uri()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = done.stdout.partition('<pre id="found">')[2].partition("</pre>")[0]
-    return json.loads(html.unescape(found))
+    look = done.stdout.partition('<pre id="found">')[2].partition("</pre>")[0]
+    return json.loads(html.unescape(look))
 
 
 @pytest.mark.parametrize("kind", ["prune", "sweep"])
@@ -62,11 +62,11 @@ def test_a_browser_shows_every_part(tmp_path: Path, kind: str) -> None:
         parts = list(SWEEP)
     write_pages(folder)
     looks = [seen(folder, width, dark) for width, dark in ((390, False), (1200, True))]
-    for found, width in zip(looks, (390, 1200), strict=True):
+    for look, width in zip(looks, (390, 1200), strict=True):
         for part in parts:
-            wide, high = found["boxes"][part]
+            wide, high = look["boxes"][part]
             assert wide > 300 and high > 30, part
-        assert found["outside"] == [] and found["over"] <= 0
-        assert found["text"] > 9, f"{width} pixels wide: texts of the figures are too small"
+        assert look["outside"] == [] and look["over"] <= 0
+        assert look["text"] > 9, f"{width} pixels wide: texts of the figures are too small"
     assert looks[0]["page"] == "rgb(255, 255, 255)" and looks[1]["page"] == "rgb(21, 24, 28)"
     assert looks[0]["axis"] != looks[1]["axis"]

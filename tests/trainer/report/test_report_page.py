@@ -42,11 +42,11 @@ class Parsed(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes += [(name, value or "") for name, value in attrs]
-        found = dict(attrs)
-        if found.get("id"):
-            self.ids.append(str(found["id"]))
+        values = dict(attrs)
+        if values.get("id"):
+            self.ids.append(str(values["id"]))
         if tag == "section":
-            self._section = str(found["id"])
+            self._section = str(values["id"])
             self.texts[self._section] = ""
         if tag not in VOID:
             self._open.append(tag)
@@ -75,9 +75,9 @@ def test_every_part_of_a_pruned_model_s_page(tmp_path: Path) -> None:
     written = [path.name for path in write_pages(folder)]
     assert written == ["report.html", *(f"{name}.png" for name in FIGURES)]
     assert {path.name for path in folder.iterdir()} == {"report.json", *written}
-    found = Parsed(folder / "report.html")
-    assert set(SECTIONS) | {f"figure-{name}" for name in FIGURES} <= set(found.ids)
-    assert len(found.ids) == len(set(found.ids)) and "absent" not in found.ids
+    parsed = Parsed(folder / "report.html")
+    assert set(SECTIONS) | {f"figure-{name}" for name in FIGURES} <= set(parsed.ids)
+    assert len(parsed.ids) == len(set(parsed.ids)) and "absent" not in parsed.ids
     for section, texts in {
         "scores": ("71.25", "70.75", "-0.50 (-1.75 to +0.25)", "span F1", "8.00 M", "0.500 of dense"),
         "layers": ("heads: 3 of 36", "FFN width: 300 of 4608"),
@@ -91,7 +91,7 @@ def test_every_part_of_a_pruned_model_s_page(tmp_path: Path) -> None:
         "command": ("pruned-trainer prune --macs 0.5",),
     }.items():
         for text in texts:
-            assert text in found.texts[section].replace("\u00a0", " "), (section, text)
+            assert text in parsed.texts[section].replace("\u00a0", " "), (section, text)
 
 
 @pytest.mark.parametrize("kind", ["prune", "sweep"])
@@ -99,22 +99,22 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path: Path, kind: str) -> None:
     folder = put(tmp_path / "out", a_report())
     if kind == "sweep":
         put(put(tmp_path / "out", a_sweep(), "sweep.json") / "macs-0.7", a_report())
-    found = page(folder)
-    assert "script" not in found.tags and not found.tags & {"link", "iframe", "object", "embed", "img"}
-    for name, value in found.attributes:
+    parsed = page(folder)
+    assert "script" not in parsed.tags and not parsed.tags & {"link", "iframe", "object", "embed", "img"}
+    for name, value in parsed.attributes:
         assert not name.startswith("on")
         if name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
             assert value.startswith(("#", "./macs-0.7/")), (name, value)
-    assert found.source.count("url(") == found.source.count("url(#")
-    assert "@import" not in found.source and "://" not in found.source
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in found.attributes
+    assert parsed.source.count("url(") == parsed.source.count("url(#")
+    assert "@import" not in parsed.source and "://" not in parsed.source
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in parsed.attributes
 
 
 def test_the_figures_take_the_page_s_colours_and_refer_to_themselves(tmp_path: Path) -> None:
-    found = page(put(tmp_path / "out", a_report()))
-    names = {value[1:] for name, value in found.attributes if name == "xlink:href"}
-    assert names and names <= set(found.ids)
-    style, _, body = found.source.partition("</style>")
+    parsed = page(put(tmp_path / "out", a_report()))
+    names = {value[1:] for name, value in parsed.attributes if name == "xlink:href"}
+    assert names and names <= set(parsed.ids)
+    style, _, body = parsed.source.partition("</style>")
     assert "var(--first)" in body and "#0072b2" in style and "#0072b2" not in body
     assert "prefers-color-scheme: dark" in style and 'name="viewport"' in style
     for name in FIGURES:
@@ -128,48 +128,49 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
     for name in ("dense", "pruned"):
         report[name]["workloads"] = {NASTY: {"ms": {"p50": 1.0}, "backends": {NASTY: NASTY}}}
     report["target"]["asked"] = {NASTY: 1.0}
-    found = page(put(tmp_path / "out", report))
-    assert "script" not in found.tags and "b" in found.tags and "<b>$" not in found.source
+    parsed = page(put(tmp_path / "out", report))
+    assert "script" not in parsed.tags and "b" in parsed.tags and "<b>$" not in parsed.source
     for section in ("", "machine", "backends", "speeds", "command"):
-        assert NASTY in found.texts[section], section
+        assert NASTY in parsed.texts[section], section
     folder = '"><img src=x onerror=alert(1)>'
     family = put(tmp_path / "family", a_sweep(folders=(folder, "b&b")), "sweep.json")
     put(family / folder, a_report())
-    found = page(family)
-    assert "img" not in found.tags and folder in found.texts["models"] and "b&b" in found.texts["models"]
+    parsed = page(family)
+    assert "img" not in parsed.tags and folder in parsed.texts["models"] and "b&b" in parsed.texts["models"]
 
 
 def test_a_family_s_page_has_the_curve_and_a_row_for_each_model(tmp_path: Path) -> None:
     folder = put(tmp_path / "out", a_sweep(), "sweep.json")
     for name in ("macs-0.7", "macs-0.5"):
         put(folder / name, a_report())
-    found = page(folder)
-    assert set(SWEEP) <= set(found.ids)
-    models = found.texts["models"]
+    parsed = page(folder)
+    assert set(SWEEP) <= set(parsed.ids)
+    models = parsed.texts["models"]
     for text in ("dense", "macs-0.7", "1.50x", "macs-0.5", "2.50x", "-0.50 (-1.75 to +0.25)", "macs 0.4987"):
         assert text in models
-    assert ("href", "./macs-0.7/report.html") in found.attributes
-    assert "pruned-trainer sweep --macs 0.7 0.5" in found.texts["command"]
-    assert "from the model macs-0.7" in found.texts["backends"] and "on arrival-b8" in models
+    assert ("href", "./macs-0.7/report.html") in parsed.attributes
+    assert "pruned-trainer sweep --macs 0.7 0.5" in parsed.texts["command"]
+    assert "from the model macs-0.7" in parsed.texts["backends"] and "on arrival-b8" in models
     assert (folder / "sweep.png").read_bytes().startswith(PNG)
     assert "scores" in Parsed(folder / "macs-0.5" / "report.html").ids
     # The models' folders may be gone: what only they knew is named.
     for name in ("macs-0.7", "macs-0.5"):
         shutil.rmtree(folder / name)
-    found = page(folder)
-    assert "machine" in found.texts["absent"] and {"curve", "models", "speed"} <= set(found.ids)
+    parsed = page(folder)
+    assert "machine" in parsed.texts["absent"] and {"curve", "models", "speed"} <= set(parsed.ids)
 
 
 def test_natural_questions_have_their_own_scores_and_peers(tmp_path: Path) -> None:
-    found = page(put(tmp_path / "out", a_report("natural_questions")))
-    assert "long F1" in found.texts["scores"] and "short F1" in found.texts["scores"]
-    assert "span F1" not in found.source and "nn_pruning" not in found.source
+    parsed = page(put(tmp_path / "out", a_report("natural_questions")))
+    assert "long F1" in parsed.texts["scores"] and "short F1" in parsed.texts["scores"]
+    assert "span F1" not in parsed.source and "nn_pruning" not in parsed.source
     assert (
-        "RoBERTa-large, short F1" in found.texts["speed"] and "(V100, fp16, batch 64)" in found.texts["speed"]
+        "RoBERTa-large, short F1" in parsed.texts["speed"]
+        and "(V100, fp16, batch 64)" in parsed.texts["speed"]
     )
     put(tmp_path / "family", a_sweep("natural_questions"), "sweep.json")
-    found = page(tmp_path / "family")
-    assert "long F1" in found.texts["models"] and "short F1" in found.texts["curve"]
+    parsed = page(tmp_path / "family")
+    assert "long F1" in parsed.texts["models"] and "short F1" in parsed.texts["curve"]
 
 
 @pytest.mark.parametrize(
@@ -191,15 +192,15 @@ def test_what_a_report_lacks_is_left_out_or_said(tmp_path: Path, absent: list[st
     for field in absent:
         place, _, name = field.rpartition(".")
         del (report[place] if place else report)[name]
-    found = page(put(tmp_path / "out", report))
+    parsed = page(put(tmp_path / "out", report))
     for name in named:
-        assert name in found.texts["absent"]
-        assert name not in found.ids
-    assert ("absent" in found.ids) == bool(named)
+        assert name in parsed.texts["absent"]
+        assert name not in parsed.ids
+    assert ("absent" in parsed.ids) == bool(named)
     if "training.gates" in absent:
-        assert "no log of gates" in found.texts["training"] and "figure-report-gates" not in found.ids
+        assert "no log of gates" in parsed.texts["training"] and "figure-report-gates" not in parsed.ids
     if "speedup" in absent:
-        assert "the points are all others'" in found.texts["speed"]
+        assert "the points are all others'" in parsed.texts["speed"]
 
 
 def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
@@ -209,12 +210,12 @@ def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
         log = [{"step": s, f"open_{part}/layer_0": full / s, f"open_{part}": 1 / s} for s in (1, 2, 4)]
         gate = [*gate, *log, {"step": 4}]
     training = {"gates": gate, "retrain": []}
-    found = page(put(tmp_path / "paper", a_report(training=training, target={"asked": {}, "reached": {}})))
-    assert "FFN units" in found.texts["training"] and "No target was held" in found.texts["training"]
-    assert "figure-report-target" not in found.ids
+    parsed = page(put(tmp_path / "paper", a_report(training=training, target={"asked": {}, "reached": {}})))
+    assert "FFN units" in parsed.texts["training"] and "No target was held" in parsed.texts["training"]
+    assert "figure-report-target" not in parsed.ids
     training = {"gates": [], "retrain": []}
-    found = page(put(tmp_path / "gain", a_report(training=training, recipe="gain")))
-    assert "The recipe gain trains no gates" in found.texts["training"]
+    parsed = page(put(tmp_path / "gain", a_report(training=training, recipe="gain")))
+    assert "The recipe gain trains no gates" in parsed.texts["training"]
     assert not (tmp_path / "gain" / "report-gates.png").exists()
 
 

@@ -40,10 +40,10 @@ PAGE["annotations"] = [annotation(PAGE, 1, (10, 12))]
 def test_metric_is_the_official_evaluator_s() -> None:
     folder = real_data("data/natural_questions/metric")
     expected = json.loads((folder / "expected.json").read_text())
-    found = nq_metrics(folder / "gold.jsonl.gz", folder / "predictions.json")
-    assert found.keys() == expected.keys()
+    metrics = nq_metrics(folder / "gold.jsonl.gz", folder / "predictions.json")
+    assert metrics.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, abs=1e-9), name
+        assert metrics[name] == pytest.approx(value, abs=1e-9), name
 
 
 def test_f1_at_a_threshold_and_its_interval() -> None:
@@ -76,7 +76,7 @@ def label(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("labels", "said", "long", "short"),
+    ("labels", "changes", "long", "short"),
     [
         ([label()], {}, (False, True, False), (False, False, False)),  # one annotator is too few
         ([label(), label()], {}, (True, True, True), (False, False, False)),
@@ -95,10 +95,10 @@ def label(**changes: Any) -> dict[str, Any]:
         ([label(long_answer={})] * 2, {"long_answer": {}}, (False, False, False), None),
     ],
 )  # fmt: skip
-def test_what_counts_as_right(labels: Any, said: Any, long: Any, short: Any, tmp_path: Path) -> None:
+def test_what_counts_as_right(labels: Any, changes: Any, long: Any, short: Any, tmp_path: Path) -> None:
     gold = read_gold(write(tmp_path / "gold.jsonl", [{"example_id": 1, "annotations": labels}]))
-    found = score_answers(gold, parse_predictions({"predictions": [prediction(1, **said)]}))
-    for stats, expected in zip(found, (long, short), strict=True):
+    statistics = score_answers(gold, parse_predictions({"predictions": [prediction(1, **changes)]}))
+    for stats, expected in zip(statistics, (long, short), strict=True):
         if expected is not None:
             got = (stats.has_gold[0], stats.has_predicted[0], stats.correct[0])
             assert got == tuple(map(bool, expected))
@@ -209,8 +209,8 @@ def test_a_gzip_file_that_breaks_off(tmp_path: Path) -> None:
         list(read_documents([cut]))
     skipped = Skipped()
     other = write(tmp_path / "other.jsonl", [{**PAGE, "example_id": 9999}])
-    found = [document.id for document in read_documents([cut, other], skipped)]
-    assert found[-1] == 9999 and len(found) > 100 and len(skipped) == 1
+    ids = [document.id for document in read_documents([cut, other], skipped)]
+    assert ids[-1] == 9999 and len(ids) > 100 and len(skipped) == 1
 
 
 def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
@@ -236,18 +236,18 @@ def test_training_windows_on_disk(num_proc: int, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     good = [{**PAGE, "example_id": i} for i in range(6)]
     path = write(tmp_path / "x.jsonl", [*good[:3], b"{", *good[3:], changed(example_id="x")])
-    made = training_windows([path], word_tokenizer(), 64, 8, num_proc=num_proc, skip_bad=True)
-    assert len(made) == 6 and made.lengths == [len(made[i]["input_ids"]) for i in range(6)]
-    assert sorted(fault.split(": ")[0] for fault in made.skipped.faults) == [
+    windows = training_windows([path], word_tokenizer(), 64, 8, num_proc=num_proc, skip_bad=True)
+    assert len(windows) == 6 and windows.lengths == [len(windows[i]["input_ids"]) for i in range(6)]
+    assert sorted(fault.split(": ")[0] for fault in windows.skipped.faults) == [
         f"{path}, line {number}" for number in (4, 8)
     ]
-    assert {one["answer_types"] for one in made} == {3}
-    assert made[-1]["input_ids"].dtype == np.int32 and made[-1]["attention_mask"].all()
+    assert {window["answer_types"] for window in windows} == {3}
+    assert windows[-1]["input_ids"].dtype == np.int32 and windows[-1]["attention_mask"].all()
     with pytest.raises(IndexError):
-        made[6]
+        windows[6]
     with pytest.raises(NqFormatError, match=r"x\.jsonl, line (4|8)"):
         training_windows([path], word_tokenizer(), 64, 8, num_proc=num_proc)
-    del made
+    del windows
     assert not list(tmp_path.glob("natural-questions-*"))
 
 

@@ -30,14 +30,14 @@ from tiny_tokenizers import word_tokenizer
 
 def logits_of(windows: list[NqWindow], best: int, start: int, end: int, kind: AnswerType) -> Any:
     """Flat logits, but for a span in one window, and its type."""
-    made = []
+    logits = []
     for number, window in enumerate(windows):
         first, last, types = np.zeros(len(window)), np.zeros(len(window)), np.zeros(5)
         if number == best:
             first[start], last[end], types[kind] = 3.0, 4.0, 1.0
             first[window.cls_index] = 0.5
-        made.append((first, last, types))
-    return made
+        logits.append((first, last, types))
+    return logits
 
 
 def located_windows(document: Document, number: int, *how: int) -> list[NqWindow]:
@@ -58,10 +58,10 @@ def test_what_is_trained_is_what_is_right(tmp_path: Path) -> None:
     for number, document in enumerate(documents):
         read, cut_windows = cut_document(document, tokenizer)
         for window, feature in zip(cut_windows, features(document, read, cut_windows), strict=True):
-            found = located(window, read, number)
-            windows.append(found)
+            located_window = located(window, read, number)
+            windows.append(located_window)
             start, end, kind = feature["start_positions"], feature["end_positions"], feature["answer_types"]
-            logits += logits_of([found], 0, start, end, AnswerType(kind))
+            logits += logits_of([located_window], 0, start, end, AnswerType(kind))
     written = predictions_json(documents, decode_documents(windows, logits, len(documents)))
     (tmp_path / "predictions.json").write_text(json.dumps(written))
     metrics = nq_metrics(path, tmp_path / "predictions.json")
@@ -77,7 +77,7 @@ def test_a_large_and_an_empty_document(tmp_path: Path) -> None:
     large = page(1, "w1", *(" ".join(words[i : i + 1000]) for i in range(0, 100_000, 1000)))
     empty = page(2, "w1", document_text="")
     documents = [parsed(original(large)), parsed(original(empty))]
-    windows = [w for i, one in enumerate(documents) for w in located_windows(one, i)]
+    windows = [w for i, document in enumerate(documents) for w in located_windows(document, i)]
     assert len(windows) > 300 and windows[-1].document == 1 and (windows[-1].candidate == -1).all()
     at = np.flatnonzero(windows[200].candidate >= 0)
     logits = logits_of(windows, 200, at[10], at[12], AnswerType.SHORT)
@@ -105,19 +105,22 @@ def test_predictions_of_the_annotated_answers_are_all_right(tmp_path: Path) -> N
     documents = list(read_documents([write(tmp_path / "gold.jsonl", entries)]))
     windows, logits = [], []
     for number, (document, kind) in enumerate(zip(documents, kinds, strict=True)):
-        found = located_windows(document, number, 64, 8)
-        span = (np.flatnonzero(found[0].first == 8)[0], np.flatnonzero(found[0].last == 10)[0])
-        windows += found
-        logits += logits_of(found, 0, *span, kind)
+        document_windows = located_windows(document, number, 64, 8)
+        span = (
+            np.flatnonzero(document_windows[0].first == 8)[0],
+            np.flatnonzero(document_windows[0].last == 10)[0],
+        )
+        windows += document_windows
+        logits += logits_of(document_windows, 0, *span, kind)
     written = predictions_json(
-        [one.without_text() for one in documents], decode_documents(windows, logits, 3)
+        [document.without_text() for document in documents], decode_documents(windows, logits, 3)
     )
     first = written["predictions"][0]
     text = " ".join(documents[0].tokens).encode()
     place = first["short_answers"][0]
     assert text[place["start_byte"] : place["end_byte"]].decode() == "w3 w4"
     assert first["long_answer"]["candidate_index"] == 1 and first["long_answer_score"] == 6.5
-    assert [one["yes_no_answer"] for one in written["predictions"]] == ["NONE", "YES", "NO"]
+    assert [entry["yes_no_answer"] for entry in written["predictions"]] == ["NONE", "YES", "NO"]
     path = tmp_path / "predictions.json"
     path.write_text(json.dumps(written))
     metrics = nq_metrics(tmp_path / "gold.jsonl", path)

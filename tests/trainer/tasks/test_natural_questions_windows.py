@@ -31,7 +31,8 @@ from tiny_tokenizers import byte_tokenizer, word_tokenizer
 def wordpiece() -> PreTrainedTokenizerFast:
     """BERT's normaliser and pre-tokeniser over single characters: accents go, punctuation parts."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{one}" for one in letters), *"=[].,"]
+    pieces = [f"##{letter}" for letter in letters]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *pieces, *"=[].,"]
     backend = BertWordPieceTokenizer({token: i for i, token in enumerate(vocabulary)}, lowercase=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend._tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
@@ -64,26 +65,26 @@ def test_places_survive_tokenisation(name: str, data: st.DataObject) -> None:
     document = parsed(entry)
     read, windows = cut_document(document, TOKENIZERS[name](), data.draw(st.integers(16, 60)), 5)
     for window, feature in zip(windows, features(document, read, windows), strict=True):
-        found = located(window, read, 0)
+        placed = located(window, read, 0)
         for token, (begin, end) in enumerate(window.offsets):
             inside = [
                 word for word in range(len(read.starts))
                 if begin >= 0 and read.starts[word] < end and read.ends[word] > begin
             ]  # fmt: skip
             if inside and all(read.token[word] >= 0 for word in inside):
-                assert covers(found, token, token) == (read.token[inside[0]], read.token[inside[-1]] + 1)
-                assert found.candidate[token] == read.candidate[inside[0]]
+                assert covers(placed, token, token) == (read.token[inside[0]], read.token[inside[-1]] + 1)
+                assert placed.candidate[token] == read.candidate[inside[0]]
             else:
-                assert found.first[token] == found.last[token] == found.candidate[token] == -1
+                assert placed.first[token] == placed.last[token] == placed.candidate[token] == -1
         if feature["answer_types"] == AnswerType.SHORT:
             begin, end = feature["start_positions"], feature["end_positions"]
-            got, wanted = covers(found, begin, end), (start + first, start + last + 1)
+            got, expected = covers(placed, begin, end), (start + first, start + last + 1)
             # Words that no token is of (control characters) may be missing at its ends; and a run of
             # white-space words may be one token.
-            told = [found.first[i] for i in range(begin, end + 1) if found.first[i] >= 0]
-            assert found.candidate[begin] == chosen and told
+            tokens = [placed.first[i] for i in range(begin, end + 1) if placed.first[i] >= 0]
+            assert placed.candidate[begin] == chosen and tokens
             plain = all(word.isalnum() and word.isascii() for word in texts[chosen])
-            assert got == wanted if plain else got[0] < wanted[1] and got[1] > wanted[0]
+            assert got == expected if plain else got[0] < expected[1] and got[1] > expected[0]
 
 
 @pytest.mark.parametrize("name", ["minilm-l6-squad2", "roberta-base-tokenizer"])
@@ -98,11 +99,11 @@ def test_places_survive_on_real_pages(name: str) -> None:
         read, windows = cut_document(document, tokenizer)
         seen = set()
         for window, feature in zip(windows, features(document, read, windows), strict=True):
-            found = located(window, read, number)
-            seen |= {t for a, b in zip(found.first, found.last, strict=True) for t in range(a, b)}
+            placed = located(window, read, number)
+            seen |= {t for a, b in zip(placed.first, placed.last, strict=True) for t in range(a, b)}
             if feature["answer_types"]:
                 assert answer is not None and feature["answer_types"] == answer[0]
-                assert covers(found, feature["start_positions"], feature["end_positions"]) == answer[2:]
+                assert covers(placed, feature["start_positions"], feature["end_positions"]) == answer[2:]
                 short += 1
         missed = set(read.token.tolist()) - {-1} - seen
         # What is of no token are words of characters that BERT's normaliser drops: marks and controls.
@@ -146,9 +147,9 @@ def test_answer_types() -> None:
     document = parsed({**entry, "annotations": [annotation(entry, 0)]})
     read, windows = cut_document(document, word_tokenizer(), 64, 8)
     (whole,) = features(document, read, windows)
-    found = located(windows[0], read, 0)
+    placed = located(windows[0], read, 0)
     # Without its tags: a long answer is all of its words.
-    assert covers(found, whole["start_positions"], whole["end_positions"]) == (4, 7)
+    assert covers(placed, whole["start_positions"], whole["end_positions"]) == (4, 7)
 
 
 def test_null_windows_are_thinned_out_and_answers_never() -> None:
@@ -160,13 +161,13 @@ def test_null_windows_are_thinned_out_and_answers_never() -> None:
     def kept(rate: float, seed: int = 0) -> list[dict[str, Any]]:
         return list(features(document, read, windows, rate, seed))
 
-    answers = [one for one in kept(0.0) if one["answer_types"]]
+    answers = [feature for feature in kept(0.0) if feature["answer_types"]]
     assert answers and len(kept(0.0)) == len(answers) and len(kept(1.0)) == len(windows)
-    some = kept(0.3)
-    assert 0.1 < (len(some) - len(answers)) / (len(windows) - len(answers)) < 0.5
-    same = [one["input_ids"].tolist() for one in kept(0.3)]
-    assert same == [one["input_ids"].tolist() for one in some]
-    assert same != [one["input_ids"].tolist() for one in kept(0.3, seed=1)]
+    sample = kept(0.3)
+    assert 0.1 < (len(sample) - len(answers)) / (len(windows) - len(answers)) < 0.5
+    same = [feature["input_ids"].tolist() for feature in kept(0.3)]
+    assert same == [feature["input_ids"].tolist() for feature in sample]
+    assert same != [feature["input_ids"].tolist() for feature in kept(0.3, seed=1)]
 
 
 def test_candidates_that_overlap() -> None:
@@ -174,7 +175,7 @@ def test_candidates_that_overlap() -> None:
     entry["long_answer_candidates"].append({"start_token": 5, "end_token": 7, "top_level": True})
     document = parsed({**entry, "annotations": [annotation(entry, 1, (5, 6))]})
     read, windows = cut_document(document, word_tokenizer(), 64, 8)
-    (one,) = features(document, read, windows)
-    found = located(windows[0], read, 0)
-    assert found.candidate[one["start_positions"]] == 1
-    assert covers(found, one["start_positions"], one["end_positions"]) == (5, 6)
+    (feature,) = features(document, read, windows)
+    placed = located(windows[0], read, 0)
+    assert placed.candidate[feature["start_positions"]] == 1
+    assert covers(placed, feature["start_positions"], feature["end_positions"]) == (5, 6)

@@ -113,12 +113,12 @@ def test_every_kind_gives_what_the_json_gives(
 @pytest.mark.parametrize("write", KINDS)
 def test_optional_columns_may_be_absent_or_null(tmp_path: Path, write: Write) -> None:
     bare = [{key: row[key] for key in ("id", "question", "context", "answers")} for row in (ROW, NOTHING)]
-    some = [{**bare[0], "title": None, "is_impossible": None}, {**NOTHING, "is_impossible": True}]
-    for name, rows, title in (("absent", bare, ""), ("null", some, "Cats")):
+    nulls = [{**bare[0], "title": None, "is_impossible": None}, {**NOTHING, "is_impossible": True}]
+    for name, rows, title in (("absent", bare, ""), ("null", nulls, "Cats")):
         (tmp_path / name).mkdir()
         read = read_examples(write(tmp_path / name, rows), "validation")
-        found = [(e.title, e.is_impossible, len(e.answers)) for e in read]
-        assert found == [("", False, 2), (title, True, 0)]
+        summary = [(e.title, e.is_impossible, len(e.answers)) for e in read]
+        assert summary == [("", False, 2), (title, True, 0)]
         assert read[0].context == CONTEXT
 
 
@@ -191,8 +191,8 @@ def test_splits_are_those_of_the_source(tmp_path: Path) -> None:
         read_examples(source, "validation")
     with pytest.raises(ValueError, match=r"'train\[:1\]' is no split"):
         read_examples(f"{source}:train[:1]", "train")
-    one = datasets.Dataset.from_list([ROW], split="train")
-    one.save_to_disk(tmp_path / "one")
+    dataset = datasets.Dataset.from_list([ROW], split="train")
+    dataset.save_to_disk(tmp_path / "one")
     assert read_examples(f"{tmp_path}/one:train", "x") == read_examples(tmp_path / "one", "validation")
     with pytest.raises(ValueError, match="one: no split 'dev': it is train"):
         read_examples(f"{tmp_path}/one:dev", "train")
@@ -230,10 +230,10 @@ def test_refuses_broken_files(tmp_path: Path, name: str, content: bytes, message
 
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    names = []
 
     def load_dataset(name: str) -> Any:
-        asked.append(name)
+        names.append(name)
         parts = {"train": [ROW], "validation": [{**ROW, "id": "v0"}]}
         return datasets.DatasetDict({s: datasets.Dataset.from_list(rows) for s, rows in parts.items()})
 
@@ -242,7 +242,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [e.id for e in read_examples(Path("me/cats:validation"), "train")] == ["v0"]
     with pytest.raises(ValueError, match=r"me/cats: no split 'dev'; there are train, validation \(choose"):
         read_examples("me/cats", "dev")
-    assert asked == ["me/cats"] * 3
+    assert names == ["me/cats"] * 3
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me").mkdir()
     json_lines(tmp_path / "me/cats", [ROW]).rename("me/cats")  # a path that is there is no hub name
@@ -251,7 +251,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("absent.json", "data/absent.json", "absent", "./data/absent", "/a/b", "a/b.csv:train"):
         with pytest.raises(FileNotFoundError, match="no such file or folder"):
             read_examples(name, "train")
-    assert len(asked) == 3
+    assert len(names) == 3
 
 
 def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

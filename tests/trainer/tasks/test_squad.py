@@ -174,19 +174,19 @@ def test_official_rule() -> None:
 )
 def test_threshold_is_as_good_as_any(drawn: list[tuple[bool, str, int]]) -> None:
     questions = examples(*("b" if answerable else "" for answerable, _, _ in drawn))
-    found = [decoded(text, margin) for _, text, margin in drawn]
-    threshold = squad.best_null_threshold(questions, found)
-    reached = squad.evaluate(questions, found, threshold).f1
-    tried = [squad.evaluate(questions, found, margin / 2).f1 for margin in range(-9, 10)]
+    candidates = [decoded(text, margin) for _, text, margin in drawn]
+    threshold = squad.best_null_threshold(questions, candidates)
+    reached = squad.evaluate(questions, candidates, threshold).f1
+    tried = [squad.evaluate(questions, candidates, margin / 2).f1 for margin in range(-9, 10)]
     assert np.isfinite(threshold)
     assert reached == pytest.approx(max(tried), abs=1e-9)
 
 
 def test_threshold_at_the_edges() -> None:
-    found = [decoded("b", -2.0), decoded("b", 3.0), Decoded((), 0.0)]
-    assert squad.best_null_threshold(examples("b", "b", "b"), found) == 4.0
-    assert squad.best_null_threshold(examples("", "", ""), found) == -3.0
-    assert squad.best_null_threshold(examples("b", "", ""), found) == 0.5
+    candidates = [decoded("b", -2.0), decoded("b", 3.0), Decoded((), 0.0)]
+    assert squad.best_null_threshold(examples("b", "b", "b"), candidates) == 4.0
+    assert squad.best_null_threshold(examples("", "", ""), candidates) == -3.0
+    assert squad.best_null_threshold(examples("b", "", ""), candidates) == 0.5
     assert squad.best_null_threshold(examples("b"), [Decoded((), 0.0)]) == 0.0
     close = [decoded("b", -1.0), Decoded((Answer("b", 0.0, 0, 1),), float(np.nextafter(0, 1)))]
     assert squad.best_null_threshold(examples("b", ""), close) < close[1].null_margin
@@ -196,8 +196,8 @@ def test_threshold_at_the_edges() -> None:
 
 def test_evaluation_keeps_what_a_report_needs() -> None:
     questions = examples("cat", "cat", "")
-    found = [decoded("cat", 1.0), decoded("cat dog", -1.0), decoded("x", 1.0)]
-    result = squad.evaluate(questions, found, threshold=0.0)
+    candidates = [decoded("cat", 1.0), decoded("cat dog", -1.0), decoded("x", 1.0)]
+    result = squad.evaluate(questions, candidates, threshold=0.0)
     assert result.predictions == {"q0": "", "q1": "cat dog", "q2": ""}
     np.testing.assert_allclose(result.question_f1, [0, 200 / 3, 100])
     np.testing.assert_allclose(result.question_span_f1, [100, 200 / 3])
@@ -225,8 +225,8 @@ def test_split_holds_out_whole_articles() -> None:
 
 
 def test_training_features_point_at_the_first_answer_where_it_is_whole() -> None:
-    asked = [entry("q0", ("w9 w10", 27), ("w1", 3)), entry("q1", is_impossible=True)]
-    read = squad.parse_squad(squad_file(*asked, context=words(20)))
+    entries = [entry("q0", ("w9 w10", 27), ("w1", 3)), entry("q1", is_impossible=True)]
+    read = squad.parse_squad(squad_file(*entries, context=words(20)))
     features = squad.training_features(read, word_tokenizer(), max_length=14, stride=3)
     # 10 context tokens a window behind [CLS] question [SEP], 7 a step: 0-9, 7-16, 14-19.
     positions = [(f["start_positions"], f["end_positions"]) for f in features]
@@ -257,7 +257,7 @@ class Echo(torch.nn.Module):
 
 def test_logits_come_back_in_order_without_padding() -> None:
     ids = [np.arange(n, dtype=np.int32) for n in (3, 7, 2, 5, 6)]
-    cut = [Window(0, one, one % 2, np.zeros((len(one), 2), np.int32), 0) for one in ids]
+    cut = [Window(0, tokens, tokens % 2, np.zeros((len(tokens), 2), np.int32), 0) for tokens in ids]
     model = Echo().train()
     logits = squad.predict_logits(model, cut, batch_size=2, pad_token_id=9, progress=True)
     assert model.lengths == [7, 5, 2] and model.training
