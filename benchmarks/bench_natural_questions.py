@@ -32,10 +32,10 @@ import harness
 import pruned_ops
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.measure.timing import Workload
-from pruned_ops.models.configuration import is_roberta
 from pruned_ops.models.heads import NaturalQuestionsOutput, load_natural_questions
+from pruned_ops.models.inputs import is_roberta
 from pruned_ops.qa.logits import batch_logits
-from pruned_ops.runtime.packed_encoder import refuse
+from pruned_ops.runtime.packed_encoder import refuse_encoder
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
 from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut_document, located, with_markers
@@ -168,7 +168,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         f"{runtime} {name}": load(checkpoint, runtime)
         for name, checkpoint in checkpoints.items()
         for runtime in RUNTIMES[name]
-        if runtime != "ours-int8" or refuse(load_natural_questions(checkpoint).base_model, int8=True) is None
+        if runtime != "ours-int8"
+        or refuse_encoder(load_natural_questions(checkpoint).base_model, int8=True) is None
     }
     runners = {name: cpu_rivals.hf(model, [], Path()) for name, model in models.items()}
     inputs = pages.inputs(models["ours dense"].config.pad_token_id)

@@ -14,7 +14,6 @@ import torch
 
 import harness
 import pruned_ops
-from pruned_ops.layers.packing import with_lengths
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import ModelShape
@@ -81,7 +80,7 @@ def runners(
         model = source.load(model_name, device).to(dtype)
         fast = pruned_ops.optimize(copy.deepcopy(model))
         files = folder / model_name
-        found.append(Runner(OURS, model_name, lambda fast=fast: cpu_rivals.hf(fast, [], folder), model))
+        found.append(Runner(OURS, model_name, lambda fast=fast: cuda_rivals.ours(fast), model))
         found[-1].optimised = fast
         for name in names:
             make = lambda n=name, m=model, f=files: cuda_rivals.build_cuda(n, m, [], f)  # noqa: E731
@@ -222,10 +221,8 @@ def rows(
 
 def batches(source: Source, workload: Workload, device: str) -> list[cpu_rivals.Batch]:
     """The workload's inputs, whose lengths the host knows."""
-    made = workload.inputs(source.config.vocab_size, source.config.pad_token_id, device)
-    for batch, lengths in zip(made, workload.batches, strict=True):
-        with_lengths(batch["attention_mask"], tuple(lengths))
-    return made
+    inputs = workload.inputs(source.config.vocab_size, source.config.pad_token_id, device)
+    return [cuda_rivals.SizedBatch(*pair) for pair in zip(inputs, workload.batches, strict=True)]
 
 
 def measure(

@@ -18,7 +18,7 @@ from torch import nn
 from pruned_ops.checkpoints.loading import TOKENIZER_FILES, checkpoint_folder, load_model
 from pruned_ops.models.stock import ENCODERS
 from pruned_ops.runtime.optimize import restore
-from pruned_ops.runtime.packed_encoder import PackedEncoder, refuse
+from pruned_ops.runtime.packed_encoder import PackedEncoder, refuse_encoder
 from pruned_ops.runtime.packed_heads import ANSWERERS
 
 GRAPH = "model.onnx"
@@ -95,7 +95,9 @@ def _original(model: Any) -> Any:
     if isinstance(model.base_model, PackedEncoder):
         model = restore(copy.deepcopy(model))
     encoder = model.base_model
-    reason = refuse(encoder) if type(encoder) in ENCODERS else f"its encoder is a {type(encoder).__name__}"
+    reason = (
+        refuse_encoder(encoder) if type(encoder) in ENCODERS else f"its encoder is a {type(encoder).__name__}"
+    )
     if reason is None and type(model.qa_outputs) is not nn.Linear:
         reason = f"its qa_outputs is a {type(model.qa_outputs).__name__}, not a plain Linear"
     others = {str(one.dtype) for one in model.parameters()} - {"torch.float32"}

@@ -17,8 +17,8 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from pruned_ops.models.configuration import is_roberta
 from pruned_ops.models.heads import PrunedBertForNaturalQuestions
+from pruned_ops.models.inputs import is_roberta
 from pruned_ops.models.stock import model_shape
 from pruned_ops.version import __version__
 

@@ -29,6 +29,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def refuse_activation(hidden_act: str) -> str | None:
+    """Why the runtime cannot compute this activation; None if it can."""
+    if hidden_act == "gelu" or hidden_act in ACTIVATIONS:
+        return None
+    return f"hidden_act is {hidden_act!r}; gelu, {', '.join(ACTIVATIONS)} are supported"
+
+
 class PrunedLinear(nn.Linear):
     """An nn.Linear that may have 0 inputs or outputs; nn.Linear itself would warn when it is initialised."""
 
@@ -95,10 +102,9 @@ class PrunedFFN(nn.Module):
         self, hidden_size: int, ffn_width: int, eps: float = 1e-12, hidden_act: str = "gelu"
     ) -> None:
         super().__init__()
-        if hidden_act != "gelu" and hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act {hidden_act!r} is not supported; gelu, {', '.join(ACTIVATIONS)} are"
-            )
+        refusal = refuse_activation(hidden_act)
+        if refusal is not None:
+            raise ValueError(refusal)
         self.hidden_act: str = hidden_act
         self.up = PrunedLinear(hidden_size, ffn_width)
         self.down = PrunedLinear(ffn_width, hidden_size)

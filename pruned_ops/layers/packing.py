@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LENGTHS = "_pruned_ops_lengths"
 NO_MASK = "attention_mask holds values other than 0 and 1; an additive mask is not taken here"
 
 
@@ -20,18 +19,6 @@ def check_mask(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
         return
     if bool(_others(attention_mask)):
         raise ValueError(NO_MASK)
-
-
-def with_lengths(attention_mask: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """The mask itself, right-padded, of ones and zeros, with the number of its ones in each row written on
-    it: `PackedBatch.from_mask` then asks the GPU nothing, and so does not wait for it."""
-    setattr(attention_mask, _LENGTHS, lengths)
-    return attention_mask
-
-
-def lengths_of(attention_mask: Tensor) -> tuple[int, ...] | None:
-    """What `with_lengths` wrote on this mask."""
-    return getattr(attention_mask, _LENGTHS, None)
 
 
 def _check_shape(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
@@ -84,35 +71,40 @@ class PackedBatch:
 
     @classmethod
     def from_mask(
-        cls, attention_mask: Tensor | None, batch_size: int, seqlen: int, device: torch.device
+        cls,
+        attention_mask: Tensor | None,
+        batch_size: int,
+        seqlen: int,
+        device: torch.device,
+        lengths: tuple[int, ...] | None = None,
     ) -> PackedBatch:
         """From a mask of ones and zeros (batch, seqlen), any padding side, holes included; None: nothing is
         padded.
 
+        lengths: the number of ones in each row of the mask, from a caller that knows it on the host. The
+        mask's values are then not looked at, so that a GPU is not waited for. Without it the lengths are
+        copied to the host once, in traced code never.
         Errors: ValueError for another shape or other values (in code that torch.compile or torch.export
-        traced: RuntimeError for the values). Lengths are copied to the host once, in traced code never.
+        traced: RuntimeError for the values).
         """
         if attention_mask is None:
             return cls._unpadded(batch_size, seqlen, device)
         _check_shape(attention_mask, batch_size, seqlen)
-        known = None if torch.compiler.is_compiling() else lengths_of(attention_mask)
         attention_mask = attention_mask.to(device)
         real = attention_mask != 0
-        lengths = real.sum(1, dtype=torch.int32)
+        counts = real.sum(1, dtype=torch.int32)
         if torch.compiler.is_compiling():
-            return cls._traced(real, lengths, _others(attention_mask))
-        counts = known
-        if counts is None:
-            # One copy to the host for all that is asked there: a GPU is waited for once.
-            *found, others = torch.cat([lengths, _others(attention_mask)[None].int()]).tolist()
+            return cls._traced(real, counts, _others(attention_mask))
+        if lengths is None:
+            # One copy to the host holds the lengths and the check, so that a GPU is waited for once.
+            *copied, others = torch.cat([counts, _others(attention_mask)[None].int()]).tolist()
             if others:
                 raise ValueError(NO_MASK)
-            counts = tuple(found)
-        if all(count == seqlen for count in counts):
+            lengths = tuple(copied)
+        if all(length == seqlen for length in lengths):
             return cls._unpadded(batch_size, seqlen, device)
-        cu_seqlens = _bounds(lengths)
-        index = torch.nonzero_static(real.flatten(), size=sum(counts)).flatten()
-        return cls(cu_seqlens, max(counts), index, batch_size, seqlen, counts)
+        index = torch.nonzero_static(real.flatten(), size=sum(lengths)).flatten()
+        return cls(_bounds(counts), max(lengths), index, batch_size, seqlen, lengths)
 
     @classmethod
     def _traced(cls, real: Tensor, lengths: Tensor, others: Tensor) -> PackedBatch:

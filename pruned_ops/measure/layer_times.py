@@ -20,7 +20,7 @@ from pruned_ops.measure.latency import LatencyTable, Points
 from pruned_ops.measure.timing import Runner, Workload, interleave, machine, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.models.heads import answering_class
-from pruned_ops.models.inputs import check_inputs
+from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.ops.panels import PANEL
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.runtime.optimize import optimize
@@ -55,7 +55,8 @@ def measure_table(
     checked_int("rounds", rounds, 1)
     chosen = chosen_batches(workload)
     empty, dense = empty_config(config)
-    check_inputs(empty, torch.zeros(1, max(map(max, workload.batches)), dtype=torch.long), None, None, None)
+    longest = max(map(max, workload.batches))
+    default_position_ids(empty, None, 1, longest, torch.device("cpu"))  # refuses lengths beyond its table
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had run here
         runners = part_runners(empty, dense, device)
     inputs = part_inputs(empty, chosen, device)

@@ -1,5 +1,4 @@
-"""The configs of the pruned models: a stock config plus the shape of every layer, validated before memory is
-taken."""
+"""The configs of the pruned models: a stock config plus layer shapes, checked before memory is taken."""
 
 from __future__ import annotations
 
@@ -10,16 +9,59 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import BertConfig, RobertaConfig
 
-from pruned_ops.layers.modules import ACTIVATIONS
+from pruned_ops.layers.modules import refuse_activation
 from pruned_ops.shape import MAX_LAYERS, MAX_PARAMETERS, MAX_WIDTH, LayerShape, ModelShape, checked_int
 
-# Spans that share a question's probability: what `decode` keeps of a question.
+# The number of best spans that share a question's probability; `decode` keeps as many for each question.
 SCORED = 20
 
 
+@dataclass(frozen=True)
+class ScoreCalibration:
+    """Turns a question's scores in logits into probabilities that an answer is right.
+
+    They are the softmax at this temperature over the best spans, no answer, and "something else", which
+    weighs `other` times as much as the likeliest of them. So the likeliest is right with a probability of at
+    most 1 / (1 + other), however sure the model is. The defaults (1, 0) are the plain softmax; a checkpoint
+    may hold values that were fitted on validation questions.
+    Errors: ValueError for numbers that make no probabilities.
+    """
+
+    temperature: float = 1.0
+    other: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"score_calibration: {name} is {value!r}; a number of at least 0 is needed")
+        if self.temperature == 0:
+            raise ValueError("score_calibration: temperature is 0; a number above 0 is needed")
+
+    @classmethod
+    def parse(cls, value: object) -> ScoreCalibration:
+        """Read the object that config.json holds. Errors: ValueError for anything else."""
+        if not isinstance(value, dict) or value.keys() != {"temperature", "other"}:
+            raise ValueError(f"score_calibration is {value!r}; temperature and other are needed")
+        return cls(**value)
+
+    def to_json(self) -> dict[str, float]:
+        """The object for config.json."""
+        return asdict(self)
+
+    def probabilities(self, spans: Sequence[float], null: float) -> list[float]:
+        """The probabilities, in [0, 1], of these spans and then of no answer, from their scores in logits.
+
+        spans: the scores of the spans, best first. However many they are, the softmax is over the SCORED best
+        ones, so that a probability does not depend on how many were asked for. Those and no answer sum to at
+        most 1."""
+        highest = max(spans[0], null)
+        *weights, last = [math.exp((score - highest) / self.temperature) for score in (*spans, null)]
+        total = sum(weights[:SCORED]) + last + self.other
+        return [weight / total for weight in (*weights, last)]
+
+
 def _dense_fields(layers: list[LayerShape] | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields for the stock config: where the dense model's sizes are not given they are the widest
-    layer's."""
+    """The fields for the stock config. Sizes of the dense model that are missing are the widest layer's."""
     fields.pop("model_type", None)  # a stock BertConfig.to_dict() brings its own
     if layers is not None:
         fields.setdefault("num_hidden_layers", len(layers))
@@ -37,7 +79,15 @@ def _parse_layers(layer_shapes: object) -> list[LayerShape] | None:
 
 
 class _LayerShapes:
-    """The part that both pruned configs share, on top of a stock config's fields."""
+    """The fields and checks that both pruned configs add to a stock config.
+
+    layer_shapes: a LayerShape, or its JSON form, for each layer; by default all layers are dense.
+    head_dim: by default hidden_size // num_attention_heads.
+    null_score_threshold: SQuAD 2.0's, in logits.
+    score_calibration: a `ScoreCalibration` as JSON; None where none was fitted.
+    `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
+    sizes that are negative, huge, or contradict each other.
+    """
 
     if TYPE_CHECKING:  # fields of the stock configs
         hidden_size: int
@@ -49,6 +99,19 @@ class _LayerShapes:
         max_position_embeddings: int
         type_vocab_size: int
         pad_token_id: int | None
+
+    def __init__(
+        self,
+        head_dim: int | None = None,
+        layer_shapes: list[Any] | None = None,
+        null_score_threshold: float = 0.0,
+        score_calibration: dict[str, float] | None = None,
+        **fields: Any,
+    ) -> None:
+        layers = _parse_layers(layer_shapes)
+        super().__init__(**_dense_fields(layers, fields))
+        self._set_shapes(layers, head_dim)
+        self._set_answering(null_score_threshold, score_calibration)
 
     def _set_shapes(self, layers: list[LayerShape] | None, head_dim: int | None) -> None:
         self._check_sizes()
@@ -88,10 +151,9 @@ class _LayerShapes:
             )
         if getattr(self, "is_decoder", False) or getattr(self, "add_cross_attention", False):
             raise ValueError("is_decoder and add_cross_attention are not supported: pruned_ops runs encoders")
-        if self.hidden_act != "gelu" and self.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act {self.hidden_act!r} is not supported; gelu, {', '.join(ACTIVATIONS)} are"
-            )
+        refusal = refuse_activation(self.hidden_act)
+        if refusal is not None:
+            raise ValueError(refusal)
 
     def _check_layers(self, layers: list[LayerShape]) -> None:
         if len(layers) != self.num_hidden_layers:
@@ -112,63 +174,29 @@ class _LayerShapes:
 
     @property
     def shape(self) -> ModelShape:
-        """The layers' shapes as the runtime's contract."""
+        """The shapes of the layers, as the runtime takes them."""
         return ModelShape.parse(self.layer_shapes, self.hidden_size, self.head_dim)
 
 
 class PrunedBertConfig(_LayerShapes, BertConfig):
-    """BertConfig plus `layer_shapes` (a LayerShape, or its JSON form, a layer; default: dense), `head_dim`
-    (default: hidden_size // num_attention_heads), `null_score_threshold` (SQuAD 2.0's, in logits) and
-    `score_calibration` (a `ScoreCalibration` as JSON, None where none was fitted).
-
-    `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
-    sizes that are negative, huge, or contradict each other.
-    """
+    """BertConfig with the fields of a pruned model: see `_LayerShapes`."""
 
     model_type = "pruned_bert"
-
-    def __init__(
-        self,
-        head_dim: int | None = None,
-        layer_shapes: list[Any] | None = None,
-        null_score_threshold: float = 0.0,
-        score_calibration: dict[str, float] | None = None,
-        **fields: Any,
-    ) -> None:
-        layers = _parse_layers(layer_shapes)
-        super().__init__(**_dense_fields(layers, fields))
-        self._set_shapes(layers, head_dim)
-        self._set_answering(null_score_threshold, score_calibration)
+    __init__ = _LayerShapes.__init__  # transformers would generate one for a class that has none of its own
 
 
 class PrunedRobertaConfig(_LayerShapes, RobertaConfig):
-    """RobertaConfig plus `layer_shapes` (a LayerShape, or its JSON form, a layer; default: dense),
-    `head_dim` (default: hidden_size // num_attention_heads), `null_score_threshold` (SQuAD 2.0's, in logits)
-    and `score_calibration` (a `ScoreCalibration` as JSON, None where none was fitted).
-
-    `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
-    sizes that are negative, huge, or contradict each other.
-    """
+    """RobertaConfig with the fields of a pruned model: see `_LayerShapes`."""
 
     model_type = "pruned_roberta"
-
-    def __init__(
-        self,
-        head_dim: int | None = None,
-        layer_shapes: list[Any] | None = None,
-        null_score_threshold: float = 0.0,
-        score_calibration: dict[str, float] | None = None,
-        **fields: Any,
-    ) -> None:
-        layers = _parse_layers(layer_shapes)
-        super().__init__(**_dense_fields(layers, fields))
-        self._set_shapes(layers, head_dim)
-        self._set_answering(null_score_threshold, score_calibration)
+    __init__ = _LayerShapes.__init__
 
 
-# The pruned counterpart of every model type that is taken. XLM-R and CamemBERT are RoBERTa with vocabularies
-# of their own: the same modules under the same names.
-PRUNED_CONFIGS: dict[str, type[PrunedBertConfig | PrunedRobertaConfig]] = {
+PrunedConfig = PrunedBertConfig | PrunedRobertaConfig
+
+# The config of the pruned counterpart of every model type that can be pruned. XLM-R and CamemBERT are RoBERTa
+# with vocabularies of their own: they have the same modules under the same names.
+PRUNED_CONFIGS: dict[str, type[PrunedConfig]] = {
     "bert": PrunedBertConfig,
     "pruned_bert": PrunedBertConfig,
     "roberta": PrunedRobertaConfig,
@@ -176,50 +204,3 @@ PRUNED_CONFIGS: dict[str, type[PrunedBertConfig | PrunedRobertaConfig]] = {
     "camembert": PrunedRobertaConfig,
     "pruned_roberta": PrunedRobertaConfig,
 }
-
-
-def is_roberta(config: Any) -> bool:
-    """Whether the model of this config, stock or pruned, counts its positions from the padding index."""
-    return PRUNED_CONFIGS.get(config.model_type) is PrunedRobertaConfig
-
-
-@dataclass(frozen=True)
-class ScoreCalibration:
-    """From a question's scores in logits to probabilities that an answer is right.
-
-    They are the softmax at this temperature over the best spans, no answer, and "something else", which
-    weighs `other` times as much as the likeliest of them: however sure the model is, the likeliest is right
-    with a probability of at most 1 / (1 + other). As it is (1, 0) this is the plain softmax; a checkpoint may
-    hold what was fitted on validation questions. Errors: ValueError for numbers that make no probabilities.
-    """
-
-    temperature: float = 1.0
-    other: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"score_calibration: {name} is {value!r}; a number of at least 0 is needed")
-        if self.temperature == 0:
-            raise ValueError("score_calibration: temperature is 0; a number above 0 is needed")
-
-    @classmethod
-    def parse(cls, value: object) -> ScoreCalibration:
-        """From config.json's object; ValueError for anything else."""
-        if not isinstance(value, dict) or value.keys() != {"temperature", "other"}:
-            raise ValueError(f"score_calibration is {value!r}; temperature and other are needed")
-        return cls(**value)
-
-    def to_json(self) -> dict[str, float]:
-        """As config.json holds it."""
-        return asdict(self)
-
-    def probabilities(self, spans: Sequence[float], null: float) -> list[float]:
-        """Of spans, best first, and then of no answer, out of their scores in logits: in [0, 1].
-
-        The softmax is over the SCORED best spans however many there are: a score does not depend on how many
-        were asked for. Those and no answer are at most 1 together."""
-        highest = max(spans[0], null)
-        *weights, last = [math.exp((score - highest) / self.temperature) for score in (*spans, null)]
-        total = sum(weights[:SCORED]) + last + self.other
-        return [weight / total for weight in (*weights, last)]

@@ -7,33 +7,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, RobertaConfig
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pruned_ops.layers.modules import PrunedLinear
 from pruned_ops.layers.packing import check_mask
-from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig
-from pruned_ops.models.inputs import check_inputs, default_position_ids
+from pruned_ops.models.configuration import PrunedBertConfig, PrunedConfig, PrunedRobertaConfig
+from pruned_ops.models.inputs import check_inputs, default_position_ids, is_roberta, returned
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.shape import LayerShape
 
 
 class PrunedEmbeddings(nn.Module):
-    """Word, position and token-type embeddings, summed and normalised: ids (batch, seqlen) -> (..,
-    hidden_size)."""
+    """Word, position and token type embeddings, summed and normalised, (batch, seqlen, hidden_size)."""
 
-    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig) -> None:
+    def __init__(self, config: PrunedConfig) -> None:
         super().__init__()
-        self.roberta = isinstance(config, RobertaConfig)
-        self.padding_idx = config.pad_token_id
+        self.config = config
         self.word_embeddings = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
         self.position_embeddings = nn.Embedding(
             config.max_position_embeddings,
             config.hidden_size,
-            padding_idx=config.pad_token_id if self.roberta else None,
+            padding_idx=config.pad_token_id if is_roberta(config) else None,
         )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -47,12 +45,10 @@ class PrunedEmbeddings(nn.Module):
         inputs_embeds: Tensor | None,
     ) -> Tensor:
         source = input_ids if input_ids is not None else inputs_embeds
-        assert source is not None  # check_inputs saw to it
+        assert source is not None  # check_inputs refuses that
         batch_size, seqlen = source.shape[:2]
         if position_ids is None:
-            position_ids = default_position_ids(
-                input_ids, batch_size, seqlen, source.device, self.padding_idx if self.roberta else None
-            )
+            position_ids = default_position_ids(self.config, input_ids, batch_size, seqlen, source.device)
         if token_type_ids is None:
             token_type_ids = torch.zeros((batch_size, seqlen), dtype=torch.long, device=source.device)
         if inputs_embeds is None:
@@ -64,7 +60,7 @@ class PrunedEmbeddings(nn.Module):
 class PrunedSelfAttention(nn.Module):
     """Multi-head attention with this layer's own number of heads: (batch, seqlen, hidden) -> (.., width)."""
 
-    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig, shape: LayerShape) -> None:
+    def __init__(self, config: PrunedConfig, shape: LayerShape) -> None:
         super().__init__()
         self.num_heads, self.head_dim = shape.num_heads, config.head_dim
         width = shape.num_heads * config.head_dim
@@ -88,9 +84,9 @@ class PrunedSelfAttention(nn.Module):
 
 
 class PrunedOutput(nn.Module):
-    """LayerNorm(dense(x) + residual): what follows both the attention and the FFN."""
+    """LayerNorm(dense(x) + residual), which ends both the attention and the FFN."""
 
-    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig, width: int) -> None:
+    def __init__(self, config: PrunedConfig, width: int) -> None:
         super().__init__()
         self.dense = PrunedLinear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -103,7 +99,7 @@ class PrunedOutput(nn.Module):
 class PrunedLayerModule(nn.Module):
     """One layer with BERT's parameter names (attention.self, attention.output, intermediate, output)."""
 
-    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig, shape: LayerShape) -> None:
+    def __init__(self, config: PrunedConfig, shape: LayerShape) -> None:
         super().__init__()
         width = shape.num_heads * config.head_dim
         self.attention = nn.ModuleDict(
@@ -119,9 +115,11 @@ class PrunedLayerModule(nn.Module):
 
 
 class PrunedEncoderModule(nn.Module):
-    """The stack of layers, named `layer.N` as BERT's."""
+    """The padded, trainable stack of layers; its layers are named `layer.N` as BERT's.
 
-    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig) -> None:
+    (`layers.modules.PrunedEncoder` is the stack on packed tokens, for inference.)"""
+
+    def __init__(self, config: PrunedConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(PrunedLayerModule(config, shape) for shape in config.shape.layers)
 
@@ -134,9 +132,9 @@ class PrunedEncoderModule(nn.Module):
 
 
 class PrunedPooler(nn.Module):
-    """BERT's pooler: (batch, seqlen, hidden_size) -> (batch, hidden_size), of the first position."""
+    """BERT's pooler, which reads the first position: (batch, seqlen, hidden_size) -> (batch, hidden_size)."""
 
-    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig) -> None:
+    def __init__(self, config: PrunedConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -145,11 +143,11 @@ class PrunedPooler(nn.Module):
 
 
 class PrunedPreTrainedModel(PreTrainedModel):
-    """What the pruned models share: strict loading, from safetensors only."""
+    """The base of all pruned models. They load strictly, and from safetensors only."""
 
     config_class: type[Any] = PrunedBertConfig
     base_model_prefix = "bert"
-    # The attention is torch's scaled_dot_product_attention while padded, the packed op when optimised.
+    # The padded attention is torch's scaled_dot_product_attention. An optimised model uses the packed op.
     _supports_sdpa = True
 
     @classmethod
@@ -158,47 +156,52 @@ class PrunedPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load as any Hugging Face model, but refuse a checkpoint whose tensors are not exactly the config's.
 
-        Errors: ValueError naming missing, unexpected and misshapen tensors; OSError where there is no
+        A bare encoder may be read from a checkpoint that has a head on top.
+        Errors: ValueError that names missing, unexpected and misshapen tensors; OSError where there is no
         safetensors file.
-        A bare encoder may be read from a checkpoint with a head on top.
         """
         kwargs["use_safetensors"] = True
-        # So that a wrong shape is reported below, by name and with all others.
-        kwargs["ignore_mismatched_sizes"] = True
+        kwargs["ignore_mismatched_sizes"] = True  # wrong shapes are reported below, by name and all together
         model: Any
         info: dict[str, Any]
         model, info = super().from_pretrained(  # type: ignore[misc]
             name_or_path, *args, output_loading_info=True, **kwargs
         )
-        unexpected = set(info["unexpected_keys"])
-        if cls.__name__ == model.base_model.__class__.__name__:
-            own = f"{cls.base_model_prefix}."
-            unexpected = {key for key in unexpected if key.startswith(own) and "pooler." not in key}
-        faults = [f"missing {key}" for key in sorted(info["missing_keys"])]
-        faults += [f"unexpected {key}" for key in sorted(unexpected)]
-        for mismatched in sorted(info["mismatched_keys"]):
-            faults.append(_misshapen(mismatched, model))
+        faults = cls._loading_faults(model, info)
         if faults:
             shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
             raise ValueError(f"the tensors in {name_or_path} are not what its config.json describes: {shown}")
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def _loading_faults(cls, model: Any, info: dict[str, Any]) -> list[str]:
+        unexpected = set(info["unexpected_keys"])
+        if cls.__name__ == model.base_model.__class__.__name__:  # a bare encoder leaves a head's tensors
+            own = f"{cls.base_model_prefix}."
+            unexpected = {key for key in unexpected if key.startswith(own) and "pooler." not in key}
+        return [
+            *(f"missing {key}" for key in sorted(info["missing_keys"])),
+            *(f"unexpected {key}" for key in sorted(unexpected)),
+            *(_misshapen(mismatched, model) for mismatched in sorted(info["mismatched_keys"])),
+        ]
+
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """As any Hugging Face model's, with a model card beside it; see `write_model_card`."""
+        """Save as any Hugging Face model, and write a model card beside it; see `write_model_card`."""
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             write_model_card(save_directory, self)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """What `push_to_hub` ends with; transformers put its placeholder where the card was."""
+        """Write the card again before `push_to_hub` uploads: transformers put its placeholder there."""
         write_model_card(working_dir, self)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 def _misshapen(mismatched: Any, model: nn.Module) -> str:
-    """transformers 5 gives a tensor's name, its shape and the one expected; 4 the name alone."""
+    """The fault of a tensor whose shape is wrong. transformers 5 reports its name, its shape and the expected
+    shape; transformers 4 reports the name alone."""
     if isinstance(mismatched, str):
         expected = tuple(model.state_dict()[mismatched].shape)
         return f"{mismatched} has another shape than config.json says, {expected}"
@@ -209,12 +212,10 @@ def _misshapen(mismatched: Any, model: nn.Module) -> str:
 class PrunedBertModel(PrunedPreTrainedModel):
     """The bare encoder: ids (batch, seqlen) -> last_hidden_state (batch, seqlen, hidden_size).
 
-    add_pooling_layer: with BERT's pooler, which a checkpoint of a question-answering model does not have.
+    add_pooling_layer: add BERT's pooler, which checkpoints of question-answering models do not have.
     """
 
-    def __init__(
-        self, config: PrunedBertConfig | PrunedRobertaConfig, add_pooling_layer: bool = False
-    ) -> None:
+    def __init__(self, config: PrunedConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
         self.embeddings = PrunedEmbeddings(config)
         self.encoder = PrunedEncoderModule(config)
@@ -249,7 +250,7 @@ class PrunedBertModel(PrunedPreTrainedModel):
         additive_mask = None
         if attention_mask is not None:
             check_mask(attention_mask, x.size(0), x.size(1))
-            # The lowest finite number rather than -inf: a row of padding only is then no NaN.
+            # The lowest finite number rather than -inf, with which a row of padding only would become NaN.
             additive_mask = (attention_mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min
         collect = [x] if output_hidden_states else None
         x = self.encoder(x, additive_mask, collect)
@@ -258,9 +259,7 @@ class PrunedBertModel(PrunedPreTrainedModel):
             pooler_output=self.pooler(x) if self.pooler is not None else None,
             hidden_states=tuple(collect) if collect else None,
         )
-        return (
-            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-        )
+        return returned(output, self.config, return_dict)
 
 
 class PrunedRobertaModel(PrunedBertModel):

@@ -1,11 +1,12 @@
-"""Pruned encoders under the other common heads: a label for a text, and a label for each token.
+"""Pruned encoders under four heads: answers to questions, Natural Questions, labels of texts and of tokens.
 
-Stock BERT's and RoBERTa's own parameter names. The text's label is read from the first real token, which is
-the CLS token on whichever side the padding is.
+All have stock BERT's and RoBERTa's own parameter names, and are registered with transformers' Auto classes.
+Their forwards list every argument because transformers' Trainer reads their signatures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -22,25 +23,61 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
     ModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
-from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.configuration import (
+    PRUNED_CONFIGS,
+    PrunedBertConfig,
+    PrunedConfig,
+    PrunedRobertaConfig,
+)
 from pruned_ops.models.encoder import PrunedBertModel, PrunedPreTrainedModel, PrunedRobertaModel
-from pruned_ops.models.inputs import first_tokens
+from pruned_ops.models.inputs import first_tokens, returned
 
 
-class PrunedBertForQuestionAnswering(PrunedPreTrainedModel):
-    """A pruned encoder with the start and end head of extractive question answering."""
+class _WithEncoder(PrunedPreTrainedModel):
+    """A pruned encoder under its stock name ("bert", "roberta"), for a head on top of it."""
 
     encoder_class: type[PrunedBertModel] = PrunedBertModel
 
-    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig) -> None:
+    def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
-        setattr(self, self.base_model_prefix, self.encoder_class(config))
+        setattr(self, self.base_model_prefix, self._encoder(config))
+
+    def _encoder(self, config: PrunedConfig) -> PrunedBertModel:
+        return self.encoder_class(config)
+
+    def _encoded(
+        self,
+        inputs: Sequence[Tensor | None],
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+        for_the_encoder: dict[str, Any],
+    ) -> BaseModelOutputWithPooling:
+        """The encoder's output. inputs: ids, mask, types, positions and embeddings. for_the_encoder: further
+        arguments, which only an optimised encoder takes."""
+        input_ids, *others = inputs
+        names = ("attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+        return self.base_model(
+            input_ids,
+            **dict(zip(names, others, strict=True)),
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **for_the_encoder,
+        )
+
+
+class PrunedBertForQuestionAnswering(_WithEncoder):
+    """A pruned encoder with the start and end head of extractive question answering."""
+
+    def __init__(self, config: PrunedConfig) -> None:
+        super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -58,32 +95,26 @@ class PrunedBertForQuestionAnswering(PrunedPreTrainedModel):
         return_dict: bool | None = None,
         **for_the_encoder: Any,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
-        """Start and end logits (batch, seqlen); the loss is the mean of both cross-entropies, as in stock
-        BERT."""
-        encoded = self.base_model(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-            **for_the_encoder,
-        )
-        start_logits, end_logits = (part.contiguous() for part in self.qa_outputs(encoded[0]).unbind(-1))
+        """Start and end logits, (batch, seqlen) each. As in stock BERT, the loss is the mean of both
+        cross-entropies."""
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self._encoded(inputs, output_hidden_states, output_attentions, for_the_encoder)
+        start, end = self._span_logits(encoded[0])
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = (span_loss(start_logits, start_positions) + span_loss(end_logits, end_positions)) / 2
+            loss = (span_loss(start, start_positions) + span_loss(end, end_positions)) / 2
         output = QuestionAnsweringModelOutput(
-            loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=encoded.hidden_states
+            loss=loss, start_logits=start, end_logits=end, hidden_states=encoded.hidden_states
         )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return returned(output, self.config, return_dict)
+
+    def _span_logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = (part.contiguous() for part in self.qa_outputs(states).unbind(-1))
+        return start, end
 
 
 def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    """Cross-entropy of one end of the answer; a position outside the window is no target, as in BERT."""
+    """The cross-entropy of one end of the answer. As in BERT, a position outside the window is no target."""
     outside = logits.size(1)
     return F.cross_entropy(logits, positions.flatten().clamp(0, outside), ignore_index=outside)
 
@@ -96,151 +127,8 @@ class PrunedRobertaForQuestionAnswering(PrunedBertForQuestionAnswering):
     encoder_class = PrunedRobertaModel
 
 
-def answering_class(model_type: str) -> type[Any]:
-    """The pruned counterpart of a question-answering model of this type, one of PRUNED_CONFIGS."""
-    roberta = PRUNED_CONFIGS[model_type] is PrunedRobertaConfig
-    return PrunedRobertaForQuestionAnswering if roberta else PrunedBertForQuestionAnswering
-
-
-for _config, _encoder, _answerer in (
-    (PrunedBertConfig, PrunedBertModel, PrunedBertForQuestionAnswering),
-    (PrunedRobertaConfig, PrunedRobertaModel, PrunedRobertaForQuestionAnswering),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _encoder, exist_ok=True)
-    AutoModelForQuestionAnswering.register(_config, _answerer, exist_ok=True)
-
-
-Config = PrunedBertConfig | PrunedRobertaConfig
-
-
-class _Classifier(PrunedPreTrainedModel):
-    """An encoder, and logits out of its hidden states."""
-
-    encoder_class: type[PrunedBertModel] = PrunedBertModel
-    output_class: type[Any] = SequenceClassifierOutput
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.num_labels = int(config.num_labels or 0)
-        setattr(self, self.base_model_prefix, self._encoder(config))
-        given = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if given is None else given)
-        self.classifier = self._head(config)
-        self.post_init()
-
-    def _encoder(self, config: Config) -> PrunedBertModel:
-        return self.encoder_class(config)
-
-    def _head(self, config: Config) -> nn.Module:
-        return nn.Linear(config.hidden_size, self.num_labels)
-
-    def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(batch, seqlen, hidden_size) -> logits."""
-        raise NotImplementedError
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Stock transformers' loss for this head."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        **for_the_encoder: Any,
-    ) -> Any:
-        """Logits, and the loss where there are labels, as the stock model's."""
-        encoded = self.base_model(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-            **for_the_encoder,
-        )
-        logits = self.classified(encoded[0], attention_mask)
-        loss = None if labels is None else self.loss(logits, labels)
-        output = self.output_class(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
-
-
-class PrunedBertForSequenceClassification(_Classifier):
-    """A pruned BERT with its pooler and a label (num_labels logits) for each text: (batch, num_labels)."""
-
-    def _encoder(self, config: Config) -> PrunedBertModel:
-        return self.encoder_class(config, add_pooling_layer=True)
-
-    def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        pooler: Any = self.base_model.pooler
-        return self.classifier(self.dropout(pooler(first_tokens(states, attention_mask)[:, None])))
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-
-
-class PrunedBertForTokenClassification(_Classifier):
-    """A pruned BERT with a label for each token: (batch, seqlen, num_labels)."""
-
-    output_class = TokenClassifierOutput
-
-    def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return self.classifier(self.dropout(states))
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.loss_function(logits=logits, labels=labels, config=self.config)
-
-
-class PrunedRobertaForSequenceClassification(PrunedBertForSequenceClassification):
-    """RoBERTa's counterpart: no pooler, two linears in the head."""
-
-    config_class = PrunedRobertaConfig
-    base_model_prefix = "roberta"
-    encoder_class = PrunedRobertaModel
-
-    def _encoder(self, config: Config) -> PrunedBertModel:
-        return self.encoder_class(config)
-
-    def _head(self, config: Config) -> nn.Module:
-        hidden = config.hidden_size
-        return nn.ModuleDict(
-            {"dense": nn.Linear(hidden, hidden), "out_proj": nn.Linear(hidden, self.num_labels)}
-        )
-
-    def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        head: Any = self.classifier
-        x = torch.tanh(head["dense"](self.dropout(first_tokens(states, attention_mask))))
-        return head["out_proj"](self.dropout(x))
-
-
-class PrunedRobertaForTokenClassification(PrunedBertForTokenClassification):
-    """RoBERTa's counterpart of PrunedBertForTokenClassification."""
-
-    config_class = PrunedRobertaConfig
-    base_model_prefix = "roberta"
-    encoder_class = PrunedRobertaModel
-
-
-for _config, _sequences, _tokens in (
-    (PrunedBertConfig, PrunedBertForSequenceClassification, PrunedBertForTokenClassification),
-    (PrunedRobertaConfig, PrunedRobertaForSequenceClassification, PrunedRobertaForTokenClassification),
-):
-    AutoModelForSequenceClassification.register(_config, _sequences, exist_ok=True)
-    AutoModelForTokenClassification.register(_config, _tokens, exist_ok=True)
-
-
 class AnswerType(IntEnum):
-    """What a window says of its question: the classes of the answer type head."""
+    """The classes of the answer type head: what kind of answer a window holds."""
 
     NULL = 0
     YES = 1
@@ -262,10 +150,10 @@ class NaturalQuestionsOutput(ModelOutput):
 
 
 class PrunedBertForNaturalQuestions(PrunedBertForQuestionAnswering):
-    """A pruned encoder with start and end logits for each token, and an answer type read from the first one
+    """A pruned encoder with start and end logits for each token, and an answer type read from the first token
     (CLS)."""
 
-    def __init__(self, config: PrunedBertConfig | PrunedRobertaConfig) -> None:
+    def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
         self.answer_type_outputs = nn.Linear(config.hidden_size, len(AnswerType))
         self.post_init()
@@ -287,28 +175,16 @@ class PrunedBertForNaturalQuestions(PrunedBertForQuestionAnswering):
     ) -> NaturalQuestionsOutput | tuple[Any, ...]:
         """Logits, and the loss where all three labels (batch,) are given. A row of padding only has the
         answer type of a zero hidden state."""
-        encoded = self.base_model(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-            **for_the_encoder,
-        )
-        states = encoded[0]
-        first = first_tokens(states, attention_mask)
-        start, end = (part.contiguous() for part in self.qa_outputs(states).unbind(-1))
-        types = self.answer_type_outputs(first)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self._encoded(inputs, output_hidden_states, output_attentions, for_the_encoder)
+        start, end = self._span_logits(encoded[0])
+        types = self.answer_type_outputs(first_tokens(encoded[0], attention_mask))
         loss = None
         if start_positions is not None and end_positions is not None and answer_types is not None:
             loss = span_loss(start, start_positions) + span_loss(end, end_positions)
             loss = (loss + F.cross_entropy(types, answer_types.flatten())) / 3
         output = NaturalQuestionsOutput(loss, start, end, types, encoded.hidden_states)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return returned(output, self.config, return_dict)
 
 
 class PrunedRobertaForNaturalQuestions(PrunedBertForNaturalQuestions):
@@ -317,6 +193,116 @@ class PrunedRobertaForNaturalQuestions(PrunedBertForNaturalQuestions):
     config_class = PrunedRobertaConfig
     base_model_prefix = "roberta"
     encoder_class = PrunedRobertaModel
+
+
+class _Classifier(_WithEncoder):
+    """The common part of the two classifiers, which make num_labels logits out of hidden states."""
+
+    output_class: type[ModelOutput] = SequenceClassifierOutput
+
+    def __init__(self, config: PrunedConfig) -> None:
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        dropout = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.classifier = self._head(config)
+        self.post_init()
+
+    def _head(self, config: PrunedConfig) -> nn.Module:
+        return nn.Linear(config.hidden_size, self.num_labels)
+
+    def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(batch, seqlen, hidden_size) -> logits."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss that stock transformers computes for this head."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **for_the_encoder: Any,
+    ) -> Any:
+        """Logits, and the stock model's loss where labels are given."""
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self._encoded(inputs, output_hidden_states, output_attentions, for_the_encoder)
+        logits = self.classified(encoded[0], attention_mask)
+        loss = None if labels is None else self.loss(logits, labels)
+        output: ModelOutput = self.output_class(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return returned(output, self.config, return_dict)
+
+
+class PrunedBertForSequenceClassification(_Classifier):
+    """A pruned BERT with its pooler and a label for each text: logits (batch, num_labels).
+
+    The label is read from the first real token, which is CLS on whichever side the padding is."""
+
+    def _encoder(self, config: PrunedConfig) -> PrunedBertModel:
+        return self.encoder_class(config, add_pooling_layer=True)
+
+    def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        pooler: Any = self.base_model.pooler
+        return self.classifier(self.dropout(pooler(first_tokens(states, attention_mask)[:, None])))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+
+
+class PrunedRobertaForSequenceClassification(PrunedBertForSequenceClassification):
+    """RoBERTa's counterpart: it has no pooler, and two linears in its head."""
+
+    config_class = PrunedRobertaConfig
+    base_model_prefix = "roberta"
+    encoder_class = PrunedRobertaModel
+
+    def _encoder(self, config: PrunedConfig) -> PrunedBertModel:
+        return self.encoder_class(config)
+
+    def _head(self, config: PrunedConfig) -> nn.Module:
+        hidden = config.hidden_size
+        return nn.ModuleDict(
+            {"dense": nn.Linear(hidden, hidden), "out_proj": nn.Linear(hidden, self.num_labels)}
+        )
+
+    def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        head: Any = self.classifier
+        x = torch.tanh(head["dense"](self.dropout(first_tokens(states, attention_mask))))
+        return head["out_proj"](self.dropout(x))
+
+
+class PrunedBertForTokenClassification(_Classifier):
+    """A pruned BERT with a label for each token: logits (batch, seqlen, num_labels)."""
+
+    output_class = TokenClassifierOutput
+
+    def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.classifier(self.dropout(states))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_function(logits=logits, labels=labels, config=self.config)
+
+
+class PrunedRobertaForTokenClassification(PrunedBertForTokenClassification):
+    """RoBERTa's counterpart of PrunedBertForTokenClassification."""
+
+    config_class = PrunedRobertaConfig
+    base_model_prefix = "roberta"
+    encoder_class = PrunedRobertaModel
+
+
+def answering_class(model_type: str) -> type[Any]:
+    """The pruned counterpart of a question-answering model of this type, one of PRUNED_CONFIGS."""
+    roberta = PRUNED_CONFIGS[model_type] is PrunedRobertaConfig
+    return PrunedRobertaForQuestionAnswering if roberta else PrunedBertForQuestionAnswering
 
 
 def natural_questions_class(model_type: str) -> type[Any]:
@@ -328,7 +314,7 @@ def natural_questions_class(model_type: str) -> type[Any]:
 
 
 def is_natural_questions(config: Any) -> bool:
-    """Whether the model of this config was saved as one of these classes."""
+    """Whether the model of this config was saved as a Natural Questions model."""
     return any(name.endswith("ForNaturalQuestions") for name in config.architectures or ())
 
 
@@ -345,17 +331,48 @@ def load_natural_questions(name_or_path: str | Path) -> Any:
 
 
 def with_answer_types(model: Any) -> Any:
-    """A Natural Questions model with the encoder and the start and end head of `model`, a stock or pruned
-    question-answering BERT or RoBERTa, and a new, random answer type head. `model` is left alone."""
+    """A Natural Questions model with the encoder and the start and end head of `model`, and a new, random
+    answer type head.
+
+    model: a stock or pruned BERT or RoBERTa for question answering, which is left alone. Errors: ValueError
+    for another model."""
     model_class = natural_questions_class(model.config.model_type)
-    fields = {k: v for k, v in model.config.to_dict().items() if k != "architectures"}
-    made = model_class(model_class.config_class(**fields))
+    fields = {name: value for name, value in model.config.to_dict().items() if name != "architectures"}
+    typed = model_class(model_class.config_class(**fields))
     state = {name: tensor for name, tensor in model.state_dict().items() if "pooler." not in name}
-    keys = made.load_state_dict(state, strict=False)
+    keys = typed.load_state_dict(state, strict=False)
     missing = [name for name in keys.missing_keys if not name.startswith("answer_type_outputs.")]
     if missing or keys.unexpected_keys:
         raise ValueError(
             f"{type(model).__name__} is no question-answering model: missing {', '.join(missing) or 'none'}; "
             f"unexpected {', '.join(keys.unexpected_keys) or 'none'}"
         )
-    return made.to(next(model.parameters()).device).train(model.training)
+    return typed.to(next(model.parameters()).device).train(model.training)
+
+
+def _register() -> None:
+    """Teach transformers' Auto classes the pruned models. Natural Questions has no Auto class."""
+    for config, encoder, answering, sequences, tokens in (
+        (
+            PrunedBertConfig,
+            PrunedBertModel,
+            PrunedBertForQuestionAnswering,
+            PrunedBertForSequenceClassification,
+            PrunedBertForTokenClassification,
+        ),
+        (
+            PrunedRobertaConfig,
+            PrunedRobertaModel,
+            PrunedRobertaForQuestionAnswering,
+            PrunedRobertaForSequenceClassification,
+            PrunedRobertaForTokenClassification,
+        ),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, encoder, exist_ok=True)
+        AutoModelForQuestionAnswering.register(config, answering, exist_ok=True)
+        AutoModelForSequenceClassification.register(config, sequences, exist_ok=True)
+        AutoModelForTokenClassification.register(config, tokens, exist_ok=True)
+
+
+_register()

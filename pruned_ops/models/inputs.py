@@ -1,37 +1,46 @@
-"""What enters an encoder, padded or packed alike: the checks, and the positions that the stock models would
-use."""
+"""The inputs of an encoder, padded or packed: checks, default positions, and the real tokens alone."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
 
-from pruned_ops.models.configuration import is_roberta
+from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedRobertaConfig
+
+Output = TypeVar("Output", bound=ModelOutput)
 
 
-def default_position_ids(
-    input_ids: Tensor | None, batch_size: int, seqlen: int, device: torch.device, padding_idx: int | None
-) -> Tensor:
-    """Position ids (batch, seqlen) as the stock models make them.
-
-    BERT (`padding_idx` None) counts all places from 0. RoBERTa counts the tokens that are not `padding_idx`
-    from padding_idx + 1 and leaves padding at padding_idx; embeddings given directly count as all real.
-    """
-    if padding_idx is None:
-        return torch.arange(seqlen, device=device).expand(batch_size, seqlen)
-    if input_ids is None:
-        return torch.arange(padding_idx + 1, padding_idx + 1 + seqlen, device=device).expand(
-            batch_size, seqlen
-        )
-    real = input_ids.ne(padding_idx).long()
-    return real.cumsum(1) * real + padding_idx
+def is_roberta(config: Any) -> bool:
+    """Whether the model of this config, stock or pruned, counts its positions from the padding index."""
+    return PRUNED_CONFIGS.get(config.model_type) is PrunedRobertaConfig
 
 
 def longest_sequence(config: Any) -> int:
-    """Tokens of the longest sequence that the model's table of positions allows."""
+    """The number of tokens in the longest sequence that the model's table of positions allows."""
     return config.max_position_embeddings - (config.pad_token_id + 1 if is_roberta(config) else 0)
+
+
+def default_position_ids(
+    config: Any, input_ids: Tensor | None, batch_size: int, seqlen: int, device: torch.device
+) -> Tensor:
+    """The position ids (batch, seqlen) that the stock models use where the caller gives none.
+
+    BERT counts all places from 0. RoBERTa counts the tokens that are not padding from pad_token_id + 1 and
+    leaves padding at pad_token_id; without input_ids (embeddings were given) all tokens count as real.
+    Errors: ValueError for sequences that are longer than the table of positions.
+    """
+    first = config.pad_token_id + 1 if is_roberta(config) else 0
+    longest = config.max_position_embeddings - first
+    if seqlen > longest:
+        raise ValueError(f"the sequences have {seqlen} tokens; the model's position table allows {longest}")
+    if first == 0 or input_ids is None:
+        return torch.arange(first, first + seqlen, device=device).expand(batch_size, seqlen)
+    real = input_ids.ne(first - 1).long()
+    return real.cumsum(1) * real + first - 1
 
 
 def check_inputs(
@@ -41,16 +50,13 @@ def check_inputs(
     position_ids: Tensor | None,
     token_type_ids: Tensor | None,
 ) -> None:
-    """Refuse by name what would read outside a table. ids are checked where that costs no synchronisation
-    (CPU)."""
+    """Refuse ids that would read outside their table. They are looked at on a CPU only, where that makes
+    nobody wait.
+
+    Errors: ValueError unless exactly one of input_ids and inputs_embeds is given; IndexError that names the
+    ids and the value."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-    source = input_ids if input_ids is not None else inputs_embeds
-    assert source is not None
-    seqlen = source.size(1)
-    longest = longest_sequence(config)
-    if position_ids is None and seqlen > longest:
-        raise ValueError(f"the sequences have {seqlen} tokens; the model's position table allows {longest}")
     for name, ids, rows in (
         ("input_ids", input_ids, config.vocab_size),
         ("position_ids", position_ids, config.max_position_embeddings),
@@ -65,14 +71,50 @@ def check_inputs(
             )
 
 
-def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none.
+def packed_inputs(
+    config: Any,
+    device: torch.device,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    batch: PackedBatch | None = None,
+) -> tuple[PackedBatch, tuple[Tensor, Tensor, Tensor]]:
+    """Check padded inputs (batch, seqlen), and pack them for an encoder on `device`.
 
-    States of no row stay so, whatever the mask: an optimised model's head is computed elsewhere."""
+    batch: where the real tokens are, from a caller that knows it; by default the attention_mask tells it.
+    Returns the batch, and the ids, positions and types of its real tokens, (tokens,) each.
+    Errors: those of `check_inputs`, `default_position_ids` and `PackedBatch.from_mask`.
+    """
+    check_inputs(config, input_ids, None, position_ids, token_type_ids)
+    assert input_ids is not None  # check_inputs refuses None
+    batch_size, seqlen = input_ids.shape
+    if position_ids is None:
+        position_ids = default_position_ids(config, input_ids, batch_size, seqlen, device)
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(input_ids)
+    if batch is None:
+        batch = PackedBatch.from_mask(attention_mask, batch_size, seqlen, device)
+    positions, types = position_ids.expand(input_ids.shape), token_type_ids.expand(input_ids.shape)
+    return batch, (batch.pack(input_ids), batch.pack(positions), batch.pack(types))
+
+
+def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(batch, seqlen, hidden) -> (batch, hidden): the first real token of each row; zeros where it has none.
+
+    States without rows are returned as they are, whatever the mask: the head of an optimised model is
+    computed elsewhere (`runtime.packed_heads`)."""
     if attention_mask is None or len(states) == 0:
         return states[:, 0]
     real = (attention_mask != 0).to(states.device)
     rows = torch.arange(len(states), device=states.device)
-    # The first of equal maxima is not promised; of these numbers there is one only, or none.
+    # argmax does not promise the first of equal maxima. Of these falling numbers no two are equal, unless a
+    # row is all padding.
     at = (real * torch.arange(real.size(1), 0, -1, device=real.device)).argmax(1)
     return states[rows, at].masked_fill(~real.any(1)[:, None], 0.0)
+
+
+def returned(output: Output, config: Any, return_dict: bool | None) -> Output | tuple[Any, ...]:
+    """A model's output as its caller wants it: a tuple where return_dict, or else the config's, is False."""
+    wants_dict = config.return_dict if return_dict is None else return_dict
+    return output if wants_dict else output.to_tuple()

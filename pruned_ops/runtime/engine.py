@@ -1,8 +1,8 @@
-"""Engine: a model's forward, from token ids to logits, recorded as a CUDA graph per bucket of sizes, and
-launched again as one.
+"""The Engine records a model's forward, from token ids to logits, as CUDA graphs, and launches these again.
 
-A pruned layer's kernels are shorter than their launches; a graph costs one launch for all of them. Sizes are
-rounded up to a bucket (tokens by at most `waste`), inputs are copied into its buffers, results out of them.
+A pruned layer's kernels are shorter than their launches, and a graph costs one launch for all of them. There
+is a graph for each bucket of sizes: sizes are rounded up to the bucket's (tokens by at most `waste`), inputs
+are copied into its buffers, and results out of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from threading import Lock
@@ -19,17 +19,20 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.ops.registry import is_watched, record, replayed
 from pruned_ops.runtime.packed_heads import Outputs, PackedHead
 
-# A program of the attention has so many query rows at least; those beyond a sequence's end stop at once.
+# Tokens. A program of the attention kernel has at least so many query rows, and one that begins beyond its
+# sequence's end stops at once, so that rounding lengths up by less costs nothing.
 LENGTH_STEP = 64
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sizes that share a graph: batches of at most these are run as one of exactly these."""
+    """The sizes of a graph. Batches of at most these sizes are run as one of exactly these."""
 
     tokens: int
     batch: int
@@ -37,9 +40,9 @@ class Bucket:
 
     @classmethod
     def of(cls, tokens: int, batch: int, max_seqlen: int, waste: float) -> Bucket:
-        """The smallest bucket for a batch: tokens in steps of a power of 2 that is at most `waste` of them,
-        the number of sequences as a power of 2, lengths in steps of LENGTH_STEP. Rows that are too many make
-        sequences of their own, for which there is room; sequences that are too many are empty."""
+        """The smallest bucket for a batch. Tokens go in steps of a power of 2, at most `waste` of them; the
+        number of sequences is a power of 2; lengths go in steps of LENGTH_STEP. The filling rows make
+        sequences of their own, for which the bucket has room; the sequences that are left are empty."""
         step = 1 << max(int(waste * tokens), 1).bit_length() - 1
         longest = -(-max_seqlen // LENGTH_STEP) * LENGTH_STEP
         fillers = -(-(step - 1) // longest)
@@ -47,8 +50,10 @@ class Bucket:
 
 
 def pieces(lengths: Sequence[int], max_tokens: int) -> Iterator[tuple[int, list[int]]]:
-    """A batch cut between sequences into parts of at most max_tokens, or of one sequence with tokens: each
-    part's first row and its sequences' lengths. Every sequence is in one of them, also one of no tokens."""
+    """Cut a batch between sequences into pieces of at most max_tokens, or of one longer sequence.
+
+    Yields each piece's first row and its sequences' lengths. Every sequence is in exactly one piece, also one
+    without tokens."""
     first, piece, tokens = 0, list[int](), 0
     for length in lengths:
         if tokens and tokens + length > max_tokens:
@@ -67,46 +72,17 @@ class Recorder(Protocol):
     """Records work on a device."""
 
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
-        """What launches the same again, on the same memory, and returns the same output tensors."""
+        """Record `work`. The result launches it again, on the same memory, and returns the same tensors."""
 
-    def ordered(self) -> Any:
-        """A context whose work comes after that of all earlier such contexts, on whatever streams."""
+    def ordered(self) -> AbstractContextManager[None]:
+        """A context whose work runs after that of all earlier such contexts, on whatever streams."""
 
     def wait(self) -> None:
-        """Until the work of all such contexts has ended."""
-
-
-@dataclass
-class Weights:
-    """The weights that a graph reads, and where they were. slots: a module's parameters, and a name in them.
-    held: keeps their memory until the graph is gone, also where they have moved and nobody has looked yet."""
-
-    slots: list[tuple[dict[str, Any], str]]
-    addresses: list[int]
-    held: list[Any]
-    packed: Any
-    linears: tuple[nn.Module, ...]
-
-    @classmethod
-    def of(cls, encoder: Any, head: PackedHead | None) -> Weights:
-        linears = () if head is None else head.linears
-        modules = dict.fromkeys(module for part in (encoder, *linears) for module in part.modules())
-        slots = [
-            (module._parameters, name) for module in modules for name, one in module._parameters.items()
-            if one is not None
-        ]  # fmt: skip
-        held = [parameters[name].detach() for parameters, name in slots]
-        return cls(slots, [one.data_ptr() for one in held], held, encoder.encoder.laid_out, linears)
-
-    def moved(self, encoder: Any, head: PackedHead | None) -> bool:
-        """Whether one of them is elsewhere now, or another is in its place."""
-        if encoder.encoder.laid_out is not self.packed or (head is not None and head.linears != self.linears):
-            return True
-        return [parameters[name].data_ptr() for parameters, name in self.slots] != self.addresses
+        """Wait until the work of all such contexts has ended."""
 
 
 class CudaGraphs:
-    """Recorder of one GPU; its graphs share a pool of memory, so only one of them may run at a time."""
+    """The Recorder of one GPU. Its graphs share a pool of memory, so only one of them may run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -114,7 +90,8 @@ class CudaGraphs:
         self._finished = torch.cuda.Event()
 
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Runs it once first, beside the current stream: kernels are compiled and libraries set up then."""
+        """Record `work` after one run beside the current stream, which compiles kernels and sets up
+        libraries."""
         with torch.cuda.device(self._device):
             aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
             aside.wait_stream(current)
@@ -145,13 +122,76 @@ class CudaGraphs:
         self._finished.synchronize()
 
 
+class Graphable(Protocol):
+    """The part of a PackedEncoder that an engine uses."""
+
+    encoder: PrunedEncoder
+    heads: list[PackedHead]
+    around: list[str]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def compute(
+        self,
+        inputs: Sequence[Tensor],
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        head: PackedHead | None = None,
+        collect: list[Tensor] | None = None,
+    ) -> Outputs: ...
+
+
+@dataclass
+class Weights:
+    """The weights that a graph reads, and the addresses at which it reads them.
+
+    slots: where to find each weight again, as a module's parameters and a name in them.
+    held: keeps their memory until the graph is gone, even where the model has moved its weights meanwhile.
+    laid_out, linears: the encoder's layout and the head's linears, either of which may be replaced."""
+
+    slots: list[tuple[dict[str, Any], str]]
+    addresses: list[int]
+    held: list[Tensor]
+    laid_out: PanelWeights | AlignedWeights | None
+    linears: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, encoder: Graphable, head: PackedHead | None) -> Weights:
+        linears = () if head is None else head.linears
+        modules = dict.fromkeys(module for root in (encoder, *linears) for module in root.modules())
+        slots = [
+            (module._parameters, name)
+            for module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        held = [parameters[name].detach() for parameters, name in slots]
+        addresses = [weight.data_ptr() for weight in held]
+        return cls(slots, addresses, held, encoder.encoder.laid_out, linears)
+
+    def moved(self, encoder: Graphable, head: PackedHead | None) -> bool:
+        """Whether one of the weights is elsewhere now, or another one is in its place."""
+        if encoder.encoder.laid_out is not self.laid_out:
+            return True
+        if head is not None and head.linears != self.linears:
+            return True
+        return [parameters[name].data_ptr() for parameters, name in self.slots] != self.addresses
+
+
 @dataclass
 class EngineStats:
-    """What an engine did. replays: graphs launched; tokens: real ones in them; wasted: rows beside them.
-    outside: replays whose head ran after the graph, which ended with the hidden states, by the name of the
-    class around the encoder. eager: batches that no graph ran: hidden states of every layer were asked for, a
-    backend was, there was no token, or nothing could be captured. captures: graphs made; evicted: those that
-    went for others; invalidated: how often all were dropped because weights had moved."""
+    """The counts of what an engine did.
+
+    replays: graphs launched. tokens: real tokens in these; wasted: rows that filled their buckets.
+    captures: graphs made. evicted: graphs dropped for others. invalidated: how often all graphs were dropped
+    because weights had moved.
+    eager: batches run without a graph, because the hidden states of every layer or a backend were asked for,
+    there was no token, or nothing could be captured.
+    outside: replays whose graph ended with the hidden states, so that the head ran after it, by the name of
+    the class around the encoder."""
 
     replays: int = 0
     captures: int = 0
@@ -165,8 +205,9 @@ class EngineStats:
 
 @dataclass
 class _Graph:
-    """inputs int64 (3, tokens): ids, positions, types. cu_seqlens int32 (batch + 1,). fillers int32 (batch,):
-    where sequences of filling rows end, counted from the first. ran: ops in it."""
+    """A graph with its buffers. inputs int64 (3, tokens): ids, positions, types. cu_seqlens int32
+    (batch + 1,). fillers int32 (batch,): where sequences of filling rows end, counted from the first of these
+    rows. ran: the ops in the graph, which count as run at every replay."""
 
     inputs: Tensor
     cu_seqlens: Tensor
@@ -177,18 +218,19 @@ class _Graph:
 
 
 class Engine:
-    """Runs a PackedEncoder's batches by graphs on a GPU; elsewhere, and where it cannot, batches run eagerly.
+    """Runs a PackedEncoder's batches by CUDA graphs on a GPU, and eagerly where that cannot be.
 
     waste: the share of rows that a bucket may add. max_tokens: a larger batch is split between sequences.
-    max_graphs: as many are kept, those used last. recorder: for tests; by default CUDA's on a GPU.
-    A head that we know is in the graph; `stats.outside` counts those that are not. Results are the caller's
-    own. Safe from several threads and streams: one graph runs at a time. Nothing waits for the GPU but
-    captures, and what drops graphs.
+    max_graphs: the number of graphs that are kept, those used last. recorder: a stand-in for CUDA graphs, for
+    tests.
+    The known heads run inside the graph; `stats.outside` counts the others. Results are the caller's own.
+    Several threads and streams may use it: one graph runs at a time. The GPU is waited for only by captures
+    and where graphs are dropped.
     """
 
     def __init__(
         self,
-        encoder: Any,
+        encoder: Graphable,
         waste: float = 0.05,
         max_tokens: int = 1 << 16,
         max_graphs: int = 64,
@@ -200,19 +242,19 @@ class Engine:
             raise ValueError(f"max_tokens ({max_tokens}) and max_graphs ({max_graphs}) must be at least 1")
         self.waste, self.max_tokens, self.max_graphs = waste, max_tokens, max_graphs
         self._encoder = encoder
-        self._given = recorder
+        self.recorder = recorder
         self._reset()
 
     def _reset(self) -> None:
         self.stats = EngineStats()
         self._lock = Lock()
-        self._recorder = self._given
+        self._recorder = self.recorder  # the one in use; on a GPU the first capture makes CUDA's
         self._graphs: OrderedDict[tuple[Bucket, int], _Graph] = OrderedDict()
-        self._unable: str | None = None
+        self._unable: str | None = None  # why nothing is captured any more
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without graphs, which belong to one process and its memory."""
-        kept = ("waste", "max_tokens", "max_graphs", "_encoder", "_given")
+        kept = ("waste", "max_tokens", "max_graphs", "_encoder", "recorder")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -220,19 +262,19 @@ class Engine:
         self._reset()
 
     def __len__(self) -> int:
-        """Graphs that are kept."""
+        """The number of graphs that are kept."""
         return len(self._graphs)
 
     @property
     def serves(self) -> bool:
-        """Whether batches run by graphs: on a GPU, where they could be captured so far, and where nothing
-        watches or chooses single ops, or records what we launch."""
+        """Whether batches run by graphs now: on a GPU, unless a capture failed, single ops are watched or
+        their backend is chosen, or the caller records a graph of their own."""
         if torch.compiler.is_compiling() or not self._has_recorder:
             return False
         return not (self._unable or is_watched() or self._is_recorded_around())
 
     def _is_recorded_around(self) -> bool:
-        """Whether somebody records a graph of their own around us."""
+        """Whether the caller records a graph of their own around this one."""
         return self._encoder.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     @property
@@ -246,29 +288,28 @@ class Engine:
         head: PackedHead | None = None,
         collect: list[Tensor] | None = None,
     ) -> Outputs:
-        """The head's outputs, or the last hidden states, of packed ids, positions and types, int64 (tokens,)
-        each: the caller's own, whatever runs later. collect: as PackedEncoder.compute's; then eagerly."""
+        """The head's outputs, or the last hidden states, for packed ids, positions and types, int64 (tokens,)
+        each. The tensors are the caller's own, whatever runs later. collect: as PackedEncoder.compute's; with
+        it the batch runs eagerly."""
         if not self.serves or collect is not None or batch.tokens == 0:
             if not torch.compiler.is_compiling() and self._has_recorder:
                 with self._lock:
                     self.stats.eager += 1
-            found: Outputs = self._encoder.computed(inputs, batch, head, collect)
-            return found
+            return self._encoder.compute(inputs, batch.cu_seqlens, batch.max_seqlen, head, collect)
         if batch.tokens <= self.max_tokens:
             return self._run(inputs, batch.cu_seqlens, batch.batch_size, batch.max_seqlen, head)
-        parts = []
+        outputs = []
         for first, lengths in pieces(batch.lengths, self.max_tokens):
             bounds = [0, *accumulate(lengths)]
             cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(inputs[0].device, non_blocking=True)
-            rows = [one[first : first + bounds[-1]] for one in inputs]
-            parts.append(self._run(rows, cu_seqlens, len(lengths), max(lengths), head))
-        return Outputs(*(None if of[0] is None else torch.cat(of) for of in zip(*parts, strict=True)))
+            rows = [tensor[first : first + bounds[-1]] for tensor in inputs]
+            outputs.append(self._run(rows, cu_seqlens, len(lengths), max(lengths), head))
+        return Outputs(*(_joined(tensors) for tensors in zip(*outputs, strict=True)))
 
     def warm_up(self, batches: Iterable[Sequence[int]]) -> int:
-        """Capture the graphs of batches of these lengths (tokens of each sequence) now, with the heads that
-        we know; how many were new.
+        """Capture now the graphs for batches of these lengths (tokens of each sequence), with known heads.
 
-        Errors: RuntimeError where batches do not run by graphs.
+        Returns how many graphs were new. Errors: RuntimeError where batches do not run by graphs.
         """
         if not self.serves:
             reason = self._unable or "it is not on a GPU, or a backend is asked for"
@@ -306,7 +347,8 @@ class Engine:
                     self.stats.eager += 1
                     break
                 outputs = self._replayed(graph, inputs, cu_seqlens, batch)
-                # Looked at while the GPU works: it takes as long as the launch. What it read is still there.
+                # This look at the weights takes as long as the launch, so it is taken while the GPU works.
+                # The graph holds what it reads, so that a run on weights that have moved does no harm.
                 if graph.weights.moved(self._encoder, head):
                     self._drop()
                     continue
@@ -317,8 +359,7 @@ class Engine:
                     self.stats.outside[" or ".join(self._encoder.around)] += 1
             replayed(graph.ran)
             return outputs
-        found: Outputs = self._encoder.compute(inputs, cu_seqlens, max_seqlen, head)
-        return found
+        return self._encoder.compute(inputs, cu_seqlens, max_seqlen, head)
 
     def _replayed(self, graph: _Graph, inputs: Sequence[Tensor], cu_seqlens: Tensor, batch: int) -> Outputs:
         assert self._recorder is not None
@@ -338,7 +379,7 @@ class Engine:
         """The bucket's graph, captured now if it is new; None where it cannot be."""
         graph = self._graphs.get((bucket, id(head)))
         if graph is None:
-            if self._unable:  # since it was asked last, by another thread or a piece before
+            if self._unable:  # since `serves` was asked, another thread or an earlier piece has failed
                 return None
             try:
                 graph = self._captured(bucket, head)
@@ -352,12 +393,12 @@ class Engine:
             self._graphs[bucket, id(head)] = graph
         self._graphs.move_to_end((bucket, id(head)))
         while len(self._graphs) > self.max_graphs:
-            self._wait()  # it may run still, on its buffers
+            self._wait()  # the graph may still run, on its buffers
             self._graphs.popitem(last=False)
             self.stats.evicted += 1
         return graph
 
-    # Outside the caller's inference mode: its tensors could not be written to by a caller without.
+    # Not in the caller's inference mode: callers outside of it could not write to the buffers made here.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _captured(self, bucket: Bucket, head: PackedHead | None) -> _Graph:
@@ -367,17 +408,17 @@ class Engine:
         weights = Weights.of(self._encoder, head)
         inputs = torch.zeros(3, bucket.tokens, dtype=torch.int64, device=device)
         cu_seqlens = torch.zeros(bucket.batch + 1, dtype=torch.int32, device=device)
-        # What is recorded is the same whatever these hold: filling rows alone at first.
+        # What is recorded does not depend on what these hold, which is filling rows alone at first.
         fillers = torch.arange(1, bucket.batch + 1, dtype=torch.int32, device=device) * bucket.max_seqlen
         torch.clamp(fillers, max=bucket.tokens, out=cu_seqlens[1:])
         ran: dict[str, Counter[str]] = {}
 
         def work() -> Outputs:
-            ran.clear()  # it may run more than once before it is recorded
+            ran.clear()  # a recorder may run this more than once before it records
             with record() as counted:
-                found: Outputs = self._encoder.compute(inputs.unbind(), cu_seqlens, bucket.max_seqlen, head)
+                outputs = self._encoder.compute(inputs.unbind(), cu_seqlens, bucket.max_seqlen, head)
             ran.update(counted)
-            return found
+            return outputs
 
         return _Graph(inputs, cu_seqlens, fillers, self._recorder.record(work), ran, weights)
 
@@ -389,4 +430,10 @@ class Engine:
         self._wait()
         self.stats.invalidated += bool(self._graphs)
         self._graphs.clear()
-        self._recorder = self._given
+        self._recorder = self.recorder
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The same output of all pieces of a batch as one; None where there is no such output."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None

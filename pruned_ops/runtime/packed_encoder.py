@@ -1,4 +1,4 @@
-"""PackedEncoder: what takes the place of a BERT or RoBERTa encoder, and of which ones it can."""
+"""PackedEncoder replaces a BERT or RoBERTa encoder; `refuse_encoder` tells which ones it cannot replace."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbeddings
 
 from pruned_ops import ops
-from pruned_ops.layers.modules import ACTIVATIONS, PrunedEncoder, PrunedLinear
+from pruned_ops.layers.modules import PrunedEncoder, PrunedLinear, refuse_activation
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import fuse_rows, split_rows
-from pruned_ops.models.configuration import is_roberta
 from pruned_ops.models.encoder import PrunedEmbeddings
-from pruned_ops.models.inputs import check_inputs, default_position_ids
+from pruned_ops.models.inputs import packed_inputs, returned
 from pruned_ops.models.stock import QKV, model_shape, stock_parts
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
@@ -30,7 +29,10 @@ _CAPTURING = "transformers.utils.output_capturing"
 
 
 class PackedEncoder(nn.Module):
-    """Takes the place of a BERT or RoBERTa encoder: padded in, padded out, packed between. Inference only."""
+    """Replaces a BERT or RoBERTa encoder inside its model: padded in, padded out, packed between.
+
+    It is for inference only. (`layers.modules.PrunedEncoder` are its layers, on packed tokens;
+    `models.encoder.PrunedEncoderModule` is the padded stack of a pruned model, which can be trained.)"""
 
     config: Any
     embeddings: Any
@@ -38,11 +40,12 @@ class PackedEncoder(nn.Module):
 
     def __init__(self, original: Any, int8: bool = False) -> None:
         super().__init__()
-        refusal = refuse(original, int8)
+        refusal = refuse_encoder(original, int8)
         if refusal is not None:
             raise ValueError(f"optimize cannot take this {type(original).__name__}: {refusal}")
-        self.engine: Engine | None = None  # what runs batches on a GPU; `optimize` decides
-        # The heads around it that it can compute, and the classes of all; `optimize` knows them.
+        # `optimize` sets these three: the engine, the heads around this encoder that can run on packed rows,
+        # and the class names of all models around it.
+        self.engine: Engine | None = None
         self.heads: list[PackedHead] = []
         self.around: list[str] = []
         self._keep = [original]  # in a list, so that its parameters are not registered a second time
@@ -56,7 +59,7 @@ class PackedEncoder(nn.Module):
             self.encoder = PrunedEncoder(model_shape(original), config.layer_norm_eps, config.hidden_act)
         for packed, stock in zip(self.encoder.layers, original.encoder.layer, strict=True):
             _take_weights(packed, stock)
-        # The parameters are shared with the original, so what is switched off here is remembered for restore.
+        # The original shares these parameters: `undo` switches their gradients on again.
         self._required_grad = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.requires_grad_(False)
         self.encoder.pack(keep_weights=False, int8=self.encoder.linear_names if int8 else ())
@@ -72,12 +75,12 @@ class PackedEncoder(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedEncoder:
         if self.engine is not None:
-            self.engine.invalidate()  # the weights will be elsewhere, or others; no memory is held for graphs
+            self.engine.invalidate()  # its graphs read the weights at their old place, and hold memory
         super()._apply(*args, **kwargs)
         return self
 
     def train(self, mode: bool = True) -> PackedEncoder:
-        """Evaluation mode only: RuntimeError for `train(True)`."""
+        """Stay in evaluation mode. Errors: RuntimeError for `train(True)`."""
         if mode:
             raise RuntimeError(
                 "an optimised model is inference-only: call pruned_ops.restore(model) before training"
@@ -96,8 +99,8 @@ class PackedEncoder(nn.Module):
         return self.embeddings.word_embeddings.weight.device
 
     def undo(self) -> Any:
-        """The original encoder with its own q, k, v weights again, on the device and in the dtype used
-        last."""
+        """Give the original encoder its own weights again, on the device and in the dtype used last; return
+        it."""
         if self.engine is not None:
             self.engine.invalidate()
         self.encoder.unpack()
@@ -121,79 +124,82 @@ class PackedEncoder(nn.Module):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         head_run: HeadRun | None = None,
+        packed_batch: PackedBatch | None = None,
         **unsupported: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
-        """As the encoder it replaces. Hidden states are 0 at padded positions. Refused by name: see the
-        errors.
+        """The forward of the encoder that it replaces. Hidden states are 0 at padded positions.
 
-        head_run: is given the head's outputs; last_hidden_state and pooler_output then have no rows."""
-        named = {name for name, value in unsupported.items() if value is not None and value is not False}
-        if output_attentions or (
-            output_attentions is None and getattr(self.config, "output_attentions", False)
-        ):
-            named.add("output_attentions")
-        if named:
-            raise ValueError(f"an optimised encoder does not take {', '.join(sorted(named))}")
+        head_run: receives the outputs of its head; last_hidden_state and pooler_output then have no rows.
+        packed_batch: where the real tokens are, from a caller that knows it; the mask is then not looked at.
+        Errors: ValueError that names an argument which is not supported.
+        """
+        self._refuse_arguments(unsupported, output_attentions)
         self._refuse_autocast()
-        check_inputs(self.config, input_ids, inputs_embeds, position_ids, token_type_ids)
-        if input_ids is None:
+        if inputs_embeds is not None:
             raise ValueError("an optimised encoder does not take inputs_embeds: it looks up real tokens only")
+        head = None if head_run is None else head_run.head
         with torch.no_grad():
-            batch_size, seqlen = input_ids.shape
-            batch = PackedBatch.from_mask(attention_mask, batch_size, seqlen, self.device)
+            batch, inputs = packed_inputs(
+                self.config,
+                self.device,
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                packed_batch,
+            )
             if output_hidden_states is None:
                 output_hidden_states = self.config.output_hidden_states
-            inputs = self._packed(batch, input_ids, token_type_ids, position_ids)
             collect: list[Tensor] | None = [] if output_hidden_states else None
-            head = None if head_run is None else head_run.head
-            run = self.computed if self.engine is None else self.engine.run
-            outputs = run(inputs, batch, head, collect)
-            if head_run is not None:
-                head_run.outputs, head_run.batch = outputs, batch
-                last = inputs[0].new_empty((0, 1, self.config.hidden_size), dtype=self.dtype)
-            else:
-                assert outputs.rows is not None
-                last = batch.unpack(outputs.rows)
+            outputs = self._run(inputs, batch, head, collect)
+            last = self._last_states(outputs, batch, head_run)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=self.pooler(last) if self.pooler is not None else None,
             hidden_states=tuple(batch.unpack(state) for state in collect) if collect else None,
         )
-        return (
-            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-        )
+        return returned(output, self.config, return_dict)
+
+    def _last_states(self, outputs: Outputs, batch: PackedBatch, head_run: HeadRun | None) -> Tensor:
+        """The padded hidden states, (batch, seqlen, hidden_size). Where a head ran on the rows, `head_run`
+        receives its outputs, and the states have no rows."""
+        if head_run is None:
+            assert outputs.rows is not None
+            return batch.unpack(outputs.rows)
+        head_run.outputs, head_run.batch = outputs, batch
+        return torch.empty((0, 1, self.config.hidden_size), dtype=self.dtype, device=self.device)
+
+    def _refuse_arguments(self, arguments: dict[str, Any], output_attentions: bool | None) -> None:
+        """Refuse by name those arguments that are set, and output_attentions."""
+        names = {name for name, value in arguments.items() if value is not None and value is not False}
+        if output_attentions or (
+            output_attentions is None and getattr(self.config, "output_attentions", False)
+        ):
+            names.add("output_attentions")
+        if names:
+            raise ValueError(f"an optimised encoder does not take {', '.join(sorted(names))}")
 
     def _refuse_autocast(self) -> None:
-        """Weights are packed once, in their own dtype; autocast would be obeyed by the head alone."""
+        """Refuse autocast to another dtype: the weights were laid out in their own dtype, so that only the
+        head would obey it."""
         kind = self.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != self.dtype:
-            asked = torch.get_autocast_dtype(kind)
+            dtype = torch.get_autocast_dtype(kind)
             raise ValueError(
-                f"autocast asks for {asked}, and an optimised model computes in its weights' dtype, "
-                f"{self.dtype}: call model.to({asked}) instead"
+                f"autocast asks for {dtype}, and an optimised model computes in its weights' dtype, "
+                f"{self.dtype}: call model.to({dtype}) instead"
             )
 
-    def _packed(
-        self, batch: PackedBatch, input_ids: Tensor, types: Tensor | None, position_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, positions and types of the real tokens, (tokens,) each."""
-        if position_ids is None:
-            padding_idx = self.config.pad_token_id if is_roberta(self.config) else None
-            position_ids = default_position_ids(
-                input_ids, batch.batch_size, batch.seqlen, self.device, padding_idx
-            )
-        types = torch.zeros_like(input_ids) if types is None else types
-        positions, types = (batch.pack(one.expand(input_ids.shape)) for one in (position_ids, types))
-        return batch.pack(input_ids), positions, types
-
-    def computed(
+    def _run(
         self,
         inputs: Sequence[Tensor],
         batch: PackedBatch,
-        head: PackedHead | None = None,
-        collect: list[Tensor] | None = None,
+        head: PackedHead | None,
+        collect: list[Tensor] | None,
     ) -> Outputs:
-        """`compute` on a packed batch."""
+        """`compute` by the engine's graphs, where there may be any: on a GPU."""
+        if self.engine is not None and (self.device.type == "cuda" or self.engine.recorder is not None):
+            return self.engine.run(inputs, batch, head, collect)
         return self.compute(inputs, batch.cu_seqlens, batch.max_seqlen, head, collect)
 
     def compute(
@@ -204,9 +210,10 @@ class PackedEncoder(nn.Module):
         head: PackedHead | None = None,
         collect: list[Tensor] | None = None,
     ) -> Outputs:
-        """Packed ids, positions and types (tokens,) -> the head's outputs, without one hidden states (tokens,
-        hidden_size): on the device alone, so that it can be recorded. collect: is given the embedding and
-        each layer's output."""
+        """Packed ids, positions and types, (tokens,) each -> the head's outputs, or without a head the hidden
+        states (tokens, hidden_size). It works on the device alone, so that it can be recorded.
+
+        collect: the embedding and each layer's output are appended to it."""
         tables = self.embeddings
         x = ops.embed_layer_norm(
             *inputs,
@@ -252,52 +259,70 @@ def _refuse_state_dict(*_: Any) -> None:
     )
 
 
-def refuse(encoder: Any, int8: bool = False) -> str | None:
-    """Why the packed encoder cannot take this one's place; None if it can."""
-    config = encoder.config
-    if int8:
-        reasons = [
-            kernel.backend.missing or kernel.refuse(torch.empty(0, dtype=torch.int8))
-            for kernel in ops.encoder.kernels.values()
-        ]
-        if all(reasons):
-            return "; ".join(reason for reason in reasons if reason)
-        if (encoder.dtype, encoder.device.type, config.hidden_act) != (torch.float32, "cpu", "gelu"):
-            return (
-                f"int8 takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
-                f"{encoder.device} with {config.hidden_act}"
-            )
+def refuse_encoder(encoder: Any, int8: bool = False) -> str | None:
+    """Why the packed encoder cannot take the place of this one; None if it can."""
+    return (
+        (_refuse_int8(encoder) if int8 else None)
+        or _refuse_config(encoder.config)
+        or _refuse_changed_forward(encoder)
+        or _refuse_parts(encoder)
+    )
+
+
+def _refuse_int8(encoder: Any) -> str | None:
+    reasons = [
+        kernel.backend.missing or kernel.refuse(torch.empty(0, dtype=torch.int8))
+        for kernel in ops.encoder.kernels.values()
+    ]
+    if all(reasons):
+        return "; ".join(reason for reason in reasons if reason)
+    activation = encoder.config.hidden_act
+    if (encoder.dtype, encoder.device.type, activation) != (torch.float32, "cpu", "gelu"):
+        return (
+            f"int8 takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
+            f"{encoder.device} with {activation}"
+        )
+    return None
+
+
+def _refuse_config(config: Any) -> str | None:
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return "it is a decoder, or has cross-attention"
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
-        return (
-            f"position_embedding_type is {config.position_embedding_type!r}, only absolute "
-            f"positions are computed"
-        )
-    if config.hidden_act != "gelu" and config.hidden_act not in ACTIVATIONS:
-        return f"hidden_act is {config.hidden_act!r}; gelu, {', '.join(ACTIVATIONS)} are computed"
+        kind = config.position_embedding_type
+        return f"position_embedding_type is {kind!r}, only absolute positions are computed"
+    return refuse_activation(config.hidden_act)
+
+
+def _refuse_changed_forward(encoder: nn.Module) -> str | None:
+    """Refuse replaced forwards and hooks inside the encoder: they would not run any more."""
     for name, module in encoder.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        name = name or "encoder"
         if "forward" in module.__dict__:
-            return f"the forward of its {name or 'encoder'} was replaced, and would not run"
+            return f"the forward of its {name} was replaced, and would not run"
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # transformers' own hooks collect hidden states for its own forward, which does not run here.
         if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
-            return f"its {name or 'encoder'} has forward hooks, which would not run (gates still attached?)"
+            return f"its {name} has forward hooks, which would not run (gates still attached?)"
+    return None
+
+
+def _refuse_parts(encoder: Any) -> str | None:
+    """Refuse modules that are not those which the config describes."""
+    config = encoder.config
     if type(encoder.embeddings) not in _EMBEDDINGS:
         return f"its embeddings are a {type(encoder.embeddings).__name__}, not the model's own"
     for i, layer in enumerate(encoder.encoder.layer):
         parts = stock_parts(layer)
         activation = parts.get("activation", parts.get("intermediate.intermediate_act_fn"))
         if type(activation) is not type(ACT2FN[config.hidden_act]):
-            found = type(activation).__name__
-            return f"layer {i}'s activation is a {found}, not the config's {config.hidden_act}"
+            kind = type(activation).__name__
+            return f"layer {i}'s activation is a {kind}, not the config's {config.hidden_act}"
         for name in ("attention.output.LayerNorm", "output.LayerNorm"):
             if type(parts[name]) is not nn.LayerNorm or parts[name].eps != config.layer_norm_eps:
                 return f"layer {i}'s {name} is not the nn.LayerNorm that the config describes"
         for name in (*QKV, "attention.output.dense", "intermediate.dense", "output.dense"):
             if type(parts[name]) not in (nn.Linear, PrunedLinear) or parts[name].bias is None:
-                return (
-                    f"layer {i}'s {name} is a {type(parts[name]).__name__}; a plain Linear with "
-                    f"bias is needed"
-                )
+                kind = type(parts[name]).__name__
+                return f"layer {i}'s {name} is a {kind}; a plain Linear with bias is needed"
     return None

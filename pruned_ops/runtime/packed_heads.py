@@ -1,7 +1,14 @@
-"""The heads that we know, computed on packed rows: with no padding, and in a CUDA graph with the encoder.
+"""The known heads, computed on packed rows: they see no padding, and can be in a CUDA graph with the encoder.
 
-A hook (`head_hooks`) asks the packed encoder for its head's logits with a `HeadRun`. The module's own forward
-then sees no rows, and what it made of them is replaced.
+A Hugging Face model's forward calls its encoder, and then its own head on padded hidden states. The head is
+moved to the packed rows inside that call, in four steps:
+
+1. Before the model's forward, a hook adds `head_run=HeadRun(head)` to its keyword arguments. The forward
+   hands what it does not know on to its encoder.
+2. `PackedEncoder.forward` computes this head on its packed rows and writes the outputs, and where the rows
+   belong, into the `HeadRun`. The hidden states that it returns have no rows: (0, 1, hidden_size).
+3. The model's own head runs on those, which costs next to nothing.
+4. After the model's forward, a hook replaces these empty logits by those in the `HeadRun`, padded again.
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ from transformers.models.camembert.modeling_camembert import CamembertClassifica
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaClassificationHead
 
-from pruned_ops.layers.packing import PackedBatch, lengths_of
+from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.encoder import PrunedPooler
 from pruned_ops.models.heads import (
     PrunedBertForNaturalQuestions,
@@ -45,16 +52,18 @@ from pruned_ops.models.heads import (
 
 
 class Outputs(NamedTuple):
-    """What a packed batch gave. rows: (tokens, ...), of each token; firsts: (batch, ...), of each sequence.
-    None: there is no such output."""
+    """The outputs of a packed batch; None where there is no such output.
+
+    rows: (tokens, ...), one for each token. firsts: (batch, ...), one for each sequence."""
 
     rows: Tensor | None
     firsts: Tensor | None
 
 
 class PackedHead:
-    """A head of a model: packed hidden states in, logits out. classes: whose forward it computes, and of
-    their subclasses those that did not change it."""
+    """A model's head that takes packed hidden states and gives logits.
+
+    classes: the models whose forward it computes. A subclass counts unless it changed that forward."""
 
     classes: tuple[type[Any], ...] = ()
 
@@ -62,50 +71,48 @@ class PackedHead:
         self.module = module
 
     @property
-    def name(self) -> str:
-        return type(self.module).__name__
-
-    @property
     def linears(self) -> tuple[Any, ...]:
-        """What it computes with, each to be a plain Linear."""
+        """The modules that it computes with. Each has to be a plain Linear."""
         raise NotImplementedError
 
     def computes(self) -> bool:
-        """Whether this computes what the module would. Asked at every call: a part may be replaced at any
-        time, or hooked, or put into training mode."""
+        """Whether this computes what the model would. It is asked at every call, because a part may be
+        replaced, hooked, or put into training mode at any time."""
         if "forward" in self.module.__dict__:
             return False
-        for one in (self.module, getattr(self.module, "classifier", None)):
-            dropout = getattr(one, "dropout", None)
+        for owner in (self.module, getattr(self.module, "classifier", None)):
+            dropout = getattr(owner, "dropout", None)
             if dropout is not None and dropout.training:
                 return False
-        return all(type(linear) is nn.Linear and not _hooked(linear) for linear in self.linears)
+        return all(type(linear) is nn.Linear and not _is_hooked(linear) for linear in self.linears)
 
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
-        """(tokens, hidden_size), on the device alone, so that it can be recorded."""
+        """(tokens, hidden_size) -> logits. It works on the device alone, so that it can be recorded."""
         raise NotImplementedError
 
-    def finished(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
-        """The fields of the module's output, padded, in the order of its tuple."""
+    def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
+        """The fields of the model's output, padded again, in the order of its tuple."""
         raise NotImplementedError
 
 
 @dataclass
 class HeadRun:
-    """One call's wish for a head's logits, and what came of it. outputs: of the head, with batch, which tells
-    where they belong; None until the encoder has run."""
+    """One call's request to compute `head` on packed rows.
+
+    outputs, batch: the head's outputs and where they belong; None until the encoder has run."""
 
     head: PackedHead
     outputs: Outputs | None = None
     batch: PackedBatch | None = None
 
     def fields(self) -> dict[str, Tensor]:
+        """The fields of the model's output."""
         assert self.outputs is not None and self.batch is not None, "the encoder was not called"
-        return self.head.finished(self.outputs, self.batch)
+        return self.head.padded_fields(self.outputs, self.batch)
 
 
 class SpanHead(PackedHead):
-    """Start and end logits of each token; the dtype's minimum at padding, where no answer may be found."""
+    """Start and end logits of each token. Padding gets the dtype's minimum, so that no answer is there."""
 
     classes: tuple[type[Any], ...] = (
         BertForQuestionAnswering,
@@ -122,7 +129,7 @@ class SpanHead(PackedHead):
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
         return Outputs(self.module.qa_outputs(states), None)
 
-    def finished(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
+    def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
         assert outputs.rows is not None
         lowest = torch.finfo(outputs.rows.dtype).min
         start, end = (batch.unpack(part.contiguous(), lowest) for part in outputs.rows.unbind(-1))
@@ -130,7 +137,7 @@ class SpanHead(PackedHead):
 
 
 class SpanAndTypeHead(SpanHead):
-    """With answer types, read from the first token."""
+    """Start and end logits, and answer types that are read from the first token."""
 
     classes = (PrunedBertForNaturalQuestions,)
 
@@ -142,13 +149,13 @@ class SpanAndTypeHead(SpanHead):
         types = self.module.answer_type_outputs(first_rows(states, cu_seqlens))
         return Outputs(self.module.qa_outputs(states), types)
 
-    def finished(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
+    def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
         assert outputs.firsts is not None
-        return {**super().finished(outputs, batch), "answer_type_logits": outputs.firsts}
+        return {**super().padded_fields(outputs, batch), "answer_type_logits": outputs.firsts}
 
 
 class TokenHead(PackedHead):
-    """A label for each token. At padding, where hidden states are 0, the bias, as the module's own."""
+    """A label for each token. Padding gets the bias alone, as from the model's own head on states of 0."""
 
     classes = (
         BertForTokenClassification,
@@ -165,7 +172,7 @@ class TokenHead(PackedHead):
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
         return Outputs(self.module.classifier(states), None)
 
-    def finished(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
+    def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
         rows, bias = outputs.rows, self.module.classifier.bias
         assert rows is not None
         if batch.index is None or bias is None:
@@ -192,15 +199,16 @@ class TextHead(PackedHead):
 
     @property
     def linears(self) -> tuple[Any, ...]:
-        """BERT's first is its pooler's; RoBERTa's are both the classifier's. None where they are others."""
+        """The two linears, or nothing where the modules are not those that the class makes. BERT's first is
+        its pooler's; RoBERTa's are both the classifier's."""
         head, pooler = self.module.classifier, self.module.base_model.pooler
         if pooler is not None:
             return (pooler.dense, head) if _is_plain(pooler) else ()
         if isinstance(self.module, PrunedRobertaForSequenceClassification):
             return head["dense"], head["out_proj"]
         known = (RobertaClassificationHead, XLMRobertaClassificationHead, CamembertClassificationHead)
-        plain = type(head) in known and not _hooked(head)
-        return (head.dense, head.out_proj) if plain else ()
+        is_plain = type(head) in known and not _is_hooked(head)
+        return (head.dense, head.out_proj) if is_plain else ()
 
     def computes(self) -> bool:
         return len(self.linears) == 2 and super().computes()
@@ -209,19 +217,21 @@ class TextHead(PackedHead):
         first, second = self.linears
         return Outputs(None, second(torch.tanh(first(first_rows(states, cu_seqlens)))))
 
-    def finished(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
+    def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
         assert outputs.firsts is not None
         return {"logits": outputs.firsts}
 
 
 HEADS: tuple[type[PackedHead], ...] = (SpanHead, SpanAndTypeHead, TokenHead, TextHead)
+ANSWERERS: tuple[type[Any], ...] = (*SpanHead.classes, *SpanAndTypeHead.classes)
+CLASSIFIERS: tuple[type[Any], ...] = (*TokenHead.classes, *TextHead.classes)
 
 
 def packed_head(module: nn.Module) -> PackedHead | None:
-    """The head of a model whose forward is that of one of HEADS' classes; None for another."""
+    """The packed head of a model whose forward is that of one of HEADS' classes; None for another model."""
     for head in HEADS:
         for known in head.classes:
-            # The pruned classifiers have one forward, and differ in what it calls.
+            # The pruned classifiers share one forward, and differ in the `classified` that it calls.
             if isinstance(module, known) and all(
                 getattr(type(module), name, None) is getattr(known, name, None)
                 for name in ("forward", "classified")
@@ -230,110 +240,102 @@ def packed_head(module: nn.Module) -> PackedHead | None:
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def _is_plain(pooler: nn.Module) -> bool:
-    """Whether this is BERT's pooler as its class makes it: a linear and tanh."""
-    known = type(pooler) in (BertPooler, PrunedPooler) and not _hooked(pooler)
-    return known and type(getattr(pooler, "activation", nn.Tanh())) is nn.Tanh
-
-
 def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(tokens, hidden) -> (batch, hidden): each sequence's first token; zeros where it has none."""
+    """(tokens, hidden) -> (batch, hidden): the first token of each sequence; zeros where it has none."""
     first, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     if not len(states):
         return states.new_zeros(len(first), states.size(1))
     return states[first.clamp(max=len(states) - 1)].masked_fill((first == end)[:, None], 0.0)
 
 
-ANSWERERS: tuple[type[Any], ...] = (*SpanHead.classes, *SpanAndTypeHead.classes)
-CLASSIFIERS: tuple[type[Any], ...] = (*TokenHead.classes, *TextHead.classes)
-# They read a text's label from position 0, whatever is there.
-_READ_FIRST = TextHead.stock_classes
-_LABELS = ("labels", "start_positions", "end_positions", "answer_types")
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
-Names = tuple[str, ...]
+
+def _is_plain(pooler: nn.Module) -> bool:
+    """Whether this is BERT's pooler as its class makes it: a linear and tanh."""
+    known = type(pooler) in (BertPooler, PrunedPooler) and not _is_hooked(pooler)
+    return known and type(getattr(pooler, "activation", nn.Tanh())) is nn.Tanh
+
+
+# The hooks. Each gets the names of the forward's arguments, read once: reading them took 3% of a small batch.
+ArgumentNames = tuple[str, ...]
 Arguments = dict[str, Any]
+_LABELS = ("labels", "start_positions", "end_positions", "answer_types")
 
 
 def hook_head(module: nn.Module) -> tuple[PackedHead | None, tuple[RemovableHandle, ...]]:
-    """The head that is computed on packed rows for this module, if it is one that we know, and the hooks that
-    it needs once its encoder is packed; none for what is no head that we know."""
-    # The names of its forward's arguments, asked for once: that took 3% of a small batch.
-    names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    """Register the hooks that a model of a known class needs once its encoder is packed.
+
+    Returns the head that is computed on packed rows, or None where it cannot be, and the hooks' handles: none
+    for a model of another class."""
     if not isinstance(module, (*ANSWERERS, *CLASSIFIERS)):
         return None, ()
-    head = packed_head(module) if _passes_on(module) else None
-    before = _before_answering if isinstance(module, ANSWERERS) else _before_classifying
+    parameters = inspect.signature(type(module).forward).parameters
+    names = tuple(parameters)[1:]
+    # transformers 4's forwards do not hand keyword arguments on to the encoder.
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    head = packed_head(module) if hands_on else None
     after = _after_answering if isinstance(module, ANSWERERS) else _after_classifying
     return head, (
-        module.register_forward_pre_hook(partial(before, names, head), with_kwargs=True),
+        module.register_forward_pre_hook(partial(_before, names, head), with_kwargs=True),
         module.register_forward_hook(partial(after, names), with_kwargs=True),
     )
 
 
-def _passes_on(module: nn.Module) -> bool:
-    """Whether its forward gives the encoder arguments of ours: transformers 4's do not."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return any(one.kind is one.VAR_KEYWORD for one in parameters)
-
-
-def _asking(head: PackedHead | None, args: tuple[Any, ...], kwargs: Arguments) -> Any:
-    """The arguments with what asks the encoder for the head's logits, where the head can be computed so."""
-    return args, {**kwargs, "head_run": HeadRun(head)} if head is not None and head.computes() else kwargs
-
-
-def _before_answering(
-    names: Names, head: PackedHead | None, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments
+def _before(
+    names: ArgumentNames, head: PackedHead | None, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments
 ) -> tuple[tuple[Any, ...], Arguments]:
-    _refuse_labels(names, args, kwargs)
-    return _asking(head, args, kwargs)
+    """Step 1: check the arguments, and add the `HeadRun` where the head can be computed on packed rows."""
+    arguments = _by_name(names, args, kwargs)
+    _refuse_labels(arguments)
+    if isinstance(module, TextHead.stock_classes):
+        _refuse_left_padding(module, arguments)
+    if head is not None and head.computes():
+        kwargs = {**kwargs, "head_run": HeadRun(head)}
+    return args, kwargs
 
 
-def _before_classifying(
-    names: Names, head: PackedHead | None, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments
-) -> tuple[tuple[Any, ...], Arguments]:
-    """Refuse labels, and padding where a stock model would read the label of a text: there is no state."""
-    _refuse_labels(names, args, kwargs)
-    mask = _given(names, args, kwargs).get("attention_mask")
-    if isinstance(module, _READ_FIRST) and mask is not None and mask.dim() == 2 and mask.size(1):
-        # Where the lengths are known it is padded on the right, and a GPU need not be waited for.
-        if lengths_of(mask) is None and bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
-            raise ValueError(
-                f"{type(module).__name__} reads position 0, where attention_mask says there is padding: an "
-                "optimised model computes nothing there; pad on the right"
-            )
-    return _asking(head, args, kwargs)
-
-
-def _given(names: Names, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+def _by_name(names: ArgumentNames, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _refuse_labels(names: Names, args: tuple[Any, ...], kwargs: Arguments) -> None:
-    given = _given(names, args, kwargs)
+def _refuse_labels(arguments: Arguments) -> None:
     for name in _LABELS:
-        if given.get(name) is not None:
+        if arguments.get(name) is not None:
             raise ValueError(
                 f"an optimised model does not take {name}: pruned_ops.restore(model) before computing losses"
             )
 
 
+def _refuse_left_padding(module: nn.Module, arguments: Arguments) -> None:
+    """Refuse padding at position 0, where a stock model reads a text's label: there is no hidden state."""
+    mask = arguments.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not mask.size(1):
+        return
+    if arguments.get("packed_batch") is not None:
+        return  # `BatchRunner` made it, and pads on the right. Looking at the mask would wait for the GPU.
+    if bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
+        raise ValueError(
+            f"{type(module).__name__} reads position 0, where attention_mask says there is padding: an "
+            "optimised model computes nothing there; pad on the right"
+        )
+
+
 def _after_answering(
-    names: Names, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
+    names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
 ) -> Any:
-    """Logits at padded positions become the dtype's minimum, so that no answer is ever found there."""
+    """Step 4 for answers. Where the model's own head ran on padded states, its logits at padded positions
+    become the dtype's minimum, so that no answer is found there."""
     head_run = kwargs.get("head_run")
     if head_run is not None:
         return _with_fields(output, head_run)
-    attention_mask = _given(names, args, kwargs).get("attention_mask")
+    attention_mask = _by_name(names, args, kwargs).get("attention_mask")
     if attention_mask is None:
         return output
     start, end = output[:2] if isinstance(output, tuple) else (output.start_logits, output.end_logits)
-    padded = (attention_mask == 0).to(start.device)
-    start, end = (logits.masked_fill(padded, torch.finfo(start.dtype).min) for logits in (start, end))
+    is_padding = (attention_mask == 0).to(start.device)
+    start, end = (logits.masked_fill(is_padding, torch.finfo(start.dtype).min) for logits in (start, end))
     if isinstance(output, tuple):
         return (start, end, *output[2:])
     output.start_logits, output.end_logits = start, end
@@ -341,14 +343,15 @@ def _after_answering(
 
 
 def _after_classifying(
-    names: Names, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
+    names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
 ) -> Any:
+    """Step 4 for labels."""
     head_run = kwargs.get("head_run")
     return output if head_run is None else _with_fields(output, head_run)
 
 
 def _with_fields(output: Any, head_run: HeadRun) -> Any:
-    """The module's output with the logits that were computed on packed rows in place of those of no row."""
+    """The model's output with the logits from packed rows in place of its empty ones."""
     fields = head_run.fields()
     if isinstance(output, tuple):
         return (*fields.values(), *output[len(fields) :])

@@ -1,8 +1,8 @@
-"""Many sequences through a model at full rate: like lengths together, and copies beside the computing.
+"""`encode_many` and `BatchRunner` run many sequences through a model, and keep it busy.
 
 Sequences come in blocks of a few batches' tokens and are sorted by length within a block, so that batches of
-a bounded number of tokens hold little padding. On a GPU a batch is computed while the next one's inputs are
-on their way there, and the results of the one before on theirs back.
+a bounded number of tokens hold little padding. While a GPU computes a batch, the inputs of the next one are
+copied to it, and the results of the one before are copied back.
 """
 
 from __future__ import annotations
@@ -10,26 +10,31 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pruned_ops.layers.packing import with_lengths
+from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.runtime.packed_encoder import PackedEncoder
 
-# Batches that a block is sorted over: with so many, padding is a few percent of the tokens.
+# The number of batches whose sequences are sorted together. With so many, padding is a few percent of them.
 LOOK_AHEAD = 8
+# Tokens of a batch by default, padding included. A CPU's caches like small batches. On a GPU so many rows
+# make 128 tiles of 128 rows, about one for each multiprocessor of an H200; not measured.
+TOKENS_ON_A_CPU, TOKENS_ON_A_GPU = 4096, 16384
 
 T = TypeVar("T", bound=Any)
 Tensors = dict[str, Tensor]
 
 
 def token_batches(sequences: Sequence[Any], tokens: int) -> Iterator[list[int]]:
-    """Places in `sequences`, as batches of like length, longest first: little padding, and too large a batch
-    fails at once. A batch takes at most `tokens` with its padding, or holds one sequence."""
+    """The places in `sequences` that make up each batch: like lengths together, the longest first.
+
+    A batch takes at most `tokens` with its padding, or holds one sequence. With the longest first, a batch
+    that is too large fails at once."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     first = 0
     while first < len(order):
@@ -39,38 +44,39 @@ def token_batches(sequences: Sequence[Any], tokens: int) -> Iterator[list[int]]:
 
 
 def padded(batch: Sequence[Any], pad_token_id: int) -> Tensors:
-    """A model's inputs on the host, right-padded, int64 (batch, seqlen).
+    """A model's inputs on the host, padded on the right, int64 (batch, seqlen).
 
-    batch: whatever has a length, input_ids and token_type_ids (None: all 0). Types are left out where nobody
-    has any."""
+    batch: objects with a length, input_ids and token_type_ids (None: all 0). The types are left out where no
+    sequence has any."""
     shape = (len(batch), max(map(len, batch)))
     ids, types, mask = np.full(shape, pad_token_id), np.zeros(shape, int), np.zeros(shape, int)
-    for row, one in enumerate(batch):
-        ids[row, : len(one)] = one.input_ids
-        mask[row, : len(one)] = 1
-        if one.token_type_ids is not None:
-            types[row, : len(one)] = one.token_type_ids
-    made = {"input_ids": ids, "attention_mask": mask}
-    if any(one.token_type_ids is not None for one in batch):
-        made["token_type_ids"] = types
-    return {name: torch.from_numpy(values) for name, values in made.items()}
+    for row, sequence in enumerate(batch):
+        ids[row, : len(sequence)] = sequence.input_ids
+        mask[row, : len(sequence)] = 1
+        if sequence.token_type_ids is not None:
+            types[row, : len(sequence)] = sequence.token_type_ids
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if any(sequence.token_type_ids is not None for sequence in batch):
+        inputs["token_type_ids"] = types
+    return {name: torch.from_numpy(values) for name, values in inputs.items()}
 
 
 class Lanes(Protocol):
-    """Copies to where a model is and back. Both begin at once, and return what waits for their end."""
+    """Copies tensors to a model's device and back. A copy begins at once; the function that is returned waits
+    for its end."""
 
-    ahead: int  # batches that are on their way there, and as many on theirs back, while one is computed
+    ahead: int  # the number of batches that are copied each way while one is computed
 
     def to_device(self, host: Tensors) -> Callable[[], Tensors]: ...
 
     def to_host(self, device: Tensors) -> Callable[[], Tensors]: ...
 
     def wait(self) -> None:
-        """Until nothing is on its way."""
+        """Wait until no copy is under way."""
 
 
 class HostLanes:
-    """The model is on the CPU: nothing is copied, and every batch's results come before the next is read."""
+    """For a model on the CPU. Nothing is copied, and a batch's results come before the next batch is read."""
 
     ahead = 0
 
@@ -85,7 +91,7 @@ class HostLanes:
 
 
 class CudaLanes:
-    """Copies on a stream of their own, from and to pinned memory, beside the caller's current stream."""
+    """For a model on a GPU. Copies run on a stream of their own beside the caller's, with pinned memory."""
 
     ahead = 1
 
@@ -96,27 +102,27 @@ class CudaLanes:
     def to_device(self, host: Tensors) -> Callable[[], Tensors]:
         pinned = {name: tensor.pin_memory() for name, tensor in host.items()}
         with torch.cuda.stream(self._copies):
-            there = {name: one.to(self._device, non_blocking=True) for name, one in pinned.items()}
+            copies = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
             arrived = self._copies.record_event()
 
         def wait() -> Tensors:
             torch.cuda.current_stream(self._device).wait_event(arrived)
-            return there
+            return copies
 
         return wait
 
     def to_host(self, device: Tensors) -> Callable[[], Tensors]:
         self._copies.wait_event(torch.cuda.current_stream(self._device).record_event())
         with torch.cuda.stream(self._copies):
-            found = {}
-            for name, one in device.items():
-                found[name] = torch.empty(one.shape, dtype=one.dtype, pin_memory=True)
-                found[name].copy_(one, non_blocking=True)
-            copied = self._copies.record_event()
+            copies = {}
+            for name, tensor in device.items():
+                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                copies[name].copy_(tensor, non_blocking=True)
+            arrived = self._copies.record_event()
 
         def wait() -> Tensors:
-            copied.synchronize()
-            return found
+            arrived.synchronize()
+            return copies
 
         return wait
 
@@ -125,11 +131,27 @@ class CudaLanes:
         self._copies.synchronize()
 
 
-class BatchRunner:
-    """Batches through a model, one after another.
+@dataclass(frozen=True)
+class Batch(Generic[T]):
+    """Sequences that run together, with the tensors that are being copied for them.
 
-    select: the model's output -> its tensors that are wanted on the host. lanes: for tests; by default those
-    of the device.
+    arrive: waits for the end of the copy, and returns its tensors. held: tensors that the copy reads, which
+    have to live until its end."""
+
+    sequences: list[T]
+    arrive: Callable[[], Tensors]
+    held: Tensors | None = None
+
+    def results(self) -> tuple[list[T], Tensors]:
+        """The sequences with their tensors, which have arrived."""
+        return self.sequences, self.arrive()
+
+
+class BatchRunner:
+    """Runs batches through a model, one after another.
+
+    select: takes a model's output, and returns the tensors of it that are wanted on the host. lanes: how
+    tensors are copied, for tests; by default as the device needs it.
     """
 
     def __init__(
@@ -146,55 +168,61 @@ class BatchRunner:
         self._lanes = lanes
 
     def scheduled(self, blocks: Iterable[Sequence[T]], tokens: int) -> Iterator[tuple[list[T], Tensors]]:
-        """Every block's sequences in batches of at most `tokens` (see `token_batches`), with their results on
-        the host. A block is read when the batches before it are computed, but for `lanes.ahead` of them."""
+        """Run every block's sequences in batches of at most `tokens` (see `token_batches`).
+
+        Yields each batch with its results on the host. A block is read when all batches before it are
+        computed, except for `lanes.ahead` of them."""
         return self.run(
             [block[place] for place in places] for block in blocks for places in token_batches(block, tokens)
         )
 
     def run(self, batches: Iterable[list[T]]) -> Iterator[tuple[list[T], Tensors]]:
-        """Each batch with its results, in the order given."""
+        """Run these batches. Yields each with its results on the host, in the order given."""
         ahead = self._lanes.ahead
-        # What a copy reads is kept with it until its end is waited for.
-        coming: deque[tuple[list[T], Callable[[], Tensors]]] = deque()
-        going: deque[tuple[list[T], Tensors, Callable[[], Tensors]]] = deque()
+        to_device, to_host = deque[Batch[T]](), deque[Batch[T]]()
         try:
-            for batch in batches:
-                coming.append((batch, self._lanes.to_device(padded(batch, self._pad))))
-                if len(coming) > ahead:
-                    going.append(self._computed(*coming.popleft()))
-                if len(going) > ahead:
-                    yield _arrived(going.popleft())
-            while coming:
-                going.append(self._computed(*coming.popleft()))
-                if len(going) > ahead:
-                    yield _arrived(going.popleft())
-            while going:
-                yield _arrived(going.popleft())
+            for sequences in batches:
+                to_device.append(Batch(sequences, self._lanes.to_device(padded(sequences, self._pad))))
+                if len(to_device) > ahead:
+                    to_host.append(self._computed(to_device.popleft()))
+                if len(to_host) > ahead:
+                    yield to_host.popleft().results()
+            while to_device:
+                to_host.append(self._computed(to_device.popleft()))
+                if len(to_host) > ahead:
+                    yield to_host.popleft().results()
+            while to_host:
+                yield to_host.popleft().results()
         finally:
-            self._lanes.wait()  # before memory is given back that a copy may still use
+            self._lanes.wait()  # a copy may still use memory that is given back after this
 
-    def _computed(
-        self, batch: list[T], arrive: Callable[[], Tensors]
-    ) -> tuple[list[T], Tensors, Callable[[], Tensors]]:
-        inputs = arrive()
-        # The host knows the lengths: without them a GPU would be waited for.
-        inputs["attention_mask"] = with_lengths(inputs["attention_mask"], tuple(map(len, batch)))
+    def _computed(self, batch: Batch[T]) -> Batch[T]:
+        """Run the model on a batch of inputs. The result is the same batch, with its outputs on their way."""
+        inputs = batch.arrive()
         with torch.inference_mode():
-            outputs = self._select(self._model(**inputs))
-        return batch, inputs | outputs, self._lanes.to_host(outputs)
+            outputs = self._select(self._model(**inputs, **self._packed_batch(inputs, batch.sequences)))
+        return Batch(batch.sequences, self._lanes.to_host(outputs), held=inputs | outputs)
+
+    def _packed_batch(self, inputs: Tensors, sequences: list[T]) -> dict[str, PackedBatch]:
+        """The argument that tells an optimised model the lengths, which the host knows: to read them from the
+        mask, a GPU would be waited for. A model that would not hand it to its encoder gets no argument."""
+        if not _takes_packed_batch(self._model):
+            return {}
+        mask, lengths = inputs["attention_mask"], tuple(map(len, sequences))
+        batch_size, seqlen = mask.shape
+        return {"packed_batch": PackedBatch.from_mask(mask, batch_size, seqlen, mask.device, lengths)}
 
 
-def _arrived(
-    going: tuple[list[T], Tensors, Callable[[], Tensors]],
-) -> tuple[list[T], Tensors]:
-    batch, _, arrive = going
-    return batch, arrive()
+def _takes_packed_batch(model: Any) -> bool:
+    """Whether this is a packed encoder, or a model of a known class around one, which hands arguments on."""
+    if isinstance(model, PackedEncoder):
+        return True
+    if not isinstance(model, nn.Module) or "forward" in vars(model):
+        return False
+    encoders = [child for child in model.children() if isinstance(child, PackedEncoder)]
+    return any(head.module is model for encoder in encoders for head in encoder.heads)
 
 
-# Of a batch, padding included. A CPU's caches like small batches. On a GPU so many rows make 128 tiles of 128
-# rows, about one for each multiprocessor of an H200; not measured.
-TOKENS_ON_A_CPU, TOKENS_ON_A_GPU = 4096, 16384
 _PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits")
 _PER_TEXT = ("pooler_output", "answer_type_logits")
 _READ = ("input_ids", "token_type_ids", "attention_mask")
@@ -202,7 +230,7 @@ _READ = ("input_ids", "token_type_ids", "attention_mask")
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """A tokenised text, and its place among those given."""
+    """A tokenised text, and its place among the caller's texts."""
 
     index: int
     input_ids: Tensor
@@ -215,24 +243,25 @@ class _Text:
 def encode_many(
     model: Any, texts: Iterable[Any], tokens_per_batch: int | None = None, lanes: Lanes | None = None
 ) -> Iterator[Any]:
-    """The model's outputs for each of `texts`, in their order, in memory that does not grow with them.
+    """Yield the model's outputs for each of `texts`, in their order, in memory that does not grow with them.
 
-    texts: tokenised, without padding: mappings with `input_ids` and, if there are any, `token_type_ids` (what
-    a tokenizer gives for one text), or the ids alone; (tokens,) each, of at least one token. They are read
-    in windows of LOOK_AHEAD batches' tokens (one text more at most), sorted by length within one and run in
-    batches of at most `tokens_per_batch`, padding included (by default TOKENS_ON_A_CPU, TOKENS_ON_A_GPU), or
-    of one longer text; so results come in bursts. On a GPU copies run beside the computing, on a stream of
-    their own.
+    texts: tokenised texts without padding. Each is a mapping with `input_ids` and, if there are any,
+    `token_type_ids` (what a tokenizer gives for one text), or the ids alone; (tokens,), at least one token.
+    tokens_per_batch: the most tokens of a batch, padding included; a longer text is a batch by itself. By
+    default TOKENS_ON_A_CPU or TOKENS_ON_A_GPU.
+    lanes: how inputs and results are copied, for tests.
+    The texts are read in windows of LOOK_AHEAD batches' tokens (and at most one text more) and sorted by
+    length within a window, so that results come in bursts. On a GPU copies run on a stream of their own,
+    beside the computing.
     Each result is what the model returns, with the fields of this text alone, on the CPU: hidden states,
-    start and end logits and labels of tokens (tokens, ...), labels of a text (labels,).
-    lanes: for tests; how inputs and results are copied.
-    Errors: ValueError for settings and a model that is not optimised, at once; ValueError with the index for
-    a text that cannot be read, and an error of `texts` itself, after the results before it; ValueError for
-    outputs that cannot be told apart into texts.
+    start and end logits and labels of tokens are (tokens, ...), labels of a text are (labels,).
+    Errors: ValueError at once for wrong settings, and for a model that is not optimised. ValueError with the
+    index of a text that cannot be read, or an error of `texts` itself, after the results before it.
+    ValueError for outputs that cannot be split into texts.
     """
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         raise ValueError(f"texts are a {type(texts).__name__}; an iterable of tokenised texts is needed")
-    encoder = next((one for one in model.modules() if isinstance(one, PackedEncoder)), None)
+    encoder = next((module for module in model.modules() if isinstance(module, PackedEncoder)), None)
     if encoder is None:
         raise ValueError("encode_many takes an optimised model: call pruned_ops.optimize(model) first")
     if tokens_per_batch is None:
@@ -249,11 +278,12 @@ def encode_many(
 def _in_order(
     runner: BatchRunner, reader: _Reader, outputs: _Outputs, tokens_per_batch: int
 ) -> Iterator[Any]:
+    """The results in the order of their texts; an error of the reader after them."""
     waiting: dict[int, Any] = {}
     following = 0
-    for batch, found in runner.scheduled(reader, tokens_per_batch):
+    for batch, tensors in runner.scheduled(reader, tokens_per_batch):
         for row, text in enumerate(batch):
-            waiting[text.index] = outputs.of(found, row, len(text))
+            waiting[text.index] = outputs.of_text(tensors, row, len(text))
         while following in waiting:
             yield waiting.pop(following)
             following += 1
@@ -262,7 +292,7 @@ def _in_order(
 
 
 class _Reader:
-    """Iterates over windows of texts of about `tokens` tokens. failure: what ended it early, if anything."""
+    """Iterates over windows of texts of about `tokens` tokens. failure: the error that ended it early."""
 
     def __init__(self, texts: Iterable[Any], longest: int, tokens: int) -> None:
         self._texts, self._longest, self._tokens = texts, longest, tokens
@@ -271,26 +301,26 @@ class _Reader:
     def __iter__(self) -> Iterator[list[_Text]]:
         window, tokens = list[_Text](), 0
         try:
-            for index, given in enumerate(self._texts):
-                window.append(_text(index, given, self._longest))
+            for index, text in enumerate(self._texts):
+                window.append(_text(index, text, self._longest))
                 tokens += len(window[-1])
                 if tokens >= self._tokens:
                     yield window
                     window, tokens = [], 0
-        except Exception as error:  # whatever the caller's iterable raises; it comes back to them
+        except Exception as error:  # the caller's iterable may raise any; `_in_order` raises it again
             self.failure = error
         if window:
             yield window
 
 
 class _Outputs:
-    """A model's outputs taken apart: `select` a batch's tensors, then `of` one text."""
+    """Splits a model's outputs: `select` returns a batch's tensors, and `of_text` the outputs of one text."""
 
     def __init__(self) -> None:
-        self._kind: Any = None
+        self._kind: type[Any] | None = None  # the class of the model's output; None for one tensor
 
     def select(self, output: Any) -> Tensors:
-        """The tensors of a model's output by name. Errors: ValueError for those of unknown meaning."""
+        """The tensors of a model's output by name. Errors: ValueError for tensors of unknown meaning."""
         if isinstance(output, Tensor) and output.dim() < 3:
             self._kind, output = None, {"logits": output}
         elif isinstance(output, Mapping):
@@ -300,53 +330,54 @@ class _Outputs:
                 "encode_many takes a model whose outputs have names, or are one tensor (batch, labels); "
                 f"this one gives a {type(output).__name__}"
             )
-        found = {name: value for name, value in output.items() if value is not None}
-        for name, value in found.items():
+        tensors = {name: value for name, value in output.items() if value is not None}
+        for name, value in tensors.items():
             known = name in (*_PER_TOKEN, *_PER_TEXT) or (name == "logits" and value.dim() <= 3)
             if not isinstance(value, Tensor) or not known:
                 raise ValueError(f"encode_many does not know how {name} belongs to the texts of a batch")
-        return found
+        return tensors
 
-    def of(self, found: Tensors, row: int, tokens: int) -> Any:
-        """Copies, so that one text's outputs do not keep the whole batch in memory."""
-        one = {}
-        for name, values in found.items():
+    def of_text(self, tensors: Tensors, row: int, tokens: int) -> Any:
+        """The outputs of the text in this row, as copies that do not keep the whole batch in memory."""
+        fields = {}
+        for name, values in tensors.items():
             per_token = name in _PER_TOKEN or (name == "logits" and values.dim() == 3)
-            one[name] = (values[row, :tokens] if per_token else values[row]).clone()
-        return one["logits"] if self._kind is None else self._kind(**one)
+            fields[name] = (values[row, :tokens] if per_token else values[row]).clone()
+        return fields["logits"] if self._kind is None else self._kind(**fields)
 
 
-def _text(index: int, given: Any, longest: int) -> _Text:
-    """A text as it was given. Errors: ValueError that names its index."""
-    fields = dict(given) if isinstance(given, Mapping) else {"input_ids": given}
+def _text(index: int, text: Any, longest: int) -> _Text:
+    """Check a caller's text. Errors: ValueError that names its index."""
+    fields = dict(text) if isinstance(text, Mapping) else {"input_ids": text}
     unknown = [name for name, value in fields.items() if name not in _READ and value is not None]
     if unknown or fields.get("input_ids") is None:
-        what = f"has {', '.join(map(str, unknown))}" if unknown else "has no input_ids"
-        raise ValueError(f"text {index} {what}; encode_many reads {' and '.join(_READ[:2])}")
-    read = {name: _numbers(index, name, value) for name, value in fields.items() if value is not None}
-    tokens = len(read["input_ids"])
+        fault = f"has {', '.join(map(str, unknown))}" if unknown else "has no input_ids"
+        raise ValueError(f"text {index} {fault}; encode_many reads {' and '.join(_READ[:2])}")
+    tensors = {name: _numbers(index, name, value) for name, value in fields.items() if value is not None}
+    tokens = len(tensors["input_ids"])
     if not 1 <= tokens <= longest:
         raise ValueError(f"text {index} has {tokens} tokens; the model takes 1 to {longest}")
-    for name, values in read.items():
+    for name, values in tensors.items():
         if len(values) != tokens:
             raise ValueError(f"text {index} has {tokens} input_ids, but {len(values)} {name}")
-    if "attention_mask" in read and not bool((read["attention_mask"] == 1).all()):
+    if "attention_mask" in tensors and not bool((tensors["attention_mask"] == 1).all()):
         raise ValueError(f"text {index} is padded: its attention_mask has zeros; give its tokens alone")
-    return _Text(index, read["input_ids"], read.get("token_type_ids"))
+    return _Text(index, tensors["input_ids"], tensors.get("token_type_ids"))
 
 
 def _numbers(index: int, name: str, values: Any) -> Tensor:
-    """(tokens,) int64 on the CPU; a batch of one, as tokenizers make with return_tensors, is taken too."""
+    """The values as int64 (tokens,) on the CPU. They may be a batch of one, as tokenizers make them with
+    return_tensors."""
     try:
-        found = torch.as_tensor(values if isinstance(values, (Tensor, Sequence)) else list(values)).cpu()
+        numbers = torch.as_tensor(values if isinstance(values, (Tensor, Sequence)) else list(values)).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"text {index}: its {name} are no numbers ({error})") from None
-    if found.dim() == 2 and len(found) == 1:
-        found = found[0]
-    whole = not (found.is_floating_point() or found.is_complex())
-    if found.dim() != 1 or not (whole or found.numel() == 0):
-        shape = tuple(found.shape)
+    if numbers.dim() == 2 and len(numbers) == 1:
+        numbers = numbers[0]
+    whole = not (numbers.is_floating_point() or numbers.is_complex())
+    if numbers.dim() != 1 or not (whole or numbers.numel() == 0):
+        shape = tuple(numbers.shape)
         raise ValueError(
-            f"text {index}: its {name} are {found.dtype} {shape}; whole numbers (tokens,) are needed"
+            f"text {index}: its {name} are {numbers.dtype} {shape}; whole numbers (tokens,) are needed"
         )
-    return found.long()
+    return numbers.long()

@@ -19,7 +19,6 @@ import bench_models
 import harness
 import pruned_ops
 from inputs import MODELS, padded_batch, stock_model
-from pruned_ops.layers.packing import with_lengths
 from pruned_ops.measure.timing import Workload
 from rivals import cpu as cpu_rivals
 from rivals import cuda as cuda_rivals
@@ -47,9 +46,7 @@ class Again:
 
 
 def batch_of(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
-    batch = padded_batch(lengths, seed=seed)
-    with_lengths(batch["attention_mask"], lengths)
-    return batch
+    return cuda_rivals.SizedBatch(padded_batch(lengths, seed=seed), lengths)
 
 
 BATCHES = [batch_of(20, 3, 11), batch_of(9, 9), batch_of(20, 3, 11, seed=1), batch_of(7, 20, 8)]

@@ -21,7 +21,7 @@ from pruned_ops.measure.launch_bound import LaunchBound, half_lengths, half_of, 
 from pruned_ops.measure.timing import Timing, Workload, interleave
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
-from pruned_ops.runtime.packed_encoder import refuse
+from pruned_ops.runtime.packed_encoder import refuse_encoder
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,9 @@ def test_what_is_run(fixed: bool) -> None:
     assert found.rows[1].speedup == 1.0
 
 
-@pytest.mark.skipif(refuse(stock_model().base_model, int8=True) is not None, reason="no int8 kernels here")
+@pytest.mark.skipif(
+    refuse_encoder(stock_model().base_model, int8=True) is not None, reason="no int8 kernels here"
+)
 def test_int8() -> None:
     found = compare({"model": stock_model()}, Workload.fixed(6, 2, 1), 1, "int8")
     assert [row.dtype for row in found.rows] == ["int8", "fp32"] and found.against_dense is None

@@ -220,7 +220,12 @@ def test_measure_refuses() -> None:
         (config(), Workload("w", ((0,),)), 2, "without tokens"),
         (config(), Workload("w", ((1,), (21,))), 2, "position table allows 20"),
         (RobertaConfig(max_position_embeddings=20), Workload("w", ((19,),)), 2, "position table allows 18"),
-        (config(hidden_act="tanh"), WORKLOAD, 2, "hidden_act 'tanh' is not supported"),
+        (
+            config(hidden_act="tanh"),
+            WORKLOAD,
+            2,
+            "hidden_act is 'tanh'; gelu, relu, silu, gelu_new are supported",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             measure_table(wrong, workload, rounds, progress=False)

@@ -12,66 +12,15 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
     pipeline,
 )
 
 import pruned_ops
-from inputs import ODD_SHAPES, READY, padded_batch, shake
+from head_models import CLASSES, CONFIGS, DENSE, HEADS, KINDS, SIZES, pruned, stock
+from inputs import ODD_SHAPES, READY, padded_batch
 from pruned_ops.ops.registry import record, use_backend
 from pruned_ops.runtime.optimize import optimized
 from tiny_tokenizers import word_tokenizer
-
-CONFIGS: dict[str, tuple[Any, Any]] = {
-    "bert": (BertConfig, pruned_ops.PrunedBertConfig),
-    "roberta": (RobertaConfig, pruned_ops.PrunedRobertaConfig),
-}
-# Stock class, ours, and what loads ours.
-CLASSES: dict[tuple[str, str], tuple[Any, Any, Any]] = {
-    ("bert", "sequence"): (
-        BertForSequenceClassification,
-        pruned_ops.PrunedBertForSequenceClassification,
-        AutoModelForSequenceClassification,
-    ),
-    ("bert", "token"): (
-        BertForTokenClassification,
-        pruned_ops.PrunedBertForTokenClassification,
-        AutoModelForTokenClassification,
-    ),
-    ("roberta", "sequence"): (
-        RobertaForSequenceClassification,
-        pruned_ops.PrunedRobertaForSequenceClassification,
-        AutoModelForSequenceClassification,
-    ),
-    ("roberta", "token"): (
-        RobertaForTokenClassification,
-        pruned_ops.PrunedRobertaForTokenClassification,
-        AutoModelForTokenClassification,
-    ),
-}
-KINDS, HEADS = ("bert", "roberta"), ("sequence", "token")
-SIZES = {
-    "vocab_size": 100, "max_position_embeddings": 80, "initializer_range": 0.2, "num_labels": 3,
-    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
-DENSE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-
-
-def stock(kind: str, head: str) -> Any:
-    torch.manual_seed(0)
-    types = {"type_vocab_size": 2 if kind == "bert" else 1}
-    return shake(CLASSES[kind, head][0](CONFIGS[kind][0](**SIZES, **DENSE, **types)).eval(), 0)
-
-
-def pruned(kind: str, head: str) -> Any:
-    torch.manual_seed(0)
-    config = CONFIGS[kind][1](**SIZES, hidden_size=90, head_dim=16, layer_shapes=list(ODD_SHAPES))
-    return shake(CLASSES[kind, head][1](config).eval(), 0)
 
 
 def run(model: Any, batch: dict[str, Tensor]) -> Tensor:

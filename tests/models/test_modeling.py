@@ -177,7 +177,7 @@ def test_any_stock_config_is_a_dense_pruned_one(kind: str) -> None:
             "refused",
         ),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-        ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported"),
+        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'; gelu, relu, silu, gelu_new are supported"),
         ({"is_decoder": True}, "is_decoder"),
         ({"pad_token_id": -7}, "pad_token_id is -7"),
         ({"pad_token_id": 10**9}, "pad_token_id is 1000000000"),

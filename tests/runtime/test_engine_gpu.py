@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_heads import MODELS, fields
 
 import pruned_ops
+from head_models import MODELS, fields
 from pruned_ops.measure.timing import event_seconds
 from stand_in_graphs import ids_of
 

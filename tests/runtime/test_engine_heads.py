@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_heads import CLASSES, HEADS, KINDS, pruned, stock
-from test_optimize import CustomHead
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertModel
 
 import pruned_ops
-from inputs import ODD_SHAPES, padded_batch, pruned_model, shake, stock_model
+from counting import CustomHead
+from head_models import MODELS, fields, stock
+from inputs import padded_batch, stock_model
 from pruned_ops.layers.weights import AlignedWeights, PanelWeights
-from pruned_ops.models.heads import PrunedBertForNaturalQuestions
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.packed_encoder import PackedEncoder
 from pruned_ops.runtime.packed_heads import SpanHead, packed_head
 from stand_in_graphs import StandIn, ids_of, with_engine
-
-
-def natural_questions() -> Any:
-    torch.manual_seed(0)
-    config = pruned_ops.PrunedBertConfig(
-        hidden_size=90, head_dim=16, layer_shapes=list(ODD_SHAPES), vocab_size=100,
-        max_position_embeddings=80, initializer_range=0.2,
-    )  # fmt: skip
-    return shake(PrunedBertForNaturalQuestions(config).eval(), 0)
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "natural-questions": natural_questions,
-    "question-answering": stock_model,
-    "pruned-question-answering": pruned_model,
-    **{f"stock-{kind}-{head}": lambda k=kind, h=head: stock(k, h) for kind, head in CLASSES},  # type: ignore[misc]
-    **{f"pruned-{kind}-{head}": lambda k=kind, h=head: pruned(k, h) for kind in KINDS for head in HEADS},  # type: ignore[misc]
-}
-
-
-def fields(output: Any) -> dict[str, Tensor]:
-    return {name: value for name, value in output.items() if name.endswith("logits")}
 
 
 def same(found: Any, expected: Any) -> None:

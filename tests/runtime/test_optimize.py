@@ -1,4 +1,4 @@
-"""optimize and restore: invariant 4, packed = padded and only real tokens computed."""
+"""optimize and restore: packed is padded, only real tokens are computed, and traced code does the same."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel
 
 import pruned_ops
+from counting import CustomHead, RowCounter
 from inputs import MODELS, READY, logits, padded_batch, pruned_model, stock_model
 from pruned_ops import LayerShape
 from pruned_ops.ops.registry import OPS, record, use_backend
@@ -56,23 +55,6 @@ def test_a_sequence_alone_is_the_same_in_a_batch(model: Any) -> None:
     for row, length in enumerate((20, 3, 11)):
         alone = logits(fast, {name: tensor[row : row + 1, :length] for name, tensor in batch.items()})
         torch.testing.assert_close(together[row : row + 1, :length], alone, atol=1e-5, rtol=1e-5)
-
-
-class RowCounter(TorchDispatchMode):
-    """Rows that enter each linear layer: torch's own GEMMs and the ops that hold one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("linear_gelu", "linear_add_layer_norm", "mm", "addmm", "linear", "bmm"):
-            x = args[1] if name == "addmm" else args[0]
-            self.rows.append((name, x.numel() // x.size(-1) if x.size(-1) else x.size(0)))
-        if name == "encoder":  # one call: two linear layers in each of its parts
-            self.rows += [(name, args[0].size(0))] * 2 * len(args[4])
-        return func(*args, **(kwargs or {}))
 
 
 def test_only_real_tokens_are_computed(model: Any) -> None:
@@ -190,18 +172,6 @@ def test_no_weight_is_kept_twice(model: Any) -> None:
     assert all(torch.equal(model.get_parameter(name), before[name]) for name in names)
 
 
-class CustomHead(nn.Module):
-    """Somebody's own model with an encoder deep inside."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.inner = nn.ModuleDict({"encoder": encoder})
-        self.head = nn.Linear(64, 3)
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        return self.head(self.inner["encoder"](**batch).last_hidden_state[:, 0])
-
-
 def test_a_custom_head_and_a_pooler() -> None:
     encoder = BertModel(stock_model().config).eval()
     batch = padded_batch((9, 4))
@@ -267,6 +237,7 @@ def test_the_layers_run_in_one_call(model: Any) -> None:
     torch.testing.assert_close(again, whole.last_hidden_state, atol=0.05, rtol=0.05)
 
 
+# What torch.export and torch.compile trace.
 DYNAMIC = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
 # The batch that is traced; then others, two with nothing padded.
 LENGTHS = [(20, 3, 11, 0, 1), (7, 40), (9, 9, 9), (0, 5), (77,)]

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_heads import stock
 from torch import Tensor, nn
 from transformers import BertModel
 
 import pruned_ops
+from head_models import stock
 from inputs import padded_batch, pruned_model, stock_model
-from pruned_ops.layers.packing import PackedBatch, with_lengths
+from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, HostLanes, Tensors, encode_many
 
 FAST = pruned_ops.optimize(stock_model())
@@ -169,13 +169,13 @@ def test_who_stops_early_leaves_nothing_on_its_way() -> None:
 
 
 def test_the_gpu_is_not_asked_for_lengths_that_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks: list[Any] = []
+    masks: list[Tensor] = []
     plain = PackedBatch.from_mask.__func__  # type: ignore[attr-defined]
 
     def from_mask(cls: Any, mask: Tensor, *rest: Any) -> Any:
         masks.append(mask)
         batch = plain(cls, mask, *rest)
-        mask[:, 0] = 7  # with the lengths written on it nobody looks, and so nobody waits
+        mask[:, 0] = 7  # where the lengths are told nobody looks at the mask, and so nobody waits
         again = plain(cls, mask, *rest)
         assert again.lengths == batch.lengths == (3, 1)
         return batch
@@ -189,7 +189,8 @@ def test_the_gpu_is_not_asked_for_lengths_that_the_host_knows(monkeypatch: pytes
     wrong = torch.tensor([[0, 1, 1]])
     with pytest.raises(ValueError, match="reads position 0"):
         classifier(input_ids=torch.full((1, 3), 7), attention_mask=wrong)
-    classifier(input_ids=torch.full((1, 3), 7), attention_mask=with_lengths(wrong, (3,)))  # nobody looks
+    known = PackedBatch.from_mask(None, 1, 3, torch.device("cpu"))
+    classifier(input_ids=torch.full((1, 3), 7), attention_mask=wrong, packed_batch=known)  # nobody looks
 
 
 def test_other_heads() -> None:
