@@ -23,7 +23,7 @@ from matching import save_checkpoint
 from pruned_ops import Answer
 from pruned_ops.cli import main as pruned_ops_main
 from pruned_ops.models.heads import with_answer_types
-from pruned_ops.runtime.packed_encoder import refuse
+from pruned_ops.runtime.packed_encoder import refuse_encoder
 from pruned_trainer.cli import main as pruned_trainer_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +116,7 @@ def test_python_runs_as_printed(
     source = blocks("python")[number][1]
     if "sentence_transformers" in source:
         pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    if "int8" in source and (reason := refuse(stock_model().bert, int8=True)) is not None:
+    if "int8" in source and (reason := refuse_encoder(stock_model().bert, int8=True)) is not None:
         pytest.skip(reason)
     for name, head in MODELS.items():
         source = source.replace(f'"{name}"', repr(str(models[head])))
