@@ -1,5 +1,5 @@
-"""ONNX out: a folder with a graph that ONNX Runtime fuses and OpenVINO reads, its config and its tokenizer;
-`pruned-ops export`."""
+"""Exporting to ONNX: a folder with a graph that ONNX Runtime fuses and OpenVINO reads, with its config and
+its tokenizer; `pruned-ops export`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pruned_ops.runtime.packed_encoder import PackedEncoder, refuse_encoder
 from pruned_ops.runtime.packed_heads import ANSWERERS
 
 GRAPH = "model.onnx"
-# Bytes: what protobuf, and so an ONNX file, can hold.
+# A protobuf, and so an ONNX file, holds less than so many bytes.
 LARGEST = 1 << 31
 
 
@@ -30,12 +30,12 @@ def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) 
     """Write a question-answering BERT or RoBERTa, stock or pruned, as ONNX to the folder `path`; returns the
     graph's file in it.
 
-    model: a checkpoint's folder, whose tokenizer is copied too, or a model in fp32. One that is optimised is
-    exported from its original, fp32 weights, which a copy of the model gets back meanwhile; it is left as it
-    is. The graph takes batches of any size and length, padded on any side.
-    overwrite: replace files of the same names in `path`; others stay.
+    model: a checkpoint's folder, whose tokenizer is copied too, or a model in fp32. An optimised model stays
+    as it is: a copy of it gets the original fp32 weights back and is exported. The graph takes batches of any
+    size and length, padded on any side. overwrite: replaces files of the same names in `path`; others stay.
     Errors: ImportError without the package onnx; OSError where there is no checkpoint, or `path` is there
-    already or cannot be written; ValueError for what is no such model, or would not be computed as it is.
+    already or cannot be written; ValueError for another model, or one whose graph would compute something
+    else.
     """
     try:
         from pruned_ops.checkpoints.onnx_graph import plain_graph
@@ -62,15 +62,16 @@ def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) 
 
 @contextmanager
 def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder inside `out` whose files move up into it when the block ends well; else nothing is left."""
+    """A folder inside `out` whose files move up into `out` when the block ends well; nothing is left of it
+    otherwise."""
     if out.suffix == ".onnx":
         raise ValueError(f"{out} names a file; a folder is needed, {GRAPH} is written into it")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; a folder is needed")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out.parent} is no folder; {out.name} is made in it")
-    made = not out.exists()
-    if not made and any(out.iterdir()) and not overwrite:
+    is_new = not out.exists()
+    if not is_new and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; --overwrite (overwrite=True) replaces an export in it")
     out.mkdir(exist_ok=True)
     try:
@@ -80,17 +81,17 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
             for file in sorted(Path(stage).iterdir(), key=lambda file: file.name == GRAPH):
                 os.replace(file, out / file.name)
     except BaseException:
-        if made:
+        if is_new:
             shutil.rmtree(out)
         raise
 
 
 def _original(model: Any) -> Any:
-    """The model with its own encoder: itself, or a restored copy of an optimised one. ValueError for a model
-    whose graph would not be what it computes."""
+    """The model with its own encoder: itself, or a restored copy of an optimised model. ValueError for a
+    model whose graph would compute something else."""
     name = type(model).__name__
-    if not any(type(model).forward is one.forward for one in ANSWERERS):
-        known = ", ".join(one.__name__ for one in ANSWERERS)
+    if not any(type(model).forward is answerer.forward for answerer in ANSWERERS):
+        known = ", ".join(answerer.__name__ for answerer in ANSWERERS)
         raise ValueError(f"a {name} cannot be exported: question-answering models can ({known})")
     if isinstance(model.base_model, PackedEncoder):
         model = restore(copy.deepcopy(model))
@@ -100,12 +101,12 @@ def _original(model: Any) -> Any:
     )
     if reason is None and type(model.qa_outputs) is not nn.Linear:
         reason = f"its qa_outputs is a {type(model.qa_outputs).__name__}, not a plain Linear"
-    others = {str(one.dtype) for one in model.parameters()} - {"torch.float32"}
+    others = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
     if reason is None and others:
         reason = f"it holds {', '.join(sorted(others))}: call model.float() first"
     if reason is not None:
         raise ValueError(f"this {name} cannot be exported: {reason}")
-    size = sum(one.numel() * one.element_size() for one in model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if size >= LARGEST:
         raise ValueError(f"the weights take {size:,} bytes; an ONNX file holds less than {LARGEST:,}")
     return model

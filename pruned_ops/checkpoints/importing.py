@@ -1,11 +1,11 @@
-"""Checkpoints that other tools pruned, taken in as pruned_ops checkpoints: same logits, structure written
-down.
+"""Checkpoints that other tools pruned, made into pruned_ops checkpoints: the logits stay, the structure is
+written down.
 
 Recognised are BERT and RoBERTa question-answering checkpoints with: heads that transformers 4 pruned
 (`pruned_heads` in the config; v5 cannot load them); zero rows, columns and heads (nn_pruning); layers that
 are smaller than the config says, or missing, and a smaller hidden size (CoFi); masks beside a dense model
 (TextPruner's mask.pt; head_mask.pt with ffn_mask.pt or neuron_mask.pt, as retraining-free pruning has them).
-This is the one place where structure is inferred, from tensor sizes and from zeros.
+Nowhere else is structure inferred from tensor sizes and from zeros.
 """
 
 from __future__ import annotations
@@ -35,44 +35,183 @@ _PARTS = {
     )
     for kind in ("weight", "bias")
 }  # fmt: skip
+# Tensors that do not bear on the answers: pooler, position numbers, CoFi's gates and its distillation matrix.
+_LEFT_OUT = re.compile(
+    r"(^|\.)(pooler|position_ids|token_type_ids|(mha_)?layer_transformation|l0_module|cls)(\.|$)"
+)
+_SIZES = {
+    "hidden_size": MAX_WIDTH, "num_attention_heads": MAX_WIDTH, "intermediate_size": MAX_WIDTH,
+    "num_hidden_layers": MAX_LAYERS, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 24,
+    "type_vocab_size": MAX_WIDTH,
+}  # fmt: skip
+# The fields of a foreign config that describe the model; the others are that tool's own.
+_FIELDS = (
+    *_SIZES, "model_type", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "layer_norm_eps", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "id2label",
+    "label2id",
+)  # fmt: skip
+# The tokenizer's class of each model type that can be imported.
+_TOKENIZERS = {
+    "bert": "BertTokenizerFast", "roberta": "RobertaTokenizerFast", "xlm-roberta": "XLMRobertaTokenizerFast",
+    "camembert": "CamembertTokenizerFast",
+}  # fmt: skip
+
+Tensors = dict[str, Tensor]
 
 
 def import_checkpoint(folder: str | Path, head_dim: int | None = None) -> Any:
-    """The model that this foreign checkpoint holds, as a PrunedBert- or PrunedRobertaForQuestionAnswering, in
+    """The model that a foreign checkpoint holds, as a PrunedBert- or PrunedRobertaForQuestionAnswering, in
     fp32 and evaluation mode; `save_pretrained` keeps it.
 
-    head_dim: a head's width, where it is not the config's hidden_size / num_attention_heads. Nothing is
-    unpickled but tensors. Errors: OSError where files are missing; ValueError, saying what was recognised and
-    what was not, for another layout.
+    head_dim: a head's width, where it is not the config's hidden_size / num_attention_heads. Nothing but
+    tensors is unpickled. Errors: OSError where files are missing; ValueError for another layout, which says
+    what was recognised and what was not.
     """
     return read_foreign(folder, head_dim)[0]
 
 
 def read_foreign(folder: str | Path, head_dim: int | None = None) -> tuple[Any, list[str]]:
-    """`import_checkpoint`'s model, and sentences on what was recognised."""
+    """The model that `import_checkpoint` gives, and sentences on what was recognised."""
     source = open_source(Path(folder))
     layers = _layers(source)
-    if head_dim is None:
-        hidden, heads = source.config["hidden_size"], source.config["num_attention_heads"]
-        head_dim = source.config.get("head_dim") or hidden // heads
-        if source.config.get("head_dim") is None and hidden % heads:
-            raise ValueError(
-                f"{folder}: {heads} heads do not divide a hidden size of {hidden}: say a head's width "
-                "(head_dim)"
-            )
-    head_dim = checked_int("head_dim", head_dim, 1, MAX_WIDTH)
+    head_dim = checked_int("head_dim", source.head_dim if head_dim is None else head_dim, 1, MAX_WIDTH)
     for number, layer in layers.items():
         _check_layer(source, number, layer, head_dim)
-    _apply_masks(source, layers, head_dim)
-    dropped = [_drop_dead(layer, head_dim, ACT2FN[activation_name(source)]) for layer in layers.values()]
+    _fold_masks(source, layers, head_dim)
+    dropped = [_drop_dead(layer, head_dim, ACT2FN[source.activation]) for layer in layers.values()]
     if any(map(sum, dropped)):
         heads, units = map(sum, zip(*dropped, strict=True))
         source.notes.append(f"{heads} heads and {units} FFN units without effect, left out")
     return _build(source, list(layers.values()), head_dim), source.notes
 
 
+@dataclass
+class Source:
+    """A foreign checkpoint: its config, its tensors by name within the encoder, those of the answer head, and
+    notes on what was recognised so far."""
+
+    folder: Path
+    kind: str
+    config: dict[str, Any]
+    encoder: Tensors
+    head: Tensors
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The config's fields that describe the model, and the tokenizer's class, by which the files beside
+        it load under the new model type."""
+        kept = {name: self.config[name] for name in _FIELDS if name in self.config}
+        tokenizer = self.config.get("tokenizer_class") or _TOKENIZERS[self.kind]
+        return {**kept, "tokenizer_class": tokenizer}
+
+    @property
+    def activation(self) -> str:
+        """The activation's name, which transformers knows."""
+        name = self.config.get("hidden_act", "gelu")
+        if not isinstance(name, str) or name not in ACT2FN:
+            raise ValueError(f"{self.folder}: hidden_act {name!r} is not known")
+        return name
+
+    @property
+    def head_dim(self) -> int:
+        """A head's width: the config's head_dim, or its hidden_size / num_attention_heads."""
+        if self.config.get("head_dim"):
+            return self.config["head_dim"]
+        hidden, heads = self.config["hidden_size"], self.config["num_attention_heads"]
+        if hidden % heads:
+            raise ValueError(
+                f"{self.folder}: {heads} heads do not divide a hidden size of {hidden}: say a head's width "
+                "(head_dim)"
+            )
+        return hidden // heads
+
+
+def open_source(folder: Path) -> Source:
+    """The checkpoint in a folder, with every tensor in fp32. Errors: OSError where files are missing;
+    ValueError for a model that cannot be imported."""
+    checkpoint_folder(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in _TOKENIZERS:
+        raise ValueError(f"{folder} is a {kind!r} model; {', '.join(_TOKENIZERS)} can be imported")
+    prefix = f"{answering_class(kind).base_model_prefix}."
+    if config.get("layer_norm_type", "layer_norm") != "layer_norm":
+        raise ValueError(f"{folder} has {config['layer_norm_type']} in place of LayerNorm: not supported")
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"{folder} has {config['position_embedding_type']} positions; only absolute ones")
+    for name, high in _SIZES.items():  # before anything is as large as they say
+        checked_int(f"{folder}: {name}", config.get(name), 1, high)
+    if not isinstance(config.get("pruned_heads") or {}, dict):
+        raise ValueError(f"{folder}: pruned_heads is {config['pruned_heads']!r}, not layer -> heads")
+    encoder: Tensors = {}
+    head: Tensors = {}
+    for name, tensor in _read_tensors(folder).items():
+        name = name.removeprefix("module.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if _LEFT_OUT.search(name):
+            continue
+        group = encoder if name.startswith(prefix) else head
+        # Copied, because masks and constants are folded in place.
+        group[name.removeprefix(prefix)] = tensor.detach().to(torch.float32, copy=True)
+    if set(head) != {"qa_outputs.weight", "qa_outputs.bias"}:
+        others = ", ".join(sorted(head)[:5]) or "none"
+        raise ValueError(
+            f"{folder} has no question-answering head (qa_outputs); outside the encoder: {others}"
+        )
+    return Source(folder, kind, config, encoder, head)
+
+
+def _read_tensors(folder: Path) -> Tensors:
+    """The tensors of one file or of several shards; pickled ones are read with weights_only."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return _read_file(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            listed = json.loads(index.read_text(encoding="utf-8"))
+            if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+                raise ValueError(f"{index} has no weight_map")
+            shards = sorted(set(map(str, listed["weight_map"].values())))
+            if any(Path(shard).name != shard for shard in shards):
+                raise ValueError(f"{index} names files outside its folder")
+            return {name: tensor for shard in shards for name, tensor in _read_file(folder / shard).items()}
+    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def _read_file(path: Path) -> Tensors:
+    """The tensors of one file, each with memory of its own size."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors has its own kind
+            raise ValueError(f"{path} cannot be read: {_first_line(error)}") from None
+    tensors = unpickled(path)
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name} repeats its memory to seem {tuple(tensor.shape)} large")
+    return dict(tensors)
+
+
+def unpickled(path: Path) -> Any:
+    """The tensors that a file holds, in whatever containers; ValueError for a file with anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's own kinds, and torch's
+        raise ValueError(f"{path} cannot be read as tensors alone: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _layers(source: Source) -> dict[int, Tensors]:
-    """The tensors of each layer that is there, by its number."""
+    """Take the layers' tensors out of the source: for each layer that is there, by its number."""
     layers: dict[int, Tensors] = {}
     for name in list(source.encoder):
         match = _LAYER.match(name)
@@ -101,7 +240,8 @@ def _layers(source: Source) -> dict[int, Tensors]:
 
 
 def _check_layer(source: Source, number: int, layer: Tensors, head_dim: int) -> None:
-    """Sizes that belong together agree; what is smaller than the config says is noted."""
+    """ValueError where a layer's sizes do not fit each other or the config's pruned_heads; a note where they
+    are smaller than the config says."""
     width, hidden = layer["attention.self.query.weight"].shape
     inner = layer["intermediate.dense.weight"].size(0)
     expected = {
@@ -135,49 +275,53 @@ def _check_layer(source: Source, number: int, layer: Tensors, head_dim: int) -> 
         source.notes.append(f"layer {number} has {heads} heads{why} and FFN width {inner}")
 
 
-def _apply_masks(source: Source, layers: dict[int, Tensors], head_dim: int) -> None:
-    """Masks beside a dense model multiply contexts and FFN activations: they are folded into the weights."""
-    folder, found = source.folder, {}
+def _fold_masks(source: Source, layers: dict[int, Tensors], head_dim: int) -> None:
+    """Fold the masks beside a dense model, which multiply contexts and FFN activations, into the weights."""
+    for part, mask in _masks(source).items():
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(layers):
+            raise ValueError(f"{source.folder}: the mask of {part} is no matrix with a row for each layer")
+        for row, layer in zip(mask.float(), layers.values(), strict=True):
+            weight = layer["attention.output.dense.weight" if part == "heads" else "output.dense.weight"]
+            factors = row.repeat_interleave(head_dim) if part == "heads" else row
+            if len(factors) != weight.size(1):
+                raise ValueError(
+                    f"{source.folder}: the mask of {part} has {len(row)} columns, which a layer does not have"
+                )
+            weight.mul_(factors)
+        source.notes.append(f"a mask of {part} beside the weights, folded into them")
+
+
+def _masks(source: Source) -> dict[str, Any]:
+    """The masks of "heads" and "ffn" in the files beside the weights."""
+    folder = source.folder
     for name in ("zs.pt", "l0_module.pt"):
         if (folder / name).is_file() and not source.notes:
             raise ValueError(
                 f"{folder} has {name} beside weights that are not narrowed: let CoFi prune them first "
                 "(prune_model_with_z), then import what it saves"
             )
-    if (folder / "mask.pt").is_file():  # TextPruner: (head mask, FFN mask)
+    masks: dict[str, Any] = {}
+    if (folder / "mask.pt").is_file():  # TextPruner's: (head mask, FFN mask)
         pair = unpickled(folder / "mask.pt")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"{folder / 'mask.pt'} is no pair of masks")
-        found = {"heads": pair[0], "ffn": pair[1]}
-    for part, names in (("heads", ["head_mask.pt"]), ("ffn", ["ffn_mask.pt", "neuron_mask.pt"])):
-        for path in (folder / name for name in names):
-            if path.is_file():
-                found[part] = unpickled(path)
-    for part, mask in found.items():
-        if mask is None:
-            continue
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(layers):
-            raise ValueError(f"{folder}: the mask of {part} is no matrix with a row for each layer")
-        for row, layer in zip(mask.float(), layers.values(), strict=True):
-            weight = layer["attention.output.dense.weight" if part == "heads" else "output.dense.weight"]
-            factors = row.repeat_interleave(head_dim) if part == "heads" else row
-            if len(factors) != weight.size(1):
-                raise ValueError(
-                    f"{folder}: the mask of {part} has {len(row)} columns, which a layer does not have"
-                )
-            weight.mul_(factors)
-        source.notes.append(f"a mask of {part} beside the weights, folded into them")
+        masks = dict(zip(("heads", "ffn"), pair, strict=True))
+    for name, part in (("head_mask.pt", "heads"), ("ffn_mask.pt", "ffn"), ("neuron_mask.pt", "ffn")):
+        if (folder / name).is_file():
+            masks[part] = unpickled(folder / name)
+    return {part: mask for part, mask in masks.items() if mask is not None}
 
 
 def _drop_dead(layer: Tensors, head_dim: int, activation: Any) -> tuple[int, int]:
-    """Leave out heads and FFN units without effect; what a constant one adds goes into the bias after it."""
+    """Leave out the heads and FFN units without effect; returns how many of each. The constant that one of
+    them adds goes into the bias after it."""
     value, bias = layer["attention.self.value.weight"], layer["attention.self.value.bias"]
     after = layer["attention.output.dense.weight"]
     heads = len(value) // head_dim
     constant = value.reshape(heads, head_dim * value.size(1)).eq(0).all(1)
     dead = constant | after.reshape(len(after), heads, head_dim).eq(0).all(2).all(0)
     columns = dead.repeat_interleave(head_dim)
-    # Attention's weights sum to 1: a head whose values are all its bias puts out that bias.
+    # The attention weights sum to 1, so a head whose values are all its bias puts out that bias.
     added = after[:, columns].double() @ bias[columns].double()
     layer["attention.output.dense.bias"] += added.float()
     for name in ("query", "key", "value"):
@@ -221,135 +365,3 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
     except RuntimeError as error:
         raise ValueError(f"{source.folder}: {' '.join(str(error).split())[:400]}") from None
     return model.float().eval()
-
-
-# What training left behind, or what does not bear on the answers: pooler, position numbers, CoFi's gates and
-# its distillation matrix.
-_LEFT_OUT = re.compile(
-    r"(^|\.)(pooler|position_ids|token_type_ids|(mha_)?layer_transformation|l0_module|cls)(\.|$)"
-)
-_SIZES = {
-    "hidden_size": MAX_WIDTH, "num_attention_heads": MAX_WIDTH, "intermediate_size": MAX_WIDTH,
-    "num_hidden_layers": MAX_LAYERS, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 24,
-    "type_vocab_size": MAX_WIDTH,
-}  # fmt: skip
-# What of a foreign config describes the model; the rest is that tool's own.
-_FIELDS = (
-    *_SIZES, "model_type", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "layer_norm_eps", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "id2label",
-    "label2id",
-)  # fmt: skip
-# Of the model types that can be imported.
-_TOKENIZERS = {
-    "bert": "BertTokenizerFast", "roberta": "RobertaTokenizerFast", "xlm-roberta": "XLMRobertaTokenizerFast",
-    "camembert": "CamembertTokenizerFast",
-}  # fmt: skip
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass
-class Source:
-    """A foreign checkpoint: its config, tensors by name within the encoder (and the answer head's), and what
-    was recognised so far."""
-
-    folder: Path
-    kind: str
-    config: dict[str, Any]
-    encoder: Tensors
-    head: Tensors
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The config's fields that describe the model, and the tokenizer's class, by which the files beside
-        it load under the new model type."""
-        kept = {name: self.config[name] for name in _FIELDS if name in self.config}
-        tokenizer = self.config.get("tokenizer_class") or _TOKENIZERS[self.kind]
-        return {**kept, "tokenizer_class": tokenizer}
-
-
-def open_source(folder: Path) -> Source:
-    checkpoint_folder(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in _TOKENIZERS:
-        raise ValueError(f"{folder} is a {kind!r} model; {', '.join(_TOKENIZERS)} can be imported")
-    prefix = f"{answering_class(kind).base_model_prefix}."
-    if config.get("layer_norm_type", "layer_norm") != "layer_norm":
-        raise ValueError(f"{folder} has {config['layer_norm_type']} in place of LayerNorm: not supported")
-    if config.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"{folder} has {config['position_embedding_type']} positions; only absolute ones")
-    for name, high in _SIZES.items():  # before anything is as large as they say
-        checked_int(f"{folder}: {name}", config.get(name), 1, high)
-    if not isinstance(config.get("pruned_heads") or {}, dict):
-        raise ValueError(f"{folder}: pruned_heads is {config['pruned_heads']!r}, not layer -> heads")
-    encoder: Tensors = {}
-    head: Tensors = {}
-    for name, tensor in _read_tensors(folder).items():
-        name = name.removeprefix("module.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if _LEFT_OUT.search(name):
-            continue
-        into = encoder if name.startswith(prefix) else head
-        # A copy of its own: masks and what is constant are folded in place.
-        into[name.removeprefix(prefix)] = tensor.detach().to(torch.float32, copy=True)
-    if set(head) != {"qa_outputs.weight", "qa_outputs.bias"}:
-        found = ", ".join(sorted(head)[:5]) or "none"
-        raise ValueError(
-            f"{folder} has no question-answering head (qa_outputs); outside the encoder: {found}"
-        )
-    return Source(folder, kind, config, encoder, head)
-
-
-def _read_tensors(folder: Path) -> Tensors:
-    """Of one file or several shards; pickled ones through weights_only alone."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return _read_file(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            listed = json.loads(index.read_text(encoding="utf-8"))
-            if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
-                raise ValueError(f"{index} has no weight_map")
-            shards = sorted(set(map(str, listed["weight_map"].values())))
-            if any(Path(shard).name != shard for shard in shards):
-                raise ValueError(f"{index} names files outside its folder")
-            return {name: tensor for shard in shards for name, tensor in _read_file(folder / shard).items()}
-    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def _read_file(path: Path) -> Tensors:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except Exception as error:  # safetensors has its own kind
-            raise ValueError(f"{path} cannot be read: {_first_line(error)}") from None
-    found = unpickled(path)
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors")
-    for name, tensor in found.items():
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {name} repeats its memory to seem {tuple(tensor.shape)} large")
-    return dict(found)
-
-
-def unpickled(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's own kinds, and torch's
-        raise ValueError(f"{path} cannot be read as tensors alone: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def activation_name(source: Source) -> str:
-    name = source.config.get("hidden_act", "gelu")
-    if not isinstance(name, str) or name not in ACT2FN:
-        raise ValueError(f"{source.folder}: hidden_act {name!r} is not known")
-    return name

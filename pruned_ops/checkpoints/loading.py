@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ TOKENIZER_FILES = (
 )
 # A tokenizer can be made of any one of these.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
+# NAME or OWNER/NAME. Whatever else is no folder is a mistyped path.
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -58,8 +62,9 @@ def load_model(name_or_path: str) -> PreTrainedModel:
     Errors: OSError where there is none; ValueError for another model, for tensors that are not what the
     config describes, and for whatever else keeps it from loading.
     """
-    _check_local(name_or_path)
-    try:
+    if Path(name_or_path).is_dir():
+        checkpoint_folder(Path(name_or_path))
+    with _explained(name_or_path, name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type not in PRUNED_CONFIGS:
             raise ValueError(
@@ -70,59 +75,56 @@ def load_model(name_or_path: str) -> PreTrainedModel:
         if is_natural_questions(config):
             model_class = natural_questions_class(config.model_type)
         model, info = model_class.from_pretrained(name_or_path, output_loading_info=True)
-        missing = sorted(info["missing_keys"])
-        unexpected = sorted(
-            k for k in info["unexpected_keys"] if "pooler." not in k and "position_ids" not in k
-        )
-        if missing:
-            raise ValueError(
-                f"it is no fine-tuned question-answering checkpoint: it lacks {', '.join(missing[:4])}"
-            )
-        if unexpected:
-            raise ValueError(
-                f"it holds tensors that its config does not describe: {', '.join(unexpected[:4])}"
-            )
-    except OSError as error:
-        raise _not_found(name_or_path, error) from error
-    except Exception as error:  # each library on the way raises its own kind for a broken file or config
-        raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
+        _check_tensors(info["missing_keys"], info["unexpected_keys"])
     return model.float().eval()
 
 
+def _check_tensors(missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """ValueError where the tensors in a checkpoint are not those of the model."""
+    lacking = sorted(missing)
+    if lacking:
+        raise ValueError(
+            f"it is no fine-tuned question-answering checkpoint: it lacks {', '.join(lacking[:4])}"
+        )
+    extra = sorted(name for name in unexpected if "pooler." not in name and "position_ids" not in name)
+    if extra:
+        raise ValueError(f"it holds tensors that its config does not describe: {', '.join(extra[:4])}")
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer beside a model; OSError or ValueError where it has none (answers need character
-    offsets)."""
+    """The fast tokenizer beside a model, of a folder or a hub name; OSError or ValueError where there is none
+    (answers need its character offsets)."""
     folder = Path(name_or_path)
-    _check_local(name_or_path)
     if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARY_FILES):
         # Without any of them an empty tokenizer would be made.
         raise FileNotFoundError(f"{folder} holds no tokenizer: {' or '.join(VOCABULARY_FILES)} is needed")
-    try:
+    with _explained(f"the tokenizer of {name_or_path}", name_or_path):
         tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
-    except OSError as error:
-        raise _not_found(name_or_path, error) from error
-    except Exception as error:  # as above
-        raise ValueError(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path} has no fast tokenizer, and answers need its character offsets")
     return tokenizer
 
 
-def _check_local(name_or_path: str) -> None:
-    """FileNotFoundError for the path of a folder that is not there, so that the hub is not asked for it. Only
-    NAME and OWNER/NAME may be names of the hub."""
+@contextmanager
+def _explained(what: str, name_or_path: str) -> Iterator[None]:
+    """Load from a folder or a hub name inside the block. The hub is not asked for a path of a folder that is
+    not there; each library on the way raises errors of its own kind, which become ValueErrors that name
+    `what`."""
     path = Path(name_or_path)
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path) is not None
-    if not path.is_dir() and (path.exists() or not is_hub_name):
+    may_be_of_the_hub = _HUB_NAME.fullmatch(name_or_path) is not None
+    if not path.is_dir() and (path.exists() or not may_be_of_the_hub):
         raise FileNotFoundError(f"there is no folder {name_or_path}; the folder of a checkpoint is needed")
-
-
-def _not_found(name_or_path: str, error: OSError) -> OSError:
-    """The error itself for a folder; for a hub name one that says first that there is no such folder."""
-    if Path(name_or_path).is_dir():
-        return error
-    reason = str(error).strip().partition("\n")[0]
-    return FileNotFoundError(f"there is no folder {name_or_path}, and no such model on the hub: {reason}")
+    try:
+        yield
+    except OSError as error:
+        if path.is_dir():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"there is no folder {name_or_path}, and no such model on the hub: {reason}"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"{what} cannot be loaded: {error}") from error
 
 
 def load_folder(folder: Path, device: torch.device | str | None) -> PreTrainedModel:

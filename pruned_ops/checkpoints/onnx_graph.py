@@ -1,10 +1,10 @@
-"""The graph that other runtimes are given: a question-answering BERT or RoBERTa in ONNX's plain operators.
+"""The graph for other runtimes: a question-answering BERT or RoBERTa in ONNX's plain operators.
 
-Written operator by operator, because what an exporter traces of a model is fused worse: reshapes that read
-sizes from shapes hide from ONNX Runtime what is as large as what, the mask becomes a maze of Where and Expand
-that no attention fusion matches, and layers with 0 heads become products of width 0, which OpenVINO computes
-wrongly. Here the mask is one subtraction, every layer's own head count is a constant, and what was pruned
-away is not there.
+It is written operator by operator, because runtimes fuse a traced graph worse: reshapes that read sizes from
+shapes hide from ONNX Runtime which sizes are equal, the mask becomes a maze of Where and Expand that no
+attention fusion matches, and layers with 0 heads become products of width 0, which OpenVINO computes wrongly.
+Here the mask is one subtraction, every layer's own head count is a constant, and nothing is left of the parts
+that were pruned away.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from pruned_ops.models.inputs import is_roberta
 from pruned_ops.models.stock import model_shape
 from pruned_ops.version import __version__
 
-# ONNX Runtime's and OpenVINO's fusions know these operators best; 17 has LayerNormalization. IR 8 is of its
-# time, so that runtimes of that time read the file.
+# The fusions of ONNX Runtime and OpenVINO know the operators of set 17 best, the first with
+# LayerNormalization. IR 8 is as old, so that runtimes of that time read the file.
 OPSET, IR = 17, 8
 
 
 class _Nodes:
-    """Nodes and constants as they are added; every value is known by its name."""
+    """The nodes and constants of a graph in the making. Every value has a name, which methods take and
+    return."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
 
     def add(self, operator: str, *inputs: str, called: str | None = None, **attributes: Any) -> str:
-        """One more node with one output; the output's name."""
+        """Add a node with one output; returns the output's name."""
         name = called or f"{operator}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
@@ -45,22 +46,25 @@ class _Nodes:
         return name
 
     def constant(self, value: float) -> str:
-        """One number, int64 or fp32."""
+        """Add one number, as int64 or fp32."""
         dtype = np.int64 if isinstance(value, int) else np.float32
         return self._keep(f"constant_{value}", np.array(value, dtype))
 
     def vector(self, *values: int) -> str:
-        """Axes or sizes, int64."""
+        """Add axes or sizes, as int64."""
         return self._keep(f"vector_{'_'.join(map(str, values))}", np.array(values, np.int64))
 
     def weight(self, name: str, tensor: Tensor) -> str:
+        """Add a tensor, under its own name."""
         return self._keep(name, np.ascontiguousarray(tensor.detach().cpu().numpy()))
 
     def linear(self, x: str, name: str, module: Any, called: str | None = None) -> str:
+        """Add a Linear with its weights."""
         product = self.add("MatMul", x, self.weight(f"{name}.weight", module.weight.T))
         return self.add("Add", product, self.weight(f"{name}.bias", module.bias), called=called)
 
     def norm(self, x: str, name: str, module: Any) -> str:
+        """Add a LayerNorm with its weights."""
         weights = (self.weight(f"{name}.{part}", getattr(module, part)) for part in ("weight", "bias"))
         return self.add("LayerNormalization", x, *weights, axis=-1, epsilon=module.eps)
 
@@ -69,8 +73,8 @@ def plain_graph(model: Any) -> Any:
     """The model (a BERT or RoBERTa for question answering, stock or pruned, in fp32) as an ONNX ModelProto.
 
     Inputs, int64 (batch, seqlen): input_ids; attention_mask, of ones and zeros, padded on any side; where the
-    model has several token types, token_type_ids. Outputs: start_logits and end_logits (batch, seqlen); from
-    a Natural Questions model answer_type_logits (batch, types), too.
+    model has several token types, token_type_ids. Outputs: start_logits and end_logits (batch, seqlen); of a
+    Natural Questions model also answer_type_logits (batch, types).
     """
     nodes = _Nodes()
     # A model of one type adds the same row everywhere, and its tokenizer gives no types.
@@ -120,13 +124,13 @@ def _encode(nodes: _Nodes, encoder: Any, typed: bool) -> str:
 def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     """The normalised sum of the three embeddings, (batch, seqlen, hidden_size)."""
     tables, config = encoder.embeddings, encoder.config
-    if is_roberta(config):  # counts what is no padding, from behind the padding's own place
+    if is_roberta(config):  # the real tokens are counted, from the place after that of padding
         padding = nodes.constant(config.pad_token_id)
         real = nodes.add("Not", nodes.add("Equal", "input_ids", padding))
         real = nodes.add("Cast", real, to=TensorProto.INT64)
         counted = nodes.add("CumSum", real, nodes.constant(1))
         positions = nodes.add("Add", nodes.add("Mul", counted, real), padding)
-    else:  # 0, 1, 2, ... by counting ids: a range as long as the ids would not be known to be of their shape
+    else:  # 0, 1, 2, ... by counting ids: runtimes would not know that a range has the shape of the ids
         ones = nodes.add("Cast", nodes.add("Equal", "input_ids", "input_ids"), to=TensorProto.INT64)
         positions = nodes.add("CumSum", ones, nodes.constant(1), exclusive=1)
     words, types, places = (
@@ -142,11 +146,11 @@ def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
 def _attention(
     nodes: _Nodes, x: str, closed: str, named: dict[str, Any], num_heads: int, head_dim: int
 ) -> str:
-    """A layer's attention, added to x and normalised; of 0 heads only the output's bias is left."""
+    """A layer's attention, added to x and normalised. With 0 heads only the output's bias is added."""
     output = named["attention.output.dense"]
     if num_heads == 0:
         return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), named, "attention.output")
-    # In a Reshape 0 says: as large as the input is there.
+    # In a Reshape, 0 keeps the input's size.
     split = nodes.vector(0, 0, num_heads, head_dim)
 
     def heads(part: str, order: list[int]) -> str:
@@ -162,7 +166,7 @@ def _attention(
 
 
 def _ffn(nodes: _Nodes, x: str, named: dict[str, Any], ffn_width: int, activation: str) -> str:
-    """A layer's FFN, added to x and normalised; of width 0 only the output's bias is left."""
+    """A layer's FFN, added to x and normalised. With width 0 only the output's bias is added."""
     output = named["output.dense"]
     if ffn_width == 0:
         return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), named, "output")
@@ -188,7 +192,7 @@ def _gelu_new(nodes: _Nodes, x: str) -> str:
     return nodes.add("Mul", nodes.add("Mul", x, nodes.constant(0.5)), tanh)
 
 
-# The activations that `optimize` takes, too, by the config's names.
+# The activations that `optimize` takes, by the config's names.
 _ACTIVATIONS: dict[str, Callable[[_Nodes, str], str]] = {
     "gelu": _gelu,
     "gelu_new": _gelu_new,
@@ -200,7 +204,8 @@ _ACTIVATIONS: dict[str, Callable[[_Nodes, str], str]] = {
 def _first(nodes: _Nodes, x: str) -> str:
     """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none.
 
-    A product with a row of zeros and a one: runtimes differ in how they index, not in how they multiply."""
+    This is a product with a row of zeros and a one, because runtimes differ in how they index, not in how
+    they multiply."""
     first = nodes.add("Equal", nodes.add("CumSum", "attention_mask", nodes.constant(1)), nodes.constant(1))
     first = nodes.add("Mul", nodes.add("Cast", first, to=TensorProto.INT64), "attention_mask")
     row = nodes.add("Unsqueeze", nodes.add("Cast", first, to=TensorProto.FLOAT), nodes.vector(1))
