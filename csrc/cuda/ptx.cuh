@@ -91,6 +91,28 @@ PRUNED_OPS_DEVICE float exp2_approx(float x) {
 #endif
 }
 
+// 1 / x, to about 1 ulp.
+PRUNED_OPS_DEVICE float reciprocal_approx(float x) {
+#ifdef __CUDACC__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// The smaller one; NaN if either is.
+PRUNED_OPS_DEVICE float min_or_nan(float x, float y) {
+#ifdef __CUDACC__
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+#else
+  return std::isnan(x) || x < y ? x : y;
+#endif
+}
+
 // 16 bytes at once from device memory, or to it; the address is a multiple of 16.
 template <class T>
 PRUNED_OPS_DEVICE Bits128 load_128(Global<const T> from) {

@@ -1,6 +1,6 @@
 #include "planted.h"
 
-#include "ptx.cuh"
+#include "gelu.cuh"
 
 namespace pruned_ops::cuda::planted {
 namespace {
@@ -57,6 +57,15 @@ const char* run_round_pairs(void* const* pointers, const int64_t* numbers) {
   return launch(number(numbers, 0) ? round_pairs<bfloat16> : round_pairs<half>,
                 {static_cast<unsigned>(count + 1023) / 1024}, 1024, 0, nullptr, at<uint32_t>(pointers, 0),
                 at<const float>(pointers, 1), count);
+}
+
+__global__ void gelus(Global<float> to, Global<const float> from) {
+  const int i = static_cast<int>(block_index().x) * 1024 + thread_index();
+  to[i] = gelu(from[i]);
+}
+const char* run_gelus(void* const* pointers, const int64_t* numbers) {
+  return launch(gelus, {static_cast<unsigned>(numbers[0]) / 1024}, 1024, 0, nullptr, at<float>(pointers, 0),
+                at<const float>(pointers, 1));
 }
 
 __global__ void shuffle(Global<float> to, Global<const float> from, int bits) {
@@ -204,7 +213,7 @@ const std::map<std::string, Host>& kernels() {
       {"multiply", run_multiply}, {"async", run_async},
       {"reverse", run_reverse},   {"part", run_part},
       {"touch", run_touch},       {"overflow", run_overflow},
-      {"nothing", run_nothing}};
+      {"nothing", run_nothing},   {"gelus", run_gelus}};
   return all;
 }
 

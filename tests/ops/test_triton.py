@@ -21,12 +21,22 @@ MISSING = BACKENDS["triton"].missing
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"triton: {MISSING}")
 
 if MISSING is None:
+    import triton
+    import triton.language as tl
+
     from pruned_ops.ops.backends.triton import configs, tuning
     from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
     from pruned_ops.ops.backends.triton.attention import launch_attention
     from pruned_ops.ops.backends.triton.configs import GemmConfig
     from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
     from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
+    from pruned_ops.ops.backends.triton.tiles import gelu
+
+    @triton.jit
+    def gelu_kernel(x, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + places, gelu(tl.load(x + places)))
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bfloat16's raw bits and rounds it towards zero: bf16 runs on a GPU only.
@@ -105,6 +115,32 @@ def test_every_gemm_configuration(config: Any, dtype: torch.dtype) -> None:
         if config.persistent:
             arguments[0] = torch.cat([arguments[0]] * 3)
         within_budget("linear_gelu", launch_linear_gelu(*arguments, config), arguments)
+
+
+def triton_gelu(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    gelu_kernel[(x.numel() // 1024,)](x, out, BLOCK=1024)
+    return out
+
+
+def test_gelu_is_exact_to_rounding() -> None:
+    """Two million numbers against erfc in fp64: between them evenly, about 0 densely, far out."""
+    evenly, tiny = torch.linspace(-12, 12, 2**20), torch.logspace(-38, 1, 2**18)
+    x = torch.cat([evenly, tiny, -tiny, randn(0, 2**19)]).to(DEVICE)
+    wide = x.double()
+    truth = wide / 2 * torch.special.erfc(-wide * 0.5**0.5)
+    error = (triton_gelu(x).double() - truth).abs()
+    assert x.numel() == 2**21 and float(error.max()) <= 3.5e-7
+    small = x.abs() < 0.1  # relatively, too, where fp16 has many numbers
+    assert float((error[small] / truth[small].abs().clamp(min=1e-30)).max()) <= 1e-6
+
+
+def test_gelu_of_what_is_hardly_a_number() -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([0.0, -0.0, inf, -inf, nan, 3e38, -3e38, 65504.0, -65504.0, 1e-45]).to(DEVICE)
+    found = triton_gelu(torch.cat([x, torch.zeros(1014, device=DEVICE)]))
+    expected = torch.tensor([0.0, 0.0, inf, 0.0, nan, 3e38, 0.0, 65504.0, 0.0, 0.0]).to(DEVICE)
+    torch.testing.assert_close(found[:10], expected, rtol=0, atol=2e-45, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -63,6 +63,27 @@ def test_triton_kernels_use_the_tensor_cores_of_sm_90(made: list[dict[str, Any]]
     assert able and not [one for one in able if not one["wgmma"]]
 
 
+def test_a_multiprocessor_holds_the_programs_that_the_configurations_count_on(
+    made: list[dict[str, Any]],
+) -> None:
+    """Two of the large tiles of linear_gelu, so that one multiplies while the other activates."""
+    wanted = [one for one in made if one["target"] == 90 and one["dtype"] != "fp32"]
+    assert any(one["programs"] > 1 for one in wanted)
+    assert not [one for one in wanted if one["holds"] < one["programs"]]
+
+
+def test_an_activation_takes_few_instructions(made: list[dict[str, Any]]) -> None:
+    """Of all that follows a tile's last product: bias, GELU, rounding and writing. erf alone takes 30 a
+    number."""
+    found = [
+        (one["epilogue"], one["constants"]["BLOCK_M"] * one["constants"]["BLOCK_N"] // (32 * one["warps"]))
+        for one in made
+        if one["kernel"] == "linear_gelu_kernel" and one["target"] == 90 and one["dtype"] != "fp32"
+        and not one["constants"]["PERSISTENT"] and one["constants"]["BLOCK_N"] == 128
+    ]  # fmt: skip
+    assert found and all(instructions <= 21 * numbers for instructions, numbers in found), found
+
+
 def test_how_many_programs_a_multiprocessor_holds() -> None:
     """By hand: 164 registers of 32 threads are 21 steps of 256, so 4 warps take 21504 of 65536."""
     from pruned_ops.ops.backends.triton.ahead_of_time import Compiled

@@ -1,8 +1,8 @@
 """Compile Triton kernels for GPUs that need not be here: `python compile_triton.py [--all]`.
 
 Prints a JSON line for each kernel, configuration, dtype and target: registers, bytes spilled, shared memory,
-warps, whether the PTX holds wgmma. A process of its own, because the interpreter's switch disables
-compilation.
+warps, constants, instructions, programs a multiprocessor, whether the PTX holds wgmma. A process of its own,
+because the interpreter's switch disables compilation.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="in bf16 too")
     for case, target in cases(parser.parse_args().all):
+        compiled = ahead_of_time.compiled(case, target)
         found = {
             "kernel": case.kernel.__name__, "config": case.config, "dtype": case.dtype, "target": target,
-            "rows": case.rows, "warps": case.warps, **asdict(ahead_of_time.compiled(case, target)),
+            "rows": case.rows, "warps": case.warps, "constants": case.constants, "programs": case.programs,
+            "holds": compiled.programs(case.warps, target), **asdict(compiled),
         }  # fmt: skip
         print(json.dumps(found), flush=True)
 

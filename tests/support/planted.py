@@ -103,6 +103,8 @@ FAULTS = [
     Fault("whole chunks at the end", "linear.cuh",
           "min(kChunk, columns - chunk * kChunk)", "kChunk", "linear_gelu", ODD,
           "writes 2 bytes at index .* of out"),
+    Fault("the tail of another GELU", "gelu.cuh",
+          "size * exp2_approx(-scaled * scaled)", "exp2_approx(-scaled * scaled)", "linear_gelu", WIDE),
     Fault("16 bytes where they do not lie", "linear.cuh",
           "is_aligned(a.out, a.width, sizeof(T))", "true", "linear_gelu", ODD,
           "of out, which is not aligned to 16"),

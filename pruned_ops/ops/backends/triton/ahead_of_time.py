@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ MOST_WARPS, MOST_PROGRAMS, REGISTERS, REGISTER_STEP, RESERVED = 64, 32, 65536, 2
 class Case:
     """A kernel with the types of its arguments, and its constants.
 
-    rows: the rows of its matrix tile; 0 if it has none.
+    rows: the rows of its matrix tile; 0 if it has none. programs: how many of it a multiprocessor of sm_90
+    has to hold at once.
     """
 
     kernel: Any
@@ -45,17 +47,21 @@ class Case:
     config: str
     rows: int = 0
     tma: bool = False
+    programs: int = 1
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What a compiled kernel takes: registers and spilled bytes per thread, bytes of shared memory per
-    program; and whether it multiplies by wgmma."""
+    program; whether it multiplies by wgmma; how many instructions follow the last product; and how many there
+    are of each kind (LDGSTS, say, which is cp.async)."""
 
     registers: int
     spilled: int
     shared: int
     wgmma: bool
+    epilogue: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
 
     def programs(self, warps: int, target: int) -> int:
         """How many programs of this many warps a multiprocessor of sm_`target` holds at once."""
@@ -81,7 +87,8 @@ def gemm_case(config: GemmConfig, dtype: str) -> Case:
     if config.tma:
         types["x"] = f"tensordesc<{dtype}[{config.block_m}, {config.block_k}]>"
         types["weight"] = f"tensordesc<{dtype}[{config.block_n}, {config.block_k}]>"
-    return Case(linear_gelu_kernel, types, {**constants, "TMA": config.tma}, *shared, tma=config.tma)
+    constants |= {"TMA": config.tma, "PERSISTENT": config.persistent}
+    return Case(linear_gelu_kernel, types, constants, *shared, tma=config.tma, programs=config.programs)
 
 
 def fused_case(config: GemmConfig, dtype: str) -> Case:
@@ -148,19 +155,33 @@ def compiled(case: Case, target: int) -> Compiled:
     options = {"num_warps": case.warps, "num_stages": case.stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     taken = _resources(kernel.asm["cubin"])
-    spilled = taken["STACK"] + taken["LOCAL"]
-    return Compiled(taken["REG"], spilled, kernel.metadata.shared, "wgmma" in kernel.asm["ptx"])
+    kinds = _instructions(kernel.asm["cubin"])
+    products = [place for place, kind in enumerate(kinds) if kind in ("HGMMA", "HMMA")]
+    return Compiled(
+        taken["REG"], taken["STACK"] + taken["LOCAL"], kernel.metadata.shared, "wgmma" in kernel.asm["ptx"],
+        len(kinds) - 1 - products[-1] if products else 0, dict(Counter(kinds)),
+    )  # fmt: skip
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """A kernel's resources REG, STACK, SHARED and LOCAL, as cuobjdump prints them; it comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """A kernel's REG, STACK, SHARED and LOCAL, as cuobjdump prints them."""
+    text = _output_of("cuobjdump", "--dump-resource-usage", cubin)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def _instructions(cubin: bytes) -> list[str]:
+    """The kinds of a kernel's machine instructions in order, without their variants: LDG for LDG.E.128."""
+    text = _output_of("nvdisasm", "--print-code", cubin)
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", text)
+
+
+def _output_of(tool: str, option: str, cubin: bytes) -> str:
+    """The output of a tool that comes with Triton for this kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _gemm_constants(config: GemmConfig) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 The reasons for them: tiles of 64 and 128 query rows suit lengths of 64 to 512 tokens (192 would waste a third
 at 128). wgmma needs 64 rows and 4 warps. Three or four stages of 64 columns in fp16 fill most of the 227 KiB
 of shared memory that a program can have on sm_90; the smaller configurations fit sm_80's 163 KiB. None spills
-registers on either, under Triton 3.6 and 3.9: that rules out 128 x 256 outputs, whose exact GELU needs more
-registers than the sums leave free.
+registers on either, under Triton 3.6 and 3.9.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ class GemmConfig:
     """A tile of block_m tokens by block_n outputs, block_k columns at a time.
 
     group_m: how many rows of tiles are walked together. split_k: over how many programs the inner dimension
-    of a tile is split. persistent: as many programs run as the GPU has multiprocessors, and each takes tile
-    after tile.
+    of a tile is split. programs: how many of linear_gelu's a multiprocessor of sm_90 holds at once; with two,
+    one multiplies while the other activates. persistent: as many programs run as the GPU holds at once, and
+    each takes tile after tile.
     """
 
     block_m: int
@@ -35,6 +35,7 @@ class GemmConfig:
     stages: int
     group_m: int = 8
     split_k: int = 1
+    programs: int = 1
     persistent: bool = False
     tma: bool = False
 
@@ -66,14 +67,13 @@ class RowConfig:
 
 
 _HALF = (
-    GemmConfig(128, 128, 64, 8, 3),
-    GemmConfig(128, 128, 64, 8, 4),
-    GemmConfig(128, 64, 64, 4, 4),
-    GemmConfig(64, 128, 64, 4, 4),
-    GemmConfig(64, 64, 64, 4, 4),
-    GemmConfig(64, 32, 64, 4, 4),
-    GemmConfig(32, 64, 64, 4, 4),
-    GemmConfig(16, 64, 128, 4, 3),
+    GemmConfig(128, 128, 64, 8, 3, programs=2),
+    GemmConfig(128, 64, 64, 4, 4, programs=2),
+    GemmConfig(64, 128, 64, 4, 4, programs=2),
+    GemmConfig(64, 64, 64, 4, 4, programs=3),
+    GemmConfig(64, 32, 64, 4, 4, programs=4),
+    GemmConfig(32, 64, 64, 4, 4, programs=4),
+    GemmConfig(16, 64, 128, 4, 3, programs=3),
 )
 _SPLIT = tuple(
     replace(config, split_k=split)
@@ -86,14 +86,15 @@ _SINGLE = (
     GemmConfig(32, 64, 32, 4, 3),
     GemmConfig(16, 32, 32, 4, 3),
 )
-# Item size -> configurations. The large tiles also come persistent; those that wgmma can run, with TMA.
-_LARGE = _HALF[:6]
+# Item size -> configurations. Those that wgmma can run also come with TMA, and the largest persistent. Of
+# 128 x 256 outputs a multiprocessor holds one program, which loads its next tile while it activates.
 LINEAR_GELU: dict[int, tuple[GemmConfig, ...]] = {
     2: (
         *_HALF,
-        *(replace(config, persistent=True) for config in _LARGE[:3]),
-        *(replace(config, tma=True) for config in _LARGE),
-        *(replace(config, tma=True, persistent=True) for config in _LARGE[:3]),
+        *(replace(config, tma=True) for config in _HALF[:5]),
+        replace(_HALF[0], persistent=True),
+        replace(_HALF[0], tma=True, persistent=True),
+        GemmConfig(128, 256, 64, 8, 3, tma=True, persistent=True),
         *_SPLIT,
     ),
     4: (*_SINGLE, replace(_SINGLE[0], persistent=True), replace(_SINGLE[1], split_k=2)),

@@ -102,7 +102,7 @@ def descriptors(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has. In the interpreter few, so that persistent kernels take several tiles there."""
-    return 4 if INTERPRETING else torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if INTERPRETING else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.lru_cache

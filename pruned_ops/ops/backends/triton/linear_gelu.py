@@ -1,9 +1,11 @@
-"""Op `linear_gelu`: GELU(x weight^T + bias), with bias and exact erf-GELU in the GEMM's epilogue.
+"""Op `linear_gelu`: GELU(x weight^T + bias), with bias and activation in the GEMM's epilogue.
 
 A program owns a tile of BLOCK_M tokens by BLOCK_N outputs (if it is persistent, one tile after the other),
-keeps its sums in fp32 registers, and writes them once, activated. With split_k the inner dimension of a tile
-is split over several programs (linear.py), and a second kernel adds their sums in a fixed order and activates
-them. Exact fp32 products cannot use tensor cores; cuBLAS computes those.
+keeps its sums in fp32 registers, and writes them once, activated. The activation takes the time of some 300
+columns of products; meanwhile a second program of the multiprocessor multiplies, or a persistent one loads
+its next tile. With split_k the inner dimension of a tile is split over several programs (linear.py), and a
+second kernel adds their sums in a fixed order and activates them. fp32 products that are exact cannot use
+tensor cores; cuBLAS computes those.
 
 No kernel of this backend is specialised on a size that changes with every batch, because a request must not
 compile.
@@ -25,26 +27,46 @@ from pruned_ops.ops.backends.triton.tuning import linear_gelu_config
 from pruned_ops.ops.reference import check_linear_gelu
 
 
+@triton.jit
+def _finish(
+    sums, bias, out, row, column, tokens, width, stride_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Bias and GELU for the sums of a tile that begins at (row, column), which is then written."""
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    inside = columns < width
+    sums += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    pointers = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+    tl.store(pointers, gelu(sums).to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & inside[None, :])
+
+
 @triton.jit(do_not_specialize=["tokens", "programs"])
 def linear_gelu_kernel(
     x, weight, bias, out, tokens, width, hidden, stride_x, stride_w, stride_out, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     WHOLE_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    for tile in range(tl.program_id(0), tiles_m * tiles_n, programs):
+    # Flattened, the loop over tiles and the one over columns are one pipeline: the next tile's operands are
+    # on their way while this one is finished, whose number is counted apart so that neither waits.
+    finished = tl.program_id(0)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=PERSISTENT):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP_M)
-        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         sums = matrix_tile(
-            x, weight, row, column, tokens, width, 0, hidden, stride_x, stride_w,
+            x, weight, tile_m * BLOCK_M, tile_n * BLOCK_N, tokens, width, 0, hidden, stride_x, stride_w,
             BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA, PRECISION, UPCAST,
         )  # fmt: skip
-        rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-        inside = columns < width
-        sums += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        result = gelu(sums).to(out.dtype.element_ty)
-        pointers = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
-        tl.store(pointers, result, mask=(rows < tokens)[:, None] & inside[None, :])
+        if PERSISTENT:  # in halves, which need fewer registers beside what is on its way
+            tile_m, tile_n = place(finished, tiles_m, tiles_n, GROUP_M)
+            finished += programs
+            half: tl.constexpr = BLOCK_N // 2
+            left, right = sums.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
+            row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+            _finish(left, bias, out, row, column, tokens, width, stride_out, BLOCK_M, half)
+            _finish(right, bias, out, row, column + half, tokens, width, stride_out, BLOCK_M, half)
+        else:
+            row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+            _finish(sums, bias, out, row, column, tokens, width, stride_out, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -86,11 +108,12 @@ def launch_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, config: GemmConf
         )
         return out
     tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(width, config.block_n)
-    programs = min(tiles, launch.multiprocessors(x.device)) if config.persistent else tiles
+    resident = launch.multiprocessors(x.device) * config.programs
+    programs = min(tiles, resident) if config.persistent else tiles
     operands = launch.descriptors(x, weight, config) if config.tma else (x, weight)
     linear_gelu_kernel[(programs,)](
         *operands, bias, out, tokens, width, hidden, x.stride(0), weight.stride(0), out.stride(0), programs,
         **meta(config), WHOLE_K=hidden % config.block_k == 0, TMA=config.tma,
-        PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype),
+        PERSISTENT=config.persistent, PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype),
     )  # fmt: skip
     return out

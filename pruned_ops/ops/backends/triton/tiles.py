@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pruned_ops.ops.backends.triton.launch import INTERPRETING as _INTERPRETING
+
+INTERPRETING = tl.constexpr(_INTERPRETING)
+
 
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
@@ -62,9 +66,31 @@ def matrix_tile(
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x to 1 ulp; fp32. One instruction: Triton's division takes care of huge divisors, with several."""
+    if INTERPRETING:
+        return 1.0 / x
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def gelu(x):
-    """The exact GELU, by erf, in fp32."""
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    """GELU, x Phi(x), in fp32: relu(x) - |x| / 2 erfc(|x| / sqrt 2).
+
+    erfc is from Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: a polynomial in t times
+    exp(-x^2 / 2). The largest error is 3.3e-7; `erf` takes twice as many instructions and more registers.
+    From 16 on, the power is 0, and an infinity has its limit.
+    """
+    size = tl.minimum(tl.abs(x), 16.0, propagate_nan=tl.PropagateNan.ALL)
+    t = reciprocal(1.0 + 0.23164189 * size)
+    series = 0.5307027 * t - 0.7265760
+    series = series * t + 0.7107069
+    series = series * t - 0.1422484
+    series = series * t + 0.1274148
+    scaled = 0.84932180 * size  # sqrt(log2(e) / 2)
+    return tl.maximum(x, 0.0) - size * tl.exp2(-scaled * scaled) * (series * t)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 Nothing is timed here, because this is where requests come by; timing.py does that, and saves its choices with
 `remember`. The model of a GEMM's time counts what decides at these sizes: full waves of tiles over the
-multiprocessors, the share of a tile that is useful, and how well a tile of its size feeds the tensor cores.
+multiprocessors, the share of a tile that is useful, how well a tile of its size feeds the tensor cores, and
+whether a tile is activated while another is multiplied.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ MAX_FUSED_INNER = 256
 # Multiply-accumulates in fp16 that a multiprocessor of an H200 does while it moves a byte, and while a second
 # kernel starts (about 3 us): what partial results cost. From its ceilings, 790 TFLOP/s and 4.3 TB/s.
 MACS_A_BYTE, MACS_A_LAUNCH = 92, 9_000_000
+# And while it activates an output: 20 instructions (test_triton_compiled.py), of which 128 lanes get one in
+# a cycle, in which 2,048 multiply-accumulates are made.
+MACS_AN_OUTPUT = 320
 # Tokens are rounded up to this for the choice, so that batches of about one size share it.
 BUCKET = 128
 
@@ -211,7 +215,9 @@ def modelled_time(config: GemmConfig, tokens: int, width: int, hidden: int, chip
     work = (
         config.block_m * config.block_n * math.ceil(hidden / config.split_k / config.block_k) * config.block_k
     )
+    exposed = waves if config.programs == 1 else 1  # the last tile's always
     time = waves * work * reading * (0.9 if config.tma else 1.0)
+    time += exposed * MACS_AN_OUTPUT * config.block_m * config.block_n
     if config.split_k > 1:  # fp32 sums are written and read again, by a second kernel
         time += MACS_A_BYTE * 8 * config.split_k * tokens * width / chip.multiprocessors + MACS_A_LAUNCH
     return time
