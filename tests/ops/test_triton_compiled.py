@@ -84,6 +84,16 @@ def test_an_activation_takes_few_instructions(made: list[dict[str, Any]]) -> Non
     assert found and all(instructions <= 21 * numbers for instructions, numbers in found), found
 
 
+def test_attention_loads_all_keys_ahead(made: list[dict[str, Any]]) -> None:
+    """By cp.async (LDGSTS), the last block's too. Only cu_seqlens' two numbers and the queries, 16 bytes a
+    thread, are waited for."""
+    found = [one for one in made if one["kernel"] == "attention_kernel" and one["dtype"] != "fp32"]
+    for one in found:
+        queries = one["constants"]["BLOCK_M"] * one["constants"]["HEAD_DIM"] * 2 // 16 // (32 * one["warps"])
+        assert one["instructions"]["LDG"] <= 2 + max(queries, 1) and one["instructions"]["LDGSTS"], one
+    assert {one["target"] for one in found} >= {80, 90}
+
+
 def test_how_many_programs_a_multiprocessor_holds() -> None:
     """By hand: 164 registers of 32 threads are 21 steps of 256, so 4 warps take 21504 of 65536."""
     from pruned_ops.ops.backends.triton.ahead_of_time import Compiled

@@ -48,7 +48,10 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """For long sequences. Each has `tiles` programs, of which those beyond its end have nothing to do."""
+    """For long sequences. Each has `tiles` programs, of which those beyond its end have nothing to do.
+
+    All blocks of keys are masked, so that the last one, which is seldom whole, is loaded ahead in the one
+    loop like the others."""
     sequence, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     # Clamped: a wrong cu_seqlens must never lead outside the tensors.
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), tokens)
@@ -67,20 +70,14 @@ def attention_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     context = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     length = end - begin
-    whole = length // BLOCK_N * BLOCK_N
-    for _ in range(0, whole, BLOCK_N):
-        scores = _scores(query, tl.load(keys), PRECISION, UPCAST)
-        value = tl.load(values)
-        context, maximum, total = _absorb(scores, scale, value, context, maximum, total, PRECISION, UPCAST)
-        keys += BLOCK_N * stride_qkv
-        values += BLOCK_N * stride_qkv
-    if whole < length:  # only the last block needs a mask
-        inside = whole + lanes < length
-        key = tl.load(keys, mask=inside[None, :], other=0.0)
-        scores = _scores(query, key, PRECISION, UPCAST)
+    for first in range(0, length, BLOCK_N):
+        inside = first + lanes < length
+        scores = _scores(query, tl.load(keys, mask=inside[None, :], other=0.0), PRECISION, UPCAST)
         scores = tl.where(inside[None, :], scores, float("-inf"))
         value = tl.load(values, mask=inside[:, None], other=0.0)
         context, maximum, total = _absorb(scores, scale, value, context, maximum, total, PRECISION, UPCAST)
+        keys += BLOCK_N * stride_qkv
+        values += BLOCK_N * stride_qkv
     result = (context / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + offsets * stride_out + columns[None, :], result, mask=(rows < end)[:, None])
 

@@ -124,7 +124,7 @@ ATTENTION: dict[int, dict[int, tuple[AttentionConfig, ...]]] = {
         16: (AttentionConfig(64, 32, 4, 2),),
         32: (AttentionConfig(32, 32, 4, 2),),
         64: (AttentionConfig(32, 16, 8, 2),),
-        128: (AttentionConfig(16, 16, 8, 2),),
+        128: (AttentionConfig(32, 16, 8, 2),),
     },
 }
 # Item size -> segment length -> the configuration in which several whole sequences share a program. It has 64
