@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pruned_ops.command_line import CommandParser
+from pruned_ops.files import check_writable, write_json
 from pruned_trainer.jobs.settings import (
     BATCH_SIZE,
     DISTIL_IN,
@@ -48,12 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command that was parsed; returns the exit status. What the user can mend is one line on stderr,
     not a traceback."""
     import torch
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     from pruned_trainer.distributed import leave
     from pruned_trainer.training.phase import InterruptedTraining
 
-    logging.set_verbosity_error()
+    for library in (logging, hub_logging):
+        library.set_verbosity_error()
     try:
         arguments.run(arguments)
         leave()
@@ -67,9 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"pruned-trainer {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-# -- the parser ------------------------------------------------------------------------------------------
 
 
 def build_parser() -> CommandParser:
@@ -276,15 +276,19 @@ def _layer_pair(text: str) -> tuple[int, int]:
 
 
 def _add_running(options: _Options, required: bool) -> None:
+    _add_output(options, required)
+    options.add("resume", "go on with the run that was interrupted, in --out.partial")
+    options.add("save_steps", "steps from one checkpoint to the next")
+    options.add("compile", "torch.compile the narrow model while it trains")
+    options.add("tensorboard", "write loss parts, budget and open gates to --out/tensorboard")
+
+
+def _add_output(options: _Options, required: bool) -> None:
     text = "folder that is made" if required else "folder that is made (default: build/demo)"
     options.add("out", text, type=Path, metavar="DIR", required=required)
     options.add("overwrite", "replace what is in --out")
-    options.add("resume", "go on with the run that was interrupted, in --out.partial")
-    options.add("save_steps", "steps from one checkpoint to the next")
     options.add("seed", "seed of everything that is drawn")
     options.add("precision", "autocast while training", choices=PRECISIONS)
-    options.add("compile", "torch.compile the narrow model while it trains")
-    options.add("tensorboard", "write loss parts, budget and open gates to --out/tensorboard")
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
@@ -297,11 +301,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     options.add("epochs", "how often the training file is seen")
     options.add("batch_size", "examples in a step, over all processes")
     options.add("learning_rate", "highest rate of all weights")
-    options = _Options.titled(parser, "running", FineTuneSettings)
-    options.add("out", "folder that is made", type=Path, metavar="DIR", required=True)
-    options.add("overwrite", "replace what is in --out")
-    options.add("seed", "seed of everything that is drawn")
-    options.add("precision", "autocast while training", choices=PRECISIONS)
+    _add_output(_Options.titled(parser, "running", FineTuneSettings), required=True)
     parser.usage = "%(prog)s --model MODEL --train-file FILE --out DIR [options]"
 
 
@@ -332,9 +332,6 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder that prune, sweep or demo wrote")
-
-
-# -- the commands ----------------------------------------------------------------------------------------
 
 
 def _prune(arguments: argparse.Namespace) -> None:
@@ -420,15 +417,12 @@ def _compact(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from pruned_ops.files import write_json
     from pruned_trainer.jobs.output import load_model, load_tokenizer
     from pruned_trainer.report import terminal
     from pruned_trainer.tasks.task import own_thresholds
 
-    if arguments.predictions is not None and not arguments.predictions.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"{arguments.predictions.parent} is no folder; --predictions writes a file into it"
-        )
+    if arguments.predictions is not None:
+        check_writable(arguments.predictions, "--predictions", overwrite=True)
     task = make_task(arguments.task, arguments.max_length, arguments.stride, skip_bad=arguments.skip_bad)
     files = [file for file in (arguments.eval_file, arguments.validation_file) if file is not None]
     examples = [task.read(file, "validation") for file in files]

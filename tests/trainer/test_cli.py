@@ -162,6 +162,7 @@ def test_bad_data(fault: str, folder: Path, tmp_path: Path, capsys: pytest.Captu
         (["--macs", "0.5", "--stride", "24"], "stride 24"),
         (["--macs", "0.5", "--max-minutes", "1"], "max_minutes has nothing to decide"),
         (["--macs", "0.5", "--gate-epochs", "1"], "gate_epochs, and gate_steps"),
+        (["--speedup", "2", "--latency-table", "none.json"], "there is no latency table none.json"),
     ],
 )
 def test_bad_settings(
@@ -236,6 +237,8 @@ def test_bad_decision(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "decision.json").write_text("{}")
     argv = ["compact", "--model", str(folder / "model"), "--decision", str(tmp_path / "decision.json")]
     refused(capsys, [*argv, "--out", str(tmp_path / "out")], "is no decision file")
+    argv[-1] = str(tmp_path / "none.json")
+    refused(capsys, [*argv, "--out", str(tmp_path / "out")], "there is no file")
 
 
 STEPS = 4000  # reported every twentieth part; half a minute of them

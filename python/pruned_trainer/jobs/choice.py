@@ -120,9 +120,9 @@ def choose(job: Job, folder: Path, steps: int) -> Choices:
     if is_main():
         write_json(folder / _RECORD, {"log": log, "seconds": job.clock.seconds()})
     state().wait_for_everyone()
-    made = _read_all(folder, len(targets))  # also in a run that nobody interrupts, so that this way is tried
-    assert made is not None
-    return made._replace(earlier_seconds=0.0)
+    choices = _read_all(folder, len(targets))  # in every run, so that what a resumed run reads is tried
+    assert choices is not None
+    return choices._replace(earlier_seconds=0.0)
 
 
 def _read_all(folder: Path, number: int) -> Choices | None:

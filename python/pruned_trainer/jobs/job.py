@@ -34,6 +34,8 @@ from pruned_trainer.training.trainer import PruningTrainer
 # Batches per round and rounds of the timing: about a minute for a small encoder on two cores.
 TIMED_BATCHES, TIMED_ROUNDS = 16, 7
 BATCH_SIZE = 8
+# The training arguments of a trainer whose steps are only timed.
+TIMING: dict[str, Any] = {"train_sampling_strategy": "sequential"}
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,7 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
     clock = Clock()
     task = settings.make_task()
     train, validation, evaluation = _read_data(settings, task)
-    dense, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
-    task.check_model(dense)
-    check_length(settings.max_length, dense.config)
-    teacher = load_teacher(settings, dense, tokenizer, task)
-    for model in (dense, teacher):
-        nn.Module.to(model, state().device)
-    _check_phases(settings, dense, teacher)
+    dense, tokenizer, teacher = _load_models(settings, task)
     data = {"training": train, "validation": validation, "evaluation": evaluation}
     say(f"tokenising {'; '.join(f'{name}: {task.describe(examples)}' for name, examples in data.items())}")
     validation, evaluation = (task.prepare(examples, tokenizer) for examples in (validation, evaluation))
@@ -145,6 +141,20 @@ def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
     if settings.eval_file is not None:
         evaluation = task.read(settings.eval_file, "validation")
     return train, validation, evaluation
+
+
+def _load_models(
+    settings: PruneSettings, task: Task
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, PreTrainedModel]:
+    """The dense model, its tokenizer and its teacher, checked and on this process's device."""
+    dense, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
+    task.check_model(dense)
+    check_length(settings.max_length, dense.config)
+    teacher = load_teacher(settings, dense, tokenizer, task)
+    for model in (dense, teacher):
+        nn.Module.to(model, state().device)
+    _check_phases(settings, dense, teacher)
+    return dense, tokenizer, teacher
 
 
 def check_length(max_length: int, config: PreTrainedConfig) -> None:
@@ -197,6 +207,8 @@ def latency_table(
     if file is None:
         say("measuring how long each part of a layer takes (pruned-ops latency-table keeps such a table)")
         return once(lambda: measure_table(dense.config, workload, device=dense.device.type))
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no latency table {file}; pruned-ops latency-table makes one")
     table = LatencyTable.load(file)
     described = model_shape(dense), dense.config.hidden_act, "float32", dense.device.type
     refusal = once(lambda: table.refuse(*described))
@@ -244,19 +256,20 @@ def build_trainer(
     """
     settings = job.settings
     rate = settings.learning_rate if phase else settings.retrain_learning_rate
-    more: dict[str, Any] = {
-        "bf16": settings.precision == "bf16",
-        "fp16": settings.precision == "fp16",
-        "torch_compile": settings.compile and phase is None,
-    }
-    if timing:
-        more["train_sampling_strategy"] = "sequential"
-    else:
-        more.update(save_strategy="steps", save_steps=settings.save_steps)
     distillation = settings.distillation_in("gates" if phase else "retrain")
     trainer = PruningTrainer(
         model,
-        training_arguments(folder, steps, per_process(settings.train_batch), rate, settings.seed, **more),
+        training_arguments(
+            folder,
+            steps,
+            per_process(settings.train_batch),
+            rate,
+            settings.seed,
+            bf16=settings.precision == "bf16",
+            fp16=settings.precision == "fp16",
+            torch_compile=settings.compile and phase is None,
+            **(TIMING if timing else {"save_strategy": "steps", "save_steps": settings.save_steps}),
+        ),
         distillation,
         teacher=teacher if distillation.needs_teacher else None,
         gate_phase=phase,

@@ -220,20 +220,21 @@ class PruneSettings:
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
         """Names of the settings that differ from the ones that `to_json` recorded."""
-        mine = self.to_json()
-        return sorted(name for name in {*mine, *recorded} if mine.get(name) != recorded.get(name))
+        current = self.to_json()
+        return sorted(name for name in {*current, *recorded} if current.get(name) != recorded.get(name))
 
     def from_old_record(self, recorded: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-        """The recorded settings in today's form, where an earlier version recorded them.
+        """The settings that an earlier version recorded, in today's form.
 
-        That version kept one `target` in the settings, and the text of all targets beside them; the text has
-        too few digits to make the targets of it again, so that equal ones are told by these settings' own.
+        That version kept one `target` in the settings, and the texts of all targets beside them. A text has
+        too few digits to make its target again, so recorded targets that agree with the ones of these
+        settings become those; others stay texts, which differ from any target.
         """
-        mine, first = self.to_json()["targets"], recorded["target"]
-        same = [str(target) for target in self.targets] == list(targets)
-        same = same and (first in mine if mine else first is None)
-        kept = {name: value for name, value in recorded.items() if name != "target"}
-        return {**kept, "targets": mine if same else list(targets)}
+        current, first = self.to_json()["targets"], recorded["target"]
+        agree = [str(target) for target in self.targets] == list(targets)
+        agree = agree and (first in current if current else first is None)
+        others = {name: value for name, value in recorded.items() if name != "target"}
+        return {**others, "targets": current if agree else list(targets)}
 
 
 @dataclass(frozen=True)

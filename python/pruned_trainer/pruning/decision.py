@@ -79,7 +79,10 @@ class Decision:
 
     @classmethod
     def load(cls, path: Path) -> Decision:
-        """Read a file that `save` wrote; ValueError that names the file and the place for any other."""
+        """Read a file that `save` wrote; ValueError that names the file and the place for any other, and
+        FileNotFoundError where there is none."""
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}; the decision.json of a pruning run is needed")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.get("format") != FORMAT:

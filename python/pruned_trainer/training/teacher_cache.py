@@ -1,14 +1,15 @@
-"""A teacher's start and end logits of every training window, and its answer types' where it has them, kept on
-disk.
+"""A cache on disk of a teacher's start and end logits for every training window, and its answer type logits
+where it has them.
 
 A window's values are written the first time it is seen; every later epoch and phase, and every later run with
 the same teacher and windows, reads them instead of asking the teacher. The folder holds
 
     cache.json      fingerprint, number of windows, tokens: what the values belong to
-    checksums.u32   (windows,) CRC-32 of each window's values, 0 where there are none yet
+    checksums.u32   (windows,) CRC-32 of each window's values, 0 where a window has none yet
     logits.f32      little-endian fp32: start logits of window 0, its end logits, its types', window 1, ...
 
-The files have their full size from the beginning. fp32 because that is exact.
+The files have their full size from the beginning. Values are fp32, which holds every teacher's logits
+exactly.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from torch import Tensor, nn
 METADATA, CHECKSUMS, LOGITS = "cache.json", "checksums.u32", "logits.f32"
 _FORMAT = 1
 _EXACT_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
-# What a config says of where a model lies and who saved it, not of what it computes.
-_OF_NO_MATTER = ("_name_or_path", "transformers_version")
+# The fields of a config that say where a model lies and who saved it, and not what it computes.
+_NOT_COMPUTED = ("_name_or_path", "transformers_version")
 
 
 class TeacherCache:
-    """Logits of training windows 0, 1, ..., in a folder.
+    """The logits of training windows 0, 1, ..., in a folder.
 
-    The processes of a run, on one machine, may share the folder, its creation included. What is there is
-    never replaced: the first values stored for a window stay.
+    The processes of a run, on one machine, may share the folder, and may create it together. Stored values
+    are never replaced: the first ones of a window stay.
 
-    What is guaranteed: `logits` returns what `store` was given, bit for bit, or None. Values are stored
-    before their checksum, into a mapping that belongs to the kernel, so a process killed at any moment
+    The cache guarantees this: `logits` returns what `store` was given, bit for bit, or None. Values are
+    stored before their checksum, into a mapping that belongs to the kernel, so a process killed at any moment
     (SIGKILL) keeps every window it had stored, and leaves at most the one in progress unmarked. A power cut
     may lose any of the latest pages, in any order; two processes may write a window's (differently rounded)
     values at once. Either leaves a checksum that is not that of the values: such a window counts as absent.
@@ -51,7 +52,7 @@ class TeacherCache:
         """Open the folder's cache, or make one where the folder is empty or absent.
 
         lengths: (windows,) tokens of each window. fingerprint: of teacher and windows, see `fingerprint`.
-        types: how many answer types the teacher has a logit for, in each window.
+        types: the number of answer types that the teacher has a logit for, in each window.
         Raises ValueError, saying what differs, where the folder holds something else; OSError where the disk
         has no room.
         """
@@ -63,7 +64,7 @@ class TeacherCache:
         self._ends = np.cumsum(self._widths)
         self._types = types
         self._sizes = {CHECKSUMS: 4 * len(self._lengths), LOGITS: 4 * int(self._widths.sum())}
-        wanted = {
+        metadata = {
             "format": _FORMAT,
             "fingerprint": fingerprint,
             "windows": len(self._lengths),
@@ -72,55 +73,55 @@ class TeacherCache:
             "lengths_sha256": hashlib.sha256(self._lengths.astype("<i8").tobytes()).hexdigest(),
         }
         if not (folder / METADATA).exists():
-            self._create(wanted)
-        self._check(wanted)
+            self._create(metadata)
+        self._check(metadata)
         self._checksums = _mapped(folder / CHECKSUMS, "<u4")
         self._logits = _mapped(folder / LOGITS, "<f4")
         self._forget_torn_windows()
 
     def __len__(self) -> int:
-        """Number of windows, stored or not."""
+        """The number of windows, stored or not."""
         return len(self._lengths)
 
     @property
     def filled(self) -> int:
-        """Number of windows whose logits are there, by whichever process."""
+        """The number of windows whose logits are stored, by whichever process."""
         return int(np.count_nonzero(self._checksums))
 
     def logits(self, numbers: Tensor, seqlen: int) -> tuple[Tensor, ...] | None:
         """Start and end logits of the windows `numbers` (batch,): (batch, seqlen) each, fp32, on the CPU;
-        then those of the answer types, (batch, types), where there are any.
+        then those of the answer types, (batch, types), where the cache has them.
 
-        Right-padded with zeros, which callers mask. None where any of the windows is not there yet.
+        They are right-padded with zeros, which callers mask. None where any of the windows is not stored yet.
         Raises ValueError for a number that is no window's, or a window longer than seqlen.
         """
         rows = self._rows(numbers, seqlen)
-        found = [self._values(row) for row in rows]
+        stored = [self._values(row) for row in rows]
         padded = np.zeros((2, len(rows), seqlen), dtype=np.float32)
-        kinds = np.zeros((len(rows), self._types), dtype=np.float32)
-        for place, values in enumerate(found):
+        answer_types = np.zeros((len(rows), self._types), dtype=np.float32)
+        for place, values in enumerate(stored):
             if values is None:
                 return None
             tokens = int(self._lengths[rows[place]])
             padded[:, place, :tokens] = values[: 2 * tokens].reshape(2, tokens)
-            kinds[place] = values[2 * tokens :]
+            answer_types[place] = values[2 * tokens :]
         start, end = torch.from_numpy(padded)
-        return (start, end, torch.from_numpy(kinds)) if self._types else (start, end)
+        return (start, end, torch.from_numpy(answer_types)) if self._types else (start, end)
 
     def store(
         self, numbers: Tensor, start: Tensor, end: Tensor, mask: Tensor, types: Tensor | None = None
     ) -> None:
-        """Keep the logits of the windows `numbers` (batch,), where they are not kept yet.
+        """Store the logits of the windows `numbers` (batch,), where they are not stored yet.
 
         start, end: (batch, seqlen) fp32, or 16 bits, which fp32 holds exactly. mask: (batch, seqlen), nonzero
         at a window's tokens, which stand at the beginning of its row. types: (batch, types), where the cache
         has them. Raises ValueError for anything else.
         """
         rows = self._rows(numbers, mask.size(-1))
-        kinds = torch.zeros(len(rows), 0) if types is None else types
+        types = torch.zeros(len(rows), 0) if types is None else types
         shapes = {name: (len(rows), mask.size(-1)) for name in ("start", "end", "mask")}
         shapes["types"] = (len(rows), self._types)
-        for name, tensor in (("start", start), ("end", end), ("mask", mask), ("types", kinds)):
+        for name, tensor in (("start", start), ("end", end), ("mask", mask), ("types", types)):
             if tensor.shape != shapes[name]:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, for {len(rows)} windows")
             if name != "mask" and tensor.dtype not in _EXACT_IN_FP32:
@@ -128,13 +129,13 @@ class TeacherCache:
         expected = np.arange(mask.size(-1)) < self._lengths[rows, None]
         if not np.array_equal(mask.cpu().numpy() != 0, expected):
             raise ValueError("the mask is not that of right-padded windows of the lengths given to the cache")
-        parts = [tensor.detach().float().cpu().numpy() for tensor in (start, end, kinds)]
-        for row, *one in zip(rows, *parts, strict=True):
+        arrays = [tensor.detach().float().cpu().numpy() for tensor in (start, end, types)]
+        for row, starts, ends, kinds in zip(rows, *arrays, strict=True):
             if self._values(row) is None:
-                # The order matters: see the class. Zeroed first, for a window whose old checksum is wrong.
+                # The order matters, as the class explains. The checksum of a window may be there and wrong.
                 self._checksums[row] = 0
                 tokens = self._lengths[row]
-                values = np.concatenate([one[0][:tokens], one[1][:tokens], one[2]], dtype="<f4")
+                values = np.concatenate([starts[:tokens], ends[:tokens], kinds], dtype="<f4")
                 self._logits[self._place(row)] = values
                 self._checksums[row] = _checksum(values)
 
@@ -152,8 +153,8 @@ class TeacherCache:
         return slice(end - int(self._widths[row]), end)
 
     def _values(self, row: int) -> NDArray[np.float32] | None:
-        """(2 * tokens + types,): a copy, so that what was checked is what is returned; None where it is not
-        there."""
+        """A window's values, (2 * tokens + types,), as a copy, so that no other process changes them after
+        the check; None where they are not stored."""
         checksum = int(self._checksums[row])
         if checksum == 0:
             return None
@@ -161,17 +162,17 @@ class TeacherCache:
         return values if _checksum(values) == checksum else None
 
     def _forget_torn_windows(self) -> None:
-        # So that `filled` counts whole windows only. Another process's window, if caught in between, is lost
-        # by this, and its logits asked for once more.
+        # `filled` then counts whole windows only. A window that another process is storing just now may be
+        # forgotten, too; the teacher is then asked for it once more.
         for row in np.flatnonzero(self._checksums).tolist():
             if self._values(row) is None:
                 self._checksums[row] = 0
 
     def _create(self, metadata: Mapping[str, Any]) -> None:
-        """Put the files there, of which the metadata, the last, says that the others are whole.
+        """Create the files. The metadata comes last and shows that the others are whole.
 
-        Several processes may do this at once: a link, unlike a rename, never replaces what is there, so all
-        go on with the file of the first.
+        Several processes may do this at once: a link, unlike a rename, never replaces a file, so all go on
+        with the file of the first.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         ours = (METADATA, CHECKSUMS, LOGITS)
@@ -184,8 +185,8 @@ class TeacherCache:
                 if name == METADATA:
                     part.write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
                 else:
-                    # Zeros are written, not left as a hole in the file: a disk without room is an error
-                    # here, and not a SIGBUS in the middle of the training.
+                    # The zeros are written, and not left as a hole in the file, so that a disk without room
+                    # is an error here, and not a SIGBUS in the middle of the training.
                     np.zeros(self._sizes[name], dtype=np.uint8).tofile(part)
                 os.link(part, self.folder / name)
             except FileExistsError:
@@ -193,36 +194,37 @@ class TeacherCache:
             finally:
                 part.unlink(missing_ok=True)
 
-    def _check(self, wanted: Mapping[str, Any]) -> None:
+    def _check(self, metadata: Mapping[str, Any]) -> None:
+        """ValueError where the files are not those of this metadata, or not whole."""
         remedy = "remove it, or choose another --cache-teacher folder"
         try:
-            there = json.loads((self.folder / METADATA).read_text("utf-8"))
+            stored = json.loads((self.folder / METADATA).read_text("utf-8"))
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
             raise ValueError(f"{self.folder}: {METADATA} cannot be read ({error}): {remedy}") from None
-        there = there if isinstance(there, dict) else {}
-        for key, value in wanted.items():
-            if there.get(key) != value:
+        stored = stored if isinstance(stored, dict) else {}
+        for key, value in metadata.items():
+            if stored.get(key) != value:
                 raise ValueError(
                     f"{self.folder} is a cache of another teacher, tokenisation or data: its {key} is "
-                    f"{there.get(key)}, this run's is {value}; {remedy}"
+                    f"{stored.get(key)}, this run's is {value}; {remedy}"
                 )
         for name, size in self._sizes.items():
             path = self.folder / name
-            found = path.stat().st_size if path.exists() else 0
-            if found != size:
-                raise ValueError(f"{path} has {found} bytes, not {size}: the cache is broken; {remedy}")
+            present = path.stat().st_size if path.exists() else 0
+            if present != size:
+                raise ValueError(f"{path} has {present} bytes, not {size}: the cache is broken; {remedy}")
 
 
 def fingerprint(model: nn.Module, features: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256, in hex, of a teacher and the windows it is asked about.
+    """SHA-256, in hex, of a teacher and of the windows whose logits are stored.
 
-    model: its config (if it has one) and state dict count, not where it lies or which version saved it.
-    features: those of `training_features`; input_ids and token_type_ids count, in this order of windows.
+    model: its config (if it has one) and state dict count; its folder and the version that saved it do not.
+    features: as from `training_features`; input_ids and token_type_ids count, in this order of windows.
     """
     digest = hashlib.sha256()
     config: Any = getattr(model, "config", None)
     fields = config.to_dict() if config is not None else {}
-    known = {key: value for key, value in fields.items() if key not in _OF_NO_MATTER}
+    known = {key: value for key, value in fields.items() if key not in _NOT_COMPUTED}
     digest.update(json.dumps(known, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -241,5 +243,5 @@ def _mapped(path: Path, dtype: str) -> NDArray[Any]:
 
 
 def _checksum(values: NDArray[np.float32]) -> int:
-    """CRC-32, and 1 for 0, which means that there is nothing."""
+    """CRC-32, but 1 in place of 0, which marks a window without values."""
     return zlib.crc32(values.tobytes()) or 1
