@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pruned_ops
 from counting import CustomHead, RowCounter
 from inputs import MODELS, READY, logits, padded_batch, pruned_model, stock_model
 from pruned_ops import LayerShape
+from pruned_ops.models.encoder import PrunedPreTrainedModel
 from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.runtime.optimize import optimized
 from pruned_ops.runtime.packed_encoder import PackedEncoder
@@ -235,6 +237,37 @@ def test_the_layers_run_in_one_call(model: Any) -> None:
         again = half(**batch).last_hidden_state
     assert not torch.equal(again, whole.last_hidden_state)  # rounded to half on the way
     torch.testing.assert_close(again, whole.last_hidden_state, atol=0.05, rtol=0.05)
+
+
+# The files of the project that a forward passes on a CPU, beside the backend's own.
+PATH = {
+    "runtime/packed_heads.py",
+    "runtime/packed_encoder.py",
+    "models/inputs.py",
+    "layers/packing.py",
+    "layers/modules.py",
+    "layers/weights.py",
+    "ops/registry.py",
+}
+
+
+def test_a_forward_passes_seven_files(model: Any) -> None:
+    """A pruned model's own file is the eighth. On a CPU no engine is visited."""
+    fast = pruned_ops.optimize(model)
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    logits(fast, batch)
+    root = Path(pruned_ops.__file__).parent
+    visited: set[Path] = set()
+    sys.setprofile(lambda frame, event, argument: visited.add(Path(frame.f_code.co_filename)))
+    try:
+        logits(fast, batch)
+    finally:
+        sys.setprofile(None)
+    files = {path.relative_to(root).as_posix() for path in visited if path.is_relative_to(root)}
+    backend = {"ops/backends/cpu.py", "ops/reference.py"}
+    assert "ops/registry.py" in files and "runtime/packed_heads.py" in files
+    own = {"models/heads.py"} if isinstance(model, PrunedPreTrainedModel) else set()
+    assert files - backend <= PATH | own and "runtime/engine.py" not in files
 
 
 # What torch.export and torch.compile trace.
