@@ -1,5 +1,6 @@
-"""Run structurally pruned BERT and RoBERTa encoders fast: per-layer head counts and FFN widths, no padding
-computed.
+"""Run structurally pruned BERT and RoBERTa encoders fast.
+
+Each layer may have its own number of heads and FFN width, and no padding is computed.
 
 import pruned_ops
 from transformers import AutoModelForQuestionAnswering

@@ -1,4 +1,4 @@
-"""The import path that published model cards name. What it holds is defined in `pruned_ops.models`."""
+"""Published model cards import from here. The definitions are in `pruned_ops.models.heads`."""
 
 from pruned_ops.models.heads import PrunedBertForNaturalQuestions as PrunedBertForNaturalQuestions
 from pruned_ops.models.heads import PrunedRobertaForNaturalQuestions as PrunedRobertaForNaturalQuestions

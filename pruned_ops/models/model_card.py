@@ -1,6 +1,6 @@
-"""The README.md of a pruned checkpoint: what is left of each layer, how good and fast it is, how to load it.
+"""The model card, README.md, of a pruned checkpoint: its layer shapes, scores and speed, and how to load it.
 
-Scores and speed are the trainer's, out of report.json. A card that somebody wrote by hand is left alone.
+Scores and speed come from the trainer's report.json. A card that somebody wrote by hand is left alone.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pruned_ops.shape import ModelShape
 from pruned_ops.version import __version__
 
 CARD, REPORT, WEIGHTS = "README.md", "report.json", "model.safetensors"
-# In every card of ours; who changes the text by hand deletes it.
+# Every card that is written here holds this line. Somebody who changes the text by hand deletes it.
 MARKER = (
     "<!-- Written by pruned_ops, and anew when the model is saved. Delete this line to keep your text. -->"
 )
-# In the placeholder that transformers puts into a new repository of the hub.
+# The placeholder that transformers puts into a new repository of the hub holds this sentence.
 _PLACEHOLDER = "This model card has been automatically generated."
-# How a class's name ends -> what loads it, and the hub's name for its task.
+# The end of a class's name -> what loads such a model, and the hub's name for its task.
 _KINDS = {
     "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
     "ForNaturalQuestions": ("load_natural_questions", "question-answering"),
@@ -37,16 +37,17 @@ _SCORES = {
 
 
 def write_model_card(folder: str | Path, model: Any) -> bool:
-    """Write README.md beside the checkpoint of `model` in `folder`; False where another one is there.
+    """Write README.md beside the checkpoint of `model` in `folder`.
 
-    Ours, and transformers' placeholder, are replaced. Scores and speed come from report.json in the folder,
-    or in the one that the model was loaded from where the weights are the same, bit for bit; a report of
-    other layer shapes is not this model's.
+    An earlier card of ours, and transformers' placeholder, are replaced; returns False where another README
+    is there. Scores and speed come from report.json in the folder. Where there is none, they come from the
+    folder that the model was loaded from, if the weights are the same bit for bit. A report of other layer
+    shapes is not this model's, and is not used.
     """
     path = Path(folder) / CARD
     if path.exists():
-        there = path.read_text(encoding="utf-8", errors="replace")
-        if MARKER not in there and _PLACEHOLDER not in there:
+        card = path.read_text(encoding="utf-8", errors="replace")
+        if MARKER not in card and _PLACEHOLDER not in card:
             return False
     text = model_card(type(model).__name__, model.config, _report(Path(folder), model))
     write_whole(path, text)
@@ -64,11 +65,11 @@ def _report(folder: Path, model: Any) -> Mapping[str, Any] | None:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         return report if report["shape"] == model.config.layer_shapes else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # it is no report of the trainer's
+        return None  # the file is no report of the trainer's
 
 
 def model_card(model_class: str, config: Any, report: Mapping[str, Any] | None) -> str:
-    """The card's text. report: the trainer's report.json of this checkpoint."""
+    """The text of the card. report: the trainer's report.json for this checkpoint."""
     loader, task = next(
         (kind for ending, kind in _KINDS.items() if model_class.endswith(ending)), _KINDS["Model"]
     )
@@ -126,7 +127,7 @@ def _shapes(config: Any) -> Iterator[str]:
 
 
 def _numbers(report: Mapping[str, Any]) -> Iterator[str]:
-    """Scores and speed beside the dense model's; what the report does not have is left out."""
+    """Scores and speed beside the dense model's. Lines for which the report has no numbers are left out."""
     dense, pruned, speed = (_mapping(report.get(name)) for name in ("dense", "pruned", "speedup"))
     yield from ("## Scores and speed", "", "| | dense | pruned |", "| --- | --- | --- |")
     for key, label in _SCORES.items():
@@ -134,17 +135,17 @@ def _numbers(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"| {label} | {dense[key]:.2f} | {pruned[key]:.2f} |"
     name = str(speed.get("workload"))
     times = [
-        _mapping(_mapping(_mapping(one.get("workloads")).get(name)).get("ms")).get("p50")
-        for one in (dense, pruned)
+        _mapping(_mapping(_mapping(model.get("workloads")).get(name)).get("ms")).get("p50")
+        for model in (dense, pruned)
     ]
     if _are_numbers(*times):
         yield f"| ms a batch (p50), {name} | {times[0]:.1f} | {times[1]:.1f} |"
     if _are_numbers(speed.get("reached")):
         yield f"| speed-up, both in our runtime | 1.00x | {speed['reached']:.2f}x |"
-    judged, machine = _mapping(report.get("evaluated_on")), _mapping(report.get("machine"))
+    evaluated_on, machine = _mapping(report.get("evaluated_on")), _mapping(report.get("machine"))
     yield ""
-    if judged:
-        yield f"Scored on {judged.get('questions')} questions of {judged.get('file')}."
+    if evaluated_on:
+        yield f"Scored on {evaluated_on.get('questions')} questions of {evaluated_on.get('file')}."
     if machine:
         place = machine.get("accelerator") or machine.get("processor")
         torch = _mapping(report.get("versions")).get("torch")

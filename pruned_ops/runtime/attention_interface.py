@@ -1,7 +1,8 @@
-"""`attn_implementation="pruned_ops"`: our attention alone, in a model of transformers that is left as it is.
+"""`attn_implementation="pruned_ops"` puts our attention alone into a model of transformers.
 
-The model stays padded; each attention packs its queries, keys and values, computes no padding, and puts the
-context back, with 0 at padded positions. `optimize` is faster: there nothing else is padded either.
+The model itself stays as it is, and padded. Each attention packs its queries, keys and values, computes no
+padding, and puts the context back, with 0 at padded positions. `optimize` is faster: with it nothing else is
+padded either.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NAME = "pruned_ops"
 
 
 def padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """What the attention below is given in place of a matrix a head: ones and zeros (batch, seqlen)."""
+    """The mask for `attention`: the ones and zeros (batch, seqlen) themselves, not a matrix for each head."""
     return attention_mask
 
 
@@ -37,8 +38,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """query, key, value (batch, heads, seqlen, head_dim) -> context (batch, seqlen, heads, head_dim).
 
-    Errors: ValueError by name for what `ops.attention` is not: causal or cross attention, fewer key heads,
-    another scaling, dropout, a position bias.
+    Errors: ValueError that names what `ops.attention` does not compute: causal or cross attention, fewer key
+    heads, another scaling, dropout, a position bias.
     """
     batch_size, heads, seqlen, head_dim = query.shape
     reason = _refusal(module, query, key, scaling, dropout, others)
@@ -62,6 +63,7 @@ def _refusal(
     dropout: float,
     others: dict[str, Any],
 ) -> str | None:
+    """Why `ops.attention` does not compute this attention; None if it does."""
     if getattr(module, "is_causal", False) or others.get("is_causal"):
         return "this one is causal"
     if key.shape != query.shape:
@@ -76,7 +78,7 @@ def _refusal(
     return None
 
 
-# transformers 4 would take the name for BERT and then run its own attention: there it is left unknown.
+# transformers 4 would accept the name for BERT, but run its own attention. So it is not registered there.
 if int(transformers.__version__.split(".")[0]) >= 5:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, padding_mask)

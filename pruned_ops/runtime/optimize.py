@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -55,12 +56,7 @@ def optimize(
     int8 = dtype == "int8"
     if calibration is not None and not int8:
         raise ValueError("calibration is for dtype='int8'")
-    optimised = _packed_encoders(model)
-    if optimised:
-        if any(encoder.int8 != int8 for encoder in optimised):
-            raise ValueError(
-                "this model is optimised already, in another dtype: pruned_ops.restore(model) first"
-            )
+    if _is_optimised(model, int8):
         return model
     model = _swapped(model, int8)
     if calibration is not None:
@@ -74,6 +70,14 @@ def optimize(
     if not hasattr(model, _MANY):  # a method of that name stays the model's own
         setattr(model, _MANY, partial(encode_many, model))
     return model
+
+
+def _is_optimised(model: nn.Module, int8: bool) -> bool:
+    """Whether the model is optimised already. Errors: ValueError where it is, in another dtype."""
+    encoders = _packed_encoders(model)
+    if any(encoder.int8 != int8 for encoder in encoders):
+        raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
+    return bool(encoders)
 
 
 def _packed_encoders(model: nn.Module) -> list[PackedEncoder]:
@@ -233,12 +237,9 @@ def choose_int8(model: nn.Module, calibration: Iterable[Batch], tolerance: float
         run_in_int8([linear])
         difference = _outputs(model, batches) - exact
         errors[linear] = float(difference.norm() / exact.norm().clamp_min(1e-30))
-    chosen, total = [], 0.0
-    for linear in sorted(linears, key=errors.__getitem__):
-        total += errors[linear] ** 2
-        if total <= tolerance**2:
-            chosen.append(linear)
-    run_in_int8(chosen)
+    by_error = sorted(linears, key=errors.__getitem__)
+    totals = accumulate(errors[linear] ** 2 for linear in by_error)
+    run_in_int8([linear for linear, total in zip(by_error, totals, strict=True) if total <= tolerance**2])
     return {".".join(linear): error for linear, error in errors.items()}
 
 

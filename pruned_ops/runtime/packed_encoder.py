@@ -133,11 +133,11 @@ class PackedEncoder(nn.Module):
         packed_batch: where the real tokens are, from a caller that knows it; the mask is then not looked at.
         Errors: ValueError that names an argument which is not supported.
         """
-        self._refuse_arguments(unsupported, output_attentions)
+        self._refuse_arguments(unsupported, output_attentions, inputs_embeds)
         self._refuse_autocast()
-        if inputs_embeds is not None:
-            raise ValueError("an optimised encoder does not take inputs_embeds: it looks up real tokens only")
-        head = None if head_run is None else head_run.head
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        collect: list[Tensor] | None = [] if output_hidden_states else None
         with torch.no_grad():
             batch, inputs = packed_inputs(
                 self.config,
@@ -148,11 +148,7 @@ class PackedEncoder(nn.Module):
                 position_ids,
                 packed_batch,
             )
-            if output_hidden_states is None:
-                output_hidden_states = self.config.output_hidden_states
-            collect: list[Tensor] | None = [] if output_hidden_states else None
-            outputs = self._run(inputs, batch, head, collect)
-            last = self._last_states(outputs, batch, head_run)
+            last = self._last_states(inputs, batch, head_run, collect)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=self.pooler(last) if self.pooler is not None else None,
@@ -160,24 +156,35 @@ class PackedEncoder(nn.Module):
         )
         return returned(output, self.config, return_dict)
 
-    def _last_states(self, outputs: Outputs, batch: PackedBatch, head_run: HeadRun | None) -> Tensor:
-        """The padded hidden states, (batch, seqlen, hidden_size). Where a head ran on the rows, `head_run`
-        receives its outputs, and the states have no rows."""
+    def _last_states(
+        self,
+        inputs: Sequence[Tensor],
+        batch: PackedBatch,
+        head_run: HeadRun | None,
+        collect: list[Tensor] | None,
+    ) -> Tensor:
+        """Run a batch: the padded hidden states, (batch, seqlen, hidden_size). Where a head is to run on the
+        rows, `head_run` receives its outputs, and the states have no rows."""
+        outputs = self._run(inputs, batch, None if head_run is None else head_run.head, collect)
         if head_run is None:
             assert outputs.rows is not None
             return batch.unpack(outputs.rows)
         head_run.outputs, head_run.batch = outputs, batch
         return torch.empty((0, 1, self.config.hidden_size), dtype=self.dtype, device=self.device)
 
-    def _refuse_arguments(self, arguments: dict[str, Any], output_attentions: bool | None) -> None:
-        """Refuse by name those arguments that are set, and output_attentions."""
-        names = {name for name, value in arguments.items() if value is not None and value is not False}
+    def _refuse_arguments(
+        self, unsupported: dict[str, Any], output_attentions: bool | None, inputs_embeds: Tensor | None
+    ) -> None:
+        """Refuse by name the arguments that are set and that an optimised encoder does not take."""
+        names = {name for name, value in unsupported.items() if value is not None and value is not False}
         if output_attentions or (
             output_attentions is None and getattr(self.config, "output_attentions", False)
         ):
             names.add("output_attentions")
         if names:
             raise ValueError(f"an optimised encoder does not take {', '.join(sorted(names))}")
+        if inputs_embeds is not None:
+            raise ValueError("an optimised encoder does not take inputs_embeds: it looks up real tokens only")
 
     def _refuse_autocast(self) -> None:
         """Refuse autocast to another dtype: the weights were laid out in their own dtype, so that only the

@@ -1,4 +1,4 @@
-"""The packed encoder inside a model of your own: a stock BERT in a custom module, no padding computed.
+"""Put the packed encoder into a model of your own: a custom module around a stock BERT computes no padding.
 
 Runs offline on a small random model: python python/examples/swap_into_your_model.py
 """
@@ -13,7 +13,7 @@ import pruned_ops
 
 
 class Sentiment(nn.Module):
-    """Somebody's own classifier; the encoder may sit anywhere inside."""
+    """A classifier of your own. The encoder may sit anywhere inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ def main() -> None:
     ids = torch.randint(1, 30_000, mask.shape) * mask
     with torch.no_grad():
         before = model(ids, mask)
-        pruned_ops.optimize(model)  # same calls from here on, but only the 139 real tokens are computed
+        pruned_ops.optimize(model)  # the calls stay the same, but only the 139 real tokens are computed
         with pruned_ops.record() as ran:
             after = model(ids, mask)
     print(f"largest difference: {float((after - before).abs().max()):.1e}")
     print("ran on:", {op: dict(counts) for op, counts in ran.items()})
-    pruned_ops.restore(model)  # and back, for training or saving
+    pruned_ops.restore(model)  # the stock encoder is back, for training or saving
     model.train()
 
 
