@@ -127,17 +127,15 @@ class PackedEncoder(nn.Module):
         packed_batch: PackedBatch | None = None,
         **unsupported: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
-        """The forward of the encoder that it replaces. Hidden states are 0 at padded positions.
+        """The replaced encoder's forward, with 0 at padded positions. ValueError for unsupported arguments.
 
         head_run: receives the outputs of its head; last_hidden_state and pooler_output then have no rows.
         packed_batch: where the real tokens are, from a caller that knows it; the mask is then not looked at.
-        Errors: ValueError that names an argument which is not supported.
         """
         self._refuse_arguments(unsupported, output_attentions, inputs_embeds)
         self._refuse_autocast()
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        collect: list[Tensor] | None = [] if output_hidden_states else None
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        collect: list[Tensor] | None = [] if wants_states else None
         with torch.no_grad():
             batch, inputs = packed_inputs(
                 self.config,
