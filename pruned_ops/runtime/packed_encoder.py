@@ -134,7 +134,9 @@ class PackedEncoder(nn.Module):
         """
         self._refuse_arguments(unsupported, output_attentions, inputs_embeds)
         self._refuse_autocast()
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         collect: list[Tensor] | None = [] if wants_states else None
         with torch.no_grad():
             batch, inputs = packed_inputs(
