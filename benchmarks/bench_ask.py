@@ -1,8 +1,8 @@
-"""What QuestionAnswerer costs around the model, and gains against a loop around the dense one.
+"""What QuestionAnswerer costs around the model, and what it gains over a plain loop around the dense model.
 
-The same questions, spread over a file, in rounds: `answer` on texts; the optimised model alone on the same
-windows, sorted into batches of as many tokens; and a plain loop with Hugging Face alone around the dense
-model in eager mode, tokenizing included and decoding left out, in padded batches of 8 as they come.
+Three runners get the same questions, drawn from a file, in rounds: `answer` on the texts; the optimised model
+alone on the same windows, sorted into batches of as many tokens; and a plain loop around the dense model with
+Hugging Face alone, which tokenizes but does not decode, in padded batches of 8 as they come.
 Usage: python benchmarks/bench_ask.py DENSE PRUNED --data SQUAD/eval.json
 """
 
@@ -12,7 +12,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pruned_trainer.tasks.squad.examples import load_squad
 
 
 def bare(answerer: QuestionAnswerer, cut: Sequence[Window]) -> None:
-    """The model alone."""
+    """Runs the optimised model alone on the windows."""
     model, device = answerer.model, next(answerer.model.parameters()).device
     with torch.inference_mode():
         for places in token_batches(cut, answerer.reading.tokens_per_batch):
@@ -38,7 +38,7 @@ def bare(answerer: QuestionAnswerer, cut: Sequence[Window]) -> None:
 
 
 def plain_loop(model: Any, tokenizer: Any, questions: Sequence[str], contexts: Sequence[str]) -> None:
-    """As one writes it with Hugging Face alone."""
+    """Runs the dense model in a loop as one writes it with Hugging Face alone."""
     with torch.inference_mode():
         for first in range(0, len(questions), 8):
             texts = (list(questions[first : first + 8]), list(contexts[first : first + 8]))
@@ -50,16 +50,35 @@ def plain_loop(model: Any, tokenizer: Any, questions: Sequence[str], contexts: S
             output.start_logits.argmax(1), output.end_logits.argmax(1)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dense", metavar="DENSE")
-    parser.add_argument("pruned", metavar="PRUNED")
+    parser.add_argument("dense", metavar="DENSE", help="a fine-tuned stock checkpoint")
+    parser.add_argument("pruned", metavar="PRUNED", help="a checkpoint that was pruned from it")
     parser.add_argument("--data", type=Path, required=True, help="SQuAD-format JSON")
-    parser.add_argument("--questions", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--questions", type=int, default=300, help="how many are asked (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="times that every runner runs (default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+def rounds_of(runners: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of every runner in every round, in which each takes its turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    arguments = parsed()
     logging.set_verbosity_error()
     examples = list(load_squad(arguments.data).examples)
     random.Random(0).shuffle(examples)
@@ -68,22 +87,19 @@ def main() -> None:
     answerer = QuestionAnswerer(arguments.pruned, device="cpu")
     cut = windows(answerer.tokenizer, questions, contexts)
     dense, tokenizer = load_model(arguments.dense), load_tokenizer(arguments.dense)
-    runners: dict[str, Callable[[], object]] = {
-        "pruned model alone": lambda: bare(answerer, cut),
-        "QuestionAnswerer, pruned": lambda: answerer.answer(questions, contexts),
-        "plain loop, dense": lambda: plain_loop(dense, tokenizer, questions, contexts),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(arguments.rounds):
-        for name, run in runners.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = rounds_of(
+        {
+            "pruned model alone": lambda: bare(answerer, cut),
+            "QuestionAnswerer, pruned": lambda: answerer.answer(questions, contexts),
+            "plain loop, dense": lambda: plain_loop(dense, tokenizer, questions, contexts),
+        },
+        arguments.rounds,
+    )
     print(", ".join(f"{k}: {v}" for k, v in {**machine(), **versions()}.items()))
     print(f"{len(questions)} questions, {len(cut)} windows, {torch.get_num_threads()} threads")
-    asked = seconds["QuestionAnswerer, pruned"]
+    ours = seconds["QuestionAnswerer, pruned"]
     for name, taken in seconds.items():
-        ratio = statistics.median(one / mine for one, mine in zip(taken, asked, strict=True))
+        ratio = statistics.median(other / own for other, own in zip(taken, ours, strict=True))
         rate = len(cut) / statistics.median(taken)
         print(f"{name:>26}  {rate:8.1f} windows/s; QuestionAnswerer is {ratio:.3f} times as fast")
 

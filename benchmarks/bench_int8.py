@@ -1,7 +1,8 @@
 """What int8 costs in answers: F1 and span F1 of a checkpoint in fp32 and int8, and how near the logits stay.
 
-Ours with every linear in int8, and with what a calibration on training questions leaves in it; rivals' int8
-by their logits on the same real batches. The null threshold is chosen on the validation file, in fp32.
+Our int8 runs with every linear layer in it, and with those that a calibration on training questions leaves in
+it. Rivals' int8 is judged by its logits on the same real batches. The null threshold is chosen on the
+validation file, in fp32.
 Usage: python benchmarks/bench_int8.py CHECKPOINT ... --data SQUAD_FOLDER
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,26 @@ from transformers.utils import logging
 
 import harness
 import pruned_ops
+from harness import Row
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.batches import pad_batch
-from rivals import cpu as cpu_rivals
+from rivals.cpu import build_cpu_rival
+from rivals.rival import Batch, Refused, Run, compare_logits, forward
 
 CALIBRATION, COMPARED = 4, 8  # batches of 8 windows
 RIVALS = ("ort-int8", "openvino-int8", "openvino-int8-static")
 
 
 def prepared(path: Path, checkpoint: str, questions: int | None = None) -> Questions:
+    """The windows of a SQuAD file, or of its first questions."""
     examples = load_squad(path).examples
     return Questions.cut(examples[:questions], load_tokenizer(checkpoint), 384, 128)
 
 
-def batches(source: Questions, model: Any, count: int) -> list[cpu_rivals.Batch]:
-    """Evenly spread windows, in batches of 8."""
+def batches(source: Questions, model: Any, count: int) -> list[Batch]:
+    """`count` batches of 8 windows, which are spread evenly over the source."""
     step = max(1, len(source.windows) // (8 * count))
     chosen = source.windows[::step][: 8 * count]
     features = [
@@ -45,70 +50,81 @@ def batches(source: Questions, model: Any, count: int) -> list[cpu_rivals.Batch]
     return [pad_batch(features[i : i + 8], model.config.pad_token_id) for i in range(0, len(chosen), 8)]
 
 
-def measure(checkpoint: str, data: Path, names: list[str]) -> list[dict[str, Any]]:
+def measure(checkpoint: str, data: Path, names: list[str]) -> list[Row]:
+    """The rows of one checkpoint: ours, then the named rivals that can run."""
     model = load_model(checkpoint)
     evaluation = prepared(data / "eval.json", checkpoint)
-    thresholds = prepared(data / "validation.json", checkpoint).best_thresholds(model)
-    calibration = batches(prepared(data / "train.json", checkpoint, 2000), model, CALIBRATION)
-    # Of one token type, which is all that the rivals' graph knows.
+    # The rivals' graph knows one token type alone.
     real = [
         {name: batch[name] for name in ("input_ids", "attention_mask")}
         for batch in batches(evaluation, model, COMPARED)
     ]
-    made: list[dict[str, Any]] = []
 
-    def row(runner: str, run: cpu_rivals.Run, **facts: Any) -> None:
-        near = cpu_rivals.compared(run, cpu_rivals.hf(model, [], Path()), real, "int8")
-        made.append(
-            {"checkpoint": Path(checkpoint).name, "runner": runner, **near, **facts, **harness.stamp()}
-        )
+    def row(runner: str, run: Run, facts: Row) -> Row:
+        errors = compare_logits(run, forward(model), real, "int8")
+        return {"checkpoint": Path(checkpoint).name, "runner": runner, **errors, **facts, **harness.stamp()}
 
-    for runner, arguments in (
-        ("ours fp32", {}),
-        ("ours int8", {"dtype": "int8"}),
-        ("ours int8, calibrated", {"dtype": "int8", "calibration": calibration}),
-    ):
-        fast = pruned_ops.optimize(copy.deepcopy(model), **arguments)
-        scores = evaluation.evaluate(fast, thresholds)
-        encoder = fast.base_model.encoder
-        row(
-            runner,
-            cpu_rivals.hf(fast, [], Path()),
-            f1=scores.f1,
-            f1_span=scores.f1_span,
-            int8_linears=len(encoder.int8_linears),
-            linears=len(encoder.linear_names),
-        )
+    rows = [row(runner, run, facts) for runner, run, facts in ours(model, checkpoint, data, evaluation)]
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             try:
-                row(name, cpu_rivals.build(name, model, real, Path(folder)))
-            except cpu_rivals.Refused as reason:
+                rows.append(row(name, build_cpu_rival(name, model, real, Path(folder)), {}))
+            except Refused as reason:
                 print(f"{name} is left out: {reason}")
-    return made
+    return rows
 
 
-def main() -> None:
+def ours(model: Any, checkpoint: str, data: Path, evaluation: Questions) -> Iterator[tuple[str, Run, Row]]:
+    """Name, runner and scores of our runtime in each precision."""
+    thresholds = prepared(data / "validation.json", checkpoint).best_thresholds(model)
+    calibration = batches(prepared(data / "train.json", checkpoint, 2000), model, CALIBRATION)
+    precisions: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("ours fp32", {}),
+        ("ours int8", {"dtype": "int8"}),
+        ("ours int8, calibrated", {"dtype": "int8", "calibration": calibration}),
+    )
+    for runner, arguments in precisions:
+        fast = pruned_ops.optimize(copy.deepcopy(model), **arguments)
+        scores = evaluation.evaluate(fast, thresholds)
+        encoder = fast.base_model.encoder
+        counts = {"int8_linears": len(encoder.int8_linears), "linears": len(encoder.linear_names)}
+        yield runner, forward(fast), {"f1": scores.f1, "f1_span": scores.f1_span, **counts}
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoints", nargs="+")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="fine-tuned or pruned models")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with train.json, validation.json, eval.json"
     )
-    parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
-    parser.add_argument("--out", type=Path, help="CSV (default: benchmarks/results/)")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--rivals", nargs="*", default=list(RIVALS), choices=RIVALS,
+        help="runtimes to compare with; without names, none (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, help="CSV to write (default: in benchmarks/results/, named after the machine)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
     logging.set_verbosity_error()
-    made = [row for one in arguments.checkpoints for row in measure(one, arguments.data, arguments.rivals)]
+    rows = [
+        row
+        for checkpoint in arguments.checkpoints
+        for row in measure(checkpoint, arguments.data, arguments.rivals)
+    ]
     table = Table("checkpoint", "runner", "F1", "span F1", "int8 linears", "cosine to fp32")
-    for one in made:
-        shown = (f"{one[key]:.2f}" if key in one else "-" for key in ("f1", "f1_span"))
-        linears = f"{one['int8_linears']} of {one['linears']}" if "linears" in one else "-"
-        table.add_row(one["checkpoint"], one["runner"], *shown, linears, f"{one['cosine']:.6f}")
+    for row in rows:
+        scores = (f"{row[key]:.2f}" if key in row else "-" for key in ("f1", "f1_span"))
+        linears = f"{row['int8_linears']} of {row['linears']}" if "linears" in row else "-"
+        table.add_row(row["checkpoint"], row["runner"], *scores, linears, f"{row['cosine']:.6f}")
     Console().print(table)
     out = arguments.out or harness.result_path("int8", "cpu")
-    harness.write_rows(out, made)
+    harness.write_rows(out, rows)
     print(f"written to {out}")
 
 

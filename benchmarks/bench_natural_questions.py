@@ -1,9 +1,9 @@
-"""Documents a second on Natural Questions: the packed runtime beside Hugging Face's, padded.
+"""Documents a second on Natural Questions: our packed runtime beside Hugging Face's padded one.
 
-All windows of a document are one batch, as both would be given them; the same documents, in turn, in rounds.
-Hugging Face's dense model is its own BertModel or RobertaModel (attention in eager mode, and sdpa) under the
+All windows of a document are one batch, and all runners take turns on the same documents, in rounds. Hugging
+Face's dense model is its own BertModel or RobertaModel (with eager attention, and with sdpa) under the
 checkpoint's heads; it cannot hold a pruned encoder, which runs in plain PyTorch with sdpa instead. Peak
-memory is that of a process of its own for each.
+memory is measured in a process of its own for each.
 Usage: python benchmarks/bench_natural_questions.py DENSE PRUNED --data NATURAL_QUESTIONS/eval.jsonl.gz
 """
 
@@ -13,9 +13,7 @@ import argparse
 import gc
 import multiprocessing
 import random
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +28,7 @@ from transformers.utils import logging
 
 import harness
 import pruned_ops
+from harness import Row
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.heads import NaturalQuestionsOutput, load_natural_questions
@@ -40,17 +39,17 @@ from pruned_trainer.tasks.natural_questions.documents import Document, read_docu
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
 from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut_document, located, with_markers
 from pruned_trainer.training.batches import pad_batch
-from rivals import cpu as cpu_rivals
-from whole_models import memory
+from rivals.rival import Run, compare_logits, forward
+from whole_models.memory import megabytes
 
-# The first of each model's is padded, with sdpa: what the others' logits, and times, are held against.
+# The first runtime of each model is padded, with sdpa: the others' logits and times are compared with it.
 RUNTIMES = {
     "dense": ("hf-sdpa", "hf-eager", "ours", "ours-int8"),
     "pruned": ("torch-sdpa", "ours", "ours-int8"),
 }
 BASELINE = "hf-eager dense"
 MAX_LENGTH, STRIDE = 384, 128
-# Writing 5 there makes the present memory the peak.
+# Writing 5 to it makes the present memory the peak.
 CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -75,7 +74,7 @@ class HuggingFace(nn.Module):
 
 @dataclass(frozen=True)
 class Pages:
-    """Documents with their windows. seconds: a document's tokenising and cutting, the median."""
+    """Documents with their windows. seconds: the median time to tokenise a document and cut it up."""
 
     documents: list[Document]
     windows: list[list[NqWindow]]
@@ -84,8 +83,8 @@ class Pages:
     @classmethod
     def read(cls, data: Path, checkpoint: str, number: int) -> Pages:
         """`number` documents of the file, drawn with seed 0."""
-        found = list(read_documents([data]))
-        chosen = random.Random(0).sample(found, min(number, len(found)))
+        documents = list(read_documents([data]))
+        chosen = random.Random(0).sample(documents, min(number, len(documents)))
         tokenizer, windows, seconds = with_markers(load_tokenizer(checkpoint)), [], []
         for document in chosen:
             start = time.perf_counter()
@@ -99,7 +98,7 @@ class Pages:
         return Workload("document", tuple(tuple(map(len, windows)) for windows in self.windows))
 
     def inputs(self, pad_token_id: int) -> list[dict[str, Tensor]]:
-        """A padded batch a document."""
+        """A padded batch for each document."""
         features = [
             [
                 {"input_ids": w.input_ids, "token_type_ids": w.token_type_ids, "attention_mask": [1] * len(w)}
@@ -107,7 +106,7 @@ class Pages:
             ]
             for windows in self.windows
         ]
-        return [pad_batch(one, pad_token_id) for one in features]
+        return [pad_batch(windows, pad_token_id) for windows in features]
 
 
 def load(checkpoint: str, runtime: str) -> Any:
@@ -123,7 +122,7 @@ def load(checkpoint: str, runtime: str) -> Any:
 
 
 def peak(checkpoint: str, runtime: str, inputs: Sequence[dict[str, Tensor]], threads: int) -> float:
-    """MiB resident at most, in this process, while the loaded model runs once on every document."""
+    """The most MiB resident in this process while the loaded model runs once on every document."""
     torch.set_num_threads(threads)
     model = load(checkpoint, runtime)
     gc.collect()
@@ -131,7 +130,7 @@ def peak(checkpoint: str, runtime: str, inputs: Sequence[dict[str, Tensor]], thr
     with torch.inference_mode():
         for batch in inputs:
             model(**batch)
-    return memory.megabytes("VmHWM")
+    return megabytes("VmHWM")
 
 
 def peak_apart(checkpoint: str, runtime: str, inputs: Sequence[dict[str, Tensor]]) -> float:
@@ -140,16 +139,16 @@ def peak_apart(checkpoint: str, runtime: str, inputs: Sequence[dict[str, Tensor]
         return pool.submit(peak, checkpoint, runtime, inputs, torch.get_num_threads()).result()
 
 
-def checked(name: str, runners: dict[str, cpu_rivals.Run], inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """How far a runner's logits are off the padded model's; ValueError where that is no rounding."""
+def checked(name: str, runners: dict[str, Run], inputs: list[dict[str, Tensor]]) -> Row:
+    """How far a runner's logits are from the padded model's; ValueError where it is more than rounding."""
     runtime, model = name.split()
     precision = "int8" if runtime == "ours-int8" else "fp32"
     padded = runners[f"{RUNTIMES[model][0]} {model}"]
-    return {"precision": precision, **cpu_rivals.compared(runners[name], padded, inputs[:3], precision)}
+    return {"precision": precision, **compare_logits(runners[name], padded, inputs[:3], precision)}
 
 
 def decoding_seconds(pages: Pages, model: Any) -> float:
-    """A document's decoding, the median."""
+    """The median time to decode a document's answer."""
     seconds = []
     for windows in pages.windows:
         with torch.inference_mode():
@@ -160,8 +159,8 @@ def decoding_seconds(pages: Pages, model: Any) -> float:
     return statistics.median(seconds)
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a runner."""
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """A row for each runner."""
     checkpoints = {"dense": arguments.dense, "pruned": arguments.pruned}
     pages = Pages.read(arguments.data, arguments.dense, arguments.documents)
     models = {
@@ -171,17 +170,17 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if runtime != "ours-int8"
         or refuse_encoder(load_natural_questions(checkpoint).base_model, int8=True) is None
     }
-    runners = {name: cpu_rivals.hf(model, [], Path()) for name, model in models.items()}
+    runners = {name: forward(model) for name, model in models.items()}
     inputs = pages.inputs(models["ours dense"].config.pad_token_id)
-    more = {name: checked(name, runners, inputs) for name in runners}
+    facts = {name: checked(name, runners, inputs) for name in runners}
     for name in runners:
         runtime, model = name.split()
-        more[name]["peak_mib"] = round(peak_apart(checkpoints[model], runtime, inputs), 1)
+        facts[name]["peak_mib"] = round(peak_apart(checkpoints[model], runtime, inputs), 1)
     decoding = decoding_seconds(pages, models["ours pruned"])
     timings = harness.interleaved(runners, pages.workload, inputs, arguments.rounds)
     for name, timing in timings.items():
         model = name.split()[1]
-        more[name] |= {
+        facts[name] |= {
             "documents": len(inputs),
             "padded_tokens": sum(batch["input_ids"].numel() for batch in inputs),
             "documents_per_s": round(len(inputs) / statistics.median(timing.seconds), 3),
@@ -192,19 +191,18 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "cutting_ms": round(1000 * pages.seconds, 2),
             "decoding_ms": round(1000 * decoding, 2),
             "data": arguments.data.name,
-            "command": shlex.join(["python", *sys.argv]),
         }
-    return harness.rows(timings, BASELINE, more)
+    return harness.rows(timings, BASELINE, facts)
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The rows as a Markdown table, and what they were measured on."""
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The rows as a Markdown table, then the documents and the machine that they were measured on."""
     first = rows[0]
     columns = (
         "runner", "documents/s", "ms a document, p50 (p20-p80)", f"against {BASELINE}",
         "against hf-sdpa dense", "against itself, padded", "largest logit error", "peak MiB",
     )  # fmt: skip
-    made = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    shown = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     for row in rows:
         ratios = ("speedup_vs_rival", "speedup_vs_hf_sdpa_dense", "speedup_vs_itself_padded")
         cells = (
@@ -212,10 +210,10 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{row['ms_p50']:.1f} ({row['ms_p20']:.1f}-{row['ms_p80']:.1f})",
             *(f"{row[name]:.2f}x" for name in ratios), f"{row['max_error']:.1e}", f"{row['peak_mib']:.0f}",
         )  # fmt: skip
-        made.append(f"| {' | '.join(cells)} |")
+        shown.append(f"| {' | '.join(cells)} |")
     padded = first["padded_tokens"] / first["real_tokens"]
     return [
-        *made, "",
+        *shown, "",
         f"{first['documents']} documents of {first['data']} (seed 0), {first['sequences']} windows, each "
         f"document's in a batch: {first['real_tokens']:,} tokens a round, {padded:.2f}x with padding. The "
         f"model alone: tokenising and cutting a document takes {first['cutting_ms']} ms, decoding "
@@ -226,23 +224,31 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dense", metavar="DENSE", help="a dense Natural Questions checkpoint")
-    parser.add_argument("pruned", metavar="PRUNED", help="what was pruned from it")
+    parser.add_argument("pruned", metavar="PRUNED", help="a checkpoint that was pruned from it")
     parser.add_argument("--data", type=Path, required=True, help="Natural Questions JSONL")
-    parser.add_argument("--documents", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--out", type=Path, help="CSV (default: benchmarks/results/, named after the machine)"
+        "--documents", type=int, default=24, help="how many are drawn from it (default: %(default)s)"
     )
-    arguments = parser.parse_args(argv)
-    made = measure(arguments)
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="times that every runner runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="CSV to write (default: in benchmarks/results/, named after the machine)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parsed(argv)
+    rows = measure(arguments)
     out = arguments.out or harness.result_path("natural-questions-speed", "cpu")
-    harness.write_rows(out, made)
-    text = "\n".join(lines(made))
+    harness.write_rows(out, rows)
+    text = "\n".join(lines(rows))
     out.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
     print(f"{text}\nwritten to {out} and {out.with_suffix('.md').name}")
 

@@ -1,8 +1,8 @@
-"""What an FFN width off the multiples of 16 and 32 costs on a CPU: six FFN parts in one call.
+"""What an FFN width costs on a CPU that is not a multiple of 16 or 32: six FFN parts in one call.
 
+Prints, for batches of 1 and 8 sequences of 128 tokens, milliseconds, and the time per unit of width over that
+of the middle width: the median of the rounds' ratios, widths interleaved.
 Usage: python benchmarks/bench_widths.py [--hidden 384] [--around 768] [--rounds 200]
-Prints, for batches of 1 and 8 sequences of 128 tokens, milliseconds and the time per unit of width against
-the middle width's: the median of the rounds' ratios, widths interleaved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OFFSETS = (-16, -8, -4, -1, 0, 1, 4, 8, 15, 16, 24, 32)
 
 
 def runner(width: int, hidden: int, lengths: tuple[int, ...]) -> Runner:
-    """Parts of this width over a packed batch, on random weights."""
+    """A runner of FFN parts of this width over a packed batch, on random weights."""
     weights: list[Tensor] = []
     for _ in range(PARTS):
         up, down = torch.randn(width, hidden) * 0.05, torch.randn(hidden, width) * 0.05
@@ -39,9 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--around", type=int, default=768, help="the middle width")
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--hidden", type=int, default=384, help="the hidden size (default: %(default)s)")
+    parser.add_argument("--around", type=int, default=768, help="the middle width (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=200, help="times that every width runs (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     console = Console()
     stamp = harness.stamp()

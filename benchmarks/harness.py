@@ -1,7 +1,7 @@
-"""What every benchmark shares: interleaved timing (pruned_ops.measure) written as self-contained CSV rows,
-and the machine's ceilings.
+"""What every benchmark shares: interleaved timing, self-contained CSV rows, and the machine's ceilings.
 
-A row names its machine, versions, workload and runner; nothing is left to the file's name or to memory.
+A row names its command, machine, versions, workload and runner; nothing is left to the file's name or to
+memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import datetime
 import re
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +25,7 @@ from pruned_ops.measure.timing import Runner, Timing, Workload, event_seconds, i
 # A line of a result file: the name of a column -> its value.
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-# Besides those that pruned_ops.measure names: the packages of the rivals.
+# The packages of the rivals, whose versions stand beside those that pruned_ops.measure names.
 RIVAL_PACKAGES = (
     *("onnx", "onnxruntime", "openvino", "nncf", "ctranslate2"),
     *("onnxruntime-gpu", "flash-attn", "torch-tensorrt"),
@@ -46,15 +48,15 @@ def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def _best(work: Callable[[], Any], device: str, times: int = 40) -> float:
-    """Least seconds of several runs."""
-    found = []
+    """The least seconds of several runs."""
+    seconds = []
     for _ in range(times):
         start = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def interleaved(
@@ -64,8 +66,8 @@ def interleaved(
     rounds: int,
     device: str = "cpu",
 ) -> dict[str, Timing]:
-    """pruned_ops.measure.interleave with an untimed rest of REST seconds after each runner; on a GPU without,
-    and by its events."""
+    """pruned_ops.measure.interleave with an untimed rest of REST seconds after each runner; on a GPU without
+    a rest, and timed by the GPU's events."""
     if device == "cuda":
         return interleave(runners, workload, inputs, rounds, warmup=3, seconds=event_seconds)
     spaced: dict[str, Runner] = {}
@@ -77,16 +79,18 @@ def interleaved(
 
 def rows(
     timings: Mapping[str, Timing], first_rival: str, extra: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """One row a runner: milliseconds per batch, sequences and real tokens per second, ratio to `first_rival`.
+) -> list[Row]:
+    """A row for each runner: milliseconds per batch, sequences and real tokens per second, and how many times
+    as fast as `first_rival` it is.
 
     speedup_vs_rival is the median over rounds of (rival's seconds / this runner's), from the same rounds.
+    extra: more fields for each runner's row.
     """
-    where = stamp()
-    made = []
+    origin = stamp()
+    lines = []
     for name, timing in timings.items():
         workload = timing.workload
-        made.append(
+        lines.append(
             {
                 "workload": workload.name,
                 "runner": name,
@@ -99,15 +103,16 @@ def rows(
                 "speedup_vs_rival": round(timing.speedup_over(timings[first_rival]), 3),
                 "rounds": len(timing.seconds),
                 **extra.get(name, {}),
-                **where,
+                **origin,
             }
         )
-    return made
+    return lines
 
 
-def stamp() -> dict[str, Any]:
-    """When and where a row was measured: date, machine, versions."""
+def stamp() -> Row:
+    """When, where and how a row was measured: its command, date, machine and versions."""
     return {
+        "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
         **{f"machine_{key}": value for key, value in machine().items()},
         **{f"version_{key}": value for key, value in (versions() | rival_versions()).items()},
@@ -116,18 +121,18 @@ def stamp() -> dict[str, Any]:
 
 def rival_versions() -> dict[str, str | None]:
     """Versions of the rivals' packages; None where one is not installed."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for package in RIVAL_PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def best_rival(timings: Mapping[str, Timing], name: str, others: Sequence[str]) -> dict[str, Any]:
     """The fastest of `others` by the median, and how many times as fast as it `name` is: the median of the
-    rounds' ratios. Nothing where there are no others."""
+    rounds' ratios. It is empty where there are no others."""
     if not others:
         return {}
     best = min(others, key=lambda other: timings[other].ms(50))

@@ -1,6 +1,7 @@
-"""The host's share: ops, packing, a replay and a whole call at sizes whose arithmetic takes next to no time.
+"""The host's share of the time: ops, packing, a replay and a whole call at sizes that need next to no
+arithmetic.
 
-Run by `make overhead`, which compares with the last run on this machine.
+`make overhead` runs this, and compares it with the last run on this machine.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def test_encoder(benchmark: Any, layers: int) -> None:
 
 
 def test_packing(benchmark: Any) -> None:
-    """The mask's lengths, and rows out of a padded batch and back."""
+    """A batch is made from a mask, and rows are packed and unpacked."""
     mask, padded = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.randn(2, 3, HIDDEN)
 
     def both() -> None:
@@ -58,7 +59,12 @@ def test_packing(benchmark: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["hf", "ours"])
 def test_whole_call(benchmark: Any, kind: str) -> None:
-    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 6, "num_attention_heads": 1, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 1,
+        "intermediate_size": 16,
+    }
     model: Any = BertForQuestionAnswering(BertConfig(**sizes)).eval()
     if kind == "ours":
         model = pruned_ops.optimize(model)
@@ -68,7 +74,7 @@ def test_whole_call(benchmark: Any, kind: str) -> None:
 
 
 class Nothing:
-    """In place of CUDA graphs: launching them costs nothing, and neither does what they compute."""
+    """Stands in for CUDA graphs: neither their launch nor what they compute costs anything."""
 
     def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
         outputs = work()
@@ -81,10 +87,10 @@ class Nothing:
         pass
 
 
-@pytest.mark.parametrize("what", ["replay", "call"])
-def test_engine(benchmark: Any, what: str) -> None:
-    """What a replay costs the host beside the launch, and what a whole call does: 24 layers, a text of 8."""
-    sizes = {
+@pytest.mark.parametrize("part", ["replay", "call"])
+def test_engine(benchmark: Any, part: str) -> None:
+    """A replay's cost on the host apart from the launch, or a whole call's: 24 layers, a text of 8 tokens."""
+    sizes: dict[str, Any] = {
         "hidden_size": HIDDEN,
         "num_hidden_layers": 24,
         "num_attention_heads": 1,
@@ -96,7 +102,7 @@ def test_engine(benchmark: Any, what: str) -> None:
     ids = torch.ones(1, 8, dtype=torch.long)
     batch = PackedBatch.from_mask(None, 1, 8, ids.device)
     with torch.inference_mode():
-        if what == "replay":
+        if part == "replay":
             benchmark(encoder.engine.run, [ids[0]] * 3, batch, encoder.heads[0])
         else:
             benchmark(model, input_ids=ids, attention_mask=torch.ones_like(ids))

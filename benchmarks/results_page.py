@@ -26,14 +26,12 @@ from whole_models.first_result import FirstResult
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- From benchmarks/results by `make results`; edits here are lost. -->"
 END = "<!-- Here it ends. -->"
-# How the rows of older files were made, which do not say so themselves.
+# The commands of two files from before rows named theirs; each goes when its file is measured anew.
 COMMANDS = {
-    "models": "python benchmarks/bench_models.py --dense TEACHER --pruned OUT --data SQUAD/eval.json "
-    "--rounds 5",
-    "models-random-minilm": "python benchmarks/bench_models.py --random minilm --dense TEACHER "
-    "--data SQUAD/eval.json --rivals all --quick --rounds 7",
-    "models-random-base": "python benchmarks/bench_models.py --random base --rivals all --rounds 3",
-    "int8": "python benchmarks/bench_int8.py TEACHER OUT --data SQUAD",
+    "models-amd-epyc-family-26-model-2-2t.csv": "python benchmarks/bench_models.py --dense TEACHER "
+    "--pruned OUT --data SQUAD/eval.json --rounds 5",
+    "int8-intel-r-xeon-r-processor-family-6-model-207-1t.csv": "python benchmarks/bench_int8.py TEACHER OUT "
+    "--data SQUAD",
 }
 FIGURE_BYTES = 200_000
 
@@ -46,10 +44,12 @@ def take(out: Path, results: Path, title: str) -> Path:
     kept |= {key: report[key] for key in ("command", "machine", "versions")}
     kept["questions"] = report["evaluated_on"]["questions"]
     for name in ("dense", "pruned"):
-        one = report[name]
-        kept[name] = {key: one[key] for key in ("f1", "f1_span", "macs")}
-        kept[name]["ms"] = one["workloads"][workload]["ms"]["p50"]
-    kept["pruned"]["layers"] = " ".join(f"{x['num_heads']}/{x['ffn_width']}" for x in report["shape"])
+        model = report[name]
+        kept[name] = {key: model[key] for key in ("f1", "f1_span", "macs")}
+        kept[name]["ms"] = model["workloads"][workload]["ms"]["p50"]
+    kept["pruned"]["layers"] = " ".join(
+        f"{layer['num_heads']}/{layer['ffn_width']}" for layer in report["shape"]
+    )
     kept |= {key: report[key] for key in report if re.fullmatch(r"f1(_span)?_loss(_interval)?", key)}
     kept |= {
         "target": report["target"]["asked"],
@@ -62,13 +62,13 @@ def take(out: Path, results: Path, title: str) -> Path:
 
 
 def result_table(kept: dict[str, Any]) -> list[str]:
-    """What one run of the pruner gave."""
+    """One run of the pruner: the dense model beside the pruned one."""
     dense, pruned = kept["dense"], kept["pruned"]
 
     def scores(label: str, key: str, first: bool) -> str:
         low, high = kept[f"{key}_loss_interval"]
-        of = "95% interval of the difference: " if first else ""
-        change = f"{-kept[f'{key}_loss']:+.2f} ({of}{-high:+.2f} to {-low:+.2f})"
+        words = "95% interval of the difference: " if first else ""
+        change = f"{-kept[f'{key}_loss']:+.2f} ({words}{-high:+.2f} to {-low:+.2f})"
         return f"| {label} | {dense[key]:.2f} | {pruned[key]:.2f} | {change} |"
 
     batch = kept["workload"].rpartition("-b")[2]
@@ -87,10 +87,9 @@ def result_table(kept: dict[str, Any]) -> list[str]:
 
 def taken(results: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Runs of the pruner that were kept, the newest first."""
-    read = [
-        (path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(results.glob("prune-*.json"))
-    ]
-    return sorted(read, key=lambda one: one[1]["date"], reverse=True)
+    paths = sorted(results.glob("prune-*.json"))
+    runs = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return sorted(runs, key=lambda run: run[1]["date"], reverse=True)
 
 
 def with_first_result(readme: str, results: Path) -> str:
@@ -111,7 +110,7 @@ def page(results: Path) -> str:
         "# Results",
         "",
         "Made by `make results` from the files in [results](results), never edited. Each benchmark keeps its "
-        "newest numbers for each kind of machine; what loses is here too.",
+        "newest numbers for each kind of machine, losses included.",
         "",
         *_pruned(results),
         *_studies(results),
@@ -140,21 +139,27 @@ def _pruned(results: Path) -> list[str]:
 
 
 def _studies(results: Path) -> list[str]:
-    found = [
-        path for path in sorted(results.glob("study-*.csv")) if not path.name.startswith("study-timings-")
+    paths = study_files(results)
+    if not paths:
+        return []
+    lines = [
+        "## The paper's study on SQuAD 2.0 data",
+        "",
+        "The paper is McCarley, Chakravarti, Sil, arXiv 1910.06360. Span F1 is the F1 of the best span on "
+        "the answerable questions, without the null option. On this data a model that always answers "
+        "nothing scores about 50 F1, so F1 alone hides damage. The null threshold is chosen for each model "
+        "on the validation questions.",
+        "",
     ]
-    lines = ["## The paper's study on SQuAD 2.0 data", ""] if found else []
-    if found:
-        lines += [
-            "McCarley, Chakravarti, Sil, arXiv 1910.06360. Span F1 is that of the best span on the "
-            "answerable questions, without the null option: on this data answering nothing scores about 50 "
-            "F1, so F1 alone hides damage. The null threshold is chosen for each model on the validation "
-            "questions.",
-            "",
-        ]
-    for path in found:
+    for path in paths:
         lines += section(Results(path))
     return lines
+
+
+def study_files(results: Path) -> list[Path]:
+    """The CSVs of studies, without those of their timings."""
+    paths = sorted(results.glob("study-*.csv"))
+    return [path for path in paths if not path.name.startswith("study-timings-")]
 
 
 def _machine(row: Row) -> str:
@@ -164,25 +169,33 @@ def _machine(row: Row) -> str:
     )
 
 
-def _source(path: Path, row: Row, kind: str) -> str:
-    command = row.get("command") or COMMANDS.get(kind, "")
+def _source(path: Path, row: Row) -> str:
+    """Where a file's numbers come from: machine, torch, date, command, and the files themselves."""
+    command = row.get("command") or _command_in(path.with_suffix(".md")) or COMMANDS.get(path.name)
     files = [path.with_suffix(kind) for kind in (".csv", ".md", ".png")]
-    links = [f"[{one.name}](results/{one.name})" for one in files if one.is_file()]
-    said = f"; `{command}`" if command else ""
-    return f"{_machine(row)}; torch {row['version_torch']}; {row['date']}{said}: {', '.join(links)}."
+    links = [f"[{file.name}](results/{file.name})" for file in files if file.is_file()]
+    shown = f"; `{command}`" if command else ""
+    return f"{_machine(row)}; torch {row['version_torch']}; {row['date']}{shown}: {', '.join(links)}."
 
 
-def _kind(path: Path, known: Sequence[str]) -> str:
-    """Which of the known benchmarks wrote the file: the longest name that it begins with."""
-    return max((name for name in known if path.name.startswith(f"{name}-")), key=len, default="")
+def _command_in(page: Path) -> str | None:
+    """The command that ends a benchmark's own page, where there is such a page."""
+    commands = re.findall(r"`(python [^`]+)`$", page.read_text("utf-8"), re.M) if page.is_file() else []
+    return commands[-1] if commands else None
 
 
 def _models(results: Path) -> list[str]:
-    lines = ["## Whole models", ""]
+    lines = [
+        "## Whole models",
+        "",
+        "Times as fast: the median over the rounds of the ratio of both runners' seconds in one round. It "
+        "may differ a little from the ratio of the medians beside it.",
+        "",
+    ]
     for path in sorted(results.glob("models-*.csv")):
         rows = read_rows(path)
         timed = [row for row in rows if "ms_p50" in row]
-        lines += [_source(path, rows[0], _kind(path, list(COMMANDS))), ""]
+        lines += [_source(path, rows[0]), ""]
         lines += (
             _against_rivals(timed) if any("best_rival" in row for row in timed) else _against_first(timed)
         )
@@ -190,38 +203,37 @@ def _models(results: Path) -> list[str]:
 
 
 def _against_first(rows: Sequence[Row]) -> list[str]:
-    """Files without a best rival: every runner against the first."""
+    """Every runner compared with the first, for files without a best rival."""
     lines = [
         [row["workload"], row["runner"], f"{row['ms_p50']:.1f}", f"{row['sequences_per_s']:.1f}",
          f"{row['speedup_vs_rival']:.2f}x"]
         for row in rows
     ]  # fmt: skip
-    return table(["workload", "runner", "ms a batch", "sequences/s", f"against {rows[0]['rival']}"], lines)
+    header = ["workload", "runner", "ms a batch", "sequences/s", f"times as fast as {rows[0]['rival']}"]
+    return table(header, lines)
 
 
 def _against_rivals(rows: Sequence[Row]) -> list[str]:
     """Ours beside the fastest rival of the same precision, for each workload and model; then the losses."""
+    by_runner = {(row["workload"], row["model"], row["runner"]): row for row in rows}
     ours = [row for row in rows if "best_rival" in row and str(row["runtime"]).startswith("ours")]
     lines, lost = [], []
     for row in ours:
         ratio, rival = row["speedup_vs_best_rival"], row["best_rival"].rsplit(" ", 1)[0]
-        same = (row["workload"], row["model"])
-        best = next(
-            x for x in rows if (x["workload"], x["model"]) == same and x["runner"] == row["best_rival"]
-        )
-        cells = [f"{row['ms_p50']:.1f}", f"{best['ms_p50']:.1f}", rival, f"{ratio:.2f}x"]
+        best = by_runner[row["workload"], row["model"], row["best_rival"]]
+        cells = [f"{row['ms_p50']:.1f}", rival, f"{best['ms_p50']:.1f}", f"{ratio:.2f}x"]
         lines.append([row["workload"], row["model"], row["runtime"], *cells])
         if ratio < 1:
             lost.append(
                 f"{row['runtime']} {row['model']} on {row['workload']} against {rival} ({ratio:.2f}x)"
             )
-    header = ["workload", "model", "runtime", "ms a batch", "the best rival's", "which", "times as fast"]
-    said = (
+    header = ["workload", "model", "runtime", "ms a batch", "best rival", "its ms a batch", "times as fast"]
+    summary = (
         f"Slower than a rival in {len(lost)} of {len(lines)}: {'; '.join(lost)}."
         if lost
-        else "Nothing is lost."
+        else "Faster than every rival in all rows."
     )
-    return [*table(header, lines), said, ""]
+    return [*table(header, lines), summary, ""]
 
 
 def _int8(results: Path) -> list[str]:
@@ -234,18 +246,18 @@ def _int8(results: Path) -> list[str]:
             for row in rows
         ]
         header = ["checkpoint", "runner", "F1", "span F1", "cosine to fp32"]
-        lines += [_source(path, rows[0], "int8"), "", *table(header, cells)]
+        lines += [_source(path, rows[0]), "", *table(header, cells)]
     return ["## int8: what it costs in answers", "", *lines] if lines else []
 
 
 def _others(results: Path) -> list[str]:
-    """Files of benchmarks that this page has no table for: what they wrote for readers themselves."""
+    """The files of other benchmarks, with the pages that they wrote for readers themselves."""
     shown = ("study", "models", "int8", "prune")
     lines = []
     for path in sorted(results.glob("*.csv")):
         if path.name.split("-")[0] in shown:
             continue
-        lines += [f"### {path.stem}", "", _source(path, read_rows(path)[0], ""), ""]
+        lines += [f"### {path.stem}", "", _source(path, read_rows(path)[0]), ""]
         if path.with_suffix(".md").is_file():
             text = path.with_suffix(".md").read_text(encoding="utf-8")
             lines += [re.sub(r"^#", "####", text, flags=re.M).rstrip(), ""]
@@ -253,11 +265,9 @@ def _others(results: Path) -> list[str]:
 
 
 def draw_figures(results: Path) -> list[Path]:
-    """The studies' figures, beside their CSVs; ValueError for one that is too large to keep."""
+    """Draw the studies' figures, beside their CSVs; ValueError for one that is too large to keep."""
     drawn = []
-    for path in sorted(results.glob("study-*.csv")):
-        if path.name.startswith("study-timings-"):
-            continue
+    for path in study_files(results):
         for figure in figures(Results(path)):
             if len(figure.png) > FIGURE_BYTES:
                 raise ValueError(f"{figure.name} has {len(figure.png)} bytes; {FIGURE_BYTES} are the limit")
@@ -269,11 +279,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--take", type=Path, metavar="OUT", help="a folder that pruned-trainer prune wrote")
-    parser.add_argument("--title", default="a pruned model", help="of what --take takes: model and data")
-    told = parser.parse_args()
-    if told.take:
-        print(f"written: {take(told.take, harness.RESULTS, told.title)}")
+    parser.add_argument(
+        "--take",
+        type=Path,
+        metavar="OUT",
+        help="keep the numbers of this folder, which pruned-trainer prune wrote",
+    )
+    parser.add_argument(
+        "--title", default="a pruned model", help="names model and data of --take (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    if arguments.take:
+        print(f"written: {take(arguments.take, harness.RESULTS, arguments.title)}")
     written = draw_figures(harness.RESULTS)
     readme, here = ROOT / "README.md", Path(__file__).with_name("README.md")
     first_result.draw(FirstResult.read(harness.RESULTS), ROOT / first_result.PICTURE)

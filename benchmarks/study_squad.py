@@ -1,9 +1,9 @@
-"""The paper's comparison on SQuAD 2.0 data with one teacher: ways to choose, the rows of its table, gates on
-hidden dimensions, the joint recipe beside the paper's. See benchmarks/README.md for what came out.
+"""The paper's comparison on SQuAD 2.0 data with one teacher: four ways to choose, the rows of its table,
+gates on hidden dimensions, the joint recipe beside the paper's. Its results are in benchmarks/README.md.
 
-Stopped (Ctrl-C, SIGTERM, --max-minutes) it goes on with the same command: finished pieces are on disk, a
-training goes on from its last checkpoint. Usage: python benchmarks/study_squad.py --profile cpu
---data SQUAD_FOLDER --model TEACHER
+A study that was stopped (Ctrl-C, SIGTERM, --max-minutes) goes on with the same command: finished pieces are
+on disk, and a training goes on from its last checkpoint.
+Usage: python benchmarks/study_squad.py --profile cpu --data SQUAD_FOLDER --model TEACHER
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from study.rows import HIDDEN_MULTIPLES, HIDDEN_ROW, TABLE, curve_point, joint_r
 from study.timings import timings
 
 PARTS = ("curves", "rows", "recipes", "hidden", "timings")
-# Batch sizes that are timed: the default workload's, and the paper's.
+# The batch sizes that are timed: the default workload's and the paper's.
 TIMED = (8, 1)
 PROFILES = {
     # An hour or two of one core. The gates see 1,600 windows where the paper's see 130,000 questions: few and
@@ -50,7 +50,7 @@ Unit = tuple[str, str, Callable[[], Row]]
 
 
 def units(study: Study) -> Iterator[Unit]:
-    """(part, name, work) of everything that makes rows, in the order in which it is done."""
+    """The part, name and work of every piece that makes rows, in the order in which they are done."""
     profile = study.profile
     for seed in profile.seeds:
         for part in ("heads", "ffn"):
@@ -69,6 +69,7 @@ def units(study: Study) -> Iterator[Unit]:
 
 
 def _beside_e(study: Study, seed: int) -> Row:
+    """The joint recipe at the size of row e."""
     like = study.once(f"row-e-seed{seed}", partial(table_row, study, seed, "e", TABLE["e"]))
     return joint_row(study, seed, like["rows"][0])
 
@@ -80,8 +81,8 @@ def run(
     command: str = "",
     until: float = float("inf"),
 ) -> list[Path]:
-    """Do what is not done of these parts, writing the CSV after each piece; the CSVs. until: no piece begins
-    after this time (of time.monotonic)."""
+    """Do the unfinished pieces of these parts, and write the CSV after each. Returns the CSVs' paths. until:
+    no piece begins after this time (of time.monotonic)."""
     if set(parts) == {"timings"}:
         return [_time(study, results, command)]
     written = [_write(study, results, command)]
@@ -99,22 +100,22 @@ def run(
 
 
 def _write(study: Study, results: Path, command: str) -> Path:
-    """All rows there are, and a line for each piece that is not finished. ValueError where the CSV has rows
-    that this study's folder lacks: they would be lost."""
-    made: list[Row] = []
+    """Write all finished rows, and a line for each unfinished piece. ValueError where the CSV has rows that
+    this study's folder lacks, because they would be lost."""
+    rows: list[Row] = []
     for part, name, _ in units(study):
         record = study.finished(name)
         about = {"part": part, "unit": name, "finished": record is not None, **study.profile.seen()}
-        made += [{**about, **row, **_stamp(record)} for row in record["rows"]] if record else [about]
+        rows += [{**about, **row, **_stamp(record)} for row in record["rows"]] if record else [about]
     path = _path(results, "study", study)
-    there = {row["unit"] for row in read_rows(path) if row["finished"] == "True"} if path.is_file() else set()
-    lost = sorted(there - {row["unit"] for row in made if row["finished"]})
+    kept = {row["unit"] for row in read_rows(path) if row["finished"] == "True"} if path.is_file() else set()
+    lost = sorted(kept - {row["unit"] for row in rows if row["finished"]})
     if lost:
         raise ValueError(
             f"{path} has {lost[0]}, which {study.work} does not; give that study's --work, or other --results"
         )
     harness.write_rows(
-        path, [{**row, "command": command, "model": Path(study.job.settings.model).name} for row in made]
+        path, [{**row, "command": command, "model": Path(study.job.settings.model).name} for row in rows]
     )
     return path
 
@@ -123,21 +124,21 @@ def _stamp(record: Row) -> Row:
     return {key: value for key, value in record.items() if key != "rows"}
 
 
-def _path(results: Path, what: str, study: Study) -> Path:
-    return results / harness.result_path(f"{what}-{study.profile.name}").name
+def _path(results: Path, kind: str, study: Study) -> Path:
+    return results / harness.result_path(f"{kind}-{study.profile.name}").name
 
 
 def _time(study: Study, results: Path, command: str) -> Path:
-    """Time the models of all rows that are there anew: their shapes alone are needed. Rows that were made on
-    this machine, else on another; ValueError where there are none."""
-    found = [_path(results, "study", study), *sorted(results.glob(f"study-{study.profile.name}-*.csv"))]
-    source = next((path for path in found if path.is_file()), found[0])
-    there = [row for row in read_rows(source) if "layers" in row] if source.is_file() else []
-    if not there:
+    """Time the models of all finished rows anew, of which only the shapes are needed: of rows that were made
+    on this machine, or else on another. ValueError where there are none."""
+    paths = [_path(results, "study", study), *sorted(results.glob(f"study-{study.profile.name}-*.csv"))]
+    source = next((path for path in paths if path.is_file()), paths[0])
+    rows = [row for row in read_rows(source) if "layers" in row] if source.is_file() else []
+    if not rows:
         raise ValueError(f"{source} has no model to time yet")
-    more = {"study": source.name, **harness.stamp(), "note": study.note, "command": command}
+    origin = {"study": source.name, **harness.stamp(), "note": study.note, "command": command}
     path = _path(results, "study-timings", study)
-    harness.write_rows(path, [{**row, **more} for size in TIMED for row in timings(study, there, size)])
+    harness.write_rows(path, [{**row, **origin} for size in TIMED for row in timings(study, rows, size)])
     return path
 
 
@@ -146,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--profile", choices=PROFILES, required=True)
+    parser.add_argument(
+        "--profile", choices=PROFILES, required=True, help="how much is done: for a CPU or for a GPU"
+    )
     parser.add_argument(
         "--data", type=Path, default=Path(root, "data/squad2") if root else None,
         help="folder with train.json, validation.json, eval.json (default: PRUNED_OPS_DATA/data/squad2)",
@@ -156,27 +159,32 @@ def _parser() -> argparse.ArgumentParser:
         help="the teacher, which is pruned (default: PRUNED_OPS_DATA/models/minilm-l6-squad2)",
     )  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to do (default: all)")
-    parser.add_argument("--work", type=Path, help="what is kept of it (default: build/study-PROFILE)")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="where the CSVs go")
-    parser.add_argument("--max-minutes", type=float, help="begin no piece of work after this")
-    parser.add_argument("--note", default="", help="what else was going on, written beside every number")
+    parser.add_argument("--work", type=Path, help="folder of its state (default: build/study-PROFILE)")
+    parser.add_argument(
+        "--results", type=Path, default=harness.RESULTS,
+        help="folder of the CSVs (default: benchmarks/results/)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-minutes", type=float, help="begin no piece of work after that (default: no limit)"
+    )
+    parser.add_argument("--note", default="", help="the circumstances, written beside every number")
     return parser
 
 
 def main() -> None:
     begun = time.monotonic()
     parser = _parser()
-    told = parser.parse_args()
-    if told.data is None or told.model is None:
+    arguments = parser.parse_args()
+    if arguments.data is None or arguments.model is None:
         parser.error("--data and --model are needed where PRUNED_OPS_DATA does not say where they are")
     logging.set_verbosity_error()
-    work = told.work or Path("build", f"study-{told.profile}")
-    until = begun + 60 * told.max_minutes if told.max_minutes else float("inf")
-    # As one would say it elsewhere: where data and teacher lie is this machine's affair.
-    command = f"python benchmarks/study_squad.py --profile {told.profile} --data SQUAD --model TEACHER"
+    work = arguments.work or Path("build", f"study-{arguments.profile}")
+    until = begun + 60 * arguments.max_minutes if arguments.max_minutes else float("inf")
+    # Without this machine's paths, so that it can be repeated elsewhere.
+    command = f"python benchmarks/study_squad.py --profile {arguments.profile} --data SQUAD --model TEACHER"
     try:
-        study = open_study(PROFILES[told.profile], told.model, told.data, work, told.note)
-        for path in run(study, told.results, tuple(told.only), command, until):
+        study = open_study(PROFILES[arguments.profile], arguments.model, arguments.data, work, arguments.note)
+        for path in run(study, arguments.results, tuple(arguments.only), command, until):
             print(f"written: {path}")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"study_squad: {error}")

@@ -1,1 +1,1 @@
-"""What the op benchmarks share: cases, bounds, tables."""
+"""What bench_ops.py is made of: cases, bounds and tables of single ops."""

@@ -1,5 +1,5 @@
-"""What can be said of the Triton kernels without a GPU: what each op must move and compute, the least time
-that a chip's ceilings allow for it, and how the compiled kernel fills the chip. Bounds, never results."""
+"""Bounds of the Triton kernels on a machine without a GPU: the bytes and FLOP of each op, the least time that
+a chip's ceilings allow for them, and how the compiled kernel fills the chip. A bound is never a result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPE = torch.float16
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel as it would be launched: its case, and how many programs."""
+    """A kernel as it would be launched: its case, and the number of its programs."""
 
     case: ahead_of_time.Case
     programs: int
@@ -58,9 +58,9 @@ def launch_of(case: Case) -> Launch | None:
 
 
 def bounds(lengths: tuple[int, ...]) -> tuple[Table, Table]:
-    """A line an op. What it moves and computes, and the least time for it at the ceilings; then the kernel
-    that would be chosen: its tile, how many programs, and how many of them a multiprocessor holds, limited
-    by registers and shared memory."""
+    """Two tables with a line for each op: what it moves and computes, with the least time for that; and the
+    kernel that would be chosen, with its tile, the number of its programs, and how many of them registers and
+    shared memory let a multiprocessor hold."""
     title = f"an H200 in fp16, not results: {len(lengths)} sequences, {sum(lengths)} tokens"
     least = _table(f"BOUNDS for {title}", "MFLOP", "MB", "at least, us", "bound by")
     held = _table(
@@ -97,20 +97,21 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def filling(case: Case) -> tuple[str, ...]:
-    """Tile, programs, registers a thread, KiB a program, programs a multiprocessor, their warps."""
+    """The cells of a kernel: tile, programs, registers a thread, KiB a program, programs a multiprocessor,
+    and the warps of those."""
     launch = launch_of(case)
     if launch is None:
         return ("cuBLAS", "", "", "", "", "")
-    made = ahead_of_time.compiled(launch.case, TARGET)
-    programs = made.programs(launch.case.warps, TARGET)
+    kernel = ahead_of_time.compiled(launch.case, TARGET)
+    programs = kernel.programs(launch.case.warps, TARGET)
     return (
-        tile_of(launch.case), f"{launch.programs}", f"{made.registers}", f"{made.shared / 1024:.0f}",
+        tile_of(launch.case), f"{launch.programs}", f"{kernel.registers}", f"{kernel.shared / 1024:.0f}",
         f"{programs}", f"{programs * launch.case.warps}",
     )  # fmt: skip
 
 
 def tile_of(case: ahead_of_time.Case) -> str:
-    """As 128x64x64 tma, or rows x columns."""
+    """The kernel's tile: "128x64x64 tma", or rows x columns."""
     sizes = case.constants
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SEGMENT", "SEQUENCES", "ROWS", "BLOCK")
     return "x".join(str(sizes[name]) for name in names if name in sizes) + (" tma" if case.tma else "")

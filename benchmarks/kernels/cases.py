@@ -1,4 +1,4 @@
-"""What bench_ops.py times: every op of a layer at a model's sizes, and torch's own ways to compute it."""
+"""What bench_ops.py times: every op of a layer at a model's sizes, beside torch's own ways to compute it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of an encoder's layer."""
+    """The sizes of an encoder's layer."""
 
     name: str
     hidden: int
@@ -40,9 +40,11 @@ Runners = dict[str, Callable[[Any], Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one size: its runners (ours first), and what it must compute and move at least.
+    """An op at one size: its runners (ours first), and the FLOP and bytes that it must compute and move at
+    least.
 
-    shape: tokens, outputs and what each is a sum over, as the choice of a Triton kernel counts them."""
+    shape: tokens, outputs, and the number of terms that each output sums, as the choice of a Triton kernel
+    counts them."""
 
     op: str
     lengths: tuple[int, ...]
@@ -56,45 +58,52 @@ class Case:
 def cases(model: Model, lengths: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Case]:
     """The ops of a layer of `model` over a packed batch of these lengths, and the embedding."""
     torch.manual_seed(0)
-    tokens, hidden, width, ffn = sum(lengths), model.hidden, model.heads * model.head_dim, model.ffn
 
     def tensor(*size: int) -> Tensor:
         return torch.randn(*size, device=device, dtype=dtype)
 
-    norm = (tensor(hidden), tensor(hidden))
+    return [
+        _attention(model, lengths, tensor),
+        _linear_gelu(model, lengths, tensor, device),
+        _linear_add_layer_norm(model, lengths, "heads", model.heads * model.head_dim, tensor),
+        _linear_add_layer_norm(model, lengths, "ffn", model.ffn, tensor),
+        _add_layer_norm(model, lengths, tensor, device),
+        _embed_layer_norm(model, lengths, tensor, device),
+    ]
+
+
+def _linear_gelu(model: Model, lengths: tuple[int, ...], tensor: Callable[..., Tensor], device: str) -> Case:
+    tokens, hidden, ffn = sum(lengths), model.hidden, model.ffn
+    x, weight, bias = tensor(tokens, hidden), tensor(ffn, hidden), tensor(ffn)
+    return Case(
+        "linear_gelu", lengths, model.name, (tokens, ffn, hidden),
+        {
+            "ours": lambda _: pruned_ops.ops.linear_gelu(x, weight, bias),
+            **_with_compiled("torch linear, gelu", lambda: F.gelu(F.linear(x, weight, bias)), device),
+            "torch linear alone": lambda _: F.linear(x, weight, bias),
+        },
+        2.0 * tokens * hidden * ffn, x.element_size() * (tokens * (hidden + ffn) + hidden * ffn),
+    )  # fmt: skip
+
+
+def _add_layer_norm(
+    model: Model, lengths: tuple[int, ...], tensor: Callable[..., Tensor], device: str
+) -> Case:
+    tokens, hidden = sum(lengths), model.hidden
     x, bias, residual = tensor(tokens, hidden), tensor(hidden), tensor(tokens, hidden)
-    item = dtype.itemsize
-    made = [_attention(model, lengths, tensor)]
-    up, up_bias = tensor(ffn, hidden), tensor(ffn)
-    made.append(
-        Case(
-            "linear_gelu", lengths, model.name, (tokens, ffn, hidden),
-            {
-                "ours": lambda _: pruned_ops.ops.linear_gelu(x, up, up_bias),
-                **_with_compiled("torch linear, gelu", lambda: F.gelu(F.linear(x, up, up_bias)), device),
-                "torch linear alone": lambda _: F.linear(x, up, up_bias),
-            },
-            2.0 * tokens * hidden * ffn, item * (tokens * (hidden + ffn) + hidden * ffn),
-        )
+    norm = (tensor(hidden), tensor(hidden))
+    return Case(
+        "add_layer_norm", lengths, model.name, (tokens, hidden, 0),
+        {
+            "ours": lambda _: pruned_ops.ops.add_layer_norm(x, bias, residual, *norm, EPS),
+            **_with_compiled(
+                "torch adds, layer_norm",
+                lambda: F.layer_norm(x + bias + residual, (hidden,), *norm, EPS),
+                device,
+            ),
+        },
+        0.0, x.element_size() * 3.0 * tokens * hidden,
     )  # fmt: skip
-    for inner, name in ((width, "heads"), (ffn, "ffn")):
-        made.append(_linear_add_layer_norm(model, lengths, name, inner, tensor))
-    made.append(
-        Case(
-            "add_layer_norm", lengths, model.name, (tokens, hidden, 0),
-            {
-                "ours": lambda _: pruned_ops.ops.add_layer_norm(x, bias, residual, *norm, EPS),
-                **_with_compiled(
-                    "torch adds, layer_norm",
-                    lambda: F.layer_norm(x + bias + residual, (hidden,), *norm, EPS),
-                    device,
-                ),
-            },
-            0.0, item * 3.0 * tokens * hidden,
-        )
-    )  # fmt: skip
-    made.append(_embed_layer_norm(model, lengths, tensor, device))
-    return made
 
 
 def _attention(model: Model, lengths: tuple[int, ...], tensor: Callable[..., Tensor]) -> Case:
@@ -132,20 +141,20 @@ def _attention(model: Model, lengths: tuple[int, ...], tensor: Callable[..., Ten
 
 
 def _packed_attention(views: tuple[Tensor, ...], cu_seqlens: Tensor, longest: int) -> Runners:
-    """What else computes attention over packed tokens on a GPU; flash-attn where it is installed."""
+    """The other ways to compute attention over packed tokens on a GPU; flash-attn where it is installed."""
     from torch.nn.attention.varlen import varlen_attn
 
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
-    found: Runners = {"torch varlen_attn": lambda _: varlen_attn(*views, *lengths)}
+    runners: Runners = {"torch varlen_attn": lambda _: varlen_attn(*views, *lengths)}
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
-        return found
-    return {**found, "flash-attn": lambda _: flash_attn_varlen_func(*views, *lengths)}
+        return runners
+    return {**runners, "flash-attn": lambda _: flash_attn_varlen_func(*views, *lengths)}
 
 
 def _with_compiled(name: str, work: Callable[[], Any], device: str) -> Runners:
-    """Torch's way to compute an op, and on a GPU the same compiled with the most autotuning."""
+    """Torch's way to compute an op, and on a GPU the same way compiled with the most autotuning."""
     runners: Runners = {name: lambda _: work()}
     if device == "cuda":
         fast = torch.compile(work, mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -178,12 +187,12 @@ def _embed_layer_norm(
     model: Model, lengths: tuple[int, ...], tensor: Callable[..., Tensor], device: str
 ) -> Case:
     tokens, hidden = sum(lengths), model.hidden
-    rows = (30522, 512, 2)
-    ids = [torch.randint(n, (tokens,), device=device) for n in rows]
-    tables, norm = [tensor(n, hidden) for n in rows], (tensor(hidden), tensor(hidden))
+    sizes = (30522, 512, 2)
+    ids = [torch.randint(size, (tokens,), device=device) for size in sizes]
+    tables, norm = [tensor(size, hidden) for size in sizes], (tensor(hidden), tensor(hidden))
 
     def by_torch(_: Any) -> Tensor:
-        total = sum(F.embedding(one, table) for one, table in zip(ids, tables, strict=True))
+        total = sum(F.embedding(rows, table) for rows, table in zip(ids, tables, strict=True))
         return F.layer_norm(total, (hidden,), *norm, EPS)  # type: ignore[arg-type]
 
     return Case(

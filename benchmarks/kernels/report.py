@@ -1,18 +1,19 @@
-"""bench_ops.py's rows as Markdown, and as a figure: each op's rate beside the machine's ceilings."""
+"""How bench_ops.py's rows are shown: as Markdown, and as a figure of each op's rate beside the ceilings."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+import harness
+from harness import Row
+from presentation import save_figure
 
 
-def write(out: Path, rows: Sequence[Row], left_out: Sequence[str]) -> None:
-    """Beside the CSV `out`, with its name."""
+def write_report(out: Path, rows: Sequence[Row], left_out: Sequence[str]) -> None:
+    """Write the rows as CSV, Markdown and PNG. left_out: the cases that there was no time for."""
+    harness.write_rows(out, rows)
     out.with_suffix(".md").write_text(markdown(rows, left_out), encoding="utf-8")
     reason = draw(rows, out.with_suffix(".png"))
     if reason is not None:
@@ -20,14 +21,14 @@ def write(out: Path, rows: Sequence[Row], left_out: Sequence[str]) -> None:
 
 
 def of_ceiling(row: Row) -> float:
-    """The larger of its shares of the machine's products and of its copying, in percent."""
+    """The percentage of the machine's products or of its copying that a row reaches, the larger of both."""
     seconds = row["ms_p50"] / 1000
     products = row["gflop"] / seconds / row["peak_gflops"]
     return 100 * max(products, row["mb"] / 1000 / seconds / row["copy_gb_per_s"])
 
 
 def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
-    """A line a runner; how many times as fast ours is stands beside the others."""
+    """A line for each runner; how many times as fast ours is stands beside the others."""
     lines = [
         "Microseconds, p50 (p20-p80). Of the ceiling: of torch's products or of copying, whichever is more.",
         "",
@@ -45,34 +46,28 @@ def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
         ]
         cells += [row["runner"], f"{us[0]} ({us[1]}-{us[2]})", f"{of_ceiling(row):.0f}%", ours]
         lines.append(f"| {' | '.join([*cells, row.get('backends', '')])} |")
+    lines += ["", *(f"- {name} is left out: no time was left" for name in left_out)]
     first = rows[0]
     machine = first["machine_accelerator"] or first["machine_processor"]
-    lines += ["", *(f"- {name} is left out: no time was left" for name in left_out)]
-    lines += ["", f"{machine}, {first['dtype']}: {first['peak_gflops']:.0f} GFLOP/s in torch's products, "]
-    lines[-1] += (
-        f"{first['copy_gb_per_s']:.0f} GB/s copied. {first['date']}: `{shlex.join(['python', *sys.argv])}`"
+    origin = (
+        f"{machine}, {first['dtype']}: {first['peak_gflops']:.0f} GFLOP/s in torch's products, "
+        f"{first['copy_gb_per_s']:.0f} GB/s copied. {first['date']}: `{first['command']}`"
     )
+    lines += ["", origin]
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: Sequence[Row], path: Path) -> str | None:
-    """The PNG of our rows; why it cannot be drawn, where it cannot."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        return f"no figure: matplotlib cannot be imported ({error})"
+    """Write the PNG of our rows. Returns the reason where it cannot be drawn."""
     ours = [row for row in rows if row["runner"] == "ours"]
     names = [f"{row['op']}, {row['layer']}, {len(row['lengths'].split())} sequences" for row in ours]
-    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.2 * len(ours)))
-    axis.barh(range(len(ours)), [of_ceiling(row) for row in ours], color="#1f6f8b")
-    axis.set_yticks(range(len(ours)), names, fontsize=6)
-    axis.invert_yaxis()
-    axis.axvline(100, color="#9aa7b1")
-    axis.set_xlabel("percent of the machine's ceiling (products, or copying), ours", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return None
+
+    def fill(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.barh(range(len(ours)), [of_ceiling(row) for row in ours], color="#1f6f8b")
+        axes.set_yticks(range(len(ours)), names, fontsize=6)
+        axes.invert_yaxis()
+        axes.axvline(100, color="#9aa7b1")
+        axes.set_xlabel("percent of the machine's ceiling (products, or copying), ours", fontsize=8)
+
+    return save_figure(path, (9, 1 + 0.2 * len(ours)), fill)

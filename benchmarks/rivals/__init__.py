@@ -1,1 +1,1 @@
-"""Other runtimes, set up as their documents say."""
+"""Other runtimes on the same weights, set up as their documentation says."""

@@ -1,8 +1,9 @@
-"""CTranslate2's encoder in a process without torch: batches come in by stdin, logits go out by stdout.
+"""Runs CTranslate2's encoder in a process without torch: batches come in by stdin, logits go out by stdout.
 
-In one process the two share torch's OpenMP library, which then manages more threads than there are cores and
-stops spinning between regions: Hugging Face's model took 1.5 times as long there once CTranslate2 had run.
-Usage: python benchmarks/ctranslate2_worker.py FOLDER COMPUTE_TYPE THREADS
+In one process CTranslate2 and torch would share torch's OpenMP library, which then manages more threads than
+there are cores and stops spinning between regions: Hugging Face's model took 1.5 times as long there once
+CTranslate2 had run.
+Usage: python benchmarks/rivals/ctranslate2_worker.py FOLDER COMPUTE_TYPE THREADS
 """
 
 from __future__ import annotations

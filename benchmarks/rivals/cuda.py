@@ -1,9 +1,9 @@
-"""The runtimes that a user of a GPU would take instead of ours, on the same fp16 weights, with the exact
+"""The runtimes that a user of a GPU could take instead of ours, on the same fp16 weights, with the exact
 GELU.
 
-As in rivals.py: a model in, a runner out, or `Refused` with a sentence. All that can be recorded as a CUDA
-graph is, one for each size that comes, captured before it is timed, without a mask where nothing is padded.
-The lengths of a batch are known on the host, to every runner alike. None of this has run on a GPU yet.
+A rival that can be recorded as a CUDA graph is recorded: one graph for each size of a batch, captured before
+it is timed, without a mask where nothing is padded. Every runner knows the lengths of a batch on the host.
+None of this has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruned_ops.checkpoints.export import GRAPH, export_onnx
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.heads import PrunedBertForQuestionAnswering
 from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.models.stock import QKV, model_shape, stock_parts
 from pruned_ops.runtime.engine import CudaGraphs, Recorder
-from rivals.cpu import Batch, Logits, Refused, Rival, Run, hf, package
+from rivals.rival import Batch, Logits, Make, Refused, Rival, Run, hugging_face, onnx_graph, package
 
 # qkv (tokens, 3, heads, head_dim), cu_seqlens, the longest sequence -> context (tokens, heads, head_dim).
 Attention = Callable[[Tensor, Tensor, int], Tensor]
@@ -38,53 +37,43 @@ class SizedBatch(dict[str, Tensor]):
 
 
 def packed_batch(batch: Batch) -> PackedBatch:
-    """Where the real tokens are. The GPU is waited for only where the host does not know the lengths."""
+    """The places of the real tokens; the GPU is waited for only where the host does not know the lengths."""
     mask = batch["attention_mask"]
     batch_size, seqlen = mask.shape
     return PackedBatch.from_mask(mask, batch_size, seqlen, mask.device, getattr(batch, "lengths", None))
 
 
-def ours(model: Any) -> Run:
-    """Our optimised model, which is told the lengths that the host knows."""
-
-    def run(batch: Batch) -> Logits:
-        output = model(**batch, packed_batch=packed_batch(batch))
-        return output.start_logits, output.end_logits
-
-    return run
-
-
 class Graphed:
-    """A function of tensors on the GPU whose every size is a graph, captured when it first comes. Inputs are
-    copied in, and what it returns is valid until the next call.
+    """Runs a function of tensors on the GPU as a CUDA graph for each size, captured when that size first
+    comes. Inputs are copied in, and outputs are valid until the next call.
 
-    recorder: for tests."""
+    recorder: what captures and replays; tests give one that needs no GPU."""
 
     def __init__(self, device: torch.device, recorder: Recorder | None = None) -> None:
         self._recorder = CudaGraphs(device) if recorder is None else recorder
         self._graphs: dict[Any, tuple[list[Tensor], Callable[[], Any]]] = {}
 
     def __call__(self, work: Callable[..., Any], inputs: Sequence[Tensor], key: Any = None) -> Any:
-        key = (key, *(tuple(one.shape) for one in inputs))
+        key = (key, *(tuple(tensor.shape) for tensor in inputs))
         if key not in self._graphs:
             with torch.inference_mode(False), torch.no_grad():
-                held = [one.clone() for one in inputs]
+                held = [tensor.clone() for tensor in inputs]
                 self._graphs[key] = held, self._recorder.record(lambda: work(*held))
         held, replay = self._graphs[key]
         with self._recorder.ordered():
-            for there, one in zip(held, inputs, strict=True):
-                there.copy_(one)
+            for buffer, tensor in zip(held, inputs, strict=True):
+                buffer.copy_(tensor)
             return replay()
 
 
 def _is_padded(batch: Batch) -> bool:
-    """As the host knows it; without its word, there is padding."""
+    """Whether the batch has padding, by the lengths that the host knows; if it knows none, it has."""
     lengths = getattr(batch, "lengths", None)
     return lengths is None or any(length < batch["input_ids"].size(1) for length in lengths)
 
 
 def padded_logits(model: Any, ids: Tensor, mask: Tensor | None) -> Logits:
-    """The padded model, without a look at the mask's values, which would wait for the GPU."""
+    """The padded model's logits, without a look at the mask's values, which would wait for the GPU."""
     if mask is None or not isinstance(model, PrunedBertForQuestionAnswering):
         output = model(input_ids=ids, attention_mask=mask)
         return output.start_logits, output.end_logits
@@ -106,7 +95,7 @@ def hf_graphed(model: Any, samples: Sequence[Batch], folder: Path, recorder: Rec
     return run
 
 
-def compiled(mode: str) -> Callable[[Any, Sequence[Batch], Path], Run]:
+def compiled(mode: str) -> Make:
     def make(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
         """torch.compile with its own CUDA graphs, each size compiled for itself: its best."""
         # Past the limit of recompilations dynamo would run eagerly and not say so.
@@ -155,7 +144,7 @@ class PackedTorch:
 
 
 def packed(attention: Attention, model: Any, recorder: Recorder | None = None) -> Run:
-    """PackedTorch as a CUDA graph a size: the padding goes before, and comes back after it."""
+    """PackedTorch as a CUDA graph a size: padding is removed before it, and added again after it."""
     if model.config.model_type not in ("bert", "pruned_bert"):
         raise Refused(f"its packed forward was written for BERT; this is a {model.config.model_type}")
     forward, graphs = PackedTorch(model, attention), Graphed(model.device, recorder)
@@ -219,11 +208,9 @@ def _half_graph(model: Any, folder: Path) -> str:
     path = folder / "fused-fp16.onnx"
     if not path.exists():
         single = copy.deepcopy(model).cpu().float()
-        exported = (
-            folder / GRAPH if (folder / GRAPH).exists() else export_onnx(single, folder, overwrite=True)
-        )
+        exported = onnx_graph(single, folder)
         optimizer = package("onnxruntime.transformers.optimizer", "pip install onnxruntime-gpu onnx")
-        fused = optimizer.optimize_model(str(exported), model_type="bert", opt_level=0, use_gpu=True)
+        fused = optimizer.optimize_model(exported, model_type="bert", opt_level=0, use_gpu=True)
         attentions = fused.get_fused_operator_statistics()["Attention"]
         expected = sum(layer.num_heads > 0 for layer in model_shape(model).layers)
         if attentions != expected:
@@ -236,12 +223,12 @@ def _half_graph(model: Any, folder: Path) -> str:
 
 
 class OrtGraphs:
-    """Runs an ONNX Runtime session on buffers of a size's own, which its CUDA graph of that size reads."""
+    """Runs an ONNX Runtime session, with buffers for each size that the CUDA graph of this size reads."""
 
     def __init__(self, ort: Any, session: Any, device: torch.device) -> None:
         self._ort, self._session, self._device = ort, session, device
-        self._inputs = [one.name for one in session.get_inputs()]
-        self._outputs = [one.name for one in session.get_outputs()]
+        self._inputs = [node.name for node in session.get_inputs()]
+        self._outputs = [node.name for node in session.get_outputs()]
         self._bound: dict[tuple[int, ...], tuple[Any, Any, dict[str, Tensor], list[Tensor]]] = {}
 
     def __call__(self, batch: Batch) -> Logits:
@@ -252,7 +239,7 @@ class OrtGraphs:
         for name in self._inputs:
             if name in batch:
                 inputs[name].copy_(batch[name])
-        torch.cuda.current_stream(self._device).synchronize()  # its stream is its own
+        torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has a stream of its own
         self._session.run_with_iobinding(binding, options)
         binding.synchronize_outputs()
         return tuple(outputs)
@@ -262,25 +249,25 @@ class OrtGraphs:
         options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
         inputs = {name: torch.zeros(shape, dtype=torch.int64, device=self._device) for name in self._inputs}
         outputs = [torch.zeros(shape, dtype=torch.float16, device=self._device) for _ in self._outputs]
-        for name, one in inputs.items():
-            binding.bind_input(name, "cuda", place, "int64", shape, one.data_ptr())
-        for name, one in zip(self._outputs, outputs, strict=True):
-            binding.bind_output(name, "cuda", place, "float16", shape, one.data_ptr())
+        for name, buffer in inputs.items():
+            binding.bind_input(name, "cuda", place, "int64", shape, buffer.data_ptr())
+        for name, buffer in zip(self._outputs, outputs, strict=True):
+            binding.bind_output(name, "cuda", place, "float16", shape, buffer.data_ptr())
         return binding, options, inputs, outputs
 
 
 CUDA_RIVALS = {
-    "hf": Rival(hf, "fp16", cuda=True),
-    "hf-graphed": Rival(hf_graphed, "fp16", cuda=True),
-    "varlen": Rival(torch_varlen, "fp16", cuda=True),
-    "flash-attn": Rival(flash_attn, "fp16", cuda=True),
-    "ort-cuda": Rival(ort_cuda, "fp16", cuda=True),
-    "compile-max-autotune": Rival(compiled("max-autotune"), "fp16", cuda=True),
-    "tensorrt": Rival(tensorrt, "fp16", cuda=True),
+    "hf": Rival(hugging_face, "fp16"),
+    "hf-graphed": Rival(hf_graphed, "fp16"),
+    "varlen": Rival(torch_varlen, "fp16"),
+    "flash-attn": Rival(flash_attn, "fp16"),
+    "ort-cuda": Rival(ort_cuda, "fp16"),
+    "compile-max-autotune": Rival(compiled("max-autotune"), "fp16"),
+    "tensorrt": Rival(tensorrt, "fp16"),
 }
 
 
-def build_cuda(name: str, model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+def build_cuda_rival(name: str, model: Any, samples: Sequence[Batch], folder: Path) -> Run:
     """The runner of one of CUDA_RIVALS. Errors: Refused; all but hf need a model on a GPU."""
     rival = CUDA_RIVALS[name]
     if name != "hf" and model.device.type != "cuda":

@@ -27,7 +27,7 @@ SCORES = {"f1": "F1", "f1_span": "span F1"}
 
 
 def timed(rows: Sequence[Row], letter: str, workload: str) -> list[Row]:
-    """One row's timings on one workload, of all seeds."""
+    """The timings of one row of the table on one workload, of all seeds."""
     return [row for row in rows if row["row"] == letter and row["workload"] == workload]
 
 
@@ -37,54 +37,60 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = read_rows(path)
-        found = [(one, read_rows(one)) for one in sorted(path.parent.glob("study-timings-*.csv"))]
-        mine = [(one, rows) for one, rows in found if rows[0]["study"] == path.name]
-        mine.sort(key=lambda one: (one[1][0]["date"], one[1][0]["machine_threads"]), reverse=True)
-        self.timings = dict(mine)
+        files = sorted(path.parent.glob("study-timings-*.csv"))
+        timings = {file: rows for file in files if (rows := read_rows(file))[0]["study"] == path.name}
+        newest_first = sorted(
+            timings.items(),
+            key=lambda item: (item[1][0]["date"], item[1][0]["machine_threads"]),
+            reverse=True,
+        )
+        self.timings = dict(newest_first)
 
     @property
     def stem(self) -> str:
         return self.path.stem
 
     def curve(self, part: str, method: str) -> dict[float, list[Row]]:
-        """Fraction -> the rows of all seeds, rising."""
-        found: dict[float, list[Row]] = {}
+        """Each fraction, rising, with the rows of all seeds at it."""
+        points: dict[float, list[Row]] = {}
         for row in self.rows:
             if row.get("kind") == "curve" and row["on"] == part and row["method"] == method:
-                found.setdefault(float(row["fraction"]), []).append(row)
-        return dict(sorted(found.items()))
+                points.setdefault(float(row["fraction"]), []).append(row)
+        return dict(sorted(points.items()))
 
     def letters(self) -> list[str]:
-        """The rows of the table that are there."""
+        """The letters of the table's rows that have results."""
         return sorted({row["row"] for row in self.rows if row.get("kind") == "row"})
 
     def row(self, letter: str) -> list[Row]:
-        """A row's, or recipe's, of all seeds."""
+        """The rows of a letter, or of a recipe, of all seeds."""
         return [row for row in self.rows if row.get("row") == letter]
 
     def timed(self, letter: str) -> list[Row]:
-        """A row's newest timings on their first workload, of all seeds."""
+        """The newest timings of a letter on their first workload, of all seeds."""
         newest = next(iter(self.timings.values()), [])
         return timed(newest, letter, newest[0]["workload"]) if newest else []
 
     def missing(self) -> list[str]:
+        """The names of the pieces of work that are not finished."""
         return [row["unit"] for row in self.rows if row["finished"] == "False"]
 
 
 def dense_score(points: dict[float, list[Row]], score: str) -> float:
-    """The dense model's score on the same questions: any row's with what it lost of it."""
+    """The dense model's score on the same questions: any row's score plus the points that it lost."""
     row = next(iter(points.values()))[0]
     return float(row[score] + row[f"{score}_loss"])
 
 
 def figures(results: Results) -> list[Drawing]:
-    """What can be drawn of what is there; names begin with the CSV's."""
+    """The figures that the results suffice for; their names begin with the CSV's."""
     drawn = []
     parts = [part for part in ("heads", "ffn") if results.curve(part, "l0")]
     if parts:
         drawn.append(curves_figure(results, parts))
     if results.row("e") and results.row("a"):
-        kept = [(int(h), int(f)) for h, f in (x.split("/") for x in results.row("e")[0]["layers"].split())]
+        layer_sizes = (layer.split("/") for layer in results.row("e")[0]["layers"].split())
+        kept = [(int(heads_left), int(width)) for heads_left, width in layer_sizes]
         heads, ffn = map(int, results.row("a")[0]["layers"].split()[0].split("/"))
         drawn.append(layers(f"{results.stem}-layers", kept, heads, ffn))
     if results.timings and len(results.letters()) > 1:
@@ -93,7 +99,7 @@ def figures(results: Results) -> list[Drawing]:
 
 
 def curves_figure(results: Results, parts: Sequence[str]) -> Drawing:
-    """Scores over the fraction that is gone, without retraining; a panel for each part and score."""
+    """Scores over the removed fraction, without retraining; a panel for each part and score."""
 
     def fill(figure: Figure) -> None:
         grid = figure.subplots(len(parts), 2, sharex=True, sharey="col", squeeze=False)
@@ -141,7 +147,7 @@ def _curves(axes: Any, results: Results, part: str, score: str) -> None:
 
 
 def speed_figure(results: Results) -> Drawing:
-    """What the rows lose over how fast they are, the paper's beside them."""
+    """The points that the rows lose over their speed, with the paper's rows beside them."""
     lines = []
     for score in SCORES:
         points, ends = [], []
@@ -154,7 +160,7 @@ def speed_figure(results: Results) -> Drawing:
         order = sorted(range(len(points)), key=points.__getitem__)
         label = f"{SCORES[score]}, rows {', '.join(x for x in results.letters() if x != 'h')} here"
         lines.append(Line(label, [points[i] for i in order], [ends[i] for i in order]))
-    paper = next(one for one in PUBLISHED["squad"] if one.source == PAPER)
+    paper = next(published for published in PUBLISHED["squad"] if published.source == PAPER)
     label = f"F1 in the paper: {paper.model}, {paper.data},\n{paper.hardware}"
     lines.append(Line(label, [(1.0, 0.0), *paper.changes], own=False))
     return against_speed(f"{results.stem}-speed", "points against dense", lines, joined=False)

@@ -1,4 +1,4 @@
-"""The study's part of the results page: tables and sentences from the CSVs that study_squad.py writes."""
+"""The study's part of the results page: sections of tables and sentences from study_squad.py's CSVs."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ PAPERS: dict[str, tuple[Any, ...]] = {
 
 
 def mean(rows: Sequence[Row], value: str, form: str = "{:.2f}", scale: float = 1.0) -> str:
-    """A number without its interval; - where none has it."""
-    found = over_seeds(rows, value)
-    return form.format(found[0] * scale) if found else "-"
+    """The mean of a number over the rows' seeds, without its interval; - where no row has it."""
+    interval = over_seeds(rows, value)
+    return form.format(interval[0] * scale) if interval else "-"
 
 
 def change(rows: Sequence[Row], loss: str) -> str:
-    """What was won (+) or lost (-) of the dense model's score, with its interval."""
-    found = over_seeds(rows, loss)
-    if found is None:
+    """The points won (+) or lost (-) against the dense model's score, with their interval."""
+    interval = over_seeds(rows, loss)
+    if interval is None:
         return "-"
-    value, low, high = found
+    value, low, high = interval
     if low == high == 0:  # the dense model itself
         return "-"
     return f"{-value:+.2f} ({-high:+.2f} to {-low:+.2f})"
 
 
 def papers(letter: str) -> list[str]:
-    """The paper's row: what it removed, its F1 before and after retraining."""
+    """The paper's row: the shares that it removed, and its F1 before and after retraining."""
     heads, ffn, before, after, _ = PAPERS[letter]
     shown = ["-" if value is None else f"{value:.1f}" for value in (before, after)]
     return [f"{heads:.1f}%, {ffn:.1f}%", ", ".join(shown)]
@@ -56,7 +56,7 @@ def machine_of(row: Row) -> str:
     return f"{row['machine_processor']}, {threads} thread{'' if threads == 1 else 's'}"
 
 
-# What `_quality` and `_scores` give.
+# The columns that `_quality` and `_scores` fill.
 QUALITY_COLUMNS = (
     "heads removed", "FFN removed", "F1 before", "span F1 before", "F1", "span F1", "F1 against dense",
     "span F1 against dense",
@@ -76,7 +76,7 @@ def section(results: Results) -> list[str]:
         "",
         f"Teacher {first['model']}; {'seed' if len(seeds) == 1 else 'seeds'} "
         f"{', '.join(map(str, seeds))}. Intervals are 95%, bootstrapped over the questions"
-        + ("." if len(seeds) == 1 else "; of several seeds: means, and the outermost ends of the intervals."),
+        + ("." if len(seeds) == 1 else "; numbers are means over the seeds, ends the outermost of any seed."),
         "",
     ]
     for part in (_curves_text, _rows_text, _layers_text, _hidden_text, _recipes_text, _origin_text):
@@ -85,7 +85,7 @@ def section(results: Results) -> list[str]:
 
 
 def image(results: Results, name: str, alt: str) -> list[str]:
-    """A figure, where it lies beside the CSV."""
+    """A figure's Markdown, if the figure lies beside the CSV."""
     path = results.path.with_name(f"{results.stem}-{name}.png")
     return [f"![{alt}](results/{path.name})", ""] if path.is_file() else []
 
@@ -94,15 +94,16 @@ def _curves_text(results: Results) -> list[str]:
     parts = [part for part in ("heads", "ffn") if results.curve(part, "l0")]
     if not parts:
         return []
-    some = next(iter(results.curve(parts[0], "l0").values()))[0]
+    first = next(iter(results.curve(parts[0], "l0").values()))[0]
     text = [
         "#### Four ways to choose, without retraining",
         "",
-        f"The lowest-ranking heads, or FFN units, are taken away and nothing is trained after; "
-        f"{some['questions']} questions. L0 takes the gates of that multiple of the paper's lambda whose own "
-        "threshold removes the nearest share. Differences are between answers to the same questions. L0's "
-        f"gates saw {some['windows_l0']:,} windows of the training file, gain {some['windows_gain']:,}, "
-        f"leave-one-out {some['windows_leave-one-out']:,}, but again for each head and group of 64 units.",
+        "The lowest-ranking heads, or FFN units, are removed and nothing is trained after that; "
+        f"{first['questions']} questions. L0 gates were trained at several multiples of the paper's lambda; "
+        "at each share the multiple is used whose own threshold removes the nearest share. Differences are "
+        f"between answers to the same questions. L0's gates saw {first['windows_l0']:,} windows of the "
+        f"training file, gain saw {first['windows_gain']:,}, and leave-one-out saw "
+        f"{first['windows_leave-one-out']:,}, once for each head and once for each group of 64 FFN units.",
         "",
         *image(results, "curves", "F1 and span F1 over the share removed, by four ways to choose"),
     ]
@@ -128,28 +129,33 @@ def _curve_table(results: Results, part: str) -> list[str]:
 
 
 def _behind(rows: Sequence[Row], score: str) -> str:
-    found = over_seeds(rows, f"{score}_behind_l0")
-    return f" ({found[0]:.1f}; {found[1]:.1f} to {found[2]:.1f})" if found else ""
+    """How many points the rows are behind L0, with the interval."""
+    interval = over_seeds(rows, f"{score}_behind_l0")
+    return f" ({interval[0]:.1f}; {interval[1]:.1f} to {interval[2]:.1f})" if interval else ""
 
 
 def _ordering(results: Results, part: str) -> list[str]:
-    """Where L0 is ahead or behind, and up to where it stays within the paper's 5 points."""
+    """The shares at which L0 is ahead or behind, and the largest at which it loses less than the paper's 5
+    points."""
     text = []
     for method in METHODS[1:]:
         counts = {"ahead": [], "behind": [], "not to be told apart": []}
         for fraction, rows in results.curve(part, method).items():
-            found = over_seeds(rows, "f1_span_behind_l0")
-            if found:
-                kind = "ahead" if found[1] > 0 else "behind" if found[2] < 0 else "not to be told apart"
+            interval = over_seeds(rows, "f1_span_behind_l0")
+            if interval:
+                _, low, high = interval
+                kind = "ahead" if low > 0 else "behind" if high < 0 else "not to be told apart"
                 counts[kind].append(f"{100 * fraction:g}%")
-        told = [f"{kind} at {', '.join(places)}" for kind, places in counts.items() if places]
-        text.append(f"- L0 against {NAMES[method]} in span F1: {'; '.join(told)}.")
-    own = [
+        orders = [f"{kind} at {', '.join(shares)}" for kind, shares in counts.items() if shares]
+        text.append(f"- L0 against {NAMES[method]} in span F1: {'; '.join(orders)}.")
+    gates = [
         f"{100 * fraction:g}% from lambda x{rows[0]['multiple']:g}, "
         f"which closed {mean(rows, 'closed', '{:.0f}%', 100)}"
         for fraction, rows in results.curve(part, "l0").items()
     ]
-    text.append(f"- L0's gates: {'; '.join(own)}. Where more is removed, the rank of log_alpha says what.")
+    text.append(
+        f"- L0's gates: {'; '.join(gates)}. Where a larger share is removed, it is the lowest by log_alpha."
+    )
     small = [
         fraction
         for fraction, rows in results.curve(part, "l0").items()
@@ -167,13 +173,13 @@ def _rows_text(results: Results) -> list[str]:
     letters = results.letters()
     if not letters:
         return []
-    some = results.row(letters[0])[0]
+    first = results.row(letters[0])[0]
     text = [
         "#### The rows of the paper's table",
         "",
         "Gates of heads and of FFN units trained apart at multiples of the paper's lambda on frozen weights, "
-        f"decided at log_alpha 0, compacted, trained on with distillation ({some['windows_retrained']:,} "
-        f"windows); {some['questions']:,} questions. "
+        f"decided at log_alpha 0, compacted, trained on with distillation ({first['windows_retrained']:,} "
+        f"windows); {first['questions']:,} questions. "
         "Row a is the dense model. The paper's model is BERT-large on SQuAD 2.0 dev, on a "
         "K80 at batch 1.",
         "",
@@ -212,7 +218,7 @@ def _scores(rows: Sequence[Row]) -> list[str]:
 
 
 def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str]) -> list[str]:
-    """Sizes and speeds, as one machine measured them; sizes alone where none has."""
+    """The rows' sizes, and their speeds as one machine measured them; sizes alone where none has yet."""
     workloads = list(dict.fromkeys(row["workload"] for row in timings))
     header = ["row", "MiB", "MACs cut"]
     for workload in workloads:
@@ -222,18 +228,18 @@ def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str
         rows = results.row(letter)
         cells = [letter, mean(rows, "mib", "{:.1f}"), mean(rows, "macs_cut", "{:.2f}x")]
         for workload in workloads:
-            found = timed(timings, letter, workload)
-            cells += [mean(found, "ms", "{:.1f}"), mean(found, "speedup", "{:.2f}x")]
-            cells.append(mean(found, "arrives", "{:.0f}%", 100) if letter != "a" else "-")
+            timing = timed(timings, letter, workload)
+            cells += [mean(timing, "ms", "{:.1f}"), mean(timing, "speedup", "{:.2f}x")]
+            cells.append(mean(timing, "arrives", "{:.0f}%", 100) if letter != "a" else "-")
         lines.append([*cells, f"{PAPERS[letter][4]:.2f}x"])
     if not timings:
         return [*table([*header, "paper's speed-up"], lines), "Not timed yet: `--only timings`.", ""]
     first = timings[0]
-    said = f" Meanwhile: {first['note']}." if "note" in first else ""
+    note = f" Meanwhile: {first['note']}." if "note" in first else ""
     return [
         *table([*header, "paper's speed-up"], lines),
         f"{machine_of(first)}: all rows' models took turns with the dense one, batch by batch, on our "
-        f"runtime; medians of {first['rounds']} rounds, {first['date']}.{said} In the paper 76% of row e's "
+        f"runtime; medians of {first['rounds']} rounds, {first['date']}.{note} In the paper 76% of row e's "
         "cut arrives as speed.",
         "",
     ]
@@ -249,21 +255,21 @@ def _layers_text(results: Results) -> list[str]:
         lines.append([letter, *results.row(letter)[0]["layers"].split()])
     number = len(lines[0]) - 1
     text += table(["row", *(f"layer {i}" for i in range(number))], lines)
-    for place, what in enumerate(("heads", "FFN units")):
-        kept = [[int(layer.split("/")[place]) for layer in row["layers"].split()] for row in rows]
+    for column, part in enumerate(("heads", "FFN units")):
+        kept = [[int(layer.split("/")[column]) for layer in row["layers"].split()] for row in rows]
         total = [sum(values) / len(rows) for values in zip(*kept, strict=True)]
-        shares.append(f"{what} {', '.join(_thirds(total))}")
+        shares.append(f"{part} {', '.join(_thirds(total))}")
     return [
         *text,
-        f"Heads/FFN width left. Of what row e keeps, the first, middle and last third of the layers have: "
-        f"{'; '.join(shares)}. The paper: middle layers keep most, those near the embedding and "
-        "near the answer are pruned harder.",
+        "Each cell shows the heads and the FFN width that are left. The first, middle and last third of the "
+        f"layers have these shares of what row e keeps: {'; '.join(shares)}. In the paper the middle layers "
+        "keep most, and those near the embedding and near the answer are pruned harder.",
         "",
     ]
 
 
 def _thirds(values: Sequence[float]) -> list[str]:
-    """Percent of the sum in the first, middle and last third."""
+    """The percentages of the sum that lie in the first, middle and last third of the values."""
     number, whole = len(values), sum(values)
     ends = [round(number * k / 3) for k in range(4)]
     parts = [sum(values[low:high]) for low, high in zip(ends, ends[1:], strict=False)]
@@ -276,7 +282,7 @@ def _hidden_text(results: Results) -> list[str]:
         return []
     text = ["#### Gates on hidden dimensions, as in v1 of the paper", ""]
     if points:
-        lines = [[f"{100 * fraction:g}%", *_scores(some)] for fraction, some in points.items()]
+        lines = [[f"{100 * fraction:g}%", *_scores(at)] for fraction, at in points.items()]
         header = ["hidden dimensions removed, L0, no retraining", *SCORE_COLUMNS]
         text += table(header, lines)
     if rows:
@@ -302,8 +308,8 @@ def _recipes_text(results: Results) -> list[str]:
         "#### The joint recipe beside the paper's, same size, same time",
         "",
         *table(header, lines),
-        "Seconds are of the processor, or by the clock on a GPU. The joint recipe's steps were planned to "
-        "take as long as row e's, from steps of both that were timed one after the other.",
+        "Seconds are the processor's, or the clock's on a GPU. The joint recipe's number of steps was "
+        "planned so that it takes as long as row e; steps of both were timed one after the other for it.",
         "",
     ]
 
@@ -316,7 +322,7 @@ def _origin_text(results: Results) -> list[str]:
     files = [results.path, *results.timings]
     text = [
         f"Made {' to '.join(dict.fromkeys((dates[0], dates[-1])))} with {versions} by "
-        f"`{rows[0]['command']}`: {', '.join(f'[{one.name}](results/{one.name})' for one in files)}"
+        f"`{rows[0]['command']}`: {', '.join(f'[{file.name}](results/{file.name})' for file in files)}"
         + (f". Meanwhile: {'; '.join(notes)}." if notes else "."),
         "",
     ]

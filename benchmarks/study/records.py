@@ -1,5 +1,5 @@
-"""What the study (study_squad.py) is told, and what it keeps on disk: a record of each finished piece of
-work, so that none is done twice, and one CSV of all of them."""
+"""The study's profiles, and what it keeps on disk: a record of each finished piece of work, so that none is
+done twice."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ FILES = ("train.json", "validation.json", "eval.json")
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is done. train_every, judged_every: of the training questions, and of the validation and the
-    evaluation questions, every n-th is used; of the latter the curves use every curve_every-th.
+    """How much work a study does.
 
-    fractions: removed without retraining. multiples: of the paper's lambda, whose gates the curves choose
-    from. gate_batch, retrain_batch: windows a step; scores take minibatches of retrain_batch windows,
-    score_steps of them by method.
+    train_every: every n-th training question is used. judged_every: every n-th validation and evaluation
+    question is used, and of these the curves use every curve_every-th. fractions: shares that are removed
+    without retraining. multiples: multiples of the paper's lambda; the curves choose from their gates.
+    gate_batch, retrain_batch: windows a step. score_steps: minibatches of retrain_batch windows that each
+    method takes for its scores.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Profile:
     save_steps: int = 50
 
     def seen(self) -> Row:
-        """For every row: the profile, and the windows that training and scores take."""
+        """Fields of every row: the profile, and the numbers of windows that training and scores take."""
         methods = {f"windows_{name}": steps * self.retrain_batch for name, steps in self.score_steps.items()}
         gates = {"windows_l0": self.gate_steps * self.gate_batch}
         retrained = {"windows_retrained": self.retrain_steps * self.retrain_batch}
@@ -63,8 +64,8 @@ class Profile:
 
 @dataclass
 class Study:
-    """A study under way. questions, held: what the curves are scored on, and choose thresholds on; the job
-    has what the rows are. note: of the circumstances, for every row made now."""
+    """A study under way. questions, held: the curves are scored on these, and their thresholds chosen on
+    those; the rows use the job's. note: the circumstances, written into every row that is made now."""
 
     profile: Profile
     job: Job
@@ -78,8 +79,7 @@ class Study:
         return replace(self.job, settings=replace(self.job.settings, seed=seed, **changes))
 
     def once(self, name: str, work: Callable[[], Row]) -> Row:
-        """The record of this name: as it is on disk, or as `work` makes it now, with date, machine, versions
-        and note."""
+        """The record of this name: from disk, or made by `work` now, with the stamp of a row and the note."""
         path = self.work / "records" / f"{name}.json"
         if not path.is_file():
             print(f"== {name}", flush=True)
@@ -92,22 +92,22 @@ class Study:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def scores(self, name: str, work: Callable[[], Scores]) -> Scores:
-        """Gates' or importance scores of this name: from disk, or as `work` finds them now."""
+        """The gates' or importance scores of this name: from disk, or computed by `work` now."""
         path = self.work / "scores" / f"{name}.pt"
         if not path.is_file():
             print(f"== {name}", flush=True)
-            found = work()
-            torch.save({k: vars(v) for k, v in vars(found).items()}, path.with_suffix(".partial"))
+            scores = work()
+            torch.save({k: vars(v) for k, v in vars(scores).items()}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         loaded = torch.load(path, weights_only=True)
         return Scores(PerGate(**loaded["rank"]), PerGate(**loaded["values"]))
 
     def result(self, name: str, work: Callable[[], EvaluationResult]) -> EvaluationResult:
-        """A model's scores question by question, without its answers: from disk, or as `work` finds them."""
+        """A model's scores, question by question, without answers: from disk, or computed by `work` now."""
         path = self.work / "scored" / f"{name}.json"
         if not path.is_file():
-            found = work()
-            write_json(path, {k: _plain(v) for k, v in vars(found).items() if k != "predictions"})
+            scored = work()
+            write_json(path, {k: _plain(v) for k, v in vars(scored).items() if k != "predictions"})
         loaded = json.loads(path.read_text(encoding="utf-8"))
         arrays = {k: np.array(v) for k, v in loaded.items() if k.startswith("question_")}
         return EvaluationResult(**{**loaded, **arrays, "predictions": {}})
@@ -118,13 +118,13 @@ def _plain(value: Any) -> Any:
 
 
 def open_study(profile: Profile, model: str, data: Path, work: Path, note: str = "") -> Study:
-    """Load everything; go on in `work` where an earlier call was stopped.
+    """Load models and data; a study whose earlier run was stopped goes on in `work`.
 
-    ValueError where `work` holds another study, FileNotFoundError where data or model are not there.
+    Errors: ValueError where `work` holds another study, FileNotFoundError where data or model are missing.
     """
-    told = json.loads(json.dumps({**asdict(profile), "model": model, "data": str(data)}))
+    arguments = json.loads(json.dumps({**asdict(profile), "model": model, "data": str(data)}))
     path = work / "study.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != told:
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != arguments:
         raise ValueError(f"{work} holds a study of another profile, model or data; give another --work")
     for folder in ("records", "scores", "scored", "training", "data"):
         (work / folder).mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def open_study(profile: Profile, model: str, data: Path, work: Path, note: str =
         save_steps=profile.save_steps, batch_size=profile.retrain_batch,
     )  # fmt: skip
     job = start(settings)
-    write_json(path, told)
+    write_json(path, arguments)
 
     def fewer(source: Any) -> Any:
         return job.task.prepare(source.examples[:: profile.curve_every], job.tokenizer)
@@ -147,7 +147,7 @@ def open_study(profile: Profile, model: str, data: Path, work: Path, note: str =
 
 
 def every_nth(source: Path, every: int, folder: Path) -> Path:
-    """A SQuAD file of every n-th question of `source`, in `folder`; the source itself where that is all."""
+    """A SQuAD file in `folder` of every n-th question of `source`; the source itself where n is 1."""
     if every == 1:
         return source
     parsed = load_squad(source).parsed
@@ -165,8 +165,8 @@ def every_nth(source: Path, every: int, folder: Path) -> Path:
 
 
 def over_seeds(rows: Sequence[Row], value: str) -> tuple[float, float, float] | None:
-    """(mean, low, high) of a number that rows of several seeds have with its interval: the mean of the
-    numbers, the outermost ends of their intervals; None where none has it."""
+    """The mean of a number over the rows of several seeds, and the outermost ends (low, high) of its
+    intervals; None where no row has it."""
     having = [row for row in rows if value in row]
     if not having:
         return None

@@ -1,11 +1,11 @@
-"""The pieces of work of the study (study_squad.py), each of which makes one record: a point of the curves, a
-row of the paper's table, gates on hidden dimensions, the joint recipe beside the paper's."""
+"""The study's pieces of work, each of which makes one record: a point of the curves, a row of the paper's
+table, gates on hidden dimensions, the joint recipe beside the paper's."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,30 +32,31 @@ from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.trainer import last_checkpoint
 from study.records import Study
 
-# The four ways to choose, ours first: the others are compared with it.
+# The four ways to choose. The first is ours, and the others are compared with it.
 METHODS = ("l0", "leave-one-out", "gain", "random")
 # Multiples of the paper's lambda (heads, FFN), by the paper's letters, in the order in which they are made.
 TABLE = {"a": (0, 0), "e": (2, 2), "d": (1, 1), "g": (4, 4), "f": (3, 3), "b": (1, 0), "c": (0, 1)}
-# v1 of the paper prunes the hidden dimension too, here at its own multiple of the same price for all gates.
+# Version 1 of the paper prunes the hidden dimension, too; all its gates have the same multiple.
 HIDDEN_ROW, HIDDEN_MULTIPLES = "h", (1, 1, 1)
-# More minutes than any row takes: the plan is asked for the time of a step only.
+# More minutes than any row takes: of the plan, only the time of a step is used.
 ENDLESS = 1e6
 
 
 def timed_training(folder: Path, steps: int, work: Callable[[], Any]) -> tuple[Any, float | None]:
-    """What `work` gives, and the seconds that its `steps` training steps take: of this process's processors,
-    which other processes do not lengthen, or by the clock on a GPU. Where it goes on from a checkpoint, from
-    what is left; None where nothing is."""
+    """The result of `work`, and the seconds that its `steps` training steps take: processor time of this
+    process, which other processes do not lengthen, or the clock's on a GPU. A training that goes on from a
+    checkpoint is timed over the steps that are left; the seconds are None where none are."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     before = last_checkpoint(folder)
     left = steps - (int(before.name.rpartition("-")[2]) if before else 0)
     start = clock()
-    found = work()
-    return found, (clock() - start) * steps / left if left else None
+    result = work()
+    return result, (clock() - start) * steps / left if left else None
 
 
 def gates(study: Study, seed: int, part: str, multiple: float) -> tuple[Scores, float | None]:
-    """The part's gates at this multiple of the paper's lambda, trained once on frozen weights; seconds."""
+    """The part's gates at this multiple of the paper's lambda, trained once on frozen weights; and the
+    seconds that it took."""
     name = f"gates-{part}-{multiple}-seed{seed}"
     profile = study.profile
     folder = study.work / "training" / name
@@ -65,11 +66,11 @@ def gates(study: Study, seed: int, part: str, multiple: float) -> tuple[Scores, 
         prices = {"lambda_attention": multiple, "lambda_ffn": multiple, "lambda_hidden": multiple}
         rate = {"gate_learning_rate": profile.gate_learning_rate}
         job = study.job_for(seed, batch_size=profile.gate_batch, **prices, **rate)
-        (found, _), took = timed_training(
+        (scores, _), took = timed_training(
             folder, profile.gate_steps, lambda: paper_gates(job, folder, part, profile.gate_steps)
         )
         seconds.append(took)
-        return found
+        return scores
 
     scores = study.scores(name, work)
     record = study.once(name, lambda: {"kind": "gates", "seconds": seconds[0] if seconds else None})
@@ -78,7 +79,7 @@ def gates(study: Study, seed: int, part: str, multiple: float) -> tuple[Scores, 
 
 
 def importances(study: Study, seed: int, method: str) -> Scores:
-    """Scores of every head and FFN unit by one of the ways that train nothing."""
+    """The scores of every head and FFN unit by a method that trains nothing."""
     profile = study.profile
 
     def work() -> Scores:
@@ -90,21 +91,21 @@ def importances(study: Study, seed: int, method: str) -> Scores:
 
 
 def l0_for(study: Study, seed: int, part: str, fraction: float) -> tuple[Scores, Row]:
-    """The trained gates whose own threshold removes the share nearest to `fraction`; their multiple, and
-    that share."""
+    """The trained gates whose own threshold removes the share nearest to `fraction`; and fields of a row:
+    their multiple, and that share."""
     multiples = study.profile.multiples if part != "hidden" else (HIDDEN_MULTIPLES[2],)
-    found = {multiple: gates(study, seed, part, multiple)[0] for multiple in multiples}
+    trained = {multiple: gates(study, seed, part, multiple)[0] for multiple in multiples}
     closed = {
         multiple: float((torch.cat(scores.rank.of(part)) < PAPER_THRESHOLD).float().mean())
-        for multiple, scores in found.items()
+        for multiple, scores in trained.items()
     }
-    best = min(found, key=lambda multiple: abs(closed[multiple] - fraction))
-    return found[best], {"multiple": best, "closed": closed[best]}
+    best = min(trained, key=lambda multiple: abs(closed[multiple] - fraction))
+    return trained[best], {"multiple": best, "closed": closed[best]}
 
 
 def without(job: Job, scores: Scores, part: str, fraction: float) -> Decision:
-    """The decision that takes the lowest-ranking `fraction` of one part away. What stays is left as it is,
-    so that the ways to choose differ in their choice alone."""
+    """The decision that removes the lowest-ranking `fraction` of one part. It leaves the rest unscaled, so
+    that the methods differ in their choice alone."""
     rank = torch.cat(scores.rank.of(part)).sort(descending=True).values
     stay = max(round(len(rank) * (1 - fraction)), 1)
     alone = PerGate.full(job.budget.dense, float("inf")).replace(part, scores.rank)
@@ -113,19 +114,19 @@ def without(job: Job, scores: Scores, part: str, fraction: float) -> Decision:
 
 
 def scored(model: PreTrainedModel, held: Questions, questions: Questions) -> EvaluationResult:
-    """Scores on the questions, at the threshold that is best for this model on the held-out ones."""
+    """The model's scores on the questions, at the threshold that is best for it on the held-out ones."""
     return questions.evaluate(model, held.best_thresholds(model))
 
 
 def dense_scores(study: Study, curve: bool) -> EvaluationResult:
-    """The dense model's, on the curves' questions or the rows'."""
+    """The dense model's scores, on the curves' questions or on the rows'."""
     job = study.job
     held, questions = (study.held, study.questions) if curve else (job.validation, job.evaluation)
     return study.result(f"dense-{'curve' if curve else 'row'}", lambda: scored(job.dense, held, questions))
 
 
 def numbers(result: EvaluationResult, dense: EvaluationResult) -> Row:
-    """F1 and span F1, and what was lost of the dense model's, with 95% intervals over the questions."""
+    """F1 and span F1, and the points lost against the dense model, with 95% intervals over the questions."""
     row: Row = {"f1": result.f1, "f1_span": result.f1_span}
     for name, value in dense.losses(result).items():
         if name.endswith("_interval"):
@@ -137,29 +138,29 @@ def numbers(result: EvaluationResult, dense: EvaluationResult) -> Row:
 
 
 def curve_point(study: Study, seed: int, part: str, fraction: float) -> Row:
-    """All ways to choose at one fraction of one part, without retraining, and how far the others are behind
-    L0 on the same questions."""
+    """All methods at one fraction of one part, without retraining, and how many points each is behind L0 on
+    the same questions."""
     job, dense = study.job, dense_scores(study, curve=True)
     rows: list[Row] = []
     first: EvaluationResult | None = None
     for method in METHODS if part != "hidden" else METHODS[:1]:
-        about: Row = {}
+        gate_facts: Row = {}
         if method == "l0":
-            chosen, about = l0_for(study, seed, part, fraction)
+            scores, gate_facts = l0_for(study, seed, part, fraction)
         else:
-            chosen = importances(study, seed, method)
-        decision = without(job, chosen, part, fraction)
+            scores = importances(study, seed, method)
+        decision = without(job, scores, part, fraction)
         judged = partial(scored, compact(job.dense, decision), study.held, study.questions)
-        found = study.result(f"{part}-{fraction:g}-{method}-seed{seed}", judged)
+        result = study.result(f"{part}-{fraction:g}-{method}-seed{seed}", judged)
         row = {"kind": "curve", "on": part, "fraction": fraction, "method": method, "seed": seed}
-        row |= {"removed": removed(job, decision)[part], **about, **numbers(found, dense)}
-        first = first or found
-        rows.append(row | behind(first, found) | {"questions": len(study.questions)})
+        row |= {"removed": removed(job, decision)[part], **gate_facts, **numbers(result, dense)}
+        first = first or result
+        rows.append(row | behind(first, result) | {"questions": len(study.questions)})
     return {"rows": rows}
 
 
 def behind(first: EvaluationResult, other: EvaluationResult) -> Row:
-    """By how much `first` is better, with 95% intervals: both scores."""
+    """The points that `first` is better by in both scores, with 95% intervals."""
     row: Row = {"f1_behind_l0": first.f1 - other.f1}
     row["f1_behind_l0_low"], row["f1_behind_l0_high"] = bootstrap_interval(
         first.question_f1, other.question_f1
@@ -172,7 +173,7 @@ def behind(first: EvaluationResult, other: EvaluationResult) -> Row:
 
 
 def removed(job: Job, decision: Decision) -> dict[str, float]:
-    """The fraction of each part that is gone."""
+    """The fraction of each part that the decision removes."""
     full, left = job.budget.dense, decision.shape(job.budget.dense)
     return {
         "heads": 1 - sum(x.num_heads for x in left.layers) / sum(x.num_heads for x in full.layers),
@@ -182,8 +183,8 @@ def removed(job: Job, decision: Decision) -> dict[str, float]:
 
 
 def table_row(study: Study, seed: int, letter: str, multiples: Sequence[float]) -> Row:
-    """A row of the paper's table: gates at these multiples (heads, FFN, hidden; 0: none), decided at the
-    paper's threshold, compacted, and trained on."""
+    """A row of the paper's table: gates trained at these multiples (of heads, FFN, hidden; 0: no gates),
+    decided at the paper's threshold, compacted, and trained on."""
     each, seconds = {}, []
     for part, multiple in zip(PARTS, multiples, strict=False):
         if multiple:
@@ -201,7 +202,7 @@ def table_row(study: Study, seed: int, letter: str, multiples: Sequence[float]) 
 
 
 def train_on(study: Study, seed: int, name: str, narrow: PreTrainedModel, decision: Decision) -> Row:
-    """Scores of a narrow model before and after the study's retraining."""
+    """The fields of a narrow model's row: its scores before and after the study's retraining."""
     job, steps = study.job_for(seed), study.profile.retrain_steps
     return _train_on(study, job, steps, f"{name}-seed{seed}", narrow, decision)
 
@@ -221,17 +222,17 @@ def _train_on(
 
 
 def facts(study: Study, model: PreTrainedModel, decision: Decision | None) -> Row:
-    """What is left of a model: sizes, shape, the fractions that are gone."""
+    """What the decision leaves of a model: its sizes, its shape, and the fractions that are removed."""
     job = study.job
     lengths = job.validation.arrival_lengths()
-    there, dense = model_facts(model, lengths), model_facts(job.dense, lengths)
+    left, dense = model_facts(model, lengths), model_facts(job.dense, lengths)
     shape = model_shape(model)
-    gone = removed(job, decision) if decision is not None else dict.fromkeys(PARTS, 0.0)
+    shares = removed(job, decision) if decision is not None else dict.fromkeys(PARTS, 0.0)
     return {
-        **{f"{part}_removed": value for part, value in gone.items()},
-        "mib": there["bytes"] / 2**20,
-        "macs_cut": dense["macs"] / there["macs"] if there["macs"] else None,  # None: nothing is left
-        "macs_kept": there["macs"] / dense["macs"],
+        **{f"{part}_removed": value for part, value in shares.items()},
+        "mib": left["bytes"] / 2**20,
+        "macs_cut": dense["macs"] / left["macs"] if left["macs"] else None,  # None: nothing is left
+        "macs_kept": left["macs"] / dense["macs"],
         "hidden_size": shape.hidden_size,
         "layers": " ".join(f"{layer.num_heads}/{layer.ffn_width}" for layer in shape.layers),
         "questions": len(job.evaluation),
@@ -239,23 +240,13 @@ def facts(study: Study, model: PreTrainedModel, decision: Decision | None) -> Ro
 
 
 def joint_row(study: Study, seed: int, like: Row) -> Row:
-    """The joint recipe at the size of the paper's recipe's row `like`, in as much time: the steps of both
-    are timed one after the other, here."""
-    profile, folder = study.profile, study.work / "training" / f"joint-seed{seed}"
+    """The joint recipe at the size of `like`, a row of the paper's recipe, in as much time: the steps of both
+    recipes are timed here, one after the other."""
+    folder = study.work / "training" / f"joint-seed{seed}"
     sized: Row = {"targets": (Target(macs=like["macs_kept"]),), "max_minutes": ENDLESS}
-    paper = study.job_for(seed, batch_size=profile.gate_batch, **sized)
-    again = study.job_for(seed, **sized)
     joint = study.job_for(seed, recipe="joint", **sized)
-
-    def steps() -> Row:
-        seconds = make_plan(paper).gate_step_seconds, make_plan(again)
-        whole = profile.gate_steps * seconds[0] + profile.retrain_steps * seconds[1].retrain_step_seconds
-        plan = make_plan(joint)
-        share = plan.gate_steps * plan.gate_step_seconds + plan.retrain_steps * plan.retrain_step_seconds
-        parts = {k: max(round(v * whole / share), 1) for k, v in _steps(plan).items()}
-        return {"kind": "plan", **parts, "planned_seconds": whole}
-
-    plan = study.once("plan-joint", steps)  # of the first seed, for all
+    # All seeds share the first seed's plan.
+    plan = study.once("plan-joint", lambda: _equal_time(study, seed, joint, sized))
     folder.mkdir(exist_ok=True)
     job = replace(joint, clock=Clock())
     choices, seconds = timed_training(
@@ -270,5 +261,15 @@ def joint_row(study: Study, seed: int, like: Row) -> Row:
     return {"rows": [row | {"gate_steps": plan["gate_steps"], "gate_seconds": seconds} | trained]}
 
 
-def _steps(plan: Any) -> Mapping[str, int]:
-    return {"gate_steps": plan.gate_steps, "retrain_steps": plan.retrain_steps}
+def _equal_time(study: Study, seed: int, joint: Job, sized: Row) -> Row:
+    """The numbers of steps with which the joint recipe takes as long as the paper's at the same target."""
+    profile = study.profile
+    paper = study.job_for(seed, batch_size=profile.gate_batch, **sized)
+    gate_step = make_plan(paper).gate_step_seconds
+    retrain_step = make_plan(study.job_for(seed, **sized)).retrain_step_seconds
+    seconds = profile.gate_steps * gate_step + profile.retrain_steps * retrain_step
+    plan = make_plan(joint)
+    share = plan.gate_steps * plan.gate_step_seconds + plan.retrain_steps * plan.retrain_step_seconds
+    steps = {"gate_steps": plan.gate_steps, "retrain_steps": plan.retrain_steps}
+    scaled = {name: max(round(number * seconds / share), 1) for name, number in steps.items()}
+    return {"kind": "plan", **scaled, "planned_seconds": seconds}

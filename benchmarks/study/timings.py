@@ -1,4 +1,4 @@
-"""The study's models timed: shapes alone matter, so that any machine can time what another one trained."""
+"""Times the study's models. Their shapes alone matter, so any machine can time what another one trained."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from study.records import Study
 
 
 def shaped(dense: PreTrainedModel, row: Row) -> PreTrainedModel:
-    """A model of a row's shape, made of whichever heads and units come first: which they are costs no
-    time."""
-    widths = [LayerShape(*map(int, layer.split("/"))) for layer in row["layers"].split()]
-    first = [LayerDecision(_first(one.num_heads), _first(one.ffn_width)) for one in widths]
+    """A model of a row's shape, made of the first heads and units, because any of them take as long."""
+    shapes = [LayerShape(*map(int, layer.split("/"))) for layer in row["layers"].split()]
+    layers = [LayerDecision(_first(shape.num_heads), _first(shape.ffn_width)) for shape in shapes]
     hidden = _first(row["hidden_size"]) if row["hidden_size"] != dense.config.hidden_size else None
-    return compact(dense, Decision(tuple(first), 1, {}, {}, hidden))
+    return compact(dense, Decision(tuple(layers), 1, {}, {}, hidden))
 
 
 def _first(number: int) -> Kept:
@@ -31,23 +30,23 @@ def _first(number: int) -> Kept:
 
 
 def timings(study: Study, rows: Sequence[Row], batch_size: int) -> list[Row]:
-    """Every row's model against the dense one, all in turn, on real lengths in arrival order."""
+    """A row for each row's model beside the dense one, all in turn, on real lengths in arrival order."""
     job = study.job
     lengths = job.validation.arrival_lengths()
     workload = Workload.arrival_order(lengths, min(batch_size, len(lengths)), TIMED_BATCHES)
     models = {"dense": copy.deepcopy(job.dense)}
     models |= {f"{row['row']}-seed{row['seed']}": shaped(job.dense, row) for row in rows}
-    found, _ = time_models(models, workload)
-    made = []
+    measured, _ = time_models(models, workload)
+    timed = []
     for row in rows:
-        own = found[f"{row['row']}-seed{row['seed']}"]
-        speedup, cut = own.speedup_over(found["dense"]), row.get("macs_cut")
-        made.append(
+        own = measured[f"{row['row']}-seed{row['seed']}"]
+        speedup, cut = own.speedup_over(measured["dense"]), row.get("macs_cut")
+        timed.append(
             {
                 "row": row["row"],
                 "seed": row["seed"],
                 "workload": workload.name,
-                "ms_dense": round(found["dense"].ms(50), 3),
+                "ms_dense": round(measured["dense"].ms(50), 3),
                 "ms": round(own.ms(50), 3),
                 "speedup": round(speedup, 3),
                 "macs_cut": round(cut, 3) if cut else None,
@@ -55,4 +54,4 @@ def timings(study: Study, rows: Sequence[Row], batch_size: int) -> list[Row]:
                 "rounds": len(own.seconds),
             }
         )
-    return made
+    return timed

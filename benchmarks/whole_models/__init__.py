@@ -1,1 +1,1 @@
-"""What the model benchmarks share: cases, tables, memory."""
+"""What the benchmarks of whole models share: cases, timing on a GPU, memory, reports."""

@@ -1,60 +1,45 @@
-"""What bench_models.py measures: which models (checkpoints, or random ones of a size) on which batches."""
+"""What bench_models.py measures: the models (checkpoints, or random ones of a size) and their batches."""
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, BertConfig, BertForQuestionAnswering
 
 import pruned_ops
 from pruned_ops import LayerShape
-from pruned_ops.checkpoints import export
+from pruned_ops.checkpoints import export, onnx_graph
 from pruned_ops.measure.timing import Workload
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
+from rivals.rival import Batch, Logits, Run
 
-Batch = dict[str, Tensor]
 # BertConfig's fields for --random: MiniLM-L6, BERT-base and BERT-large.
+_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SIZES: dict[str, dict[str, Any]] = {
-    "minilm": {
-        "hidden_size": 384,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 12,
-        "intermediate_size": 1536,
-    },
-    "base": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-    },
-    "large": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
+    "minilm": dict(zip(_FIELDS, (384, 6, 12, 1536), strict=True)),
+    "base": dict(zip(_FIELDS, (768, 12, 12, 3072), strict=True)),
+    "large": dict(zip(_FIELDS, (1024, 24, 16, 4096), strict=True)),
 }
-# The share of the FFN units that the pruned twin keeps, where it is not half. Of the heads it keeps half.
+# The share of the FFN units that the pruned twin keeps, where it is not half. It keeps half of the heads.
 FFN_KEPT = {"large": 0.45}
 # FFN widths are multiples of this, as `--align` makes them, where the FFN is not tiny.
 FFN_UNIT = 16
 # Sequences a round: enough batches for a stable sum, few enough for a round of seconds.
 SEQUENCES = {1: 48, 8: 128, 32: 256}
 FIXED = {1: (128,), 8: (128, 384), 32: ()}
-# A batch of several lengths and one of one: what every runner's logits are checked on before it is timed.
-# Lengths of eight windows of a SQuAD file in arrival order, where no file is given: mean 175.
+# Where no file is given: lengths of eight windows of a SQuAD file in arrival order, mean 175.
 SQUAD_LIKE = (63, 118, 131, 149, 164, 187, 222, 366)
+# A batch of several lengths and one of one: every runner's logits are checked on them before it is timed.
 SAMPLES = Workload("samples", ((37, 128, 5, 90), (64,)))
 
 
@@ -94,11 +79,11 @@ def half_shapes(layers: int, heads: int, ffn: int, ffn_kept: float = 0.5) -> lis
         raise ValueError(f"{layers} layers of {heads} heads and {ffn} FFN units cannot be halved in steps")
     unit = FFN_UNIT if ffn >= 12 * FFN_UNIT else 1
     mean, step = (int(width) // unit * unit for width in (ffn * ffn_kept, ffn / 12))
-    made = []
+    shapes = []
     for i in range(layers):
         steps = (1 + i // 2 % 3) * (1 if i % 2 == 0 else -1)
-        made.append(LayerShape(heads // 2 + steps, mean - steps * step))
-    return made
+        shapes.append(LayerShape(heads // 2 + steps, mean - steps * step))
+    return shapes
 
 
 def random_model(sizes: dict[str, Any], pruned: bool, ffn_kept: float = 0.5) -> Any:
@@ -119,52 +104,55 @@ def arrival_lengths(data: Path, tokenizer: str) -> list[int]:
 
 
 def workloads(lengths: list[int] | None, quick: bool, patterns: list[str]) -> list[Workload]:
-    """Arrival order where lengths are given, and fixed lengths, whose names match a pattern.
+    """The workloads whose names match a pattern, of these: arrival order where lengths are given, and fixed
+    lengths.
 
     Errors: ValueError for a pattern that matches none."""
-    made = []
+    known = []
     for batch_size, sequences in SEQUENCES.items():
         batches = max(1, sequences // batch_size // (8 if quick else 1))
         if lengths is not None:
-            made.append(Workload.arrival_order(lengths, batch_size, batches))
-        made += [Workload.fixed(length, batch_size, max(1, batches // 4)) for length in FIXED[batch_size]]
-    return matching(made, patterns)
+            known.append(Workload.arrival_order(lengths, batch_size, batches))
+        known += [Workload.fixed(length, batch_size, max(1, batches // 4)) for length in FIXED[batch_size]]
+    return matching(known, patterns)
 
 
 def goal_workloads(lengths: list[int] | None, quick: bool, patterns: list[str]) -> list[Workload]:
-    """What the GPU's goals are stated for, and whose names match a pattern: fixed lengths, lengths spread
-    evenly from 48 to 384, and a file's lengths sorted as an offline job would (`lengths`; where there are
-    none, like those of SQuAD).
+    """The workloads that the GPU's goals are stated for and whose names match a pattern: fixed lengths;
+    lengths spread evenly from 48 to 384; and a file's lengths (or, without one, lengths like SQuAD's), sorted
+    as an offline job would sort them.
 
-    quick: of the larger batches a quarter. Errors: ValueError for a pattern that matches none."""
-    made = []
+    quick: a quarter of the larger batches. Errors: ValueError for a pattern that matches none."""
+    known = []
     for batch_size in (1, 8, 32, 128):
-        rows = max(1, batch_size // 4) if quick else batch_size
-        made += [Workload.fixed(length, rows, 1) for length in ((128, 384) if batch_size <= 8 else (384,))]
+        sequences = max(1, batch_size // 4) if quick else batch_size
+        fixed = (128, 384) if batch_size <= 8 else (384,)
+        known += [Workload.fixed(length, sequences, 1) for length in fixed]
     spread = 8 if quick else 32
     shuffled = random.Random(0).sample(range(spread), spread)
     mixed = tuple(48 + (384 - 48) * place // (spread - 1) for place in shuffled)
-    made.insert(-1, Workload(f"lengths48-384-b{spread}", (mixed,)))
-    some = sorted((lengths or [*SQUAD_LIKE] * 64)[: 64 if quick else 512], reverse=True)
-    batches = [tuple(some[first : first + 32]) for first in range(0, len(some), 32)]
-    made.append(Workload("offline-sorted-b32", tuple(batches)))
-    return matching(made, patterns)
+    known.insert(-1, Workload(f"lengths48-384-b{spread}", (mixed,)))
+    falling = sorted((lengths or [*SQUAD_LIKE] * 64)[: 64 if quick else 512], reverse=True)
+    batches = [tuple(falling[first : first + 32]) for first in range(0, len(falling), 32)]
+    known.append(Workload("offline-sorted-b32", tuple(batches)))
+    return matching(known, patterns)
 
 
-def matching(made: list[Workload], patterns: list[str]) -> list[Workload]:
-    """Those whose name matches one of the patterns. Errors: ValueError for a pattern that matches none."""
+def matching(known: list[Workload], patterns: list[str]) -> list[Workload]:
+    """The workloads whose name matches one of the patterns. Errors: ValueError for a pattern that matches
+    none."""
     for pattern in patterns:
-        if not any(fnmatch.fnmatch(workload.name, pattern) for workload in made):
-            names = ", ".join(workload.name for workload in made)
+        if not any(fnmatch.fnmatch(workload.name, pattern) for workload in known):
+            names = ", ".join(workload.name for workload in known)
             raise ValueError(f"there is no workload {pattern!r}; there are: {names}")
-    return [w for w in made if any(fnmatch.fnmatch(w.name, pattern) for pattern in patterns)]
+    return [w for w in known if any(fnmatch.fnmatch(w.name, pattern) for pattern in patterns)]
 
 
-def padded_to(run: Callable[[Batch], Any], length: int, pad_token_id: int) -> Callable[[Batch], Any]:
-    """A runner whose every batch is padded to `length` first, as a service of fixed length would do; the
-    logits have the batch's own length again."""
+def padded_to(run: Run, length: int, pad_token_id: int) -> Run:
+    """A runner that first pads every batch to `length`, as a service of fixed length would; its logits have
+    the batch's own length again."""
 
-    def padded(batch: Batch) -> Any:
+    def padded(batch: Batch) -> Logits:
         seqlen = batch["input_ids"].size(1)
         more = (0, length - seqlen)
         ids, mask = F.pad(batch["input_ids"], more, value=pad_token_id), F.pad(batch["attention_mask"], more)
@@ -174,12 +162,13 @@ def padded_to(run: Callable[[Batch], Any], length: int, pad_token_id: int) -> Ca
 
 
 def fingerprint(model: Any) -> str:
-    """A name for exactly these weights, this config, torch and exporter: what a cached file is reused for."""
-    found = hashlib.sha256(torch.__version__.encode())
-    for name in ("export.py", "plain_graph.py"):
-        found.update(Path(export.__file__).with_name(name).read_bytes())
-    found.update(model.config.to_json_string(use_diff=False).encode())
+    """A name for exactly these weights, this config, this torch and this exporter, for files kept between
+    runs."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for module in (export, onnx_graph):
+        digest.update(Path(module.__file__).read_bytes())
+    digest.update(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in model.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().data)
-    return found.hexdigest()[:16]
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]

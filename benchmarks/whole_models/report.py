@@ -1,18 +1,30 @@
-"""How bench_models.py's rows are shown: a table a workload on screen, and one of all in Markdown."""
+"""How bench_models.py's rows are shown: a table on screen for each workload, Markdown and a figure of all."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+import harness
+from harness import Row
+from presentation import save_figure
 from pruned_ops.measure.timing import Workload
 
-Row = dict[str, Any]
+CEILINGS_NOTE = "Of the ceilings: of torch's products, and of copying, which all weights once would take."
+COLOURS = {"dense": "#9aa7b1", "pruned": "#1f6f8b"}
+
+
+def write_report(out: Path, rows: Sequence[Row]) -> None:
+    """Write the rows as CSV, Markdown and PNG."""
+    harness.write_rows(out, rows)
+    if any("refused" not in row for row in rows):
+        out.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+    reason = draw(rows, out.with_suffix(".png"))
+    if reason is not None:
+        print(reason)
 
 
 def spread(row: Row) -> str:
@@ -21,12 +33,13 @@ def spread(row: Row) -> str:
 
 
 def against(row: Row | None) -> str:
-    """How many times as fast as the best rival, and which that is; empty where there is none."""
+    """How many times as fast as the best rival a row is, and the rival's name; empty where there is none."""
     best = row.get("best_rival") if row else None
     return f"{row['speedup_vs_best_rival']:.2f}x {best.rsplit(' ', 1)[0]}" if row and best else ""
 
 
-def for_screen(workload: Workload, rows: Sequence[Row]) -> Table:
+def screen_table(workload: Workload, rows: Sequence[Row]) -> Table:
+    """One workload's rows."""
     title = f"{workload.name}: {workload.sequences} sequences, {workload.tokens} tokens a round"
     table = Table(title=title)
     table.add_column("")
@@ -50,8 +63,8 @@ def _ours(row: Row) -> bool:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Workloads down, runtimes across, and how ours stands beside the best rival, won or lost; then what the
-    int8 runtimes' logits are worth, who was left out and why, and where all this was measured."""
+    """All workloads: a column for each runtime, and how many times as fast as the best rival ours is; then
+    the accuracy of the int8 runtimes' logits, the runners that were left out, and the machine."""
     timed = [row for row in rows if "refused" not in row]
     runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
     cells = {(row["workload"], row["model"], row["runtime"]): row for row in timed}
@@ -64,17 +77,14 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [
         "Milliseconds a batch, p50 (p20-p80) of the rounds. The last columns say how many times as fast as "
         "the fastest rival ours is: the median of the rounds' ratios; below 1 it loses.",
-        *(
-            ["Of the ceilings: of torch's products, and of copying, which all weights once would take."]
-            * ceilings
-        ),
+        *([CEILINGS_NOTE] if ceilings else []),
         "",
         f"| {' | '.join(columns)} |",
         f"| {' | '.join('---' for _ in columns)} |",
     ]
     for workload, model in dict.fromkeys((row["workload"], row["model"]) for row in timed):
-        found = [cells.get((workload, model, runtime)) for runtime in runtimes]
-        shown = [spread(row) if row else "-" for row in found]
+        measured = [cells.get((workload, model, runtime)) for runtime in runtimes]
+        shown = [spread(row) if row else "-" for row in measured]
         shown += [against(cells.get((workload, model, name))) or "-" for name in ratios]
         if ceilings:
             shown += _beside_ceilings(cells.get((workload, model, "ours")))
@@ -93,66 +103,56 @@ def _beside_ceilings(row: Row | None) -> list[str]:
 
 
 def _left_out(rows: Sequence[Row]) -> list[str]:
-    """A line a runner and reason, with the workloads where that was not all."""
+    """A line for each runner and reason, with the workloads where it was not every workload."""
     where: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if "refused" in row:
             where.setdefault((row["runner"], row["refused"]), []).append(row["workload"])
     every = {row["workload"] for row in rows}
     lines = []
-    for (name, reason), some in where.items():
-        place = "" if some == ["all"] or set(some) == every else f" of {', '.join(some)}"
+    for (name, reason), workloads in where.items():
+        place = "" if workloads == ["all"] or set(workloads) == every else f" of {', '.join(workloads)}"
         lines.append(f"- {name} is left out{place}: {reason}")
     return lines
 
 
 def _origin(row: Row) -> list[str]:
-    """Machine, peak, versions and command, a line each."""
+    """The machine with its peak, the versions, and the command: a line each."""
     versions = [(key[8:], value) for key, value in row.items() if key.startswith("version_") and value]
     return [
         f"Machine: {row['machine_accelerator'] if row['device'] == 'cuda' else row['machine_processor']}, "
         f"{row['machine_threads']} threads, {row['machine_cpu_capability']}; "
         f"{row['peak_gflops']:.0f} GFLOP/s in torch's {row['precision']} products.\n",
         f"Versions: {', '.join(f'{name} {value}' for name, value in versions)}.\n",
-        f"{row['date']}, {row['rounds']} rounds: `{shlex.join(['python', *sys.argv])}`",
+        f"{row['date']}, {row['rounds']} rounds: `{row['command']}`",
     ]
 
 
-COLORS = {"dense": "#9aa7b1", "pruned": "#1f6f8b"}
-
-
 def draw(rows: Sequence[Row], path: Path) -> str | None:
-    """Write the PNG; why it cannot be drawn, where it cannot."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        return f"no figure: matplotlib cannot be imported ({error})"
+    """Write the PNG: a panel of bars for each workload. Returns the reason where nothing is drawn."""
     timed = [row for row in rows if "refused" not in row]
     workloads = list(dict.fromkeys(row["workload"] for row in timed))
     if not workloads:
         return "no figure: nothing was timed"
     most = max(sum(row["workload"] == name for row in timed) for name in workloads)
-    figure, axes = pyplot.subplots(
-        len(workloads), 1, figsize=(9, len(workloads) * (0.6 + 0.22 * most)), squeeze=False
-    )
-    for axis, name in zip(axes[:, 0], workloads, strict=True):
-        some = [row for row in timed if row["workload"] == name]
-        spread = [
-            [row["ms_p50"] - row["ms_p20"] for row in some],
-            [row["ms_p80"] - row["ms_p50"] for row in some],
-        ]
-        axis.barh(
-            [row["runner"] for row in some], [row["ms_p50"] for row in some], xerr=spread,
-            color=[COLORS[row["model"]] for row in some],
-        )  # fmt: skip
-        axis.invert_yaxis()
-        axis.set_title(name, fontsize=9, loc="left")
-        axis.tick_params(labelsize=7)
-    axes[-1, 0].set_xlabel("milliseconds a batch, median and 20th to 80th percentile", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return None
+
+    def fill(figure: Any) -> None:
+        panels = figure.subplots(len(workloads), 1, squeeze=False)[:, 0]
+        for axes, name in zip(panels, workloads, strict=True):
+            _bars(axes, [row for row in timed if row["workload"] == name])
+            axes.set_title(name, fontsize=9, loc="left")
+        panels[-1].set_xlabel("milliseconds a batch, median and 20th to 80th percentile", fontsize=8)
+
+    return save_figure(path, (9, len(workloads) * (0.6 + 0.22 * most)), fill)
+
+
+def _bars(axes: Any, rows: Sequence[Row]) -> None:
+    """A bar for each runner, with its 20th and 80th percentiles."""
+    below = [row["ms_p50"] - row["ms_p20"] for row in rows]
+    above = [row["ms_p80"] - row["ms_p50"] for row in rows]
+    axes.barh(
+        [row["runner"] for row in rows], [row["ms_p50"] for row in rows], xerr=[below, above],
+        color=[COLOURS[row["model"]] for row in rows],
+    )  # fmt: skip
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=7)

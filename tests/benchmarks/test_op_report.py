@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kernels import report as op_report
+from kernels.report import of_ceiling, write_report
 
 
 def row(runner: str, ms: float, ratio: float) -> dict[str, object]:
@@ -14,14 +14,15 @@ def row(runner: str, ms: float, ratio: float) -> dict[str, object]:
         "copy_gb_per_s": 4000.0,
         "speedup_vs_rival": ratio, "backends": "triton" if runner == "ours" else "", "dtype": "torch.float16",
         "machine_accelerator": "a card", "machine_processor": "a processor", "date": "2026-01-01",
+        "command": "python ops",
     }  # fmt: skip
 
 
 def test_shares_and_ratios(tmp_path: Path) -> None:
     """4 GFLOP in 10 us are half of 800 TFLOP/s; 8 MB in 20 us a tenth of 4 TB/s, and 4 GFLOP a quarter."""
     rows = [row("ours", 0.01, 1.0), row("torch sdpa", 0.02, 0.5)]
-    assert [round(op_report.of_ceiling(one), 6) for one in rows] == [50, 25]
-    op_report.write(tmp_path / "ops.csv", rows, ["linear_gelu, base half, 8 sequences"])
+    assert [round(of_ceiling(line), 6) for line in rows] == [50, 25]
+    write_report(tmp_path / "ops.csv", rows, ["linear_gelu, base half, 8 sequences"])
     text = (tmp_path / "ops.md").read_text("utf-8")
     assert "| attention | base half | 2 of 63 to 366 | ours | 10 (10-20) | 50% |  | triton |" in text
     assert "| torch sdpa | 20 (20-40) | 25% | 2.00x |" in text

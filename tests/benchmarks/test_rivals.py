@@ -14,14 +14,14 @@ import bench_models
 import harness
 from inputs import MODELS, logits, padded_batch, stock_model
 from pruned_ops.measure.timing import Timing, Workload
-from rivals import cpu as cpu_rivals
-from whole_models import cases as model_cases
-from whole_models import memory
+from rivals.cpu import CPU_RIVALS, build_cpu_rival
+from rivals.rival import Batch, Logits, NotInstalled, Refused, compare_logits, forward
+from whole_models import cases, memory
 
 SAMPLES = [padded_batch((20, 3, 11, 7)), padded_batch((9,)), padded_batch((40, 64), seed=1)]
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 24}
 # All read the same exported graph, so RoBERTa's positions are tried on one; compiling takes seconds a model.
-CASES = [(name, kind) for name in cpu_rivals.RIVALS for kind in ("stock-bert", "pruned-bert")]
+CASES = [(name, kind) for name in CPU_RIVALS for kind in ("stock-bert", "pruned-bert")]
 CASES += [("ort", "stock-roberta"), ("ort", "pruned-roberta"), ("ctranslate2", "stock-roberta")]
 
 
@@ -37,55 +37,55 @@ def test_a_rival_gives_hf_eagers_logits(name: str, kind: str, folder: Path) -> N
     model = MODELS[kind]()
     try:
         with torch.inference_mode():
-            run = cpu_rivals.build(name, model, SAMPLES, folder / kind)
-    except cpu_rivals.NotInstalled as reason:
+            run = build_cpu_rival(name, model, SAMPLES, folder / kind)
+    except NotInstalled as reason:
         pytest.skip(str(reason))
-    except cpu_rivals.Refused as reason:
+    except Refused as reason:
         assert name.startswith("ctranslate2") and kind != "stock-bert", reason
         return
-    precision = cpu_rivals.RIVALS[name].precision
-    found = cpu_rivals.compared(run, cpu_rivals.hf(model, [], folder), SAMPLES, precision)
-    assert found["cosine"] > (0.999999 if precision == "fp32" else 0.98), found
+    precision = CPU_RIVALS[name].precision
+    errors = compare_logits(run, forward(model), SAMPLES, precision)
+    assert errors["cosine"] > (0.999999 if precision == "fp32" else 0.98), errors
 
 
 def test_a_runner_with_other_logits_is_refused() -> None:
-    hf = cpu_rivals.hf(stock_model(), [], Path())
+    hf = forward(stock_model())
 
-    def other(batch: cpu_rivals.Batch) -> cpu_rivals.Logits:
+    def other(batch: Batch) -> Logits:
         start, end = hf(batch)
         return start + 0.01, end
 
     with pytest.raises(ValueError, match="differ from Hugging Face's by 1.00e-02"):
-        cpu_rivals.compared(other, hf, SAMPLES, "fp32")
+        compare_logits(other, hf, SAMPLES, "fp32")
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
-    with pytest.raises(cpu_rivals.NotInstalled, match=r'ctranslate2 .*: pip install -e "\.\[bench\]"'):
-        cpu_rivals.RIVALS["ctranslate2"].make(stock_model(), SAMPLES, Path())
+    with pytest.raises(NotInstalled, match=r'ctranslate2 .*: pip install -e "\.\[bench\]"'):
+        CPU_RIVALS["ctranslate2"].make(stock_model(), SAMPLES, Path())
 
 
 def test_rivals_that_are_cpu_only_refuse_another_device() -> None:
-    with pytest.raises(cpu_rivals.Refused, match="ort is measured on the CPU only: use --device cpu"):
-        cpu_rivals.build("ort", stock_model().to("meta"), SAMPLES, Path())
+    with pytest.raises(Refused, match="ort is measured on the CPU only: use --device cpu"):
+        build_cpu_rival("ort", stock_model().to("meta"), SAMPLES, Path())
 
 
 def test_padding_to_a_fixed_length_changes_no_logits() -> None:
     model = stock_model()
-    run = model_cases.padded_to(cpu_rivals.hf(model, [], Path()), 80, 0)
+    run = cases.padded_to(forward(model), 80, 0)
     with torch.inference_mode():
-        found = torch.stack(run(SAMPLES[0]), -1)
+        padded = torch.stack(run(SAMPLES[0]), -1)
     real = SAMPLES[0]["attention_mask"].bool()
-    torch.testing.assert_close(found[real], logits(model, SAMPLES[0])[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded[real], logits(model, SAMPLES[0])[real], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", model_cases.SIZES)
+@pytest.mark.parametrize("name", cases.SIZES)
 def test_the_random_twin_is_half_of_the_dense_model(name: str) -> None:
-    sizes = model_cases.SIZES[name]
+    sizes = cases.SIZES[name]
     layers, heads, ffn = (
         sizes[key] for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size")
     )
-    shapes = model_cases.half_shapes(layers, heads, ffn)
+    shapes = cases.half_shapes(layers, heads, ffn)
     assert sum(shape.num_heads for shape in shapes) * 2 == layers * heads
     assert sum(shape.ffn_width for shape in shapes) * 2 == layers * ffn
     assert len(set(shapes)) == 6
@@ -95,15 +95,15 @@ def test_the_best_rival_is_chosen_by_the_median_and_compared_round_by_round() ->
     workload = Workload.fixed(8, 1, 1)
     seconds = {"ours": (1.0, 2.0, 4.0), "a": (2.0, 3.0, 4.0), "b": (1.0, 9.0, 9.0)}
     timings = {name: Timing(workload, values) for name, values in seconds.items()}
-    found = harness.best_rival(timings, "ours", ["a", "b"])
-    assert found == {"best_rival": "a", "speedup_vs_best_rival": 1.5}
+    best = harness.best_rival(timings, "ours", ["a", "b"])
+    assert best == {"best_rival": "a", "speedup_vs_best_rival": 1.5}
     assert harness.best_rival(timings, "ours", []) == {}
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """--random minilm is a model of seconds, not minutes."""
-    monkeypatch.setitem(model_cases.SIZES, "minilm", TINY)
+    monkeypatch.setitem(cases.SIZES, "minilm", TINY)
     monkeypatch.setattr(harness, "ceilings", lambda dtype, device: {"flops": 1e11})
 
 
@@ -142,14 +142,14 @@ def test_memory_is_watched_in_processes_of_their_own(
         pytest.skip(f"no {memory.STATUS} on this system")
     monkeypatch.setattr(memory, "BATCHES", 20)
     monkeypatch.setattr(memory, "EARLY", 10)
-    source = model_cases.Source("", "none", "minilm")
-    found = memory.watch(source, "pruned", "ours", Workload.fixed(16, 2, 2), "cpu", torch.get_num_threads())
-    assert 0 < found["loaded"] <= found["peak"] and found["end"] <= found["peak"]
+    source = cases.Source("", "none", "minilm")
+    mib = memory.watch(source, "pruned", "ours", Workload.fixed(16, 2, 2), "cpu", torch.get_num_threads())
+    assert 0 < mib["loaded"] <= mib["peak"] and mib["end"] <= mib["peak"]
 
 
 def test_names_that_are_not_there_are_refused(capsys: Any) -> None:
     with pytest.raises(ValueError, match="there is no workload 'arrival-b8'; there are: fixed128-b1"):
-        model_cases.workloads(None, False, ["arrival-b8"])
+        cases.workloads(None, False, ["arrival-b8"])
     with pytest.raises(SystemExit):
         bench_models.parsed(["--rivals", "all", "hf"])
     assert "names, or all, or none" in capsys.readouterr().err

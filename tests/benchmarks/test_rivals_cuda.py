@@ -20,10 +20,9 @@ import harness
 import pruned_ops
 from inputs import MODELS, padded_batch, stock_model
 from pruned_ops.measure.timing import Workload
-from rivals import cpu as cpu_rivals
-from rivals import cuda as cuda_rivals
-from whole_models import cases as model_cases
-from whole_models import on_gpu as cuda_models
+from rivals import cuda
+from rivals.rival import Batch, Logits, NotInstalled, Refused, Run, compare_logits, forward
+from whole_models import cases, goals
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 24}
 
@@ -59,31 +58,30 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     return context.view(tokens, heads, head_dim)
 
 
-def packed(model: Any, recorder: Any) -> cpu_rivals.Run:
-    return cuda_rivals.packed(attention, model, recorder)
+def packed(model: Any, recorder: Any) -> Run:
+    return cuda.packed(attention, model, recorder)
 
 
-def hf_graphed(model: Any, recorder: Any) -> cpu_rivals.Run:
-    return cuda_rivals.hf_graphed(model, [], Path(), recorder)
+def hf_graphed(model: Any, recorder: Any) -> Run:
+    return cuda.hf_graphed(model, [], Path(), recorder)
 
 
 @pytest.mark.parametrize("make", [packed, hf_graphed])
 @pytest.mark.parametrize("kind", ["stock-bert", "pruned-bert"])
-def test_graphed_rivals_give_hf_eagers_logits(make: Callable[..., cpu_rivals.Run], kind: str) -> None:
+def test_graphed_rivals_give_hf_eagers_logits(make: Callable[..., Run], kind: str) -> None:
     """A graph a size, whose inputs are copied in; a layer without heads and one without FFN among them."""
     model, recorder = MODELS[kind](), Again()
     run = make(model, recorder)
-    found = cpu_rivals.compared(run, cpu_rivals.hf(model, [], Path()), BATCHES, "fp32")
-    assert found["max_error"] < 1e-4
+    assert compare_logits(run, forward(model), BATCHES, "fp32")["max_error"] < 1e-4
     # The first and third are alike, for the padded the fourth too; a packed one's size is its tokens.
     assert recorder.recorded == (3 if make is packed else 2)
 
 
 def test_the_padded_rivals_get_no_mask_where_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[Any] = []
-    plain = cuda_rivals.padded_logits
+    plain = cuda.padded_logits
     monkeypatch.setattr(
-        cuda_rivals, "padded_logits", lambda model, ids, mask: masks.append(mask) or plain(model, ids, mask)
+        cuda, "padded_logits", lambda model, ids, mask: masks.append(mask) or plain(model, ids, mask)
     )
     run = hf_graphed(stock_model(), Again())
     for batch in (batch_of(9, 9), batch_of(9, 3), padded_batch((9, 9))):
@@ -91,10 +89,10 @@ def test_the_padded_rivals_get_no_mask_where_nothing_is_padded(monkeypatch: pyte
     assert [mask is None for mask in masks] == [True, False, False]
 
 
-@pytest.mark.parametrize("name", [name for name in cuda_rivals.CUDA_RIVALS if name != "hf"])
+@pytest.mark.parametrize("name", [name for name in cuda.CUDA_RIVALS if name != "hf"])
 def test_on_a_cpu_they_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(cpu_rivals.Refused, match=f"^{name} is measured on a GPU only: use --device cuda"):
-        cuda_rivals.build_cuda(name, stock_model(), [], tmp_path)
+    with pytest.raises(Refused, match=f"^{name} is measured on a GPU only: use --device cuda"):
+        cuda.build_cuda_rival(name, stock_model(), [], tmp_path)
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -105,16 +103,16 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("varlen", "torch.nn.attention.varlen", "a later torch has it"),
     ):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(cpu_rivals.NotInstalled, match=f"{module} cannot be imported .*: {remedy}"):
-            cuda_rivals.CUDA_RIVALS[name].make(stock_model(), [], tmp_path)
+        with pytest.raises(NotInstalled, match=f"{module} cannot be imported .*: {remedy}"):
+            cuda.CUDA_RIVALS[name].make(stock_model(), [], tmp_path)
 
 
 def test_an_onnxruntime_without_cuda_is_refused(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this one has it")
-    with pytest.raises(cpu_rivals.Refused, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
-        cuda_rivals.ort_cuda(stock_model(), [], tmp_path)
+    with pytest.raises(Refused, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
+        cuda.ort_cuda(stock_model(), [], tmp_path)
 
 
 def test_torchs_varlen_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +126,11 @@ def test_torchs_varlen_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -
         return out, out, out
 
     monkeypatch.setattr(varlen.torch.ops.torch_attn, "_varlen_attn", op)
-    monkeypatch.setattr(cuda_rivals, "CudaGraphs", lambda device: Again())
+    monkeypatch.setattr(cuda, "CudaGraphs", lambda device: Again())
     model = stock_model()
-    run = cuda_rivals.torch_varlen(model, [], Path())
-    found = cpu_rivals.compared(run, cpu_rivals.hf(model, [], Path()), BATCHES[:1], "fp32")
-    assert found["max_error"] < 1e-4 and len(seen) == model.config.num_hidden_layers
+    run = cuda.torch_varlen(model, [], Path())
+    errors = compare_logits(run, forward(model), BATCHES[:1], "fp32")
+    assert errors["max_error"] < 1e-4 and len(seen) == model.config.num_hidden_layers
     shape, (max_q, max_k, is_causal, scale, window, *_) = seen[0]
     assert shape == (34, 4, 16) and (max_q, max_k, is_causal, scale, window) == (
         20,
@@ -145,7 +143,7 @@ def test_torchs_varlen_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model_cases.SIZES, "minilm", TINY)
+    monkeypatch.setitem(cases.SIZES, "minilm", TINY)
     monkeypatch.setattr(harness, "ceilings", lambda dtype, device: {"flops": 1e9, "bytes": 1e6})
 
 
@@ -173,7 +171,7 @@ def test_the_goals_run_end_to_end(tiny: None, tmp_path: Path) -> None:
             assert "embed_layer_norm" in ours["backends"] and ours["rounds"] == "5"
     assert ("offline-sorted-b32", "ours-encode-many pruned") in timed
     refused = {row["runner"]: row["refused"] for row in rows if row["refused"]}
-    assert len(refused) == 2 * (len(cuda_rivals.CUDA_RIVALS) - 1)
+    assert len(refused) == 2 * (len(cuda.CUDA_RIVALS) - 1)
     assert all("is measured on a GPU only" in reason for reason in refused.values())
     assert "varlen pruned is left out: varlen is measured on a GPU only" in table
     assert "ours / best float32 rival" in table and "| lengths48-384-b8 | pruned |" in table
@@ -183,7 +181,7 @@ def test_the_goals_run_end_to_end(tiny: None, tmp_path: Path) -> None:
 def test_what_no_time_is_left_for_is_left_out_by_name(tiny: None, tmp_path: Path) -> None:
     rows, _ = measured(tmp_path, "--rivals", "hf", "--workloads", "fixed128*", "--minutes", "0")
     assert len(rows) == 8 and {row["refused"] for row in rows} == {"the 0 minutes were used up"}
-    deadline = cuda_models.Deadline(1.0)
+    deadline = goals.Deadline(1.0)
     assert deadline.refuse("hf") is None
     assert deadline.refuse("compile-max-autotune") == "the 1 minutes were used up; it takes 180 s"
 
@@ -191,10 +189,10 @@ def test_what_no_time_is_left_for_is_left_out_by_name(tiny: None, tmp_path: Path
 def test_rounds_are_as_many_as_fit(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     workload = Workload.fixed(4, 1, 1)
     inputs = workload.inputs(9, 0)
-    runner = cuda_models.Runner("a", "dense", lambda: None, None, run=lambda batch: time.sleep(0.001))  # type: ignore[arg-type, return-value]
+    runner = goals.Runner("a", "dense", lambda: None, None, run=lambda batch: time.sleep(0.001))  # type: ignore[arg-type, return-value]
     for seconds, most, least in ((1e9, 9, 9), (0.0, 5, 5), (2.0, 200, 5)):
-        deadline = cuda_models.Deadline(seconds / 60)
-        timing = cuda_models.timed([runner], workload, inputs, 9 if seconds > 10 else 500, deadline, "cpu")[
+        deadline = goals.Deadline(seconds / 60)
+        timing = goals.timed([runner], workload, inputs, 9 if seconds > 10 else 500, deadline, "cpu")[
             "a dense"
         ]
         assert least <= len(timing.seconds) <= most
@@ -202,40 +200,40 @@ def test_rounds_are_as_many_as_fit(tiny: None, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_rival_that_fails_or_errs_is_left_out_with_the_reason() -> None:
     model = stock_model()
-    hf = cpu_rivals.hf(model, [], Path())
+    hf = forward(model)
 
-    def broken() -> cpu_rivals.Run:
+    def broken() -> Run:
         raise RuntimeError("no kernel image\nand more")
 
-    def off(batch: cpu_rivals.Batch) -> cpu_rivals.Logits:
+    def off(batch: Batch) -> Logits:
         return tuple(logits + 0.1 for logits in hf(batch))
 
     workload = Workload("one", ((20, 3, 11),))
-    some = [
-        cuda_models.Runner(name, "dense", make, model)
+    runners = [
+        goals.Runner(name, "dense", make, model)
         for name, make in (("hf", lambda: hf), ("broken", broken), ("off", lambda: off))
     ]
-    ready, refused = cuda_models.prepared(some, workload, [BATCHES[0]], cuda_models.Deadline(None))
-    assert [one.runtime for one in ready] == ["hf"]
+    ready, refused = goals.prepared(runners, workload, [BATCHES[0]], goals.Deadline(None))
+    assert [runner.runtime for runner in ready] == ["hf"]
     reasons = {row["runtime"]: row["refused"] for row in refused}
     assert reasons["broken"] == "RuntimeError: no kernel image"
     assert reasons["off"].startswith("its logits are off by 1.00e-01, more than")
-    ours = cuda_models.Runner("ours", "dense", broken, model)
+    ours = goals.Runner("ours", "dense", broken, model)
     with pytest.raises(RuntimeError, match="no kernel image"):  # ours is never left out
-        cuda_models.prepared([ours], workload, [BATCHES[0]], cuda_models.Deadline(None))
+        goals.prepared([ours], workload, [BATCHES[0]], goals.Deadline(None))
 
 
 def test_the_goals_models_and_workloads() -> None:
     """BERT-large, 24 layers that differ, 8 of 16 heads and 45% of the FFN units on average."""
-    shapes = model_cases.half_shapes(24, 16, 4096, model_cases.FFN_KEPT["large"])
+    shapes = cases.half_shapes(24, 16, 4096, cases.FFN_KEPT["large"])
     assert sum(shape.num_heads for shape in shapes) == 24 * 8 and len(set(shapes)) == 6
     assert abs(sum(shape.ffn_width for shape in shapes) / 24 / 4096 - 0.45) < 0.002
-    found = {one.name: one for one in model_cases.goal_workloads(None, False, ["*"])}
+    known = {workload.name: workload for workload in cases.goal_workloads(None, False, ["*"])}
     names = ("fixed128-b1", "fixed384-b1", "fixed128-b8", "fixed384-b8", "fixed384-b32", "fixed384-b128")
-    assert set(found) == {*names, "lengths48-384-b32", "offline-sorted-b32"}
-    (mixed,) = found["lengths48-384-b32"].batches
+    assert set(known) == {*names, "lengths48-384-b32", "offline-sorted-b32"}
+    (mixed,) = known["lengths48-384-b32"].batches
     assert len(mixed) == 32 and (min(mixed), max(mixed)) == (48, 384) and list(mixed) != sorted(mixed)
-    lengths = [length for batch in found["offline-sorted-b32"].batches for length in batch]
+    lengths = [length for batch in known["offline-sorted-b32"].batches for length in batch]
     assert lengths == sorted(lengths, reverse=True) and len(lengths) == 512
 
 
