@@ -201,9 +201,10 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rivals", nargs="+", default=["hf"],
+        "--rivals", nargs="+", default=["hf"], metavar="NAME",
         choices=(*dict.fromkeys((*CPU_RIVALS, *CUDA_RIVALS)), "all", "none"),
-        help="runtimes to compare with (default: hf)",
+        help=f"runtimes to compare with, or all, or none: on the CPU of {', '.join(CPU_RIVALS)}; with "
+        f"--device cuda or --goals of {', '.join(CUDA_RIVALS)} (default: hf)",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where models run (default: %(default)s)"

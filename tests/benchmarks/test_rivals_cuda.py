@@ -45,7 +45,7 @@ class Again:
 
 
 def batch_of(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
-    return cuda_rivals.SizedBatch(padded_batch(lengths, seed=seed), lengths)
+    return cuda.SizedBatch(padded_batch(lengths, seed=seed), lengths)
 
 
 BATCHES = [batch_of(20, 3, 11), batch_of(9, 9), batch_of(20, 3, 11, seed=1), batch_of(7, 20, 8)]
