@@ -1,6 +1,7 @@
 // softmax(q k^T / sqrt(head_dim)) v. A task owns kQueryBlock query rows of one (sequence, head).
-// A thread keeps that pair's packed K and V while consecutive tasks share it; a task keeps its rows' sums,
-// exponents' offset and context, and a few rows of scores. It writes its rows of the context, once.
+// A thread keeps that pair's K and V, laid out as panels, while consecutive tasks share them; a task keeps
+// the sums, score maxima and context of its rows, and a few rows of scores. It writes its rows of the
+// context, once.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -30,26 +31,26 @@ struct AttentionLayout {
         values(round_up(round_up(args.longest, kLanes) * args.head_dim, kLine)),
         scores(values + round_up(args.longest * context_width, kLine)),
         context(scores + kRegisterRows * kKeyBlock),
-        offsets(context + round_up(kQueryBlock * context_width, kLine)),
-        sums(offsets + kQueryBlock),
+        maxima(context + round_up(kQueryBlock * context_width, kLine)),
+        sums(maxima + kQueryBlock),
         total(sums + kQueryBlock) {}
 
   static constexpr int64_t kLine = 16;
   int64_t context_width;  // head_dim, padded to whole vectors
-  int64_t values, scores, context, offsets, sums, total;
+  int64_t values, scores, context, maxima, sums, total;
 };
 
 // (keys, head_dim) rows -> panels [head_dim][kPanel] of transposed keys; the padding keys are zero.
-inline void pack_keys(const float* source, int64_t stride, int64_t keys, int64_t head_dim, float* packed) {
-  constexpr int64_t kBlock = 16;  // what transpose_mxn takes at most
-  for (int64_t first = 0; first < keys; first += kPanel, packed += head_dim * kPanel) {
+inline void lay_out_keys(const float* source, int64_t stride, int64_t keys, int64_t head_dim, float* panel) {
+  constexpr int64_t kBlock = 16;  // the most that transpose_mxn takes
+  for (int64_t first = 0; first < keys; first += kPanel, panel += head_dim * kPanel) {
     const int64_t count = std::min(keys - first, kPanel);
     const int64_t width = std::min(round_up(count, kLanes), kPanel);
-    if (count < width) std::memset(packed, 0, head_dim * width * sizeof(float));
+    if (count < width) std::memset(panel, 0, head_dim * width * sizeof(float));
     for (int64_t key = 0; key < count; key += kBlock) {
       for (int64_t channel = 0; channel < head_dim; channel += kBlock) {
         at::vec::transpose_mxn<float>(source + (first + key) * stride + channel, stride,
-                                      packed + channel * width + key, width,
+                                      panel + channel * width + key, width,
                                       static_cast<int>(std::min(count - key, kBlock)),
                                       static_cast<int>(std::min(head_dim - channel, kBlock)));
       }
@@ -58,15 +59,16 @@ inline void pack_keys(const float* source, int64_t stride, int64_t keys, int64_t
 }
 
 // (keys, head_dim) rows -> panels [keys][kPanel] of values; the padding channels are zero.
-inline void pack_values(const float* source, int64_t stride, int64_t keys, int64_t head_dim, float* packed) {
+inline void lay_out_values(const float* source, int64_t stride, int64_t keys, int64_t head_dim,
+                           float* panel) {
   for (int64_t first = 0; first < head_dim; first += kPanel) {
     const int64_t count = std::min(head_dim - first, kPanel);
     const int64_t width = std::min(round_up(count, kLanes), kPanel);
-    for (int64_t key = 0; key < keys; ++key, packed += width) {
+    for (int64_t key = 0; key < keys; ++key, panel += width) {
       const float* row = source + key * stride + first;
       for (int64_t channel = 0; channel < width; channel += kLanes) {
         const int64_t lanes = std::min(count - channel, kLanes);
-        Vec::loadu(row + channel, lanes).store(packed + channel);
+        Vec::loadu(row + channel, lanes).store(panel + channel);
       }
     }
   }
@@ -83,7 +85,7 @@ class AttentionWorker {
         values_(scratch + layout_.values),
         scores_(scratch + layout_.scores),
         context_(scratch + layout_.context),
-        offsets_(scratch + layout_.offsets),
+        maxima_(scratch + layout_.maxima),
         sums_(scratch + layout_.sums) {}
 
   // Tasks lie on an axis of cost, (sequence, head, query block), where a query row costs its keys.
@@ -101,12 +103,12 @@ class AttentionWorker {
 
  private:
   void run_head(int64_t head, int64_t begin, int64_t end) {
-    bool packed = false;
+    bool laid_out = false;
     for (int64_t query = 0; query < seqlen_; query += kQueryBlock) {
       const int64_t start = query * seqlen_;
       if (start < begin || start >= end) continue;
-      if (!packed) pack(head);
-      packed = true;
+      if (!laid_out) lay_out(head);
+      laid_out = true;
       attend(head, query, std::min(kQueryBlock, seqlen_ - query));
     }
   }
@@ -116,9 +118,9 @@ class AttentionWorker {
     return args_.qkv + row_ * args_.row_stride + (part * args_.num_heads + head) * args_.head_dim;
   }
 
-  void pack(int64_t head) {
-    pack_keys(rows_of(1, head), args_.row_stride, seqlen_, args_.head_dim, keys_);
-    pack_values(rows_of(2, head), args_.row_stride, seqlen_, args_.head_dim, values_);
+  void lay_out(int64_t head) {
+    lay_out_keys(rows_of(1, head), args_.row_stride, seqlen_, args_.head_dim, keys_);
+    lay_out_values(rows_of(2, head), args_.row_stride, seqlen_, args_.head_dim, values_);
   }
 
   void attend(int64_t head, int64_t query, int64_t rows) {
@@ -148,25 +150,24 @@ class AttentionWorker {
                     context + full, layout_.context_width, layout_.context_width - full, key != 0);
   }
 
-  // scores -> 2^(scale * score - offset), offset being the scaled maximum so far; what was summed under a
-  // smaller offset is scaled down. scale is applied inside the one fused multiply-add, unrounded. All rows'
-  // maxima come first: a row alone would wait for each step of its own.
+  // scores -> 2^(scale * (score - maximum)), with each row's maximum so far; sums under an earlier maximum
+  // are scaled down. All maxima come first: a row alone would wait for each step of its own.
   void exponentiate(int64_t row, int64_t rows, int64_t keys, int64_t padded, bool first) {
-    float offsets[kRegisterRows];
+    float maxima[kRegisterRows];
     for (int64_t i = 0; i < rows; ++i) {
-      offsets[i] = new_offset(scores_ + i * kKeyBlock, keys, padded, first ? nullptr : offsets_ + row + i);
+      maxima[i] = new_maximum(scores_ + i * kKeyBlock, keys, padded, first ? nullptr : maxima_ + row + i);
     }
     for (int64_t i = 0; i < rows; ++i) {
-      const float offset = offsets[i];
-      // Powers turn NaN into a number. offset - offset is 0, or NaN where softmax has no value.
-      const float total = powers(scores_ + i * kKeyBlock, padded, offset) + (offset - offset);
-      sums_[row + i] = first ? total : total + sums_[row + i] * rescale(row + i, offset);
-      offsets_[row + i] = offset;
+      const float maximum = maxima[i];
+      // Powers turn NaN into a number. maximum - maximum is 0, or NaN where softmax has no value.
+      const float total = powers(scores_ + i * kKeyBlock, padded, maximum) + (maximum - maximum);
+      sums_[row + i] = first ? total : total + sums_[row + i] * rescale(row + i, maximum);
+      maxima_[row + i] = maximum;
     }
   }
 
-  // A row's scaled maximum, `old` included. Its padding becomes -infinity.
-  float new_offset(float* scores, int64_t keys, int64_t padded, const float* old) const {
+  // The largest of a row's scores and of `old`. The row's padding becomes -infinity.
+  float new_maximum(float* scores, int64_t keys, int64_t padded, const float* old) const {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     for (int64_t key = keys; key < padded; ++key) scores[key] = -kInfinity;
     Vec even(-kInfinity);
@@ -178,19 +179,22 @@ class AttentionWorker {
     }
     if (key < padded) even = at::vec::maximum(even, Vec::loadu(scores + key));
     const auto maximum = [](Vec& x, Vec& y) { return at::vec::maximum(x, y); };
-    const float offset = scale_ * at::vec::vec_reduce_all<float>(maximum, at::vec::maximum(even, odd));
+    const float largest = at::vec::vec_reduce_all<float>(maximum, at::vec::maximum(even, odd));
     // Not std::max: a NaN on either side has to stay.
-    return old != nullptr && !(offset > *old) && offset == offset ? *old : offset;
+    return old != nullptr && !(largest > *old) && largest == largest ? *old : largest;
   }
 
-  // scores -> 2^(scale * score - offset); returns their sum.
-  float powers(float* scores, int64_t padded, float offset) const {
+  // scores -> 2^(scale * (score - maximum)); returns their sum. The maximum is subtracted first, which leaves
+  // 0 for the largest score. scale * score - scale * maximum in one fused multiply-add is less work, but
+  // rounds one product and not the other, which differ by more than an exponent can hold where scores are
+  // large.
+  float powers(float* scores, int64_t padded, float maximum) const {
     const Vec scale(scale_);
-    const Vec shift(-offset);
+    const Vec largest(maximum);
     const auto power = [&](int64_t key) {
-      const Vec found = power_of_two(at::vec::fmadd(Vec::loadu(scores + key), scale, shift));
-      found.store(scores + key);
-      return found;
+      const Vec weight = power_of_two((Vec::loadu(scores + key) - largest) * scale);
+      weight.store(scores + key);
+      return weight;
     };
     Vec even(0.0f);
     Vec odd(0.0f);
@@ -204,10 +208,10 @@ class AttentionWorker {
     return at::vec::vec_reduce_all<float>(plus, even + odd);
   }
 
-  // Brings a row's context under its new offset; returns the factor.
-  float rescale(int64_t row, float offset) {
-    if (offset == offsets_[row]) return 1.0f;
-    const float factor = std::exp2(offsets_[row] - offset);
+  // Brings a row's context under its new maximum; returns the factor.
+  float rescale(int64_t row, float maximum) {
+    if (maximum == maxima_[row]) return 1.0f;
+    const float factor = std::exp2((maxima_[row] - maximum) * scale_);
     float* context = context_ + row * layout_.context_width;
     for (int64_t channel = 0; channel < layout_.context_width; channel += kLanes) {
       (Vec::loadu(context + channel) * Vec(factor)).store(context + channel);
@@ -232,7 +236,7 @@ class AttentionWorker {
   float* const values_;
   float* const scores_;
   float* const context_;
-  float* const offsets_;
+  float* const maxima_;
   float* const sums_;
   int64_t row_ = 0;     // first token of the sequence at hand
   int64_t seqlen_ = 0;  // its tokens

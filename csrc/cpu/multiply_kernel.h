@@ -1,6 +1,6 @@
 // C[rows][vectors] (+)= A[rows][depth] * B[depth][vectors]: the one product that everything is made of.
 // Owns up to kRegisterRows rows and two vectors of C, keeps them in registers over the whole depth,
-// and writes them once. B is packed: the vectors of one depth step lie together.
+// and writes them once. B is laid out so that the vectors of one depth step lie together.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -98,8 +98,8 @@ void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* 
   multiply<kRows, kVectors>(a, a_stride, b, b_stride, depth, c, c_stride, accumulate, next);
 }
 
-// All columns: B is cut into panels of kPanel columns, each packed [depth][kPanel], panel_stride floats
-// apart; the last is one vector wide when that is enough. columns is a multiple of kLanes.
+// All columns: B lies as panels [depth][kPanel] of kPanel columns, panel_stride floats apart; the last panel
+// is one vector wide if that is enough. columns is a multiple of kLanes.
 inline void multiply_panels(int64_t rows, const float* a, int64_t a_stride, const float* b,
                             int64_t panel_stride, int64_t depth, float* c, int64_t c_stride, int64_t columns,
                             bool accumulate) {

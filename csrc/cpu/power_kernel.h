@@ -1,6 +1,6 @@
-// 2^x for x <= 0: x is rounded to a whole number by adding one whose last bit is worth 1, the rest of it goes
-// through a polynomial (minimax for the relative error on [-1/2, 1/2], fitted by iterated weighted least
-// squares), and the whole number into the exponent. Largest relative error 2.2e-7.
+// 2^x for x <= 0. Adding a number whose last bit is worth 1 rounds x to a whole number, which becomes the
+// exponent; the rest of x goes through a polynomial (minimax for the relative error on [-1/2, 1/2], fitted by
+// iterated weighted least squares). Largest relative error 2.2e-7.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>

@@ -41,8 +41,8 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
     # While this is traced the number of tokens may be unknown; the shape returned is the same without this.
     if num_heads == 0 or max_seqlen == 0 or (isinstance(tokens, int) and tokens == 0):
         return qkv.new_zeros(tokens, width)
-    # The batch, padded: row (i, j) is token j of sequence i, or any token where that does not exist (it is
-    # masked below).
+    # The batch, padded: row (i, j) is token j of sequence i, or another sequence's token where i has no j.
+    # Such a key scores -infinity, and its value becomes 0: not even NaN may come from another sequence.
     column = torch.arange(max_seqlen, device=qkv.device)
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     rows = (starts[:, None] + column).clamp(max=tokens - 1)
@@ -50,7 +50,8 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
     padded = qkv[rows].view(batch, max_seqlen, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
     query, key, value = padded[0], padded[1], padded[2]
     scores = query @ key.transpose(-1, -2) * head_dim**-0.5
-    scores = scores.masked_fill(~real[:, None, None, :], torch.finfo(qkv.dtype).min)
+    scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
+    value = value.masked_fill(~real[:, None, :, None], 0)
     context = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, max_seqlen, width)
     # Packed again, by the sequence that each token belongs to and its place there.
     token = torch.arange(tokens, device=qkv.device)

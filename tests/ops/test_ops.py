@@ -57,11 +57,39 @@ def test_attention_is_softmax_attention(backend: str) -> None:
         torch.testing.assert_close(out, expected.transpose(0, 1).flatten(1), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [60, 3e4, 1e8])
 @pytest.mark.parametrize("backend", READY)
-def test_attention_survives_large_scores(backend: str) -> None:
+def test_attention_survives_large_scores(backend: str, factor: float) -> None:
+    """Scores of thousands, whose exponentials must be taken of differences; and scores beyond 2^31, whose
+    products with the scale are rounded by more than an exponent can hold."""
     arguments = attention_arguments((40, 9), 2, 32)
-    arguments[0][:, :128] *= 60  # scores of thousands: the exponential must be taken of differences
+    arguments[0][:, :128] *= factor
     assert torch.isfinite(assert_within_budget(pruned_ops.ops.attention, backend, arguments)).all()
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_attention_keeps_what_is_not_finite_in_its_sequence(backend: str) -> None:
+    """NaN and infinity in one sequence, before and after others in the batch."""
+    for bad in (float("nan"), float("inf")):
+        qkv, bounds, longest, head_dim = attention_arguments((40, 70, 33), 2, 32)
+        qkv[40:110, 7::5] = bad
+        with use_backend(backend):
+            context = pruned_ops.ops.attention(qkv, bounds, longest, head_dim)
+        assert torch.isfinite(context[:40]).all() and torch.isfinite(context[110:]).all()
+        assert context[40:110].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_reference_does_not_take_overflowing_scores_for_masked_ones(dtype: torch.dtype) -> None:
+    """Both keys of a sequence score -infinity: its softmax has no value, and must not take others'."""
+    qkv = torch.zeros(8, 3, dtype=dtype)
+    large = torch.finfo(dtype).max ** 0.75
+    qkv[:2] = torch.tensor([large, -large, 1.0])
+    qkv[2:, 2] = 777.0
+    with use_backend("reference"):
+        context = pruned_ops.ops.attention(qkv, cu_seqlens((2, 6)), 6, 1)
+        alone = pruned_ops.ops.attention(qkv[:2], cu_seqlens((2,)), 2, 1)
+    assert alone.isnan().all() and context[:2].isnan().all() and (context[2:] == 777).all()
 
 
 @pytest.mark.parametrize("width", [0, 1, 8, 56, 200])
