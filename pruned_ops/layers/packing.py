@@ -1,4 +1,4 @@
-"""Padding removed and put back: a padded batch (batch, seqlen, ...) as tokens back to back (tokens, ...)."""
+"""Removes padding and puts it back: a padded batch (batch, seqlen, ...) <-> packed tokens (tokens, ...)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ NO_MASK = "attention_mask holds values other than 0 and 1; an additive mask is n
 
 
 def check_mask(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
-    """Refuse by name what is no mask of ones and zeros (batch, seqlen): taken for one, it would unmask
-    padding."""
+    """Raise ValueError unless this is a mask of ones and zeros of shape (batch, seqlen).
+
+    Another kind of mask, taken for one, would unmask padding.
+    """
     _check_shape(attention_mask, batch_size, seqlen)
     if attention_mask.dtype == torch.bool or torch.compiler.is_compiling():
         return
-    if bool(_others(attention_mask)):
+    if bool(_is_wrong(attention_mask)):
         raise ValueError(NO_MASK)
 
 
@@ -29,25 +31,25 @@ def _check_shape(attention_mask: Tensor, batch_size: int, seqlen: int) -> None:
         )
 
 
-def _others(attention_mask: Tensor) -> Tensor:
-    """Whether there are values besides 0 and 1, on the device."""
+def _is_wrong(attention_mask: Tensor) -> Tensor:
+    """Whether the mask has values other than 0 and 1: a bool tensor on the mask's device."""
     return ((attention_mask != 0) & (attention_mask != 1)).any()
 
 
 def _bounds(lengths: Tensor) -> Tensor:
-    """int32 (batch,) -> cu_seqlens, int32 (batch + 1,)."""
+    """Turn lengths, int32 (batch,), into cu_seqlens, int32 (batch + 1,)."""
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Where the real tokens of a padded batch are.
+    """The places of the real tokens in a padded batch.
 
-    cu_seqlens int32 (batch + 1,): sequence i owns rows cu_seqlens[i] to cu_seqlens[i + 1] of the packed
+    cu_seqlens int32 (batch + 1,): sequence i owns the rows cu_seqlens[i] to cu_seqlens[i + 1] of the packed
     tensors.
-    max_seqlen: length of the longest sequence, in tokens (host integer). index int64 (tokens,): each token's
-    row in the flattened padded batch; None where nothing is padded. batch_size, seqlen: the padded batch's
-    shape.
+    max_seqlen: the length of the longest sequence, in tokens, on the host.
+    index int64 (tokens,): each token's row in the flattened padded batch; None if nothing is padded.
+    batch_size, seqlen: the shape of the padded batch.
     """
 
     cu_seqlens: Tensor
@@ -59,14 +61,14 @@ class PackedBatch:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence, on the host; copied there only where this was not made by from_mask."""
+        """The tokens of each sequence, on the host; copied there unless from_mask made this batch."""
         if self.index is None:
             return (self.seqlen,) * self.batch_size
         return tuple(self.cu_seqlens.diff().tolist()) if self._lengths is None else self._lengths
 
     @property
     def tokens(self) -> int:
-        """Number of real tokens."""
+        """The number of real tokens."""
         return self.batch_size * self.seqlen if self.index is None else self.index.numel()
 
     @classmethod
@@ -78,14 +80,14 @@ class PackedBatch:
         device: torch.device,
         lengths: tuple[int, ...] | None = None,
     ) -> PackedBatch:
-        """From a mask of ones and zeros (batch, seqlen), any padding side, holes included; None: nothing is
-        padded.
+        """Make it from a mask of ones and zeros (batch, seqlen), padded on any side and with holes or not.
+        None stands for a mask of ones.
 
         lengths: the number of ones in each row of the mask, from a caller that knows it on the host. The
         mask's values are then not looked at, so that a GPU is not waited for. Without it the lengths are
-        copied to the host once, in traced code never.
-        Errors: ValueError for another shape or other values (in code that torch.compile or torch.export
-        traced: RuntimeError for the values).
+        copied to the host once, but never in traced code.
+        Errors: ValueError for another shape or other values (RuntimeError for the values in code that
+        torch.compile or torch.export traced).
         """
         if attention_mask is None:
             return cls._unpadded(batch_size, seqlen, device)
@@ -94,11 +96,11 @@ class PackedBatch:
         real = attention_mask != 0
         counts = real.sum(1, dtype=torch.int32)
         if torch.compiler.is_compiling():
-            return cls._traced(real, counts, _others(attention_mask))
+            return cls._traced(real, counts, _is_wrong(attention_mask))
         if lengths is None:
             # One copy to the host holds the lengths and the check, so that a GPU is waited for once.
-            *copied, others = torch.cat([counts, _others(attention_mask)[None].int()]).tolist()
-            if others:
+            *copied, wrong = torch.cat([counts, _is_wrong(attention_mask)[None].int()]).tolist()
+            if wrong:
                 raise ValueError(NO_MASK)
             lengths = tuple(copied)
         if all(length == seqlen for length in lengths):
@@ -107,10 +109,10 @@ class PackedBatch:
         return cls(_bounds(counts), max(lengths), index, batch_size, seqlen, lengths)
 
     @classmethod
-    def _traced(cls, real: Tensor, lengths: Tensor, others: Tensor) -> PackedBatch:
-        """For torch.compile and torch.export, where no length may come to the host: the longest sequence is
-        taken to be as long as the padded batch, and the number of tokens is known when it runs."""
-        torch._assert_async(~others, NO_MASK)
+    def _traced(cls, real: Tensor, lengths: Tensor, wrong: Tensor) -> PackedBatch:
+        """Make it in code that is being traced, where no length may be copied to the host: max_seqlen is the
+        seqlen of the padded batch, and the number of tokens is known only when the code runs."""
+        torch._assert_async(~wrong, NO_MASK)
         index = real.flatten().nonzero().flatten()
         return cls(_bounds(lengths), real.size(1), index, real.size(0), real.size(1))
 
@@ -120,12 +122,12 @@ class PackedBatch:
         return cls(cu_seqlens, seqlen if batch_size else 0, None, batch_size, seqlen)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """(batch, seqlen, ...) -> (tokens, ...): the real tokens only."""
+        """(batch, seqlen, ...) -> (tokens, ...): drop the padding."""
         flat = padded.reshape(self.batch_size * self.seqlen, *padded.shape[2:])
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def unpack(self, packed: Tensor, fill: float = 0.0) -> Tensor:
-        """(tokens, ...) -> (batch, seqlen, ...): `fill` at padded positions."""
+        """(tokens, ...) -> (batch, seqlen, ...): put padding back, with the value `fill`."""
         if self.index is None:
             return packed.reshape(self.batch_size, self.seqlen, *packed.shape[1:])
         flat = packed.new_full((self.batch_size * self.seqlen, *packed.shape[1:]), fill)
