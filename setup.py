@@ -56,7 +56,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-Wno-uninitialized",  # gcc's own _mm512_undefined_ps trips it
     ]
 KERNELS = "csrc/cpu/kernels.cpp"
-# The int8 kernels, compiled once. A name of its own, as nothing inline in them may run elsewhere.
+# The int8 kernels are compiled once, under a capability name of their own, so that nothing inline in them is
+# shared with files that run on other processors.
 INT8_KERNELS = "csrc/cpu/int8_kernels.cpp"
 INT8_FLAGS = (
     {"AVX512_VNNI": [*CAPABILITY_FLAGS["AVX512"], "-mavx512vnni"]} if "AVX512" in CAPABILITY_FLAGS else {}
@@ -83,8 +84,11 @@ def wants_extension() -> bool:
 
 
 def wants_cuda() -> bool:
-    """Where nvcc and a CUDA torch are, unless a switch says otherwise. SetupError where they do not fit, or
-    where the switch asks for what cannot be."""
+    """Whether to build the CUDA kernels: where nvcc and a CUDA torch are, unless the switch says otherwise.
+
+    Errors: SetupError if nvcc and torch do not fit each other, or if the switch asks for kernels that cannot
+    be built.
+    """
     switch = os.environ.get(CUDA_SWITCH, "auto")
     if switch not in ("0", "1", "auto"):
         raise SetupError(f"{CUDA_SWITCH} is {switch!r}; it is 0, 1 or auto")
@@ -105,22 +109,22 @@ def wants_cuda() -> bool:
 
 
 def nvcc() -> Path | None:
-    """The compiler that torch's build would take."""
+    """The compiler that torch's build would use; None if there is none."""
     path = Path(cpp_extension.CUDA_HOME or "") / "bin" / "nvcc"
     return path if cpp_extension.CUDA_HOME and path.is_file() else None
 
 
 def check_toolkit() -> None:
-    """SetupError unless the toolkit is of torch's major version: both use one CUDA runtime."""
-    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"release (\d+)[.\d]*", said)
+    """Raise SetupError unless the toolkit has torch's major version, because both use one CUDA runtime."""
+    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    toolkit = re.search(r"release (\d+)[.\d]*", version)
     cuda = torch.version.cuda
-    wanted = cuda.partition(".")[0]
-    if found is None or found[1] != wanted:
-        release = found[0] if found else "an unknown release"
+    major = cuda.partition(".")[0]
+    if toolkit is None or toolkit[1] != major:
+        release = toolkit[0] if toolkit else "an unknown release"
         raise SetupError(
             f"{nvcc()} is of {release}, torch {torch.__version__} is built with CUDA {cuda}: set CUDA_HOME "
-            f"to a toolkit of CUDA {wanted}, install a torch for that nvcc, or set {CUDA_SWITCH}=0 to leave "
+            f"to a toolkit of CUDA {major}, install a torch for that nvcc, or set {CUDA_SWITCH}=0 to leave "
             "the CUDA kernels out"
         )
     # The nvcc on PATH may be a script that runs one elsewhere, and torch's build looks for headers beside it.
@@ -131,7 +135,7 @@ def check_toolkit() -> None:
 
 
 def refusing(reason: str) -> type:
-    """Stands in for a build that cannot be; metadata and the sdist need none."""
+    """A build command that raises SetupError with this reason; metadata and the sdist do not run it."""
 
     class Refusing(build_ext):
         def run(self) -> None:
@@ -160,8 +164,8 @@ def make_build_extension() -> type:
                 ) from error
 
         def compile_kernels(self, ext: Extension) -> list[str]:
-            """One object per capability. DEFAULT is first: of an inline function that several objects have,
-            the linker keeps the first copy, and that one must run on every processor."""
+            """Compile one object per capability. DEFAULT is first: where several objects hold the same inline
+            function the linker keeps the first copy, which must run on every processor."""
             objects: list[str] = []
             copies = [(KERNELS, *copy) for copy in CAPABILITY_FLAGS.items()]
             copies += [(INT8_KERNELS, *copy) for copy in INT8_FLAGS.items()]

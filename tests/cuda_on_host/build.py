@@ -49,15 +49,15 @@ def _target() -> bytes:
 
 
 def included(source: Path, kernels: Path) -> list[Path]:
-    """The file, and those of ours that it includes, and they."""
-    found = [source]
-    for path in found:
+    """The file and all files of ours that it includes, directly or through others."""
+    files = [source]
+    for path in files:  # which grows meanwhile
         for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
             places = [folder / name for folder in (path.parent, kernels, HERE)]
             header = next((place for place in places if place.exists()), None)
-            if header is not None and header not in found:
-                found.append(header)
-    return found
+            if header is not None and header not in files:
+                files.append(header)
+    return files
 
 
 def _flags(source: Path, kernels: Path) -> list[str]:

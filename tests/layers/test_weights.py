@@ -1,4 +1,4 @@
-"""Weights as GPU kernels want them: aligned, odd FFN widths filled up with exact zeros. On the CPU here."""
+"""The layout of weights for GPU kernels: aligned, and odd FFN widths filled up with zeros. Run on the CPU."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def ffn(width: int, act: str = "gelu", dtype: torch.dtype = torch.float64) -> Pr
 def test_widths_filled_up_compute_the_same(width: int, act: str) -> None:
     part, x = ffn(width, act), randn(1, 9, 48).double()
     expected = part(x)
-    found = AlignedWeights([part], keep_weights=True)(x, cu_seqlens((9,)), 9)
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    output = AlignedWeights([part], keep_weights=True)(x, cu_seqlens((9,)), 9)
+    torch.testing.assert_close(output, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -58,16 +58,16 @@ def test_matrices_begin_and_go_on_at_whole_alignments(dtype: torch.dtype) -> Non
     assert not up[35:].any() and not down[:, 35:].any() and not parts.biases[0][35:].any()
 
 
-def test_what_lies_well_is_not_copied_and_the_rest_is_held_once() -> None:
-    well, odd = ffn(32), ffn(33)
+def test_an_aligned_weight_is_not_copied_and_others_are_held_once() -> None:
+    aligned, odd = ffn(32), ffn(33)
     before = [linear.weight.clone() for linear in odd.linears]
-    parts = AlignedWeights([well, odd], keep_weights=False)
+    parts = AlignedWeights([aligned, odd], keep_weights=False)
     assert [weight.data_ptr() for weight in parts.weights[0]] == [
-        linear.weight.data_ptr() for linear in well.linears
+        linear.weight.data_ptr() for linear in aligned.linears
     ]
     for linear in odd.linears:
         assert linear.weight.isnan().all() and linear.weight.untyped_storage().nbytes() == 8
-    parts.give_back([well, odd])
+    parts.give_back([aligned, odd])
     for linear, weight in zip(odd.linears, before, strict=True):
         assert torch.equal(linear.weight, weight) and linear.weight.is_contiguous()
 
@@ -78,7 +78,7 @@ def test_an_encoder_runs_aligned_and_gets_its_weights_back(as_on_a_gpu: None) ->
     torch.manual_seed(0)
     encoder: Any = PrunedEncoder(shape).requires_grad_(False)
     x, batch = randn(1, 12, 90), pruned_ops.PackedBatch(cu_seqlens((5, 7)), 7, None, 1, 12)
-    before = {name: one.clone() for name, one in encoder.state_dict().items()}
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
     expected = encoder(x, batch)
     encoder.pack(keep_weights=False)
     assert encoder.running_shape.layers == tuple(
@@ -92,19 +92,19 @@ def test_an_encoder_runs_aligned_and_gets_its_weights_back(as_on_a_gpu: None) ->
     assert encoder.running_shape.layers[-1].ffn_width == 6  # eight bytes a number now
     encoder.float().unpack()
     assert encoder.running_shape == shape
-    assert all(torch.equal(one, before[name]) for name, one in encoder.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
 
 def test_an_optimised_model_runs_aligned(model: Any, as_on_a_gpu: None) -> None:
     batch = padded_batch(pad_token_id=model.config.pad_token_id)
-    before = {name: one.clone() for name, one in model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         expected = model(**batch)
-        found = pruned_ops.optimize(model)(**batch)
+        output = pruned_ops.optimize(model)(**batch)
     real = batch["attention_mask"].bool()
-    torch.testing.assert_close(found.start_logits[real], expected.start_logits[real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.start_logits[real], expected.start_logits[real], rtol=1e-4, atol=1e-5)
     pruned_ops.restore(model)
-    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_tune_says_what_it_needs(model: Any) -> None:

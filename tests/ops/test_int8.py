@@ -12,11 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import inputs
 import pruned_ops
-from inputs import READY, encoder_arguments, logits, padded_batch, pruned_model, randn, stock_model
+from inputs import READY, SUPPORT, encoder_arguments, logits, padded_batch, pruned_model, randn, stock_model
 from pruned_ops.ops.backends.cpu import extension
-from pruned_ops.ops.panels import ffn_part, from_int8_panels, from_panels, quantize, to_int8_panels, to_panels
+from pruned_ops.ops.panels import (
+    PART_TENSORS,
+    ffn_part,
+    from_int8_panels,
+    from_panels,
+    quantize,
+    to_int8_panels,
+    to_panels,
+)
 from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.runtime.optimize import choose_int8
 
@@ -25,7 +32,7 @@ needs_vnni = pytest.mark.skipif(not HERE, reason="no AVX-512 VNNI, or pruned_ops
 
 
 @pytest.mark.parametrize(("out", "inputs"), [(64, 32), (70, 50), (1, 1), (33, 4), (0, 8), (8, 0)])
-def test_the_layout_gives_back_what_was_packed(out: int, inputs: int) -> None:
+def test_panels_give_back_the_quantised_weight(out: int, inputs: int) -> None:
     weight = randn(0, out, inputs)
     panels, scales = to_int8_panels(weight)
     values = from_int8_panels(panels, out, inputs)
@@ -36,24 +43,24 @@ def test_the_layout_gives_back_what_was_packed(out: int, inputs: int) -> None:
     assert torch.equal(start, -128 * values.sum(1, dtype=torch.int32))
 
 
-def in_int8(arguments: list[Any], which: tuple[int, ...] = (0, 1)) -> list[Any]:
+def in_int8(arguments: list[Any], linears: tuple[int, ...] = (0, 1)) -> list[Any]:
     """`encoder`'s arguments with the first (0) or second (1) linears of all parts in int8."""
     weights = list(arguments[3])
-    for place in range(0, len(weights), 6):
-        for which_one in which:
-            at = place + 2 * which_one
+    for part in range(0, len(weights), PART_TENSORS):
+        for linear in linears:
+            at = part + 2 * linear
             panels, scales = to_int8_panels(from_panels(weights[at], weights[at + 1].size(0)))
             weights[at : at + 2] = [panels, torch.stack([weights[at + 1], scales])]
     return [*arguments[:3], weights, *arguments[4:]]
 
 
 @needs_vnni
-@pytest.mark.parametrize("which", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("linears", [(0, 1), (0,), (1,)])
 @pytest.mark.parametrize(("hidden", "width"), [(90, 72), (16, 0), (1, 16), (384, 200)])
-def test_kernels_compute_the_reference(hidden: int, width: int, which: tuple[int, ...]) -> None:
+def test_kernels_compute_the_reference(hidden: int, width: int, linears: tuple[int, ...]) -> None:
     """The same whole numbers: rounding may move a value to the next one, rarely, and no further."""
     for tokens in (0, 1, 13, 230):
-        arguments = in_int8(encoder_arguments(tokens, hidden, width, seed=1), which)
+        arguments = in_int8(encoder_arguments(tokens, hidden, width, seed=1), linears)
         with use_backend("reference"):
             expected = OPS["encoder"](*arguments)
         with use_backend("cpu"):
@@ -172,7 +179,7 @@ def test_wrong_panels_are_refused_by_name() -> None:
 @pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
 def test_without_vnni_it_says_so() -> None:
     script = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(inputs.__file__)!r})\n"
+        f"import sys; sys.path.insert(0, {SUPPORT!r})\n"
         "import pruned_ops; from inputs import stock_model\n"
         "pruned_ops.optimize(stock_model(), dtype='int8')"
     )

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import inputs
 import pruned_ops
-from inputs import LENGTHS, READY, arguments_for, attention_arguments, cu_seqlens, randn
+from inputs import LENGTHS, READY, SUPPORT, arguments_for, attention_arguments, cu_seqlens, randn
 from numerics import assert_within_budget
 from pruned_ops.ops.registry import BACKENDS, OPS, record, use_backend
 
@@ -244,15 +243,18 @@ def test_ids_outside_their_table_are_refused(backend: str, value: int, place: in
 
 CAPABILITY_SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {support!r})
 from inputs import LENGTHS, arguments_for, attention_arguments
 from numerics import assert_within_budget
 from pruned_ops.ops.backends.cpu import extension
 from pruned_ops.ops.registry import OPS
-assert extension.cpu_capability().lower() == {wanted!r}, extension.cpu_capability()
+assert extension.cpu_capability().lower() == {capability!r}, extension.cpu_capability()
 for lengths in LENGTHS:
     for head_dim in (8, 20, 32, 64):
         assert_within_budget(OPS["attention"], "cpu", attention_arguments(lengths, 3, head_dim))
+large_scores = attention_arguments((40, 9), 3, 32)
+large_scores[0][:, :192] *= 1e8
+assert_within_budget(OPS["attention"], "cpu", large_scores)
 for op in OPS:
     for hidden in (1, 90, 384):
         assert_within_budget(OPS[op], "cpu", arguments_for(op, hidden=hidden))
@@ -270,7 +272,7 @@ def test_cpu_capability(capability: str) -> None:
     features = extension.cpu_features()
     if capability != "default" and not features[{"avx2": "avx2", "avx512": "avx512f"}[capability]]:
         pytest.skip(f"this processor has no {capability}")
-    script = CAPABILITY_SCRIPT.format(tests=os.path.dirname(inputs.__file__), wanted=capability)
+    script = CAPABILITY_SCRIPT.format(support=SUPPORT, capability=capability)
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

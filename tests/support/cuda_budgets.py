@@ -33,8 +33,11 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel. stack, spilled: bytes a thread; shared: bytes that the kernel itself declares;
-    threads, blocks: of its __launch_bounds__, 0 where it has none."""
+    """A compiled kernel.
+
+    registers, stack, spilled: per thread, the latter two in bytes. shared: the bytes of shared memory that
+    the kernel itself declares. threads, blocks: its __launch_bounds__, 0 if it has none.
+    """
 
     name: str
     target: int
@@ -47,27 +50,27 @@ class Kernel:
 
     @property
     def limit(self) -> int:
-        """Registers that a thread may have for the blocks to fit."""
+        """The registers that a thread may have so that the blocks fit."""
         warps = -(-self.threads // WARP) * self.blocks
         return min(MOST_REGISTERS, REGISTERS // warps // STEP * STEP // WARP) if warps else 0
 
     def faults(self) -> list[str]:
-        """How it breaks its budget; nothing where it keeps it."""
+        """The ways in which it breaks its budget, a sentence each."""
         if not self.threads or not self.blocks:
             return [f"{self.name} has no __launch_bounds__(threads, blocks)"]
-        found = []
+        faults = []
         if self.stack or self.spilled:
-            found.append(f"{self.name} has {self.stack} bytes of stack and spills {self.spilled}")
+            faults.append(f"{self.name} has {self.stack} bytes of stack and spills {self.spilled}")
         if self.registers > self.limit:
-            found.append(f"{self.name} takes {self.registers} registers of {self.limit}")
+            faults.append(f"{self.name} takes {self.registers} registers of {self.limit}")
         if self.blocks > BLOCKS or self.threads * self.blocks > THREADS:
-            found.append(f"{self.name} asks for {self.blocks} blocks of {self.threads} threads: too many")
-        return [f"{fault} on sm_{self.target}" for fault in found]
+            faults.append(f"{self.name} asks for {self.blocks} blocks of {self.threads} threads: too many")
+        return [f"{fault} on sm_{self.target}" for fault in faults]
 
 
 @functools.lru_cache
 def nvcc() -> str | None:
-    """The CUDA compiler; None where there is none."""
+    """The CUDA compiler; None if there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which(os.path.join(home, "bin", "nvcc"))
@@ -75,7 +78,7 @@ def nvcc() -> str | None:
 
 
 def toolkit_headers() -> Path:
-    """The folder of CUDA's headers, as nvcc tells: it may be a script that runs one elsewhere."""
+    """The folder of CUDA's headers, as nvcc names it: nvcc may be a script that runs one elsewhere."""
     plan = subprocess.run([str(nvcc()), "--dryrun", "-c", "a.cu"], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
     assert top is not None, plan
@@ -83,13 +86,13 @@ def toolkit_headers() -> Path:
 
 
 def compiled(source: Path, target: int) -> list[Kernel]:
-    """The kernels of a file on sm_`target`; RuntimeError where it does not compile."""
+    """The kernels of a file on sm_`target`; RuntimeError if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernels.ptx")
         _run([*FLAGS, f"-arch=compute_{target}", "-ptx", str(source), "-o", str(ptx)])
-        said = _run([f"-arch=sm_{target}", "-cubin", "-Xptxas", "-v", str(ptx), "-o", f"{ptx}.cubin"])
+        report = _run([f"-arch=sm_{target}", "-cubin", "-Xptxas", "-v", str(ptx), "-o", f"{ptx}.cubin"])
         bounds = _bounds(ptx.read_text(encoding="utf-8"))
-    return [_kernel(part, target, bounds) for part in said.split("Compiling entry function '")[1:]]
+    return [_kernel(part, target, bounds) for part in report.split("Compiling entry function '")[1:]]
 
 
 def _run(arguments: list[str]) -> str:
@@ -100,24 +103,24 @@ def _run(arguments: list[str]) -> str:
 
 
 def _bounds(ptx: str) -> dict[str, tuple[int, int]]:
-    """Kernel -> threads and blocks, as .maxntid and .minnctapersm in front of its body have them."""
-    found = {}
+    """Kernel -> threads and blocks, from the .maxntid and .minnctapersm in front of its body."""
+    bounds = {}
     for name, directives in re.findall(r"\.entry (\S+?)\([^)]*\)([^{]*)\{", ptx):
         threads = re.search(r"\.maxntid (\d+), 1, 1", directives)
         blocks = re.search(r"\.minnctapersm (\d+)", directives)
-        found[name] = (int(threads[1]) if threads else 0, int(blocks[1]) if blocks else 0)
-    return found
+        bounds[name] = (int(threads[1]) if threads else 0, int(blocks[1]) if blocks else 0)
+    return bounds
 
 
-def _kernel(said: str, target: int, bounds: dict[str, tuple[int, int]]) -> Kernel:
-    """From what ptxas -v says of one kernel."""
-    symbol = said.partition("'")[0]
-    registers = re.search(r"Used (\d+) registers", said)
-    assert registers is not None, said
+def _kernel(report: str, target: int, bounds: dict[str, tuple[int, int]]) -> Kernel:
+    """Make a Kernel from what ptxas -v reports about it."""
+    symbol = report.partition("'")[0]
+    registers = re.search(r"Used (\d+) registers", report)
+    assert registers is not None, report
 
     def number(pattern: str) -> int:
-        found = re.search(rf"(\d+) bytes {pattern}", said)
-        return int(found[1]) if found else 0
+        match = re.search(rf"(\d+) bytes {pattern}", report)
+        return int(match[1]) if match else 0
 
     spilled = number("spill stores") + number("spill loads")
     taken = (int(registers[1]), number("stack frame"), spilled, number("smem"))
@@ -125,7 +128,7 @@ def _kernel(said: str, target: int, bounds: dict[str, tuple[int, int]]) -> Kerne
 
 
 def _readable(symbol: str) -> str:
-    """attention_kernel<half, 32>, of what the linker knows it by."""
+    """Turn a linker's symbol into a name such as attention_kernel<half, 32>."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
     name = re.sub(r"\(anonymous namespace\)::|pruned_ops::cuda::", "", name.removeprefix("void "))
     depth = 0
@@ -136,25 +139,26 @@ def _readable(symbol: str) -> str:
     return name
 
 
-def table(kernels: Iterable[Kernel]) -> Table:
-    """What each takes, beside its budget."""
-    made = Table(title="registers a thread, bytes a thread; blocks that a multiprocessor must hold")
+def budget_table(kernels: Iterable[Kernel]) -> Table:
+    """A table of what each kernel takes, beside its budget."""
+    table = Table(title="registers a thread, bytes a thread; blocks that a multiprocessor must hold")
     for column in ("kernel", "arch", "registers", "limit", "stack", "spilled", "threads", "blocks", "shared"):
-        made.add_column(column, justify="left" if column == "kernel" else "right")
-    for one in sorted(kernels, key=lambda one: (one.name, one.target)):
-        taken = (one.registers, one.limit, one.stack, one.spilled, one.threads, one.blocks, one.shared)
-        made.add_row(one.name, f"sm_{one.target}", *map(str, taken))
-    return made
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.target)):
+        taken = (kernel.registers, kernel.limit, kernel.stack, kernel.spilled)
+        bounds = (kernel.threads, kernel.blocks, kernel.shared)
+        table.add_row(kernel.name, f"sm_{kernel.target}", *map(str, (*taken, *bounds)))
+    return table
 
 
 def main() -> int:
     if nvcc() is None:
         print("there is no nvcc: nothing can be compiled", file=sys.stderr)
         return 2
-    sources = [Path(one) for one in sys.argv[1:]] or KERNELS
-    kernels = [one for source in sources for target in TARGETS for one in compiled(source, target)]
-    Console(width=150).print(table(kernels))
-    faults = [fault for one in kernels for fault in one.faults()]
+    sources = [Path(name) for name in sys.argv[1:]] or KERNELS
+    kernels = [kernel for source in sources for target in TARGETS for kernel in compiled(source, target)]
+    Console(width=150).print(budget_table(kernels))
+    faults = [fault for kernel in kernels for fault in kernel.faults()]
     print("\n".join(faults) or f"{len(kernels)} kernels keep their budgets")
     return 1 if faults or not kernels else 0
 

@@ -1,4 +1,4 @@
-"""The CUDA backend's ops for tests: on a GPU where the extension has its kernels, else csrc/cuda/ops.cpp,
+"""The CUDA backend's ops for tests: on a GPU if the extension has its kernels; else by csrc/cuda/ops.cpp,
 compiled for CPU tensors and emulated kernels."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CUDA_OPS = ["attention", *GEMMS, *NORMS]
 
 
 def native() -> Any:
-    """The namespace of what bindings.cpp registers, on a GPU or not."""
+    """The namespace in which bindings.cpp, or its stand-in for the host, registers the ops."""
     if ON_GPU:
         return torch.ops.pruned_ops_cuda
     from cuda_on_host.build_ops import ops_on_host
@@ -42,7 +42,7 @@ def native() -> Any:
 
 
 def run(op: str, arguments: list[Any], launches: bool = True) -> Tensor:
-    """The op by this backend; in the emulator, whether a kernel was started."""
+    """Run the op on this backend; in the emulator, check whether a kernel was started."""
     if ON_GPU:
         with use_backend("cuda"), record() as ran:
             output = OPS[op](*arguments)
@@ -55,7 +55,7 @@ def run(op: str, arguments: list[Any], launches: bool = True) -> Tensor:
 
 
 def checked(op: str, arguments: list[Any], launches: bool = True) -> Tensor:
-    """`run`, within the error budget of the reference."""
+    """Run the op, and check its output against the error budget of the reference."""
     output = run(op, arguments, launches)
     within_budget(op, output, arguments)
     floating = next(a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
@@ -64,9 +64,9 @@ def checked(op: str, arguments: list[Any], launches: bool = True) -> Tensor:
 
 
 def arguments_of(op: str, dtype: torch.dtype, **sizes: int) -> list[Any]:
-    """Small ones that the kernels take."""
-    made = attention_arguments((12, 25), 2, 32) if op == "attention" else arguments_for(op, **sizes)
-    return moved(made, dtype)
+    """Small arguments that the kernels take."""
+    arguments = attention_arguments((12, 25), 2, 32) if op == "attention" else arguments_for(op, **sizes)
+    return moved(arguments, dtype)
 
 
 def cases() -> list[Any]:

@@ -1,8 +1,9 @@
-"""Inputs for ops and small models for everything else, made from seeds."""
+"""Inputs for ops and small models for everything else, all made from seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from pruned_ops import LayerShape
 from pruned_ops.ops.panels import attention_part, ffn_part, inner_width, is_attention, to_panels
 from pruned_ops.ops.registry import BACKENDS, REFERENCE
 
+# The folder of the test helpers, for the sys.path of a script that a test runs in a process of its own.
+SUPPORT = str(Path(__file__).parent)
 # Every backend that can run here on CPU tensors; a test's id contains the one it runs. Where there is a GPU,
 # test_triton.py and test_cuda.py run the others on it.
 READY = [
@@ -36,8 +39,8 @@ READY = [
 
 # Lengths around the block sizes of kernels, empty and single ones included.
 LENGTHS = [(1,), (5, 3, 9), (15, 16, 17), (0, 7, 0), (63, 64, 65), (130, 1, 257), (511,), (0,), ()]
-# One layer of everything odd: no head, no FFN, and a hidden size (90) that no head count divides (head_dim
-# 16).
+# Layers of all odd kinds: without heads, without an FFN, and of odd widths. Their models have a hidden size of
+# 90, which is no multiple of their head_dim of 16.
 ODD_SHAPES = [LayerShape(4, 72), LayerShape(0, 72), LayerShape(1, 0), LayerShape(0, 0), LayerShape(3, 5)]
 
 
@@ -59,7 +62,7 @@ def attention_arguments(lengths: Sequence[int], num_heads: int, head_dim: int, s
 
 
 def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, seed: int = 0) -> list[Any]:
-    """Arguments of any op at these sizes; `width` is the FFN's, or about the heads' times 16."""
+    """Arguments of any op at these sizes. `width` is the FFN width, or about 16 times the number of heads."""
     norm = [randn(seed + 1, hidden) + 1, randn(seed + 2, hidden), 1e-12]
     x, residual = randn(seed + 3, tokens, width), randn(seed + 4, tokens, hidden)
     if op == "attention":
@@ -79,7 +82,7 @@ def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, 
 
 
 def moved_to(device: str, arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """All tensors on this device, the floating ones in this dtype."""
+    """Move all tensors to this device, and the floating ones to this dtype."""
     return [
         (a.to(device, dtype) if a.is_floating_point() else a.to(device)) if isinstance(a, Tensor) else a
         for a in arguments
@@ -145,8 +148,7 @@ def pruned_model(kind: str = "bert", shapes: Sequence[LayerShape] = tuple(ODD_SH
 
 
 def shake(model: Any, seed: int) -> Any:
-    """Biases and LayerNorm parameters are initialised to 0 and 1, which hides their loss: make them
-    random."""
+    """Add noise to biases and LayerNorm parameters, whose initial values, 0 and 1, would hide their loss."""
     noise = generator(seed + 100)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -158,7 +160,7 @@ def shake(model: Any, seed: int) -> Any:
 def padded_batch(
     lengths: Sequence[int] = (20, 3, 11, 0, 1), pad_token_id: int = 0, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Right-padded model inputs of these lengths, one of them a row of padding only."""
+    """Right-padded model inputs of these lengths. By default one row holds padding only."""
     longest = max(lengths)
     ids = torch.randint(5, 100, (len(lengths), longest), generator=generator(seed))
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()

@@ -1,7 +1,7 @@
-"""The error budget that every backend is held to, as design has it.
+"""The error budget that every backend is held to.
 
-Truth is the reference in fp64 for fp32 inputs. The budget is the reference's own error in the input dtype; a
-backend errs at most twice its budget plus 1e-5.
+The truth is the reference in fp64. The budget is the reference's own error in the inputs' dtype; a backend's
+error may be at most twice the budget plus 1e-5.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def largest(x: Tensor) -> float:
 
 
 def assert_within_budget(op: Op, backend: str, arguments: Sequence[Any]) -> Tensor:
-    """Run `op` on `backend`, check that this backend ran, and its error against the budget. Returns its
-    output; the reference's where the backend refuses these arguments, which must then be an error that says
-    why."""
+    """Run `op` on `backend`; check that this backend ran, and that its error is within the budget.
+
+    If the backend refuses these arguments, check that asking for it raises an error with its reason, and
+    return the reference's output.
+    """
     kernel = op.kernels.get(backend)
     refusal = kernel.refuse(*arguments) if kernel is not None else None
     if refusal is not None:
@@ -48,7 +50,7 @@ def assert_within_budget(op: Op, backend: str, arguments: Sequence[Any]) -> Tens
 
 
 def within_budget(op: str, output: Tensor, arguments: Sequence[Any]) -> None:
-    """Check shape, dtype and error of what some kernel made of these arguments."""
+    """Check the shape, dtype and error of an output that a kernel computed from these arguments."""
     reference = OPS[op].reference
     truth = reference(*in_fp64(arguments))
     budget = largest(reference(*arguments).double() - truth)
