@@ -1,4 +1,5 @@
-// The one file that knows torch's library: op name -> function, and the module for what is no op.
+// The one file that knows torch's library: it registers a function for each op, and makes the Python module
+// that tells what was built.
 #ifdef __x86_64__
 #include <cpuid.h>
 #endif
@@ -23,7 +24,7 @@
 
 namespace {
 
-// Of ops that the CPU and the GPU have.
+// The schemas of the ops that both the CPU and the GPU have.
 constexpr const char* kAttention =
     "attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int head_dim) -> Tensor";
 constexpr const char* kAddLayerNorm =
@@ -73,7 +74,7 @@ TORCH_LIBRARY_IMPL(pruned_ops_cuda, CUDA, m) {
 
 namespace {
 
-// What this file was compiled with and for; the runtime may be another torch of the same ABI.
+// What this file was compiled with and for; it may run with another torch of the same ABI.
 pybind11::dict build_info() {
   std::vector<std::string> capabilities = {"DEFAULT"};
 #ifdef PRUNED_OPS_HAVE_AVX2
@@ -95,7 +96,7 @@ pybind11::dict build_info() {
   info["capabilities"] = capabilities;
   info["cuda"] = pybind11::none();
 #ifdef PRUNED_OPS_HAVE_CUDA
-  // Its value: the architectures, as TORCH_CUDA_ARCH_LIST names them.
+  // The macro's value is the list of architectures, as in TORCH_CUDA_ARCH_LIST.
   pybind11::dict cuda;
   cuda["version"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   cuda["architectures"] = PRUNED_OPS_HAVE_CUDA;
@@ -114,7 +115,7 @@ std::map<std::string, bool> cpu_features() {
       {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},
       {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
   };
-  // Older compilers do not know AMX by name: leaf 7 has it in edx.
+  // Older compilers do not know AMX by name; it is in edx of leaf 7.
   unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
   __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
   features["amx_bf16"] = (edx >> 22 & 1) != 0;

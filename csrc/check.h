@@ -1,4 +1,5 @@
-// Every refusal of a tensor, with its name and numbers. Messages start with the op: "attention: qkv has ...".
+// Every check of an argument. A failed one raises an error with the argument's name and the numbers, and its
+// message starts with the op: "attention: qkv has ...".
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +13,7 @@
 
 namespace pruned_ops::check {
 
-// What a kernel takes: float32 on the CPU, or what is said.
+// The device and dtype that a kernel takes.
 struct Takes {
   at::Device device = at::kCPU;
   at::ScalarType dtype = at::kFloat;
@@ -74,7 +75,7 @@ inline void int8_panels(const char* op, const char* name, const at::Tensor& tens
   TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
 }
 
-// Returns the number of heads in a q|k|v of this width.
+// Checks a q|k|v (tokens, 3 * num_heads * head_dim); returns num_heads.
 inline int64_t num_heads(const char* op, const at::Tensor& qkv, int64_t head_dim, const Takes& takes = {}) {
   matrix(op, "qkv", qkv, takes);
   TORCH_CHECK(head_dim >= 1, op, ": head_dim is ", head_dim, ", at least 1 is needed");
@@ -91,7 +92,7 @@ inline void cu_seqlens_type(const char* op, const at::Tensor& cu_seqlens, at::De
               cu_seqlens.sizes(), ", [batch + 1] is needed");
 }
 
-// bounds: the values of cu_seqlens, batch + 1 of them. Returns the tokens of the longest sequence.
+// bounds: the batch + 1 values of cu_seqlens. Returns the number of tokens of the longest sequence.
 inline int64_t seqlens(const char* op, const int32_t* bounds, int64_t batch, int64_t tokens,
                        int64_t max_seqlen) {
   TORCH_CHECK(bounds[0] == 0, op, ": cu_seqlens starts at ", bounds[0], ", not at 0");
@@ -113,12 +114,12 @@ inline void eps(const char* op, double value) {
   TORCH_CHECK(value >= 0, op, ": eps is ", value, ", at least 0 is needed");
 }
 
-// x is added to a residual of so many rows.
+// x must have as many rows as the residual that it is added to.
 inline void same_rows(const char* op, const at::Tensor& x, int64_t rows) {
   TORCH_CHECK(x.size(0) == rows, op, ": x has ", x.size(0), " rows, residual has ", rows);
 }
 
-// A size or count, as CUDA kernels count.
+// Returns a size or count as an int, with which the CUDA kernels count.
 inline int as_int(const char* op, const char* name, int64_t value) {
   constexpr int most = std::numeric_limits<int>::max();
   TORCH_CHECK(value >= 0 && value <= most, op, ": ", name, " is ", value, ", the kernel takes 0 to ", most);
@@ -134,7 +135,7 @@ inline void ids_type(const char* op, const char* name, const at::Tensor& ids, in
               tokens, "] is needed");
 }
 
-// values: the ids, each of which selects a row of a table.
+// values: the ids, each of which selects a row of the table.
 inline void ids_within(const char* op, const char* name, const int64_t* values, int64_t count,
                        const char* table, int64_t rows) {
   for (int64_t i = 0; i < count; ++i) {

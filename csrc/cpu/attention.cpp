@@ -21,9 +21,9 @@ constexpr int64_t kWorthAThread = 1 << 17;
 
 }  // namespace
 
-// Splits the work evenly although lengths are unequal: the axis that parallel_for cuts is one of cost, where
-// every query row weighs its sequence's keys, and a task belongs to whoever got its start. The cut decides
-// who computes a row, never how, so the result does not depend on the number of threads.
+// Splits the work evenly although lengths are unequal: parallel_for cuts an axis of cost, on which a query
+// row is as long as its sequence has keys, and a task belongs to the thread whose share holds its start. The
+// cut decides which thread computes a row, never how, so the result does not depend on the number of threads.
 void run_attention(const AttentionArgs& args) {
   int64_t cost = 0;
   for (int64_t i = 0; i < args.batch; ++i) {

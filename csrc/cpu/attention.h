@@ -14,7 +14,7 @@ namespace pruned_ops::cpu {
 at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen,
                      int64_t head_dim);
 
-// The same on checked pointers, in parallel.
+// The same on checked pointers; it runs in parallel.
 void run_attention(const AttentionArgs& args);
 
 }  // namespace pruned_ops::cpu

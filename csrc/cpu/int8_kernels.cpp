@@ -1,5 +1,5 @@
-// Compiled once, for AVX-512 with VNNI. CPU_CAPABILITY is AVX512_VNNI, so that nothing inline in here is
-// taken for the same function of another copy.
+// Compiled once, for AVX-512 with VNNI. CPU_CAPABILITY is AVX512_VNNI, so that the linker takes no inline
+// function in here for one of another copy.
 #include "cpu/int8_linear_kernel.h"
 
 namespace pruned_ops::CPU_CAPABILITY {

@@ -39,7 +39,7 @@ inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_
   }
 }
 
-// sums (kRows, 32) = what the panel starts with, and x times it.
+// sums (kRows, 32) = the panel's start values, plus x times the panel.
 template <int kRows>
 void multiply_int8(const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t steps, Ahead ahead,
                    int32_t* sums) {

@@ -1,8 +1,9 @@
-// The CUDA kernels' host functions: raw pointers to device memory, sizes and a stream, no torch. One .cu file
-// each. They check no shapes (csrc/cuda/ops.cpp does) and return nullptr, or what the launch was refused for.
+// The host functions of the CUDA kernels, one .cu file each. They take raw pointers to device memory, sizes
+// and a stream, and no torch type. They check no shapes (csrc/cuda/ops.cpp does), and return nullptr or the
+// reason why the launch was refused.
 //
-// Strides are in numbers, rows lie with their last dimension contiguous, weights as torch.nn.Linear has them.
-// What an op means stands in pruned_ops/reference.py.
+// Strides count numbers, not bytes. The last dimension of every matrix is contiguous; weights are (out, in).
+// What an op means stands in pruned_ops/ops/reference.py.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ namespace pruned_ops::cuda {
 
 enum class Dtype { float32, float16, bfloat16 };
 
-// Rows longer than this the LayerNorm kernels do not take.
+// The longest rows that the LayerNorm kernels take.
 constexpr int kMaxHidden = 8192;
 
 // float16 or bfloat16; head_dim 32, 64 or 128; qkv's base and its rows begin at multiples of 16 bytes.

@@ -39,8 +39,8 @@ READY = [
 
 # Lengths around the block sizes of kernels, empty and single ones included.
 LENGTHS = [(1,), (5, 3, 9), (15, 16, 17), (0, 7, 0), (63, 64, 65), (130, 1, 257), (511,), (0,), ()]
-# Layers of all odd kinds: without heads, without an FFN, and of odd widths. Their models have a hidden size of
-# 90, which is no multiple of their head_dim of 16.
+# Layers of all odd kinds: without heads, without an FFN, and of odd widths. Their models have a hidden size
+# of 90, which is no multiple of their head_dim of 16.
 ODD_SHAPES = [LayerShape(4, 72), LayerShape(0, 72), LayerShape(1, 0), LayerShape(0, 0), LayerShape(3, 5)]
 
 
