@@ -78,6 +78,7 @@ class PanelWeights:
             for linear in part.linears:
                 self.weights += lay_out(linear)
             self.weights += [part.norm.weight.detach(), part.norm.bias.detach()]
+        self.holds_int8 = not all(weight.is_floating_point() for weight in self.weights)
 
     @staticmethod
     def refuse(parts: Sequence[LayerPart]) -> str | None:
@@ -96,10 +97,9 @@ class PanelWeights:
     @property
     def can_run_preferred(self) -> bool:
         """False if a backend was asked for by name that lacks `ops.encoder`: such a backend needs the weights
-        as nn.Linear has them (`weights_of`). int8 weights exist as panels only, so with them the one call is
-        made in any case, and the op raises."""
-        is_fp32 = all(weight.is_floating_point() for weight in self.weights)
-        return ops.encoder.can_run_preferred() or not is_fp32
+        as nn.Linear has them (`weights_of`). int8 weights exist as panels only, so with them this is True,
+        and the op raises the error."""
+        return self.holds_int8 or ops.encoder.can_run_preferred()
 
     def weights_of(self, part: int) -> tuple[Tensor, Tensor]:
         """Copies of the weights of a part's two linears, (out, in) each; both must be fp32 panels."""
