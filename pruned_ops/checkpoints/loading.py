@@ -41,7 +41,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 def checkpoint_folder(path: Path) -> Path:
     """The folder itself; FileNotFoundError where it holds no config.json."""
     if not (path / "config.json").is_file():
-        reason = "" if path.is_dir() else ": there is no such folder"
+        reason = "" if path.is_dir() else ": it is a file" if path.exists() else ": there is no such folder"
         raise FileNotFoundError(f"{path} holds no config.json{reason}; the folder of a checkpoint is needed")
     return path
 

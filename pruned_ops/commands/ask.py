@@ -62,17 +62,17 @@ def add_command(commands: Any) -> None:
         choices=["int8"],
         help="run the linears in int8, on a CPU with AVX-512 VNNI (default: fp32)",
     )
-    parser.add_argument(
-        "--beside", type=Path, metavar="DIR", help="with --serve: another checkpoint, say the dense one"
+    _add_page(parser)
+
+
+def _add_page(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the page."""
+    page = parser.add_argument_group("the page of --serve")
+    page.add_argument("--beside", type=Path, metavar="DIR", help="another checkpoint, say the dense one")
+    page.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"
     )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="with --serve: the address to listen at (default: this machine alone)",
-    )
-    parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="with --serve: the port to listen at"
-    )
+    page.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen at")
 
 
 def run(arguments: argparse.Namespace) -> None:
