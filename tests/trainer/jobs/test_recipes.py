@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,7 @@ def test_tensorboard(settings: PruneSettings) -> None:
     assert {"train/loss_task", "train/loss_hidden", "train/expected", "train/wanted"} <= tags
     assert {"train/open_heads/layer_0", "train/open_ffn/layer_1"} <= tags
     assert (one.out / "tensorboard" / "retrain").is_dir()
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
 def test_autocast_and_compile(settings: PruneSettings) -> None:
