@@ -23,30 +23,8 @@ from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.ops.registry import is_watched, record, replayed
+from pruned_ops.runtime.graph_inputs import Bucket, GraphInputs
 from pruned_ops.runtime.packed_heads import Outputs, PackedHead
-
-# Tokens. A program of the attention kernel has at least so many query rows, and one that begins beyond its
-# sequence's end stops at once, so that rounding lengths up by less costs nothing.
-LENGTH_STEP = 64
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """The sizes of a graph. Batches of at most these sizes are run as one of exactly these."""
-
-    tokens: int
-    batch: int
-    max_seqlen: int
-
-    @classmethod
-    def of(cls, tokens: int, batch: int, max_seqlen: int, waste: float) -> Bucket:
-        """The smallest bucket for a batch. Tokens go in steps of a power of 2, at most `waste` of them; the
-        number of sequences is a power of 2; lengths go in steps of LENGTH_STEP. The filling rows make
-        sequences of their own, for which the bucket has room; the sequences that are left are empty."""
-        step = 1 << max(int(waste * tokens), 1).bit_length() - 1
-        longest = -(-max_seqlen // LENGTH_STEP) * LENGTH_STEP
-        fillers = -(-(step - 1) // longest)
-        return cls(-(-tokens // step) * step, 1 << (batch + fillers - 1).bit_length(), longest)
 
 
 def pieces(lengths: Sequence[int], max_tokens: int) -> Iterator[tuple[int, list[int]]]:
@@ -81,26 +59,41 @@ class Recorder(Protocol):
         """Wait until the work of all such contexts has ended."""
 
 
-class CudaGraphs:
-    """The Recorder of one GPU. Its graphs share a pool of memory, so only one of them may run at a time."""
+# torch captures one graph at a time in a process, whatever the threads, devices and models.
+_CAPTURE = Lock()
 
-    def __init__(self, device: torch.device) -> None:
+
+class CudaGraphs:
+    """The Recorder of one GPU. Its graphs share a pool of memory, so only one of them may run at a time.
+
+    stream: what all are captured on, by default one of the recorder's own. cuBLAS keeps a workspace (32 MiB
+    on an H200) for each stream that it has seen, for good, and graphs that may run at once must not share
+    one.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device) if stream is None else stream
         self._finished = torch.cuda.Event()
 
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
         """Record `work` after one run beside the current stream, which compiles kernels and sets up
-        libraries."""
-        with torch.cuda.device(self._device):
-            aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
-                work()
-            current.wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = work()
+        libraries. The thread is on the stream that it was on before, whether or not this succeeds."""
+        with _CAPTURE, torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            try:
+                self._stream.wait_stream(current)
+                with torch.cuda.stream(self._stream):
+                    work()
+                current.wait_stream(self._stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    output = work()
+            finally:
+                torch.cuda.set_stream(current)  # where the end of a capture raises, torch does not go back
 
         def replay() -> T:
             graph.replay()
@@ -205,13 +198,9 @@ class EngineStats:
 
 @dataclass
 class _Graph:
-    """A graph with its buffers. inputs int64 (3, tokens): ids, positions, types. cu_seqlens int32
-    (batch + 1,). fillers int32 (batch,): where sequences of filling rows end, counted from the first of these
-    rows. ran: the ops in the graph, which count as run at every replay."""
+    """A graph with its inputs. ran: the ops in the graph, which count as run at every replay."""
 
-    inputs: Tensor
-    cu_seqlens: Tensor
-    fillers: Tensor
+    inputs: GraphInputs
     replay: Callable[[], Outputs]
     ran: dict[str, Counter[str]]
     weights: Weights
@@ -249,6 +238,7 @@ class Engine:
         self.stats = EngineStats()
         self._lock = Lock()
         self._recorder = self.recorder  # the one in use; on a GPU the first capture makes CUDA's
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # on which CUDA's recorders capture
         self._graphs: OrderedDict[tuple[Bucket, int], _Graph] = OrderedDict()
         self._unable: str | None = None  # why nothing is captured any more
 
@@ -365,10 +355,7 @@ class Engine:
         assert self._recorder is not None
         tokens = inputs[0].size(0)
         with self._recorder.ordered():
-            torch.stack(list(inputs), out=graph.inputs[:, :tokens])
-            graph.cu_seqlens[: batch + 1].copy_(cu_seqlens)
-            ends = graph.fillers[: graph.fillers.size(0) - batch] + cu_seqlens[-1:]
-            torch.clamp(ends, max=graph.inputs.size(1), out=graph.cu_seqlens[batch + 1 :])
+            graph.inputs.load(inputs, cu_seqlens)
             rows, firsts = graph.replay()
             return Outputs(
                 None if rows is None else rows[:tokens].clone(),
@@ -383,7 +370,7 @@ class Engine:
                 return None
             try:
                 graph = self._captured(bucket, head)
-            except RuntimeError as error:  # no memory, or a kernel that cannot be captured
+            except Exception as error:  # no memory, or a kernel that cannot be compiled or captured
                 self._drop()
                 self._unable = f"no graph of {bucket} could be captured ({error})"
                 text = f"{self._unable}: this model runs without graphs from now on"
@@ -404,23 +391,22 @@ class Engine:
     def _captured(self, bucket: Bucket, head: PackedHead | None) -> _Graph:
         device = self._encoder.device
         if self._recorder is None:
-            self._recorder = CudaGraphs(device)
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            self._recorder = CudaGraphs(device, self._streams[device])
         weights = Weights.of(self._encoder, head)
-        inputs = torch.zeros(3, bucket.tokens, dtype=torch.int64, device=device)
-        cu_seqlens = torch.zeros(bucket.batch + 1, dtype=torch.int32, device=device)
-        # What is recorded does not depend on what these hold, which is filling rows alone at first.
-        fillers = torch.arange(1, bucket.batch + 1, dtype=torch.int32, device=device) * bucket.max_seqlen
-        torch.clamp(fillers, max=bucket.tokens, out=cu_seqlens[1:])
+        # What is recorded does not depend on what the buffers hold.
+        inputs = GraphInputs(bucket, device)
         ran: dict[str, Counter[str]] = {}
 
         def work() -> Outputs:
             ran.clear()  # a recorder may run this more than once before it records
             with record() as counted:
-                outputs = self._encoder.compute(inputs.unbind(), cu_seqlens, bucket.max_seqlen, head)
+                outputs = self._encoder.compute(inputs.ids, inputs.cu_seqlens, bucket.max_seqlen, head)
             ran.update(counted)
             return outputs
 
-        return _Graph(inputs, cu_seqlens, fillers, self._recorder.record(work), ran, weights)
+        return _Graph(inputs, self._recorder.record(work), ran, weights)
 
     def _wait(self) -> None:
         if self._recorder is not None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pruned_ops
 from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.runtime.engine import Bucket, Engine, pieces
+from pruned_ops.runtime.engine import Engine, pieces
 from stand_in_graphs import StandIn, ids_of, with_engine
 
 STEP = 0.05
@@ -26,26 +26,7 @@ def same(found: Any, expected: Any) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-@given(
-    tokens=st.integers(1, 100_000), batch=st.integers(1, 300), longest=st.integers(1, 512),
-    waste=st.floats(0, 0.5),
-)  # fmt: skip
-def test_buckets_hold_their_batches_and_waste_little(
-    tokens: int, batch: int, longest: int, waste: float
-) -> None:
-    bucket = Bucket.of(tokens, batch, longest, waste)
-    assert bucket.tokens >= tokens and bucket.batch >= batch and bucket.max_seqlen >= longest
-    assert bucket.tokens - tokens <= waste * tokens
-    filling = bucket.tokens - tokens
-    assert (bucket.batch - batch) * bucket.max_seqlen >= filling and bucket.max_seqlen - longest < 64
-    assert bucket.batch < 2 * (batch + 1 + waste * tokens / 64)
-
-
-def test_few_buckets_serve_many_sizes() -> None:
-    sizes = {Bucket.of(tokens, 8, 128, STEP) for tokens in range(1000, 2000)}
-    assert len(sizes) < 40
-
-
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_random_arrivals_are_answered_as_without_graphs(arrivals: list[list[int]]) -> None:
     """In order, whatever ran before; a result is the caller's own."""
@@ -98,6 +79,7 @@ def test_a_large_batch_is_split_between_sequences() -> None:
     assert engine.stats.replays == 4 and engine.stats.tokens == 104  # 30 + 8, 25, 40, 1
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=30), most=st.integers(1, 120))
 def test_pieces_hold_every_sequence_once(lengths: list[int], most: int) -> None:
     cut = list(pieces(lengths, most))
@@ -159,6 +141,7 @@ def test_restore_and_casts_hold_no_memory_for_graphs() -> None:
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+        LookupError("out of resource: shared memory"),  # Triton's errors are plain Exceptions
     ],
 )
 def test_what_cannot_be_captured_leaves_a_model_that_works(error: Exception) -> None:

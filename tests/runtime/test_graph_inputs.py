@@ -1,0 +1,91 @@
+"""The buffers of a graph: buckets, and a batch's way into them, by torch and by the one kernel for it."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pruned_ops.ops.registry import BACKENDS
+from pruned_ops.runtime.graph_inputs import Bucket, GraphInputs
+
+STEP = 0.05
+GOALS = [(length, batch) for length in (128, 384, 512) for batch in (1, 8, 32, 128)]
+SPREAD = tuple(48 + 336 * place // 31 for place in range(32))
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.integers(1, 100_000), batch=st.integers(1, 300), longest=st.integers(1, 512),
+    waste=st.floats(0, 0.5),
+)  # fmt: skip
+def test_buckets_hold_their_batches_and_waste_little(
+    tokens: int, batch: int, longest: int, waste: float
+) -> None:
+    bucket = Bucket.of(tokens, batch, longest, waste)
+    assert bucket.tokens >= tokens and bucket.batch >= batch and bucket.max_seqlen >= longest
+    assert bucket.tokens - tokens <= waste * tokens
+    filling = bucket.tokens - tokens
+    assert (bucket.batch - batch) * bucket.max_seqlen >= filling and bucket.max_seqlen - longest < 64
+    assert bucket.batch <= 1.125 * (batch + 1 + waste * tokens / 64)
+
+
+def test_few_buckets_serve_many_sizes() -> None:
+    sizes = {Bucket.of(tokens, 8, 128, STEP) for tokens in range(1000, 2000)}
+    assert len(sizes) < 60
+
+
+@pytest.mark.parametrize(("length", "batch"), GOALS)
+def test_full_batches_get_exactly_their_sequences(length: int, batch: int) -> None:
+    assert Bucket.of(batch * length, batch, length, STEP) == Bucket(batch * length, batch, length)
+
+
+def test_mixed_lengths_get_an_eighth_more_sequences_at_most() -> None:
+    assert Bucket.of(sum(SPREAD), 32, 384, STEP).batch == 36  # one of filling rows, and three of none
+
+
+def ids_of(tokens: int) -> list[Tensor]:
+    return list(torch.randint(1, 100, (3, tokens)))
+
+
+def bounds_of(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def test_filling_rows_are_sequences_of_their_own() -> None:
+    inputs = GraphInputs(Bucket(200, 6, 64), torch.device("cpu"))
+    assert inputs.cu_seqlens.tolist() == [0, 64, 128, 192, 200, 200, 200]
+    ids = ids_of(70)
+    inputs.load(ids, bounds_of((50, 20)))
+    assert inputs.cu_seqlens.tolist() == [0, 50, 70, 134, 198, 200, 200]
+    assert all(torch.equal(buffer[:70], row) for buffer, row in zip(inputs.ids, ids, strict=True))
+
+
+def test_rows_of_every_size_begin_where_one_kernel_takes_them() -> None:
+    for tokens in (1, 7, 129, 1000):
+        ids = GraphInputs(Bucket(tokens, 1, 1024), torch.device("cpu")).ids
+        assert all(row.size(0) == tokens for row in ids)
+        assert {(row.data_ptr() - ids[0].data_ptr()) % (16 * 8) for row in ids} == {0}
+
+
+@pytest.mark.skipif(BACKENDS["triton"].missing is not None, reason=f"triton: {BACKENDS['triton'].missing}")
+@settings(deadline=None, max_examples=25)
+@given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=40), seed=st.integers(0, 9))
+def test_one_kernel_loads_what_torch_loads(lengths: list[int], seed: int) -> None:
+    from pruned_ops.ops.backends.triton.graph_inputs import load_graph_inputs
+
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = sum(lengths)
+    bucket = Bucket.of(max(tokens, 1), len(lengths), max(*lengths, 1), 0.2)
+    ids, bounds = [row.to(device) for row in ids_of(tokens + 1)], bounds_of(tuple(lengths)).to(device)
+    ids = [row[1:] for row in ids]  # begins at no multiple of 16 bytes
+    by_torch, by_kernel = (GraphInputs(bucket, torch.device(device)) for _ in range(2))
+    by_torch.load_by_torch(ids, bounds)
+    load_graph_inputs(ids, bounds, by_kernel._rows, by_kernel.cu_seqlens, bucket.tokens, bucket.max_seqlen)
+    assert torch.equal(by_kernel.cu_seqlens, by_torch.cu_seqlens)
+    assert torch.equal(by_kernel._rows, by_torch._rows)
