@@ -134,20 +134,13 @@ class PackedEncoder(nn.Module):
         """
         self._refuse_arguments(unsupported, output_attentions, inputs_embeds)
         self._refuse_autocast()
-        wants_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        collect: list[Tensor] | None = [] if output_hidden_states else None
+        batch, inputs = packed_inputs(
+            self.config, self.device, input_ids, attention_mask, token_type_ids, position_ids, packed_batch
         )
-        collect: list[Tensor] | None = [] if wants_states else None
         with torch.no_grad():
-            batch, inputs = packed_inputs(
-                self.config,
-                self.device,
-                input_ids,
-                attention_mask,
-                token_type_ids,
-                position_ids,
-                packed_batch,
-            )
             last = self._last_states(inputs, batch, head_run, collect)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,

@@ -29,7 +29,7 @@ def same(found: Any, expected: Any) -> None:
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_random_arrivals_are_answered_as_without_graphs(arrivals: list[list[int]]) -> None:
-    """In order, whatever ran before; a result is the caller's own."""
+    """Results do not depend on what ran before, and are the caller's own."""
     model = stock_model()
     eager = [pruned_ops.optimize(model)(**ids_of(lengths, i)) for i, lengths in enumerate(arrivals)]
     fast, engine = with_engine(model)
@@ -41,7 +41,7 @@ def test_random_arrivals_are_answered_as_without_graphs(arrivals: list[list[int]
 
 
 def test_every_model_runs_by_graphs(model: Any) -> None:
-    """With holes, left padding, and a row of padding only."""
+    """The batch has holes, left padding, and a row of padding only."""
     batch = padded_batch(pad_token_id=model.config.pad_token_id)
     expected = pruned_ops.optimize(model)(**batch)
     fast, engine = with_engine(model)

@@ -87,7 +87,7 @@ def test_encode_many_on_streams_of_its_own() -> None:
 
 
 def test_a_replay_costs_the_host_little() -> None:
-    """Of a small batch: no gap between launches is left, so a call's time hardly depends on the layers."""
+    """A graph leaves no gap between launches, so the time of a small batch hardly depends on the layers."""
     fast = on_gpu("question-answering")
     batch = batch_of((8,))
     with torch.inference_mode():

@@ -68,7 +68,7 @@ def test_eager_and_padded_logits_are_the_models_own(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["natural-questions", "stock-bert-sequence", "pruned-roberta-token"])
 def test_large_batches_are_split_and_put_together(kind: str) -> None:
-    """With texts of no token at either end."""
+    """Texts of no token at either end are kept."""
     model = MODELS[kind]()
     batch = padded_batch((0, 30, 8, 25, 40, 1, 0), model.config.pad_token_id)
     expected = pruned_ops.optimize(model)(**batch)

@@ -306,7 +306,7 @@ def test_export(kind: str, optimised: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimised", [False, True], ids=["padded", "optimised"])
 def test_compile_in_one_graph(optimised: bool) -> None:
-    """Of small models: tracing is slow."""
+    """The models are small, because tracing is slow."""
     model = pruned_model("roberta" if optimised else "bert", [LayerShape(2, 24), LayerShape(0, 0)])
     model = pruned_ops.optimize(model) if optimised else model
     torch._dynamo.reset()
@@ -316,7 +316,7 @@ def test_compile_in_one_graph(optimised: bool) -> None:
 
 @pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
 def test_traced_code_runs_our_kernels_on_real_tokens_only() -> None:
-    """And looks at the mask's values, as the model itself does."""
+    """It looks at the mask's values, too, as the model itself does."""
     model = made("pruned-bert", True)
     batch = padded_batch((9, 4))
     traced = exported(model, batch).module()

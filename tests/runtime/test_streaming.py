@@ -24,7 +24,7 @@ FAST = pruned_ops.optimize(stock_model())
 
 
 class StandInLanes:
-    """As a GPU's: what is on its way holds nothing useful before it is waited for, and one batch is ahead."""
+    """Lanes like a GPU's: a copy holds nothing useful before it is waited for, and one batch is ahead."""
 
     ahead = 1
 
@@ -75,7 +75,7 @@ def shapes_of(model: nn.Module, seen: list[tuple[int, ...]]) -> Any:
     lengths=st.lists(st.integers(1, 80), max_size=120), tokens=st.integers(1, 200), overlapped=st.booleans()
 )
 def test_random_arrivals(lengths: list[int], tokens: int, overlapped: bool) -> None:
-    """In order, each text once, what it gives alone; windows, batches and what is held are bounded."""
+    """Each text comes out once, in order, as it does alone; windows, batches and what is held are bounded."""
     texts = [text(length, seed) for seed, length in enumerate(lengths)]
     seen: list[tuple[int, ...]] = []
     read = 0
