@@ -24,7 +24,7 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
 	touch $@
 
-# --no-build-isolation: under isolation pip would download a second torch to build against.
+# --no-build-isolation: the extension is compiled against the torch that it will run with, which isolation hides.
 $(STAMP): $(VENV)/.python $(SOURCES)
 	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install -q "$(TORCH_SPEC)"
 	$(BIN)/python -m pip install -q "setuptools>=77" pybind11 ninja

@@ -12,14 +12,22 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # the first that reads pyproject.toml's licence
+    raise SystemExit(
+        f"building pruned_ops needs setuptools 77 or newer, and this is {setuptools.__version__}: run "
+        '`pip install "setuptools>=77" pybind11 ninja`, then the same command again'
+    )
 
 try:
     import torch
@@ -71,6 +79,23 @@ CUDA_SOURCES = [
 ]
 # -lineinfo costs no speed: tools can then name the line that a kernel is at.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
+
+
+def check_requirements() -> None:
+    """SetupError, with what to do, where torch or the compiler is missing."""
+    if cpp_extension is None:
+        raise SetupError(
+            f"building pruned_ops._C needs torch, and there is none here ({missing_torch}): pip hides it "
+            "unless it is called with --no-build-isolation. Install torch first, then run "
+            f"`pip install --no-build-isolation .`; or set {SWITCH}=0 to do without the C++ extension"
+        )
+    compiler = os.environ.get("CXX", "c++").split()[0]  # the one that torch's build calls
+    if shutil.which(compiler) is None:
+        raise SetupError(
+            f"building pruned_ops._C needs a C++ compiler, and there is no {compiler}: install g++ "
+            f"(`apt install g++` on Debian and Ubuntu), name another in CXX, or set {SWITCH}=0 to do without "
+            "the C++ extension"
+        )
 
 
 def wants_extension() -> bool:
@@ -219,12 +244,7 @@ def build_arguments() -> dict[str, Any]:
     if not wants_extension():
         return {}
     try:
-        if cpp_extension is None:
-            raise SetupError(
-                "building pruned_ops._C needs torch in this environment: install torch first, then run "
-                f"`pip install --no-build-isolation .`; or set {SWITCH}=0 to do without the C++ extension "
-                f"({missing_torch})"
-            )
+        check_requirements()
         return {"ext_modules": [extension(wants_cuda())], "cmdclass": {"build_ext": make_build_extension()}}
     except SetupError as error:
         stand_in = Extension("pruned_ops._C", sources=[])

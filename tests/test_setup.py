@@ -1,0 +1,53 @@
+"""What an install says where it cannot be done: without torch (under build isolation), without a compiler,
+with an old setuptools."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="installed without the checkout"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux alone"),
+]
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The message of setup.py's build_ext, which metadata and the sdist do not run."""
+    settings: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: settings.update(arguments))
+    monkeypatch.delenv("PRUNED_OPS_BUILD_EXTENSION", raising=False)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    with pytest.raises(SetupError) as error:
+        settings["cmdclass"]["build_ext"](setuptools.Distribution()).run()
+    return str(error.value)
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    message = refusal(monkeypatch)
+    assert "needs torch" in message and "`pip install --no-build-isolation .`" in message
+    assert "PRUNED_OPS_BUILD_EXTENSION=0" in message and "\n" not in message
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    message = refusal(monkeypatch)
+    assert "there is no no-such-compiler: install g++" in message and "name another in CXX" in message
+    assert "PRUNED_OPS_BUILD_EXTENSION=0" in message and "\n" not in message
+
+
+def test_with_an_old_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "__version__", "68.2.2")
+    with pytest.raises(
+        SystemExit, match="needs setuptools 77 or newer, and this is 68.2.2: run `pip install"
+    ):
+        runpy.run_path(str(ROOT / "setup.py"))
