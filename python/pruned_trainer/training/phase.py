@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from pruned_ops.models.stock import find_encoder
 from pruned_trainer.distributed import on_any
 from pruned_trainer.training.callbacks import stop_on_interrupt
-from pruned_trainer.training.losses import HiddenProjection
+from pruned_trainer.training.distillation_losses import HiddenProjection
 from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
 
 # The entries that the Trainer logged, in order.

@@ -21,7 +21,12 @@ from pruned_trainer.tasks.task import without_labels
 from pruned_trainer.training.batches import LengthGroupedSampler, lengths_of
 from pruned_trainer.training.callbacks import OneLineProgress
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.losses import HiddenProjection, TeacherOutput, hidden_loss, logits_loss
+from pruned_trainer.training.distillation_losses import (
+    HiddenProjection,
+    TeacherOutput,
+    hidden_loss,
+    logits_loss,
+)
 from pruned_trainer.training.teacher_cache import TeacherCache
 
 _SAVING = "saving"

@@ -32,7 +32,7 @@ from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.training.batches import Share, lengths_of
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.losses import TeacherOutput, logits_loss
+from pruned_trainer.training.distillation_losses import TeacherOutput, logits_loss
 from pruned_trainer.training.teacher_cache import TeacherCache
 from tiny_tokenizers import byte_tokenizer, word_tokenizer
 

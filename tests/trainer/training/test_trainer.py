@@ -32,7 +32,7 @@ from pruned_trainer import (
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.batches import pad_batch
-from pruned_trainer.training.losses import HiddenProjection, hidden_loss, logits_loss
+from pruned_trainer.training.distillation_losses import HiddenProjection, hidden_loss, logits_loss
 from pruned_trainer.training.phase import prepare_student, training_arguments
 
 HEADS, FFN = 4, 48  # of the trained model
