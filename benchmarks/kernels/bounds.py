@@ -37,7 +37,7 @@ def launch_of(case: Case) -> Launch | None:
     """The kernel that the model of time chooses on an H200 for this op; None: cuBLAS's GEMM does the work."""
     tokens, outputs, inner = case.shape
     if case.op in ("add_layer_norm", "embed_layer_norm"):
-        rows = configs.row_config(outputs)
+        rows = configs.row_configs(outputs)[0]
         make = getattr(ahead_of_time, f"{case.op}_case")
         return Launch(make(rows, configs.next_power_of_2(outputs), "fp16"), math.ceil(tokens / rows.rows))
     longest = tuning.length_bucket(max(case.lengths)) if case.op == "attention" else 0

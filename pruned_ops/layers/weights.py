@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from pruned_ops import ops
 from pruned_ops.ops.panels import PART_TENSORS, from_panels
+from pruned_ops.ops.registry import given_up
 
 # Bytes. A GPU's widest loads and its tensor descriptors need the address of a matrix and of each of its rows
 # to be a multiple of this.
@@ -181,7 +183,10 @@ class AlignedWeights:
         last = len(self.parts) if last is None else last
         for i in range(first, last):
             weights = self.weights[i]
-            x = self.parts[i].compute(x, cu_seqlens, max_seqlen, weights[0], self.biases[i], weights[1])
+            # What an earlier part computed is read by this one alone. Traced code keeps to the ops' schemas.
+            is_ours = i > first and not torch.compiler.is_compiling()
+            with given_up(x) if is_ours else nullcontext():
+                x = self.parts[i].compute(x, cu_seqlens, max_seqlen, weights[0], self.biases[i], weights[1])
         return x
 
 

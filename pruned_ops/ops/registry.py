@@ -22,6 +22,7 @@ REFERENCE = "reference"
 _library = torch.library.Library("pruned_ops", "DEF")
 _preferred: ContextVar[str | None] = ContextVar("pruned_ops_preferred", default=None)
 _debugging: ContextVar[bool] = ContextVar("pruned_ops_debugging", default=False)
+_given_up: ContextVar[Tensor | None] = ContextVar("pruned_ops_given_up", default=None)
 _recorded: ContextVar[dict[str, Counter[str]] | None] = ContextVar("pruned_ops_recorded", default=None)
 
 
@@ -210,6 +211,22 @@ def debug() -> Iterator[None]:
         yield
     finally:
         _debugging.reset(token)
+
+
+@contextmanager
+def given_up(tensor: Tensor) -> Iterator[None]:
+    """Let the ops write into this tensor inside the block, in this thread: the caller does not read it again.
+    What they leave in it means nothing."""
+    token = _given_up.set(tensor)
+    try:
+        yield
+    finally:
+        _given_up.reset(token)
+
+
+def is_given_up(tensor: Tensor) -> bool:
+    """Whether the caller has given this very tensor up."""
+    return tensor is _given_up.get()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from inputs import ODD_SHAPES, cu_seqlens, padded_batch, randn
 from pruned_ops import LayerShape, ModelShape, PrunedEncoder
 from pruned_ops.layers.modules import PrunedFFN
 from pruned_ops.layers.weights import ALIGNMENT, AlignedWeights, PanelWeights
+from pruned_ops.ops.registry import OPS, is_given_up
 
 
 @pytest.fixture
@@ -93,6 +94,34 @@ def test_an_encoder_runs_aligned_and_gets_its_weights_back(as_on_a_gpu: None) ->
     encoder.float().unpack()
     assert encoder.running_shape == shape
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_the_sums_of_earlier_parts_are_given_up(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All residuals but the caller's, for ops that add into them; nothing while code is traced."""
+    shape = ModelShape((LayerShape(1, 8), LayerShape(2, 16)), 32, 16)
+    encoder: Any = PrunedEncoder(shape).requires_grad_(False)
+    encoder.pack()
+    seen: list[bool] = []
+    original = OPS["linear_add_layer_norm"].reference
+
+    def adding(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *norm: Any) -> Tensor:
+        seen.append(is_given_up(residual))
+        output = original(x, weight, bias, residual, *norm)
+        if seen[-1]:
+            residual.fill_(torch.nan)
+        return output
+
+    x, batch = randn(1, 12, 32), pruned_ops.PackedBatch(cu_seqlens((5, 7)), 7, None, 1, 12)
+    states: list[Tensor] = []
+    with pruned_ops.use_backend("reference"):
+        before, expected = x.clone(), encoder(x, batch)
+        monkeypatch.setattr(OPS["linear_add_layer_norm"], "reference", adding)
+        assert torch.equal(encoder(x, batch), expected) and torch.equal(x, before)
+        assert seen == [False, True, True, True]
+        assert torch.equal(encoder(x, batch, states), expected) and torch.equal(states[1], expected)
+        assert not any(state.isnan().any() for state in states) and seen[4:] == [False, True] * 2
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.equal(encoder(x, batch), expected) and not any(seen[8:])
 
 
 def test_an_optimised_model_runs_aligned(model: Any, as_on_a_gpu: None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 if BACKENDS["triton"].missing is None:
-    from pruned_ops.ops.backends.triton import configs, linear_gelu, timing, tuning
+    from pruned_ops.ops.backends.triton import (
+        add_layer_norm,
+        configs,
+        linear_add_layer_norm,
+        linear_gelu,
+        timing,
+        tuning,
+    )
     from pruned_ops.ops.backends.triton.tuning import Problem
 
 CPU = torch.device("cpu")
@@ -35,7 +44,7 @@ class Clock:
     def __init__(self, fastest: int) -> None:
         self.fastest, self.asked = fastest, 0
 
-    def __call__(self, work: Callable[[], Tensor]) -> float:
+    def __call__(self, works: Sequence[Callable[[], Tensor]]) -> float:
         self.asked += 1
         return abs(self.asked % 3 - self.fastest)
 
@@ -54,12 +63,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_every_shape_of_the_model_is_timed_once() -> None:
     clock = Clock(0)
     wanted = set(timing.problems(SHAPE, BATCHES, torch.float16))
-    # Two batches of: two counts of heads, one FFN width, and three inner sizes (32, 16 and 24).
-    assert len(wanted) == 2 * (2 + 1 + 3)
+    # Two batches of: two counts of heads, one FFN width, three inner sizes (32, 16 and 24), and two norms.
+    assert len(wanted) == 2 * (2 + 1 + 3 + 2)
     assert timing.tune(SHAPE, BATCHES, torch.float16, CPU, clock) == len(wanted) == len(tuning.known(CPU))
     asked = clock.asked
     assert timing.tune(SHAPE, BATCHES, torch.float16, CPU, clock) == 0 and clock.asked == asked
-    assert timing.tune(SHAPE, [(300,)], torch.float16, CPU, clock) == 6
+    assert timing.tune(SHAPE, [(300,)], torch.float16, CPU, clock) == 8
 
 
 def test_the_fastest_runs_and_another_process_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,19 +104,123 @@ def test_each_way_is_really_run_while_it_is_timed() -> None:
     """With a clock that runs what it times."""
     ran = []
 
-    def clock(work: Callable[[], Tensor]) -> float:
-        ran.append(work().shape)
+    def clock(works: Sequence[Callable[[], Tensor]]) -> float:
+        ran.extend(work().shape for work in works)
         return float(len(ran))
 
     for op, outputs, inner, longest, shape in (
         ("linear_gelu", 24, 32, 0, (16, 24)),
         ("linear_add_layer_norm", 32, 24, 0, (16, 32)),
         ("attention", 2, 16, 8, (16, 32)),
+        ("add_layer_norm", 32, 0, 0, (16, 32)),
+        ("embed_layer_norm", 32, 0, 0, (16, 32)),
     ):
         ran.clear()
         problem = Problem(op, "torch.float16", 16, outputs, inner, longest)
-        timing.fastest(problem, CPU, clock, {})
+        timing.fastest(problem, CPU, clock)
         assert len(ran) >= 3 and set(ran) == {torch.Size(shape)}
+
+
+def test_the_rows_of_a_norm_are_chosen_by_timing_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    original = add_layer_norm.launch_add_layer_norm
+    for module in (add_layer_norm, linear_add_layer_norm):
+        monkeypatch.setattr(
+            module, "launch_add_layer_norm", lambda *args: (seen.append(args[-1]), original(*args))[1]
+        )
+    x, vector = randn(0, 9, 32).half(), randn(1, 32).half()
+    problem = Problem("add_layer_norm", "torch.float16", 16, 32, 0)
+    best, slow = configs.row_configs(32)[0], configs.row_configs(32)[-1]
+
+    def run() -> None:
+        with use_backend("triton"):
+            pruned_ops.ops.add_layer_norm(x, vector, x, vector, vector, 1e-12)
+            pruned_ops.ops.linear_add_layer_norm(x.float(), *others)
+
+    others = [randn(2, 32, 32), vector.float(), x.float(), vector.float(), vector.float(), 1e-12]
+    run()
+    in_fp32 = Problem("add_layer_norm", "torch.float32", 16, 32, 0)
+    tuning.remember(CPU, {problem: slow, in_fp32: slow})
+    tuning.known.cache_clear()  # as in another process
+    tuning.forget()
+    run()
+    assert seen == [best, best, slow, slow] and best != slow
+
+
+class Gpu:
+    """torch.cuda as timing sees it, with a clock: a launch takes the host 100 us, and the GPU 10."""
+
+    def __init__(self) -> None:
+        self.now, self.captured, self.capturing = 0.0, 0, False
+        self.streams = 0
+
+    def launch(self) -> Tensor:
+        self.now += 0.1
+        self.captured += self.capturing
+        return torch.empty(0)
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing and not gpu.capturing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class Graph:
+            def replay(self) -> None:
+                gpu.now += 0.01 * gpu.captured
+
+        @contextmanager
+        def graph(_: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            assert capture_error_mode == "thread_local"
+            gpu.capturing, gpu.captured = True, 0
+            yield
+            gpu.capturing = False
+
+        def stream(_: int) -> SimpleNamespace:
+            gpu.streams += 1
+            return SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+
+        for name, value in {
+            "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": stream,
+            "stream": lambda _: nullcontext(), "current_stream": lambda: None, "current_device": lambda: 0,
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+        timing._stream.cache_clear()
+
+
+@pytest.mark.parametrize("sets", [1, 5, 30])
+def test_the_time_of_the_gpu_counts_and_not_the_hosts(sets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu()
+    with monkeypatch.context() as patch:
+        gpu.install(patch)
+        for _ in range(2):
+            assert timing.graph_ms([gpu.launch] * sets) == pytest.approx(0.01)
+        timing._stream.cache_clear()
+    assert gpu.captured >= max(timing.LAUNCHES - 4, sets) and gpu.streams == 1
+
+
+def test_launches_take_turns_on_more_numbers_than_l2_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.launch, "l2_bytes", lambda _: 100_000)
+    found: list[int] = []
+
+    def clock(works: Sequence[Callable[[], Tensor]]) -> float:
+        found.append(len(works))
+        return 1.0
+
+    for tokens, sets in ((16, timing.MOST_SETS), (1024, 3), (8192, 1)):
+        timing.fastest(Problem("add_layer_norm", "torch.float16", tokens, 32, 0), CPU, clock)
+        assert set(found) == {sets}
+        found.clear()
 
 
 def test_a_choice_that_cannot_run_these_tensors_is_left() -> None:

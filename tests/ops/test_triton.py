@@ -13,7 +13,7 @@ from torch import Tensor
 import pruned_ops
 from inputs import arguments_for, attention_arguments, cu_seqlens, moved_to, randn
 from numerics import within_budget
-from pruned_ops.ops.registry import BACKENDS, OPS, record, use_backend
+from pruned_ops.ops.registry import BACKENDS, OPS, given_up, record, use_backend
 
 TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.kernels)
 
@@ -163,11 +163,40 @@ def test_every_way_to_linear_add_layer_norm(hidden: int, dtype: torch.dtype) -> 
         within_budget("linear_add_layer_norm", output, arguments)
 
 
-@pytest.mark.parametrize("hidden", [1, 384, 1024])
+@pytest.mark.parametrize("hidden", [1, 384, 1024, 1500, 8192])
 def test_every_row_configuration(hidden: int) -> None:
     arguments = moved(arguments_for("add_layer_norm", 9, hidden), torch.float16)
-    for config in configs.ROWS:
+    found = configs.row_configs(hidden)
+    assert found[0].rows == 1 and all(hidden * one.rows <= 32 * 32 * one.warps for one in found)
+    for config in found:
         within_budget("add_layer_norm", launch_add_layer_norm(*arguments, config), arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_that_is_given_up_is_added_in_the_gemm(dtype: torch.dtype) -> None:
+    """Into its own memory, and only then. The error budget is the same."""
+    arguments = moved(arguments_for("linear_add_layer_norm", 37, 90, 72), dtype)
+    residual = arguments[3].clone()
+    with given_up(arguments[3][:]):  # another tensor, though of the same memory
+        output = launch_linear_add_layer_norm(*arguments, None)
+    within_budget("linear_add_layer_norm", output, arguments)
+    assert torch.equal(arguments[3], residual)
+    with given_up(arguments[3]):
+        output = launch_linear_add_layer_norm(*arguments, None)
+    torch.testing.assert_close(arguments[3], torch.addmm(residual, arguments[0], arguments[1].t()))
+    arguments[3] = residual
+    within_budget("linear_add_layer_norm", output, arguments)
+
+
+def test_the_op_knows_the_tensor_that_was_given_up() -> None:
+    """Through torch's dispatcher, in inference mode and out of it. Another backend leaves it alone."""
+    arguments = moved(arguments_for("linear_add_layer_norm", 37, 90, 72), torch.float32)
+    for backend, mode in (("triton", True), ("triton", False), ("reference", True)):
+        given = list(arguments)
+        given[3] = arguments[3].clone()
+        with torch.inference_mode(mode), use_backend(backend), given_up(given[3]):
+            pruned_ops.ops.linear_add_layer_norm(*given)
+        assert torch.equal(given[3], arguments[3]) == (backend == "reference")
 
 
 def test_partial_sums_are_added_in_fp32() -> None:

@@ -94,6 +94,15 @@ def test_attention_loads_all_keys_ahead(made: list[dict[str, Any]]) -> None:
     assert {one["target"] for one in found} >= {80, 90}
 
 
+def test_a_row_of_one_warp_needs_no_barrier(made: list[dict[str, Any]]) -> None:
+    """A multiprocessor holds two dozen of them, each with all of its loads under way."""
+    found = [one for one in made if one["kernel"] in ("add_layer_norm_kernel", "embed_layer_norm_kernel")]
+    single = [one for one in found if one["warps"] == 1]
+    assert single and all("BAR" not in one["instructions"] for one in single)
+    assert all(one["holds"] >= 24 for one in single), single
+    assert all("BAR" in one["instructions"] for one in found if one["warps"] > 1)
+
+
 def test_how_many_programs_a_multiprocessor_holds() -> None:
     """By hand: 164 registers of 32 threads are 21 steps of 256, so 4 warps take 21504 of 65536."""
     from pruned_ops.ops.backends.triton.ahead_of_time import Compiled

@@ -34,9 +34,10 @@ def cases_of(dtype: str) -> Iterator[Case]:
         short = configs.SHORT[size].values() if size == 2 or head_dim <= 32 else ()  # else never chosen
         for config in (*known, *short):
             yield ahead_of_time.attention_case(config, head_dim, dtype)
-    for rows, block in ((configs.ROWS[1], 512), (configs.ROWS[0], 1024), (configs.ROWS[2], 4096)):
-        yield ahead_of_time.add_layer_norm_case(rows, block, dtype)
-        yield ahead_of_time.embed_layer_norm_case(rows, block, dtype)
+    for block in (1024, 8192):
+        for rows in configs.row_configs(block):
+            yield ahead_of_time.add_layer_norm_case(rows, block, dtype)
+            yield ahead_of_time.embed_layer_norm_case(rows, block, dtype)
     yield ahead_of_time.bias_gelu_case(dtype)
 
 

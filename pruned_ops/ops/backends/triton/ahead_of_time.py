@@ -117,7 +117,7 @@ def attention_case(config: AttentionConfig, head_dim: int, dtype: str) -> Case:
 def add_layer_norm_case(config: RowConfig, block: int, dtype: str) -> Case:
     types = _pointers("x bias residual weight norm_bias out", dtype) | _integers("tokens hidden")
     types |= {"eps": "fp32"} | _integers("stride_x stride_residual stride_part")
-    constants = {"BIAS": True, "PARTS": 1, "ROWS": config.rows, "BLOCK": block}
+    constants = {"BIAS": True, "RESIDUAL": True, "PARTS": 1, "ROWS": config.rows, "BLOCK": block}
     return Case(add_layer_norm_kernel, types, constants, config.warps, 2, dtype, f"{config}, block {block}")
 
 

@@ -133,7 +133,11 @@ SHORT: dict[int, dict[int, AttentionConfig]] = {
     2: {16: AttentionConfig(64, 64, 4, 1, sequences=4), 32: AttentionConfig(64, 64, 8, 1, sequences=2)},
     4: {16: AttentionConfig(32, 32, 8, 1, sequences=2)},
 }
-ROWS = (RowConfig(1, 4), RowConfig(4, 4), RowConfig(1, 8))
+# A row of one warp needs no barrier, and with one row per program a multiprocessor has the most loads under
+# way. Wider rows take more warps, for the registers.
+ROWS = (RowConfig(1, 1), RowConfig(1, 2), RowConfig(1, 4), RowConfig(1, 8), RowConfig(4, 4))
+# Numbers of a row that a thread keeps at most: more spill, beside the three vectors.
+MOST_NUMBERS = 32
 
 
 def next_power_of_2(n: int) -> int:
@@ -151,8 +155,7 @@ def attention_config(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> Atte
     return max(fitting or known[:1], key=lambda config: (config.block_m, -config.block_n))
 
 
-def row_config(hidden: int) -> RowConfig:
-    """The configuration of the LayerNorm kernels: several narrow rows per program, or one wide row."""
-    if hidden <= 512:
-        return ROWS[1]
-    return ROWS[0] if hidden <= 2048 else ROWS[2]
+def row_configs(hidden: int) -> list[RowConfig]:
+    """The configurations of the LayerNorm kernels for rows of this size, the most promising first."""
+    block = next_power_of_2(hidden)
+    return [config for config in ROWS if config.rows * block <= MOST_NUMBERS * 32 * config.warps]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pruned_ops.ops.backends.gpu import refuse_hidden
 from pruned_ops.ops.backends.triton import launch
-from pruned_ops.ops.backends.triton.configs import RowConfig, next_power_of_2, row_config
+from pruned_ops.ops.backends.triton.configs import RowConfig, next_power_of_2
 from pruned_ops.ops.backends.triton.tiles import normalised
+from pruned_ops.ops.backends.triton.tuning import best_row_config
 from pruned_ops.ops.reference import check_embed_layer_norm
 
 
@@ -65,7 +66,8 @@ def embed_layer_norm(
         input_ids, position_ids, token_type_ids, word, position, token_type, norm_weight, norm_bias
     )
     ids, tables = [input_ids, position_ids, token_type_ids], [word, position, token_type]
-    return launch_embed_layer_norm(ids, tables, norm_weight, norm_bias, eps, row_config(word.size(1)))
+    config = best_row_config("embed_layer_norm", word, input_ids.size(0))
+    return launch_embed_layer_norm(ids, tables, norm_weight, norm_bias, eps, config)
 
 
 def launch_embed_layer_norm(

@@ -106,6 +106,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache
+def l2_bytes(device: torch.device) -> int:
+    """The size of the GPU's L2 cache; 0 in the interpreter."""
+    return 0 if INTERPRETING else int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+@functools.lru_cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program can have: 227 KiB on sm_90, 163 on sm_80, but 99 on sm_86, sm_89 and sm_120."""
     if INTERPRETING:

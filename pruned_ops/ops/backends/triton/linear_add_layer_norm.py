@@ -17,11 +17,12 @@ from torch import Tensor
 from pruned_ops.ops.backends.gpu import refuse_hidden
 from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
-from pruned_ops.ops.backends.triton.configs import GemmConfig, row_config
+from pruned_ops.ops.backends.triton.configs import GemmConfig
 from pruned_ops.ops.backends.triton.linear import meta, partial_linear
 from pruned_ops.ops.backends.triton.tiles import matrix_tile, normalised
-from pruned_ops.ops.backends.triton.tuning import linear_add_layer_norm_config
+from pruned_ops.ops.backends.triton.tuning import best_row_config, linear_add_layer_norm_config
 from pruned_ops.ops.reference import check_add_layer_norm, check_linear_add_layer_norm
+from pruned_ops.ops.registry import is_given_up
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -85,15 +86,20 @@ def launch_linear_add_layer_norm(
     eps: float,
     config: GemmConfig | None,
 ) -> Tensor:
-    """Run the op with this configuration; None stands for cuBLAS's GEMM, followed by `add_layer_norm`."""
+    """Run the op with this configuration; None stands for cuBLAS's GEMM, followed by `add_layer_norm`.
+
+    cuBLAS adds into the residual where the caller has given it up: the GEMM reads it behind its products, and
+    LayerNorm has one tensor less to read."""
     tokens, inner = x.shape
     hidden = weight.size(0)
-    after = (bias, residual, norm_weight, norm_bias, eps, row_config(hidden))
+    norm = (norm_weight, norm_bias, eps, best_row_config("add_layer_norm", residual, tokens))
+    if config is None and inner and tokens and is_given_up(residual):
+        return launch_add_layer_norm(residual.addmm_(x, weight.t()), bias, None, *norm)
     if config is None or inner == 0 or tokens == 0:
-        return launch_add_layer_norm(F.linear(x, weight), *after)
+        return launch_add_layer_norm(F.linear(x, weight), bias, residual, *norm)
     x, weight, residual = launch.rows(x), launch.rows(weight), launch.rows(residual)
     if config.split_k > 1:
-        return launch_add_layer_norm(partial_linear(x, weight, config), *after)
+        return launch_add_layer_norm(partial_linear(x, weight, config), bias, residual, *norm)
     out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
     linear_add_layer_norm_kernel[(triton.cdiv(tokens, config.block_m),)](
         x, weight, bias.contiguous(), residual, norm_weight.contiguous(), norm_bias.contiguous(), out,

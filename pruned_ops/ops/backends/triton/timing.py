@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -11,25 +14,61 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pruned_ops.ops.backends.triton import launch, tuning
+from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
 from pruned_ops.ops.backends.triton.attention import HEAD_DIMS, launch_attention
-from pruned_ops.ops.backends.triton.configs import AttentionConfig, GemmConfig
+from pruned_ops.ops.backends.triton.configs import AttentionConfig, GemmConfig, RowConfig
+from pruned_ops.ops.backends.triton.embed_layer_norm import launch_embed_layer_norm
 from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
 from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
 from pruned_ops.ops.backends.triton.tuning import Config, Problem
+from pruned_ops.ops.registry import given_up
 from pruned_ops.shape import ModelShape
 
-Timer = Callable[[Callable[[], Tensor]], float]
+Works = Sequence[Callable[[], Tensor]]
+Timer = Callable[[Works], float]
 # So many configurations of a shape are timed, the most promising ones, and torch's own kernels beside them.
 TIMED = 6
 EPS = 1e-12
+# Rows of the table for embed_layer_norm: as many as a vocabulary has.
+ROWS = 30_000
+# Launches of a graph, and its replays. Few, because a model has some sixty shapes of six configurations each.
+LAUNCHES, REPLAYS = 24, 7
+# The launches take turns on so many sets of numbers at most, which together are L2_SIZES as large as L2.
+MOST_SETS, L2_SIZES = 8, 3
 
 
-def median_ms(work: Callable[[], Tensor]) -> float:
-    """The median time of `work` by CUDA events, with a cold L2. It is measured briefly, because a model has
-    about sixty shapes with about six configurations each."""
-    from triton.testing import do_bench
+def graph_ms(works: Works) -> float:
+    """The median time of one of `works`, which do the same on different numbers, by replays of a CUDA graph.
 
-    return float(do_bench(work, warmup=5, rep=20, return_mode="median"))
+    The host's part of a launch, tens of microseconds, is not in it: an engine replays graphs, too."""
+    stream = _stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    rounds = max(1, LAUNCHES // len(works))
+    times = []
+    with torch.cuda.stream(stream):
+        for work in works:
+            work()  # compiles, and takes what memory it needs
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(rounds):
+                for work in works:
+                    work()
+        graph.replay()
+        for _ in range(REPLAYS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    return statistics.median(times) / rounds / len(works)
+
+
+@functools.lru_cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream for timing. There is one, because torch keeps a cuBLAS workspace for each that it sees."""
+    return torch.cuda.Stream(device)
 
 
 def tune(
@@ -37,7 +76,7 @@ def tune(
     batches: Iterable[Sequence[int]],
     dtype: torch.dtype,
     device: torch.device,
-    timer: Timer = median_ms,
+    timer: Timer = graph_ms,
 ) -> int:
     """Choose the configurations for a model of this shape at these batches (lengths of their sequences).
 
@@ -47,11 +86,9 @@ def tune(
     new = [problem for problem in dict.fromkeys(problems(shape, batches, dtype)) if problem not in known]
     if not new:
         return 0
-    tensors: dict[tuple[int, ...], Tensor] = {}
-    timed = {
-        problem: fastest(problem, device, timer, tensors)
-        for problem in tqdm(new, desc=f"timing kernels on {device}", unit="shape", disable=len(new) < 2)
-    }
+    progress = tqdm(new, desc=f"timing kernels on {device}", unit="shape", disable=len(new) < 2)
+    with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        timed = {problem: fastest(problem, device, timer) for problem in progress}
     tuning.remember(device, timed)
     tuning.forget()
     return len(new)
@@ -63,6 +100,8 @@ def problems(shape: ModelShape, batches: Iterable[Sequence[int]], dtype: torch.d
     exact = dtype == torch.float32 and launch.precision(dtype) == "ieee"
     for lengths in batches:
         tokens, longest = tuning.bucket(sum(lengths)), tuning.length_bucket(max(lengths))
+        # First, because linear_add_layer_norm is timed with the norm that was chosen here.
+        needed += [Problem(op, name, tokens, hidden, 0) for op in ("add_layer_norm", "embed_layer_norm")]
         for layer in shape.layers:
             if layer.num_heads and head_dim in HEAD_DIMS:
                 needed.append(Problem("attention", name, tokens, layer.num_heads, head_dim, longest))
@@ -74,42 +113,65 @@ def problems(shape: ModelShape, batches: Iterable[Sequence[int]], dtype: torch.d
     return needed
 
 
-def fastest(
-    problem: Problem, device: torch.device, timer: Timer, tensors: dict[tuple[int, ...], Tensor]
-) -> Config | None:
+def fastest(problem: Problem, device: torch.device, timer: Timer) -> Config | None:
     """The configuration that takes the least time; None if torch's own kernels do."""
     tma = problem.inner * problem.torch_dtype.itemsize % launch.ALIGNMENT == 0
     promising: list[Config | None] = [*tuning.candidates(problem, tma, tuning.Chip.of(device))[:TIMED]]
-    if problem.op != "attention":
+    if problem.op.startswith("linear"):
         promising.insert(0, None)
-    return min(promising, key=lambda config: timer(_runner(problem, config, device, tensors)))
+    operands = [_operands(problem, device)]
+    size = sum(tensor.nbytes for tensor in operands[0])
+    sets = min(MOST_SETS, 1 + L2_SIZES * launch.l2_bytes(device) // size)
+    operands += [_operands(problem, device) for _ in range(sets - 1)]
+
+    def time_of(config: Config | None) -> float:
+        return timer([_work(problem, config, tensors) for tensors in operands])
+
+    return min(promising, key=time_of)
 
 
-def _runner(
-    problem: Problem, config: Config | None, device: torch.device, tensors: dict[tuple[int, ...], Tensor]
-) -> Callable[[], Tensor]:
-    """A function that runs the op at this shape with this configuration, on random numbers.
-
-    tensors: the random tensors by shape, made on demand and shared by all problems.
-    """
+def _operands(problem: Problem, device: torch.device) -> list[Tensor]:
+    """Random tensors of this shape, in the order in which `_work` takes them."""
     dtype, tokens, outputs, inner = problem.torch_dtype, problem.tokens, problem.outputs, problem.inner
 
     def numbers(*size: int) -> Tensor:
-        if size not in tensors:
-            tensors[size] = torch.randn(*size, device=device).mul_(0.1).to(dtype)
-        return tensors[size]
+        return torch.randn(*size, device=device).mul_(0.1).to(dtype)
 
     if problem.op == "attention":
-        assert isinstance(config, AttentionConfig)
         lengths = [problem.longest] * (tokens // problem.longest) + [tokens % problem.longest]
         bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-        qkv = numbers(tokens, 3 * outputs * inner)
-        return lambda: launch_attention(qkv, bounds, problem.longest, inner, config)
-    assert config is None or isinstance(config, GemmConfig)
-    x, weight, bias = numbers(tokens, inner), numbers(outputs, inner), numbers(outputs)
+        return [numbers(tokens, 3 * outputs * inner), bounds]
+    if problem.op == "embed_layer_norm":
+        ids = torch.randint(ROWS, (tokens,), device=device)
+        return [ids, numbers(ROWS, outputs), numbers(outputs)]
+    x = numbers(tokens, inner or outputs)
+    if problem.op == "linear_gelu":
+        return [x, numbers(outputs, inner), numbers(outputs)]
     if problem.op == "linear_add_layer_norm":
-        residual = numbers(tokens, outputs)
-        return lambda: launch_linear_add_layer_norm(x, weight, bias, residual, bias, bias, EPS, config)
+        return [x, numbers(outputs, inner), numbers(outputs), numbers(tokens, outputs)]
+    return [x, numbers(outputs), numbers(tokens, outputs)]
+
+
+def _work(problem: Problem, config: Config | None, operands: list[Tensor]) -> Callable[[], Tensor]:
+    """A function that runs the op on these operands with this configuration."""
+    if isinstance(config, AttentionConfig):
+        qkv, bounds = operands
+        return lambda: launch_attention(qkv, bounds, problem.longest, problem.inner, config)
+    if isinstance(config, RowConfig) and problem.op == "embed_layer_norm":
+        ids, table, vector = operands
+        return lambda: launch_embed_layer_norm([ids] * 3, [table] * 3, vector, vector, EPS, config)
+    if isinstance(config, RowConfig):
+        x, vector, residual = operands
+        return lambda: launch_add_layer_norm(x, vector, residual, vector, vector, EPS, config)
+    if problem.op == "linear_add_layer_norm":
+        return lambda: _linear_add_layer_norm(operands, config)
+    x, weight, bias = operands
     if config is None:
         return lambda: F.gelu(F.linear(x, weight, bias))
     return lambda: launch_linear_gelu(x, weight, bias, config)
+
+
+def _linear_add_layer_norm(operands: list[Tensor], config: GemmConfig | None) -> Tensor:
+    x, weight, bias, residual = operands
+    with given_up(residual):  # as all layers but the first do
+        return launch_linear_add_layer_norm(x, weight, bias, residual, bias, bias, EPS, config)

@@ -34,12 +34,14 @@ from pruned_ops.ops.backends.triton.configs import (
     SHORT,
     AttentionConfig,
     GemmConfig,
+    RowConfig,
     attention_config,
     next_power_of_2,
+    row_configs,
 )
 from pruned_ops.version import __version__
 
-Config = GemmConfig | AttentionConfig
+Config = GemmConfig | AttentionConfig | RowConfig
 
 # Columns that a program takes at least: below that, starting it costs more than it does.
 LEAST_SHARE = 128
@@ -63,6 +65,7 @@ class Problem:
     linear_gelu: outputs is the FFN width, inner is hidden_size.
     linear_add_layer_norm: outputs is hidden_size, inner is the width of the context or of the FFN.
     attention: outputs is the number of heads, inner is head_dim, longest is the longest sequence's length.
+    add_layer_norm, embed_layer_norm: outputs is hidden_size, inner is 0.
     """
 
     op: str
@@ -123,6 +126,14 @@ def best_attention_config(qkv: Tensor, max_seqlen: int, head_dim: int) -> Attent
     return config
 
 
+def best_row_config(op: str, rows: Tensor, tokens: int) -> RowConfig:
+    """The configuration of add_layer_norm or embed_layer_norm, for as many tokens and rows like these."""
+    problem = Problem(op, str(rows.dtype), bucket(tokens), rows.size(1), 0)
+    config = _chosen(problem, False, rows.device)
+    assert isinstance(config, RowConfig)  # torch's own kernels are no candidate
+    return config
+
+
 def bucket(tokens: int) -> int:
     """Round the number of tokens up to a power of 2 below BUCKET, else to a multiple of BUCKET."""
     return next_power_of_2(tokens) if tokens < BUCKET else -(-tokens // BUCKET) * BUCKET
@@ -175,6 +186,8 @@ def candidates(problem: Problem, tma: bool, chip: Chip) -> list[Config]:
         short = [SHORT[size][segment]] if segment in SHORT[size] and (size == 2 or inner <= 32) else []
         best = attention_config(problem.longest, inner, dtype)
         return [best, *(config for config in (*short, *ATTENTION[size][inner]) if config != best)]
+    if problem.op in ("add_layer_norm", "embed_layer_norm"):
+        return [*row_configs(outputs)]
     if problem.op == "linear_gelu":
         return [*fitting(LINEAR_GELU[size], tokens, outputs, inner, size, tma, chip)]
     split = [config for config in LINEAR_GELU[size] if config.split_k > 1]
@@ -289,7 +302,7 @@ def _config(saved: Mapping[str, Mapping[str, Any]] | None) -> Config | None:
     if saved is None:
         return None
     (kind, fields), *more = saved.items()
-    kinds: dict[str, type[Config]] = {"GemmConfig": GemmConfig, "AttentionConfig": AttentionConfig}
-    if more or kind not in kinds:
-        raise ValueError(f"{list(saved)} is no kind of configuration")
-    return kinds[kind](**fields)
+    for known_kind in (GemmConfig, AttentionConfig, RowConfig):
+        if not more and known_kind.__name__ == kind:
+            return known_kind(**fields)
+    raise ValueError(f"{list(saved)} is no kind of configuration")
