@@ -63,11 +63,11 @@ def measure_table(
     densest = ("base", f"attention {dense.num_heads}", f"ffn {dense.ffn_width}")  # what `refuse` compares
     backends = backends_of(lambda: [runners[name](inputs[0]) for name in densest])
     ms = time_parts(runners, chosen, inputs, rounds, progress)
+    # To the workload's mean batch.
     scale = workload.tokens / len(workload.batches) / (chosen.tokens / len(chosen.batches))
-    part = {name: total * scale / chain_length(empty) for name, total in ms.items()}
-    attention = _rising([(n, part[f"attention {n}"]) for n in head_counts(dense.num_heads)])
-    ffn = _rising([(w, part[f"ffn {w}"]) for w in ffn_widths(dense.ffn_width)])
-    base = max(0.0, ms["base"] * scale - empty.num_hidden_layers * (attention[0][1] + ffn[0][1]))
+    base, attention, ffn, alignment = _curves(
+        empty, dense, {name: milliseconds * scale for name, milliseconds in ms.items()}
+    )
     return LatencyTable(
         hidden_size=empty.hidden_size,
         head_dim=empty.head_dim,
@@ -77,12 +77,21 @@ def measure_table(
         base_ms=base,
         attention=attention,
         ffn=ffn,
-        alignment=_alignment(ffn, part),
+        alignment=alignment,
         machine={**machine(), "device": str(device)},
         versions=versions(),
         backends=backends,
         command=command,
     )
+
+
+def _curves(empty: Any, dense: LayerShape, ms: Mapping[str, float]) -> tuple[float, Points, Points, Points]:
+    """base_ms, attention, ffn and alignment of the table, out of the runners' times."""
+    part = {name: milliseconds / chain_length(empty) for name, milliseconds in ms.items()}
+    attention = _rising([(n, part[f"attention {n}"]) for n in head_counts(dense.num_heads)])
+    ffn = _rising([(w, part[f"ffn {w}"]) for w in ffn_widths(dense.ffn_width)])
+    empty_layers = empty.num_hidden_layers * (attention[0][1] + ffn[0][1])
+    return max(0.0, ms["base"] - empty_layers), attention, ffn, _alignment(ffn, part)
 
 
 def _alignment(ffn: Points, ms: Mapping[str, float]) -> Points:

@@ -25,6 +25,7 @@ from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.ops.registry import is_watched, record, replayed
 from pruned_ops.runtime.graph_inputs import Bucket, GraphInputs
 from pruned_ops.runtime.packed_heads import Outputs, PackedHead
+from pruned_ops.shape import checked_int
 
 
 def pieces(lengths: Sequence[int], max_tokens: int) -> Iterator[tuple[int, list[int]]]:
@@ -227,8 +228,8 @@ class Engine:
     ) -> None:
         if not 0 <= waste < 1:
             raise ValueError(f"waste is {waste!r}; a share from 0 to below 1 is needed")
-        if max_tokens < 1 or max_graphs < 1:
-            raise ValueError(f"max_tokens ({max_tokens}) and max_graphs ({max_graphs}) must be at least 1")
+        checked_int("max_tokens", max_tokens, 1)
+        checked_int("max_graphs", max_graphs, 1)
         self.waste, self.max_tokens, self.max_graphs = waste, max_tokens, max_graphs
         self._encoder = encoder
         self.recorder = recorder

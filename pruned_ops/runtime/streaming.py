@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.runtime.packed_encoder import PackedEncoder
+from pruned_ops.shape import checked_int
 
 # The number of batches whose sequences are sorted together. With so many, padding is a few percent of them.
 LOOK_AHEAD = 8
@@ -266,8 +267,7 @@ def encode_many(
         raise ValueError("encode_many takes an optimised model: call pruned_ops.optimize(model) first")
     if tokens_per_batch is None:
         tokens_per_batch = TOKENS_ON_A_GPU if encoder.device.type == "cuda" else TOKENS_ON_A_CPU
-    if isinstance(tokens_per_batch, bool) or not isinstance(tokens_per_batch, int) or tokens_per_batch < 1:
-        raise ValueError(f"tokens_per_batch is {tokens_per_batch!r}; a whole number of at least 1 is needed")
+    checked_int("tokens_per_batch", tokens_per_batch, 1)
     outputs = _Outputs()
     pad = encoder.config.pad_token_id or 0
     runner = BatchRunner(model, pad, encoder.device, outputs.select, lanes)

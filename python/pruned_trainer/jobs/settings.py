@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pruned_ops.shape import checked_int
 from pruned_trainer.pruning.options import DEFAULT_PARTS, METHODS, PARTS, PENALTIES, Target, check_parts
 from pruned_trainer.tasks.options import NULL_RATE, TASKS
 from pruned_trainer.training.distillation import Distillation
@@ -146,8 +147,8 @@ class PruneSettings:
 
     def _check_numbers(self) -> None:
         for name in ("batch_size", "align", "max_length", "save_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+            if getattr(self, name) is not None:
+                checked_int(name, getattr(self, name), 1)
         for name in ("learning_rate", "gate_learning_rate", "retrain_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
