@@ -1,11 +1,32 @@
-"""Reading and writing files: what is written appears under its name only when it is whole."""
+"""Reading and writing files: what is written appears under its name only when it is whole, and one reader of
+JSON refuses what a program could stumble over later."""
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import os
+import re
+import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+# Files of settings and results stay far below this many bytes, and are refused above it before they are read.
+# Files of questions have no limit: people's data may be large.
+MAX_RECORD = 1 << 28
+# A value that is nested deeper is an attack: whoever walks, prints or compares it would end in a recursion.
+MAX_DEPTH = 64
+_DEEP = f"it is nested more than {MAX_DEPTH} deep"
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's mark begins with one of them
+_LONG_NUMBER = re.compile(r"[0-9]{309}")  # no shorter integer is beyond every float
+# An escape in a JSON text. Group 1: half of a surrogate pair without its other half.
+_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
+)
+# A string of a JSON text, or a number (group 1), finite or not.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN|[-+0-9.eE]+)')
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -46,6 +67,108 @@ def check_writable(path: Path, name: str, overwrite: bool) -> None:
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark; ValueError for another encoding."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return _decoded(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from None
+
+
+def read_json(path: Path, what: str = "JSON", max_bytes: int | None = MAX_RECORD) -> Any:
+    """The value in a JSON file, as `parse_json` reads it. what: the kind of file, for errors.
+
+    Errors: OSError where there is no file to read; ValueError that names the file and the place in it for
+    anything else.
+    """
+    size = path.stat().st_size
+    if max_bytes is not None and size > max_bytes:
+        raise ValueError(f"{path} is {size:,} bytes large; more than {max_bytes:,} is refused")
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no {what}: {error}") from None
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON text in UTF-8, with or without a byte order mark.
+
+    Errors: ValueError for any other text, for half a surrogate pair, for a number that is not finite or
+    beyond every float, and for a value that is nested more than MAX_DEPTH deep. The message is one line that
+    names the place and never quotes the text.
+    """
+    text = _decoded(content)
+    if not text.strip():
+        raise ValueError("it is empty")
+    try:
+        value = (_LONG_NUMBERS if _LONG_NUMBER.search(text) else _NUMBERS).decode(text)
+    except _NumberFault as error:
+        at = next(match.start(1) for match in _TOKEN.finditer(text) if match[1] == error.number)
+        raise ValueError(f"{shown(error.number)} is no finite number: {_place(text, at)}") from None
+    except RecursionError:
+        raise ValueError(_DEEP) from None
+    if _is_deep(value):
+        raise ValueError(_DEEP)
+    half = next((match for match in _ESCAPE.finditer(text) if match[1]), None)
+    if half is not None:
+        raise ValueError(f"half a surrogate pair (\\{half[1]}): {_place(text, half.start())}")
+    return value
+
+
+def shown(value: object) -> str:
+    """The value as a message quotes it: on one line, cut where it is long or nested deep."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _decoded(content: bytes) -> str:
+    """The text, without a byte order mark; ValueError, without the bytes in it, for another encoding."""
+    if content.startswith(_UTF16):
+        raise ValueError("it is UTF-16 or UTF-32 text, and UTF-8 is needed")
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{error} (line {line})") from None
+
+
+class _NumberFault(ValueError):
+    """A number that is not finite or beyond every float."""
+
+    def __init__(self, number: str) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _refuse(number: str) -> NoReturn:
+    raise _NumberFault(number)
+
+
+def _float(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number)
+
+
+def _int(number: str) -> int:
+    _float(number)
+    return int(number)
+
+
+def _place(text: str, at: int) -> str:
+    """Where a character stands, in the words of json's own errors."""
+    return f"line {text.count(chr(10), 0, at) + 1} column {at - text.rfind(chr(10), 0, at)}"
+
+
+def _is_deep(value: object) -> bool:
+    """Whether a parsed value is nested more than MAX_DEPTH deep."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [part for part in level if isinstance(part, (dict, list))]
+        if not level:
+            return False
+        level = [part for holder in level for part in (holder.values() if type(holder) is dict else holder)]
+    return True
+
+
+_NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_refuse)
+_LONG_NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_refuse, parse_int=_int)
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60

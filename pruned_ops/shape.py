@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pruned_ops.files import shown
+
 # A BERT-class encoder stays far below these limits. A number above them is a mistake or an attack, and is
 # refused before any memory is allocated for it.
 MAX_WIDTH = 1 << 20
@@ -24,12 +26,12 @@ def checked_int(name: str, value: object, low: int, high: int | None = None) -> 
     Errors: ValueError with its name otherwise; a bool is no integer here.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}: an integer is needed")
+        raise ValueError(f"{name} is {shown(value)}: an integer is needed")
     if high is None:
         if value < low:
-            raise ValueError(f"{name} is {value}: at least {low} is needed")
+            raise ValueError(f"{name} is {shown(value)}: at least {low} is needed")
     elif not low <= value <= high:
-        raise ValueError(f"{name} is {value}: it must lie between {low} and {high}")
+        raise ValueError(f"{name} is {shown(value)}: it must lie between {low} and {high}")
     return value
 
 
@@ -50,7 +52,7 @@ class LayerShape:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping) or set(value) != {"num_heads", "ffn_width"}:
-            raise ValueError(f"{name} is {value!r}: it needs exactly the keys num_heads and ffn_width")
+            raise ValueError(f"{name} is {shown(value)}: it needs exactly the keys num_heads and ffn_width")
         try:
             return cls(**value)
         except ValueError as error:
@@ -82,7 +84,7 @@ class ModelShape:
     def parse(cls, layers: Sequence[object], hidden_size: int, head_dim: int) -> ModelShape:
         """Make a ModelShape from the JSON form of its layers, as config.json holds it."""
         if not isinstance(layers, (list, tuple)):
-            raise ValueError(f"layer_shapes is {layers!r}: a list with one entry a layer is needed")
+            raise ValueError(f"layer_shapes is {shown(layers)}: a list with one entry a layer is needed")
         parsed = tuple(LayerShape.parse(layer, f"layer_shapes[{i}]") for i, layer in enumerate(layers))
         return cls(parsed, hidden_size, head_dim)
 

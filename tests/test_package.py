@@ -64,7 +64,8 @@ FLOORS = {
         ("layers",),
         ("ops",),
         ("command_line",),
-        ("shape", "files", "version"),
+        ("shape",),
+        ("files", "version"),
     ),
     TRAINER: (
         ("cli", ""),

@@ -3,7 +3,7 @@ they are made of scores, and their file."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pruned_ops import LayerShape, ModelShape
-from pruned_ops.files import write_json
+from pruned_ops.files import read_json, shown, write_json
+from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, checked_int
 from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.gates import PerGate, Scores
 from pruned_trainer.pruning.options import Target
@@ -83,18 +84,11 @@ class Decision:
         FileNotFoundError where there is none."""
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}; the decision.json of a pruning run is needed")
+        data = read_json(path, "decision file")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.get("format") != FORMAT:
-                raise ValueError(f"format is {data.get('format')!r}, {FORMAT} is needed")
-            layers = tuple(
-                LayerDecision(_kept(layer, "heads", f"layer {i}"), _kept(layer, "ffn", f"layer {i}"))
-                for i, layer in enumerate(data["layers"])
-            )
-            hidden = _kept(data, "hidden", "model") if data.get("hidden") is not None else None
-            return cls(layers, int(data["align"]), dict(data["target"]), dict(data["reached"]), hidden)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no decision file: {error!r}") from error
+            return _parse(data)
+        except ValueError as error:
+            raise ValueError(f"{path} is no decision file: {error}") from None
 
     def values(self, shape: ModelShape) -> PerGate:
         """The gate values for `Gates.fix` on the source model, whose shape this is; gates that do not stay
@@ -106,12 +100,51 @@ class Decision:
         )
 
 
-def _kept(holder: dict[str, Any], kind: str, where: str) -> Kept:
+def _parse(data: object) -> Decision:
+    """The decision of a parsed file; ValueError that names the place for anything else."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"an object is needed, not {type(data).__name__}")
+    if data.get("format") != FORMAT:
+        raise ValueError(f"format is {shown(data.get('format'))}, {FORMAT} is needed")
+    listed = data.get("layers")
+    if not isinstance(listed, list) or len(listed) > MAX_LAYERS:
+        raise ValueError(f"layers is {shown(listed)}: a list of at most {MAX_LAYERS} layers is needed")
+    layers = tuple(
+        LayerDecision(_kept(layer, "heads", f"layer {i}"), _kept(layer, "ffn", f"layer {i}"))
+        for i, layer in enumerate(listed)
+    )
+    hidden = _kept(data, "hidden", "model") if data.get("hidden") is not None else None
+    align = checked_int("align", data.get("align"), 1, MAX_WIDTH)
+    return Decision(layers, align, _costs(data, "target"), _costs(data, "reached"), hidden)
+
+
+def _kept(holder: object, kind: str, where: str) -> Kept:
+    kept = holder.get(kind) if isinstance(holder, Mapping) else None
+    indices, values = (
+        kept.get(name) if isinstance(kept, Mapping) else None for name in ("indices", "values")
+    )
+    if not isinstance(indices, list) or not isinstance(values, list):
+        raise ValueError(f"{where}, {kind}: an object with lists of indices and values is needed")
     try:
-        kept = holder[kind]
-        return Kept(tuple(int(i) for i in kept["indices"]), tuple(float(v) for v in kept["values"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}, {kind}: {error}") from error
+        for number, index in enumerate(indices):
+            checked_int(f"index {number}", index, 0, MAX_WIDTH - 1)
+        return Kept(tuple(indices), tuple(_number(f"value {i}", value) for i, value in enumerate(values)))
+    except ValueError as error:
+        raise ValueError(f"{where}, {kind}: {error}") from None
+
+
+def _costs(data: Mapping[str, Any], name: str) -> dict[str, float]:
+    """The numbers by unit under this name."""
+    costs = data.get(name)
+    if not isinstance(costs, dict):
+        raise ValueError(f"{name} is {shown(costs)}: an object of numbers is needed")
+    return {unit: _number(f"{name}, {unit}", value) for unit, value in costs.items()}
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {shown(value)}: a number is needed")
+    return float(value)
 
 
 def _spread(kept: Kept, size: int) -> Tensor:

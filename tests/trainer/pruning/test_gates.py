@@ -208,10 +208,18 @@ def test_targets_beyond_reach_say_what_is_within() -> None:
             Target(**one)
 
 
+def decision_text(indices: str, values: str = "[1.0]", align: str = "8", target: str = "{}") -> str:
+    """A decision file's text for one layer, with these texts in the places of what it holds of the heads."""
+    layer = (
+        f'{{"heads": {{"indices": {indices}, "values": {values}}}, "ffn": {{"indices": [], "values": []}}}}'
+    )
+    return f'{{"format": 1, "layers": [{layer}], "align": {align}, "target": {target}, "reached": {{}}}}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no decision file"),
+        ("{", "Expecting property name"),
         ('{"format": 9}', "format is 9"),
         ('{"format": 1, "layers": [{}], "align": 8}', "layer 0, heads"),
         (
@@ -222,12 +230,26 @@ def test_targets_beyond_reach_say_what_is_within() -> None:
             '{"format": 1, "align": 8, "layers": [{"heads": {"indices": [1], "values": [2]}, "ffn": {}}]}',
             "gate values must lie in",
         ),
+        ("[]", "an object is needed, not list"),
+        ('{"format": 1, "layers": "two"}', "layers is 'two'"),
+        (decision_text("[1.7]"), "layer 0, heads: index 0 is 1.7: an integer is needed"),
+        (decision_text("[true]"), "layer 0, heads: index 0 is True: an integer is needed"),
+        (decision_text('["1"]'), "layer 0, heads: index 0 is '1'"),
+        (decision_text("[1e999]"), r"'1e999' is no finite number: line 1 column 49"),
+        (decision_text("[1048576]"), "index 0 is 1048576: it must lie between"),
+        (decision_text("[1]", "[NaN]"), "'NaN' is no finite number"),
+        (decision_text("[1]", "[true]"), "value 0 is True: a number is needed"),
+        (decision_text("[1]", align="8.5"), "align is 8.5: an integer is needed"),
+        (decision_text("[1]", align="0"), "align is 0"),
+        (decision_text("[1]", target='{"macs": "half"}'), "target, macs is 'half': a number is needed"),
+        (decision_text("[1]", target="[]"), "target is .*: an object of numbers is needed"),
     ],
 )
 def test_bad_decision_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "decision.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"decision\.json is no decision file: .*{message}") as refusal:
         Decision.load(tmp_path / "decision.json")
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_decision_for_another_model_is_refused() -> None:
