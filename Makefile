@@ -64,7 +64,7 @@ docs: $(VENV)/.docs
 	cp -r --parents $(DOCS) build/pages
 	$(BIN)/mkdocs build --strict
 
-ci: lint asan test test-transformers4
+ci: lint asan test test-transformers4 docs
 
 # On transformers 4: what differs from .venv is installed in .venv4, the rest is .venv's. The two tools make checkpoints
 # for the importer's tests; --no-deps, because what they ask for is years old.
