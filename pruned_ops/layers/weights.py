@@ -144,9 +144,7 @@ class AlignedWeights:
         self.biases: list[Tensor] = []
         for part in parts:
             first, second = part.linears
-            fill = (
-                0 if part.hidden_act is None else -second.in_features % _values_per_alignment(second.weight)
-            )
+            fill = 0 if part.hidden_act is None else -second.in_features % _channels(second.weight)
             self.biases.append(F.pad(first.bias.detach(), (0, fill)) if fill else first.bias.detach())
             self.weights.append(
                 (_aligned(first.weight.detach(), rows=fill), _aligned(second.weight.detach(), columns=fill))
@@ -190,9 +188,12 @@ class AlignedWeights:
         return x
 
 
-def _values_per_alignment(weight: Tensor) -> int:
-    """How many values of this dtype fill ALIGNMENT bytes."""
-    return ALIGNMENT // weight.element_size()
+def _channels(weight: Tensor) -> int:
+    """FFN widths are filled up to a multiple of this many channels.
+
+    Triton stores and loads 16 bytes at once only where a size is known to be a multiple of 16 numbers; with
+    8 halves more, it writes 2 bytes at a time. In halves, tiles are 64 channels wide or more in any case."""
+    return 64 if weight.element_size() == 2 else 16
 
 
 def _aligned(weight: Tensor, rows: int = 0, columns: int = 0) -> Tensor:

@@ -7,8 +7,9 @@ fallback is silent.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ _recorded: ContextVar[dict[str, Counter[str]] | None] = ContextVar("pruned_ops_r
 
 class BackendError(RuntimeError):
     """A backend that was asked for by name cannot run; the message says why and what would help."""
+
+
+class KernelError(Exception):
+    """A launcher's kernel cannot be compiled or loaded. Nothing was written, so another backend may run."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Op:
         self.reference = reference
         self.check_values = check_values
         self.kernels: dict[str, Kernel] = {}
+        self._warned: set[tuple[str, str]] = set()
         self.__doc__ = reference.__doc__
         schema = torch.library.infer_schema(reference, mutates_args=())
         _library.define(f"{self.name}{schema}")
@@ -101,10 +107,32 @@ class Op:
             return self.overload(*args)
 
     def _dispatch(self, *args: Any) -> Tensor:
-        kernel = self.select(*args)
-        recorded = _recorded.get()
-        if recorded is not None:
-            recorded.setdefault(self.name, Counter())[kernel.backend.name if kernel else REFERENCE] += 1
+        failed: list[str] = []
+        while True:
+            kernel = self.select(*args, without=failed)
+            name = kernel.backend.name if kernel else REFERENCE
+            try:
+                output = self._run(kernel, *args)
+            except KernelError as error:
+                if _preferred.get() is not None:
+                    raise BackendError(f"backend {name!r} cannot run {self.name}: {error}") from error
+                self._warn_once(name, str(error))
+                failed.append(name)
+                continue
+            recorded = _recorded.get()
+            if recorded is not None:
+                recorded.setdefault(self.name, Counter())[name] += 1
+            return output
+
+    def _warn_once(self, backend: str, error: str) -> None:
+        if (backend, error) not in self._warned:
+            self._warned.add((backend, error))
+            warnings.warn(
+                f"backend {backend!r} failed to run {self.name}, and the next one does: {error}",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+
+    def _run(self, kernel: Kernel | None, *args: Any) -> Tensor:
         if _debugging.get():
             return self._debugged(kernel, *args)
         if kernel is not None:
@@ -139,9 +167,9 @@ class Op:
             return True
         return _preferred.get() in (None, REFERENCE, *self.kernels)
 
-    def select(self, *args: Any) -> Kernel | None:
+    def select(self, *args: Any, without: Collection[str] = ()) -> Kernel | None:
         """The kernel that is to run these arguments; None means the reference. BackendError if a backend was
-        asked for by name that cannot run them."""
+        asked for by name that cannot run them. without: backends that have failed to."""
         preferred = _preferred.get()
         if preferred == REFERENCE:
             return None
@@ -149,6 +177,8 @@ class Op:
             return self._demand(preferred, args)
         for kernel in self.kernels.values():
             backend = kernel.backend
+            if backend.name in without:
+                continue
             if backend.missing is None and not backend.on_demand and kernel.refuse(*args) is None:
                 return kernel
         return None

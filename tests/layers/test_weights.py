@@ -55,7 +55,7 @@ def test_matrices_begin_and_go_on_at_whole_alignments(dtype: torch.dtype) -> Non
     for weight in (up, down):
         assert weight.data_ptr() % ALIGNMENT == 0
         assert weight.stride(0) * weight.element_size() % ALIGNMENT == 0
-    assert up.size(0) == down.size(1) == parts.biases[0].size(0) == (40 if dtype == torch.float16 else 36)
+    assert up.size(0) == down.size(1) == parts.biases[0].size(0) == (64 if dtype == torch.float16 else 48)
     assert not up[35:].any() and not down[:, 35:].any() and not parts.biases[0][35:].any()
 
 
@@ -83,14 +83,14 @@ def test_an_encoder_runs_aligned_and_gets_its_weights_back(as_on_a_gpu: None) ->
     expected = encoder(x, batch)
     encoder.pack(keep_weights=False)
     assert encoder.running_shape.layers == tuple(
-        LayerShape(layer.num_heads, -(-layer.ffn_width // 4) * 4) for layer in ODD_SHAPES
+        LayerShape(layer.num_heads, -(-layer.ffn_width // 16) * 16) for layer in ODD_SHAPES
     )
     torch.testing.assert_close(encoder(x, batch), expected, rtol=1e-5, atol=1e-5)
     states: list[Tensor] = []
     torch.testing.assert_close(encoder(x, batch, states), expected, rtol=1e-5, atol=1e-5)
     assert len(states) == len(ODD_SHAPES)
     encoder.double()
-    assert encoder.running_shape.layers[-1].ffn_width == 6  # eight bytes a number now
+    assert encoder.running_shape.layers[-1].ffn_width == 16
     encoder.float().unpack()
     assert encoder.running_shape == shape
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())

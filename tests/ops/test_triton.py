@@ -3,6 +3,8 @@ planted faults; and the choice among configurations. Whether they fit a GPU: tes
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +25,9 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"triton: {MISSING}"
 if MISSING is None:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources
 
-    from pruned_ops.ops.backends.triton import configs, tuning
+    from pruned_ops.ops.backends.triton import add_layer_norm, configs, linear_add_layer_norm, tuning
     from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
     from pruned_ops.ops.backends.triton.attention import launch_attention
     from pruned_ops.ops.backends.triton.configs import GemmConfig
@@ -260,6 +263,56 @@ def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     without = [gelu[0], gelu[1], torch.zeros_like(gelu[2])]
     with pytest.raises(AssertionError, match="budget"):
         within_budget("linear_gelu", launch_linear_gelu(*without, configs.LINEAR_GELU[4][0]), gelu)
+
+
+def test_another_backend_runs_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which `record` names, and a warning once; who asked for Triton is told."""
+    arguments = moved(arguments_for("add_layer_norm", 9, 48), torch.float32)
+    op = OPS["add_layer_norm"]
+    own = op.kernels["triton"]
+    willing = replace(own, backend=replace(own.backend, on_demand=False))
+    others = {name: kernel for name, kernel in op.kernels.items() if name != "triton"}
+    monkeypatch.setattr(op, "kernels", {"triton": willing, **others})
+    monkeypatch.setattr(op, "_warned", set())
+    with record() as ran:
+        op(*arguments)
+    assert ran["add_layer_norm"] == {"triton": 1}
+
+    def failing(*args: Any) -> Tensor:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(add_layer_norm, "launch_add_layer_norm", failing)
+    with record() as ran, pytest.warns(RuntimeWarning, match="'triton' failed to run add_layer_norm.*300000"):
+        within_budget("add_layer_norm", op(*arguments), arguments)
+    assert ran["add_layer_norm"].total() == 1 and "triton" not in ran["add_layer_norm"]
+    with warnings.catch_warnings(), pruned_ops.debug():
+        warnings.simplefilter("error")
+        op(*arguments)
+    with (
+        use_backend("triton"),
+        pytest.raises(pruned_ops.BackendError, match="add_layer_norm: OutOf"),
+    ):
+        op(*arguments)
+
+
+def test_a_residual_that_is_no_more_is_not_added_to_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = moved(arguments_for("linear_add_layer_norm", 9, 48, 24), torch.float32)
+
+    def failing(*args: Any) -> Tensor:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(linear_add_layer_norm, "launch_add_layer_norm", failing)
+    with given_up(arguments[3]), pytest.raises(RuntimeError, match="add_layer_norm: out of resource"):
+        OPS["linear_add_layer_norm"].kernels["triton"].launch(*arguments)
+
+
+def test_the_attention_that_is_chosen_keeps_a_multiprocessor_busy() -> None:
+    """Most warps first, then few rows past the end, then the taller tile."""
+    for head_dim, longest, rows in (
+        (32, 384, 64), (64, 384, 128), (64, 128, 128), (64, 192, 64), (64, 130, 64), (128, 512, 64),
+    ):  # fmt: skip
+        config = configs.attention_config(longest, head_dim, torch.float16)
+        assert config.block_m == rows and config.programs * config.warps >= 16, (head_dim, longest, config)
 
 
 def test_what_triton_refuses() -> None:

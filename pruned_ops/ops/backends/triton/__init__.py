@@ -44,4 +44,4 @@ if _missing is None:  # the kernels need Triton to be imported at all
         ),
         (ops.embed_layer_norm, embed_layer_norm.embed_layer_norm, embed_layer_norm.refuse),
     ):
-        register(op, BACKEND, launch.on_its_device(launcher), refuse)
+        register(op, BACKEND, launch.on_its_device(launch.guarded(launcher)), refuse)

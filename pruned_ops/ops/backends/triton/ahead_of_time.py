@@ -111,7 +111,8 @@ def attention_case(config: AttentionConfig, head_dim: int, dtype: str) -> Case:
         constants |= {"SEGMENT": segment, "SEQUENCES": config.sequences}
         return Case(short_attention_kernel, types, constants, *shared)
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    return Case(attention_kernel, types | _integers("tiles"), constants, *shared)
+    types |= _integers("tiles")
+    return Case(attention_kernel, types, constants, *shared, programs=config.programs)
 
 
 def add_layer_norm_case(config: RowConfig, block: int, dtype: str) -> Case:

@@ -49,6 +49,7 @@ class AttentionConfig:
     """A program of block_m query rows that reads block_n keys at a time.
 
     sequences: how many whole short sequences share a program; 0 means that the sequences are long.
+    programs: how many of them a multiprocessor of sm_90 holds at once.
     """
 
     block_m: int
@@ -56,6 +57,7 @@ class AttentionConfig:
     warps: int
     stages: int
     sequences: int = 0
+    programs: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,18 @@ FUSED_NORM: dict[int, dict[int, tuple[GemmConfig, ...]]] = {
 # Item size -> head_dim -> configurations.
 ATTENTION: dict[int, dict[int, tuple[AttentionConfig, ...]]] = {
     2: {
-        16: (AttentionConfig(64, 64, 4, 2), AttentionConfig(128, 64, 4, 2)),
-        32: (AttentionConfig(64, 64, 4, 3), AttentionConfig(128, 64, 4, 3), AttentionConfig(128, 128, 8, 2)),
-        64: (AttentionConfig(64, 64, 4, 3), AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 128, 8, 2)),
-        128: (AttentionConfig(64, 32, 8, 2), AttentionConfig(128, 64, 8, 2)),
+        16: (AttentionConfig(64, 64, 4, 2, programs=5), AttentionConfig(128, 64, 4, 2, programs=3)),
+        32: (
+            AttentionConfig(64, 64, 4, 3, programs=5),
+            AttentionConfig(128, 64, 4, 3, programs=3),
+            AttentionConfig(128, 128, 8, 2),
+        ),
+        64: (
+            AttentionConfig(64, 64, 4, 3, programs=4),
+            AttentionConfig(128, 64, 8, 3, programs=2),
+            AttentionConfig(128, 128, 8, 2),
+        ),
+        128: (AttentionConfig(64, 32, 8, 2, programs=2), AttentionConfig(128, 64, 8, 2)),
     },
     4: {
         16: (AttentionConfig(64, 32, 4, 2),),
@@ -145,14 +155,20 @@ def next_power_of_2(n: int) -> int:
 
 
 def attention_config(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
-    """The configuration by the lengths alone: short sequences share a program, and long ones get the tallest
-    tile that the longest of them fills."""
+    """The configuration by the lengths alone, with which short sequences share a program.
+
+    Among the others, what counts most is how many warps a multiprocessor holds: while one program waits for
+    its products, the others compute their softmax. Then, how few rows lie beyond the longest sequence. Last,
+    how tall a tile is, because it reads the keys once."""
     segment = max(next_power_of_2(max_seqlen), 16)
     if segment in SHORT[dtype.itemsize] and (dtype.itemsize == 2 or head_dim <= 32):
         return SHORT[dtype.itemsize][segment]
-    known = ATTENTION[dtype.itemsize][head_dim]
-    fitting = [config for config in known if config.block_m <= max(max_seqlen, 64)]
-    return max(fitting or known[:1], key=lambda config: (config.block_m, -config.block_n))
+
+    def worth(config: AttentionConfig) -> tuple[int, int, int]:
+        rows = -(-max_seqlen // config.block_m) * config.block_m
+        return config.programs * config.warps, -rows, config.block_m
+
+    return max(ATTENTION[dtype.itemsize][head_dim], key=worth)
 
 
 def row_configs(hidden: int) -> list[RowConfig]:

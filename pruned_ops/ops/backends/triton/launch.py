@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pruned_ops.ops.backends.gpu import capability, refuse_tensors
 from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, GemmConfig
+from pruned_ops.ops.registry import KernelError
 
 Launcher = Callable[..., Tensor]
 
@@ -120,6 +121,22 @@ def shared_memory(device: torch.device) -> int:
 
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def guarded(launcher: Launcher) -> Launcher:
+    """Say it by a KernelError where Triton cannot compile a kernel for this GPU, or load it: another backend
+    may run the op then. Nothing has been computed at that point."""
+
+    @functools.wraps(launcher)
+    def launched(*args: Any) -> Tensor:
+        from triton.errors import TritonError
+
+        try:
+            return launcher(*args)
+        except TritonError as error:
+            raise KernelError(f"{type(error).__name__}: {error}") from error
+
+    return launched
 
 
 def on_its_device(launcher: Launcher) -> Launcher:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from pruned_ops.ops.backends.gpu import refuse_hidden
 from pruned_ops.ops.backends.triton import launch
@@ -94,7 +95,11 @@ def launch_linear_add_layer_norm(
     hidden = weight.size(0)
     norm = (norm_weight, norm_bias, eps, best_row_config("add_layer_norm", residual, tokens))
     if config is None and inner and tokens and is_given_up(residual):
-        return launch_add_layer_norm(residual.addmm_(x, weight.t()), bias, None, *norm)
+        total = residual.addmm_(x, weight.t())
+        try:
+            return launch_add_layer_norm(total, bias, None, *norm)
+        except TritonError as error:  # no other backend may try: the residual is no more
+            raise RuntimeError(f"add_layer_norm: {error}") from error
     if config is None or inner == 0 or tokens == 0:
         return launch_add_layer_norm(F.linear(x, weight), bias, residual, *norm)
     x, weight, residual = launch.rows(x), launch.rows(weight), launch.rows(residual)
