@@ -1,15 +1,15 @@
 """Every op alone, our backend against torch's own ways to compute it, beside the machine's ceilings.
 
 Usage: python benchmarks/bench_ops.py [--device cpu|cuda] [--quick]
-On a machine without a GPU, --device cuda prints bounds instead of times (kernels/bounds.py). A bound is not a
-result.
+On a GPU the launches of CUDA graphs are timed, so that the host's share of a call does not count, over
+inputs that L2 does not hold. Without a GPU, --device cuda prints bounds instead of times (kernels/bounds.py).
+A bound is not a result.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +20,50 @@ from rich.table import Table
 import harness
 import pruned_ops
 from harness import Row
-from kernels.cases import MIXED, MODELS, Case, Runners, cases
-from kernels.report import write_report
+from kernels.cases import MIXED, MODELS, Case, Place, Runners, cases
+from kernels.report import write_report, write_tables
+from kernels.rotation import input_sets
+from pruned_ops.measure.graph_timing import replay_seconds
 from pruned_ops.measure.timing import Timing, Workload, interleave
-from pruned_ops.ops.registry import OPS
+from pruned_ops.ops.registry import OPS, backends_of
+
+REPLAYS = 9
 
 
-def timed(case: Case, device: str, rounds: int) -> dict[str, Timing]:
-    """The times of a case's runners: interleaved on the CPU; on a GPU, where a kernel is shorter than its
-    launch, by CUDA events with a cold L2."""
+def timed(case: Case, runners: Runners, device: str, rounds: int) -> tuple[dict[str, Timing], list[str]]:
+    """The times of a case's runners, and for each that failed a line. On the CPU they are interleaved, and an
+    error is raised. On a GPU each is timed by the launches of a graph of calls on several sets of inputs."""
     workload = Workload(f"{case.op} {case.model}", (case.lengths,))
     if device == "cpu":
-        return interleave(case.runners, workload, [{}], rounds, warmup=3)
-    from triton.testing import do_bench
+        return interleave(runners, workload, [{}], rounds, warmup=3), []
+    more = [case.make() for _ in range(input_sets(case.bytes) - 1)]
+    sets = [runners, *(own | ours_elsewhere(case, own) for own in more)]
+    timings: dict[str, Timing] = {}
+    failures = []
+    for name in runners:
+        calls = [lambda run=inputs[name]: run({}) for inputs in sets if name in inputs]
+        try:
+            timings[name] = Timing(workload, replay_seconds(calls, REPLAYS))
+        except Exception as error:  # whatever a kernel raises; the next one may run
+            failures.append(f"FAILED: {name} of {case.op}, {case.model}: {type(error).__name__}: {error}")
+    return timings, failures
 
-    def seconds(work: Callable[[Any], Any]) -> tuple[float, ...]:
-        return tuple(ms / 1000 for ms in do_bench(lambda: work({}), quantiles=[0.2, 0.5, 0.8]))
 
-    return {name: Timing(workload, seconds(work)) for name, work in case.runners.items()}
-
-
-def ours_elsewhere(case: Case, ran: str) -> Runners:
-    """Our op on each backend that takes this case, except `ran`, which was chosen by itself."""
+def ours_elsewhere(case: Case, own: Runners) -> Runners:
+    """Our op on the inputs of `own`, on each backend that takes them, except the one that runs by itself."""
     runners: Runners = {}
+    chosen = backends_of(lambda: own["ours"]({}))[case.op]
     for name, kernel in OPS[case.op].kernels.items():
-        if name == ran or kernel.backend.missing is not None or kernel.backend.on_demand:
+        if name == chosen or kernel.backend.missing is not None or kernel.backend.on_demand:
             continue
 
         def work(batch: Any, name: str = name) -> Any:
             with pruned_ops.use_backend(name):
-                return case.runners["ours"](batch)
+                return own["ours"](batch)
 
         try:
-            work({})
+            with torch.inference_mode():
+                work({})
         except pruned_ops.BackendError:
             continue
         runners[f"ours on {name}"] = work
@@ -95,6 +106,10 @@ def parsed() -> argparse.Namespace:
         "--rounds", type=int, default=51,
         help="times that every case runs on a CPU; on a GPU its time decides (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false",
+        help="on a GPU: without torch.compile, whose autotuning takes most of the time",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few rounds of one model: a look, not a result")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"),
@@ -109,27 +124,34 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments, console = parsed(), Console()
     end = time.monotonic() + 60 * arguments.minutes
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    on_gpu = arguments.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         print_bounds(console)
         return
-    dtype = torch.float32 if arguments.device == "cpu" else torch.float16
-    many = 1 if arguments.device == "cpu" else 8
-    peak = harness.ceilings(dtype, arguments.device)
+    place = Place(torch.float16 if on_gpu else torch.float32, arguments.device, on_gpu and arguments.compile)
+    many = 8 if on_gpu else 1
+    peak = harness.ceilings(place.dtype, arguments.device)
     console.print(f"ceilings here: {peak['flops'] / 1e9:.0f} GFLOP/s, {peak['bytes'] / 1e9:.1f} GB/s copied")
-    models = MODELS[:1] if arguments.quick else MODELS
-    batches: list[tuple[int, ...]] = [MIXED * many, (128,) * 8 * many, (384,) * 8 * many]
+    out = arguments.out or harness.result_path("ops", arguments.device)
     rows: list[Row] = []
     left_out: list[str] = []
-    for lengths in batches[:1] if arguments.quick else batches:
-        table = row_table(f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens, {dtype}")
-        for model in models:
-            for case in cases(model, lengths, dtype, arguments.device):
+    # The lengths that goals are stated for come first.
+    batches: list[tuple[int, ...]] = [(128,) * 8 * many, (384,) * 8 * many, MIXED * many]
+    for lengths in batches[-1:] if arguments.quick else batches:
+        for model in MODELS[-2:-1] if arguments.quick else MODELS:
+            for case in cases(model, lengths, place):
                 if time.monotonic() > end:
-                    left_out.append(f"{case.op}, {case.model}, {len(lengths)} sequences")
-                else:
-                    rows += measured(case, dtype, arguments, peak, table)
-        console.print(table)
-    written(rows, left_out, arguments, console)
+                    name = f"{case.op}, {case.model}, {len(lengths)} sequences"
+                    left_out.append(f"{name} is left out: the {arguments.minutes:g} minutes were used up")
+                    console.print(left_out[-1])
+                    continue
+                case_rows, failures = measured(case, place, arguments, peak, console)
+                rows, left_out = rows + case_rows, left_out + failures
+                if rows:
+                    write_tables(out, rows, left_out)
+    if rows:
+        write_report(out, rows, left_out)
+        console.print(f"written to {out}, and as .md and .png; {len(OPS)} ops")
 
 
 def print_bounds(console: Console) -> None:
@@ -141,37 +163,31 @@ def print_bounds(console: Console) -> None:
 
 
 def measured(
-    case: Case, dtype: torch.dtype, arguments: argparse.Namespace, peak: dict[str, float], table: Table
-) -> list[Row]:
-    """A row for each runner of a case, which is shown in the table, too."""
-    with torch.inference_mode(), pruned_ops.record() as ran:
-        case.runners["ours"]({})
-    (backend,) = ran[case.op]
-    with torch.inference_mode():
-        case.runners.update(ours_elsewhere(case, backend))
-    timings = timed(case, arguments.device, 5 if arguments.quick else arguments.rounds)
+    case: Case, place: Place, arguments: argparse.Namespace, peak: dict[str, float], console: Console
+) -> tuple[list[Row], list[str]]:
+    """A row for each runner of a case, and a line for each that failed; both are shown at once."""
+    torch.manual_seed(0)
+    runners = case.make()
+    backend = backends_of(lambda: runners["ours"]({}))[case.op]
+    runners |= ours_elsewhere(case, runners)
+    timings, failures = timed(case, runners, place.device, 5 if arguments.quick else arguments.rounds)
+    for failure in failures:
+        console.print(failure, markup=False, highlight=False)
+    if "ours" not in timings:
+        return [], failures
+    lengths = case.lengths
+    table = row_table(f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens, {place.dtype}")
     show(table, case, timings, peak)
+    console.print(table)
     facts = {
-        "op": case.op, "layer": case.model, "lengths": " ".join(map(str, case.lengths)),
-        "gflop": case.flops / 1e9, "mb": case.bytes / 1e6, "dtype": str(dtype),
+        "op": case.op, "layer": case.model, "lengths": " ".join(map(str, lengths)),
+        "gflop": case.flops / 1e9, "mb": case.bytes / 1e6, "dtype": str(place.dtype),
         "peak_gflops": peak["flops"] / 1e9, "copy_gb_per_s": peak["bytes"] / 1e9,
     }  # fmt: skip
     backends = {name: name.removeprefix("ours on ") for name in timings if name.startswith("ours on ")}
     backends["ours"] = backend
-    return harness.rows(
-        timings, "ours", {name: facts | {"backends": backends.get(name, "")} for name in timings}
-    )
-
-
-def written(rows: list[Row], left_out: list[str], arguments: argparse.Namespace, console: Console) -> None:
-    """Write the files, and name what was left out."""
-    for name in left_out:
-        console.print(f"{name} is left out: the {arguments.minutes:g} minutes were used up")
-    if not rows:
-        return
-    out = arguments.out or harness.result_path("ops", arguments.device)
-    write_report(out, rows, left_out)
-    console.print(f"written to {out}, and as .md and .png; {len(OPS)} ops")
+    extra = {name: facts | {"backends": backends.get(name, "")} for name in timings}
+    return harness.rows(timings, "ours", extra), failures
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from kernels.cases import MODELS, Case, cases
+from kernels.cases import MODELS, Case, Place, cases
 
 os.environ.pop("TRITON_INTERPRET", None)  # which would switch compilation off
 
@@ -75,7 +75,7 @@ def bounds(lengths: tuple[int, ...]) -> tuple[Table, Table]:
     for model in MODELS:
         for table in (least, held):
             table.add_row(f"[bold]{model.name}[/]")
-        for case in cases(model, lengths, DTYPE, "cpu"):
+        for case in cases(model, lengths, Place(DTYPE, "cpu")):
             compute, move = case.flops / CEILINGS["flops"], case.bytes / CEILINGS["bytes"]
             name = f"{case.op}, {case.model.removeprefix(model.name).strip(', ')}".strip(", ")
             least.add_row(

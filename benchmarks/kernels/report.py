@@ -11,10 +11,15 @@ from harness import Row
 from presentation import save_figure
 
 
-def write_report(out: Path, rows: Sequence[Row], left_out: Sequence[str]) -> None:
-    """Write the rows as CSV, Markdown and PNG. left_out: the cases that there was no time for."""
+def write_tables(out: Path, rows: Sequence[Row], left_out: Sequence[str]) -> None:
+    """Write the rows as CSV and Markdown. left_out: the cases that there was no time for, or that failed."""
     harness.write_rows(out, rows)
     out.with_suffix(".md").write_text(markdown(rows, left_out), encoding="utf-8")
+
+
+def write_report(out: Path, rows: Sequence[Row], left_out: Sequence[str]) -> None:
+    """The same with a PNG."""
+    write_tables(out, rows, left_out)
     reason = draw(rows, out.with_suffix(".png"))
     if reason is not None:
         print(reason)
@@ -46,7 +51,7 @@ def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
         ]
         cells += [row["runner"], f"{us[0]} ({us[1]}-{us[2]})", f"{of_ceiling(row):.0f}%", ours]
         lines.append(f"| {' | '.join([*cells, row.get('backends', '')])} |")
-    lines += ["", *(f"- {name} is left out: no time was left" for name in left_out)]
+    lines += ["", *(f"- {reason}" for reason in left_out)]
     first = rows[0]
     machine = first["machine_accelerator"] or first["machine_processor"]
     origin = (

@@ -23,6 +23,7 @@ from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.models.stock import QKV, model_shape, stock_parts
 from pruned_ops.runtime.engine import CudaGraphs, Recorder
 from rivals.rival import Batch, Logits, Make, Refused, Rival, Run, hugging_face, onnx_graph, package
+from torch_ways import compile_each_size, packed_flash_attention
 
 # qkv (tokens, 3, heads, head_dim), cu_seqlens, the longest sequence -> context (tokens, heads, head_dim).
 Attention = Callable[[Tensor, Tensor, int], Tensor]
@@ -73,13 +74,21 @@ def _is_padded(batch: Batch) -> bool:
 
 
 def padded_logits(model: Any, ids: Tensor, mask: Tensor | None) -> Logits:
-    """The padded model's logits, without a look at the mask's values, which would wait for the GPU."""
-    if mask is None or not isinstance(model, PrunedBertForQuestionAnswering):
+    """The padded model's logits, without a look at the mask's values, which would wait for the GPU, and
+    without a mask for attention where nothing is padded. (A model's own forward makes one of ones under
+    capture and in torch.compile, and then flash attention does not take it.)"""
+    base: Any = model.base_model
+    if mask is None:
+        if isinstance(model, PrunedBertForQuestionAnswering):
+            x = base.encoder(base.embeddings(ids, None, None, None), None, None)
+        else:
+            x = base.encoder(base.embeddings(input_ids=ids), attention_mask=None).last_hidden_state
+    elif isinstance(model, PrunedBertForQuestionAnswering):
+        x = base.embeddings(ids, None, None, None)
+        x = base.encoder(x, (mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min, None)
+    else:
         output = model(input_ids=ids, attention_mask=mask)
         return output.start_logits, output.end_logits
-    base: Any = model.base_model
-    x = base.embeddings(ids, None, None, None)
-    x = base.encoder(x, (mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min, None)
     return tuple(model.qa_outputs(x).unbind(-1))
 
 
@@ -98,10 +107,7 @@ def hf_graphed(model: Any, samples: Sequence[Batch], folder: Path, recorder: Rec
 def compiled(mode: str) -> Make:
     def make(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
         """torch.compile with its own CUDA graphs, each size compiled for itself: its best."""
-        # Past the limit of recompilations dynamo would run eagerly and not say so.
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        torch._dynamo.config.recompile_limit = 64
-        traced = torch.compile(lambda ids, mask: padded_logits(model, ids, mask), mode=mode, dynamic=False)
+        traced = compile_each_size(lambda ids, mask: padded_logits(model, ids, mask), mode)
 
         def run(batch: Batch) -> Logits:
             torch.compiler.cudagraph_mark_step_begin()
@@ -161,11 +167,10 @@ def packed(attention: Attention, model: Any, recorder: Recorder | None = None) -
 
 
 def torch_varlen(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
-    """`torch.nn.attention.varlen` (flash attention 2 or later in torch) and cuBLAS."""
-    varlen = package("torch.nn.attention.varlen", "a later torch has it")
+    """torch's own flash attention for packed sequences (`torch.nn.attention.varlen`) and cuBLAS."""
 
     def attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        return varlen.varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, longest, longest)
+        return packed_flash_attention(*qkv.unbind(1), cu_seqlens, longest)
 
     return packed(attention, model)
 

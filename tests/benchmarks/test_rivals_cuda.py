@@ -100,7 +100,6 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("flash-attn", "flash_attn", "pip install flash-attn"),
         ("tensorrt", "torch_tensorrt", "pip install torch-tensorrt"),
         ("ort-cuda", "onnxruntime", "pip install onnxruntime-gpu"),
-        ("varlen", "torch.nn.attention.varlen", "a later torch has it"),
     ):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(NotInstalled, match=f"{module} cannot be imported .*: {remedy}"):
@@ -116,29 +115,47 @@ def test_an_onnxruntime_without_cuda_is_refused(tmp_path: Path) -> None:
 
 
 def test_torchs_varlen_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call fits its signature, with the op itself replaced: it runs on a GPU alone."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    seen: list[Any] = []
+    """The call fits the op's schema, and computes attention; the op itself is replaced, as it needs a GPU."""
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    names = [argument.name for argument in schema.arguments]
+    seen: list[dict[str, Any]] = []
 
-    def op(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any) -> Any:
-        seen.append((query.shape, rest))
-        out = attention(torch.stack([query, key, value], 1), cu_q, rest[0])
-        return out, out, out
+    def op(*arguments: Any) -> Any:
+        seen.append(dict(zip(names, arguments, strict=False)))
+        query, key, value, bounds = arguments[:4]
+        return attention(torch.stack([query, key, value], 1), bounds, arguments[5]), None, None, None, None
 
-    monkeypatch.setattr(varlen.torch.ops.torch_attn, "_varlen_attn", op)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", op)
     monkeypatch.setattr(cuda, "CudaGraphs", lambda device: Again())
     model = stock_model()
     run = cuda.torch_varlen(model, [], Path())
     errors = compare_logits(run, forward(model), BATCHES[:1], "fp32")
     assert errors["max_error"] < 1e-4 and len(seen) == model.config.num_hidden_layers
-    shape, (max_q, max_k, is_causal, scale, window, *_) = seen[0]
-    assert shape == (34, 4, 16) and (max_q, max_k, is_causal, scale, window) == (
-        20,
-        20,
-        False,
-        None,
-        [-1, -1],
-    )
+    first = seen[0]
+    assert first["query"].shape == (34, 4, 16) and first["cum_seq_q"].tolist() == [0, 20, 23, 34]
+    settings = ("max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask")
+    assert [first[name] for name in settings] == [20, 20, 0.0, False, False]
+
+
+@pytest.mark.parametrize("kind", ["stock-bert", "pruned-bert"])
+def test_attention_gets_no_mask_where_nothing_is_padded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under capture and in torch.compile, transformers makes a mask of ones where it gets none, and the
+    rivals would not run flash attention."""
+    masking_utils = pytest.importorskip("transformers.masking_utils")
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True, raising=False)
+    model, masks = MODELS[kind](), list[Any]()
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*arguments: Any, **named: Any) -> Tensor:
+        masks.append(named.get("attn_mask", arguments[3] if len(arguments) > 3 else None))
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    batch = batch_of(9, 9)
+    logits = cuda.padded_logits(model, batch["input_ids"], None)
+    assert masks and all(mask is None for mask in masks)
+    for output, expected in zip(logits, forward(model)(batch), strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

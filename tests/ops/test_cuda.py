@@ -160,6 +160,7 @@ def test_wrong_values_never_lead_outside_on_cuda() -> None:
 
 
 @needs_gpu
+@pytest.mark.alone
 @pytest.mark.parametrize(("op", "dtype"), cases())
 def test_cuda_runs_on_the_current_stream_without_waiting(op: str, dtype: torch.dtype) -> None:
     """What a stream does before is seen, though nothing waits for it: the inputs are written late."""
@@ -222,6 +223,7 @@ print(time.perf_counter() - start)
 
 
 @needs_gpu
+@pytest.mark.alone
 def test_the_first_call_on_cuda_compiles_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

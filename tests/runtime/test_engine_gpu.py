@@ -25,18 +25,28 @@ def batch_of(lengths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]
     return {name: tensor.cuda() for name, tensor in ids_of(lengths, seed).items()}
 
 
-def close(found: Any, expected: Any) -> None:
+def close(output: Any, expected: Any) -> None:
     for name, value in fields(expected).items():
-        torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(output[name], value, rtol=2e-2, atol=2e-2)
+
+
+def nearly_as_exact(output: Any, other: Any, exact: Any) -> None:
+    """Two fp16 runs of different kernels differ in rare elements by more than either differs from fp32 in
+    most, so that both are compared with fp32: the one may be twice as far from it as the other."""
+    for name, value in fields(exact).items():
+        real = value > torch.finfo(torch.float16).min  # padded positions hold a dtype's minimum
+        errors = [(one[name].float() - value)[real].norm() for one in (output, other)]
+        assert errors[0] <= 2 * errors[1] + 1e-3 * value[real].norm(), name
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_graphs_give_what_eager_gives(kind: str) -> None:
+def test_graphs_are_as_exact_as_eager(kind: str) -> None:
     eager, fast = on_gpu(kind, graphs=False), on_gpu(kind)
+    exact = pruned_ops.optimize(MODELS[kind]().cuda(), graphs=False)
     for _ in range(2):
         for seed, lengths in enumerate(((20, 3, 11), (7, 40), (9, 9, 9), (77,))):
             batch = batch_of(lengths, seed)
-            close(fast(**batch), eager(**batch))
+            nearly_as_exact(fast(**batch), eager(**batch), exact(**batch))
     assert fast.engine.stats.replays == 8 and not fast.engine.stats.outside
 
 
@@ -86,6 +96,7 @@ def test_encode_many_on_streams_of_its_own() -> None:
         torch.testing.assert_close(found.start_logits, alone.start_logits[0].cpu(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.alone
 def test_a_replay_costs_the_host_little() -> None:
     """A graph leaves no gap between launches, so the time of a small batch hardly depends on the layers."""
     fast = on_gpu("question-answering")

@@ -1,0 +1,104 @@
+"""Whether every op is right on the sizes of real models, on every backend: the relative error in norm,
+against the reference in fp64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.cases import EPS, Place
+from kernels.journal import WRONG, Journal
+from pruned_ops.ops.registry import BACKENDS, OPS
+
+# Sequences around the edges of tiles, one of them empty.
+LENGTHS = (1, 63, 64, 65, 128, 129, 300, 384, 0, 17)
+# head_dim and heads; hidden size and FFN width: BERT-large's, pruned ones, and odd ones.
+HEADS = ((64, 16), (64, 5), (32, 12), (128, 2))
+WIDTHS = ((1024, 4096), (1024, 1168), (384, 1843), (90, 72))
+TINY_HEADS, TINY_WIDTHS = ((16, 2),), ((32, 40),)
+
+
+def ready_backends(op: str) -> list[str]:
+    """The backends that can run this op here: all besides the reference, which computes what is expected."""
+    return [name for name, kernel in OPS[op].kernels.items() if BACKENDS[name].missing is None]
+
+
+def check_all(journal: Journal, place: Place, tiny: bool) -> None:
+    """Compare every op on every size; a line each. tiny: sizes for a dry run."""
+    for op, size, arguments in _problems(place, tiny):
+        if journal.left() < 0:
+            journal.note("left out", op=op, size=size, dtype=str(place.dtype), reason="no time was left")
+            continue
+        expected, allowed = _budget(op, arguments)
+        for backend in ready_backends(op):
+            _compare(journal, op, size, backend, arguments, expected, allowed)
+
+
+def _problems(place: Place, tiny: bool) -> Iterator[tuple[str, str, list[Any]]]:
+    """Ops with the name of a size and arguments of that size."""
+    bounds = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32, device=place.device)
+    tokens = sum(LENGTHS)
+    for head_dim, heads in TINY_HEADS if tiny else HEADS:
+        qkv = place.tensor(tokens, 3 * heads * head_dim)
+        yield "attention", f"{heads}x{head_dim}", [qkv, bounds, max(LENGTHS), head_dim]
+    for hidden, width in TINY_WIDTHS if tiny else WIDTHS:
+        x, residual = place.tensor(tokens, hidden), place.tensor(tokens, hidden)
+        norm = [place.tensor(hidden), place.tensor(hidden), EPS]
+        up, down = place.tensor(width, hidden) * 0.03, place.tensor(hidden, width) * 0.03
+        bias, inner = place.tensor(hidden), place.tensor(tokens, width)
+        yield "linear_gelu", f"{hidden}->{width}", [x, up, place.tensor(width)]
+        yield "linear_add_layer_norm", f"{width}->{hidden}", [inner, down, bias, residual, *norm]
+        yield "add_layer_norm", f"{hidden}", [x, bias, residual, *norm]
+        sizes = (3000, 512, 2)
+        ids = [torch.randint(size, (tokens,), device=place.device) for size in sizes]
+        yield "embed_layer_norm", f"{hidden}", [*ids, *(place.tensor(size, hidden) for size in sizes), *norm]
+
+
+def _budget(op: str, arguments: list[Any]) -> tuple[Tensor, float]:
+    """What is expected, in fp64, and the relative error that is allowed: twice the reference's own in the
+    arguments' dtype, and 1e-5."""
+    reference: Callable[..., Tensor] = OPS[op].reference
+    exact = reference(
+        *(
+            argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+            for argument in arguments
+        )
+    )
+    return exact, 2 * _relative(reference(*arguments), exact) + 1e-5
+
+
+def _relative(output: Tensor, exact: Tensor) -> float:
+    return float((output.double() - exact).norm() / exact.norm())
+
+
+def _compare(
+    journal: Journal,
+    op: str,
+    size: str,
+    backend: str,
+    arguments: list[Any],
+    expected: Tensor,
+    allowed: float,
+) -> None:
+    kernel = OPS[op].kernels[backend]
+    facts = {"op": op, "size": size, "backend": backend, "dtype": str(expected_dtype(arguments))}
+    try:
+        reason = kernel.refuse(*arguments)
+        if reason is not None:
+            journal.note("refused", **facts, reason=reason)
+            return
+        error = _relative(kernel.launch(*arguments), expected)
+    except Exception as failure:  # whatever a kernel raises; the next one may run
+        journal.failed(failure, **facts)
+        return
+    verdict = "right" if error <= allowed else WRONG  # NaN is not allowed either
+    journal.note(verdict, **facts, error=error, allowed=allowed)
+
+
+def expected_dtype(arguments: list[Any]) -> torch.dtype:
+    """The dtype of the arguments that are no ids."""
+    return next(a.dtype for a in arguments if isinstance(a, Tensor) and a.is_floating_point())

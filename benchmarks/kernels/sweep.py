@@ -1,0 +1,261 @@
+"""The time of every configuration of a kernel at the shapes of the goals, beside what it has to beat: cuBLAS,
+torch's attention and flash attention, copying."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cases import EPS, Place
+from kernels.journal import Journal
+from kernels.right import ready_backends
+from kernels.rotation import input_sets, rotated
+from pruned_ops.measure.graph_timing import replay_seconds
+from pruned_ops.measure.timing import host_seconds
+from pruned_ops.ops.registry import OPS
+from torch_ways import packed_flash_attention
+
+SPREAD = tuple(48 + 336 * place // 31 for place in range(32))
+# head_dim, heads, lengths.
+ATTENTION = (
+    (64, 16, (384,) * 32),
+    (64, 16, (128,) * 96),
+    (64, 16, SPREAD),
+    (64, 16, (512,) * 24),
+    (64, 8, (384,) * 32),
+    (32, 12, (128,) * 96),
+)
+# tokens, hidden size, FFN width.
+LINEAR_GELU = (
+    (12288, 1024, 4096),
+    (12288, 1024, 2048),
+    (12288, 1024, 1168),
+    (12288, 1024, 1848),
+    (3072, 1024, 4096),
+    (128, 1024, 4096),
+)
+# tokens, inner dimension, outputs: a layer's other products, which the goals of whole models stand on.
+LINEARS = (
+    (12288, 1024, 3072),
+    (12288, 1024, 1024),
+    (12288, 4096, 1024),
+    (12288, 1168, 1024),
+    (12288, 1152, 1024),
+    (12288, 512, 1024),
+)
+NORMS = ((12288, 1024), (49152, 1024), (12288, 384))
+# Rows and warps of a program of the LayerNorm kernels, known ones and others.
+ROWS = ((1, 4), (4, 4), (2, 4), (1, 2), (8, 8), (1, 8))
+# Rounds of a graph; each is launched twice.
+ROUNDS = 6
+# Configurations of a GEMM that are timed without TMA: the most promising ones by the formula.
+PLAIN_GEMMS = 4
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep writes to, where it runs, and whether on the sizes of a dry run."""
+
+    journal: Journal
+    place: Place
+    tiny: bool
+
+    def sizes(self, real: tuple[Any, ...], tiny: Any) -> tuple[Any, ...]:
+        return (tiny,) if self.tiny else real
+
+    def time(
+        self,
+        problem: str,
+        name: str,
+        shapes: Sequence[tuple[int, ...]],
+        call: Callable[..., Any],
+        flops: float,
+        nbytes: float,
+    ) -> None:
+        """Time a call on random tensors of these shapes; a line with its microseconds and rates."""
+        facts = {"problem": problem, "name": name}
+        if self.journal.left() < 0:
+            self.journal.note("left out", **facts, reason="no time was left")
+            return
+        try:
+            seconds = self._seconds(shapes, call, nbytes)
+        except Exception as error:  # whatever a kernel raises; the next one may run
+            self.journal.failed(error, **facts)
+            return
+        rates = {"tflops": flops / seconds / 1e12, "tb_per_s": nbytes / seconds / 1e12}
+        self.journal.note("timed", **facts, us=1e6 * seconds, **rates)
+
+    def _seconds(self, shapes: Sequence[tuple[int, ...]], call: Callable[..., Any], nbytes: float) -> float:
+        """The median of one call."""
+
+        def inputs() -> list[Tensor]:
+            return [self.place.tensor(*shape) for shape in shapes]
+
+        if self.place.device != "cuda":
+            return host_seconds(rotated(inputs, call, 1)[0])
+        times = sorted(replay_seconds(rotated(inputs, call, input_sets(nbytes)), ROUNDS))
+        return times[len(times) // 2]
+
+
+def ceilings(sweep: Sweep) -> None:
+    """torch's largest product and largest copy: what all others are compared with."""
+    ((size, numbers),) = sweep.sizes(((8192, 1 << 29),), (64, 1 << 11))
+    moved = sweep.place.dtype.itemsize * 3.0 * size**2
+    sweep.time("ceiling", f"product of {size}", [(size, size)] * 2, torch.mm, 2.0 * size**3, moved)
+    moved = sweep.place.dtype.itemsize * 2.0 * numbers
+    sweep.time("ceiling", f"copy of {numbers} numbers", [(numbers,)] * 2, Tensor.copy_, 0.0, moved)
+
+
+def attention(sweep: Sweep) -> None:
+    for head_dim, heads, lengths in sweep.sizes(ATTENTION, (16, 2, (9, 17))):
+        tokens, longest, width = sum(lengths), max(lengths), heads * head_dim
+        bounds = torch.tensor(
+            [0, *itertools.accumulate(lengths)], dtype=torch.int32, device=sweep.place.device
+        )
+        flops = 4.0 * width * sum(length * length for length in lengths)
+        nbytes = sweep.place.dtype.itemsize * 4.0 * tokens * width
+        problem = f"attention {heads}x{head_dim}, {len(lengths)} of {min(lengths)} to {longest}"
+        for name, call in _attentions(sweep.place, head_dim, heads, lengths, bounds):
+            sweep.time(problem, name, [(tokens, 3 * width)], call, flops, nbytes)
+
+
+def _attentions(
+    place: Place, head_dim: int, heads: int, lengths: tuple[int, ...], bounds: Tensor
+) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
+    """The ways to compute attention over packed qkv (tokens, 3 * heads * head_dim)."""
+    longest = max(lengths)
+    backends = ready_backends("attention")
+    if "triton" in backends:
+        from pruned_ops.ops.backends.triton import configs
+        from pruned_ops.ops.backends.triton.attention import launch_attention
+
+        for config in configs.ATTENTION[place.dtype.itemsize][head_dim]:
+            yield (
+                f"triton {described(config)}",
+                lambda qkv, config=config: launch_attention(qkv, bounds, longest, head_dim, config),
+            )
+    for name in backends:
+        if name != "triton":
+            launch = OPS["attention"].kernels[name].launch
+            yield name, lambda qkv, launch=launch: launch(qkv, bounds, longest, head_dim)
+    if place.device == "cuda":
+        yield (
+            "torch flash, packed",
+            lambda qkv: packed_flash_attention(*qkv.view(-1, 3, heads, head_dim).unbind(1), bounds, longest),
+        )
+    if len(set(lengths)) == 1:
+        shape = (len(lengths), longest, 3, heads, head_dim)
+        yield (
+            "torch sdpa",
+            lambda qkv: F.scaled_dot_product_attention(*qkv.view(shape).permute(2, 0, 3, 1, 4)),
+        )
+
+
+def linear_gelu(sweep: Sweep) -> None:
+    for tokens, hidden, width in sweep.sizes(LINEAR_GELU, (20, 64, 72)):
+        shapes = [(tokens, hidden), (width, hidden), (width,)]
+        flops = 2.0 * tokens * hidden * width
+        nbytes = sweep.place.dtype.itemsize * (tokens * (hidden + width) + hidden * width)
+        for name, call in _linear_gelus(sweep.place, tokens, hidden, width):
+            sweep.time(f"linear_gelu {tokens}x{hidden}->{width}", name, shapes, call, flops, nbytes)
+
+
+def _linear_gelus(
+    place: Place, tokens: int, hidden: int, width: int
+) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The ways to compute linear_gelu."""
+    yield "cuBLAS linear alone", F.linear
+    yield "cuBLAS linear, gelu", lambda x, weight, bias: F.gelu(F.linear(x, weight, bias))
+    backends = ready_backends("linear_gelu")
+    if "triton" in backends:
+        from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
+
+        for config in gemm_configs(place, tokens, hidden, width):
+            yield (
+                f"triton {described(config)}",
+                lambda x, weight, bias, config=config: launch_linear_gelu(x, weight, bias, config),
+            )
+    yield from ((name, OPS["linear_gelu"].kernels[name].launch) for name in backends if name != "triton")
+
+
+def gemm_configs(place: Place, tokens: int, hidden: int, width: int) -> list[Any]:
+    """The configurations to time: the most promising ones by the formula, and for many tokens all with TMA,
+    among which the formula knows no difference in how many of them a multiprocessor holds."""
+    from pruned_ops.ops.backends.triton import configs, tuning
+
+    size = place.dtype.itemsize
+    chip = tuning.Chip.of(torch.device(place.device, 0) if place.device == "cuda" else torch.device("cpu"))
+    fitting = tuning.fitting(configs.LINEAR_GELU[size], tokens, width, hidden, size, True, chip)
+    with_tma = [config for config in fitting if config.tma and tokens > 1024]
+    plain = [config for config in fitting if not config.tma]
+    return list(dict.fromkeys([fitting[0], *plain[:PLAIN_GEMMS], *with_tma]))
+
+
+def described(config: Any) -> str:
+    """A configuration in words: its tile, and every other field that is not at its default."""
+    values = asdict(config)
+    tile = "x".join(str(values.pop(name)) for name in ("block_m", "block_n", "block_k") if name in values)
+    defaults = {field.name: field.default for field in fields(config)}
+    words = [
+        name if value is True else f"{name} {value}"
+        for name, value in values.items()
+        if value != defaults[name]
+    ]
+    return " ".join([*([tile] if tile else []), *words])
+
+
+def linears(sweep: Sweep) -> None:
+    """cuBLAS at a layer's other shapes."""
+    for tokens, inner, outputs in sweep.sizes(LINEARS, (20, 64, 72)):
+        shapes = [(tokens, inner), (outputs, inner)]
+        nbytes = sweep.place.dtype.itemsize * (tokens * (inner + outputs) + inner * outputs)
+        problem = f"linear {tokens}x{inner}->{outputs}"
+        sweep.time(problem, "cuBLAS, no bias", shapes, F.linear, 2.0 * tokens * inner * outputs, nbytes)
+
+
+def norms(sweep: Sweep) -> None:
+    for tokens, hidden in sweep.sizes(NORMS, (20, 64)):
+        bias, scale, shift = (sweep.place.tensor(hidden) for _ in range(3))
+        nbytes = sweep.place.dtype.itemsize * 3.0 * tokens * hidden
+        for name, call in _add_layer_norms(bias, scale, shift):
+            sweep.time(f"add_layer_norm {tokens}x{hidden}", name, [(tokens, hidden)] * 2, call, 0.0, nbytes)
+
+
+def _add_layer_norms(
+    bias: Tensor, scale: Tensor, shift: Tensor
+) -> Iterator[tuple[str, Callable[[Tensor, Tensor], Any]]]:
+    """The ways to compute add_layer_norm of x and a residual."""
+    backends = ready_backends("add_layer_norm")
+    if "triton" in backends:
+        from pruned_ops.ops.backends.triton import configs
+        from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
+
+        chosen = configs.row_config(bias.size(0))
+        others = (replace(chosen, rows=rows, warps=warps) for rows, warps in ROWS)
+        for config in dict.fromkeys([chosen, *others]):
+            yield (
+                f"triton {described(config)}",
+                lambda x, residual, config=config: launch_add_layer_norm(
+                    x, bias, residual, scale, shift, EPS, config
+                ),
+            )
+    for name in backends:
+        if name != "triton":
+            launch = OPS["add_layer_norm"].kernels[name].launch
+            yield (
+                name,
+                lambda x, residual, launch=launch: launch(x, bias, residual, scale, shift, EPS),
+            )
+    yield (
+        "torch layer_norm of a sum",
+        lambda x, residual: F.layer_norm(x + residual, scale.shape, scale, shift, EPS),
+    )
+
+
+SECTIONS: tuple[Callable[[Sweep], None], ...] = (ceilings, attention, linear_gelu, norms, linears)

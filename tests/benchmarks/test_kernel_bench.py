@@ -1,0 +1,153 @@
+"""The benchmarks of kernels without a GPU: inputs that L2 does not hold, graphs that are timed, failures that
+stop nothing, and results that are there case by case."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench_kernels
+import bench_ops
+import torch_ways
+from kernels import right, sweep
+from kernels.cases import Model, Place, cases
+from kernels.journal import Journal
+from kernels.rotation import L2, MOST_SETS, input_sets, rotated
+from pruned_ops.ops.registry import OPS
+
+SMALL = Model("small", 32, 2, 16, 40)
+
+
+def test_inputs_are_larger_than_three_caches() -> None:
+    for nbytes in (1e6, 2.5e7, 1e8, 5e9):
+        sets = input_sets(nbytes)
+        assert sets == MOST_SETS or sets * nbytes > 3 * L2
+    assert input_sets(5e9) == 1
+    made = iter(range(9))
+    assert [call() for call in rotated(lambda: (next(made),), lambda number: number, 3)] == [0, 1, 2]
+
+
+def test_on_a_gpu_graphs_of_rotating_inputs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a call of its own, whose time would be the host's."""
+    timed: list[int] = []
+
+    def replay_seconds(calls: Any, rounds: int) -> tuple[float, ...]:
+        addresses = {call().data_ptr() for call in calls}
+        timed.append(len(addresses))
+        return (1e-6,) * rounds
+
+    monkeypatch.setattr(bench_ops, "replay_seconds", replay_seconds)
+    (case,) = [c for c in cases(SMALL, (5, 9), Place(torch.float32, "cpu")) if c.op == "add_layer_norm"]
+    monkeypatch.setattr(bench_ops, "input_sets", lambda nbytes: 4)
+    runners = case.make()
+    outputs: list[Any] = []
+    monkeypatch.setattr(bench_ops, "ours_elsewhere", lambda case, own: {})
+    for name, run in list(runners.items()):
+        runners[name] = lambda batch, run=run: outputs.append(run(batch)) or outputs[-1]
+    timings, failures = bench_ops.timed(case, runners, "cuda", 5)
+    assert not failures and set(timings) == {"ours", "torch adds, layer_norm"}
+    assert timed[0] >= 2 and len(timings["ours"].seconds) == bench_ops.REPLAYS
+
+
+def test_one_runner_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ops, "input_sets", lambda nbytes: 1)
+    monkeypatch.setattr(bench_ops, "replay_seconds", lambda calls, rounds: calls[0]() or (1.0,))
+
+    def broken(batch: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    (case,) = [c for c in cases(SMALL, (5,), Place(torch.float32, "cpu")) if c.op == "linear_gelu"]
+    runners = {"ours": lambda batch: None, "rival": broken, "other": lambda batch: None}
+    timings, failures = bench_ops.timed(case, runners, "cuda", 5)
+    assert set(timings) == {"ours", "other"}
+    assert failures == ["FAILED: rival of linear_gelu, small: RuntimeError: no kernel image"]
+
+
+def test_results_are_written_after_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run that is interrupted keeps what it has."""
+    out = tmp_path / "folder" / "ops.csv"
+    plain, seen = bench_ops.measured, list[int]()
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(bench_ops, "measured", interrupted)
+    monkeypatch.setattr(bench_ops, "MODELS", (SMALL, SMALL))
+    monkeypatch.setattr(bench_ops.harness, "ceilings", lambda *_: {"flops": 1e9, "bytes": 1e9})
+    monkeypatch.setattr(sys, "argv", ["bench_ops.py", "--quick", "--out", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        bench_ops.main()
+    with out.open(encoding="utf-8") as file:
+        assert {row["op"] for row in csv.DictReader(file)} == {"attention", "linear_gelu"}
+    assert "| linear_gelu |" in out.with_suffix(".md").read_text("utf-8")
+
+
+def test_past_the_limit_of_sizes_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch runs such a function eagerly, under the name of the compiled one."""
+    monkeypatch.setattr(torch_ways, "COMPILED_SIZES", 2)
+    config = torch._dynamo.config
+    for name in ("recompile_limit", "fail_on_recompile_limit_hit"):
+        monkeypatch.setattr(config, name, getattr(config, name))
+    plain = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: plain(function, backend="eager", dynamic=False)
+    )
+    fast = torch_ways.compile_each_size(lambda x: x + 1, "max-autotune")
+    fast(torch.ones(2))
+    fast(torch.ones(3))
+    with pytest.raises(Exception, match="recompile_limit"):
+        fast(torch.ones(4))
+    torch._dynamo.reset()
+
+
+def test_the_dry_run_of_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "5"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text("utf-8").splitlines()]
+    assert {row["op"] for row in rows if row["verdict"] == "right"} == {*OPS} - {"encoder"}
+    timed = {row["problem"].split()[0] for row in rows if row["verdict"] == "timed"}
+    assert timed == {"ceiling", "attention", "linear_gelu", "add_layer_norm", "linear"}
+    with (tmp_path / "kernels.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert capsys.readouterr().out.count("\n") == len(rows)
+
+
+def test_wrong_and_failing_kernels_are_lines_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    kernels = OPS["add_layer_norm"].kernels
+    (cpu,) = [kernel for name, kernel in kernels.items() if name == "cpu"]
+    nan = replace(cpu, launch=lambda x, *_: torch.full_like(x, torch.nan))
+    monkeypatch.setitem(kernels, "cpu", nan)
+
+    def no_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setitem(
+        OPS["linear_gelu"].kernels, "cpu", replace(OPS["linear_gelu"].kernels["cpu"], launch=no_memory)
+    )
+    monkeypatch.setattr(right, "ready_backends", lambda op: ["cpu"])
+    monkeypatch.setattr(sweep, "ready_backends", lambda op: ["cpu"])
+    assert bench_kernels.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "5"]) == 1
+    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text("utf-8").splitlines()]
+    assert [row["op"] for row in rows if row["verdict"] == "WRONG"] == ["add_layer_norm"]
+    failed = [row for row in rows if row["verdict"] == "FAILED"]
+    assert {row.get("op", row.get("problem")) for row in failed} == {"linear_gelu", "linear_gelu 20x64->72"}
+    assert failed[0]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+
+
+def test_what_no_time_is_left_for_is_named(tmp_path: Path) -> None:
+    with Journal(tmp_path, "kernels", 0.0) as journal:
+        right.check_all(journal, Place(torch.float32, "cpu"), tiny=True)
+        sweep.ceilings(sweep.Sweep(journal, Place(torch.float32, "cpu"), True))
+    assert {row["verdict"] for row in journal.rows} == {"left out"} and len(journal.rows) >= 7

@@ -1,0 +1,101 @@
+"""Times of a GPU by launches of graphs, with stand-ins for the GPU: what is recorded and how often, and that
+a latency table is measured by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from pruned_ops.measure.graph_timing import CALLS, GraphClock, replay_seconds
+from pruned_ops.measure.layer_times import measure_table
+from pruned_ops.measure.timing import Workload
+
+
+class Recorder:
+    """Runs the work once while it records, as a GPU's recorder does, and never at a launch."""
+
+    def __init__(self) -> None:
+        self.recorded, self.launched = 0, 0
+
+    def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        self.recorded += 1
+        output = work()
+
+        def replay() -> Any:
+            self.launched += 1
+            return output
+
+        return replay
+
+    def ordered(self) -> Any:
+        return nullcontext()
+
+    def wait(self) -> None:
+        pass
+
+
+def test_a_graph_holds_many_calls_on_inputs_in_turn() -> None:
+    recorder, ran = Recorder(), list[int]()
+    calls = [lambda i=i: ran.append(i) for i in range(5)]
+    clocked: list[Any] = []
+
+    def clock(call: Callable[[], Any]) -> float:
+        clocked.append(call)
+        call()
+        return 50.0
+
+    seconds = replay_seconds(calls, 4, recorder, clock)
+    repeats = -(-CALLS // 5)
+    assert ran == [*range(5)] * repeats  # recorded in turn, and not run again
+    assert seconds == (50.0 / (5 * repeats),) * 4
+    assert len(clocked) == 5 and recorder.launched == 5 and recorder.recorded == 1  # one is not counted
+
+
+def test_the_hosts_time_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both events are recorded while the same work is on the GPU already."""
+    from pruned_ops.measure.graph_timing import queued_seconds
+
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            order.append("event")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def elapsed_time(self, other: Any) -> float:
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert queued_seconds(lambda: order.append("work")) == 0.003
+    assert order == ["work", "event", "work", "event", "wait"]
+
+
+def test_a_latency_table_is_measured_by_graphs() -> None:
+    """Chains are captured once for each batch, and the model with empty layers is timed as a call."""
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, vocab_size=50,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    recorder, alone = Recorder(), list[Any]()
+
+    def clock_alone(call: Callable[[], Any]) -> float:
+        alone.append(call())
+        return 2e-3
+
+    clock = GraphClock(["base"], recorder, lambda replay: 1e-3, clock_alone)
+    workload = Workload("tiny", ((5, 3), (9, 1)))
+    table = measure_table(config, workload, rounds=3, progress=False, clock=clock)
+    parts = len(table.attention) + len({*dict(table.ffn), 8, 24})
+    assert recorder.recorded >= 2 * (len(table.attention) + len(table.ffn))
+    assert recorder.recorded <= 2 * (parts + 10) and len(alone) == 1 + 3 * 2
+    assert {ms for _, ms in table.attention} == {0.5}  # two parts a chain
