@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from pruned_ops.models.configuration import PRUNED_CONFIGS
+from pruned_ops.models.encoder import NewHeadWarning
 from pruned_ops.models.heads import is_natural_questions, natural_questions_class
 
 # The files that a tokenizer may consist of. A checkpoint rarely has them all.
@@ -62,9 +64,9 @@ def load_model(name_or_path: str) -> PreTrainedModel:
     Errors: OSError where there is none; ValueError for another model, for tensors that are not what the
     config describes, and for whatever else keeps it from loading.
     """
-    if Path(name_or_path).is_dir():
-        checkpoint_folder(Path(name_or_path))
-    with _explained(name_or_path, name_or_path):
+    check_source(name_or_path)
+    with _explained(name_or_path, name_or_path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NewHeadWarning)  # refused below
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type not in PRUNED_CONFIGS:
             raise ValueError(
@@ -77,6 +79,14 @@ def load_model(name_or_path: str) -> PreTrainedModel:
         model, info = model_class.from_pretrained(name_or_path, output_loading_info=True)
         _check_tensors(info["missing_keys"], info["unexpected_keys"])
     return model.float().eval()
+
+
+def load_to_fine_tune(name_or_path: str) -> PreTrainedModel:
+    """The question-answering model, stock or pruned, of a folder or a hub name, with a new head where the
+    checkpoint has none or one for other labels. Errors: as `load_model`'s."""
+    check_source(name_or_path)
+    with _explained(name_or_path, name_or_path):
+        return AutoModelForQuestionAnswering.from_pretrained(name_or_path, num_labels=2)
 
 
 def _check_tensors(missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -105,19 +115,34 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@contextmanager
-def _explained(what: str, name_or_path: str) -> Iterator[None]:
-    """Load from a folder or a hub name inside the block. The hub is not asked for a path of a folder that is
-    not there; each library on the way raises errors of its own kind, which become ValueErrors that name
-    `what`."""
+def check_source(name_or_path: str) -> None:
+    """OSError where `name_or_path` is neither the folder of a checkpoint nor a name that the hub may know. It
+    loads nothing, so that it can be asked before other work."""
+    if Path(name_or_path).is_dir():
+        checkpoint_folder(Path(name_or_path))
+    _check_place(name_or_path)
+
+
+def _check_place(name_or_path: str) -> None:
+    """OSError for what is neither a folder nor a hub name. A path into a folder that is there is no hub name,
+    whatever it looks like."""
     path = Path(name_or_path)
-    may_be_of_the_hub = _HUB_NAME.fullmatch(name_or_path) is not None
+    may_be_of_the_hub = _HUB_NAME.fullmatch(name_or_path) is not None and not (
+        path.parent.name and path.parent.is_dir()
+    )
     if not path.is_dir() and (path.exists() or not may_be_of_the_hub):
         raise FileNotFoundError(f"there is no folder {name_or_path}; the folder of a checkpoint is needed")
+
+
+@contextmanager
+def _explained(what: str, name_or_path: str) -> Iterator[None]:
+    """Load from a folder or a hub name inside the block. Each library on the way raises errors of its own
+    kind, which become ValueErrors that name `what`. Errors: `_check_place`'s, before the hub is asked."""
+    _check_place(name_or_path)
     try:
         yield
     except OSError as error:
-        if path.is_dir():
+        if Path(name_or_path).is_dir():
             raise
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pruned_ops.layers.modules import PrunedLinear
@@ -96,8 +99,10 @@ class PrunedOutput(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
-class PrunedLayerModule(nn.Module):
-    """One layer with BERT's parameter names (attention.self, attention.output, intermediate, output)."""
+class PrunedLayerModule(GradientCheckpointingLayer):
+    """One layer with BERT's parameter names (attention.self, attention.output, intermediate, output).
+
+    Under gradient checkpointing it keeps its input alone, and is computed again in the backward pass."""
 
     def __init__(self, config: PrunedConfig, shape: LayerShape) -> None:
         super().__init__()
@@ -142,6 +147,10 @@ class PrunedPooler(nn.Module):
         return torch.tanh(self.dense(x[:, 0]))
 
 
+class NewHeadWarning(UserWarning):
+    """The head of a model that was loaded is new: only its encoder was in the checkpoint."""
+
+
 class PrunedPreTrainedModel(PreTrainedModel):
     """The base of all pruned models. They load strictly, and from safetensors only."""
 
@@ -149,6 +158,10 @@ class PrunedPreTrainedModel(PreTrainedModel):
     base_model_prefix = "bert"
     # The padded attention is torch's scaled_dot_product_attention. An optimised model uses the packed op.
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    # Every loss is the mean over its minibatch. transformers' Trainer would otherwise take the forwards'
+    # keywords for a sign that they divide by `num_items_in_batch`, the labels of all accumulated minibatches.
+    accepts_loss_kwargs = False
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -156,7 +169,9 @@ class PrunedPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load as any Hugging Face model, but refuse a checkpoint whose tensors are not exactly the config's.
 
-        A bare encoder may be read from a checkpoint that has a head on top.
+        A bare encoder may be read from a checkpoint that has a head on top. A checkpoint of another head, of
+        a bare encoder, or of another number of labels than is asked for gives its encoder: then the head is
+        new, random and to be trained, and a `NewHeadWarning` says so.
         Errors: ValueError that names missing, unexpected and misshapen tensors; OSError where there is no
         safetensors file.
         """
@@ -168,22 +183,69 @@ class PrunedPreTrainedModel(PreTrainedModel):
             name_or_path, *args, output_loading_info=True, **kwargs
         )
         faults = cls._loading_faults(model, info)
+        if faults and all(cls._is_of_the_head(name) for name in faults):
+            saved = _saved_config(name_or_path, kwargs)
+            if cls._wants_a_new_head(model, saved):
+                cls._renew_head(model, saved, name_or_path, info["missing_keys"])
+                faults = {}
         if faults:
-            shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-            raise ValueError(f"the tensors in {name_or_path} are not what its config.json describes: {shown}")
+            shown = "; ".join([*faults.values()][:8])
+            more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+            raise ValueError(
+                f"the tensors in {name_or_path} are not what its config.json describes: {shown}{more}"
+            )
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _loading_faults(cls, model: Any, info: dict[str, Any]) -> list[str]:
+    def _loading_faults(cls, model: Any, info: dict[str, Any]) -> dict[str, str]:
+        """What is wrong with each tensor, by its name."""
         unexpected = set(info["unexpected_keys"])
-        if cls.__name__ == model.base_model.__class__.__name__:  # a bare encoder leaves a head's tensors
+        if not cls._has_head(model):  # a bare encoder leaves a head's tensors
             own = f"{cls.base_model_prefix}."
             unexpected = {key for key in unexpected if key.startswith(own) and "pooler." not in key}
-        return [
-            *(f"missing {key}" for key in sorted(info["missing_keys"])),
-            *(f"unexpected {key}" for key in sorted(unexpected)),
-            *(_misshapen(mismatched, model) for mismatched in sorted(info["mismatched_keys"])),
-        ]
+        mismatched = sorted(info["mismatched_keys"])
+        return {
+            **{key: f"missing {key}" for key in sorted(info["missing_keys"])},
+            **{key: f"unexpected {key}" for key in sorted(unexpected)},
+            **dict(_misshapen(mismatch, model) for mismatch in mismatched),
+        }
+
+    @staticmethod
+    def _has_head(model: Any) -> bool:
+        return model.base_model is not model
+
+    @classmethod
+    def _is_of_the_head(cls, tensor: str) -> bool:
+        """Whether a tensor belongs to a head, as the pooler does: question answering has none."""
+        return not tensor.startswith(f"{cls.base_model_prefix}.") or "pooler." in tensor
+
+    @classmethod
+    def _wants_a_new_head(cls, model: Any, saved: Any) -> bool:
+        """Whether a model is asked for whose head the checkpoint of this config cannot have."""
+        if not cls._has_head(model) or saved is None or not saved.architectures:
+            return False
+        if _head_name(saved.architectures[0]) != _head_name(cls.__name__):
+            return True
+        return saved.num_labels != model.config.num_labels
+
+    @classmethod
+    def _renew_head(cls, model: Any, saved: Any, name_or_path: Any, missing: Iterable[str]) -> None:
+        """Make everything on top of the encoder new, also what another head has under the same name, and
+        take back what was fitted to the old head. (transformers has made new what was missing.)"""
+        new = {name.rpartition(".")[0] for name in missing}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith(f"{cls.base_model_prefix}."):
+                nn.init.normal_(module.weight, std=model.config.initializer_range)
+                nn.init.zeros_(module.bias)
+                new.add(name)
+        model.config.null_score_threshold, model.config.score_calibration = 0.0, None
+        warnings.warn(
+            f"{name_or_path} is a {saved.architectures[0]} with {saved.num_labels} labels: this "
+            f"{cls.__name__} with {model.config.num_labels} has its encoder, and a new, random head to be "
+            f"trained: {', '.join(sorted(new))}",
+            NewHeadWarning,
+            stacklevel=4,
+        )
 
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -199,14 +261,30 @@ class PrunedPreTrainedModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
-def _misshapen(mismatched: Any, model: nn.Module) -> str:
-    """The fault of a tensor whose shape is wrong. transformers 5 reports its name, its shape and the expected
-    shape; transformers 4 reports the name alone."""
+def _misshapen(mismatched: Any, model: nn.Module) -> tuple[str, str]:
+    """The name and the fault of a tensor whose shape is wrong. transformers 5 reports its name, its shape and
+    the expected shape; transformers 4 reports the name alone."""
     if isinstance(mismatched, str):
         expected = tuple(model.state_dict()[mismatched].shape)
-        return f"{mismatched} has another shape than config.json says, {expected}"
+        return mismatched, f"{mismatched} has another shape than config.json says, {expected}"
     key, found, expected = mismatched
-    return f"{key} has shape {tuple(found)}, config.json says {tuple(expected)}"
+    return key, f"{key} has shape {tuple(found)}, config.json says {tuple(expected)}"
+
+
+def _saved_config(name_or_path: Any, arguments: dict[str, Any]) -> Any:
+    """The config as a checkpoint holds it, without what a caller changes in it; None where the tensors come
+    from elsewhere."""
+    if name_or_path is None:
+        return None
+    where = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    hub = {name: value for name, value in arguments.items() if name in where}
+    return AutoConfig.from_pretrained(name_or_path, **hub)
+
+
+def _head_name(architecture: str) -> str:
+    """What follows "For" in the name of a model's class. Natural Questions counts as question answering,
+    which it extends: neither takes the other's checkpoint (`with_answer_types` does)."""
+    return architecture.partition("For")[2].replace("NaturalQuestions", "QuestionAnswering")
 
 
 class PrunedBertModel(PrunedPreTrainedModel):

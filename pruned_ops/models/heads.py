@@ -151,7 +151,10 @@ class NaturalQuestionsOutput(ModelOutput):
 
 class PrunedBertForNaturalQuestions(PrunedBertForQuestionAnswering):
     """A pruned encoder with start and end logits for each token, and an answer type read from the first token
-    (CLS)."""
+    (CLS).
+
+    transformers' Trainer knows the labels of its own heads by their names alone. To evaluate this one it
+    takes TrainingArguments(label_names=["start_positions", "end_positions", "answer_types"])."""
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
@@ -322,9 +325,9 @@ def load_natural_questions(name_or_path: str | Path) -> Any:
     """The Natural Questions model that was saved there, dense or pruned; ValueError for another one."""
     config = AutoConfig.from_pretrained(name_or_path)
     model_class = natural_questions_class(config.model_type)
-    if type(config) is not model_class.config_class:
+    if not is_natural_questions(config):
         raise ValueError(
-            f"{name_or_path} is a stock {config.model_type} checkpoint, without answer types: fine-tune it "
+            f"{name_or_path} is a {config.model_type} checkpoint without answer types: fine-tune it "
             "on Natural Questions first (with_answer_types gives it the head)"
         )
     return model_class.from_pretrained(name_or_path)

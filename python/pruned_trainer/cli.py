@@ -135,7 +135,7 @@ def _add_prune(parser: argparse.ArgumentParser, several: bool = False) -> None:
     _add_target(_Options.titled(parser, "target", PruneSettings, text), several)
     _add_recipe(_Options.titled(parser, "recipe", PruneSettings))
     _add_distillation(parser)
-    _add_running(_Options.titled(parser, "running", PruneSettings), required=True)
+    _add_running(_Options.titled(parser, "running", PruneSettings))
     parser.usage = "%(prog)s --model MODEL --train-file FILE --out DIR TARGET [options]"
 
 
@@ -143,11 +143,12 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     options = _Options.titled(parser, "model and data", PruneSettings)
     options.add("model", "encoder to fine-tune and prune (default: all-MiniLM-L6-v2, from its pip package)")
     _add_train_file(options, required=False)
-    _add_data(options)
+    _add_validation(options)
+    _add_windows(options)
     _add_target(_Options.titled(parser, "target", PruneSettings), several=False, default_macs=DEMO_MACS)
     _add_recipe(_Options.titled(parser, "recipe", PruneSettings))
     _add_distillation(parser)
-    _add_running(_Options.titled(parser, "running", PruneSettings), required=False)
+    _add_running(_Options.titled(parser, "running", PruneSettings), resumable=False)
     parser.usage = "%(prog)s [options]"
     parser.set_defaults(model="", train_file=Path(), out=Path("build/demo"))
 
@@ -163,14 +164,18 @@ def _add_train_file(options: _Options, required: bool) -> None:
 
 
 def _add_data(options: _Options) -> None:
+    _add_validation(options)
+    _add_task(options)
+    _add_windows(options)
+
+
+def _add_validation(options: _Options) -> None:
     options.add(
         "validation_file",
         "questions on which thresholds are chosen (default: 5%% of the training articles or documents)",
         type=Path,
     )
     options.add("eval_file", "questions for the results only (default: the validation questions)", type=Path)
-    _add_task(options)
-    _add_windows(options)
 
 
 def _add_task(options: _Options, training: bool = True) -> None:
@@ -275,9 +280,11 @@ def _layer_pair(text: str) -> tuple[int, int]:
     return int(student), int(teacher or student)
 
 
-def _add_running(options: _Options, required: bool) -> None:
-    _add_output(options, required)
-    options.add("resume", "go on with the run that was interrupted, in --out.partial")
+def _add_running(options: _Options, resumable: bool = True) -> None:
+    """resumable: False for the demo, which runs in one go, into a folder that it has a name for."""
+    _add_output(options, required=resumable)
+    if resumable:
+        options.add("resume", "go on with the run that was interrupted, in --out.partial")
     options.add("save_steps", "steps from one checkpoint to the next")
     options.add("compile", "torch.compile the narrow model while it trains")
     options.add("tensorboard", "write loss parts, budget and open gates to --out/tensorboard")

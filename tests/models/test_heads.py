@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModel,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     pipeline,
 )
 
@@ -127,9 +125,6 @@ def test_through_disk(kind: str, head: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.base_model(**batch).last_hidden_state
         assert torch.equal(bare(**batch).last_hidden_state, expected)
-    other = AutoModelForTokenClassification if head == "sequence" else AutoModelForSequenceClassification
-    with pytest.raises(ValueError, match="missing|unexpected"):
-        other.from_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     task = {"sequence": "text-classification", "token": "token-classification"}[head]
     assert f"pipeline_tag: {task}" in card and auto.__name__ in card

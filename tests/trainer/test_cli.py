@@ -360,6 +360,15 @@ def test_every_option_has_a_sentence_and_its_default_once(command: str) -> None:
         assert "None" not in text and "[" not in text
 
 
+def test_the_demo_lists_no_option_that_it_refuses() -> None:
+    refused = {"task", "resume", "null_rate", "num_proc", "skip_bad"}
+    assert not refused & {action.dest for action in parsers()["demo"]._actions}
+    assert refused <= {action.dest for action in parsers()["prune"]._actions}
+    settings = settings_of(parse(["demo"]), default=Target(macs=0.5))
+    plain = PruneSettings("", Path(), Path("build/demo"), (Target(macs=0.5),), command=settings.command)
+    assert settings == plain
+
+
 def test_the_help_of_prune_comes_in_groups() -> None:
     titles = [group.title for group in parsers()["prune"]._action_groups[2:]]
     assert titles == ["model and data", "target", "recipe", "distillation", "running"]
@@ -375,15 +384,27 @@ def test_the_defaults_are_those_of_the_settings() -> None:
         assert getattr(arguments, name) == value, name
 
 
-@pytest.mark.parametrize("command", ["prune", "finetune", "compact", "evaluate", "report"])
+@pytest.mark.parametrize("place", ["nowhere", "beside a folder", "empty folder"])
+@pytest.mark.parametrize("command", ["prune", "demo", "finetune", "compact", "evaluate", "report"])
 def test_a_folder_that_is_not_there(
-    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    place: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One line that names it and says what is needed; the hub is not asked for a path."""
-    missing, new = str(tmp_path / "no" / "model"), str(tmp_path / "out")
+    """One line that names it and says what is needed; the hub is not asked for a path, also not for one that
+    looks like the hub's OWNER/NAME."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").mkdir()
+    missing, new = {"nowhere": str(tmp_path / "no" / "model")}.get(place, "build/none"), str(tmp_path / "out")
+    if place == "empty folder":
+        Path(missing).mkdir()
     (tmp_path / "decision.json").write_text("{}")
     argv = {
         "prune": arguments(folder, tmp_path / "out", "--macs", "0.5"),
+        "demo": ["demo", "--out", new],
         "finetune": ["finetune", "--train-file", str(folder / "train.json"), "--out", new],
         "compact": ["compact", "--decision", str(tmp_path / "decision.json"), "--out", new],
         "evaluate": ["evaluate", "--eval-file", str(folder / "eval.json")],

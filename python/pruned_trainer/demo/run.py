@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForQuestionAnswering, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
+from pruned_ops.checkpoints.loading import check_source, load_to_fine_tune
 from pruned_trainer.demo.questions import write_demo_set
 from pruned_trainer.distributed import say, world_size
 from pruned_trainer.jobs.finetune import train
@@ -68,6 +69,8 @@ def _check(settings: PruneSettings, generated: bool) -> None:
         raise ValueError(
             "--eval-file and --validation-file go with --train-file; without it all three are generated"
         )
+    if settings.model:
+        check_source(settings.model)
     for folder in (settings.out, _beside(settings.out, "teacher"), _beside(settings.out, "data")):
         OutputFolder.check(folder, settings.overwrite, settings.inputs)
     for file in (settings.validation_file, settings.eval_file):
@@ -102,7 +105,7 @@ def _fine_tune(source: str, settings: PruneSettings, folder: OutputFolder) -> No
     set_seed(settings.seed)
     tokenizer = load_tokenizer(source)
     logging.set_verbosity_error()
-    model = AutoModelForQuestionAnswering.from_pretrained(source)
+    model = load_to_fine_tune(source)
     features = training_features(
         read_examples(settings.train_file, "train"),
         tokenizer,

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.models.stock import find_encoder
 from pruned_trainer.distributed import is_main, once, per_process, say
 from pruned_trainer.jobs.job import check_length
@@ -28,6 +29,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
     """
     inputs = (settings.model, settings.train_file)
     once(lambda: OutputFolder.check(settings.out, settings.overwrite, inputs))
+    check_source(settings.model)
     task = settings.make_task()
     set_seed(settings.seed)
     examples, _ = task.read_training(settings.train_file, has_validation=True)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
@@ -95,6 +96,9 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
     table_file: the latency table of the interrupted run that this one resumes.
     """
     clock = Clock()
+    for source in (settings.model, settings.teacher):
+        if source is not None:
+            check_source(source)
     task = settings.make_task()
     train, validation, evaluation = _read_data(settings, task)
     dense, tokenizer, teacher = _load_models(settings, task)

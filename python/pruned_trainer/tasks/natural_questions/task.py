@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
+from pruned_ops.checkpoints.loading import load_to_fine_tune
 from pruned_ops.models.heads import is_natural_questions, load_natural_questions, with_answer_types
 from pruned_ops.qa.questions import arrival_lengths
 from pruned_ops.runtime.optimize import optimized
@@ -156,7 +157,7 @@ class NaturalQuestionsTask:
     def start_model(self, source: str) -> PreTrainedModel:
         if is_natural_questions(AutoConfig.from_pretrained(source)):
             return load_natural_questions(source)
-        return with_answer_types(AutoModelForQuestionAnswering.from_pretrained(source))
+        return with_answer_types(load_to_fine_tune(source))
 
     def check_model(self, model: PreTrainedModel) -> None:
         if not isinstance(model, PrunedBertForNaturalQuestions):

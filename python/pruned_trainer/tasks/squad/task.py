@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
+from pruned_ops.checkpoints.loading import load_to_fine_tune
 from pruned_ops.qa.decoding import Decoded, decode
 from pruned_ops.qa.questions import arrival_lengths
 from pruned_ops.qa.windows import Window, span_tokens, windows
@@ -138,7 +139,7 @@ class SquadTask:
     thresholds = (THRESHOLD,)
 
     def start_model(self, source: str) -> PreTrainedModel:
-        return AutoModelForQuestionAnswering.from_pretrained(source)
+        return load_to_fine_tune(source)
 
     def check_model(self, model: PreTrainedModel) -> None:
         if isinstance(model, PrunedBertForNaturalQuestions):

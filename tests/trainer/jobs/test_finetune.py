@@ -1,0 +1,67 @@
+"""Fine-tuning from whatever a question-answering model may start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForQuestionAnswering,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+
+from head_models import pruned
+from matching import WORDS, save_checkpoint, squad_file
+from nq_pages import matching_file
+from pruned_ops.models.encoder import NewHeadWarning
+from pruned_trainer.cli import main
+
+CUT = ("--max-length", "24", "--stride", "4", "--epochs", "0.1")
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": WORDS + 4, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["squad", "natural_questions"])
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_classifier_gives_its_encoder(labels: int, task: str, tmp_path: Path) -> None:
+    """An entailment model (3 labels) or a reranker (1) starts a question-answering model with a new head."""
+    torch.manual_seed(0)
+    source = BertForSequenceClassification(BertConfig(**SIZES, num_labels=labels))
+    model = save_checkpoint(source, tmp_path / "classifier")
+    if task == "squad":
+        train = squad_file(tmp_path / "train.json", 40, 1)
+    else:
+        train = matching_file(tmp_path / "train.jsonl", 40, 1)
+    argv = ["--model", str(model), "--train-file", str(train), "--out", str(tmp_path / "out"), "--task", task]
+    assert main(["finetune", *argv, *CUT]) == 0
+    if task == "squad":
+        made = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+        assert made.config.num_labels == 2 and made.qa_outputs.out_features == 2
+        close = torch.isclose(
+            made.bert.embeddings.position_embeddings.weight,
+            source.bert.embeddings.position_embeddings.weight, atol=1e-3,
+        )  # fmt: skip
+        assert close.float().mean() > 0.9
+
+
+def test_a_pruned_classifier_gives_its_encoder(tmp_path: Path) -> None:
+    model = save_checkpoint(pruned("bert", "token"), tmp_path / "classifier")
+    train = squad_file(tmp_path / "train.json", 40, 1)
+    argv = ["--model", str(model), "--train-file", str(train), "--out", str(tmp_path / "out")]
+    with pytest.warns(NewHeadWarning, match="qa_outputs"):
+        assert main(["finetune", *argv, *CUT]) == 0
+    assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out").qa_outputs.out_features == 2
+
+
+def test_prune_refuses_what_has_no_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_checkpoint(BertForTokenClassification(BertConfig(**SIZES)), tmp_path / "tagger")
+    train = squad_file(tmp_path / "train.json", 40, 1)
+    argv = ["--model", str(model), "--train-file", str(train), "--out", str(tmp_path / "out")]
+    assert main(["prune", *argv, "--macs", "0.5", *CUT[:4]]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("pruned-trainer prune: ") and "lacks qa_outputs" in error
