@@ -9,6 +9,7 @@ import math
 import os
 import re
 import reprlib
+import secrets
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,16 +31,24 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN|[-+0-9.eE]+)')
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write text, as UTF-8, or bytes; the file is there whole, or as it was before."""
+    """Write text, as UTF-8, or bytes; the file is there whole, or as it was before.
+
+    OSError, which names the file, where it cannot be written: the disk is full, for example.
+    """
     if isinstance(content, str):
         # A command line may hold half a surrogate pair: UTF-8 cannot say it, JSON's escape can.
         content = content.encode(errors="backslashreplace")
-    temporary = path.with_name(path.name + ".partial")
+    # The name is unique, so that two processes may write the same file: the last one to finish has it.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:  # a full disk's own error names no file
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

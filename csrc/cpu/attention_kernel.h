@@ -24,6 +24,8 @@ namespace pruned_ops::CPU_CAPABILITY {
 constexpr int64_t kKeyBlock = 512;
 static_assert(kKeyBlock % kPanel == 0 && kQueryBlock % kRegisterRows == 0);
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
 // Where a thread's scratch is cut. Sizes are in floats; every part starts on a 64-byte line.
 struct AttentionLayout {
   explicit AttentionLayout(const AttentionArgs& args)
@@ -159,8 +161,7 @@ class AttentionWorker {
     }
     for (int64_t i = 0; i < rows; ++i) {
       const float maximum = maxima[i];
-      // Powers turn NaN into a number. maximum - maximum is 0, or NaN where softmax has no value.
-      const float total = powers(scores_ + i * kKeyBlock, padded, maximum) + (maximum - maximum);
+      const float total = powers(scores_ + i * kKeyBlock, padded, maximum);
       sums_[row + i] = first ? total : total + sums_[row + i] * rescale(row + i, maximum);
       maxima_[row + i] = maximum;
     }
@@ -168,7 +169,6 @@ class AttentionWorker {
 
   // The largest of a row's scores and of `old`. The row's padding becomes -infinity.
   float new_maximum(float* scores, int64_t keys, int64_t padded, const float* old) const {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
     for (int64_t key = keys; key < padded; ++key) scores[key] = -kInfinity;
     Vec even(-kInfinity);
     Vec odd(-kInfinity);
@@ -190,7 +190,8 @@ class AttentionWorker {
   // large.
   float powers(float* scores, int64_t padded, float maximum) const {
     const Vec scale(scale_);
-    const Vec largest(maximum);
+    // Where all scores so far are -infinity, their difference from the maximum would be NaN.
+    const Vec largest(maximum == -kInfinity ? std::numeric_limits<float>::lowest() : maximum);
     const auto power = [&](int64_t key) {
       const Vec weight = power_of_two((Vec::loadu(scores + key) - largest) * scale);
       weight.store(scores + key);
@@ -222,7 +223,8 @@ class AttentionWorker {
   void store(int64_t head, int64_t query, int64_t row) const {
     const float* context = context_ + row * layout_.context_width;
     float* out = args_.context + ((row_ + query) * args_.num_heads + head) * args_.head_dim;
-    const Vec sum(sums_[row]);
+    // maximum - maximum is 0, or NaN where softmax has no value: powers turn NaN into a number.
+    const Vec sum(sums_[row] + (maxima_[row] - maxima_[row]));
     for (int64_t channel = 0; channel < args_.head_dim; channel += kLanes) {
       const int64_t lanes = std::min(args_.head_dim - channel, kLanes);
       (Vec::loadu(context + channel) / sum).store(out + channel, lanes);

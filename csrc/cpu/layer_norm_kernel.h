@@ -1,6 +1,8 @@
 // LayerNorm(first + second + third) of one row. A call owns a row, keeps the sum of the inputs in the output
-// row, which stays in L1, and writes that row: once with the sum, once normalised.
-// Two passes, mean and then variance of the difference: a one-pass variance cancels.
+// row, which stays in L1, and writes that row: once with the sum, less its first number, once normalised.
+// Two passes, mean and then variance of the difference: a one-pass variance cancels. The sum's first number
+// is subtracted, which LayerNorm does not depend on: what is left is small where the row has a large mean,
+// and 0 where the row is constant, so that no rounding of the mean is taken for variance.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -28,13 +30,14 @@ inline void layer_norm_row(const LayerNormArgs& args, const float* first, const 
   const auto plus = [](Row& x, Row& y) { return x + y; };
   const float count = static_cast<float>(args.hidden);
 
+  const Row pivot(third != nullptr ? first[0] + second[0] + third[0] : first[0] + second[0]);
   Row sum(0.0f);
   for_each_vector(args.hidden, [&](int64_t column, int64_t lanes) {
-    // Lanes past the end load as zero, so they do not disturb the sum.
     Row value = Row::loadu(first + column, lanes) + Row::loadu(second + column, lanes);
     if (third != nullptr) value = value + Row::loadu(third + column, lanes);
-    value.store(out + column, lanes);
-    sum = sum + value;
+    const Row difference = value - pivot;
+    difference.store(out + column, lanes);
+    sum = sum + Row::set(Row(0.0f), difference, lanes);
   });
   const Row mean(at::vec::vec_reduce_all<float>(plus, sum) / count);
 

@@ -4,6 +4,8 @@
 // running maximum and sum, and the context in registers while 64 keys and values at a time pass through
 // shared memory, the next ones on their way meanwhile (flash attention's online softmax, in powers of 2), and
 // writes the rows' context.
+#include <cfloat>
+
 #include "kernels.h"
 #include "tile.cuh"
 
@@ -42,7 +44,7 @@ struct Rows {
   using Keys = typename Memory<T, HEAD_DIM>::Keys;
   uint32_t query[HEAD_DIM / 16][4];
   float context[HEAD_DIM / 8][4];
-  float maximum[2] = {-1e30f, -1e30f};  // of scores times scale; finite, so that differences are numbers
+  float maximum[2] = {-FLT_MAX, -FLT_MAX};  // of scores; finite, so that differences are numbers
   float total[2] = {0.0f, 0.0f};
 
   PRUNED_OPS_DEVICE Rows(Queries queries, int first) {
@@ -107,7 +109,9 @@ struct Rows {
     }
   }
 
-  // Scores to weights against the maximum so far; what was summed against an earlier one shrinks.
+  // Scores to weights against the maximum so far; what was summed against an earlier one shrinks. The maximum
+  // is subtracted first, which is exact where it matters: a product with the scale is rounded, of large
+  // scores by more than an exponent can hold.
   PRUNED_OPS_DEVICE void weigh(float (&scores)[kKeys / 8][4], float scale) {
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
@@ -119,15 +123,15 @@ struct Rows {
       // The four lanes that share a row.
       highest = fmaxf(highest, shuffle_xor(highest, 1));
       highest = fmaxf(highest, shuffle_xor(highest, 2));
-      highest = fmaxf(maximum[half_row], highest * scale);
-      const float shrink = exp2_approx(maximum[half_row] - highest);
+      highest = fmaxf(maximum[half_row], highest);
+      const float shrink = exp2_approx((maximum[half_row] - highest) * scale);
       maximum[half_row] = highest;
       float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
         for (int j = 2 * half_row; j < 2 * half_row + 2; ++j) {
-          scores[i][j] = exp2_approx(fmaf(scores[i][j], scale, -highest));
+          scores[i][j] = exp2_approx((scores[i][j] - highest) * scale);
           sum += scores[i][j];
         }
       }

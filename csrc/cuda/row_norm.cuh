@@ -2,7 +2,9 @@
 //
 // THREADS threads, a warp or a block, own a row: each keeps 32 of its numbers in registers as float,
 // sums are taken over all of them, statistics in two passes over the registers. Every number is read and
-// written once.
+// written once. Statistics are of the differences from the row's first number, which LayerNorm does not
+// depend on: they are small where the row has a large mean, and 0 where it is constant, so that no rounding
+// of the mean is taken for variance.
 #pragma once
 
 #include "kernels.h"
@@ -26,12 +28,8 @@ struct Row {
   static constexpr int kNumbers = 32;
   static_assert(kNumbers * THREADS == (THREADS == kWarpRow ? kMaxWarpRow : kMaxHidden));
   static constexpr int kPerVector = 16 / sizeof(T);
-  float values[kNumbers];
-
-  PRUNED_OPS_DEVICE Row() {
-#pragma unroll
-    for (int i = 0; i < kNumbers; ++i) values[i] = 0.0f;
-  }
+  float first;             // the row's first number; every thread has it
+  float values[kNumbers];  // those beyond the row's end are `first` too
 
   // The column of a thread's number i.
   static PRUNED_OPS_DEVICE int column(int i) {
@@ -40,8 +38,8 @@ struct Row {
     return (i / kPerVector * THREADS + thread) * kPerVector + i % kPerVector;
   }
 
-  // Of zeros; they stay where the row has ended.
   PRUNED_OPS_DEVICE void load(Global<const T> row, int hidden) {
+    first = to_float(row[0]);
     if (ALIGNED) {
 #pragma unroll
       for (int i = 0; i < kNumbers; i += kPerVector) {
@@ -50,9 +48,13 @@ struct Row {
         T numbers[kPerVector];
         memcpy(numbers, &bits, sizeof(bits));
 #pragma unroll
-        for (int j = 0; j < kPerVector; ++j) values[i + j] = to_float(numbers[j]);
+        for (int j = 0; j < kPerVector; ++j) {
+          values[i + j] = column(i) < hidden ? to_float(numbers[j]) : first;
+        }
       }
     } else {
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) values[i] = first;
 #pragma unroll
       for (int i = 0; i < kNumbers; ++i) {
         if (column(i) >= hidden) break;  // they rise; and so fewer loads at a time take registers
@@ -64,6 +66,7 @@ struct Row {
   PRUNED_OPS_DEVICE void add(Global<const T> row, int hidden) {
     Row other;
     other.load(row, hidden);
+    first += other.first;
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) values[i] += other.values[i];
   }
@@ -106,7 +109,10 @@ struct Row {
   PRUNED_OPS_DEVICE void normalise(Global<const T> weight, Global<const T> bias, int hidden, float eps) {
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kNumbers; ++i) total += values[i];
+    for (int i = 0; i < kNumbers; ++i) {
+      values[i] -= first;
+      total += values[i];
+    }
     const float mean = sum(total, 0) / static_cast<float>(hidden);
     float squares = 0.0f;
 #pragma unroll

@@ -97,6 +97,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute GELU(x weight^T + bias) in the exact erf form.
 
     x (tokens, in), weight (out, in), bias (out,) -> (tokens, out).
+    On a CPU the product is torch's, which may split the sums over `in` among its threads. So the same inputs
+    give the same bits for the same number of threads; another number may round differently, within the error
+    budget. This is true of linear_add_layer_norm too. The other ops have the same bits for any number.
     """
     check_linear_gelu(x, weight, bias)
     return F.gelu(F.linear(x, weight, bias))

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from emulated import Emulated, missing
-from inputs import LENGTHS, arguments_for, attention_arguments, cu_seqlens, generator, randn
-from numerics import within_budget
+from inputs import LENGTHS, arguments_for, attention_arguments, constant_rows, cu_seqlens, generator, randn
+from numerics import in_fp64, within_budget
+from pruned_ops.ops.registry import OPS
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"cuda_on_host: {missing()}")
 
@@ -197,6 +198,16 @@ def test_cuda_add_layer_norm_without_bias(dtype: torch.dtype) -> None:
         within_budget("add_layer_norm", run("add_layer_norm", arguments), arguments)
 
 
+@pytest.mark.parametrize("hidden", [1, 90, 384, 1032, 2047])
+@pytest.mark.parametrize("op", ["add_layer_norm", "embed_layer_norm"])
+def test_cuda_layer_norm_of_constant_rows(op: str, hidden: int) -> None:
+    """The rounding of a large mean is no variance: a constant row becomes the LayerNorm's bias."""
+    for value in (1e4 + 0.1, 123456789.0, -3.3e9):
+        arguments = constant_rows(op, hidden, value)
+        output = run(op, arguments)
+        torch.testing.assert_close(output, arguments[-2].expand_as(output), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_cuda_attention_survives_large_scores(dtype: torch.dtype) -> None:
     for scale in (12.0, 1e-3):  # scores of thousands, and all about the same
@@ -205,6 +216,15 @@ def test_cuda_attention_survives_large_scores(dtype: torch.dtype) -> None:
         output = run("attention", arguments)
         assert torch.isfinite(output).all()
         within_budget("attention", output, arguments)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_cuda_attention_of_the_largest_scores(dtype: torch.dtype) -> None:
+    """Their softmax is 1 for one key. In fp16 the reference overflows, so that there is no budget."""
+    arguments = converted(attention_arguments((70, 9), 2, 32), dtype)
+    arguments[0][:, :128] *= 1.2e4 if dtype == torch.float16 else 1e16
+    truth = OPS["attention"].reference(*in_fp64(arguments))
+    torch.testing.assert_close(run("attention", arguments).double(), truth, atol=0, rtol=0)
 
 
 def test_what_the_cuda_kernels_refuse() -> None:

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +17,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pruned_ops
-from inputs import LENGTHS, READY, SUPPORT, arguments_for, attention_arguments, cu_seqlens, randn
+from inputs import (
+    LENGTHS,
+    READY,
+    SUPPORT,
+    arguments_for,
+    attention_arguments,
+    constant_rows,
+    cu_seqlens,
+    randn,
+)
 from numerics import assert_within_budget
 from pruned_ops.ops.registry import BACKENDS, OPS, record, use_backend
 
@@ -78,6 +88,40 @@ def test_attention_keeps_what_is_not_finite_in_its_sequence(backend: str) -> Non
         assert context[40:110].isnan().any()
 
 
+@pytest.mark.parametrize("lengths", [(2, 3, 1), (9, 5, 7, 3, 16)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("backend", READY)
+def test_short_sequences_keep_what_is_not_finite(backend: str, bad: float, lengths: tuple[int, ...]) -> None:
+    """Some kernels take several short sequences at once: a weight of 0 times another's NaN is NaN."""
+    qkv, bounds, longest, head_dim = attention_arguments(lengths, 2, 16)
+    qkv[lengths[0] : lengths[0] + lengths[1], 64::3] = bad  # in the second sequence, values only
+    with use_backend(backend):
+        context = pruned_ops.ops.attention(qkv, bounds, longest, head_dim)
+    with use_backend("reference"):
+        expected = pruned_ops.ops.attention(qkv, bounds, longest, head_dim)
+    torch.testing.assert_close(context, expected, atol=2e-6, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("finite", [(600,), (511, 599), (3, 1030), ()])
+@pytest.mark.parametrize("backend", READY)
+def test_attention_with_scores_of_minus_infinity(backend: str, finite: tuple[int, ...]) -> None:
+    """Whole blocks of keys whose scores overflow weigh nothing; where all do, softmax has no value."""
+    if backend in BACKENDS and BACKENDS[backend].on_demand and max(finite, default=0) > 600:
+        pytest.skip("an interpreter: minutes")
+    qkv = randn(0, max(finite, default=40) + 1, 3 * 16)
+    qkv[:, :32] = 0
+    qkv[:, 0], qkv[:, 16] = 1e20, -1e20
+    for key in finite:
+        qkv[key, 16] = 1e-20 * key
+    with use_backend(backend):
+        context = pruned_ops.ops.attention(qkv, cu_seqlens((qkv.size(0),)), qkv.size(0), 16)
+    if finite:
+        weights = torch.tensor(finite).float().div(4).softmax(0)
+        torch.testing.assert_close(context, (weights @ qkv[list(finite), 32:]).expand_as(context))
+    else:
+        assert context.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_the_reference_does_not_take_overflowing_scores_for_masked_ones(dtype: torch.dtype) -> None:
     """Both keys of a sequence score -infinity: its softmax has no value, and must not take others'."""
@@ -115,6 +159,34 @@ def test_add_layer_norm_without_bias(backend: str) -> None:
     arguments = arguments_for("add_layer_norm")
     arguments[1] = None
     assert_within_budget(pruned_ops.ops.add_layer_norm, backend, arguments)
+
+
+@pytest.mark.parametrize("value", [1.0, 1e4 + 0.1, 123456789.0, -3.3e9])
+@pytest.mark.parametrize("hidden", [1, 90, 384, 1030])
+@pytest.mark.parametrize("op", ["add_layer_norm", "linear_add_layer_norm", "embed_layer_norm"])
+@pytest.mark.parametrize("backend", READY)
+def test_layer_norm_of_constant_rows(backend: str, op: str, hidden: int, value: float) -> None:
+    """The rounding of a large mean is no variance: a constant row becomes the LayerNorm's bias."""
+    arguments = constant_rows(op, hidden, value)
+    with use_backend(backend):
+        found = OPS[op](*arguments)
+    torch.testing.assert_close(found, arguments[-2].expand_as(found), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_layer_norm_of_rows_with_a_large_mean(backend: str) -> None:
+    arguments = arguments_for("add_layer_norm", hidden=384)
+    arguments[2] = (arguments[2] * 64).round() + 2.0**22  # whole numbers, exact in fp32 with what is added
+    arguments[0], arguments[1] = torch.zeros_like(arguments[2]), None
+    assert_within_budget(pruned_ops.ops.add_layer_norm, backend, arguments)
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_layer_norm_of_rows_that_begin_with_an_outlier(backend: str) -> None:
+    for outlier in (1e3, -1e6):
+        arguments = arguments_for("add_layer_norm", hidden=384)
+        arguments[0][:, 0] = outlier
+        assert_within_budget(pruned_ops.ops.add_layer_norm, backend, arguments)
 
 
 @settings(max_examples=40, deadline=None)
@@ -159,6 +231,33 @@ def test_inputs_are_left_alone_and_results_repeat(backend: str, op: str) -> None
     assert torch.equal(first, second)
     for old, new in zip(before, arguments, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads; it is as before after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_the_number_of_threads(op: str, threads: Callable[[int], None]) -> None:
+    """It changes no bit, but of the ops whose product is torch's: those stay within their budget, and repeat.
+    With the first sizes MKL is known to split sums."""
+    any_number = op not in ("linear_gelu", "linear_add_layer_norm")
+    for tokens, hidden, width in ((5, 3072, 768), (5, 768, 3072), (130, 90, 56)):
+        arguments = arguments_for(op, tokens, hidden, width)
+        threads(1)
+        with use_backend("cpu"):
+            alone = OPS[op](*arguments)
+        for count in (2, 3, 8):
+            threads(count)
+            output = assert_within_budget(OPS[op], "cpu", arguments)
+            with use_backend("cpu"):
+                assert torch.equal(output, OPS[op](*arguments))
+            assert torch.equal(output, alone) or not any_number
 
 
 @pytest.mark.parametrize("backend", COMPILED)

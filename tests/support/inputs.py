@@ -81,6 +81,19 @@ def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, 
     return [*ids, *tables, *norm]
 
 
+def constant_rows(op: str, hidden: int, value: float) -> list[Any]:
+    """Arguments of an op that ends in a LayerNorm, whose every row of the sum holds `value` everywhere."""
+    arguments = arguments_for(op, 9, hidden)
+    for place, argument in enumerate(arguments[:-3]):  # all but the LayerNorm's weight, bias and eps
+        if isinstance(argument, Tensor) and argument.is_floating_point():
+            arguments[place] = torch.zeros_like(argument)
+    large = 3  # the residual, or the table of words
+    if op == "add_layer_norm":
+        large = 2
+    arguments[large] = torch.full_like(arguments[large], value)
+    return arguments
+
+
 def moved_to(device: str, arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     """Move all tensors to this device, and the floating ones to this dtype."""
     return [

@@ -22,6 +22,8 @@ from pruned_ops.ops.reference import check_attention
 
 HEAD_DIMS = (16, 32, 64, 128)
 LOG2_E = 1.4426950408889634
+# The least fp32 number: where a running maximum begins.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -32,11 +34,12 @@ def _scores(query, key, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _absorb(scores, scale, value, context, maximum, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Add one block of keys to the running softmax. Masked scores are -inf; the maximum is finite. The scale
-    is applied together with the subtraction, in one instruction."""
-    highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - highest[:, None])
-    shrink = tl.exp2(maximum - highest)
+    """Add one block of keys to the running softmax. Masked scores are -inf; the maximum is finite. It is
+    subtracted first: a product with the scale is rounded, of large scores by more than an exponent can
+    hold."""
+    highest = tl.maximum(maximum, tl.max(scores, 1))
+    weights = tl.exp2((scores - highest[:, None]) * scale)
+    shrink = tl.exp2((maximum - highest) * scale)
     total = total * shrink + tl.sum(weights, 1)
     context = product(weights.to(value.dtype), value, context * shrink[:, None], PRECISION, UPCAST)
     return context, highest, total
@@ -66,7 +69,7 @@ def attention_kernel(
     start = (begin + lanes).to(tl.int64) * stride_qkv
     keys = qkv + width + start[None, :] + columns[:, None]
     values = qkv + 2 * width + start[:, None] + columns[None, :]
-    maximum = tl.full((BLOCK_M,), -1.0e30, tl.float32)
+    maximum = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     context = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     length = end - begin
@@ -108,11 +111,18 @@ def short_attention_kernel(
     own = (lanes // SEGMENT)[:, None] == (lanes // SEGMENT)[None, :]
     scores = tl.where(own & inside[None, :], scores, float("-inf"))
     value = tl.load(across + 2 * width, mask=inside[:, None], other=0.0)
-    maximum = tl.full((SEGMENT * SEQUENCES,), -1.0e30, tl.float32)
-    total = tl.zeros((SEGMENT * SEQUENCES,), tl.float32)
-    context = tl.zeros((SEGMENT * SEQUENCES, HEAD_DIM), tl.float32)
-    context, maximum, total = _absorb(scores, scale, value, context, maximum, total, PRECISION, UPCAST)
-    total = tl.where(total > 0, total, 1.0)  # lanes beyond their sequence's end have no keys
+    highest = tl.maximum(tl.max(scores, 1), LOWEST)
+    weights = tl.exp2((scores - highest[:, None]) * scale)
+    total = tl.where(inside, tl.sum(weights, 1), 1.0)  # lanes beyond their sequence's end have no keys
+    weights = weights.to(value.dtype)
+    zeros = tl.zeros((SEGMENT * SEQUENCES, HEAD_DIM), tl.float32)
+    context = product(weights, value, zeros, PRECISION, UPCAST)
+    if tl.sum((value - value != 0).to(tl.int32)) > 0:
+        # A weight of 0 times NaN or infinity is NaN: so each sequence takes its own values alone.
+        for i in range(SEQUENCES):
+            alone = (lanes // SEGMENT == i)[:, None]
+            own_context = product(weights, tl.where(alone, value, 0.0), zeros, PRECISION, UPCAST)
+            context = tl.where(alone, own_context, context)
     result = (context / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + offsets[:, None] * stride_out + columns[None, :], result, mask=inside[:, None])
 

@@ -95,7 +95,13 @@ def gelu(x):
 
 @triton.jit
 def normalised(x, inside, hidden, weight, bias, eps):
-    """LayerNorm of x (rows, BLOCK) over its first `hidden` columns: fp32, two passes over registers."""
+    """LayerNorm of x (rows, BLOCK) over its first `hidden` columns: fp32, two passes over registers.
+
+    All is computed of the differences from the row's first number, which LayerNorm does not depend on: they
+    are small where the row has a large mean, and 0 where it is constant, so that no rounding of the mean is
+    taken for variance."""
+    first = tl.arange(0, x.shape[1]) == 0
+    x -= tl.sum(tl.where(first[None, :], x, 0.0), 1)[:, None]
     mean = tl.sum(tl.where(inside, x, 0.0), 1) / hidden
     centred = tl.where(inside, x - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / hidden
