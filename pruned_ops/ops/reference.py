@@ -97,9 +97,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute GELU(x weight^T + bias) in the exact erf form.
 
     x (tokens, in), weight (out, in), bias (out,) -> (tokens, out).
-    On a CPU the product is torch's, which may split the sums over `in` among its threads. So the same inputs
-    give the same bits for the same number of threads; another number may round differently, within the error
-    budget. This is true of linear_add_layer_norm too. The other ops have the same bits for any number.
+    On a CPU the product is torch's, which may split the sums over `in` among its threads, and whose order of
+    additions depends on how the tensors are aligned. So the same tensors give the same bits for the same
+    number of threads; other places in memory or numbers of threads may round differently, within the error
+    budget. This is true of linear_add_layer_norm too. The other ops always have the same bits.
     """
     check_linear_gelu(x, weight, bias)
     return F.gelu(F.linear(x, weight, bias))

@@ -127,10 +127,10 @@ FAULTS = [
           "if (column(i) <= hidden) store_128<T>(row + column(i), bits);", "add_layer_norm", ROWS,
           "writes 16 bytes at index .* of out, which has"),
     Fault("tokens that are not there", "add_layer_norm.cu",
-          "token >= tokens", "false", "add_layer_norm", ROWS, "reads 4 bytes at index .* of x, which has"),
+          "token >= tokens", "false", "add_layer_norm", ROWS, "reads 2 bytes at index .* of x, which has"),
     Fault("ids as they are", "embed_layer_norm.cu",
           "id < 0 ? 0 : id > last ? last : id", "id", "embed_layer_norm", wrong_ids,
-          "reads 4 bytes at index .* of position, which has"),
+          "reads 2 bytes at index .* of position, which has"),
 ]  # fmt: skip
 
 # A statement by which threads wait; without it, a fault.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruned_ops import ops
+from pruned_ops.ops.reference import check_linear_gelu
 from pruned_ops.ops.registry import Backend, add_backend, register, tensors_of
 
 BUILD_COMMAND = "pip install --no-build-isolation ."
@@ -54,6 +55,7 @@ def _refuse(*args: Any) -> str | None:
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    check_linear_gelu(x, weight, bias)
     return torch.ops.aten.gelu_(F.linear(x, weight, bias))  # in place, which saves a pass over the rows
 
 

@@ -1,0 +1,29 @@
+"""Shares the time of `make fuzz` among the attacks, and says how many cases of each ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fuzzing
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    attacks = [
+        item
+        for item in items
+        if HERE in item.path.parents and hasattr(getattr(item, "obj", None), "hypothesis")
+    ]
+    fuzzing.seconds_each = 60 * fuzzing.MINUTES / max(1, len(attacks))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if fuzzing.MINUTES and fuzzing.ran:
+        terminalreporter.section("cases")
+        for name, count in fuzzing.ran.items():
+            terminalreporter.write_line(f"{count:>10,}  {name}")
+        terminalreporter.write_line(f"{fuzzing.ran.total():>10,}  in all")
