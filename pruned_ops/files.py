@@ -180,4 +180,4 @@ _NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_refuse)
 _LONG_NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_refuse, parse_int=_int)
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100

@@ -58,7 +58,11 @@ class Source:
     @property
     def config(self) -> Any:
         """The dense model's config."""
-        return BertConfig(**SIZES[self.random]) if self.random else AutoConfig.from_pretrained(self.dense)
+        return (
+            BertConfig(**SIZES[self.random])
+            if self.random
+            else AutoConfig.from_pretrained(self.dense, trust_remote_code=False)
+        )
 
     def load(self, name: str, device: str) -> Any:
         """The model of one of `names`, in evaluation mode."""

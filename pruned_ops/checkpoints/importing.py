@@ -10,11 +10,11 @@ Nowhere else is structure inferred from tensor sizes and from zeros.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,11 +22,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from pruned_ops.checkpoints.loading import checkpoint_folder
+from pruned_ops.checkpoints.loading import (
+    check_weights,
+    checkpoint_folder,
+    first_line,
+    read_config,
+    shard_names,
+)
+from pruned_ops.files import shown
 from pruned_ops.models.heads import answering_class
 from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, LayerShape, checked_int
 
-_LAYER = re.compile(r"^encoder\.layer\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"^encoder\.layer\.(0|[1-9][0-9]{0,3})\.(.+)$")
 _PARTS = {
     f"{name}.{kind}"
     for name in (
@@ -74,7 +81,9 @@ def read_foreign(folder: str | Path, head_dim: int | None = None) -> tuple[Any, 
     """The model that `import_checkpoint` gives, and sentences on what was recognised."""
     source = open_source(Path(folder))
     layers = _layers(source)
-    head_dim = checked_int("head_dim", source.head_dim if head_dim is None else head_dim, 1, MAX_WIDTH)
+    head_dim = checked_int(
+        f"{source.folder}: head_dim", source.head_dim if head_dim is None else head_dim, 1, MAX_WIDTH
+    )
     for number, layer in layers.items():
         _check_layer(source, number, layer, head_dim)
     _fold_masks(source, layers, head_dim)
@@ -110,7 +119,7 @@ class Source:
         """The activation's name, which transformers knows."""
         name = self.config.get("hidden_act", "gelu")
         if not isinstance(name, str) or name not in ACT2FN:
-            raise ValueError(f"{self.folder}: hidden_act {name!r} is not known")
+            raise ValueError(f"{self.folder}: hidden_act {shown(name)} is not known")
         return name
 
     @property
@@ -131,22 +140,9 @@ def open_source(folder: Path) -> Source:
     """The checkpoint in a folder, with every tensor in fp32. Errors: OSError where files are missing;
     ValueError for a model that cannot be imported."""
     checkpoint_folder(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in _TOKENIZERS:
-        raise ValueError(f"{folder} is a {kind!r} model; {', '.join(_TOKENIZERS)} can be imported")
+    config = read_config(folder)
+    kind = _checked_kind(folder, config)
     prefix = f"{answering_class(kind).base_model_prefix}."
-    if config.get("layer_norm_type", "layer_norm") != "layer_norm":
-        raise ValueError(f"{folder} has {config['layer_norm_type']} in place of LayerNorm: not supported")
-    if config.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"{folder} has {config['position_embedding_type']} positions; only absolute ones")
-    for name, high in _SIZES.items():  # before anything is as large as they say
-        checked_int(f"{folder}: {name}", config.get(name), 1, high)
-    if not isinstance(config.get("pruned_heads") or {}, dict):
-        raise ValueError(f"{folder}: pruned_heads is {config['pruned_heads']!r}, not layer -> heads")
     encoder: Tensors = {}
     head: Tensors = {}
     for name, tensor in _read_tensors(folder).items():
@@ -155,14 +151,45 @@ def open_source(folder: Path) -> Source:
         if _LEFT_OUT.search(name):
             continue
         group = encoder if name.startswith(prefix) else head
-        # Copied, because masks and constants are folded in place.
-        group[name.removeprefix(prefix)] = tensor.detach().to(torch.float32, copy=True)
+        group[name.removeprefix(prefix)] = _numbers(tensor, f"{folder}: {shown(name)}")
     if set(head) != {"qa_outputs.weight", "qa_outputs.bias"}:
         others = ", ".join(sorted(head)[:5]) or "none"
         raise ValueError(
             f"{folder} has no question-answering head (qa_outputs); outside the encoder: {others}"
         )
     return Source(folder, kind, config, encoder, head)
+
+
+def _checked_kind(folder: Path, config: dict[str, Any]) -> str:
+    """The model type of a config that can be imported; ValueError for any other config."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in _TOKENIZERS:
+        raise ValueError(f"{folder} is a {shown(kind)} model; {', '.join(_TOKENIZERS)} can be imported")
+    norm, positions = config.get("layer_norm_type"), config.get("position_embedding_type")
+    if norm not in (None, "layer_norm"):
+        raise ValueError(f"{folder} has {str(norm)[:60]} in place of LayerNorm: not supported")
+    if positions not in (None, "absolute"):
+        raise ValueError(f"{folder} has {str(positions)[:60]} positions; only absolute ones")
+    for name, high in _SIZES.items():  # before anything is as large as they say
+        checked_int(f"{folder}: {name}", config.get(name), 1, high)
+    pruned = config.get("pruned_heads") or {}
+    if not isinstance(pruned, dict) or not all(isinstance(heads, list) for heads in pruned.values()):
+        raise ValueError(f"{folder}: pruned_heads is {shown(pruned)}, not layer -> heads")
+    tokenizer = config.get("tokenizer_class")
+    if not isinstance(tokenizer, (str, NoneType)):
+        raise ValueError(f"{folder}: tokenizer_class is {shown(tokenizer)}: a name is needed")
+    return kind
+
+
+def _numbers(tensor: object, where: str) -> Tensor:
+    """A copy in fp32, in which masks and constants can be folded; ValueError for anything but a plain tensor
+    of finite numbers."""
+    plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if not isinstance(tensor, Tensor) or not plain or tensor.is_quantized or tensor.is_complex():
+        raise ValueError(f"{where} is no plain tensor of real numbers")
+    numbers = tensor.detach().to(torch.float32, copy=True)
+    check_weights([(where, numbers)])
+    return numbers
 
 
 def _read_tensors(folder: Path) -> Tensors:
@@ -172,12 +199,7 @@ def _read_tensors(folder: Path) -> Tensors:
             return _read_file(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            listed = json.loads(index.read_text(encoding="utf-8"))
-            if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
-                raise ValueError(f"{index} has no weight_map")
-            shards = sorted(set(map(str, listed["weight_map"].values())))
-            if any(Path(shard).name != shard for shard in shards):
-                raise ValueError(f"{index} names files outside its folder")
+            shards = shard_names(index)
             return {name: tensor for shard in shards for name, tensor in _read_file(folder / shard).items()}
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
@@ -188,14 +210,19 @@ def _read_file(path: Path) -> Tensors:
         try:
             return load_file(path)
         except Exception as error:  # safetensors has its own kind
-            raise ValueError(f"{path} cannot be read: {_first_line(error)}") from None
+            raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
     tensors = unpickled(path)
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, Mapping) or not all(map(_is_named_tensor, tensors.items())):
         raise ValueError(f"{path} holds no dictionary of tensors")
     for name, tensor in tensors.items():
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        is_stored = tensor.layout is torch.strided
+        if is_stored and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} repeats its memory to seem {tuple(tensor.shape)} large")
     return dict(tensors)
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def unpickled(path: Path) -> Any:
@@ -203,11 +230,7 @@ def unpickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's own kinds, and torch's
-        raise ValueError(f"{path} cannot be read as tensors alone: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as tensors alone: {first_line(error)}") from None
 
 
 def _layers(source: Source) -> dict[int, Tensors]:
@@ -278,9 +301,10 @@ def _check_layer(source: Source, number: int, layer: Tensors, head_dim: int) -> 
 def _fold_masks(source: Source, layers: dict[int, Tensors], head_dim: int) -> None:
     """Fold the masks beside a dense model, which multiply contexts and FFN activations, into the weights."""
     for part, mask in _masks(source).items():
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(layers):
+        numbers = _numbers(mask, f"{source.folder}: the mask of {part}")
+        if numbers.dim() != 2 or len(numbers) != len(layers):
             raise ValueError(f"{source.folder}: the mask of {part} is no matrix with a row for each layer")
-        for row, layer in zip(mask.float(), layers.values(), strict=True):
+        for row, layer in zip(numbers, layers.values(), strict=True):
             weight = layer["attention.output.dense.weight" if part == "heads" else "output.dense.weight"]
             factors = row.repeat_interleave(head_dim) if part == "heads" else row
             if len(factors) != weight.size(1):
@@ -353,7 +377,10 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
         source.notes.append(f"hidden size {hidden} of {source.config['hidden_size']}")
     fields = source.fields
     fields.update(hidden_size=hidden, num_hidden_layers=len(layers), head_dim=head_dim, layer_shapes=shapes)
-    config = model_class.config_class(**fields)
+    try:
+        config = model_class.config_class(**fields)
+    except Exception as error:  # transformers has its own kinds for fields of a wrong type
+        raise ValueError(f"{source.folder / 'config.json'}: {' '.join(str(error).split())[:400]}") from None
     with torch.device("meta"):
         model = model_class(config)
     prefix = f"{model_class.base_model_prefix}."
@@ -364,4 +391,8 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{source.folder}: {' '.join(str(error).split())[:400]}") from None
+    try:
+        check_weights(model.named_parameters())  # a mask or a constant may have made them so
+    except ValueError as error:
+        raise ValueError(f"{source.folder}: {error}") from None
     return model.float().eval()

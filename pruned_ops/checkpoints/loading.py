@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -20,7 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from pruned_ops.models.configuration import PRUNED_CONFIGS
+from pruned_ops.files import read_json, shown
+from pruned_ops.models.configuration import PRUNED_CONFIGS, check_labels
 from pruned_ops.models.encoder import NewHeadWarning
 from pruned_ops.models.heads import is_natural_questions, natural_questions_class
 
@@ -36,6 +38,8 @@ TOKENIZER_FILES = (
 )
 # A tokenizer can be made of any one of these.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
+# The square of a larger number is beyond fp32, and so is what a model computes of it.
+MAX_WEIGHT = 1e18
 # NAME or OWNER/NAME. Whatever else is no folder is a mistyped path.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -51,10 +55,59 @@ def checkpoint_folder(path: Path) -> Path:
 def load_config(folder: Path) -> PretrainedConfig:
     """The config in a checkpoint's folder. Errors: `checkpoint_folder`'s; ValueError for a broken config."""
     checkpoint_folder(folder)
+    read_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each library on the way raises its own kind for a broken file
-        raise ValueError(f"the config in {folder} cannot be loaded: {error}") from error
+        raise ValueError(f"the config in {folder} cannot be loaded: {first_line(error)}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in a checkpoint's config.json, before any library reads it. Errors: `read_json`'s;
+    ValueError for anything else than an object, and for more labels than a head can have."""
+    path = folder / "config.json"
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; a JSON object is needed")
+    try:
+        check_labels(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def shard_names(index: Path) -> list[str]:
+    """The names of the files that an index of shards lists, which lie beside it; ValueError for an index of
+    another form, or that leads out of its folder."""
+    listed = read_json(index)
+    names = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} has no weight_map of tensors to files")
+    shards = sorted(set(names.values()))
+    outside = [
+        name for name in shards if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name
+    ]
+    if outside:
+        raise ValueError(f"{index} leads out of its folder: {shown(outside[0])}")
+    return shards
+
+
+def check_weights(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError that names the first tensor with a number that is not finite or beyond MAX_WEIGHT."""
+    for name, tensor in tensors:
+        if not tensor.numel() or not tensor.is_floating_point():
+            continue
+        low, high = (float(bound) for bound in torch.aminmax(tensor.detach()))
+        if not -MAX_WEIGHT <= low <= high <= MAX_WEIGHT:
+            raise ValueError(
+                f"{name} holds numbers from {low:g} to {high:g}: weights are finite, and at most "
+                f"{MAX_WEIGHT:g}"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_model(name_or_path: str) -> PreTrainedModel:
@@ -67,17 +120,16 @@ def load_model(name_or_path: str) -> PreTrainedModel:
     check_source(name_or_path)
     with _explained(name_or_path, name_or_path), warnings.catch_warnings():
         warnings.simplefilter("ignore", NewHeadWarning)  # refused below
-        config = AutoConfig.from_pretrained(name_or_path)
-        if config.model_type not in PRUNED_CONFIGS:
-            raise ValueError(
-                f"it is a {config.model_type!r} model; only {', '.join(PRUNED_CONFIGS)} are supported"
-            )
+        config = _supported_config(name_or_path)
         # Auto classes know no Natural Questions models: the config names the class that was saved.
         model_class: Any = AutoModelForQuestionAnswering
         if is_natural_questions(config):
             model_class = natural_questions_class(config.model_type)
-        model, info = model_class.from_pretrained(name_or_path, output_loading_info=True)
+        model, info = model_class.from_pretrained(
+            name_or_path, output_loading_info=True, trust_remote_code=False
+        )
         _check_tensors(info["missing_keys"], info["unexpected_keys"])
+        check_weights(model.named_parameters())
     return model.float().eval()
 
 
@@ -86,7 +138,30 @@ def load_to_fine_tune(name_or_path: str) -> PreTrainedModel:
     checkpoint has none or one for other labels. Errors: as `load_model`'s."""
     check_source(name_or_path)
     with _explained(name_or_path, name_or_path):
-        return AutoModelForQuestionAnswering.from_pretrained(name_or_path, num_labels=2)
+        _supported_config(name_or_path)
+        model = AutoModelForQuestionAnswering.from_pretrained(
+            name_or_path, num_labels=2, trust_remote_code=False
+        )
+        check_weights(model.named_parameters())
+    return model
+
+
+def _supported_config(name_or_path: str) -> PretrainedConfig:
+    """The config of a model that can be pruned. What the small files in a folder show is refused before any
+    library reads them."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        _check_type(read_config(folder).get("model_type"))
+        for index in folder.glob("*.index.json"):
+            shard_names(index)
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    _check_type(config.model_type)
+    return config
+
+
+def _check_type(model_type: object) -> None:
+    if not isinstance(model_type, str) or model_type not in PRUNED_CONFIGS:
+        raise ValueError(f"it is a {shown(model_type)} model; only {', '.join(PRUNED_CONFIGS)} are supported")
 
 
 def _check_tensors(missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -109,7 +184,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         # Without any of them an empty tokenizer would be made.
         raise FileNotFoundError(f"{folder} holds no tokenizer: {' or '.join(VOCABULARY_FILES)} is needed")
     with _explained(f"the tokenizer of {name_or_path}", name_or_path):
-        tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path} has no fast tokenizer, and answers need its character offsets")
     return tokenizer
@@ -144,12 +219,11 @@ def _explained(what: str, name_or_path: str) -> Iterator[None]:
     except OSError as error:
         if Path(name_or_path).is_dir():
             raise
-        reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"there is no folder {name_or_path}, and no such model on the hub: {reason}"
+            f"there is no folder {name_or_path}, and no such model on the hub: {first_line(error)}"
         ) from error
     except Exception as error:
-        raise ValueError(f"{what} cannot be loaded: {error}") from error
+        raise ValueError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 def load_folder(folder: Path, device: torch.device | str | None) -> PreTrainedModel:

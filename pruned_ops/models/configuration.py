@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from transformers import BertConfig, RobertaConfig
 
+from pruned_ops.files import shown
 from pruned_ops.layers.modules import refuse_activation
 from pruned_ops.shape import MAX_LAYERS, MAX_PARAMETERS, MAX_WIDTH, LayerShape, ModelShape, checked_int
 
@@ -41,7 +43,7 @@ class ScoreCalibration:
     def parse(cls, value: object) -> ScoreCalibration:
         """Read the object that config.json holds. Errors: ValueError for anything else."""
         if not isinstance(value, dict) or value.keys() != {"temperature", "other"}:
-            raise ValueError(f"score_calibration is {value!r}; temperature and other are needed")
+            raise ValueError(f"score_calibration is {shown(value)}; temperature and other are needed")
         return cls(**value)
 
     def to_json(self) -> dict[str, float]:
@@ -60,6 +62,16 @@ class ScoreCalibration:
         return [weight / total for weight in (*weights, last)]
 
 
+def check_labels(fields: Mapping[str, Any]) -> None:
+    """ValueError where a config's fields ask for a name for each of more labels than a head can have:
+    transformers makes all the names at once."""
+    if fields.get("num_labels") is not None:
+        checked_int("num_labels", fields["num_labels"], 0, MAX_WIDTH)
+    for name in ("id2label", "label2id"):
+        if not isinstance(fields.get(name), (Mapping, NoneType)):
+            raise ValueError(f"{name} is {shown(fields[name])}: an object is needed")
+
+
 def _dense_fields(layers: list[LayerShape] | None, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields for the stock config. Sizes of the dense model that are missing are the widest layer's."""
     fields.pop("model_type", None)  # a stock BertConfig.to_dict() brings its own
@@ -74,7 +86,7 @@ def _parse_layers(layer_shapes: object) -> list[LayerShape] | None:
     if layer_shapes is None:
         return None
     if not isinstance(layer_shapes, (list, tuple)):
-        raise ValueError(f"layer_shapes is {layer_shapes!r}: a list with one entry a layer is needed")
+        raise ValueError(f"layer_shapes is {shown(layer_shapes)}: a list with one entry a layer is needed")
     return [LayerShape.parse(layer, f"layer_shapes[{i}]") for i, layer in enumerate(layer_shapes)]
 
 
@@ -109,6 +121,7 @@ class _LayerShapes:
         **fields: Any,
     ) -> None:
         layers = _parse_layers(layer_shapes)
+        check_labels(fields)
         super().__init__(**_dense_fields(layers, fields))
         self._set_shapes(layers, head_dim)
         self._set_answering(null_score_threshold, score_calibration)
@@ -123,7 +136,9 @@ class _LayerShapes:
 
     def _set_answering(self, null_score_threshold: float, score_calibration: dict[str, float] | None) -> None:
         if isinstance(null_score_threshold, bool) or not isinstance(null_score_threshold, (int, float)):
-            raise ValueError(f"null_score_threshold is {null_score_threshold!r}: a number is needed")
+            raise ValueError(f"null_score_threshold is {shown(null_score_threshold)}: a number is needed")
+        if math.isnan(null_score_threshold):
+            raise ValueError("null_score_threshold is nan: a number is needed")
         self.null_score_threshold = float(null_score_threshold)
         if score_calibration is not None:
             score_calibration = ScoreCalibration.parse(score_calibration).to_json()
@@ -142,8 +157,9 @@ class _LayerShapes:
             checked_int(name, getattr(self, name), low, high)
         checked_int("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
         for name in ("layer_norm_eps", "initializer_range"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"{name} is {shown(value)}: it must lie in [0, 1)")
         rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
         if rows * self.hidden_size > MAX_PARAMETERS:
             raise ValueError(

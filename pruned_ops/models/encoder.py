@@ -278,7 +278,7 @@ def _saved_config(name_or_path: Any, arguments: dict[str, Any]) -> Any:
         return None
     where = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     hub = {name: value for name, value in arguments.items() if name in where}
-    return AutoConfig.from_pretrained(name_or_path, **hub)
+    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
 
 
 def _head_name(architecture: str) -> str:

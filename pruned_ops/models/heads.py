@@ -323,7 +323,7 @@ def is_natural_questions(config: Any) -> bool:
 
 def load_natural_questions(name_or_path: str | Path) -> Any:
     """The Natural Questions model that was saved there, dense or pruned; ValueError for another one."""
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     model_class = natural_questions_class(config.model_type)
     if not is_natural_questions(config):
         raise ValueError(

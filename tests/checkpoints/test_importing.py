@@ -18,6 +18,7 @@ import pruned_ops
 from inputs import logits, padded_batch, stock_model
 from pruned_ops import LayerShape
 from pruned_ops.checkpoints.importing import read_foreign
+from pruned_ops.checkpoints.loading import load_model
 from pruned_ops.cli import main
 from pruned_trainer import Decision, attached, compact
 from pruned_trainer.pruning.decision import Kept, LayerDecision
@@ -264,6 +265,84 @@ def test_what_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as refusal:
         pruned_ops.import_checkpoint(folder, head_dim)
     assert said and said in str(refusal.value)
+
+
+QUERY = "bert.encoder.layer.1.attention.self.query.bias"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": ["bert"]}, r"is a \['bert'\] model"),
+        ({"hidden_size": "64"}, "hidden_size is '64': an integer is needed"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"hidden_act": 3}, "hidden_act 3 is not known"),
+        ({"head_dim": "16"}, "head_dim is '16'"),
+        ({"pruned_heads": {"0": 5}}, "pruned_heads is {'0': 5}, not layer -> heads"),
+        ({"num_labels": 1 << 31}, "num_labels is 2147483648"),
+        ({"id2label": ["a"]}, r"id2label is \['a'\]"),
+        ({"tokenizer_class": 7}, "tokenizer_class is 7"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps"),
+        ({"layer_norm_eps": float("nan")}, "'NaN' is no finite number: line 1 column"),
+        ({"hidden_dropout_prob": []}, "hidden_dropout_prob"),
+        ({"pad_token_id": 1.5}, "pad_token_id"),
+    ],
+)
+def test_configs_with_wrong_values_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = stored(tmp_path / "in", stock_model(), lambda config, tensors: config.update(fields))
+    with pytest.raises(ValueError, match=message) as refusal:
+        pruned_ops.import_checkpoint(folder)
+    assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e38])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors[QUERY][3] = value
+
+    folder = stored(tmp_path / "in", stock_model(), change)
+    with pytest.raises(ValueError, match=rf"in: '{QUERY}' holds numbers from .*: weights are fin"):
+        pruned_ops.import_checkpoint(folder)
+
+
+@pytest.mark.parametrize("digit", ["\u0661", "01", "9" * 5000])
+def test_layers_are_numbered_in_plain_digits(digit: str, tmp_path: Path) -> None:
+    def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors[QUERY.replace("layer.1", f"layer.{digit}")] = tensors.pop(QUERY)
+
+    folder = stored(tmp_path / "in", stock_model(), change)
+    with pytest.raises(ValueError, match=r"layer 1 lacks attention\.self\.query\.bias"):
+        pruned_ops.import_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.full((LAYERS, HEADS), float("nan")),
+        torch.full((LAYERS, HEADS), 1e30),
+        torch.ones(LAYERS, HEADS, dtype=torch.complex64),
+        torch.ones(LAYERS, HEADS).to_sparse(),
+        torch.ones(LAYERS),
+        [[1.0] * HEADS] * LAYERS,
+        "heads",
+    ],
+)
+def test_masks_that_are_none_are_refused(mask: Any, tmp_path: Path) -> None:
+    folder = stored(tmp_path / "in", stock_model(), lambda config, tensors: None)
+    torch.save(mask, folder / "head_mask.pt")
+    with pytest.raises(ValueError, match=r"in: the mask of heads"):
+        pruned_ops.import_checkpoint(folder)
+
+
+@pytest.mark.parametrize("shard", ["../out.safetensors", "/etc/hostname", "..", "", "a/b", "a\\b", 7, None])
+def test_an_index_does_not_lead_out_of_its_folder(shard: Any, tmp_path: Path) -> None:
+    folder = stored(tmp_path / "in", stock_model(), lambda config, tensors: None)
+    (folder / "model.safetensors").rename(tmp_path / "out.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {QUERY: shard}}))
+    for load in (pruned_ops.import_checkpoint, load_model):
+        with pytest.raises(ValueError, match=r"index\.json (leads out of its folder|has no weight_map)"):
+            load(str(folder))
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ class NaturalQuestionsTask:
     thresholds = (LONG, SHORT)
 
     def start_model(self, source: str) -> PreTrainedModel:
-        if is_natural_questions(AutoConfig.from_pretrained(source)):
+        if is_natural_questions(AutoConfig.from_pretrained(source, trust_remote_code=False)):
             return load_natural_questions(source)
         return with_answer_types(load_to_fine_tune(source))
 

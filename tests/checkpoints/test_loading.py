@@ -1,0 +1,135 @@
+"""Checkpoints that somebody hostile or careless wrote: refused in one line, nothing loaded, no code run."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from inputs import pruned_model, stock_model
+from pruned_ops.checkpoints.loading import load_config, load_model, load_tokenizer
+from pruned_ops.models.heads import load_natural_questions
+from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
+from pruned_trainer.tasks.squad.task import SquadTask
+from tiny_tokenizers import word_tokenizer
+
+CODE = """from pathlib import Path
+Path(__file__).with_name("code_was_run").touch()
+from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+class C(BertConfig):
+    model_type = "{model_type}"
+class M(BertForQuestionAnswering):
+    config_class = C
+class T(BertTokenizerFast):
+    pass
+"""
+LOADERS: dict[str, Callable[[str], Any]] = {
+    "config": lambda folder: load_config(Path(folder)),
+    "model": load_model,
+    "tokenizer": load_tokenizer,
+    "natural questions": load_natural_questions,
+    "squad's start": SquadTask().start_model,
+    "natural questions' start": NaturalQuestionsTask().start_model,
+}
+
+
+@pytest.fixture(params=["evil", "bert"])
+def with_code(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint with code beside it, of a model type that only this code knows, or of a known one."""
+    stock_model().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    for name, added in (
+        ("config.json", {"AutoConfig": "evil.C", "AutoModelForQuestionAnswering": "evil.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]}),
+    ):
+        fields = json.loads((tmp_path / name).read_text())
+        fields["auto_map"] = added
+        if name == "config.json":
+            fields["model_type"] = request.param
+        (tmp_path / name).write_text(json.dumps(fields))
+    (tmp_path / "evil.py").write_text(CODE.format(model_type=request.param))
+    return tmp_path
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_code_beside_a_checkpoint_is_never_run(
+    loader: str, with_code: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What stands on standard input, a question say, answers no prompt: it is not read at all."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 99))
+    try:
+        LOADERS[loader](str(with_code))
+    except (ValueError, OSError) as error:
+        assert "bert" not in loader and str(with_code) in str(error)
+    assert sys.stdin.tell() == 0 and not (with_code / "code_was_run").exists()
+    assert "[y/N]" not in "".join(capfd.readouterr())
+
+
+def test_a_model_type_that_only_code_knows_is_refused_by_name(with_code: Path) -> None:
+    if json.loads((with_code / "config.json").read_text())["model_type"] == "bert":
+        assert load_model(str(with_code)).config.model_type == "bert"
+        return
+    with pytest.raises(ValueError, match="it is a 'evil' model; only bert, .* are supported$"):
+        load_model(str(with_code))
+
+
+def rewritten(folder: Path, **fields: Any) -> Path:
+    """The pruned checkpoint in `folder` with other fields in its config."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_labels": 1 << 31}, "num_labels is 2147483648: it must lie between 0 and"),
+        ({"num_labels": "2"}, "num_labels is '2': an integer is needed"),
+        ({"null_score_threshold": float("nan")}, "'NaN' is no finite number"),
+        ({"null_score_threshold": [0.0]}, r"null_score_threshold is \[0.0\]"),
+        ({"layer_shapes": {"secret": 1}}, "layer_shapes is"),
+        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps"),
+        ({"model_type": 7}, "it is a 7 model"),
+        ({"vocab_size": 10**400}, "is no finite number: line 1 column"),
+        ({"title": "\ud800"}, "half a surrogate pair"),
+        ({"title": json.loads("[" * 80 + "]" * 80)}, "nested more than 64 deep"),
+    ],
+)
+def test_configs_that_are_none(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    pruned_model().save_pretrained(tmp_path)
+    for load in (LOADERS["config"], load_model):
+        if load is not load_model and "model_type" in fields:
+            continue
+        with pytest.raises(ValueError, match=message) as refusal:
+            load(str(rewritten(tmp_path, **fields)))
+        said = str(refusal.value)
+        assert str(tmp_path) in said and "\n" not in said and len(said) < 600
+
+
+def test_configs_with_a_byte_order_mark_and_in_other_encodings(tmp_path: Path) -> None:
+    pruned_model().save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON: it is UTF-16 or UTF-32 text"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e38])
+@pytest.mark.parametrize("kind", ["pruned", "stock"])
+def test_weights_that_are_no_numbers(value: float, kind: str, tmp_path: Path) -> None:
+    (pruned_model() if kind == "pruned" else stock_model()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["qa_outputs.bias"][1] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"qa_outputs\.bias holds numbers from .*weights are finite"):
+        load_model(str(tmp_path))
+    tensors["qa_outputs.bias"] = torch.tensor([1e9, -1e9])  # large, and a number all the same
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(str(tmp_path))
