@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pruned_ops.command_line import check_counts
-from pruned_ops.files import check_writable, read_text
+from pruned_ops.files import check_writable, parse_json, read_text
 
 if TYPE_CHECKING:
     from pruned_ops.qa.answerer import QuestionAnswerer
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.question is not None:
             lines = _as_lines(arguments.question, arguments.context_file)
         elif arguments.questions == "-":
-            lines = iter(sys.stdin.buffer)
+            lines = iter(_standard_input())
         else:
             lines = iter(stack.enter_context(open(arguments.questions, "rb")))
         answerer = _load(arguments.folder, arguments)
@@ -178,48 +178,56 @@ def answer_lines(
     """
     from pruned_ops.qa.windows import RefusedQuestion
 
-    reader = _Reader(lines, skip_bad)
+    reader, skipped = _Reader(lines), 0
     # The bar would be torn by answers on the same terminal.
     progress = sys.stderr.isatty() and not out.isatty()
     for answer in answerer.stream(reader, top_k, progress=progress, keep_refused=True):
-        number, name = reader.under_way.popleft()
+        number, name, fault = reader.under_way.popleft()
         if isinstance(answer, RefusedQuestion):
-            reader.bad(number, f"the question {answer.reason}")
+            reason = fault or f"the question {answer.reason}"
+            if not skip_bad:
+                raise ValueError(f"line {number}: {reason}")
+            skipped += 1
+            print(f"line {number} skipped: {reason}", file=sys.stderr)
             continue
         fields = asdict(answer) if top_k is None else {"answers": [asdict(each) for each in answer]}
         text = json.dumps({"line": number, **name, **fields}, ensure_ascii=False)
-        # An id may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
-        out.write(text.encode(errors="backslashreplace") + b"\n")
+        out.write(text.encode() + b"\n")
         out.flush()
-    return reader.skipped
+    return skipped
+
+
+def _standard_input() -> IO[bytes]:
+    """Standard input under a file of its own. A thread may still wait in a read of it when the program ends;
+    of sys.stdin, which Python closes then, that would be a fatal error."""
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except OSError:  # something that stands in for it, and is no file
+        return sys.stdin.buffer
 
 
 class _Reader:
-    """Iterates over the records in lines. under_way: for each record that was read and not yet answered, its
-    line and {"id": its id}, or {} where it has none."""
+    """Iterates over the records in lines; None, which is refused, for a line that holds none.
 
-    def __init__(self, lines: Iterator[bytes], skip_bad: bool) -> None:
-        self._lines, self._skip_bad = lines, skip_bad
-        self.under_way: deque[tuple[int, dict[str, Any]]] = deque()
-        self.skipped = 0
+    under_way: for each record that was read and not yet answered, its line, {"id": its id}, or {} where it
+    has none, and why the line holds no record."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self._lines = lines
+        self.under_way: deque[tuple[int, dict[str, Any], str | None]] = deque()
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
         for number, line in enumerate(self._lines, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                record = parse_json(line)
                 if not isinstance(record, dict):
                     raise ValueError(f"it is a {type(record).__name__}, not an object")
-            except (ValueError, RecursionError) as error:
-                self.bad(number, f"no JSON object with a question and a context: {error}")
+            except ValueError as error:
+                fault = f"no JSON object with a question and a context: {error}"
+                self.under_way.append((number, {}, fault))
+                yield None
                 continue
-            self.under_way.append((number, {"id": record["id"]} if "id" in record else {}))
+            self.under_way.append((number, {"id": record["id"]} if "id" in record else {}, None))
             yield record
-
-    def bad(self, number: int, reason: str) -> None:
-        """Count a line that cannot be asked; ValueError that names it where it is not to be skipped."""
-        if not self._skip_bad:
-            raise ValueError(f"line {number}: {reason}")
-        self.skipped += 1
-        print(f"line {number} skipped: {reason}", file=sys.stderr)

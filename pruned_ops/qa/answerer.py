@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from threading import Lock
 from typing import Any, overload
 
 import torch
@@ -18,6 +17,7 @@ from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.qa.decoding import Answer, Candidates, Decoded
 from pruned_ops.qa.logits import select_logits, split_logits
 from pruned_ops.qa.windows import RefusedQuestion, Window, check_cut, check_pairs, cut_each
+from pruned_ops.runtime.arrivals import Arrivals, ForkLock, blocks_of, in_one_process, is_there
 from pruned_ops.runtime.optimize import optimize
 from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, Tensors
 from pruned_ops.shape import checked_int
@@ -26,8 +26,8 @@ from pruned_ops.shape import checked_int
 _MAX_LENGTH, _STRIDE_PARTS = 384, 3
 # A token of English text takes about so many. Only how far ahead is read depends on it.
 _CHARACTERS_PER_TOKEN = 4
-# At most so many questions are read ahead, however short their contexts are.
-_QUESTIONS_AHEAD = 512
+# At most so many questions are a block, however short their contexts are.
+_QUESTIONS_OF_A_BLOCK = 512
 
 Texts = tuple[str, str]  # question, context
 
@@ -108,7 +108,8 @@ class QuestionAnswerer:
         if device is not None:
             model = model.to(checked_device(device))
         self.model, self.tokenizer = optimize(model, dtype=dtype), tokenizer
-        self.lock = Lock()  # held while the tokenizer works: it takes no two callers at once
+        # Held while the tokenizer works: it takes no two callers at once.
+        self.lock: AbstractContextManager[Any] = ForkLock()
 
     @overload
     def answer(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
@@ -123,6 +124,7 @@ class QuestionAnswerer:
         context: str | Sequence[str],
         top_k: int | None = None,
         allow_none: bool = True,
+        keep_refused: bool = False,
     ) -> list[Any]: ...
     def answer(
         self,
@@ -130,17 +132,21 @@ class QuestionAnswerer:
         context: str | Sequence[str],
         top_k: int | None = None,
         allow_none: bool = True,
+        keep_refused: bool = False,
     ) -> Any:
         """The answer to a question out of a context, or a list of answers to lists of the same length.
 
         One context may go with many questions, and one question with many contexts. top_k: gives in place of
         each answer a list of at most so many, likeliest first. allow_none: whether "" (from 0 to 0) may be
         the answer; without it the answer is the best span, and "" only where the context holds no token.
+        keep_refused: gives a RefusedQuestion in the place of an entry that cannot be asked, so that it does
+        not cost the others their answers.
         Errors: TypeError for arguments that are neither strings nor lists; RefusedQuestion, a ValueError,
         with the index of an entry that is no text, or of a question that leaves no room for its context.
         """
         questions, contexts = _lists(question, context)
-        answers = list(self.stream(zip(questions, contexts, strict=True), top_k, allow_none, progress=False))
+        pairs = list(zip(questions, contexts, strict=True))
+        answers = list(self.stream(pairs, top_k, allow_none, progress=False, keep_refused=keep_refused))
         return answers[0] if isinstance(question, str) and isinstance(context, str) else answers
 
     def stream(
@@ -154,10 +160,13 @@ class QuestionAnswerer:
         """The answers to any number of questions, in their order, in memory that does not grow with them.
 
         records: mappings with `question` and `context` (say a `datasets.Dataset`, or JSON objects), or pairs
-        of texts. About a thousand at most are read ahead, so answers come in bursts. top_k: gives a list of
-        at most so many Answers for each question, in place of one Answer. progress: shows a bar on stderr.
-        keep_refused: gives a RefusedQuestion in the place of a record that cannot be asked; without it, the
-        RefusedQuestion is raised after the answers to the records before it. So is an error of `records`.
+        of texts. Some are read ahead (1,600 at most), so answers come in bursts. A generator is read in a
+        thread of the stream's own; where its next record is waited for, those before it are answered at once.
+        Which windows share a batch depends on when records came then, and with it a score's last bits.
+        top_k: gives a list of at most so many Answers for each question, in place of one Answer. progress:
+        shows a bar on stderr. keep_refused: gives a RefusedQuestion in the place of a record that cannot be
+        asked; without it, the RefusedQuestion is raised after the answers to the records before it. So is an
+        error of `records`. A forked child that goes on with its parent's stream gets a RuntimeError.
         """
         if top_k is not None:
             checked_int("top_k", top_k, 1)
@@ -228,6 +237,8 @@ def _lists(question: Any, context: Any) -> tuple[Sequence[str], Sequence[str]]:
 
 # A window, or the end of a question's windows: its index, and the reason where it was refused.
 Event = Window | tuple[int, RefusedQuestion | None]
+# A record that was read: its index, and what is asked, or the reason where that cannot be asked.
+Read = tuple[int, Texts | RefusedQuestion]
 
 
 @dataclass
@@ -246,16 +257,26 @@ class AnswerStream:
     It yields for each record, in order, the best spans with their scores, or a RefusedQuestion that says why
     the record cannot be asked. An error of `records` itself is raised once the records before it are
     answered. lock: is held while the tokenizer works.
+
+    While the caller's thread computes a block of windows, another thread cuts the next. Records of a
+    generator are read in a third.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, records: Iterable[Any], reading: Reading, lock: Lock
+        self,
+        model: Any,
+        tokenizer: Any,
+        records: Iterable[Any],
+        reading: Reading,
+        lock: AbstractContextManager[Any],
     ) -> None:
         self._tokenizer, self._reading, self._lock = tokenizer, reading, lock
         device = next(model.parameters()).device
         self._runner = BatchRunner(model, model.config.pad_token_id, device, select_logits)
         self._tokens = LOOK_AHEAD * reading.tokens_per_batch
-        self._records = enumerate(records)
+        enough = self._tokens * _CHARACTERS_PER_TOKEN
+        self._least = enough // _QUESTIONS_OF_A_BLOCK  # what the shortest question counts, in characters
+        self._records = blocks_of(self._read(records), is_there(records), enough, self._characters)
         self._failure: Exception | None = None
         self._contexts: dict[int, str] = {}
         self._candidates: dict[int, Candidates] = {}
@@ -264,60 +285,60 @@ class AnswerStream:
         self._next = 0  # the question whose answer comes next
 
     def __iter__(self) -> Iterator[Decoded | RefusedQuestion]:
-        with ThreadPoolExecutor(1, "pruned_ops-windows") as thread:
-            tokens = self._reading.tokens_per_batch
-            for batch, logits in self._runner.scheduled(self._blocks(thread), tokens):
-                self._take(batch, logits)
-                yield from self._complete()
+        return in_one_process(self._results())
+
+    def _results(self) -> Iterator[Decoded | RefusedQuestion]:
+        for batch, logits in self._runner.scheduled(self._blocks(), self._reading.tokens_per_batch):
+            self._take(batch, logits)
+            yield from self._complete()
         yield from self._complete()
         if self._failure is not None:
             raise self._failure
 
-    def _blocks(self, thread: ThreadPoolExecutor) -> Iterator[list[Window]]:
-        """The windows of block after block; while one is computed the thread cuts the next."""
-        events = self._events(self._read())
-        ahead: Future[_Block] | None = thread.submit(self._block, events)
-        while ahead is not None:
-            block = ahead.result()
-            if block.last:
-                records = self._read()
-                events = self._events(records)
-                ahead = thread.submit(self._block, events) if records else None
-            else:
-                ahead = thread.submit(self._block, events)
-            self._left.update(window.question_index for window in block.windows)
-            self._ended |= block.ended
-            yield block.windows
+    def _blocks(self) -> Iterator[list[Window]]:
+        """The windows of block after block; an empty one where the next is waited for."""
+        cut = Arrivals(self._cut(), 1)
+        try:
+            for blocks in cut:
+                for block in blocks:
+                    self._left.update(window.question_index for window in block.windows)
+                    self._ended |= block.ended
+                yield [window for block in blocks for window in block.windows]
+        except Exception as error:  # the records' own may be any
+            self._failure = error
+        finally:
+            self._records.close()
+            cut.close(wait=True)
 
-    def _read(self) -> list[tuple[int, Texts | RefusedQuestion]]:
-        """The next records, about a block of them. The caller's own thread reads them, because a generator
-        may be tied to it, and because Ctrl-C reaches it."""
-        records: list[tuple[int, Texts | RefusedQuestion]] = []
-        characters = 0
-        while characters < self._tokens * _CHARACTERS_PER_TOKEN and len(records) < _QUESTIONS_AHEAD:
-            if self._failure is not None:
-                break
+    @staticmethod
+    def _read(records: Iterable[Any]) -> Iterator[Read]:
+        """The records with their indices, checked."""
+        for index, record in enumerate(records):
             try:
-                index, record = next(self._records)
-            except StopIteration:
-                break
-            except Exception as error:  # of any kind, as the iterable is the caller's
-                self._failure = error
-                break
-            try:
-                question, context = _texts_of(record, index)
+                yield index, _texts_of(record, index)
             except RefusedQuestion as refused:
-                records.append((index, refused))
-                continue
-            records.append((index, (question, context)))
-            self._contexts[index] = context
-            characters += len(question) + len(context)
-        return records
+                yield index, refused
 
-    def _events(self, records: list[tuple[int, Texts | RefusedQuestion]]) -> Iterator[Event]:
+    def _characters(self, read: Read) -> int:
+        """The characters that a record counts among those of a block."""
+        texts = read[1]
+        return self._least if isinstance(texts, RefusedQuestion) else max(self._least, sum(map(len, texts)))
+
+    def _cut(self) -> Iterator[_Block]:
+        """Blocks of windows. This runs in the thread."""
+        while (records := self._records.take()) is not None:
+            events = self._events(records)
+            while True:
+                block = self._block(events)
+                yield block
+                if block.last:
+                    break
+
+    def _events(self, records: list[Read]) -> Iterator[Event]:
         """The windows of these records, and each record's end after the last of its windows."""
         accepted = {index: texts for index, texts in records if not isinstance(texts, RefusedQuestion)}
         questions, contexts = ([texts[place] for texts in accepted.values()] for place in (0, 1))
+        self._contexts |= {index: context for index, (_, context) in accepted.items()}
         sizes = (self._reading.max_length, self._reading.stride)
         cuts = cut_each(self._tokenizer, questions, contexts, *sizes, indices=list(accepted))
         for index, texts in records:
@@ -331,7 +352,7 @@ class AnswerStream:
 
     def _block(self, events: Iterator[Event]) -> _Block:
         """The next windows: tokens of about twice LOOK_AHEAD batches, where the records that were read have
-        so many. This runs in the thread."""
+        so many."""
         block, tokens = _Block(), 0
         with self._lock:
             for event in events:
@@ -347,6 +368,8 @@ class AnswerStream:
 
     def _take(self, batch: list[Window], logits: Tensors) -> None:
         """Keep the best spans of a batch's windows."""
+        if not batch:
+            return
         for window, pair in zip(batch, split_logits(batch, logits), strict=True):
             index = window.question_index
             if index not in self._candidates:
@@ -377,7 +400,9 @@ class AnswerStream:
 
 def _texts_of(record: Any, index: int) -> Texts:
     """The question and the context of a record, which is a mapping with these keys or a pair; RefusedQuestion
-    for any other."""
+    for any other, and where the record is one itself."""
+    if isinstance(record, RefusedQuestion):
+        raise record
     if isinstance(record, Mapping):
         missing = [name for name in ("question", "context") if name not in record]
         if missing:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.decoding import Answer
 from pruned_ops.qa.windows import RefusedQuestion, check_pairs
+from pruned_ops.runtime.arrivals import is_there
 from pruned_ops.shape import checked_int
 
 TASK = "question-answering"
@@ -36,6 +37,7 @@ class _Options:
     max_question_len: int | None = None
     handle_impossible_answer: bool = False
     align_to_words: bool = True
+    keep_refused: bool = False
 
     def __post_init__(self) -> None:
         for name in ("top_k", "max_answer_len", "max_seq_len", "max_question_len"):
@@ -101,8 +103,10 @@ class QuestionAnsweringPipeline:
     to whole words. These differ: the score is QuestionAnswerer's, no product of two softmaxes. The
     checkpoint's null score threshold decides whether "" comes first (0 where it has none, as before).
     max_question_len, where it is given, shortens a longer question (it did nothing with fast tokenizers). A
-    question that leaves no room for its context is refused. batch_size, num_workers and padding are accepted
-    and mean nothing, because batches are made by tokens.
+    question that leaves no room for its context is refused. A refused question is raised by its place among
+    the others, after their answers where they are iterated over; with keep_refused=True the RefusedQuestion
+    stands in its place, and the others are answered. batch_size, num_workers and padding are accepted and
+    mean nothing, because batches are made by tokens.
     """
 
     task = TASK
@@ -133,19 +137,28 @@ class QuestionAnsweringPipeline:
         )  # fmt: skip
         contexts: deque[str] = deque()  # the contexts of the questions that are under way
 
-        def pairs() -> Iterator[tuple[str, str]]:
-            for record in records:
-                question, context = _texts(record)
-                contexts.append(context)
-                yield self._shortened(question, options.max_question_len), context
+        def asked(index: int, record: Any) -> Any:
+            try:
+                question, context = _texts(record, index)
+            except RefusedQuestion as refused:
+                contexts.append("")
+                return refused
+            contexts.append(context)
+            return self._shortened(question, options.max_question_len), context
 
-        for decoded in answerer.decoded(pairs(), reading):
+        # A generator stays one: its next record may come late.
+        questions = itertools.starmap(asked, enumerate(records))
+        for decoded in answerer.decoded(list(questions) if is_there(records) else questions, reading):
+            context = contexts.popleft()
             if isinstance(decoded, RefusedQuestion):
-                raise decoded
+                if not options.keep_refused:
+                    raise decoded
+                yield decoded
+                continue
             ranked = decoded.ranked(
                 answerer.null_score_threshold, answerer.calibration, options.handle_impossible_answer
             )
-            answers = self._dictionaries(ranked, contexts.popleft(), options)
+            answers = self._dictionaries(ranked, context, options)
             yield answers[0] if options.top_k == 1 else answers
 
     def _shortened(self, question: str, tokens: int | None) -> str:
@@ -211,7 +224,7 @@ def _records(inputs: tuple[Any, ...], texts: dict[str, Any]) -> Any:
     if isinstance(records, Mapping) or hasattr(records, "question_text"):
         return _spread(records)
     if isinstance(records, (list, tuple)):
-        return list(chain.from_iterable(map(_spread, records)))
+        return list(itertools.chain.from_iterable(map(_spread, records)))
     if not isinstance(records, Iterable):
         raise ValueError(f"a {type(records).__name__} is no question with its context")
     return records
@@ -228,17 +241,28 @@ def _spread(record: Any) -> list[Any]:
     return [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
 
 
-def _texts(record: Any) -> tuple[str, str]:
-    """The question and the context of a dictionary, or of an object like transformers' SquadExample; KeyError
-    or ValueError for any other record."""
+class _LacksKey(RefusedQuestion, KeyError):
+    """A dictionary without question or context: the old pipeline raised KeyError for it."""
+
+    __str__ = ValueError.__str__  # KeyError's own would put the sentence in quotes
+
+
+def _texts(record: Any, index: int) -> tuple[str, str]:
+    """The question and the context of a dictionary, or of an object like transformers' SquadExample;
+    RefusedQuestion for any other record."""
     if hasattr(record, "question_text") and hasattr(record, "context_text"):
         record = {"question": record.question_text, "context": record.context_text}
     if not isinstance(record, Mapping):
-        raise ValueError(f"a {type(record).__name__} is no question with its context: pass a dictionary")
+        kind = type(record).__name__
+        raise RefusedQuestion(
+            index, f"cannot be asked: a {kind} is no question with its context; pass a dictionary"
+        )
     for name in ("question", "context"):
         if name not in record:
-            raise KeyError(f"a dictionary with question and context is needed; this one has no {name}")
+            raise _LacksKey(index, f"has no {name}; a dictionary with question and context is needed")
         if not isinstance(record[name], str) or not record[name]:
             kind = "empty" if record[name] == "" else f"a {type(record[name]).__name__}"
-            raise ValueError(f"{name} is {kind}; a string that is not empty is needed")
+            raise RefusedQuestion(
+                index, f"cannot be asked: its {name} is {kind}; a string that is not empty is needed"
+            )
     return record["question"], record["context"]

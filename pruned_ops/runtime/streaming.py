@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.runtime.arrivals import blocks_of, in_one_process, is_there
 from pruned_ops.runtime.packed_encoder import PackedEncoder
 from pruned_ops.shape import checked_int
 
@@ -172,30 +173,48 @@ class BatchRunner:
         """Run every block's sequences in batches of at most `tokens` (see `token_batches`).
 
         Yields each batch with its results on the host. A block is read when all batches before it are
-        computed, except for `lanes.ahead` of them."""
-        return self.run(
-            [block[place] for place in places] for block in blocks for places in token_batches(block, tokens)
-        )
+        computed, except for `lanes.ahead` of them. An empty block says that the next one is not there yet:
+        the batches before it are finished first, and then ([], {}) is yielded."""
+
+        def batches() -> Iterator[list[T]]:
+            for block in blocks:
+                if not block:
+                    yield []
+                for places in token_batches(block, tokens):
+                    yield [block[place] for place in places]
+
+        return self.run(batches())
 
     def run(self, batches: Iterable[list[T]]) -> Iterator[tuple[list[T], Tensors]]:
-        """Run these batches. Yields each with its results on the host, in the order given."""
+        """Run these batches. Yields each with its results on the host, in the order given; ([], {}) for an
+        empty one, once all before it are finished."""
         ahead = self._lanes.ahead
         to_device, to_host = deque[Batch[T]](), deque[Batch[T]]()
         try:
             for sequences in batches:
+                if not sequences:
+                    yield from self._finished(to_device, to_host)
+                    yield [], {}
+                    continue
                 to_device.append(Batch(sequences, self._lanes.to_device(padded(sequences, self._pad))))
                 if len(to_device) > ahead:
                     to_host.append(self._computed(to_device.popleft()))
                 if len(to_host) > ahead:
                     yield to_host.popleft().results()
-            while to_device:
-                to_host.append(self._computed(to_device.popleft()))
-                if len(to_host) > ahead:
-                    yield to_host.popleft().results()
-            while to_host:
-                yield to_host.popleft().results()
+            yield from self._finished(to_device, to_host)
         finally:
             self._lanes.wait()  # a copy may still use memory that is given back after this
+
+    def _finished(
+        self, to_device: deque[Batch[T]], to_host: deque[Batch[T]]
+    ) -> Iterator[tuple[list[T], Tensors]]:
+        """The results of the batches that are under way."""
+        while to_device:
+            to_host.append(self._computed(to_device.popleft()))
+            if len(to_host) > self._lanes.ahead:
+                yield to_host.popleft().results()
+        while to_host:
+            yield to_host.popleft().results()
 
     def _computed(self, batch: Batch[T]) -> Batch[T]:
         """Run the model on a batch of inputs. The result is the same batch, with its outputs on their way."""
@@ -231,18 +250,31 @@ _READ = ("input_ids", "token_type_ids", "attention_mask")
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """A tokenised text, and its place among the caller's texts."""
+    """A tokenised text, and its place among the caller's texts. refused: why it cannot be encoded."""
 
     index: int
     input_ids: Tensor
     token_type_ids: Tensor | None
+    refused: RefusedText | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
+class RefusedText(ValueError):
+    """A text that cannot be encoded. index: its place among the texts; reason: what is wrong with it."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"text {index} {reason}")
+        self.index, self.reason = index, reason
+
+
 def encode_many(
-    model: Any, texts: Iterable[Any], tokens_per_batch: int | None = None, lanes: Lanes | None = None
+    model: Any,
+    texts: Iterable[Any],
+    tokens_per_batch: int | None = None,
+    lanes: Lanes | None = None,
+    keep_refused: bool = False,
 ) -> Iterator[Any]:
     """Yield the model's outputs for each of `texts`, in their order, in memory that does not grow with them.
 
@@ -251,14 +283,18 @@ def encode_many(
     tokens_per_batch: the most tokens of a batch, padding included; a longer text is a batch by itself. By
     default TOKENS_ON_A_CPU or TOKENS_ON_A_GPU.
     lanes: how inputs and results are copied, for tests.
-    The texts are read in windows of LOOK_AHEAD batches' tokens (and at most one text more) and sorted by
-    length within a window, so that results come in bursts. On a GPU copies run on a stream of their own,
-    beside the computing.
+    keep_refused: gives a RefusedText, a ValueError, in the place of a text that cannot be read.
+    The texts are computed in windows of LOOK_AHEAD batches' tokens (and at most one text more), sorted by
+    length within a window, so that results come in bursts. A generator is read in a thread, one such window
+    ahead; where the next text is waited for, those before it are computed at once. Which texts share a batch
+    depends on when they came then, and with it the last bits of the results. On a GPU copies run on a stream
+    of their own, beside the computing.
     Each result is what the model returns, with the fields of this text alone, on the CPU: hidden states,
     start and end logits and labels of tokens are (tokens, ...), labels of a text are (labels,).
-    Errors: ValueError at once for wrong settings, and for a model that is not optimised. ValueError with the
+    Errors: ValueError at once for wrong settings, and for a model that is not optimised. RefusedText with the
     index of a text that cannot be read, or an error of `texts` itself, after the results before it.
-    ValueError for outputs that cannot be split into texts.
+    ValueError for outputs that cannot be split into texts. RuntimeError in a forked child that goes on with
+    its parent's results.
     """
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         raise ValueError(f"texts are a {type(texts).__name__}; an iterable of tokenised texts is needed")
@@ -268,49 +304,58 @@ def encode_many(
     if tokens_per_batch is None:
         tokens_per_batch = TOKENS_ON_A_GPU if encoder.device.type == "cuda" else TOKENS_ON_A_CPU
     checked_int("tokens_per_batch", tokens_per_batch, 1)
-    outputs = _Outputs()
-    pad = encoder.config.pad_token_id or 0
+    outputs, pad = _Outputs(), encoder.config.pad_token_id or 0
     runner = BatchRunner(model, pad, encoder.device, outputs.select, lanes)
-    reader = _Reader(texts, longest_sequence(encoder.config), LOOK_AHEAD * tokens_per_batch)
-    return _in_order(runner, reader, outputs, tokens_per_batch)
+    stream = _TextStream(texts, longest_sequence(encoder.config), tokens_per_batch, keep_refused)
+    return in_one_process(stream.results(runner, outputs))
 
 
-def _in_order(
-    runner: BatchRunner, reader: _Reader, outputs: _Outputs, tokens_per_batch: int
-) -> Iterator[Any]:
-    """The results in the order of their texts; an error of the reader after them."""
-    waiting: dict[int, Any] = {}
-    following = 0
-    for batch, tensors in runner.scheduled(reader, tokens_per_batch):
-        for row, text in enumerate(batch):
-            waiting[text.index] = outputs.of_text(tensors, row, len(text))
-        while following in waiting:
-            yield waiting.pop(following)
-            following += 1
-    if reader.failure is not None:
-        raise reader.failure
+class _TextStream:
+    """One run over many texts."""
 
+    def __init__(self, texts: Iterable[Any], longest: int, tokens_per_batch: int, keep_refused: bool) -> None:
+        self._texts, self._longest, self._keep_refused = texts, longest, keep_refused
+        self._tokens_per_batch = tokens_per_batch
+        self._failure: Exception | None = None
+        self._waiting: dict[int, Any] = {}  # results that one before them keeps back
+        self._next = 0  # the text whose result comes next
 
-class _Reader:
-    """Iterates over windows of texts of about `tokens` tokens. failure: the error that ended it early."""
+    def results(self, runner: BatchRunner, outputs: _Outputs) -> Iterator[Any]:
+        """The results in the order of their texts; an error of the texts after them."""
+        for batch, tensors in runner.scheduled(self._windows(), self._tokens_per_batch):
+            for row, text in enumerate(batch):
+                self._waiting[text.index] = outputs.of_text(tensors, row, len(text))
+            yield from self._complete()
+        yield from self._complete()
+        if self._failure is not None:
+            raise self._failure
 
-    def __init__(self, texts: Iterable[Any], longest: int, tokens: int) -> None:
-        self._texts, self._longest, self._tokens = texts, longest, tokens
-        self.failure: Exception | None = None
+    def _complete(self) -> Iterator[Any]:
+        while self._next in self._waiting:
+            self._next += 1
+            yield self._waiting.pop(self._next - 1)
 
-    def __iter__(self) -> Iterator[list[_Text]]:
-        window, tokens = list[_Text](), 0
+    def _windows(self) -> Iterator[list[_Text]]:
+        """The texts in windows of some batches' tokens. Refused ones are put among the results."""
+        enough = LOOK_AHEAD * self._tokens_per_batch
+        arrivals = blocks_of(self._read(), is_there(self._texts), enough, len)
         try:
-            for index, text in enumerate(self._texts):
-                window.append(_text(index, text, self._longest))
-                tokens += len(window[-1])
-                if tokens >= self._tokens:
-                    yield window
-                    window, tokens = [], 0
-        except Exception as error:  # the caller's iterable may raise any; `_in_order` raises it again
-            self.failure = error
-        if window:
-            yield window
+            for block in arrivals:
+                self._waiting |= {text.index: text.refused for text in block if text.refused is not None}
+                yield [text for text in block if text.refused is None]
+        except Exception as error:  # the caller's iterable may raise any
+            self._failure = error
+        finally:
+            arrivals.close()
+
+    def _read(self) -> Iterator[_Text]:
+        for index, text in enumerate(self._texts):
+            try:
+                yield _text(index, text, self._longest)
+            except RefusedText as refused:
+                if not self._keep_refused:
+                    raise
+                yield _Text(index, torch.empty(1), None, refused)
 
 
 class _Outputs:
@@ -347,21 +392,21 @@ class _Outputs:
 
 
 def _text(index: int, text: Any, longest: int) -> _Text:
-    """Check a caller's text. Errors: ValueError that names its index."""
+    """Check a caller's text. Errors: RefusedText."""
     fields = dict(text) if isinstance(text, Mapping) else {"input_ids": text}
     unknown = [name for name, value in fields.items() if name not in _READ and value is not None]
     if unknown or fields.get("input_ids") is None:
         fault = f"has {', '.join(map(str, unknown))}" if unknown else "has no input_ids"
-        raise ValueError(f"text {index} {fault}; encode_many reads {' and '.join(_READ[:2])}")
+        raise RefusedText(index, f"{fault}; encode_many reads {' and '.join(_READ[:2])}")
     tensors = {name: _numbers(index, name, value) for name, value in fields.items() if value is not None}
     tokens = len(tensors["input_ids"])
     if not 1 <= tokens <= longest:
-        raise ValueError(f"text {index} has {tokens} tokens; the model takes 1 to {longest}")
+        raise RefusedText(index, f"has {tokens} tokens; the model takes 1 to {longest}")
     for name, values in tensors.items():
         if len(values) != tokens:
-            raise ValueError(f"text {index} has {tokens} input_ids, but {len(values)} {name}")
+            raise RefusedText(index, f"has {tokens} input_ids, but {len(values)} {name}")
     if "attention_mask" in tensors and not bool((tensors["attention_mask"] == 1).all()):
-        raise ValueError(f"text {index} is padded: its attention_mask has zeros; give its tokens alone")
+        raise RefusedText(index, "is padded: its attention_mask has zeros; give its tokens alone")
     return _Text(index, tensors["input_ids"], tensors.get("token_type_ids"))
 
 
@@ -371,13 +416,14 @@ def _numbers(index: int, name: str, values: Any) -> Tensor:
     try:
         numbers = torch.as_tensor(values if isinstance(values, (Tensor, Sequence)) else list(values)).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"text {index}: its {name} are no numbers ({error})") from None
+        raise RefusedText(index, f"cannot be read: its {name} are no numbers ({error})") from None
     if numbers.dim() == 2 and len(numbers) == 1:
         numbers = numbers[0]
     whole = not (numbers.is_floating_point() or numbers.is_complex())
     if numbers.dim() != 1 or not (whole or numbers.numel() == 0):
         shape = tuple(numbers.shape)
-        raise ValueError(
-            f"text {index}: its {name} are {numbers.dtype} {shape}; whole numbers (tokens,) are needed"
+        raise RefusedText(
+            index,
+            f"cannot be read: its {name} are {numbers.dtype} {shape}; whole numbers (tokens,) are needed",
         )
     return numbers.long()

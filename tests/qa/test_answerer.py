@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
+from threading import Event
 from typing import Any
 
 import pytest
@@ -24,6 +28,7 @@ from pruned_ops.qa.windows import RefusedQuestion, cut_each, windows
 from real_data import real_data
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 
+HUNG = 300  # seconds after which a thread or a child is taken to hang
 QUESTIONS = [words(1 + i % 4) for i in range(40)]
 # Around one window of 80 tokens, many of them, and none.
 CONTEXTS = [" ".join(f"w{(7 * i + j) % 96}" for j in range((0, 5, 70, 76, 300)[i % 5])) for i in range(40)]
@@ -91,7 +96,7 @@ def test_a_long_text_and_a_long_stream_are_not_held() -> None:
             yield {"question": "w1", "context": "w2 w3", "more": "ignored"}
 
     stream = answerer_of("bert").stream(records(), progress=False)
-    assert next(stream) is not None and read <= 1024
+    assert next(stream) is not None and read <= 3 * 512  # one block is computed, one cut and one read
     assert sum(1 for _ in stream) == 3999
 
 
@@ -213,6 +218,79 @@ def test_the_stream_answers_all_that_comes_before_an_error() -> None:
     kept = list(one.stream(mixed, progress=False, keep_refused=True))
     assert close([kept[0], kept[3]], [found[0]] * 2)
     assert [each.index for each in kept[1:3]] == [1, 2] and "is a int" in str(kept[1])
+
+
+def test_a_refused_entry_does_not_cost_the_others() -> None:
+    one = answerer_of("bert")
+    questions: list[Any] = ["w1", None, words(79), "w2"]
+    found = one.answer(questions, words(90), keep_refused=True)
+    assert [type(each) for each in found] == [Answer, RefusedQuestion, RefusedQuestion, Answer]
+    assert [each.index for each in found[1:3]] == [1, 2]
+    assert close([found[0], found[3]], one.answer(["w1", "w2"], words(90)))
+
+
+def test_a_question_may_wait_for_the_answer_to_the_one_before() -> None:
+    """A person, or a queue: the next record comes only after the last one's answer, or its refusal."""
+    one = answerer_of("bert")
+    answers: Queue[Any] = Queue()
+
+    def person() -> Iterator[Any]:
+        for record in (("w1", words(20)), ("w2", words(200)), ("w3", None), ("w4", words(9))):
+            yield record
+            answers.get(timeout=HUNG)
+
+    found = []
+    for answer in one.stream(person(), progress=False, keep_refused=True):
+        found.append(answer)
+        answers.put(answer)
+    assert [type(each) for each in found] == [Answer, Answer, RefusedQuestion, Answer]
+    assert close(found[:2], one.answer(["w1", "w2"], [words(20), words(200)]))
+
+
+def test_who_stops_early_ends_the_threads() -> None:
+    """One is blocked in the caller's generator until that goes on, and then ends."""
+    one, go_on = answerer_of("bert"), Event()
+
+    def endless() -> Iterator[Any]:
+        yield "w1", words(5)
+        go_on.wait(HUNG)
+        yield "w2", words(5)
+        raise AssertionError("nobody asked for a third")
+
+    before = set(threading.enumerate())
+    stream = one.stream(endless(), progress=False)
+    next(stream)
+    stream.close()
+    (reader,) = set(threading.enumerate()) - before
+    assert reader.daemon
+    go_on.set()
+    reader.join(HUNG)
+    assert not reader.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_answers_whatever_other_threads_did_at_the_fork() -> None:
+    """Here another thread is at work with the tokenizer, whose lock it holds."""
+    one = answerer_of("bert")
+    expected = one.answer("w1", words(20))
+    stream = one.stream([("w1", words(20))] * 2, progress=False)
+    next(stream)
+
+    def child(sender: Any) -> None:
+        with pytest.raises(RuntimeError, match="this stream was begun in process .* of the child's own"):
+            next(stream)
+        answer = one.answer("w1", words(20))
+        sender.send((answer.answer, answer.start, answer.end))
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(sender,))
+    with one.lock:
+        process.start()
+    assert receiver.poll(HUNG), "the forked child hangs"
+    assert receiver.recv() == (expected.answer, expected.start, expected.end)
+    process.join(HUNG)
+    assert process.exitcode == 0 and next(stream).answer == expected.answer
 
 
 def test_a_data_set_with_a_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@ and the copies beside the computing, with a stand-in for a GPU's lanes."""
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -18,8 +20,16 @@ import pruned_ops
 from head_models import stock
 from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, HostLanes, Tensors, encode_many
+from pruned_ops.runtime.streaming import (
+    LOOK_AHEAD,
+    BatchRunner,
+    HostLanes,
+    RefusedText,
+    Tensors,
+    encode_many,
+)
 
+HUNG = 300  # seconds after which a thread or a child is taken to hang
 FAST = pruned_ops.optimize(stock_model())
 
 
@@ -92,9 +102,9 @@ def test_random_arrivals(lengths: list[int], tokens: int, overlapped: bool) -> N
     try:
         for found in encode_many(FAST, arrivals(), tokens, lanes):
             held = sum(lengths[given_back:read])
-            # A window, and on a GPU the one that is read while the last one's batches are computed.
+            # The window that is computed, the one that is read meanwhile, and on a GPU the one before.
             longest = max(lengths)
-            windows = (1 + lanes.ahead) * (LOOK_AHEAD * tokens + longest)
+            windows = (2 + lanes.ahead) * (LOOK_AHEAD * tokens + longest)
             assert held <= windows + 2 * lanes.ahead * max(tokens, longest)
             assert found.start_logits.shape == (lengths[given_back],)
             given_back += 1
@@ -253,9 +263,9 @@ def test_token_types_reach_the_model() -> None:
         ({"input_ids": [7, 8], "token_type_ids": [1]}, "text 2 has 2 input_ids, but 1 token_type_ids"),
         ({"input_ids": [7], "position_ids": [3]}, "text 2 has position_ids; encode_many reads input_ids and"),
         ({"token_type_ids": [1]}, "text 2 has no input_ids"),
-        ([0.5], r"text 2: its input_ids are torch.float32 \(1,\); whole numbers"),
-        ("abc", "text 2: its input_ids are no numbers"),
-        ([[7, 8], [7, 8]], r"text 2: its input_ids are torch.int64 \(2, 2\)"),
+        ([0.5], r"text 2 cannot be read: its input_ids are torch.float32 \(1,\); whole numbers"),
+        ("abc", "text 2 cannot be read: its input_ids are no numbers"),
+        ([[7, 8], [7, 8]], r"text 2 cannot be read: its input_ids are torch.int64 \(2, 2\)"),
     ],
 )
 def test_bad_texts_are_named_after_the_results_before_them(bad: Any, message: str) -> None:
@@ -263,6 +273,44 @@ def test_bad_texts_are_named_after_the_results_before_them(bad: Any, message: st
     assert [len(one.start_logits) for one in (next(stream), next(stream))] == [2, 1]
     with pytest.raises(ValueError, match=message):
         next(stream)
+
+
+def test_a_refused_text_does_not_cost_the_others() -> None:
+    for texts in ([[7, 8], [], [9], "abc", [7, 8]], iter([[7, 8], [], [9], "abc", [7, 8]])):
+        found = list(FAST.encode_many(texts, keep_refused=True))
+        assert [one.index for one in found if isinstance(one, RefusedText)] == [1, 3]
+        assert [len(found[place].start_logits) for place in (0, 2, 4)] == [2, 1, 2]
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_text_may_wait_for_the_results_of_the_one_before(overlapped: bool) -> None:
+    results: Queue[Any] = Queue()
+
+    def person() -> Iterator[Any]:
+        for ids in ([7], [], [7, 8], [7, 8, 9]):
+            yield ids
+            results.get(timeout=HUNG)
+
+    lanes, lengths = StandInLanes() if overlapped else HostLanes(), []
+    for found in encode_many(FAST, person(), lanes=lanes, keep_refused=True):
+        lengths.append(0 if isinstance(found, RefusedText) else len(found.start_logits))
+        results.put(found)
+    assert lengths == [1, 0, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_that_goes_on_with_its_parents_results_is_told() -> None:
+    stream = FAST.encode_many(iter([[7, 8]] * 3), tokens_per_batch=2)
+    next(stream)
+
+    def child() -> None:
+        with pytest.raises(RuntimeError, match="this stream was begun in process"):
+            next(stream)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(HUNG)
+    assert process.exitcode == 0 and len(list(stream)) == 2
 
 
 def test_an_error_of_the_iterable_comes_after_the_results_before_it() -> None:
