@@ -188,11 +188,18 @@ class QuestionAnswerer:
             yield ranked[0] if top_k is None else ranked[:top_k]
 
     def decoded(
-        self, records: Iterable[Any], reading: Reading, progress: bool = False
+        self,
+        records: Iterable[Any],
+        reading: Reading,
+        progress: bool = False,
+        are_there: bool | None = None,
     ) -> Iterator[Decoded | RefusedQuestion]:
-        """Every record's best spans and null score, in logits, of which `stream` chooses the answers."""
+        """Every record's best spans and null score, in logits, of which `stream` chooses the answers.
+
+        are_there: whether no record has to be waited for; by default what `is_there` says of `records`."""
         _check_reading(reading, self.model.config, self.tokenizer)
-        stream = AnswerStream(self.model, self.tokenizer, records, reading, self.lock)
+        are_there = is_there(records) if are_there is None else are_there
+        stream = AnswerStream(self.model, self.tokenizer, records, are_there, reading, self.lock)
         if not progress:
             yield from stream
             return
@@ -256,7 +263,7 @@ class AnswerStream:
 
     It yields for each record, in order, the best spans with their scores, or a RefusedQuestion that says why
     the record cannot be asked. An error of `records` itself is raised once the records before it are
-    answered. lock: is held while the tokenizer works.
+    answered. are_there: whether no record has to be waited for. lock: is held while the tokenizer works.
 
     While the caller's thread computes a block of windows, another thread cuts the next. Records of a
     generator are read in a third.
@@ -267,6 +274,7 @@ class AnswerStream:
         model: Any,
         tokenizer: Any,
         records: Iterable[Any],
+        are_there: bool,
         reading: Reading,
         lock: AbstractContextManager[Any],
     ) -> None:
@@ -276,7 +284,7 @@ class AnswerStream:
         self._tokens = LOOK_AHEAD * reading.tokens_per_batch
         enough = self._tokens * _CHARACTERS_PER_TOKEN
         self._least = enough // _QUESTIONS_OF_A_BLOCK  # what the shortest question counts, in characters
-        self._records = blocks_of(self._read(records), is_there(records), enough, self._characters)
+        self._records = blocks_of(self._read(records), are_there, enough, self._characters)
         self._failure: Exception | None = None
         self._contexts: dict[int, str] = {}
         self._candidates: dict[int, Candidates] = {}

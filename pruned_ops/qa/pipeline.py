@@ -146,9 +146,8 @@ class QuestionAnsweringPipeline:
             contexts.append(context)
             return self._shortened(question, options.max_question_len), context
 
-        # A generator stays one: its next record may come late.
         questions = itertools.starmap(asked, enumerate(records))
-        for decoded in answerer.decoded(list(questions) if is_there(records) else questions, reading):
+        for decoded in answerer.decoded(questions, reading, are_there=is_there(records)):
             context = contexts.popleft()
             if isinstance(decoded, RefusedQuestion):
                 if not options.keep_refused:

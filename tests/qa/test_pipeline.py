@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import BertTokenizerFast
 import pruned_ops
 from inputs import stock_model
 from pruned_ops.qa.pipeline import aligned
+from pruned_ops.qa.windows import RefusedQuestion
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 
 CONTEXT = words(60)
@@ -100,6 +103,53 @@ def test_what_is_refused_by_name(qa: Any) -> None:
     ):
         with pytest.raises(error, match=message):
             qa(**given)
+
+
+def test_a_bad_record_is_named_and_does_not_cost_the_others(qa: Any) -> None:
+    good = {"question": "w1 w2", "context": CONTEXT}
+    bad = [{**good, "context": ""}, {"question": "w1"}, 5, {**good, "question": words(90)}]
+    for number, record in enumerate(bad, 1):
+        with pytest.raises(ValueError, match=f"question {number} "):
+            qa([good] * number + [record, good])
+    with pytest.raises(KeyError, match="^question 1 has no context; a dictionary"):
+        qa([good, {"question": "w1"}])
+    for records in ([good, *bad, good], iter([good, *bad, good])):
+        found = list(qa(records, keep_refused=True))
+        assert [result.index for result in found[1:-1]] == [1, 2, 3, 4]
+        assert found[0]["answer"] == found[-1]["answer"] == qa(good)["answer"]
+
+
+def test_a_generator_may_wait_for_the_answer_before(qa: Any) -> None:
+    answers: Queue[Any] = Queue()
+
+    def person() -> Iterator[Any]:
+        for context in (CONTEXT, "", words(9)):
+            yield {"question": "w1", "context": context}
+            answers.get(timeout=300)
+
+    found = []
+    for result in qa(person(), keep_refused=True):
+        found.append(result)
+        answers.put(result)
+    assert [type(result) for result in found] == [dict, RefusedQuestion, dict]
+
+
+def test_a_data_set_is_not_held(qa: Any) -> None:
+    class Rows:
+        read = 0
+
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, index: int) -> Any:
+            self.read += 1
+            return {"question": "w1", "context": "w2 w3"}
+
+        def __iter__(self) -> Iterator[Any]:
+            return map(self.__getitem__, range(len(self)))
+
+    rows = Rows()
+    assert next(qa(rows))["answer"] and rows.read <= 2000
 
 
 def test_answers_are_whole_words_unless_asked_otherwise() -> None:
