@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -50,8 +50,8 @@ LINEARS = (
     (12288, 512, 1024),
 )
 NORMS = ((12288, 1024), (49152, 1024), (12288, 384))
-# Rows and warps of a program of the LayerNorm kernels, known ones and others.
-ROWS = ((1, 4), (4, 4), (2, 4), (1, 2), (8, 8), (1, 8))
+# Rows and warps of a program of the LayerNorm kernels, beside those that `tune` knows.
+MORE_ROWS = ((2, 4), (8, 8))
 # Rounds of a graph; each is launched twice.
 ROUNDS = 6
 # Configurations of a GEMM that are timed without TMA: the most promising ones by the formula.
@@ -236,9 +236,8 @@ def _add_layer_norms(
         from pruned_ops.ops.backends.triton import configs
         from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
 
-        chosen = configs.row_config(bias.size(0))
-        others = (replace(chosen, rows=rows, warps=warps) for rows, warps in ROWS)
-        for config in dict.fromkeys([chosen, *others]):
+        others = (configs.RowConfig(rows, warps) for rows, warps in MORE_ROWS)
+        for config in dict.fromkeys([*configs.row_configs(bias.size(0)), *others]):
             yield (
                 f"triton {described(config)}",
                 lambda x, residual, config=config: launch_add_layer_norm(

@@ -1,0 +1,290 @@
+"""What is learnt about a GPU in two calls, of 9 and of 4 minutes: `make gpu PART=first` and `PART=second`.
+
+Usage: python benchmarks/first_contact.py first|second --out FOLDER [--device cpu]
+The parts run one after another, each within its own time; what one does stops no other. Their lines are
+printed as they come, and are in FOLDER/first or FOLDER/second, with a summary, in which what was wrong or
+failed comes first. --device cpu is a dry run on tiny sizes. Only the standard library is imported here: that
+torch does not load is a finding, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parent.parent
+# Seconds of a whole call.
+TOTAL = {"first": 540, "second": 240}
+# Seconds in which a part that was interrupted may print what it has, before it is killed.
+GRACE = 15
+# The share of a part's time that its first command gets, where another runs behind it.
+BEFORE_AFTER = 0.8
+# pytest's exit status where no test was chosen.
+NO_TESTS = 5
+# Lines that begin so go into the summary.
+FAULTS = ("WRONG", "FAILED", "ERROR")
+FAILED_TESTS = "failed-tests.txt"
+GPU_TESTS = (
+    *("tests/ops/test_triton.py", "tests/ops/test_cuda.py", "tests/runtime/test_graph_inputs.py"),
+    *("tests/runtime/test_engine_gpu.py", "tests/runtime/test_optimize.py"),
+)
+# Run by the second call where no list of failed tests is there.
+MOST_TELLING_TESTS = ("tests/runtime/test_engine_gpu.py",)
+SANITIZED_TEST = ("tests/ops/test_cuda.py", "-k", "attention_at_the_edges and 64 and float16")
+DRY_TESTS = ("tests/benchmarks/test_op_report.py",)
+BUILD = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+LOADED = (
+    "import torch, pruned_ops._C\n"
+    "from pruned_ops.ops.registry import BACKENDS\n"
+    "assert torch.cuda.is_available(), 'torch sees no GPU'\n"
+    "assert BACKENDS['cuda'].missing is None, BACKENDS['cuda'].missing\n"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and the seconds that it may take. after: a command that runs behind it in the same time."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    after: list[str] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended, and its lines that are faults."""
+
+    name: str
+    status: str
+    seconds: float
+    faults: list[str]
+
+
+def run_part(part: Part, folder: Path, seconds: float) -> Outcome:
+    """Run a part, print its lines as they come, and write them to FOLDER/NAME.txt. After `seconds` it is
+    interrupted, and killed GRACE seconds later."""
+    start = time.monotonic()
+    faults: list[str] = []
+    statuses: list[str] = []
+    with (folder / f"{part.name}.txt").open("w", encoding="utf-8") as log:
+        for command in (part.command, *([part.after] if part.after else [])):
+            left = seconds - (time.monotonic() - start)
+            if part.after and command is part.command:
+                left *= BEFORE_AFTER
+            statuses.append(_run(command, part, left, log, faults) if left > 0 else "no time was left")
+    status = "ok" if set(statuses) == {"ok"} else next(status for status in statuses if status != "ok")
+    return Outcome(part.name, status, time.monotonic() - start, faults)
+
+
+def _run(command: list[str], part: Part, seconds: float, log: TextIO, faults: list[str]) -> str:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "PYTHONUNBUFFERED": "1"}
+    try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment | part.environment, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_take_interrupts,
+        )  # fmt: skip
+    except OSError as error:
+        return f"cannot be started: {error}"
+    assert process.stdout is not None
+    timers = [
+        threading.Timer(max(seconds, 1), process.send_signal, [signal.SIGINT]),
+        threading.Timer(max(seconds, 1) + GRACE, _kill, [process]),
+    ]
+    for timer in timers:
+        timer.start()
+    start = time.monotonic()
+    for line in process.stdout:
+        print(f"[{part.name}] {line}", end="", flush=True)
+        log.write(line)
+        log.flush()
+        if line.startswith(FAULTS):
+            faults.append(line.strip())
+    code = process.wait()
+    for timer in timers:
+        timer.cancel()
+    if time.monotonic() - start >= seconds:
+        return f"interrupted after {seconds:.0f} s"
+    return "ok" if code == 0 or (code == NO_TESTS and "pytest" in command) else f"exit status {code}"
+
+
+def _take_interrupts() -> None:
+    """In a shell's background job interrupts are ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End the part with all processes that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def loads(python: str) -> bool:
+    """Whether the package loads with CUDA kernels that were built before."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
+    return (
+        subprocess.run([python, "-c", LOADED], cwd=ROOT, env=environment, capture_output=True).returncode == 0
+    )
+
+
+def build_environment(python: str) -> dict[str, str]:
+    """Settings for a build for this GPU alone, which fails where CUDA's compiler is missing."""
+    capability = subprocess.run([python, "-c", BUILD], capture_output=True, text=True).stdout.strip()
+    return {"PRUNED_OPS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability or "9.0"}
+
+
+def loading(python: str, dry: bool) -> list[Part]:
+    """Shows what loads; before it, the build, where no extension is there that loads."""
+    info = Part("load", [python, "-m", "pruned_ops.cli", "info"], 60)
+    if dry or loads(python):
+        return [info]
+    build = [python, "setup.py", "-q", "build_ext", "--inplace"]
+    return [Part("build", build, 120, environment=build_environment(python)), info]
+
+
+def tests(python: str, names: Sequence[str], seconds: float, out: Path) -> Part:
+    """pytest on all cores, where pytest-xdist is there; tests with a time limit after that, alone."""
+    pytest = [python, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *names]
+    spread = ["-n", "8", "--dist", "worksteal"] if find_spec("xdist") else []
+    report = [f"--junitxml={out / 'tests.xml'}"]
+    return Part(
+        "tests",
+        [*pytest, *spread, *report, "-m", "not alone"],
+        seconds,
+        after=[*pytest, "-m", "alone", f"--junitxml={out / 'tests-alone.xml'}"],
+    )
+
+
+def kernels(python: str, device: str, minutes: float, out: Path, *more: str) -> Part:
+    command = [python, "benchmarks/bench_kernels.py", "--device", device, "--out", str(out)]
+    # Triton's interpreter, where it is switched on, is as slow as a GPU is fast.
+    return Part(
+        "kernels", [*command, "--minutes", f"{minutes:.2f}", *more], 60 * minutes + 10,
+        environment={"TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+
+
+def models(
+    python: str, dry: bool, minutes: float, out: Path, workloads: Sequence[str], rivals: Sequence[str]
+) -> Part:
+    command = [python, "benchmarks/bench_models.py", "--out", str(out / "models.csv")]
+    if dry:
+        command += ["--goals", "--random", "minilm", "--quick", "--rounds", "5", "--rivals", "none"]
+        workloads = ["fixed128-b1"]
+    else:
+        command += ["--device", "cuda", "--random", "large", "--rivals", *rivals]
+    command += ["--minutes", f"{minutes:.2f}", "--workloads", *workloads]
+    return Part("models", command, 60 * minutes + 30)
+
+
+def sanitized(python: str) -> Part:
+    """compute-sanitizer on one test, last: it is slow to start."""
+    command = ["compute-sanitizer", "--error-exitcode", "1", "--tool", "memcheck"]
+    pytest = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *SANITIZED_TEST]
+    return Part("memcheck", [*command, *pytest], 60, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def first(python: str, dry: bool, out: Path) -> list[Part]:
+    device = "cpu" if dry else "cuda"
+    return [
+        *loading(python, dry),
+        tests(python, DRY_TESTS if dry else GPU_TESTS, 130, out),
+        kernels(python, device, 3, out),
+        models(
+            python, dry, 2, out,
+            ["fixed384-b32", "fixed384-b1", "fixed128-b1", "lengths48-384-b32", "fixed128-b8"],
+            ["hf", "hf-graphed", "varlen"],
+        ),
+    ]  # fmt: skip
+
+
+def second(python: str, dry: bool, out: Path, failed: Path | None) -> list[Part]:
+    """failed: a file with names of tests, one a line; by default the one that the first call wrote."""
+    failed = failed or out.parent / "first" / FAILED_TESTS
+    names = failed.read_text("utf-8").split("\n") if failed.exists() else []
+    names = [name for name in names if name] or list(DRY_TESTS if dry else MOST_TELLING_TESTS)
+    parts = [
+        *loading(python, dry),
+        tests(python, names, 60, out),
+        kernels(python, "cpu" if dry else "cuda", 1, out, "--only-times"),
+        models(
+            python, dry, 0.8, out,
+            ["fixed384-b32", "fixed384-b1", "lengths48-384-b32", "offline-sorted-b32"], ["varlen"],
+        ),
+    ]  # fmt: skip
+    return parts if dry or shutil.which("compute-sanitizer") is None else [*parts, sanitized(python)]
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """Faults first, then how every part ended."""
+    faults = [f"{fault}  [{outcome.name}]" for outcome in outcomes for fault in outcome.faults]
+    faults.sort(key=lambda fault: not fault.startswith("WRONG"))
+    lines = [f"--- summary: {len(faults)} lines say that something is wrong or failed", *faults]
+    lines += [f"{o.name}: {o.status}, {o.seconds:.0f} s, {len(o.faults)} faults" for o in outcomes]
+    return "\n".join(lines)
+
+
+def failed_tests(outcome: Outcome) -> list[str]:
+    """The names of tests in lines like "FAILED tests/a.py::test_b[c] - AssertionError"."""
+    lines = [fault.split(" - ")[0] for fault in outcome.faults]
+    return [line.split(" ", 1)[1].strip() for line in lines if " tests/" in line]
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=tuple(TOTAL))
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--failed", type=Path, help="second: tests, one a line (default: what failed)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status is 1 where anything was wrong or failed."""
+    arguments = parsed(argv)
+    out, python, start = arguments.out.resolve() / arguments.part, sys.executable, time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    dry = arguments.device == "cpu"
+    parts = (
+        first(python, dry, out) if arguments.part == "first" else second(python, dry, out, arguments.failed)
+    )
+    outcomes: list[Outcome] = []
+    for part in parts:
+        left = TOTAL[arguments.part] - GRACE - (time.monotonic() - start)
+        print(
+            f"--- {part.name}: at most {min(part.seconds, left):.0f} s: {' '.join(part.command)}", flush=True
+        )
+        if left > 0:
+            outcomes.append(run_part(part, out, min(part.seconds, left)))
+        else:
+            outcomes.append(Outcome(part.name, "left out: no time was left", 0, []))
+        if part.name == "tests":
+            names = failed_tests(outcomes[-1])
+            (out / FAILED_TESTS).write_text("".join(f"{name}\n" for name in names), "utf-8")
+    text = summary(outcomes)
+    print(text, flush=True)
+    (out / "summary.txt").write_text(text + "\n", "utf-8")
+    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    print(f"{time.monotonic() - start:.0f} s in all; files in {out}: {files}", flush=True)
+    return int(any(outcome.faults or outcome.status != "ok" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

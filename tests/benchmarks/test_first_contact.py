@@ -1,0 +1,95 @@
+"""The two calls on a GPU: dry runs on the CPU, and what happens to parts that fail, hang or cannot start."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import first_contact
+from first_contact import Outcome, Part, failed_tests, run_part, summary
+
+PYTHON = sys.executable
+
+
+def python(code: str, seconds: float = 30, name: str = "part") -> Part:
+    return Part(name, [PYTHON, "-c", code], seconds)
+
+
+def test_the_dry_runs_go_through_all_parts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert first_contact.main(["first", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    first = tmp_path / "first"
+    names = {path.name for path in first.iterdir()}
+    files = {"load.txt", "tests.txt", "tests.xml", "kernels.jsonl", "kernels.csv", "models.csv", "models.md"}
+    assert names >= files | {"summary.txt", "failed-tests.txt"}
+    text = (first / "summary.txt").read_text("utf-8")
+    assert [line.split(":")[0] for line in text.splitlines()[1:]] == ["load", "tests", "kernels", "models"]
+    printed = capfd.readouterr().out
+    assert "[kernels] right" in printed, printed and "[load] " in printed and "files in" in printed
+
+    (first / "failed-tests.txt").write_text("tests/benchmarks/test_op_report.py::test_shares_and_ratios\n")
+    assert first_contact.main(["second", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "1 passed" in (tmp_path / "second" / "tests.txt").read_text("utf-8")
+    assert "right" not in (tmp_path / "second" / "kernels.jsonl").read_text("utf-8")  # times alone
+
+
+def test_a_part_that_hangs_is_interrupted_and_keeps_what_it_said(tmp_path: Path) -> None:
+    code = (
+        "import time\nprint('begun', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('WRONG  so far', flush=True)"
+    )
+    start = time.monotonic()
+    outcome = run_part(python(code), tmp_path, 3)
+    assert time.monotonic() - start < 12 and outcome.status.startswith("interrupted after")
+    assert outcome.faults == ["WRONG  so far"] and "begun" in (tmp_path / "part.txt").read_text("utf-8")
+
+
+def test_a_part_that_takes_no_interrupt_is_killed_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_contact, "GRACE", 1)
+    code = (
+        "import signal, subprocess, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "child = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "subprocess.Popen(child)\ntime.sleep(60)"
+    )
+    start = time.monotonic()
+    assert run_part(python(code), tmp_path, 2).status.startswith("interrupted")
+    assert time.monotonic() - start < 12  # the child holds the pipe, and would keep it for a minute
+
+
+def test_parts_that_fail_or_cannot_start_say_so(tmp_path: Path) -> None:
+    assert run_part(python("raise SystemExit(3)"), tmp_path, 30).status == "exit status 3"
+    nothing = run_part(Part("none", ["no-such-program"], 5), tmp_path, 5)
+    assert nothing.status.startswith("cannot be started")
+
+
+def test_what_was_wrong_comes_first() -> None:
+    outcomes = [
+        Outcome("tests", "exit status 1", 97.0, ["FAILED tests/a.py::test_b[c] - AssertionError: 1 - 2"]),
+        Outcome("kernels", "exit status 1", 180.0, ["WRONG  attention  16x64", "FAILED  linear_gelu"]),
+    ]
+    lines = summary(outcomes).splitlines()
+    assert lines[0].startswith("--- summary: 3 lines")
+    assert lines[1] == "WRONG  attention  16x64  [kernels]" and lines[2].startswith("FAILED tests/a.py")
+    assert lines[-1] == "kernels: exit status 1, 180 s, 2 faults"
+    assert failed_tests(outcomes[0]) == ["tests/a.py::test_b[c]"]
+
+
+def test_both_calls_fit_into_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a build, and with memcheck."""
+    monkeypatch.setattr(first_contact, "loads", lambda python: False)
+    monkeypatch.setattr(first_contact, "build_environment", lambda python: {})
+    monkeypatch.setattr(first_contact.shutil, "which", lambda name: name)
+    parts = first_contact.first(PYTHON, False, tmp_path)
+    assert [part.name for part in parts] == ["build", "load", "tests", "kernels", "models"]
+    expected = {"build": 45, "load": 10, "tests": 130, "kernels": 190, "models": 150}
+    assert sum(min(part.seconds, expected[part.name]) for part in parts) <= first_contact.TOTAL["first"]
+    parts = first_contact.second(PYTHON, False, tmp_path / "second", None)
+    assert [part.name for part in parts] == ["build", "load", "tests", "kernels", "models", "memcheck"]
+    monkeypatch.setattr(first_contact, "loads", lambda python: True)
+    parts = first_contact.second(PYTHON, False, tmp_path / "second", None)
+    expected |= {"tests": 30, "kernels": 70, "models": 78}
+    assert sum(expected.get(part.name, 45) for part in parts) <= first_contact.TOTAL["second"]
