@@ -13,6 +13,8 @@ struct Grid {
 
 #ifdef __CUDACC__
 
+#include <cstdio>
+
 #define PRUNED_OPS_DEVICE __device__ __forceinline__
 
 namespace pruned_ops::cuda {
@@ -44,11 +46,18 @@ inline int multiprocessors() {
   return count;
 }
 
-// Starts a kernel; returns what is wrong with the launch, or nullptr. More than 48 KiB of shared memory are
-// there only for a kernel that asked.
+// Starts a kernel; returns what is wrong with the launch, or nullptr. An error that an earlier call left
+// behind would look like this launch's: it is named as what it is, and stays. More than 48 KiB of shared
+// memory are there only for a kernel that asked.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, void* stream,
                    Arguments... arguments) {
+  const cudaError_t earlier = cudaPeekAtLastError();
+  if (earlier != cudaSuccess) {
+    thread_local char message[256];
+    std::snprintf(message, sizeof(message), "an earlier CUDA call failed: %s", cudaGetErrorString(earlier));
+    return message;
+  }
   if (shared_bytes > 48 * 1024) {
     const cudaError_t refused =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);

@@ -71,6 +71,32 @@ def test_broken_budgets_are_found(tmp_path: Path) -> None:
     assert (found["spilling"].limit, good.limit) == (32, 255)
 
 
+LAUNCH = """
+#include <cstdio>
+#include "cuda/launch.h"
+__global__ void nothing() {}
+int main() {
+  for (int failed = 0; failed < 2; ++failed) {
+    cudaGetLastError();
+    if (failed) cudaSetDevice(-1);
+    const char* refused = pruned_ops::cuda::launch(nothing, {}, 32, 0, nullptr);
+    std::puts(refused == nullptr ? "started" : refused);
+  }
+}
+"""
+
+
+@needs_nvcc
+def test_an_earlier_error_is_not_called_the_launchs(tmp_path: Path) -> None:
+    """Without a driver CUDA has an error of its own from the start: the first launch tells on a GPU only."""
+    source, program = tmp_path / "launch.cu", tmp_path / "launch"
+    source.write_text(LAUNCH)
+    subprocess.run([str(nvcc()), "-std=c++20", f"-I{SOURCES}", str(source), "-o", str(program)], check=True)
+    said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 2 and (said[0] == "started" or not torch.cuda.is_available())
+    assert said[1].startswith("an earlier CUDA call failed: ")
+
+
 @needs_nvcc
 @pytest.mark.parametrize("source", ["cuda/ops.cpp", "bindings.cpp"])
 def test_the_cuda_build_compiles_without_a_cuda_torch(source: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from cuda_ops import ALL, CUDA_OPS, HALVES, NORMS, SKIPPED, arguments_of, moved, native
 from inputs import arguments_for, attention_arguments, moved_to, randn
@@ -22,13 +21,25 @@ def _a_chip_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "capability", lambda device: (8, 0))
 
 
+class OnGpu(Tensor):
+    """A tensor's shape and dtype on a device that need not be here. It has no memory and runs nothing; a fake
+    tensor would start the device up wherever torch sees a GPU."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: str) -> OnGpu:
+        made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)  # type: ignore[attr-defined]
+        assert isinstance(made, OnGpu)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
+        raise AssertionError(f"{function} was called on a tensor that is not there")
+
+
 def on_gpu(op: str, dtype: torch.dtype, device: str = "cuda:0", **sizes: int) -> list[Any]:
-    """Arguments on a GPU that need not be here: tensors of shapes alone."""
-    with FakeTensorMode():
-        return [
-            torch.empty(one.shape, dtype=one.dtype, device=device) if isinstance(one, Tensor) else one
-            for one in arguments_of(op, dtype, **sizes)
-        ]
+    """The op's arguments on a GPU that need not be here."""
+    arguments = arguments_of(op, dtype, **sizes)
+    return [OnGpu(one, device) if isinstance(one, Tensor) else one for one in arguments]
 
 
 def refusal(op: str, arguments: list[Any]) -> str | None:
@@ -87,7 +98,9 @@ def test_cuda_runs_where_triton_does_not(op: str, monkeypatch: pytest.MonkeyPatc
         (replace(triton, refuse=lambda *_: "not this shape"), "cuda"),
         (replace(triton, backend=replace(triton.backend, missing="not installed")), "cuda"),
     ):
-        monkeypatch.setattr(OPS[op], "kernels", {**OPS[op].kernels, "triton": other, "cuda": willing})
+        # In the order of registration, also where Triton is not installed.
+        first = {name: kernel for name, kernel in OPS[op].kernels.items() if name not in ("triton", "cuda")}
+        monkeypatch.setattr(OPS[op], "kernels", {**first, "triton": other, "cuda": willing})
         selected = OPS[op].select(*arguments)
         assert selected is not None and selected.backend.name == chosen
     unwilling = on_gpu(op, torch.float64)
@@ -129,8 +142,8 @@ def test_bench_ops_times_every_backend_that_takes_an_op(monkeypatch: pytest.Monk
         monkeypatch.setitem(BACKENDS, name, one.backend)
     monkeypatch.setattr(op, "kernels", others)
     runners = {"ours": lambda _: op(*arguments)}
-    case = Case("linear_gelu", (37,), "some", (37, 56, 90), runners, 1.0, 1.0)
-    found = bench_ops.ours_elsewhere(case, "triton")
+    case = Case("linear_gelu", (37,), "some", (37, 56, 90), lambda: runners, 1.0, 1.0)
+    found = bench_ops.ours_elsewhere(case, runners)
     assert list(found) == ["ours on cuda"]
     ran.clear()
     found["ours on cuda"]({})
