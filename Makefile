@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | bench | results | overhead | aot |
+# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | bench | results | mutants | overhead | aot |
 # cuda-compile | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-transformers4 lint docs ci asan bench results overhead aot cuda-compile gpu gpu-ready gpu-first \
+.PHONY: demo test test-all test-transformers4 lint docs ci asan bench results mutants overhead aot cuda-compile gpu gpu-ready gpu-first \
 	gpu-second gpu-tests gpu-ops gpu-models gpu-train gpu-study clean
 .DEFAULT_GOAL := test
 
@@ -98,6 +98,11 @@ bench: $(STAMP)
 # From benchmarks/results/: benchmarks/README.md with its figures, and the first result of README.md with its picture.
 results: $(STAMP)
 	$(BIN)/python benchmarks/results_page.py $(ARGS)
+
+# Faults planted in the pruning code, one at a time: a line for each, and a failure for each that no test finds.
+# ARGS: words; only faults that have one of them.
+mutants: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests/support $(BIN)/python tests/support/mutants.py $(ARGS)
 
 # What the host spends around the kernels, against the last time it was asked here: over 1.25 times that fails.
 overhead: $(STAMP)

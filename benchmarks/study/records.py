@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import harness
 from harness import Row
 from pruned_ops.files import write_json
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.pruning.gates import PerGate, Scores
+from pruned_trainer.pruning.gates import Scores
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.scoring import EvaluationResult
 from pruned_trainer.tasks.squad.task import Questions
@@ -96,11 +95,8 @@ class Study:
         path = self.work / "scores" / f"{name}.pt"
         if not path.is_file():
             print(f"== {name}", flush=True)
-            scores = work()
-            torch.save({k: vars(v) for k, v in vars(scores).items()}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
-        loaded = torch.load(path, weights_only=True)
-        return Scores(PerGate(**loaded["rank"]), PerGate(**loaded["values"]))
+            work().save(path)
+        return Scores.load(path)
 
     def result(self, name: str, work: Callable[[], EvaluationResult]) -> EvaluationResult:
         """A model's scores, question by question, without answers: from disk, or computed by `work` now."""

@@ -66,7 +66,7 @@ def gates(study: Study, seed: int, part: str, multiple: float) -> tuple[Scores, 
         prices = {"lambda_attention": multiple, "lambda_ffn": multiple, "lambda_hidden": multiple}
         rate = {"gate_learning_rate": profile.gate_learning_rate}
         job = study.job_for(seed, batch_size=profile.gate_batch, **prices, **rate)
-        (scores, _), took = timed_training(
+        ((scores,), _), took = timed_training(
             folder, profile.gate_steps, lambda: paper_gates(job, folder, part, profile.gate_steps)
         )
         seconds.append(took)

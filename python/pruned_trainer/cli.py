@@ -23,7 +23,15 @@ from pruned_trainer.jobs.settings import (
     PruneSettings,
     make_task,
 )
-from pruned_trainer.pruning.options import DEFAULT_PARTS, PARTS, PENALTIES, UNITS, Target
+from pruned_trainer.pruning.options import (
+    COMPENSATIONS,
+    DEFAULT_PARTS,
+    MAX_PACE,
+    PARTS,
+    PENALTIES,
+    UNITS,
+    Target,
+)
 from pruned_trainer.tasks.options import TASKS
 from pruned_trainer.training.distillation import Distillation
 
@@ -216,13 +224,15 @@ def _add_recipe(options: _Options) -> None:
     options.add(
         "recipe",
         "joint trains gates and weights together, held to the target; paper trains each part's gates alone, "
-        "at a price; the others train no gates, and score what stays",
+        "on frozen weights, at a price or held to a target; the others train no gates, and score what stays",
         choices=RECIPES,
     )
     options.add("parts", f"what is pruned (default: {' '.join(DEFAULT_PARTS)})", nargs="+", choices=PARTS)
-    options.add("penalty", "a gate counts by P(gate > 0), or by P(gate = 1)", choices=PENALTIES)
+    options.add("penalty", "a gate counts by P(gate = 1), or by P(gate > 0)", choices=PENALTIES)
     for part, name in zip(PARTS, ("attention", "ffn", "hidden"), strict=True):
-        options.add(f"lambda_{name}", f"paper: price of an open gate on {part}, in multiples of the paper's")
+        options.add(
+            f"lambda_{name}", f"paper, no target: price of a gate on {part}, in multiples of the paper's"
+        )
     options.add("max_minutes", "fit the training into this time (default: it takes its epochs)", type=float)
     options.add("gate_epochs", "epochs of the gates' training (default: 1)", type=float)
     scores = ", ".join(f"{recipe}: {steps}" for recipe, steps in SCORE_STEPS.items())
@@ -233,7 +243,9 @@ def _add_recipe(options: _Options) -> None:
     sizes = f"{BATCH_SIZE}; paper: {PAPER_BATCH_SIZE}"
     options.add("batch_size", f"examples in a step, over all processes (default: {sizes})", type=int)
     options.add("learning_rate", "highest rate of the weights, while gates train")
-    options.add("gate_learning_rate", "highest rate of the gates; it grows in runs that are too short for it")
+    options.add(
+        "gate_learning_rate", f"highest rate of the gates; up to {MAX_PACE:g} times that in short runs"
+    )
     options.add("retrain_learning_rate", "highest rate of the narrow model's weights")
     options.add("dropout", "dropout of both trainings")
     options.add("train_embeddings", "train the word embeddings too")
@@ -242,6 +254,13 @@ def _add_recipe(options: _Options) -> None:
         f"round FFN widths and the hidden size up to a multiple of this (default: {WIDTH_ALIGN}, or the "
         "latency table's)",
         type=int,
+    )
+
+    options.add(
+        "compensate",
+        "how compaction makes up for what it removes: by the output biases, by least squares on the output "
+        "matrices, by whichever is best on validation windows, or not at all",
+        choices=COMPENSATIONS,
     )
 
 
@@ -263,7 +282,7 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     )
     options.add(
         "distil_in",
-        "phases with a teacher (default: both; with --recipe paper: retrain)",
+        "phases with a teacher (default: both; with --recipe paper: retrain, or none without a target)",
         choices=DISTIL_IN,
     )
     options.add(
@@ -321,6 +340,18 @@ def _add_compact(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder that is made")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="some hundred texts, one a line, to compensate the model on (default: it is not compensated)",
+    )
+    parser.add_argument(
+        "--compensate", choices=COMPENSATIONS, default="auto", help="how, with --calibration (default: auto)"
+    )
+    parser.add_argument(
+        "--layer-by-layer", action="store_true", help="compensate each layer after the ones before it; slower"
+    )
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -416,7 +447,12 @@ def _compact(arguments: argparse.Namespace) -> None:
     inputs = (arguments.model, arguments.decision)
     OutputFolder.check(arguments.out, arguments.overwrite, inputs)
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    narrow = compact(model, Decision.load(arguments.decision))
+    texts = None
+    if arguments.calibration is not None:
+        lines = arguments.calibration.read_text(encoding="utf-8").splitlines()
+        texts = [line for line in lines if line.strip()]
+    decision = Decision.load(arguments.decision)
+    narrow = compact(model, decision, texts, arguments.compensate, arguments.layer_by_layer)
     folder = OutputFolder(arguments.out, arguments.overwrite, inputs)
     save_checkpoint(narrow, folder.partial, arguments.model, tokenizer)
     folder.publish()

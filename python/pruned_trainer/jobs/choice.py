@@ -7,7 +7,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,15 @@ from pruned_ops import ModelShape
 from pruned_ops.files import write_json
 from pruned_ops.measure.timing import interleave
 from pruned_ops.runtime.optimize import optimized
+from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.job import Job, build_trainer
 from pruned_trainer.jobs.output import load_model
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
+from pruned_trainer.pruning.budget import ShareOfGates
 from pruned_trainer.pruning.compact import compact
+from pruned_trainer.pruning.compensate import compensate
 from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase, HoldTarget, PayPerGate
 from pruned_trainer.pruning.gates import Gates, PerGate, Scores
@@ -40,6 +43,8 @@ AIM = 0.99
 # The number of choices that are made and timed before the best so far is taken, and the rounds of each
 # timing.
 ATTEMPTS, ROUNDS = 8, 5
+# Windows that a compensation is solved on, and validation windows that choose the way.
+CALIBRATION_WINDOWS, CHOOSING_WINDOWS = 128, 64
 # The paper does not state its threshold: gates whose deterministic value is at least 1/2 stay.
 PAPER_THRESHOLD = 0.0
 
@@ -62,10 +67,10 @@ class Chosen:
         return folder / f"decision-{number}.json", folder / f"narrow-{number}"
 
     @classmethod
-    def write(cls, folder: Path, number: int, model: PreTrainedModel, decision: Decision) -> Chosen:
-        """Make the narrow model of `model` by this decision, and write both into a run's folder."""
+    def write(cls, folder: Path, number: int, narrow: PreTrainedModel, decision: Decision) -> Chosen:
+        """Write a decision and the narrow model that it made into a run's folder."""
         file, model_folder = cls._paths(folder, number)
-        compact(model, decision).save_pretrained(model_folder)
+        narrow.save_pretrained(model_folder)
         decision.save(file)
         return cls(decision, model_folder)
 
@@ -115,8 +120,8 @@ def choose(job: Job, folder: Path, steps: int) -> Choices:
         log = train_jointly(job, folder, steps)
     else:
         scores, log = _paper(job, folder, steps) if job.settings.recipe == "paper" else _scored(job, steps)
-        for number, target in enumerate(targets):
-            decide_for(job, folder, number, copy.deepcopy(job.dense), scores, target)
+        for number, (target, target_scores) in enumerate(zip(targets, scores, strict=True)):
+            decide_for(job, folder, number, copy.deepcopy(job.dense), target_scores, target)
     if is_main():
         write_json(folder / _RECORD, {"log": log, "seconds": job.clock.seconds()})
     state().wait_for_everyone()
@@ -144,12 +149,17 @@ def remove_choices(folder: Path) -> None:
 
 
 def gate_phase_for(job: Job, gates: Gates) -> GatePhase:
-    """The recipe's term of the loss."""
-    settings = job.settings
-    if settings.recipe == "paper":
-        return PayPerGate(gates, settings.multiples, settings.gate_learning_rate, settings.penalty)
-    fractions = [job.budget.wanted(target) for target in settings.targets]
-    return HoldTarget(gates, job.budget, fractions, settings.gate_learning_rate, settings.penalty)
+    """The recipe's term of the loss. The paper's recipe charges its prices where there is no target; where
+    there are targets, it holds the share of each part's gates that they allow."""
+    settings, budget = job.settings, job.budget
+    rate, penalty = settings.gate_learning_rate, settings.penalty
+    fractions = [budget.wanted(target) for target in settings.targets]
+    if settings.recipe == "joint":
+        return HoldTarget(gates, budget, fractions, rate, penalty)
+    if not fractions:
+        return PayPerGate(gates, settings.multiples, rate, penalty)
+    shares = [budget.even_share(settings.parts, fraction) for fraction in fractions]
+    return HoldTarget(gates, ShareOfGates(gates.parts), shares, rate, penalty)
 
 
 def freeze_for(job: Job, student: PreTrainedModel, gates: Gates) -> None:
@@ -166,55 +176,85 @@ def train_jointly(job: Job, folder: Path, steps: int) -> Log:
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, settings.train_embeddings)
     with attached(student, settings.seed, settings.parts) as gates, optimized(job.teacher) as teacher:
-        phase = gate_phase_for(job, gates)
+        phase = announced(gate_phase_for(job, gates), steps)
         trainer = build_trainer(job, student, teacher, folder / "gates", steps, phase)
-        ends = [round(steps * (k + 1) / len(targets)) for k in range(len(targets))]
 
         def decide_next(number: int) -> None:
             decide_for(job, folder, number, student, gates.scores(), targets[number])
 
-        trainer.add_callback(_AtSteps(ends, decide_next))
+        trainer.add_callback(_AtSteps(_ends(phase, steps), decide_next))
         return run(trainer, "gate")
 
 
-def _paper(job: Job, folder: Path, steps: int) -> tuple[Scores, Log]:
-    """The scores of all parts together, after each part's gates were trained alone on frozen weights."""
+def announced(phase: GatePhase, steps: int) -> GatePhase:
+    """The phase, after the user was told what is unusual about a training of `steps` steps."""
+    for remark in phase.remarks(steps):
+        say(remark)
+    return phase
+
+
+def _ends(phase: GatePhase, steps: int) -> list[int]:
+    """The step at which each of the phase's targets has had its share of the steps."""
+    return [round(steps * (k + 1) / phase.stages) for k in range(phase.stages)]
+
+
+def _paper(job: Job, folder: Path, steps: int) -> tuple[list[Scores], Log]:
+    """The scores of all parts together for each target, after each part's gates were trained alone on frozen
+    weights."""
     log: Log = []
-    scores = {}
+    by_part = {}
     for part in job.settings.parts:
-        scores[part], part_log = paper_gates(job, folder / f"gates-{part}", part, steps)
+        by_part[part], part_log = paper_gates(job, folder / f"gates-{part}", part, steps)
         log += part_log
-    return together(job, scores), log
+    return [
+        together(job, {part: scores[k] for part, scores in by_part.items()})
+        for k in range(max(len(job.settings.targets), 1))
+    ], log
 
 
-def paper_gates(job: Job, folder: Path, part: str, steps: int) -> tuple[Scores, Log]:
-    """Train the gates of one part on frozen weights at the settings' price.
+def paper_gates(job: Job, folder: Path, part: str, steps: int) -> tuple[list[Scores], Log]:
+    """Train the gates of one part on frozen weights, towards the share that each target allows or at the
+    settings' price; the scores are those at the end of each target's steps.
 
-    Checkpoints go into `folder`, and training goes on from the last one that is there.
+    Checkpoints and scores go into `folder`, and training goes on from the last checkpoint that is there.
     """
     settings = job.settings
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, False)
-    say(f"gates on {part}, at {settings.multiples[part]:g} times the paper's lambda")
     with attached(student, settings.seed, [part]) as gates, optimized(job.teacher) as teacher:
         freeze_for(job, student, gates)
         phase = gate_phase_for(job, gates)
-        log = run(build_trainer(job, student, teacher, folder, steps, phase), "gate")
-        return gates.scores(), log
+        held = ", ".join(f"{share:.3f}" for share in getattr(phase, "fractions", ()))
+        price = f"{settings.multiples[part]:g} times the paper's lambda"
+        say(f"gates on {part}, " + (f"held to shares of {held}" if held else f"at {price}"))
+        trainer = build_trainer(job, student, teacher, folder, steps, announced(phase, steps))
+        files = [folder / f"scores-{k}.pt" for k in range(phase.stages)]
+
+        def keep(number: int) -> None:
+            if is_main():
+                gates.scores().save(files[number])
+            state().wait_for_everyone()
+
+        trainer.add_callback(_AtSteps(_ends(phase, steps), keep))
+        log = run(trainer, "gate")
+    return [Scores.load(file) for file in files], log
 
 
 def together(job: Job, scores: Mapping[str, Scores]) -> Scores:
-    """One set of scores out of those of gates that were trained apart, by part; the other parts stay
-    whole."""
+    """One set of scores out of those of gates that were trained apart, by part; the other parts stay whole.
+
+    Where there are targets, a gate's rank is its place among the gates of its own part, because log_alphas of
+    separate trainings are not on one scale: the choice then removes the same share of each part.
+    """
     rank, values = PerGate.full(job.budget.dense, float("inf")), PerGate.full(job.budget.dense, 1.0)
     for part, part_scores in scores.items():
-        rank = rank.replace(part, part_scores.rank)
+        rank = rank.replace(part, part_scores.rank.places() if job.settings.targets else part_scores.rank)
         values = values.replace(part, part_scores.values)
     return Scores(rank, values)
 
 
-def _scored(job: Job, steps: int) -> tuple[Scores, Log]:
-    """Importance scores over `steps` minibatches of the training file."""
+def _scored(job: Job, steps: int) -> tuple[list[Scores], Log]:
+    """Importance scores over `steps` minibatches of the training file, the same for each target."""
     settings = job.settings
     batches = score_batches(job, steps)
 
@@ -225,7 +265,8 @@ def _scored(job: Job, steps: int) -> tuple[Scores, Log]:
 
     # All processes share leave-one-out's many passes; the other methods are done before one could ask for
     # help.
-    return (score() if settings.recipe == "leave-one-out" else once(score)), []
+    scores = score() if settings.recipe == "leave-one-out" else once(score)
+    return [scores] * len(settings.targets), []
 
 
 def score_batches(job: Job, steps: int) -> list[dict[str, Tensor]]:
@@ -274,8 +315,28 @@ def decide_for(
     else:
         decision = decide(scores, job.budget, target, job.align)
     if is_main():
-        Chosen.write(folder, number, student, decision)
+        Chosen.write(folder, number, *compensated(job, student, decision))
     state().wait_for_everyone()
+
+
+def compensated(job: Job, student: PreTrainedModel, decision: Decision) -> tuple[PreTrainedModel, Decision]:
+    """The narrow model of the decision, compensated on training windows in the way that is best on validation
+    windows; and the decision, which says how."""
+    narrow, method = compact(student, decision), job.settings.compensate
+    if method == "none":
+        return narrow, decision
+    size, windows = job.settings.train_batch, job.validation.windows
+    chosen = sorted(windows[:: max(len(windows) // CHOOSING_WINDOWS, 1)][:CHOOSING_WINDOWS], key=len)
+    groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    device = job.dense.device
+    validation = [
+        {name: tensor.to(device) for name, tensor in padded(group, job.dense.config.pad_token_id).items()}
+        for group in groups
+    ]
+    calibration = score_batches(job, -(-CALIBRATION_WINDOWS // size))
+    done = compensate(narrow, student, decision, calibration, method, validation, job.dense)
+    say(f"compensated: {done}")
+    return narrow, replace(decision, compensation=done.methods)
 
 
 def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: Target) -> Decision:

@@ -68,7 +68,7 @@ def make_plan(job: Job) -> Plan:
     """
     settings = job.settings
     plan = _from_settings(job) if settings.max_minutes is None else _in_minutes(job, settings.max_minutes)
-    if settings.recipe == "joint" and plan.gate_steps < len(settings.targets):
+    if settings.recipe not in METHODS and plan.gate_steps < len(settings.targets):
         raise ValueError(
             f"{plan.gate_steps} gate steps cannot pass {len(settings.targets)} targets one after another"
         )

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruned_ops.shape import checked_int
-from pruned_trainer.pruning.options import DEFAULT_PARTS, METHODS, PARTS, PENALTIES, Target, check_parts
+from pruned_trainer.pruning.options import (
+    COMPENSATIONS,
+    DEFAULT_PARTS,
+    METHODS,
+    PARTS,
+    PENALTIES,
+    Target,
+    check_parts,
+)
 from pruned_trainer.tasks.options import NULL_RATE, TASKS
 from pruned_trainer.training.distillation import Distillation
 
@@ -20,7 +28,8 @@ if TYPE_CHECKING:
     from pruned_trainer.tasks.task import Task
 
 # joint: gates and weights train together, and a Lagrangian holds the target. paper: the weights are frozen,
-# and each part's gates train alone at a price for each open gate. The others train no gates.
+# and each part's gates train alone, at a price for each open gate or, with a target, held to the share that
+# it allows. The others train no gates.
 RECIPES = ("joint", "paper", *METHODS)
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Examples in a training step, and the paper's own number in its recipe.
@@ -60,7 +69,7 @@ class PruneSettings:
     teacher: str | None = None
     recipe: str = "joint"
     parts: tuple[str, ...] = DEFAULT_PARTS
-    penalty: str = "open"
+    penalty: str = "one"
     lambda_attention: float = 1.0
     lambda_ffn: float = 1.0
     lambda_hidden: float = 1.0
@@ -83,6 +92,7 @@ class PruneSettings:
     precision: str = "fp32"
     compile: bool = False
     align: int | None = None
+    compensate: str = "auto"
     max_length: int = 384
     stride: int = 128
     seed: int = 0
@@ -105,7 +115,7 @@ class PruneSettings:
     def _check_choices(self) -> None:
         for name, known in (
             ("task", TASKS), ("recipe", RECIPES), ("penalty", PENALTIES), ("precision", PRECISIONS),
-            ("distil_in", (*DISTIL_IN, None)),
+            ("distil_in", (*DISTIL_IN, None)), ("compensate", COMPENSATIONS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; one of {known} is needed")
@@ -133,7 +143,9 @@ class PruneSettings:
         lambdas = (self.lambda_attention, self.lambda_ffn, self.lambda_hidden)
         if self.recipe != "paper" and set(lambdas) != {1.0}:
             raise ValueError("the lambda multiples are prices of the paper's recipe: --recipe paper")
-        if self.recipe in METHODS and self.penalty != "open":
+        if self.targets and set(lambdas) != {1.0}:
+            raise ValueError("a target holds the gates to a share: the lambda multiples are for runs without")
+        if self.recipe in METHODS and self.penalty != "one":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
         check_task_options(self.task, self.null_rate, self.num_proc, self.skip_bad)
         weights = self.distillation
@@ -210,8 +222,10 @@ class PruneSettings:
         return dict(zip(PARTS, (self.lambda_attention, self.lambda_ffn, self.lambda_hidden), strict=True))
 
     def distillation_in(self, phase: str) -> Distillation:
-        """The losses of a phase, "gates" or "retrain"."""
-        taught = self.distil_in or ("retrain" if self.recipe == "paper" else "both")
+        """The losses of a phase, "gates" or "retrain". At the paper's prices there is no teacher by default,
+        as in the paper."""
+        priced = "retrain" if self.targets else "none"
+        taught = self.distil_in or (priced if self.recipe == "paper" else "both")
         return self.distillation if taught in ("both", phase) else Distillation.none()
 
     def to_json(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,24 @@ from pruned_ops import LayerShape, ModelShape
 from pruned_ops.measure.latency import LatencyTable
 from pruned_trainer.pruning.gates import PerGate
 from pruned_trainer.pruning.options import Target
+
+
+class Expected(Protocol):
+    """Whatever a gate phase can hold: a number between 0 and 1 that falls as gates close."""
+
+    def expected(self, counts: PerGate) -> Tensor:
+        """The number, a differentiable scalar. counts: the probability with which each gate counts."""
+
+
+class ShareOfGates:
+    """The share of the gates on these parts that count, whatever each of them costs."""
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        self.parts = tuple(parts)
+
+    def expected(self, counts: PerGate) -> Tensor:
+        every = torch.cat([tensor for part in self.parts for tensor in counts.of(part)])
+        return every.sum() / max(every.numel(), 1)
 
 
 class Budget(ABC):
@@ -63,6 +82,19 @@ class Budget(ABC):
                 saved = 1.0 - self.fraction(replace(self.dense, layers=layers))
                 gates += saved / max(gates.numel(), 1)
         return prices
+
+    def even_share(self, parts: Sequence[str], fraction: float) -> float:
+        """The share of the gates that can stay on each of these parts, the same on all of them, at this
+        fraction of the dense cost."""
+        low, high = 0.0, 1.0
+        for _ in range(30):  # to far below one gate in a million
+            middle = (low + high) / 2
+            counts, shares = PerGate.full(self.dense, 1.0), PerGate.full(self.dense, middle)
+            for part in parts:
+                counts = counts.replace(part, shares)
+            fits = float(self.expected(counts)) <= fraction
+            low, high = (middle, high) if fits else (low, middle)
+        return low
 
     def check_reachable(self, target: Target, parts: Sequence[str], align: int = 1) -> None:
         """ValueError for a target that the dense model meets already, or that is missed even with every gate

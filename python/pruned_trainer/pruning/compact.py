@@ -1,7 +1,9 @@
 """Compaction: the narrow model that a decision leaves, with open gates folded into the weights and without
-the closed parts."""
+the closed parts; compensated for them, if the caller has inputs to do it on."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +13,42 @@ from pruned_ops import ModelShape, PrunedBertForNaturalQuestions
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.heads import answering_class, natural_questions_class
 from pruned_ops.models.stock import model_shape
+from pruned_trainer.pruning.compensate import compensate as compensate_narrow
+from pruned_trainer.pruning.compensate import text_batches
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 _ONLY_IN_TRAINING = ("pruning_gates.", "distillation_projection.")
 
 
-def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
-    """A new model that computes what `model` computes under the decision's gates, without the closed parts.
+def compact(
+    model: PreTrainedModel,
+    decision: Decision,
+    calibration: Sequence[str] | Sequence[dict[str, Tensor]] | None = None,
+    compensate: str = "auto",
+    layer_by_layer: bool = False,
+) -> PreTrainedModel:
+    """A new model that computes what `model` computes under the decision's gates, without the closed parts;
+    with a calibration, compensated for what was removed.
 
     model: a stock or pruned question-answering BERT or RoBERTa, which is left as it is. A pruned model can be
-    pruned again. Errors: ValueError for any other model, and for a decision that was made for other shapes.
+    pruned again. calibration: some hundred texts like those that the model will read, or padded batches of
+    inputs; no labels are needed. compensate, layer_by_layer: as for `compensate.compensate`. Errors:
+    ValueError for any other model, for a decision that was made for other shapes, and for a compensation that
+    lacks its calibration.
     """
+    narrow = _narrow(model, decision)
+    if calibration is None:
+        if compensate not in ("auto", "none"):
+            raise ValueError(f"compensation by {compensate} needs a calibration: texts, or batches of inputs")
+    elif compensate != "none":
+        texts = [text for text in calibration if isinstance(text, str)]
+        batches = [batch for batch in calibration if not isinstance(batch, str)] + text_batches(model, texts)
+        compensate_narrow(narrow, model, decision, batches, compensate, layer_by_layer=layer_by_layer)
+    return narrow
+
+
+def _narrow(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
+    """The model without the closed parts."""
     if model.config.model_type not in PRUNED_CONFIGS or not hasattr(model, "qa_outputs"):
         raise ValueError(
             f"compact takes a BERT or RoBERTa for question answering; this is a {type(model).__name__} "
@@ -39,7 +66,7 @@ def compact(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
         "layer_shapes": list(shape.layers),
     }
     fields.pop("architectures", None)
-    narrow = model_class(model_class.config_class(**fields)).to(next(model.parameters()).device)
+    narrow = model_class(model_class.config_class(**fields)).to(model.device, model.dtype)
     state = {name: t for name, t in model.state_dict().items() if not name.startswith(_ONLY_IN_TRAINING)}
     for i, layer in enumerate(decision.layers):
         prefix = f"{model.base_model_prefix}.encoder.layer.{i}."

@@ -4,7 +4,7 @@ they are made of scores, and their file."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pruned_ops.files import read_json, shown, write_json
 from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, checked_int
 from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.gates import PerGate, Scores
-from pruned_trainer.pruning.options import Target
+from pruned_trainer.pruning.options import COMPENSATIONS, PARTS, Target
 
 FORMAT = 1
 # A hidden dimension that stays counts in every LayerNorm's statistics, and a gate of 0 would take it out of
@@ -60,7 +60,8 @@ class Decision:
 
     hidden: the hidden dimensions that stay; None where there were no gates on them, so that all stay as they
     are. target: {unit: value} of the target, empty where a threshold decided. reached: {unit: value} of this
-    choice, by the budget that decided.
+    choice, by the budget that decided. compensation: how the narrow model was compensated for each part;
+    empty where it was not asked for.
     """
 
     layers: tuple[LayerDecision, ...]
@@ -68,6 +69,7 @@ class Decision:
     target: dict[str, float]
     reached: dict[str, float]
     hidden: Kept | None = None
+    compensation: dict[str, str] = field(default_factory=dict)
 
     def shape(self, source: ModelShape) -> ModelShape:
         """The shape that is left of a model of shape `source`."""
@@ -115,7 +117,8 @@ def _parse(data: object) -> Decision:
     )
     hidden = _kept(data, "hidden", "model") if data.get("hidden") is not None else None
     align = checked_int("align", data.get("align"), 1, MAX_WIDTH)
-    return Decision(layers, align, _costs(data, "target"), _costs(data, "reached"), hidden)
+    target, reached = _costs(data, "target"), _costs(data, "reached")
+    return Decision(layers, align, target, reached, hidden, _compensation(data.get("compensation", {})))
 
 
 def _kept(holder: object, kind: str, where: str) -> Kept:
@@ -139,6 +142,15 @@ def _costs(data: Mapping[str, Any], name: str) -> dict[str, float]:
     if not isinstance(costs, dict):
         raise ValueError(f"{name} is {shown(costs)}: an object of numbers is needed")
     return {unit: _number(f"{name}, {unit}", value) for unit, value in costs.items()}
+
+
+def _compensation(methods: object) -> dict[str, str]:
+    """The methods by part; earlier versions wrote none."""
+    if not isinstance(methods, dict) or not all(
+        part in PARTS and method in COMPENSATIONS for part, method in methods.items()
+    ):
+        raise ValueError(f"compensation is {shown(methods)}: parts with one of {COMPENSATIONS} are needed")
+    return dict(methods)
 
 
 def _number(name: str, value: object) -> float:

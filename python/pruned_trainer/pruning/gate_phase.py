@@ -13,45 +13,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruned_trainer.pruning.budget import Budget
+from pruned_trainer.pruning.budget import Expected
 from pruned_trainer.pruning.gates import Gates
-from pruned_trainer.pruning.options import PENALTIES
+from pruned_trainer.pruning.options import MAX_PACE, PENALTIES
 
-# The fraction that is held falls from the dense cost (or the target before) to the target over this part of
-# the target's steps; it stays there for the rest.
+# The fraction that is held falls from what the gates cost at the start (or the target before) to the target
+# over this part of the target's steps; it stays there for the rest.
 RAMP = 0.6
-# The multipliers must grow to where the price of an open gate outweighs what it adds to the loss, about 10
-# to 30 here.
-MULTIPLIER_RATE = 1.0
+# An open gate's price is MULTIPLIER_RATE times the sum of the gaps of all steps, plus STIFFNESS times the gap
+# of now. It must outweigh what gates add to the loss, which takes 1 to 50 here.
+MULTIPLIER_RATE, STIFFNESS = 20.0, 1000.0
 # The steps that gates at the paper's learning rate (0.1) take from open to closed, with time to settle. A
-# shorter run gets proportionally larger rates.
+# shorter run gets proportionally larger rates, but at most MAX_PACE times as large.
 SETTLING_STEPS = 300
-# The paper's prices: 5e-3 a head and 2e-5 an FFN unit of a base model (1.875e-3 and 7.5e-6 of a large one),
-# which is 0.72 over the number of gates for all four.
-PRICE_OF_ALL = 0.72
+# Even at MAX_PACE, the gates of fewer steps do not settle.
+FEW_STEPS = 100
+# The paper's prices: 5e-3 a head and 2e-5 an FFN unit of a base model (144 heads, 36,864 units), 1.875e-3 and
+# 7.5e-6 of a large one (384, 98,304). Each is a constant over the number of gates. The paper states no price
+# of a hidden dimension.
+PRICES = {"heads": 0.72, "ffn": 0.737, "hidden": 0.72}
 
 
 class Lagrangian(nn.Module):
-    """The term linear * gap + quadratic * gap^2, which holds the expected budget at a target.
+    """The term multiplier * gap + STIFFNESS / 2 * gap^2, which holds the expected budget at a target.
 
-    gap = expected fraction - target fraction (Wang et al. 2020, as used by CoFi). Both multipliers are
-    trained by gradient ascent: give them to an optimiser with maximize=True.
+    gap = expected fraction - target fraction. It is an augmented Lagrangian: the multiplier, a buffer, rises
+    by the gap times a rate in every step (`follow`), also at the end of a training, so that a budget that is
+    late catches up; the quadratic term keeps it from swinging (Nocedal and Wright, chapter 17).
     """
+
+    multiplier: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Parameter(torch.zeros(()))
-        self.quadratic = nn.Parameter(torch.zeros(()))
+        self.register_buffer("multiplier", torch.zeros(()))
 
-    def forward(self, expected: Tensor, target: float) -> Tensor:
-        gap = expected - target
-        return self.linear * gap + self.quadratic * gap.square()
+    def forward(self, gap: Tensor) -> Tensor:
+        return self.multiplier * gap + STIFFNESS / 2 * gap.square()
+
+    def follow(self, gap: Tensor, rate: float) -> None:
+        """Raise the multiplier by the gap, or lower it where the gap is negative."""
+        self.multiplier += rate * gap.detach()
 
 
 class GatePhase(ABC):
     """Gates that train, and their term of the loss. penalty: one of PENALTIES."""
 
-    def __init__(self, gates: Gates, gate_learning_rate: float, penalty: str = "open") -> None:
+    def __init__(self, gates: Gates, gate_learning_rate: float, penalty: str = "one") -> None:
         if penalty not in PENALTIES:
             raise ValueError(f"penalty is {penalty!r}; one of {', '.join(PENALTIES)} is needed")
         self.gates, self.gate_learning_rate, self.penalty = gates, gate_learning_rate, penalty
@@ -65,33 +73,52 @@ class GatePhase(ABC):
         """The number of targets that are held one after another."""
         return 1
 
-    def groups(self, steps: int) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups for a training of `steps` steps."""
+    def group(self, steps: int) -> dict[str, Any]:
+        """The optimiser's parameter group of the gates, for a training of `steps` steps."""
         rate = self.gate_learning_rate * self.pace(steps)
-        return [{"params": self.gates.locations(), "lr": rate, "weight_decay": 0.0}]
+        return {"params": self.gates.locations(), "lr": rate, "weight_decay": 0.0}
 
-    @staticmethod
-    def pace(steps: int) -> float:
-        """The factor by which the gates of a short training must move faster."""
-        return max(1.0, SETTLING_STEPS / steps) if steps > 0 else 1.0
+    def pace(self, steps: int) -> float:
+        """The factor by which the gates of a training of `steps` steps move faster, because it is short."""
+        return min(max(1.0, SETTLING_STEPS / max(steps // self.stages, 1)), MAX_PACE)
+
+    def remarks(self, steps: int) -> list[str]:
+        """Sentences for the user where a training of `steps` steps is too short for the gates."""
+        each, pace, remarks = steps // self.stages, self.pace(steps), []
+        if pace > 1:
+            remarks.append(
+                f"{each} steps a target are fewer than the {SETTLING_STEPS} that gates need: their rate is "
+                f"{self.gate_learning_rate * pace:.3g}, {pace:.3g} times {self.gate_learning_rate:g}"
+            )
+        if each < FEW_STEPS:
+            remarks.append(
+                f"warning: gates do not settle in {each} steps, and the choice will be partly noise; "
+                f"{FEW_STEPS} or more are needed"
+            )
+        return remarks
 
 
 class HoldTarget(GatePhase):
     """A Lagrangian that holds the expected cost at `fractions` of the dense cost, one after another, each for
-    an equal share of the steps."""
+    an equal share of the steps.
+
+    budget: a `Budget`, or `ShareOfGates` to hold a share of the gates themselves.
+    """
 
     def __init__(
         self,
         gates: Gates,
-        budget: Budget,
+        budget: Expected,
         fractions: Sequence[float],
         gate_learning_rate: float = 0.1,
-        penalty: str = "open",
+        penalty: str = "one",
     ) -> None:
         super().__init__(gates, gate_learning_rate, penalty)
         self.budget, self.fractions = budget, list(fractions)
         if not self.fractions or self.fractions != sorted(self.fractions, reverse=True):
             raise ValueError(f"fractions are {self.fractions}: one or more that fall are needed")
+        with torch.no_grad():
+            self.start = float(budget.expected(gates.probabilities(penalty)))
         gates.add_module("lagrangian", Lagrangian().to(gates.draws.device))
 
     @property
@@ -106,19 +133,17 @@ class HoldTarget(GatePhase):
         """The fraction that is held at this part of the training (0 to 1)."""
         place = min(max(progress, 0.0), 1.0) * len(self.fractions)
         stage = min(int(place), len(self.fractions) - 1)
-        before = self.fractions[stage - 1] if stage else 1.0
+        before = self.fractions[stage - 1] if stage else self.start
         return before + (self.fractions[stage] - before) * min((place - stage) / RAMP, 1.0)
 
     def loss(self, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """The term for one step of training; the multiplier follows the gap."""
         wanted = self.target_at(progress)
         expected = self.budget.expected(self.gates.probabilities(self.penalty))
-        return self.lagrangian(expected, wanted), {"expected": float(expected.detach()), "wanted": wanted}
-
-    def groups(self, steps: int) -> list[dict[str, Any]]:
-        steps = steps // len(self.fractions)  # each target has its share to settle in
-        rate, multipliers = MULTIPLIER_RATE * self.pace(steps), list(self.lagrangian.parameters())
-        ascent = {"params": multipliers, "lr": rate, "weight_decay": 0.0, "maximize": True}
-        return [*super().groups(steps), ascent]
+        gap = expected - wanted
+        self.lagrangian.follow(gap, MULTIPLIER_RATE)
+        facts = {"expected": float(expected.detach()), "wanted": wanted}
+        return self.lagrangian(gap), facts | {"multiplier": float(self.lagrangian.multiplier)}
 
 
 class PayPerGate(GatePhase):
@@ -132,7 +157,7 @@ class PayPerGate(GatePhase):
         gates: Gates,
         multiples: Mapping[str, float],
         gate_learning_rate: float = 0.1,
-        penalty: str = "open",
+        penalty: str = "one",
     ) -> None:
         super().__init__(gates, gate_learning_rate, penalty)
         self.multiples = {part: multiples[part] for part in gates.parts}
@@ -143,6 +168,7 @@ class PayPerGate(GatePhase):
         shares = {}
         for part, multiple in self.multiples.items():
             probabilities = torch.cat(counts.of(part))
-            total = total + multiple * PRICE_OF_ALL * probabilities.mean()
-            shares[f"open_{part}"] = float(probabilities.detach().mean())
+            share = probabilities.sum() / max(probabilities.numel(), 1)
+            total = total + multiple * PRICES[part] * share
+            shares[f"open_{part}"] = float(share.detach())
         return total, shares

@@ -12,10 +12,18 @@ from dataclasses import dataclass
 # dimensions.
 PARTS = ("heads", "ffn", "hidden")
 DEFAULT_PARTS = ("heads", "ffn")
-# When a gate counts in the budget: whenever it is not 0 (Louizos et al. 2018), or only when it is exactly 1.
-PENALTIES = ("open", "one")
+# When a gate counts in the budget: only when it is exactly 1, as the paper prints it, or whenever it is not 0
+# (Louizos et al. 2018), which has hardly any gradient where gates start.
+PENALTIES = ("one", "open")
+# The gates of a short training move faster, but at most so many times: beyond that, gates close by the noise
+# of a few steps.
+MAX_PACE = 3.0
 # The ways to score what stays without training gates (`importance.score`).
 METHODS = ("gain", "leave-one-out", "random")
+# How compaction makes up for what it removes (`compensate.compensate`): in one of the ways that are made, in
+# whichever is best for each part, or not at all.
+COMPENSATIONS_MADE = ("bias", "least-squares")
+COMPENSATIONS = ("auto", *COMPENSATIONS_MADE, "none")
 UNITS = ("params", "macs", "speedup", "latency_ms")
 
 

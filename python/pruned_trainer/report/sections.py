@@ -108,9 +108,14 @@ def training_section(report: Fields, models: Sequence[Fields]) -> Section:
     if openness:
         section.notes.append("Expected number of open gates in each layer, as a share of the dense layer's.")
         section.drawings.append(openness)
-    target = _target(log, models)
+    held_apart = report.text("recipe") == "paper" and any("wanted" in entry for entry in log)
+    target = None if held_apart else _target(log, models)
     if target:
         section.drawings.append(target)
+    elif held_apart:
+        section.notes.append(
+            "The gates of each part were held to its share of the target, one after another."
+        )
     else:
         section.notes.append("No target was held during the training, so there is none to draw.")
     return section

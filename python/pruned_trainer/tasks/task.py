@@ -58,7 +58,13 @@ class Result(Protocol):
 
 
 class Prepared(Protocol):
-    """A file's examples, cut into windows once and then used for every model. Its length: of questions."""
+    """A file's examples, cut into windows once and then used for every model. Its length: of questions.
+
+    windows: each has a length, input_ids and token_type_ids.
+    """
+
+    @property
+    def windows(self) -> Sequence[Any]: ...
 
     def __len__(self) -> int: ...
 

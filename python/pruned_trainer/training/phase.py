@@ -78,8 +78,8 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         # Given, because several processes without a GPU would not find each other otherwise.
         "use_cpu": not torch.cuda.is_available(),
-        # Every parameter takes part in every step, but some (multipliers, projection) outside the model's
-        # forward, where a search for unused ones would not see them.
+        # Every parameter takes part in every step, but the projection outside the model's forward, where a
+        # search for unused ones would not see it.
         "ddp_find_unused_parameters": False,
     }
     return TrainingArguments(**{**values, **more})

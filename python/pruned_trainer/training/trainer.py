@@ -95,7 +95,7 @@ class PruningTrainer(Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with decay on matrices, and groups of their own for gates and multipliers."""
+        """AdamW with decay on matrices, and a group of their own for gates."""
         model = self.model if model is None else model
         assert model is not None
         gates = {id(p) for p in self.gate_phase.gates.parameters()} if self.gate_phase else set()
@@ -105,7 +105,7 @@ class PruningTrainer(Trainer):
             {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
         ]
         if self.gate_phase:
-            groups += self.gate_phase.groups(self.args.max_steps)
+            groups.append(self.gate_phase.group(self.args.max_steps))
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=self.args.learning_rate,
@@ -117,7 +117,7 @@ class PruningTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Warm-up and linear decay; those of the gates and multipliers begin anew for each target."""
+        """Warm-up and linear decay; those of the gates begin anew for each target."""
         if self.gate_phase is None or self.gate_phase.stages == 1:
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer

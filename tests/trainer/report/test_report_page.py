@@ -213,6 +213,11 @@ def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
     parsed = page(put(tmp_path / "paper", a_report(training=training, target={"asked": {}, "reached": {}})))
     assert "FFN units" in parsed.texts["training"] and "No target was held" in parsed.texts["training"]
     assert "figure-report-target" not in parsed.ids
+    shares = [{**entry, "expected": 0.5, "wanted": 0.5} for entry in gate]
+    held = a_report(training={"gates": shares, "retrain": []}, recipe="paper")
+    parsed = page(put(tmp_path / "held", held))
+    assert "held to its share of the target" in parsed.texts["training"]
+    assert "figure-report-target" not in parsed.ids
     training = {"gates": [], "retrain": []}
     parsed = page(put(tmp_path / "gain", a_report(training=training, recipe="gain")))
     assert "The recipe gain trains no gates" in parsed.texts["training"]

@@ -1,0 +1,334 @@
+"""Compensation: the output matrices and biases of a narrow model, solved anew so that what is left makes up
+for what was removed. It needs inputs without labels, and no training.
+
+bias: the mean of what a layer's removed heads or FFN units gave goes into the output bias. least-squares: the
+output matrix is solved by ridge regression of what was lost on the units that are left, and the bias goes
+with it (Kwon et al. 2022, Kurtic et al. 2023). auto: for each part, whichever of these lowers the loss on
+other inputs; often the least squares do, but they can also hurt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruned_ops.checkpoints.loading import load_tokenizer
+from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_trainer.pruning.decision import Decision
+from pruned_trainer.pruning.importance import Batches, example_losses
+from pruned_trainer.pruning.options import COMPENSATIONS, COMPENSATIONS_MADE
+from pruned_trainer.tasks.task import LABELS, without_labels
+
+# The output projection of each part in a layer, and the LayerNorm that it leads to.
+_PROJECTIONS = {"heads": "attention.output.dense", "ffn": "output.dense"}
+_NORMS = {"heads": "attention.output.LayerNorm", "ffn": "output.LayerNorm"}
+# The parts in the order in which `auto` chooses for them: FFN units are most of what is removed.
+PARTS = ("ffn", "heads")
+# The ridge, as a part of the mean variance of the units that are left.
+RIDGE = 1e-3
+# Of the calibration's batches, `auto` keeps each so-manieth for choosing where it is given no others.
+HELD_EVERY = 4
+# Texts are cut to at most so many tokens, and run in batches of so many.
+TEXT_TOKENS, TEXT_BATCH = 384, 8
+
+Place = tuple[str, int]  # a part and the number of a layer
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What was done to a narrow model: the method for each part, and the loss without and with it (None where
+    no loss was needed)."""
+
+    methods: dict[str, str]
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    def __str__(self) -> str:
+        done = ", ".join(f"{method} on {part}" for part, method in self.methods.items() if method != "none")
+        losses = "" if self.loss_before is None else f"; loss {self.loss_before:.4f} to {self.loss_after:.4f}"
+        return (done or "none") + losses
+
+
+@dataclass
+class _Moments:
+    """Sums over tokens, in fp64: of the inputs that are left (tokens, kept), of the error that their
+    projection makes (tokens, hidden), and of their products."""
+
+    tokens: int = 0
+    sums: list[Tensor] = field(default_factory=list)
+
+    def add(self, kept: Tensor, error: Tensor) -> None:
+        found = [kept.sum(0), error.sum(0), kept.T @ kept, error.T @ kept]
+        self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
+        self.tokens += len(kept)
+
+    def corrections(self, method: str, ridge: float) -> tuple[Tensor | None, Tensor]:
+        """What is to be added to the output matrix (None: nothing) and to the output bias."""
+        kept_sum, error_sum, squares, products = self.sums
+        mean, error = kept_sum / self.tokens, error_sum / self.tokens
+        if method == "bias" or not len(mean):
+            return None, error
+        covariance = squares / self.tokens - torch.outer(mean, mean)
+        joint = products / self.tokens - torch.outer(error, mean)
+        # The floor is far above the rounding of inputs that never change, whose variance is 0.
+        floor = 1e-12 * squares.diagonal().mean() / self.tokens + torch.finfo(torch.float64).tiny
+        penalty = ridge * covariance.diagonal().mean() + floor
+        matrix = torch.linalg.solve(covariance + penalty * torch.eye(len(mean)).to(mean), joint.T).T
+        return matrix, error - matrix @ mean
+
+
+class _Compensator:
+    """A narrow model whose projections can be set to any choice of methods, one for each part."""
+
+    def __init__(
+        self, narrow: PreTrainedModel, model: PreTrainedModel, decision: Decision, batches: Batches,
+        ridge: float,
+    ) -> None:  # fmt: skip
+        self.narrow, self.model, self.batches, self.ridge = narrow, model, batches, ridge
+        self.layers = [dict(layer.named_modules()) for layer in find_encoder(narrow).encoder.layer]
+        self.sources = [dict(layer.named_modules()) for layer in find_encoder(model).encoder.layer]
+        device = next(model.parameters()).device
+        head_dim = model_shape(model).head_dim
+        self.hidden = slice(None) if decision.hidden is None else list(decision.hidden.indices)
+        self.kept: dict[Place, Tensor] = {}
+        for i, layer in enumerate(decision.layers):
+            heads = torch.tensor(layer.heads.indices, dtype=torch.long, device=device)
+            columns = heads[:, None] * head_dim + torch.arange(head_dim, device=device)
+            self.kept["heads", i] = columns.flatten()
+            self.kept["ffn", i] = torch.tensor(layer.ffn.indices, dtype=torch.long, device=device)
+        self.before = {
+            place: (
+                self.projection(place).weight.detach().clone(),
+                self.projection(place).bias.detach().clone(),
+            )
+            for place in self.kept
+        }
+
+    def projection(self, place: Place) -> Any:
+        return self.layers[place[1]][_PROJECTIONS[place[0]]]
+
+    def places(self) -> Iterator[Place]:
+        """Every place in the order in which a model computes them."""
+        return ((part, i) for i, part in product(range(len(self.layers)), ("heads", "ffn")))
+
+    def reset(self) -> None:
+        """Set every projection to what compaction made of it."""
+        for place, (weight, bias) in self.before.items():
+            self.projection(place).weight.data.copy_(weight)
+            self.projection(place).bias.data.copy_(bias)
+
+    def correct(self, place: Place, moments: _Moments, method: str) -> None:
+        """Add a method's corrections to one projection, in its own dtype."""
+        if not moments.tokens:
+            return
+        weight, bias = self.before[place]
+        matrix, offset = moments.corrections(method, self.ridge)
+        projection = self.projection(place)
+        projection.bias.data.copy_(bias.double() + offset)
+        if matrix is not None:
+            projection.weight.data.copy_(weight.double() + matrix)
+
+    def whole_moments(self) -> dict[Place, _Moments]:
+        """The moments of every place, from one pass of the source model."""
+        moments = {place: _Moments() for place in self.places()}
+
+        def hooks(place: Place, real: Tensor) -> Iterator[Any]:
+            part, i = place
+            source, raw = self.sources[i][_PROJECTIONS[part]], []
+            kept, (weight, _) = self.kept[place], self.before[place]
+            rows = source.weight.detach().double()[self.hidden]
+
+            def before_gates(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                raw.append(inputs[0][real].double()[:, kept])
+
+            def after_gates(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                left = raw.pop()
+                whole = inputs[0][real].double() @ rows.T
+                moments[place].add(left, whole - left @ weight.double().T)
+
+            yield source.register_forward_pre_hook(before_gates, prepend=True)
+            yield source.register_forward_pre_hook(after_gates)
+
+        for batch in self.batches:
+            real = batch["attention_mask"].bool()
+            with _hooked(hook for place in moments for hook in hooks(place, real)):
+                self.model(**without_labels(batch))
+        return moments
+
+    def moments_in_turn(self, place: Place) -> _Moments:
+        """The moments of one place in the narrow model as it is now: its own inputs, and what the sum that
+        enters the LayerNorm lacks of the source model's, whatever the reason."""
+        part, i = place
+        moments, sums, left = _Moments(), list[Tensor](), list[Tensor]()
+
+        def keep(into: list[Tensor], real: Tensor, columns: Any) -> Callable[..., None]:
+            return lambda _, inputs: into.append(inputs[0][real].double()[:, columns])
+
+        for batch in self.batches:
+            real = batch["attention_mask"].bool()
+            norm, own_norm = self.sources[i][_NORMS[part]], self.layers[i][_NORMS[part]]
+            with _hooked([norm.register_forward_pre_hook(keep(sums, real, self.hidden))]):
+                self.model(**without_labels(batch))
+            own = [
+                own_norm.register_forward_pre_hook(keep(sums, real, slice(None))),
+                self.projection(place).register_forward_pre_hook(keep(left, real, slice(None))),
+            ]
+            with _hooked(own):
+                self.narrow(**without_labels(batch))
+            whole, lacking = sums
+            moments.add(left.pop(), whole - lacking)
+            sums.clear()
+        return moments
+
+
+def compensate(
+    narrow: PreTrainedModel,
+    model: PreTrainedModel,
+    decision: Decision,
+    calibration: Batches,
+    method: str = "auto",
+    validation: Batches | None = None,
+    reference: PreTrainedModel | None = None,
+    layer_by_layer: bool = False,
+    ridge: float = RIDGE,
+) -> Compensation:
+    """Compensate `narrow`, in place, for what `decision` removed from `model`.
+
+    model: the source of the compaction, which is left as it is; gates that are attached to it act as in
+    evaluation. calibration: padded batches, some hundred windows in all. method: one of COMPENSATIONS.
+    validation: the batches on which auto compares losses (default: every HELD_EVERYth of the calibration's,
+    which then serves for nothing else). The loss is the batches' own where they have the task's LABELS, else
+    the divergence from `reference` (default: the model). layer_by_layer: each layer is solved on the outputs
+    of the compensated layers before it, which takes two passes over the calibration for every part of every
+    layer instead of one for all. Errors: ValueError for an unknown method, or too few batches.
+    """
+    _check(method, calibration, validation)
+    if method == "none":
+        return Compensation(dict.fromkeys(PARTS, "none"))
+    if method == "auto" and validation is None:
+        validation = calibration[::HELD_EVERY]
+        calibration = [batch for i, batch in enumerate(calibration) if i % HELD_EVERY]
+    with _evaluating(narrow, model, reference):
+        compensator = _Compensator(narrow, model, decision, calibration, ridge)
+        moments = None if layer_by_layer else compensator.whole_moments()
+
+        def build(methods: dict[str, str]) -> None:
+            compensator.reset()
+            for place in compensator.places():
+                if methods[place[0]] != "none":
+                    found = compensator.moments_in_turn(place) if moments is None else moments[place]
+                    compensator.correct(place, found, methods[place[0]])
+
+        if method != "auto":
+            methods = dict.fromkeys(PARTS, method)
+            build(methods)
+            return Compensation(methods)
+        assert validation is not None
+        return _best(build, _loss_on(narrow, reference or model, validation))
+
+
+def _check(method: str, calibration: Batches, validation: Batches | None) -> None:
+    if method not in COMPENSATIONS:
+        raise ValueError(f"compensation is {method!r}; one of {', '.join(COMPENSATIONS)} is needed")
+    needed = 2 if method == "auto" and validation is None else 1
+    if method != "none" and len(calibration) < needed:
+        raise ValueError(f"{len(calibration)} calibration batches: {method} needs {needed} or more")
+
+
+def _best(build: Callable[[dict[str, str]], None], loss: Callable[[], float]) -> Compensation:
+    """Build, for one part after another, what lowers the loss most; nothing where nothing does."""
+    methods = dict.fromkeys(PARTS, "none")
+    build(methods)
+    before = least = loss()
+    for part in PARTS:
+        for candidate in COMPENSATIONS_MADE:
+            build({**methods, part: candidate})
+            reached = loss()
+            if reached < least:
+                least, methods = reached, {**methods, part: candidate}
+    build(methods)
+    return Compensation(methods, before, least)
+
+
+def _loss_on(narrow: PreTrainedModel, reference: PreTrainedModel, batches: Batches) -> Callable[[], float]:
+    """A function of no arguments, the mean loss of `narrow` as it is when that is called."""
+    labelled = all(name in batch for batch in batches for name in LABELS[:2])
+    expected = [] if labelled else [reference(**without_labels(batch)) for batch in batches]
+
+    def loss() -> float:
+        outputs = [narrow(**without_labels(batch)) for batch in batches]
+        if labelled:
+            each = [example_losses(output, batch) for output, batch in zip(outputs, batches, strict=True)]
+        else:
+            each = [
+                _divergences(output, wanted, batch["attention_mask"].bool())
+                for output, wanted, batch in zip(outputs, expected, batches, strict=True)
+            ]
+        return float(torch.cat(each).double().mean())
+
+    return loss
+
+
+def _divergences(output: Any, expected: Any, real: Tensor) -> Tensor:
+    """KL(expected || output) over the real tokens, the mean of start and end, of each example: (batch,)."""
+    lowest = torch.finfo(torch.float32).min
+    total = torch.zeros(len(real), device=real.device)
+    for name in ("start_logits", "end_logits"):
+        ours, theirs = (
+            F.log_softmax(getattr(answer, name).float().masked_fill(~real, lowest), -1)
+            for answer in (output, expected)
+        )
+        total += (theirs.exp() * (theirs - ours)).masked_fill(~real, 0.0).sum(-1) / 2
+    return total
+
+
+def text_batches(model: PreTrainedModel, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Texts as padded batches for `model`, by the tokenizer of the checkpoint that it was loaded from.
+
+    Errors: OSError or ValueError where that has no tokenizer.
+    """
+    if not texts:
+        return []
+    tokenizer = load_tokenizer(str(model.name_or_path))
+    longest = min(TEXT_TOKENS, longest_sequence(model.config))
+    ordered = sorted(texts, key=len)
+    batches = []
+    for start in range(0, len(ordered), TEXT_BATCH):
+        encoded = tokenizer(
+            ordered[start : start + TEXT_BATCH], truncation=True, max_length=longest, padding=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        batches.append({name: tensor.to(model.device) for name, tensor in encoded.items()})
+    return batches
+
+
+@contextmanager
+def _hooked(hooks: Any) -> Iterator[None]:
+    """Remove these hooks after the block."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
+    """Put the models into evaluation mode, without any gradient, inside the block."""
+    modes = [(model, model.training) for model in models if model is not None]
+    for model, _ in modes:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, training in modes:
+            model.train(training)
