@@ -440,7 +440,13 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 
 def _compact(arguments: argparse.Namespace) -> None:
-    from pruned_trainer.jobs.output import OutputFolder, load_model, load_tokenizer, save_checkpoint
+    from pruned_trainer.jobs.output import (
+        OutputFolder,
+        explained_when_full,
+        load_model,
+        load_tokenizer,
+        save_checkpoint,
+    )
     from pruned_trainer.pruning.compact import compact
     from pruned_trainer.pruning.decision import Decision
 
@@ -453,9 +459,12 @@ def _compact(arguments: argparse.Namespace) -> None:
         texts = [line for line in lines if line.strip()]
     decision = Decision.load(arguments.decision)
     narrow = compact(model, decision, texts, arguments.compensate, arguments.layer_by_layer)
-    folder = OutputFolder(arguments.out, arguments.overwrite, inputs)
-    save_checkpoint(narrow, folder.partial, arguments.model, tokenizer)
-    folder.publish()
+    with (
+        explained_when_full(arguments.out),
+        OutputFolder(arguments.out, arguments.overwrite, inputs) as folder,
+    ):
+        save_checkpoint(narrow, folder.partial, arguments.model, tokenizer)
+        folder.publish()
     print(f"written to {arguments.out}")
 
 

@@ -17,7 +17,7 @@ from pruned_ops.checkpoints.loading import check_source, load_to_fine_tune
 from pruned_trainer.demo.questions import write_demo_set
 from pruned_trainer.distributed import say, world_size
 from pruned_trainer.jobs.finetune import train
-from pruned_trainer.jobs.output import OutputFolder, load_tokenizer, save_checkpoint
+from pruned_trainer.jobs.output import OutputFolder, explained_when_full, load_tokenizer, save_checkpoint
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.squad.sources import read_examples
@@ -54,9 +54,10 @@ def demo(settings: PruneSettings) -> dict[str, Any]:
     source = settings.model or starting_point()
     if generated:
         settings = _with_generated_files(settings)
-    teacher = OutputFolder(_beside(settings.out, "teacher"), settings.overwrite)
-    _fine_tune(source, settings, teacher)
-    return prune(replace(settings, model=str(teacher.path)))
+    teacher = _beside(settings.out, "teacher")
+    with explained_when_full(teacher), OutputFolder(teacher, settings.overwrite) as folder:
+        _fine_tune(source, settings, folder)
+    return prune(replace(settings, model=str(teacher)))
 
 
 def _check(settings: PruneSettings, generated: bool) -> None:

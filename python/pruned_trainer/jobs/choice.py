@@ -145,7 +145,7 @@ def remove_choices(folder: Path) -> None:
     Chosen.remove_all(folder)
     for checkpoints in folder.glob("gates*"):
         shutil.rmtree(checkpoints)
-    (folder / _RECORD).unlink()
+    (folder / _RECORD).unlink(missing_ok=True)
 
 
 def gate_phase_for(job: Job, gates: Gates) -> GatePhase:

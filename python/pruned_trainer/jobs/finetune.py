@@ -13,7 +13,7 @@ from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.models.stock import find_encoder
 from pruned_trainer.distributed import is_main, once, per_process, say
 from pruned_trainer.jobs.job import check_length
-from pruned_trainer.jobs.output import OutputFolder, load_tokenizer, save_checkpoint
+from pruned_trainer.jobs.output import OutputFolder, explained_when_full, load_tokenizer, save_checkpoint
 from pruned_trainer.jobs.settings import FineTuneSettings
 from pruned_trainer.training.batches import Features, pad_batch
 from pruned_trainer.training.distillation import Distillation
@@ -39,21 +39,24 @@ def fine_tune(settings: FineTuneSettings) -> None:
     check_length(settings.max_length, model.config)
     say(f"tokenising {task.describe(examples)}")
     features = task.features(examples, tokenizer)
-    folder = once(lambda: OutputFolder(settings.out, settings.overwrite, inputs))
-    train(
-        model,
-        features,
-        folder.partial,
-        steps=max(1, round(settings.epochs * len(features) / settings.batch_size)),
-        batch_size=settings.batch_size,
-        rate=settings.learning_rate,
-        seed=settings.seed,
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
-    )
-    if is_main():
-        save_checkpoint(model, folder.partial, settings.model, tokenizer)
-    once(folder.publish)
+    with (
+        explained_when_full(settings.out),
+        once(lambda: OutputFolder(settings.out, settings.overwrite, inputs)) as folder,
+    ):
+        train(
+            model,
+            features,
+            folder.partial,
+            steps=max(1, round(settings.epochs * len(features) / settings.batch_size)),
+            batch_size=settings.batch_size,
+            rate=settings.learning_rate,
+            seed=settings.seed,
+            bf16=settings.precision == "bf16",
+            fp16=settings.precision == "fp16",
+        )
+        if is_main():
+            save_checkpoint(model, folder.partial, settings.model, tokenizer)
+        once(folder.publish)
 
 
 def train(

@@ -3,10 +3,14 @@ runtime's."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -14,6 +18,11 @@ from transformers.utils import logging
 from pruned_ops.checkpoints.loading import TOKENIZER_FILES
 from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
+
+# What a run that can be resumed keeps in its partial folder: its settings and its plan.
+RUN = "run.json"
+# What a run holds a lock on, in its partial folder.
+LOCK = ".lock"
 
 
 def save_checkpoint(
@@ -31,38 +40,102 @@ def save_checkpoint(
         tokenizer.save_pretrained(folder)
 
 
+class DiskFull(OSError):
+    """Nothing more can be written; the text says where, and what to do."""
+
+
+@contextmanager
+def explained_when_full(out: Path) -> Iterator[None]:
+    """Turn whatever a library raises inside the block on a full disk into one sentence.
+
+    It says how the run with this --out goes on. Errors: DiskFull; all others as they are."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        partial = OutputFolder.partial_of(out)
+        if (partial / RUN).is_file() or (out / RUN).is_file():
+            remedy = "the same command with --resume goes on"
+        elif partial.is_dir() and _content(partial):
+            remedy = "the same command with --overwrite starts again"
+        else:
+            remedy = "start again"
+        place = next(folder for folder in out.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(place).free / 2**20
+        raise DiskFull(
+            f"there is no room left to write {out} ({free:.0f} MiB are free on its disk): make room, then "
+            f"{remedy}"
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether this error, or the one that it came from, says that there was no room to write a file.
+
+    Python gives a number; safetensors (written in Rust), NumPy and torch's writer give a text alone.
+    """
+    if error is None:
+        return False
+    texts = ("No space left on device", "Disk quota exceeded", "requested and", "PytorchStreamWriter")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(text in str(error) for text in texts) or _is_full(error.__cause__ or error.__context__)
+
+
 class OutputFolder:
     """A folder that appears under its name only when it is whole: work in `partial`, then `publish`.
 
-    resume: go on in the partial folder that is there.
+    It is locked until the end of a `with` block, or of this process, also by a kill. resume: go on in the
+    partial folder that is there.
     Errors: FileExistsError where the folder, or an earlier run's partial one, holds files and `overwrite` is
-    False; and always where it holds one of the run's own `inputs`, or the current folder. FileNotFoundError
-    where there is nothing to resume.
+    False; and always where it holds one of the run's own `inputs`, or the current folder, or where another
+    run works in it. FileNotFoundError where there is nothing to resume.
     """
 
     def __init__(
         self, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = (), resume: bool = False
     ) -> None:
         self.check(path, overwrite, inputs, resume)
-        self.path = path
+        self.path, self.is_published = path, False
         self.partial = self.partial_of(path)
-        if self.partial.exists() and not resume:
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True, exist_ok=resume)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = _locked(self.partial)
+        if not resume:
+            for entry in _content(self.partial):
+                _remove(entry)
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            _unlock(self.path if self.is_published else self.partial, self._lock)
+            self._lock = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What other processes get: the lock is the main process's."""
+        return {**self.__dict__, "_lock": None}
 
     @staticmethod
     def partial_of(path: Path) -> Path:
         """The folder that a run works in until its output is whole."""
         return path.with_name(path.name + ".partial")
 
+    @staticmethod
+    def _replaced(path: Path) -> Path:
+        """Where the folder that a new one replaces stands while that one gets its name."""
+        return path.with_name(f".{path.name}.replaced")
+
     @classmethod
     def check(
         cls, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = (), resume: bool = False
     ) -> None:
-        """Raise as the constructor does, without making anything."""
-        if resume and not cls.partial_of(path).is_dir():
-            raise FileNotFoundError(f"nothing to resume: there is no {cls.partial_of(path)}")
-        for folder in (path, cls.partial_of(path)):
+        """Raise as the constructor does, without making anything, after `end_publishing`."""
+        partial = cls.partial_of(path)
+        cls.end_publishing(path)
+        if resume and not partial.is_dir():
+            finished = f"; the run into {path} came to its end" if path.is_dir() else ""
+            raise FileNotFoundError(f"nothing to resume: there is no {partial}{finished}")
+        for folder in (path, partial):
             for needed in (Path.cwd(), *(Path(i).resolve() for i in inputs if i is not None and i != "")):
                 if needed.exists() and needed.is_relative_to(folder.resolve()):
                     raise FileExistsError(
@@ -70,19 +143,88 @@ class OutputFolder:
                     )
             if folder.is_file():
                 raise FileExistsError(f"{folder} is a file; --out names a folder")
-            if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-                if folder == path:
-                    raise FileExistsError(f"{folder} is not empty; --overwrite replaces it")
-                if not resume:
-                    raise FileExistsError(
-                        f"{folder} is not empty: an earlier run was interrupted; --resume goes on with it, "
-                        "--overwrite replaces it"
-                    )
+        if (partial / LOCK).exists():
+            os.close(_locked(partial))
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise FileExistsError(f"{path} is not empty; --overwrite replaces it")
+        if partial.is_dir() and any(_content(partial)) and not overwrite and not resume:
+            resumable = "--resume goes on with it, " if (partial / RUN).is_file() else ""
+            raise FileExistsError(
+                f"{partial} is not empty: an earlier run was interrupted; {resumable}--overwrite replaces it"
+            )
+
+    @classmethod
+    def end_publishing(cls, path: Path) -> None:
+        """End what a process that was killed while it published has left undone.
+
+        Where the folder that was to be replaced stands aside, the partial one was whole.
+        """
+        partial, replaced = cls.partial_of(path), cls._replaced(path)
+        if not os.path.lexists(replaced):
+            return
+        if not os.path.lexists(path) and partial.is_dir():
+            lock = _locked(partial)
+            partial.rename(path)
+            _unlock(path, lock)
+        elif not os.path.lexists(path):
+            replaced.rename(path)
+            return
+        _remove(replaced)
 
     def publish(self) -> None:
         """Give the finished folder its name. What stood there before goes only after that."""
-        aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        replaced = self._replaced(self.path)
         if self.path.exists():
-            self.path.rename(aside / "replaced")
+            self.path.rename(replaced)
         self.partial.rename(self.path)
-        shutil.rmtree(aside)
+        self.is_published = True
+        if os.path.lexists(replaced):
+            _remove(replaced)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a published folder inside the block; FileExistsError where another run has it."""
+    descriptor = _locked(folder)
+    try:
+        yield
+    finally:
+        _unlock(folder, descriptor)
+
+
+def _content(folder: Path) -> list[Path]:
+    """What is in a partial folder, but for the lock."""
+    return [entry for entry in folder.iterdir() if entry.name != LOCK]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _locked(folder: Path) -> int:
+    """Lock a partial folder; the descriptor, whose closing ends the lock, as does the end of the process.
+
+    Errors: FileExistsError where another run has it.
+    """
+    file = folder / LOCK
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_there = file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
+    except BlockingIOError:
+        is_there = False
+    if not is_there:  # held, or published between our opening and our locking
+        os.close(descriptor)
+        raise FileExistsError(
+            f"{folder} is in use: another run works in it; wait for its end, or give another --out"
+        )
+    return descriptor
+
+
+def _unlock(folder: Path, descriptor: int) -> None:
+    """Remove the file of the lock, and end the lock."""
+    (folder / LOCK).unlink(missing_ok=True)
+    os.close(descriptor)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
 from pruned_trainer.jobs.evaluation import Judged, full_report, judge
 from pruned_trainer.jobs.job import Job, build_trainer, start
-from pruned_trainer.jobs.output import OutputFolder, save_checkpoint
+from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.decision import Decision
@@ -28,7 +29,7 @@ from pruned_trainer.report import terminal
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training.phase import InterruptedTraining, Log, prepare_student, run
 
-_RUN, _TABLE = "run.json", "latency.json"
+_TABLE = "latency.json"
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
         raise ValueError(
             f"prune makes one model; sweep makes one for each of {len(settings.targets)} targets"
         )
-    opened = open_run(settings)
-    opened, choices = _choose(opened)
-    trained = _train_on(opened, choices.chosen[0], opened.folder.partial)
-    dense = judge(opened.job, opened.job.dense)
-    report = _measure(opened, trained, dense, choices.log)
-    publish(opened.folder)
-    once(lambda: _draw(settings.out))
+    if _is_published(settings):
+        return _finish(settings, "report.json")
+    with explained_when_full(settings.out), open_run(settings) as opened:
+        opened, choices = _choose(opened)
+        trained = _train_on(opened, choices.chosen[0], opened.folder.partial)
+        dense = judge(opened.job, opened.job.dense)
+        report = _measure(opened, trained, dense, choices.log)
+        publish(opened.folder)
     return report
 
 
@@ -80,32 +82,35 @@ def sweep(settings: PruneSettings) -> dict[str, Any]:
     """
     if not settings.targets:
         raise ValueError("a sweep needs one or more targets")
-    opened = open_run(settings)
-    opened, choices = _choose(opened)
-    trained = [
-        _train_on(opened, chosen, opened.folder.partial / target.name)
-        for chosen, target in zip(choices.chosen, settings.targets, strict=True)
-    ]
-    dense = judge(opened.job, opened.job.dense)
-    points = [
-        terminal.sweep_point(_measure(opened, model, dense, choices.log), model.folder.name)
-        for model in trained
-    ]
-    summary = {
-        "task": settings.task,
-        "dense": dense.to_json(opened.job),
-        "points": points,
-        "command": settings.command,
-    }
-    if is_main():
-        write_json(opened.folder.partial / "sweep.json", summary)
-    publish(opened.folder)
-    once(lambda: _draw(settings.out))
+    if _is_published(settings):
+        return _finish(settings, "sweep.json")
+    with explained_when_full(settings.out), open_run(settings) as opened:
+        opened, choices = _choose(opened)
+        trained = [
+            _train_on(opened, chosen, opened.folder.partial / target.name)
+            for chosen, target in zip(choices.chosen, settings.targets, strict=True)
+        ]
+        dense = judge(opened.job, opened.job.dense)
+        points = [
+            terminal.sweep_point(_measure(opened, model, dense, choices.log), model.folder.name)
+            for model in trained
+        ]
+        summary = {
+            "task": settings.task,
+            "dense": dense.to_json(opened.job),
+            "points": points,
+            "command": settings.command,
+        }
+        if is_main():
+            write_json(opened.folder.partial / "sweep.json", summary)
+        publish(opened.folder)
     return summary
 
 
-def open_run(settings: PruneSettings) -> Run:
-    """Check, load, plan and only then make the folder; or take up what an interrupted run left."""
+@contextmanager
+def open_run(settings: PruneSettings) -> Iterator[Run]:
+    """Check, load, plan and only then make the folder, or take up what an interrupted run left; the folder is
+    this run's alone until the end of the block."""
     partial = OutputFolder.partial_of(settings.out)
     once(lambda: OutputFolder.check(settings.out, settings.overwrite, settings.inputs, settings.resume))
     recorded = once(lambda: _recorded_plan(partial, settings)) if settings.resume else None
@@ -116,19 +121,20 @@ def open_run(settings: PruneSettings) -> Run:
     set_seed(settings.seed)  # measuring a step drew random numbers; the run is the same without
 
     def make_folder() -> OutputFolder:
-        folder = OutputFolder(settings.out, settings.overwrite, settings.inputs, settings.resume)
-        if job.table is not None:
-            job.table.save(folder.partial / _TABLE)
-        write_json(folder.partial / _RUN, {"settings": settings.to_json(), "plan": plan.to_json()})
-        return folder
+        return OutputFolder(settings.out, settings.overwrite, settings.inputs, settings.resume)
 
-    return Run(job, plan, once(make_folder))
+    with once(make_folder) as folder:
+        if is_main():
+            write_json(folder.partial / RUN, {"settings": settings.to_json(), "plan": plan.to_json()})
+            if job.table is not None:
+                job.table.save(folder.partial / _TABLE)
+        yield Run(job, plan, folder)
 
 
 def _recorded_plan(partial: Path, settings: PruneSettings) -> Plan:
     """The plan of the interrupted run; ValueError where that run had other settings, or left no record."""
     try:
-        recorded = json.loads((partial / _RUN).read_text(encoding="utf-8"))
+        recorded = json.loads((partial / RUN).read_text(encoding="utf-8"))
         plan = Plan(**recorded["plan"])
         known: Mapping[str, Any] = dict(recorded["settings"])
         if "targets" not in known:
@@ -219,20 +225,53 @@ def retrain(job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decisio
 
 
 def publish(folder: OutputFolder) -> None:
-    """Remove what only a resumed run needs, and give the folder its name."""
+    """Give the folder its name, and only then remove what a resumed run would need."""
 
     def work() -> None:
-        remove_choices(folder.partial)
-        for checkpoints in folder.partial.glob("retrain*"):
-            shutil.rmtree(checkpoints)
-        (folder.partial / _RUN).unlink()
         folder.publish()
+        _clean_up(folder.path)
 
     once(work)
 
 
+def _clean_up(folder: Path) -> None:
+    """Remove from a published folder what only a resumed run needs, and draw its report.
+
+    The record of the run goes last: where it is there, a run was killed on the way."""
+    remove_choices(folder)
+    for checkpoints in folder.glob("retrain*"):
+        shutil.rmtree(checkpoints)
+    _draw(folder)
+    (folder / LOCK).unlink(missing_ok=True)
+    (folder / RUN).unlink(missing_ok=True)
+
+
+def _is_published(settings: PruneSettings) -> bool:
+    """Whether the run that is to be resumed was killed after its output had got its name."""
+
+    def work() -> bool:
+        OutputFolder.end_publishing(settings.out)
+        return (settings.out / RUN).is_file() and not OutputFolder.partial_of(settings.out).exists()
+
+    return settings.resume and once(work)
+
+
+def _finish(settings: PruneSettings, name: str) -> dict[str, Any]:
+    """Clean up after a run that was killed once its output had its name; the report of this name from it.
+
+    Errors: ValueError where that run had other settings."""
+
+    def work() -> dict[str, Any]:
+        with explained_when_full(settings.out), locked(settings.out):
+            _recorded_plan(settings.out, settings)
+            _clean_up(settings.out)
+        return json.loads((settings.out / name).read_text(encoding="utf-8"))
+
+    return once(work)
+
+
 def _draw(folder: Path) -> None:
-    """Write report.html, last and from what is on disk, so that nothing is lost if this fails."""
+    """Write report.html, from what is on disk, so that nothing is lost if this fails."""
     try:
         from pruned_trainer.report.page import write_pages
     except ModuleNotFoundError as error:

@@ -231,12 +231,15 @@ class PruneSettings:
     def to_json(self) -> dict[str, Any]:
         """The settings that decide the result, for comparing a resumed run with the one that it resumes."""
         ignored = {"command", "overwrite", "resume", "save_steps", "tensorboard"}
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ignored}
+        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ignored}
+        return {name: _place(name, value) for name, value in plain.items()}
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Names of the settings that differ from the ones that `to_json` recorded."""
+        """Names of the settings that differ from the ones that `to_json` recorded; two ways to write the path
+        of one file do not differ."""
         current = self.to_json()
-        return sorted(name for name in {*current, *recorded} if current.get(name) != recorded.get(name))
+        places = {name: _place(name, value) for name, value in recorded.items()}
+        return sorted(name for name in {*current, *places} if current.get(name) != places.get(name))
 
     def from_old_record(self, recorded: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
         """The settings that an earlier version recorded, in today's form.
@@ -335,6 +338,15 @@ def _in_order(targets: Sequence[Target]) -> tuple[Target, ...]:
     if len(set(names)) != len(names):
         raise ValueError(f"a target is asked for twice: {', '.join(names)}")
     return tuple(ordered)
+
+
+def _place(name: str, value: Any) -> Any:
+    """A setting that names a file or folder as an absolute path; others, and hub names, as they are."""
+    is_path = name in ("out", "latency_table", "cache_teacher")
+    may_be_of_the_hub = name in ("model", "teacher", "train_file", "validation_file", "eval_file")
+    if isinstance(value, str) and (is_path or may_be_of_the_hub and Path(value).exists()):
+        return str(Path(value).resolve())
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -34,7 +34,7 @@ def run(trainer: PruningTrainer, name: str, resumable: bool = True) -> Log:
     start = last_checkpoint(folder)
     with stop_on_interrupt() as stopper:
         trainer.add_callback(stopper)
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        trainer.train_from(start)
     if on_any(stopper.requested):
         step = trainer.state.global_step
         checkpoint = folder / f"checkpoint-{step}"

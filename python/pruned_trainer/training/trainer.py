@@ -6,13 +6,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from pruned_trainer.distributed import on_any
@@ -79,6 +81,41 @@ class PruningTrainer(Trainer):
         self._parts: dict[str, float] = {}
         self._counted = 0
         self._saving = False
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train up to the last step of the plan, from a checkpoint on if there is one.
+
+        Errors: ValueError for a checkpoint from which training would not go on as it was."""
+        if checkpoint is None:
+            self.train()
+            return
+        self._check_whole(checkpoint)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        # Every step is done. transformers would train one more before it looks.
+        self._load_from_checkpoint(str(checkpoint))
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self.state = state
+        self.callback_handler.on_train_begin(self.args, state, self.control)
+        self.callback_handler.on_train_end(self.args, state, self.control)
+
+    def _check_whole(self, checkpoint: Path) -> None:
+        """ValueError for a checkpoint that lacks its weights, optimiser, scheduler, random state or step
+        count, or has half of one. (transformers goes on without the optimiser or the random state, and so
+        comes to another end.)"""
+        number = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        needed = ["model.safetensors", "optimizer.pt", "scheduler.pt", f"rng_state{number}.pth"]
+        if self.args.fp16:
+            needed.append("scaler.pt")
+        spoilt = [name for name in ("trainer_state.json", *needed) if not _is_whole(checkpoint / name)]
+        if on_any(bool(spoilt)):
+            raise ValueError(
+                f"{checkpoint} cannot be resumed: {', '.join(spoilt) or 'a file'} is missing or broken, or "
+                "another number of processes wrote it; without the folder --resume trains this phase anew"
+            )
 
     # -- data and optimiser ------------------------------------------------------------------------------
 
@@ -248,6 +285,9 @@ class PruningTrainer(Trainer):
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError):
+            shutil.rmtree(run / _SAVING, ignore_errors=True)  # half of it may have filled the disk
+            raise
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
@@ -259,6 +299,21 @@ class PruningTrainer(Trainer):
                 if older.name != name:
                     shutil.rmtree(older)
         self.accelerator.wait_for_everyone()
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of a checkpoint is there and has its end."""
+    try:
+        if file.suffix == ".json":
+            TrainerState.load_from_json(str(file))
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+        else:
+            return zipfile.is_zipfile(file)
+    except (OSError, ValueError, TypeError, SafetensorError):
+        return False
+    return True
 
 
 def last_checkpoint(folder: Path) -> Path | None:

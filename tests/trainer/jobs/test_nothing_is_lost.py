@@ -1,0 +1,346 @@
+"""Nothing that was trained is lost: kills while a run publishes, two runs on one folder, full disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from jobs import Killed, command, job_settings, killed, same_end, variant
+from matching import save_checkpoint, squad_file, trained_model
+from pruned_ops import files
+from pruned_trainer import Target
+from pruned_trainer.cli import main
+from pruned_trainer.jobs import choice
+from pruned_trainer.jobs import prune as prune_module
+from pruned_trainer.jobs.output import DiskFull, OutputFolder
+from pruned_trainer.jobs.prune import prune, sweep
+from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
+    base = job_settings(tmp_path_factory.mktemp("lost"), trained_model())
+    return replace(base, gate_steps=4, retrain_steps=4, save_steps=2)
+
+
+@pytest.fixture(scope="module")
+def whole(settings: PruneSettings) -> Path:
+    """The output of a run that nobody interrupts."""
+    job = variant(settings, "whole")
+    prune(job)
+    return job.out
+
+
+def all_but_published(job: PruneSettings, run: Callable[[PruneSettings], Any]) -> None:
+    """Run up to the moment at which the output would get its name."""
+
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune_module, "publish", dies)
+        with pytest.raises(Killed):
+            run(job)
+
+
+def killed_at(step: int, work: Callable[[], None]) -> bool:
+    """Do this in a process that is killed before its operation of this number that renames or removes a file;
+    whether it lived to its end."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return True
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return False
+    left = step
+    try:
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            original = getattr(os, name)
+
+            def counted(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **kwargs)
+
+            setattr(os, name, counted)
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["new", "replacing", "sweep"])
+def test_a_kill_at_any_step_of_publishing(
+    kind: str, settings: PruneSettings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every rename and removal: the command with --resume comes to the same end, with nothing left."""
+    monkeypatch.setattr(prune_module, "_draw", lambda folder: (folder / "report.html").touch())
+    run = sweep if kind == "sweep" else prune
+    job = replace(settings, out=tmp_path / "ready" / "out", overwrite=kind == "replacing")
+    (tmp_path / "ready").mkdir()
+    if kind == "replacing":
+        job.out.mkdir()
+        (job.out / "old").touch()
+    all_but_published(job, run)
+    step, killed = 0, True
+    while killed:
+        step += 1
+        folder = tmp_path / f"step-{step}"
+        shutil.copytree(tmp_path / "ready", folder)
+        # The copy is the run of another --out.
+        record = folder / "out.partial" / "run.json"
+        record.write_text(record.read_text().replace(str(job.out), str(folder / "out")))
+        here = replace(job, out=folder / "out", resume=True)
+
+        def work(here: PruneSettings = here) -> None:
+            with OutputFolder(here.out, here.overwrite, resume=True) as output:
+                prune_module.publish(output)
+
+        killed = not killed_at(step, work)
+        if (here.out / "run.json").exists() or (folder / "out.partial").exists():
+            assert killed
+            run(here)
+        assert names(folder) == {"out"}
+        if kind == "sweep":
+            same_end(here.out / "macs-0.5", whole)
+            assert names(here.out) == {"macs-0.5", "sweep.json", "report.html"}
+        else:
+            same_end(here.out, whole)
+            assert names(here.out) == {name for name in names(whole) if not name.endswith(".png")}
+    assert step > 10
+
+
+def test_a_killed_publishing_is_ended_by_any_command(tmp_path: Path) -> None:
+    """Also of a command that has no --resume: what was whole gets its name, what it replaced goes."""
+    for step in (1, 2, 3, 4):
+        out = tmp_path / str(step) / "out"
+        out.mkdir(parents=True)
+        (out / "old").touch()
+
+        def work(out: Path = out) -> None:
+            with OutputFolder(out, overwrite=True) as folder:
+                (folder.partial / "new").touch()
+                folder.publish()
+
+        lived = killed_at(step, work)
+        assert lived == (step > 4)
+        if step == 1:
+            assert names(out) == {"old"} and (out.with_name("out.partial") / "new").is_file()
+            continue
+        with pytest.raises(FileExistsError, match="out is not empty; --overwrite replaces it"):
+            OutputFolder.check(out, overwrite=False)
+        assert names(out) - {".lock"} == {"new"} and names(out.parent) == {"out"}
+
+
+def test_what_was_replaced_comes_back_where_nothing_replaces_it(tmp_path: Path) -> None:
+    (tmp_path / ".out.replaced").mkdir()
+    OutputFolder.end_publishing(tmp_path / "out")
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_published_run_is_not_resumed_with_other_settings(settings: PruneSettings) -> None:
+    job = variant(settings, "published")
+    all_but_published(job, prune)
+    job.out.with_name("published.partial").rename(job.out)
+    with pytest.raises(ValueError, match="started with other settings: targets"):
+        prune(replace(job, resume=True, targets=(Target(macs=0.6),)))
+    assert prune(replace(job, resume=True))["task"] == "squad"
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        prune(replace(job, resume=True))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pruned_trainer.jobs.output import OutputFolder
+folder = OutputFolder(Path(sys.argv[1]), True, resume=True)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_run_on_one_folder_is_refused(
+    settings: PruneSettings, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the first is gone, however it went."""
+    job = variant(settings, "shared")
+    killed(job, "gates", 3, monkeypatch)
+    before = names(job.out.with_name("shared.partial"))
+    first = subprocess.Popen([sys.executable, "-c", HOLD, job.out], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        for more in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(FileExistsError, match="shared.partial is in use: another run works in it"):
+                prune(replace(job, **more))
+        with pytest.raises(FileExistsError, match="in use"):
+            OutputFolder(job.out, overwrite=True)
+        assert names(job.out.with_name("shared.partial")) - {".lock"} == before
+    finally:
+        first.kill()
+        first.wait()
+    prune(replace(job, resume=True))
+    same_end(job.out, whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"]
+)
+def test_a_checkpoint_that_lacks_a_part_is_refused(
+    name: str, settings: PruneSettings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(settings, out=tmp_path / "out")
+    killed(job, "gates", 3, monkeypatch)
+    checkpoint = last_checkpoint(tmp_path / "out.partial" / "gates")
+    assert checkpoint is not None
+    content = (checkpoint / name).read_bytes()
+    for spoil in (content[: len(content) // 2], None):
+        (checkpoint / name).unlink()
+        if spoil is not None:
+            (checkpoint / name).write_bytes(spoil)
+        with pytest.raises(ValueError, match=f"checkpoint-2 cannot be resumed: {name} is missing or broken"):
+            prune(replace(job, resume=True))
+    shutil.rmtree(checkpoint)
+    prune(replace(job, resume=True))
+    same_end(job.out, whole)
+
+
+@pytest.mark.parametrize("phase", ["gates", "retrain"])
+def test_no_step_beyond_the_plan(
+    phase: str, settings: PruneSettings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed after its last step goes on with what follows it."""
+    job = replace(settings, out=tmp_path / "out")
+    after = (choice, "decide_for") if phase == "gates" else (prune_module, "save_checkpoint")
+
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*after, dies)
+        with pytest.raises(Killed):
+            prune(job)
+    checkpoint = last_checkpoint(tmp_path / "out.partial" / phase)
+    assert checkpoint is not None and checkpoint.name == "checkpoint-4"
+    steps: list[int] = []
+    original = PruningTrainer.training_step
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (self.gate_phase is not None) == (phase == "gates"):
+            steps.append(self.state.global_step)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningTrainer, "training_step", counted)
+        report = prune(replace(job, resume=True))
+    assert steps == [] and report["training"][phase]
+    same_end(job.out, whole)
+
+
+def test_paths_are_compared_and_not_their_texts(
+    settings: PruneSettings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder, by a link, with dots."""
+    monkeypatch.chdir(settings.train_file.parent)
+    (tmp_path / "link").symlink_to(settings.train_file.parent)
+    job = replace(settings, model="model", train_file=Path("train.json"), out=Path("by-path"))
+    killed(job, "gates", 3, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    other = replace(
+        settings,
+        model=f"{settings.train_file.parent}/./model",
+        train_file=tmp_path / "link" / "train.json",
+        out=Path("link") / "by-path",
+        resume=True,
+    )
+    copy = tmp_path / "copy.json"
+    shutil.copy(settings.train_file, copy)
+    with pytest.raises(ValueError, match="started with other settings: train_file"):
+        prune(replace(other, train_file=copy))
+    prune(other)
+    same_end(settings.train_file.parent / "by-path", whole)
+
+
+def no_space(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_space_for_tensors(*_: Any, **__: Any) -> Any:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def no_space_for_optimizer(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        "[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file data/0"
+    )
+
+
+# Where a disk becomes full, and what then fails there.
+WRITES: dict[str, tuple[Any, str, Any]] = {
+    "a checkpoint's optimiser": (torch, "save", no_space_for_optimizer),
+    "a model": (PreTrainedModel, "save_pretrained", no_space_for_tensors),
+    "the finished model": (prune_module, "save_checkpoint", no_space),
+    "a report": (prune_module, "write_model_card", no_space),
+    "the page": (prune_module, "_draw", no_space),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_full_disk(
+    write: str, settings: PruneSettings, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says what to do, and the run then comes to the same end."""
+    job = replace(settings, out=tmp_path / "out")
+    arguments = command(job)[2:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*WRITES[write])
+        assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "pruned-trainer prune: there is no room left to write " in error  # beside a progress bar
+    assert error.endswith("MiB are free on its disk): make room, then the same command with --resume goes on")
+    assert not list(tmp_path.glob("out.partial/*/saving/*"))
+    assert main([*arguments, "--resume"]) == 0
+    same_end(job.out, whole)
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_disk_that_is_full_from_the_start(settings: PruneSettings, tmp_path: Path) -> None:
+    job = replace(settings, out=tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.Path, "write_bytes", no_space)
+        with pytest.raises(DiskFull, match="then start again"):
+            prune(job)
+    prune(job)
+
+
+def test_a_full_disk_at_the_end_of_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_checkpoint(trained_model(steps=1), tmp_path / "model")
+    train = squad_file(tmp_path / "train.json", 40, 1)
+    argv = ["--model", str(model), "--train-file", str(train), "--out", str(tmp_path / "out")]
+    cut = ["--max-length", "24", "--stride", "4", "--epochs", "0.1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", no_space_for_tensors)
+        assert main(["finetune", *argv, *cut]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("make room, then start again")
+    assert main(["finetune", *argv, *cut]) == 0
