@@ -72,6 +72,13 @@ def _add_page(parser: argparse.ArgumentParser) -> None:
     page.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"
     )
+    page.add_argument(
+        "--allow-host",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="answer under these names too (default: only as --host and localhost)",
+    )
     page.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen at")
 
 
@@ -83,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         folders = [folder for folder in (arguments.beside, arguments.folder) if folder is not None]
         answerers = {str(folder): _load(folder, arguments) for folder in folders}
-        serve(answerers, arguments.host, arguments.port)
+        serve(answerers, arguments.host, arguments.port, tuple(arguments.allow_host))
         return
     with ExitStack() as stack:
         if arguments.question is not None:

@@ -1,14 +1,18 @@
 """`pruned-ops ask DIR --serve`: a page to ask a text questions, on this machine; two models side by side."""
 
 # Annotations are not postponed here: FastAPI reads them, and some name what only a function knows.
+import asyncio
 import time
 from collections.abc import Mapping
 from importlib.resources import files
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from pruned_ops.commands.http_server import Busy, Hosts, Worker
+from pruned_ops.commands.http_server import serve as serve_application
+from pruned_ops.files import parse_json
+
 if TYPE_CHECKING:
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
 
     from pruned_ops.qa.answerer import QuestionAnswerer
 
@@ -22,18 +26,24 @@ POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "frame-ancestors 'none'"
 )
+# What is left of a refused request is not read.
+_CLOSE = {"Connection": "close"}
 
 
-def application(answerers: "Mapping[str, QuestionAnswerer]") -> "FastAPI":
+def application(
+    answerers: "Mapping[str, QuestionAnswerer]", hosts: Hosts | None = None, worker: Worker | None = None
+) -> "FastAPI":
     """The page at /, and /answer: {question, text} -> an answer of each model, with its milliseconds.
 
-    answerers: name -> model. Questions are answered one after another. Errors: ImportError that says what to
-    install.
+    answerers: name -> model. Questions are answered one after another, by `worker`; meanwhile the page and
+    /health answer. hosts: the names under which it answers, by default this machine's own. Errors:
+    ImportError that says what to install.
     """
     try:
-        from fastapi import FastAPI, HTTPException
-        from fastapi.responses import HTMLResponse
-        from pydantic import BaseModel, Field
+        from fastapi import FastAPI, HTTPException, Request
+        from fastapi.responses import HTMLResponse, JSONResponse
+        from pydantic import BaseModel, Field, ValidationError
+        from starlette.requests import ClientDisconnect
     except ImportError as error:
         raise ImportError(MISSING) from error
 
@@ -42,39 +52,76 @@ def application(answerers: "Mapping[str, QuestionAnswerer]") -> "FastAPI":
         text: str = Field(max_length=LONGEST_TEXT)
 
     app = FastAPI(title="pruned-ops ask", docs_url=None, redoc_url=None, openapi_url=None)
-    app.middleware("http")(_guarded)
-    one_at_a_time = Lock()
+    known, model = hosts or Hosts("localhost"), worker or Worker()
     page = files("pruned_ops.commands").joinpath("serve.html").read_text(encoding="utf-8")
 
+    @app.middleware("http")
+    async def guarded(request: Request, call_next: Any) -> Any:
+        host = request.headers.get("host")
+        if not known.include(host):
+            detail = f"this page is not {host!r}; --allow-host names hosts that it is besides localhost"
+            return JSONResponse({"detail": detail}, 421, _CLOSE)
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = POLICY
+        return response
+
+    async def asked_in(request: Request) -> Asked:
+        """What the request asks; HTTPException where it is too large or no question."""
+        body = await _limited_body(request)
+        if body is None:
+            raise HTTPException(413, f"a request of at most {LONGEST_BODY} bytes is taken", _CLOSE)
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            # Any other site can make a browser send other types.
+            raise HTTPException(415, "the question has to come as application/json")
+        try:
+            # In a thread, because some megabytes take a while.
+            return Asked.model_validate(await asyncio.to_thread(parse_json, body))
+        except ValidationError as error:
+            # Without the input, which may be long.
+            problems = error.errors(include_url=False, include_context=False, include_input=False)
+            raise HTTPException(422, problems) from None
+        except ValueError as error:
+            raise HTTPException(422, f"no JSON object with a question and a text: {error}") from None
+
     @app.get("/", response_class=HTMLResponse)
-    def index() -> str:
+    async def index() -> str:
         return page
 
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "models": list(answerers)}
+
     @app.post("/answer")
-    def answer(asked: Asked) -> dict[str, Any]:
+    async def answer(request: Request) -> dict[str, Any]:
         try:
-            with one_at_a_time:
-                answers = [
-                    {"model": name, **answered(answerer, asked.question, asked.text)}
-                    for name, answerer in answerers.items()
-                ]
+            asked = await asked_in(request)
+            answers = await model.run(lambda: _answers(answerers, asked.question, asked.text))
+        except ClientDisconnect:
+            raise HTTPException(400, "the client is gone") from None  # which nobody reads
+        except Busy as error:
+            raise HTTPException(503, str(error)) from None
         except ValueError as error:
-            raise HTTPException(422, str(error)) from error
+            raise HTTPException(422, str(error)) from None
         return {"answers": answers}
 
     return app
 
 
-async def _guarded(request: "Request", call_next: Any) -> Any:
-    """Refuse a request that is too large before it is read; send the page's policy with every response."""
-    from starlette.responses import JSONResponse
+async def _limited_body(request: Any) -> bytes | None:
+    """The body of a request; None where it is too large, whatever the request says of its length."""
+    length = request.headers.get("content-length", "0")
+    if not length.isdigit() or int(length) > LONGEST_BODY:
+        return None
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > LONGEST_BODY:
+            return None
+    return bytes(body)
 
-    length = request.headers.get("content-length")
-    if request.method == "POST" and (length is None or not length.isdigit() or int(length) > LONGEST_BODY):
-        return JSONResponse({"detail": f"a request of at most {LONGEST_BODY} bytes is taken"}, 413)
-    response = await call_next(request)
-    response.headers["Content-Security-Policy"] = POLICY
-    return response
+
+def _answers(answerers: "Mapping[str, QuestionAnswerer]", question: str, text: str) -> list[dict[str, Any]]:
+    return [{"model": name, **answered(answerer, question, text)} for name, answerer in answerers.items()]
 
 
 def answered(answerer: "QuestionAnswerer", question: str, text: str) -> dict[str, Any]:
@@ -98,12 +145,17 @@ def answered(answerer: "QuestionAnswerer", question: str, text: str) -> dict[str
     }
 
 
-def serve(answerers: "Mapping[str, QuestionAnswerer]", host: str, port: int) -> None:
-    """Serve the page until Ctrl-C. Errors: ImportError that says what to install."""
-    app = application(answerers)
+def serve(
+    answerers: "Mapping[str, QuestionAnswerer]", host: str, port: int, allowed: tuple[str, ...] = ()
+) -> None:
+    """Serve the page until Ctrl-C. allowed: further names of the host. Errors: ImportError that says what to
+    install."""
+    worker = Worker()
+    app = application(answerers, Hosts(host, allowed), worker)
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(MISSING) from error
-    print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    name = f"[{host}]" if ":" in host else host
+    print(f"http://{name}:{port}  (Ctrl-C ends it)", flush=True)
+    serve_application(app, host, port, worker)
