@@ -55,8 +55,8 @@ def checkpoint_folder(path: Path) -> Path:
 def load_config(folder: Path) -> PretrainedConfig:
     """The config in a checkpoint's folder. Errors: `checkpoint_folder`'s; ValueError for a broken config."""
     checkpoint_folder(folder)
-    read_config(folder)
     try:
+        read_config(folder)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each library on the way raises its own kind for a broken file
         raise ValueError(f"the config in {folder} cannot be loaded: {first_line(error)}") from error

@@ -9,7 +9,6 @@ parameters and MACs do not.
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pruned_ops.files import write_json
+from pruned_ops.files import read_json, write_json
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.measure.timing import Workload, machine, versions
@@ -79,8 +78,8 @@ class LatencyTable:
     def load(cls, path: str | Path) -> LatencyTable:
         """The table in a file that `save` wrote. Errors: OSError where there is no file to read; ValueError
         that names the file and its fault for any other file."""
+        data = read_json(Path(path), "latency table")
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
                 raise ValueError(f'an object with "format": {FORMAT} is needed')
             names = {field.name for field in fields(cls)}
@@ -89,7 +88,7 @@ class LatencyTable:
             data["workload"] = _parse_workload(data["workload"])
             points = {name: _parse_points(name, data[name]) for name in ("attention", "ffn", "alignment")}
             return cls(**{**data, **points})
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is no latency table: {error}") from error
 
     def attention_ms(self, num_heads: int) -> float:

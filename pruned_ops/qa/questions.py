@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import string
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pruned_ops.files import parse_json, shown
 from pruned_ops.qa.windows import windows
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def read_questions(path: Path) -> list[Question]:
         questions = [_of_line(line, f"{path}: line {number}") for number, line in _lines(path)]
     else:
         try:
-            questions = list(_of_squad(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            questions = list(_of_squad(parse_json(path.read_bytes())))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no SQuAD-format JSON (a file of JSON lines is named .jsonl): {error!r}"
             ) from error
@@ -69,9 +69,9 @@ def _of_squad(parsed: Any) -> Iterator[Question]:
 
 def _of_line(line: bytes, where: str) -> Question:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = parse_json(line)
         return _question(record["question"], record["context"], record.get("answers"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is no object with a question and a context: {error!r}") from error
 
 
@@ -85,7 +85,7 @@ def _question(question: Any, context: Any, answers: Any) -> Question:
         return Question(question, context)
     texts = tuple(answer["text"] if isinstance(answer, dict) else answer for answer in answers)
     if isinstance(answers, str) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"answers are {answers!r}; a list of texts is needed")
+        raise ValueError(f"answers are {shown(answers)}; a list of texts is needed")
     return Question(question, context, texts)
 
 

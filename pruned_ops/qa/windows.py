@@ -68,14 +68,17 @@ def windows(
     stride: int = 128,
     batch_size: int = 256,
     progress: bool = False,
+    refused: list[RefusedQuestion] | None = None,
 ) -> list[Window]:
     """Cut each (question, context) into windows of at most max_length tokens, in the order of the questions.
 
     stride: how many tokens two neighbouring windows share, as in Hugging Face (not the step). Every context
-    token is in at least one window; a context without tokens gives one window. Special tokens, token types
+    token is in at least one window; a context without tokens gives one window. Blanks around a question are
+    left out, because some tokenizers make a token of each. Special tokens, token types
     and the question's place come from the tokenizer: the question is first where padding is on the right,
     else the context is, which is Hugging Face's convention. Truncation and padding stored in tokenizer.json
-    do not apply and, as after any call of a tokenizer, are no longer set afterwards.
+    do not apply and, as after any call of a tokenizer, are no longer set afterwards. refused: collects the
+    questions that cannot be cut, which then have no window.
 
     Raises ValueError for a question that leaves no room for its context, with its index and the numbers, and
     TypeError for a tokenizer that does not know offsets.
@@ -90,7 +93,12 @@ def windows(
         batch = slice(first, first + batch_size)
         indices = range(len(questions))[batch]
         for cut in cut_each(tokenizer, questions[batch], contexts[batch], max_length, stride, indices):
-            all_windows += cut
+            try:
+                all_windows += list(cut)
+            except RefusedQuestion as error:
+                if refused is None:
+                    raise
+                refused.append(error)
     return all_windows
 
 
@@ -155,6 +163,7 @@ def _encodings(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], contexts: Sequence[str]
 ) -> Sequence[Any]:
     """The tokenizer's encoding of each question with its context, whole and unpadded."""
+    questions = [question.strip() for question in questions]
     pair = (questions, contexts) if _question_first(tokenizer) else (contexts, questions)
     # The cut is made here, because the tokenizer's own fails without naming the question. verbose would warn
     # of sequences that are longer than the model takes, as they are before the cut.

@@ -188,7 +188,7 @@ def _add_validation(options: _Options) -> None:
 
 def _add_task(options: _Options, training: bool = True) -> None:
     options.add("task", "the data's format, and the metric that goes with it", choices=TASKS)
-    options.add("skip_bad", "natural_questions: leave out bad lines, and count them")
+    options.add("skip_bad", "leave out questions that cannot be read or asked, and count them")
     if training:
         options.add("null_rate", "natural_questions: share of the windows without an answer to train on")
         options.add("num_proc", "natural_questions: processes that read and tokenise")

@@ -84,7 +84,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     [
         ({"format": 2}, '"format": 1 is needed'),
         ({"more": 1}, "missing or unknown: more"),
-        ({"base_ms": math.nan}, "base_ms is nan"),
+        ({"base_ms": math.nan}, "'NaN' is no finite number: line"),
         ({"base_ms": "1"}, "base_ms is '1'"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"head_dim": True}, "head_dim is True"),

@@ -137,6 +137,31 @@ BAD_DATA: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+def test_bad_questions_are_left_out_and_counted_in_the_report(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One cannot be read, one leaves no room for its context, and one answer is moved by a character."""
+    parsed = json.loads((folder / "train.json").read_text())
+    first, second, third = (paragraph["qas"][0] for paragraph in parsed["data"][0]["paragraphs"][:3])
+    first["question"] = None
+    second["question"] = "w1 " * 40
+    third["answers"][0]["answer_start"] += 1
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(parsed))
+    argv = arguments(folder, tmp_path / "out", "--macs", "0.5")
+    argv[argv.index("--train-file") + 1] = str(path)
+    refused(capsys, argv, f"question {first['id']!r}: 'question' has type NoneType, not str")
+    assert main([*argv, "--skip-bad"]) == 0
+    screen = capsys.readouterr().out
+    assert (
+        "bad lines skipped: 1; the first" in screen
+        and "answers moved to where their text stands: 1" in screen
+    )
+    faults = json.loads((tmp_path / "out" / "report.json").read_text())["data_faults"]
+    assert (faults["skipped"], faults["repaired"]) == (2, 1)
+    assert all(any(one["id"] in fault for fault in faults["first"]) for one in (first, second, third))
+
+
 @pytest.mark.parametrize("fault", BAD_DATA)
 def test_bad_data(fault: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, message = BAD_DATA[fault]

@@ -153,6 +153,7 @@ def _circumstances(job: Job) -> dict[str, Any]:
             "questions": len(job.evaluation),
             "threshold_chosen_on_these": settings.eval_file is None,
         },
+        "data_faults": job.task.faults.to_json(),
         "task": settings.task,
         "recipe": settings.recipe,
         "machine": machine(),

@@ -52,8 +52,9 @@ class PruneSettings:
     paper's recipe lets its prices decide), one for `prune`, one or more for `sweep`; all in one unit, and
     kept in the order in which the gate phase meets them, the largest model first. batch_size: counts the
     examples of all processes together. save_steps: the steps from one checkpoint to the next. gate_fraction:
-    the share of the training windows that gates are trained on. null_rate, num_proc, skip_bad: for Natural
-    Questions alone, see `NaturalQuestionsTask`. command: the command line that gave all this, for the report.
+    the share of the training windows that gates are trained on. null_rate, num_proc: for Natural
+    Questions alone, see `NaturalQuestionsTask`. skip_bad: leave out bad questions, and count them. command:
+    the command line that gave all this, for the report.
     """
 
     model: str
@@ -147,7 +148,7 @@ class PruneSettings:
             raise ValueError("a target holds the gates to a share: the lambda multiples are for runs without")
         if self.recipe in METHODS and self.penalty != "one":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
-        check_task_options(self.task, self.null_rate, self.num_proc, self.skip_bad)
+        check_task_options(self.task, self.null_rate, self.num_proc)
         weights = self.distillation
         if not weights.hidden and (weights.projection or weights.layers):
             raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")
@@ -302,23 +303,23 @@ def make_task(
     skip_bad: bool = False,
 ) -> Task:
     """The task of this name. Errors: ValueError as for `check_task_options`."""
-    check_task_options(name, null_rate, num_proc, skip_bad)
+    check_task_options(name, null_rate, num_proc)
     if name == "squad":
         from pruned_trainer.tasks.squad.task import (
             SquadTask,  # imports transformers: see the module's docstring
         )
 
-        return SquadTask(max_length, stride, seed)
+        return SquadTask(max_length, stride, seed, skip_bad)
     from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 
     return NaturalQuestionsTask(max_length, stride, seed, null_rate, num_proc, skip_bad)
 
 
-def check_task_options(name: str, null_rate: float, num_proc: int, skip_bad: bool) -> None:
+def check_task_options(name: str, null_rate: float, num_proc: int) -> None:
     """ValueError for options that the task of this name does not have, or that are out of range."""
     if name == "squad":
-        if (null_rate, num_proc, skip_bad) != (NULL_RATE, 1, False):
-            raise ValueError("null_rate, num_proc and skip_bad are for --task natural_questions")
+        if (null_rate, num_proc) != (NULL_RATE, 1):
+            raise ValueError("null_rate and num_proc are for --task natural_questions")
     elif not 0 <= null_rate <= 1 or num_proc < 1:
         raise ValueError(f"null_rate ({null_rate}) must lie in [0, 1], num_proc ({num_proc}) be at least 1")
 

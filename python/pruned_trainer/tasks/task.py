@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from pruned_ops.qa.logits import predict_logits
 from pruned_trainer.distributed import is_main
+from pruned_trainer.tasks.faults import DataFaults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,10 @@ class Prepared(Protocol):
 
 class Task(Protocol):
     """A task with its options. Only the task itself knows the type of its examples."""
+
+    @property
+    def faults(self) -> DataFaults:
+        """What was left out of the files that were read, or put right in them."""
 
     @property
     def thresholds(self) -> tuple[str, ...]:

@@ -180,7 +180,7 @@ def test_bad_lines_are_refused_or_counted(
         (["--null-rate", "2"], "null_rate (2.0) must lie in [0, 1]"),
         (["--num-proc", "0"], "num_proc (0) be at least 1"),
         (["--gate-fraction", "0"], "gate_fraction is 0.0: it must lie in (0, 1]"),
-        (["--task", "squad", "--skip-bad"], "are for --task natural_questions"),
+        (["--task", "squad", "--num-proc", "2"], "are for --task natural_questions"),
         (["--train-file", "absent.jsonl"], "absent.jsonl: no such file or folder"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from matching import squad_file
+from pruned_trainer.tasks.faults import Skipped
 from pruned_trainer.tasks.squad.examples import Example, SquadFormatError, load_squad
 from pruned_trainer.tasks.squad.sources import read_examples
 
@@ -227,6 +229,59 @@ def test_refuses_broken_files(tmp_path: Path, name: str, content: bytes, message
     with pytest.raises(SquadFormatError, match=f"^{source}: .*{message}") as caught:
         read_examples(source, "train")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["stream", "file", "saved"])
+def test_arrow_offsets_that_lead_anywhere_are_refused(kind: str, tmp_path: Path) -> None:
+    """Before this check the process ended by SIGSEGV: it is run in one of its own."""
+    path = Path((write_arrow_file if kind == "file" else write_arrow_stream)(tmp_path, [ROW]))
+    offsets, anywhere = struct.pack("<ii", 0, len(CONTEXT.encode())), struct.pack("<ii", 0, 1 << 28)
+    content = path.read_bytes()
+    assert offsets in content
+    path.write_bytes(content.replace(offsets, anywhere))
+    source = path.parent if kind == "saved" else path
+    code = f"""
+from pruned_trainer.tasks.squad.sources import read_examples
+try:
+    print(read_examples({str(source)!r}, "train"))
+except ValueError as error:
+    print("refused:", error)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith(f"refused: {source}: not "), run.stderr
+
+
+def test_files_as_other_tools_write_them(tmp_path: Path) -> None:
+    """A byte order mark, line ends of two characters; what is refused is not printed."""
+    text = json.dumps(ROW, ensure_ascii=False) + "\r\n" + json.dumps(NOTHING, ensure_ascii=False) + "\r\n"
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [example.id for example in read_examples(tmp_path / "q.jsonl", "train")] == ["q0", "q1"]
+    squad_file(tmp_path / "plain.json", questions=3, seed=0)
+    content = (tmp_path / "plain.json").read_bytes()
+    (tmp_path / "q.json").write_bytes(b"\xef\xbb\xbf" + content)
+    assert read_examples(tmp_path / "q.json", "x") == read_examples(tmp_path / "plain.json", "x")
+    for encoding, message in (("utf-16", "UTF-16"), ("latin1", "0xc5")):
+        for name in ("q.json", "q.jsonl"):
+            (tmp_path / name).write_bytes('{"secret": "Åsa"}\n'.encode(encoding))
+            with pytest.raises(SquadFormatError, match=rf"q\.json.* JSON: .*{message}") as refusal:
+                read_examples(tmp_path / name, "train")
+            assert "secret" not in repr(refusal.value)
+
+
+def test_bad_rows_are_skipped_and_answers_moved_where_that_is_asked_for(tmp_path: Path) -> None:
+    moved = {**ROW, "id": "q2", "answers": {"text": ["cat"], "answer_start": [5]}}
+    rows = [ROW, {"id": 3}, moved, {**moved, "id": "q4", "context": "none"}]
+    path = json_lines(tmp_path / "q.jsonl", rows)
+    with path.open("ab") as file:
+        file.write(b'{"id": "\\ud800"}\n[\n')
+    skipped, repaired = Skipped(), list[str]()
+    read = read_examples(path, "train", skipped, repaired)
+    assert [(example.id, example.answers[0].start) for example in read] == [("q0", 4), ("q2", 4)]
+    assert repaired == [f"{path}, row 2, question 'q2': answer 'cat' at 5 is 'cat' at 4"]
+    assert len(skipped) == 4 and "half a surrogate pair" in skipped.faults[0]
+    with pytest.raises(SquadFormatError, match="is not at 5"):
+        read_examples(json_lines(tmp_path / "one.jsonl", [moved]), "train")
 
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from pruned_ops.qa.decoding import Answer, Decoded
 from pruned_ops.qa.questions import answer_scores, normalised_answer
 from pruned_ops.qa.windows import Window, windows
 from pruned_trainer.tasks import squad
+from pruned_trainer.tasks.squad.task import SquadTask
 from real_data import real_data
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 
@@ -126,6 +128,124 @@ def test_refuses_bad_answers_unless_told_to_keep_them(bad: dict[str, Any], messa
     with pytest.raises(squad.SquadFormatError, match=f"{PLACE}, question 'q': {message}"):
         squad.parse_squad(squad_file(bad))
     assert len(squad.parse_squad(squad_file(bad), on_bad_answer="keep")) == 1
+
+
+def moved(text: str, start: int, context: str) -> squad.GoldAnswer | str:
+    """The answer as a repairing reader takes it, or its refusal."""
+    repaired: list[str] = []
+    try:
+        (example,) = squad.parse_squad(
+            squad_file(entry("q", (text, start)), context=context), repaired=repaired
+        )
+    except squad.SquadFormatError as error:
+        assert not repaired
+        return str(error)
+    (answer,) = example.answers
+    assert context[answer.start : answer.start + len(answer.text)] == answer.text
+    assert len(repaired) == ((text, start) != answer)
+    assert all(f"question 'q': answer {text!r} at {start} is {answer.text!r} at" in one for one in repaired)
+    return answer
+
+
+FACES = "😀 " * 7
+LINES = "Åsa and Örjan live in Örebro.\nThey own a boat.\nIt is called Älva."
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "context", "expected"),
+    [
+        ("lens", 8, "the old lens", ("lens", 8)),
+        ("lens", 7, "the old lens", ("lens", 8)),  # a blank before the context was stripped
+        ("lens", 12, "the old lens", ("lens", 8)),
+        ("5 km long", 3, "is 5\u00a0km\u202flong.", ("5\u00a0km\u202flong", 3)),
+        ("5\u00a0km", 3, "is 5 km long.", ("5 km", 3)),
+        ("Älva", len(LINES[: LINES.index("Älva")].encode()), LINES, ("Älva", LINES.index("Älva"))),
+        ("boat", LINES.index("boat") + 1, LINES, ("boat", LINES.index("boat"))),  # \\r\\n counted as two
+        ("called", LINES.index("called"), LINES.replace("\n", "\r\n"), ("called", LINES.index("called") + 2)),
+        ("mat", len(f"{FACES} sat on a ".encode("utf-16-le")) // 2, f"{FACES} sat on a mat", ("mat", 24)),
+    ],
+)  # fmt: skip
+def test_answers_are_moved_where_their_place_is_sure(
+    text: str, start: int, context: str, expected: tuple[str, int]
+) -> None:
+    assert moved(text, start, context) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "context"),
+    [
+        ("lens", 2, "the old lens"),  # too far
+        ("cat", 4, "cat dog cat"),  # as near to one as to the other
+        ("at", 3, "the cat sat"),  # parts of words
+        ("old", -1, "an old lens"),
+        ("lens", 99, "the old lens"),
+        ("mat", 8, "the old lens"),
+        ("Lens", 7, "the old lens"),
+    ],
+)
+def test_answers_are_refused_where_it_is_not(text: str, start: int, context: str) -> None:
+    assert "question 'q': answer" in str(moved(text, start, context))
+    skipped = squad.Skipped()
+    file = squad_file(entry("q", (text, start)), entry("r", is_impossible=True), context=context)
+    (left,) = squad.parse_squad(file, skipped=skipped, repaired=[])
+    assert left.id == "r" and len(skipped) == 1 and "question 'q': answer" in skipped.faults[0]
+
+
+@given(st.text("ab \n\u00a0", max_size=30), st.text("ab \u00a0", min_size=1, max_size=4), st.integers(-2, 40))
+def test_a_moved_answer_is_the_only_one_near(context: str, text: str, start: int) -> None:
+    answer = moved(text, start, context)
+    if isinstance(answer, str):
+        return
+    plain, sought = (value.replace("\u00a0", " ").replace("\n", " ") for value in (context, text))
+    assert plain[answer.start :].startswith(sought)
+    if answer != (text, start):
+        near = range(max(0, start - 5), start + 6)
+        assert [at for at in near if plain.startswith(sought, at)] in ([answer.start], [])
+
+
+def test_bad_questions_are_skipped_and_counted() -> None:
+    parsed = squad_file(
+        entry("q0", ("cat", 4)), entry("q0", ("cat", 4)), {"id": 7}, entry("q1", ("dog", 4)), entry("q2")
+    )
+    parsed["data"] += [{"title": "no paragraphs"}, {"title": "t", "paragraphs": [{"qas": []}, *[
+        {"context": CONTEXT, "qas": [entry("q3", ("mat", 21))]}]]}]  # fmt: skip
+    skipped = squad.Skipped()
+    assert [example.id for example in squad.parse_squad(parsed, skipped=skipped)] == ["q0", "q2", "q3"]
+    places = ["question 'q0'", "question 2", "question 'q1'", "article 1", "article 2 ('t'), paragraph 0"]
+    assert len(skipped) == 5 and all(any(p in fault for fault in skipped.faults) for p in places)
+    with pytest.raises(
+        squad.SquadFormatError, match=r"no questions at all \(1 were skipped; the first: gold"
+    ):
+        squad.parse_squad(squad_file({}), skipped=squad.Skipped())
+
+
+@pytest.mark.parametrize("make", [word_tokenizer, byte_tokenizer])
+def test_blanks_around_a_question_take_no_room(make: Any) -> None:
+    """SQuAD's own training file has a question behind 500 blanks."""
+    example = squad.parse_squad(squad_file(entry("q", ("cat", 4))))[0]
+    blank = dataclasses.replace(example, question=" " * 500 + example.question + "\n\u2003")
+    (plain,) = squad.training_features([example], make(), max_length=60, stride=8)
+    (feature,) = squad.training_features([blank], make(), max_length=60, stride=8)
+    assert all(np.array_equal(feature[name], plain[name]) for name in plain)
+
+
+def test_a_question_without_room_is_named_or_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    read = squad.parse_squad(squad_file(*(entry(f"q{i}", ("cat", 4)) for i in range(3))))
+    long = dataclasses.replace(read[1], question=words(90))
+    examples = [read[0], long, read[2]]
+    strict, lenient = SquadTask(64, 16), SquadTask(64, 16, skip_bad=True)
+    for act in (strict.prepare, strict.features):
+        with pytest.raises(squad.SquadFormatError, match="^question 'q1' is too long: .* of max_length 64"):
+            act(examples, word_tokenizer())
+    assert len(lenient.features(examples, word_tokenizer())) == 2
+    prepared = lenient.prepare(examples, word_tokenizer())
+    assert [e.id for e in prepared.examples] == ["q0", "q2"]
+    assert [window.question_index for window in prepared.windows] == [0, 1]
+    counts = lenient.faults.to_json()
+    assert (counts["skipped"], counts["repaired"]) == (1, 0) and "question 'q1'" in counts["first"][0]
+    assert capsys.readouterr().out.count("bad lines skipped: 1; the first: question 'q1'") == 1
+    with pytest.raises(squad.SquadFormatError, match="no question leaves room"):
+        lenient.features([long], word_tokenizer())
 
 
 def test_metric_is_the_official_evaluators() -> None:

@@ -1,10 +1,10 @@
 """Natural Questions: files read one document at a time and checked, and the official metric."""
 
+from pruned_trainer.tasks.faults import Skipped
 from pruned_trainer.tasks.natural_questions.documents import (
     Candidate,
     Document,
     NqFormatError,
-    Skipped,
     nq_files,
     parse_document,
     read_documents,

@@ -8,16 +8,18 @@ needs the `datasets` library.
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pruned_ops.files import parse_json
+from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 YES_NO = ("YES", "NO", "NONE")
@@ -26,12 +28,10 @@ _GZIP = b"\x1f\x8b"
 # The simplified layout has no html_token: a tag is recognised by its form, e.g. </P> or <Th_colspan="2">.
 _TAG = re.compile(r'</?[A-Z][A-Za-z0-9]*(_[A-Za-z]+="[^"]*")*>')
 
-T = TypeVar("T")
 Span = tuple[int, int, int, int]  # start_token, end_token, start_byte, end_byte; -1 where unknown
 
 
-class NqFormatError(ValueError):
-    """A file that is not Natural Questions; the message names file, line and example."""
+NqFormatError = FormatError
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,6 @@ class Document:
         return replace(self, tokens=(), is_html=np.zeros(0, dtype=bool))
 
 
-@dataclass
-class Skipped:
-    """The faults of the lines that were left out. Its length: of lines."""
-
-    faults: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.faults)
-
-
 def nq_files(source: str | Path) -> list[Path]:
     """The file itself, or a folder's .jsonl and .jsonl.gz files by name; FileNotFoundError for none."""
     path = Path(source)
@@ -115,21 +105,13 @@ def read_documents(
     """
     seen: set[int] = set()
     for path in files:
-        try:
+        with skipping(skipped):  # where the rest of the file cannot be read
             for number, line in numbered_lines(path):
                 if (number - 1) % part[1] != part[0]:
                     continue
-                try:
+                with skipping(skipped):
                     where = f"{path}, line {number}"
                     yield _checked_new(parse_document(line, where), where, seen)
-                except NqFormatError as error:
-                    if skipped is None:
-                        raise
-                    skipped.faults.append(str(error))
-        except NqFormatError as error:  # the rest of the file cannot be read
-            if skipped is None:
-                raise
-            skipped.faults.append(str(error))
 
 
 def _checked_new(document: Document, where: str, seen: set[int]) -> Document:
@@ -259,10 +241,9 @@ def _opened(path: Path) -> IO[bytes]:
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
     """The object on a line; NqFormatError, with `where`, for anything else."""
     try:
-        entry = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        reason = error if line.strip() else "it is empty"
-        raise NqFormatError(f"{where}: not JSON: {reason}") from None
+        entry = parse_json(line)
+    except ValueError as error:
+        raise NqFormatError(f"{where}: not JSON: {error}") from None
     if not isinstance(entry, dict):
         raise NqFormatError(f"{where}: an object is needed, not {type(entry).__name__}")
     return entry
@@ -273,20 +254,3 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in numbered_lines(path):
         where = f"{path}, line {number}"
         yield where, parse_line(line, where)
-
-
-def get_field(holder: object, key: str, kind: type[T], where: str, default: T | None = None) -> T:
-    """holder[key], which must be of this kind (True is no int); `default`, if given, where it is absent.
-
-    NqFormatError, with `where`, for anything else.
-    """
-    if not isinstance(holder, dict):
-        raise NqFormatError(f"{where}: an object is needed, not {type(holder).__name__}")
-    if key not in holder:
-        if default is not None:
-            return default
-        raise NqFormatError(f"{where}: no {key!r}")
-    value = holder[key]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise NqFormatError(f"{where}: {key!r} has type {type(value).__name__}, not {kind.__name__}")
-    return value

@@ -8,7 +8,6 @@ spans, the same yes or no. Every score is a fraction, as the official evaluator 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pruned_ops.files import parse_json
+from pruned_trainer.tasks.faults import get_field
 from pruned_trainer.tasks.natural_questions.documents import (
     Label,
     NqFormatError,
     Span,
-    get_field,
     read_label,
     read_lines,
 )
@@ -99,7 +99,7 @@ def read_gold(path: str | Path) -> dict[int, tuple[Label, ...]]:
 def read_predictions(path: str | Path) -> dict[int, Prediction]:
     """example_id -> its prediction, from an official prediction file."""
     try:
-        parsed = json.loads(Path(path).read_bytes().decode("utf-8"))
+        parsed = parse_json(Path(path).read_bytes())
     except ValueError as error:
         raise NqFormatError(f"{path}: not JSON: {error}") from None
     return parse_predictions(parsed, str(path))

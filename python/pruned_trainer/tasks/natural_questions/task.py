@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from pruned_ops.checkpoints.loading import load_to_fine_tune
 from pruned_ops.models.heads import is_natural_questions, load_natural_questions, with_answer_types
 from pruned_ops.qa.questions import arrival_lengths
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer.distributed import is_main, shared
+from pruned_trainer.distributed import shared
+from pruned_trainer.tasks.faults import DataFaults, Skipped, skipping
 from pruned_trainer.tasks.natural_questions.documents import (
     Document,
     NqFormatError,
-    Skipped,
     nq_files,
     read_documents,
 )
@@ -142,7 +142,8 @@ class NaturalQuestionsTask:
 
     max_length, stride: of windows, in tokens; neighbours share stride tokens (the paper gives the step
     instead). seed: of all draws. null_rate: the share of windows without an answer that is trained on.
-    num_proc: processes that read and tokenise training files. skip_bad: leave out bad lines, and count them.
+    num_proc: processes that read and tokenise training files. skip_bad: leave out bad lines, and count them
+    in `faults`.
     """
 
     max_length: int = 384
@@ -151,6 +152,7 @@ class NaturalQuestionsTask:
     null_rate: float = NULL_RATE
     num_proc: int = 1
     skip_bad: bool = False
+    faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
 
     thresholds = (LONG, SHORT)
 
@@ -187,11 +189,11 @@ class NaturalQuestionsTask:
         windows: list[NqWindow] = []
         for document in read_documents(examples.files, skipped):
             if is_held_out(document, examples.fraction, self.seed) == examples.held_out:
-                page, cut_windows = cut_document(document, tokenizer, self.max_length, self.stride)
-                windows += [located(window, page, len(documents)) for window in cut_windows]
-                documents.append(document.without_text())
-        if not examples.held_out:  # held-out documents are of a training file, of which `features` reports
-            report_skipped(skipped)
+                with skipping(skipped):
+                    page, cut_windows = cut_document(document, tokenizer, self.max_length, self.stride)
+                    windows += [located(window, page, len(documents)) for window in cut_windows]
+                    documents.append(document.without_text())
+        self.faults.add(skipped)
         annotators = max((len(document.labels) for document in documents), default=0)
         if not annotators:
             raise NqFormatError(f"{examples.files[0]}: no document has an annotation to score by")
@@ -202,11 +204,5 @@ class NaturalQuestionsTask:
             examples.files, with_markers(tokenizer), self.max_length, self.stride, self.null_rate, self.seed,
             self.num_proc, self.skip_bad, examples.fraction,
         )  # fmt: skip
-        report_skipped(windows.skipped)
+        self.faults.add(windows.skipped)
         return windows
-
-
-def report_skipped(skipped: Skipped | None) -> None:
-    """Print how many lines were left out, and why the first one was."""
-    if skipped and is_main():
-        print(f"-- bad lines skipped: {len(skipped)}; the first: {skipped.faults[0]}", flush=True)

@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruned_ops.models.heads import AnswerType
-from pruned_ops.qa.windows import Window, span_tokens, windows
+from pruned_ops.qa.windows import RefusedQuestion, Window, span_tokens, windows
+from pruned_trainer.tasks.faults import Skipped, skipping
 from pruned_trainer.tasks.natural_questions.documents import (
     Document,
     Label,
     NqFormatError,
-    Skipped,
     read_documents,
 )
 
@@ -118,12 +118,14 @@ def cut_document(
 ) -> tuple[Passage, list[Window]]:
     """The document's passage and its windows (at least one), as `pruned_ops.qa.windows.windows` cuts them.
 
-    stride: the number of tokens that two neighbouring windows share (not the step). ValueError, with the
+    stride: the number of tokens that two neighbouring windows share (not the step). NqFormatError, with the
     example id, for a question that leaves no room.
     """
     page = passage(document)
     try:
         return page, windows(tokenizer, [document.question], [page.text], max_length, stride)
+    except RefusedQuestion as error:
+        raise NqFormatError(f"example {document.id}: {error}") from None
     except ValueError as error:
         raise ValueError(f"example {document.id}: {error}") from None
 
@@ -332,10 +334,11 @@ def _windows(
             for document in read_documents([Path(path)], skipped, (share, shares)):
                 if is_held_out(document, held_out, seed):
                     continue
-                page, cut_windows = cut_document(document, tokenizer, max_length, stride)
-                for feature in features(document, page, cut_windows, null_rate, seed):
-                    del feature["attention_mask"]  # all ones
-                    yield {**feature, "length": len(feature["input_ids"])}
+                with skipping(skipped):
+                    page, cut_windows = cut_document(document, tokenizer, max_length, stride)
+                    for feature in features(document, page, cut_windows, null_rate, seed):
+                        del feature["attention_mask"]  # all ones
+                        yield {**feature, "length": len(feature["input_ids"])}
     except (ValueError, OSError) as error:
         _write_note(folder, "error", [str(error)])
         raise

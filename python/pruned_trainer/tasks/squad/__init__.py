@@ -5,6 +5,7 @@ training_features, predict_logits, best_null_threshold, evaluate, bootstrap_inte
 """
 
 from pruned_ops.qa.logits import predict_logits
+from pruned_trainer.tasks.faults import Skipped
 from pruned_trainer.tasks.squad.examples import (
     Example,
     GoldAnswer,
@@ -26,7 +27,7 @@ from pruned_trainer.tasks.squad.scoring import (
 from pruned_trainer.tasks.squad.task import training_features
 
 __all__ = [
-    "EvaluationResult", "Example", "GoldAnswer", "QuestionScores", "SquadFile", "SquadFormatError",
+    "EvaluationResult", "Example", "GoldAnswer", "QuestionScores", "Skipped", "SquadFile", "SquadFormatError",
     "best_null_threshold", "bootstrap_interval", "evaluate", "load_squad", "parse_squad", "predict_logits",
     "question_scores", "split_articles", "squad_metrics", "training_features",
 ]  # fmt: skip

@@ -5,20 +5,24 @@ Nothing here needs the `datasets` library.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
+
+from pruned_ops.files import parse_json
+from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
 
 OnBadAnswer = Literal["raise", "keep"]
-T = TypeVar("T")
+# An answer that is not at its answer_start is looked for so many characters to both sides.
+NEAR = 5
+# Blanks that a file may have in the place of another.
+_BLANKS = dict.fromkeys(map(ord, "\t\n\r\xa0\u2002\u2003\u2007\u2009\u200a\u202f\u3000"), " ")
 
 
-class SquadFormatError(ValueError):
-    """A file that is not SQuAD; the message names file, article, paragraph and question."""
+SquadFormatError = FormatError
 
 
 class GoldAnswer(NamedTuple):
@@ -40,6 +44,9 @@ class Example:
     is_impossible: bool
 
 
+Placed = tuple[str, Example]  # an example, and where it stands: its errors begin with that
+
+
 @dataclass(frozen=True)
 class SquadFile:
     """A checked file. parsed: its JSON. examples: in the file's order."""
@@ -49,24 +56,36 @@ class SquadFile:
     examples: tuple[Example, ...]
 
 
-def load_squad(path: str | Path, on_bad_answer: OnBadAnswer = "raise") -> SquadFile:
+def load_squad(
+    path: str | Path,
+    on_bad_answer: OnBadAnswer = "raise",
+    skipped: Skipped | None = None,
+    repaired: list[str] | None = None,
+) -> SquadFile:
     """Read a SQuAD 1.1 or 2.0 file, checked as `parse_squad` does; FileNotFoundError where there is none."""
     path = Path(path)
     content = path.read_bytes()
     try:
-        parsed = json.loads(content.decode("utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        reason = error if content.strip() else "the file is empty"
-        raise SquadFormatError(f"{path}: not JSON: {reason}") from None
-    return SquadFile(path, parsed, parse_squad(parsed, str(path), on_bad_answer))
+        parsed = parse_json(content)
+    except ValueError as error:
+        raise SquadFormatError(f"{path}: not JSON: {error if content else 'the file is empty'}") from None
+    return SquadFile(path, parsed, parse_squad(parsed, str(path), on_bad_answer, skipped, repaired))
 
 
-def parse_squad(parsed: Any, name: str = "gold", on_bad_answer: OnBadAnswer = "raise") -> tuple[Example, ...]:
+def parse_squad(
+    parsed: Any,
+    name: str = "gold",
+    on_bad_answer: OnBadAnswer = "raise",
+    skipped: Skipped | None = None,
+    repaired: list[str] | None = None,
+) -> tuple[Example, ...]:
     """The questions of a parsed SQuAD file.
 
     Without `is_impossible` (SQuAD 1.1) a question is impossible where it has no answer. on_bad_answer:
     "raise" also refuses an answer that is not at its answer_start, or that `is_impossible` contradicts;
-    "keep" takes answers as they are, as the official evaluator does.
+    "keep" takes answers as they are, as the official evaluator does. skipped: collects the faults of the
+    questions that would be refused, which are left out. repaired: collects the answers that
+    `repaired_answer` has put right; without it they are refused.
 
     Raises SquadFormatError, with `name` and the place in the file, for anything else that is not SQuAD.
     """
@@ -74,39 +93,63 @@ def parse_squad(parsed: Any, name: str = "gold", on_bad_answer: OnBadAnswer = "r
         raise ValueError(f"on_bad_answer is {on_bad_answer!r}; it is 'raise' or 'keep'")
     if not isinstance(parsed, dict):
         raise SquadFormatError(f"{name}: an object with 'data' is needed, not {type(parsed).__name__}")
-    return checked_examples(_placed_examples(parsed, name), name, on_bad_answer)
+    placed = _placed_examples(parsed, name, skipped)
+    if on_bad_answer == "keep":
+        return distinct_examples(placed, name, skipped)
+    return checked_examples(placed, name, skipped, repaired)
 
 
 def checked_examples(
-    placed: Iterable[tuple[str, Example]], name: str, on_bad_answer: OnBadAnswer = "raise"
+    placed: Iterable[Placed], name: str, skipped: Skipped | None = None, repaired: list[str] | None = None
 ) -> tuple[Example, ...]:
-    """The examples, in their order, checked as `parse_squad` says.
+    """The examples, in their order, checked as `parse_squad` says. name: of the file, for errors."""
+    return distinct_examples(_with_right_answers(placed, skipped, repaired), name, skipped)
 
-    placed: (where, example) pairs; errors begin with `where`. name: of the file, for errors.
-    """
+
+def _with_right_answers(
+    placed: Iterable[Placed], skipped: Skipped | None, repaired: list[str] | None
+) -> Iterator[Placed]:
+    for where, example in placed:
+        with skipping(skipped):
+            if repaired is not None:
+                example = _repaired(example, where, repaired)
+            _check_answers(example, where)
+            yield where, example
+
+
+def distinct_examples(
+    placed: Iterable[Placed], name: str, skipped: Skipped | None = None
+) -> tuple[Example, ...]:
+    """The examples, in their order; an id that comes twice, and none at all, are refused."""
     examples: dict[str, Example] = {}
     for where, example in placed:
-        if example.id in examples:
-            raise SquadFormatError(f"{where}: this id appears twice")
-        if on_bad_answer == "raise":
-            _check_answers(example, where)
-        examples[example.id] = example
+        with skipping(skipped):
+            if example.id in examples:
+                raise SquadFormatError(f"{where}: this id appears twice")
+            examples[example.id] = example
     if not examples:
-        raise SquadFormatError(f"{name}: no questions at all")
+        left_out = f" ({len(skipped)} were skipped; the first: {skipped.faults[0]})" if skipped else ""
+        raise SquadFormatError(f"{name}: no questions at all{left_out}")
     return tuple(examples.values())
 
 
-def _placed_examples(parsed: dict[str, Any], name: str) -> Iterator[tuple[str, Example]]:
+def _placed_examples(parsed: dict[str, Any], name: str, skipped: Skipped | None) -> Iterator[Placed]:
     for a, article in enumerate(get_field(parsed, "data", list, name)):
-        title = get_field(article, "title", str, f"{name}: article {a}")
-        in_article = f"{name}: article {a} ({title!r})"
-        for p, paragraph in enumerate(get_field(article, "paragraphs", list, in_article)):
-            in_paragraph = f"{in_article}, paragraph {p}"
-            context = get_field(paragraph, "context", str, in_paragraph)
-            for q, entry in enumerate(get_field(paragraph, "qas", list, in_paragraph)):
-                key = get_field(entry, "id", str, f"{in_paragraph}, question {q}")
-                where = f"{in_paragraph}, question {key!r}"
-                yield where, read_question(entry, title, context, where)
+        with skipping(skipped):
+            title = get_field(article, "title", str, f"{name}: article {a}")
+            in_article = f"{name}: article {a} ({title!r})"
+            for p, paragraph in enumerate(get_field(article, "paragraphs", list, in_article)):
+                with skipping(skipped):
+                    yield from _of_paragraph(paragraph, title, f"{in_article}, paragraph {p}", skipped)
+
+
+def _of_paragraph(paragraph: object, title: str, where: str, skipped: Skipped | None) -> Iterator[Placed]:
+    context = get_field(paragraph, "context", str, where)
+    for q, entry in enumerate(get_field(paragraph, "qas", list, where)):
+        with skipping(skipped):
+            key = get_field(entry, "id", str, f"{where}, question {q}")
+            place = f"{where}, question {key!r}"
+            yield place, read_question(entry, title, context, place)
 
 
 def read_question(entry: dict[str, Any], title: str, context: str, where: str) -> Example:
@@ -123,23 +166,6 @@ def _answers(entry: dict[str, Any], where: str) -> Iterator[GoldAnswer]:
         yield GoldAnswer(get_field(answer, "text", str, place), get_field(answer, "answer_start", int, place))
 
 
-def get_field(holder: object, key: str, kind: type[T], where: str, default: T | None = None) -> T:
-    """holder[key], which must be of this kind (True is no int); `default`, if given, where it is absent.
-
-    SquadFormatError, with `where`, for anything else.
-    """
-    if not isinstance(holder, dict):
-        raise SquadFormatError(f"{where}: an object is needed, not {type(holder).__name__}")
-    if key not in holder and default is not None:
-        return default
-    if key not in holder:
-        raise SquadFormatError(f"{where}: no {key!r}")
-    value = holder[key]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise SquadFormatError(f"{where}: {key!r} has type {type(value).__name__}, not {kind.__name__}")
-    return value
-
-
 def _check_answers(example: Example, where: str) -> None:
     if example.is_impossible == bool(example.answers):
         state = f"'is_impossible' is {str(example.is_impossible).lower()}"
@@ -153,6 +179,52 @@ def _check_answers(example: Example, where: str) -> None:
         at_start = example.context[start : start + len(text)]
         if at_start != text:
             raise SquadFormatError(f"{where}: answer {text!r} is not at {start}; there stands {at_start!r}")
+
+
+def _repaired(example: Example, where: str, repaired: list[str]) -> Example:
+    """The example with its answers put right where that is sure; `repaired` gets a sentence for each."""
+    answers = []
+    for answer in example.answers:
+        right = repaired_answer(answer, example.context)
+        if right != answer:
+            repaired.append(
+                f"{where}: answer {answer.text!r} at {answer.start} is {right.text!r} at {right.start}"
+            )
+        answers.append(right)
+    return replace(example, answers=tuple(answers)) if tuple(answers) != example.answers else example
+
+
+def repaired_answer(answer: GoldAnswer, context: str) -> GoldAnswer:
+    """The answer at its place in the context; the same answer where it is there already, or where its place
+    is not sure.
+
+    The place is sure where the answer's text, any blank for any other, occurs exactly once within NEAR
+    characters of answer_start, or of the place that answer_start means if it counts bytes, UTF-16 units or
+    another number of characters a line end, and that as whole words.
+    """
+    text, start = answer
+    if start < 0 or not text.strip() or context[start : start + len(text)] == text:
+        return answer
+    plain, sought = context.translate(_BLANKS), text.translate(_BLANKS)
+    places = {at for at in range(max(0, start - NEAR), start + NEAR + 1) if plain.startswith(sought, at)}
+    places |= {at for at in _recounted(context, start) if plain.startswith(sought, at)}
+    if len(places) != 1:
+        return answer
+    (at,) = places
+    end = at + len(text)
+    cuts = (context[at - 1 : at] + text[0]).isalnum() and at > 0
+    cuts = cuts or (end < len(context) and (text[-1] + context[end]).isalnum())
+    return answer if cuts else GoldAnswer(context[at:end], at)
+
+
+def _recounted(context: str, start: int) -> Iterator[int]:
+    """The characters that `start` may stand for where it counts something else: bytes, UTF-16 units, two
+    characters for a line end that is one here, or one for a line end that is two."""
+    for encoding, size in (("utf-8", 1), ("utf-16-le", 2)):
+        yield len(context.encode(encoding, "replace")[: size * start].decode(encoding, "ignore"))
+    if "\r" not in context:
+        yield len(context.replace("\n", "\r\n")[:start].replace("\r\n", "\n"))
+    yield len(context.replace("\r\n", "\n")[:start].replace("\n", "\r\n"))
 
 
 def split_articles(

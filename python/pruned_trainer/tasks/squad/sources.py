@@ -7,19 +7,20 @@ with it) only where a .parquet or .arrow file is; .json and .jsonl need neither.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pruned_ops.files import parse_json
+from pruned_trainer.tasks.faults import Skipped, get_field, skipping
 from pruned_trainer.tasks.squad.examples import (
     Example,
+    Placed,
     SquadFormatError,
     checked_examples,
-    get_field,
     load_squad,
     read_question,
 )
@@ -38,13 +39,26 @@ _SPLIT = re.compile(r"\w+(\.\w+)*")
 Rows = Iterable[Mapping[str, Any]]
 
 
-def read_examples(source: str | Path, default_split: str) -> list[Example]:
+class _Record(NamedTuple):
+    """Where the faults of bad rows and the answers that were put right go; None for either: they are
+    refused."""
+
+    skipped: Skipped | None
+    repaired: list[str] | None
+
+
+def read_examples(
+    source: str | Path,
+    default_split: str,
+    skipped: Skipped | None = None,
+    repaired: list[str] | None = None,
+) -> list[Example]:
     """The questions of a file, a folder or a data set of the hub, checked as `load_squad` checks.
 
     source: .parquet, .jsonl or .arrow with SQuAD's columns, any other file as SQuAD's JSON; a folder that
     `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or that has the hub's layout; else a hub name.
     Folders and hub names may end in ":split"; default_split serves where they do not and there are splits.
-    What comes from the hub stays in the cache of `datasets`.
+    What comes from the hub stays in the cache of `datasets`. skipped, repaired: as for `parse_squad`.
 
     Errors name the source, split, row (from 0) and question: FileNotFoundError where there is no such file,
     OSError where the hub does not answer or does not know the name, ValueError for an unknown split or a
@@ -55,17 +69,17 @@ def read_examples(source: str | Path, default_split: str) -> list[Example]:
         name, split = name.split(":", 1)
         if not _SPLIT.fullmatch(split):
             raise ValueError(f"{source}: no such file, and {split!r} is no split: one name, such as train")
-    path = Path(name)
+    path, record = Path(name), _Record(skipped, repaired)
     if path.is_dir():
-        return _read_folder(path, split, default_split)
+        return _read_folder(path, split, default_split, record)
     if path.exists():
         if split is not None:
             raise ValueError(f"{path} is a file and has no splits: leave ':{split}' away")
-        return _read_file(path)
-    return _read_hub(name, split or default_split)
+        return _read_file(path, record)
+    return _read_hub(name, split or default_split, record)
 
 
-def _read_file(path: Path) -> list[Example]:
+def _read_file(path: Path, record: _Record) -> list[Example]:
     suffix = path.suffix.lower()
     if suffix in NO_NESTED_COLUMNS:
         raise SquadFormatError(
@@ -73,30 +87,33 @@ def _read_file(path: Path) -> list[Example]:
             f"write it as {', '.join((*JSON_LINES[:1], *ARROW))} or SQuAD's .json"
         )
     if suffix in JSON_LINES:
-        rows = _json_lines(path)
-        return _examples(str(path), list(dict.fromkeys(key for row in rows for key in row)), rows)
+        rows = _json_lines(path, record.skipped)
+        return _examples(str(path), list(dict.fromkeys(key for row in rows for key in row)), rows, record)
     if suffix in ARROW:
         table = _arrow_table(path, suffix)
         chosen = table.select([column for column in table.column_names if column in NEEDED + OPTIONAL])
         rows_of_batches = (row for batch in chosen.to_batches() for row in batch.to_pylist())
-        return _examples(str(path), table.column_names, rows_of_batches)
-    return list(load_squad(path).examples)
+        return _examples(str(path), table.column_names, rows_of_batches, record)
+    return list(load_squad(path, "raise", *record).examples)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _json_lines(path: Path, skipped: Skipped | None) -> list[dict[str, Any]]:
     rows = []
     with path.open("rb") as file:  # as bytes, whose lines end at \n only: a text may hold other line ends
         for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                reason = error if line.strip() else "it is empty"
-                raise SquadFormatError(f"{path}: line {number} is not JSON: {reason}") from None
-            if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise SquadFormatError(f"{path}: line {number}: an object is needed, not {kind}")
-            rows.append(row)
+            with skipping(skipped):
+                rows.append(_parse_line(line, f"{path}: line {number}"))
     return rows
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise SquadFormatError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise SquadFormatError(f"{where}: an object is needed, not {type(row).__name__}")
+    return row
 
 
 def _arrow_table(path: Path, suffix: str) -> Any:
@@ -106,15 +123,19 @@ def _arrow_table(path: Path, suffix: str) -> Any:
     with path.open("rb") as file:  # outside the try: an OSError of the file system stays what it is
         try:
             if suffix == ".parquet":
-                return reader.read_table(file)
-            is_file_format = file.read(6) == b"ARROW1"
-            file.seek(0)
-            return (reader.open_file if is_file_format else reader.open_stream)(file).read_all()
+                table = reader.read_table(file)
+            else:
+                is_file_format = file.read(6) == b"ARROW1"
+                file.seek(0)
+                table = (reader.open_file if is_file_format else reader.open_stream)(file).read_all()
+            # Offsets may lead anywhere: whoever follows them before this check may crash.
+            table.validate(full=True)
         except (pyarrow.ArrowException, OSError) as error:
             raise SquadFormatError(f"{path}: not {suffix}: {_reason(error)}") from None
+    return table
 
 
-def _read_folder(path: Path, split: str | None, default_split: str) -> list[Example]:
+def _read_folder(path: Path, split: str | None, default_split: str, record: _Record) -> list[Example]:
     datasets = _library("datasets", path)
     is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     # The cache is not the user's: where a folder's README lists its files, `datasets` compares names and not
@@ -133,14 +154,14 @@ def _read_folder(path: Path, split: str | None, default_split: str) -> list[Exam
                 f"{path}: not a folder that `datasets` can read: {_reason(error)}"
             ) from None
         if isinstance(loaded, Mapping):
-            return _read_split(loaded, str(path), split or default_split)
+            return _read_split(loaded, str(path), split or default_split, record)
         if split is not None and str(loaded.split) != split:
             own_split = f"it is {loaded.split!s}" if loaded.split else "it has none"
             raise ValueError(f"{path}: no split {split!r}: {own_split}")
-        return _dataset_examples(str(path), loaded)
+        return _dataset_examples(str(path), loaded, record)
 
 
-def _read_hub(name: str, split: str) -> list[Example]:
+def _read_hub(name: str, split: str, record: _Record) -> list[Example]:
     known = (".json", *JSON_LINES, *ARROW, *NO_NESTED_COLUMNS)
     if not _HUB_NAME.fullmatch(name) or name.startswith(".") or Path(name).suffix.lower() in known:
         raise FileNotFoundError(f"{name}: no such file or folder (nor a hub name, which is OWNER/NAME)")
@@ -156,45 +177,55 @@ def _read_hub(name: str, split: str) -> list[Example]:
     except Exception as error:  # datasets, the hub's client, pyarrow and each reader raise their own kind
         text = f"{name}: no such file here, and the hub's data set cannot be read: {_reason(error)}"
         raise ValueError(text) from None
-    return _read_split(loaded, name, split)
+    return _read_split(loaded, name, split, record)
 
 
-def _read_split(splits: Mapping[str, Any], name: str, split: str) -> list[Example]:
+def _read_split(splits: Mapping[str, Any], name: str, split: str, record: _Record) -> list[Example]:
     if split not in splits:
         choice = f"choose with {name}:{next(iter(splits), 'train')}"
         raise ValueError(f"{name}: no split {split!r}; there are {', '.join(splits) or 'none'} ({choice})")
-    return _dataset_examples(f"{name}, split {split!r}", splits[split])
+    return _dataset_examples(f"{name}, split {split!r}", splits[split], record)
 
 
-def _dataset_examples(where: str, dataset: Any) -> list[Example]:
+def _dataset_examples(where: str, dataset: Any, record: _Record) -> list[Example]:
+    try:
+        dataset.data.validate(full=True)  # as in `_arrow_table`: such files are mapped into memory unchecked
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
+        raise SquadFormatError(f"{where}: not a data set: {_reason(error)}") from None
     columns = [column for column in dataset.column_names if column in NEEDED + OPTIONAL]
     # Only these columns are decoded; a saved data set may remember a format that turns lists into tensors.
-    return _examples(where, dataset.column_names, dataset.with_format(None).select_columns(columns))
+    rows = dataset.with_format(None).select_columns(columns)
+    return _examples(where, dataset.column_names, rows, record)
 
 
-def _examples(where: str, columns: Sequence[str], rows: Rows) -> list[Example]:
+def _examples(where: str, columns: Sequence[str], rows: Rows, record: _Record) -> list[Example]:
     missing = [repr(column) for column in NEEDED if column not in columns]
     if missing and columns:
         listed = ", ".join(columns)
         raise SquadFormatError(f"{where}: no column {', '.join(missing)}; there are {listed}")
-    return list(checked_examples(_placed_examples(rows, where), where))
+    placed = _placed_examples(rows, where, record.skipped)
+    return list(checked_examples(placed, where, *record))
 
 
-def _placed_examples(rows: Rows, name: str) -> Iterator[tuple[str, Example]]:
+def _placed_examples(rows: Rows, name: str, skipped: Skipped | None) -> Iterator[Placed]:
     for number, row in enumerate(rows):
-        # A column has a value in every row: an optional field that is absent is null.
-        entry = {key: value for key, value in row.items() if value is not None or key not in OPTIONAL}
-        where = f"{name}, row {number}"
-        where = f"{where}, question {get_field(entry, 'id', str, where)!r}"
-        answers = get_field(entry, "answers", dict, where)
-        texts = get_field(answers, "text", list, f"{where}, answers")
-        starts = get_field(answers, "answer_start", list, f"{where}, answers")
-        if len(texts) != len(starts):
-            raise SquadFormatError(f"{where}: {len(texts)} answers' texts, but {len(starts)} answer_start")
-        pairs = zip(texts, starts, strict=True)
-        entry["answers"] = [{"text": text, "answer_start": start} for text, start in pairs]
-        title = get_field(entry, "title", str, where, default="")
-        yield where, read_question(entry, title, get_field(entry, "context", str, where), where)
+        with skipping(skipped):
+            yield _placed_example(row, f"{name}, row {number}")
+
+
+def _placed_example(row: Mapping[str, Any], where: str) -> Placed:
+    # A column has a value in every row: an optional field that is absent is null.
+    entry = {key: value for key, value in row.items() if value is not None or key not in OPTIONAL}
+    where = f"{where}, question {get_field(entry, 'id', str, where)!r}"
+    answers = get_field(entry, "answers", dict, where)
+    texts = get_field(answers, "text", list, f"{where}, answers")
+    starts = get_field(answers, "answer_start", list, f"{where}, answers")
+    if len(texts) != len(starts):
+        raise SquadFormatError(f"{where}: {len(texts)} answers' texts, but {len(starts)} answer_start")
+    pairs = zip(texts, starts, strict=True)
+    entry["answers"] = [{"text": text, "answer_start": start} for text, start in pairs]
+    title = get_field(entry, "title", str, where, default="")
+    return where, read_question(entry, title, get_field(entry, "context", str, where), where)
 
 
 def _library(module: str, source: str | Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from pruned_ops import PrunedBertForNaturalQuestions
 from pruned_ops.checkpoints.loading import load_to_fine_tune
 from pruned_ops.qa.decoding import Decoded, decode
 from pruned_ops.qa.questions import arrival_lengths
-from pruned_ops.qa.windows import Window, span_tokens, windows
+from pruned_ops.qa.windows import RefusedQuestion, Window, span_tokens, windows
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
-from pruned_trainer.tasks.squad.examples import Example, split_articles
+from pruned_trainer.tasks.faults import DataFaults, Skipped
+from pruned_trainer.tasks.squad.examples import Example, SquadFormatError, split_articles
 from pruned_trainer.tasks.squad.scoring import (
     EvaluationResult,
     best_null_threshold,
@@ -38,27 +39,45 @@ def training_features(
     max_length: int = 384,
     stride: int = 128,
     progress: bool = False,
+    skipped: Skipped | None = None,
 ) -> list[dict[str, Any]]:
     """One dictionary per window: input_ids, token_type_ids, attention_mask, start_positions, end_positions.
 
     The first three are (tokens,) int32 arrays without padding; a padding collator takes them as they are.
     The positions are those of the first and last token of the example's first answer, or of the CLS token
-    where the question has no answer or the window does not hold all of it.
+    where the question has no answer or the window does not hold all of it. skipped: collects the faults of
+    questions that leave no room for their context; without it such a question is a SquadFormatError.
     """
-    example_windows = _windows(examples, tokenizer, max_length, stride, progress)
+    examples, example_windows = _cut(examples, tokenizer, max_length, stride, progress, skipped)
     return [_feature(window, examples[window.question_index]) for window in example_windows]
 
 
-def _windows(
+def _cut(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerFast,
     max_length: int,
     stride: int,
     progress: bool,
-) -> list[Window]:
+    skipped: Skipped | None,
+) -> tuple[Sequence[Example], list[Window]]:
+    """The examples that can be cut, and their windows."""
     questions = [example.question for example in examples]
     contexts = [example.context for example in examples]
-    return windows(tokenizer, questions, contexts, max_length, stride, progress=progress)
+    refused: list[RefusedQuestion] = []
+    cut = windows(tokenizer, questions, contexts, max_length, stride, progress=progress, refused=refused)
+    if not refused:
+        return examples, cut
+    faults = [f"question {examples[error.index].id!r} {error.reason}" for error in refused]
+    if skipped is None:
+        raise SquadFormatError(faults[0])
+    skipped.faults += faults
+    left_out = {error.index for error in refused}
+    kept = [index for index in range(len(examples)) if index not in left_out]
+    if not kept:
+        raise SquadFormatError(f"no question leaves room for its context; the first: {faults[0]}")
+    new_index = {index: number for number, index in enumerate(kept)}
+    cut = [replace(window, question_index=new_index[window.question_index]) for window in cut]
+    return [examples[index] for index in kept], cut
 
 
 def _feature(window: Window, example: Example) -> dict[str, Any]:
@@ -90,10 +109,16 @@ class Questions:
 
     @classmethod
     def cut(
-        cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int
+        cls,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerFast,
+        max_length: int,
+        stride: int,
+        skipped: Skipped | None = None,
     ) -> Questions:
-        """The examples, cut into windows. max_length, stride: in tokens, as `windows` takes them."""
-        return cls(examples, _windows(examples, tokenizer, max_length, stride, progress=is_main()))
+        """The examples, cut into windows. max_length, stride: in tokens, as `windows` takes them. skipped: as
+        for `training_features`."""
+        return cls(*_cut(examples, tokenizer, max_length, stride, is_main(), skipped))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -130,11 +155,17 @@ class Questions:
 
 @dataclass(frozen=True)
 class SquadTask:
-    """SQuAD with its options. max_length, stride: of windows, in tokens. seed: of the held-out articles."""
+    """SQuAD with its options.
+
+    max_length, stride: of windows, in tokens. seed: of the held-out articles. skip_bad: leave out questions
+    that cannot be read or asked, and count them in `faults`, beside the answers that were put right.
+    """
 
     max_length: int = 384
     stride: int = 128
     seed: int = 0
+    skip_bad: bool = False
+    faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
 
     thresholds = (THRESHOLD,)
 
@@ -146,22 +177,36 @@ class SquadTask:
             raise ValueError("the model has answer types: it is for --task natural_questions, not squad")
 
     def read(self, source: Path | str, split: str) -> Sequence[Example]:
-        return read_examples(source, split)
+        skipped, repaired = self._skipped(), list[str]()
+        examples = read_examples(source, split, skipped, repaired)
+        self.faults.add(skipped, repaired)
+        return examples
+
+    def _skipped(self) -> Skipped | None:
+        return Skipped() if self.skip_bad else None
 
     def read_training(
         self, source: Path, has_validation: bool
     ) -> tuple[Sequence[Example], Sequence[Example] | None]:
         """The training examples; without a validation file, 5% of them are held out, by whole articles."""
-        train = read_examples(source, "train")
+        train = self.read(source, "train")
         return (train, None) if has_validation else split_articles(train, seed=self.seed)
 
     def describe(self, examples: Sequence[Example]) -> str:
         return f"{len(examples)} questions"
 
     def prepare(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> Questions:
-        return Questions.cut(examples, tokenizer, self.max_length, self.stride)
+        skipped = self._skipped()
+        questions = Questions.cut(examples, tokenizer, self.max_length, self.stride, skipped)
+        self.faults.add(skipped)
+        return questions
 
     def features(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
     ) -> list[dict[str, Any]]:
-        return training_features(examples, tokenizer, self.max_length, self.stride, progress=is_main())
+        skipped = self._skipped()
+        features = training_features(
+            examples, tokenizer, self.max_length, self.stride, progress=is_main(), skipped=skipped
+        )
+        self.faults.add(skipped)
+        return features
