@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ import torch
 from pruned_ops.checkpoints.loading import checked_device, default_device, load_model, load_tokenizer
 from pruned_ops.models.configuration import SCORED, ScoreCalibration
 from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.stock import ENCODERS
 from pruned_ops.qa.decoding import Answer, Candidates, Decoded
 from pruned_ops.qa.logits import select_logits, split_logits
 from pruned_ops.qa.windows import RefusedQuestion, Window, check_cut, check_pairs, cut_each
@@ -28,6 +30,12 @@ _MAX_LENGTH, _STRIDE_PARTS = 384, 3
 _CHARACTERS_PER_TOKEN = 4
 # At most so many questions are a block, however short their contexts are.
 _QUESTIONS_OF_A_BLOCK = 512
+
+# The heads of transformers' own classes that find no answer in a text, by their names.
+_OTHER_HEAD = re.compile(
+    "For(SequenceClassification|TokenClassification|MaskedLM|MultipleChoice|NextSentencePrediction|"
+    "PreTraining|CausalLM)$|LMHeadModel$"
+)
 
 Texts = tuple[str, str]  # question, context
 
@@ -94,6 +102,7 @@ class QuestionAnswerer:
             device = default_device() if device is None else device
         elif tokenizer is None:
             raise ValueError(f"a {type(model).__name__} has no tokenizer with it: pass its tokenizer too")
+        _check_kind(model)
         config = model.config
         if max_length is None:
             max_length = min(_MAX_LENGTH, longest_sequence(config))
@@ -210,6 +219,17 @@ class QuestionAnswerer:
             for decoded in stream:
                 yield decoded
                 bar.update()
+
+
+def _check_kind(model: Any) -> None:
+    """ValueError for a classifier and other models without start and end logits, before they are changed."""
+    name = type(model).__name__
+    head = _OTHER_HEAD.search(name)
+    if head is not None or isinstance(model, ENCODERS):
+        raise ValueError(
+            f"a {name} gives no start and end logits, of which answers are made; a question-answering model "
+            f"is needed (pruned_ops.optimize(model) makes a {name} fast, for its own calls)"
+        )
 
 
 def _check_reading(reading: Reading, config: Any, tokenizer: Any) -> None:

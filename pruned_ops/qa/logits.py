@@ -16,6 +16,12 @@ from pruned_ops.shape import checked_int
 def select_logits(output: Any) -> Tensors:
     """The part of a model's output that is copied to the host, in fp32: start and end logits as one tensor,
     (2, batch, seqlen), and answer type logits, where the model has them."""
+    for name in ("start_logits", "end_logits"):
+        if not isinstance(getattr(output, name, None), Tensor):
+            raise ValueError(
+                f"the model gives a {type(output).__name__} without {name}; a question-answering model is "
+                "needed"
+            )
     # One copy to the host for the batch, not two for every window.
     logits = {"spans": torch.stack([output.start_logits, output.end_logits]).float()}
     kinds: Tensor | None = getattr(output, "answer_type_logits", None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -201,9 +203,32 @@ def aligned(tokenizer: Any, context: str, start: int, end: int) -> tuple[int, in
             before = words.get(word, (left, right))
             words[word] = (min(left, before[0]), max(right, before[1]))
     touched = [(a + first, b + first) for a, b in words.values() if a + first < end and b + first > start]
-    wide = (min([start, *(a for a, _ in touched)]), max([end, *(b for _, b in touched)]))
+    wide = [min([start, *(a for a, _ in touched)]), max([end, *(b for _, b in touched)])]
+    # Scripts without spaces: what a tokenizer takes for a word there may be the whole sentence.
+    wide[0] = max([wide[0], *(i + 1 for i in range(wide[0], start) if _joins(context, i))])
+    wide[1] = min([wide[1], *(i + 1 for i in range(end - 1, wide[1] - 1) if _joins(context, i))])
     text = context[slice(*wide)]
     return wide[1] - len(text.lstrip()), wide[0] + len(text.rstrip())
+
+
+# Scripts that write words without spaces between them: Thai, Lao, Tibetan, Burmese, Khmer, Tai and Javanese
+# ones, kana, and Han characters.
+_SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u19e0-\u19ff\u1a20-\u1aaf\u3005-\u3007"
+    "\u3021-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua980-\ua9df\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff]"
+)
+
+
+def _joins(context: str, place: int) -> bool:
+    """Whether a word may end between this character and the next, though no space is there: next to a
+    character of a script without spaces, but not before a mark that belongs to it."""
+    pair = context[place : place + 2]
+    return len(pair) == 2 and _SPACELESS.search(pair) is not None and not _is_mark(pair[1])
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
 
 
 def _records(inputs: tuple[Any, ...], texts: dict[str, Any]) -> Any:

@@ -234,16 +234,28 @@ def _cut(whole: Window, more: Iterator[Tokens] | None, max_length: int, stride: 
     for more_ids, more_offsets in itertools.chain([(ids[:0], offsets[:0])], more or ()):
         ids, offsets = np.concatenate([ids, more_ids]), np.concatenate([offsets, more_offsets])
         if len(ids) > room and room <= stride:
-            raise RefusedQuestion(
-                whole.question_index,
-                f"is too long: with special tokens it takes {len(whole) - (last - first)} of max_length "
-                f"{max_length} tokens; {max(room, 0)} are left for its context of {len(ids)}, and windows "
-                f"that share {stride} (the stride) need at least {stride + 1}",
-            )
+            taken = max_length - room
+            raise RefusedQuestion(whole.question_index, _no_room(taken, len(ids), max_length, stride))
         while len(ids) > room:
             yield _with_context(whole, ids[:room], offsets[:room])
             ids, offsets = ids[room - stride :], offsets[room - stride :]
     yield _with_context(whole, ids, offsets)
+
+
+def _no_room(taken: int, context: int, max_length: int, stride: int) -> str:
+    """Why a question that takes so many tokens, and its context of at least so many, cannot be cut."""
+    room = max(max_length - taken, 0)
+    if room and 2 * taken <= max_length:  # the question is short: it is not to blame
+        return (
+            f"cannot be cut: the stride of {stride} is too large; beside the question, which takes {taken} "
+            f"of max_length {max_length} tokens with special tokens, {room} are left for its context of "
+            f"{context}, and neighbouring windows can share {room - 1} of them at most"
+        )
+    return (
+        f"is too long: with special tokens it takes {taken} of max_length {max_length} tokens; {room} are "
+        f"left for its context of {context}, and windows that share {stride} (the stride) need at least "
+        f"{stride + 1}"
+    )
 
 
 def _with_context(whole: Window, ids: Int32Array, offsets: Int32Array) -> Window:

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertTokenizerFast
+from transformers import BertModel, BertTokenizerFast
 
 import pruned_ops
+from head_models import stock
 from inputs import pruned_model, stock_model
 from pruned_ops import Answer, QuestionAnswerer
 from pruned_ops.models.configuration import ScoreCalibration
@@ -192,6 +193,13 @@ def test_what_cannot_be_set_is_named(tmp_path: Path) -> None:
     stock_model().save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
         QuestionAnswerer(tmp_path)
+    for kind in ("sequence", "token"):
+        with pytest.raises(
+            ValueError, match="Classification gives no start and end logits.*pruned_ops.optimize"
+        ):
+            QuestionAnswerer(stock("bert", kind), tokenizer)
+    with pytest.raises(ValueError, match="BertModel gives no start and end logits"):
+        QuestionAnswerer(BertModel(stock_model().config), tokenizer)
     with pytest.raises(ValueError, match="pass its tokenizer"):
         QuestionAnswerer(stock_model())
     model = stock_model()

@@ -96,6 +96,11 @@ def test_what_is_refused_by_name(qa: Any) -> None:
         ({"question": ["w1", "w2"], "context": ["w1"]}, ValueError, "2 questions, but 1 contexts"),
         ({**asked, "top_k": 0}, ValueError, "top_k is 0"),
         ({**asked, "max_answer_len": 0}, ValueError, "max_answer_len is 0"),
+        (
+            {"question": "w1", "context": words(60), "max_seq_len": 30, "doc_stride": 28},
+            ValueError,
+            "question 0 cannot be cut: the stride of 28 is too large; .* can share 25 of them at most",
+        ),
         ({**asked, "doc_stride": 100}, ValueError, "stride 100"),
         ({**asked, "max_seq_len": 81}, ValueError, "windows of 81 tokens are too long"),
         ({**asked, "max_anser_len": 3}, TypeError, "takes no max_anser_len; it takes top_k"),
@@ -150,6 +155,26 @@ def test_a_data_set_is_not_held(qa: Any) -> None:
 
     rows = Rows()
     assert next(qa(rows))["answer"] and rows.read <= 2000
+
+
+@pytest.mark.parametrize(
+    ("context", "span", "expected"),
+    [
+        ("กรุงเทพเป็นเมืองหลวงของประเทศไทย", "กรุงเทพ", "กรุงเทพ"),
+        ("東京は日本の首都です。", "日本", "日本"),
+        ("北京是中国的首都", "中国", "中国"),
+        ("ที่นี่คือ Bangkok ครับ", "angko", "Bangkok"),
+        ("駅はTokyoです", "oky", "Tokyo"),
+        ("서울은 한국의 수도", "한국", "한국의"),  # Korean has spaces
+    ],
+)
+def test_scripts_without_spaces_are_not_widened_to_the_sentence(
+    context: str, span: str, expected: str
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    start = context.index(span)
+    assert context[slice(*aligned(tokenizer, context, start, start + len(span)))] == expected
 
 
 def test_answers_are_whole_words_unless_asked_otherwise() -> None:
