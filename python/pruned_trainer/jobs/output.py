@@ -76,7 +76,10 @@ def _is_full(error: BaseException | None) -> bool:
     """
     if error is None:
         return False
-    texts = ("No space left on device", "Disk quota exceeded", "requested and", "PytorchStreamWriter")
+    texts = (
+        "No space left on device", "Disk quota exceeded", "requested and", "PytorchStreamWriter",
+        "unexpected pos", "iostream error",
+    )  # fmt: skip
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or any(text in str(error) for text in texts) or _is_full(error.__cause__ or error.__context__)
 
@@ -99,9 +102,10 @@ class OutputFolder:
         self.partial = self.partial_of(path)
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _locked(self.partial)
-        if not resume:
-            for entry in _content(self.partial):
-                _remove(entry)
+        # What a killed process was writing; nobody else writes here now.
+        left = self.partial.rglob("*.partial") if resume else _content(self.partial)
+        for entry in [*left]:
+            _remove(entry)
 
     def __enter__(self) -> OutputFolder:
         return self
