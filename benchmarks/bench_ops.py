@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/bench_ops.py [--device cpu|cuda] [--quick]
 On a GPU the launches of CUDA graphs are timed, so that the host's share of a call does not count, over
-inputs that L2 does not hold. Without a GPU, --device cuda prints bounds instead of times (kernels/bounds.py).
-A bound is not a result.
+inputs that L2 does not hold. Without a GPU, --device cuda prints bounds instead of times (kernels/bounds.py,
+kernels/goals.py). A bound is not a result.
 """
 
 from __future__ import annotations
@@ -116,6 +116,9 @@ def parsed() -> argparse.Namespace:
         help="leave out, by name, what is not begun by then (default: no limit)",
     )  # fmt: skip
     parser.add_argument(
+        "--measured", type=Path, help="kernels.jsonl of bench_kernels.py, whose times stand beside the bounds"
+    )
+    parser.add_argument(
         "--out", type=Path, help="CSV to write (default: in benchmarks/results/, named after the machine)"
     )
     return parser.parse_args()
@@ -126,7 +129,7 @@ def main() -> None:
     end = time.monotonic() + 60 * arguments.minutes
     on_gpu = arguments.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        print_bounds(console)
+        print_bounds(console, arguments.measured)
         return
     place = Place(torch.float16 if on_gpu else torch.float32, arguments.device, on_gpu and arguments.compile)
     many = 8 if on_gpu else 1
@@ -135,10 +138,11 @@ def main() -> None:
     out = arguments.out or harness.result_path("ops", arguments.device)
     rows: list[Row] = []
     left_out: list[str] = []
-    # The lengths that goals are stated for come first.
+    # The sizes and lengths that goals are stated for come first: time may run out.
+    models = MODELS[:1] if arguments.quick else (*MODELS[2:], *MODELS[:2])
     batches: list[tuple[int, ...]] = [(128,) * 8 * many, (384,) * 8 * many, MIXED * many]
     for lengths in batches[-1:] if arguments.quick else batches:
-        for model in MODELS[-2:-1] if arguments.quick else MODELS:
+        for model in models:
             for case in cases(model, lengths, place):
                 if time.monotonic() > end:
                     name = f"{case.op}, {case.model}, {len(lengths)} sequences"
@@ -154,12 +158,18 @@ def main() -> None:
         console.print(f"written to {out}, and as .md and .png; {len(OPS)} ops")
 
 
-def print_bounds(console: Console) -> None:
-    """The least times on a GPU that is not here."""
+def print_bounds(console: Console, measured: Path | None) -> None:
+    """The least times on a GPU that is not here, by its ceilings and by the schedules of the kernels."""
     from kernels.bounds import bounds  # needs Triton
+    from kernels.goals import goal_tables
+    from kernels.names import measured_times
+    from whole_models.cases import goal_workloads
 
     for lengths in (MIXED * 8, (128,) * 8):
         console.print(*bounds(lengths))
+    goals = [(workload.name, workload.batches[0]) for workload in goal_workloads(None, False, ["*"])]
+    for table in goal_tables(goals, measured_times(measured) if measured else {}):
+        console.print(table)
 
 
 def measured(

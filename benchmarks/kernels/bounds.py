@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from kernels.cases import MODELS, Case, Place, cases
+from kernels.schedule import CEILINGS
 
 os.environ.pop("TRITON_INTERPRET", None)  # which would switch compilation off
 
@@ -19,8 +20,6 @@ from pruned_ops.ops.backends.triton import ahead_of_time, configs, tuning  # noq
 from pruned_ops.ops.backends.triton.configs import AttentionConfig, GemmConfig  # noqa: E402
 from pruned_ops.ops.backends.triton.tuning import Problem  # noqa: E402
 
-# An H200's ceilings, measured on one: dense fp16 products on random data, and copying.
-CEILINGS = {"flops": 790e12, "bytes": 4.3e12}
 TARGET, H200 = 90, tuning.Chip(132, configs.SHARED_MEMORY[90], True)
 DTYPE = torch.float16
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.cases import EPS, Place
 from kernels.journal import Journal
+from kernels.names import add_layer_norm_name, attention_name, described, linear_gelu_name
 from kernels.right import ready_backends
 from kernels.rotation import input_sets, rotated
 from pruned_ops.measure.graph_timing import replay_seconds
@@ -114,13 +115,13 @@ def ceilings(sweep: Sweep) -> None:
 
 def attention(sweep: Sweep) -> None:
     for head_dim, heads, lengths in sweep.sizes(ATTENTION, (16, 2, (9, 17))):
-        tokens, longest, width = sum(lengths), max(lengths), heads * head_dim
+        tokens, width = sum(lengths), heads * head_dim
         bounds = torch.tensor(
             [0, *itertools.accumulate(lengths)], dtype=torch.int32, device=sweep.place.device
         )
         flops = 4.0 * width * sum(length * length for length in lengths)
         nbytes = sweep.place.dtype.itemsize * 4.0 * tokens * width
-        problem = f"attention {heads}x{head_dim}, {len(lengths)} of {min(lengths)} to {longest}"
+        problem = attention_name(heads, head_dim, lengths)
         for name, call in _attentions(sweep.place, head_dim, heads, lengths, bounds):
             sweep.time(problem, name, [(tokens, 3 * width)], call, flops, nbytes)
 
@@ -163,7 +164,7 @@ def linear_gelu(sweep: Sweep) -> None:
         flops = 2.0 * tokens * hidden * width
         nbytes = sweep.place.dtype.itemsize * (tokens * (hidden + width) + hidden * width)
         for name, call in _linear_gelus(sweep.place, tokens, hidden, width):
-            sweep.time(f"linear_gelu {tokens}x{hidden}->{width}", name, shapes, call, flops, nbytes)
+            sweep.time(linear_gelu_name(tokens, hidden, width), name, shapes, call, flops, nbytes)
 
 
 def _linear_gelus(
@@ -197,19 +198,6 @@ def gemm_configs(place: Place, tokens: int, hidden: int, width: int) -> list[Any
     return list(dict.fromkeys([fitting[0], *plain[:PLAIN_GEMMS], *with_tma]))
 
 
-def described(config: Any) -> str:
-    """A configuration in words: its tile, and every other field that is not at its default."""
-    values = asdict(config)
-    tile = "x".join(str(values.pop(name)) for name in ("block_m", "block_n", "block_k") if name in values)
-    defaults = {field.name: field.default for field in fields(config)}
-    words = [
-        name if value is True else f"{name} {value}"
-        for name, value in values.items()
-        if value != defaults[name]
-    ]
-    return " ".join([*([tile] if tile else []), *words])
-
-
 def linears(sweep: Sweep) -> None:
     """cuBLAS at a layer's other shapes."""
     for tokens, inner, outputs in sweep.sizes(LINEARS, (20, 64, 72)):
@@ -224,7 +212,8 @@ def norms(sweep: Sweep) -> None:
         bias, scale, shift = (sweep.place.tensor(hidden) for _ in range(3))
         nbytes = sweep.place.dtype.itemsize * 3.0 * tokens * hidden
         for name, call in _add_layer_norms(bias, scale, shift):
-            sweep.time(f"add_layer_norm {tokens}x{hidden}", name, [(tokens, hidden)] * 2, call, 0.0, nbytes)
+            problem = add_layer_norm_name(tokens, hidden)
+            sweep.time(problem, name, [(tokens, hidden)] * 2, call, 0.0, nbytes)
 
 
 def _add_layer_norms(

@@ -137,8 +137,8 @@ def bias_gelu_case(dtype: str) -> Case:
     return Case(bias_gelu_kernel, types, {"SPLIT": 4, "BLOCK": 512}, 4, 2, dtype, "split 4")
 
 
-def compiled(case: Case, target: int) -> Compiled:
-    """Compile a case for sm_`target`. Pointers, and the sizes that strides come from, are taken to be
+def kernel_of(case: Case, target: int) -> Any:
+    """Triton's kernel for sm_`target`. Pointers, and the sizes that strides come from, are taken to be
     multiples of 16, as `optimize` lays weights out."""
     signature = {**case.types, **dict.fromkeys(case.constants, "constexpr")}
     arguments = list(case.kernel.arg_names)
@@ -154,7 +154,12 @@ def compiled(case: Case, target: int) -> Compiled:
         {(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": case.warps, "num_stages": case.stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def compiled(case: Case, target: int) -> Compiled:
+    """Compile a case for sm_`target`, and count what the kernel takes."""
+    kernel = kernel_of(case, target)
     taken = _resources(kernel.asm["cubin"])
     kinds = _instructions(kernel.asm["cubin"])
     products = [place for place, kind in enumerate(kinds) if kind in ("HGMMA", "HMMA")]
@@ -170,9 +175,14 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def disassembly(cubin: bytes) -> str:
+    """A kernel's machine code, as nvdisasm prints it: an instruction or a label a line."""
+    return _output_of("nvdisasm", "--print-code", cubin)
+
+
 def _instructions(cubin: bytes) -> list[str]:
     """The kinds of a kernel's machine instructions in order, without their variants: LDG for LDG.E.128."""
-    text = _output_of("nvdisasm", "--print-code", cubin)
+    text = disassembly(cubin)
     return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", text)
 
 
