@@ -105,16 +105,20 @@ class PruningTrainer(Trainer):
     def _check_whole(self, checkpoint: Path) -> None:
         """ValueError for a checkpoint that lacks its weights, optimiser, scheduler, random state or step
         count, or has half of one. (transformers goes on without the optimiser or the random state, and so
-        comes to another end.)"""
-        number = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-        needed = ["model.safetensors", "optimizer.pt", "scheduler.pt", f"rng_state{number}.pth"]
+        comes to another end.)
+
+        As many processes as wrote a random state are taken to have written the checkpoint: another number
+        may go on from it."""
+        processes = len([*checkpoint.glob("rng_state*.pth")])
+        states = [f"rng_state_{k}.pth" for k in range(processes)] if processes > 1 else ["rng_state.pth"]
+        needed = ["model.safetensors", "optimizer.pt", "scheduler.pt", *states]
         if self.args.fp16:
             needed.append("scaler.pt")
         spoilt = [name for name in ("trainer_state.json", *needed) if not _is_whole(checkpoint / name)]
         if on_any(bool(spoilt)):
             raise ValueError(
-                f"{checkpoint} cannot be resumed: {', '.join(spoilt) or 'a file'} is missing or broken, or "
-                "another number of processes wrote it; without the folder --resume trains this phase anew"
+                f"{checkpoint} cannot be resumed: {', '.join(spoilt) or 'a file'} is missing or broken; "
+                "without the folder --resume trains this phase anew"
             )
 
     # -- data and optimiser ------------------------------------------------------------------------------
