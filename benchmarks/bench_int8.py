@@ -86,7 +86,7 @@ def ours(model: Any, checkpoint: str, data: Path, evaluation: Questions) -> Iter
     for runner, arguments in precisions:
         fast = pruned_ops.optimize(copy.deepcopy(model), **arguments)
         scores = evaluation.evaluate(fast, thresholds)
-        encoder = fast.base_model.encoder
+        encoder = fast.base_model.packed.encoder
         counts = {"int8_linears": len(encoder.int8_linears), "linears": len(encoder.linear_names)}
         yield runner, forward(fast), {"f1": scores.f1, "f1_span": scores.f1_span, **counts}
 

@@ -34,7 +34,7 @@ from pruned_ops.measure.timing import Workload
 from pruned_ops.models.heads import NaturalQuestionsOutput, load_natural_questions
 from pruned_ops.models.inputs import is_roberta
 from pruned_ops.qa.logits import batch_logits
-from pruned_ops.runtime.packed_encoder import refuse_encoder
+from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
 from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut_document, located, with_markers

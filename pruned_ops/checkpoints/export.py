@@ -18,8 +18,9 @@ from torch import nn
 from pruned_ops.checkpoints.loading import TOKENIZER_FILES, checkpoint_folder, load_model
 from pruned_ops.models.stock import ENCODERS
 from pruned_ops.runtime.optimize import restore
-from pruned_ops.runtime.packed_encoder import PackedEncoder, refuse_encoder
+from pruned_ops.runtime.packed_encoder import OptimisedEncoder
 from pruned_ops.runtime.packed_heads import ANSWERERS
+from pruned_ops.runtime.refusals import refuse_encoder
 
 GRAPH = "model.onnx"
 # A protobuf, and so an ONNX file, holds less than so many bytes.
@@ -93,7 +94,7 @@ def _original(model: Any) -> Any:
     if not any(type(model).forward is answerer.forward for answerer in ANSWERERS):
         known = ", ".join(answerer.__name__ for answerer in ANSWERERS)
         raise ValueError(f"a {name} cannot be exported: question-answering models can ({known})")
-    if isinstance(model.base_model, PackedEncoder):
+    if isinstance(model.base_model, OptimisedEncoder):
         model = restore(copy.deepcopy(model))
     encoder = model.base_model
     reason = (

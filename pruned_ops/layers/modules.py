@@ -7,7 +7,7 @@ ops compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -218,34 +218,68 @@ class PrunedEncoder(nn.Module):
         unknown = set(int8) - set(self.linear_names)
         if unknown:
             raise ValueError(f"there is no linear {', '.join(sorted(unknown))}; see linear_names")
-        self.unpack()
-        self._layout = Layout(keep_weights, frozenset(int8))
-        if AlignedWeights.refuse(self.parts) is None:
-            self._laid_out = AlignedWeights(self.parts, keep_weights)
-        if PanelWeights.refuse(self.parts) is None:
-            self._laid_out = self._panels(self._layout)
+        if self._layout is not None and not self._layout.keep_weights:
+            self.unpack()
+        layout = Layout(keep_weights, frozenset(int8))
+        laid_out = self._lay_out(layout)
+        # All weights are laid out before the first is released, so that an error leaves them as they were.
+        self._laid_out, self._layout = laid_out, layout
+        if laid_out is not None and not keep_weights:
+            try:
+                release([linear for i, j, linear in self._linears() if laid_out.holds_alone(i, j)])
+            except BaseException:
+                self._laid_out = self._layout = None
+                raise
 
-    def _panels(self, layout: Layout) -> PanelWeights:
-        quantised = {id(self.get_submodule(name)) for name in layout.int8}
+    def _linears(self) -> Iterator[tuple[int, int, nn.Linear]]:
+        """Every linear, after the number of its part and its own number in it."""
+        for i, part in enumerate(self.parts):
+            for j, linear in enumerate(part.linears):
+                yield i, j, linear
+
+    def _lay_out(self, layout: Layout) -> PanelWeights | AlignedWeights | None:
+        if PanelWeights.refuse(self.parts) is None:
+            return self._panels(layout.int8)
+        return AlignedWeights(self.parts) if AlignedWeights.refuse(self.parts) is None else None
+
+    def _panels(self, int8: Collection[str]) -> PanelWeights:
+        quantised = {id(self.get_submodule(name)) for name in int8}
+        made: dict[
+            tuple[int, bool], tuple[Tensor, ...]
+        ] = {}  # a weight that two linears share lies there once
 
         def lay_out(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-            bias = linear.bias.detach()
-            if id(linear) in quantised:
-                panels, scales = to_int8_panels(linear.weight)
-                return panels, torch.stack([bias, scales])
-            panels = to_panels(linear.weight.detach())
-            if not layout.keep_weights:
-                release(linear.weight)
-            return panels, bias
+            bias, key = linear.bias.detach(), (id(linear.weight), id(linear) in quantised)
+            if key not in made:
+                weight = linear.weight.detach()
+                made[key] = to_int8_panels(weight) if key[1] else (to_panels(weight),)
+            panels, *scales = made[key]
+            return panels, torch.stack([bias, *scales]) if scales else bias
 
         return PanelWeights(self.parts, self.head_dim, lay_out)
+
+    def plain(self, part: int, linear: int, name: str) -> Tensor:
+        """The weight (out, in) or the bias (out,) of a linear, as `name` says, wherever the values lie."""
+        module, laid_out, layout = self.parts[part].linears[linear], self._laid_out, self._layout
+        if name == "bias" or laid_out is None or layout is None or layout.keep_weights:
+            return module.get_parameter(name).detach()
+        return (
+            laid_out.weight_of(part, linear) if laid_out.holds_alone(part, linear) else module.weight.detach()
+        )
 
     def unpack(self) -> None:
         """Undo `pack`: the linears hold and use their own weights again."""
         laid_out, layout = self._laid_out, self._layout
-        self._laid_out = self._layout = None
+        weights: list[tuple[nn.Linear, Tensor]] = []
         if laid_out is not None and layout is not None and not layout.keep_weights:
-            laid_out.give_back(self.parts)
+            weights = [
+                (linear, laid_out.weight_of(i, j).contiguous())
+                for i, j, linear in self._linears()
+                if laid_out.holds_alone(i, j)
+            ]
+        for linear, weight in weights:
+            linear.weight.data = weight
+        self._laid_out = self._layout = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> PrunedEncoder:
         layout = self._layout
@@ -267,19 +301,26 @@ class PrunedEncoder(nn.Module):
         if laid_out is not None and collect is None and laid_out.can_run_preferred:
             return laid_out(x, cu_seqlens, max_seqlen)
         for i in range(len(self.layers)):
-            x = self._run_layer(i, x, cu_seqlens, max_seqlen)
+            x = self._run_layer(i, laid_out, x, cu_seqlens, max_seqlen)
             if collect is not None:
                 collect.append(x)
         return x
 
-    def _run_layer(self, i: int, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        layer, laid_out = self.layers[i], self._laid_out
+    def _run_layer(
+        self,
+        i: int,
+        laid_out: PanelWeights | AlignedWeights | None,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+    ) -> Tensor:
+        layer = self.layers[i]
         if laid_out is None:
             return layer(x, cu_seqlens, max_seqlen)
         if laid_out.can_run_preferred:
             return laid_out(x, cu_seqlens, max_seqlen, first=2 * i, last=2 * i + 2)
         # The backend that was asked for has no op for this layout: its ops get plain (out, in) weights.
-        for j, part in enumerate((layer.attention, layer.ffn)):
-            first, second = laid_out.weights_of(2 * i + j)
+        for j, part in enumerate((layer.attention, layer.ffn), start=2 * i):
+            first, second = laid_out.weight_of(j, 0), laid_out.weight_of(j, 1)
             x = part.compute(x, cu_seqlens, max_seqlen, first, part.linears[0].bias, second)
         return x

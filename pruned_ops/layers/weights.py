@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruned_ops import ops
+from pruned_ops.layers.released import placeholder
 from pruned_ops.ops.panels import PART_TENSORS, from_panels
 from pruned_ops.ops.registry import given_up
 
@@ -99,22 +100,18 @@ class PanelWeights:
     @property
     def can_run_preferred(self) -> bool:
         """False if a backend was asked for by name that lacks `ops.encoder`: such a backend needs the weights
-        as nn.Linear has them (`weights_of`). int8 weights exist as panels only, so with them this is True,
+        as nn.Linear has them (`weight_of`). int8 weights exist as panels only, so with them this is True,
         and the op raises the error."""
         return self.holds_int8 or ops.encoder.can_run_preferred()
 
-    def weights_of(self, part: int) -> tuple[Tensor, Tensor]:
-        """Copies of the weights of a part's two linears, (out, in) each; both must be fp32 panels."""
-        first, bias, second, second_bias, *_ = self.weights[PART_TENSORS * part : PART_TENSORS * (part + 1)]
-        return from_panels(first, bias.size(0)), from_panels(second, second_bias.size(0))
+    def weight_of(self, part: int, linear: int) -> Tensor:
+        """A copy of the weight (out, in) of one of a part's two linears, which must be fp32 panels."""
+        panels, bias = self.weights[PART_TENSORS * part + 2 * linear :][:2]
+        return from_panels(panels, bias.size(0))
 
-    def give_back(self, parts: Sequence[LayerPart]) -> None:
-        """Give the linears of `parts` the weights back that were released; those in int8 kept theirs."""
-        for i, part in enumerate(parts):
-            for j, linear in enumerate(part.linears):
-                panels, bias = self.weights[PART_TENSORS * i + 2 * j :][:2]
-                if panels.is_floating_point():
-                    linear.weight.data = from_panels(panels, bias.size(0))
+    def holds_alone(self, part: int, linear: int) -> bool:
+        """Whether a linear's own weight is not needed beside this layout: it is where it runs in int8."""
+        return self.weights[PART_TENSORS * part + 2 * linear].is_floating_point()
 
     def __call__(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, first: int = 0, last: int | None = None
@@ -132,13 +129,12 @@ class AlignedWeights:
     by op.
 
     Every matrix and every row of it begins at a multiple of ALIGNMENT bytes; FFN widths in between are filled
-    up with zero channels, which add exactly 0. A weight that lies so already is not copied. One that is
-    copied is released in its linear, unless keep_weights.
+    up with zero channels, which add exactly 0. A weight that lies so already is not copied.
     """
 
     can_run_preferred = True  # every backend's ops take these weights
 
-    def __init__(self, parts: Sequence[LayerPart], keep_weights: bool) -> None:
+    def __init__(self, parts: Sequence[LayerPart]) -> None:
         self.parts = parts
         self.weights: list[tuple[Tensor, Tensor]] = []
         self.biases: list[Tensor] = []
@@ -149,10 +145,6 @@ class AlignedWeights:
             self.weights.append(
                 (_aligned(first.weight.detach(), rows=fill), _aligned(second.weight.detach(), columns=fill))
             )
-            if not keep_weights:
-                for linear, weight in zip(part.linears, self.weights[-1], strict=True):
-                    if weight.data_ptr() != linear.weight.data_ptr():
-                        release(linear.weight)
 
     @staticmethod
     def refuse(parts: Sequence[LayerPart]) -> str | None:
@@ -161,18 +153,15 @@ class AlignedWeights:
             return "only a GPU's kernels ask for aligned weights"
         return None
 
-    def weights_of(self, part: int) -> tuple[Tensor, Tensor]:
-        """The weights of a part's two linears, (out, in) each, without the channels that fill it up."""
+    def weight_of(self, part: int, linear: int) -> Tensor:
+        """The weight (out, in) of one of a part's two linears, without the channels that fill it up."""
         first, second = self.parts[part].linears
-        aligned = self.weights[part]
-        return aligned[0][: first.out_features], aligned[1][:, : second.in_features]
+        aligned = self.weights[part][linear]
+        return aligned[:, : second.in_features] if linear else aligned[: first.out_features]
 
-    def give_back(self, parts: Sequence[LayerPart]) -> None:
-        """Give the linears of `parts` the weights back that were released."""
-        for i, part in enumerate(parts):
-            for linear, weight in zip(part.linears, self.weights_of(i), strict=True):
-                if weight.data_ptr() != linear.weight.data_ptr():
-                    linear.weight.data = weight.contiguous()
+    def holds_alone(self, part: int, linear: int) -> bool:
+        """Whether the weight of a linear lies here as a copy."""
+        return self.weights[part][linear].data_ptr() != self.parts[part].linears[linear].weight.data_ptr()
 
     def __call__(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, first: int = 0, last: int | None = None
@@ -203,25 +192,15 @@ def _aligned(weight: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
     return weight.clone() if weight.data_ptr() % ALIGNMENT else weight
 
 
-def release(parameter: Tensor) -> None:
-    """Free a parameter's memory and keep its shape: it reads as NaN until it is given values again."""
-    if parameter.numel() == 0:
-        return  # there is no memory to free, and torch.export cannot save a tensor expanded to no element
-    parameter.data = parameter.data.new_full((1,), torch.nan).expand(parameter.shape)
-
-
-def fuse_rows(parts: Sequence[nn.Parameter]) -> nn.Parameter:
-    """Concatenate the rows of all `parts` into one parameter and release them, so that no weight is held
-    twice."""
-    fused = nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=False)
-    for part in parts:
-        release(part)
-    return fused
-
-
-def split_rows(fused: nn.Parameter, parts: Sequence[nn.Parameter]) -> None:
-    """Undo `fuse_rows`: give each of `parts` its rows back, on the device and in the dtype of `fused`."""
-    start = 0
-    for part in parts:
-        part.data = fused.detach()[start : start + part.size(0)].clone()
-        start += part.size(0)
+def release(linears: Sequence[nn.Linear]) -> None:
+    """Free the memory of the linears' weights. They keep their shapes and read as NaN, until they are given
+    values again."""
+    weights = [(linear.weight, linear.weight.data, placeholder(linear.weight)) for linear in linears]
+    try:
+        for weight, _, nothing in weights:  # after all of them are there
+            if nothing is not None:
+                weight.data = nothing
+    except BaseException:
+        for weight, values, _ in weights:
+            weight.data = values
+        raise

@@ -176,7 +176,7 @@ def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> d
     parts."""
     hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.hidden_act
     model = optimize(answering_class(empty.model_type)(empty).to(device))
-    one_call = model.base_model.encoder.runs_in_one_call
+    one_call = model.base_model.packed.encoder.runs_in_one_call
     runners: dict[str, Runner] = {
         "base": lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     }

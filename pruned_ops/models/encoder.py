@@ -316,7 +316,11 @@ class PrunedBertModel(PrunedPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        head_run: Any = None,
+        packed_batch: Any = None,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """As stock BERT's. head_run and packed_batch are for an optimised encoder, and are not read here:
+        another thread may restore the encoder between its head's forward and this one."""
         check_inputs(self.config, input_ids, inputs_embeds, position_ids, token_type_ids)
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(

@@ -104,10 +104,11 @@ def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
 
     States without rows are returned as they are, whatever the mask: the head of an optimised model is
     computed elsewhere (`runtime.packed_heads`)."""
-    if attention_mask is None or len(states) == 0:
+    batch_size = states.size(0)  # len() would be a fixed number in traced code
+    if attention_mask is None or batch_size == 0:
         return states[:, 0]
     real = (attention_mask != 0).to(states.device)
-    rows = torch.arange(len(states), device=states.device)
+    rows = torch.arange(batch_size, device=states.device)
     # argmax does not promise the first of equal maxima. Of these falling numbers no two are equal, unless a
     # row is all padding.
     at = (real * torch.arange(real.size(1), 0, -1, device=real.device)).argmax(1)

@@ -31,7 +31,11 @@ def model_shape(model: nn.Module) -> ModelShape:
     """The shape of the one stock or pruned encoder inside `model`, as its config describes it.
 
     Errors: ValueError as from `find_encoder`."""
-    encoder = find_encoder(model)
+    return encoder_shape(find_encoder(model))
+
+
+def encoder_shape(encoder: Any) -> ModelShape:
+    """The shape of an encoder, as its config describes it."""
     config = encoder.config
     if isinstance(encoder, PrunedBertModel):
         return config.shape

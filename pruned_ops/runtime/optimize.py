@@ -1,12 +1,13 @@
-"""`optimize` swaps the packed encoder into an existing Hugging Face model; `restore` undoes it.
+"""`optimize` makes a Hugging Face model run packed, in place; `restore` undoes it.
 
 The model keeps its call signature and its outputs. Inside, padding is removed before the embedding and put
 back after the last layer, or after the known heads' logits, so that no padded token is computed. No weight is
-kept twice: until `restore` gives them back, the model's own weights read as NaN.
+kept twice: what the kernels read is what `state_dict` and `restore` give back.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,13 +20,22 @@ from torch import Tensor, nn
 from pruned_ops.models.stock import ENCODERS
 from pruned_ops.ops.registry import BACKENDS, BackendError
 from pruned_ops.runtime.engine import Engine
-from pruned_ops.runtime.packed_encoder import PackedEncoder, refuse_encoder
+from pruned_ops.runtime.packed_encoder import (
+    CHANGING,
+    OptimisedEncoder,
+    PackedEncoder,
+    install,
+    optimised_encoders,
+    packed_encoders,
+    remove,
+)
 from pruned_ops.runtime.packed_heads import hook_head
+from pruned_ops.runtime.refusals import refuse_encoder, refuse_model
 from pruned_ops.runtime.streaming import encode_many
 
 Batch = Mapping[str, Tensor]  # a model's arguments
 
-_HOOKS = "_pruned_ops_hooks"
+_HEAD = "_pruned_ops_head"
 _MODES = "_pruned_ops_modes"
 _MANY = "encode_many"
 
@@ -37,15 +47,18 @@ def optimize(
     tolerance: float = 0.02,
     graphs: bool = True,
 ) -> Any:
-    """Put the packed encoder into `model`: a stock or pruned BERT or RoBERTa, or a module that contains one.
+    """Let `model` run packed: a stock or pruned BERT or RoBERTa, or a module that contains one.
 
-    Returns the model itself (the packed encoder, where `model` is a bare encoder), in evaluation mode, with
-    the same call signature. At padded positions hidden states are 0 and question-answering logits the
-    dtype's minimum. `model.encode_many(texts)` runs any number of texts at full rate, in order.
+    Returns the model itself, changed in place, in evaluation mode, with the same call signature. Whatever
+    else holds one of its encoders runs packed too. At padded positions hidden states are 0 and
+    question-answering logits the dtype's minimum. `model.encode_many(texts)` runs any number of texts at full
+    rate, in order. While the weights are laid out the encoders' own are still there; they are released at the
+    end. Any error leaves the model as it was. Threads may call this while others run the model.
     dtype: None keeps the weights' own. "int8" runs the linears in int8, with a scale for each channel of the
     weights and each token of the activations, on a CPU with AVX-512 VNNI; the fp32 weights are kept.
     calibration: with int8, batches of real text. The linears that hurt the outputs most stay fp32, until the
-    relative error is expected to be within `tolerance` (see `choose_int8`). Without it all linears are int8.
+    relative error is expected to be within `tolerance` (see `choose_int8`); `model.int8_errors` has each
+    linear's, and a warning tells where the outputs are further off. Without it all linears are int8.
     graphs: on a GPU, run batches by CUDA graphs. `model.engine` (see `engine.Engine`) has its `stats`, and
     `warm_up(batches)` captures the graphs beforehand. Nothing changes on a CPU.
     Errors: ValueError for a model without such an encoder, or with one that would not be computed as it is,
@@ -56,114 +69,143 @@ def optimize(
     int8 = dtype == "int8"
     if calibration is not None and not int8:
         raise ValueError("calibration is for dtype='int8'")
-    if _is_optimised(model, int8):
-        return model
-    model = _swapped(model, int8)
-    if calibration is not None:
-        try:
-            choose_int8(model, calibration, tolerance)
-        except BaseException:  # no half-chosen model is left behind
-            restore(model)
-            raise
-    if graphs:
-        _add_engines(model)
-    if not hasattr(model, _MANY):  # a method of that name stays the model's own
-        setattr(model, _MANY, partial(encode_many, model))
+    # What is made here outlives the caller's inference mode.
+    with CHANGING, torch.inference_mode(False), torch.no_grad():
+        if not isinstance(model, nn.Module) or not _is_optimised(model, int8):
+            _optimize(model, int8, calibration, tolerance, graphs)
     return model
+
+
+def _optimize(
+    model: nn.Module, int8: bool, calibration: Iterable[Batch] | None, tolerance: float, graphs: bool
+) -> None:
+    """Check everything, lay everything out, and release the encoders' own weights last."""
+    encoders = _plain_encoders(model, int8)
+    _warn_without_backend(encoders)
+    packed = {encoder: PackedEncoder(encoder, int8) for encoder in encoders}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for encoder in encoders:
+            install(encoder, packed[encoder])
+        _hook_heads(model)
+        model.eval()
+        if calibration is not None:
+            choose_int8(model, calibration, tolerance)
+        if graphs:
+            _add_engines(model)
+        if not hasattr(model, _MANY):  # a method of that name stays the model's own
+            setattr(model, _MANY, partial(encode_many, model))
+        for encoder in encoders:
+            packed[encoder].release(encoder)
+    except BaseException:
+        for encoder in encoders:
+            if isinstance(encoder, OptimisedEncoder):
+                remove(encoder)
+        model.__dict__[_MODES] = modes
+        restore(model)
+        raise
+    model.__dict__.setdefault(_MODES, modes)
 
 
 def _is_optimised(model: nn.Module, int8: bool) -> bool:
     """Whether the model is optimised already. Errors: ValueError where it is, in another dtype."""
-    encoders = _packed_encoders(model)
-    if any(encoder.int8 != int8 for encoder in encoders):
+    if any(packed.int8 != int8 for packed in packed_encoders(model)):
         raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
-    return bool(encoders)
+    if any(type(module) in ENCODERS for module in model.modules()):
+        return False
+    return all(_HEAD in parent.__dict__ for parent, _ in _parents(model)) and bool(packed_encoders(model))
 
 
-def _packed_encoders(model: nn.Module) -> list[PackedEncoder]:
-    return [module for module in model.modules() if isinstance(module, PackedEncoder)]
-
-
-def _swapped(model: nn.Module, int8: bool) -> Any:
-    """The model with packed encoders in place of its own; a bare encoder becomes a packed one."""
-    if type(model) in ENCODERS:
-        return PackedEncoder(model, int8)
-    places = [
-        (parent, name, child)
+def _parents(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """The modules that have an optimised encoder as their child, each with that encoder."""
+    return [
+        (parent, child)
         for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) in ENCODERS
+        for child in parent.children()
+        if isinstance(child, OptimisedEncoder)
     ]
-    _refuse_places(model, places, int8)
-    modes = [(module, module.training) for module in model.modules()]
-    packed: dict[nn.Module, PackedEncoder] = {}  # an encoder may be in several places
-    for _, _, child in places:
-        if child not in packed:
-            packed[child] = PackedEncoder(child, int8)
-    for parent, name, child in places:
-        encoder = packed[child]
-        setattr(parent, name, encoder)
-        head, handles = hook_head(parent)
-        if handles:
-            setattr(parent, _HOOKS, handles)
-        encoder.around.append(type(parent if handles else model).__name__)
-        if head is not None:
-            encoder.heads.append(head)
-    setattr(model, _MODES, modes)
-    return model.eval()
 
 
-def _refuse_places(model: nn.Module, places: Sequence[tuple[nn.Module, str, nn.Module]], int8: bool) -> None:
-    """Refuse a model without encoders, or with one that cannot be replaced, before any of them is touched."""
-    if not places:
-        raise ValueError(
-            f"no BERT or RoBERTa encoder found in {type(model).__name__}; optimize takes models "
-            f"that contain one of {', '.join(encoder.__name__ for encoder in ENCODERS)}"
-        )
-    for _, name, child in places:
-        refusal = refuse_encoder(child, int8)
+def _plain_encoders(model: nn.Module, int8: bool) -> list[Any]:
+    """The encoders to optimise. Errors: ValueError for a model without any, or with one that cannot be."""
+    if not isinstance(model, nn.Module) or not optimised_encoders(model):
+        refusal = refuse_model(model)
         if refusal is not None:
-            raise ValueError(f"optimize cannot take {name}, a {type(child).__name__}: {refusal}")
+            raise ValueError(refusal)
+    encoders = []
+    for name, module in model.named_modules():
+        if type(module) in ENCODERS:
+            refusal = refuse_encoder(module, int8)
+            if refusal is not None:
+                label = f"{name}, a" if name else "this"
+                raise ValueError(f"optimize cannot take {label} {type(module).__name__}: {refusal}")
+            encoders.append(module)
+    return encoders
+
+
+def _warn_without_backend(encoders: Sequence[Any]) -> None:
+    """Say once that an optimised model will not be faster where none of our kernels can run."""
+    global _warned
+    reasons = [backend.missing for backend in BACKENDS.values() if not backend.on_demand]
+    if encoders and all(reasons) and not _warned:
+        _warned = True
+        text = "; ".join(reason for reason in reasons if reason)
+        warnings.warn(
+            f"none of pruned_ops' kernels can run here, so that an optimised model will not be faster than "
+            f"it was: {text}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+_warned = False
+
+
+def _hook_heads(model: nn.Module) -> None:
+    """Hook the heads around the model's encoders, and tell the encoders about them."""
+    for parent, encoder in _parents(model):
+        if _HEAD not in parent.__dict__:
+            parent.__dict__[_HEAD] = hook_head(parent)
+        head, hooked = parent.__dict__[_HEAD]
+        encoder.packed.around.append(type(parent if hooked else model).__name__)
+        if head is not None:
+            encoder.packed.heads.append(head)
+    for encoder in optimised_encoders(model):
+        encoder.packed.around = encoder.packed.around or [type(model).__name__]
 
 
 def _add_engines(model: Any) -> None:
     """Give every packed encoder an engine. The first engine is also the model's. They are made on a CPU too,
     where they do nothing, for a model that moves to a GPU later."""
-    for encoder in _packed_encoders(model):
-        encoder.engine = Engine(encoder)
+    for packed in packed_encoders(model):
+        if packed.engine is None:
+            packed.engine = Engine(packed)
         if "engine" not in model.__dict__:
-            model.engine = encoder.engine
+            model.engine = packed.engine
 
 
 def restore(model: nn.Module) -> Any:
-    """Undo `optimize`: put the original encoders back, with their own parameters and in their earlier mode.
-
-    Returns the model, or the original encoder where `model` is a packed one."""
-    many = model.__dict__.get(_MANY)
-    if isinstance(many, partial) and many.func is encode_many:
-        delattr(model, _MANY)
-    if isinstance(model, PackedEncoder):
-        return model.undo()
-    originals: dict[nn.Module, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PackedEncoder):
-                if child not in originals:
-                    originals[child] = child.undo()
-                setattr(parent, name, originals[child])
-        if isinstance(parent.__dict__.get("engine"), Engine):
-            del parent.engine
-        for hook in parent.__dict__.pop(_HOOKS, ()):
-            hook.remove()
-    for module, training in model.__dict__.pop(_MODES, ()):
-        module.training = training
+    """Undo `optimize`: give the encoders their own parameters back, with their values, and the mode in which
+    they were. Returns the model."""
+    with CHANGING, torch.inference_mode(False), torch.no_grad():
+        for encoder in optimised_encoders(model):
+            remove(encoder)
+        for module in list(model.modules()):
+            if isinstance(module.__dict__.get("engine"), Engine):
+                del module.engine
+        many = model.__dict__.get(_MANY)
+        if isinstance(many, partial) and many.func is encode_many:
+            delattr(model, _MANY)
+        model.__dict__.pop("int8_errors", None)
+        for module, training in model.__dict__.pop(_MODES, ()):
+            module.training = training
     return model
 
 
 @contextmanager
 def optimized(model: nn.Module) -> Iterator[Any]:
     """`with optimized(model) as fast:` runs packed inside the block. After it the model is as before."""
-    if _packed_encoders(model):
+    if packed_encoders(model):
         yield model  # whoever optimised it will restore it
         return
     fast = optimize(model)
@@ -186,7 +228,7 @@ def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
     batches = [tuple(lengths) for lengths in batches]
     if any(not lengths or min(lengths) < 1 for lengths in batches):
         raise ValueError("a batch of no sequences, or with one of no tokens, cannot be tuned for")
-    encoders = _packed_encoders(model)
+    encoders = packed_encoders(model)
     if not encoders:
         raise ValueError("tune takes an optimised model: call pruned_ops.optimize(model) first")
     if any(encoder.device.type != "cuda" for encoder in encoders):
@@ -209,7 +251,8 @@ def choose_int8(model: nn.Module, calibration: Iterable[Batch], tolerance: float
     calibration: batches of the model's arguments, from real text. A linear's error is that of the model's
     outputs at real tokens, relative in the L2 norm, with this linear alone in int8. As squared errors nearly
     add up, the linears with the largest errors go back to fp32 until the others' squared errors sum to at
-    most tolerance squared. Returns every linear's error by its name.
+    most tolerance squared. Returns every linear's error by its name, which `model.int8_errors` holds too.
+    Warns where the outputs with all that stay in int8 are off by more than the tolerance.
     Errors: ValueError for no batch, or a tolerance below 0.
     """
     batches = list(calibration)
@@ -218,29 +261,40 @@ def choose_int8(model: nn.Module, calibration: Iterable[Batch], tolerance: float
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; 0 or more is needed")
     encoders = {
-        f"{name}.encoder": module.encoder
+        f"{name}.encoder".removeprefix("."): module.packed.encoder
         for name, module in model.named_modules()
-        if isinstance(module, PackedEncoder)
+        if isinstance(module, OptimisedEncoder)
     }
     linears = [
         (prefix, name) for prefix, encoder in encoders.items() for name in sorted(encoder.int8_linears)
     ]
 
-    def run_in_int8(chosen: Sequence[tuple[str, str]]) -> None:
+    def run_in_int8(chosen: Sequence[tuple[str, str]], keep_weights: bool = True) -> None:
         for prefix, encoder in encoders.items():
-            encoder.pack(False, [name for owner, name in chosen if owner == prefix])
+            encoder.pack(keep_weights, [name for owner, name in chosen if owner == prefix])
 
     run_in_int8([])
     exact = _outputs(model, batches)
-    errors: dict[tuple[str, str], float] = {}
-    for linear in linears:
-        run_in_int8([linear])
-        difference = _outputs(model, batches) - exact
-        errors[linear] = float(difference.norm() / exact.norm().clamp_min(1e-30))
+
+    def error_of(chosen: Sequence[tuple[str, str]], keep_weights: bool = True) -> float:
+        run_in_int8(chosen, keep_weights)
+        return float((_outputs(model, batches) - exact).norm() / exact.norm().clamp_min(1e-30))
+
+    errors = {linear: error_of([linear]) for linear in linears}
     by_error = sorted(linears, key=errors.__getitem__)
     totals = accumulate(errors[linear] ** 2 for linear in by_error)
-    run_in_int8([linear for linear, total in zip(by_error, totals, strict=True) if total <= tolerance**2])
-    return {".".join(linear): error for linear, error in errors.items()}
+    chosen = [linear for linear, total in zip(by_error, totals, strict=True) if total <= tolerance**2]
+    reached = error_of(chosen, keep_weights=False)
+    if not reached <= tolerance:
+        warnings.warn(
+            f"with {len(chosen)} of {len(linears)} linears in int8 the outputs are off by {reached:.4f}, "
+            f"more than the tolerance of {tolerance}: ask for a smaller one, and see model.int8_errors",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    by_name = {".".join(linear): error for linear, error in errors.items()}
+    model.__dict__["int8_errors"] = by_name
+    return by_name
 
 
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:

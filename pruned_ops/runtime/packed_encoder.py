@@ -1,38 +1,47 @@
-"""PackedEncoder replaces a BERT or RoBERTa encoder; `refuse_encoder` tells which ones it cannot replace."""
+"""PackedEncoder computes a BERT or RoBERTa encoder on packed tokens, and takes its place in the model.
+
+The encoder stays the object that it is, so that whatever holds it runs packed: `install` changes its class to
+one of OptimisedEncoder, which calls its PackedEncoder, and `remove` changes it back. In between the weights
+of its linears are laid out for the kernels, and its own parameters are `ReleasedParameter`s.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.models.bert.modeling_bert import BertEmbeddings
-from transformers.models.camembert.modeling_camembert import CamembertEmbeddings
-from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
-from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbeddings
 
 from pruned_ops import ops
-from pruned_ops.layers.modules import PrunedEncoder, PrunedLinear, refuse_activation
+from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.layers.weights import fuse_rows, split_rows
-from pruned_ops.models.encoder import PrunedEmbeddings
+from pruned_ops.layers.released import ReleasedParameter, Rows, free, placeholder, seal, unseal
 from pruned_ops.models.inputs import packed_inputs, returned
-from pruned_ops.models.stock import QKV, model_shape, stock_parts
+from pruned_ops.models.stock import ENCODERS, QKV, encoder_shape, stock_parts
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
 
-_EMBEDDINGS = (BertEmbeddings, RobertaEmbeddings, XLMRobertaEmbeddings, CamembertEmbeddings, PrunedEmbeddings)
-_CAPTURING = "transformers.utils.output_capturing"
+# Held while an encoder is optimised, moved or restored, in any thread. Forwards do not take it.
+CHANGING = RLock()
+# A child process begins with no change half done, and with a lock that nobody holds.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=CHANGING.acquire, after_in_parent=CHANGING.release, after_in_child=CHANGING.release
+    )
 
 
 class PackedEncoder(nn.Module):
-    """Replaces a BERT or RoBERTa encoder inside its model: padded in, padded out, packed between.
+    """Computes an encoder inside its model: padded in, padded out, packed between.
 
     It is for inference only. (`layers.modules.PrunedEncoder` are its layers, on packed tokens;
-    `models.encoder.PrunedEncoderModule` is the padded stack of a pruned model, which can be trained.)"""
+    `models.encoder.PrunedEncoderModule` is the padded stack of a pruned model, which can be trained.)
+    A forward under way keeps the PackedEncoder that it began with, and its stack is never changed in place,
+    whatever other threads do with the model.
+    """
 
     config: Any
     embeddings: Any
@@ -40,55 +49,17 @@ class PackedEncoder(nn.Module):
 
     def __init__(self, original: Any, int8: bool = False) -> None:
         super().__init__()
-        refusal = refuse_encoder(original, int8)
-        if refusal is not None:
-            raise ValueError(f"optimize cannot take this {type(original).__name__}: {refusal}")
         # `optimize` sets these three: the engine, the heads around this encoder that can run on packed rows,
         # and the class names of all models around it.
         self.engine: Engine | None = None
         self.heads: list[PackedHead] = []
         self.around: list[str] = []
-        self._keep = [original]  # in a list, so that its parameters are not registered a second time
-        self._modes = [(module, module.training) for module in original.modules()]
-        config = original.config
-        self.config = config
+        self.config = original.config
         self.int8 = int8
         self.embeddings = original.embeddings
         self.pooler = getattr(original, "pooler", None)
-        with torch.device("meta"):
-            self.encoder = PrunedEncoder(model_shape(original), config.layer_norm_eps, config.hidden_act)
-        for packed, stock in zip(self.encoder.layers, original.encoder.layer, strict=True):
-            _take_weights(packed, stock)
-        # The original shares these parameters: `undo` switches their gradients on again.
-        self._required_grad = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        self.requires_grad_(False)
-        self.encoder.pack(keep_weights=False, int8=self.encoder.linear_names if int8 else ())
-        super().train(False)
-        original.eval()
-        self.register_state_dict_pre_hook(_refuse_state_dict)
-        self.register_load_state_dict_pre_hook(_refuse_state_dict)
-
-    @property
-    def original(self) -> Any:
-        """The encoder that this one replaced."""
-        return self._keep[0]
-
-    def _apply(self, *args: Any, **kwargs: Any) -> PackedEncoder:
-        if self.engine is not None:
-            self.engine.invalidate()  # its graphs read the weights at their old place, and hold memory
-        super()._apply(*args, **kwargs)
-        return self
-
-    def train(self, mode: bool = True) -> PackedEncoder:
-        """Stay in evaluation mode. Errors: RuntimeError for `train(True)`."""
-        if mode:
-            raise RuntimeError(
-                "an optimised model is inference-only: call pruned_ops.restore(model) before training"
-            )
-        return super().train(False)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
+        self.encoder = _laid_out(original, None if int8 else ())
+        self._waiting: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,20 +69,37 @@ class PackedEncoder(nn.Module):
     def device(self) -> torch.device:
         return self.embeddings.word_embeddings.weight.device
 
-    def undo(self) -> Any:
-        """Give the original encoder its own weights again, on the device and in the dtype used last; return
-        it."""
-        if self.engine is not None:
-            self.engine.invalidate()
-        self.encoder.unpack()
-        for packed, stock in zip(self.encoder.layers, self.original.encoder.layer, strict=True):
-            for fused, parts in _fused_parts(packed, stock):
-                split_rows(fused, parts)
-        for parameter in self._required_grad:
-            parameter.requires_grad_(True)
-        for module, training in self._modes:
-            module.training = training
-        return self.original
+    def lay_out_again(self, original: Any) -> None:
+        """Make a new stack, of the weights that the encoder has now."""
+        self.encoder = _laid_out(original, sorted(self.encoder.int8_linears))
+
+    def release(self, original: Any) -> None:
+        """Give up the memory of the encoder's own weights that lie in the stack. An error leaves them all as
+        they are."""
+        taken = {
+            parameter: (rows, placeholder(parameter)) for parameter, rows in _taken(original, self.encoder)
+        }
+        held = [(parameter, parameter.data) for parameter in taken]
+        try:
+            for parameter, (rows, nothing) in taken.items():
+                seal(parameter, rows)
+                if nothing is not None and not free(parameter, nothing):
+                    self._waiting.append((parameter, nothing))
+        except BaseException:
+            self._waiting = []
+            for parameter, values in held:
+                if isinstance(parameter, ReleasedParameter):
+                    unseal(parameter, values)
+            raise
+
+    def release_rest(self) -> None:
+        """Give up the memory that ops of other threads, or an autograd graph, still read at `release`."""
+        if not CHANGING.acquire(blocking=False):
+            return
+        try:
+            self._waiting = [pair for pair in self._waiting if not free(*pair)]
+        finally:
+            CHANGING.release()
 
     def forward(
         self,
@@ -127,13 +115,15 @@ class PackedEncoder(nn.Module):
         packed_batch: PackedBatch | None = None,
         **unsupported: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
-        """The replaced encoder's forward, with 0 at padded positions. ValueError for unsupported arguments.
+        """The encoder's own forward, with 0 at padded positions. ValueError for unsupported arguments.
 
         head_run: receives the outputs of its head; last_hidden_state and pooler_output then have no rows.
         packed_batch: where the real tokens are, from a caller that knows it; the mask is then not looked at.
         """
         self._refuse_arguments(unsupported, output_attentions, inputs_embeds)
         self._refuse_autocast()
+        if self._waiting:
+            self.release_rest()
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         collect: list[Tensor] | None = [] if output_hidden_states else None
@@ -230,99 +220,193 @@ class PackedEncoder(nn.Module):
         return Outputs(x, None) if head is None else head(x, cu_seqlens)
 
 
-def _fused_parts(packed: Any, stock: nn.Module) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+def _laid_out(original: Any, int8: Sequence[str] | None) -> PrunedEncoder:
+    """The layers of an encoder, with its weights in the layout of their device. The encoder keeps its own.
+
+    int8: the names of the linears that run in int8; None for all of them."""
+    with torch.device("meta"):
+        config = original.config
+        stack = PrunedEncoder(encoder_shape(original), config.layer_norm_eps, config.hidden_act)
+    seen: dict[tuple[int, ...], nn.Parameter] = {}
+    for packed, stock in zip(stack.layers, original.encoder.layer, strict=True):
+        for module, sources in _sources(packed, stock):
+            for name in ("weight", "bias"):
+                parameters = [source.get_parameter(name) for source in sources]
+                key = tuple(map(id, parameters))
+                if key not in seen:  # layers may share weights
+                    rows = [parameter.detach() for parameter in parameters]
+                    values = torch.cat(rows) if len(rows) > 1 else rows[0]
+                    seen[key] = nn.Parameter(values, requires_grad=False)
+                setattr(module, name, seen[key])
+    stack.pack(keep_weights=False, int8=stack.linear_names if int8 is None else int8)
+    return stack.eval()
+
+
+def _sources(packed: Any, stock: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Each linear and LayerNorm of a packed layer, and the stock modules whose rows are its rows."""
     parts = stock_parts(stock)
-    qkv = [parts[name] for name in QKV]
-    fused = packed.attention.qkv
-    return [(fused.weight, [part.weight for part in qkv]), (fused.bias, [part.bias for part in qkv])]
+    yield packed.attention.qkv, [parts[name] for name in QKV]
+    yield packed.attention.output, [parts["attention.output.dense"]]
+    yield packed.attention.norm, [parts["attention.output.LayerNorm"]]
+    yield packed.ffn.up, [parts["intermediate.dense"]]
+    yield packed.ffn.down, [parts["output.dense"]]
+    yield packed.ffn.norm, [parts["output.LayerNorm"]]
 
 
-def _take_weights(packed: Any, stock: nn.Module) -> None:
-    parts = stock_parts(stock)
-    (_, weights), (_, biases) = _fused_parts(packed, stock)
-    packed.attention.qkv.weight = fuse_rows(weights)
-    packed.attention.qkv.bias = fuse_rows(biases)
-    for target, name in (
-        (packed.attention.output, "attention.output.dense"),
-        (packed.attention.norm, "attention.output.LayerNorm"),
-        (packed.ffn.up, "intermediate.dense"),
-        (packed.ffn.down, "output.dense"),
-        (packed.ffn.norm, "output.LayerNorm"),
-    ):
-        target.weight, target.bias = parts[name].weight, parts[name].bias
+def _taken(original: Any, stack: PrunedEncoder) -> Iterator[tuple[nn.Parameter, Rows]]:
+    """The encoder's own parameters whose values lie elsewhere in the stack, and where."""
+    for i, (packed, stock) in enumerate(zip(stack.layers, original.encoder.layer, strict=True)):
+        sources = dict(_sources(packed, stock))
+        linears = [(part, linear) for part in (0, 1) for linear in (0, 1)]
+        for part, linear in linears:
+            module = stack.parts[2 * i + part].linears[linear]
+            for name in ("weight", "bias"):
+                first = 0
+                for source in sources[module]:
+                    own, held = source.get_parameter(name), module.get_parameter(name)
+                    last = first + own.size(0)
+                    if type(own) is nn.Parameter and own.data_ptr() != held.data_ptr():
+                        yield own, Rows(stack, 2 * i + part, linear, name, first, last)
+                    first = last
 
 
-def _refuse_state_dict(*_: Any) -> None:
-    raise RuntimeError(
-        "an optimised model holds fused weights: call pruned_ops.restore(model) before saving it, or loading "
-        "weights into it"
-    )
+class OptimisedEncoder(nn.Module):
+    """The part of an optimised encoder's class that comes before its own class.
 
+    packed: what computes it. It is no child of the encoder, which keeps its own modules and their names."""
 
-def refuse_encoder(encoder: Any, int8: bool = False) -> str | None:
-    """Why the packed encoder cannot take the place of this one; None if it can."""
-    return (
-        (_refuse_int8(encoder) if int8 else None)
-        or _refuse_config(encoder.config)
-        or _refuse_changed_forward(encoder)
-        or _refuse_parts(encoder)
-    )
+    packed: PackedEncoder
+    required_grad: list[nn.Parameter]
+    modes: list[tuple[nn.Module, bool]]
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        """See `PackedEncoder.forward`."""
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        packed = self.__dict__.get("packed")
+        if packed is None:  # another thread has restored it since this was called
+            return type(self).forward(self, *inputs, **others)
+        return packed(*inputs, **others)
 
-def _refuse_int8(encoder: Any) -> str | None:
-    reasons = [
-        kernel.backend.missing or kernel.refuse(torch.empty(0, dtype=torch.int8))
-        for kernel in ops.encoder.kernels.values()
-    ]
-    if all(reasons):
-        return "; ".join(reason for reason in reasons if reason)
-    activation = encoder.config.hidden_act
-    if (encoder.dtype, encoder.device.type, activation) != (torch.float32, "cpu", "gelu"):
-        return (
-            f"int8 takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
-            f"{encoder.device} with {activation}"
+    def train(self, mode: bool = True) -> Any:
+        """Stay in evaluation mode. Errors: RuntimeError for `train(True)`."""
+        if mode:
+            raise RuntimeError(
+                "an optimised model is inference-only: call pruned_ops.restore(model) before training"
+            )
+        return super().train(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's own state, with its weights as they were. Errors: RuntimeError in int8."""
+        if self.packed.int8:
+            raise RuntimeError(
+                "this model runs in int8, and its weights would be saved in float32: call "
+                "pruned_ops.restore(model) before saving it"
+            )
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "an optimised model holds its weights in another layout: call pruned_ops.restore(model) before "
+            "loading weights into it"
         )
-    return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the weights, and lay them out again. An error leaves the plain encoder behind."""
+        with CHANGING:
+            packed = self.packed
+            if packed.int8 and (fn(torch.empty(0)).dtype, fn(torch.empty(0)).device.type) != (
+                torch.float32,
+                "cpu",
+            ):
+                raise RuntimeError(
+                    "this model runs in int8, on a CPU, beside float32 weights: call "
+                    "pruned_ops.restore(model) before moving or casting it"
+                )
+            if packed.engine is not None:
+                packed.engine.invalidate()  # its graphs read the weights at their old place, and hold memory
+            _give_back(self)
+            try:
+                super()._apply(fn, *args, **kwargs)
+                with torch.inference_mode(False):
+                    packed.lay_out_again(self)
+                    packed.release(self)
+            except BaseException:
+                remove(self)
+                raise
+        return self
 
 
-def _refuse_config(config: Any) -> str | None:
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        return "it is a decoder, or has cross-attention"
-    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
-        kind = config.position_embedding_type
-        return f"position_embedding_type is {kind!r}, only absolute positions are computed"
-    return refuse_activation(config.hidden_act)
+def _optimised_class(encoder: type[Any]) -> type[Any]:
+    """The class of an optimised encoder. It bears the encoder's own name, which saved configs hold."""
+    qualified = f"Optimised{encoder.__name__}"
+    made = type(
+        encoder.__name__, (OptimisedEncoder, encoder), {"__module__": __name__, "__qualname__": qualified}
+    )
+    globals()[qualified] = made  # where pickle looks for it
+    return made
 
 
-def _refuse_changed_forward(encoder: nn.Module) -> str | None:
-    """Refuse replaced forwards and hooks inside the encoder: they would not run any more."""
-    for name, module in encoder.named_modules():
-        name = name or "encoder"
-        if "forward" in module.__dict__:
-            return f"the forward of its {name} was replaced, and would not run"
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        # transformers' own hooks collect hidden states for its own forward, which does not run here.
-        if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
-            return f"its {name} has forward hooks, which would not run (gates still attached?)"
-    return None
+_OPTIMISED: dict[type[Any], type[Any]] = {encoder: _optimised_class(encoder) for encoder in ENCODERS}
+_PLAIN = {optimised: encoder for encoder, optimised in _OPTIMISED.items()}
 
 
-def _refuse_parts(encoder: Any) -> str | None:
-    """Refuse modules that are not those which the config describes."""
-    config = encoder.config
-    if type(encoder.embeddings) not in _EMBEDDINGS:
-        return f"its embeddings are a {type(encoder.embeddings).__name__}, not the model's own"
-    for i, layer in enumerate(encoder.encoder.layer):
-        parts = stock_parts(layer)
-        activation = parts.get("activation", parts.get("intermediate.intermediate_act_fn"))
-        if type(activation) is not type(ACT2FN[config.hidden_act]):
-            kind = type(activation).__name__
-            return f"layer {i}'s activation is a {kind}, not the config's {config.hidden_act}"
-        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
-            if type(parts[name]) is not nn.LayerNorm or parts[name].eps != config.layer_norm_eps:
-                return f"layer {i}'s {name} is not the nn.LayerNorm that the config describes"
-        for name in (*QKV, "attention.output.dense", "intermediate.dense", "output.dense"):
-            if type(parts[name]) not in (nn.Linear, PrunedLinear) or parts[name].bias is None:
-                kind = type(parts[name]).__name__
-                return f"layer {i}'s {name} is a {kind}; a plain Linear with bias is needed"
-    return None
+def optimised_encoders(model: nn.Module) -> list[Any]:
+    """The encoders inside `model`, or `model` itself, that run packed."""
+    return [module for module in model.modules() if isinstance(module, OptimisedEncoder)]
+
+
+def packed_encoders(model: nn.Module) -> list[PackedEncoder]:
+    """What computes the encoders inside `model` that run packed."""
+    return [encoder.packed for encoder in optimised_encoders(model)]
+
+
+def install(encoder: Any, packed: PackedEncoder) -> None:
+    """Let `packed` compute the encoder from now on. Its weights stay where they are: see `release`."""
+    encoder.__dict__["required_grad"] = [
+        parameter
+        for parameter in encoder.parameters()
+        if parameter.requires_grad and not parameter.is_inference()
+    ]
+    encoder.__dict__["modes"] = [(module, module.training) for module in encoder.modules()]
+    encoder.__dict__["packed"] = packed
+    encoder.__class__ = _OPTIMISED[type(encoder)]
+    for parameter in encoder.required_grad:
+        parameter.requires_grad_(False)
+    encoder.eval()
+
+
+def remove(encoder: Any) -> None:
+    """Undo `install` and `release`: give the encoder its own weights again, on the device and in the dtype
+    used last. An error leaves it optimised."""
+    if encoder.packed.engine is not None:
+        encoder.packed.engine.invalidate()
+    _give_back(encoder)
+    encoder.__class__ = _PLAIN[type(encoder)]
+    for parameter in encoder.__dict__.pop("required_grad"):
+        parameter.requires_grad_(True)
+    for module, training in encoder.__dict__.pop("modes"):
+        module.training = training
+    del encoder.__dict__["packed"]
+
+
+def _give_back(encoder: Any) -> None:
+    """Give an optimised encoder's parameters their values again. All of them are made before the first is."""
+    waiting = {parameter for parameter, _ in encoder.packed._waiting}
+    released = [parameter for parameter in encoder.parameters() if isinstance(parameter, ReleasedParameter)]
+    values = [None if parameter in waiting else _values(parameter) for parameter in released]
+    for parameter, value in zip(released, values, strict=True):
+        unseal(parameter, value)
+    encoder.packed._waiting = []
+
+
+def _values(parameter: ReleasedParameter) -> Tensor:
+    with torch.inference_mode(parameter.is_inference()):  # `data` must not change that
+        return parameter.rows.values()

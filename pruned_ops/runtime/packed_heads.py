@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -243,9 +243,11 @@ def packed_head(module: nn.Module) -> PackedHead | None:
 def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(tokens, hidden) -> (batch, hidden): the first token of each sequence; zeros where it has none."""
     first, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    if not len(states):
-        return states.new_zeros(len(first), states.size(1))
-    return states[first.clamp(max=len(states) - 1)].masked_fill((first == end)[:, None], 0.0)
+    if torch.compiler.is_compiling() or not len(states):  # traced code cannot ask for the number of rows
+        rows = F.pad(states, (0, 0, 0, 1))[first]
+    else:
+        rows = states[first.clamp(max=len(states) - 1)]
+    return rows.masked_fill((first == end)[:, None], 0.0)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -264,29 +266,35 @@ Arguments = dict[str, Any]
 _LABELS = ("labels", "start_positions", "end_positions", "answer_types")
 
 
-def hook_head(module: nn.Module) -> tuple[PackedHead | None, tuple[RemovableHandle, ...]]:
-    """Register the hooks that a model of a known class needs once its encoder is packed.
+def hook_head(module: nn.Module) -> tuple[PackedHead | None, bool]:
+    """Register the hooks that a model of a known class needs around its packed encoder. They do nothing while
+    its encoder is not packed.
 
-    Returns the head that is computed on packed rows, or None where it cannot be, and the hooks' handles: none
-    for a model of another class."""
+    Returns the head that is computed on packed rows, or None where it cannot be, and whether the model is of
+    a known class."""
     if not isinstance(module, (*ANSWERERS, *CLASSIFIERS)):
-        return None, ()
+        return None, False
     parameters = inspect.signature(type(module).forward).parameters
     names = tuple(parameters)[1:]
     # transformers 4's forwards do not hand keyword arguments on to the encoder.
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     head = packed_head(module) if hands_on else None
     after = _after_answering if isinstance(module, ANSWERERS) else _after_classifying
-    return head, (
-        module.register_forward_pre_hook(partial(_before, names, head), with_kwargs=True),
-        module.register_forward_hook(partial(after, names), with_kwargs=True),
-    )
+    module.register_forward_pre_hook(partial(_before, names, head), with_kwargs=True)
+    module.register_forward_hook(partial(after, names), with_kwargs=True)
+    return head, True
 
 
 def _before(
-    names: ArgumentNames, head: PackedHead | None, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments
-) -> tuple[tuple[Any, ...], Arguments]:
+    names: ArgumentNames,
+    head: PackedHead | None,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Arguments | None = None,
+) -> tuple[tuple[Any, ...], Arguments] | None:
     """Step 1: check the arguments, and add the `HeadRun` where the head can be computed on packed rows."""
+    if kwargs is None or not _is_packed(module):
+        return None
     arguments = _by_name(names, args, kwargs)
     _refuse_labels(arguments)
     if isinstance(module, TextHead.stock_classes):
@@ -315,21 +323,31 @@ def _refuse_left_padding(module: nn.Module, arguments: Arguments) -> None:
         return
     if arguments.get("packed_batch") is not None:
         return  # `BatchRunner` made it, and pads on the right. Looking at the mask would wait for the GPU.
-    if bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
-        raise ValueError(
-            f"{type(module).__name__} reads position 0, where attention_mask says there is padding: an "
-            "optimised model computes nothing there; pad on the right"
-        )
+    message = (
+        f"{type(module).__name__} reads position 0, where attention_mask says there is padding: an optimised "
+        "model computes nothing there; pad on the right"
+    )
+    is_wrong = ((mask[:, 0] == 0) & (mask != 0).any(1)).any()
+    if torch.compiler.is_compiling():
+        torch._assert_async(~is_wrong, message)
+    elif bool(is_wrong):
+        raise ValueError(message)
 
 
-def _after_answering(
-    names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
-) -> Any:
+def _is_packed(module: Any) -> bool:
+    """Whether the encoder of a model runs packed: hooks outlive `restore`, for forwards under way."""
+    return "packed" in module.base_model.__dict__
+
+
+def _after_answering(names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], *others: Any) -> Any:
     """Step 4 for answers. Where the model's own head ran on padded states, its logits at padded positions
     become the dtype's minimum, so that no answer is found there."""
+    kwargs, output = _kwargs_and_output(others)
     head_run = kwargs.get("head_run")
     if head_run is not None:
         return _with_fields(output, head_run)
+    if not _is_packed(module):
+        return output
     attention_mask = _by_name(names, args, kwargs).get("attention_mask")
     if attention_mask is None:
         return output
@@ -342,16 +360,23 @@ def _after_answering(
     return output
 
 
-def _after_classifying(
-    names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
-) -> Any:
+def _after_classifying(names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], *others: Any) -> Any:
     """Step 4 for labels."""
+    kwargs, output = _kwargs_and_output(others)
     head_run = kwargs.get("head_run")
     return output if head_run is None else _with_fields(output, head_run)
 
 
+def _kwargs_and_output(others: tuple[Any, ...]) -> tuple[Arguments, Any]:
+    """What torch gives a forward hook after its positional arguments. There are no keyword arguments where
+    another thread is just registering the hook."""
+    return (others[0], others[1]) if len(others) == 2 else ({}, others[0])
+
+
 def _with_fields(output: Any, head_run: HeadRun) -> Any:
     """The model's output with the logits from packed rows in place of its empty ones."""
+    if head_run.outputs is None:  # another thread restored the encoder before it ran
+        return output
     fields = head_run.fields()
     if isinstance(output, tuple):
         return (*fields.values(), *output[len(fields) :])

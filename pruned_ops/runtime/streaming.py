@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.runtime.arrivals import blocks_of, in_one_process, is_there
-from pruned_ops.runtime.packed_encoder import PackedEncoder
+from pruned_ops.runtime.packed_encoder import OptimisedEncoder, packed_encoders
 from pruned_ops.shape import checked_int
 
 # The number of batches whose sequences are sorted together. With so many, padding is a few percent of them.
@@ -234,13 +234,13 @@ class BatchRunner:
 
 
 def _takes_packed_batch(model: Any) -> bool:
-    """Whether this is a packed encoder, or a model of a known class around one, which hands arguments on."""
-    if isinstance(model, PackedEncoder):
+    """Whether this is an optimised encoder, or a model of a known class that hands arguments on to it."""
+    if isinstance(model, OptimisedEncoder):
         return True
     if not isinstance(model, nn.Module) or "forward" in vars(model):
         return False
-    encoders = [child for child in model.children() if isinstance(child, PackedEncoder)]
-    return any(head.module is model for encoder in encoders for head in encoder.heads)
+    packed = [child.packed for child in model.children() if isinstance(child, OptimisedEncoder)]
+    return any(head.module is model for encoder in packed for head in encoder.heads)
 
 
 _PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits")
@@ -298,7 +298,7 @@ def encode_many(
     """
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         raise ValueError(f"texts are a {type(texts).__name__}; an iterable of tokenised texts is needed")
-    encoder = next((module for module in model.modules() if isinstance(module, PackedEncoder)), None)
+    encoder = next(iter(packed_encoders(model)), None)
     if encoder is None:
         raise ValueError("encode_many takes an optimised model: call pruned_ops.optimize(model) first")
     if tokens_per_batch is None:

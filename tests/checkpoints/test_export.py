@@ -21,7 +21,7 @@ from matching import save_checkpoint
 from pruned_ops.cli import main
 from pruned_ops.models.heads import with_answer_types
 from pruned_ops.models.stock import model_shape
-from pruned_ops.runtime.packed_encoder import PackedEncoder
+from pruned_ops.runtime.packed_encoder import OptimisedEncoder
 
 onnx = pytest.importorskip("onnx", reason='needs the extra "onnx"')
 ort = pytest.importorskip("onnxruntime", reason='needs the extra "onnx"')
@@ -165,7 +165,7 @@ def test_an_optimised_model_is_exported_from_its_original(model: Any, dtype: Any
         pytest.skip(str(reason))
     before = logits(fast, batches(model)[0])
     assert pruned_ops.export_onnx(fast, tmp_path / "optimised").read_bytes() == expected
-    assert isinstance(fast.base_model, PackedEncoder)
+    assert isinstance(fast.base_model, OptimisedEncoder)
     assert torch.equal(logits(fast, batches(model)[0]), before)
     pruned_ops.restore(fast)
     assert pruned_ops.export_onnx(fast, tmp_path / "restored").read_bytes() == expected

@@ -21,7 +21,7 @@ from pruned_ops.measure.launch_bound import LaunchBound, half_lengths, half_of, 
 from pruned_ops.measure.timing import Timing, Workload, interleave
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
-from pruned_ops.runtime.packed_encoder import refuse_encoder
+from pruned_ops.runtime.refusals import refuse_encoder
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +180,12 @@ def test_the_twin_launches_what_the_model_does(model: Any) -> None:
     ran = []
     for one in (model, tiny_twin(model)):
         fast = pruned_ops.optimize(one)
-        fast.base_model.encoder.unpack()  # layer by layer: the ops are counted, not the one call
+        fast.base_model.packed.encoder.unpack()  # layer by layer: the ops are counted, not the one call
         with record() as counts, torch.inference_mode():
             fast(**batch)
         ran.append({op: each.total() for op, each in counts.items()})
     assert ran[0] == ran[1] and ran[0]["embed_layer_norm"] == 1
-    assert all(p.numel() <= 3 * 16 * 16 for p in fast.base_model.encoder.parameters())
+    assert all(p.numel() <= 3 * 16 * 16 for p in fast.base_model.packed.encoder.parameters())
 
 
 def test_refusals(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

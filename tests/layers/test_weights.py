@@ -41,7 +41,7 @@ def ffn(width: int, act: str = "gelu", dtype: torch.dtype = torch.float64) -> Pr
 def test_widths_filled_up_compute_the_same(width: int, act: str) -> None:
     part, x = ffn(width, act), randn(1, 9, 48).double()
     expected = part(x)
-    output = AlignedWeights([part], keep_weights=True)(x, cu_seqlens((9,)), 9)
+    output = AlignedWeights([part])(x, cu_seqlens((9,)), 9)
     torch.testing.assert_close(output, expected, rtol=1e-13, atol=1e-13)
 
 
@@ -50,7 +50,7 @@ def test_matrices_begin_and_go_on_at_whole_alignments(dtype: torch.dtype) -> Non
     part = ffn(35, dtype=dtype)
     for linear in part.linears:
         linear.weight.data = unaligned(linear.weight.data)
-    parts = AlignedWeights([part], keep_weights=True)
+    parts = AlignedWeights([part])
     ((up, down),) = parts.weights
     for weight in (up, down):
         assert weight.data_ptr() % ALIGNMENT == 0
@@ -59,18 +59,14 @@ def test_matrices_begin_and_go_on_at_whole_alignments(dtype: torch.dtype) -> Non
     assert not up[35:].any() and not down[:, 35:].any() and not parts.biases[0][35:].any()
 
 
-def test_an_aligned_weight_is_not_copied_and_others_are_held_once() -> None:
+def test_an_aligned_weight_is_not_copied() -> None:
     aligned, odd = ffn(32), ffn(33)
-    before = [linear.weight.clone() for linear in odd.linears]
-    parts = AlignedWeights([aligned, odd], keep_weights=False)
-    assert [weight.data_ptr() for weight in parts.weights[0]] == [
-        linear.weight.data_ptr() for linear in aligned.linears
-    ]
-    for linear in odd.linears:
-        assert linear.weight.isnan().all() and linear.weight.untyped_storage().nbytes() == 8
-    parts.give_back([aligned, odd])
-    for linear, weight in zip(odd.linears, before, strict=True):
-        assert torch.equal(linear.weight, weight) and linear.weight.is_contiguous()
+    parts = AlignedWeights([aligned, odd])
+    for number, (part, copied) in enumerate(((aligned, False), (odd, True))):
+        for i, linear in enumerate(part.linears):
+            assert (parts.weights[number][i].data_ptr() != linear.weight.data_ptr()) == copied
+            assert parts.holds_alone(number, i) == copied
+            assert torch.equal(parts.weight_of(number, i), linear.weight)
 
 
 def test_an_encoder_runs_aligned_and_gets_its_weights_back(as_on_a_gpu: None) -> None:
@@ -82,6 +78,8 @@ def test_an_encoder_runs_aligned_and_gets_its_weights_back(as_on_a_gpu: None) ->
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     expected = encoder(x, batch)
     encoder.pack(keep_weights=False)
+    for linear in encoder.layers[-1].ffn.linears:  # copied, and not held twice
+        assert linear.weight.isnan().all() and linear.weight.untyped_storage().nbytes() == 4
     assert encoder.running_shape.layers == tuple(
         LayerShape(layer.num_heads, -(-layer.ffn_width // 16) * 16) for layer in ODD_SHAPES
     )

@@ -106,7 +106,7 @@ def test_optimize_runs_every_linear_in_int8(model: Any) -> None:
     expected = logits(model, batch)[real]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fast = pruned_ops.optimize(model, dtype="int8")
-    encoder = fast.base_model.encoder
+    encoder = fast.base_model.packed.encoder
     assert encoder.int8_linears == set(encoder.linear_names)
     with record() as ran:
         found = logits(fast, batch)[real]
@@ -126,10 +126,12 @@ def test_calibration_keeps_in_fp32_what_hurts() -> None:
     def error(tolerance: float) -> tuple[float, int]:
         fast = pruned_ops.optimize(pruned_model(), dtype="int8", calibration=batches, tolerance=tolerance)
         found = torch.cat([logits(fast, batch)[batch["attention_mask"].bool()] for batch in batches])
-        return float((found - exact).norm() / exact.norm()), len(fast.base_model.encoder.int8_linears)
+        return float((found - exact).norm() / exact.norm()), len(fast.base_model.packed.encoder.int8_linears)
 
     none, some, every = error(0.0), error(0.004), error(1.0)
-    assert none[0] < 1e-5 and every[1] == len(pruned_ops.optimize(model).base_model.encoder.linear_names)
+    assert none[0] < 1e-5 and every[1] == len(
+        pruned_ops.optimize(model).base_model.packed.encoder.linear_names
+    )
     assert none[1] < some[1] < every[1] and none[0] < some[0] < every[0]
     assert some[0] < 2 * 0.004  # errors add up nearly
 
@@ -138,7 +140,7 @@ def test_calibration_keeps_in_fp32_what_hurts() -> None:
 def test_calibration_names_every_linear() -> None:
     model = pruned_ops.optimize(stock_model(), dtype="int8")
     errors = choose_int8(model, [padded_batch((9,))], tolerance=1.0)
-    assert set(errors) == {f"bert.encoder.{name}" for name in model.bert.encoder.linear_names}
+    assert set(errors) == {f"bert.encoder.{name}" for name in model.bert.packed.encoder.linear_names}
     assert all(0 < value < 1 for value in errors.values())
 
 
@@ -161,7 +163,7 @@ def test_refusals() -> None:
         pruned_ops.optimize(stock_model(hidden_act="relu"), dtype="int8")
     with pytest.raises(ValueError, match="optimised already, in another dtype"):
         pruned_ops.optimize(pruned_ops.optimize(stock_model()), dtype="int8")
-    encoder = pruned_ops.optimize(stock_model()).bert.encoder
+    encoder = pruned_ops.optimize(stock_model()).bert.packed.encoder
     with pytest.raises(ValueError, match="there is no linear layers.9.ffn.up"):
         encoder.pack(int8=["layers.9.ffn.up"])
 

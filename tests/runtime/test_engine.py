@@ -122,8 +122,8 @@ def test_moved_cast_and_replaced_weights_are_never_read_at_their_old_place() -> 
     assert not torch.allclose(second, first) and engine.stats.invalidated == 2
     words.weight = torch.nn.Parameter(words.weight.data.flip(0), requires_grad=False)  # another one
     assert torch.equal(fast(**batch).start_logits, first) and engine.stats.invalidated == 3
-    fast.base_model.encoder.layers[0].ffn.norm.double().float()  # a part of it
-    fast.base_model.encoder.pack(keep_weights=True)  # in another layout
+    fast.base_model.packed.encoder.layers[0].ffn.norm.double().float()  # a part of it
+    fast.base_model.packed.encoder.pack(keep_weights=True)  # in another layout
     assert torch.equal(fast(**batch).start_logits, first) and engine.stats.invalidated == 4
 
 
@@ -191,12 +191,12 @@ def test_copies_and_pickles_begin_without_graphs() -> None:
     for other in (copy.deepcopy(fast.engine), pickle.loads(pickle.dumps(Engine(None)))):
         assert len(other) == 0
     twin = copy.deepcopy(fast)
-    assert twin.engine is twin.base_model.engine and twin.engine is not engine
+    assert twin.engine is twin.base_model.packed.engine and twin.engine is not engine
     same(twin(**batch), expected)
     assert twin.engine.stats.captures == 1 and engine.stats.captures == 1
     again = pickle.loads(pickle.dumps(fast))
     same(again(**batch), expected)
-    assert again.engine.stats.replays == 1 and again.engine is again.base_model.engine
+    assert again.engine.stats.replays == 1 and again.engine is again.base_model.packed.engine
 
 
 def test_restore_takes_the_engine_away_and_graphs_can_be_declined() -> None:

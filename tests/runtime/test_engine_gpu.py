@@ -76,7 +76,7 @@ def test_warm_up_and_weights_that_move() -> None:
     fast.float().half()
     torch.cuda.empty_cache()
     close(fast(**batch), first)
-    layer = fast.base_model.encoder.layers[0]
+    layer = fast.base_model.packed.encoder.layers[0]
     layer.ffn.norm.weight.data = layer.ffn.norm.weight.data.clone()
     torch.cuda.empty_cache()  # what the graph reads is still there when it is looked at
     close(fast(**batch), first)

@@ -141,7 +141,7 @@ def test_heads_of_others_run_outside_and_are_named() -> None:
     with torch.no_grad():
         expected = own(**batch)
     fast = pruned_ops.optimize(own)
-    encoder = fast.inner["encoder"]
+    encoder = fast.inner["encoder"].packed
     encoder.engine = fast.engine = Engine(encoder, recorder=StandIn())
     torch.testing.assert_close(fast(**batch), expected, rtol=1e-4, atol=1e-5)
     assert fast.engine.stats.outside == {"CustomHead": 1} and fast.engine.stats.replays == 1
@@ -169,7 +169,7 @@ def test_a_layer_is_five_launches_of_ops_and_at_most_seven_kernels(monkeypatch: 
     monkeypatch.setattr(AlignedWeights, "refuse", staticmethod(lambda parts: None))
     monkeypatch.setattr(PanelWeights, "refuse", staticmethod(lambda parts: "not now"))
     fast = pruned_ops.optimize(stock_model())
-    encoder: PackedEncoder = fast.base_model
+    encoder: PackedEncoder = fast.base_model.packed
     inputs = [torch.ones(12, dtype=torch.int64)] * 3
     cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
     with torch.no_grad(), Calls() as calls:

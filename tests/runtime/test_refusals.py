@@ -38,8 +38,14 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match="layer 1's intermediate.dense is a Sequential"):
         pruned_ops.optimize(replaced)
     for change, message in (
-        (lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.ReLU()), "activation is a ReLU"),
-        (lambda layer: setattr(layer.output, "LayerNorm", nn.Identity()), "output.LayerNorm is not"),
+        (
+            lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.ReLU()),
+            "intermediate_act_fn is a ReLU, not the GELUActivation",
+        ),
+        (
+            lambda layer: setattr(layer.output, "LayerNorm", nn.Identity()),
+            "output.LayerNorm is a Identity, not the LayerNorm",
+        ),
         (lambda layer: setattr(layer, "forward", lambda x: x), "forward of its encoder.layer.1 was replaced"),
     ):
         changed = stock_model()
@@ -52,12 +58,10 @@ def test_other_models_are_refused() -> None:
         pruned_ops.optimize(hooked)
 
 
-def test_training_and_saving_are_refused(model: Any, tmp_path: Any) -> None:
+def test_training_and_loading_are_refused(model: Any) -> None:
     fast = pruned_ops.optimize(model)
     with pytest.raises(RuntimeError, match="inference-only.*restore"):
         fast.train()
-    with pytest.raises(RuntimeError, match="restore.*before saving"):
-        fast.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="restore.*loading"):
         fast.load_state_dict({}, strict=False)
 

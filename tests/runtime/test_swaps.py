@@ -99,7 +99,7 @@ def test_a_moved_model_is_captured_anew_and_an_eager_one_never() -> None:
     fast(**ids_of([5]))
     assert engine.stats.captures == 2
     eager = pruned_ops.optimize(stock_model(), graphs=False)
-    assert eager.base_model.engine is None and not hasattr(eager, "engine")
+    assert eager.base_model.packed.engine is None and not hasattr(eager, "engine")
 
 
 def test_asynchronous_errors_name_their_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_asynchronous_errors_name_their_op(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("pruned_ops.ops.registry._wait", wait)
     fast = pruned_ops.optimize(stock_model())
-    fast.base_model.encoder.unpack()
+    fast.base_model.packed.encoder.unpack()
     # Each op waits twice. Embedding, attention: the 3rd is before the attention, the 4th after it.
     for number, message in (
         (4, r"attention on \w+: CUDA error: device-side assert"),
@@ -137,7 +137,7 @@ def test_a_kernels_own_error_names_op_and_backend(monkeypatch: pytest.MonkeyPatc
     kernels = {"broken": Kernel(broken, launch, lambda *_: None)}
     monkeypatch.setattr(OPS["attention"], "kernels", kernels)
     fast, engine = with_engine(pruned_ops.optimize(stock_model()), recorder=StandIn())
-    fast.base_model.encoder.unpack()
+    fast.base_model.packed.encoder.unpack()
     with pruned_ops.debug(), pytest.raises(RuntimeError, match="^attention on broken: misaligned address"):
         fast(**ids_of([5]))
     assert isinstance(engine, Engine) and engine.stats.replays == 0

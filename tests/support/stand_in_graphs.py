@@ -56,8 +56,8 @@ def with_engine(model: Any, **settings: Any) -> tuple[Any, Engine]:
     """The optimised model with an engine that runs on the CPU."""
     fast = pruned_ops.optimize(model)
     settings.setdefault("recorder", StandIn())
-    engine = Engine(fast.base_model, **settings)
-    fast.base_model.engine = fast.engine = engine
+    engine = Engine(fast.base_model.packed, **settings)
+    fast.base_model.packed.engine = fast.engine = engine
     return fast, engine
 
 

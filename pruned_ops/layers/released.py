@@ -1,0 +1,163 @@
+"""Parameters whose values lie in a stack's layout: they read as those values, and refuse to be written to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# What a released parameter answers for itself; all other reading is done on its values.
+_METADATA = frozenset(
+    (
+        "_backward_hooks _base _grad_fn _is_view _use_count _version data_ptr device dim dtype element_size "
+        "get_device grad grad_dtype grad_fn has_names is_complex is_conj is_contiguous is_cpu is_cuda "
+        "is_floating_point is_inference is_leaf is_meta is_mkldnn is_neg is_nested is_quantized is_sparse "
+        "is_sparse_csr itemsize layout names nbytes ndim nelement numel output_nr requires_grad "
+        "requires_grad_ retains_grad shape size storage_offset untyped_storage"
+    ).split()
+)
+_WRITING = frozenset(("__setitem__", "__delitem__", "share_memory_"))
+
+
+class HoldsWeights(Protocol):
+    """A stack that knows the weights of its linears, wherever they lie (`PrunedEncoder`)."""
+
+    def plain(self, part: int, linear: int, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the values of a released parameter are: rows of the weight or the bias of a linear of a stack.
+
+    part, linear: the number of the part (attention or FFN) and of the linear in it. name: "weight" or
+    "bias"."""
+
+    stack: HoldsWeights
+    part: int
+    linear: int
+    name: str
+    first: int
+    last: int
+
+    def values(self) -> Tensor:
+        """A copy of the values."""
+        with torch.no_grad():
+            return self.stack.plain(self.part, self.linear, self.name)[self.first : self.last].clone()
+
+
+class ReleasedParameter(nn.Parameter):
+    """A parameter that a stack has taken over: it has a shape and no memory, until it is given back.
+
+    Reading it makes a copy of its values, which is right and slow. Errors: RuntimeError where it is written
+    to."""
+
+    rows: Rows
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        is_property = name in ("__get__", "__set__", "__delete__")
+        if is_property:
+            name, sets = getattr(func.__self__, "__name__", ""), name != "__get__"  # type: ignore[attr-defined]
+        else:
+            sets = name in _WRITING or _is_in_place(name) or isinstance(kwargs.get("out"), cls)
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in _METADATA:
+                return func(*args, **kwargs)
+            if sets:
+                raise RuntimeError(
+                    f"{name} would write to a weight that an optimised model has laid out for its kernels: "
+                    "call pruned_ops.restore(model) first"
+                )
+            if is_property and name == "data":
+                # What is written to `data` would be lost: torch refuses to write to an inference tensor.
+                with torch.inference_mode():
+                    return func(*_with_values(args))
+            return func(*_with_values(args), **_with_values(kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReleasedParameter:
+        if id(self) not in memo:
+            memo[id(self)] = _released(copy.deepcopy(self.rows, memo), *_state(self))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _released, (self.rows, *_state(self))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"ReleasedParameter(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _is_in_place(name: str) -> bool:
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    return name.endswith("_")
+
+
+def _with_values(argument: Any) -> Any:
+    """The argument with values in place of the released parameters in it."""
+    if isinstance(argument, ReleasedParameter):
+        rows = argument.__dict__.get("rows")
+        return argument if rows is None else rows.values()  # another thread may just have given it back
+    if isinstance(argument, (tuple, list)):
+        return type(argument)(map(_with_values, argument))
+    if isinstance(argument, dict):
+        return {name: _with_values(value) for name, value in argument.items()}
+    return argument
+
+
+def _state(parameter: nn.Parameter) -> tuple[Any, ...]:
+    return tuple(parameter.shape), parameter.dtype, parameter.device, parameter.requires_grad
+
+
+def _released(rows: Rows, shape: Any, dtype: Any, device: Any, requires_grad: bool) -> ReleasedParameter:
+    """A new released parameter, for copies and pickles."""
+    parameter: Any = nn.Parameter(_nothing(shape, dtype, device), requires_grad)
+    seal(parameter, rows)
+    return parameter
+
+
+def _nothing(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this shape that holds one NaN."""
+    return torch.full((1,), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def placeholder(parameter: Tensor) -> Tensor | None:
+    """What takes the place of a parameter's memory; None where it has none."""
+    if parameter.numel() == 0:
+        return None  # torch.export cannot save a tensor expanded to no element
+    with torch.inference_mode(parameter.is_inference()):  # `data` must not change that
+        return _nothing(parameter.shape, parameter.dtype, parameter.device)
+
+
+def seal(parameter: nn.Parameter, rows: Rows) -> None:
+    """From now on the parameter reads as `rows`. Its memory is still there: see `free`."""
+    parameter.rows = rows  # type: ignore[attr-defined]
+    parameter.__class__ = ReleasedParameter
+
+
+def free(parameter: nn.Parameter, nothing: Tensor) -> bool:
+    """Give a sealed parameter's memory up for a placeholder.
+
+    False, and nothing is done, where an op that runs in another thread or an autograd graph still reads it.
+    As the parameter is sealed, no op can begin to do so."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if parameter._use_count() > 1:  # type: ignore[attr-defined]
+            return False
+        parameter.data = nothing
+    return True
+
+
+def unseal(parameter: nn.Parameter, values: Tensor | None) -> None:
+    """Give a sealed parameter its memory back. values: None where it still has it. Nothing is allocated."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if values is not None:
+            parameter.data = values
+        parameter.__class__ = nn.Parameter
+        parameter.__dict__.pop("rows", None)

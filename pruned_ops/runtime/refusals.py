@@ -1,0 +1,230 @@
+"""Which encoders `optimize` cannot compute as they are, and why: each module is held against the config's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from pruned_ops import ops
+from pruned_ops.layers.modules import PrunedLinear, refuse_activation
+from pruned_ops.models.stock import ENCODERS
+
+_CAPTURING = "transformers.utils.output_capturing"
+# Attributes of modules that change nothing in inference, or that are looked at elsewhere.
+_WITHOUT_EFFECT = frozenset(
+    "dropout_prob gradient_checkpointing inplace layer_idx p scale_grad_by_freq sparse training".split()
+)
+
+
+def refuse_encoder(encoder: Any, int8: bool = False) -> str | None:
+    """Why the packed encoder cannot compute this one; None if it can."""
+    config = encoder.config
+    return (
+        _refuse_config(config)
+        or _refuse_changed_forward(encoder)
+        or _refuse_modules(encoder)
+        or _refuse_parameters(encoder)
+        or (_refuse_int8(encoder) if int8 else None)
+    )
+
+
+def _refuse_int8(encoder: Any) -> str | None:
+    reasons = [
+        kernel.backend.missing or kernel.refuse(torch.empty(0, dtype=torch.int8))
+        for kernel in ops.encoder.kernels.values()
+    ]
+    if all(reasons):
+        return "; ".join(reason for reason in reasons if reason)
+    activation = encoder.config.hidden_act
+    if (encoder.dtype, encoder.device.type, activation) != (torch.float32, "cpu", "gelu"):
+        return (
+            f"int8 takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
+            f"{encoder.device} with {activation}"
+        )
+    return None
+
+
+def _refuse_config(config: Any) -> str | None:
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "it is a decoder, or has cross-attention"
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        kind = config.position_embedding_type
+        return f"position_embedding_type is {kind!r}, only absolute positions are computed"
+    return refuse_activation(config.hidden_act)
+
+
+def _refuse_changed_forward(encoder: nn.Module) -> str | None:
+    """Refuse replaced forwards and hooks inside the encoder: they would not run any more."""
+    for name, module in encoder.named_modules():
+        name = name or "encoder"
+        if "forward" in module.__dict__:
+            return f"the forward of its {name} was replaced, and would not run"
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not all(_is_harmless(hook) for hook in hooks):
+            return f"its {name} has forward hooks, which would not run (gates still attached?)"
+        if name.partition(".")[0] != "pooler" and _is_patched(type(module)):
+            return f"the forward of {type(module).__name__}, the class of its {name}, was replaced"
+    return None
+
+
+def _is_harmless(hook: Any) -> bool:
+    """Whether this hook of transformers changes nothing in inference: it collects hidden states for its own
+    forward, which does not run here, or asks for gradients (gradient checkpointing)."""
+    asks_for_gradients = getattr(hook, "__name__", "") == "make_inputs_require_grads"
+    return getattr(hook, "__module__", None) == _CAPTURING or asks_for_gradients
+
+
+def _is_patched(kind: type[Any]) -> bool:
+    """Whether a function from elsewhere was set as the forward of this class."""
+    return getattr(kind.forward, "__module__", None) not in {base.__module__ for base in kind.__mro__}
+
+
+def _refuse_modules(encoder: Any) -> str | None:
+    """Refuse modules that are not those which the encoder's class makes for its config."""
+    try:
+        with torch.device("meta"):
+            described: Any = type(encoder)(copy.deepcopy(encoder.config), add_pooling_layer=False)
+    except Exception as error:
+        return f"{type(encoder).__name__} cannot be made from its config ({error})"
+    if len(encoder.encoder.layer) != len(described.encoder.layer):
+        layers, told = len(encoder.encoder.layer), encoder.config.num_hidden_layers
+        return (
+            f"it has {layers} layers and its config says {told}: set config.num_hidden_layers = {layers} "
+            "if layers were dropped on purpose"
+        )
+    known = dict(_computed(described))
+    for name, module in _computed(encoder):
+        if name not in known:
+            return f"{_place(name)} is a {type(module).__name__} that the config does not describe"
+        refusal = _refuse_module(name, module, known.pop(name))
+        if refusal is not None:
+            return refusal
+    if known:
+        return f"{_place(next(iter(known)))} is missing"
+    return None
+
+
+def _computed(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that the packed encoder stands for, shared ones each time; the pooler runs as it is."""
+    for name, module in encoder.named_modules(remove_duplicate=False):
+        if name and name.partition(".")[0] != "pooler":
+            yield name, module
+
+
+def _place(name: str) -> str:
+    """A module's name in words: "encoder.layer.1.output.dense" -> "layer 1's output.dense"."""
+    first, _, rest = name.removeprefix("encoder.layer.").partition(".")
+    if not name.startswith("encoder.layer.") or not first.isdecimal():
+        return f"its {name}"
+    return f"layer {first}'s {rest}" if rest else f"layer {first}"
+
+
+def _refuse_module(name: str, module: nn.Module, known: nn.Module) -> str | None:
+    place, kind = _place(name), type(module)
+    linears = (nn.Linear, PrunedLinear)
+    if kind is not type(known) and not (kind in linears and type(known) in linears):
+        label = kind.__name__
+        if label == type(known).__name__:
+            label = f"{kind.__module__}.{label}"
+        return f"{place} is a {label}, not the {type(known).__name__} of the config{_way_out(module)}"
+    for attribute, value in vars(known).items():
+        if attribute.startswith("_") or attribute in _WITHOUT_EFFECT:
+            continue
+        if attribute == "padding_idx" and kind is nn.Embedding:
+            continue  # it matters for gradients alone
+        own = getattr(module, attribute, None)
+        if isinstance(value, (bool, int, float, str, type(None))) and own != value:
+            return f"{place} has {attribute} {own!r}, and the config says {value!r}"
+    for parameter, described in known._parameters.items():
+        refusal = _refuse_parameter(module._parameters.get(parameter), described)
+        if refusal is not None:
+            return f"{place} {refusal}".replace("PARAMETER", parameter)
+    return None
+
+
+def _refuse_parameter(parameter: Tensor | None, described: Tensor | None) -> str | None:
+    if described is None or parameter is None:
+        return None if parameter is described else "has no PARAMETER, and the config describes one"
+    if type(parameter) is not nn.Parameter:
+        return f"has a PARAMETER that is a {type(parameter).__name__}; a plain one is needed"
+    if parameter.shape != described.shape:
+        return (
+            f"has a PARAMETER of shape {tuple(parameter.shape)}, and the config describes "
+            f"{tuple(described.shape)}"
+        )
+    return None
+
+
+def _way_out(module: nn.Module) -> str:
+    """What to do about a module of a known library."""
+    library = type(module).__module__
+    if is_parametrized(module):
+        return ": torch.nn.utils.parametrize.remove_parametrizations makes it plain again"
+    if library.startswith("peft."):
+        return ": merge the adapter first, model = model.merge_and_unload()"
+    if "quant" in library or library.startswith(("bitsandbytes.", "torchao.")):
+        return ": it is quantised; load the model without it (optimize(model, dtype='int8') has its own)"
+    return ": what it computes is not known here"
+
+
+def _refuse_parameters(encoder: Any) -> str | None:
+    """Refuse parameters that are not all of one kind, in one place."""
+    first = encoder.embeddings.word_embeddings.weight
+    for name, module in _computed(encoder):
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            place = f"{_place(name)}.{parameter_name}"
+            if parameter.is_meta:
+                return f"{place} is on the meta device, without values: load the weights first"
+            if parameter.dtype != first.dtype or parameter.device != first.device:
+                return (
+                    f"{place} is {parameter.dtype} on {parameter.device}, and its word embeddings are "
+                    f"{first.dtype} on {first.device}"
+                )
+    if not first.is_floating_point():
+        return f"its weights are {first.dtype}"
+    return None
+
+
+def refuse_model(model: Any) -> str | None:
+    """Why `optimize` finds no encoder in this, and what to do; None where it is a module that has one."""
+    if not isinstance(model, nn.Module):
+        return _refuse_other(model)
+    modules = list(model.modules())
+    if any(type(module) in ENCODERS for module in modules):
+        return None
+    known = ", ".join(encoder.__name__ for encoder in ENCODERS)
+    for name, module in model.named_modules():
+        base = next((encoder for encoder in ENCODERS if isinstance(module, encoder)), None)
+        if base is not None:
+            return (
+                f"{f'{name}, ' if name else ''}a {type(module).__name__}, is a subclass of {base.__name__}, "
+                "and what it changes would not be computed: if it changes nothing in the forward, set its "
+                f"__class__ to {base.__name__} first"
+            )
+    name = type(model).__name__
+    return f"no BERT or RoBERTa encoder found in {name}; optimize takes models that contain one of {known}"
+
+
+def _refuse_other(model: Any) -> str:
+    if isinstance(model, str):
+        return (
+            f"optimize takes a model, and {model!r} is a string: load it first, for example "
+            f"AutoModelForQuestionAnswering.from_pretrained({model!r})"
+        )
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module):
+        return (
+            f"optimize takes a model, and this is a {type(model).__name__} around one: call "
+            "optimize on its .model, which is changed in place"
+        )
+    kind = model.__name__ if isinstance(model, type) else type(model).__name__
+    if isinstance(model, type):
+        return f"optimize takes a model, and this is the class {kind}: make or load a model of it first"
+    return f"optimize takes a model, a torch.nn.Module, and this is a {kind}"
