@@ -80,7 +80,7 @@ FLOORS = {
         ("scripts",),
         ("study", "whole_models"),
         ("kernels", "rivals"),
-        ("harness", "presentation"),
+        ("harness", "presentation", "torch_ways"),
     ),
 }
 WITHOUT_TRANSFORMERS = ("shape", "files", "version", "ops", "layers")

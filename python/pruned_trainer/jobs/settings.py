@@ -93,7 +93,7 @@ class PruneSettings:
     precision: str = "fp32"
     compile: bool = False
     align: int | None = None
-    compensate: str = "auto"
+    compensate: str = "none"
     max_length: int = 384
     stride: int = 128
     seed: int = 0
