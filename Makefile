@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | bench | results | mutants | overhead | aot |
+# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | fuzz | bench | results | mutants | overhead | aot |
 # cuda-compile | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-transformers4 lint docs ci asan bench results mutants overhead aot cuda-compile gpu gpu-ready gpu-first \
+.PHONY: demo test test-all test-transformers4 lint docs ci asan fuzz bench results mutants overhead aot cuda-compile gpu gpu-ready gpu-first \
 	gpu-second gpu-tests gpu-ops gpu-models gpu-train gpu-study clean
 .DEFAULT_GOAL := test
 
@@ -92,6 +92,11 @@ asan: $(STAMP)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
 	$(BIN)/pytest -q -k "(cpu or encoder or int8) and not compiles_whole and not reference and not triton" $(ASAN_TESTS)
 
+# Readers, checkpoints, ops and requests under attack for so many minutes; `make test` has seconds of it. A failure is kept
+# in tests/fuzz/cases, or printed to be kept as an @example.
+fuzz: $(STAMP)
+	PRUNED_OPS_FUZZ_MINUTES=$(or $(MINUTES),30) $(BIN)/python -m pytest -q -s tests/fuzz $(ARGS)
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_$(BENCH).py $(ARGS)
 
@@ -164,13 +169,12 @@ gpu-models: gpu-ready
 # MODEL: a fine-tuned checkpoint; SQUAD: a folder with train.json, validation.json and eval.json. --max-minutes has all but
 # the last evaluation in it. The schedule is for a small teacher: 64 windows a step. TARGET: in MACs, until a latency table
 # has been measured on a GPU; then --speedup 1.8.
-MINUTES ?= 6
 TARGET ?= --macs 0.45
 gpu-train: gpu-ready
 	@test -d "$(MODEL)" -a -d "$(SQUAD)" || { echo "make gpu PART=train: MODEL=CHECKPOINT and SQUAD=FOLDER are needed"; exit 2; }
 	$(WITH_PACKAGES) $(PYTHON) -m pruned_trainer.cli prune --model $(MODEL) --train-file $(SQUAD)/train.json \
 		--validation-file $(SQUAD)/validation.json --eval-file $(SQUAD)/eval.json $(TARGET) --batch-size 64 --precision bf16 \
-		--max-minutes $(MINUTES) --out $(OUT)/train --overwrite $(ARGS)
+		--max-minutes $(or $(MINUTES),6) --out $(OUT)/train --overwrite $(ARGS)
 
 gpu-study: gpu-ready
 	$(WITH_PACKAGES) $(PYTHON) benchmarks/study_squad.py --profile gpu $(ARGS)

@@ -379,10 +379,10 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
     fields.update(hidden_size=hidden, num_hidden_layers=len(layers), head_dim=head_dim, layer_shapes=shapes)
     try:
         config = model_class.config_class(**fields)
+        with torch.device("meta"):
+            model = model_class(config)
     except Exception as error:  # transformers has its own kinds for fields of a wrong type
         raise ValueError(f"{source.folder / 'config.json'}: {' '.join(str(error).split())[:400]}") from None
-    with torch.device("meta"):
-        model = model_class(config)
     prefix = f"{model_class.base_model_prefix}."
     state = {prefix + name: tensor for name, tensor in source.encoder.items()} | source.head
     for number, layer in enumerate(layers):

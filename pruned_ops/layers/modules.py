@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruned_ops import ops
+from pruned_ops.files import shown
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights, Layout, PanelWeights, release
 from pruned_ops.ops.panels import attention_part, ffn_part, to_int8_panels, to_panels
@@ -33,7 +34,7 @@ def refuse_activation(hidden_act: str) -> str | None:
     """Why the runtime cannot compute this activation; None if it can."""
     if hidden_act == "gelu" or hidden_act in ACTIVATIONS:
         return None
-    return f"hidden_act is {hidden_act!r}; gelu, {', '.join(ACTIVATIONS)} are supported"
+    return f"hidden_act is {shown(hidden_act)}; gelu, {', '.join(ACTIVATIONS)} are supported"
 
 
 class PrunedLinear(nn.Linear):

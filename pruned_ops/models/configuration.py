@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import NoneType
@@ -14,6 +15,7 @@ from pruned_ops.files import shown
 from pruned_ops.layers.modules import refuse_activation
 from pruned_ops.shape import MAX_LAYERS, MAX_PARAMETERS, MAX_WIDTH, LayerShape, ModelShape, checked_int
 
+MAX_FLOAT = sys.float_info.max
 # The number of best spans that share a question's probability; `decode` keeps as many for each question.
 SCORED = 20
 
@@ -34,8 +36,10 @@ class ScoreCalibration:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"score_calibration: {name} is {value!r}; a number of at least 0 is needed")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_FLOAT:
+                raise ValueError(
+                    f"score_calibration: {name} is {shown(value)}; a number of at least 0 is needed"
+                )
         if self.temperature == 0:
             raise ValueError("score_calibration: temperature is 0; a number above 0 is needed")
 
@@ -137,8 +141,9 @@ class _LayerShapes:
     def _set_answering(self, null_score_threshold: float, score_calibration: dict[str, float] | None) -> None:
         if isinstance(null_score_threshold, bool) or not isinstance(null_score_threshold, (int, float)):
             raise ValueError(f"null_score_threshold is {shown(null_score_threshold)}: a number is needed")
-        if math.isnan(null_score_threshold):
-            raise ValueError("null_score_threshold is nan: a number is needed")
+        size = abs(null_score_threshold)
+        if not (size <= MAX_FLOAT or size == math.inf):  # NaN, or an integer beyond every float
+            raise ValueError(f"null_score_threshold is {shown(null_score_threshold)}: a number is needed")
         self.null_score_threshold = float(null_score_threshold)
         if score_calibration is not None:
             score_calibration = ScoreCalibration.parse(score_calibration).to_json()

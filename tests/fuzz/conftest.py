@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ import fuzzing
 HERE = Path(__file__).parent
 
 
+# What an attack makes a reader ask for must not take the machine's memory.
+MEMORY = 24 << 30
+
+
+def pytest_sessionstart() -> None:
+    if fuzzing.MINUTES:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+@pytest.hookimpl(trylast=True)  # after what -k leaves out is gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     attacks = [
         item

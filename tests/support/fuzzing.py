@@ -7,9 +7,11 @@ shares the minutes among the attacks, and each run tries others.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import faulthandler
 import functools
+import hashlib
 import json
 import mmap
 import os
@@ -29,16 +31,22 @@ from torch import Tensor
 
 MINUTES = float(os.environ.get("PRUNED_OPS_FUZZ_MINUTES", "0"))
 CASES = Path(__file__).parents[1] / "fuzz" / "cases"
+# Folder of cases -> the suffix by which their reader knows what they are.
+SUFFIXES = {"squad": ".json", "rows": ".jsonl", "decision": ".json", "nq": ".jsonl", "config": ".json"}
 # Attack -> how many cases of it ran.
 ran: Counter[str] = Counter()
 # How long each attack may take, in seconds, where it takes its time; conftest.py sets it.
 seconds_each = 60.0
 
 
-def fuzzed(quick: int, **strategies: Any) -> Callable[[Any], Any]:
-    """Runs a test on what these strategies make: `quick` cases, or as many as there is time for."""
+def fuzzed(quick: int, cases: str | None = None, **strategies: Any) -> Callable[[Any], Any]:
+    """Runs a test on what these strategies make: `quick` cases, or as many as there is time for.
+
+    cases: the folder of tests/fuzz/cases that keeps the content or value of a long run's failure, from where
+    every later run takes it. Without one, the failure's @reproduce_failure, or an @example, keeps it.
+    """
     options = settings(
-        max_examples=500 if MINUTES else quick,
+        max_examples=300 if MINUTES else quick,
         deadline=None,
         derandomize=not MINUTES,
         print_blob=bool(MINUTES),
@@ -46,10 +54,16 @@ def fuzzed(quick: int, **strategies: Any) -> Callable[[Any], Any]:
     )
 
     def decorate(test: Any) -> Any:
+        failure: dict[str, Any] = {}  # the arguments that failed last: hypothesis ends with the smallest
+
         @functools.wraps(test)
         def counted(*args: Any, **kwargs: Any) -> None:
             ran[test.__name__] += 1
-            test(*args, **kwargs)
+            try:
+                test(*args, **kwargs)
+            except Exception:
+                failure.update(kwargs)
+                raise
 
         attack = options(given(**strategies)(counted))
         if not MINUTES:
@@ -58,12 +72,25 @@ def fuzzed(quick: int, **strategies: Any) -> Callable[[Any], Any]:
         @functools.wraps(attack)
         def until_time_is_up(*args: Any, **kwargs: Any) -> None:
             end = time.monotonic() + seconds_each
-            while time.monotonic() < end:
-                attack(*args, **kwargs)
+            try:
+                while time.monotonic() < end:
+                    attack(*args, **kwargs)
+            except Exception:
+                if cases is not None and failure:
+                    _keep(cases, next(failure[name] for name in strategies))
+                raise
 
         return until_time_is_up
 
     return decorate
+
+
+def _keep(folder: str, failed: Any) -> None:
+    content = failed if isinstance(failed, bytes) else json_bytes(failed)
+    path = CASES / folder / f"{hashlib.sha256(content).hexdigest()[:8]}{SUFFIXES[folder]}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    print(f"kept as {path}")
 
 
 # Numbers that files and arguments should not hold.
@@ -105,7 +132,7 @@ def _edited(draw: Any, value: Any) -> Any:
         list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     )
     if not places or draw(st.integers(0, 9)) == 0:
-        return draw(st.sampled_from(HOSTILE))
+        return copy.deepcopy(draw(st.sampled_from(HOSTILE)))
     place = draw(st.sampled_from(places))
     how = draw(st.sampled_from(["descend", "descend", "descend", "replace", "remove", "repeat"]))
     if how == "remove":
@@ -115,7 +142,7 @@ def _edited(draw: Any, value: Any) -> Any:
     elif how == "repeat":
         value[draw(st.sampled_from(["x", "", place.upper(), place + " "]))] = value[place]
     elif how == "replace":
-        value[place] = draw(st.sampled_from(HOSTILE))
+        value[place] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))
     else:
         value[place] = _edited(draw, value[place])
     return value
@@ -153,6 +180,7 @@ def assert_refusal(error: BaseException, *names: object) -> None:
     text = str(error)
     assert text.strip() and "\n" not in text.strip(), f"not one line: {text!r}"
     assert len(text) < 1_000, f"{len(text)} characters: {text[:300]!r}"
+    assert "allocate" not in text, f"memory was asked for: {text!r}"
     for name in names:
         assert str(name) in text, f"{name} is not named: {text!r}"
 

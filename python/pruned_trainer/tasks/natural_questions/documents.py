@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.files import parse_json
+from pruned_ops.files import parse_json, shown
 from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -204,7 +204,9 @@ def read_label(entry: object, where: str) -> Label:
     short = [_span(span, f"{where}, short_answers") for span in spans]
     yes_no = get_field(entry, "yes_no_answer", str, where, "NONE").upper()
     if yes_no not in YES_NO:
-        raise NqFormatError(f"{where}: yes_no_answer is {yes_no!r}; one of {', '.join(YES_NO)} is needed")
+        raise NqFormatError(
+            f"{where}: yes_no_answer is {shown(yes_no)}; one of {', '.join(YES_NO)} is needed"
+        )
     return Label(long, tuple(span for span in short if span is not None), yes_no)
 
 

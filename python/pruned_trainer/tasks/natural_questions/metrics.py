@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_ops.files import parse_json
+from pruned_ops.files import parse_json, shown
 from pruned_trainer.tasks.faults import get_field
 from pruned_trainer.tasks.natural_questions.documents import (
     Label,
@@ -124,7 +124,7 @@ def parse_predictions(parsed: object, name: str = "predictions") -> dict[int, Pr
 def _number(entry: Mapping[str, Any], key: str, where: str) -> float:
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise NqFormatError(f"{where}: {key!r} is {value!r}; a number is needed")
+        raise NqFormatError(f"{where}: {key!r} is {shown(value)}; a number is needed")
     return float(value)
 
 

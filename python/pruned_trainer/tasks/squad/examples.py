@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pruned_ops.files import parse_json
+from pruned_ops.files import parse_json, shown
 from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
 
 OnBadAnswer = Literal["raise", "keep"]
@@ -137,7 +137,7 @@ def _placed_examples(parsed: dict[str, Any], name: str, skipped: Skipped | None)
     for a, article in enumerate(get_field(parsed, "data", list, name)):
         with skipping(skipped):
             title = get_field(article, "title", str, f"{name}: article {a}")
-            in_article = f"{name}: article {a} ({title!r})"
+            in_article = f"{name}: article {a} ({shown(title)})"
             for p, paragraph in enumerate(get_field(article, "paragraphs", list, in_article)):
                 with skipping(skipped):
                     yield from _of_paragraph(paragraph, title, f"{in_article}, paragraph {p}", skipped)
@@ -148,7 +148,7 @@ def _of_paragraph(paragraph: object, title: str, where: str, skipped: Skipped | 
     for q, entry in enumerate(get_field(paragraph, "qas", list, where)):
         with skipping(skipped):
             key = get_field(entry, "id", str, f"{where}, question {q}")
-            place = f"{where}, question {key!r}"
+            place = f"{where}, question {shown(key)}"
             yield place, read_question(entry, title, context, place)
 
 
@@ -178,7 +178,9 @@ def _check_answers(example: Example, where: str) -> None:
             raise SquadFormatError(f"{where}: answer_start {start} is outside the context of {size}")
         at_start = example.context[start : start + len(text)]
         if at_start != text:
-            raise SquadFormatError(f"{where}: answer {text!r} is not at {start}; there stands {at_start!r}")
+            raise SquadFormatError(
+                f"{where}: answer {shown(text)} is not at {start}; there stands {shown(at_start)}"
+            )
 
 
 def _repaired(example: Example, where: str, repaired: list[str]) -> Example:
@@ -188,7 +190,8 @@ def _repaired(example: Example, where: str, repaired: list[str]) -> Example:
         right = repaired_answer(answer, example.context)
         if right != answer:
             repaired.append(
-                f"{where}: answer {answer.text!r} at {answer.start} is {right.text!r} at {right.start}"
+                f"{where}: answer {shown(answer.text)} at {answer.start} is {shown(right.text)} at "
+                f"{right.start}"
             )
         answers.append(right)
     return replace(example, answers=tuple(answers)) if tuple(answers) != example.answers else example

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pruned_ops.files import parse_json
+from pruned_ops.files import parse_json, shown
 from pruned_trainer.tasks.faults import Skipped, get_field, skipping
 from pruned_trainer.tasks.squad.examples import (
     Example,
@@ -216,7 +216,7 @@ def _placed_examples(rows: Rows, name: str, skipped: Skipped | None) -> Iterator
 def _placed_example(row: Mapping[str, Any], where: str) -> Placed:
     # A column has a value in every row: an optional field that is absent is null.
     entry = {key: value for key, value in row.items() if value is not None or key not in OPTIONAL}
-    where = f"{where}, question {get_field(entry, 'id', str, where)!r}"
+    where = f"{where}, question {shown(get_field(entry, 'id', str, where))}"
     answers = get_field(entry, "answers", dict, where)
     texts = get_field(answers, "text", list, f"{where}, answers")
     starts = get_field(answers, "answer_start", list, f"{where}, answers")
