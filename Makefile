@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | fuzz | bench | results | mutants | overhead | aot |
+# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | fuzz | soak | bench | results | mutants | overhead | aot |
 # cuda-compile | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-transformers4 lint docs ci asan fuzz bench results mutants overhead aot cuda-compile gpu gpu-ready gpu-first \
+.PHONY: demo test test-all test-transformers4 lint docs ci asan fuzz soak bench results mutants overhead aot cuda-compile gpu gpu-ready gpu-first \
 	gpu-second gpu-tests gpu-ops gpu-models gpu-train gpu-study clean
 .DEFAULT_GOAL := test
 
@@ -96,6 +96,10 @@ asan: $(STAMP)
 # in tests/fuzz/cases, or printed to be kept as an @example.
 fuzz: $(STAMP)
 	PRUNED_OPS_FUZZ_MINUTES=$(or $(MINUTES),30) $(BIN)/python -m pytest -q -s tests/fuzz $(ARGS)
+
+# Serving and streaming for so many minutes, under kills, forks, broken clients and full disks.
+soak: $(STAMP)
+	$(BIN)/python tests/soak/soak.py --minutes $(or $(MINUTES),10)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_$(BENCH).py $(ARGS)
