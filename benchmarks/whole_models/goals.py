@@ -234,7 +234,7 @@ def _rates(runner: Runner, timing: Timing, peak: dict[str, float]) -> Row:
     """Real products a second, and bytes of weights a second, beside the ceilings."""
     seconds = timing.ms(50) / 1000 * len(timing.workload.batches)
     flops = 2.0 * sum(runner.shape.macs(lengths) for lengths in timing.workload.batches)
-    weights = sum(p.numel() * p.element_size() for p in runner.model.base_model.packed.encoder.parameters())
+    weights = sum(p.numel() * p.element_size() for p in runner.model.base_model.encoder.parameters())
     moved = weights * len(timing.workload.batches) / seconds
     return {
         "gflops": round(flops / seconds / 1e9, 1),

@@ -91,21 +91,23 @@ def test_results_are_written_after_every_case(monkeypatch: pytest.MonkeyPatch, t
     assert "| linear_gelu |" in out.with_suffix(".md").read_text("utf-8")
 
 
+LIMITS = ("recompile_limit", "fail_on_recompile_limit_hit")
+
+
 def test_past_the_limit_of_sizes_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default torch runs such a function eagerly, under the name of the compiled one."""
     monkeypatch.setattr(torch_ways, "COMPILED_SIZES", 2)
-    config = torch._dynamo.config
-    for name in ("recompile_limit", "fail_on_recompile_limit_hit"):
-        monkeypatch.setattr(config, name, getattr(config, name))
     plain = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: plain(function, backend="eager", dynamic=False)
     )
-    fast = torch_ways.compile_each_size(lambda x: x + 1, "max-autotune")
-    fast(torch.ones(2))
-    fast(torch.ones(3))
-    with pytest.raises(Exception, match="recompile_limit"):
-        fast(torch.ones(4))
+    config = torch._dynamo.config
+    with config.patch({name: getattr(config, name) for name in LIMITS}):  # as they are now, afterwards too
+        fast = torch_ways.compile_each_size(lambda x: x + 1, "max-autotune")
+        fast(torch.ones(2))
+        fast(torch.ones(3))
+        with pytest.raises(Exception, match="recompile_limit"):
+            fast(torch.ones(4))
     torch._dynamo.reset()
 
 

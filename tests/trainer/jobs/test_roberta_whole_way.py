@@ -96,7 +96,12 @@ def test_natural_questions(source: Path, tmp_path: Path) -> None:
     argv = ["--model", str(source), "--train-file", str(train), "--out", str(dense), "--epochs", "0.1"]
     assert main(["finetune", *argv, *task]) == 0
     files = ["--train-file", str(train), "--eval-file", str(judged), "--null-rate", "1"]
-    assert main(["prune", "--model", str(dense), *files, "--out", str(out), *STEPS, *task]) == 0
+    assert (
+        main(
+            ["prune", "--model", str(dense), *files, "--out", str(out), *STEPS, "--compensate", "auto", *task]
+        )
+        == 0
+    )
     same_packed(load_natural_questions, out, compacted(dense, out))
     argv = ["--model", str(out), "--eval-file", str(judged), "--predictions", str(tmp_path / "again.json")]
     assert main(["evaluate", *argv, *task[:-2]]) == 0
