@@ -172,6 +172,9 @@ def _checked_kind(folder: Path, config: dict[str, Any]) -> str:
         raise ValueError(f"{folder} has {str(positions)[:60]} positions; only absolute ones")
     for name, high in _SIZES.items():  # before anything is as large as they say
         checked_int(f"{folder}: {name}", config.get(name), 1, high)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if not isinstance(config.get(name), (float, int, NoneType)):
+            raise ValueError(f"{folder}: {name} is {shown(config[name])}: a number is needed")
     pruned = config.get("pruned_heads") or {}
     if not isinstance(pruned, dict) or not all(isinstance(heads, list) for heads in pruned.values()):
         raise ValueError(f"{folder}: pruned_heads is {shown(pruned)}, not layer -> heads")

@@ -115,9 +115,10 @@ def test_checkpoints_cross_to_transformers_5_and_back(kind: str, tmp_path: Path)
     batch = padded_batch(pad_token_id=model.config.pad_token_id)
     model.save_pretrained(tmp_path / "from4")
     here, there, said = tmp_path / "from4", tmp_path / "from5", tmp_path / "said.pt"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "tests" / "support")))
     done = subprocess.run(
         [str(OTHER), "-c", CROSSING, here, there, said], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "tests")))},
+        env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     padded, fast = torch.load(said)
