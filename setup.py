@@ -64,12 +64,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-Wno-uninitialized",  # gcc's own _mm512_undefined_ps trips it
     ]
 KERNELS = "csrc/cpu/kernels.cpp"
-# The int8 kernels are compiled once, under a capability name of their own, so that nothing inline in them is
-# shared with files that run on other processors.
+# The int8 kernels of VNNI have a capability name of their own, so that nothing inline in them is shared with
+# files that run on other processors.
 INT8_KERNELS = "csrc/cpu/int8_kernels.cpp"
-INT8_FLAGS = (
-    {"AVX512_VNNI": [*CAPABILITY_FLAGS["AVX512"], "-mavx512vnni"]} if "AVX512" in CAPABILITY_FLAGS else {}
-)
+INT8_FLAGS = {name: flags for name, flags in CAPABILITY_FLAGS.items() if name != "AVX512"}
+if "AVX512" in CAPABILITY_FLAGS:
+    INT8_FLAGS["AVX512_VNNI"] = [*CAPABILITY_FLAGS["AVX512"], "-mavx512vnni"]
 
 # The first chips that copy to shared memory in the background and multiply bfloat16; PTX for later ones.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
@@ -189,12 +189,13 @@ def make_build_extension() -> type:
                 ) from error
 
         def compile_kernels(self, ext: Extension) -> list[str]:
-            """Compile one object per capability. DEFAULT is first: where several objects hold the same inline
-            function the linker keeps the first copy, which must run on every processor."""
+            """Compile each file once per capability, those of DEFAULT first: where several objects hold the
+            same inline function the linker keeps the first copy, which must run on every processor."""
             objects: list[str] = []
             copies = [(KERNELS, *copy) for copy in CAPABILITY_FLAGS.items()]
             copies += [(INT8_KERNELS, *copy) for copy in INT8_FLAGS.items()]
-            for source, capability, flags in copies:
+            order = [*CAPABILITY_FLAGS, *INT8_FLAGS]
+            for source, capability, flags in sorted(copies, key=lambda copy: order.index(copy[1])):
                 # ATen's headers know AVX512, not what it may have besides.
                 vectors = capability.partition("_")[0]
                 macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{vectors}"]
@@ -221,7 +222,7 @@ def extension(cuda: bool) -> Extension:
         "csrc/cpu/layer_norm.cpp",
     ]
     defined = [
-        (f"PRUNED_OPS_HAVE_{name}", "1") for name in (*CAPABILITY_FLAGS, *INT8_FLAGS) if name != "DEFAULT"
+        (f"PRUNED_OPS_HAVE_{name}", "1") for name in CAPABILITY_FLAGS | INT8_FLAGS if name != "DEFAULT"
     ]
     make = cpp_extension.CppExtension
     if cuda:

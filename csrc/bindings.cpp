@@ -140,7 +140,7 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return pruned_ops::kernels().capability; },
       "the capability that runs: DEFAULT, AVX2 or AVX512; obeys ATEN_CPU_CAPABILITY");
   m.def(
-      "runs_int8", [] { return pruned_ops::int8_kernels() != nullptr; },
-      "whether int8 weights can run: on AVX-512 VNNI, unless ATEN_CPU_CAPABILITY asks for less");
+      "int8_capability", [] { return pruned_ops::int8_kernels().capability; },
+      "the capability that int8 weights run with: DEFAULT, AVX2 or AVX512_VNNI; obeys ATEN_CPU_CAPABILITY");
   m.def("cpu_features", &cpu_features, "instruction sets of this processor: name -> bool");
 }

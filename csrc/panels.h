@@ -7,9 +7,10 @@
 //   fp32: panel = [ input 0: 32 floats ][ input 1 ] ... [ input in - 1 ]
 //   int8: panel = [ start: 32 int32 ][ inputs 0 to 3: 32 channels x 4 int8 ][ inputs 4 to 7 ] ...
 //
-// Each bracket is a step of 128 bytes. `start` holds the values at which the channels' sums start: -128 times
-// the sum of the channel's weights. It makes up for the 128 that the kernel adds to the activations, because
-// the instruction multiplies unsigned bytes by signed ones.
+// int8 values are -127 to 127: AVX2 multiplies by their opposites. Each bracket is a step of 128 bytes.
+// `start` holds the values at which the channels' sums start where 128 is added to the activations: -128
+// times the sum of the channel's weights. VNNI needs that, because its instruction multiplies unsigned bytes
+// by signed ones; other kernels pass `start` over.
 #pragma once
 
 #include <cstdint>

@@ -6,14 +6,16 @@
 
 namespace pruned_ops {
 
-// setup.py defines PRUNED_OPS_HAVE_<capability> for each copy of kernels.cpp that it compiles beside DEFAULT.
+// setup.py defines PRUNED_OPS_HAVE_<capability> for each copy of the kernels that it compiles beside DEFAULT.
 namespace DEFAULT {
 extern const Kernels table;
-}
+extern const Int8Kernels int8_table;
+}  // namespace DEFAULT
 #ifdef PRUNED_OPS_HAVE_AVX2
 namespace AVX2 {
 extern const Kernels table;
-}
+extern const Int8Kernels int8_table;
+}  // namespace AVX2
 #endif
 #ifdef PRUNED_OPS_HAVE_AVX512
 namespace AVX512 {
@@ -22,7 +24,7 @@ extern const Kernels table;
 #endif
 #ifdef PRUNED_OPS_HAVE_AVX512_VNNI
 namespace AVX512_VNNI {
-extern const Int8Kernels table;
+extern const Int8Kernels int8_table;
 }
 #endif
 
@@ -40,14 +42,16 @@ const Kernels& choose() {
   return DEFAULT::table;
 }
 
-const Int8Kernels* choose_int8() {
+const Int8Kernels& choose_int8() {
+  const std::string capability = at::get_cpu_capability();
 #ifdef PRUNED_OPS_HAVE_AVX512_VNNI
   __builtin_cpu_init();
-  if (at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512vnni")) {
-    return &AVX512_VNNI::table;
-  }
+  if (capability == "AVX512" && __builtin_cpu_supports("avx512vnni")) return AVX512_VNNI::int8_table;
 #endif
-  return nullptr;
+#ifdef PRUNED_OPS_HAVE_AVX2
+  if (capability == "AVX512" || capability == "AVX2") return AVX2::int8_table;
+#endif
+  return DEFAULT::int8_table;
 }
 
 }  // namespace
@@ -57,8 +61,8 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const Int8Kernels* int8_kernels() {
-  static const Int8Kernels* const chosen = choose_int8();
+const Int8Kernels& int8_kernels() {
+  static const Int8Kernels& chosen = choose_int8();
   return chosen;
 }
 

@@ -38,6 +38,11 @@ int64_t scratch_stride(int64_t columns) {
   return ((columns + 15) / 16 | 1) * 16;
 }
 
+// The floats in whose place so many quantised values of a row fit.
+int64_t floats_of(int64_t values) {
+  return (values * int8_kernels().quantized_bytes + kFloatBytes - 1) / kFloatBytes;
+}
+
 // Calls run(begin, end, scratch) for the rows of a batch: every thread takes an even share of them, in chunks
 // of at most kChunkRows. scratch: scratch_floats floats of this thread's own, aligned to 64 bytes.
 template <typename Run>
@@ -125,8 +130,6 @@ class Parts {
                 int64_t in, int64_t out) {
     biases_.push_back(bias.contiguous());
     if (panels.scalar_type() == at::kChar) {
-      TORCH_CHECK(int8_kernels() != nullptr, kOp, ": ", name,
-                  " is int8, which needs a processor with AVX-512 VNNI");
       check::int8_panels(kOp, name, panels, in, out);
       check::matrix(kOp, bias_name, bias);
       TORCH_CHECK(bias.size(0) == 2 && bias.size(1) == out, kOp, ": ", bias_name, " has shape ", bias.sizes(),
@@ -162,7 +165,7 @@ class Run {
         x_(x.mutable_data_ptr<float>()),
         inner_stride_(scratch_stride(parts.widest_ffn())),
         sums_stride_(scratch_stride(hidden)),
-        bytes_stride_(kFloatBytes * scratch_stride((parts.widest_int8() + kFloatBytes - 1) / kFloatBytes)),
+        bytes_stride_(kFloatBytes * scratch_stride(floats_of(parts.widest_int8()))),
         qkv_(at::empty({tokens_, 3 * parts.widest_attention()}, x.options())),
         context_(at::empty({tokens_, parts.widest_attention()}, x.options())) {}
 
@@ -226,7 +229,7 @@ class Run {
     if (!part.is_int8) {
       return kernels().linear(part.fp32, x, x_stride, rows, finish, out, out_stride);
     }
-    const Int8Kernels& kernel = *int8_kernels();
+    const Int8Kernels& kernel = int8_kernels();
     kernel.quantize(x, x_stride, rows, part.int8.in, scratch.bytes, bytes_stride_, scratch.scales);
     kernel.linear(part.int8, scratch.bytes, bytes_stride_, scratch.scales, rows, finish, out, out_stride);
   }

@@ -1,10 +1,15 @@
-// Compiled once, for AVX-512 with VNNI. CPU_CAPABILITY is AVX512_VNNI, so that the linker takes no inline
-// function in here for one of another copy.
+// Compiled by setup.py for plain C++, for AVX2 and for AVX-512 with VNNI, each time with those flags and
+// CPU_CAPABILITY set to its name. That of VNNI is AVX512_VNNI, so that the linker takes no inline function in
+// here for one of another copy.
 #include "cpu/int8_linear_kernel.h"
+
+#define PRUNED_OPS_STRING_OF(name) #name
+#define PRUNED_OPS_STRING(name) PRUNED_OPS_STRING_OF(name)
 
 namespace pruned_ops::CPU_CAPABILITY {
 
-extern const Int8Kernels table;
-const Int8Kernels table = {quantize_rows, int8_linear};
+extern const Int8Kernels int8_table;
+const Int8Kernels int8_table = {PRUNED_OPS_STRING(CPU_CAPABILITY), kQuantizedBytes, quantize_rows,
+                                int8_linear};
 
 }  // namespace pruned_ops::CPU_CAPABILITY

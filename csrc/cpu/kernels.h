@@ -61,7 +61,7 @@ struct Kernels {
                          const float* third, float* out);
 };
 
-// x weight^T + bias in int8: the weight has a scale per output channel; x has a scale per row, and 128 added.
+// x weight^T + bias in int8: the weight has a scale per output channel; x has a scale per row.
 struct Int8LinearArgs {
   const int8_t* panels;  // the weight, as panels.h draws it
   const float* bias;     // (out,)
@@ -71,8 +71,11 @@ struct Int8LinearArgs {
 };
 
 struct Int8Kernels {
-  // Quantises rows of x to bytes with 128 added, and a scale per row: x is (byte - 128) * scale, where
-  // byte - 128 is at most 127. Bytes of 128 fill a row up to whole groups.
+  const char* capability;
+  int64_t quantized_bytes;  // of a quantised value
+  // Quantises rows of x to whole numbers of at most 127, and a scale per row. How they lie is between
+  // `quantize` and `linear`; what fills a row up to whole groups adds nothing. bytes_stride: a multiple of 64
+  // that in * quantized_bytes fit into.
   void (*quantize)(const float* x, int64_t x_stride, int64_t rows, int64_t in, uint8_t* bytes,
                    int64_t bytes_stride, float* scales);
   // As Kernels::linear, on quantised rows.
@@ -80,8 +83,8 @@ struct Int8Kernels {
                  int64_t rows, Finish finish, float* out, int64_t out_stride);
 };
 
-// Null where the processor lacks AVX-512 VNNI, or another capability was asked for.
-const Int8Kernels* int8_kernels();
+// The fastest that this processor has, or less where ATEN_CPU_CAPABILITY asks for less.
+const Int8Kernels& int8_kernels();
 
 // The table for the capability that ATen runs its own kernels with (it obeys ATEN_CPU_CAPABILITY).
 const Kernels& kernels();

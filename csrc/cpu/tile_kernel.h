@@ -21,13 +21,13 @@ struct Tile {
   Ahead ahead;
 };
 
-// Calls visit(tile) for all tiles of (rows, out). panel_bytes: the size of a panel. steps: depth steps of the
-// product.
-template <typename Visit>
+// Calls visit(tile) for all tiles of (rows, out), of kRows rows or fewer. panel_bytes: the size of a panel.
+// steps: depth steps of the product.
+template <int kRows = kRegisterRows, typename Visit>
 inline void for_each_tile(const void* panels, int64_t panel_bytes, int64_t steps, int64_t out, int64_t rows,
                           const Visit& visit) {
   // Even blocks: of 64 rows, six of 10 or 11 rather than five of 12 and one of 4, which would wait for B.
-  const int64_t blocks = (rows + kRegisterRows - 1) / kRegisterRows;
+  const int64_t blocks = (rows + kRows - 1) / kRows;
   const int64_t count = (out + kWeightPanel - 1) / kWeightPanel;
   // Bytes of the next panel for each depth step of each block.
   const int64_t dose = blocks > 0 ? kStepBytes / blocks + 1 : 0;

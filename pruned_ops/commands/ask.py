@@ -60,7 +60,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=["int8"],
-        help="run the linears in int8, on a CPU with AVX-512 VNNI (default: fp32)",
+        help="run the linears in int8, on a CPU (default: fp32)",
     )
     _add_page(parser)
 

@@ -36,16 +36,17 @@ def run(_: argparse.Namespace) -> None:
 
 def _extension() -> dict[str, str]:
     """What the C++ extension was built for, and what this processor has; empty without the extension."""
-    from pruned_ops.ops.backends.cpu import extension
+    from pruned_ops.ops.backends.cpu import extension, int8_capability, slow_int8
 
     if extension is None:
         return {}
-    built = extension.build_info()
+    built, slow = extension.build_info(), slow_int8()
     features = [name for name, present in extension.cpu_features().items() if present]
     cuda = built.get("cuda")  # an extension of before there were CUDA kernels does not say
     return {
         "extension": f"built with torch {built['torch']}, {built['compiler']}",
         "kernels": f"{', '.join(built['capabilities'])}; runs {extension.cpu_capability()}",
+        "int8 kernels": f"runs {int8_capability()}" + (f" ({slow})" if slow else ""),
         "cuda kernels": f"CUDA {cuda['version']}, for {cuda['architectures']}" if cuda else "not built",
         "cpu features": ", ".join(features) or "none of those asked about",
     }

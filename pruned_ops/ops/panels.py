@@ -55,8 +55,8 @@ def to_int8_panels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise a weight (out, in) to int8 panels (ceil(out / 32), 1 + ceil(in / 4), 128) and scales (out,).
 
     Each step of a panel holds 4 inputs of 32 channels, those of a channel together. Before the first step lie
-    32 int32 at which the channels' sums start: -128 times the sum of the channel's weights, because the
-    kernel adds 128 to the activations.
+    32 int32 at which the channels' sums start where a kernel adds 128 to the activations, as VNNI needs it:
+    -128 times the sum of the channel's weights.
     """
     values, scales = quantize(weight.detach())
     out, inputs = values.shape

@@ -14,21 +14,13 @@ from torch import Tensor
 
 import pruned_ops
 from inputs import READY, SUPPORT, encoder_arguments, logits, padded_batch, pruned_model, randn, stock_model
+from int8_cases import check_extremes, check_layers, check_values_that_are_no_numbers, in_int8
 from pruned_ops.ops.backends.cpu import extension
-from pruned_ops.ops.panels import (
-    PART_TENSORS,
-    ffn_part,
-    from_int8_panels,
-    from_panels,
-    quantize,
-    to_int8_panels,
-    to_panels,
-)
+from pruned_ops.ops.panels import from_int8_panels, quantize, to_int8_panels
 from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.runtime.optimize import choose_int8
 
-HERE = "cpu" in READY and extension is not None and extension.runs_int8()
-needs_vnni = pytest.mark.skipif(not HERE, reason="no AVX-512 VNNI, or pruned_ops._C is not built")
+needs_extension = pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
 
 
 @pytest.mark.parametrize(("out", "inputs"), [(64, 32), (70, 50), (1, 1), (33, 4), (0, 8), (8, 0)])
@@ -43,61 +35,48 @@ def test_panels_give_back_the_quantised_weight(out: int, inputs: int) -> None:
     assert torch.equal(start, -128 * values.sum(1, dtype=torch.int32))
 
 
-def in_int8(arguments: list[Any], linears: tuple[int, ...] = (0, 1)) -> list[Any]:
-    """`encoder`'s arguments with the first (0) or second (1) linears of all parts in int8."""
-    weights = list(arguments[3])
-    for part in range(0, len(weights), PART_TENSORS):
-        for linear in linears:
-            at = part + 2 * linear
-            panels, scales = to_int8_panels(from_panels(weights[at], weights[at + 1].size(0)))
-            weights[at : at + 2] = [panels, torch.stack([weights[at + 1], scales])]
-    return [*arguments[:3], weights, *arguments[4:]]
-
-
-@needs_vnni
+@needs_extension
 @pytest.mark.parametrize("linears", [(0, 1), (0,), (1,)])
-@pytest.mark.parametrize(("hidden", "width"), [(90, 72), (16, 0), (1, 16), (384, 200)])
-def test_kernels_compute_the_reference(hidden: int, width: int, linears: tuple[int, ...]) -> None:
-    """The same whole numbers: rounding may move a value to the next one, rarely, and no further."""
-    for tokens in (0, 1, 13, 230):
-        # With seed 1 one value moves among 13 tokens of 384, and with it a whole row: more than 2% of them.
-        arguments = in_int8(encoder_arguments(tokens, hidden, width, seed=2), linears)
-        with use_backend("reference"):
-            expected = OPS["encoder"](*arguments)
-        with use_backend("cpu"):
-            found = OPS["encoder"](*arguments)
-        error = (found - expected).abs()
-        assert bool((error < 0.2).all()) and (error > 1e-4).float().mean() < 0.02 if tokens else True
+def test_kernels_compute_the_reference(linears: tuple[int, ...]) -> None:
+    check_layers(linears)
 
 
-@needs_vnni
+@needs_extension
 def test_the_largest_sums_do_not_overflow_or_saturate() -> None:
-    """All bytes at their ends, over a longer depth than any model's."""
-    inputs, out = 4096, 40
-    up, down = torch.ones(out, inputs), randn(0, inputs, out) / 4096
-    x = torch.ones(3, inputs)
-    x[1], x[2, 1::2] = -1, -1
-    panels, scales = to_int8_panels(up)
-    weights = [panels, torch.stack([torch.zeros(out), scales]), to_panels(down), torch.zeros(inputs)]
-    norm = [torch.ones(inputs), torch.zeros(inputs)]
-    bounds = torch.tensor([0, 3], dtype=torch.int32)
-    with use_backend("cpu"):
-        found = OPS["encoder"](x, bounds, 3, [*weights, *norm], [ffn_part(out)], 16, 1e-12)
-    expected = F.layer_norm(F.linear(F.gelu(F.linear(x, up)), down) + x, (inputs,))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    check_extremes()
 
 
-@needs_vnni
+@needs_extension
 def test_what_is_not_a_number_stays_in_its_token() -> None:
-    arguments = in_int8(encoder_arguments(20, 32, 0, seed=2))
-    arguments[0] = arguments[0].clone()
-    arguments[0][7, 3] = float("nan")
-    with use_backend("cpu"):
-        found = OPS["encoder"](*arguments)
-    assert found[7].isnan().all() and torch.isfinite(torch.cat([found[:7], found[8:]])).all()
+    check_values_that_are_no_numbers()
 
 
-@needs_vnni
+CAPABILITY_SCRIPT = """
+import sys
+sys.path.insert(0, {support!r})
+from int8_cases import check_int8
+from pruned_ops.ops.backends.cpu import extension
+assert extension.int8_capability() == {capability!r}, extension.int8_capability()
+check_int8()
+"""
+
+
+@needs_extension
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
+def test_capabilities_below_this_processors(capability: str) -> None:
+    """The same numbers by the kernels that this processor would not choose. torch reads the variable once,
+    so: a process each."""
+    if extension.int8_capability() == capability:
+        pytest.skip(f"this processor runs {capability} itself, in the other tests")
+    if not extension.cpu_features()["avx2"] and capability == "AVX2":
+        pytest.skip("this processor has no AVX2")
+    script = CAPABILITY_SCRIPT.format(support=SUPPORT, capability=capability)
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_extension
 def test_optimize_runs_every_linear_in_int8(model: Any) -> None:
     batch = padded_batch(pad_token_id=model.config.pad_token_id)
     real = batch["attention_mask"].bool()
@@ -115,7 +94,7 @@ def test_optimize_runs_every_linear_in_int8(model: Any) -> None:
     assert all(torch.equal(restored[name], value) for name, value in before.items())
 
 
-@needs_vnni
+@needs_extension
 def test_calibration_keeps_in_fp32_what_hurts() -> None:
     batches = [padded_batch((20, 13), seed=seed) for seed in range(2)]
     model = pruned_model()
@@ -134,7 +113,7 @@ def test_calibration_keeps_in_fp32_what_hurts() -> None:
     assert some[0] < 2 * 0.004  # errors add up nearly
 
 
-@needs_vnni
+@needs_extension
 def test_calibration_names_every_linear() -> None:
     model = pruned_ops.optimize(stock_model(), dtype="int8")
     errors = choose_int8(model, [padded_batch((9,))], tolerance=1.0)
@@ -142,7 +121,7 @@ def test_calibration_names_every_linear() -> None:
     assert all(0 < value < 1 for value in errors.values())
 
 
-@needs_vnni
+@needs_extension
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="dtype is 'int4'"):
         pruned_ops.optimize(stock_model(), dtype="int4")
@@ -174,25 +153,9 @@ def test_wrong_panels_are_refused_by_name() -> None:
     ):
         weights: list[Tensor] = [*good[3]]
         weights[place] = bad
-        for backend in ("reference", *(["cpu"] if HERE else [])):
+        for backend in ("reference", *(["cpu"] if "cpu" in READY else [])):
             with use_backend(backend), pytest.raises(RuntimeError, match=f"encoder: ({named})"):
                 OPS["encoder"](*good[:3], weights, *good[4:])
-
-
-@pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
-def test_without_vnni_it_says_so() -> None:
-    script = (
-        f"import sys; sys.path.insert(0, {SUPPORT!r})\n"
-        "import pruned_ops; from inputs import stock_model\n"
-        "pruned_ops.optimize(stock_model(), dtype='int8')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and "int8, which needs a processor with AVX-512 VNNI" in done.stderr
 
 
 def test_rounding_is_to_the_nearest_of_255() -> None:

@@ -1,4 +1,4 @@
-"""Backend "cpu": the C++ extension's kernels (csrc/cpu), for float32.
+"""Backend "cpu": the C++ extension's kernels (csrc/cpu), for float32, with weights in float32 or int8.
 
 They are compiled for AVX-512, for AVX2 and for neither, and the processor decides when they run. A single
 linear runs on torch's GEMM, which takes plain weights; `encoder` has weights in panels and a GEMM of its own.
@@ -43,10 +43,31 @@ if hasattr(os, "register_at_fork"):
 BACKEND = add_backend(Backend("cpu", _missing, "C++ kernels with AVX-512 and AVX2 paths"))
 
 
+def int8_capability() -> str | None:
+    """The capability that int8 weights run with: DEFAULT, AVX2 or AVX512_VNNI. None where the extension was
+    built before int8 ran everywhere, or is not there."""
+    return extension.int8_capability() if hasattr(extension, "int8_capability") else None  # type: ignore
+
+
+def slow_int8() -> str | None:
+    """Why int8 is not expected to be faster than float32 on this processor; None where it is faster."""
+    if extension is None:
+        return None
+    capability = int8_capability()
+    if capability == "DEFAULT":
+        return "this processor has no AVX2, so that int8 runs in plain C++, slower than float32"
+    if capability == "AVX2" and extension.cpu_capability() == "AVX512":
+        return (
+            "this processor has AVX-512 without VNNI, so that int8 runs by AVX2, which multiplies fewer "
+            "numbers in a cycle than AVX-512 does in float32"
+        )
+    return None
+
+
 def _refuse(*args: Any) -> str | None:
     for tensor in tensors_of(args):
-        if tensor.dtype == torch.int8 and not (extension is not None and extension.runs_int8()):
-            return "a weight is int8, which needs a processor with AVX-512 VNNI"
+        if tensor.dtype == torch.int8 and int8_capability() is None:
+            return f"a weight is int8, and pruned_ops._C is of before int8; build it again: {BUILD_COMMAND}"
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}, the kernel takes tensors on the CPU"
         if tensor.dtype != torch.float32 and tensor.is_floating_point():
