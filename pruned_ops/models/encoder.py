@@ -318,9 +318,15 @@ class PrunedBertModel(PrunedPreTrainedModel):
         return_dict: bool | None = None,
         head_run: Any = None,
         packed_batch: Any = None,
+        **of_decoders: Any,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """As stock BERT's. head_run and packed_batch are for an optimised encoder, and are not read here:
-        another thread may restore the encoder between its head's forward and this one."""
+        another thread may restore the encoder between its head's forward and this one. of_decoders: what a
+        stock head hands on although there is nothing in it, such as encoder_hidden_states; TypeError where
+        there is something."""
+        given = [name for name, value in of_decoders.items() if value is not None and value is not False]
+        if given:
+            raise TypeError(f"a {type(self).__name__} takes no {', '.join(given)}")
         check_inputs(self.config, input_ids, inputs_embeds, position_ids, token_type_ids)
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(

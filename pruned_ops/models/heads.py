@@ -21,6 +21,18 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    CamembertForQuestionAnswering,
+    CamembertForSequenceClassification,
+    CamembertForTokenClassification,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    XLMRobertaForQuestionAnswering,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaForTokenClassification,
 )
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -300,6 +312,45 @@ class PrunedRobertaForTokenClassification(PrunedBertForTokenClassification):
     config_class = PrunedRobertaConfig
     base_model_prefix = "roberta"
     encoder_class = PrunedRobertaModel
+
+
+# The pruned counterpart of each class of transformers whose head is known here, and of the pruned classes
+# themselves.
+PRUNED_CLASSES: dict[type[Any], type[Any]] = {
+    **dict.fromkeys(
+        (BertForQuestionAnswering, PrunedBertForQuestionAnswering), PrunedBertForQuestionAnswering
+    ),
+    **dict.fromkeys(
+        (
+            RobertaForQuestionAnswering, XLMRobertaForQuestionAnswering, CamembertForQuestionAnswering,
+            PrunedRobertaForQuestionAnswering,
+        ),
+        PrunedRobertaForQuestionAnswering,
+    ),
+    **dict.fromkeys(
+        (BertForSequenceClassification, PrunedBertForSequenceClassification),
+        PrunedBertForSequenceClassification,
+    ),
+    **dict.fromkeys(
+        (
+            RobertaForSequenceClassification, XLMRobertaForSequenceClassification,
+            CamembertForSequenceClassification, PrunedRobertaForSequenceClassification,
+        ),
+        PrunedRobertaForSequenceClassification,
+    ),
+    **dict.fromkeys(
+        (BertForTokenClassification, PrunedBertForTokenClassification), PrunedBertForTokenClassification
+    ),
+    **dict.fromkeys(
+        (
+            RobertaForTokenClassification, XLMRobertaForTokenClassification,
+            CamembertForTokenClassification, PrunedRobertaForTokenClassification,
+        ),
+        PrunedRobertaForTokenClassification,
+    ),
+    PrunedBertForNaturalQuestions: PrunedBertForNaturalQuestions,
+    PrunedRobertaForNaturalQuestions: PrunedRobertaForNaturalQuestions,
+}  # fmt: skip
 
 
 def answering_class(model_type: str) -> type[Any]:

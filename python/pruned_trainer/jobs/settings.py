@@ -7,7 +7,7 @@ This module imports neither torch nor transformers, so that the command line can
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,9 +237,16 @@ class PruneSettings:
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
         """Names of the settings that differ from the ones that `to_json` recorded; two ways to write the path
-        of one file do not differ."""
+        of one file do not differ, nor does what an earlier version did not record from its default."""
         current = self.to_json()
+        known = {f.name: _plain(f.default) for f in fields(self) if f.default is not MISSING}
+        known["distillation"] = _plain(Distillation())
         places = {name: _place(name, value) for name, value in recorded.items()}
+        for name in current.keys() & known.keys():
+            if name not in places:
+                places[name] = known[name]
+            elif isinstance(known[name], dict) and isinstance(places[name], dict):
+                places[name] = {**known[name], **places[name]}
         return sorted(name for name in {*current, *places} if current.get(name) != places.get(name))
 
     def from_old_record(self, recorded: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from pruned_trainer.pruning.gates import Gates
 from pruned_trainer.pruning.options import DEFAULT_PARTS
 
 _NAME = "pruning_gates"
-_HOOKS = "_pruning_gate_hooks"
+HOOKS = "_pruning_gate_hooks"
 
 
 def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS) -> Gates:
-    """Put gates on every head's context, every FFN activation, and every hidden dimension of `model`; the
-    gates become its submodule.
+    """Put gates on every head's context, every FFN activation, and every hidden dimension of the encoder in
+    `model`, whatever is around it; the gates become the model's submodule.
 
     parts: those of "heads", "ffn" and "hidden" that get gates. Head and FFN gates multiply the input of each
     attention output projection (all head_dim columns of a head by one gate) and of each FFN output
@@ -27,14 +27,15 @@ def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS
     statistics. The gates follow the model's train/eval mode. Errors: ValueError if gates are attached
     already.
     """
-    if hasattr(model, _HOOKS):
+    if hasattr(model, HOOKS):
         raise ValueError("gates are attached to this model already; detach(model) first")
     encoder = find_encoder(model)
     shape = model_shape(encoder)
-    gates = Gates(shape, seed, parts).to(next(model.parameters()).device).train(model.training)
-    model.add_module(_NAME, gates)
-    # The encoder draws, and not the trainer: each forward of the encoder needs new values.
-    hooks = [encoder.register_forward_pre_hook(lambda *_: gates.draw())]
+    gates = Gates(shape, seed, parts).to(next(encoder.parameters()).device).train(model.training)
+    holder_of(model).add_module(_NAME, gates)
+    # The encoder draws, and not the trainer: each forward of the encoder needs new values. It begins with the
+    # embeddings; the encoder's own hooks would not run where a caller uses its `forward` itself.
+    hooks = [encoder.embeddings.register_forward_pre_hook(lambda *_: gates.draw())]
     for i, layer in enumerate(encoder.encoder.layer):
         modules = dict(layer.named_modules())
         if "heads" in gates.parts:
@@ -45,16 +46,24 @@ def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS
     if "hidden" in gates.parts:
         norms = [module for name, module in encoder.named_modules() if name.endswith("LayerNorm")]
         hooks += [norm.register_forward_hook(_gate_norm(gates)) for norm in norms]
-    setattr(model, _HOOKS, hooks)
+    setattr(model, HOOKS, hooks)
     return gates
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`, so that the model is as it was."""
-    for hook in model.__dict__.pop(_HOOKS, ()):
+    hooks = model.__dict__.pop(HOOKS, ())
+    for hook in hooks:
         hook.remove()
-    if _NAME in model._modules:
-        del model._modules[_NAME]
+    holder = holder_of(model) if hooks else model
+    if _NAME in holder._modules:
+        del holder._modules[_NAME]
+
+
+def holder_of(model: nn.Module) -> nn.Module:
+    """The module that takes what trains beside the model as its submodule: the model itself, or its encoder
+    where the model calls each of its submodules (nn.Sequential, and so sentence-transformers' models)."""
+    return find_encoder(model) if isinstance(model, nn.Sequential) else model
 
 
 @contextmanager

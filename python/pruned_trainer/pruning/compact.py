@@ -3,37 +3,48 @@ the closed parts; compensated for them, if the caller has inputs to do it on."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruned_ops import ModelShape, PrunedBertForNaturalQuestions
+from pruned_ops import ModelShape
 from pruned_ops.models.configuration import PRUNED_CONFIGS
-from pruned_ops.models.heads import answering_class, natural_questions_class
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.encoder import PrunedBertModel, PrunedRobertaModel
+from pruned_ops.models.heads import PRUNED_CLASSES
+from pruned_ops.models.inputs import is_roberta
+from pruned_ops.models.stock import encoder_shape, find_encoder
+from pruned_trainer.pruning.attach import HOOKS
 from pruned_trainer.pruning.compensate import compensate as compensate_narrow
 from pruned_trainer.pruning.compensate import text_batches
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
-_ONLY_IN_TRAINING = ("pruning_gates.", "distillation_projection.")
+# The submodules that go with the training of a model.
+_ONLY_IN_TRAINING = {"pruning_gates", "distillation_projection"}
+# Where Accelerate keeps the forward that it wraps to train a model under autocast.
+_FORWARD_BEFORE = "_original_forward"
 
 
 def compact(
-    model: PreTrainedModel,
+    model: Any,
     decision: Decision,
     calibration: Sequence[str] | Sequence[dict[str, Tensor]] | None = None,
     compensate: str = "auto",
     layer_by_layer: bool = False,
-) -> PreTrainedModel:
+) -> Any:
     """A new model that computes what `model` computes under the decision's gates, without the closed parts;
     with a calibration, compensated for what was removed.
 
-    model: a stock or pruned question-answering BERT or RoBERTa, which is left as it is. A pruned model can be
-    pruned again. calibration: some hundred texts like those that the model will read, or padded batches of
-    inputs; no labels are needed. compensate, layer_by_layer: as for `compensate.compensate`. Errors:
-    ValueError for any other model, for a decision that was made for other shapes, and for a compensation that
+    model: any module around one stock or pruned BERT or RoBERTa, or such an encoder; it is left as it is. A
+    model of transformers whose head is known (answers, labels of texts or of tokens) becomes its pruned
+    counterpart, which the Auto classes load. Any other model is copied, with a pruned encoder in the place of
+    its own. A pruned model can be pruned again. calibration: some hundred texts like those that the model
+    will read, or padded batches of inputs; no labels are needed. compensate, layer_by_layer: as for
+    `compensate.compensate`. Errors: ValueError for a model without such an encoder, for a decision that was
+    made for other shapes or for hidden dimensions that the head cannot lose, and for a compensation that
     lacks its calibration.
     """
     narrow = _narrow(model, decision)
@@ -47,34 +58,127 @@ def compact(
     return narrow
 
 
-def _narrow(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
+def _narrow(model: Any, decision: Decision) -> Any:
     """The model without the closed parts."""
-    if model.config.model_type not in PRUNED_CONFIGS or not hasattr(model, "qa_outputs"):
+    encoder = find_encoder(model)
+    _check_fits(decision, encoder_shape(encoder))
+    around = _known_around(model, encoder)
+    if decision.hidden is not None:
+        _check_hidden(model, encoder, around)
+    old = encoder if around is None else around
+    new = _narrow_known(old, encoder, decision)
+    return new if old is model else _copied_around(model, old, new)
+
+
+def check_parts_of(model: nn.Module, parts: Sequence[str]) -> None:
+    """ValueError where hidden dimensions are to be pruned under a head that cannot lose its own."""
+    if "hidden" in parts:
+        encoder = find_encoder(model)
+        _check_hidden(model, encoder, _known_around(model, encoder))
+
+
+def _known_around(model: nn.Module, encoder: Any) -> Any:
+    """The module inside `model` (or itself) with this encoder and a head that a pruned class has; None where
+    there is none, or where something in it was replaced."""
+    for module in model.modules():
+        if type(module) in PRUNED_CLASSES and module.base_model is encoder:
+            replaced = {"forward", "_loss_function"} & module.__dict__.keys()
+            if _FORWARD_BEFORE in module.__dict__:  # Accelerate's, which goes with the training
+                replaced.discard("forward")
+            return module if not replaced and _has_own_tensors(module) else None
+    return None
+
+
+def _has_own_tensors(module: Any) -> bool:
+    """Whether the tensors of a model are those that its class makes for its config."""
+    with torch.device("meta"):
+        described = type(module)(copy.deepcopy(module.config)).state_dict()
+    state = _trained_state(module)
+    return state.keys() == described.keys() and all(
+        state[name].shape == tensor.shape for name, tensor in described.items()
+    )
+
+
+def _trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model, without those that only its training needs."""
+    return {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if not _ONLY_IN_TRAINING.intersection(name.split("."))
+    }
+
+
+def _check_hidden(model: nn.Module, encoder: Any, around: Any) -> None:
+    """ValueError unless everything around the encoder reads its hidden states by matrices that can lose
+    their columns."""
+    head = encoder if around is None else around
+    whole = head is model and (around is not None or getattr(encoder, "pooler", None) is None)
+    if (
+        not whole
+        or hasattr(head, "classifier")
+        and not type(head).__name__.endswith("ForTokenClassification")
+    ):
         raise ValueError(
-            f"compact takes a BERT or RoBERTa for question answering; this is a {type(model).__name__} "
-            f"({model.config.model_type})"
+            f"hidden dimensions cannot be pruned under the head of this {type(model).__name__}, which would "
+            "need them all: prune heads and ffn (parts)"
         )
-    source = model_shape(model)
-    _check_fits(decision, source)
-    has_types = isinstance(model, PrunedBertForNaturalQuestions)
-    model_class = (natural_questions_class if has_types else answering_class)(model.config.model_type)
+
+
+def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
+    """The pruned counterpart of a known model or of a bare encoder, without the closed parts."""
+    source, config = encoder_shape(encoder), old.config
     shape = decision.shape(source)
     fields = {
-        **model.config.to_dict(),
+        **config.to_dict(),
         "hidden_size": shape.hidden_size,
         "head_dim": shape.head_dim,
         "layer_shapes": list(shape.layers),
     }
     fields.pop("architectures", None)
-    narrow = model_class(model_class.config_class(**fields)).to(model.device, model.dtype)
-    state = {name: t for name, t in model.state_dict().items() if not name.startswith(_ONLY_IN_TRAINING)}
+    new_config = PRUNED_CONFIGS[config.model_type](**fields)
+    if old is encoder:
+        bare = PrunedRobertaModel if is_roberta(config) else PrunedBertModel
+        narrow: Any = bare(new_config, add_pooling_layer=encoder.pooler is not None)
+        prefix = ""
+    else:
+        narrow, prefix = PRUNED_CLASSES[type(old)](new_config), f"{old.base_model_prefix}."
+    state = _trained_state(old)
     for i, layer in enumerate(decision.layers):
-        prefix = f"{model.base_model_prefix}.encoder.layer.{i}."
-        _slice_layer(state, prefix, layer, source.head_dim)
+        _slice_layer(state, f"{prefix}encoder.layer.{i}.", layer, source.head_dim)
     if decision.hidden is not None:
         _slice_hidden(state, decision.hidden)
     narrow.load_state_dict(state)
-    return narrow.train(model.training)
+    return narrow.to(encoder.device, encoder.dtype).train(old.training)
+
+
+def _copied_around(model: nn.Module, old: Any, new: Any) -> Any:
+    """A copy of `model` with `new` where `old` stands, and without what only its training needs.
+
+    What the model shares with the old part (a config, an output matrix that is the word embeddings) its copy
+    shares with the new one."""
+    own = dict(new.named_parameters())
+    memo: dict[int, Any] = {id(old): new, id(old.config): new.config}
+    for name, parameter in old.named_parameters():
+        if name in own and own[name].shape == parameter.shape:
+            memo[id(parameter)] = own[name]
+    for module in model.modules():
+        for name in _ONLY_IN_TRAINING & module._modules.keys():
+            memo[id(module._modules[name])] = nn.Identity()
+    hooks = model.__dict__.get(HOOKS)
+    if hooks is not None:
+        memo[id(hooks)] = []
+    copied = copy.deepcopy(model, memo)
+    copied.__dict__.pop(HOOKS, None)
+    for module in copied.modules():
+        for name in _ONLY_IN_TRAINING & module._modules.keys():
+            del module._modules[name]
+        if _FORWARD_BEFORE in module.__dict__:
+            for name in ("forward", _FORWARD_BEFORE):
+                module.__dict__.pop(name, None)
+    if isinstance(copied, PreTrainedModel):
+        # A forward that hands its keywords on to the encoder would give it the Trainer's, which it refuses.
+        copied.accepts_loss_kwargs = False  # type: ignore[assignment]
+    return copied
 
 
 def _check_fits(decision: Decision, source: ModelShape) -> None:

@@ -16,17 +16,17 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_ops.models.stock import config_of, find_encoder, model_shape
 from pruned_trainer.pruning.decision import Decision
-from pruned_trainer.pruning.importance import Batches, example_losses
+from pruned_trainer.pruning.importance import Batches
 from pruned_trainer.pruning.options import COMPENSATIONS, COMPENSATIONS_MADE
-from pruned_trainer.tasks.task import LABELS, without_labels
+from pruned_trainer.tasks.output_kinds import Said, divergences, label_losses, said_by
+from pruned_trainer.tasks.task import is_labelled, without_labels
 
 # The output projection of each part in a layer, and the LayerNorm that it leads to.
 _PROJECTIONS = {"heads": "attention.output.dense", "ffn": "output.dense"}
@@ -261,34 +261,25 @@ def _best(build: Callable[[dict[str, str]], None], loss: Callable[[], float]) ->
 
 def _loss_on(narrow: PreTrainedModel, reference: PreTrainedModel, batches: Batches) -> Callable[[], float]:
     """A function of no arguments, the mean loss of `narrow` as it is when that is called."""
-    labelled = all(name in batch for batch in batches for name in LABELS[:2])
-    expected = [] if labelled else [reference(**without_labels(batch)) for batch in batches]
+    labelled = all(is_labelled(batch) for batch in batches)
+    expected = [] if labelled else [_said(reference, batch) for batch in batches]
 
     def loss() -> float:
-        outputs = [narrow(**without_labels(batch)) for batch in batches]
+        said = [_said(narrow, batch) for batch in batches]
         if labelled:
-            each = [example_losses(output, batch) for output, batch in zip(outputs, batches, strict=True)]
+            each = [label_losses(own, batch) for own, batch in zip(said, batches, strict=True)]
         else:
             each = [
-                _divergences(output, wanted, batch["attention_mask"].bool())
-                for output, wanted, batch in zip(outputs, expected, batches, strict=True)
+                divergences(own, wanted, batch["attention_mask"])
+                for own, wanted, batch in zip(said, expected, batches, strict=True)
             ]
         return float(torch.cat(each).double().mean())
 
     return loss
 
 
-def _divergences(output: Any, expected: Any, real: Tensor) -> Tensor:
-    """KL(expected || output) over the real tokens, the mean of start and end, of each example: (batch,)."""
-    lowest = torch.finfo(torch.float32).min
-    total = torch.zeros(len(real), device=real.device)
-    for name in ("start_logits", "end_logits"):
-        ours, theirs = (
-            F.log_softmax(getattr(answer, name).float().masked_fill(~real, lowest), -1)
-            for answer in (output, expected)
-        )
-        total += (theirs.exp() * (theirs - ours)).masked_fill(~real, 0.0).sum(-1) / 2
-    return total
+def _said(model: PreTrainedModel, batch: dict[str, Tensor]) -> Said:
+    return said_by(model(**without_labels(batch)), config_of(model), batch["attention_mask"])
 
 
 def text_batches(model: PreTrainedModel, texts: Sequence[str]) -> list[dict[str, Tensor]]:

@@ -15,17 +15,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pruned_ops import ModelShape
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.stock import config_of, model_shape
 from pruned_trainer.distributed import shared
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.gates import PerGate, Scores
 from pruned_trainer.pruning.options import METHODS, check_parts
+from pruned_trainer.tasks.output_kinds import label_losses, said_by
 from pruned_trainer.tasks.task import without_labels
 
 # The number of FFN units, or hidden dimensions, that leave-one-out closes together; one by one, each of
@@ -46,8 +46,7 @@ def score(
     seed: int = 0,
     progress: bool = False,
 ) -> Scores:
-    """Scores of every gate on `parts` of a question-answering model, by one of METHODS; the model is left as
-    it was.
+    """Scores of every gate on `parts` of a model, by one of METHODS; the model is left as it was.
 
     batches: padded inputs with the task's LABELS, on the model's device; random needs none. Several processes
     share leave-one-out's passes.
@@ -68,16 +67,9 @@ def score(
     return Scores(rank, PerGate.full(shape, 1.0))
 
 
-def example_losses(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of start and end (and answer type), averaged, of each example: (batch,)."""
-    pairs = [
-        (output.start_logits, batch["start_positions"]),
-        (output.end_logits, batch["end_positions"]),
-    ]
-    if "answer_types" in batch:
-        pairs.append((output.answer_type_logits, batch["answer_types"]))
-    losses = [F.cross_entropy(logits, label, reduction="none") for logits, label in pairs]
-    return torch.stack(losses).mean(0)
+def example_losses(output: Any, batch: dict[str, Tensor], config: Any = None) -> Tensor:
+    """The loss of each example on its labels, (batch,), as `label_losses` has it for this kind of output."""
+    return label_losses(said_by(output, config, batch.get("attention_mask")), batch)
 
 
 def _random(shape: ModelShape, seed: int) -> PerGate:
@@ -96,6 +88,7 @@ def _per_cost(worth: PerGate, budget: Budget, parts: Sequence[str]) -> PerGate:
 
 def _gain(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool) -> PerGate:
     """Mean over examples of |d loss / d gate| with all gates at 1 (Michel et al. 2019)."""
+    config = config_of(model)
     with _evaluating(model), attached(model, parts=parts) as gates:
         total = PerGate.full(gates.shape, 0.0)
         examples = 0
@@ -106,7 +99,7 @@ def _gain(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bo
             gates.fixed = ones
             leaves = [tensor for part in parts for tensor in ones.of(part)]
             with torch.enable_grad():
-                loss = example_losses(model(**without_labels(batch)), batch).sum()
+                loss = example_losses(model(**without_labels(batch)), batch, config).sum()
             gradients = torch.autograd.grad(loss, leaves)
             sums = [tensor for part in parts for tensor in total.of(part)]
             for part_sum, gradient in zip(sums, gradients, strict=True):
@@ -123,6 +116,7 @@ def _for_each(rows: int, device: torch.device, values: Tensor) -> Tensor:
 def _leave_one_out(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool) -> PerGate:
     """The mean loss with a gate closed minus the loss with all gates open. Heads are closed one by one, FFN
     units and hidden dimensions in groups of GROUP."""
+    config = config_of(model)
     with _evaluating(model), attached(model, parts=parts) as gates, torch.no_grad():
         worth = PerGate.full(gates.shape, 0.0)
 
@@ -132,7 +126,7 @@ def _leave_one_out(model: nn.Module, batches: Batches, parts: Sequence[str], pro
                 part, number, where = closed
                 values.of(part)[number][where] = 0.0
             gates.fix(values)
-            losses = [example_losses(model(**without_labels(batch)), batch) for batch in batches]
+            losses = [example_losses(model(**without_labels(batch)), batch, config) for batch in batches]
             return float(torch.cat(losses).mean())
 
         open_loss = mean_loss(None)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # The entries of a batch that only the loss reads, by the names of the models' arguments.
-LABELS = ("start_positions", "end_positions", "answer_types")
+LABELS = ("start_positions", "end_positions", "answer_types", "labels")
 
 
 class Score(NamedTuple):
@@ -119,6 +119,11 @@ class Task(Protocol):
 def without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A batch for a model that is not to compute a loss."""
     return {name: tensor for name, tensor in batch.items() if name not in LABELS}
+
+
+def is_labelled(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch has what a loss on labels needs: labels, or the start and the end of answers."""
+    return "labels" in batch or ("start_positions" in batch and "end_positions" in batch)
 
 
 def own_thresholds(model: PreTrainedModel, task: Task) -> dict[str, float]:

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from pruned_trainer.tasks.output_kinds import IGNORED
+
 # Training windows: ids and labels by the models' argument names.
 Features = Sequence[dict[str, Any]]
+# What an example has for the trainer alone: its number among all of them, and the query that it belongs to
+# where scores of one query are compared.
+NUMBER, GROUP = "number", "group"
 
 
 def lengths_of(features: Features) -> list[int]:
@@ -23,7 +28,7 @@ def lengths_of(features: Features) -> list[int]:
 
 
 class Numbered(Sequence[dict[str, Any]]):
-    """The same windows, each with its position among all of them as "number"."""
+    """The same windows, each with its position among all of them as NUMBER."""
 
     def __init__(self, features: Features) -> None:
         self._features, self.lengths = features, lengths_of(features)
@@ -34,7 +39,7 @@ class Numbered(Sequence[dict[str, Any]]):
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        return {**self._features[number], "number": range(len(self))[number]}
+        return {**self._features[number], NUMBER: range(len(self))[number]}
 
 
 class Share(Sequence[dict[str, Any]]):
@@ -86,17 +91,21 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 
 
 def pad_batch(features: Features, pad_token_id: int) -> dict[str, Tensor]:
-    """Collate features of unequal length: lists become (batch, seqlen), right-padded to the longest window,
-    and numbers become (batch,)."""
+    """Collate features of unequal length: what has an entry for each token becomes (batch, seqlen),
+    right-padded to the longest window (labels with IGNORED); other lists and numbers become (batch, ...)."""
     longest = max(len(feature["input_ids"]) for feature in features)
     batch = {}
     for name, first in features[0].items():
-        if not hasattr(first, "__len__"):
-            batch[name] = torch.tensor([feature[name] for feature in features])
+        values = [feature[name] for feature in features]
+        of_tokens = hasattr(first, "__len__") and all(
+            len(value) == len(feature["input_ids"]) for value, feature in zip(values, features, strict=True)
+        )
+        if not of_tokens:
+            batch[name] = torch.stack([torch.as_tensor(value) for value in values])
             continue
-        fill = pad_token_id if name == "input_ids" else 0
+        fill = {"input_ids": pad_token_id, "labels": IGNORED}.get(name, 0)
         padded = torch.full((len(features), longest), fill, dtype=torch.long)
-        for row, feature in enumerate(features):
-            padded[row, : len(feature[name])] = torch.as_tensor(feature[name])
+        for row, value in enumerate(values):
+            padded[row, : len(value)] = torch.as_tensor(value)
         batch[name] = padded
     return batch

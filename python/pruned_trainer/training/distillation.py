@@ -12,15 +12,19 @@ from dataclasses import dataclass
 class Distillation:
     """The weights of a training's losses, and how the student is compared with its teacher.
 
-    task: weight of the cross-entropy on the gold answer.
-    logits: weight of the KL divergence of the start and end distributions, times temperature^2.
+    task: weight of the task's own loss, where a batch has labels.
+    logits: weight of what the student's outputs differ by from the teacher's, by the kind that they are of:
+    the KL divergence of distributions (answers, classes, token labels) times temperature^2, the squared
+    difference of scores, cosine and distance of embeddings; see `tasks.output_kinds.divergences`.
     hidden: weight of the mean squared difference of the hidden states after the layers.
-    temperature: softens the answer distributions (Hinton et al. 2015).
+    temperature: softens the distributions (Hinton et al. 2015).
     projection: whether the student's hidden states pass through a learned matrix before they are compared.
     The matrix starts as the identity and is thrown away after the training. Models of different hidden sizes
     always get one.
     layers: pairs (student layer, teacher layer), counted from 1, whose outputs are compared; None compares
     every layer with the teacher's layer of the same number.
+    pooling: how the last hidden states of a bare encoder become the embedding that is compared: "mean" over
+    the real tokens, or the first token's ("cls").
     """
 
     task: float = 0.3
@@ -29,12 +33,15 @@ class Distillation:
     temperature: float = 2.0
     projection: bool = False
     layers: tuple[tuple[int, int], ...] | None = None
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         if min(self.task, self.logits, self.hidden) < 0 or self.task + self.logits + self.hidden == 0:
             raise ValueError("the weights of the losses must not be negative, nor all zero")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}: it must be positive")
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling is {self.pooling!r}; mean or cls is needed")
         if self.layers is not None and not self.layers:
             raise ValueError("no pair of layers is left to compare; hidden weight 0 switches that loss off")
 

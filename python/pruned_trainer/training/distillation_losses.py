@@ -1,27 +1,20 @@
-"""Losses that draw a student towards its teacher: answer distributions, and hidden states layer by layer."""
+"""Losses that draw a student towards its teacher: what the outputs say, and hidden states layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pruned_ops.models.stock import config_of
+from pruned_trainer.pruning.attach import holder_of
+from pruned_trainer.tasks.output_kinds import divergences, said_by
 from pruned_trainer.training.distillation import Distillation
 
 _NAME = "distillation_projection"
-
-
-class TeacherOutput(NamedTuple):
-    """A teacher's output for a batch: logits (batch, seqlen), hidden states (batch, seqlen, hidden), and
-    answer type logits (batch, types) where the task has them."""
-
-    start_logits: Tensor
-    end_logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None
-    answer_type_logits: Tensor | None = None
 
 
 class HiddenProjection(nn.Module):
@@ -50,8 +43,7 @@ class HiddenProjection(nn.Module):
         kept_hidden: the teacher's dimensions that the student's dimensions stand for; the first ones by
         default. Errors: ValueError as for `Distillation.layer_pairs`.
         """
-        student_config: Any = model.config
-        teacher_config: Any = teacher.config
+        student_config, teacher_config = config_of(model), config_of(teacher)
         pairs = distillation.layer_pairs(student_config.num_hidden_layers, teacher_config.num_hidden_layers)
         sizes = student_config.hidden_size, teacher_config.hidden_size
         needs_matrix = distillation.projection or sizes[0] != sizes[1]
@@ -59,42 +51,29 @@ class HiddenProjection(nn.Module):
         if projection.matrix is not None:
             if kept_hidden is not None:
                 projection.matrix.data = torch.eye(sizes[1])[:, list(kept_hidden)]
-            model.add_module(_NAME, projection.to(next(model.parameters()).device))
+            holder_of(model).add_module(_NAME, projection.to(next(model.parameters()).device))
         return projection
 
     @staticmethod
     def detach(model: nn.Module) -> None:
         """Undo `attach`."""
-        if _NAME in model._modules:
-            del model._modules[_NAME]
+        for holder in (model, holder_of(model)):
+            holder._modules.pop(_NAME, None)
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.matrix is None else F.linear(x, self.matrix)
 
 
-def logits_loss(student: Any, teacher: Any, real: Tensor, temperature: float) -> Tensor:
-    """The KL divergence of the student from the teacher, KL(teacher || student), times temperature^2,
-    averaged over start and end (and answer type, where the teacher has one).
+def logits_loss(
+    student: Any, teacher: Any, real: Tensor, temperature: float, config: Any = None, pooling: str = "mean"
+) -> Tensor:
+    """The mean over the batch of `divergences` between two models' outputs.
 
-    student, teacher: outputs with start and end logits (batch, seqlen). real: (batch, seqlen), True at tokens
-    that are not padding.
+    student, teacher: outputs as `said_by` takes them. real: (batch, seqlen), True at tokens that are not
+    padding. config: the student's. pooling: as for `said_by`.
     """
-    pairs = [(student.start_logits, teacher.start_logits), (student.end_logits, teacher.end_logits)]
-    divergences = [_divergence(s, t, real, temperature) for s, t in pairs]
-    types = getattr(teacher, "answer_type_logits", None)  # a stock model's output does not know the name
-    if types is not None:
-        everything = torch.ones_like(types, dtype=torch.bool)
-        divergences.append(_divergence(student.answer_type_logits, types, everything, temperature))
-    return torch.stack(divergences).mean() * temperature**2
-
-
-def _divergence(student: Tensor, teacher: Tensor, real: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of the KL divergence of two softened distributions over the `real` classes."""
-    lowest = torch.finfo(student.dtype).min
-    student_log = F.log_softmax((student / temperature).masked_fill(~real, lowest), -1)
-    teacher_log = F.log_softmax((teacher / temperature).masked_fill(~real, lowest), -1)
-    divergence = (teacher_log.exp() * (teacher_log - student_log)).masked_fill(~real, 0.0)
-    return divergence.sum(-1).mean()
+    own, wanted = (said_by(outputs, config, real, pooling) for outputs in (student, teacher))
+    return divergences(own, wanted, real, temperature).mean()
 
 
 def hidden_loss(

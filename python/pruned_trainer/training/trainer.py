@@ -19,17 +19,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pruned_trainer.distributed import on_any
 from pruned_trainer.pruning.gate_phase import GatePhase
-from pruned_trainer.tasks.task import without_labels
-from pruned_trainer.training.batches import LengthGroupedSampler, lengths_of
+from pruned_trainer.training.batches import GROUP, NUMBER, LengthGroupedSampler, lengths_of
 from pruned_trainer.training.callbacks import OneLineProgress
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.distillation_losses import (
-    HiddenProjection,
-    TeacherOutput,
-    hidden_loss,
-    logits_loss,
-)
+from pruned_trainer.training.encoder_states import run_model
 from pruned_trainer.training.teacher_cache import TeacherCache
+from pruned_trainer.training.teaching import TaskLoss, Teaching
 
 _SAVING = "saving"
 
@@ -38,11 +33,12 @@ class PruningTrainer(Trainer):
     """Trains a student with its task loss, distillation from a teacher, and in the gate phase what open gates
     cost.
 
-    model: a gated model, with `gate_phase`; or any question-answering model, without, for plain distillation.
-    teacher: gives start and end logits and hidden states without gradients; None if the distillation needs
-    none. cache: the teacher's logits on disk; features then have a "number". kept_hidden: the teacher's
-    hidden dimensions that the student still has, where it has fewer.
-    Batches are dictionaries of padded tensors with the task's LABELS.
+    model: a gated model, with `gate_phase`; or any model around an encoder, without, for plain distillation.
+    teacher: gives the same kind of outputs, and hidden states, without gradients; None if the distillation
+    needs none. cache: the teacher's start and end logits on disk; features then have a NUMBER. kept_hidden:
+    the teacher's hidden dimensions that the student still has, where it has fewer. task_loss: a function of
+    outputs and batch that takes the place of the outputs' own `loss`.
+    Batches are dictionaries of padded tensors, with labels or without; a GROUP is the query of each row.
     """
 
     def __init__(
@@ -54,18 +50,15 @@ class PruningTrainer(Trainer):
         gate_phase: GatePhase | None = None,
         cache: TeacherCache | None = None,
         kept_hidden: Sequence[int] | None = None,
+        task_loss: TaskLoss | None = None,
         **kwargs: Any,
     ) -> None:
-        if distillation.needs_teacher and teacher is None:
-            raise ValueError("the distillation losses need a teacher")
         if args.n_gpu > 1:
             raise ValueError(
                 "several GPUs in one process are not supported: start a process each (torchrun, "
                 "accelerate launch), or choose one with CUDA_VISIBLE_DEVICES"
             )
-        self.projection: HiddenProjection | None = None
-        if distillation.hidden > 0 and teacher is not None:
-            self.projection = HiddenProjection.attach(model, teacher, distillation, kept_hidden)
+        self.teaching = Teaching(model, teacher, distillation, kept_hidden, cache, task_loss)
         for parameter in model.parameters():
             if (
                 not parameter.numel()
@@ -75,8 +68,10 @@ class PruningTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(OneLineProgress)
-        self.distillation, self.gate_phase, self.cache = distillation, gate_phase, cache
-        self.teacher = teacher.to(self.args.device) if teacher is not None else None
+        self.gate_phase = gate_phase
+        self.teaching.labels |= set(self.label_names)
+        if teacher is not None:
+            teacher.to(self.args.device)
         self.loss_is_scaled_for_ga = False  # compute_loss returns a mean over its minibatch
         self._parts: dict[str, float] = {}
         self._counted = 0
@@ -191,55 +186,27 @@ class PruningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        numbers = inputs.pop("number", None)
-        weights = self.distillation
-        outputs = model(**inputs, output_hidden_states=weights.hidden > 0)
-        parts = {"task": outputs.loss * weights.task}
-        if self.teacher is not None and weights.needs_teacher:
-            parts.update(self._distil(outputs, inputs, numbers))
+        numbers, groups = inputs.pop(NUMBER, None), inputs.pop(GROUP, None)
+        teaching = self.teaching
+        with_states = teaching.distillation.hidden > 0
+        outputs, states = run_model(model, inputs, with_states, self.model)
+        parts = {"task": teaching.task_loss(outputs, inputs)}
+        parts.update(teaching.parts(outputs, states, inputs, numbers, groups))
         if self.gate_phase is not None:
             progress = self.state.global_step / max(self.state.max_steps, 1)
             parts["budget"], facts = self.gate_phase.loss(progress)
             self._count(facts)
         loss = torch.stack(list(parts.values())).sum()
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                "nothing in this batch's loss has a gradient: it has no labels, and no teacher says anything "
+                "of it"
+            )
         self._count({f"loss_{name}": float(part.detach()) for name, part in parts.items()})
         self._counted += 1
         if on_any(not math.isfinite(float(loss.detach()))):
             raise self._not_finite(parts)
         return (loss, outputs) if return_outputs else loss
-
-    def _distil(self, outputs: Any, inputs: dict[str, Tensor], numbers: Tensor | None) -> dict[str, Tensor]:
-        weights, real = self.distillation, inputs["attention_mask"].bool()
-        target = self._teacher_output(inputs, numbers)
-        parts = {}
-        if weights.logits > 0:
-            parts["logits"] = logits_loss(outputs, target, real, weights.temperature) * weights.logits
-        if weights.hidden > 0:
-            assert target.hidden_states is not None and self.projection is not None
-            loss = hidden_loss(outputs.hidden_states, target.hidden_states, real, self.projection)
-            parts["hidden"] = loss * weights.hidden
-        return parts
-
-    def _teacher_output(self, inputs: dict[str, Tensor], numbers: Tensor | None) -> TeacherOutput:
-        """The teacher's output for this batch, from the cache where that has it and only logits are
-        needed."""
-        assert self.teacher is not None
-        hidden, mask = self.distillation.hidden > 0, inputs["attention_mask"]
-        if self.cache is not None and numbers is not None and not hidden:
-            cached = self.cache.logits(numbers.cpu(), mask.size(1))
-            if cached is not None:
-                start, end, *answer_types = (logits.to(mask.device) for logits in cached)
-                return TeacherOutput(start, end, None, *answer_types)
-        questions = without_labels(inputs)
-        # The teacher runs in its own precision, also where the student runs under autocast.
-        with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
-            output = self.teacher(**questions, output_hidden_states=hidden)
-        start, end = output.start_logits, output.end_logits
-        types = getattr(output, "answer_type_logits", None)
-        if self.cache is not None and numbers is not None:
-            stored_types = types.cpu() if types is not None else None
-            self.cache.store(numbers.cpu(), start.cpu(), end.cpu(), mask.cpu(), stored_types)
-        return TeacherOutput(start, end, output.hidden_states if hidden else None, types)
 
     def _not_finite(self, parts: dict[str, Tensor]) -> FloatingPointError:
         """The error for a loss of these parts, or (without parts) a weight, that is not finite."""

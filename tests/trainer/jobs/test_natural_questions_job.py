@@ -32,7 +32,7 @@ from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.training.batches import Share, lengths_of
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.distillation_losses import TeacherOutput, logits_loss
+from pruned_trainer.training.distillation_losses import logits_loss
 from pruned_trainer.training.teacher_cache import TeacherCache
 from tiny_tokenizers import byte_tokenizer, word_tokenizer
 
@@ -239,8 +239,8 @@ def test_answer_types_take_part_in_the_losses() -> None:
         (b.answer_type_logits / 2).softmax(-1)
         * ((b.answer_type_logits / 2).log_softmax(-1) - (a.answer_type_logits / 2).log_softmax(-1))
     ]
-    spans = logits_loss(a, TeacherOutput(b.start_logits, b.end_logits, None), real, 2.0)
-    every = logits_loss(a, TeacherOutput(b.start_logits, b.end_logits, None, b.answer_type_logits), real, 2.0)
+    spans = logits_loss(a, {"start_logits": b.start_logits, "end_logits": b.end_logits}, real, 2.0)
+    every = logits_loss(a, b, real, 2.0)
     expected = (2 * spans + 4 * by_hand[0].sum(-1).mean()) / 3
     torch.testing.assert_close(every, expected)
 

@@ -132,7 +132,7 @@ def test_the_lagrangian_follows_its_target(tmp_path: Path) -> None:
     with attached(model) as gates:
         budget, target = SizeBudget(gates.shape, "params"), Target(params=0.5)
         trainer = gate_trainer(model, model, gates, budget, target, 120, tmp_path)
-        trainer.distillation = Distillation(task=1e-6, logits=0.0, hidden=0.0)
+        trainer.teaching.distillation = Distillation(task=1e-6, logits=0.0, hidden=0.0)
         trainer.train()
         start = trainer.gate_phase.start
     logged = [entry["wanted"] for entry in trainer.state.log_history if "wanted" in entry]

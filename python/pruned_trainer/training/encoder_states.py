@@ -1,0 +1,82 @@
+"""The hidden states of the encoder inside a model, whatever the model around it returns."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pruned_ops.models.stock import running_encoder
+
+
+class States(NamedTuple):
+    """One call of an encoder: its hidden states (batch, seqlen, hidden), the embeddings' first, and the mask
+    (batch, seqlen) that it was given."""
+
+    hidden: tuple[Tensor, ...]
+    mask: Tensor
+
+
+@contextmanager
+def capturing(model: nn.Module) -> Iterator[list[States]]:
+    """Collect inside the block what each call of the model's encoder gives, in a list that may be cleared."""
+    encoder, found = running_encoder(model), list[States]()
+    before = encoder.__dict__.get("forward")
+    forward = encoder.forward
+
+    # Not a hook, which would not run where a caller uses the encoder's `forward` itself.
+    @functools.wraps(forward)
+    def asking(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **{**kwargs, "output_hidden_states": True})
+        hidden = getattr(output, "hidden_states", None)
+        if hidden is None:  # a tuple, where the caller wanted one
+            hidden = next(part for part in output if isinstance(part, tuple))
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is None:
+            mask = torch.ones(hidden[0].shape[:2], dtype=torch.long, device=hidden[0].device)
+        found.append(States(tuple(hidden), mask))
+        return output
+
+    encoder.forward = asking
+    try:
+        yield found
+    finally:
+        del encoder.forward
+        if before is not None:
+            encoder.forward = before
+
+
+def run_model(
+    model: nn.Module, inputs: Mapping[str, Tensor], with_states: bool, inner: nn.Module | None = None
+) -> tuple[Any, list[States]]:
+    """The model's outputs for these inputs, with its encoder's hidden states where they are wanted.
+
+    inner: the model itself where `model` wraps it to train on several processes. Models of transformers and
+    of pruned_ops are asked for their states; in others they are collected at the encoder.
+    """
+    own = model if inner is None else inner
+    if not with_states:
+        return model(**inputs), []
+    if _is_of_a_library(own):
+        outputs = model(**inputs, output_hidden_states=True)
+        return outputs, [States(outputs.hidden_states, inputs["attention_mask"])]
+    with capturing(own) as found:
+        return model(**inputs), found
+
+
+def _is_of_a_library(model: nn.Module) -> bool:
+    return type(model).__module__.partition(".")[0] in ("transformers", "pruned_ops")
+
+
+def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the inputs that the model's forward has an argument for."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(inputs)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in inputs.items() if name in names}

@@ -1,0 +1,136 @@
+"""What a student learns in a step: its task's loss, where there are labels, and what its teacher says of the
+same batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruned_ops.models.stock import config_of
+from pruned_trainer.tasks.output_kinds import (
+    OutputKind,
+    Said,
+    check_comparable,
+    divergences,
+    margin_divergence,
+    said_by,
+)
+from pruned_trainer.tasks.task import LABELS
+from pruned_trainer.training.distillation import Distillation
+from pruned_trainer.training.distillation_losses import HiddenProjection, hidden_loss
+from pruned_trainer.training.encoder_states import States, accepted, run_model
+from pruned_trainer.training.teacher_cache import TeacherCache
+
+# A loss of the caller's own: outputs and batch -> a scalar, or None where the batch has no labels.
+TaskLoss = Callable[[Any, Mapping[str, Any]], Tensor | None]
+
+
+class Teaching:
+    """The losses of a student with a teacher, or without one.
+
+    teacher: runs without gradients, in its own precision; None if the distillation needs none. kept_hidden:
+    the teacher's hidden dimensions that the student still has, where it has fewer. cache: a teacher's start
+    and end logits on disk. task_loss: takes the place of the `loss` in the student's outputs. labels: the
+    entries of a batch that only the loss reads, beside LABELS. Errors: ValueError where the distillation
+    needs a teacher and there is none, and as for `HiddenProjection.attach`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        distillation: Distillation,
+        kept_hidden: Sequence[int] | None = None,
+        cache: TeacherCache | None = None,
+        task_loss: TaskLoss | None = None,
+        labels: Collection[str] = (),
+    ) -> None:
+        if distillation.needs_teacher and teacher is None:
+            raise ValueError("the distillation losses need a teacher")
+        self.student, self.teacher, self.distillation = student, teacher, distillation
+        self.cache, self.own_loss, self.labels = cache, task_loss, {*LABELS, *labels}
+        self.projection: HiddenProjection | None = None
+        if distillation.hidden > 0 and teacher is not None:
+            self.projection = HiddenProjection.attach(student, teacher, distillation, kept_hidden)
+
+    def without_labels(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch for a model that is not to compute a loss."""
+        return {name: tensor for name, tensor in inputs.items() if name not in self.labels}
+
+    def task_loss(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss on the labels times its weight; 0 where the batch has none."""
+        loss = self.own_loss(outputs, inputs) if self.own_loss is not None else _own_loss(outputs)
+        if loss is None:
+            return torch.zeros((), device=next(iter(inputs.values())).device)
+        return loss * self.distillation.task
+
+    def parts(
+        self,
+        outputs: Any,
+        states: Sequence[States],
+        inputs: Mapping[str, Tensor],
+        numbers: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What the teacher adds to the loss of a batch: scalars by the name of the weight.
+
+        outputs, states: the student's for these inputs. numbers: (batch,), each example's in the cache.
+        groups: (batch,), equal for the rows of one query.
+        """
+        weights = self.distillation
+        if self.teacher is None or not weights.needs_teacher:
+            return {}
+        mask, parts = inputs["attention_mask"], {}
+        said, teacher_states = self._taught(inputs, numbers)
+        if weights.logits > 0:
+            own = said_by(outputs, config_of(self.student), mask, weights.pooling)
+            check_comparable(own, said)
+            loss = divergences(own, said, mask, weights.temperature).mean()
+            if groups is not None and own.kind is OutputKind.SCORES:
+                loss = loss + margin_divergence(own, said, groups)
+            parts["logits"] = loss * weights.logits
+        if weights.hidden > 0:
+            parts["hidden"] = self.hidden_part(states, teacher_states)
+        return parts
+
+    def hidden_part(self, states: Sequence[States], teacher_states: Sequence[States]) -> Tensor:
+        """The loss of the hidden states, the mean over the encoder's calls."""
+        assert self.projection is not None
+        losses = [
+            hidden_loss(own.hidden, wanted.hidden, own.mask.bool(), self.projection)
+            for own, wanted in zip(states, teacher_states, strict=True)
+        ]
+        return torch.stack(losses).mean() * self.distillation.hidden
+
+    def _taught(self, inputs: Mapping[str, Tensor], numbers: Tensor | None) -> tuple[Said, Sequence[States]]:
+        """What the teacher says of this batch, from the cache where that has it and only logits are
+        needed."""
+        assert self.teacher is not None
+        hidden, mask = self.distillation.hidden > 0, inputs["attention_mask"]
+        if self.cache is not None and numbers is not None and not hidden:
+            cached = self.cache.logits(numbers.cpu(), mask.size(1))
+            if cached is not None:
+                names = ("start_logits", "end_logits", "answer_type_logits")
+                values = {name: logits.to(mask.device) for name, logits in zip(names, cached, strict=False)}
+                return Said(OutputKind.SPANS, values), ()
+        questions = accepted(self.teacher, self.without_labels(inputs))
+        # The teacher runs in its own precision, also where the student runs under autocast.
+        with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
+            outputs, states = run_model(self.teacher, questions, hidden)
+        said = said_by(outputs, config_of(self.teacher), mask, self.distillation.pooling)
+        if self.cache is not None and numbers is not None:
+            start, end, *types = (logits.cpu() for logits in said.values.values())
+            self.cache.store(numbers.cpu(), start, end, mask.cpu(), *types)
+        return said, states
+
+
+def _own_loss(outputs: Any) -> Tensor | None:
+    """The loss in a model's outputs; None where they hold none."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0:
+        return outputs[0]
+    return getattr(outputs, "loss", None)
