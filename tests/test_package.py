@@ -57,6 +57,7 @@ FLOORS = {
     ROOT: (
         ("cli", ""),
         ("commands",),
+        ("serving",),
         ("qa",),
         ("checkpoints", "measure", "natural_questions"),
         ("runtime",),

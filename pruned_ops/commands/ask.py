@@ -41,7 +41,6 @@ def add_command(commands: Any) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--question", nargs="+", metavar="TEXT", help="questions to ask of --context-file")
     source.add_argument("--questions", metavar="FILE", help="JSON lines; - for standard input")
-    source.add_argument("--serve", action="store_true", help="open a page to ask in, on this machine")
     parser.add_argument("--context-file", type=Path, metavar="FILE", help="the text, in UTF-8")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where the answers go (default: standard output)"
@@ -62,36 +61,11 @@ def add_command(commands: Any) -> None:
         choices=["int8"],
         help="run the linears in int8, on a CPU (default: fp32)",
     )
-    _add_page(parser)
-
-
-def _add_page(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the page."""
-    page = parser.add_argument_group("the page of --serve")
-    page.add_argument("--beside", type=Path, metavar="DIR", help="another checkpoint, say the dense one")
-    page.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"
-    )
-    page.add_argument(
-        "--allow-host",
-        nargs="+",
-        default=(),
-        metavar="NAME",
-        help="answer under these names too (default: only as --host and localhost)",
-    )
-    page.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen at")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer every question, or serve the page. On an error or Ctrl-C the answers before it are written."""
+    """Answer every question. On an error or Ctrl-C the answers before it are written."""
     check_arguments(arguments)
-    if arguments.serve:
-        from pruned_ops.commands.serve import serve
-
-        folders = [folder for folder in (arguments.beside, arguments.folder) if folder is not None]
-        answerers = {str(folder): _load(folder, arguments) for folder in folders}
-        serve(answerers, arguments.host, arguments.port, tuple(arguments.allow_host))
-        return
     with ExitStack() as stack:
         if arguments.question is not None:
             lines = _as_lines(arguments.question, arguments.context_file)
@@ -117,15 +91,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """OSError or ValueError for what can be known to fail before the model is loaded."""
     from pruned_ops.checkpoints.loading import checkpoint_folder
 
-    for folder in (arguments.folder, arguments.beside):
-        if folder is not None:
-            checkpoint_folder(folder)
-    if arguments.serve:
-        if arguments.context_file or arguments.out or arguments.top_k or arguments.skip_bad:
-            raise ValueError("--serve takes its questions and texts from the page, and answers there")
-        return
-    if arguments.beside is not None:
-        raise ValueError("--beside goes with --serve")
+    checkpoint_folder(arguments.folder)
     if (arguments.question is not None) != (arguments.context_file is not None):
         raise ValueError("--question goes with --context-file; --questions has its contexts in it")
     check_counts(arguments, "top_k")

@@ -1,161 +1,171 @@
-"""`pruned-ops ask DIR --serve`: a page to ask a text questions, on this machine; two models side by side."""
+"""`pruned-ops serve`: models behind the HTTP APIs that clients of embedders and rerankers speak."""
 
-# Annotations are not postponed here: FastAPI reads them, and some name what only a function knows.
-import asyncio
-import time
-from collections.abc import Mapping
-from importlib.resources import files
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.commands.http_server import Busy, Hosts, Worker
-from pruned_ops.commands.http_server import serve as serve_application
-from pruned_ops.files import parse_json
+from pruned_ops.command_line import check_counts
+from pruned_ops.files import read_text
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from pruned_ops.serving.limits import Limits
+    from pruned_ops.serving.models import Loading, Served
 
-    from pruned_ops.qa.answerer import QuestionAnswerer
+MISSING = 'the server needs FastAPI, uvicorn and prometheus-client: pip install "pruned_ops[serve]"'
+# The fields of Limits that options set, with what each is in the help.
+_COUNTS = {
+    "body_bytes": "bytes of a request at most",
+    "texts": "texts of a request at most",
+    "requests": "requests under way at most; more are refused with 429",
+    "queue_tokens": "tokens that wait at most; a request that adds more is refused with 429",
+    "batch_tokens": "tokens of a batch at most, padding included",
+}
+_SECONDS = {
+    "wait_ms": "milliseconds that a request waits at most for others that are on their way",
+    "patience": "seconds in which a client has to have sent a whole request, or taken an answer",
+    "grace": "seconds that requests under way have to be answered at SIGTERM or Ctrl-C",
+}
 
-# The most characters that one request may have: a question, and a text of some 250 pages.
-LONGEST_QUESTION, LONGEST_TEXT = 1_000, 500_000
-# The most bytes of a request's body: those of the longest question and text, written as JSON escapes.
-LONGEST_BODY = 12 * (LONGEST_QUESTION + LONGEST_TEXT) + 1_000
-MISSING = 'the page needs FastAPI: pip install "pruned_ops[serve]"'
-# Only the page's own styles and scripts run in it, and no other site may show it.
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-    "frame-ancestors 'none'"
-)
-# What is left of a refused request is not read.
-_CLOSE = {"Connection": "close"}
+
+def add_command(commands: Any) -> None:
+    """Add the command and its options to the parser's commands."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve models over HTTP, to existing clients",
+        description="Serve embedders, rerankers, classifiers and question answering. Clients of "
+        "text-embeddings-inference, of OpenAI's embeddings and of Cohere's and Jina's reranking need another "
+        "address and nothing else; a browser gets a page to ask questions.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="folder or hub name of a model; NAME=MODEL calls it NAME"
+    )
+    _add_access(parser)
+    _add_loading(parser)
+    _add_limits(parser)
 
 
-def application(
-    answerers: "Mapping[str, QuestionAnswerer]", hosts: Hosts | None = None, worker: Worker | None = None
-) -> "FastAPI":
-    """The page at /, and /answer: {question, text} -> an answer of each model, with its milliseconds.
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say who may ask."""
+    access = parser.add_argument_group("who may ask")
+    access.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"
+    )
+    access.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port to listen at; 0: a free one"
+    )
+    access.add_argument(
+        "--allow-host",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="answer under these names too (default: only as --host and localhost)",
+    )
+    access.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys, one a line; requests have to bring one"
+    )
+    access.add_argument(
+        "--allow-origin",
+        nargs="+",
+        default=(),
+        metavar="URL",
+        help="pages of these sites may ask from a browser (default: none)",
+    )
 
-    answerers: name -> model. Questions are answered one after another, by `worker`; meanwhile the page and
-    /health answer. hosts: the names under which it answers, by default this machine's own. Errors:
-    ImportError that says what to install.
-    """
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how models run."""
+    loading = parser.add_argument_group("how models run")
+    loading.add_argument("--device", help="where they run (default: a GPU where there is one)")
+    loading.add_argument(
+        "--dtype",
+        choices=["int8"],
+        help="run the linears in int8, on a CPU with AVX-512 VNNI (default: fp32)",
+    )
+    loading.add_argument(
+        "--texts-file",
+        type=Path,
+        metavar="FILE",
+        help="with --dtype int8: texts, one a line, by which the linears that have to stay fp32 are found",
+    )
+    loading.add_argument("--threads", type=int, metavar="N", help="threads of a model (default: all cores)")
+    loading.add_argument(
+        "--plain", action="store_true", help="run the models as transformers does, to compare with"
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `Limits`, with its defaults. It is imported late: --help needs no torch."""
+    group = parser.add_argument_group("limits")
+    for name, text in _COUNTS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+    for name, text in _SECONDS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=text)
+    group.add_argument(
+        "--auto-truncate",
+        action="store_true",
+        help="cut texts that are too long for the model, where the API would refuse them",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the models and serve them until SIGTERM or Ctrl-C."""
     try:
-        from fastapi import FastAPI, HTTPException, Request
-        from fastapi.responses import HTMLResponse, JSONResponse
-        from pydantic import BaseModel, Field, ValidationError
-        from starlette.requests import ClientDisconnect
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-
-    class Asked(BaseModel):
-        question: str = Field(min_length=1, max_length=LONGEST_QUESTION)
-        text: str = Field(max_length=LONGEST_TEXT)
-
-    app = FastAPI(title="pruned-ops ask", docs_url=None, redoc_url=None, openapi_url=None)
-    known, model = hosts or Hosts("localhost"), worker or Worker()
-    page = files("pruned_ops.commands").joinpath("serve.html").read_text(encoding="utf-8")
-
-    @app.middleware("http")
-    async def guarded(request: Request, call_next: Any) -> Any:
-        host = request.headers.get("host")
-        if not known.include(host):
-            detail = f"this page is not {host!r}; --allow-host names hosts that it is besides localhost"
-            return JSONResponse({"detail": detail}, 421, _CLOSE)
-        response = await call_next(request)
-        response.headers["Content-Security-Policy"] = POLICY
-        return response
-
-    async def asked_in(request: Request) -> Asked:
-        """What the request asks; HTTPException where it is too large or no question."""
-        body = await _limited_body(request)
-        if body is None:
-            raise HTTPException(413, f"a request of at most {LONGEST_BODY} bytes is taken", _CLOSE)
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            # Any other site can make a browser send other types.
-            raise HTTPException(415, "the question has to come as application/json")
-        try:
-            # In a thread, because some megabytes take a while.
-            return Asked.model_validate(await asyncio.to_thread(parse_json, body))
-        except ValidationError as error:
-            # Without the input, which may be long.
-            problems = error.errors(include_url=False, include_context=False, include_input=False)
-            raise HTTPException(422, problems) from None
-        except ValueError as error:
-            raise HTTPException(422, f"no JSON object with a question and a text: {error}") from None
-
-    @app.get("/", response_class=HTMLResponse)
-    async def index() -> str:
-        return page
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "models": list(answerers)}
-
-    @app.post("/answer")
-    async def answer(request: Request) -> dict[str, Any]:
-        try:
-            asked = await asked_in(request)
-            answers = await model.run(lambda: _answers(answerers, asked.question, asked.text))
-        except ClientDisconnect:
-            raise HTTPException(400, "the client is gone") from None  # which nobody reads
-        except Busy as error:
-            raise HTTPException(503, str(error)) from None
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
-        return {"answers": answers}
-
-    return app
+        from pruned_ops.serving.application import Access, application
+        from pruned_ops.serving.connections import Hosts, bound, serve, url
+        from pruned_ops.serving.guard import Keys
+        from pruned_ops.serving.models import load_all
+        from pruned_ops.serving.service import Service
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{MISSING} ({error})") from error
+    limits, loading = _limits(arguments), _loading(arguments)
+    keys = None if arguments.api_key_file is None else Keys(arguments.api_key_file)
+    access = Access(Hosts(arguments.host, tuple(arguments.allow_host)), keys, tuple(arguments.allow_origin))
+    with bound(arguments.host, arguments.port) as place:
+        models = load_all(arguments.models, loading)
+        for served in models.values():
+            print(described(served), flush=True)
+        service = Service(models, limits)
+        print(f"{url(place)}  (Ctrl-C ends it)", flush=True)
+        serve(application(service, access), place, service, limits)
 
 
-async def _limited_body(request: Any) -> bytes | None:
-    """The body of a request; None where it is too large, whatever the request says of its length."""
-    length = request.headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > LONGEST_BODY:
-        return None
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LONGEST_BODY:
-            return None
-    return bytes(body)
+def _limits(arguments: argparse.Namespace) -> Limits:
+    """The limits that the options set. Errors: ValueError for numbers that cannot be."""
+    from pruned_ops.serving.limits import Limits
+
+    check_counts(arguments, *_COUNTS)
+    given = {name: getattr(arguments, name) for name in (*_COUNTS, *_SECONDS)}
+    set_ones = {name: value for name, value in given.items() if value is not None}
+    return Limits(**set_ones, auto_truncate=arguments.auto_truncate)
 
 
-def _answers(answerers: "Mapping[str, QuestionAnswerer]", question: str, text: str) -> list[dict[str, Any]]:
-    return [{"model": name, **answered(answerer, question, text)} for name, answerer in answerers.items()]
+def _loading(arguments: argparse.Namespace) -> Loading:
+    """How the options want models to be loaded. Errors: OSError or ValueError for files that cannot be read,
+    and options that do not go together."""
+    from pruned_ops.serving.models import Loading
+
+    check_counts(arguments, "threads")
+    if arguments.threads is not None:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    texts: tuple[str, ...] = ()
+    if arguments.texts_file is not None:
+        texts = tuple(line for line in read_text(arguments.texts_file).splitlines() if line.strip())
+        if not texts:
+            raise ValueError(f"{arguments.texts_file} holds no text")
+    return Loading(arguments.device, arguments.dtype, texts, arguments.plain)
 
 
-def answered(answerer: "QuestionAnswerer", question: str, text: str) -> dict[str, Any]:
-    """The answer, and the best span even where the answer is "". Places are counted in UTF-16 units, as a
-    browser counts them."""
-    start = time.perf_counter()
-    best = answerer.answer(question, text, top_k=2)
-    seconds = time.perf_counter() - start
-    span = next((answer for answer in best if answer.answer), None)
-
-    def units(place: int) -> int:
-        return len(text[:place].encode("utf-16-le")) // 2
-
-    return {
-        "answer": best[0].answer,
-        "score": best[0].score,
-        "best_span": None
-        if span is None
-        else {"text": span.answer, "score": span.score, "start": units(span.start), "end": units(span.end)},
-        "ms": 1000 * seconds,
-    }
-
-
-def serve(
-    answerers: "Mapping[str, QuestionAnswerer]", host: str, port: int, allowed: tuple[str, ...] = ()
-) -> None:
-    """Serve the page until Ctrl-C. allowed: further names of the host. Errors: ImportError that says what to
-    install."""
-    worker = Worker()
-    app = application(answerers, Hosts(host, allowed), worker)
-    try:
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-    name = f"[{host}]" if ":" in host else host
-    print(f"http://{name}:{port}  (Ctrl-C ends it)", flush=True)
-    serve_application(app, host, port, worker)
+def described(served: Served) -> str:
+    """A line that says what a model does."""
+    facts = [served.kind]
+    if served.dimension:
+        facts.append(f"{served.dimension} dimensions")
+    if served.labels:
+        facts.append(f"labels {', '.join(served.labels[:8])}{' ...' if len(served.labels) > 8 else ''}")
+    facts.append(f"at most {served.encoder.max_tokens} tokens")
+    return f"{served.name}: {', '.join(facts)}{''.join(f' ({note})' for note in served.notes)}"

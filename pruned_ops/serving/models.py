@@ -1,0 +1,273 @@
+"""Models as a server holds them: loaded, optimised, and computed a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pruned_ops.checkpoints.loading import (
+    checked_device,
+    checkpoint_folder,
+    default_device,
+    first_line,
+    load_model,
+    load_tokenizer,
+    only_errors,
+)
+from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.qa.answerer import QuestionAnswerer
+from pruned_ops.qa.logits import select_logits, split_logits
+from pruned_ops.runtime.optimize import optimize, restore
+from pruned_ops.runtime.streaming import BatchRunner, Tensors, padded, token_batches
+from pruned_ops.serving.folders import Contents, Kind, contents_of, folder_of
+from pruned_ops.serving.texts import TextEncoder
+
+FloatArray = NDArray[np.float32]
+
+_MISSING = 'a model with this pooling needs sentence-transformers: pip install "pruned_ops[st]"'
+# Tokens of a batch of calibration texts.
+_CALIBRATION_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How models are loaded.
+
+    device: where they run; by default on the GPU where there is one. dtype: None or "int8". calibration:
+    texts with which int8 chooses the linears that stay in fp32 (see `pruned_ops.optimize`). plain: run the
+    models as transformers runs them, to compare with. Errors: ValueError for what does not go together.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    calibration: Sequence[str] = ()
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.calibration and self.dtype is None:
+            raise ValueError("calibration texts are for int8: give --dtype int8, too")
+        if self.plain and self.dtype is not None:
+            raise ValueError("a plain model runs in its own dtype, not in int8")
+
+    @property
+    def place(self) -> torch.device:
+        """The device. Errors: ValueError for one that cannot be used here."""
+        return checked_device(default_device() if self.device is None else self.device)
+
+    def prepare(self, model: Any, encoder: TextEncoder) -> None:
+        """Put a model on its device and, unless it is to be plain, optimise it in place."""
+        model.to(self.place).eval()
+        if not self.plain:
+            batches = list(self._batches(model, encoder)) if self.calibration else None
+            optimize(model, dtype=self.dtype, calibration=batches)
+
+    def _batches(self, model: Any, encoder: TextEncoder) -> Iterator[Tensors]:
+        """The calibration texts as a model's arguments."""
+        sequences = encoder.encode(self.calibration, cut=True)
+        for places in token_batches(sequences, _CALIBRATION_TOKENS):
+            inputs = padded([sequences[place] for place in places], _pad(model))
+            yield {name: tensor.to(self.place) for name, tensor in inputs.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """One model that a server holds.
+
+    name: what requests call it. source: where it came from; requests may call it that, too. runner: computes
+    batches. dimension: numbers of an embedding, 0 for other kinds. labels: of a classifier or reranker.
+    multi_label: whether several of them may hold. pooling: of an embedder. prompts: texts to be put before
+    others, by name. notes: what a user should know. answerer: reads questions, of a model that answers them.
+    """
+
+    name: str
+    source: str
+    kind: Kind
+    encoder: TextEncoder
+    runner: BatchRunner
+    dimension: int = 0
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    pooling: str = ""
+    prompts: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    answerer: QuestionAnswerer | None = None
+
+    def compute(self, sequences: list[Any]) -> list[Any]:
+        """The result of each sequence, None where it is not finite: an embedding (dimension,), logits
+        (labels,), or the start and end logits of a window, (tokens,) each."""
+        ((_, tensors),) = self.runner.run([sequences])
+        if self.answerer is not None:
+            windows = list(split_logits(sequences, tensors))
+            return [each if all(np.isfinite(part).all() for part in each) else None for each in windows]
+        values = tensors["values"]
+        rows, finite = values.numpy(), torch.isfinite(values).all(1).tolist()
+        # Copies: a view would keep the whole batch for as long as one client takes to read its answer.
+        return [row.copy() if is_finite else None for row, is_finite in zip(rows, finite, strict=True)]
+
+
+def load(source: str, name: str, loading: Loading) -> Served:
+    """The model in a folder, or of a hub name. What it does is read from the folder's own files.
+
+    Errors: OSError where there is none; ImportError where a library is missing; ValueError for models that
+    do nothing that can be served, that `optimize` refuses, or that cannot be loaded.
+    """
+    only_errors()
+    folder = checkpoint_folder(folder_of(source))
+    contents = contents_of(folder)
+    make = _of_library if contents.library else _MAKERS[contents.kind]
+    try:
+        return make(folder, source, name, loading, contents)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # each library on the way raises its own kind for a broken file
+        raise ValueError(f"{source} cannot be loaded: {first_line(error)}") from error
+
+
+def load_all(sources: Sequence[str], loading: Loading) -> dict[str, Served]:
+    """The models by the names that requests call them: NAME of NAME=MODEL, or the last part of MODEL.
+    Errors: as `load`'s; ValueError for two of one name."""
+    places: dict[str, str] = {}
+    for source in sources:
+        name, separator, place = source.partition("=")
+        if not separator or Path(source).exists():
+            place = source
+            name = Path(source).resolve().name if Path(source).is_dir() else source
+        if not name or name in places:
+            raise ValueError(f"two models are called {name!r}: give one another name, as NAME={place}")
+        places[name] = place
+    return {name: load(place, name, loading) for name, place in places.items()}
+
+
+def _rows(output: Any) -> Tensors:
+    """What of a model's output is copied to the host: (batch, numbers) in fp32."""
+    return {"values": output.float()}
+
+
+def _pad(model: Any) -> int:
+    return model.config.pad_token_id or 0
+
+
+def _length(tokenizer: Any, config: Any, set_one: int | None = None) -> int:
+    """The most tokens that a model takes, or fewer where its publisher set so."""
+    lengths = [longest_sequence(config), int(tokenizer.model_max_length)]
+    return min(lengths if set_one is None else [*lengths, set_one])
+
+
+def _loaded(auto_class: Any, folder: Path) -> Any:
+    """The model in a folder, in fp32."""
+    return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False).float()
+
+
+def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
+    """An encoder whose pooling is computed here."""
+    from transformers import AutoModel
+
+    model, tokenizer = _loaded(AutoModel, folder), load_tokenizer(str(folder))
+    limit = _length(tokenizer, model.config, contents.max_tokens)
+    encoder = TextEncoder(tokenizer, limit, contents.lower_case)
+    loading.prepare(model, encoder)
+
+    def mean(**inputs: Any) -> Tensor:
+        hidden = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def cls(**inputs: Any) -> Tensor:
+        return model(**inputs).last_hidden_state[:, 0]
+
+    return Served(
+        name,
+        source,
+        "embedder",
+        encoder,
+        BatchRunner({"mean": mean, "cls": cls}[contents.pooling], _pad(model), loading.place, _rows),
+        dimension=model.config.hidden_size,
+        pooling=contents.pooling,
+        prompts=contents.prompts,
+        notes=contents.notes,
+    )
+
+
+def _classifier(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
+    from transformers import AutoModelForSequenceClassification
+
+    model, tokenizer = _loaded(AutoModelForSequenceClassification, folder), load_tokenizer(str(folder))
+    encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
+    loading.prepare(model, encoder)
+    return Served(
+        name,
+        source,
+        contents.kind,
+        encoder,
+        BatchRunner(model, _pad(model), loading.place, lambda output: _rows(output.logits)),
+        labels=tuple(str(model.config.id2label[place]) for place in range(model.config.num_labels)),
+        multi_label=model.config.problem_type == "multi_label_classification",
+    )
+
+
+def _question_answering(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
+    loading.prepare(model, encoder)
+    answerer = QuestionAnswerer(model, tokenizer, dtype=loading.dtype)
+    if loading.plain:
+        restore(model)
+    runner = BatchRunner(model, _pad(model), loading.place, select_logits)
+    return Served(name, source, contents.kind, encoder, runner, answerer=answerer)
+
+
+def _of_library(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
+    """A model of sentence-transformers, with that library's modules. A normalisation at its end is left to
+    the routes, which can be asked for embeddings without it."""
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    library_class = getattr(sentence_transformers, contents.library)
+    model = library_class(str(folder), device="cpu", trust_remote_code=False).to(loading.place)
+    inner, tokenizer = model[0].auto_model, model.tokenizer
+    limit = _length(tokenizer, inner.config, model.max_seq_length)
+    encoder = TextEncoder(tokenizer, limit, bool(getattr(model[0], "do_lower_case", False)))
+    loading.prepare(inner, encoder)
+    # The name of this method is another one before sentence-transformers 5.4.
+    dimension = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+    return Served(
+        name,
+        source,
+        contents.kind,
+        encoder,
+        BatchRunner(_through(list(model)), _pad(inner), loading.place, _rows),
+        dimension=int(dimension()),
+        pooling=contents.pooling or "the library's own",
+        prompts=contents.prompts,
+    )
+
+
+def _through(modules: list[Any]) -> Callable[..., Tensor]:
+    """A call of the modules one after another, but for a normalisation at the end."""
+    while type(modules[-1]).__name__ == "Normalize":
+        modules.pop()
+
+    def call(**inputs: Any) -> Tensor:
+        features: dict[str, Any] = dict(inputs)
+        for module in modules:
+            features = module(features)
+        embedding = features["sentence_embedding"]
+        return embedding.to_dense() if embedding.is_sparse else embedding
+
+    return call
+
+
+_MAKERS = {
+    "embedder": _embedder,
+    "reranker": _classifier,
+    "classifier": _classifier,
+    "question answering": _question_answering,
+}

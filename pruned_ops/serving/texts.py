@@ -1,0 +1,124 @@
+"""From texts to a model's inputs, on the host, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from pruned_ops.serving.refusals import Refusal
+
+# A text of more characters for each token that the model takes is cut, or refused, before it is tokenised:
+# few tokens are so long, and a tokenizer takes a hundred times the memory of a text.
+CHARACTERS_PER_TOKEN = 250
+# So many characters are tokenised at once, for the same reason; one text may have more.
+_CHARACTERS_AT_ONCE = 1 << 18
+
+Side = Literal["right", "left"]
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequence:
+    """A tokenised text, or pair. input_ids: (tokens,) int32. token_type_ids: the same, None for all 0."""
+
+    input_ids: NDArray[np.int32]
+    token_type_ids: NDArray[np.int32] | None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class TextEncoder:
+    """Tokenises texts and pairs as a model was trained, at most `max_tokens` of each.
+
+    tokenizer: the fast tokenizer beside the model; it stays as it is, and any thread may use it. The calls
+    for one encoder come from one thread."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int, lower_case: bool = False) -> None:
+        self.max_tokens, self._lower_case = max_tokens, lower_case
+        self._has_types = "token_type_ids" in tokenizer.model_input_names
+        self._vocabulary = len(tokenizer)
+        self._serialised = tokenizer.backend_tokenizer.to_str()
+        self._cutting: dict[Side, Any] = {}
+
+    def encode(self, texts: Sequence[Text], cut: bool, side: Side = "right") -> list[TokenSequence]:
+        """The tokens of each text or pair. cut: whether a longer text loses its end (side: its beginning),
+        and of a pair the longer part; otherwise it is a Refusal with its place among the texts."""
+        tokenizer = self._tokenizer(side)
+        sequences: list[TokenSequence] = []
+        for batch in _in_pieces([self._limited(text, cut, i, side) for i, text in enumerate(texts)]):
+            for encoding in tokenizer.encode_batch_fast(batch):
+                if not cut and encoding.overflowing:
+                    raise self._too_long(len(sequences), "tokens", self.max_tokens)
+                if not encoding.ids:
+                    raise Refusal("empty", f"input {len(sequences)} has no token", "input")
+                types = np.array(encoding.type_ids, dtype=np.int32) if self._has_types else None
+                if types is not None and not types.any():
+                    types = None
+                sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), types))
+        return sequences
+
+    def of_ids(self, lists: Sequence[Sequence[int]], cut: bool) -> list[TokenSequence]:
+        """Texts that come as the model's own token ids, special tokens included."""
+        sequences = []
+        for index, ids in enumerate(lists):
+            if not ids:
+                raise Refusal("empty", f"input {index} has no token", "input")
+            if len(ids) > self.max_tokens and not cut:
+                raise self._too_long(index, "tokens", self.max_tokens)
+            if any(not 0 <= number < self._vocabulary for number in ids):
+                raise Refusal(
+                    "invalid", f"input {index} has a token id outside 0 to {self._vocabulary - 1}", "input"
+                )
+            sequences.append(TokenSequence(np.array(ids[: self.max_tokens], dtype=np.int32), None))
+        return sequences
+
+    def _tokenizer(self, side: Side) -> Any:
+        """A tokenizer that cuts on this side, and does not pad. It is the encoder's own, because the settings
+        of one that is shared may be changed by whoever else calls it."""
+        if side not in self._cutting:
+            tokenizer = Tokenizer.from_str(self._serialised)
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(self.max_tokens, direction=side)
+            self._cutting[side] = tokenizer
+        return self._cutting[side]
+
+    def _limited(self, text: Text, cut: bool, index: int, side: Side) -> Text:
+        limit = CHARACTERS_PER_TOKEN * self.max_tokens
+        if isinstance(text, tuple):
+            first, second = (self._limited(part, cut, index, side) for part in text)
+            assert isinstance(first, str) and isinstance(second, str)
+            return first, second
+        if len(text) > limit:
+            if not cut:
+                raise self._too_long(index, "characters", limit)
+            text = text[:limit] if side == "right" else text[-limit:]
+        return text.lower() if self._lower_case else text
+
+    def _too_long(self, index: int, unit: str, limit: int) -> Refusal:
+        return Refusal(
+            "too_large",
+            f"input {index} has more than {limit} {unit}, and the model takes {self.max_tokens} tokens: "
+            "shorten it, or ask for truncation",
+            "input",
+        )
+
+
+def _in_pieces(texts: list[Text]) -> Iterator[list[Text]]:
+    """The texts in lists of about _CHARACTERS_AT_ONCE characters."""
+    piece: list[Text] = []
+    characters = 0
+    for text in texts:
+        size = len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+        if piece and characters + size > _CHARACTERS_AT_ONCE:
+            yield piece
+            piece, characters = [], 0
+        piece.append(text)
+        characters += size
+    if piece:
+        yield piece

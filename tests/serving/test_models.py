@@ -1,0 +1,143 @@
+"""What a server makes of folders: what kind of model it is, and that it computes what its library does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertForMaskedLM
+
+for package in ("fastapi", "prometheus_client"):
+    pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
+
+from inputs import READY, stock_model  # noqa: E402
+from matching import save_checkpoint  # noqa: E402
+from pruned_ops.cli import main  # noqa: E402
+from pruned_ops.ops.backends.cpu import extension  # noqa: E402
+from pruned_ops.runtime.packed_encoder import packed_encoders  # noqa: E402
+from pruned_ops.serving.folders import contents_of  # noqa: E402
+from pruned_ops.serving.models import Loading, load, load_all  # noqa: E402
+from pruned_ops.serving.refusals import Refusal  # noqa: E402
+from served import loaded, saved  # noqa: E402
+from tiny_tokenizers import words  # noqa: E402
+
+TEXTS = [words(3), words(40), "w5  w6", words(11)]
+HERE = Loading(device="cpu")
+
+
+def test_kinds(tmp_path: Path) -> None:
+    models = loaded(tmp_path, "embedder", "reranker", "classifier", "reader")
+    kinds = [model.kind for model in models.values()]
+    assert kinds == ["embedder", "reranker", "classifier", "question answering"]
+    assert models["classifier"].labels == ("bad", "so so", "good")
+    assert models["embedder"].dimension == 64 and "mean of its tokens" in models["embedder"].notes[0]
+    assert all(model.encoder.max_tokens == 80 for model in models.values())
+
+
+def test_plain_and_packed_agree(tmp_path: Path) -> None:
+    (folder,) = saved(tmp_path, "embedder")
+    packed, plain = load(folder, "a", HERE), load(folder, "b", Loading(device="cpu", plain=True))
+    sequences = packed.encoder.encode(TEXTS, cut=True)
+    np.testing.assert_allclose(packed.compute(sequences), plain.compute(sequences), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+def test_sentence_transformers_folders(tmp_path: Path, pooling: str) -> None:
+    """Usual poolings are computed here, others by the library; a normalisation is left to the routes."""
+    library: Any = pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
+    (folder,) = saved(tmp_path, "embedder")
+    try:
+        from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    except ImportError:  # before 5.4
+        from sentence_transformers.models import Normalize, Pooling, Transformer
+    inner = Transformer(folder, max_seq_length=32)
+    modules = [inner, Pooling(64, pooling_mode=pooling), Normalize()]
+    model = library.SentenceTransformer(modules=modules, prompts={"query": "w9 w8 "}, device="cpu")
+    model.save_pretrained(str(tmp_path / "whole"))
+    served = load(str(tmp_path / "whole"), "whole", HERE)
+    assert (served.kind, served.encoder.max_tokens, served.dimension) == ("embedder", 32, 64)
+    assert contents_of(tmp_path / "whole").library == ("SentenceTransformer" if pooling == "max" else "")
+    found = np.stack(served.compute(served.encoder.encode(TEXTS, cut=True)))
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, model.encode(TEXTS), rtol=1e-4, atol=1e-5)
+    assert served.prompts == {"query": "w9 w8 "}
+
+
+def test_a_cross_encoder_and_a_sparse_encoder(tmp_path: Path) -> None:
+    library: Any = pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
+    (folder,) = saved(tmp_path, "reranker")
+    ranks = library.CrossEncoder(folder, device="cpu")
+    ranks.save_pretrained(str(tmp_path / "ranks"))
+    served = load(str(tmp_path / "ranks"), "ranks", HERE)
+    pairs: Any = [("w1 w2", text) for text in TEXTS]
+    found = np.stack(served.compute(served.encoder.encode(pairs, cut=True)))[:, 0]
+    expected = ranks.predict(pairs, activation_fn=torch.nn.Identity())
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+    mask = save_checkpoint(BertForMaskedLM(stock_model().config).eval(), tmp_path / "mask")
+    sparse = library.SparseEncoder(str(mask), device="cpu")
+    sparse.save_pretrained(str(tmp_path / "sparse"))
+    served = load(str(tmp_path / "sparse"), "sparse", HERE)
+    assert served.kind == "sparse embedder"
+    found = np.stack(served.compute(served.encoder.encode(TEXTS, cut=True)))
+    expected = sparse.encode(TEXTS, convert_to_sparse_tensor=False, convert_to_tensor=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        load(str(tmp_path / "none"), "a", HERE)
+    save_checkpoint(BertForMaskedLM(stock_model().config), tmp_path / "mask")
+    with pytest.raises(ValueError, match="BertForMaskedLM, which does nothing that is served"):
+        load(str(tmp_path / "mask"), "a", HERE)
+    (folder,) = saved(tmp_path, "embedder")
+    with pytest.raises(ValueError, match="two models are called 'embedder': give one another name"):
+        load_all([folder, folder], HERE)
+    for extra, why in (
+        (["--texts-file", "none.txt"], "none.txt"),
+        (["--texts", "0"], "--texts is 0"),
+        (["--wait-ms", "-1"], "wait_ms is -1.0"),
+        (["--plain", "--dtype", "int8"], "a plain model runs in its own dtype"),
+        (["--api-key-file", str(tmp_path / "embedder" / "none")], "No such file"),
+        (["--port", "99999"], "cannot listen at 127.0.0.1, port 99999"),
+        (["--device", "nowhere"], "nowhere"),
+    ):
+        assert main(["serve", folder, *extra]) == 2
+        error = capsys.readouterr().err
+        assert why in error and error.count("\n") == 1
+
+
+def test_int8_with_calibration_texts(tmp_path: Path) -> None:
+    (folder,) = saved(tmp_path, "embedder")
+    if "cpu" not in READY or extension is None or not extension.runs_int8():
+        pytest.skip("no AVX-512 VNNI, or pruned_ops._C is not built")
+    served = load(folder, "a", Loading(device="cpu", dtype="int8", calibration=TEXTS))
+    exact = load(folder, "b", HERE)
+    sequences = served.encoder.encode(TEXTS, cut=True)
+    found, expected = np.stack(served.compute(sequences)), np.stack(exact.compute(sequences))
+    assert not (found == expected).all()
+    assert np.linalg.norm(found - expected) <= 0.05 * np.linalg.norm(expected)
+
+
+def test_texts_are_cut_or_refused(tmp_path: Path) -> None:
+    encoder = loaded(tmp_path, "reranker")["reranker"].encoder
+    whole = encoder.encode([words(78)], cut=False)[0]
+    assert len(whole) == 80
+    with pytest.raises(Refusal, match="input 1 has more than 80 tokens"):
+        encoder.encode(["w1", words(79)], cut=False)
+    with pytest.raises(Refusal, match="input 0 has more than 20000 characters"):
+        encoder.encode(["x" * 20_001], cut=False)
+    right, left = (encoder.encode([words(100)], True, side)[0].input_ids for side in ("right", "left"))
+    assert right.tolist() == whole.input_ids.tolist() and left[1:-1].tolist() == list(range(26, 104))
+    pair = encoder.encode([("w1 w2", words(100))], cut=True)[0]
+    assert len(pair) == 80 and pair.input_ids[1:4].tolist() == [5, 6, 3]
+    assert pair.token_type_ids is not None and pair.token_type_ids.tolist() == [0] * 4 + [1] * 76
+    assert len(encoder.encode(["x " * 10_000_000], cut=True)[0]) == 80
+
+
+def test_packed_is_what_runs(tmp_path: Path) -> None:
+    served = loaded(tmp_path, "reader")["reader"]
+    assert served.answerer is not None and packed_encoders(served.answerer.model)

@@ -1,0 +1,86 @@
+"""Small models as a server holds them, and servers of them on this machine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertForSequenceClassification, BertModel
+
+from inputs import shake, stock_model
+from matching import save_checkpoint
+from pruned_ops.serving.application import Access, application
+from pruned_ops.serving.connections import Hosts, Server, bound
+from pruned_ops.serving.limits import Limits
+from pruned_ops.serving.models import Loading, Served, load_all
+from pruned_ops.serving.service import Service
+
+HUNG = 60  # seconds after which somebody is taken to hang
+BROKEN = "w7"  # the word of which `broken_embedder` makes NaN
+LABELS = {0: "bad", 1: "so so", 2: "good"}
+
+
+def embedder() -> Any:
+    """A bare encoder."""
+    return shake(BertModel(stock_model().config, add_pooling_layer=False).eval(), 1)
+
+
+def broken_embedder() -> Any:
+    """The same, which gives NaN for texts with one word."""
+    model = embedder()
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[4 + int(BROKEN[1:])] = float("nan")
+    return model
+
+
+def classifier(labels: int) -> Any:
+    """A classifier of texts or pairs; with one label, a reranker."""
+    config = stock_model().config
+    names = {0: "LABEL_0"} if labels == 1 else LABELS
+    config.update({"num_labels": labels, "id2label": names, "label2id": {v: k for k, v in names.items()}})
+    return shake(BertForSequenceClassification(config).eval(), 2)
+
+
+MAKERS = {
+    "embedder": embedder,
+    "broken": broken_embedder,
+    "reranker": lambda: classifier(1),
+    "classifier": lambda: classifier(3),
+    "reader": stock_model,
+}
+
+
+def saved(folder: Path, *names: str) -> list[str]:
+    """The folders of these models, each with a tokenizer."""
+    return [str(save_checkpoint(MAKERS[name](), folder / name)) for name in names]
+
+
+def loaded(folder: Path, *names: str, loading: Loading | None = None) -> dict[str, Served]:
+    """These models as a server holds them."""
+    return load_all(saved(folder, *names), loading or Loading(device="cpu"))
+
+
+@contextmanager
+def served(
+    models: dict[str, Any], limits: Limits | None = None, access: Access | None = None
+) -> Iterator[tuple[str, Service]]:
+    """The address of a real server of these models on this machine, and what it shares with its routes."""
+    limits = limits or Limits()
+    service = Service(models, limits)
+    place = bound("127.0.0.1", 0)
+    port = place.getsockname()[1]
+    server = Server(application(service, access or Access(Hosts("localhost"))), service, limits)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+        assert thread.is_alive()
+    try:
+        yield f"http://127.0.0.1:{port}", service
+    finally:
+        server.should_exit = True
+        thread.join()
