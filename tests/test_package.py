@@ -80,7 +80,7 @@ FLOORS = {
     ROOT.parent / "benchmarks": (
         ("scripts",),
         ("study", "whole_models"),
-        ("kernels", "rivals"),
+        ("kernels", "rivals", "serving"),
         ("harness", "presentation", "torch_ways"),
     ),
 }

@@ -8,6 +8,7 @@ import importlib
 import io
 import re
 import shlex
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-README_LINES = 160
+# Where the examples of docs/serve.md look for a server.
+ADDRESS = "http://127.0.0.1:8000"
+README_LINES = 165
 COMMANDS = {"pruned-ops": pruned_ops_main, "pruned-trainer": pruned_trainer_main}
 # What the examples load -> the head of the small model that takes its place here.
 MODELS = {
@@ -109,6 +112,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {head: save_checkpoint(model, folder / head.replace(" ", "-")) for head, model in made.items()}
 
 
+@contextlib.contextmanager
+def server_of(models: dict[str, Path]) -> Iterator[str]:
+    """The address of a server of what the page on serving serves."""
+    for package in ("fastapi", "prometheus_client"):
+        pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
+    from pruned_ops.serving.models import Loading, load_all
+    from served import served
+
+    sources = [f"sentence-transformers/all-MiniLM-L6-v2={models['none']}", f"rank={models['score']}"]
+    with served(load_all(sources, Loading(device="cpu"))) as (url, *_):
+        yield url
+
+
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_runs_as_printed(
     number: int, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,10 +135,16 @@ def test_python_runs_as_printed(
     if "int8" in source and (reason := refuse_encoder(stock_model().bert, int8=True)) is not None:
         pytest.skip(reason)
     for name, head in MODELS.items():
-        source = source.replace(f'"{name}"', repr(str(models[head])))
+        if "base_url" not in source:
+            source = source.replace(f'"{name}"', repr(str(models[head])))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(source, names)  # the page's own lines
+    with contextlib.ExitStack() as stack:
+        if ADDRESS in source:
+            source = source.replace(ADDRESS, stack.enter_context(server_of(models)))
+            for package in re.findall(r"^from (\w+) import|^import (\w+)$", source, re.M):
+                pytest.importorskip("".join(package), reason="this client is not installed")
+        exec(source, names)  # the page's own lines
     if "answer" in names:
         assert isinstance(names["answer"], (Answer, str))
     for several in ("labels", "embeddings", "scores"):

@@ -1,1 +1,1 @@
-"""A server of embedders, rerankers, classifiers and question answering, for the clients of known APIs."""
+"""Models behind HTTP routes that existing clients speak."""

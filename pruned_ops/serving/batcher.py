@@ -200,7 +200,11 @@ class Batcher:
             model = parts[0].job.model
             self.is_working = True
             for places in token_batches(parts, self._limits.batch_tokens):
-                self._compute(model, [parts[place] for place in places])
+                chosen = [parts[place] for place in places]
+                try:
+                    self._compute(model, chosen)
+                except Exception as error:  # a fault of ours, too, is only these requests'
+                    _fail(model, chosen, error)
             self.is_working = False
 
     def _next(self) -> list[Part]:
@@ -266,8 +270,14 @@ class Batcher:
             for job in jobs:
                 self._compute(model, [part for part in parts if part.job is job])
             return
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        _settle([(job, Refusal("fault", f"{model.name} failed: {reason}")) for job in jobs])
+        _fail(model, parts, error)
+
+
+def _fail(model: Computes, parts: list[Part], error: Exception) -> None:
+    """Refuse the requests of these texts, in one line."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    refusal = Refusal("fault", f"{model.name} failed: {reason}")
+    _settle([(job, refusal) for job in dict.fromkeys(part.job for part in parts)])
 
 
 def _not_finite(model: Computes, part: Part) -> Refusal:

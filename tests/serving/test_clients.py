@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
 
 @pytest.fixture(scope="module")
 def address(models: dict[str, Served]) -> Iterator[str]:
-    with served(models) as (url, _):
+    with served(models) as (url, *_):
         yield url
 
 
@@ -128,7 +128,7 @@ def test_hugging_face_question_answering(models: dict[str, Served]) -> None:
 
     answerer = models["reader"].answerer
     assert answerer is not None
-    with served({"reader": models["reader"]}) as (url, _):
+    with served({"reader": models["reader"]}) as (url, *_):
         found = InferenceClient(url).question_answering(question=QUERY, context=words(100))
     expected = answerer.answer(QUERY, words(100), allow_none=False)
     assert (found.answer, found.start, found.end) == (expected.answer, expected.start, expected.end)

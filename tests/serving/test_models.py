@@ -130,8 +130,8 @@ def test_texts_are_cut_or_refused(tmp_path: Path) -> None:
         encoder.encode(["w1", words(79)], cut=False)
     with pytest.raises(Refusal, match="input 0 has more than 20000 characters"):
         encoder.encode(["x" * 20_001], cut=False)
-    right, left = (encoder.encode([words(100)], True, side)[0].input_ids for side in ("right", "left"))
-    assert right.tolist() == whole.input_ids.tolist() and left[1:-1].tolist() == list(range(26, 104))
+    right, left = (encoder.encode([words(90)], True, side)[0].input_ids for side in ("right", "left"))
+    assert right.tolist() == whole.input_ids.tolist() and left[1:-1].tolist() == list(range(16, 94))
     pair = encoder.encode([("w1 w2", words(100))], cut=True)[0]
     assert len(pair) == 80 and pair.input_ids[1:4].tolist() == [5, 6, 3]
     assert pair.token_type_ids is not None and pair.token_type_ids.tolist() == [0] * 4 + [1] * 76

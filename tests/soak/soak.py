@@ -33,6 +33,7 @@ LATE = 60.0
 # Bytes by which a process may have grown in the second half of its life: allocators keep some.
 GROWTH = 16 << 20
 ASK = [sys.executable, "-m", "pruned_ops.cli", "ask"]
+SERVE = [sys.executable, "-m", "pruned_ops.cli", "serve"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2]), "OMP_NUM_THREADS": "1"}
 Record = dict[str, str]
 
@@ -118,7 +119,8 @@ class Soak:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [*ASK, str(self.model), "--serve", "--port", str(port)]
+        # A request of more than 100 kB is refused, so that an attack is one soon.
+        command = [*SERVE, str(self.model), "--port", str(port), "--body-bytes", "100000", "--patience", "5"]
         server = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         late = time.monotonic() + LATE
         while time.monotonic() < late:
@@ -131,12 +133,11 @@ class Soak:
 
     def ask_server(self, part: Part, port: int, index: int, may_end: bool = False) -> None:
         """An answer, which must be the known one, or "the server ends" where it may. Errors: OSError and
-        HTTPException where the server is gone."""
+        HTTPException where the server is gone before it answered."""
         record = self.records[index]
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LATE)
         try:
-            body = json.dumps({"question": record["question"], "text": record["context"]})
-            connection.request("POST", "/answer", body, {"Content-Type": "application/json"})
+            connection.request("POST", "/v1/qa", json.dumps(record), {"Content-Type": "application/json"})
             response = connection.getresponse()
             content = response.read()
         finally:
@@ -146,19 +147,22 @@ class Soak:
             return
         part.check(response.status == 200, f"status {response.status}: {content[:200]!r}")
         if response.status == 200:
-            answer = json.loads(content)["answers"][0]["answer"]
+            answer = json.loads(content)["answer"]
             part.check(answer == self.answers[index]["answer"], f"question {index}: {answer!r}")
             part.done["answers"] += 1
 
     def break_request(self, part: Part, port: int, choose: random.Random) -> None:
         """A client that sends nonsense, or leaves in the middle."""
-        head = b"POST /answer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/qa HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        record = json.dumps(self.records[0]).encode()
         content = choose.choice(
             [
                 head + b"Content-Length: 1000\r\n\r\n{",
                 head + b"Content-Length: 99999999999\r\n\r\n",
                 head + b"Transfer-Encoding: chunked\r\n\r\nffffff\r\n" + b"a" * 100_000,
                 head + b'Content-Length: 9\r\n\r\n{"a":NaN}',
+                head + b"Content-Length: %d\r\n\r\n" % len(record) + record,  # and leaves before the answer
+                head + b"Content-Length: 99999\r\n\r\n" + b"[" * 99_999,
                 choose.randbytes(300),
             ]
         )

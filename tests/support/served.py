@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import BertForSequenceClassification, BertModel
@@ -64,11 +64,19 @@ def loaded(folder: Path, *names: str, loading: Loading | None = None) -> dict[st
     return load_all(saved(folder, *names), loading or Loading(device="cpu"))
 
 
+class Running(NamedTuple):
+    """A server that runs, its address, and what its routes share."""
+
+    url: str
+    service: Service
+    server: Server
+
+
 @contextmanager
 def served(
     models: dict[str, Any], limits: Limits | None = None, access: Access | None = None
-) -> Iterator[tuple[str, Service]]:
-    """The address of a real server of these models on this machine, and what it shares with its routes."""
+) -> Iterator[Running]:
+    """A real server of these models on this machine."""
     limits = limits or Limits()
     service = Service(models, limits)
     place = bound("127.0.0.1", 0)
@@ -80,7 +88,7 @@ def served(
         thread.join(0.01)
         assert thread.is_alive()
     try:
-        yield f"http://127.0.0.1:{port}", service
+        yield Running(f"http://127.0.0.1:{port}", service, server)
     finally:
         server.should_exit = True
         thread.join()
