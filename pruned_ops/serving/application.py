@@ -75,7 +75,7 @@ def _endpoint(service: Service, route: Route) -> Callable[[Request], Awaitable[R
     """The route with its refusals said in the words of its API."""
 
     async def endpoint(request: Request) -> Response:
-        form: Form = form_of(request.url.path)
+        form: Form = form_of(request.scope["path"])
         with service.serving(request):
             try:
                 return await route(service, request)
@@ -84,7 +84,7 @@ def _endpoint(service: Service, route: Route) -> Callable[[Request], Awaitable[R
             except ClientGone:
                 return Response(status_code=_NOBODY)
             except Exception:  # a fault of ours: the server goes on, and says where it was
-                _LOG.exception("%s failed", request.url.path)
+                _LOG.exception("%s failed", request.scope["path"])
                 return response_of(Refusal("fault", "the server failed at this request"), form)
 
     return endpoint
@@ -144,7 +144,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
         try:
             return as_json(openai.retrieve_model(service, request.path_params["name"], started))
         except Refusal as refusal:
-            return response_of(refusal, form_of(request.url.path))
+            return response_of(refusal, form_of(request.scope["path"]))
 
     for path, endpoint in (
         ("/", index), ("/health", health), ("/ping", health), ("/info", information), ("/metrics", metrics),
@@ -156,7 +156,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
 async def _unrouted(request: Request, error: Exception) -> Response:
     """What has no route, or not for this method."""
     assert isinstance(error, HTTPException)
-    path = request.url.path
+    path = request.scope["path"]
     if error.status_code == 405:
         refusal = Refusal("wrong_method", f"{request.method} is not for {path[:200]}")
     else:

@@ -131,7 +131,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, application: Any, work: Ends, limits: Limits) -> None:
         protocol = type("Impatient", (_Impatient,), {"patience": limits.patience})
-        settings: dict[str, Any] = {"http": protocol, "ws": "none", "log_level": "warning"}
+        settings: dict[str, Any] = {
+            "http": protocol, "ws": "none", "log_level": "warning", "proxy_headers": False,
+            "server_header": False,
+        }  # fmt: skip
         super().__init__(
             uvicorn.Config(
                 application,
@@ -172,7 +175,9 @@ def bound(host: str, port: int) -> socket.socket:
     """A socket at this address, which does not listen yet: what keeps a server from starting is known before
     its models are loaded. Errors: OSError that names the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    place = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends at once, without waiting for more, only on sockets that say that they are TCP's: an answer's
+    # head and body would otherwise lie 40 ms apart.
+    place = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         place.bind((host, port))

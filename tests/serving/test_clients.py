@@ -71,9 +71,7 @@ def test_openai(address: str, models: dict[str, Served]) -> None:
         with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'") as unknown:
             client.embeddings.create(model="gpt", input="w1")
         assert unknown.value.code == "model_not_found" and unknown.value.param == "model"
-        with pytest.raises(
-            openai.BadRequestError, match="reranker is a reranker; a embedder is needed|an embe"
-        ):
+        with pytest.raises(openai.BadRequestError, match="and this route needs an embedder"):
             client.embeddings.create(model="reranker", input="w1")
         with pytest.raises(openai.InternalServerError, match="not finite for input 1"):
             client.embeddings.create(model="broken", input=["w1", f"w1 {BROKEN}"])
@@ -116,11 +114,9 @@ def test_hugging_face(address: str, models: dict[str, Served]) -> None:
     with pytest.raises(HfHubHTTPError, match="413"):
         client.feature_extraction(words(300))
     found = client.text_classification(TEXTS[1], model=f"{address}/predict")
-    logits = torch.tensor(rows(models["classifier"], TEXTS[1:2]))[0].softmax(0)
-    assert [each.label for each in found] == [
-        LABELS[place] for place in logits.argsort(descending=True).tolist()
-    ]
-    close([each.score for each in found], logits.sort(descending=True).values)
+    shares, order = torch.tensor(rows(models["classifier"], TEXTS[1:2]))[0].softmax(0).sort(descending=True)
+    assert [each.label for each in found] == [LABELS[place] for place in order.tolist()]
+    close([each.score for each in found], shares)
 
 
 def test_hugging_face_question_answering(models: dict[str, Served]) -> None:

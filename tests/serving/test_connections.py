@@ -114,6 +114,15 @@ def test_it_answers_while_a_model_computes(slow: Slow) -> None:
         assert answer.result(HUNG)[0] == 200
 
 
+def test_answers_are_sent_at_once(slow: Slow) -> None:
+    """Without the 40 ms that TCP would wait between their head and their body."""
+    with served({"slow": slow}) as (url, _, server), begun(url, b"GET"):
+        until(lambda: server.server_state.connections)
+        (connection,) = server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_too_many_requests_are_refused_in_their_apis_words(slow: Slow) -> None:
     with served({"slow": slow}, Limits(requests=2)) as (url, service, _), ThreadPoolExecutor(2) as pool:
         answers: list[Future[Any]] = [pool.submit(asked, url) for _ in range(2)]

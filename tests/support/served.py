@@ -12,12 +12,12 @@ import torch
 from transformers import BertForSequenceClassification, BertModel
 
 from inputs import shake, stock_model
-from matching import save_checkpoint
 from pruned_ops.serving.application import Access, application
 from pruned_ops.serving.connections import Hosts, Server, bound
 from pruned_ops.serving.limits import Limits
 from pruned_ops.serving.models import Loading, Served, load_all
 from pruned_ops.serving.service import Service
+from tiny_tokenizers import word_tokenizer
 
 HUNG = 60  # seconds after which somebody is taken to hang
 BROKEN = "w7"  # the word of which `broken_embedder` makes NaN
@@ -55,8 +55,11 @@ MAKERS = {
 
 
 def saved(folder: Path, *names: str) -> list[str]:
-    """The folders of these models, each with a tokenizer."""
-    return [str(save_checkpoint(MAKERS[name](), folder / name)) for name in names]
+    """The folders of these models, each with a tokenizer of the words w0 to w95."""
+    for name in names:
+        MAKERS[name]().save_pretrained(folder / name)
+        word_tokenizer(96).save_pretrained(folder / name)
+    return [str(folder / name) for name in names]
 
 
 def loaded(folder: Path, *names: str, loading: Loading | None = None) -> dict[str, Served]:
