@@ -89,7 +89,7 @@ class _Impatient(H11Protocol):
         super().data_received(data)
 
     def on_response_complete(self) -> None:
-        self.sending = _cancelled(self.sending)
+        self._cancel_sending()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -98,11 +98,12 @@ class _Impatient(H11Protocol):
             self.taking = self.loop.call_later(self.patience, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self.taking = _cancelled(self.taking)
+        self._cancel_taking()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.sending, self.taking = _cancelled(self.sending), _cancelled(self.taking)
+        self._cancel_sending()
+        self._cancel_taking()
         super().connection_lost(exc)
 
     @property
@@ -119,10 +120,15 @@ class _Impatient(H11Protocol):
         if self.is_sending:
             self.transport.abort()
 
+    def _cancel_sending(self) -> None:
+        if self.sending is not None:
+            self.sending.cancel()
+            self.sending = None
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+    def _cancel_taking(self) -> None:
+        if self.taking is not None:
+            self.taking.cancel()
+            self.taking = None
 
 
 class Server(uvicorn.Server):
@@ -175,8 +181,8 @@ def bound(host: str, port: int) -> socket.socket:
     """A socket at this address, which does not listen yet: what keeps a server from starting is known before
     its models are loaded. Errors: OSError that names the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends at once, without waiting for more, only on sockets that say that they are TCP's: an answer's
-    # head and body would otherwise lie 40 ms apart.
+    # asyncio sends at once, without waiting for more, only on sockets that say they are TCP's: otherwise the
+    # head and the body of an answer would lie 40 ms apart.
     place = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
