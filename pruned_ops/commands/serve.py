@@ -128,6 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
         for served in models.values():
             print(described(served), flush=True)
         service = Service(models, limits)
+        place.listen()  # whoever reads the next line may ask
         print(f"{url(place)}  (Ctrl-C ends it)", flush=True)
         serve(application(service, access), place, service, limits)
 

@@ -91,7 +91,7 @@ def test_what_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(FileNotFoundError, match="no folder"):
         load(str(tmp_path / "none"), "a", HERE)
     save_checkpoint(BertForMaskedLM(stock_model().config), tmp_path / "mask")
-    with pytest.raises(ValueError, match="BertForMaskedLM, which does nothing that is served"):
+    with pytest.raises(ValueError, match="'BertForMaskedLM', which does nothing that is served"):
         load(str(tmp_path / "mask"), "a", HERE)
     (folder,) = saved(tmp_path, "embedder")
     with pytest.raises(ValueError, match="two models are called 'embedder': give one another name"):

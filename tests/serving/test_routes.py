@@ -229,7 +229,7 @@ def test_numbers_that_cannot_be(client: Any) -> None:
         ("/embed", {"inputs": "w1", "prompt_name": "query"}, "has no prompt 'query'; it has none"),
         ("/embed", {"inputs": "w1", "truncate": "yes"}, "truncate"),
         ("/v1/rerank", {"query": "w1", "documents": ["w1"], "top_n": 0}, "top_n"),
-        ("/v1/qa", {"question": "w1 " * 75, "context": "w1"}, "the question is too long"),
+        ("/v1/qa", {"question": "w1 " * 90, "context": "w1"}, "the question is too long"),
         ("/v1/qa", {"question": "w1 " * 400, "context": "w1"}, "at most 1000 characters"),
     ):
         refused(client, path, json.dumps(body).encode(), why, 400, 422)
