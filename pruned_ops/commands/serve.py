@@ -163,7 +163,7 @@ def _loading(arguments: argparse.Namespace) -> Loading:
 
 def described(served: Served) -> str:
     """A line that says what a model does."""
-    facts = [served.kind]
+    facts: list[str] = [served.kind]
     if served.dimension:
         facts.append(f"{served.dimension} dimensions")
     if served.labels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from pruned_ops.serving.batcher import Batcher
@@ -17,7 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        named = {"namespace": "pruned_ops", "registry": self.registry}
+        named: dict[str, Any] = {"namespace": "pruned_ops", "registry": self.registry}
         self._requests = Counter(
             "requests", "Requests that were answered or refused.", ["route", "status"], **named
         )

@@ -245,8 +245,8 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 
 
 def test_a_signal_ends_the_command(tmp_path: Path) -> None:
-    """With a request that is computed, which is answered, and clients that do not go on. (Ctrl-C is handled so,
-    too; `make soak` sends it.)"""
+    """With a request that is computed, which is answered, and clients that do not go on. (Ctrl-C does the
+    same; `make soak` sends it.)"""
     (folder,) = saved(tmp_path, "reader")
     command = [sys.executable, "-c", SERVE.format(support=SUPPORT), f"first={folder}", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
