@@ -130,7 +130,8 @@ def load_model(name_or_path: str) -> PreTrainedModel:
         )
         _check_tensors(info["missing_keys"], info["unexpected_keys"])
         check_weights(model.named_parameters())
-    return model.float().eval()
+    # transformers refuses `float` on int8 weights, whose others are fp32 already.
+    return (model if getattr(model, "is_quantized", False) else model.float()).eval()
 
 
 def load_to_fine_tune(name_or_path: str) -> PreTrainedModel:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from pruned_ops import ops
 from pruned_ops.files import shown
+from pruned_ops.layers.int8 import SCALE
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights, Layout, PanelWeights, release
-from pruned_ops.ops.panels import attention_part, ffn_part, to_int8_panels, to_panels
+from pruned_ops.ops.panels import attention_part, ffn_part, int8_panels, to_int8_panels, to_panels
 from pruned_ops.shape import LayerShape, ModelShape
 
 # The activations that the runtime computes besides the exact GELU, which is fused into an op.
@@ -158,6 +159,16 @@ class PrunedLayer(nn.Module):
         return self.ffn(self.attention(x, cu_seqlens, max_seqlen))
 
 
+def _panels_of(linear: nn.Linear, int8: bool) -> tuple[Tensor, ...]:
+    """A linear's panels and, in int8, the scales after them."""
+    weight = linear.weight.detach()
+    if not int8:
+        return (to_panels(weight),)
+    if weight.is_floating_point():
+        return to_int8_panels(weight)
+    return int8_panels(weight), linear.get_parameter(SCALE).detach()
+
+
 class PrunedEncoder(nn.Module):
     """A stack of layers of different shapes over a packed batch."""
 
@@ -213,7 +224,9 @@ class PrunedEncoder(nn.Module):
         neither layout applies, the linears' own weights are used. The layout holds the weights as they are
         now; it is made anew when the module is moved or cast.
         keep_weights=False releases the linears' own weights, which read as NaN until `unpack`.
-        int8: the names (from `linear_names`) of the linears that shall run in int8; they keep their weights.
+        int8: the names (from `linear_names`) of the linears that shall run in int8; they keep their weights,
+        unless these are int8 themselves (with `weight_scale` beside them, see `layers.int8.Int8Linear`). Such
+        linears run in int8 in any case.
         Errors: ValueError for a name that is not in `linear_names`.
         """
         unknown = set(int8) - set(self.linear_names)
@@ -221,7 +234,10 @@ class PrunedEncoder(nn.Module):
             raise ValueError(f"there is no linear {', '.join(sorted(unknown))}; see linear_names")
         if self._layout is not None and not self._layout.keep_weights:
             self.unpack()
-        layout = Layout(keep_weights, frozenset(int8))
+        stored = {
+            name for name in self.linear_names if not self.get_submodule(name).weight.is_floating_point()
+        }
+        layout = Layout(keep_weights, frozenset(int8) | stored)
         laid_out = self._lay_out(layout)
         # All weights are laid out before the first is released, so that an error leaves them as they were.
         self._laid_out, self._layout = laid_out, layout
@@ -252,17 +268,17 @@ class PrunedEncoder(nn.Module):
         def lay_out(linear: nn.Linear) -> tuple[Tensor, Tensor]:
             bias, key = linear.bias.detach(), (id(linear.weight), id(linear) in quantised)
             if key not in made:
-                weight = linear.weight.detach()
-                made[key] = to_int8_panels(weight) if key[1] else (to_panels(weight),)
+                made[key] = _panels_of(linear, key[1])
             panels, *scales = made[key]
             return panels, torch.stack([bias, *scales]) if scales else bias
 
         return PanelWeights(self.parts, self.head_dim, lay_out)
 
     def plain(self, part: int, linear: int, name: str) -> Tensor:
-        """The weight (out, in) or the bias (out,) of a linear, as `name` says, wherever the values lie."""
+        """The weight (out, in), or the bias or the scales (out,) of a linear, as `name` says, wherever the
+        values lie."""
         module, laid_out, layout = self.parts[part].linears[linear], self._laid_out, self._layout
-        if name == "bias" or laid_out is None or layout is None or layout.keep_weights:
+        if name != "weight" or laid_out is None or layout is None or layout.keep_weights:
             return module.get_parameter(name).detach()
         return (
             laid_out.weight_of(part, linear) if laid_out.holds_alone(part, linear) else module.weight.detach()

@@ -33,8 +33,8 @@ class HoldsWeights(Protocol):
 class Rows:
     """Where the values of a released parameter are: rows of the weight or the bias of a linear of a stack.
 
-    part, linear: the number of the part (attention or FFN) and of the linear in it. name: "weight" or
-    "bias"."""
+    part, linear: the number of the part (attention or FFN) and of the linear in it. name: of the parameter,
+    "weight", "bias", or "weight_scale" where the weight is stored in int8."""
 
     stack: HoldsWeights
     part: int
@@ -124,8 +124,9 @@ def _released(rows: Rows, shape: Any, dtype: Any, device: Any, requires_grad: bo
 
 
 def _nothing(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of this shape that holds one NaN."""
-    return torch.full((1,), torch.nan, dtype=dtype, device=device).expand(shape)
+    """A tensor of this shape that holds one number that no weight has: NaN, or the lowest integer."""
+    number = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+    return torch.full((1,), number, dtype=dtype, device=device).expand(shape)
 
 
 def placeholder(parameter: Tensor) -> Tensor | None:

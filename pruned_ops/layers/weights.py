@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pruned_ops import ops
 from pruned_ops.layers.released import placeholder
-from pruned_ops.ops.panels import PART_TENSORS, from_panels
+from pruned_ops.ops.panels import PART_TENSORS, from_int8_panels, from_panels
 from pruned_ops.ops.registry import given_up
 
 # Bytes. A GPU's widest loads and its tensor descriptors need the address of a matrix and of each of its rows
@@ -64,6 +64,8 @@ class PanelWeights:
 
     lay_out: a linear -> its panels and its bias, as `ops.encoder` takes them. The panels hold the weights as
     they are now; the LayerNorms' parameters are shared with the parts.
+    A linear's own weight is not needed beside its panels where they hold the same numbers: where it runs in
+    fp32, or where its own weight is int8 already.
     """
 
     def __init__(
@@ -76,10 +78,15 @@ class PanelWeights:
         self.eps = parts[0].norm.eps if parts else 0.0
         self.widths: list[int] = []
         self.weights: list[Tensor] = []
+        self._shapes: list[tuple[int, int]] = []
+        self._is_exact: list[bool] = []
         for part in parts:
             self.widths.append(part.encoder_part)
             for linear in part.linears:
-                self.weights += lay_out(linear)
+                panels, bias = lay_out(linear)
+                self.weights += [panels, bias]
+                self._shapes.append((linear.out_features, linear.in_features))
+                self._is_exact.append(linear.weight.is_floating_point() == panels.is_floating_point())
             self.weights += [part.norm.weight.detach(), part.norm.bias.detach()]
         self.holds_int8 = not all(weight.is_floating_point() for weight in self.weights)
 
@@ -105,13 +112,22 @@ class PanelWeights:
         return self.holds_int8 or ops.encoder.can_run_preferred()
 
     def weight_of(self, part: int, linear: int) -> Tensor:
-        """A copy of the weight (out, in) of one of a part's two linears, which must be fp32 panels."""
+        """A copy of the weight (out, in) of one of a part's two linears, as its panels hold it: fp32 or
+        int8."""
+        panels = self.weights[PART_TENSORS * part + 2 * linear]
+        out, inputs = self._shapes[2 * part + linear]
+        if panels.is_floating_point():
+            return from_panels(panels, out)
+        return from_int8_panels(panels, out, inputs).contiguous()
+
+    def scales_of(self, part: int, linear: int) -> Tensor | None:
+        """The scales (out,) of one of a part's two linears; None where it runs in fp32."""
         panels, bias = self.weights[PART_TENSORS * part + 2 * linear :][:2]
-        return from_panels(panels, bias.size(0))
+        return None if panels.is_floating_point() else bias[1]
 
     def holds_alone(self, part: int, linear: int) -> bool:
-        """Whether a linear's own weight is not needed beside this layout: it is where it runs in int8."""
-        return self.weights[PART_TENSORS * part + 2 * linear].is_floating_point()
+        """Whether a linear's own weight is not needed beside this layout."""
+        return self._is_exact[2 * part + linear]
 
     def __call__(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, first: int = 0, last: int | None = None

@@ -52,24 +52,29 @@ def from_panels(panels: Tensor, out: int) -> Tensor:
 
 
 def to_int8_panels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise a weight (out, in) to int8 panels (ceil(out / 32), 1 + ceil(in / 4), 128) and scales (out,).
+    """Quantise a weight (out, in) to int8 panels (see `int8_panels`) and scales (out,)."""
+    values, scales = quantize(weight.detach())
+    return int8_panels(values.to(torch.int8)), scales[:, 0]
+
+
+def int8_panels(values: Tensor) -> Tensor:
+    """Lay an int8 weight (out, in) out as panels (ceil(out / 32), 1 + ceil(in / 4), 128).
 
     Each step of a panel holds 4 inputs of 32 channels, those of a channel together. Before the first step lie
     32 int32 at which the channels' sums start where a kernel adds 128 to the activations, as VNNI needs it:
     -128 times the sum of the channel's weights.
     """
-    values, scales = quantize(weight.detach())
     out, inputs = values.shape
     count, groups = -(-out // PANEL), -(-inputs // GROUP)
     filled = torch.zeros(count * PANEL, groups * GROUP, dtype=torch.int8)
-    filled[:out, :inputs] = values.to(torch.int8)
+    filled[:out, :inputs] = values
     panels = filled.view(count, PANEL, groups, GROUP).transpose(1, 2)
     start = -128 * filled.sum(1, dtype=torch.int32)
     steps = [
         start.view(torch.int8).view(count, 1, PANEL * GROUP),
         panels.reshape(count, groups, PANEL * GROUP),
     ]
-    return torch.cat(steps, 1).contiguous(), scales[:, 0]
+    return torch.cat(steps, 1).contiguous()
 
 
 def from_int8_panels(panels: Tensor, out: int, inputs: int) -> Tensor:

@@ -25,15 +25,18 @@ from pruned_ops.runtime.packed_encoder import (
     OptimisedEncoder,
     PackedEncoder,
     install,
+    is_stored_in_int8,
     optimised_encoders,
     packed_encoders,
     remove,
 )
 from pruned_ops.runtime.packed_heads import hook_head
 from pruned_ops.runtime.refusals import refuse_encoder, refuse_model
-from pruned_ops.runtime.streaming import encode_many
+from pruned_ops.runtime.saving import hook_saving, unhook_saving
+from pruned_ops.runtime.streaming import encode_many, serves
+from pruned_ops.runtime.texts import hook_texts, text_batches, text_model, text_outputs, unhook_texts
 
-Batch = Mapping[str, Tensor]  # a model's arguments
+Batch = Mapping[str, Any]  # a model's arguments, or the features of a model of sentence-transformers
 
 _HEAD = "_pruned_ops_head"
 _MODES = "_pruned_ops_modes"
@@ -43,7 +46,7 @@ _MANY = "encode_many"
 def optimize(
     model: nn.Module,
     dtype: str | None = None,
-    calibration: Iterable[Batch] | None = None,
+    calibration: Iterable[Batch | str | Sequence[str]] | None = None,
     tolerance: float = 0.02,
     graphs: bool = True,
 ) -> Any:
@@ -51,12 +54,16 @@ def optimize(
 
     Returns the model itself, changed in place, in evaluation mode, with the same call signature. Whatever
     else holds one of its encoders runs packed too. At padded positions hidden states are 0 and
-    question-answering logits the dtype's minimum. `model.encode_many(texts)` runs any number of texts at full
-    rate, in order. While the weights are laid out the encoders' own are still there; they are released at the
+    question-answering logits the dtype's minimum. `model.encode_many(texts)` runs any number of tokenised
+    texts at full rate, in order, where the model takes input_ids and attention_mask; a SentenceTransformer, a
+    CrossEncoder and a SparseEncoder do so in their own `encode` and `predict`, whose `batch_size` then has
+    no effect. While the weights are laid out the encoders' own are still there; they are released at the
     end. Any error leaves the model as it was. Threads may call this while others run the model.
     dtype: None keeps the weights' own. "int8" runs the linears in int8, with a scale for each channel of the
-    weights and each token of the activations, on a CPU with AVX-512 VNNI; the fp32 weights are kept.
-    calibration: with int8, batches of real text. The linears that hurt the outputs most stay fp32, until the
+    weights and each token of the activations, on a CPU with AVX-512 VNNI; the fp32 weights are kept, and
+    `save_pretrained` writes the int8 ones. A model that was loaded from such a checkpoint runs in int8.
+    calibration: with int8, batches of real text; for a model of sentence-transformers, a list of texts (of
+    pairs for a CrossEncoder). The linears that hurt the outputs most stay fp32, until the
     relative error is expected to be within `tolerance` (see `choose_int8`); `model.int8_errors` has each
     linear's, and a warning tells where the outputs are further off. Without it all linears are int8.
     graphs: on a GPU, run batches by CUDA graphs. `model.engine` (see `engine.Engine`) has its `stats`, and
@@ -77,10 +84,12 @@ def optimize(
 
 
 def _optimize(
-    model: nn.Module, int8: bool, calibration: Iterable[Batch] | None, tolerance: float, graphs: bool
+    model: nn.Module, int8: bool, calibration: Iterable[Any] | None, tolerance: float, graphs: bool
 ) -> None:
     """Check everything, lay everything out, and release the encoders' own weights last."""
     encoders = _plain_encoders(model, int8)
+    if calibration is not None and any(is_stored_in_int8(encoder) for encoder in encoders):
+        raise ValueError("this model's weights are stored in int8 already: calibration is for fp32 weights")
     _warn_without_backend(encoders)
     packed = {encoder: PackedEncoder(encoder, int8) for encoder in encoders}
     modes = [(module, module.training) for module in model.modules()]
@@ -93,8 +102,10 @@ def _optimize(
             choose_int8(model, calibration, tolerance)
         if graphs:
             _add_engines(model)
-        if not hasattr(model, _MANY):  # a method of that name stays the model's own
+        if serves(model) and not hasattr(model, _MANY):  # a method of that name stays the model's own
             setattr(model, _MANY, partial(encode_many, model))
+        hook_texts(model)
+        hook_saving(model)
         for encoder in encoders:
             packed[encoder].release(encoder)
     except BaseException:
@@ -102,14 +113,14 @@ def _optimize(
             if isinstance(encoder, OptimisedEncoder):
                 remove(encoder)
         model.__dict__[_MODES] = modes
-        restore(model)
+        _restore(model)
         raise
     model.__dict__.setdefault(_MODES, modes)
 
 
 def _is_optimised(model: nn.Module, int8: bool) -> bool:
     """Whether the model is optimised already. Errors: ValueError where it is, in another dtype."""
-    if any(packed.int8 != int8 for packed in packed_encoders(model)):
+    if any(packed.int8 != int8 and not packed.stored_int8 for packed in packed_encoders(model)):
         raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
     if any(type(module) in ENCODERS for module in model.modules()):
         return False
@@ -135,7 +146,7 @@ def _plain_encoders(model: nn.Module, int8: bool) -> list[Any]:
     encoders = []
     for name, module in model.named_modules():
         if type(module) in ENCODERS:
-            refusal = refuse_encoder(module, int8)
+            refusal = refuse_encoder(module, int8 or is_stored_in_int8(module))
             if refusal is not None:
                 label = f"{name}, a" if name else "this"
                 raise ValueError(f"optimize cannot take {label} {type(module).__name__}: {refusal}")
@@ -186,13 +197,27 @@ def _add_engines(model: Any) -> None:
 
 def restore(model: nn.Module) -> Any:
     """Undo `optimize`: give the encoders their own parameters back, with their values, and the mode in which
-    they were. Returns the model."""
+    they were. Returns the model.
+
+    Errors: ValueError for a model that was loaded from int8 weights: it never had others."""
+    if any(packed.stored_int8 for packed in packed_encoders(model)):
+        raise ValueError(
+            "this model was loaded from int8 weights, and there are no fp32 weights to restore: load the "
+            "fp32 checkpoint that it was made from"
+        )
+    return _restore(model)
+
+
+def _restore(model: nn.Module) -> Any:
+    """`restore`, which also gives int8 weights back as they were loaded."""
     with CHANGING, torch.inference_mode(False), torch.no_grad():
         for encoder in optimised_encoders(model):
             remove(encoder)
         for module in list(model.modules()):
             if isinstance(module.__dict__.get("engine"), Engine):
                 del module.engine
+        unhook_texts(model)
+        unhook_saving(model)
         many = model.__dict__.get(_MANY)
         if isinstance(many, partial) and many.func is encode_many:
             delattr(model, _MANY)
@@ -212,7 +237,7 @@ def optimized(model: nn.Module) -> Iterator[Any]:
     try:
         yield fast
     finally:
-        restore(fast)
+        _restore(fast)
 
 
 def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
@@ -245,19 +270,18 @@ def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
     )
 
 
-def choose_int8(model: nn.Module, calibration: Iterable[Batch], tolerance: float) -> dict[str, float]:
+def choose_int8(model: nn.Module, calibration: Iterable[Any], tolerance: float) -> dict[str, float]:
     """Leave in fp32 the linears of an optimised model that hurt its outputs most.
 
-    calibration: batches of the model's arguments, from real text. A linear's error is that of the model's
-    outputs at real tokens, relative in the L2 norm, with this linear alone in int8. As squared errors nearly
-    add up, the linears with the largest errors go back to fp32 until the others' squared errors sum to at
-    most tolerance squared. Returns every linear's error by its name, which `model.int8_errors` holds too.
-    Warns where the outputs with all that stay in int8 are off by more than the tolerance.
+    calibration: batches of the model's arguments, from real text, or texts (see `optimize`). A linear's error
+    is that of the model's outputs at real tokens, relative in the L2 norm, with this linear alone in int8. As
+    squared errors nearly add up, the linears with the largest errors go back to fp32 until the others'
+    squared errors sum to at most tolerance squared. Returns every linear's error by its name, which
+    `model.int8_errors` holds too. Warns where the outputs with all that stay in int8 are off by more than the
+    tolerance.
     Errors: ValueError for no batch, or a tolerance below 0.
     """
-    batches = list(calibration)
-    if not batches:
-        raise ValueError("calibration has no batch")
+    batches = _batches(model, calibration)
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; 0 or more is needed")
     encoders = {
@@ -297,11 +321,29 @@ def choose_int8(model: nn.Module, calibration: Iterable[Batch], tolerance: float
     return by_name
 
 
+def _batches(model: nn.Module, calibration: Iterable[Any]) -> list[Batch]:
+    """The batches of a calibration. Errors: ValueError for no batch, and for texts to a model without a
+    tokenizer."""
+    if isinstance(calibration, (str, Mapping)):
+        raise ValueError(
+            f"calibration is a {type(calibration).__name__}; a list of batches or texts is needed"
+        )
+    given = list(calibration)
+    if not given:
+        raise ValueError("calibration has no batch")
+    return list(given) if isinstance(given[0], Mapping) else list(text_batches(model, given))
+
+
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """The model's outputs at the real tokens of all batches, as one vector."""
+    """The model's outputs at the real tokens of all batches, as one vector. Of a model of
+    sentence-transformers they are what its `encode` or `predict` reads."""
     vectors = []
+    is_text_model = text_model(model) is not None
     with torch.no_grad():
         for batch in batches:
+            if is_text_model:
+                vectors += [tensor.flatten() for tensor in text_outputs(model, batch)]
+                continue
             output: Any = model(**batch)
             mask = batch.get("attention_mask")
             for tensor in output if isinstance(output, tuple) else output.to_tuple():

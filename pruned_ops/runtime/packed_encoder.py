@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from pruned_ops import ops
+from pruned_ops.layers.int8 import SCALE, Int8Linear
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, Rows, free, placeholder, seal, unseal
@@ -55,10 +56,11 @@ class PackedEncoder(nn.Module):
         self.heads: list[PackedHead] = []
         self.around: list[str] = []
         self.config = original.config
-        self.int8 = int8
+        self.stored_int8 = is_stored_in_int8(original)
+        self.int8 = int8 or self.stored_int8
         self.embeddings = original.embeddings
         self.pooler = getattr(original, "pooler", None)
-        self.encoder = _laid_out(original, None if int8 else ())
+        self.encoder = _laid_out(original, None if int8 and not self.stored_int8 else ())
         self._waiting: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
@@ -230,7 +232,7 @@ def _laid_out(original: Any, int8: Sequence[str] | None) -> PrunedEncoder:
     seen: dict[tuple[int, ...], nn.Parameter] = {}
     for packed, stock in zip(stack.layers, original.encoder.layer, strict=True):
         for module, sources in _sources(packed, stock):
-            for name in ("weight", "bias"):
+            for name in _parameter_names(sources):
                 parameters = [source.get_parameter(name) for source in sources]
                 key = tuple(map(id, parameters))
                 if key not in seen:  # layers may share weights
@@ -253,6 +255,34 @@ def _sources(packed: Any, stock: nn.Module) -> Iterator[tuple[nn.Module, list[nn
     yield packed.ffn.norm, [parts["output.LayerNorm"]]
 
 
+def _parameter_names(sources: Sequence[nn.Module]) -> tuple[str, ...]:
+    return ("weight", "bias", SCALE) if isinstance(sources[0], Int8Linear) else ("weight", "bias")
+
+
+def is_stored_in_int8(encoder: nn.Module) -> bool:
+    """Whether some of an encoder's own weights are int8, as a checkpoint of them is loaded."""
+    return any(isinstance(module, Int8Linear) for module in encoder.modules())
+
+
+def int8_sources(encoder: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What an optimised encoder runs in int8: the name of each linear of its own, with the int8 weight
+    (out, in) and the scales (out,) that the kernels read."""
+    names = {module: name for name, module in encoder.named_modules()}
+    stack = encoder.packed.encoder
+    for i, (packed, stock) in enumerate(zip(stack.layers, encoder.encoder.layer, strict=True)):
+        sources = dict(_sources(packed, stock))
+        for part in (2 * i, 2 * i + 1):
+            for linear, module in enumerate(stack.parts[part].linears):
+                scales = stack.laid_out.scales_of(part, linear) if stack.runs_in_one_call else None
+                if scales is None:
+                    continue
+                sizes = [source.out_features for source in sources[module]]
+                weights = stack.laid_out.weight_of(part, linear).split(sizes)
+                for source, *tensors in zip(sources[module], weights, scales.split(sizes), strict=True):
+                    weight, scale = (tensor.clone() for tensor in tensors)
+                    yield names[source], weight, scale
+
+
 def _taken(original: Any, stack: PrunedEncoder) -> Iterator[tuple[nn.Parameter, Rows]]:
     """The encoder's own parameters whose values lie elsewhere in the stack, and where."""
     for i, (packed, stock) in enumerate(zip(stack.layers, original.encoder.layer, strict=True)):
@@ -260,7 +290,7 @@ def _taken(original: Any, stack: PrunedEncoder) -> Iterator[tuple[nn.Parameter, 
         linears = [(part, linear) for part in (0, 1) for linear in (0, 1)]
         for part, linear in linears:
             module = stack.parts[2 * i + part].linears[linear]
-            for name in ("weight", "bias"):
+            for name in _parameter_names(sources[module]):
                 first = 0
                 for source in sources[module]:
                     own, held = source.get_parameter(name), module.get_parameter(name)
@@ -303,15 +333,6 @@ class OptimisedEncoder(nn.Module):
             )
         return super().train(False)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder's own state, with its weights as they were. Errors: RuntimeError in int8."""
-        if self.packed.int8:
-            raise RuntimeError(
-                "this model runs in int8, and its weights would be saved in float32: call "
-                "pruned_ops.restore(model) before saving it"
-            )
-        return super().state_dict(*args, **kwargs)
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
             "an optimised model holds its weights in another layout: call pruned_ops.restore(model) before "
@@ -327,8 +348,12 @@ class OptimisedEncoder(nn.Module):
                 "cpu",
             ):
                 raise RuntimeError(
-                    "this model runs in int8, on a CPU, beside float32 weights: call "
-                    "pruned_ops.restore(model) before moving or casting it"
+                    "this model runs in int8, on a CPU, beside float32 weights: "
+                    + (
+                        "load it again and move or cast it before pruned_ops.optimize"
+                        if packed.stored_int8
+                        else "call pruned_ops.restore(model) before moving or casting it"
+                    )
                 )
             if packed.engine is not None:
                 packed.engine.invalidate()  # its graphs read the weights at their old place, and hold memory

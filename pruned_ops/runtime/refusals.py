@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from pruned_ops import ops
+from pruned_ops.layers.int8 import Int8Linear
 from pruned_ops.layers.modules import PrunedLinear, refuse_activation
-from pruned_ops.models.stock import ENCODERS
+from pruned_ops.models.stock import ENCODERS, QKV, stock_parts
 
 _CAPTURING = "transformers.utils.output_capturing"
 # Attributes of modules that change nothing in inference, or that are looked at elsewhere.
@@ -29,6 +30,7 @@ def refuse_encoder(encoder: Any, int8: bool = False) -> str | None:
         or _refuse_changed_forward(encoder)
         or _refuse_modules(encoder)
         or _refuse_parameters(encoder)
+        or _refuse_mixture(encoder)
         or (_refuse_int8(encoder) if int8 else None)
     )
 
@@ -46,6 +48,15 @@ def _refuse_int8(encoder: Any) -> str | None:
             f"int8 takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
             f"{encoder.device} with {activation}"
         )
+    return None
+
+
+def _refuse_mixture(encoder: Any) -> str | None:
+    """Refuse query, key and value of which only some are stored in int8: they run as one linear."""
+    for number, layer in enumerate(encoder.encoder.layer):
+        parts = stock_parts(layer)
+        if len({isinstance(parts[name], Int8Linear) for name in QKV}) > 1:
+            return f"of layer {number}'s query, key and value some are stored in int8 and some are not"
     return None
 
 
@@ -126,7 +137,7 @@ def _place(name: str) -> str:
 
 def _refuse_module(name: str, module: nn.Module, known: nn.Module) -> str | None:
     place, kind = _place(name), type(module)
-    linears = (nn.Linear, PrunedLinear)
+    linears = (nn.Linear, PrunedLinear, Int8Linear)
     if kind is not type(known) and not (kind in linears and type(known) in linears):
         label = kind.__name__
         if label == type(known).__name__:
@@ -180,6 +191,12 @@ def _refuse_parameters(encoder: Any) -> str | None:
             if parameter is None:
                 continue
             place = f"{_place(name)}.{parameter_name}"
+            if (
+                isinstance(module, Int8Linear)
+                and parameter_name == "weight"
+                and parameter.dtype == torch.int8
+            ):
+                continue
             if parameter.is_meta:
                 return f"{place} is on the meta device, without values: load the weights first"
             if parameter.dtype != first.dtype or parameter.device != first.device:

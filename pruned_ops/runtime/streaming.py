@@ -7,6 +7,7 @@ copied to it, and the results of the one before are copied back.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,15 @@ def _takes_packed_batch(model: Any) -> bool:
     return any(head.module is model for encoder in packed for head in encoder.heads)
 
 
+def serves(model: Any) -> bool:
+    """Whether `encode_many` can run this model: its forward takes what a tokenizer gives, by name."""
+    try:
+        inspect.signature(model.forward).bind(input_ids=None, attention_mask=None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 _PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits")
 _PER_TEXT = ("pooler_output", "answer_type_logits")
 _READ = ("input_ids", "token_type_ids", "attention_mask")
@@ -301,6 +311,11 @@ def encode_many(
     encoder = next(iter(packed_encoders(model)), None)
     if encoder is None:
         raise ValueError("encode_many takes an optimised model: call pruned_ops.optimize(model) first")
+    if not serves(model):
+        raise ValueError(
+            f"encode_many gives input_ids and attention_mask, and {type(model).__name__}.forward does not "
+            "take them by name: call the model's own methods, which run packed"
+        )
     if tokens_per_batch is None:
         tokens_per_batch = TOKENS_ON_A_GPU if encoder.device.type == "cuda" else TOKENS_ON_A_CPU
     checked_int("tokens_per_batch", tokens_per_batch, 1)

@@ -1,0 +1,32 @@
+"""A linear whose weight is stored in int8: what a checkpoint of int8 weights is loaded into."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCALE = "weight_scale"
+
+
+class Int8Linear(nn.Module):
+    """A linear with an int8 weight (out, in), row by row, and an fp32 scale for each output channel.
+
+    The weight lies as on any machine, not as one machine's kernels want it: `optimize` lays it out. By itself
+    this multiplies the input, as it is, by weight * scale, so that it runs anywhere; optimised, the input is
+    quantised too."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.int8), False)
+        self.weight_scale = nn.Parameter(torch.ones(out_features), False)
+        self.bias = nn.Parameter(torch.zeros(out_features), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)[:, None]
+        return F.linear(x, weight, self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"

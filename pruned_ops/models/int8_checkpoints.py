@@ -1,0 +1,96 @@
+"""Checkpoints whose linears are stored in int8: what their config.json says, and how transformers loads them.
+
+Importing this registers the format with transformers, so that `from_pretrained` makes an `Int8Linear` for
+every linear that the config names, and reads its int8 weight and scales from the file. The fp32 weights are
+never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pruned_ops.files import shown
+from pruned_ops.layers.int8 import Int8Linear
+
+METHOD = "pruned_ops_int8"
+
+
+@register_quantization_config(METHOD)
+class Int8Config(QuantizationConfigMixin):
+    """`quantization_config` in the config.json of such a checkpoint.
+
+    linears: the names of the linears that are stored in int8, from the encoder on. measured: what
+    `pruned-ops quantize` measured before it wrote the checkpoint; it is for readers, and nothing uses it.
+    Errors: ValueError for anything but a list of names."""
+
+    def __init__(
+        self, linears: Sequence[str] = (), measured: Mapping[str, Any] | None = None, **unknown: Any
+    ) -> None:
+        if isinstance(linears, str) or not all(isinstance(name, str) for name in linears):
+            raise ValueError(f"quantization_config.linears is {shown(linears)}; a list of names is needed")
+        self.quant_method: Any = METHOD
+        self.linears = list(linears)
+        if measured is not None:
+            self.measured = dict(measured)
+
+
+@register_quantizer(METHOD)
+class Int8Quantizer(HfQuantizer):
+    """What transformers asks while it loads and saves such a checkpoint."""
+
+    requires_calibration = (
+        True  # so that a model in fp32 is refused: `optimize` or `quantize` makes int8 of it
+    )
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self, *arguments: Any, **settings: Any) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **settings: Any) -> Any:
+        """Put an empty `Int8Linear` in the place of every linear that the config names.
+
+        Errors: ValueError for a name that is no linear with a bias of this model."""
+        encoder = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+        for name in self.quantization_config.linears:  # type: ignore[attr-defined]
+            try:
+                linear = encoder.get_submodule(name)
+            except AttributeError:
+                linear = None
+            if not isinstance(linear, nn.Linear) or linear.bias is None:
+                raise ValueError(
+                    f"config.json says that {shown(name)} is stored in int8, and {type(model).__name__} has "
+                    "no such linear"
+                )
+            with torch.device(linear.weight.device):
+                encoder.set_submodule(name, Int8Linear(linear.in_features, linear.out_features))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, *arguments: Any, **settings: Any) -> Any:
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any, *arguments: Any, **settings: Any) -> Any:
+        """What `save_pretrained` writes of a model that was loaded from such a checkpoint."""
+        return halved(model.state_dict()), {}
+
+
+def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers in half the bytes: fp32 matrices that fp16 holds exactly, in fp16. Loading makes them
+    fp32 again."""
+    return {name: _exactly_half(tensor) for name, tensor in state.items()}
+
+
+def _exactly_half(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.float32 or tensor.dim() != 2:
+        return tensor
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor
