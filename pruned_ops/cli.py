@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from pruned_ops.command_line import CommandParser
-from pruned_ops.commands import ask, bench, check, convert, info, latency_table, serve
+from pruned_ops.commands import ask, bench, check, convert, info, latency_table, quantize, serve
 
-COMMANDS = (info, latency_table, convert, ask, serve, check, bench)
+COMMANDS = (info, latency_table, convert, quantize, ask, serve, check, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -235,7 +235,9 @@ class PrunedEncoder(nn.Module):
         if self._layout is not None and not self._layout.keep_weights:
             self.unpack()
         stored = {
-            name for name in self.linear_names if not self.get_submodule(name).weight.is_floating_point()
+            name
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear) and not module.weight.is_floating_point()
         }
         layout = Layout(keep_weights, frozenset(int8) | stored)
         laid_out = self._lay_out(layout)

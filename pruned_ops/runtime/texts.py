@@ -208,9 +208,10 @@ def _forward(model: Any, features: Any, **kwargs: Any) -> Any:
     places = _places(features, cut.tokens)
     if len(places) < 2:
         return own(model, features, **kwargs)
-    outputs = [own(model, _rows(features, rows), **kwargs)[cut.output] for rows in places]
+    output = cut.output
+    outputs = [own(model, _rows(features, rows), **kwargs)[output] for rows in places]
     order = torch.tensor([row for rows in places for row in rows], device=outputs[0].device)
-    return {**features, cut.output: torch.cat(outputs).index_select(0, order.argsort())}
+    return {**features, output: torch.cat(outputs).index_select(0, order.argsort())}
 
 
 def _places(features: Any, tokens: int) -> list[list[int]]:

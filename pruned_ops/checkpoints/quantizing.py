@@ -1,0 +1,239 @@
+"""Make an int8 checkpoint of an fp32 one, if texts that it was not chosen by show that it stays near."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+
+from pruned_ops.checkpoints.loading import check_source, load_model
+from pruned_ops.files import read_json
+from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.stock import find_encoder
+from pruned_ops.runtime.optimize import optimize
+from pruned_ops.runtime.packed_encoder import int8_sources, optimised_encoders
+from pruned_ops.runtime.saving import measured
+from pruned_ops.runtime.texts import text_batches, text_model, text_outputs
+
+# A text, or a pair of texts.
+Text = str | tuple[str, str]
+# The linears are chosen for these fractions of the tolerance, one after the other, until texts that they were
+# not chosen by are within it.
+_FRACTIONS = (0.8, 0.4, 0.2)
+_TEXTS_AT_ONCE = 16
+_MODULES = "modules.json"  # a folder of sentence-transformers has it
+# The end of a class's name in config.json -> the Auto class that loads it. Answering models have a loader.
+_HEADS = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What int8 changed on the texts that the linears were not chosen by.
+
+    error: the outputs' relative error in the L2 norm. cosine: the lowest of a text's outputs to fp32.
+    linears: how many of the encoder's run in int8, of `of_linears`; fp32_linears: the others' names.
+    megabytes, fp32_megabytes: the bytes of the weights in the file, and of the model's in fp32, / 10^6."""
+
+    texts: int
+    calibration_texts: int
+    tolerance: float
+    error: float
+    cosine: float
+    linears: int
+    of_linears: int
+    fp32_linears: tuple[str, ...]
+    megabytes: float
+    fp32_megabytes: float
+
+
+class GateNotMet(ValueError):
+    """int8 changes the outputs more than is tolerated; nothing was written."""
+
+
+def quantize(
+    name: str, out: Path, texts: Sequence[Text], tolerance: float, round_tables: bool = True
+) -> Measured:
+    """Write the model of a folder or a hub name to `out` with int8 weights.
+
+    texts: at least 8, of the kind that the model will read. Every second one is for choosing the linears that
+    stay fp32, and the others decide. tolerance: the largest relative error of the outputs there.
+    round_tables: keep the embeddings in fp16; the error includes that.
+    The folder loads as the model that it was made of did, after `import pruned_ops`; its config.json has what
+    is returned. Errors: GateNotMet; ValueError for too few texts, for a model that `optimize` does not take,
+    and where int8 cannot run here; FileExistsError where `out` is there."""
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already; give another OUT")
+    if len(texts) < 8:
+        raise ValueError(f"there are {len(texts)} texts; at least 8 are needed, and some hundreds are better")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance}; a number between 0 and 1 is needed")
+    calibration, held_out = texts[::2], texts[1::2]
+    for fraction in _FRACTIONS:
+        model, tokenizer = load(name)
+        batches = _batches(model, tokenizer, held_out)
+        exact = _by_text(model, batches)
+        fp32_bytes = _bytes(model.state_dict())
+        if round_tables:
+            _round_tables(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # it is held against the tolerance below
+            chosen_by = _batches(model, tokenizer, calibration)
+            optimize(model, dtype="int8", calibration=chosen_by, tolerance=fraction * tolerance)
+        found = _by_text(model, batches)
+        error = float((torch.cat(found) - torch.cat(exact)).norm() / torch.cat(exact).norm().clamp_min(1e-30))
+        if error <= tolerance:
+            break
+    else:
+        raise GateNotMet(
+            f"on {len(held_out)} texts int8 changes the outputs by {error:.4f}, more than the tolerance of "
+            f"{tolerance}, whatever stays in fp32: nothing was written; a larger --tolerance allows it"
+        )
+    cosine = min(float(torch.cosine_similarity(*pair, dim=0)) for pair in zip(found, exact, strict=True))
+    names, running = _linears(model)
+    report = Measured(
+        len(held_out), len(calibration), tolerance, error, cosine, len(running), len(names),
+        tuple(name for name in names if name not in running), 0.0, fp32_bytes / 1e6,
+    )  # fmt: skip
+    return _write(model, tokenizer, out, report, batches, found)
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """The model of a folder or a hub name, with the head that it was saved with, and its tokenizer; None for
+    the tokenizer of a model of sentence-transformers, which has its own.
+
+    Errors: ImportError where sentence-transformers is needed and not there; else as `load_model`'s."""
+    check_source(name)
+    folder = Path(name)
+    if (folder / _MODULES).is_file():
+        return _load_text_model(folder), None
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith(("ForQuestionAnswering", "ForNaturalQuestions")):
+        return load_model(name), tokenizer
+    auto = next((kind for end, kind in _HEADS.items() if architecture.endswith(end)), "AutoModel")
+    model = getattr(transformers, auto).from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    return model.eval(), tokenizer
+
+
+def _load_text_model(folder: Path) -> Any:
+    """A model of sentence-transformers, of the class that its folder names."""
+    try:
+        import sentence_transformers
+    except ImportError:
+        raise ImportError(
+            f"{folder} is a model of sentence-transformers: pip install sentence-transformers"
+        ) from None
+    saved = folder / "config_sentence_transformers.json"
+    told = read_json(saved).get("model_type") if saved.is_file() else None
+    kind = told if told in ("SparseEncoder", "CrossEncoder") else "SentenceTransformer"
+    return getattr(sentence_transformers, kind)(str(folder), device="cpu").eval()
+
+
+def _batches(model: Any, tokenizer: Any, texts: Sequence[Text]) -> list[dict[str, Any]]:
+    """What the model's forward takes, of texts of like lengths together."""
+    if text_model(model) is not None:
+        return text_batches(model, [text if isinstance(text, str) else list(text) for text in texts])
+    longest = min(longest_sequence(find_encoder(model).config), 512)
+    ordered = sorted(texts, key=lambda text: -len(" ".join((text,) if isinstance(text, str) else text)))
+    batches = []
+    for first in range(0, len(ordered), _TEXTS_AT_ONCE):
+        chosen = ordered[first : first + _TEXTS_AT_ONCE]
+        pairs = [(text, None) if isinstance(text, str) else text for text in chosen]
+        ours, theirs = (list(part) for part in zip(*pairs, strict=True))
+        second = None if all(part is None for part in theirs) else [part or "" for part in theirs]
+        encoded = tokenizer(
+            ours, second, truncation=True, max_length=longest, padding=True, return_tensors="pt"
+        )
+        batches.append(dict(encoded))
+    return batches
+
+
+def _by_text(model: Any, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """A vector for every text: the model's outputs for it, at its real tokens."""
+    vectors = []
+    with torch.inference_mode():
+        for batch in batches:
+            if text_model(model) is not None:
+                (rows,) = text_outputs(model, batch)
+                vectors += [row.flatten().clone() for row in (rows.to_dense() if rows.is_sparse else rows)]
+                continue
+            mask = batch["attention_mask"].bool()
+            tensors = [value for value in model(**batch).to_tuple() if isinstance(value, Tensor)]
+            for row, real in enumerate(mask):
+                parts = [
+                    value[row][real] if value.shape[:2] == mask.shape else value[row] for value in tensors
+                ]
+                vectors.append(torch.cat([part.flatten() for part in parts]))
+    return vectors
+
+
+def _round_tables(model: nn.Module) -> None:
+    """Round the embeddings to fp16, where they are within its range."""
+    for module in find_encoder(model).embeddings.modules():
+        if isinstance(module, nn.Embedding):
+            half = module.weight.detach().half()
+            if bool(half.isfinite().all()):
+                module.weight.data = half.float()
+
+
+def _linears(model: nn.Module) -> tuple[list[str], set[str]]:
+    """The names of all linears in the layers of the model's encoder, and of those that run in int8."""
+    (encoder,) = optimised_encoders(model)
+    names = [
+        name
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("encoder.layer.")
+    ]
+    return names, {name for name, _, _ in int8_sources(encoder)}
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    yield from folder.rglob("*.safetensors")
+
+
+def _write(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    report: Measured,
+    batches: Sequence[Mapping[str, Any]],
+    found: Sequence[Tensor],
+) -> Measured:
+    """Save the model with what was measured, load it again, and hold its outputs against those measured."""
+    measured(model, asdict(report))
+    model.save_pretrained(str(out))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(out))
+    megabytes = sum(path.stat().st_size for path in _weight_files(out)) / 1e6
+    report = Measured(**{**asdict(report), "megabytes": megabytes})
+    _note(out, asdict(report))
+    again = optimize(load(str(out))[0])
+    if not all(torch.equal(*pair) for pair in zip(_by_text(again, batches), found, strict=True)):
+        raise RuntimeError(f"{out} was written, and gives other outputs when it is loaded: do not use it")
+    return report
+
+
+def _note(out: Path, facts: Mapping[str, Any]) -> None:
+    """Write what was measured into the config.json that has the names of the linears."""
+    for path in out.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if "quantization_config" in config:
+            config["quantization_config"]["measured"] = dict(facts)
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

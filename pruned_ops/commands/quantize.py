@@ -1,0 +1,87 @@
+"""`pruned-ops quantize`: write a checkpoint with int8 weights, if that changes its outputs little enough."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruned_ops.files import read_text
+
+if TYPE_CHECKING:
+    from pruned_ops.checkpoints.quantizing import Measured, Text
+
+
+def add_command(commands: Any) -> None:
+    """Add the command and its options to the parser's commands."""
+    parser = commands.add_parser(
+        "quantize",
+        help="write a checkpoint with int8 weights, if its outputs stay near enough on your texts",
+        description="Write the checkpoint MODEL to OUT with the weights of its linear layers in int8. Half "
+        "of the texts choose the layers that stay fp32, and the other half must be within the tolerance; "
+        "otherwise nothing is written. It takes folders of transformers and of sentence-transformers, and "
+        "runs on a CPU that has int8.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or its name on the hub")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the int8 checkpoint")
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="texts like those that it will read, in UTF-8, one on a line; a tab separates the two of a pair",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="the largest relative error of the outputs, in the L2 norm",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=512, metavar="N", help="how many of the texts are used, at most"
+    )
+    parser.add_argument(
+        "--fp32-embeddings", action="store_true", help="keep the embeddings in fp32, not rounded to fp16"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the checkpoint and print what was measured."""
+    from pruned_ops.checkpoints.loading import only_errors
+    from pruned_ops.checkpoints.quantizing import quantize
+
+    only_errors()
+    texts = read_texts(arguments.texts, arguments.limit)
+    report = quantize(
+        arguments.model, arguments.out, texts, arguments.tolerance, not arguments.fp32_embeddings
+    )
+    show(report)
+    print(f"written to {arguments.out}")
+
+
+def read_texts(path: Path, limit: int) -> list[Text]:
+    """The texts of a file, or `limit` of them spread over it. Errors: ValueError for a line with more than
+    one tab."""
+    texts: list[Text] = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        first, *others = line.split("\t")
+        if len(others) > 1:
+            raise ValueError(f"line {number} of {path} has {len(others)} tabs; a text, or two, are needed")
+        if line.strip():
+            texts.append((first, others[0]) if others else first)
+    step = max(1, len(texts) // max(1, limit))
+    return texts[::step][:limit]
+
+
+def show(report: Measured) -> None:
+    """Print what was measured."""
+    print(
+        f"on {report.texts} texts that nothing was chosen by, the outputs change by {report.error:.4f} "
+        f"(tolerance {report.tolerance}); the lowest cosine of a text's outputs is {report.cosine:.5f}"
+    )
+    stay = f"; in fp32 stay {', '.join(report.fp32_linears)}" if report.fp32_linears else ""
+    print(f"{report.linears} of {report.of_linears} linear layers are int8{stay}")
+    part = report.megabytes / report.fp32_megabytes
+    print(f"{report.megabytes:.1f} MB of weights, {part:.0%} of the {report.fp32_megabytes:.1f} MB in fp32")

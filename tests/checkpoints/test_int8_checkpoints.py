@@ -1,0 +1,220 @@
+"""int8 weights on disk: saved, loaded without fp32, the same logits bit for bit, and quantised with a gate."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+import pruned_ops
+from head_models import stock
+from inputs import logits, padded_batch, pruned_model, stock_model
+from int8_anywhere import int8_anywhere
+from pruned_ops.checkpoints.loading import load_model
+from pruned_ops.checkpoints.quantizing import GateNotMet, quantize
+from pruned_ops.cli import main
+from pruned_ops.layers.int8 import Int8Linear
+from pruned_ops.models.int8_checkpoints import Int8Config, halved
+from text_models import sentences, text_folder
+from tiny_tokenizers import word_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _int8() -> Iterator[None]:
+    with int8_anywhere():
+        yield
+
+
+def saved(model: Any, folder: Path) -> Any:
+    """The model in int8, after it was saved."""
+    fast = pruned_ops.optimize(model, dtype="int8")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def test_it_loads_and_says_the_same_bit_for_bit(model: Any, tmp_path: Path) -> None:
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    exact, original = logits(model, batch), copy.deepcopy(model)
+    fast = saved(model, tmp_path)
+    expected = logits(fast, batch)
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path).eval()
+    linears = [module for module in again.modules() if isinstance(module, Int8Linear)]
+    layers = {
+        id(p) for p in again.base_model.encoder.parameters() if p.dtype == torch.float32 and p.dim() > 1
+    }
+    assert linears and not layers
+    real = batch["attention_mask"].bool()
+    unoptimised = logits(again, batch)[real]
+    assert float((unoptimised - exact[real]).norm() / exact[real].norm()) < 0.1
+    assert torch.equal(logits(pruned_ops.optimize(again), batch), expected)
+    assert pruned_ops.optimize(again, dtype="int8") is again
+    restored = pruned_ops.restore(fast)  # its fp32 weights are there still
+    assert torch.equal(logits(restored, batch), exact)
+    assert not hasattr(restored.config, "quantization_config") and "save_pretrained" not in vars(restored)
+    assert all(torch.equal(a, b) for a, b in zip(restored.parameters(), original.parameters(), strict=True))
+
+
+def test_the_file_is_small_and_plain(tmp_path: Path) -> None:
+    model = stock_model(hidden_size=128, num_attention_heads=4, intermediate_size=512)
+    model.save_pretrained(tmp_path / "fp32")
+    saved(model, tmp_path / "int8")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "int8")]
+    assert sizes[1] < 0.5 * sizes[0]
+    tensors = load_file(tmp_path / "int8" / "model.safetensors")
+    name = "bert.encoder.layer.1.attention.self.key"
+    weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+    assert (weight.dtype, tuple(weight.shape), tuple(scale.shape)) == (torch.int8, (128, 128), (128,))
+    own = pruned_ops.restore(model).bert.encoder.layer[1].attention.self.key.weight
+    error = (weight.float() * scale[:, None] - own).abs()
+    assert bool((error <= scale[:, None] * 0.501).all())  # row by row, as on any machine
+    told = json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]
+    assert (
+        told["quant_method"] == "pruned_ops_int8" and "encoder.layer.1.attention.self.key" in told["linears"]
+    )
+    assert len(told["linears"]) == 3 * 6
+
+
+def test_a_loaded_model_is_saved_copied_and_pickled(tmp_path: Path) -> None:
+    batch = padded_batch((9, 4, 1))
+    expected = logits(saved(stock_model(), tmp_path / "first"), batch)
+    plain = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "first").eval()
+    own = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    fast = pruned_ops.optimize(plain)
+    state = fast.state_dict()
+    assert list(state) == list(own) and all(torch.equal(state[name], own[name]) for name in own)
+    fast.save_pretrained(tmp_path / "second")
+    twins = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))]
+    twins.append(
+        pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained(tmp_path / "second").eval())
+    )
+    assert all(torch.equal(logits(twin, batch), expected) for twin in twins)
+    assert torch.equal(logits(pruned_ops.optimize(load_model(str(tmp_path / "second"))), batch), expected)
+    for twin in (fast, *twins):
+        with pytest.raises(
+            ValueError, match="loaded from int8 weights, and there are no fp32 weights to restore"
+        ):
+            pruned_ops.restore(twin)
+    with pytest.raises(RuntimeError, match="load it again and move or cast it before pruned_ops.optimize"):
+        fast.bert.double()
+
+
+def test_linears_that_stay_fp32_are_saved_so(tmp_path: Path) -> None:
+    batches = [padded_batch((9, 4, 1), seed=seed) for seed in range(2)]
+    model = stock_model()
+    fast = pruned_ops.optimize(model, dtype="int8", calibration=batches, tolerance=0.02)
+    names = fast.bert.packed.encoder.int8_linears
+    assert 0 < len(names) < 12
+    fast.save_pretrained(tmp_path)
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(pruned_ops.optimize(again), batches[0]), logits(fast, batches[0]))
+    assert again.bert.packed.encoder.int8_linears == names
+
+
+def test_other_heads_and_the_bare_encoder(tmp_path: Path) -> None:
+    batch = padded_batch((9, 4, 1), pad_token_id=1)
+    fast = saved(stock("roberta", "sequence"), tmp_path / "labels")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "labels").eval()
+    with torch.no_grad():
+        assert torch.equal(pruned_ops.optimize(again)(**batch).logits, fast(**batch).logits)
+    bare = AutoModel.from_pretrained(tmp_path / "labels", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        found, expected = (m(**batch).last_hidden_state for m in (pruned_ops.optimize(bare), fast.roberta))
+    assert torch.equal(found, expected)
+    fast.roberta.save_pretrained(tmp_path / "bare")
+    bare = AutoModel.from_pretrained(tmp_path / "bare", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        assert torch.equal(pruned_ops.optimize(bare)(**batch).last_hidden_state, expected)
+
+
+def test_the_state_of_an_int8_model_is_its_own(tmp_path: Path) -> None:
+    """Its fp32 weights, as they were: `state_dict` is for them, and `save_pretrained` for what runs."""
+    model = stock_model()
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast = pruned_ops.optimize(model, dtype="int8")
+    state = fast.state_dict()
+    assert list(state) == list(own) and all(torch.equal(state[name], own[name]) for name in own)
+    fast.save_pretrained(tmp_path, state_dict=state)
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    fast = saved(stock_model(), tmp_path)
+    both = torch.nn.ModuleList([fast, pruned_ops.optimize(stock_model(seed=1), dtype="int8")])
+    with pytest.raises(ValueError, match="optimised already, in another dtype"):
+        pruned_ops.optimize(both)
+    with pytest.raises(ValueError, match="stored in int8 already: calibration is for fp32 weights"):
+        pruned_ops.optimize(
+            AutoModelForQuestionAnswering.from_pretrained(tmp_path), "int8", calibration=[padded_batch((3,))]
+        )
+    broken = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    attention = broken.bert.encoder.layer[2].attention.self
+    attention.query = torch.nn.Linear(64, 64)
+    with pytest.raises(ValueError, match="of layer 2's query, key and value some are stored in int8"):
+        pruned_ops.optimize(broken)
+    with pytest.raises(ValueError, match="a list of names is needed"):
+        Int8Config("encoder")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["linears"].append("encoder.layer.9.output.dense")
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'encoder.layer.9.output.dense' is stored in int8, and BertForQ"):
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+
+
+def test_matrices_that_fp16_holds_exactly_take_half_the_bytes() -> None:
+    exact, other, vector = torch.randn(3, 4).half().float(), torch.randn(3, 4), torch.ones(3)
+    found = halved({"exact": exact, "other": other, "vector": vector})
+    assert [found[name].dtype for name in found] == [torch.float16, torch.float32, torch.float32]
+    assert torch.equal(found["exact"].float(), exact)
+
+
+def test_quantize_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text_folder(tmp_path / "fp32", "CrossEncoder", hidden_size=64, intermediate_size=256)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"{a}\t{b}" for a, b in zip(*[iter(sentences([3, 20, 7, 40] * 12))] * 2)))
+    out = tmp_path / "int8"
+    command = ["quantize", str(tmp_path / "fp32"), str(out), "--texts", str(texts), "--tolerance", "0.2"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "on 12 texts that nothing was chosen by" in shown and "of 12 linear layers are int8" in shown
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "int8")]
+    assert sizes[1] < 0.5 * sizes[0]
+    told = json.loads((out / "config.json").read_text())["quantization_config"]["measured"]
+    assert told["texts"] == 12 and 0 < told["error"] <= 0.2 and told["megabytes"] == sizes[1] / 1e6
+    pruned_ops.optimize(AutoModelForSequenceClassification.from_pretrained(out))
+    assert main(command) == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_quantize_refuses_what_changes_too_much(tmp_path: Path) -> None:
+    model = pruned_model()
+    model.save_pretrained(tmp_path / "fp32")
+    word_tokenizer(96).save_pretrained(tmp_path / "fp32")
+    texts = [" ".join(f"w{i % 96}" for i in range(length)) for length in range(1, 21)]
+    with pytest.raises(GateNotMet, match="on 10 texts int8 changes the outputs by .* nothing was written"):
+        quantize(str(tmp_path / "fp32"), tmp_path / "out", texts, 1e-6)
+    assert not (tmp_path / "out").exists()
+    for wrong, message in (((texts[:7], 0.1), "there are 7 texts"), ((texts, 0.0), "tolerance is 0.0")):
+        with pytest.raises(ValueError, match=message):
+            quantize(str(tmp_path / "fp32"), tmp_path / "out", *wrong)
+
+
+def test_quantize_takes_a_folder_of_sentence_transformers(tmp_path: Path) -> None:
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    st.SentenceTransformer(text_folder(tmp_path / "bare"), device="cpu").save_pretrained(
+        str(tmp_path / "fp32")
+    )
+    texts = sentences([5, 20, 60] * 8)
+    report = quantize(str(tmp_path / "fp32"), tmp_path / "int8", texts, 0.2)
+    assert report.texts == 12 and report.linears == report.of_linears == 12
+    plain, fast = (st.SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("fp32", "int8"))
+    found, expected = pruned_ops.optimize(fast).encode(texts), plain.encode(texts)
+    assert ((found - expected) ** 2).sum() <= 0.2**2 * (expected**2).sum()
