@@ -74,13 +74,14 @@ $(VENV4)/.installed: $(STAMP)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
 		> "$$($(VENV4)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/beside.pth"
 	$(VENV4)/bin/python -m pip install -q "transformers>=4.57,<5" "datasets>=4,<5" 2>$(VENV4)/pip.log || { cat $(VENV4)/pip.log; exit 1; }
-	$(VENV4)/bin/python -m pip install -q --no-deps "nn_pruning==0.1.2" "textpruner==1.1.post2"
+	$(VENV4)/bin/python -m pip install -q --no-deps "nn_pruning==0.1.2" "textpruner==1.1.post2" \
+		"sentence-transformers==5.7.0"
 	touch $@
 
 test-transformers4: $(VENV4)/.installed
 	PRUNED_OPS_TRANSFORMERS5="$(abspath $(BIN)/python)" PYTHONPATH=.:python $(VENV4)/bin/python -m pytest -q \
 		tests/models/test_modeling.py tests/runtime/test_optimize.py tests/checkpoints/test_importing.py \
-		tests/models/test_transformers4.py
+		tests/models/test_transformers4.py tests/runtime/test_sentence_transformers.py tests/checkpoints/test_int8_checkpoints.py
 
 # The extension's own tests with every access and operation of it checked. A second build, beside the first: the
 # package in build/asan comes before the checkout's. Leaks are not looked for, Python's and torch's would be found.

@@ -1,4 +1,4 @@
-"""int8 weights on disk: saved, loaded without fp32, the same logits bit for bit, and quantised with a gate."""
+"""int8 weights on disk: saved, loaded without fp32, the same logits bit for bit; quantised with a gate."""
 
 from __future__ import annotations
 
@@ -180,7 +180,8 @@ def test_matrices_that_fp16_holds_exactly_take_half_the_bytes() -> None:
 def test_quantize_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text_folder(tmp_path / "fp32", "CrossEncoder", hidden_size=64, intermediate_size=256)
     texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(f"{a}\t{b}" for a, b in zip(*[iter(sentences([3, 20, 7, 40] * 12))] * 2)))
+    pairs = zip(sentences([3, 7] * 12), sentences([20, 40] * 12, seed=1), strict=True)
+    texts.write_text("\n".join("\t".join(pair) for pair in pairs))
     out = tmp_path / "int8"
     command = ["quantize", str(tmp_path / "fp32"), str(out), "--texts", str(texts), "--tolerance", "0.2"]
     assert main(command) == 0

@@ -258,7 +258,8 @@ def test_restore_leaves_nothing_behind(folder: str) -> None:
     pruned_ops.optimize(model)
     assert model[0].can_flatten_inputs is False and "forward" in vars(model)
     pruned_ops.restore(model)
-    assert set(vars(model)) == before and set(vars(model[0])) == flattened
+    left = {"_pruned_ops_head"}  # hooks stay, for forwards that are under way, and do nothing
+    assert set(vars(model)) - left == before and set(vars(model[0])) - left == flattened
     assert model[0].can_flatten_inputs is True
     model[0].can_flatten_inputs = False
     np.testing.assert_array_equal(
