@@ -110,10 +110,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def load_model(name_or_path: str) -> PreTrainedModel:
+def load_model(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
     """The BERT or RoBERTa question-answering model, stock or pruned, of a folder or a hub name, in evaluation
     mode; with answer types where it was saved for Natural Questions.
 
+    takes_int8: int8 weights are for running alone, and are refused unless the caller does only that.
     Errors: OSError where there is none; ValueError for another model, for tensors that are not what the
     config describes, and for whatever else keeps it from loading.
     """
@@ -121,6 +122,8 @@ def load_model(name_or_path: str) -> PreTrainedModel:
     with _explained(name_or_path, name_or_path), warnings.catch_warnings():
         warnings.simplefilter("ignore", NewHeadWarning)  # refused below
         config = _supported_config(name_or_path)
+        if not takes_int8:
+            _refuse_int8(config)
         # Auto classes know no Natural Questions models: the config names the class that was saved.
         model_class: Any = AutoModelForQuestionAnswering
         if is_natural_questions(config):
@@ -139,7 +142,7 @@ def load_to_fine_tune(name_or_path: str) -> PreTrainedModel:
     checkpoint has none or one for other labels. Errors: as `load_model`'s."""
     check_source(name_or_path)
     with _explained(name_or_path, name_or_path):
-        _supported_config(name_or_path)
+        _refuse_int8(_supported_config(name_or_path))
         model = AutoModelForQuestionAnswering.from_pretrained(
             name_or_path, num_labels=2, trust_remote_code=False
         )
@@ -158,6 +161,11 @@ def _supported_config(name_or_path: str) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     _check_type(config.model_type)
     return config
+
+
+def _refuse_int8(config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("its weights are quantised, and can only be run: give the fp32 checkpoint")
 
 
 def _check_type(model_type: object) -> None:

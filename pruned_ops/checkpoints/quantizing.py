@@ -19,7 +19,7 @@ from pruned_ops.files import read_json
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.optimize import optimize
-from pruned_ops.runtime.packed_encoder import int8_sources, optimised_encoders
+from pruned_ops.runtime.packed_encoder import int8_sources, is_stored_in_int8, optimised_encoders
 from pruned_ops.runtime.saving import measured
 from pruned_ops.runtime.texts import text_batches, text_model, text_outputs
 
@@ -82,6 +82,8 @@ def quantize(
     calibration, held_out = texts[::2], texts[1::2]
     for fraction in _FRACTIONS:
         model, tokenizer = load(name)
+        if is_stored_in_int8(model):
+            raise ValueError(f"{name} is stored in int8 already")
         batches = _batches(model, tokenizer, held_out)
         exact = _by_text(model, batches)
         fp32_bytes = _bytes(model.state_dict())
@@ -122,7 +124,7 @@ def load(name: str) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     architecture = (config.architectures or [""])[0]
     if architecture.endswith(("ForQuestionAnswering", "ForNaturalQuestions")):
-        return load_model(name), tokenizer
+        return load_model(name, takes_int8=True), tokenizer
     auto = next((kind for end, kind in _HEADS.items() if architecture.endswith(end)), "AutoModel")
     model = getattr(transformers, auto).from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     return model.eval(), tokenizer

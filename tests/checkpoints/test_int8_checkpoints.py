@@ -96,7 +96,9 @@ def test_a_loaded_model_is_saved_copied_and_pickled(tmp_path: Path) -> None:
         pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained(tmp_path / "second").eval())
     )
     assert all(torch.equal(logits(twin, batch), expected) for twin in twins)
-    assert torch.equal(logits(pruned_ops.optimize(load_model(str(tmp_path / "second"))), batch), expected)
+    assert torch.equal(
+        logits(pruned_ops.optimize(load_model(str(tmp_path / "second"), takes_int8=True)), batch), expected
+    )
     for twin in (fast, *twins):
         with pytest.raises(
             ValueError, match="loaded from int8 weights, and there are no fp32 weights to restore"
@@ -168,6 +170,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="'encoder.layer.9.output.dense' is stored in int8, and BertForQ"):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+
+
+def test_what_needs_fp32_refuses_int8(tmp_path: Path) -> None:
+    saved(stock_model(), tmp_path)
+    word_tokenizer(90).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its weights are quantised, and can only be run"):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="is stored in int8 already"):
+        quantize(str(tmp_path), tmp_path / "again", ["w1"] * 8, 0.1)
+    answer = pruned_ops.QuestionAnswerer(str(tmp_path)).answer("w1", "w2 w3 w4")
+    assert answer.answer in "w2 w3 w4"
 
 
 def test_matrices_that_fp16_holds_exactly_take_half_the_bytes() -> None:
