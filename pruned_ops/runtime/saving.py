@@ -18,7 +18,7 @@ from pruned_ops.models.int8_checkpoints import Int8Config, halved
 from pruned_ops.runtime.packed_encoder import CHANGING, OptimisedEncoder, int8_sources
 
 _SAVE = "save_pretrained"
-MEASURED = "int8_measured"
+_MEASURED = "_pruned_ops_int8_measured"
 
 
 def hook_saving(model: nn.Module) -> None:
@@ -37,6 +37,7 @@ def unhook_saving(model: nn.Module) -> None:
         saving = vars(module).get(_SAVE)
         if isinstance(saving, partial) and saving.func is _save_int8:
             del module.__dict__[_SAVE]
+        module.__dict__.pop(_MEASURED, None)
 
 
 def _encoders(model: nn.Module) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _save_int8(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> An
         return own(model, save_directory, *args, **kwargs)
     with CHANGING:
         state, linears = int8_state(model)
-        model.config.quantization_config = Int8Config(linears, vars(model).get(MEASURED)).to_dict()
+        model.config.quantization_config = Int8Config(linears, vars(model).get(_MEASURED)).to_dict()
         try:
             return own(model, save_directory, *args, **kwargs, state_dict=state)
         finally:
@@ -84,4 +85,4 @@ def measured(model: nn.Module, facts: Mapping[str, Any]) -> None:
     """Let the next `save_pretrained` of every model of transformers in `model` write these facts down."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.__dict__[MEASURED] = dict(facts)
+            module.__dict__[_MEASURED] = dict(facts)
