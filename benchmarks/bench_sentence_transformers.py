@@ -210,7 +210,7 @@ def scifact(model: Any, data: Path) -> float:
         relevant = set(claim["relevant"])
         found = [documents[i]["id"] in relevant for i in np.argsort(-scores)[:10]]
         best = discounts[: len(relevant)].sum()
-        gains.append(float((discounts * np.array(found)).sum() / best))
+        gains.append(float((discounts[: len(found)] * np.array(found)).sum() / best))
     return statistics.mean(gains)
 
 
