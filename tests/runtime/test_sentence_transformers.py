@@ -93,7 +93,8 @@ def test_encode_is_the_same(call: str, pair: tuple[Any, Any], batches_of_64_toke
 
 def test_all_that_the_forward_puts_out_is_the_same(pair: tuple[Any, Any], batches_of_64_tokens: None) -> None:
     """Where padding is left: what is asked for is cut to each text's real tokens first."""
-    found, expected = (model.encode(MIXED, output_value=None) for model in pair)
+    # 5.7 itself fails with more than four: it takes a letter of the word "text" for each.
+    found, expected = (model.encode(MIXED[:4], output_value=None) for model in pair)
     for one, other in zip(found, expected, strict=True):
         real = other["attention_mask"].bool()
         assert one.keys() == other.keys()
