@@ -70,6 +70,7 @@ FLOORS = {
     ),
     TRAINER: (
         ("cli", ""),
+        ("command_options",),
         ("demo",),
         ("jobs",),
         ("report", "training"),

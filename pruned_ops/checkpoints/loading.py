@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -26,6 +29,13 @@ from pruned_ops.models.configuration import PRUNED_CONFIGS, check_labels
 from pruned_ops.models.encoder import NewHeadWarning
 from pruned_ops.models.heads import is_natural_questions, natural_questions_class
 
+# The end of the name of a class -> what loads a model with that head. A bare encoder's name ends in Model.
+AUTO_CLASSES: dict[str, Any] = {
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "Model": AutoModel,
+}
 # The files that a tokenizer may consist of. A checkpoint rarely has them all.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -137,15 +147,68 @@ def load_model(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
     return (model if getattr(model, "is_quantized", False) else model.float()).eval()
 
 
-def load_to_fine_tune(name_or_path: str) -> PreTrainedModel:
-    """The question-answering model, stock or pruned, of a folder or a hub name, with a new head where the
-    checkpoint has none or one for other labels. Errors: as `load_model`'s."""
+def head_of(config: PretrainedConfig) -> str:
+    """The key of AUTO_CLASSES for the model that was saved with this config, "ForNaturalQuestions" for one of
+    those. Errors: ValueError where it names no class, or one whose head is not known."""
+    name = next(iter(config.architectures or ()), "")
+    for ending in (*AUTO_CLASSES, "ForNaturalQuestions"):
+        if name.endswith(ending):
+            return ending
+    heads = ", ".join(ending.removeprefix("For") for ending in AUTO_CLASSES)
+    raise ValueError(f"its config says that it is {shown(name) if name else 'no class'}; known are {heads}")
+
+
+def load_any_head(name_or_path: str) -> PreTrainedModel:
+    """The BERT or RoBERTa, stock or pruned, of a folder or a hub name, with the head that it was saved with,
+    in evaluation mode.
+
+    Errors: as `load_model`'s, and ValueError for a head that is not known.
+    """
     check_source(name_or_path)
-    with _explained(name_or_path, name_or_path):
-        _refuse_int8(_supported_config(name_or_path))
-        model = AutoModelForQuestionAnswering.from_pretrained(
-            name_or_path, num_labels=2, trust_remote_code=False
+    with _explained(name_or_path, name_or_path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NewHeadWarning)  # refused below
+        config = _supported_config(name_or_path)
+        _refuse_int8(config)
+        head = head_of(config)
+        model_class = AUTO_CLASSES.get(head) or natural_questions_class(config.model_type)
+        model, info = model_class.from_pretrained(
+            name_or_path, output_loading_info=True, trust_remote_code=False
         )
+        missing = info["missing_keys"]
+        if head == "Model":  # embedders are saved without the pooler, which they do not use
+            missing = [name for name in missing if "pooler." not in name]
+        _check_tensors(missing, info["unexpected_keys"], "checkpoint of its class")
+        check_weights(model.named_parameters())
+    return model.float().eval()
+
+
+def load_to_fine_tune(
+    name_or_path: str, head: str = "ForQuestionAnswering", **of_the_config: Any
+) -> PreTrainedModel:
+    """The model, stock or pruned, of a folder or a hub name, with this head (a key of AUTO_CLASSES): a new
+    one where the checkpoint has none or one for other labels.
+
+    of_the_config: fields of the config that are set, such as num_labels; 2 labels for question answering.
+    Errors: as `load_model`'s.
+    """
+    check_source(name_or_path)
+    if head == "ForQuestionAnswering":
+        of_the_config = {"num_labels": 2, **of_the_config}
+    with _explained(name_or_path, name_or_path):
+        config = _supported_config(name_or_path)
+        _refuse_int8(config)
+        # A head for other labels has tensors of other shapes; an encoder's shapes are its own config's.
+        others = {"ignore_mismatched_sizes": True} if of_the_config.get("num_labels") else {}
+        model, info = AUTO_CLASSES[head].from_pretrained(
+            name_or_path, output_loading_info=True, trust_remote_code=False, **of_the_config, **others
+        )
+        encoder = f"{model.base_model_prefix}."
+        faults = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
+        faults = [name for name in faults if name.startswith(encoder)]
+        if faults:
+            raise ValueError(
+                f"the tensors of its {config.model_type} encoder are not what its config says: {faults[0]}"
+            )
         check_weights(model.named_parameters())
     return model
 
@@ -173,13 +236,16 @@ def _check_type(model_type: object) -> None:
         raise ValueError(f"it is a {shown(model_type)} model; only {', '.join(PRUNED_CONFIGS)} are supported")
 
 
-def _check_tensors(missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """ValueError where the tensors in a checkpoint are not those of the model."""
+def _check_tensors(
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    what: str = "fine-tuned question-answering checkpoint",
+) -> None:
+    """ValueError where the tensors in a checkpoint are not those of the model. what: the checkpoint that is
+    needed."""
     lacking = sorted(missing)
     if lacking:
-        raise ValueError(
-            f"it is no fine-tuned question-answering checkpoint: it lacks {', '.join(lacking[:4])}"
-        )
+        raise ValueError(f"it is no {what}: it lacks {', '.join(lacking[:4])}")
     extra = sorted(name for name in unexpected if "pooler." not in name and "position_ids" not in name)
     if extra:
         raise ValueError(f"it holds tensors that its config does not describe: {', '.join(extra[:4])}")

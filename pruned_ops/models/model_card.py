@@ -130,7 +130,7 @@ def _numbers(report: Mapping[str, Any]) -> Iterator[str]:
     """Scores and speed beside the dense model's. Lines for which the report has no numbers are left out."""
     dense, pruned, speed = (_mapping(report.get(name)) for name in ("dense", "pruned", "speedup"))
     yield from ("## Scores and speed", "", "| | dense | pruned |", "| --- | --- | --- |")
-    for key, label in _SCORES.items():
+    for key, label in {**_SCORES, **dict(_listed(report))}.items():
         if _are_numbers(dense.get(key), pruned.get(key)):
             yield f"| {label} | {dense[key]:.2f} | {pruned[key]:.2f} |"
     name = str(speed.get("workload"))
@@ -145,12 +145,22 @@ def _numbers(report: Mapping[str, Any]) -> Iterator[str]:
     evaluated_on, machine = _mapping(report.get("evaluated_on")), _mapping(report.get("machine"))
     yield ""
     if evaluated_on:
-        yield f"Scored on {evaluated_on.get('questions')} questions of {evaluated_on.get('file')}."
+        noun = evaluated_on.get("noun", "questions")
+        yield f"Scored on {evaluated_on.get(noun)} {noun} of {evaluated_on.get('file')}."
     if machine:
         place = machine.get("accelerator") or machine.get("processor")
         torch = _mapping(report.get("versions")).get("torch")
         yield f"Timed on {place}, {machine.get('threads')} threads, torch {torch}."
     yield from ("Both by pruned-trainer when the checkpoint was made.", "")
+
+
+def _listed(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, label) of the scores that the report itself lists, beside those of _SCORES."""
+    listed = report.get("score_lines")
+    for line in listed if isinstance(listed, list) else ():
+        key, label = _mapping(line).get("key"), _mapping(line).get("label")
+        if isinstance(key, str) and isinstance(label, str) and key not in _SCORES:
+            yield key, label
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

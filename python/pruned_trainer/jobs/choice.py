@@ -23,7 +23,7 @@ from pruned_ops.runtime.optimize import optimized
 from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.job import Job, build_trainer
-from pruned_trainer.jobs.output import load_model
+from pruned_trainer.jobs.output import load_any_head
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import ShareOfGates
@@ -90,7 +90,7 @@ class Chosen:
 
     def load(self) -> PreTrainedModel:
         """The narrow model, as the gate phase left it."""
-        return load_model(str(self.model_folder))
+        return load_any_head(str(self.model_folder))
 
     def publish(self, folder: Path) -> None:
         """Write the decision beside the trained model, for the user."""

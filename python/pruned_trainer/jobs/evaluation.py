@@ -146,15 +146,18 @@ def _shapes(dense: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Any]:
 def _circumstances(job: Job) -> dict[str, Any]:
     """The data, the machine, the versions and the command that the numbers come from."""
     settings = job.settings
-    judged_on = Path(settings.eval_file).name if settings.eval_file else "held-out validation questions"
+    noun = job.evaluation.noun
+    judged_on = Path(settings.eval_file).name if settings.eval_file else f"held-out validation {noun}"
     return {
         "evaluated_on": {
             "file": judged_on,
-            "questions": len(job.evaluation),
+            "noun": noun,
+            noun: len(job.evaluation),
             "threshold_chosen_on_these": settings.eval_file is None,
         },
         "data_faults": job.task.faults.to_json(),
         "task": settings.task,
+        "score_lines": [line.to_json() for line in job.evaluation.score_lines],
         "recipe": settings.recipe,
         "machine": machine(),
         "versions": versions(),

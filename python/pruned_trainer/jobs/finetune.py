@@ -34,11 +34,11 @@ def fine_tune(settings: FineTuneSettings) -> None:
     set_seed(settings.seed)
     examples, _ = task.read_training(settings.train_file, has_validation=True)
     tokenizer = load_tokenizer(settings.model)
-    model = task.start_model(settings.model)
+    model = task.start_model(settings.model, examples)
     find_encoder(model)  # refuses a model that could not be pruned afterwards
     check_length(settings.max_length, model.config)
     say(f"tokenising {task.describe(examples)}")
-    features = task.features(examples, tokenizer)
+    features = task.features(examples, tokenizer, model)
     with (
         explained_when_full(settings.out),
         once(lambda: OutputFolder(settings.out, settings.overwrite, inputs)) as folder,

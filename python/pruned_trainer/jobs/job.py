@@ -21,7 +21,7 @@ from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import model_shape
 from pruned_trainer.distributed import is_main, once, per_process, say, state
-from pruned_trainer.jobs.output import load_model, load_tokenizer
+from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
 from pruned_trainer.pruning.gate_phase import GatePhase
@@ -104,12 +104,14 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
     dense, tokenizer, teacher = _load_models(settings, task)
     data = {"training": train, "validation": validation, "evaluation": evaluation}
     say(f"tokenising {'; '.join(f'{name}: {task.describe(examples)}' for name, examples in data.items())}")
-    validation, evaluation = (task.prepare(examples, tokenizer) for examples in (validation, evaluation))
+    validation, evaluation = (
+        task.prepare(examples, tokenizer, dense, teacher) for examples in (validation, evaluation)
+    )
     lengths = validation.arrival_lengths()
     workload = Workload.arrival_order(lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES)
     table = latency_table(settings, dense, workload, table_file) if settings.is_timed else None
     budget = _make_budget(settings, dense, lengths, table)
-    features = task.features(train, tokenizer)
+    features = task.features(train, tokenizer, dense)
     cache = None
     if settings.cache_teacher is not None:
         features = Numbered(features)
@@ -136,7 +138,11 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
 def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
     """Training, validation and evaluation examples. Without a validation file, a part of the training file is
     held out for it."""
-    train, validation = task.read_training(settings.train_file, settings.validation_file is not None)
+    read, source = (task.read_training, settings.train_file)
+    if source is None:
+        read, source = task.read_texts, settings.texts
+    assert source is not None
+    train, validation = read(source, settings.validation_file is not None)
     if settings.validation_file is not None:
         validation = task.read(settings.validation_file, "validation")
     else:
@@ -151,8 +157,7 @@ def _load_models(
     settings: PruneSettings, task: Task
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, PreTrainedModel]:
     """The dense model, its tokenizer and its teacher, checked and on this process's device."""
-    dense, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
-    task.check_model(dense)
+    dense, tokenizer = task.load_model(settings.model), load_tokenizer(settings.model)
     check_length(settings.max_length, dense.config)
     teacher = load_teacher(settings, dense, tokenizer, task)
     for model in (dense, teacher):
@@ -175,8 +180,7 @@ def load_teacher(
     it."""
     if settings.teacher is None:
         return dense
-    teacher, teacher_tokenizer = load_model(settings.teacher), load_tokenizer(settings.teacher)
-    task.check_model(teacher)
+    teacher, teacher_tokenizer = task.load_model(settings.teacher), load_tokenizer(settings.teacher)
     faults = []
     sizes = teacher.config.vocab_size, dense.config.vocab_size
     if teacher_tokenizer.get_vocab() != tokenizer.get_vocab() or sizes[0] != sizes[1]:

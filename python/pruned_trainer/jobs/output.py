@@ -1,4 +1,4 @@
-"""Output folders and checkpoints, written whole or not at all; `load_model` and `load_tokenizer` are the
+"""Output folders and checkpoints, written whole or not at all; `load_any_head` and `load_tokenizer` are the
 runtime's."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from pruned_ops.checkpoints.loading import TOKENIZER_FILES
+from pruned_ops.checkpoints.loading import load_any_head as load_any_head
 from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
 

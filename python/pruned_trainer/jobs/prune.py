@@ -97,6 +97,7 @@ def sweep(settings: PruneSettings) -> dict[str, Any]:
         ]
         summary = {
             "task": settings.task,
+            "score_lines": [line.to_json() for line in opened.job.evaluation.score_lines],
             "dense": dense.to_json(opened.job),
             "points": points,
             "command": settings.command,
@@ -189,7 +190,9 @@ def _measure(opened: Run, trained: Trained, dense: Judged, gate_log: Log) -> dic
     """Choose on validation data what the pruned model's config keeps of it (thresholds, calibration) and
     write it; then evaluate, time, and report."""
     job, model, folder = opened.job, trained.model, trained.folder
-    say("score thresholds, on the validation questions; then the evaluation questions")
+    noun = job.evaluation.noun
+    choosing = f"score thresholds, on the validation {noun}; then the " if job.task.thresholds else "the "
+    say(f"{choosing}evaluation {noun}")
     try:
         for name, value in job.validation.best_fields(model).items():
             setattr(model.config, name, value)

@@ -21,7 +21,7 @@ from pruned_trainer.pruning.options import (
     Target,
     check_parts,
 )
-from pruned_trainer.tasks.options import NULL_RATE, TASKS
+from pruned_trainer.tasks.options import NULL_RATE, TaskOptions
 from pruned_trainer.training.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -48,17 +48,17 @@ class PruneSettings:
     """Everything that decides what a pruning run does. Times are in minutes, lengths in tokens; None stands
     where a default is worked out.
 
-    train_file, validation_file, eval_file: a file, a folder, or a hub name. targets: none (only where the
-    paper's recipe lets its prices decide), one for `prune`, one or more for `sweep`; all in one unit, and
+    train_file, validation_file, eval_file: a file, a folder, or a hub name. texts: takes the place of
+    train_file, and has no labels. task and the fields of `TaskOptions`: see there. targets: none (only where
+    the paper's recipe lets its prices decide), one for `prune`, one or more for `sweep`; all in one unit, and
     kept in the order in which the gate phase meets them, the largest model first. batch_size: counts the
     examples of all processes together. save_steps: the steps from one checkpoint to the next. gate_fraction:
-    the share of the training windows that gates are trained on. null_rate, num_proc: for Natural
-    Questions alone, see `NaturalQuestionsTask`. skip_bad: leave out bad questions, and count them. command:
-    the command line that gave all this, for the report.
+    the share of the training windows that gates are trained on. command: the command line that gave all
+    this, for the report.
     """
 
     model: str
-    train_file: Path
+    train_file: Path | None
     out: Path
     targets: tuple[Target, ...] = ()
     validation_file: Path | None = None
@@ -67,6 +67,11 @@ class PruneSettings:
     null_rate: float = NULL_RATE
     num_proc: int = 1
     skip_bad: bool = False
+    texts: Path | None = None
+    text_columns: tuple[str, ...] | None = None
+    label_column: str | None = None
+    scores: str | None = None
+    corpus: Path | None = None
     teacher: str | None = None
     recipe: str = "joint"
     parts: tuple[str, ...] = DEFAULT_PARTS
@@ -105,17 +110,27 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _in_order(self.targets))
+        TaskOptions.of(self)  # which checks them
+        self._check_data()
         self._check_choices()
         self._check_targets()
         self._check_unused()
         self._check_numbers()
         self._check_steps()
+
+    def _check_data(self) -> None:
+        if (self.train_file is None) == (self.texts is None):
+            raise ValueError(
+                "a train_file with labels, or texts without, is what is trained on: name one of them"
+            )
+        if self.texts is not None and self.distil_in == "none":
+            raise ValueError("texts have no labels, so that the teacher is all that teaches: distil_in none")
         if self.eval_file and self.validation_file and same_file(self.eval_file, self.validation_file):
             raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
 
     def _check_choices(self) -> None:
         for name, known in (
-            ("task", TASKS), ("recipe", RECIPES), ("penalty", PENALTIES), ("precision", PRECISIONS),
+            ("recipe", RECIPES), ("penalty", PENALTIES), ("precision", PRECISIONS),
             ("distil_in", (*DISTIL_IN, None)), ("compensate", COMPENSATIONS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
@@ -148,7 +163,6 @@ class PruneSettings:
             raise ValueError("a target holds the gates to a share: the lambda multiples are for runs without")
         if self.recipe in METHODS and self.penalty != "one":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
-        check_task_options(self.task, self.null_rate, self.num_proc)
         weights = self.distillation
         if not weights.hidden and (weights.projection or weights.layers):
             raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")
@@ -192,14 +206,13 @@ class PruneSettings:
 
     def make_task(self) -> Task:
         """The task, with the options that these settings have for it."""
-        options = (self.null_rate, self.num_proc, self.skip_bad)
-        return make_task(self.task, self.max_length, self.stride, self.seed, *options)
+        return make_task(TaskOptions.of(self))
 
     @property
     def inputs(self) -> tuple[Path | str | None, ...]:
         """The files and folders that the output must not replace."""
-        files = (self.train_file, self.validation_file, self.eval_file, self.latency_table)
-        return (self.model, self.teacher, self.cache_teacher, *files)
+        files = (self.train_file, self.texts, self.validation_file, self.eval_file, self.corpus)
+        return (self.model, self.teacher, self.cache_teacher, self.latency_table, *files)
 
     @property
     def is_timed(self) -> bool:
@@ -267,7 +280,7 @@ class PruneSettings:
 class FineTuneSettings:
     """Everything that decides what a fine-tuning does.
 
-    model: an encoder or a question-answering checkpoint, a folder or a hub name. batch_size: counts the
+    model: an encoder or a checkpoint with a head, a folder or a hub name. batch_size: counts the
     examples of all processes together. The other fields are as in `PruneSettings`.
     """
 
@@ -285,6 +298,9 @@ class FineTuneSettings:
     null_rate: float = NULL_RATE
     num_proc: int = 1
     skip_bad: bool = False
+    text_columns: tuple[str, ...] | None = None
+    label_column: str | None = None
+    scores: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -293,42 +309,31 @@ class FineTuneSettings:
                 f"epochs ({self.epochs}), learning_rate ({self.learning_rate}) and batch_size "
                 f"({self.batch_size}) must be positive"
             )
+        TaskOptions.of(self)  # which checks them
 
     def make_task(self) -> Task:
         """The task, with the options that these settings have for it."""
-        options = (self.null_rate, self.num_proc, self.skip_bad)
-        return make_task(self.task, self.max_length, self.stride, self.seed, *options)
+        return make_task(TaskOptions.of(self))
 
 
-def make_task(
-    name: str,
-    max_length: int,
-    stride: int,
-    seed: int = 0,
-    null_rate: float = NULL_RATE,
-    num_proc: int = 1,
-    skip_bad: bool = False,
-) -> Task:
-    """The task of this name. Errors: ValueError as for `check_task_options`."""
-    check_task_options(name, null_rate, num_proc)
-    if name == "squad":
+def make_task(options: TaskOptions) -> Task:
+    """The task of these options."""
+    if options.task == "squad":
         from pruned_trainer.tasks.squad.task import (
             SquadTask,  # imports transformers: see the module's docstring
         )
 
-        return SquadTask(max_length, stride, seed, skip_bad)
-    from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
+        return SquadTask(options.max_length, options.stride, options.seed, options.skip_bad)
+    if options.task == "natural_questions":
+        from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 
-    return NaturalQuestionsTask(max_length, stride, seed, null_rate, num_proc, skip_bad)
+        return NaturalQuestionsTask(
+            options.max_length, options.stride, options.seed, options.null_rate, options.num_proc,
+            options.skip_bad,
+        )  # fmt: skip
+    from pruned_trainer.tasks.texts.tasks import text_task
 
-
-def check_task_options(name: str, null_rate: float, num_proc: int) -> None:
-    """ValueError for options that the task of this name does not have, or that are out of range."""
-    if name == "squad":
-        if (null_rate, num_proc) != (NULL_RATE, 1):
-            raise ValueError("null_rate and num_proc are for --task natural_questions")
-    elif not 0 <= null_rate <= 1 or num_proc < 1:
-        raise ValueError(f"null_rate ({null_rate}) must lie in [0, 1], num_proc ({num_proc}) be at least 1")
+    return text_task(options)
 
 
 def same_file(first: Path, second: Path) -> bool:
@@ -350,8 +355,8 @@ def _in_order(targets: Sequence[Target]) -> tuple[Target, ...]:
 
 def _place(name: str, value: Any) -> Any:
     """A setting that names a file or folder as an absolute path; others, and hub names, as they are."""
-    is_path = name in ("out", "latency_table", "cache_teacher")
-    may_be_of_the_hub = name in ("model", "teacher", "train_file", "validation_file", "eval_file")
+    is_path = name in ("out", "latency_table", "cache_teacher", "corpus")
+    may_be_of_the_hub = name in ("model", "teacher", "train_file", "validation_file", "eval_file", "texts")
     if isinstance(value, str) and (is_path or may_be_of_the_hub and Path(value).exists()):
         return str(Path(value).resolve())
     return value

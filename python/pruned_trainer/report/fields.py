@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruned_trainer.tasks.task import SCORES, Score
+from pruned_trainer.tasks.natural_questions.task import SCORES as NQ_SCORES
+from pruned_trainer.tasks.squad.scoring import SCORES as SQUAD_SCORES
+from pruned_trainer.tasks.task import Score
+
+# The lines of the result tables of reports that do not list them: earlier versions had these tasks alone.
+_EARLIER = {"squad": SQUAD_SCORES, "natural_questions": NQ_SCORES}
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,29 @@ def shown(value: float | None, form: str, scale: float = 1.0) -> str:
 
 def task_of(report: Fields) -> str:
     """The report's task; SQuAD where it names none, as reports did before there were several tasks."""
-    task = report.text("task") or "squad"
-    if task not in SCORES:
-        raise ValueError(f"{report.file}: task is {task!r}; one of {', '.join(SCORES)} is needed")
-    return task
+    return report.text("task") or "squad"
+
+
+def scores_of(report: Fields) -> tuple[Score, ...]:
+    """The lines of the report's result table; ValueError where it lists none and is of no task that had no
+    need to."""
+    listed = report.parts("score_lines")
+    if not listed:
+        task = task_of(report)
+        if task not in _EARLIER:
+            raise ValueError(
+                f"{report.file}: task is {task!r}; without score_lines one of {', '.join(_EARLIER)} is needed"
+            )
+        return _EARLIER[task]
+    return tuple(
+        Score(line.text("key") or "", line.text("label") or "", line.values.get("has_loss") is not False)
+        for line in listed
+    )
+
+
+def noun_of(report: Fields) -> str:
+    """What the examples are called that the report's models were judged on."""
+    return report.part("evaluated_on").text("noun") or "questions"
 
 
 def shapes(report: Fields) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pruned_trainer.report import figures
-from pruned_trainer.report.fields import Fields, change, change_text, shapes, shown, task_of
+from pruned_trainer.report.fields import Fields, change, change_text, scores_of, shapes, shown
 from pruned_trainer.report.figures import Line
 from pruned_trainer.report.html import Cell, Link, Page, Section, Table, write
 from pruned_trainer.report.sections import (
@@ -24,7 +24,6 @@ from pruned_trainer.report.sections import (
     training_section,
     workloads_section,
 )
-from pruned_trainer.tasks.task import SCORES
 
 
 def write_pages(folder: Path) -> list[Path]:
@@ -53,12 +52,11 @@ def report_page(report: Fields) -> Page:
     """The page of one pruned model."""
     if not any(report.part(name) for name in ("dense", "pruned")):
         raise ValueError(f"{report.file} has no entry dense or pruned: it is no report of prune")
-    task = task_of(report)
     sections = [
         scores_and_sizes(report),
         layers_section(report),
         training_section(report, [report]),
-        speed_section(own_lines([report], task), task, joined=False),
+        speed_section(own_lines([report], scores_of(report)), report, joined=False),
         workloads_section(report),
         *circumstances(report),
     ]
@@ -74,7 +72,7 @@ def _headline(report: Fields) -> list[tuple[str, str]]:
         workload = f", on {speed.text('workload')}" if speed.text("workload") else ""
         target_text = "" if asked is None else f" ({asked:g}x asked)"
         headline.append((f"{reached:.2f}x", f"as fast as dense{workload}{target_text}"))
-    for score in SCORES[task_of(report)]:
+    for score in scores_of(report):
         gained = change(report, score) if score.has_loss else None
         if gained:
             headline.append((f"{gained[0]:+.2f}", f"{score.label} ({gained[1]:+.2f} to {gained[2]:+.2f})"))
@@ -110,14 +108,13 @@ def sweep_page(sweep: Fields, reports: Mapping[str, Fields]) -> Page:
     points = sorted(sweep.parts("points"), key=_speed)
     if not points:
         raise ValueError(f"{sweep.file} has no points: it is no record of a sweep")
-    task = task_of(sweep)
     # The models share one training and one machine: the first model's report describes them for all.
     common = next(iter(reports.values()), Fields(sweep.file, {}))
     sections = [
         _curve(sweep, points),
         _models(sweep, points, reports),
         training_section(common, points),
-        speed_section(own_lines(points, task), task, joined=True),
+        speed_section(own_lines(points, scores_of(sweep)), sweep, joined=True),
         *_common(sweep, reports),
     ]
     headline = [(str(len(points)), "models from one training of the gates")]
@@ -145,7 +142,7 @@ def _curve(sweep: Fields, points: Sequence[Fields]) -> Section:
     """Each score over measured speed-up; the curves begin at the dense model."""
     section = Section("curve", "Scores against measured speed-up")
     lines = []
-    for score in SCORES[task_of(sweep)]:
+    for score in scores_of(sweep):
         dense = sweep.part("dense").number(score.key)
         if not score.has_loss or dense is None:
             continue
@@ -163,7 +160,7 @@ def _curve(sweep: Fields, points: Sequence[Fields]) -> Section:
 
 def _models(sweep: Fields, points: Sequence[Fields], reports: Mapping[str, Fields]) -> Section:
     """The table with a row for each model; the models with a report are links to their pages."""
-    scores = [score for score in SCORES[task_of(sweep)] if score.has_loss]
+    scores = [score for score in scores_of(sweep) if score.has_loss]
     labels = [text for score in scores for text in (score.label, "change (95% interval)")]
     head = ("model", "asked", "reached", "speed-up", *labels, "heads", "FFN width", "MACs", "MiB")
     dense = sweep.part("dense")

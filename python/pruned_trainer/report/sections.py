@@ -10,11 +10,20 @@ from collections.abc import Iterable, Sequence
 
 from pruned_trainer.pruning.options import METHODS
 from pruned_trainer.report import figures
-from pruned_trainer.report.fields import Fields, change, change_text, shapes, shown, task_of
+from pruned_trainer.report.fields import (
+    Fields,
+    change,
+    change_text,
+    noun_of,
+    scores_of,
+    shapes,
+    shown,
+    task_of,
+)
 from pruned_trainer.report.figures import Drawing, Line
 from pruned_trainer.report.html import Section, Table
 from pruned_trainer.report.published import PUBLISHED, Published
-from pruned_trainer.tasks.task import SCORES
+from pruned_trainer.tasks.task import Score
 
 MODELS = ("dense", "pruned")
 # Units of a target, as the figure of the gate training names them.
@@ -22,14 +31,15 @@ _COSTS = {"macs": "multiply-accumulates", "params": "parameters"}
 
 
 def subtitle(report: Fields) -> str:
-    """Recipe, task, and the questions that the models were judged on."""
+    """Recipe, task, and the examples that the models were judged on."""
     judged = report.part("evaluated_on")
     parts = [f"recipe {report.text('recipe')}" if report.text("recipe") else "", task_of(report)]
-    questions, file = judged.number("questions"), judged.text("file")
-    if questions is not None:
-        parts.append(f"{questions:,.0f} questions" + (f" of {file}" if file else ""))
+    noun = noun_of(report)
+    count, file = judged.number(noun), judged.text("file")
+    if count is not None:
+        parts.append(f"{count:,.0f} {noun}" + (f" of {file}" if file else ""))
     if judged.values.get("threshold_chosen_on_these") is True:
-        parts.append("the score thresholds were chosen on these questions")
+        parts.append(f"the score thresholds were chosen on these {noun}")
     return "; ".join(part for part in parts if part)
 
 
@@ -47,7 +57,7 @@ def scores_and_sizes(report: Fields) -> Section:
     """The result table: scores, sizes, and heads and widths of the dense and the pruned model."""
     dense, pruned = (report.part(name) for name in MODELS)
     rows = []
-    for score in SCORES[task_of(report)]:
+    for score in scores_of(report):
         values = [shown(model.number(score.key), "{:.2f}") for model in (dense, pruned)]
         rows.append([score.label, *values, change_text(report, score) if score.has_loss else ""])
     for label, key, form, scale in (
@@ -190,36 +200,42 @@ def _share(model: Fields, unit: str | None) -> float | None:
     return 1 / speed if speed else None
 
 
-def speed_section(lines: Sequence[Line], task: str, joined: bool) -> Section:
+def speed_section(lines: Sequence[Line], report: Fields, joined: bool) -> Section:
     """Changes of the scores over speed-up, ours and those that others published.
 
-    lines: `own_lines`. joined: each of our lines is one family's curve.
+    lines: `own_lines`. report: names the task. joined: each of our lines is one family's curve.
     """
-    section = Section("speed", "F1 against speed, beside what others published")
-    series = PUBLISHED[task]
+    task, scores = task_of(report), scores_of(report)
+    series = PUBLISHED.get(task, ())
+    title = "F1 against speed, beside what others published" if series else "Scores against speed"
+    section = Section("speed", title)
     theirs = [
         Line(_label(published), published.changes, own=False) for published in series if published.changes
     ]
     if not lines:
-        section.notes.append("This report lacks its speed-up or its losses: the points are all others'.")
+        points = ": the points are all others'" if series else ""
+        section.notes.append(f"This report lacks its speed-up or its losses{points}.")
+    if lines or theirs:
+        label = "points of F1 gained" if series else "points gained"
+        section.drawings.append(figures.against_speed("report-speed", label, [*lines, *theirs], joined))
+    if not series:
+        return section
     section.notes.append(
         "Hollow points are others' results on other models, data and hardware, each against its dense model; "
         "they show what has been reached, not what these models would reach there."
     )
     if any(published.dense is None for published in series):
         section.notes.append("The table also lists a series whose dense model's F1 we do not know.")
-    label = "points of F1 gained"
-    section.drawings.append(figures.against_speed("report-speed", label, [*lines, *theirs], joined))
     head = ("source", "model", "data", "hardware", "score", "dense", "pruned")
-    rows = [_row(published, task) for published in series]
+    rows = [_row(published, scores) for published in series]
     section.tables.append(Table(head, rows, "Published by others", texts=True))
     return section
 
 
-def own_lines(models: Sequence[Fields], task: str) -> list[Line]:
+def own_lines(models: Sequence[Fields], scores: Sequence[Score]) -> list[Line]:
     """A line for each score that has a loss: (speed-up, points gained) of every model that has both."""
     lines = []
-    for score in SCORES[task]:
+    for score in scores:
         points = []
         for model in models if score.has_loss else ():
             speed, gained = model.part("speedup").number("reached"), change(model, score)
@@ -233,9 +249,9 @@ def own_lines(models: Sequence[Fields], task: str) -> list[Line]:
     return lines
 
 
-def _row(published: Published, task: str) -> list[str]:
+def _row(published: Published, scores: Sequence[Score]) -> list[str]:
     points = ", ".join(f"{speed:.2f}x\u00a0{value:g}" for speed, value in published.points)
-    score = next(score.label for score in SCORES[task] if score.key == published.score)
+    score = next(score.label for score in scores if score.key == published.score)
     dense = shown(published.dense, "{:g}")
     return [
         published.source, published.model, published.data, published.hardware, score, dense, points

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pruned_trainer.tasks.task import METRIC_DIGITS, SCORES
+from pruned_trainer.report.fields import Fields, noun_of, scores_of
+from pruned_trainer.tasks.task import Score
+
+
+def _score_lines(report: Mapping[str, Any]) -> list[Score]:
+    """The lines of the result table."""
+    return list(scores_of(Fields(Path("report.json"), report)))
 
 
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -18,7 +25,7 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     console.print(_result_table(report))
     console.print(_layer_bars(report))
     speed = report["speedup"]
-    losses = [score for score in SCORES[report["task"]] if score.has_loss]
+    losses = [score for score in _score_lines(report) if score.has_loss]
     changes = [
         _change(report, score.label, f"{score.key}_loss")
         for score in losses
@@ -50,7 +57,8 @@ def _change(report: Mapping[str, Any], name: str, loss: str) -> str:
 
 def _result_table(report: Mapping[str, Any]) -> Table:
     dense, pruned, workload = report["dense"], report["pruned"], report["speedup"]["workload"]
-    table = Table(title=f"{report['evaluated_on']['questions']} questions; timing: {workload}")
+    noun = noun_of(Fields(Path("report.json"), report))
+    table = Table(title=f"{report['evaluated_on'][noun]} {noun}; timing: {workload}")
     for column, side in (("", "left"), ("dense", "right"), ("pruned", "right"), ("pruned / dense", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
 
@@ -62,7 +70,7 @@ def _result_table(report: Mapping[str, Any]) -> Table:
             compared = f"{left / full:.3f}" if ratio and full else f"{left - full:+.2f}"
             table.add_row(name, form.format(full), form.format(left), compared)
 
-    for score in SCORES[report["task"]]:
+    for score in _score_lines(report):
         row(score.label, itemgetter(score.key), "{:.2f}", ratio=False)
     row("encoder parameters", lambda m: m["params"], "{:,}")
     row("encoder MACs per sequence", lambda m: m["macs"] / 1e6, "{:,.0f} M")
@@ -92,20 +100,21 @@ def _layer_bars(report: Mapping[str, Any], width: int = 16) -> Table:
     return table
 
 
-def print_scores(scores: Mapping[str, Any], thresholds: Mapping[str, float], task: str) -> None:
-    """Print a checkpoint's scores, a line each: the official metric's keys, other scores, the thresholds."""
+def print_scores(scores: Mapping[str, Any], thresholds: Mapping[str, float], digits: int) -> None:
+    """Print a checkpoint's scores, a line each: the official metric's keys with so many decimals, other
+    scores, the thresholds."""
     official = scores["metrics"]
     others = {k: v for k, v in scores.items() if k != "metrics" and k not in official and v is not None}
     width = max(14, *(len(name) for name in (*official, *others, *thresholds)))
-    for values, digits in ((official, METRIC_DIGITS[task]), (others, 2), (thresholds, 4)):
+    for values, decimals in ((official, digits), (others, 2), (thresholds, 4)):
         for name, value in values.items():
-            text = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+            text = f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
             print(f"{name:>{width}}  {text}")
 
 
 def sweep_point(report: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """The entry of a sweep's model in sweep.json, from the model's own report."""
-    scores = SCORES[report["task"]]
+    scores = _score_lines(report)
     names = (*(score.key for score in scores), "params", "macs", "bytes")
     losses = [f"{score.key}_loss" for score in scores if score.has_loss]
     return {
@@ -121,7 +130,7 @@ def sweep_point(report: Mapping[str, Any], folder: str) -> dict[str, Any]:
 def print_sweep(sweep: Mapping[str, Any], console: Console | None = None) -> None:
     """Print a line for each model of a family."""
     table = Table(title="one training of the gates, a model for each target")
-    scores = [score for score in SCORES[sweep["task"]] if score.has_loss]
+    scores = [score for score in _score_lines(sweep) if score.has_loss]
     for name in ("model", "speed-up", *(n for score in scores for n in (score.label, "loss (95%)"))):
         table.add_column(name, justify="left" if name == "model" else "right")
     dense = [sweep["dense"][score.key] for score in scores]

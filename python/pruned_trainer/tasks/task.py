@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+# The share of the training examples that is held out where there is no validation file.
+HELD_OUT = 0.05
 # The entries of a batch that only the loss reads, by the names of the models' arguments.
 LABELS = ("start_positions", "end_positions", "answer_types", "labels")
 
@@ -32,17 +34,9 @@ class Score(NamedTuple):
     label: str
     has_loss: bool = True
 
-
-SCORES = {
-    "squad": (
-        Score("f1", "F1"),
-        Score("exact", "exact", has_loss=False),
-        Score("f1_span", "span F1"),
-    ),
-    "natural_questions": (Score("long_f1", "long F1"), Score("short_f1", "short F1")),
-}
-# Decimals of the official metric's numbers: SQuAD's are percentages, Natural Questions' are fractions.
-METRIC_DIGITS = {"squad": 2, "natural_questions": 4}
+    def to_json(self) -> dict[str, Any]:
+        """The line as report.json lists it."""
+        return self._asdict()
 
 
 class Result(Protocol):
@@ -59,10 +53,21 @@ class Result(Protocol):
 
 
 class Prepared(Protocol):
-    """A file's examples, cut into windows once and then used for every model. Its length: of questions.
+    """A file's examples, cut into windows once and then used for every model. Its length: of examples.
 
-    windows: each has a length, input_ids and token_type_ids.
+    windows: each has a length, input_ids and token_type_ids. noun: what the examples are called, in the
+    plural. score_lines: the lines of the result table, the main one first. metric_digits: decimals of the
+    official metric's numbers (SQuAD's are percentages, Natural Questions' are fractions).
     """
+
+    @property
+    def noun(self) -> str: ...
+
+    @property
+    def score_lines(self) -> tuple[Score, ...]: ...
+
+    @property
+    def metric_digits(self) -> int: ...
 
     @property
     def windows(self) -> Sequence[Any]: ...
@@ -93,11 +98,13 @@ class Task(Protocol):
     def thresholds(self) -> tuple[str, ...]:
         """The config's fields that hold thresholds; a config that lacks one means 0.0."""
 
-    def start_model(self, source: str) -> PreTrainedModel:
-        """A model to fine-tune from an encoder, with new heads where the encoder has none."""
+    def start_model(self, source: str, examples: Any) -> PreTrainedModel:
+        """A model to fine-tune on these examples from an encoder, with a new head where the encoder has none
+        that fits them."""
 
-    def check_model(self, model: PreTrainedModel) -> None:
-        """ValueError where the model is not for this task."""
+    def load_model(self, source: str) -> PreTrainedModel:
+        """The model of a folder or a hub name, in evaluation mode; ValueError where it is not for this
+        task."""
 
     def read(self, source: Path | str, split: str) -> Any:
         """The examples of a file, to judge models on."""
@@ -106,14 +113,31 @@ class Task(Protocol):
         """(training examples, held-out examples or None): examples are held out if there is no validation
         file."""
 
+    def read_texts(self, source: Path, has_validation: bool) -> tuple[Any, Any]:
+        """As `read_training`, of a file of texts without labels. ValueError where the task has no such
+        form."""
+
     def describe(self, examples: Any) -> str:
         """How many examples there are, and of what."""
 
-    def prepare(self, examples: Any, tokenizer: PreTrainedTokenizerFast) -> Prepared:
-        """The examples with their windows, to judge models on."""
+    def prepare(
+        self,
+        examples: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+    ) -> Prepared:
+        """The examples with their windows, to judge models on.
 
-    def features(self, examples: Any, tokenizer: PreTrainedTokenizerFast) -> Sequence[dict[str, Any]]:
-        """The examples' windows with LABELS, to train on, as dictionaries that `pad_batch` takes."""
+        model: has the labels that the examples' are to be among. teacher: its outputs stand in for the labels
+        of examples that have none. Errors: FormatError for a label that the model does not have.
+        """
+
+    def features(
+        self, examples: Any, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> Sequence[dict[str, Any]]:
+        """The examples' windows with LABELS, to train on, as dictionaries that `pad_batch` takes. model,
+        errors: as for `prepare`."""
 
 
 def without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
-from pruned_ops.checkpoints.loading import load_to_fine_tune
+from pruned_ops.checkpoints.loading import load_model, load_to_fine_tune
 from pruned_ops.models.heads import is_natural_questions, load_natural_questions, with_answer_types
 from pruned_ops.qa.questions import arrival_lengths
 from pruned_ops.runtime.optimize import optimized
@@ -43,11 +43,10 @@ from pruned_trainer.tasks.natural_questions.windows import (
     with_markers,
 )
 from pruned_trainer.tasks.options import NULL_RATE
-from pruned_trainer.tasks.task import model_logits
+from pruned_trainer.tasks.task import HELD_OUT, Score, model_logits
 
 LONG, SHORT = "long_score_threshold", "short_score_threshold"
-# The share of the training documents that is held out where no validation file is given.
-HELD_OUT = 0.05
+SCORES = (Score("long_f1", "long F1"), Score("short_f1", "short F1"))
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,8 @@ class Pages:
     windows: Sequence[NqWindow]
     annotators: int
 
+    noun, score_lines, metric_digits = "questions", SCORES, 4
+
     def __len__(self) -> int:
         return len(self.documents)
 
@@ -156,10 +157,15 @@ class NaturalQuestionsTask:
 
     thresholds = (LONG, SHORT)
 
-    def start_model(self, source: str) -> PreTrainedModel:
+    def start_model(self, source: str, examples: NqFiles) -> PreTrainedModel:
         if is_natural_questions(AutoConfig.from_pretrained(source, trust_remote_code=False)):
             return load_natural_questions(source)
         return with_answer_types(load_to_fine_tune(source))
+
+    def load_model(self, source: str) -> PreTrainedModel:
+        model = load_model(source)
+        self.check_model(model)
+        return model
 
     def check_model(self, model: PreTrainedModel) -> None:
         if not isinstance(model, PrunedBertForNaturalQuestions):
@@ -178,12 +184,23 @@ class NaturalQuestionsTask:
             return NqFiles(files), None
         return NqFiles(files, HELD_OUT), NqFiles(files, HELD_OUT, held_out=True)
 
+    def read_texts(self, source: Path, has_validation: bool) -> tuple[Any, Any]:
+        raise ValueError(
+            "natural_questions has no form without answers: --texts is for the tasks on rows of texts"
+        )
+
     def describe(self, examples: NqFiles) -> str:
         names = ", ".join(path.name for path in examples.files)
         share = examples.fraction if examples.held_out else 1 - examples.fraction
         return f"{share:.0%} of {names}" if examples.fraction else names
 
-    def prepare(self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast) -> Pages:
+    def prepare(
+        self,
+        examples: NqFiles,
+        tokenizer: PreTrainedTokenizerFast,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+    ) -> Pages:
         tokenizer, skipped = with_markers(tokenizer), Skipped() if self.skip_bad else None
         documents: list[Document] = []
         windows: list[NqWindow] = []
@@ -199,7 +216,9 @@ class NaturalQuestionsTask:
             raise NqFormatError(f"{examples.files[0]}: no document has an annotation to score by")
         return Pages(documents, windows, min(annotators, MIN_ANNOTATORS))
 
-    def features(self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast) -> ArrowWindows:
+    def features(
+        self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> ArrowWindows:
         windows = training_windows(
             examples.files, with_markers(tokenizer), self.max_length, self.stride, self.null_rate, self.seed,
             self.num_proc, self.skip_bad, examples.fraction,

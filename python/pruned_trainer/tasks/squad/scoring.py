@@ -14,9 +14,11 @@ from pruned_ops.models.configuration import SCORED, ScoreCalibration
 from pruned_ops.qa.decoding import Decoded
 from pruned_ops.qa.questions import answer_scores
 from pruned_trainer.tasks.squad.examples import Example, parse_squad
+from pruned_trainer.tasks.task import Score
 
 FloatArray = NDArray[np.float64]
 
+SCORES = (Score("f1", "F1"), Score("exact", "exact", has_loss=False), Score("f1_span", "span F1"))
 # Resamples drawn at once: their indices for 10,000 questions take 4 MB.
 _RESAMPLES_AT_ONCE = 50
 # Where the calibration's two numbers are sought. temperature: from a model that ought to be much surer to one

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
-from pruned_ops.checkpoints.loading import load_to_fine_tune
+from pruned_ops.checkpoints.loading import load_model, load_to_fine_tune
 from pruned_ops.qa.decoding import Decoded, decode
 from pruned_ops.qa.questions import arrival_lengths
 from pruned_ops.qa.windows import RefusedQuestion, Window, span_tokens, windows
@@ -21,6 +21,7 @@ from pruned_trainer.distributed import is_main, shared
 from pruned_trainer.tasks.faults import DataFaults, Skipped
 from pruned_trainer.tasks.squad.examples import Example, SquadFormatError, split_articles
 from pruned_trainer.tasks.squad.scoring import (
+    SCORES,
     EvaluationResult,
     best_null_threshold,
     evaluate,
@@ -107,6 +108,8 @@ class Questions:
     examples: Sequence[Example]
     windows: Sequence[Window]
 
+    noun, score_lines, metric_digits = "questions", SCORES, 2
+
     @classmethod
     def cut(
         cls,
@@ -169,8 +172,13 @@ class SquadTask:
 
     thresholds = (THRESHOLD,)
 
-    def start_model(self, source: str) -> PreTrainedModel:
+    def start_model(self, source: str, examples: Sequence[Example]) -> PreTrainedModel:
         return load_to_fine_tune(source)
+
+    def load_model(self, source: str) -> PreTrainedModel:
+        model = load_model(source)
+        self.check_model(model)
+        return model
 
     def check_model(self, model: PreTrainedModel) -> None:
         if isinstance(model, PrunedBertForNaturalQuestions):
@@ -192,17 +200,26 @@ class SquadTask:
         train = self.read(source, "train")
         return (train, None) if has_validation else split_articles(train, seed=self.seed)
 
+    def read_texts(self, source: Path, has_validation: bool) -> tuple[Any, Any]:
+        raise ValueError("squad has no form without answers: --texts is for the tasks on rows of texts")
+
     def describe(self, examples: Sequence[Example]) -> str:
         return f"{len(examples)} questions"
 
-    def prepare(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> Questions:
+    def prepare(
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerFast,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+    ) -> Questions:
         skipped = self._skipped()
         questions = Questions.cut(examples, tokenizer, self.max_length, self.stride, skipped)
         self.faults.add(skipped)
         return questions
 
     def features(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
     ) -> list[dict[str, Any]]:
         skipped = self._skipped()
         features = training_features(

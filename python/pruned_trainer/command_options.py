@@ -1,0 +1,318 @@
+"""The options of pruned-trainer's commands, each with the default that the settings have.
+
+This module imports neither torch nor transformers, so that the command line can show its help at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pruned_trainer.jobs.settings import (
+    BATCH_SIZE,
+    DISTIL_IN,
+    PAPER_BATCH_SIZE,
+    PRECISIONS,
+    RECIPES,
+    SCORE_STEPS,
+    WIDTH_ALIGN,
+    FineTuneSettings,
+    PruneSettings,
+)
+from pruned_trainer.pruning.options import COMPENSATIONS, DEFAULT_PARTS, MAX_PACE, PARTS, PENALTIES
+from pruned_trainer.tasks.options import TASKS
+from pruned_trainer.training.distillation import Distillation
+
+# The names that stand for values of these types on a help page.
+METAVARS: dict[type, str] = {int: "N", float: "N", Path: "FILE", str: "MODEL"}
+# The size of the demo's model, where no other target is given.
+DEMO_MACS = 0.45
+
+
+class Options:
+    """A titled group of a command's options, each of which has the default that the settings have."""
+
+    def __init__(self, group: argparse._ArgumentGroup, settings: type, prefix: str = "") -> None:
+        """prefix: what the options' names begin with, before the settings' own names."""
+        self.group, self.settings, self.prefix = group, settings, prefix
+
+    @classmethod
+    def titled(
+        cls, parser: argparse.ArgumentParser, title: str, settings: type, text: str | None = None
+    ) -> Options:
+        """A new group of the parser, under this title."""
+        return cls(parser.add_argument_group(title, text), settings)
+
+    def add(self, name: str, text: str, **more: Any) -> None:
+        """Add the option of this setting. more: as for add_argument.
+
+        The help page adds a plain default to the text, which itself names one that is worked out.
+        """
+        default = getattr(self.settings, name, None)
+        if isinstance(default, bool):
+            more["action"] = "store_true"
+        else:
+            more.setdefault("type", str if default is None or "nargs" in more else type(default))
+            if "choices" not in more:
+                more.setdefault("metavar", METAVARS.get(more["type"]))
+        option = f"--{self.prefix}{name}".replace("_", "-")
+        self.group.add_argument(option, default=default, help=text, **more)
+
+
+def add_prune(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    options = Options.titled(parser, "model and data", PruneSettings)
+    options.add("model", "fine-tuned BERT or RoBERTa to prune: a folder or a hub name", required=True)
+    _add_train_file(options, required=False)
+    options.add(
+        "texts",
+        "instead of a training file: texts without labels, one a line, or rows with columns of texts; the "
+        "teacher's outputs are then all that is learned, and what is judged where there is no other file",
+        type=Path,
+    )
+    _add_data(options)
+    options.add("corpus", "embedding: documents (id, title, text) to judge retrieval on", type=Path)
+    text = "TARGET is one of the first four options"
+    text += ", each with one number or more" if several else "; --recipe paper needs none"
+    _add_target(Options.titled(parser, "target", PruneSettings, text), several)
+    _add_recipe(Options.titled(parser, "recipe", PruneSettings))
+    _add_distillation(parser)
+    _add_running(Options.titled(parser, "running", PruneSettings))
+    parser.usage = "%(prog)s --model MODEL (--train-file FILE | --texts FILE) --out DIR TARGET [options]"
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    options = Options.titled(parser, "model and data", PruneSettings)
+    options.add("model", "encoder to fine-tune and prune (default: all-MiniLM-L6-v2, from its pip package)")
+    _add_train_file(options, required=False, default=" (default: generated questions)")
+    _add_validation(options)
+    _add_windows(options)
+    _add_target(Options.titled(parser, "target", PruneSettings), several=False, default_macs=DEMO_MACS)
+    _add_recipe(Options.titled(parser, "recipe", PruneSettings))
+    _add_distillation(parser)
+    _add_running(Options.titled(parser, "running", PruneSettings), resumable=False)
+    parser.usage = "%(prog)s [options]"
+    parser.set_defaults(model="", train_file=Path(), out=Path("build/demo"))
+
+
+def _add_train_file(options: Options, required: bool = True, default: str = "") -> None:
+    text = (
+        "SQuAD JSON, another local dataset in SQuAD's columns, or a hub name (owner/name:split); for Natural "
+        "Questions JSONL, gzip or not, or a folder of such files; for the other tasks JSONL, CSV, Parquet or "
+        "Arrow with a row for each example"
+    )
+    options.add("train_file", text + default, type=Path, required=required)
+
+
+def _add_data(options: Options) -> None:
+    _add_validation(options)
+    _add_task(options)
+    _add_windows(options)
+
+
+def _add_validation(options: Options) -> None:
+    options.add(
+        "validation_file",
+        "examples for every choice (default: 5%% of the training articles, documents or rows)",
+        type=Path,
+    )
+    options.add("eval_file", "examples for the results only (default: those of the validation)", type=Path)
+
+
+def _add_task(options: Options, training: bool = True) -> None:
+    options.add("task", "the data's format, and the metrics that go with it", choices=TASKS)
+    options.add(
+        "text_columns",
+        "tasks on rows of texts: their columns (default: text; text_a text_b; tokens; query passage)",
+        nargs="+",
+        metavar="COLUMN",
+    )
+    options.add("label_column", "the column of the labels (default: label; tags; relevant)", metavar="COLUMN")
+    options.add(
+        "scores",
+        "the column of numbers that a model of one output is for, instead of labels",
+        metavar="COLUMN",
+    )
+    options.add("skip_bad", "leave out what cannot be read, asked or labelled, and count it")
+    if training:
+        options.add("null_rate", "natural_questions: share of the windows without an answer to train on")
+        options.add("num_proc", "natural_questions: processes that read and tokenise")
+
+
+def _add_windows(options: Options) -> None:
+    options.add("max_length", "tokens of a window, at most")
+    options.add("stride", "tokens that two neighbouring windows share")
+
+
+def _add_target(options: Options, several: bool, default_macs: float | None = None) -> None:
+    texts = {
+        "speedup": "times as fast as the dense model, measured",
+        "latency_ms": "milliseconds for a batch of the workload, measured",
+        "params": "fraction of the encoder's parameters to keep",
+        "macs": "fraction of the encoder's multiply-accumulates to keep",
+    }
+    if default_macs is not None:
+        texts["macs"] += f" (default: {default_macs}, unless there is another target)"
+    one_of = options.group.add_mutually_exclusive_group(required=several)
+    for name in ("speedup", "latency_ms", "params", "macs"):
+        option = f"--{name.replace('_', '-')}"
+        one_of.add_argument(option, type=float, metavar="N", help=texts[name], nargs="+" if several else None)
+    options.add(
+        "latency_table",
+        "file of pruned-ops latency-table, whose workload a target in time is then for (default: one is "
+        "measured, at batch 8 and the validation file's lengths)",
+        type=Path,
+    )
+
+
+def _add_recipe(options: Options) -> None:
+    options.add(
+        "recipe",
+        "joint trains gates and weights together, held to the target; paper trains each part's gates alone, "
+        "on frozen weights, at a price or held to a target; the others train no gates, and score what stays",
+        choices=RECIPES,
+    )
+    options.add("parts", f"what is pruned (default: {' '.join(DEFAULT_PARTS)})", nargs="+", choices=PARTS)
+    options.add("penalty", "a gate counts by P(gate = 1), or by P(gate > 0)", choices=PENALTIES)
+    for part, name in zip(PARTS, ("attention", "ffn", "hidden"), strict=True):
+        options.add(
+            f"lambda_{name}", f"paper, no target: price of a gate on {part}, in multiples of the paper's"
+        )
+    options.add("max_minutes", "fit the training into this time (default: it takes its epochs)", type=float)
+    options.add("gate_epochs", "epochs of the gates' training (default: 1)", type=float)
+    scores = ", ".join(f"{recipe}: {steps}" for recipe, steps in SCORE_STEPS.items())
+    options.add("gate_steps", f"steps of it, or minibatches scored (default: its epochs; {scores})", type=int)
+    options.add("gate_fraction", "share of the training windows that gates are trained on")
+    options.add("retrain_epochs", "epochs of the narrow model's training (default: 1)", type=float)
+    options.add("retrain_steps", "steps of its training (default: those of its epochs)", type=int)
+    sizes = f"{BATCH_SIZE}; paper: {PAPER_BATCH_SIZE}"
+    options.add("batch_size", f"examples in a step, over all processes (default: {sizes})", type=int)
+    options.add("learning_rate", "highest rate of the weights, while gates train")
+    options.add(
+        "gate_learning_rate", f"highest rate of the gates; up to {MAX_PACE:g} times that in short runs"
+    )
+    options.add("retrain_learning_rate", "highest rate of the narrow model's weights")
+    options.add("dropout", "dropout of both trainings")
+    options.add("train_embeddings", "train the word embeddings too")
+    options.add(
+        "align",
+        f"round FFN widths and the hidden size up to a multiple of this (default: {WIDTH_ALIGN}, or the "
+        "latency table's)",
+        type=int,
+    )
+
+    options.add(
+        "compensate",
+        "how compaction makes up for what it removes: by the output biases, by least squares on the output "
+        "matrices, by whichever is best on validation windows, or not at all",
+        choices=COMPENSATIONS,
+    )
+
+
+def _add_distillation(parser: argparse.ArgumentParser) -> None:
+    options = Options.titled(parser, "distillation", PruneSettings)
+    options.add("teacher", "checkpoint that teaches (default: the model itself, before pruning)")
+    weights = Options(options.group, Distillation, prefix="distil_")
+    weights.add("task", "weight of the loss on the gold answers or labels")
+    weights.add("logits", "weight of the loss towards the teacher's outputs")
+    weights.add("hidden", "weight of the loss towards the teacher's hidden states")
+    weights.add("temperature", "softens the answer distributions that are compared")
+    weights.add("projection", "pass the student's hidden states through a learned matrix first")
+    weights.add(
+        "layers",
+        "layers whose hidden states are compared, from 1 (default: each with the teacher's of its number)",
+        nargs="+",
+        metavar="STUDENT:TEACHER",
+        type=_layer_pair,
+    )
+    options.add(
+        "distil_in",
+        "phases with a teacher (default: both; with --recipe paper: retrain, or none without a target)",
+        choices=DISTIL_IN,
+    )
+    options.add(
+        "cache_teacher",
+        "folder that keeps the teacher's logits, so that it runs once only; needs --distil-hidden 0 "
+        "(default: they are not kept)",
+        type=Path,
+        metavar="DIR",
+    )
+
+
+def _layer_pair(text: str) -> tuple[int, int]:
+    student, _, teacher = text.partition(":")
+    return int(student), int(teacher or student)
+
+
+def _add_running(options: Options, resumable: bool = True) -> None:
+    """resumable: False for the demo, which runs in one go, into a folder that it has a name for."""
+    _add_output(options, required=resumable)
+    if resumable:
+        options.add("resume", "go on with the run that was interrupted, in --out.partial")
+    options.add("save_steps", "steps from one checkpoint to the next")
+    options.add("compile", "torch.compile the narrow model while it trains")
+    options.add("tensorboard", "write loss parts, budget and open gates to --out/tensorboard")
+
+
+def _add_output(options: Options, required: bool) -> None:
+    text = "folder that is made" if required else "folder that is made (default: build/demo)"
+    options.add("out", text, type=Path, metavar="DIR", required=required)
+    options.add("overwrite", "replace what is in --out")
+    options.add("seed", "seed of everything that is drawn")
+    options.add("precision", "autocast while training", choices=PRECISIONS)
+
+
+def add_finetune(parser: argparse.ArgumentParser) -> None:
+    options = Options.titled(parser, "model and data", FineTuneSettings)
+    options.add("model", "encoder or checkpoint to train: a folder or a hub name", required=True)
+    _add_train_file(options)
+    _add_task(options)
+    _add_windows(options)
+    options = Options.titled(parser, "training", FineTuneSettings)
+    options.add("epochs", "how often the training file is seen")
+    options.add("batch_size", "examples in a step, over all processes")
+    options.add("learning_rate", "highest rate of all weights")
+    _add_output(Options.titled(parser, "running", FineTuneSettings), required=True)
+    parser.usage = "%(prog)s --model MODEL --train-file FILE --out DIR [options]"
+
+
+def add_compact(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="MODEL", required=True, help="checkpoint that the decision was made for"
+    )
+    parser.add_argument(
+        "--decision", type=Path, metavar="FILE", required=True, help="decision.json of a pruning run"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder that is made")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="some hundred texts, one a line, to compensate the model on (default: it is not compensated)",
+    )
+    parser.add_argument(
+        "--compensate", choices=COMPENSATIONS, default="auto", help="how, with --calibration (default: auto)"
+    )
+    parser.add_argument(
+        "--layer-by-layer", action="store_true", help="compensate each layer after the ones before it; slower"
+    )
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    options = Options.titled(parser, "model and data", PruneSettings)
+    options.add("model", "checkpoint to score: a folder or a hub name", required=True)
+    options.add("eval_file", "examples to score it on", type=Path, required=True)
+    options.add(
+        "validation_file",
+        "examples on which the score thresholds are chosen, where the task has some (default: the config's)",
+        type=Path,
+    )
+    _add_task(options, training=False)
+    options.add("corpus", "embedding: documents (id, title, text) to judge retrieval on", type=Path)
+    _add_windows(options)
+    options.add("predictions", "file for the predictions (default: they are not written)", type=Path)
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder that prune, sweep or demo wrote")

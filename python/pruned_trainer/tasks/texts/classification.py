@@ -1,0 +1,202 @@
+"""Texts, or pairs of texts, with a class each, or with a score each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from pruned_ops.checkpoints.loading import head_of, load_any_head, load_to_fine_tune
+from pruned_trainer.tasks.faults import DataFaults, FormatError, Skipped, skipping
+from pruned_trainer.tasks.options import TaskOptions
+from pruned_trainer.tasks.texts import measures
+from pruned_trainer.tasks.texts.encoding import Encoded, encode
+from pruned_trainer.tasks.texts.examples import (
+    Example,
+    Examples,
+    read_class,
+    read_labelled,
+    read_score,
+    read_unlabelled,
+)
+from pruned_trainer.tasks.texts.labels import Labels
+from pruned_trainer.tasks.texts.prepared import PreparedTexts
+
+HEAD = "ForSequenceClassification"
+COLUMNS = {"text-classification": ("text",), "pair-classification": ("text_a", "text_b")}
+NOUNS = {"text-classification": "texts", "pair-classification": "pairs"}
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """text-classification and pair-classification: rows with texts and a label, or with `scores` a number."""
+
+    options: TaskOptions
+    faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
+
+    thresholds = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the texts."""
+        return self.options.text_columns or COLUMNS[self.options.task]
+
+    @property
+    def noun(self) -> str:
+        """What the examples are called."""
+        return NOUNS[self.options.task]
+
+    # -- models ------------------------------------------------------------------------------------------
+
+    def start_model(self, source: str, examples: Examples) -> PreTrainedModel:
+        """The checkpoint's own head where its labels are the examples', else a new one."""
+        if self.options.scores is not None:
+            return load_to_fine_tune(source, HEAD, num_labels=1, problem_type="regression")
+        values = [row.label for row in examples.rows]
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if (config.architectures or [""])[0].endswith(HEAD):
+            known = Labels.of(config)
+            if config.num_labels > 1 and known.fit(values, examples.names):
+                return load_to_fine_tune(source, HEAD)
+        labels = Labels.found_in(values, examples.names)
+        if len(labels.names) < 2:
+            raise FormatError(one_class(examples, labels.names[0]))
+        return load_to_fine_tune(
+            source, HEAD, **labels.to_config(), problem_type="single_label_classification"
+        )
+
+    def load_model(self, source: str) -> PreTrainedModel:
+        model = load_any_head(source)
+        check_head(model, HEAD, self.options.task)
+        labels, wants_scores = int(model.config.num_labels), self.options.scores is not None
+        if wants_scores != (labels == 1):
+            has = "one score" if labels == 1 else f"{labels} classes"
+            remedy = (
+                "say which column has them with --scores" if labels == 1 else "which --scores has no use for"
+            )
+            raise ValueError(f"{source} gives {has}: {remedy}")
+        if model.config.problem_type == "multi_label_classification" and labels > 1:
+            raise ValueError(
+                f"{source} gives several labels at once; {self.options.task} has one for each text"
+            )
+        return model
+
+    # -- data --------------------------------------------------------------------------------------------
+
+    def read(self, source: Path | str, split: str) -> Examples:
+        skipped = self._skipped()
+        if self.options.scores is not None:
+            label, read_label = self.options.scores, read_score
+        else:
+            label, read_label = self.options.label_column or "label", read_class
+        examples = read_labelled(source, split, self.columns, label, read_label, skipped)
+        self.faults.add(skipped)
+        return examples
+
+    def read_training(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
+        """The training examples; without a validation file, 5% of them are held out."""
+        train = self.read(source, "train")
+        return (train, None) if has_validation else train.split(self.options.seed)
+
+    def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
+        skipped = self._skipped()
+        texts = read_unlabelled(source, "train", self.columns, skipped)
+        self.faults.add(skipped)
+        return (texts, None) if has_validation else texts.split(self.options.seed)
+
+    def describe(self, examples: Examples) -> str:
+        return f"{len(examples):,} {self.noun}" + ("" if examples.is_labelled else " without labels")
+
+    def prepare(
+        self,
+        examples: Examples,
+        tokenizer: PreTrainedTokenizerFast,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+    ) -> PreparedTexts:
+        scored = self.options.scores is not None
+        names = Labels.of(model.config).names
+        rows, gold = self._with_labels(examples, model)
+        prepared = PreparedTexts(
+            noun=self.noun,
+            count=len(rows),
+            windows=self._encode(rows, tokenizer),
+            gold=np.array(gold),
+            measures=measures.SCORES if scored else measures.CLASSES,
+            read=lambda outputs, mask: outputs.logits,
+            assemble=(lambda found: np.stack(found)[:, 0]) if scored else np.stack,
+            show=(lambda said: said.tolist()) if scored else (lambda said: named(said, names)),
+        )
+        if examples.is_labelled:
+            return prepared
+        if scored:
+            return prepared.taught_by(teacher, lambda said: said, measures.SCORE_AGREEMENT)
+        return prepared.taught_by(teacher, lambda said: said.argmax(-1), measures.CLASS_AGREEMENT)
+
+    def features(
+        self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> list[dict[str, Any]]:
+        rows, labels = self._with_labels(examples, model)
+        windows = self._encode(rows, tokenizer)
+        if not examples.is_labelled:
+            return [window.feature() for window in windows]
+        return [window.feature(labels=label) for window, label in zip(windows, labels, strict=True)]
+
+    def _with_labels(
+        self, examples: Examples, model: PreTrainedModel
+    ) -> tuple[Sequence[Example], list[int] | list[float]]:
+        """The rows, and the number of each one's class (or its score); without labels, no numbers."""
+        if not examples.is_labelled:
+            return examples.rows, []
+        if self.options.scores is not None:
+            return examples.rows, [float(row.label) for row in examples.rows]
+        labels, skipped = Labels.of(model.config), self._skipped()
+        rows, numbers = [], []
+        for row in examples.rows:
+            with skipping(skipped):
+                numbers.append(labels.number(row.label, row.where, examples.names))
+                rows.append(row)
+        self.faults.add(skipped)
+        if len(set(numbers)) < 2:
+            raise FormatError(one_class(examples, labels.names[numbers[0]] if numbers else "none"))
+        return rows, numbers
+
+    def _encode(self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
+        return encode(tokenizer, [row.texts for row in rows], self.options.max_length)
+
+    def _skipped(self) -> Skipped | None:
+        return Skipped() if self.options.skip_bad else None
+
+
+def one_class(examples: Examples, label: str) -> str:
+    """The sentence that refuses examples of which all have one label."""
+    return (
+        f"{examples.where}: all {len(examples):,} rows have the label {label!r}: a model that always says so "
+        "would be right; two labels are needed"
+    )
+
+
+def check_head(model: PreTrainedModel, head: str, task: str) -> None:
+    """ValueError, with what makes the right one, for a model with another head than the task's."""
+    found = type(model).__name__
+    if head_of(model.config) != head:
+        raise ValueError(
+            f"the model is a {found}, and {task} needs one whose class ends in {head}: "
+            f"pruned-trainer finetune --task {task} makes one"
+        )
+
+
+def named(said: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Each example's likeliest class with its probability, for people."""
+    logits = np.asarray(said, np.float64)
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    best = shares.argmax(-1)
+    return [
+        {"label": names[number], "probability": round(float(row[number]), 6)}
+        for number, row in zip(best.tolist(), shares, strict=True)
+    ]

@@ -1,0 +1,294 @@
+"""Embeddings of texts: an encoder's states, pooled to one vector, judged by the similarity of pairs or by
+what a query finds among documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from pruned_ops.checkpoints.loading import load_any_head, load_to_fine_tune
+from pruned_ops.files import read_json, shown
+from pruned_trainer.tasks.faults import DataFaults, FormatError, Skipped, get_field, skipping
+from pruned_trainer.tasks.options import TaskOptions
+from pruned_trainer.tasks.sources import read_rows
+from pruned_trainer.tasks.task import Score
+from pruned_trainer.tasks.texts.classification import check_head
+from pruned_trainer.tasks.texts.encoding import encode
+from pruned_trainer.tasks.texts.examples import (
+    Example,
+    Examples,
+    read_labelled,
+    read_score,
+    read_unlabelled,
+    some,
+    texts_of,
+)
+from pruned_trainer.tasks.texts.measures import SCORES, FloatArray, Mean, Measure
+from pruned_trainer.tasks.texts.prepared import PreparedTexts
+from pruned_trainer.tasks.texts.ranking import RETRIEVAL, TOP
+
+HEAD = "Model"
+PAIR, SCORE = ("text_a", "text_b"), "score"
+TEXT, ID, TITLE, RELEVANT = "text", "id", "title", "relevant"
+
+
+@dataclass(frozen=True)
+class CosineAgreement(Mean):
+    """The mean cosine of the embeddings with the teacher's. gold, said: (texts, width)."""
+
+    score: Score = Score("agreement", "cosine with the teacher's embeddings")
+
+    def each(self, gold: Any, said: Any) -> FloatArray:
+        return _cosines(np.asarray(gold, np.float64), np.asarray(said, np.float64))
+
+
+AGREEMENT: tuple[Measure, ...] = (CosineAgreement(),)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Queries with the documents that are relevant to each, and the documents that are searched.
+
+    relevant: of each query, the numbers of its documents among `documents`."""
+
+    where: str
+    queries: tuple[Example, ...]
+    relevant: tuple[tuple[int, ...], ...]
+    documents: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def split(self, seed: int) -> tuple[Retrieval, Retrieval]:
+        """(training, held out), as for `Examples.split`; both search all documents."""
+        pairs = zip(self.queries, self.relevant, strict=True)
+        rows = Examples(self.where, tuple(replace(query, label=relevant) for query, relevant in pairs))
+        train, held_out = (
+            replace(self, queries=part.rows, relevant=tuple(row.label for row in part.rows))
+            for part in rows.split(seed)
+        )
+        return train, held_out
+
+
+@dataclass(frozen=True)
+class EmbeddingTask:
+    """embedding: rows with a pair of texts and a score; with a corpus, rows with a query and the ids of the
+    documents that are relevant to it. What is learned is the teacher's embedding of each text."""
+
+    options: TaskOptions
+    faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
+
+    thresholds = ()
+
+    # -- models ------------------------------------------------------------------------------------------
+
+    def start_model(self, source: str, examples: Any) -> PreTrainedModel:
+        """The bare encoder of the checkpoint."""
+        return load_to_fine_tune(source, HEAD)
+
+    def load_model(self, source: str) -> PreTrainedModel:
+        model = load_any_head(source)
+        check_head(model, HEAD, self.options.task)
+        model.config.pooling = pooling_of(source, model.config)
+        return model
+
+    # -- data --------------------------------------------------------------------------------------------
+
+    def read(self, source: Path | str, split: str) -> Examples | Retrieval:
+        skipped = self._skipped()
+        found: Examples | Retrieval
+        if self.options.corpus is not None:
+            found = self._read_queries(source, split, skipped)
+        else:
+            columns = self.options.text_columns or PAIR
+            if len(columns) != 2:
+                raise FormatError(f"{source}: pairs are needed: --text-columns names two columns")
+            label = self.options.scores or self.options.label_column or SCORE
+            found = read_labelled(source, split, columns, label, read_score, skipped)
+        self.faults.add(skipped)
+        return found
+
+    def _read_queries(self, source: Path | str, split: str, skipped: Skipped | None) -> Retrieval:
+        assert self.options.corpus is not None
+        numbers, documents = read_corpus(self.options.corpus)
+        text = (self.options.text_columns or (TEXT,))[0]
+        label = self.options.label_column or RELEVANT
+        found = read_rows(source, split, {text, label}, skipped)
+        found.need((text, label))
+        queries, relevant = [], []
+        for where, row in found.placed():
+            with skipping(skipped):
+                ids = [str(value) for value in get_field(row, label, list, where)]
+                unknown = [value for value in ids if value not in numbers]
+                if unknown or not ids:
+                    fault = f"document {unknown[0]!r} is not in the corpus" if ids else "no document"
+                    raise FormatError(f"{where}: {fault}")
+                queries.append(Example(texts_of(row, (text,), where), where))
+                relevant.append(tuple(numbers[value] for value in ids))
+        if not queries:
+            some(Examples(found.where, ()), skipped)
+        return Retrieval(found.where, tuple(queries), tuple(relevant), documents)
+
+    def read_training(self, source: Path, has_validation: bool) -> tuple[Any, Any]:
+        """The training examples; without a validation file, 5% of them are held out."""
+        train = self.read(source, "train")
+        if has_validation:
+            return train, None
+        if isinstance(train, Retrieval):
+            return train.split(self.options.seed)
+        return train.split(self.options.seed)
+
+    def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
+        skipped = self._skipped()
+        columns = self.options.text_columns or (TEXT,)
+        texts = read_unlabelled(source, "train", columns, skipped)
+        self.faults.add(skipped)
+        return (texts, None) if has_validation else texts.split(self.options.seed)
+
+    def describe(self, examples: Examples | Retrieval) -> str:
+        if isinstance(examples, Retrieval):
+            return f"{len(examples):,} queries on {len(examples.documents):,} documents"
+        if not examples.is_labelled:
+            return f"{len(_distinct(examples)):,} texts without labels"
+        return f"{len(examples):,} pairs"
+
+    def prepare(
+        self,
+        examples: Examples | Retrieval,
+        tokenizer: PreTrainedTokenizerFast,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+    ) -> PreparedTexts:
+        texts = _distinct(examples)
+        prepared = PreparedTexts(
+            noun="texts",
+            count=len(texts),
+            windows=encode(tokenizer, [(text,) for text in texts], self.options.max_length),
+            gold=None,
+            measures=AGREEMENT,
+            read=partial(pooled, model.config.pooling),
+            assemble=np.stack,
+            show=lambda said: {"texts": len(said)},
+        )
+        if isinstance(examples, Retrieval):
+            return _search(prepared, examples, texts)
+        if examples.is_labelled:
+            return _similarity(prepared, examples, texts)
+        return prepared.taught_by(teacher, lambda said: said, AGREEMENT)
+
+    def features(
+        self, examples: Examples | Retrieval, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> list[dict[str, Any]]:
+        """A window for each text, without labels: what is learned of it is the teacher's embedding."""
+        texts = [(text,) for text in _distinct(examples)]
+        return [window.feature() for window in encode(tokenizer, texts, self.options.max_length)]
+
+    def _skipped(self) -> Skipped | None:
+        return Skipped() if self.options.skip_bad else None
+
+
+def _distinct(examples: Examples | Retrieval) -> list[str]:
+    """Each text once, in the order of the rows; of a search the queries', then the documents'."""
+    if isinstance(examples, Retrieval):
+        return list(dict.fromkeys([*(query.texts[0] for query in examples.queries), *examples.documents]))
+    return list(dict.fromkeys(text for row in examples.rows for text in row.texts))
+
+
+def _similarity(prepared: PreparedTexts, examples: Examples, texts: Sequence[str]) -> PreparedTexts:
+    """Pairs, judged by how the cosines of their embeddings go with their scores."""
+    place = {text: number for number, text in enumerate(texts)}
+    first, second = (np.array([place[row.texts[side]] for row in examples.rows]) for side in (0, 1))
+
+    def cosines(found: Sequence[Any]) -> FloatArray:
+        vectors = np.stack(found).astype(np.float64)
+        return _cosines(vectors[first], vectors[second])
+
+    return replace(
+        prepared, noun="pairs", count=len(examples), gold=np.array([row.label for row in examples.rows]),
+        measures=SCORES, assemble=cosines, show=lambda said: said.tolist(),
+    )  # fmt: skip
+
+
+def _search(prepared: PreparedTexts, search: Retrieval, texts: Sequence[str]) -> PreparedTexts:
+    """Queries, judged by the order in which the cosines put the documents."""
+    place = {text: number for number, text in enumerate(texts)}
+    asked = np.array([place[query.texts[0]] for query in search.queries])
+    documents = np.array([place[text] for text in search.documents])
+    gold = np.zeros((len(search), len(documents)))
+    for row, relevant in zip(gold, search.relevant, strict=True):
+        row[list(relevant)] = 1
+
+    def similarities(found: Sequence[Any]) -> FloatArray:
+        vectors = np.stack(found).astype(np.float64)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors[asked] @ vectors[documents].T
+
+    def first(said: FloatArray) -> list[list[int]]:
+        return np.argsort(-said, axis=1, kind="stable")[:, :TOP].tolist()
+
+    return replace(
+        prepared, noun="queries", count=len(search), gold=gold, measures=RETRIEVAL, assemble=similarities,
+        show=first,
+    )  # fmt: skip
+
+
+def _cosines(first: FloatArray, second: FloatArray) -> FloatArray:
+    """(texts,) cosines of the rows of two matrices; 0 with a vector of zeros."""
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return (first * second).sum(1) / np.maximum(norms, 1e-12)
+
+
+def pooled(pooling: str, outputs: Any, mask: Tensor) -> Tensor:
+    """(batch, width) of the last hidden states (batch, seqlen, width): the mean over the real tokens, or
+    the first one's."""
+    states = outputs.last_hidden_state
+    if pooling == "cls":
+        return states[:, 0]
+    real = mask[:, :, None].to(states)
+    return (states * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def pooling_of(source: str, config: Any) -> str:
+    """How the checkpoint's embeddings are pooled: as its config says, else as sentence-transformers wrote it
+    beside the model; "mean" where neither does. Errors: ValueError for a way that is neither mean nor cls."""
+    known = getattr(config, "pooling", None)
+    if known is not None:
+        return str(known)
+    file = Path(source) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "mean"
+    written = read_json(file)
+    chosen = [name for name, value in written.items() if name.startswith("pooling_mode") and value is True]
+    chosen = chosen or [f"pooling_mode_{written.get('pooling_mode')}"]
+    for name, pooling in (("pooling_mode_mean_tokens", "mean"), ("pooling_mode_cls_token", "cls")):
+        if chosen in ([name], [f"pooling_mode_{pooling}"]):
+            return pooling
+    raise ValueError(f"{source} pools by {', '.join(chosen)}; mean and the first token (cls) are known")
+
+
+def read_corpus(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """(number of each document by its id, the documents) of a file of rows with an id (or _id), a text, and
+    perhaps a title, which stands before the text."""
+    found = read_rows(path, "train", None)
+    key = ID if ID in found.columns else "_id"
+    found.need((key, TEXT))
+    numbers: dict[str, int] = {}
+    documents = []
+    for where, row in found.placed():
+        name = row[key]
+        if not isinstance(name, str | int) or str(name) in numbers:
+            raise FormatError(f"{where}: the id {shown(name)} is none, or appears twice")
+        numbers[str(name)] = len(documents)
+        (text,) = texts_of(row, (TEXT,), where)
+        title = row.get(TITLE) or ""
+        documents.append(f"{title} {text}".strip())
+    if not documents:
+        raise FormatError(f"{path}: no documents at all")
+    return numbers, tuple(documents)

@@ -1,0 +1,156 @@
+"""Rows with texts, and with a label or a score where they have one: read, checked, and split."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pruned_ops.files import read_text, shown
+from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
+from pruned_trainer.tasks.sources import READ, find, read_rows, suffix_of
+from pruned_trainer.tasks.task import HELD_OUT
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row. texts: one, or the two of a pair; of a sentence in words, the words. where: its place, for
+    errors. label: as the source has it: a name, a number, a list of them for words; None where there is
+    none."""
+
+    texts: tuple[str, ...]
+    where: str
+    label: Any = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of a source. names: those that the source itself gives to labels that are whole numbers."""
+
+    where: str
+    rows: tuple[Example, ...]
+    is_labelled: bool = True
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def split(self, seed: int) -> tuple[Examples, Examples]:
+        """(training, held out): a share of HELD_OUT, drawn with the seed. Rows with the same first text stay
+        together, so that no text is on both sides. Errors: FormatError where one side would be empty."""
+        firsts = list(dict.fromkeys(row.texts[0] for row in self.rows))
+        random.Random(seed).shuffle(firsts)
+        chosen = set(firsts[: max(1, round(HELD_OUT * len(firsts)))])
+        held_out = tuple(row for row in self.rows if row.texts[0] in chosen)
+        train = tuple(row for row in self.rows if row.texts[0] not in chosen)
+        if not train:
+            raise FormatError(
+                f"{self.where}: {len(self)} rows are too few to hold some out: give a validation file"
+            )
+        return replace(self, rows=train), replace(self, rows=held_out)
+
+
+def read_labelled(
+    source: str | Path,
+    split: str,
+    columns: Sequence[str],
+    label: str,
+    read_label: Any,
+    skipped: Skipped | None = None,
+) -> Examples:
+    """The rows of a source with their labels.
+
+    columns: of the texts. label: the column of the labels. read_label: takes a row's value and its place, and
+    returns the label or raises FormatError. skipped: collects the faults of bad rows, which are left out;
+    without it the first one is raised. Errors: as for `read_rows`; FormatError that names the place, for
+    missing columns with those that there are, and where no row is left.
+    """
+    found = read_rows(source, split, {*columns, label}, skipped)
+    hint = "" if label in found.columns else "; --texts takes texts without labels"
+    found.need((*columns, label), hint)
+    rows = []
+    for where, row in found.placed():
+        with skipping(skipped):
+            rows.append(
+                Example(texts_of(row, columns, where), where, read_label(value_of(row, label, where), where))
+            )
+    names = tuple(found.names.get(label, ()))
+    return some(Examples(found.where, tuple(rows), True, names), skipped)
+
+
+def read_unlabelled(
+    source: str | Path, split: str, columns: Sequence[str], skipped: Skipped | None = None
+) -> Examples:
+    """The texts of a source: of the columns where its ending is one of READ, or where it is a folder or a hub
+    name; of any other file, one text a line, without empty lines. Errors: as for `read_labelled`."""
+    name, _ = find(source)
+    if Path(name).is_file() and suffix_of(name) not in READ:
+        if len(columns) > 1:
+            raise FormatError(
+                f"{source}: pairs are read from {', '.join(READ)} with the columns {', '.join(columns)}, not "
+                "from lines of text"
+            )
+        rows = tuple(_lines(Path(name)))
+        return some(Examples(str(source), rows, False), skipped)
+    found = read_rows(source, split, columns, skipped)
+    found.need(columns)
+    read = []
+    for where, row in found.placed():
+        with skipping(skipped):
+            read.append(Example(texts_of(row, columns, where), where))
+    return some(Examples(found.where, tuple(read), False), skipped)
+
+
+def _lines(path: Path) -> Iterator[Example]:
+    try:
+        content = read_text(path)
+    except ValueError as error:
+        raise FormatError(str(error)) from None
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            yield Example((line.strip(),), f"{path}, line {number}")
+
+
+def some(examples: Examples, skipped: Skipped | None) -> Examples:
+    """The examples; FormatError where there are none."""
+    if not examples.rows:
+        left_out = f" ({len(skipped)} were skipped; the first: {skipped.faults[0]})" if skipped else ""
+        raise FormatError(f"{examples.where}: no rows at all{left_out}")
+    return examples
+
+
+def value_of(row: Mapping[str, Any], column: str, where: str) -> Any:
+    """The row's value, of whatever kind; FormatError where it has none."""
+    if column not in row:
+        raise FormatError(f"{where}: no {column!r}")
+    return row[column]
+
+
+def texts_of(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tuple[str, ...]:
+    """The row's texts; FormatError for one that is none, or is empty."""
+    texts = tuple(get_field(row, column, str, where) for column in columns)
+    for column, text in zip(columns, texts, strict=True):
+        if not text.strip():
+            raise FormatError(f"{where}: {column!r} is empty")
+    return texts
+
+
+def read_class(value: Any, where: str) -> str | int:
+    """A class: a name, or a whole number; FormatError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise FormatError(f"{where}: the label is {shown(value)}; a name or a whole number is needed")
+    return value
+
+
+def read_score(value: Any, where: str) -> float:
+    """A finite number, or a text that is one; FormatError for anything else."""
+    try:
+        score = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        score = None
+    if score is None or not math.isfinite(score):
+        raise FormatError(f"{where}: the score is {shown(value)}; a finite number is needed")
+    return score

@@ -1,0 +1,78 @@
+"""Names of labels: a model's own, those that a training file brings, and a row's label among them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pruned_ops.files import shown
+from pruned_trainer.tasks.faults import FormatError
+
+# The names that transformers gives to labels that nobody named.
+_DEFAULT = re.compile(r"LABEL_\d+")
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The names of a model's labels, in the order of its logits."""
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> Labels:
+        """The names in a model's config."""
+        return cls(tuple(str(config.id2label[number]) for number in range(config.num_labels)))
+
+    @classmethod
+    def found_in(cls, values: Iterable[Any], names: Sequence[str] = ()) -> Labels:
+        """The labels for a new head: the source's own names where it has some; else LABEL_0 and so on where
+        all labels are whole numbers, and else their names in alphabetical order."""
+        if names:
+            return cls(tuple(names))
+        distinct = {str(value) for value in values}
+        if all(_NUMBER.fullmatch(value) for value in distinct):
+            return cls(tuple(f"LABEL_{number}" for number in range(max(map(int, distinct)) + 1)))
+        return cls(tuple(sorted(distinct)))
+
+    @property
+    def are_named(self) -> bool:
+        """Whether somebody named them."""
+        return not all(_DEFAULT.fullmatch(name) for name in self.names)
+
+    def to_config(self) -> dict[str, Any]:
+        """The config's fields of these labels."""
+        return {
+            "num_labels": len(self.names),
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: number for number, name in enumerate(self.names)},
+        }
+
+    def number(self, value: str | int, where: str, names: Sequence[str] = ()) -> int:
+        """The number of a row's label: by its name; by the name that the source gives to its number; else by
+        the number itself. Errors: FormatError, with the place, for a label that the model does not have."""
+        name = value
+        is_number = isinstance(value, int) or (
+            value not in self.names and _NUMBER.fullmatch(value) is not None
+        )
+        if is_number and names and 0 <= int(value) < len(names):
+            name = names[int(value)]
+        if name in self.names:
+            return self.names.index(str(name))
+        # Names of the source that the model does not know are no names of other labels, unless nobody named
+        # the model's.
+        if is_number and 0 <= int(value) < len(self.names) and not (names and self.are_named):
+            return int(value)
+        listed = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+        raise FormatError(f"{where}: label {shown(name)} is none of the model's: {listed}")
+
+    def fit(self, values: Iterable[Any], names: Sequence[str] = ()) -> bool:
+        """Whether all of these labels are among the model's, by name."""
+        try:
+            for value in set(values):
+                self.number(value, "", names)
+        except FormatError:
+            return False
+        return True

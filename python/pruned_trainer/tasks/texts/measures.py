@@ -1,0 +1,232 @@
+"""Measures of what models say, each with what its value becomes on resampled examples, so that the loss from
+one model to another has an interval in which the examples are paired.
+
+The values are those of scikit-learn and scipy; resampled ones come from sums over the examples, which give
+the same numbers (a test holds that), thousands of times as fast. All are in percent, or in hundredths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruned_trainer.tasks.task import Score
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+RESAMPLES, LEVEL = 1000, 0.95
+# Resamples drawn at once.
+_AT_ONCE = 50
+
+
+class Measure(Protocol):
+    """gold: what is right of each example. said: what a model says of each."""
+
+    @property
+    def score(self) -> Score: ...
+
+    def value(self, gold: Any, said: Any) -> float:
+        """The measure on all examples; NaN where it is not defined."""
+
+    def statistics(self, gold: Any, said: Any) -> FloatArray:
+        """(examples, k): all that its values on samples are made of."""
+
+    def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
+        """Its values on samples of the examples: draws (samples, examples) holds their rows."""
+
+
+def loss_interval(
+    measure: Measure, gold: Any, first: Any, second: Any, seed: int = 0
+) -> tuple[float, float] | None:
+    """The 95% percentile interval of the measure of `first` less that of `second`, over RESAMPLES samples of
+    the examples, drawn with replacement, the same ones for both. None where the measure is not defined on
+    them. The same seed gives the same interval."""
+    rng, size = np.random.default_rng(seed), len(gold)
+    of_first, of_second = (measure.statistics(gold, said) for said in (first, second))
+    differences = []
+    for done in range(0, RESAMPLES, _AT_ONCE):
+        draws = rng.integers(size, size=(min(_AT_ONCE, RESAMPLES - done), size))
+        differences.append(measure.resampled(of_first, draws) - measure.resampled(of_second, draws))
+    found = np.concatenate(differences)
+    found = found[np.isfinite(found)]
+    if not found.size:
+        return None
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def sums(statistics: FloatArray, draws: IntArray) -> FloatArray:
+    """statistics (examples, k), draws (samples, examples) -> each sample's sums of them, (samples, k)."""
+    size = len(statistics)
+    counts = np.stack([np.bincount(rows, minlength=size) for rows in draws]).astype(np.float64)
+    return counts @ statistics
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of one number for each example, times 100."""
+
+    score: Score
+
+    def each(self, gold: Any, said: Any) -> FloatArray:
+        """(examples,)."""
+        raise NotImplementedError
+
+    def value(self, gold: Any, said: Any) -> float:
+        return 100 * float(self.each(gold, said).mean())
+
+    def statistics(self, gold: Any, said: Any) -> FloatArray:
+        return self.each(gold, said)[:, None]
+
+    def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
+        return 100 * sums(statistics, draws)[:, 0] / draws.shape[1]
+
+
+@dataclass(frozen=True)
+class Accuracy(Mean):
+    """The share of the examples whose likeliest class is the right one. gold: (examples,) numbers of classes;
+    said: (examples, classes) logits."""
+
+    score: Score = Score("accuracy", "accuracy")
+
+    def value(self, gold: Any, said: Any) -> float:
+        from sklearn.metrics import accuracy_score
+
+        return 100 * float(accuracy_score(gold, _classes(said)))
+
+    def each(self, gold: Any, said: Any) -> FloatArray:
+        return (_classes(said) == np.asarray(gold)).astype(np.float64)
+
+
+def _classes(said: Any) -> IntArray:
+    return np.asarray(said).argmax(-1)
+
+
+@dataclass(frozen=True)
+class MacroF1:
+    """The mean over the classes of their F1. gold, said: as for `Accuracy`."""
+
+    score: Score = Score("f1", "F1 (mean over classes)")
+
+    def value(self, gold: Any, said: Any) -> float:
+        from sklearn.metrics import f1_score
+
+        return 100 * float(f1_score(gold, _classes(said), average="macro", zero_division=0.0))
+
+    def statistics(self, gold: Any, said: Any) -> FloatArray:
+        return _class_counts(gold, said)
+
+    def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
+        right, chosen, true = np.split(sums(statistics, draws), 3, axis=1)
+        counted = chosen + true
+        f1 = np.divide(2 * right, counted, out=np.zeros_like(counted), where=counted > 0)
+        return 100 * f1.sum(1) / (counted > 0).sum(1)
+
+
+@dataclass(frozen=True)
+class Matthews:
+    """Matthews' correlation of the classes chosen and the right ones. gold, said: as for `Accuracy`."""
+
+    score: Score = Score("mcc", "MCC")
+
+    def value(self, gold: Any, said: Any) -> float:
+        from sklearn.metrics import matthews_corrcoef
+
+        return 100 * float(matthews_corrcoef(gold, _classes(said)))
+
+    def statistics(self, gold: Any, said: Any) -> FloatArray:
+        return _class_counts(gold, said)
+
+    def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
+        right, chosen, true = np.split(sums(statistics, draws), 3, axis=1)
+        total = float(draws.shape[1])
+        covariance = right.sum(1) * total - (chosen * true).sum(1)
+        spread = (total**2 - (chosen**2).sum(1)) * (total**2 - (true**2).sum(1))
+        defined = spread > 0
+        return 100 * np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=defined)
+
+
+def _class_counts(gold: Any, said: Any) -> FloatArray:
+    """(examples, 3 * classes): of each class, whether it was rightly chosen, chosen, and right."""
+    logits = np.asarray(said)
+    every = np.eye(logits.shape[-1])
+    chosen, true = every[_classes(logits)], every[np.asarray(gold)]
+    return np.concatenate([chosen * true, chosen, true], 1)
+
+
+@dataclass(frozen=True)
+class Spearman:
+    """The correlation of the ranks of scores. gold, said: (examples,)."""
+
+    score: Score = Score("spearman", "Spearman")
+
+    def value(self, gold: Any, said: Any) -> float:
+        from scipy.stats import spearmanr
+
+        return _correlation(spearmanr, gold, said)
+
+    def statistics(self, gold: Any, said: Any) -> FloatArray:
+        return np.stack([gold, said], 1).astype(np.float64)
+
+    def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
+        from scipy.stats import rankdata
+
+        first, second = (rankdata(side[draws], axis=1) for side in statistics.T)
+        first, second = (x - x.mean(1, keepdims=True) for x in (first, second))
+        spread = np.sqrt((first**2).sum(1) * (second**2).sum(1))
+        return 100 * np.divide(
+            (first * second).sum(1), spread, out=np.full(len(draws), np.nan), where=spread > 0
+        )
+
+
+@dataclass(frozen=True)
+class Pearson:
+    """The correlation of scores. gold, said: (examples,)."""
+
+    score: Score = Score("pearson", "Pearson")
+
+    def value(self, gold: Any, said: Any) -> float:
+        from scipy.stats import pearsonr
+
+        return _correlation(pearsonr, gold, said)
+
+    def statistics(self, gold: Any, said: Any) -> FloatArray:
+        # About their means, so that no digits are lost where the scores are far from 0.
+        x, y = (np.asarray(side, np.float64) - np.mean(side) for side in (gold, said))
+        return np.stack([x, y, x * y, x * x, y * y], 1)
+
+    def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
+        total, mean_squares = float(draws.shape[1]), statistics[:, 3:].mean(0)
+        sx, sy, sxy, sxx, syy = sums(statistics, draws).T
+        variances = (total * sxx - sx**2) * (total * syy - sy**2)
+        return 100 * np.divide(
+            total * sxy - sx * sy,
+            np.sqrt(np.maximum(variances, 0)),
+            out=np.full(len(draws), np.nan),
+            where=variances > total**4 * max(1e-18 * float(mean_squares.prod()), 1e-300),
+        )
+
+
+def _correlation(of: Any, gold: Any, said: Any) -> float:
+    """100 times scipy's correlation; NaN where one side is constant, or there are fewer than two."""
+    if len(gold) < 2 or np.ptp(gold) == 0 or np.ptp(said) == 0:
+        return math.nan
+    return 100 * float(of(gold, said).statistic)
+
+
+CLASSES: tuple[Measure, ...] = (Accuracy(), MacroF1(), Matthews())
+SCORES: tuple[Measure, ...] = (Spearman(), Pearson())
+# Of texts without labels, beside the teacher.
+CLASS_AGREEMENT: tuple[Measure, ...] = (Accuracy(Score("agreement", "same class as the teacher")),)
+SCORE_AGREEMENT: tuple[Measure, ...] = (Spearman(Score("agreement", "Spearman with the teacher's scores")),)
+
+
+def score_lines(measures: Sequence[Measure]) -> tuple[Score, ...]:
+    """The lines of the result table of these measures."""
+    return tuple(measure.score for measure in measures)

@@ -1,0 +1,111 @@
+"""Examples made ready to judge models on, and what a model reaches on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pruned_ops.qa.questions import arrival_lengths
+from pruned_trainer.tasks.task import Score
+from pruned_trainer.tasks.texts.encoding import Read, model_outputs
+from pruned_trainer.tasks.texts.measures import Measure, loss_interval, score_lines
+
+
+@dataclass(frozen=True, eq=False)
+class TextResult:
+    """What a model says of the examples, and the measures of it. predictions: the same for people, as JSON.
+
+    said, gold: as the measures take them."""
+
+    measures: Sequence[Measure]
+    gold: Any
+    said: Any
+    predictions: Any
+
+    def scores(self) -> dict[str, Any]:
+        """Each measure's value, by its key; None where it is not defined. metrics: the number of
+        examples."""
+        values = {m.score.key: _defined(m.value(self.gold, self.said)) for m in self.measures}
+        return {**values, "metrics": {"total": len(self.gold)}}
+
+    def losses(self, pruned: TextResult) -> dict[str, Any]:
+        """Points lost from this to the pruned model, with 95% bootstrap intervals over the examples."""
+        losses: dict[str, Any] = {}
+        own, others = self.scores(), pruned.scores()
+        for measure in self.measures:
+            key = measure.score.key
+            if not measure.score.has_loss:
+                continue
+            interval = None
+            if own[key] is not None and others[key] is not None:
+                interval = loss_interval(measure, self.gold, self.said, pruned.said)
+            losses[f"{key}_loss"] = None if interval is None else own[key] - others[key]
+            losses[f"{key}_loss_interval"] = interval
+        return losses
+
+
+def _defined(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedTexts:
+    """Examples with their windows, which are cut once and used for every model.
+
+    count: of the examples, which noun names. gold: what is right of each, as the measures take it. read: what
+    is read of a model's outputs for a window. assemble: makes what the model says of each example of what was
+    read of all windows. show: makes JSON for people of it.
+    """
+
+    noun: str
+    count: int
+    windows: Sequence[Any]
+    gold: Any
+    measures: Sequence[Measure]
+    read: Read
+    assemble: Callable[[list[Any]], Any]
+    show: Callable[[Any], Any]
+
+    metric_digits = 2
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def score_lines(self) -> tuple[Score, ...]:
+        """The lines of the result table."""
+        return score_lines(self.measures)
+
+    def arrival_lengths(self) -> list[int]:
+        """The windows' lengths in tokens, in arrival order."""
+        return arrival_lengths([[len(window)] for window in self.windows])
+
+    def best_thresholds(self, model: PreTrainedModel) -> dict[str, float]:
+        """Nothing: these tasks have no thresholds."""
+        return {}
+
+    def best_fields(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Nothing: no field of the config is chosen on these examples."""
+        return {}
+
+    def said_by(self, model: PreTrainedModel) -> Any:
+        """What the model says of each example."""
+        return self.assemble(model_outputs(model, self.windows, self.read))
+
+    def evaluate(self, model: PreTrainedModel, thresholds: Mapping[str, float]) -> TextResult:
+        """The result of `model`, which runs packed meanwhile, on all processes."""
+        said = self.said_by(model)
+        return TextResult(self.measures, self.gold, said, self.show(said))
+
+    def taught_by(
+        self, teacher: PreTrainedModel | None, gold_of: Callable[[Any], Any], measures: Sequence[Measure]
+    ) -> PreparedTexts:
+        """The same examples, judged by whether a model says what the teacher says. Errors: ValueError where
+        there is no teacher to compare with."""
+        if teacher is None:
+            raise ValueError("texts without labels are judged beside a teacher, and there is none")
+        return replace(self, gold=gold_of(self.said_by(teacher)), measures=measures)

@@ -1,0 +1,286 @@
+"""Words with a label each: entities in BIO, parts of speech, whatever a sentence's words are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from pruned_ops.checkpoints.loading import load_any_head, load_to_fine_tune
+from pruned_trainer.tasks.faults import DataFaults, FormatError, Skipped, get_field, skipping
+from pruned_trainer.tasks.options import TaskOptions
+from pruned_trainer.tasks.output_kinds import IGNORED
+from pruned_trainer.tasks.sources import SEPARATED, read_rows, suffix_of
+from pruned_trainer.tasks.task import Score
+from pruned_trainer.tasks.texts.classification import check_head
+from pruned_trainer.tasks.texts.examples import (
+    Example,
+    Examples,
+    read_class,
+    read_unlabelled,
+    some,
+)
+from pruned_trainer.tasks.texts.labels import Labels
+from pruned_trainer.tasks.texts.measures import FloatArray, IntArray, Measure, sums
+from pruned_trainer.tasks.texts.prepared import PreparedTexts
+from pruned_trainer.tasks.texts.words import Sentence, encode_words
+
+HEAD = "ForTokenClassification"
+TOKENS, TAGS = "tokens", "tags"
+OUTSIDE = "O"
+
+
+@dataclass(frozen=True)
+class TaggingTask:
+    """token-classification: rows with a list of words and a list of their labels."""
+
+    options: TaskOptions
+    faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
+
+    thresholds = ()
+
+    # -- models ------------------------------------------------------------------------------------------
+
+    def start_model(self, source: str, examples: Examples) -> PreTrainedModel:
+        """The checkpoint's own head where its labels are the examples', else a new one."""
+        values = [label for row in examples.rows for label in row.label]
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if (config.architectures or [""])[0].endswith(HEAD) and Labels.of(config).fit(values, examples.names):
+            return load_to_fine_tune(source, HEAD)
+        labels = Labels.found_in(values, examples.names)
+        if len(labels.names) < 2:
+            raise FormatError(_one_label(examples, labels.names[0]))
+        return load_to_fine_tune(source, HEAD, **labels.to_config())
+
+    def load_model(self, source: str) -> PreTrainedModel:
+        model = load_any_head(source)
+        check_head(model, HEAD, self.options.task)
+        return model
+
+    # -- data --------------------------------------------------------------------------------------------
+
+    def read(self, source: Path | str, split: str) -> Examples:
+        skipped = self._skipped()
+        if Path(source).is_file() and suffix_of(source) in SEPARATED:
+            raise FormatError(
+                f"{source}: a {suffix_of(source)} file has no lists, and words and their labels are lists: "
+                "write it as .jsonl or .parquet"
+            )
+        columns, label = self._columns, self.options.label_column or TAGS
+        found = read_rows(source, split, {*columns, label}, skipped)
+        hint = "" if label in found.columns else "; --texts takes texts without labels"
+        found.need((*columns, label), hint)
+        rows = []
+        for where, row in found.placed():
+            with skipping(skipped):
+                words = _words(row, columns[0], where)
+                labels = [read_class(value, where) for value in get_field(row, label, list, where)]
+                if len(labels) != len(words):
+                    raise FormatError(f"{where}: {len(words)} words, but {len(labels)} labels")
+                rows.append(Example(words, where, tuple(labels)))
+        self.faults.add(skipped)
+        return some(Examples(found.where, tuple(rows), True, tuple(found.names.get(label, ()))), skipped)
+
+    def read_training(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
+        """The training examples; without a validation file, 5% of them are held out."""
+        train = self.read(source, "train")
+        return (train, None) if has_validation else train.split(self.options.seed)
+
+    def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
+        """Texts, whose words are what stands between their blanks."""
+        skipped = self._skipped()
+        texts = read_unlabelled(source, "train", self.options.text_columns or ("text",), skipped)
+        self.faults.add(skipped)
+        rows = tuple(Example(tuple(row.texts[0].split()), row.where) for row in texts.rows)
+        texts = Examples(texts.where, rows, False)
+        return (texts, None) if has_validation else texts.split(self.options.seed)
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return self.options.text_columns or (TOKENS,)
+
+    def _skipped(self) -> Skipped | None:
+        return Skipped() if self.options.skip_bad else None
+
+    def describe(self, examples: Examples) -> str:
+        return f"{len(examples):,} sentences" + ("" if examples.is_labelled else " without labels")
+
+    def prepare(
+        self,
+        examples: Examples,
+        tokenizer: PreTrainedTokenizerFast,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+    ) -> PreparedTexts:
+        names = Labels.of(model.config).names
+        rows, gold = self._with_labels(examples, model)
+        windows = self._encode(rows, tokenizer)
+        counts = [len(row.texts) for row in rows]
+        prepared = PreparedTexts(
+            noun="sentences",
+            count=len(rows),
+            windows=windows,
+            gold=[[names[number] for number in numbers] for numbers in gold],
+            measures=ENTITIES if is_bio(names) else WORDS,
+            read=lambda outputs, mask: outputs.logits,
+            assemble=partial(tags_of, windows, counts, names),
+            show=lambda said: said,
+        )
+        if examples.is_labelled:
+            return prepared
+        return prepared.taught_by(teacher, lambda said: said, AGREEMENT)
+
+    def features(
+        self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> list[dict[str, Any]]:
+        rows, gold = self._with_labels(examples, model)
+        windows = self._encode(rows, tokenizer)
+        if not examples.is_labelled:
+            return [window.feature() for window in windows]
+        return [
+            window.feature(labels=_token_labels(window, gold[window.sentence]))
+            for window in windows
+            if len(window.words)  # else there is nothing to learn from it
+        ]
+
+    def _with_labels(
+        self, examples: Examples, model: PreTrainedModel
+    ) -> tuple[Sequence[Example], list[list[int]]]:
+        """The rows, and the numbers of their words' labels; without labels, none."""
+        if not examples.is_labelled:
+            return examples.rows, []
+        labels, skipped = Labels.of(model.config), self._skipped()
+        rows, numbers = [], []
+        for row in examples.rows:
+            with skipping(skipped):
+                numbers.append([labels.number(value, row.where, examples.names) for value in row.label])
+                rows.append(row)
+        self.faults.add(skipped)
+        found = {number for of_row in numbers for number in of_row}
+        if len(found) < 2:
+            raise FormatError(_one_label(examples, labels.names[min(found)] if found else "none"))
+        return rows, numbers
+
+    def _encode(self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Sentence]:
+        sentences = [row.texts for row in rows]
+        return encode_words(tokenizer, sentences, self.options.max_length, self.options.stride)
+
+
+def _one_label(examples: Examples, label: str) -> str:
+    return (
+        f"{examples.where}: the words of all {len(examples):,} rows have the label {label!r}: two labels are "
+        "needed"
+    )
+
+
+def _words(row: Any, column: str, where: str) -> tuple[str, ...]:
+    """The row's words; FormatError for anything else than a list of texts of which one is seen."""
+    words = get_field(row, column, list, where)
+    if not all(isinstance(word, str) for word in words):
+        raise FormatError(f"{where}: {column!r} holds something else than texts")
+    if not any(word.strip() for word in words):
+        raise FormatError(f"{where}: {column!r} is empty")
+    return tuple(words)
+
+
+def _token_labels(window: Sentence, labels: Sequence[int]) -> NDArray[np.int64]:
+    """(tokens,): each word's label at its first token, IGNORED elsewhere."""
+    found = np.full(len(window), IGNORED, np.int64)
+    found[window.tokens] = np.asarray(labels, np.int64)[window.words]
+    return found
+
+
+def tags_of(
+    windows: Sequence[Sentence], counts: Sequence[int], names: Sequence[str], logits: Sequence[Any]
+) -> list[list[str]]:
+    """The label of each word of each sentence. counts: (sentences,) words. logits: (tokens, labels) of each
+    window. A word without a token is OUTSIDE, or has the first label where there is none of that name."""
+    nothing = OUTSIDE if OUTSIDE in names else names[0]
+    tags = [[nothing] * count for count in counts]
+    for window, scores in zip(windows, logits, strict=True):
+        best = np.asarray(scores).argmax(-1)
+        for word, token in zip(window.words.tolist(), window.tokens.tolist(), strict=True):
+            tags[window.sentence][word] = names[best[token]]
+    return tags
+
+
+def is_bio(names: Sequence[str]) -> bool:
+    """Whether these labels mark the beginnings and insides of entities."""
+    return all(name == OUTSIDE or name[:2] in ("B-", "I-") for name in names) and OUTSIDE in names
+
+
+# -- measures: gold and said hold a list of labels for each sentence
+
+
+@dataclass(frozen=True)
+class EntityScore:
+    """Precision, recall or F1 of entities, each right where its words and its type are; as seqeval counts
+    them."""
+
+    score: Score
+    kind: str
+
+    def value(self, gold: Any, said: Any) -> float:
+        from seqeval import metrics
+
+        metric = getattr(metrics, f"{self.kind}_score")
+        return 100 * float(metric(gold, said, zero_division=0))
+
+    def statistics(self, gold: Any, said: Any) -> FloatArray:
+        return _entity_counts(gold, said)
+
+    def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
+        right, chosen, true = sums(statistics, draws).T
+        below = {"precision": chosen, "recall": true, "f1": (chosen + true) / 2}[self.kind]
+        return 100 * np.divide(right, below, out=np.zeros_like(right), where=below > 0)
+
+
+def _entity_counts(gold: Any, said: Any) -> FloatArray:
+    """(sentences, 3): entities that are right, that were chosen, and that there are."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    counts = []
+    for right, chosen in zip(gold, said, strict=True):
+        true, found = set(get_entities(list(right))), set(get_entities(list(chosen)))
+        counts.append((len(true & found), len(found), len(true)))
+    return np.array(counts, np.float64)
+
+
+@dataclass(frozen=True)
+class WordAccuracy:
+    """The share of the words that have the right label."""
+
+    score: Score
+
+    def value(self, gold: Any, said: Any) -> float:
+        right, words = _word_counts(gold, said).sum(0)
+        return 100 * float(right / words)
+
+    def statistics(self, gold: Any, said: Any) -> FloatArray:
+        return _word_counts(gold, said)
+
+    def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
+        right, words = sums(statistics, draws).T
+        return 100 * right / words
+
+
+def _word_counts(gold: Any, said: Any) -> FloatArray:
+    """(sentences, 2): words that have the right label, and words."""
+    pairs = zip(gold, said, strict=True)
+    return np.array([(sum(map(str.__eq__, a, b)), len(a)) for a, b in pairs], np.float64)
+
+
+ENTITIES: tuple[Measure, ...] = (
+    EntityScore(Score("entity_f1", "entity F1"), "f1"),
+    EntityScore(Score("entity_precision", "precision", has_loss=False), "precision"),
+    EntityScore(Score("entity_recall", "recall", has_loss=False), "recall"),
+)
+WORDS: tuple[Measure, ...] = (WordAccuracy(Score("accuracy", "accuracy of words")),)
+# Of texts without labels, beside the teacher.
+AGREEMENT: tuple[Measure, ...] = (WordAccuracy(Score("agreement", "same label of words as the teacher")),)

@@ -1,0 +1,193 @@
+"""Tasks on rows of texts, from the command line: fine-tuned, scored, pruned, reported; bad input is one line,
+before any training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+from pruned_trainer.cli import main
+from text_files import CUT, checkpoint, classified, scored, write_rows
+
+PRUNE = ("--macs", "0.6", "--gate-steps", "4", "--retrain-steps", "4", "--batch-size", "8", *CUT)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned classifier beside its files, shared by the tests of this file."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_rows(folder / "train.jsonl.gz", classified(320, 1))
+    write_rows(folder / "validation.csv", classified(40, 2))
+    write_rows(folder / "eval.jsonl", classified(100, 3))
+    start = checkpoint(folder / "start", BertModel)
+    argv = [
+        "finetune", "--task", "text-classification", "--model", str(start),
+        "--train-file", str(folder / "train.jsonl.gz"), "--out", str(folder / "model"), "--epochs", "4",
+        "--learning-rate", "2e-3", *CUT,
+    ]  # fmt: skip
+    assert main(argv) == 0
+    return folder
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "prune", "--task", "text-classification", "--model", str(folder / "model"),
+        "--train-file", str(folder / "train.jsonl.gz"), "--validation-file", str(folder / "validation.csv"),
+        "--eval-file", str(folder / "eval.jsonl"), "--out", str(out), *PRUNE, *more,
+    ]  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    """Status 2, and a last line that says it."""
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    last = error.splitlines()[-1]
+    assert last.startswith("pruned-trainer ") and message in last and "Traceback" not in error, error
+
+
+def test_finetune_names_the_labels_and_evaluate_scores_them(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(classifier / "model")
+    assert model.config.id2label == {0: "high", 1: "low"}
+    predictions = tmp_path / "predictions.json"
+    argv = ["evaluate", "--task", "text-classification", "--model", str(classifier / "model"), *CUT]
+    argv += ["--eval-file", str(classifier / "eval.jsonl"), "--predictions", str(predictions)]
+    assert main(argv) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    rows = [json.loads(line) for line in (classifier / "eval.jsonl").read_text().splitlines()]
+    said = json.loads(predictions.read_text())
+    right = [row["label"] == answer["label"] for row, answer in zip(rows, said, strict=True)]
+    assert float(printed["accuracy"]) == pytest.approx(100 * sum(right) / len(right))
+    assert float(printed["accuracy"]) > 85 and float(printed["mcc"]) > 60 and printed["total"] == "100"
+
+
+def test_a_head_that_fits_is_kept_and_another_is_made_new(classifier: Path, tmp_path: Path) -> None:
+    """More training of a classifier keeps its labels' order; other labels make a new head."""
+    for name, labels, kept in (("same", ["low", "high"], True), ("others", ["a", "b", "c"], False)):
+        rows = [{"text": f"w{i}", "label": labels[i % len(labels)]} for i in range(12)]
+        train = write_rows(tmp_path / f"{name}.tsv", rows)
+        argv = ["finetune", "--task", "text-classification", "--model", str(classifier / "model"), *CUT]
+        assert main([*argv, "--train-file", str(train), "--out", str(tmp_path / name)]) == 0
+        config = AutoModelForSequenceClassification.from_pretrained(tmp_path / name).config
+        assert list(config.id2label.values()) == (["high", "low"] if kept else labels)
+
+
+def test_scores_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A column of numbers makes a model of one output, which is judged by correlation."""
+    train, judged = (write_rows(tmp_path / f"{n}.json", scored(n, n)) for n in (64, 30))
+    start = checkpoint(tmp_path / "start", BertModel)
+    task = ["--task", "pair-classification", "--scores", "score", *CUT]
+    argv = ["finetune", *task, "--model", str(start), "--train-file", str(train), "--out"]
+    assert main([*argv, str(tmp_path / "model")]) == 0
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "model").config.num_labels == 1
+    capsys.readouterr()
+    evaluate = ["evaluate", "--model", str(tmp_path / "model"), "--eval-file", str(judged), *CUT]
+    assert main([*evaluate, *task]) == 0
+    printed = capsys.readouterr().out
+    assert "spearman" in printed and "pearson" in printed
+    refused(capsys, [*evaluate, "--task", "pair-classification", "--label-column", "score"], "--scores")
+
+
+BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "missing columns": (
+        [{"sentence": "w1", "tone": "high"}],
+        "train.jsonl: no column 'text', 'label'; there are sentence, tone; --texts takes texts without",
+    ),
+    "unknown label": (
+        [{"text": "w1", "label": "high"}, {"text": "w2", "label": "middle"}],
+        "train.jsonl, row 1: label 'middle' is none of the model's: high, low",
+    ),
+    "unknown number": ([{"text": "w1", "label": 2}], "row 0: label 2 is none of the model's: high, low"),
+    "no label": ([{"text": "w1", "label": None}], "row 0: the label is None; a name or a whole number"),
+    "empty text": ([{"text": " \t", "label": "low"}], "train.jsonl, row 0: 'text' is empty"),
+    "no text": ([{"text": 3, "label": "low"}], "row 0: 'text' has type int, not str"),
+    "one class": (
+        [{"text": "w1", "label": "low"}] * 3,
+        "train.jsonl: all 3 rows have the label 'low': a model that always says so would be right",
+    ),
+    "no rows": ([], "train.jsonl: no rows at all"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_rows_are_refused_before_any_training(
+    fault: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, message = BAD[fault]
+    argv = arguments(classifier, tmp_path / "out")
+    argv[argv.index("--train-file") + 1] = str(write_rows(tmp_path / "train.jsonl", rows))
+    refused(capsys, argv, message)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bad_rows_are_left_out_and_counted(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [{"text": "", "label": "low"}, {"text": "w1", "label": "middle"}, {"text": "w1"}]
+    judged = write_rows(tmp_path / "eval.jsonl", [*classified(10, 4), *bad])
+    argv = ["evaluate", "--task", "text-classification", "--model", str(classifier / "model"), *CUT]
+    assert main([*argv, "--eval-file", str(judged), "--skip-bad"]) == 0
+    printed = capsys.readouterr().out
+    assert "bad lines skipped: 2" in printed and "bad lines skipped: 1" in printed
+    assert "total  10" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.txt", "w1\n", "rows are read from .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, not"),
+        ("train.json", '{"data": []}', "train.json: a list of objects, one for each row, is needed"),
+        ("train.csv", "text,label\nw1\n", "train.csv, row 0: 1 values, and the first line names 2 columns"),
+        ("train.jsonl.gz", "text", "train.jsonl.gz: not .gz: "),
+        ("train.parquet", "PAR1", "train.parquet: not .parquet: "),
+    ],
+)
+def test_a_file_of_another_format(
+    name: str,
+    content: str,
+    message: str,
+    classifier: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / name).write_text(content)
+    argv = arguments(classifier, tmp_path / "out")
+    argv[argv.index("--train-file") + 1] = str(tmp_path / name)
+    refused(capsys, argv, message)
+
+
+def test_models_with_another_head(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(classifier, tmp_path / "out")
+    place = argv.index("--model") + 1
+    argv[place] = str(checkpoint(tmp_path / "answers", BertForQuestionAnswering))
+    refused(capsys, argv, "is a BertForQuestionAnswering, and text-classification needs one whose class ends")
+    argv[place] = str(checkpoint(tmp_path / "score", BertForSequenceClassification, num_labels=1))
+    refused(capsys, argv, "gives one score: say which column has them with --scores")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--text-columns", "a", "b"], "text_columns names 2 columns, and text-classification has 1"),
+        (["--scores", "s", "--label-column", "l"], "name one of them"),
+        (["--num-proc", "2"], "null_rate and num_proc are for --task natural_questions"),
+        (["--texts", "t.txt"], "name one of them"),
+        (["--task", "squad", "--label-column", "l"], "label_column is for tasks on rows of texts"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    more: list[str], message: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, arguments(classifier, tmp_path / "out", *more), message)
