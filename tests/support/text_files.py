@@ -69,3 +69,35 @@ def checkpoint(folder: Path, model_class: Any, **fields: Any) -> Path:
     """A small random model of this class, with the word tokenizer."""
     torch.manual_seed(0)
     return save_checkpoint(model_class(BertConfig(**{**SIZES, **fields})), folder)
+
+
+def tagged(count: int, seed: int) -> list[dict[str, Any]]:
+    """Sentences in words; w0 to w3 begin an entity of type a, or of type b after w4; w5 goes on with it."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = [rng.randrange(WORDS) for _ in range(10)]
+        tags: list[str] = []
+        for place, word in enumerate(words):
+            if word < 4:
+                tags.append("B-b" if place and words[place - 1] == 4 else "B-a")
+            else:
+                tags.append(f"I-{tags[-1][2:]}" if word == 5 and place and tags[-1] != "O" else "O")
+        rows.append({"tokens": [f"w{word}" for word in words], "tags": tags})
+    return rows
+
+
+def ranked(queries: int, seed: int) -> list[dict[str, Any]]:
+    """Distinct queries of two words with four passages, of which the one that holds them is relevant."""
+    rng = random.Random(seed)
+    rows = []
+    for asked in rng.sample([(a, b) for a in range(WORDS) for b in range(WORDS) if a != b], queries):
+        others = [word for word in range(WORDS) if word not in asked]
+        rng.shuffle(others)
+        passages = [others[5 * i : 5 * i + 4] for i in range(4)]
+        right = rng.randrange(4)
+        passages[right][1:3] = asked
+        texts = [" ".join(f"w{word}" for word in words) for words in passages]
+        query = f"w{asked[0]} w{asked[1]}"
+        rows.append({"query": query, "passage": texts, "relevant": [i == right for i in range(4)]})
+    return rows

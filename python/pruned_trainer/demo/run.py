@@ -107,6 +107,7 @@ def _fine_tune(source: str, settings: PruneSettings, folder: OutputFolder) -> No
     tokenizer = load_tokenizer(source)
     logging.set_verbosity_error()
     model = load_to_fine_tune(source)
+    assert settings.train_file is not None  # generated, if none was given
     features = training_features(
         read_examples(settings.train_file, "train"),
         tokenizer,

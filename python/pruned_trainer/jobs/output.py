@@ -19,7 +19,10 @@ from pruned_ops.checkpoints.loading import TOKENIZER_FILES
 from pruned_ops.checkpoints.loading import load_any_head as load_any_head
 from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
+from pruned_ops.files import read_json
 
+# sentence-transformers' own files beside an encoder.
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 # What a run that can be resumed keeps in its partial folder: its settings and its plan.
 RUN = "run.json"
 # What a run holds a lock on, in its partial folder.
@@ -39,6 +42,22 @@ def save_checkpoint(
         shutil.copyfile(file, folder / file.name)
     if not files:
         tokenizer.save_pretrained(folder)
+    if type(model).__name__.endswith("Model"):  # a bare encoder
+        _copy_modules(Path(source), folder)
+
+
+def _copy_modules(source: Path, folder: Path) -> None:
+    """Copy what sentence-transformers keeps beside an encoder, which says how its states become embeddings:
+    its own files, and the small folders of the modules that follow."""
+    if not (source / "modules.json").is_file():
+        return
+    for name in _SENTENCE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for module in read_json(source / "modules.json"):
+        path = str(module.get("path") or "")
+        if path and "/" not in path and (source / path).is_dir():  # "" is the encoder itself
+            shutil.copytree(source / path, folder / path, dirs_exist_ok=True)
 
 
 class DiskFull(OSError):

@@ -21,7 +21,7 @@ from pruned_trainer.pruning.options import (
     Target,
     check_parts,
 )
-from pruned_trainer.tasks.options import NULL_RATE, TaskOptions
+from pruned_trainer.tasks.options import NULL_RATE, TEXT_COLUMNS, TaskOptions
 from pruned_trainer.training.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -123,10 +123,22 @@ class PruneSettings:
             raise ValueError(
                 "a train_file with labels, or texts without, is what is trained on: name one of them"
             )
-        if self.texts is not None and self.distil_in == "none":
-            raise ValueError("texts have no labels, so that the teacher is all that teaches: distil_in none")
+        if not self.has_labels:
+            self._check_without_labels()
         if self.eval_file and self.validation_file and same_file(self.eval_file, self.validation_file):
             raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
+
+    def _check_without_labels(self) -> None:
+        """Refuse what needs labels, where only the teacher teaches."""
+        why = "texts have no labels" if self.texts is not None else "an embedder has no labels to train on"
+        if self.distil_in not in (None, "both") or not self.distillation.needs_teacher:
+            raise ValueError(f"{why}, so that the teacher teaches in both phases, with a weight above 0")
+        if self.recipe in METHODS and self.recipe != "random":
+            raise ValueError(
+                f"{why}, and recipe {self.recipe} scores by the loss on them: joint trains gates"
+            )
+        if self.task == "embedding" and "hidden" in self.parts:
+            raise ValueError("an embedding is as wide as the hidden size: parts hidden cannot be pruned")
 
     def _check_choices(self) -> None:
         for name, known in (
@@ -164,6 +176,8 @@ class PruneSettings:
         if self.recipe in METHODS and self.penalty != "one":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
         weights = self.distillation
+        if self.cache_teacher is not None and self.task in TEXT_COLUMNS:
+            raise ValueError(f"cache_teacher keeps start and end logits, which {self.task} has none of")
         if not weights.hidden and (weights.projection or weights.layers):
             raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")
         if self.cache_teacher is not None and (weights.hidden > 0 or not weights.logits):
@@ -215,6 +229,11 @@ class PruneSettings:
         return (self.model, self.teacher, self.cache_teacher, self.latency_table, *files)
 
     @property
+    def has_labels(self) -> bool:
+        """Whether the training has a loss of its own, beside what the teacher says."""
+        return self.texts is None and self.task != "embedding"
+
+    @property
     def is_timed(self) -> bool:
         """Whether the targets are met by measured time."""
         return any(target.is_time for target in self.targets)
@@ -239,7 +258,7 @@ class PruneSettings:
         """The losses of a phase, "gates" or "retrain". At the paper's prices there is no teacher by default,
         as in the paper."""
         priced = "retrain" if self.targets else "none"
-        taught = self.distil_in or (priced if self.recipe == "paper" else "both")
+        taught = self.distil_in or (priced if self.recipe == "paper" and self.has_labels else "both")
         return self.distillation if taught in ("both", phase) else Distillation.none()
 
     def to_json(self) -> dict[str, Any]:

@@ -95,7 +95,9 @@ def test_scores_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*evaluate, *task]) == 0
     printed = capsys.readouterr().out
     assert "spearman" in printed and "pearson" in printed
-    refused(capsys, [*evaluate, "--task", "pair-classification", "--label-column", "score"], "--scores")
+    rows = [{**row, "label": i % 2} for i, row in enumerate(scored(4, 4))]
+    evaluate[evaluate.index(str(judged))] = str(write_rows(tmp_path / "classes.jsonl", rows))
+    refused(capsys, [*evaluate, "--task", "pair-classification"], "gives one score: say which column")
 
 
 BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -184,6 +186,7 @@ def test_models_with_another_head(
         (["--scores", "s", "--label-column", "l"], "name one of them"),
         (["--num-proc", "2"], "null_rate and num_proc are for --task natural_questions"),
         (["--texts", "t.txt"], "name one of them"),
+        (["--cache-teacher", "c", "--distil-hidden", "0"], "start and end logits, which text-classification"),
         (["--task", "squad", "--label-column", "l"], "label_column is for tasks on rows of texts"),
     ],
 )
@@ -191,3 +194,23 @@ def test_options_that_do_not_go_together(
     more: list[str], message: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, arguments(classifier, tmp_path / "out", *more), message)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--distil-in", "retrain"], "texts have no labels, so that the teacher teaches in both phases"),
+        (["--distil-logits", "0", "--distil-hidden", "0"], "with a weight above 0"),
+        (["--recipe", "gain"], "recipe gain scores by the loss on them"),
+        (["--task", "squad"], "squad has no form without answers"),
+        (["--task", "pair-classification"], "pairs are read from .jsonl"),
+    ],
+)
+def test_what_texts_without_labels_cannot_do(
+    more: list[str], message: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("w1 w2\n\nw3\n")
+    argv = arguments(classifier, tmp_path / "out", *more)
+    place = argv.index("--train-file")
+    argv[place : place + 2] = ["--texts", str(tmp_path / "texts.txt")]
+    refused(capsys, argv, message)

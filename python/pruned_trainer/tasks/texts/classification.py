@@ -72,7 +72,7 @@ class ClassificationTask:
     def load_model(self, source: str) -> PreTrainedModel:
         model = load_any_head(source)
         check_head(model, HEAD, self.options.task)
-        labels, wants_scores = int(model.config.num_labels), self.options.scores is not None
+        labels, wants_scores = len(Labels.of(model.config).names), self.options.scores is not None
         if wants_scores != (labels == 1):
             has = "one score" if labels == 1 else f"{labels} classes"
             remedy = (
@@ -90,10 +90,10 @@ class ClassificationTask:
     def read(self, source: Path | str, split: str) -> Examples:
         skipped = self._skipped()
         if self.options.scores is not None:
-            label, read_label = self.options.scores, read_score
+            examples = read_labelled(source, split, self.columns, self.options.scores, read_score, skipped)
         else:
-            label, read_label = self.options.label_column or "label", read_class
-        examples = read_labelled(source, split, self.columns, label, read_label, skipped)
+            label = self.options.label_column or "label"
+            examples = read_labelled(source, split, self.columns, label, read_class, skipped)
         self.faults.add(skipped)
         return examples
 

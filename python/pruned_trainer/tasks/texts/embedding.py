@@ -280,7 +280,7 @@ def read_corpus(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     key = ID if ID in found.columns else "_id"
     found.need((key, TEXT))
     numbers: dict[str, int] = {}
-    documents = []
+    documents: list[str] = []
     for where, row in found.placed():
         name = row[key]
         if not isinstance(name, str | int) or str(name) in numbers:

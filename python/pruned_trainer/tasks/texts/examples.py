@@ -18,12 +18,13 @@ from pruned_trainer.tasks.task import HELD_OUT
 @dataclass(frozen=True)
 class Example:
     """A row. texts: one, or the two of a pair; of a sentence in words, the words. where: its place, for
-    errors. label: as the source has it: a name, a number, a list of them for words; None where there is
-    none."""
+    errors. label: as the source has it: a name, a number, a list of them for words; None where there is none.
+    group: the query that it belongs to, where texts are ranked; by default its first text."""
 
     texts: tuple[str, ...]
     where: str
     label: Any = None
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -72,20 +72,6 @@ class Recall(Ranking):
         return float(relevant[first].sum() / max(relevant.sum(), 1))
 
 
-@dataclass(frozen=True)
-class RankAgreement(Ranking):
-    """Spearman's correlation of a query's scores with the teacher's, from 0 (none, or less) to 1."""
-
-    score: Score = Score("agreement", "Spearman with the teacher's ranking")
-
-    def of_query(self, relevance: FloatArray, scores: FloatArray) -> float:
-        from scipy.stats import spearmanr
-
-        if len(scores) < 2 or np.ptp(relevance) == 0:
-            return 1.0
-        return 0.0 if np.ptp(scores) == 0 else float(spearmanr(relevance, scores).statistic)
-
-
 RANKING: tuple[Measure, ...] = (ReciprocalRank(), DiscountedGain())
 RETRIEVAL: tuple[Measure, ...] = (DiscountedGain(), ReciprocalRank(), Recall())
 

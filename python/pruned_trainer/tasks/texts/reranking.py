@@ -115,7 +115,7 @@ class RerankingTask:
         return (texts, None) if has_validation else texts.split(self.options.seed)
 
     def describe(self, examples: Examples) -> str:
-        queries = len({row.texts[0] for row in examples.rows})
+        queries = len(set(_query_numbers(examples)))
         without = "" if examples.is_labelled else " without labels"
         return f"{queries:,} queries with {len(examples):,} passages{without}"
 
@@ -128,7 +128,7 @@ class RerankingTask:
     ) -> PreparedTexts:
         windows = self._encode(examples, tokenizer)
         numbers = _query_numbers(examples)
-        queries = list(dict.fromkeys(row.texts[0] for row in examples.rows))
+        queries = list({n: row.texts[0] for n, row in zip(numbers, examples.rows, strict=True)}.values())
         if not examples.is_labelled:
             pairs = PreparedTexts(
                 noun="pairs", count=len(windows), windows=windows, gold=None, measures=SCORE_AGREEMENT,
@@ -186,7 +186,7 @@ def _by_query(queries: Sequence[str], said: Any) -> list[dict[str, Any]]:
 def _query_numbers(examples: Examples) -> list[int]:
     """The number of each row's query."""
     numbers: dict[str, int] = {}
-    return [numbers.setdefault(row.texts[0], len(numbers)) for row in examples.rows]
+    return [numbers.setdefault(row.group or row.texts[0], len(numbers)) for row in examples.rows]
 
 
 def _pairs(row: Mapping[str, Any], query: str, passage: str, label: str, where: str) -> Iterator[Example]:
@@ -201,7 +201,7 @@ def _pairs(row: Mapping[str, Any], query: str, passage: str, label: str, where: 
         raise FormatError(f"{where}: {len(passages)} passages, but {len(numbers)} numbers in {label!r}")
     for text, number in zip(passages, numbers, strict=True):
         pair = texts_of({**row, passage: text}, (query, passage), where)
-        yield Example(pair, where, _relevance(number, where))
+        yield Example(pair, where, _relevance(number, where), group=where)
 
 
 def _relevance(value: Any, where: str) -> float:
@@ -247,6 +247,6 @@ def squad_pairs(path: Path, negatives: int | None, seed: int, skipped: Skipped |
 
 def _ranked(example: SquadExample, others: Sequence[str], name: str) -> Iterator[Example]:
     where = f"{name}, question {example.id!r}"
-    yield Example((example.question, example.context), where, 1.0)
+    yield Example((example.question, example.context), where, 1.0, group=example.id)
     for text in others:
-        yield Example((example.question, text), where, 0.0)
+        yield Example((example.question, text), where, 0.0, group=example.id)

@@ -1,0 +1,174 @@
+"""Words with labels, rankings and embeddings from the command line: fine-tuned and scored; bad input is one
+line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForTokenClassification,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+
+from matching import squad_file
+from pruned_trainer.cli import main
+from pruned_trainer.tasks.texts.embedding import pooling_of
+from pruned_trainer.tasks.texts.reranking import squad_pairs
+from text_files import CUT, checkpoint, ranked, scored, tagged, write_rows
+
+
+def evaluated(
+    task: list[str], model: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> dict[str, float]:
+    """What evaluate prints, by name."""
+    capsys.readouterr()
+    assert main(["evaluate", *task, "--model", str(model), "--eval-file", str(file), *CUT]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    return {words[0]: float(words[1]) for words in lines if len(words) == 2 and words[0] != "--"}
+
+
+def refused(task: list[str], model: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line that refuses it."""
+    assert main(["evaluate", *task, "--model", str(model), "--eval-file", str(file), *CUT]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_words_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = ["--task", "token-classification"]
+    start = checkpoint(tmp_path / "start", BertModel)
+    train, judged = (write_rows(tmp_path / f"{n}.jsonl", tagged(n, n)) for n in (240, 60))
+    argv = ["finetune", *task, "--model", str(start), "--train-file", str(train), "--epochs", "6", *CUT]
+    assert main([*argv, "--learning-rate", "3e-3", "--out", str(tmp_path / "model")]) == 0
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "model")
+    assert list(model.config.id2label.values()) == ["B-a", "B-b", "I-a", "I-b", "O"]
+    scores = evaluated(task, tmp_path / "model", judged, capsys)
+    assert scores["entity_f1"] > 80 and scores["entity_precision"] > 80 and scores["total"] == 60
+    # A word that no tokenizer sees changes nothing of the others' labels, and is right as O.
+    rows = [{k: ["\u200d" if k == "tokens" else "O", *v] for k, v in row.items()} for row in tagged(60, 60)]
+    dropped = write_rows(tmp_path / "dropped.jsonl", rows)
+    again = evaluated(task, tmp_path / "model", dropped, capsys)
+    assert again["entity_f1"] == pytest.approx(scores["entity_f1"], abs=20)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tokens": ["w1", "w2"], "tags": ["O"]}, "row 0: 2 words, but 1 labels"),
+        ({"tokens": ["w1"], "tags": ["B-c"]}, "row 0: label 'B-c' is none of the model's: B-a, O"),
+        ({"tokens": ["", " "], "tags": ["O", "O"]}, "row 0: 'tokens' is empty"),
+        ({"tokens": "w1", "tags": ["O"]}, "row 0: 'tokens' has type str, not list"),
+        ({"tokens": ["w1"], "tags": ["O"]}, "the words of all 1 rows have the label 'O'"),
+        ({"words": ["w1"], "tags": ["O"]}, "no column 'tokens'; there are words, tags"),
+    ],
+)
+def test_bad_sentences(
+    row: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"id2label": {0: "B-a", 1: "O"}, "label2id": {"B-a": 0, "O": 1}}
+    model = checkpoint(tmp_path / "model", BertForTokenClassification, **names)
+    file = write_rows(tmp_path / "eval.jsonl", [row])
+    assert message in refused(["--task", "token-classification"], model, file, capsys)
+
+
+def test_rankings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = ["--task", "reranking"]
+    start = checkpoint(tmp_path / "start", BertModel)
+    train, judged = (write_rows(tmp_path / f"{n}.jsonl", ranked(n, n)) for n in (160, 30))
+    argv = ["finetune", *task, "--model", str(start), "--train-file", str(train), "--epochs", "1", *CUT]
+    assert main([*argv, "--learning-rate", "2e-3", "--out", str(tmp_path / "model")]) == 0
+    scores = evaluated(task, tmp_path / "model", judged, capsys)
+    assert 25 <= scores["mrr"] <= scores["ndcg"] <= 100 and scores["total"] == 30
+    # The same pairs, a row each.
+    rows = [
+        {"query": row["query"], "passage": passage, "relevant": int(relevant)}
+        for row in ranked(30, 30)
+        for passage, relevant in zip(row["passage"], row["relevant"], strict=True)
+    ]
+    assert evaluated(task, tmp_path / "model", write_rows(tmp_path / "pairs.csv", rows), capsys) == scores
+    irrelevant = write_rows(tmp_path / "none.jsonl", [{**rows[0], "relevant": 0}])
+    assert "no passage is relevant" in refused(task, tmp_path / "model", irrelevant, capsys)
+    classes = checkpoint(tmp_path / "classes", BertForSequenceClassification, num_labels=3)
+    assert "gives 3 classes, and reranking needs one score" in refused(task, classes, judged, capsys)
+
+
+def test_squad_as_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A question's own paragraph is relevant, the others of its article are not."""
+    file = squad_file(tmp_path / "squad.json", 40, 1, unanswerable=0.2, articles=4)
+    pairs = squad_pairs(file, None, 0).rows
+    data = json.loads(file.read_text())["data"]
+    articles = {p["context"]: a["title"] for a in data for p in a["paragraphs"]}
+    own = {qa["id"]: p["context"] for a in data for p in a["paragraphs"] for qa in p["qas"]}
+    for pair in pairs:
+        question = pair.where.split("'")[1]
+        assert pair.label == (pair.texts[1] == own[question])
+        assert articles[pair.texts[1]] == articles[own[question]]
+    few = squad_pairs(file, 2, 0).rows
+    assert len(few) == 3 * sum(pair.label for pair in few) < len(pairs)
+    model = checkpoint(tmp_path / "model", BertForSequenceClassification, num_labels=1)
+    assert evaluated(["--task", "reranking"], model, file, capsys)["total"] == sum(p.label for p in pairs)
+
+
+def test_similar_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cosines of mean-pooled states, correlated with the scores."""
+    from scipy.stats import spearmanr
+
+    folder = checkpoint(tmp_path / "model", BertModel)
+    rows = scored(24, 5)
+    scores = evaluated(["--task", "embedding"], folder, write_rows(tmp_path / "eval.csv", rows), capsys)
+    model = BertModel.from_pretrained(folder).eval()
+    vectors = []
+    for row in rows:
+        for side in ("text_a", "text_b"):
+            ids = [2, *(int(word[1:]) + 4 for word in row[side].split()), 3]
+            with torch.no_grad():
+                vectors.append(model(torch.tensor([ids])).last_hidden_state[0].mean(0))
+    cosines = torch.cosine_similarity(torch.stack(vectors[::2]), torch.stack(vectors[1::2]))
+    expected = 100 * spearmanr([row["score"] for row in rows], cosines.numpy()).statistic
+    assert scores["spearman"] == pytest.approx(expected, abs=0.5)
+
+
+def test_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Documents that are the query itself stand first; an id that the corpus lacks is refused."""
+    folder = checkpoint(tmp_path / "model", BertModel)
+    texts = [f"w{i} w{i + 1} w{i + 2}" for i in range(12)]
+    corpus = write_rows(tmp_path / "corpus.jsonl", [{"_id": str(i), "text": t} for i, t in enumerate(texts)])
+    queries = [{"text": texts[i], "relevant": [i]} for i in range(6)]
+    task = ["--task", "embedding", "--corpus", str(corpus)]
+    scores = evaluated(task, folder, write_rows(tmp_path / "eval.jsonl", queries), capsys)
+    assert scores["ndcg"] == scores["mrr"] == scores["recall"] == 100 and scores["total"] == 6
+    bad = write_rows(tmp_path / "bad.jsonl", [{"text": "w1", "relevant": ["12"]}])
+    assert "row 0: document '12' is not in the corpus" in refused(task, folder, bad, capsys)
+
+
+def test_pooling_is_what_sentence_transformers_wrote(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", BertModel)
+    config = BertModel.from_pretrained(folder).config
+    assert pooling_of(str(folder), config) == "mean"
+    (folder / "1_Pooling").mkdir()
+    for written, pooling in (
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode_max_tokens": True}, None),
+    ):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(written))
+        if pooling is None:
+            with pytest.raises(ValueError, match="pools by pooling_mode_max_tokens"):
+                pooling_of(str(folder), config)
+        else:
+            assert pooling_of(str(folder), config) == pooling
+
+
+def test_ranking_measures_are_scikit_learn_s_and_know_ties() -> None:
+    from pruned_trainer.tasks.texts.ranking import DiscountedGain, ReciprocalRank
+
+    relevance, scores = np.array([0.0, 1, 0, 0]), np.array([3.0, 2, 2, 1])
+    assert ReciprocalRank().of_query(relevance, scores) == 1 / 3  # of two equals the worse place
+    assert ReciprocalRank().of_query(relevance, np.zeros(4)) == 1 / 4
+    assert ReciprocalRank().of_query(np.array([1.0, *[0] * 10]), np.arange(11.0)) == 0
+    assert DiscountedGain().of_query(np.array([0.0, 1]), np.array([2.0, 1])) == pytest.approx(1 / np.log2(3))
