@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, set_seed
+from torch import nn
+from transformers import set_seed
 from transformers.utils import logging
 
 from pruned_ops.checkpoints.loading import check_source
@@ -38,13 +39,13 @@ def fine_tune(settings: FineTuneSettings) -> None:
     find_encoder(model)  # refuses a model that could not be pruned afterwards
     check_length(settings.max_length, model.config)
     say(f"tokenising {task.describe(examples)}")
-    features = task.features(examples, tokenizer, model)
+    trained, features = task.to_fine_tune(examples, tokenizer, model)
     with (
         explained_when_full(settings.out),
         once(lambda: OutputFolder(settings.out, settings.overwrite, inputs)) as folder,
     ):
         train(
-            model,
+            trained,
             features,
             folder.partial,
             steps=max(1, round(settings.epochs * len(features) / settings.batch_size)),
@@ -60,7 +61,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
 
 
 def train(
-    model: PreTrainedModel,
+    model: nn.Module,
     features: Features,
     folder: Path,
     steps: int,
@@ -69,7 +70,8 @@ def train(
     seed: int,
     **more: Any,
 ) -> None:
-    """Train a model on the task's own loss, in place. more: fields of TrainingArguments."""
+    """Train a model with a config on the task's own loss, in place. more: fields of TrainingArguments."""
+    config: Any = model.config
     logging.set_verbosity_error()
     say(f"fine-tuning: {steps} steps of {batch_size} windows")
     trainer = PruningTrainer(
@@ -77,6 +79,6 @@ def train(
         training_arguments(folder, steps, per_process(batch_size), rate, seed, **more),
         Distillation.none(),
         train_dataset=features,
-        data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
+        data_collator=partial(pad_batch, pad_token_id=config.pad_token_id),
     )
     run(trainer, "teacher", resumable=False)

@@ -132,7 +132,7 @@ def scores_of(report: Fields) -> tuple[Score, ...]:
         task = task_of(report)
         if task not in _EARLIER:
             raise ValueError(
-                f"{report.file}: task is {task!r}; without score_lines one of {', '.join(_EARLIER)} is needed"
+                f"{report.file}: task is {task!r}; one of {', '.join(_EARLIER)} is needed without score_lines"
             )
         return _EARLIER[task]
     return tuple(

@@ -14,7 +14,7 @@ from pruned_trainer.distributed import is_main
 from pruned_trainer.tasks.faults import DataFaults
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # The share of the training examples that is held out where there is no validation file.
@@ -138,6 +138,12 @@ class Task(Protocol):
     ) -> Sequence[dict[str, Any]]:
         """The examples' windows with LABELS, to train on, as dictionaries that `pad_batch` takes. model,
         errors: as for `prepare`."""
+
+    def to_fine_tune(
+        self, examples: Any, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> tuple[nn.Module, Sequence[dict[str, Any]]]:
+        """(what is trained, its windows): the model itself on its `features`, or a module around it that
+        makes a loss of what the model gives."""
 
 
 def without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,10 @@ from transformers import (
 from matching import squad_file
 from pruned_trainer.cli import main
 from pruned_trainer.tasks.texts.embedding import pooling_of
+from pruned_trainer.tasks.texts.encoding import Encoded
+from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
 from pruned_trainer.tasks.texts.reranking import squad_pairs
+from pruned_trainer.training.batches import pad_batch
 from text_files import CUT, checkpoint, ranked, scored, tagged, write_rows
 
 
@@ -144,6 +147,32 @@ def test_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scores["ndcg"] == scores["mrr"] == scores["recall"] == 100 and scores["total"] == 6
     bad = write_rows(tmp_path / "bad.jsonl", [{"text": "w1", "relevant": ["12"]}])
     assert "row 0: document '12' is not in the corpus" in refused(task, folder, bad, capsys)
+
+
+def test_an_embedder_learns_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By scores, and from queries with their documents; the loss is the one of the pairs taken alone."""
+    task, start = ["--task", "embedding"], checkpoint(tmp_path / "start", BertModel)
+    judged = write_rows(tmp_path / "eval.jsonl", scored(60, 6))
+    before = evaluated(task, start, judged, capsys)["spearman"]
+    train = write_rows(tmp_path / "train.jsonl", scored(300, 7))
+    argv = ["finetune", *task, "--model", str(start), "--train-file", str(train), "--out"]
+    assert main([*argv, str(tmp_path / "model"), "--learning-rate", "2e-3", *CUT]) == 0
+    assert evaluated(task, tmp_path / "model", judged, capsys)["spearman"] > before + 5
+
+
+def test_pairs_are_taken_apart_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = BertModel.from_pretrained(checkpoint(tmp_path / "model", BertModel)).eval()
+    texts = [[2, 5, 6, 3], [2, 7, 3], [2, 8, 9, 10, 11, 3], [2, 12, 3]]
+    windows = [Encoded(np.array(ids, np.int32), np.zeros(len(ids), np.int32)) for ids in texts]
+    vectors = []
+    with torch.no_grad():
+        for ids in texts:
+            vectors.append(encoder(torch.tensor([ids])).last_hidden_state[0].mean(0))
+        cosine = torch.cosine_similarity(torch.stack(vectors)[::2], torch.stack(vectors)[1::2])
+        batch = pad_batch(pair_features([(windows[0], windows[1]), (windows[2], windows[3])], [1.0, 4.0]), 0)
+        loss = PairTraining(encoder, "mean")(**batch).loss
+    torch.testing.assert_close(loss, (cosine - torch.tensor([0.25, 1.0])).square().mean())
 
 
 def test_pooling_is_what_sentence_transformers_wrote(tmp_path: Path) -> None:

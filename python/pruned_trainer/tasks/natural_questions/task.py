@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
@@ -225,3 +226,8 @@ class NaturalQuestionsTask:
         )  # fmt: skip
         self.faults.add(windows.skipped)
         return windows
+
+    def to_fine_tune(
+        self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> tuple[nn.Module, ArrowWindows]:
+        return model, self.features(examples, tokenizer, model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
@@ -227,3 +228,8 @@ class SquadTask:
         )
         self.faults.add(skipped)
         return features
+
+    def to_fine_tune(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> tuple[nn.Module, list[dict[str, Any]]]:
+        return model, self.features(examples, tokenizer, model)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.checkpoints.loading import head_of, load_any_head, load_to_fine_tune
@@ -145,6 +146,11 @@ class ClassificationTask:
         if not examples.is_labelled:
             return [window.feature() for window in windows]
         return [window.feature(labels=label) for window, label in zip(windows, labels, strict=True)]
+
+    def to_fine_tune(
+        self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> tuple[nn.Module, list[dict[str, Any]]]:
+        return model, self.features(examples, tokenizer, model)
 
     def _with_labels(
         self, examples: Examples, model: PreTrainedModel

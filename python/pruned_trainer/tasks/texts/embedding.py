@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.checkpoints.loading import load_any_head, load_to_fine_tune
@@ -20,7 +20,7 @@ from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.sources import read_rows
 from pruned_trainer.tasks.task import Score
 from pruned_trainer.tasks.texts.classification import check_head
-from pruned_trainer.tasks.texts.encoding import encode
+from pruned_trainer.tasks.texts.encoding import encode, pooled
 from pruned_trainer.tasks.texts.examples import (
     Example,
     Examples,
@@ -31,6 +31,7 @@ from pruned_trainer.tasks.texts.examples import (
     texts_of,
 )
 from pruned_trainer.tasks.texts.measures import SCORES, FloatArray, Mean, Measure
+from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
 from pruned_trainer.tasks.texts.prepared import PreparedTexts
 from pruned_trainer.tasks.texts.ranking import RETRIEVAL, TOP
 
@@ -91,7 +92,9 @@ class EmbeddingTask:
 
     def start_model(self, source: str, examples: Any) -> PreTrainedModel:
         """The bare encoder of the checkpoint."""
-        return load_to_fine_tune(source, HEAD)
+        model = load_to_fine_tune(source, HEAD)
+        model.config.pooling = pooling_of(source, model.config)
+        return model
 
     def load_model(self, source: str) -> PreTrainedModel:
         model = load_any_head(source)
@@ -190,6 +193,25 @@ class EmbeddingTask:
         texts = [(text,) for text in _distinct(examples)]
         return [window.feature() for window in encode(tokenizer, texts, self.options.max_length)]
 
+    def to_fine_tune(
+        self, examples: Examples | Retrieval, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> tuple[nn.Module, list[dict[str, Any]]]:
+        """The encoder with a loss on pairs: by their scores, or each query with a document that is relevant
+        to it."""
+        if isinstance(examples, Retrieval):
+            found = zip(examples.queries, examples.relevant, strict=True)
+            pairs = [(query.texts[0], examples.documents[n]) for query, relevant in found for n in relevant]
+            scores = None
+        else:
+            pairs = [(row.texts[0], row.texts[1]) for row in examples.rows]
+            scores = [float(row.label) for row in examples.rows]
+        first, second = (
+            encode(tokenizer, [(text,) for text in side], self.options.max_length)
+            for side in zip(*pairs, strict=True)
+        )
+        features = pair_features(list(zip(first, second, strict=True)), scores)
+        return PairTraining(model, model.config.pooling), features
+
     def _skipped(self) -> Skipped | None:
         return Skipped() if self.options.skip_bad else None
 
@@ -243,16 +265,6 @@ def _cosines(first: FloatArray, second: FloatArray) -> FloatArray:
     """(texts,) cosines of the rows of two matrices; 0 with a vector of zeros."""
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return (first * second).sum(1) / np.maximum(norms, 1e-12)
-
-
-def pooled(pooling: str, outputs: Any, mask: Tensor) -> Tensor:
-    """(batch, width) of the last hidden states (batch, seqlen, width): the mean over the real tokens, or
-    the first one's."""
-    states = outputs.last_hidden_state
-    if pooling == "cls":
-        return states[:, 0]
-    real = mask[:, :, None].to(states)
-    return (states * real).sum(1) / real.sum(1).clamp(min=1)
 
 
 def pooling_of(source: str, config: Any) -> str:

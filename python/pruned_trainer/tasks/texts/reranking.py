@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.checkpoints.loading import load_any_head, load_to_fine_tune
@@ -157,6 +158,11 @@ class RerankingTask:
         labels = [np.array([row.label / highest], np.float32) for row in examples.rows]
         triples = zip(windows, labels, numbers, strict=True)
         return [window.feature(labels=label, group=n) for window, label, n in triples]
+
+    def to_fine_tune(
+        self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> tuple[nn.Module, list[dict[str, Any]]]:
+        return model, self.features(examples, tokenizer, model)
 
     def _encode(self, examples: Examples, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
         return encode(tokenizer, [row.texts for row in examples.rows], self.options.max_length)

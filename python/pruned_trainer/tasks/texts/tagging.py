@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.checkpoints.loading import load_any_head, load_to_fine_tune
@@ -148,6 +149,11 @@ class TaggingTask:
             for window in windows
             if len(window.words)  # else there is nothing to learn from it
         ]
+
+    def to_fine_tune(
+        self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> tuple[nn.Module, list[dict[str, Any]]]:
+        return model, self.features(examples, tokenizer, model)
 
     def _with_labels(
         self, examples: Examples, model: PreTrainedModel
