@@ -123,7 +123,8 @@ def settings_of(arguments: argparse.Namespace, default: Target | None = None) ->
     """The settings of prune, sweep and demo. default: the target where no other is given."""
     values = vars(arguments)
     plain = {name: values[name] for name in PruneSettings.__dataclass_fields__ if name in values}
-    weights = {name: values[f"distil_{name}"] for name in Distillation.__dataclass_fields__}
+    names = [name for name in Distillation.__dataclass_fields__ if f"distil_{name}" in values]
+    weights = {name: values[f"distil_{name}"] for name in names}
     if weights["layers"] is not None:
         weights["layers"] = tuple(weights["layers"])
     targets = _targets_of(arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -265,6 +265,8 @@ def build_trainer(
     settings = job.settings
     rate = settings.learning_rate if phase else settings.retrain_learning_rate
     distillation = settings.distillation_in("gates" if phase else "retrain")
+    # An embedder's config says how its states are pooled.
+    distillation = replace(distillation, pooling=getattr(job.dense.config, "pooling", distillation.pooling))
     trainer = PruningTrainer(
         model,
         training_arguments(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from matching import squad_file
+from pruned_ops.checkpoints.loading import load_any_head
 from pruned_trainer.cli import main
 from pruned_trainer.tasks.texts.embedding import pooling_of
 from pruned_trainer.tasks.texts.encoding import Encoded
@@ -201,3 +203,46 @@ def test_ranking_measures_are_scikit_learn_s_and_know_ties() -> None:
     assert ReciprocalRank().of_query(relevance, np.zeros(4)) == 1 / 4
     assert ReciprocalRank().of_query(np.array([1.0, *[0] * 10]), np.arange(11.0)) == 0
     assert DiscountedGain().of_query(np.array([0.0, 1]), np.array([2.0, 1])) == pytest.approx(1 / np.log2(3))
+
+
+PRUNE = ("--macs", "0.6", "--gate-steps", "2", "--retrain-steps", "2", "--batch-size", "8", *CUT)
+
+
+@pytest.mark.parametrize(
+    ("task", "model_class", "keys"),
+    [
+        ("token-classification", BertForTokenClassification, ["entity_f1"]),
+        ("reranking", BertForSequenceClassification, ["mrr", "ndcg"]),
+        ("embedding", BertModel, ["spearman", "pearson"]),
+    ],
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_prune(task: str, model_class: Any, keys: list[str], labelled: bool, tmp_path: Path) -> None:
+    """Each task from rows to a report, with labels and without; the pruned checkpoint loads as it was."""
+    names = ["B-a", "B-b", "I-a", "I-b", "O"] if task == "token-classification" else ["LABEL_0"]
+    fields = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = checkpoint(tmp_path / "model", model_class, **fields)
+    make = {"token-classification": tagged, "reranking": ranked, "embedding": scored}[task]
+    train, judged = (write_rows(tmp_path / f"{n}.jsonl", make(n, n)) for n in (48, 16))
+    argv = ["prune", "--task", task, "--model", str(model), "--out", str(tmp_path / "out"), *PRUNE]
+    if labelled:
+        argv += ["--train-file", str(train), "--eval-file", str(judged)]
+    elif task == "reranking":
+        pairs = [{"query": row["query"], "passage": row["passage"][0]} for row in ranked(48, 3)]
+        argv += ["--texts", str(write_rows(tmp_path / "pairs.jsonl", pairs))]
+    else:
+        texts = tmp_path / "texts.txt"
+        texts.write_text("".join(f"{' '.join(row['tokens'])}\n" for row in tagged(48, 3)))
+        argv += ["--texts", str(texts)]
+    assert main(argv) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for key in keys if labelled else ["agreement"]:
+        low, high = report[f"{key}_loss_interval"]
+        assert low <= report[f"{key}_loss"] <= high
+        assert report[f"{key}_loss"] == pytest.approx(report["dense"][key] - report["pruned"][key])
+    if not labelled:
+        assert report["dense"]["agreement"] == pytest.approx(100)
+    pruned = load_any_head(str(tmp_path / "out"))
+    assert type(pruned).__name__ == f"Pruned{model_class.__name__}"
+    if task == "embedding":
+        assert pruned.config.pooling == "mean"

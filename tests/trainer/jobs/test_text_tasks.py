@@ -214,3 +214,64 @@ def test_what_texts_without_labels_cannot_do(
     place = argv.index("--train-file")
     argv[place : place + 2] = ["--texts", str(tmp_path / "texts.txt")]
     refused(capsys, argv, message)
+
+
+def test_prune_says_what_was_lost(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores, intervals and words of the task on the screen, in the report, on the page, in the card; the
+    pruned checkpoint scores again what the report says."""
+    out = tmp_path / "out"
+    assert main(arguments(classifier, out)) == 0
+    screen = capsys.readouterr().out
+    assert "100 texts; timing" in screen and "accuracy" in screen and "questions" not in screen
+    report = json.loads((out / "report.json").read_text())
+    assert report["evaluated_on"] == {
+        "file": "eval.jsonl", "noun": "texts", "texts": 100, "threshold_chosen_on_these": False
+    }  # fmt: skip
+    assert [line["key"] for line in report["score_lines"]] == ["accuracy", "f1", "mcc"]
+    for key in ("accuracy", "f1", "mcc"):
+        loss, (low, high) = report[f"{key}_loss"], report[f"{key}_loss_interval"]
+        assert loss == pytest.approx(report["dense"][key] - report["pruned"][key]) and low <= loss <= high
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "100 texts of eval.jsonl" in page and "F1 (mean over classes)" in page and "MCC" in page
+    card = (out / "README.md").read_text()
+    accuracies = [report[name]["accuracy"] for name in ("dense", "pruned")]
+    assert "| accuracy | {:.2f} | {:.2f} |".format(*accuracies) in card and "100 texts of eval.jsonl" in card
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert type(model).__name__ == "PrunedBertForSequenceClassification"
+    assert model.config.id2label == {0: "high", 1: "low"}
+    argv = ["evaluate", "--task", "text-classification", "--model", str(out), *CUT]
+    assert main([*argv, "--eval-file", str(classifier / "eval.jsonl")]) == 0
+    assert f"accuracy  {report['pruned']['accuracy']:.2f}" in capsys.readouterr().out
+
+
+def test_prune_without_labels(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts alone: the dense model agrees with itself, and the pruned one by so much."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(row["text"] for row in classified(100, 9)) + "\n")
+    argv = arguments(classifier, tmp_path / "out")
+    for name in ("--train-file", "--validation-file", "--eval-file"):
+        place = argv.index(name)
+        del argv[place : place + 2]
+    assert main([*argv, "--texts", str(texts)]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["dense"]["agreement"] == 100 and 0 <= report["pruned"]["agreement"] <= 100
+    assert report["agreement_loss"] == pytest.approx(100 - report["pruned"]["agreement"])
+    low, high = report["agreement_loss_interval"]
+    assert low <= report["agreement_loss"] <= high and report["evaluated_on"]["texts"] == 5
+    assert report["evaluated_on"]["file"] == "held-out validation texts"
+
+
+def test_sweep_and_report(classifier: Path, tmp_path: Path) -> None:
+    argv = arguments(classifier, tmp_path / "out")
+    argv[0] = "sweep"
+    argv.insert(argv.index("--macs") + 1, "0.8")
+    assert main(argv) == 0
+    summary = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [point["folder"] for point in summary["points"]] == ["macs-0.8", "macs-0.6"]
+    assert all(point["accuracy_loss_interval"] for point in summary["points"])
+    (tmp_path / "out" / "report.html").unlink()
+    assert main(["report", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "accuracy" in page and "Scores against speed" in page
