@@ -139,7 +139,7 @@ def print_sweep(sweep: Mapping[str, Any], console: Console | None = None) -> Non
     for point in sweep["points"]:
         cells = [point["folder"], f"{point['speedup']['reached']:.2f}"]
         for key, _, _ in scores:
-            if point[key] is None:
+            if point[key] is None or point[f"{key}_loss_interval"] is None:
                 cells += ["-", ""]
                 continue
             low, high = point[f"{key}_loss_interval"]

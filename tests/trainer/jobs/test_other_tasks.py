@@ -113,6 +113,9 @@ def test_squad_as_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         question = pair.where.split("'")[1]
         assert pair.label == (pair.texts[1] == own[question])
         assert articles[pair.texts[1]] == articles[own[question]]
+    train, held_out = squad_pairs(file, None, 0).split(0)
+    sides = [{articles[row.texts[1]] for row in part.rows} for part in (train, held_out)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
     few = squad_pairs(file, 2, 0).rows
     assert len(few) == 3 * sum(pair.label for pair in few) < len(pairs)
     model = checkpoint(tmp_path / "model", BertForSequenceClassification, num_labels=1)

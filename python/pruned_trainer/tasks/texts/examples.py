@@ -19,12 +19,14 @@ from pruned_trainer.tasks.task import HELD_OUT
 class Example:
     """A row. texts: one, or the two of a pair; of a sentence in words, the words. where: its place, for
     errors. label: as the source has it: a name, a number, a list of them for words; None where there is none.
-    group: the query that it belongs to, where texts are ranked; by default its first text."""
+    group: the query that it belongs to, where texts are ranked; by default its first text. unit: what rows
+    that are held out have in common; by default their first text."""
 
     texts: tuple[str, ...]
     where: str
     label: Any = None
     group: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ class Examples:
         return len(self.rows)
 
     def split(self, seed: int) -> tuple[Examples, Examples]:
-        """(training, held out): a share of HELD_OUT, drawn with the seed. Rows with the same first text stay
-        together, so that no text is on both sides. Errors: FormatError where one side would be empty."""
-        firsts = list(dict.fromkeys(row.texts[0] for row in self.rows))
-        random.Random(seed).shuffle(firsts)
-        chosen = set(firsts[: max(1, round(HELD_OUT * len(firsts)))])
-        held_out = tuple(row for row in self.rows if row.texts[0] in chosen)
-        train = tuple(row for row in self.rows if row.texts[0] not in chosen)
+        """(training, held out): a share of HELD_OUT of the units, drawn with the seed, so that none is on
+        both sides. Errors: FormatError where nothing would be left to train on."""
+        places = [row.unit or row.texts[0] for row in self.rows]
+        units = list(dict.fromkeys(places))
+        random.Random(seed).shuffle(units)
+        chosen = set(units[: max(1, round(HELD_OUT * len(units)))])
+        pairs = list(zip(places, self.rows, strict=True))
+        held_out = tuple(row for unit, row in pairs if unit in chosen)
+        train = tuple(row for unit, row in pairs if unit not in chosen)
         if not train:
             raise FormatError(
                 f"{self.where}: {len(self)} rows are too few to hold some out: give a validation file"

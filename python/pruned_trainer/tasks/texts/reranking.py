@@ -43,7 +43,7 @@ SQUAD_NEGATIVES = 3
 @dataclass(frozen=True)
 class RerankingTask:
     """reranking: rows with a query and a passage, or a query and a list of passages, and how relevant each
-    is; or a SQuAD file, whose paragraphs are the passages."""
+    is; or a SQuAD file, whose paragraphs are the passages, and of which whole articles are held out."""
 
     options: TaskOptions
     faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
@@ -253,6 +253,7 @@ def squad_pairs(path: Path, negatives: int | None, seed: int, skipped: Skipped |
 
 def _ranked(example: SquadExample, others: Sequence[str], name: str) -> Iterator[Example]:
     where = f"{name}, question {example.id!r}"
-    yield Example((example.question, example.context), where, 1.0, group=example.id)
+    article = {"group": example.id, "unit": example.title}
+    yield Example((example.question, example.context), where, 1.0, **article)
     for text in others:
-        yield Example((example.question, text), where, 0.0, group=example.id)
+        yield Example((example.question, text), where, 0.0, **article)

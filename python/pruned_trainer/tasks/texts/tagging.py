@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class TaggingTask:
                 labels = [read_class(value, where) for value in get_field(row, label, list, where)]
                 if len(labels) != len(words):
                     raise FormatError(f"{where}: {len(words)} words, but {len(labels)} labels")
-                rows.append(Example(words, where, tuple(labels)))
+                rows.append(Example(words, where, tuple(labels), unit=" ".join(words)))
         self.faults.add(skipped)
         return some(Examples(found.where, tuple(rows), True, tuple(found.names.get(label, ()))), skipped)
 
@@ -98,7 +98,7 @@ class TaggingTask:
         skipped = self._skipped()
         texts = read_unlabelled(source, "train", self.options.text_columns or ("text",), skipped)
         self.faults.add(skipped)
-        rows = tuple(Example(tuple(row.texts[0].split()), row.where) for row in texts.rows)
+        rows = tuple(replace(row, texts=tuple(row.texts[0].split()), unit=row.texts[0]) for row in texts.rows)
         texts = Examples(texts.where, rows, False)
         return (texts, None) if has_validation else texts.split(self.options.seed)
 
