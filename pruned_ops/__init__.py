@@ -11,6 +11,7 @@ model = pruned_ops.optimize(AutoModelForQuestionAnswering.from_pretrained("a/pru
 from pruned_ops import ops as ops
 from pruned_ops.checkpoints.export import export_onnx
 from pruned_ops.checkpoints.importing import import_checkpoint
+from pruned_ops.checkpoints.trimming import trim_vocabulary
 from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models import int8_checkpoints as int8_checkpoints
@@ -68,6 +69,7 @@ __all__ = [
     "pipeline",
     "record",
     "restore",
+    "trim_vocabulary",
     "tune",
     "use_backend",
 ]

@@ -8,9 +8,19 @@ import sys
 from collections.abc import Sequence
 
 from pruned_ops.command_line import CommandParser
-from pruned_ops.commands import ask, bench, check, convert, info, latency_table, quantize, serve
+from pruned_ops.commands import (
+    ask,
+    bench,
+    check,
+    convert,
+    info,
+    latency_table,
+    quantize,
+    serve,
+    trim_vocabulary,
+)
 
-COMMANDS = (info, latency_table, convert, quantize, ask, serve, check, bench)
+COMMANDS = (info, latency_table, convert, trim_vocabulary, quantize, ask, serve, check, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,12 +4,15 @@ JSON refuses what a program could stumble over later."""
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
 import math
 import os
 import re
 import reprlib
 import secrets
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,6 +139,42 @@ def _decoded(content: bytes) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{error} (line {line})") from None
+
+
+class TextFile:
+    """The texts in a file, which is read anew whenever they are gone through.
+
+    Each line of a file in UTF-8 is a text; in a file that ends in .jsonl, all strings in the value of a line
+    are texts. Either may end in .gz. Texts without any character but spaces are passed over.
+    Errors: OSError where there is no file; ValueError that names the line for one that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no file; a file of texts is needed")
+        self.path = path
+
+    def __iter__(self) -> Iterator[str]:
+        is_json = self.path.name.removesuffix(".gz").endswith(".jsonl")
+        try:
+            with (gzip.open if self.path.suffix == ".gz" else open)(self.path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        texts = _strings(parse_json(line)) if is_json and line.strip() else [_decoded(line)]
+                        yield from (text.rstrip("\r\n") for text in texts if text.strip())
+                    except ValueError as error:
+                        raise ValueError(f"{self.path}, line {number}: {error}") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{self.path} is no whole gzip file: {error}") from None
+
+
+def _strings(value: object) -> Iterator[str]:
+    """All strings in a parsed value, keys left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
 class _NumberFault(ValueError):

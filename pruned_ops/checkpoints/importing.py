@@ -145,7 +145,7 @@ def open_source(folder: Path) -> Source:
     prefix = f"{answering_class(kind).base_model_prefix}."
     encoder: Tensors = {}
     head: Tensors = {}
-    for name, tensor in _read_tensors(folder).items():
+    for name, tensor in read_tensors(folder).items():
         name = name.removeprefix("module.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if _LEFT_OUT.search(name):
@@ -195,7 +195,7 @@ def _numbers(tensor: object, where: str) -> Tensor:
     return numbers
 
 
-def _read_tensors(folder: Path) -> Tensors:
+def read_tensors(folder: Path) -> Tensors:
     """The tensors of one file or of several shards; pickled ones are read with weights_only."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():

@@ -1,0 +1,436 @@
+"""A checkpoint with fewer pieces in its vocabulary: the tokenizer, the rows of its tables, and the config;
+`pruned-ops trim-vocabulary`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pruned_ops.checkpoints.importing import read_tensors
+from pruned_ops.checkpoints.loading import (
+    VOCABULARY_FILES,
+    checkpoint_folder,
+    load_config,
+    load_tokenizer,
+    read_config,
+)
+from pruned_ops.checkpoints.vocabulary import Trimmed, Vocabulary
+from pruned_ops.files import read_json, read_text, shown, write_json
+from pruned_ops.models.configuration import PRUNED_CONFIGS
+from pruned_ops.models.inputs import is_roberta
+from pruned_ops.shape import checked_int
+
+BATCH = 1000  # texts that are tokenised at once
+# The table of the pieces, and what a masked language model has for each piece.
+_TABLE = re.compile(r"(^|\.)word_embeddings\.weight$")
+_OUTPUTS = re.compile(r"(^|\.)(predictions|lm_head)\.(decoder\.)?(weight|bias)$")
+# Tensors that never have a row for each piece, however many rows they have.
+_OTHERS = re.compile(
+    r"(^|\.)(encoder\.layer\.|pooler\.|position_|token_type_embeddings|classifier|LayerNorm)"
+)
+# What a folder may hold beside config, weights and vocabulary, and what stays true of the trimmed model.
+_TAKEN = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json", "README.md",
+    "config_sentence_transformers.json", "sentence_bert_config.json", "LICENSE", "LICENSE.txt",
+)  # fmt: skip
+# What is said at the end of a model card that is taken along.
+_NOTE = """
+## Trimmed vocabulary
+
+pruned_ops kept {:,} of the {:,} rows of the word embedding. Texts whose pieces were kept have the outputs
+that they had.
+"""
+# The modules of sentence-transformers that do not know the vocabulary.
+_MODULES = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the trimmed tokenizer cuts texts, beside the one before. texts, same: how many there are, and how
+    many of them are cut into the same pieces. pieces, gone: how many pieces the tokenizer before cuts them
+    into, and how many of those were removed. unknown: unknown pieces before and after."""
+
+    texts: int
+    same: int
+    pieces: int
+    gone: int
+    unknown: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Trimming:
+    """What was trimmed. rows: rows of the word embedding before and after. parameters: those of the whole
+    model, before and after. left_out: the source's files that were not taken along."""
+
+    rows: tuple[int, int]
+    parameters: tuple[int, int]
+    texts: Agreement
+    held_out: Agreement | None
+    left_out: tuple[str, ...]
+
+
+def trim_vocabulary(
+    model: str | PathLike[str],
+    out: str | PathLike[str],
+    texts: Iterable[str],
+    keep: int | None = None,
+    held_out: Iterable[str] | None = None,
+) -> Trimming:
+    """Write the checkpoint in the folder `model` to `out`, with those pieces of its vocabulary that the texts
+    need. Every text whose pieces are kept has the outputs that it had.
+
+    model: a stock or pruned BERT or RoBERTa under any head, or a folder of sentence-transformers around one.
+    out: a new folder. texts, held_out: gone through twice; what the second ones would lose is counted. keep:
+    only so many of the pieces are kept, those that the texts have most often, beside special tokens, single
+    characters and what BPE makes pieces of; by default all that the texts have.
+    Errors: OSError where there is no checkpoint, or `out` cannot be written; ValueError for a tokenizer or a
+    model whose pieces cannot be removed, which says why.
+    """
+    if keep is not None:
+        checked_int("keep", keep, 0)
+    source = _Source.open(Path(model))
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is there already; another folder is needed")
+    always = source.vocabulary.always(source.named)
+    counts = source.vocabulary.count(_batches(texts))
+    if not counts:
+        raise ValueError("there is no piece in the texts: nothing says what is to be kept")
+    wanted = sorted(counts.keys() - always, key=lambda piece: (-counts[piece], piece))[:keep]
+    trimmed = source.vocabulary.trim(wanted, always, source.padding)
+    source.check_positions(trimmed)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.absolute().parent))
+    try:
+        stage.chmod(0o755)
+        parameters = source.write(stage, trimmed)
+        compare = _Comparison(source, trimmed, stage / source.inner)
+        found = compare(texts)
+        unseen = None if held_out is None else compare(held_out)
+        os.replace(stage, target)
+    except BaseException:
+        shutil.rmtree(stage)
+        raise
+    rows = source.rows, len(trimmed.old_ids)
+    return Trimming(rows, parameters, found, unseen, tuple(source.left_out()))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The checkpoint that is trimmed. root: its folder. inner: where in it config, weights and tokenizer lie.
+    named: the ids that the config names, in the fields `fields`."""
+
+    root: Path
+    inner: str
+    config: dict[str, Any]
+    fields: dict[str, Any]
+    tokenizer: Any
+    vocabulary: Vocabulary
+    tensors: dict[str, Tensor]
+    rows: int
+
+    @classmethod
+    def open(cls, root: Path) -> _Source:
+        inner = _inner_folder(root)
+        folder = checkpoint_folder(root / inner)
+        config = read_config(folder)
+        kind = config.get("model_type")
+        if not isinstance(kind, str) or kind not in PRUNED_CONFIGS:
+            raise ValueError(f"{folder} is a {shown(kind)} model; {', '.join(PRUNED_CONFIGS)} are known")
+        described = load_config(folder).to_dict()
+        fields = {
+            name: value
+            for name, value in (described | config).items()
+            if name.endswith("_token_id") and isinstance(value, (int, list)) and not isinstance(value, bool)
+        }
+        _check_tokenizer_files(folder)
+        tokenizer = load_tokenizer(str(folder))
+        try:
+            vocabulary = _vocabulary(folder, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"the tokenizer of {folder} cannot be trimmed: {error}") from None
+        tensors = read_tensors(folder)
+        rows = _table_rows(folder, tensors, config)
+        highest = max(vocabulary.ids.values())
+        if highest >= rows:
+            raise ValueError(
+                f"{folder} cannot be trimmed: its tokenizer has ids up to {highest}, its word embedding has "
+                f"{rows} rows"
+            )
+        return cls(root, inner, config, fields, tokenizer, vocabulary, tensors, rows)
+
+    @property
+    def named(self) -> set[int]:
+        """The ids of pieces that the config names."""
+        known = set(self.vocabulary.ids.values())
+        named = {
+            one for value in self.fields.values() for one in (value if isinstance(value, list) else [value])
+        }
+        without = sorted(one for one in named - known if isinstance(one, int) and one >= 0)
+        if without:
+            raise ValueError(
+                f"the config in {self.root / self.inner} names id {without[0]}, which no piece has"
+            )
+        return named & known
+
+    @property
+    def padding(self) -> int | None:
+        """The padding's id, from which RoBERTa counts positions."""
+        found = self.fields.get("pad_token_id")
+        return found if isinstance(found, int) else None
+
+    def check_positions(self, trimmed: Trimmed) -> None:
+        """ValueError where the padding's id would change and with it all positions."""
+        roberta = is_roberta(load_config(self.root / self.inner))
+        if roberta and self.padding is not None and trimmed.new_ids[self.padding] != self.padding:
+            raise ValueError(
+                f"{self.root} counts positions from the id of its padding, {self.padding}, and only "
+                f"{len(trimmed.old_ids)} pieces would be left: keep more"
+            )
+
+    def write(self, stage: Path, trimmed: Trimmed) -> tuple[int, int]:
+        """Write the whole folder; returns the number of parameters before and after."""
+        folder = stage / self.inner
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self._taken():
+            target = stage / path.relative_to(self.root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        write_json(folder / "config.json", self._new_config(trimmed))
+        _write_tokenizer(self.root / self.inner, folder, self.vocabulary, trimmed)
+        chosen = torch.tensor(trimmed.old_ids)
+        tensors = {
+            name: (tensor[chosen] if _has_pieces(name) else tensor).contiguous()
+            for name, tensor in self.tensors.items()
+        }
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        card = stage / "README.md"
+        if card.is_file():
+            with card.open("a", encoding="utf-8") as file:
+                file.write(_NOTE.format(len(trimmed.old_ids), self.rows))
+        return _numbers(self.tensors), _numbers(tensors)
+
+    def _new_config(self, trimmed: Trimmed) -> dict[str, Any]:
+        new = trimmed.new_ids
+        changed = {
+            name: [new.get(one, one) for one in value] if isinstance(value, list) else new.get(value, value)
+            for name, value in self.fields.items()
+        }
+        # Fields that the file leaves to their defaults are written where the default is another piece now.
+        changed = {
+            name: value
+            for name, value in changed.items()
+            if name in self.config or value != self.fields[name]
+        }
+        return {**self.config, **changed, "vocab_size": len(trimmed.old_ids)}
+
+    def _taken(self) -> list[Path]:
+        """The source's files that are copied as they are."""
+        places = {self.root, self.root / self.inner}
+        files = [place / name for place in places for name in _TAKEN if (place / name).is_file()]
+        for one in _modules(self.root):
+            if one["path"] not in ("", self.inner):
+                files += [path for path in (self.root / one["path"]).rglob("*") if path.is_file()]
+        return files
+
+    def left_out(self) -> Iterator[str]:
+        """The names, from the source's folder, of files that are neither copied nor written anew."""
+        anew = {"config.json", "model.safetensors", *VOCABULARY_FILES, "merges.txt"}
+        taken = set(self._taken()) | {self.root / self.inner / name for name in anew}
+        for path in sorted(self.root.rglob("*")):
+            if path.is_file() and path not in taken and not path.name.startswith("."):
+                yield str(path.relative_to(self.root))
+
+
+def _modules(root: Path) -> list[dict[str, str]]:
+    """The modules of a folder of sentence-transformers; none where it is a plain checkpoint."""
+    path = root / "modules.json"
+    if not path.is_file():
+        return []
+    modules = read_json(path)
+    if not isinstance(modules, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("path"), str) and isinstance(one.get("type"), str)
+        for one in modules
+    ):
+        raise ValueError(f"{path} is no list of modules with a path and a type")
+    for one in modules:
+        if ".." in Path(one["path"]).parts or Path(one["path"]).is_absolute():
+            raise ValueError(f"{path} leads out of its folder: {shown(one['path'])}")
+        if one["type"].rpartition(".")[2] not in _MODULES:
+            raise ValueError(
+                f"{path} has a {one['type'].rpartition('.')[2]}, which may know the vocabulary; "
+                f"{', '.join(_MODULES)} do not"
+            )
+    return modules
+
+
+def _inner_folder(root: Path) -> str:
+    """Where in the folder the model lies: its name, or "" for the folder itself."""
+    modules = _modules(root)
+    inner = [one["path"] for one in modules if one["type"].endswith(".Transformer")]
+    if modules and len(inner) != 1:
+        raise ValueError(f"{root / 'modules.json'} has {len(inner)} Transformer modules; one is needed")
+    return inner[0] if inner else ""
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """ValueError where all that the folder has of a tokenizer is a SentencePiece model."""
+    pieces = [path.name for path in folder.iterdir() if path.suffix in (".model", ".spm")]
+    if pieces and not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise ValueError(
+            f"{folder} holds {pieces[0]} without tokenizer.json, and that cannot be trimmed: write the fast "
+            "tokenizer beside it first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
+
+
+def _vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:
+    """The vocabulary in the folder's tokenizer.json; or, where there is none or it lacks tokens that the
+    loader adds, that of the tokenizer as it was loaded."""
+    loaded, path = Vocabulary.read(tokenizer.backend_tokenizer.to_str()), folder / "tokenizer.json"
+    if not path.is_file():
+        return loaded
+    stored = Vocabulary.read(read_text(path))
+    if stored.ids == loaded.ids:
+        return stored
+    for name in ("truncation", "padding"):  # a loader may set them anew
+        loaded.definition[name] = stored.definition[name]
+    return loaded
+
+
+def _table_rows(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> int:
+    """The rows of the one word embedding; ValueError where there is another number of them, or where a tensor
+    has as many rows and it is not known whose they are."""
+    tables = [name for name in tensors if _TABLE.search(name)]
+    if len(tables) != 1 or tensors[tables[0]].dim() != 2:
+        raise ValueError(
+            f"{folder} cannot be trimmed: it has {len(tables)} word embeddings, and one is needed"
+        )
+    rows = len(tensors[tables[0]])
+    if config.get("vocab_size", rows) != rows:
+        raise ValueError(
+            f"{folder} cannot be trimmed: its config has vocab_size {shown(config['vocab_size'])}, its word "
+            f"embedding {rows} rows"
+        )
+    for name, tensor in tensors.items():
+        if _has_pieces(name) or _OTHERS.search(name) or tensor.dim() == 0:
+            continue
+        if len(tensor) == rows:
+            raise ValueError(
+                f"{folder} cannot be trimmed: {name} has as many rows as the word embedding, and it is not "
+                "known whether they belong to its pieces"
+            )
+    wrong = [name for name, tensor in tensors.items() if _has_pieces(name) and len(tensor) != rows]
+    if wrong:
+        raise ValueError(
+            f"{folder} cannot be trimmed: {wrong[0]} has {len(tensors[wrong[0]])} rows, not {rows}"
+        )
+    return rows
+
+
+def _has_pieces(name: str) -> bool:
+    """Whether a tensor of this name has a row for each piece."""
+    return bool(_TABLE.search(name) or _OUTPUTS.search(name))
+
+
+def _numbers(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def _write_tokenizer(source: Path, folder: Path, vocabulary: Vocabulary, trimmed: Trimmed) -> None:
+    """Write every file of the tokenizer that names pieces or ids: tokenizer.json always, the others where the
+    source has them."""
+    model, new_ids = trimmed.definition["model"], trimmed.new_ids
+    (folder / "tokenizer.json").write_text(
+        json.dumps(trimmed.definition, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
+    if vocabulary.kind != "Unigram":
+        if (source / "vocab.txt").is_file():
+            (folder / "vocab.txt").write_text("".join(f"{p}\n" for p in model["vocab"]), encoding="utf-8")
+        if (source / "vocab.json").is_file():
+            write_json(folder / "vocab.json", model["vocab"])
+    if vocabulary.kind == "BPE" and (source / "merges.txt").is_file():
+        lines = "".join(f"{left} {right}\n" for left, right in model["merges"])
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{lines}", encoding="utf-8")
+    renamed = {piece: new_ids[old] for piece, old in vocabulary.ids.items() if old in new_ids}
+    added, settings = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    if added.is_file():
+        write_json(added, {token: renamed[token] for token in read_json(added) if token in renamed})
+    if settings.is_file():
+        found = read_json(settings)
+        tokens = found.get("added_tokens_decoder")
+        if tokens:
+            found["added_tokens_decoder"] = {
+                str(renamed[token["content"]]): token
+                for token in tokens.values()
+                if token["content"] in renamed
+            }
+            write_json(settings, found)
+
+
+class _Comparison:
+    """Holds the trimmed tokenizer, as stock transformers loads it, against the one before.
+
+    Errors: ValueError where it has other pieces or ids than were written."""
+
+    def __init__(self, source: _Source, trimmed: Trimmed, folder: Path) -> None:
+        self._before, self._trimmed, self._vocabulary = source.tokenizer, trimmed, source.vocabulary
+        self._after: Any = load_tokenizer(str(folder))
+        new_ids = trimmed.new_ids
+        expected = {p: new_ids[old] for p, old in source.vocabulary.ids.items() if old in new_ids}
+        found = self._after.get_vocab()
+        odd = sorted(
+            piece for piece in expected.keys() | found.keys() if expected.get(piece) != found.get(piece)
+        )
+        if odd:
+            raise ValueError(
+                f"{type(self._after).__name__} does not load the trimmed tokenizer as it was written: "
+                f"{shown(odd[0])} has the id {found.get(odd[0])}, not {expected.get(odd[0])}"
+            )
+        for tokenizer in (self._before, self._after):
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()
+
+    def __call__(self, texts: Iterable[str]) -> Agreement:
+        """Cut the texts with both. Errors: ValueError for a text of kept pieces that is cut otherwise."""
+        new_ids, total, same, pieces, gone, unknown = self._trimmed.new_ids, 0, 0, 0, 0, [0, 0]
+        for batch in _batches(texts):
+            pair = [
+                [one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast(batch)]
+                for tokenizer in (self._before, self._after)
+            ]
+            for text, old, new in zip(batch, *pair, strict=True):
+                mapped = [new_ids.get(piece) for piece in old]
+                total, pieces, gone = total + 1, pieces + len(old), gone + mapped.count(None)
+                if mapped == new:
+                    same += 1
+                elif None not in mapped and self._all_kept(text):
+                    raise ValueError(
+                        f"the trimmed tokenizer cuts a text of kept pieces otherwise: {shown(text)}"
+                    )
+                for at, (tokenizer, ids) in enumerate(((self._before, old), (self._after, new))):
+                    unknown[at] += 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
+        return Agreement(total, same, pieces, gone, (unknown[0], unknown[1]))
+
+    def _all_kept(self, text: str) -> bool:
+        """Whether all pieces of a text were kept, with those that unknown words matched."""
+        return self._vocabulary.count([[text]]).keys() <= self._trimmed.new_ids.keys()
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts, BATCH at a time."""
+    left = iter(texts)
+    while batch := list(islice(left, BATCH)):
+        yield batch
