@@ -15,11 +15,17 @@ from typing import Any
 
 from torch import nn
 
-from pruned_ops.checkpoints.loading import TOKENIZER_FILES, checkpoint_folder, load_model
+from pruned_ops.checkpoints.loading import (
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    checkpoint_folder,
+    load_any_head,
+    load_tokenizer,
+)
 from pruned_ops.models.stock import ENCODERS
 from pruned_ops.runtime.optimize import restore
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder
-from pruned_ops.runtime.packed_heads import ANSWERERS
+from pruned_ops.runtime.packed_heads import PackedHead, packed_head
 from pruned_ops.runtime.refusals import refuse_encoder
 
 GRAPH = "model.onnx"
@@ -27,13 +33,17 @@ GRAPH = "model.onnx"
 LARGEST = 1 << 31
 
 
-def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) -> Path:
-    """Write a question-answering BERT or RoBERTa, stock or pruned, as ONNX to the folder `path`; returns the
-    graph's file in it.
+def export_onnx(
+    model: Any, path: str | PathLike[str], overwrite: bool = False, token_types: bool | None = None
+) -> Path:
+    """Write a BERT or RoBERTa, stock or pruned, as ONNX to the folder `path`; returns the graph's file in it.
 
-    model: a checkpoint's folder, whose tokenizer is copied too, or a model in fp32. An optimised model stays
-    as it is: a copy of it gets the original fp32 weights back and is exported. The graph takes batches of any
-    size and length, padded on any side. overwrite: replaces files of the same names in `path`; others stay.
+    model: a checkpoint's folder, whose tokenizer is copied too, or a model in fp32: for question answering,
+    sequence or token classification, or an encoder without a head. An optimised model stays as it is: a copy
+    of it gets the original fp32 weights back and is exported. The graph takes batches of any size and length,
+    padded on any side. overwrite: replaces files of the same names in `path`; others stay. token_types:
+    whether the graph asks for token_type_ids; by default where the model has several types and the tokenizer
+    in its folder, if there is one, gives them.
     Errors: ImportError without the package onnx; OSError where there is no checkpoint, or `path` is there
     already or cannot be written; ValueError for another model, or one whose graph would compute something
     else.
@@ -51,14 +61,27 @@ def export_onnx(model: Any, path: str | PathLike[str], overwrite: bool = False) 
             for name in ("config.json", *TOKENIZER_FILES):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, stage / name)
-            model = _original(load_model(str(folder)))
+            model = _original(load_any_head(str(folder)))
+            if token_types is None:
+                token_types = _gives_types(folder)
         else:
             model = _original(model)
             config = copy.deepcopy(model.config)
             config.architectures = [type(model).__name__]
             config.save_pretrained(stage)
-        (stage / GRAPH).write_bytes(plain_graph(model).SerializeToString())
+        several = model.config.type_vocab_size > 1
+        if token_types and not several:
+            raise ValueError(f"this {type(model).__name__} has no token types, and token_types asks for them")
+        graph = plain_graph(model, several if token_types is None else token_types)
+        (stage / GRAPH).write_bytes(graph.SerializeToString())
     return Path(path) / GRAPH
+
+
+def _gives_types(folder: Path) -> bool | None:
+    """False where the folder's tokenizer gives no token types; None where they are the model's matter."""
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        return None
+    return None if "token_type_ids" in load_tokenizer(str(folder))("text") else False
 
 
 @contextmanager
@@ -91,17 +114,19 @@ def _original(model: Any) -> Any:
     """The model with its own encoder: itself, or a restored copy of an optimised model. ValueError for a
     model whose graph would compute something else."""
     name = type(model).__name__
-    if not any(type(model).forward is answerer.forward for answerer in ANSWERERS):
-        known = ", ".join(answerer.__name__ for answerer in ANSWERERS)
-        raise ValueError(f"a {name} cannot be exported: question-answering models can ({known})")
-    if isinstance(model.base_model, OptimisedEncoder):
+    if isinstance(getattr(model, "base_model", None), OptimisedEncoder):
         model = restore(copy.deepcopy(model))
+    head = packed_head(model)
+    if head is None and type(model) not in ENCODERS:
+        raise ValueError(
+            f"a {name} cannot be exported: models for question answering, sequence classification and token "
+            "classification can, and encoders without a head"
+        )
     encoder = model.base_model
     reason = (
         refuse_encoder(encoder) if type(encoder) in ENCODERS else f"its encoder is a {type(encoder).__name__}"
     )
-    if reason is None and type(model.qa_outputs) is not nn.Linear:
-        reason = f"its qa_outputs is a {type(model.qa_outputs).__name__}, not a plain Linear"
+    reason = reason or _refuse_head(model, head)
     others = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
     if reason is None and others:
         reason = f"it holds {', '.join(sorted(others))}: call model.float() first"
@@ -111,3 +136,19 @@ def _original(model: Any) -> Any:
     if size >= LARGEST:
         raise ValueError(f"the weights take {size:,} bytes; an ONNX file holds less than {LARGEST:,}")
     return model
+
+
+def _refuse_head(model: Any, head: PackedHead | None) -> str | None:
+    """Why the head would compute something else in a graph: it is not made of plain linears any more."""
+    if head is None:
+        pooler = getattr(model, "pooler", None)
+        linears = () if pooler is None else (pooler.dense,)
+    else:
+        linears = head.linears
+        if not linears:
+            return "its head is another one than its class makes"
+    names = {module: name for name, module in model.named_modules()}
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            return f"its {names[linear]} is a {type(linear).__name__}, not a plain Linear"
+    return None

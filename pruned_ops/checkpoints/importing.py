@@ -1,7 +1,8 @@
 """Checkpoints that other tools pruned, made into pruned_ops checkpoints: the logits stay, the structure is
 written down.
 
-Recognised are BERT and RoBERTa question-answering checkpoints with: heads that transformers 4 pruned
+Recognised are BERT and RoBERTa checkpoints, for question answering, sequence or token classification or
+without a head, with: heads that transformers 4 pruned
 (`pruned_heads` in the config; v5 cannot load them); zero rows, columns and heads (nn_pruning); layers that
 are smaller than the config says, or missing, and a smaller hidden size (CoFi); masks beside a dense model
 (TextPruner's mask.pt; head_mask.pt with ffn_mask.pt or neuron_mask.pt, as retraining-free pruning has them).
@@ -30,7 +31,8 @@ from pruned_ops.checkpoints.loading import (
     shard_names,
 )
 from pruned_ops.files import shown
-from pruned_ops.models.heads import answering_class
+from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedRobertaConfig
+from pruned_ops.models.heads import pruned_class
 from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, LayerShape, checked_int
 
 _LAYER = re.compile(r"^encoder\.layer\.(0|[1-9][0-9]{0,3})\.(.+)$")
@@ -42,9 +44,21 @@ _PARTS = {
     )
     for kind in ("weight", "bias")
 }  # fmt: skip
-# Tensors that do not bear on the answers: pooler, position numbers, CoFi's gates and its distillation matrix.
-_LEFT_OUT = re.compile(
-    r"(^|\.)(pooler|position_ids|token_type_ids|(mha_)?layer_transformation|l0_module|cls)(\.|$)"
+# Tensors that do not bear on the outputs: position numbers, CoFi's gates and its distillation matrix; and the
+# pooler of a model that does not read it.
+_LEFT_OUT = re.compile(r"(^|\.)(position_ids|token_type_ids|(mha_)?layer_transformation|l0_module|cls)(\.|$)")
+_POOLER = ("pooler.dense.weight", "pooler.dense.bias")
+# What follows "For" in a class's name -> how a head is called, and its tensors.
+_CLASSIFIER = ("classifier.weight", "classifier.bias")
+_HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "": ("encoder without a head", ()),
+    "QuestionAnswering": ("question-answering head (qa_outputs)", ("qa_outputs.weight", "qa_outputs.bias")),
+    "SequenceClassification": ("sequence classification head (classifier)", _CLASSIFIER),
+    "TokenClassification": ("token classification head (classifier)", _CLASSIFIER),
+}
+# RoBERTa's for sequences, which stands in for pooler and classifier.
+_TWO_LINEARS = tuple(
+    f"classifier.{name}.{kind}" for name in ("dense", "out_proj") for kind in ("weight", "bias")
 )
 _SIZES = {
     "hidden_size": MAX_WIDTH, "num_attention_heads": MAX_WIDTH, "intermediate_size": MAX_WIDTH,
@@ -55,7 +69,7 @@ _SIZES = {
 _FIELDS = (
     *_SIZES, "model_type", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
     "layer_norm_eps", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "id2label",
-    "label2id",
+    "label2id", "problem_type", "classifier_dropout",
 )  # fmt: skip
 # The tokenizer's class of each model type that can be imported.
 _TOKENIZERS = {
@@ -67,8 +81,8 @@ Tensors = dict[str, Tensor]
 
 
 def import_checkpoint(folder: str | Path, head_dim: int | None = None) -> Any:
-    """The model that a foreign checkpoint holds, as a PrunedBert- or PrunedRobertaForQuestionAnswering, in
-    fp32 and evaluation mode; `save_pretrained` keeps it.
+    """The model that a foreign checkpoint holds, as a pruned BERT or RoBERTa under the same head, in fp32 and
+    evaluation mode; `save_pretrained` keeps it.
 
     head_dim: a head's width, where it is not the config's hidden_size / num_attention_heads. Nothing but
     tensors is unpickled. Errors: OSError where files are missing; ValueError for another layout, which says
@@ -96,11 +110,12 @@ def read_foreign(folder: str | Path, head_dim: int | None = None) -> tuple[Any, 
 
 @dataclass
 class Source:
-    """A foreign checkpoint: its config, its tensors by name within the encoder, those of the answer head, and
-    notes on what was recognised so far."""
+    """A foreign checkpoint: its config, its tensors by name within the encoder, those of the head of this
+    name, and notes on what was recognised so far."""
 
     folder: Path
     kind: str
+    head_name: str
     config: dict[str, Any]
     encoder: Tensors
     head: Tensors
@@ -142,22 +157,55 @@ def open_source(folder: Path) -> Source:
     checkpoint_folder(folder)
     config = read_config(folder)
     kind = _checked_kind(folder, config)
-    prefix = f"{answering_class(kind).base_model_prefix}."
-    encoder: Tensors = {}
-    head: Tensors = {}
+    prefix = "roberta." if PRUNED_CONFIGS[kind] is PrunedRobertaConfig else "bert."
+    tensors: Tensors = {}
     for name, tensor in read_tensors(folder).items():
         name = name.removeprefix("module.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if _LEFT_OUT.search(name):
-            continue
-        group = encoder if name.startswith(prefix) else head
-        group[name.removeprefix(prefix)] = _numbers(tensor, f"{folder}: {shown(name)}")
-    if set(head) != {"qa_outputs.weight", "qa_outputs.bias"}:
+        if not _LEFT_OUT.search(name):
+            tensors[name] = _numbers(tensor, f"{folder}: {shown(name)}")
+    if not any(name.startswith(prefix) for name in tensors):  # a bare encoder saves its tensors without it
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    encoder = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    head = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    found = _head_name(config, set(encoder) | set(head))
+    roberta = prefix == "roberta."
+    has_pooler = found == "" or found == "SequenceClassification" and not roberta
+    if not has_pooler:
+        encoder = {name: tensor for name, tensor in encoder.items() if name not in _POOLER}
+    _check_head(folder, found, encoder, head, roberta)
+    return Source(folder, kind, found, config, encoder, head)
+
+
+def _head_name(config: dict[str, Any], names: set[str]) -> str:
+    """What follows "For" in the name of the model's class: as the config says, or else by the tensors."""
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+        name = architectures[0].partition("For")[2]
+        if name in _HEADS and (name or architectures[0].endswith("Model")):
+            return name
+    if "qa_outputs.weight" in names:
+        return "QuestionAnswering"
+    if "classifier.out_proj.weight" in names:
+        return "SequenceClassification"
+    if "classifier.weight" in names:
+        return "SequenceClassification" if _POOLER[0] in names else "TokenClassification"
+    return ""
+
+
+def _check_head(folder: Path, name: str, encoder: Tensors, head: Tensors, roberta: bool) -> None:
+    """ValueError where the tensors outside the encoder are not those of the head."""
+    called, expected = _HEADS[name]
+    lacking: set[str] = set()
+    if name == "SequenceClassification":
+        if roberta:
+            expected = _TWO_LINEARS
+        else:
+            lacking = set(_POOLER) - set(encoder)
+    if set(head) != set(expected) or lacking:
         others = ", ".join(sorted(head)[:5]) or "none"
-        raise ValueError(
-            f"{folder} has no question-answering head (qa_outputs); outside the encoder: {others}"
-        )
-    return Source(folder, kind, config, encoder, head)
+        besides = f"; it lacks {', '.join(sorted(lacking))}" if lacking else ""
+        raise ValueError(f"{folder} has no {called}; outside the encoder: {others}{besides}")
 
 
 def _checked_kind(folder: Path, config: dict[str, Any]) -> str:
@@ -367,7 +415,7 @@ def _drop_dead(layer: Tensors, head_dim: int, activation: Any) -> tuple[int, int
 
 def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
     """The model, made without memory of its own, with the source's tensors put into it."""
-    model_class = answering_class(source.kind)
+    model_class = pruned_class(source.head_name, source.kind)
     shapes = [
         LayerShape(len(x["attention.self.query.bias"]) // head_dim, len(x["intermediate.dense.bias"]))
         for x in layers
@@ -380,13 +428,15 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
         source.notes.append(f"hidden size {hidden} of {source.config['hidden_size']}")
     fields = source.fields
     fields.update(hidden_size=hidden, num_hidden_layers=len(layers), head_dim=head_dim, layer_shapes=shapes)
+    fields.update(_head_sizes(source, hidden))
+    has_head, pooled = source.head_name != "", _POOLER[0] in source.encoder
     try:
         config = model_class.config_class(**fields)
         with torch.device("meta"):
-            model = model_class(config)
+            model = model_class(config) if has_head else model_class(config, add_pooling_layer=pooled)
     except Exception as error:  # transformers has its own kinds for fields of a wrong type
         raise ValueError(f"{source.folder / 'config.json'}: {' '.join(str(error).split())[:400]}") from None
-    prefix = f"{model_class.base_model_prefix}."
+    prefix = f"{model_class.base_model_prefix}." if has_head else ""
     state = {prefix + name: tensor for name, tensor in source.encoder.items()} | source.head
     for number, layer in enumerate(layers):
         state |= {f"{prefix}encoder.layer.{number}.{name}": tensor for name, tensor in layer.items()}
@@ -399,3 +449,16 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
     except ValueError as error:
         raise ValueError(f"{source.folder}: {error}") from None
     return model.float().eval()
+
+
+def _head_sizes(source: Source, hidden: int) -> dict[str, int]:
+    """The config's fields that the head's tensors give. (CoFi takes columns of the first linear on top of a
+    narrower encoder, and leaves its rows.)"""
+    sizes = {}
+    first = source.encoder.get(_POOLER[0], source.head.get("classifier.dense.weight"))
+    if first is not None and first.dim() == 2 and first.size(0) != hidden:
+        sizes["pooler_size"] = first.size(0)
+    last = source.head.get("classifier.out_proj.weight", source.head.get("classifier.weight"))
+    if last is not None and last.dim() == 2 and "id2label" not in source.config:
+        sizes["num_labels"] = last.size(0)
+    return sizes

@@ -160,7 +160,7 @@ def head_of(config: PretrainedConfig) -> str:
 
 def load_any_head(name_or_path: str) -> PreTrainedModel:
     """The BERT or RoBERTa, stock or pruned, of a folder or a hub name, with the head that it was saved with,
-    in evaluation mode.
+    in evaluation mode. An encoder without a head has a pooler where the checkpoint has one.
 
     Errors: as `load_model`'s, and ValueError for a head that is not known.
     """
@@ -171,13 +171,13 @@ def load_any_head(name_or_path: str) -> PreTrainedModel:
         _refuse_int8(config)
         head = head_of(config)
         model_class = AUTO_CLASSES.get(head) or natural_questions_class(config.model_type)
-        model, info = model_class.from_pretrained(
-            name_or_path, output_loading_info=True, trust_remote_code=False
-        )
-        missing = info["missing_keys"]
-        if head == "Model":  # embedders are saved without the pooler, which they do not use
-            missing = [name for name in missing if "pooler." not in name]
-        _check_tensors(missing, info["unexpected_keys"], "checkpoint of its class")
+        settings: Any = {"output_loading_info": True, "trust_remote_code": False}
+        # Embedders may be saved without the pooler, which they do not use: then none is made up.
+        pooler = {"add_pooling_layer": False} if head == "Model" else {}
+        model, info = model_class.from_pretrained(name_or_path, **settings, **pooler)
+        if pooler and any("pooler." in name for name in info["unexpected_keys"]):
+            model, info = model_class.from_pretrained(name_or_path, **settings, add_pooling_layer=True)
+        _check_tensors(info["missing_keys"], info["unexpected_keys"], "checkpoint of its class")
         check_weights(model.named_parameters())
     return model.float().eval()
 
@@ -305,12 +305,12 @@ def load_folder(folder: Path, device: torch.device | str | None) -> PreTrainedMo
     """The model in a checkpoint's folder, in fp32, on this device (default: `default_device`).
 
     From here on transformers prints nothing but errors. Errors: `checkpoint_folder`'s, `checked_device`'s and
-    `load_model`'s.
+    `load_any_head`'s.
     """
     checkpoint_folder(folder)
     only_errors()
     place = checked_device(default_device() if device is None else device)
-    return load_model(str(folder)).to(place)  # type: ignore[arg-type]
+    return load_any_head(str(folder)).to(place)  # type: ignore[arg-type]
 
 
 def only_errors() -> None:

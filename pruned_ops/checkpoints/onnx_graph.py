@@ -1,4 +1,4 @@
-"""The graph for other runtimes: a question-answering BERT or RoBERTa in ONNX's plain operators.
+"""The graph for other runtimes: a BERT or RoBERTa, under a known head or none, in ONNX's plain operators.
 
 It is written operator by operator, because runtimes fuse a traced graph worse: reshapes that read sizes from
 shapes hide from ONNX Runtime which sizes are equal, the mask becomes a maze of Where and Expand that no
@@ -17,9 +17,9 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from pruned_ops.models.heads import PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import is_roberta
 from pruned_ops.models.stock import model_shape
+from pruned_ops.runtime.packed_heads import SpanAndTypeHead, SpanHead, TextHead, packed_head
 from pruned_ops.version import __version__
 
 # The fusions of ONNX Runtime and OpenVINO know the operators of set 17 best, the first with
@@ -69,30 +69,22 @@ class _Nodes:
         return self.add("LayerNormalization", x, *weights, axis=-1, epsilon=module.eps)
 
 
-def plain_graph(model: Any) -> Any:
-    """The model (a BERT or RoBERTa for question answering, stock or pruned, in fp32) as an ONNX ModelProto.
+def plain_graph(model: Any, token_types: bool) -> Any:
+    """The model (a BERT or RoBERTa, stock or pruned, under a head of `packed_heads.HEADS` or without one, in
+    fp32) as an ONNX ModelProto.
 
-    Inputs, int64 (batch, seqlen): input_ids; attention_mask, of ones and zeros, padded on any side; where the
-    model has several token types, token_type_ids. Outputs: start_logits and end_logits (batch, seqlen); of a
-    Natural Questions model also answer_type_logits (batch, types).
+    Inputs, int64 (batch, seqlen): input_ids; attention_mask, of ones and zeros, padded on any side; with
+    token_types also token_type_ids, which are all 0 otherwise. Outputs are named as the model's own. For
+    answers: start_logits and end_logits (batch, seqlen), and answer_type_logits (batch, types) of a Natural
+    Questions model. For labels: logits (batch, labels) of texts or (batch, seqlen, labels) of tokens. Without
+    a head: last_hidden_state (batch, seqlen, hidden_size), and pooler_output (batch, width) with a pooler.
     """
     nodes = _Nodes()
-    # A model of one type adds the same row everywhere, and its tokenizer gives no types.
-    types = ["token_type_ids"] if model.config.type_vocab_size > 1 else []
     inputs = [
         _value(name, "batch", "seqlen", kind=TensorProto.INT64)
-        for name in ("input_ids", "attention_mask", *types)
+        for name in ("input_ids", "attention_mask", *(["token_type_ids"] if token_types else []))
     ]
-    outputs = []
-    x = _encode(nodes, model.base_model, bool(types))
-    both = nodes.linear(x, "qa_outputs", model.qa_outputs)
-    for index, name in enumerate(("start_logits", "end_logits")):
-        nodes.add("Gather", both, nodes.constant(index), called=name, axis=2)
-        outputs.append(_value(name, "batch", "seqlen", kind=TensorProto.FLOAT))
-    if isinstance(model, PrunedBertForNaturalQuestions):
-        head = model.answer_type_outputs
-        nodes.linear(_first(nodes, x), "answer_type_outputs", head, called="answer_type_logits")
-        outputs.append(_value("answer_type_logits", "batch", head.out_features, kind=TensorProto.FLOAT))
+    outputs = _outputs(nodes, _encode(nodes, model.base_model, token_types), model)
     weights = list(nodes.constants.values())
     return helper.make_model(
         helper.make_graph(nodes.nodes, type(model).__name__, inputs, outputs, weights),
@@ -101,6 +93,44 @@ def plain_graph(model: Any) -> Any:
         producer_name="pruned_ops",
         producer_version=__version__,
     )
+
+
+def _outputs(nodes: _Nodes, x: str, model: Any) -> list[Any]:
+    """The outputs of a model's head, of the last hidden state x."""
+    head, real = packed_head(model), TensorProto.FLOAT
+    if head is None:
+        return _bare_outputs(nodes, x, model)
+    names = {module: name for name, module in model.named_modules()}
+    linears = [(names[linear], linear) for linear in head.linears]
+    width = linears[-1][1].out_features
+    if isinstance(head, TextHead):
+        # The stock classifiers read place 0, ours the first real token.
+        first = _place_0(nodes, x) if isinstance(model, TextHead.stock_classes) else _first(nodes, x)
+        nodes.linear(nodes.add("Tanh", nodes.linear(first, *linears[0])), *linears[1], called="logits")
+        return [_value("logits", "batch", width, kind=real)]
+    if not isinstance(head, SpanHead):
+        nodes.linear(x, *linears[0], called="logits")
+        return [_value("logits", "batch", "seqlen", width, kind=real)]
+    both, spans = nodes.linear(x, *linears[0]), ("start_logits", "end_logits")
+    for index, name in enumerate(spans):
+        nodes.add("Gather", both, nodes.constant(index), called=name, axis=2)
+    outputs = [_value(name, "batch", "seqlen", kind=real) for name in spans]
+    if isinstance(head, SpanAndTypeHead):
+        nodes.linear(_first(nodes, x), *linears[1], called="answer_type_logits")
+        outputs.append(_value("answer_type_logits", "batch", width, kind=real))
+    return outputs
+
+
+def _bare_outputs(nodes: _Nodes, x: str, encoder: Any) -> list[Any]:
+    """The outputs of an encoder without a head."""
+    hidden, real = encoder.config.hidden_size, TensorProto.FLOAT
+    nodes.add("Identity", x, called="last_hidden_state")
+    outputs = [_value("last_hidden_state", "batch", "seqlen", hidden, kind=real)]
+    if encoder.pooler is not None:
+        dense = encoder.pooler.dense
+        nodes.add("Tanh", nodes.linear(_place_0(nodes, x), "pooler.dense", dense), called="pooler_output")
+        outputs.append(_value("pooler_output", "batch", dense.out_features, kind=real))
+    return outputs
 
 
 def _value(name: str, *sizes: str | int, kind: int) -> Any:
@@ -210,3 +240,8 @@ def _first(nodes: _Nodes, x: str) -> str:
     first = nodes.add("Mul", nodes.add("Cast", first, to=TensorProto.INT64), "attention_mask")
     row = nodes.add("Unsqueeze", nodes.add("Cast", first, to=TensorProto.FLOAT), nodes.vector(1))
     return nodes.add("Squeeze", nodes.add("MatMul", row, x), nodes.vector(1))
+
+
+def _place_0(nodes: _Nodes, x: str) -> str:
+    """(batch, seqlen, hidden) -> (batch, hidden): each row's first place, padding or not."""
+    return nodes.add("Gather", x, nodes.constant(0), axis=1)

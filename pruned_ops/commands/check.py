@@ -21,7 +21,7 @@ def add_command(commands: Any) -> None:
         "check",
         help="compare the optimised model with the saved one on your own text",
         description="Run the saved model (padded, plain torch), the optimised one and each backend on the "
-        "same text, in fp32, and compare their logits at real tokens; with right answers in --questions, F1 "
+        "same text, in fp32, and compare their outputs at real tokens; with right answers in --questions, F1 "
         "too. The exit status is 1 where one errs by more than rounding.",
     )
     parser.set_defaults(run=run)
@@ -108,12 +108,13 @@ def show(report: Report) -> None:
 
     table = Table()
     table.add_column("", no_wrap=True)
-    for name in ("error against fp64", "from saved", "F1", "answers changed"):
+    for name in ("error against fp64", "from saved", "F1", "answers or labels changed"):
         table.add_column(name, justify="right")
     saved, *others = report.findings
     table.add_row(saved.name, f"{saved.error:.1e}", "-", _score(saved.f1), "-")
     for finding in others:
-        compared = (f"{finding.difference:.1e}", _score(finding.f1), str(finding.changed))
+        changed = "-" if finding.changed is None else str(finding.changed)
+        compared = (f"{finding.difference:.1e}", _score(finding.f1), changed)
         table.add_row(finding.name, f"{finding.error:.1e}", *compared)
     Console().print(table)
     for finding in others:

@@ -32,9 +32,9 @@ def add_command(commands: Any) -> None:
         "export",
         help="write a checkpoint as ONNX, for ONNX Runtime, OpenVINO and others",
         description="Write the checkpoint in DIR as OUT/model.onnx, its config.json and tokenizer beside it. "
-        "Inputs: input_ids, attention_mask and, where the model has token types, token_type_ids, int64 "
-        "(batch, seqlen). Outputs: start_logits, end_logits (batch, seqlen), which mean nothing at padding. "
-        "Needs the package onnx.",
+        "Inputs: input_ids, attention_mask and, where model and tokenizer have token types, token_type_ids, "
+        "int64 (batch, seqlen). Outputs, by the model's head: start_logits and end_logits; logits; or "
+        "last_hidden_state. At padding they mean nothing. Needs the package onnx.",
     )
     parser.set_defaults(run=export)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint")

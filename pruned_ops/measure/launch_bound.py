@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pruned_ops.measure.layer_times import empty_config
 from pruned_ops.measure.timing import Timing, Workload
-from pruned_ops.models.heads import answering_class
+from pruned_ops.models.heads import head_name, pruned_class
 from pruned_ops.models.stock import model_shape
 from pruned_ops.shape import LayerShape
 
@@ -92,6 +92,7 @@ def tiny_twin(model: Any) -> Any:
         LayerShape(min(1, layer.num_heads), min(_TINY, layer.ffn_width))
         for layer in model_shape(model).layers
     ]
-    sizes = {"hidden_size": _TINY, "head_dim": _TINY, "num_attention_heads": 1, "intermediate_size": _TINY}
+    sizes = {"hidden_size": _TINY, "head_dim": _TINY, "num_attention_heads": 1, "intermediate_size": _TINY,
+             "pooler_size": None}  # fmt: skip
     twin = type(config)(**{**config.to_dict(), **sizes, "layer_shapes": shapes})
-    return answering_class(config.model_type)(twin).to(model.device).eval()
+    return pruned_class(head_name(type(model).__name__), config.model_type)(twin).to(model.device).eval()

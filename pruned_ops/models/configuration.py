@@ -101,6 +101,8 @@ class _LayerShapes:
     head_dim: by default hidden_size // num_attention_heads.
     null_score_threshold: SQuAD 2.0's, in logits.
     score_calibration: a `ScoreCalibration` as JSON; None where none was fitted.
+    pooler_size: the width of the first linear on top of the encoder in sequence classification (BERT's
+    pooler); None where it is hidden_size.
     `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
     sizes that are negative, huge, or contradict each other.
     """
@@ -122,6 +124,7 @@ class _LayerShapes:
         layer_shapes: list[Any] | None = None,
         null_score_threshold: float = 0.0,
         score_calibration: dict[str, float] | None = None,
+        pooler_size: int | None = None,
         **fields: Any,
     ) -> None:
         layers = _parse_layers(layer_shapes)
@@ -129,6 +132,9 @@ class _LayerShapes:
         super().__init__(**_dense_fields(layers, fields))
         self._set_shapes(layers, head_dim)
         self._set_answering(null_score_threshold, score_calibration)
+        self.pooler_size = (
+            None if pooler_size is None else checked_int("pooler_size", pooler_size, 1, MAX_WIDTH)
+        )
 
     def _set_shapes(self, layers: list[LayerShape] | None, head_dim: int | None) -> None:
         self._check_sizes()
@@ -192,6 +198,11 @@ class _LayerShapes:
                     f"layer_shapes[{i}]: ffn_width is {layer.ffn_width}, but the dense model's "
                     f"intermediate_size is {self.intermediate_size}"
                 )
+
+    @property
+    def pooled_width(self) -> int:
+        """How wide BERT's pooler is, and RoBERTa's linear in its place."""
+        return self.hidden_size if self.pooler_size is None else self.pooler_size
 
     @property
     def shape(self) -> ModelShape:

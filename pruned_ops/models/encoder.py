@@ -137,11 +137,11 @@ class PrunedEncoderModule(nn.Module):
 
 
 class PrunedPooler(nn.Module):
-    """BERT's pooler, which reads the first position: (batch, seqlen, hidden_size) -> (batch, hidden_size)."""
+    """BERT's pooler, which reads the first position: (batch, seqlen, hidden_size) -> (batch, width)."""
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.pooled_width)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.dense(x[:, 0]))

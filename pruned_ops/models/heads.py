@@ -224,7 +224,8 @@ class _Classifier(_WithEncoder):
         self.post_init()
 
     def _head(self, config: PrunedConfig) -> nn.Module:
-        return nn.Linear(config.hidden_size, self.num_labels)
+        """What makes logits of hidden states."""
+        raise NotImplementedError
 
     def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(batch, seqlen, hidden_size) -> logits."""
@@ -264,6 +265,9 @@ class PrunedBertForSequenceClassification(_Classifier):
     def _encoder(self, config: PrunedConfig) -> PrunedBertModel:
         return self.encoder_class(config, add_pooling_layer=True)
 
+    def _head(self, config: PrunedConfig) -> nn.Module:
+        return nn.Linear(config.pooled_width, self.num_labels)
+
     def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
         pooler: Any = self.base_model.pooler
         return self.classifier(self.dropout(pooler(first_tokens(states, attention_mask)[:, None])))
@@ -283,9 +287,9 @@ class PrunedRobertaForSequenceClassification(PrunedBertForSequenceClassification
         return self.encoder_class(config)
 
     def _head(self, config: PrunedConfig) -> nn.Module:
-        hidden = config.hidden_size
+        hidden, width = config.hidden_size, config.pooled_width
         return nn.ModuleDict(
-            {"dense": nn.Linear(hidden, hidden), "out_proj": nn.Linear(hidden, self.num_labels)}
+            {"dense": nn.Linear(hidden, width), "out_proj": nn.Linear(width, self.num_labels)}
         )
 
     def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -298,6 +302,9 @@ class PrunedBertForTokenClassification(_Classifier):
     """A pruned BERT with a label for each token: logits (batch, seqlen, num_labels)."""
 
     output_class = TokenClassifierOutput
+
+    def _head(self, config: PrunedConfig) -> nn.Module:
+        return nn.Linear(config.hidden_size, self.num_labels)
 
     def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
         return self.classifier(self.dropout(states))
@@ -365,6 +372,31 @@ def natural_questions_class(model_type: str) -> type[Any]:
         raise ValueError(f"it is a {model_type!r} model; one of {', '.join(PRUNED_CONFIGS)} is needed")
     roberta = PRUNED_CONFIGS[model_type] is PrunedRobertaConfig
     return PrunedRobertaForNaturalQuestions if roberta else PrunedBertForNaturalQuestions
+
+
+# What follows "For" in the name of a model's class, nothing for a bare encoder -> our BERT and RoBERTa.
+_PRUNED: dict[str, tuple[type[Any], type[Any]]] = {
+    "": (PrunedBertModel, PrunedRobertaModel),
+    "QuestionAnswering": (PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering),
+    "NaturalQuestions": (PrunedBertForNaturalQuestions, PrunedRobertaForNaturalQuestions),
+    "SequenceClassification": (PrunedBertForSequenceClassification, PrunedRobertaForSequenceClassification),
+    "TokenClassification": (PrunedBertForTokenClassification, PrunedRobertaForTokenClassification),
+}
+
+
+def head_name(architecture: str) -> str:
+    """What follows "For" in the name of a model's class, "" for a bare encoder; ValueError where no pruned
+    model has such a head."""
+    name = architecture.partition("For")[2]
+    if name not in _PRUNED:
+        known = ", ".join(f"For{one}" for one in _PRUNED if one)
+        raise ValueError(f"it is a {architecture[:100]!r}; known are encoders without a head and {known}")
+    return name
+
+
+def pruned_class(name: str, model_type: str) -> type[Any]:
+    """The pruned model with the head that `head_name` names, for one of PRUNED_CONFIGS."""
+    return _PRUNED[name][PRUNED_CONFIGS[model_type] is PrunedRobertaConfig]
 
 
 def is_natural_questions(config: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,8 @@ from pruned_ops.qa.logits import batch_logits
 from pruned_ops.qa.questions import Question, answer_scores
 from pruned_ops.qa.windows import Window, windows
 from pruned_ops.runtime.optimize import optimized
+from pruned_ops.runtime.packed_heads import ANSWERERS, CLASSIFIERS
+from pruned_ops.runtime.streaming import padded
 
 SAVED, OPTIMISED = "saved", "optimised"
 BATCH_SIZE, MAX_LENGTH = 8, 384
@@ -72,16 +74,17 @@ class Material:
 class Finding:
     """How one way of running the model did.
 
-    error: the largest difference from the fp64 model's logits. difference: the largest from the saved
+    error: the largest difference from the fp64 model's outputs. difference: the largest from the saved
     model's. f1: in percent, where the right answers are known. changed: how many questions got another answer
-    than from the saved model. ran: op -> the backends that ran it, with how often.
+    than from the saved model, or how many windows another label; None where the model says neither. ran: op
+    -> the backends that ran it, with how often.
     """
 
     name: str
     error: float
     difference: float
     f1: float | None
-    changed: int
+    changed: int | None
     ran: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
@@ -115,8 +118,8 @@ def check(model: Any, material: Material, backends: Sequence[str], must_run: boo
     saved, _ = logits_of(model, material)
     truth, _ = logits_of(copy.deepcopy(model).double(), material)
     own_error = _largest(saved, truth)
-    answers = _answers(model.config, material, saved)
-    findings, refused = [Finding(SAVED, own_error, 0.0, _f1(answers, material), 0)], {}
+    answers = _said(model, material, saved)
+    findings, refused = [Finding(SAVED, own_error, 0.0, _f1(model, answers, material), 0)], {}
     for name in (OPTIMISED, *backends):
         try:
             with ExitStack() as stack:
@@ -129,23 +132,43 @@ def check(model: Any, material: Material, backends: Sequence[str], must_run: boo
             refused[name] = str(reason)
             continue
         error, difference = _largest(logits, truth), _largest(logits, saved)
-        f1, changed = None, len(answers)
-        if np.isfinite(error):  # else no answer can be read from such logits
-            others = _answers(model.config, material, logits)
-            f1 = _f1(others, material)
+        f1, changed = None, None if answers is None else len(answers)
+        others = _said(model, material, logits) if np.isfinite(error) else None  # else nothing can be read
+        if answers is not None and others is not None:
+            f1 = _f1(model, others, material)
             changed = sum(answer != other for answer, other in zip(answers, others, strict=True))
         findings.append(Finding(name, error, difference, f1, changed, ran))
     return Report(tuple(findings), refused, TIMES * own_error + SLACK)
 
 
 def logits_of(model: Any, material: Material) -> tuple[list[Logits], dict[str, dict[str, int]]]:
-    """Every window's logits, without padding, and how often which backend ran each op."""
+    """Every window's logits, or what else the model gives, without padding, and how often which backend ran
+    each op."""
     logits: list[Logits] = []
     with torch.inference_mode(), record() as ran:
         for first in range(0, len(material.windows), BATCH_SIZE):
             batch = material.windows[first : first + BATCH_SIZE]
-            logits += batch_logits(model, batch, model.config.pad_token_id, model.device)
+            if _answers_questions(model):
+                logits += batch_logits(model, batch, model.config.pad_token_id, model.device)
+            else:
+                logits += _batch_outputs(model, batch)
     return logits, {op: dict(counts) for op, counts in ran.items()}
+
+
+def _answers_questions(model: Any) -> bool:
+    return isinstance(model, ANSWERERS)
+
+
+def _batch_outputs(model: Any, batch: Sequence[Window]) -> Iterator[Any]:
+    """The outputs of a model without answers, for each window: of a text as they are, of its tokens without
+    padding."""
+    inputs = padded(batch, model.config.pad_token_id).items()
+    output = model(**{name: tensor.to(model.device) for name, tensor in inputs})
+    named = {
+        name: tensor.cpu().numpy() for name, tensor in output.items() if isinstance(tensor, torch.Tensor)
+    }
+    for row, window in enumerate(batch):
+        yield tuple(array[row, : len(window)] if array.ndim == 3 else array[row] for array in named.values())
 
 
 def _largest(logits: list[Logits], expected: list[Logits]) -> float:
@@ -158,6 +181,16 @@ def _largest(logits: list[Logits], expected: list[Logits]) -> float:
     return float(np.max(differences))
 
 
+def _said(model: Any, material: Material, logits: list[Logits]) -> list[str] | None:
+    """What the model says: the answer to each question, or the labels of each window; None for a model that
+    gives neither."""
+    if _answers_questions(model):
+        return _answers(model.config, material, logits)
+    if not isinstance(model, CLASSIFIERS) or model.config.num_labels < 2:
+        return None
+    return [str(window[0].argmax(-1).tolist()) for window in logits]
+
+
 def _answers(config: Any, material: Material, logits: list[Logits]) -> list[str]:
     """The answer to each question, at the checkpoint's own threshold."""
     contexts = [question.context for question in material.questions]
@@ -166,9 +199,9 @@ def _answers(config: Any, material: Material, logits: list[Logits]) -> list[str]
     return [decoded.answer(threshold).answer for decoded in decode(material.windows, spans, contexts)]
 
 
-def _f1(answers: list[str], material: Material) -> float | None:
-    """The mean F1 in percent; None where a right answer is not known."""
-    if not material.is_scored:
+def _f1(model: Any, answers: list[str] | None, material: Material) -> float | None:
+    """The mean F1 in percent; None where a right answer is not known, or the model gives none."""
+    if answers is None or not material.is_scored or not _answers_questions(model):
         return None
     pairs = zip(answers, material.questions, strict=True)
     return statistics.fmean(answer_scores(answer, question.answers or ())[1] for answer, question in pairs)

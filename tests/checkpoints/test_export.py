@@ -13,15 +13,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM
 
 import pruned_ops
-from inputs import logits, padded_batch, pruned_model, stock_model
+from head_models import MODELS as HEAD_MODELS
+from head_models import natural_questions, pruned, stock
+from inputs import logits, padded_batch, pruned_model, shake, stock_model
 from matching import save_checkpoint
 from pruned_ops.cli import main
+from pruned_ops.models.encoder import PrunedBertModel
 from pruned_ops.models.heads import with_answer_types
 from pruned_ops.models.stock import model_shape
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder
+from tiny_tokenizers import byte_tokenizer
 
 onnx = pytest.importorskip("onnx", reason='needs the extra "onnx"')
 ort = pytest.importorskip("onnxruntime", reason='needs the extra "onnx"')
@@ -97,6 +101,85 @@ def test_answer_types(runtime: Callable[[Path], Run], tmp_path: Path) -> None:
             expected = model(**batch).answer_type_logits
         found = run(batch)["answer_type_logits"]
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def check_outputs(run: Run, model: Any, some: list[Batch]) -> None:
+    """All outputs, those of tokens at the real positions alone, within fp32 rounding."""
+    for batch in some:
+        found, real = run(batch), batch["attention_mask"].bool()
+        with torch.no_grad():
+            expected = model(**batch)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            of_tokens = (
+                value.shape[:2] == real.shape and "pooler" not in name and name != "answer_type_logits"
+            )
+            ours, theirs = (one[real] if of_tokens else one for one in (found[name], value))
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+BARE: dict[str, Callable[[], Any]] = {
+    "stock-bert-pooled": lambda: stock("bert", "sequence").bert,
+    "stock-roberta-bare": lambda: stock_model("roberta").roberta,
+    "pruned-bert-pooled": lambda: pruned("bert", "sequence").bert,
+    "pruned-roberta-bare": lambda: pruned("roberta", "token").roberta,
+}
+
+
+@pytest.mark.parametrize("kind", [*(name for name in HEAD_MODELS if "answer" not in name), *BARE])
+def test_every_head(kind: str, tmp_path: Path) -> None:
+    model = (HEAD_MODELS | BARE)[kind]()
+    path = pruned_ops.export_onnx(model, tmp_path / "out")
+    onnx.checker.check_model(path, full_check=True)
+    check_outputs(ort_run(path), model, batches(model))
+
+
+def test_every_head_in_openvino(tmp_path: Path) -> None:
+    for number, model in enumerate(
+        (stock("bert", "sequence"), pruned("roberta", "sequence"), BARE["stock-bert-pooled"]())
+    ):
+        path = pruned_ops.export_onnx(model, tmp_path / str(number))
+        check_outputs(openvino_run(path), model, batches(model)[:4])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: stock("bert", "sequence"), BARE["pruned-bert-pooled"], natural_questions]
+)
+def test_a_checkpoint_is_exported_under_its_head(make: Callable[[], Any], tmp_path: Path) -> None:
+    """Optimised, too."""
+    model = make()
+    save_checkpoint(model, tmp_path / "in")
+    expected = pruned_ops.export_onnx(model, tmp_path / "model").read_bytes()
+    assert main(["export", str(tmp_path / "in"), "--onnx", str(tmp_path / "folder")]) == 0
+    assert (tmp_path / "folder" / "model.onnx").read_bytes() == expected
+    fast = pruned_ops.optimize(model)
+    assert pruned_ops.export_onnx(fast, tmp_path / "optimised").read_bytes() == expected
+
+
+def test_a_pooler_is_exported_where_the_checkpoint_has_one(tmp_path: Path) -> None:
+    """transformers would make a random one."""
+    model = stock_model().bert
+    assert model.pooler is None
+    save_checkpoint(model, tmp_path / "in")
+    path = pruned_ops.export_onnx(tmp_path / "in", tmp_path / "out")
+    assert [one.name for one in ort.InferenceSession(str(path)).get_outputs()] == ["last_hidden_state"]
+
+
+def test_token_types_are_asked_for_where_the_tokenizer_gives_them(tmp_path: Path) -> None:
+    """As they are of multilingual BERTs with a tokenizer of XLM-R's kind: the model has two types, the
+    tokenizer gives none, and all are 0."""
+    model = shake(stock_model(vocab_size=300), 1)
+    model.save_pretrained(tmp_path / "in")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "in")
+    batch = dict(tokenizer("a", "bc", return_tensors="pt"))
+    run = ort_run(pruned_ops.export_onnx(tmp_path / "in", tmp_path / "out"))
+    check_logits(run, model, [batch])
+    asked = pruned_ops.export_onnx(tmp_path / "in", tmp_path / "asked", token_types=True)
+    names = [one.name for one in ort.InferenceSession(str(asked)).get_inputs()]
+    assert names == ["input_ids", "attention_mask", "token_type_ids"]
+    with pytest.raises(ValueError, match="has no token types, and token_types asks for them"):
+        pruned_ops.export_onnx(stock_model("roberta"), tmp_path / "none", token_types=True)
 
 
 def fused_offline(path: Path, folder: Path) -> Any:
@@ -239,11 +322,27 @@ def with_head(model: Any) -> Any:
     return model
 
 
+def with_classifier(model: Any) -> Any:
+    model.classifier = nn.Linear(64, 3)
+    return model
+
+
+def with_pooler(model: PrunedBertModel) -> Any:
+    assert model.pooler is not None
+    model.pooler.dense = nn.Sequential(model.pooler.dense)  # type: ignore[assignment]
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: stock_model().bert, "a BertModel cannot be exported: question-answering models can"),
+        (lambda: BertForMaskedLM(stock_model().config), "a BertForMaskedLM cannot be exported: models for"),
         (lambda: nn.Linear(2, 2), "a Linear cannot be exported"),
+        (
+            lambda: with_classifier(stock("roberta", "sequence")),
+            "its head is another one than its class makes",
+        ),
+        (lambda: with_pooler(pruned("bert", "sequence").bert), "its pooler.dense is a Sequential"),
         (lambda: stock_model().half(), r"it holds torch.float16: call model.float\(\) first"),
         (lambda: with_hook(stock_model()), "has forward hooks"),
         (lambda: with_head(stock_model()), "its qa_outputs is a Sequential"),

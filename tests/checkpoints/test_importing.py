@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 import pruned_ops
+from head_models import stock
 from inputs import logits, padded_batch, stock_model
 from pruned_ops import LayerShape
-from pruned_ops.checkpoints.importing import read_foreign
+from pruned_ops.checkpoints.importing import Tensors, read_foreign
 from pruned_ops.checkpoints.loading import load_model
 from pruned_ops.cli import main
 from pruned_trainer import Decision, attached, compact
@@ -139,6 +141,90 @@ def test_smaller_layers_missing_layers_and_a_smaller_hidden_size(dense: Any, tmp
     assert "layers 1 are missing altogether" in notes and f"hidden size {len(hidden)} of 64" in notes
 
 
+def saved_as(folder: Path, architecture: str, model: Any, head: Tensors) -> Path:
+    """The encoder of a question-answering model as a checkpoint of another class, with this head."""
+    prefix = model.base_model_prefix
+
+    def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors.clear()
+        for name, tensor in model.state_dict().items():
+            if not name.startswith("qa_outputs"):
+                tensors[name] = tensor.clone()
+        tensors.update({name.replace("PREFIX", prefix): tensor for name, tensor in head.items()})
+        config.update(architectures=[architecture], intermediate_size=FFN, num_attention_heads=HEADS)
+        config.update(model_type=prefix, hidden_size=64, id2label={str(i): f"l{i}" for i in range(3)})
+        config.pop("num_labels", None)
+        config.pop("label2id", None)
+
+    return stored(folder, model, change)
+
+
+def weights(width: int, hidden: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(width, hidden) / hidden**0.5, torch.randn(width)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("architecture", ["CoFi{}ForSequenceClassification", None])
+def test_cofis_classifiers(kind: str, architecture: str | None, tmp_path: Path) -> None:
+    """The first linear on top has fewer columns, as the hidden size, and all of its rows."""
+    hidden = list(range(0, 64, 3))
+    narrow = compact(stock_model(kind), decision(hidden=hidden))
+    (first, first_bias), (last, last_bias) = weights(64, len(hidden)), weights(3, 64)
+    names = {
+        "bert": ("PREFIX.pooler.dense", "classifier"),
+        "roberta": ("classifier.dense", "classifier.out_proj"),
+    }[kind]
+    head = {f"{names[0]}.weight": first, f"{names[0]}.bias": first_bias}
+    head |= {f"{names[1]}.weight": last, f"{names[1]}.bias": last_bias}
+    name = "Odd" if architecture is None else architecture.format(kind.capitalize())
+    folder = saved_as(tmp_path / "in", name, narrow, head)
+    model, notes = read_foreign(folder)
+    assert type(model).__name__ == f"Pruned{kind.capitalize()}ForSequenceClassification"
+    assert f"hidden size {len(hidden)} of 64" in notes and model.config.pooler_size == 64
+    assert model.config.id2label == {0: "l0", 1: "l1", 2: "l2"}
+    batch = padded_batch((20, 3, 11, 1), pad_token_id=model.config.pad_token_id)
+    with torch.no_grad():
+        states = narrow.base_model(**batch).last_hidden_state[:, 0]
+        expected = F.linear(torch.tanh(F.linear(states, first, first_bias)), last, last_bias)
+        torch.testing.assert_close(model(**batch).logits, expected, atol=2e-5, rtol=1e-4)
+        model.save_pretrained(tmp_path / "imported")
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "imported")
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+        fast = pruned_ops.optimize(again)
+        torch.testing.assert_close(fast(**batch).logits, expected, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["sequence", "token"])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_nn_prunings_classifiers(kind: str, head: str, tmp_path: Path) -> None:
+    """Zeroed heads and units under a classifier; the same logits of a narrow one."""
+    dense = stock(kind, head)
+    with torch.no_grad():
+        found = parts(dense, 1)
+        found["attention.output.dense"].weight[:, :HEAD_DIM] = 0
+        found["output.dense"].weight[:, 10:] = 0
+    dense.save_pretrained(tmp_path / "in")
+    model = pruned_ops.import_checkpoint(tmp_path / "in")
+    assert list(model.config.shape.layers) == [LayerShape(4, 96), LayerShape(3, 10)]
+    batch = padded_batch((20, 3, 11, 1), pad_token_id=model.config.pad_token_id)
+    real = batch["attention_mask"].bool() if head == "token" else slice(None)
+    with torch.no_grad():
+        ours, theirs = model(**batch).logits[real], dense(**batch).logits[real]
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_a_bare_encoder(tmp_path: Path) -> None:
+    """Its tensors have no prefix; the pooler comes along."""
+    dense = stock("bert", "sequence").bert
+    dense.save_pretrained(tmp_path / "in")
+    model = pruned_ops.import_checkpoint(tmp_path / "in")
+    assert type(model).__name__ == "PrunedBertModel"
+    with torch.no_grad():
+        ours, theirs = model(**padded_batch((9, 4))), dense(**padded_batch((9, 4)))
+    torch.testing.assert_close(ours.pooler_output, theirs.pooler_output, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.last_hidden_state[0], theirs.last_hidden_state[0], atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("names", [("mask.pt",), ("head_mask.pt", "neuron_mask.pt")])
 def test_masks_beside_a_dense_model(names: tuple[str, ...], dense: Any, tmp_path: Path) -> None:
     """TextPruner's pair, and retraining-free pruning's, whose values are not only 0 and 1."""
@@ -216,6 +302,9 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
     if name == "classifier":
         tensors["classifier.weight"] = tensors.pop("qa_outputs.weight")
         said = "no question-answering head"
+    if name == "sequence classifier":
+        config["architectures"] = ["BertForSequenceClassification"]
+        said = "no sequence classification head (classifier); outside the encoder: qa_outputs.bias"
     if name == "sizes that disagree":
         key = "bert.encoder.layer.2.intermediate.dense.bias"
         tensors[key], said = tensors[key][:5], "intermediate.dense.bias is (5,), beside the others (96,)"
@@ -254,7 +343,7 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
 @pytest.mark.parametrize(
     "name",
     [
-        "no json", "code in a pickle", "other model", "no norm", "half a layer", "classifier",
+        "no json", "code in a pickle", "other model", "no norm", "half a layer", "classifier", "sequence classifier",
         "sizes that disagree", "head_dim", "pruned_heads", "hostile", "vocabulary", "mask", "hostile layers",
         "too many layers", "cofi's gates", "truncated", "repeated memory", "heads",
     ],

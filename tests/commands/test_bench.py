@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pruned_ops
+from head_models import pruned, stock
 from inputs import MODELS, READY, pruned_model, stock_model
 from matching import save_checkpoint, squad_file
 from pruned_ops.cli import main
@@ -82,6 +83,16 @@ def test_dense_against_pruned(
     assert status == 2 and "--overwrite replaces it" in error
     status, screen, _ = run(capsys, pruned, *common, "--html", page, "--overwrite")
     assert status == 0 and "│ model │" in screen and "the dense one" not in screen
+
+
+def test_every_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--length", 6, "--batch-size", 2, "--batches", 1, "--rounds", 1)
+    for number, model in enumerate((stock("bert", "sequence"), pruned("roberta", "token").roberta)):
+        folder = save_checkpoint(model, tmp_path / str(number))
+        status, screen, error = run(capsys, folder, *small)
+        assert (status, error) == (0, "") and "│ model │ pruned_ops " in screen
+        assert tiny_twin(model).base_model_prefix == model.base_model_prefix
+        assert hasattr(tiny_twin(model), "classifier") is hasattr(model, "classifier")
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from head_models import pruned, stock
 from inputs import READY, logits, padded_batch, pruned_model, stock_model
 from matching import save_checkpoint, squad_file
 from pruned_ops import QuestionAnswerer
@@ -49,6 +51,37 @@ def test_the_sample_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "reference ran embed_layer_norm: reference" in screen
     assert f"optimised ran embed_layer_norm: {ready[-1]}" in screen
     assert "triton" not in screen
+
+
+@pytest.mark.parametrize(
+    ("make", "changed"),
+    [
+        (lambda: stock("bert", "sequence"), "0"),
+        (lambda: pruned("roberta", "token"), "0"),
+        (lambda: pruned("bert", "sequence").bert, "-"),
+    ],
+)
+def test_every_head(
+    make: Callable[[], Any], changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(make(), tmp_path)
+    status, screen, error = run(capsys, tmp_path, "--backends", "reference", "--device", "cpu")
+    assert (status, error) == (0, "") and "passed: " in screen
+    for name in ("optimised", "reference"):
+        assert float(row(screen, name)[0]) < 1e-4 and row(screen, name)[2:] == ["-", changed]
+
+
+def test_another_label_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an error in the pooled output alone is found."""
+    asked = [Question("w1", words(20)), Question("w2", words(9)), Question("w5", words(30))]
+    right = OPS["embed_layer_norm"].reference
+    for model in (stock("bert", "token"), stock("bert", "sequence").bert):
+        material = cut_material(word_tokenizer(90), model.config, "words", asked)
+        with monkeypatch.context() as patched:
+            patched.setattr(OPS["embed_layer_norm"], "reference", lambda *a: right(*a).flip(-1))
+            found = check(model, material, ["reference"])
+        assert "reference" in found.faulty
+        assert found.findings[-1].changed == (3 if hasattr(model, "classifier") else None)
 
 
 def test_f1_is_the_answerers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
