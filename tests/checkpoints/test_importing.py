@@ -343,9 +343,9 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
 @pytest.mark.parametrize(
     "name",
     [
-        "no json", "code in a pickle", "other model", "no norm", "half a layer", "classifier", "sequence classifier",
+        "no json", "code in a pickle", "other model", "no norm", "half a layer", "classifier",
         "sizes that disagree", "head_dim", "pruned_heads", "hostile", "vocabulary", "mask", "hostile layers",
-        "too many layers", "cofi's gates", "truncated", "repeated memory", "heads",
+        "too many layers", "sequence classifier", "cofi's gates", "truncated", "repeated memory", "heads",
     ],
 )  # fmt: skip
 def test_what_is_refused(name: str, tmp_path: Path) -> None:
