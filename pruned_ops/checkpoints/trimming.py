@@ -174,8 +174,9 @@ class _Source:
 
     @property
     def named(self) -> set[int]:
-        """The ids of pieces that the config names."""
+        """The ids of pieces that the config names, and of those that the loader makes special tokens."""
         known = set(self.vocabulary.ids.values())
+        special = known & self.tokenizer.added_tokens_decoder.keys()
         named = {
             one for value in self.fields.values() for one in (value if isinstance(value, list) else [value])
         }
@@ -184,7 +185,7 @@ class _Source:
             raise ValueError(
                 f"the config in {self.root / self.inner} names id {without[0]}, which no piece has"
             )
-        return named & known
+        return named & known | special
 
     @property
     def padding(self) -> int | None:

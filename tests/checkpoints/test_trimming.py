@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
     BertForSequenceClassification,
+    CamembertForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaForTokenClassification,
     XLMRobertaModel,
@@ -60,19 +61,24 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-def unigram() -> Tokenizer:
+def unigram(first: tuple[str, ...] = ("<s>", "<pad>", "</s>", "<unk>")) -> Tokenizer:
     words = sorted({f"▁{word}" for text in TEXTS for word in text.split()})
     letters = sorted({letter for text in TEXTS for letter in text.replace(" ", "▁")})
-    vocab = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab = [(token, 0.0) for token in first]
     vocab += [*((word, -4.0 - len(word) / 8) for word in words), *((one, -7.5) for one in letters)]
     tokenizer = Tokenizer(models.Unigram([*vocab, ("<mask>", 0.0)], unk_id=3))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[(token, first.index(token)) for token in ("<s>", "</s>")],
+    )  # fmt: skip
     return tokenizer
+
+
+def camembert() -> Tokenizer:
+    """Some pieces in front are special to its loader alone."""
+    return unigram(("<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED", "<s>", "</s>"))
 
 
 # What makes the tokenizer, the class that stock transformers loads it with, and its special tokens.
@@ -93,6 +99,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], str, dict[str, str]]] = {
         for kind, make, name in (
             ("BPE", byte_level, "RobertaTokenizerFast"),
             ("Unigram", unigram, "XLMRobertaTokenizerFast"),
+            ("CamemBERT", camembert, "CamembertTokenizerFast"),
         )
     },
 }  # fmt: skip
@@ -104,6 +111,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "bert masked": (BertForMaskedLM, "WordPiece", SIZES, 5),
     "roberta tagger": (RobertaForTokenClassification, "BPE", SIZES, 3),
     "xlm-r encoder": (XLMRobertaModel, "Unigram", SIZES, 0),
+    "camembert classifier": (CamembertForSequenceClassification, "CamemBERT", SIZES, 0),
     "pruned bert answers": (pruned_ops.PrunedBertForQuestionAnswering, "WordPiece", PRUNED, 0),
     "pruned roberta encoder": (pruned_ops.PrunedRobertaModel, "BPE", PRUNED, 0),
 }
