@@ -70,9 +70,10 @@ def unigram(first: tuple[str, ...] = ("<s>", "<pad>", "</s>", "<unk>")) -> Token
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     )
+    ends = [(token, first.index(token)) for token in ("<s>", "</s>")]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[(token, first.index(token)) for token in ("<s>", "</s>")],
-    )  # fmt: skip
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ends
+    )
     return tokenizer
 
 
