@@ -134,9 +134,10 @@ class Vocabulary:
         for texts in batches:
             for encoding in tokenizer.encode_batch_fast(texts):
                 found.update(encoding.ids)
-        named = {number: tokenizer.id_to_token(number) for number in found}
-        ids = self.ids
-        return Counter({ids[named[one]]: times for one, times in found.items() if named[one] in ids})
+        named, ids = {number: tokenizer.id_to_token(number) for number in found}, self.ids
+        return Counter(
+            {ids[piece]: found[one] for one, piece in named.items() if piece is not None and piece in ids}
+        )
 
     def trim(self, wanted: Collection[int], always: Collection[int], fixed: int | None = None) -> Trimmed:
         """The tokenizer with the pieces that are wanted, those that stay always, and those that BPE makes
