@@ -101,6 +101,11 @@ def trim_vocabulary(
     """
     if keep is not None:
         checked_int("keep", keep, 0)
+    for given in (texts, held_out):
+        if isinstance(given, (str, Iterator)):
+            raise ValueError(
+                f"the texts are a {type(given).__name__}; a list, or what can be read twice, is needed"
+            )
     source = _Source.open(Path(model))
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -347,7 +352,8 @@ def _has_pieces(name: str) -> bool:
 
 
 def _numbers(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
+    """How many numbers there are in the weights, int8 ones too; buffers of positions are no weights."""
+    return sum(tensor.numel() for tensor in tensors.values() if tensor.dtype != torch.int64)
 
 
 def _write_tokenizer(source: Path, folder: Path, vocabulary: Vocabulary, trimmed: Trimmed) -> None:

@@ -27,6 +27,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -110,6 +111,7 @@ class Vocabulary:
             kept.add(scores.index(min(scores)))
         return kept & set(self.ids.values())
 
+    @cached_property
     def counting(self) -> Tokenizer:
         """The tokenizer to count pieces with: without padding and truncation, and a WordPiece that does not
         fail at a character that occurs inside pieces. The pieces of any text include those of this tokenizer,
@@ -130,7 +132,7 @@ class Vocabulary:
 
     def count(self, batches: Iterable[list[str]]) -> Counter[int]:
         """How often each piece occurs in the texts, as `counting` cuts them."""
-        tokenizer, found = self.counting(), Counter[int]()
+        tokenizer, found = self.counting, Counter[int]()
         for texts in batches:
             for encoding in tokenizer.encode_batch_fast(texts):
                 found.update(encoding.ids)
