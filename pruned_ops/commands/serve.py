@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pruned_ops.command_line import check_counts
 from pruned_ops.files import read_text
+from pruned_ops.serving.limits import Limits
 
 if TYPE_CHECKING:
-    from pruned_ops.serving.limits import Limits
     from pruned_ops.serving.models import Loading, Served
 
 MISSING = 'the server needs FastAPI, uvicorn and prometheus-client: pip install "pruned_ops[serve]"'
@@ -82,7 +82,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     loading.add_argument(
         "--dtype",
         choices=["int8"],
-        help="run the linears in int8, on a CPU with AVX-512 VNNI (default: fp32)",
+        help="run the linears in int8, on a CPU (default: fp32)",
     )
     loading.add_argument(
         "--texts-file",
@@ -97,12 +97,12 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `Limits`, with its defaults. It is imported late: --help needs no torch."""
-    group = parser.add_argument_group("limits")
-    for name, text in _COUNTS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
-    for name, text in _SECONDS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=text)
+    """Add the options of `Limits`, with its defaults."""
+    group, defaults = parser.add_argument_group("limits"), Limits()
+    for name, text in (_COUNTS | _SECONDS).items():
+        default = getattr(defaults, name)
+        option, kind = f"--{name.replace('_', '-')}", type(default)
+        group.add_argument(option, type=kind, default=default, metavar="N", help=text)
     group.add_argument(
         "--auto-truncate",
         action="store_true",
@@ -135,12 +135,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _limits(arguments: argparse.Namespace) -> Limits:
     """The limits that the options set. Errors: ValueError for numbers that cannot be."""
-    from pruned_ops.serving.limits import Limits
-
     check_counts(arguments, *_COUNTS)
     given = {name: getattr(arguments, name) for name in (*_COUNTS, *_SECONDS)}
-    set_ones = {name: value for name, value in given.items() if value is not None}
-    return Limits(**set_ones, auto_truncate=arguments.auto_truncate)
+    return Limits(**given, auto_truncate=arguments.auto_truncate)
 
 
 def _loading(arguments: argparse.Namespace) -> Loading:

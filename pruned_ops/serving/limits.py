@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from pruned_ops.runtime.streaming import TOKENS_ON_A_CPU
 from pruned_ops.shape import checked_int
 
 
@@ -26,7 +25,7 @@ class Limits:
     texts: int = 2048  # as OpenAI's API has it
     requests: int = 512  # as TEI has it
     queue_tokens: int = 1 << 17
-    batch_tokens: int = TOKENS_ON_A_CPU
+    batch_tokens: int = 4096  # streaming's for a CPU; it is not imported, so that --help needs no torch
     wait_ms: float = 5.0
     patience: float = 30.0
     grace: float = 20.0

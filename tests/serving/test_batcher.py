@@ -13,11 +13,16 @@ import pytest
 for package in ("fastapi", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
+from pruned_ops.runtime.streaming import TOKENS_ON_A_CPU  # noqa: E402
 from pruned_ops.serving.batcher import Batcher  # noqa: E402
 from pruned_ops.serving.limits import Limits  # noqa: E402
 from pruned_ops.serving.metrics import Metrics  # noqa: E402
 from pruned_ops.serving.refusals import Refusal  # noqa: E402
 from served import HUNG  # noqa: E402
+
+
+def test_a_batch_has_as_many_tokens_as_elsewhere() -> None:
+    assert Limits().batch_tokens == TOKENS_ON_A_CPU
 
 
 class Held:
