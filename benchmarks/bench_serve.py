@@ -43,7 +43,7 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an embedder")
-    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), help="default: all")
+    parser.add_argument("--servers", nargs="*", choices=SERVERS, default=list(SERVERS), help="default: all")
     parser.add_argument(
         "--rival",
         action="append",
