@@ -45,8 +45,8 @@ class Watcher(Protocol):
 
 @dataclass(eq=False)
 class Job:
-    """The texts of one request. left: places of the texts that still wait, the shortest last. open: how many
-    have no result yet."""
+    """The texts of one request. since: when it came, or had its last turn. left: places of the texts that
+    still wait, the longest last. open: how many have no result yet."""
 
     model: Computes
     sequences: list[Any]
@@ -235,6 +235,7 @@ class Batcher:
             self._tokens -= size
             parts += taken
             if job.left:
+                job.since = monotonic()  # or what other models' requests wait for would come after all of it
                 queue.append(job)
         return parts
 

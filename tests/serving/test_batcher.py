@@ -135,6 +135,27 @@ def test_a_large_request_does_not_hold_up_a_small_one() -> None:
     assert ["b" in batch for batch in model.batches].index(True) <= 2
 
 
+def test_a_large_request_does_not_hold_up_another_model() -> None:
+    first, second = Held(is_held=True), Held()
+    batches_before: list[int] = []  # of the first model when the second is asked
+
+    def compute(texts: list[str]) -> list[Any]:
+        batches_before.append(len(first.batches))
+        return list(map(len, texts))
+
+    second.compute = compute  # type: ignore[method-assign]
+
+    async def work(batcher: Batcher) -> None:
+        large = await begun(batcher.run(first, ["a" * 10] * 1000))
+        await is_asked(first)
+        small = await begun(batcher.run(second, ["b"]))
+        first.may_answer.set()
+        assert await asyncio.gather(*large, *small) == [[10] * 1000, [1]]
+
+    run(work, batch_tokens=100)
+    assert batches_before[0] <= 2 and len(first.batches) == 100
+
+
 def test_the_queue_is_bounded() -> None:
     model = Held(is_held=True)
 
