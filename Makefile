@@ -36,12 +36,16 @@ $(STAMP): $(VENV)/.python $(SOURCES)
 demo: $(STAMP)
 	$(BIN)/pruned-trainer demo --out build/demo --overwrite
 
+# A file of tests stays in one process, because its fixtures are made once a process.
+ON_ALL_CORES := -n auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q $(ON_ALL_CORES)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # The same with every case of the CUDA kernels in the emulator, and every Triton configuration in every dtype.
 test-all: $(STAMP)
-	PRUNED_OPS_TEST_ALL=1 PRUNED_OPS_COMPILE_ALL=1 $(BIN)/python -m pytest -q
+	PRUNED_OPS_TEST_ALL=1 PRUNED_OPS_COMPILE_ALL=1 $(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -79,7 +83,7 @@ $(VENV4)/.installed: $(STAMP)
 	touch $@
 
 test-transformers4: $(VENV4)/.installed
-	PRUNED_OPS_TRANSFORMERS5="$(abspath $(BIN)/python)" PYTHONPATH=.:python $(VENV4)/bin/python -m pytest -q \
+	PRUNED_OPS_TRANSFORMERS5="$(abspath $(BIN)/python)" PYTHONPATH=.:python $(VENV4)/bin/python -m pytest -q $(ON_ALL_CORES) \
 		tests/models/test_modeling.py tests/runtime/test_optimize.py tests/checkpoints/test_importing.py \
 		tests/models/test_transformers4.py tests/runtime/test_sentence_transformers.py tests/checkpoints/test_int8_checkpoints.py
 

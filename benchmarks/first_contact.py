@@ -160,7 +160,7 @@ def loading(python: str, dry: bool) -> list[Part]:
 def tests(python: str, names: Sequence[str], seconds: float, out: Path) -> Part:
     """pytest on all cores, where pytest-xdist is there; tests with a time limit after that, alone."""
     pytest = [python, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *names]
-    spread = ["-n", "8", "--dist", "worksteal"] if find_spec("xdist") else []
+    spread = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
     report = [f"--junitxml={out / 'tests.xml'}"]
     return Part(
         "tests",

@@ -7,7 +7,13 @@ import tempfile
 from typing import Any
 
 import pytest
-import torch
+
+# Two processes of tests on two cores: threads of one would wait for those of the other at every barrier. The
+# tests of threads set their number themselves.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 # Without a GPU Triton's kernels are tested in its interpreter; the switch comes before their import.
 if not torch.cuda.is_available():

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,10 @@ from emulated import Emulated, missing
 from inputs import LENGTHS, arguments_for, attention_arguments, constant_rows, cu_seqlens, generator, randn
 from numerics import in_fp64, within_budget
 from pruned_ops.ops.registry import OPS
+from thorough import EVERYTHING
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"cuda_on_host: {missing()}")
 
-EVERYTHING = os.environ.get("PRUNED_OPS_TEST_ALL", "0") != "0"
 ORDERS = ["ascending", "descending", "random"]
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = {

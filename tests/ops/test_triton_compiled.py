@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from thorough import only_in_test_all
+
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a program, in bytes (CUDA programming guide)
 
@@ -114,6 +116,7 @@ def test_how_many_programs_a_multiprocessor_holds() -> None:
     assert Compiled(16, 0, 0, False).programs(warps=1, target=90) == 32
 
 
+@only_in_test_all
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it is measured instead")
 def test_the_page_of_bounds() -> None:
     """Bounds and what the compiled kernels take, called so; no word of a result."""

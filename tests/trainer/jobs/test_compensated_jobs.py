@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,11 @@ def saved(out: Path) -> dict[str, torch.Tensor]:
 
 def test_a_job_compensates_as_it_is_told(settings: PruneSettings, capsys: pytest.CaptureFixture[str]) -> None:
     """The same choice each time; the decision says what was done, and without any it is plain compaction."""
-    losses, outs = {}, {}
+    outs = {}
     for method in ("none", "bias", "least-squares", "auto"):
         one = variant(settings, method, compensate=method)
-        losses[method], outs[method] = prune(one)["f1_span_loss"], one.out
+        prune(one)
+        outs[method] = one.out
     decisions = {method: Decision.load(out / "decision.json") for method, out in outs.items()}
     assert len({decision.layers for decision in decisions.values()}) == 1
     assert decisions["none"].compensation == {}
@@ -42,8 +44,9 @@ def test_a_job_compensates_as_it_is_told(settings: PruneSettings, capsys: pytest
     assert all(torch.equal(tensor, plain[name]) for name, tensor in saved(outs["none"]).items())
     changed = {name for name, tensor in saved(outs["bias"]).items() if not torch.equal(tensor, plain[name])}
     assert changed and all(name.endswith("output.dense.bias") for name in changed)
-    assert losses["auto"] < losses["none"] - 5
-    assert "compensated: " in capsys.readouterr().out
+    chosen = re.findall(r"compensated: .*; loss ([0-9.]+) to ([0-9.]+)", capsys.readouterr().out)
+    assert len(chosen) == 1  # `auto` alone measures what it chooses by
+    assert float(chosen[0][1]) < float(chosen[0][0]) - 1
 
 
 def test_the_compact_command_compensates(settings: PruneSettings, tmp_path: Path) -> None:
