@@ -26,6 +26,8 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds of a whole call.
 TOTAL = {"first": 540, "second": 240}
+# A dry run may take so many times as long: it shows that every part works, on whatever else the CPU does.
+PATIENCE = 8
 # Seconds in which a part that was interrupted may print what it has, before it is killed.
 GRACE = 15
 # The share of a part's time that its first command gets, where another runs behind it.
@@ -150,7 +152,7 @@ def build_environment(python: str) -> dict[str, str]:
 
 def loading(python: str, dry: bool) -> list[Part]:
     """Shows what loads; before it, the build, where no extension is there that loads."""
-    info = Part("load", [python, "-m", "pruned_ops.cli", "info"], 60)
+    info = Part("load", [python, "-m", "pruned_ops.cli", "info"], 60 * (PATIENCE if dry else 1))
     if dry or loads(python):
         return [info]
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
@@ -200,13 +202,13 @@ def sanitized(python: str) -> Part:
 
 
 def first(python: str, dry: bool, out: Path) -> list[Part]:
-    device = "cpu" if dry else "cuda"
+    device, times = ("cpu", PATIENCE) if dry else ("cuda", 1)
     return [
         *loading(python, dry),
-        tests(python, DRY_TESTS if dry else GPU_TESTS, 130, out),
-        kernels(python, device, 3, out),
+        tests(python, DRY_TESTS if dry else GPU_TESTS, 130 * times, out),
+        kernels(python, device, 3 * times, out),
         models(
-            python, dry, 2, out,
+            python, dry, 2 * times, out,
             ["fixed384-b32", "fixed384-b1", "fixed128-b1", "lengths48-384-b32", "fixed128-b8"],
             ["hf", "hf-graphed", "varlen"],
         ),
@@ -218,12 +220,13 @@ def second(python: str, dry: bool, out: Path, failed: Path | None) -> list[Part]
     failed = failed or out.parent / "first" / FAILED_TESTS
     names = failed.read_text("utf-8").split("\n") if failed.exists() else []
     names = [name for name in names if name] or list(DRY_TESTS if dry else MOST_TELLING_TESTS)
+    device, times = ("cpu", PATIENCE) if dry else ("cuda", 1)
     parts = [
         *loading(python, dry),
-        tests(python, names, 60, out),
-        kernels(python, "cpu" if dry else "cuda", 1, out, "--only-times"),
+        tests(python, names, 60 * times, out),
+        kernels(python, device, 1 * times, out, "--only-times"),
         models(
-            python, dry, 0.8, out,
+            python, dry, 0.8 * times, out,
             ["fixed384-b32", "fixed384-b1", "lengths48-384-b32", "offline-sorted-b32"], ["varlen"],
         ),
     ]  # fmt: skip
@@ -262,12 +265,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, python, start = arguments.out.resolve() / arguments.part, sys.executable, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     dry = arguments.device == "cpu"
+    total = TOTAL[arguments.part] * (PATIENCE if dry else 1)
     parts = (
         first(python, dry, out) if arguments.part == "first" else second(python, dry, out, arguments.failed)
     )
     outcomes: list[Outcome] = []
     for part in parts:
-        left = TOTAL[arguments.part] - GRACE - (time.monotonic() - start)
+        left = total - GRACE - (time.monotonic() - start)
         print(
             f"--- {part.name}: at most {min(part.seconds, left):.0f} s: {' '.join(part.command)}", flush=True
         )
