@@ -161,8 +161,9 @@ def _length(tokenizer: Any, config: Any, set_one: int | None = None) -> int:
 
 
 def _loaded(auto_class: Any, folder: Path) -> Any:
-    """The model in a folder, in fp32."""
-    return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False).float()
+    """The model in a folder, in fp32, or in int8 where it was saved so."""
+    model = auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return model if getattr(model, "is_quantized", False) else model.float()
 
 
 def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
@@ -213,7 +214,7 @@ def _classifier(folder: Path, source: str, name: str, loading: Loading, contents
 
 
 def _question_answering(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
-    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    model, tokenizer = load_model(str(folder), takes_int8=True), load_tokenizer(str(folder))
     encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
     loading.prepare(model, encoder)
     answerer = QuestionAnswerer(model, tokenizer, dtype=loading.dtype)

@@ -14,7 +14,18 @@ import pruned_ops
 from pruned_ops import cli
 
 ROOT = Path(pruned_ops.__file__).parents[1]
-COMMANDS = ("info", "latency-table", "import", "export", "quantize", "ask", "serve", "check", "bench")
+COMMANDS = (
+    "info",
+    "latency-table",
+    "import",
+    "export",
+    "trim-vocabulary",
+    "quantize",
+    "ask",
+    "serve",
+    "check",
+    "bench",
+)
 # The installed script's way in, with modules that cannot be imported.
 START = """
 import sys

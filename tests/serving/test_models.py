@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertForMaskedLM
+from transformers import AutoModel, BertForMaskedLM
 
 for package in ("fastapi", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
+import pruned_ops  # noqa: E402
 from inputs import READY, stock_model  # noqa: E402
 from matching import save_checkpoint  # noqa: E402
 from pruned_ops.cli import main  # noqa: E402
@@ -21,7 +22,7 @@ from pruned_ops.serving.folders import contents_of  # noqa: E402
 from pruned_ops.serving.models import Loading, load, load_all  # noqa: E402
 from pruned_ops.serving.refusals import Refusal  # noqa: E402
 from served import loaded, saved  # noqa: E402
-from tiny_tokenizers import words  # noqa: E402
+from tiny_tokenizers import word_tokenizer, words  # noqa: E402
 
 TEXTS = [words(3), words(40), "w5  w6", words(11)]
 HERE = Loading(device="cpu")
@@ -119,6 +120,19 @@ def test_int8_with_calibration_texts(tmp_path: Path) -> None:
     found, expected = np.stack(served.compute(sequences)), np.stack(exact.compute(sequences))
     assert not (found == expected).all()
     assert np.linalg.norm(found - expected) <= 0.05 * np.linalg.norm(expected)
+
+
+def test_a_checkpoint_in_int8(tmp_path: Path) -> None:
+    """It is served as it is, bit for bit what `dtype="int8"` makes of the fp32 one."""
+    if "cpu" not in READY:
+        pytest.skip("pruned_ops._C is not built")
+    (folder,) = saved(tmp_path, "embedder")
+    pruned_ops.optimize(AutoModel.from_pretrained(folder), dtype="int8").save_pretrained(tmp_path / "int8")
+    word_tokenizer(96).save_pretrained(tmp_path / "int8")
+    stored = load(str(tmp_path / "int8"), "a", HERE)
+    made = load(folder, "b", Loading(device="cpu", dtype="int8"))
+    sequences = stored.encoder.encode(TEXTS, cut=True)
+    assert (np.stack(stored.compute(sequences)) == np.stack(made.compute(sequences))).all()
 
 
 def test_texts_are_cut_or_refused(tmp_path: Path) -> None:
