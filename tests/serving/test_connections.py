@@ -28,33 +28,12 @@ import numpy as np  # noqa: E402
 from inputs import SUPPORT  # noqa: E402
 from pruned_ops.serving.limits import Limits  # noqa: E402
 from pruned_ops.serving.models import Loading, load_all  # noqa: E402
-from served import HUNG, loaded, saved, served  # noqa: E402
+from served import HUNG, Slow, loaded, saved, served  # noqa: E402
 from tiny_tokenizers import words  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HEAD = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BODY = b'{"inputs": "w1"}'
-
-
-class Slow:
-    """Stands in for an embedder that computes for as long as it is told to."""
-
-    name, kind, source, prompts, dimension = "slow", "embedder", "slow", {}, 2
-    pooling, labels, notes = "mean", (), ()
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.is_asked, self.may_answer = threading.Event(), threading.Event()
-        self.encoder = self
-
-    def encode(self, texts: list[str], cut: bool, side: str) -> list[str]:
-        return texts
-
-    def compute(self, texts: list[str]) -> list[Any]:
-        self.texts += texts
-        self.is_asked.set()
-        assert self.may_answer.wait(HUNG)
-        return [np.ones(2, dtype=np.float32) for _ in texts]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import BertForSequenceClassification, BertModel
 
@@ -65,6 +66,27 @@ def saved(folder: Path, *names: str) -> list[str]:
 def loaded(folder: Path, *names: str, loading: Loading | None = None) -> dict[str, Served]:
     """These models as a server holds them."""
     return load_all(saved(folder, *names), loading or Loading(device="cpu"))
+
+
+class Slow:
+    """Stands in for an embedder that computes for as long as it is told to."""
+
+    name, kind, source, prompts, dimension = "slow", "embedder", "slow", {}, 2
+    pooling, labels, notes = "mean", (), ()
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+        self.encoder = self
+
+    def encode(self, texts: list[str], cut: bool, side: str) -> list[str]:
+        return texts
+
+    def compute(self, texts: list[str]) -> list[Any]:
+        self.texts += texts
+        self.is_asked.set()
+        assert self.may_answer.wait(HUNG)
+        return [np.ones(2, dtype=np.float32) for _ in texts]
 
 
 class Running(NamedTuple):

@@ -1,0 +1,55 @@
+"""The clients of benchmarks/bench_serve.py: they count every request, and lose none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+for package in ("fastapi", "prometheus_client"):
+    pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
+
+from pruned_ops.serving.limits import Limits  # noqa: E402
+from served import Slow, served  # noqa: E402
+from serving.load import Load, Target, closed_loop, open_loop  # noqa: E402
+
+
+def test_the_loops_count_what_is_answered_and_refused() -> None:
+    slow = Slow()
+    slow.may_answer.set()
+    with served({"slow": slow}, Limits(requests=1)) as (url, *_):
+        target = Target(url, "/embed")
+        requests = [target.request(json.dumps({"inputs": [text]}).encode()) for text in ("w1", "w2")]
+        one = closed_loop(target, requests, 1, 0.1)
+        assert set(one.statuses) == {200} and one.statuses[200] == len(one.seconds) == len(slow.texts)
+        assert set(slow.texts) == {"w1", "w2"} and 0 < one.ms(50) <= one.ms(99)
+        many = open_loop(target, requests, 500.0, 0.2)
+        assert set(many.statuses) <= {200, 429} and 50 < many.statuses.total() < 200
+        wrong = closed_loop(target, [target.request(b"{}")], 1, 0.01)
+        assert set(wrong.statuses) == {422} and wrong.requests_per_s == 0
+
+
+def test_who_is_not_answered_is_lost() -> None:
+    load = closed_loop(Target("http://127.0.0.1:9", "/embed"), [b""], 1, 0.01)
+    assert set(load.statuses) == {0}
+
+
+def test_texts_and_rows(tmp_path: Path) -> None:
+    from bench_serve import LONGEST, SHORTEST, TEXTS, requests_of, row, texts_of
+
+    words = {f"{first}{second}": 0 for first in "abcde" for second in "fghij"} | {"##x": 0, "[CLS]": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    texts = texts_of(tmp_path)
+    lengths = [len(text.split()) for text in texts]
+    assert len(texts) == TEXTS and min(lengths) >= SHORTEST and max(lengths) <= LONGEST
+    assert texts == texts_of(tmp_path) and set(" ".join(texts).split()) <= set(words)
+    for path, field in (("/embed", "inputs"), ("/v1/embeddings", "input")):
+        asked = requests_of(Target("http://127.0.0.1:9", path), texts, 4, "minilm")
+        assert len(asked) == TEXTS // 4
+        assert json.loads(asked[1].partition(b"\r\n\r\n")[2])[field] == texts[4:8]
+    load = Load(seconds=[0.1, 0.2], took=2.0, memory=[5_000_000, 7_000_000])
+    load.statuses.update({200: 2, 429: 3, 0: 1})
+    line = row("ours", "closed", load, 4)
+    assert (line["answered"], line["refused"], line["lost"]) == (2, 3, 1)
+    assert (line["requests_per_s"], line["texts_per_s"], line["mb_most"]) == (1.0, 4.0, 7.0)
