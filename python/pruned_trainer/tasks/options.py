@@ -76,4 +76,6 @@ class TaskOptions:
     @classmethod
     def of(cls, settings: Any) -> TaskOptions:
         """The options among a run's settings, which have these names there."""
-        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)})
+        values = {f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)}
+        columns = values.get("text_columns")
+        return cls(**{**values, "text_columns": None if columns is None else tuple(columns)})

@@ -4,6 +4,7 @@ before any training."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import (
     BertModel,
 )
 
-from pruned_trainer.cli import main
+from jobs import killed, same_end
+from pruned_trainer.cli import main, parse, settings_of
+from pruned_trainer.jobs.prune import prune
 from text_files import CUT, checkpoint, classified, scored, write_rows
 
 PRUNE = ("--macs", "0.6", "--gate-steps", "4", "--retrain-steps", "4", "--batch-size", "8", *CUT)
@@ -261,6 +264,16 @@ def test_prune_without_labels(classifier: Path, tmp_path: Path, capsys: pytest.C
     low, high = report["agreement_loss_interval"]
     assert low <= report["agreement_loss"] <= high and report["evaluated_on"]["texts"] == 5
     assert report["evaluated_on"]["file"] == "held-out validation texts"
+
+
+def test_a_killed_run_goes_on(classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same weights, bit for bit, as the run that nobody killed."""
+    whole = settings_of(parse(arguments(classifier, tmp_path / "whole", "--save-steps", "2")))
+    prune(whole)
+    broken = replace(whole, out=tmp_path / "broken")
+    killed(broken, "retrain", 3, monkeypatch)
+    prune(replace(broken, resume=True))
+    same_end(whole.out, broken.out)
 
 
 def test_sweep_and_report(classifier: Path, tmp_path: Path) -> None:
