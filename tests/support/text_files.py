@@ -72,17 +72,17 @@ def checkpoint(folder: Path, model_class: Any, **fields: Any) -> Path:
 
 
 def tagged(count: int, seed: int) -> list[dict[str, Any]]:
-    """Sentences in words; w0 to w3 begin an entity of type a, or of type b after w4; w5 goes on with it."""
+    """Sentences in words; w0 to w3 begin an entity of type a, w4 and w5 of type b; w6 to w9 go on."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
         words = [rng.randrange(WORDS) for _ in range(10)]
         tags: list[str] = []
-        for place, word in enumerate(words):
-            if word < 4:
-                tags.append("B-b" if place and words[place - 1] == 4 else "B-a")
+        for word in words:
+            if word < 6:
+                tags.append("B-a" if word < 4 else "B-b")
             else:
-                tags.append(f"I-{tags[-1][2:]}" if word == 5 and place and tags[-1] != "O" else "O")
+                tags.append(f"I-{tags[-1][2:]}" if word < 10 and tags and tags[-1] != "O" else "O")
         rows.append({"tokens": [f"w{word}" for word in words], "tags": tags})
     return rows
 

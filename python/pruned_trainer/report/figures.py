@@ -48,8 +48,9 @@ DARK = {
     "fourth": "#2fd0a0",
     "fifth": "#f5cc50",
 }
-# Colours and markers of our series and of others' series, in turn.
-_OURS = (("first", "o"), ("second", "s"))
+# Colours and markers of our series and of others' series, in turn. Where ours are three, no others stand
+# beside them.
+_OURS = (("first", "o"), ("second", "s"), ("third", "D"))
 _THEIRS = (("third", "D"), ("fourth", "^"), ("fifth", "s"))
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -254,8 +255,8 @@ def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) 
 
 
 def _draw_own(axes: Axes, line: Line, joined: bool, number: int) -> ErrorbarContainer:
-    """Draw one of our lines; number: its place among them, 0 or 1."""
-    colour, marker = _OURS[number]
+    """Draw one of our lines; number: its place among them."""
+    colour, marker = _OURS[number % len(_OURS)]
     ends = line.ends or [(y, y) for y in line.y]
     # A point may lie outside of its interval, and a bar has no negative length.
     below = [max(y - low, 0.0) for y, (low, _) in zip(line.y, ends, strict=True)]
