@@ -97,7 +97,7 @@ def test_engine(benchmark: Any, part: str) -> None:
         "intermediate_size": 16,
     }
     model: Any = pruned_ops.optimize(BertForQuestionAnswering(BertConfig(**sizes)).eval())
-    encoder = model.bert
+    encoder = model.bert.packed
     encoder.engine = Engine(encoder, recorder=Nothing())
     ids = torch.ones(1, 8, dtype=torch.long)
     batch = PackedBatch.from_mask(None, 1, 8, ids.device)

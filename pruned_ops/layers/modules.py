@@ -286,6 +286,12 @@ class PrunedEncoder(nn.Module):
             laid_out.weight_of(part, linear) if laid_out.holds_alone(part, linear) else module.weight.detach()
         )
 
+    def read(self, part: int, linear: int, name: str) -> Tensor:
+        """The tensor in which the kernels read the weight or the bias of a linear, as `name` says."""
+        if self._laid_out is not None:
+            return self._laid_out.read(part, linear, name)
+        return self.parts[part].linears[linear].get_parameter(name)
+
     def unpack(self) -> None:
         """Undo `pack`: the linears hold and use their own weights again."""
         laid_out, layout = self._laid_out, self._layout

@@ -125,6 +125,10 @@ class PanelWeights:
         panels, bias = self.weights[PART_TENSORS * part + 2 * linear :][:2]
         return None if panels.is_floating_point() else bias[1]
 
+    def read(self, part: int, linear: int, name: str) -> Tensor:
+        """The tensor in which a linear's weight or bias is read, as `name` says."""
+        return self.weights[PART_TENSORS * part + 2 * linear + (name == "bias")]
+
     def holds_alone(self, part: int, linear: int) -> bool:
         """Whether a linear's own weight is not needed beside this layout."""
         return self._is_exact[2 * part + linear]
@@ -174,6 +178,12 @@ class AlignedWeights:
         first, second = self.parts[part].linears
         aligned = self.weights[part][linear]
         return aligned[:, : second.in_features] if linear else aligned[: first.out_features]
+
+    def read(self, part: int, linear: int, name: str) -> Tensor:
+        """The tensor in which a linear's weight or bias is read, as `name` says."""
+        if name == "weight":
+            return self.weights[part][linear]
+        return self.parts[part].linears[1].bias if linear else self.biases[part]
 
     def holds_alone(self, part: int, linear: int) -> bool:
         """Whether the weight of a linear lies here as a copy."""

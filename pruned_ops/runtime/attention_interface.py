@@ -7,12 +7,14 @@ padded either.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from pruned_ops import ops
@@ -78,7 +80,66 @@ def _refusal(
     return None
 
 
+def refuse_class(kind: type[PreTrainedModel]) -> str | None:
+    """Why a model of this class would ignore the name, and run its own attention; None if it asks the
+    interface.
+
+    transformers looks at the class's source for this, and only logs a warning."""
+    if not REGISTERED:
+        return f"it is for transformers 5, and this is transformers {transformers.__version__}"
+    if not kind._can_set_attn_implementation():
+        return f"{kind.__name__} does not ask for its attention by name, and would run its own"
+    return None
+
+
+def _check(kind: type[PreTrainedModel]) -> None:
+    refusal = refuse_class(kind)
+    if refusal is not None:
+        raise ValueError(
+            f"attn_implementation={NAME!r} cannot be used here: {refusal}; for BERT and RoBERTa, stock or "
+            "pruned, there is pruned_ops.optimize(model)"
+        )
+
+
+def _asked_for(model: PreTrainedModel, requested: Any) -> Iterator[PreTrainedModel]:
+    """The models in `model`, itself among them, that `set_attn_implementation(requested)` gives our name."""
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if requested == NAME:
+        yield from inner
+    elif isinstance(requested, dict):
+        named = [
+            getattr(model.config, key) if key else model.config for key in requested if requested[key] == NAME
+        ]
+        yield from (module for module in inner if any(module.config is config for config in named))
+
+
+def _refuse_in_silence() -> None:
+    """Let transformers ask `_check` wherever it is given our name: as a model is made, and later."""
+    transformers_model: Any = PreTrainedModel
+    get_correct = transformers_model.get_correct_attn_implementation
+    set_implementation = transformers_model.set_attn_implementation
+
+    @functools.wraps(get_correct)
+    def get_correct_attn_implementation(
+        self: Any, requested_attention: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if requested_attention == NAME:
+            _check(type(self))
+        return get_correct(self, requested_attention, *args, **kwargs)
+
+    @functools.wraps(set_implementation)
+    def set_attn_implementation(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        for model in _asked_for(self, attn_implementation):
+            _check(type(model))
+        return set_implementation(self, attn_implementation, *args, **kwargs)
+
+    transformers_model.get_correct_attn_implementation = get_correct_attn_implementation
+    transformers_model.set_attn_implementation = set_attn_implementation
+
+
 # transformers 4 would accept the name for BERT, but run its own attention. So it is not registered there.
-if int(transformers.__version__.split(".")[0]) >= 5:
+REGISTERED = int(transformers.__version__.split(".")[0]) >= 5
+if REGISTERED:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, padding_mask)
+_refuse_in_silence()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.ops.registry import is_watched, record, replayed
+from pruned_ops.runtime.arrivals import ForkLock
 from pruned_ops.runtime.graph_inputs import Bucket, GraphInputs
 from pruned_ops.runtime.packed_heads import Outputs, PackedHead
 from pruned_ops.shape import checked_int
@@ -61,7 +61,7 @@ class Recorder(Protocol):
 
 
 # torch captures one graph at a time in a process, whatever the threads, devices and models.
-_CAPTURE = Lock()
+_CAPTURE = ForkLock()
 
 
 class CudaGraphs:
@@ -237,7 +237,7 @@ class Engine:
 
     def _reset(self) -> None:
         self.stats = EngineStats()
-        self._lock = Lock()
+        self._lock = ForkLock()
         self._recorder = self.recorder  # the one in use; on a GPU the first capture makes CUDA's
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # on which CUDA's recorders capture
         self._graphs: OrderedDict[tuple[Bucket, int], _Graph] = OrderedDict()

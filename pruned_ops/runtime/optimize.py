@@ -228,12 +228,14 @@ def _restore(model: nn.Module) -> Any:
 
 
 @contextmanager
-def optimized(model: nn.Module) -> Iterator[Any]:
-    """`with optimized(model) as fast:` runs packed inside the block. After it the model is as before."""
+def optimized(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
+    """`with optimized(model) as fast:` runs packed inside the block. After it the model is as before.
+
+    dtype, and errors: as for `optimize`. A model that is optimised already stays as it is."""
     if packed_encoders(model):
         yield model  # whoever optimised it will restore it
         return
-    fast = optimize(model)
+    fast = optimize(model, dtype)
     try:
         yield fast
     finally:

@@ -25,6 +25,7 @@ from pruned_ops.models.inputs import packed_inputs, returned
 from pruned_ops.models.stock import ENCODERS, QKV, encoder_shape, stock_parts
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
+from pruned_ops.runtime.replaced import forwards_of, give_back, refuse, replace
 
 # Held while an encoder is optimised, moved or restored, in any thread. Forwards do not take it.
 CHANGING = RLock()
@@ -61,6 +62,7 @@ class PackedEncoder(nn.Module):
         self.embeddings = original.embeddings
         self.pooler = getattr(original, "pooler", None)
         self.encoder = _laid_out(original, None if int8 and not self.stored_int8 else ())
+        self._forwards = forwards_of(original)
         self._waiting: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
@@ -87,11 +89,13 @@ class PackedEncoder(nn.Module):
                 seal(parameter, rows)
                 if nothing is not None and not free(parameter, nothing):
                     self._waiting.append((parameter, nothing))
+            replace(original)
         except BaseException:
             self._waiting = []
             for parameter, values in held:
                 if isinstance(parameter, ReleasedParameter):
                     unseal(parameter, values)
+            give_back(original)
             raise
 
     def release_rest(self) -> None:
@@ -124,6 +128,10 @@ class PackedEncoder(nn.Module):
         """
         self._refuse_arguments(unsupported, output_attentions, inputs_embeds)
         self._refuse_autocast()
+        if not torch.compiler.is_compiling():
+            for kind, forward in self._forwards:
+                if kind.forward is not forward:
+                    refuse(kind, "another forward for the class")
         if self._waiting:
             self.release_rest()
         if output_hidden_states is None:
@@ -284,7 +292,7 @@ def int8_sources(encoder: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def _taken(original: Any, stack: PrunedEncoder) -> Iterator[tuple[nn.Parameter, Rows]]:
-    """The encoder's own parameters whose values lie elsewhere in the stack, and where."""
+    """The encoder's own parameters that the kernels do not read, and where the stack has their values."""
     for i, (packed, stock) in enumerate(zip(stack.layers, original.encoder.layer, strict=True)):
         sources = dict(_sources(packed, stock))
         linears = [(part, linear) for part in (0, 1) for linear in (0, 1)]
@@ -295,7 +303,10 @@ def _taken(original: Any, stack: PrunedEncoder) -> Iterator[tuple[nn.Parameter, 
                 for source in sources[module]:
                     own, held = source.get_parameter(name), module.get_parameter(name)
                     last = first + own.size(0)
-                    if type(own) is nn.Parameter and own.data_ptr() != held.data_ptr():
+                    address = own.data_ptr()
+                    if type(own) is nn.Parameter and not (
+                        address == held.data_ptr() == stack.read(2 * i + part, linear, name).data_ptr()
+                    ):
                         yield own, Rows(stack, 2 * i + part, linear, name, first, last)
                     first = last
 
@@ -324,6 +335,14 @@ class OptimisedEncoder(nn.Module):
         if packed is None:  # another thread has restored it since this was called
             return type(self).forward(self, *inputs, **others)
         return packed(*inputs, **others)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("config", "embeddings", "encoder", "pooler") and getattr(self, name, None) is not value:
+            raise RuntimeError(
+                f"an optimised encoder would go on with the {name} that it was optimised with: call "
+                "pruned_ops.restore(model) before setting another"
+            )
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Any:
         """Stay in evaluation mode. Errors: RuntimeError for `train(True)`."""
@@ -429,6 +448,7 @@ def _give_back(encoder: Any) -> None:
     values = [None if parameter in waiting else _values(parameter) for parameter in released]
     for parameter, value in zip(released, values, strict=True):
         unseal(parameter, value)
+    give_back(encoder)
     encoder.packed._waiting = []
 
 

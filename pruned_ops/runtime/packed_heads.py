@@ -250,7 +250,7 @@ def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     return rows.masked_fill((first == end)[:, None], 0.0)
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def _is_hooked(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
@@ -299,7 +299,8 @@ def _before(
     _refuse_labels(arguments)
     if isinstance(module, TextHead.stock_classes):
         _refuse_left_padding(module, arguments)
-    if head is not None and head.computes():
+    # A hook of the encoder sees, and may change, padded states.
+    if head is not None and head.computes() and not _is_hooked(module.base_model):
         kwargs = {**kwargs, "head_run": HeadRun(head)}
     return args, kwargs
 

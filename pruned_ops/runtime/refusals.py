@@ -17,7 +17,7 @@ from pruned_ops.models.stock import ENCODERS, QKV, stock_parts
 
 _CAPTURING = "transformers.utils.output_capturing"
 # Attributes of modules that change nothing in inference, or that are looked at elsewhere.
-_WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = frozenset(
     "dropout_prob gradient_checkpointing inplace layer_idx p scale_grad_by_freq sparse training".split()
 )
 
@@ -76,14 +76,14 @@ def _refuse_changed_forward(encoder: nn.Module) -> str | None:
         if "forward" in module.__dict__:
             return f"the forward of its {name} was replaced, and would not run"
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if not all(_is_harmless(hook) for hook in hooks):
+        if not all(is_harmless(hook) for hook in hooks):
             return f"its {name} has forward hooks, which would not run (gates still attached?)"
         if name.partition(".")[0] != "pooler" and _is_patched(type(module)):
             return f"the forward of {type(module).__name__}, the class of its {name}, was replaced"
     return None
 
 
-def _is_harmless(hook: Any) -> bool:
+def is_harmless(hook: Any) -> bool:
     """Whether this hook of transformers changes nothing in inference: it collects hidden states for its own
     forward, which does not run here, or asks for gradients (gradient checkpointing)."""
     asks_for_gradients = getattr(hook, "__name__", "") == "make_inputs_require_grads"
@@ -144,7 +144,7 @@ def _refuse_module(name: str, module: nn.Module, known: nn.Module) -> str | None
             label = f"{kind.__module__}.{label}"
         return f"{place} is a {label}, not the {type(known).__name__} of the config{_way_out(module)}"
     for attribute, value in vars(known).items():
-        if attribute.startswith("_") or attribute in _WITHOUT_EFFECT:
+        if attribute.startswith("_") or attribute in WITHOUT_EFFECT:
             continue
         if attribute == "padding_idx" and kind is nn.Embedding:
             continue  # it matters for gradients alone

@@ -13,6 +13,7 @@ from transformers import BertModel
 
 import pruned_ops
 from counting import CustomHead, RowCounter
+from head_models import stock as stock_classifier
 from inputs import MODELS, READY, logits, padded_batch, pruned_model, stock_model
 from pruned_ops import LayerShape
 from pruned_ops.models.encoder import PrunedPreTrainedModel
@@ -303,6 +304,25 @@ def test_export(kind: str, optimised: bool, tmp_path: Path) -> None:
     program = exported(model, padded_batch(LENGTHS[0], model.config.pad_token_id))
     torch.export.save(program, tmp_path / "model.pt2")
     check(torch.export.load(tmp_path / "model.pt2").module(), model, LENGTHS)
+
+
+@pytest.mark.parametrize("way", ["export", "compile"])
+def test_a_traced_classifier(way: str) -> None:
+    """A label for each text is read from its first token: BERT's through its pooler, RoBERTa's without one.
+    Texts of other numbers and lengths than those that were traced, one without a token among them."""
+    model = pruned_ops.optimize(stock_classifier("bert" if way == "export" else "roberta", "sequence"))
+    pad = model.config.pad_token_id
+    torch._dynamo.reset()
+    if way == "export":
+        traced = exported(model, padded_batch(LENGTHS[0], pad)).module()
+    else:
+        traced = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seed, lengths in enumerate(LENGTHS[:3]):
+        batch = padded_batch(lengths, pad, seed)
+        with torch.no_grad(), record() as ran:
+            found, expected = traced(**batch).logits, model(**batch).logits
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+        assert found.shape == (len(lengths), 3) and sum(ran["embed_layer_norm"].values()) == 2
 
 
 @pytest.mark.parametrize("optimised", [False, True], ids=["padded", "optimised"])

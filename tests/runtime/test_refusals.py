@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, pipeline
 
 import pruned_ops
-from inputs import padded_batch, randn, stock_model
+from inputs import logits, padded_batch, randn, stock_model
 from pruned_ops.models.encoder import PrunedPreTrainedModel
+from tiny_tokenizers import word_tokenizer
 
 
 def test_a_refusal_leaves_everything_as_it_was() -> None:
@@ -56,6 +58,112 @@ def test_other_models_are_refused() -> None:
     hooked.bert.encoder.layer[0].output.dense.register_forward_pre_hook(lambda *_: None)
     with pytest.raises(ValueError, match="encoder.layer.0.output.dense has forward hooks"):
         pruned_ops.optimize(hooked)
+
+
+class Lora(nn.Linear):
+    """Stands in for an adapter library's linear."""
+
+    __module__ = "peft.tuners.lora.layer"
+
+
+class Quantised(nn.Linear):
+    """Stands in for a quantisation library's linear."""
+
+    __module__ = "bitsandbytes.nn.modules"
+
+
+class MyBert(BertModel):
+    """A subclass that may change anything."""
+
+
+def with_dense(kind: type[nn.Linear]) -> Any:
+    """A model with a linear of this class in the place of one of its own."""
+    model = stock_model()
+    output = model.bert.encoder.layer[1].output
+    output.dense = kind(output.dense.in_features, output.dense.out_features)
+    return model
+
+
+def parametrized() -> Any:
+    model = stock_model()
+    nn.utils.parametrizations.weight_norm(model.bert.encoder.layer[1].output.dense)
+    return model
+
+
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "a string": (
+        lambda: "folder/of-a-model",
+        r"takes a model, and 'folder/of-a-model' is a string: load it first, for example "
+        r"AutoModelForQuestionAnswering.from_pretrained\('folder/of-a-model'\)",
+    ),
+    "nothing": (lambda: None, "takes a model, a torch.nn.Module, and this is a NoneType"),
+    "a class": (lambda: BertModel, "this is the class BertModel: make or load a model of it first"),
+    "a pipeline": (
+        lambda: pipeline("feature-extraction", model=stock_model().bert, tokenizer=word_tokenizer(90)),
+        "this is a FeatureExtractionPipeline around one: call optimize on its .model, which is changed in",
+    ),
+    "a subclass": (
+        lambda: nn.ModuleDict({"mine": MyBert(stock_model().config)}),
+        "mine, a MyBert, is a subclass of BertModel, and what it changes would not be computed: .* set its "
+        "__class__ to BertModel first",
+    ),
+    "a linear of peft": (
+        lambda: with_dense(Lora),
+        r"layer 1's output.dense is a Lora, .*merge the adapter first, model = model.merge_and_unload\(\)",
+    ),
+    "a quantised linear": (
+        lambda: with_dense(Quantised),
+        r"layer 1's output.dense is a Quantised, .*load the model without it \(optimize\(.*int8",
+    ),
+    "a parametrized linear": (
+        parametrized,
+        "layer 1's output.dense is a ParametrizedLinear, .*remove_parametrizations makes it plain again",
+    ),
+    "no text model": (lambda: nn.Linear(2, 2), "no BERT or RoBERTa encoder found in Linear; .*BertModel"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_model_to_optimize_is_named_with_the_way_out(kind: str) -> None:
+    make, message = WRONG[kind]
+    wrong = make()
+    with pytest.raises(ValueError, match=message) as refusal:
+        pruned_ops.optimize(wrong)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_ways_out_lead_out() -> None:
+    mine = MyBert(stock_model().config).eval()
+    mine.__class__ = BertModel
+    pruned_ops.optimize(mine)
+    model = parametrized()
+    dense = model.bert.encoder.layer[1].output.dense
+    nn.utils.parametrize.remove_parametrizations(dense, "weight")
+    pruned_ops.optimize(model)
+
+
+def test_a_real_lora_before_and_after_it_is_merged() -> None:
+    """On an adapted model, on one that is optimised already, and on the merged one."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: Lora above stands in for it")
+    settings = peft.LoraConfig(r=2, target_modules=["query", "output.dense"], init_lora_weights=False)
+    batch = padded_batch()
+    real = batch["attention_mask"].bool()
+    model = peft.get_peft_model(stock_model(), settings).eval()
+    with pytest.raises(
+        ValueError,
+        match=r"layer 0's attention.self.query is a peft.tuners.lora.layer.Linear, .*merge the adapter first",
+    ):
+        pruned_ops.optimize(model)
+    expected = logits(model, batch)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(
+        logits(pruned_ops.optimize(merged), batch)[real], expected[real], atol=1e-4, rtol=1e-4
+    )
+    fast = pruned_ops.optimize(stock_model())
+    before = logits(fast, batch)
+    with pytest.raises(RuntimeError, match=r"another query.*pruned_ops\.restore\(model\) first"):
+        peft.get_peft_model(fast, settings)
+    assert torch.equal(logits(fast, batch), before)
 
 
 def test_training_and_loading_are_refused(model: Any) -> None:

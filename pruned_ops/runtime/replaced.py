@@ -1,0 +1,172 @@
+"""The modules inside an optimised encoder, which computes what they would: whatever would change what they
+compute is refused, because the encoder would go on as before.
+
+A replaced module stays the object that it is and can be read and called. `replace` changes its class to one
+that looks at what is set in it, and `give_back` changes it back, so that no forward has to look for changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from torch import nn
+
+from pruned_ops.runtime.refusals import WITHOUT_EFFECT, is_harmless
+
+_MISSING = object()
+_DICTIONARIES = ("_parameters", "_modules")
+
+
+def refuse(kind: type[nn.Module], change: str) -> NoReturn:
+    """Raise RuntimeError for a change of a replaced module of this class."""
+    raise RuntimeError(
+        f"{change} of this {kind.__name__} would change nothing in an optimised model, which computes for "
+        "it: call pruned_ops.restore(model) first, and pruned_ops.optimize(model) after the change"
+    )
+
+
+class ReplacedModule(nn.Module):
+    """The part of a replaced module's class that comes before its own class.
+
+    Errors: RuntimeError for a hook, a submodule, a parameter, a forward or a setting that is set in it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_used = name in ("forward", "__class__") or isinstance(value, nn.Module)
+        if is_used or not _is_read(self) and (isinstance(value, nn.Parameter) or _is_setting(self, name)):
+            if getattr(self, name, _MISSING) is not value:
+                refuse(type(self), f"another {name}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if (
+            name in self._modules
+            or not _is_read(self)
+            and (name in self._parameters or _is_setting(self, name))
+        ):
+            refuse(type(self), f"a missing {name}")
+        super().__delattr__(name)
+
+    def register_forward_hook(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not is_harmless(hook):
+            refuse(type(self), "a forward hook")
+        return super().register_forward_hook(hook, *args, **kwargs)
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not is_harmless(hook):
+            refuse(type(self), "a forward hook")
+        return super().register_forward_pre_hook(hook, *args, **kwargs)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if self._modules.get(name, _MISSING) is not module:
+            refuse(type(self), f"another {name}")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if not _is_read(self):
+            if self._parameters.get(name, _MISSING) is not param:
+                refuse(type(self), f"another {name}")
+            return
+        super().register_parameter(name, param)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _copied, (_plain(type(self)),), self.__dict__
+
+
+def _is_read(module: nn.Module) -> bool:
+    """Whether this is one of the embeddings, whose parameters and settings are read at every forward."""
+    return not isinstance(module._parameters, _Entries)
+
+
+def _is_setting(module: nn.Module, name: str) -> bool:
+    """Whether this is an attribute that the module computes with."""
+    return name in module.__dict__ and not name.startswith("_") and name not in WITHOUT_EFFECT
+
+
+def _is_traced(*values: Any) -> bool:
+    """Whether tracing puts a tensor without values in, or takes it out again."""
+    from torch._subclasses.fake_tensor import is_fake  # slow to import, and seldom needed
+
+    return any(map(is_fake, values))
+
+
+class _Entries(dict[str, Any]):
+    """A replaced module's parameters or submodules: others are refused, also from code that goes past the
+    module's own methods, as `torch.func.functional_call` does."""
+
+    def __init__(self, entries: dict[str, Any], owner: type[nn.Module]) -> None:
+        super().__init__(entries)
+        self.owner = owner
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        present = self.get(name, _MISSING)
+        if value is not present and not _is_traced(value, present):
+            refuse(self.owner, f"another {name}")
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        refuse(self.owner, f"a missing {name}")
+
+    def pop(self, name: str, *default: Any) -> Any:
+        refuse(self.owner, f"a missing {name}")
+
+    def clear(self) -> None:
+        refuse(self.owner, "an end")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _Entries, (dict(self), self.owner)
+
+
+_REPLACED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _replaced(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of the replaced modules of a class. It bears that class's own name."""
+    if kind not in _REPLACED:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        _REPLACED[kind] = type(kind.__name__, (ReplacedModule, kind), names)
+    return _REPLACED[kind]
+
+
+def _plain(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a replaced module had."""
+    return next(base for base in kind.__mro__[1:] if base is not ReplacedModule)
+
+
+def _copied(kind: type[nn.Module]) -> nn.Module:
+    """A replaced module without its state, for copies and pickles."""
+    made = _replaced(kind)
+    return made.__new__(made)
+
+
+def replaced_modules(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The modules of an encoder that do not run while it is optimised: all but itself and its pooler."""
+    for name, module in encoder.named_modules():
+        if name and name.partition(".")[0] != "pooler":
+            yield module
+
+
+def replace(encoder: nn.Module) -> None:
+    """Refuse changes of the encoder's modules from now on."""
+    inside = set(encoder.get_submodule("encoder").modules())
+    for module in replaced_modules(encoder):
+        if not isinstance(module, ReplacedModule):
+            if module in inside:
+                for name in _DICTIONARIES:
+                    module.__dict__[name] = _Entries(module.__dict__[name], type(module))
+            module.__class__ = _replaced(type(module))
+
+
+def give_back(encoder: nn.Module) -> None:
+    """Undo `replace`."""
+    for module in replaced_modules(encoder):
+        if isinstance(module, ReplacedModule):
+            object.__setattr__(module, "__class__", _plain(type(module)))
+            for name in _DICTIONARIES:
+                if isinstance(module.__dict__[name], _Entries):
+                    module.__dict__[name] = dict(module.__dict__[name])
+
+
+def forwards_of(encoder: nn.Module) -> list[tuple[type[nn.Module], Any]]:
+    """The classes of an encoder's modules, each with its forward."""
+    kinds = dict.fromkeys(type(module) for module in replaced_modules(encoder))
+    return [(kind, kind.forward) for kind in kinds]
