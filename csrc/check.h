@@ -95,6 +95,7 @@ inline void cu_seqlens_type(const char* op, const at::Tensor& cu_seqlens, at::De
 // bounds: the batch + 1 values of cu_seqlens. Returns the number of tokens of the longest sequence.
 inline int64_t seqlens(const char* op, const int32_t* bounds, int64_t batch, int64_t tokens,
                        int64_t max_seqlen) {
+  TORCH_CHECK(max_seqlen >= 0, op, ": max_seqlen is ", max_seqlen, ", at least 0 is needed");
   TORCH_CHECK(bounds[0] == 0, op, ": cu_seqlens starts at ", bounds[0], ", not at 0");
   int64_t longest = 0;
   for (int64_t i = 0; i < batch; ++i) {

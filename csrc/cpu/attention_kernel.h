@@ -24,6 +24,11 @@ namespace pruned_ops::CPU_CAPABILITY {
 constexpr int64_t kKeyBlock = 512;
 static_assert(kKeyBlock % kPanel == 0 && kQueryBlock % kRegisterRows == 0);
 
+// Products of a score that are summed one after another. Each addition rounds at the size of the sum so far,
+// and where scores are in the hundreds their absolute errors become relative ones of the weights: shorter
+// chains err less, as those of the BLAS libraries do.
+constexpr int64_t kChain = 16;
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Where a thread's scratch is cut. Sizes are in floats; every part starts on a 64-byte line.
@@ -141,8 +146,7 @@ class AttentionWorker {
   void add_block(const float* queries, int64_t row, int64_t rows, int64_t key, int64_t keys) {
     const int64_t padded = round_up(keys, kLanes);
     float* context = context_ + row * layout_.context_width;
-    multiply_panels(rows, queries, args_.row_stride, keys_ + key * args_.head_dim, args_.head_dim * kPanel,
-                    args_.head_dim, scores_, kKeyBlock, padded, false);
+    score(queries, rows, keys_ + key * args_.head_dim, padded);
     exponentiate(row, rows, keys, padded, key == 0);
     // Panels of V are [seqlen][width]: the last may be narrow, and starts where the full ones end.
     const int64_t full = layout_.context_width / kPanel * kPanel;
@@ -150,6 +154,20 @@ class AttentionWorker {
                     layout_.context_width, full, key != 0);
     multiply_panels(rows, scores_, kKeyBlock, values_ + seqlen_ * full + key * kLanes, 0, keys,
                     context + full, layout_.context_width, layout_.context_width - full, key != 0);
+  }
+
+  // q k^T for a block of keys, in chains of kChain products.
+  void score(const float* queries, int64_t rows, const float* keys, int64_t padded) {
+    const int64_t full = padded / kPanel * kPanel;
+    for (int64_t channel = 0; channel < args_.head_dim; channel += kChain) {
+      const int64_t depth = std::min(kChain, args_.head_dim - channel);
+      multiply_panels(rows, queries + channel, args_.row_stride, keys + channel * kPanel,
+                      args_.head_dim * kPanel, depth, scores_, kKeyBlock, full, channel != 0);
+      // The last panel may be narrow: its vectors then lie closer together.
+      multiply_panels(rows, queries + channel, args_.row_stride,
+                      keys + full * args_.head_dim + channel * kLanes, 0, depth, scores_ + full, kKeyBlock,
+                      padded - full, channel != 0);
+    }
   }
 
   // scores -> 2^(scale * (score - maximum)), with each row's maximum so far; sums under an earlier maximum

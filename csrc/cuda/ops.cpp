@@ -152,6 +152,7 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_
   check::cu_seqlens_type(kOp, cu_seqlens, takes.device);
   const int tokens = as_int(kOp, "the number of tokens", qkv.size(0));
   const int batch = as_int(kOp, "the number of sequences", cu_seqlens.size(0) - 1);
+  TORCH_CHECK(max_seqlen >= 0, kOp, ": max_seqlen is ", max_seqlen, ", at least 0 is needed");
   // The kernel clamps lengths to the tokens that there are.
   const int longest = std::min(tokens, as_int(kOp, "max_seqlen", max_seqlen));
 

@@ -10,6 +10,7 @@ post-LN layer they form, Devlin et al. 2018.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +36,14 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
     The scale is 1 / sqrt(head_dim). 0 heads, 0 tokens and empty sequences are allowed. Rows that belong to no
     sequence, where a backend does not check cu_seqlens, hold undefined values.
     """
-    check_attention(qkv, cu_seqlens, head_dim)
+    check_attention(qkv, cu_seqlens, max_seqlen, head_dim)
     tokens, width = qkv.size(0), qkv.size(1) // 3
     num_heads, batch = width // head_dim, cu_seqlens.size(0) - 1
     # While this is traced the number of tokens may be unknown; the shape returned is the same without this.
     if num_heads == 0 or max_seqlen == 0 or (isinstance(tokens, int) and tokens == 0):
         return qkv.new_zeros(tokens, width)
+    if isinstance(tokens, int) and isinstance(max_seqlen, int):  # not where they are unknown
+        max_seqlen = min(max_seqlen, tokens)
     # The batch, padded: row (i, j) is token j of sequence i, or another sequence's token where i has no j.
     # Such a key scores -infinity, and its value becomes 0: not even NaN may come from another sequence.
     column = torch.arange(max_seqlen, device=qkv.device)
@@ -60,9 +63,10 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -
     return context[sequence, place]
 
 
-def check_attention(qkv: Tensor, cu_seqlens: Tensor, head_dim: int) -> None:
-    """Raise RuntimeError, naming the argument, unless the shapes are those of `attention`."""
+def check_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> None:
+    """Raise RuntimeError, naming the argument, unless shapes and sizes are those of `attention`."""
     _check_matrix("attention", "qkv", qkv)
+    torch._check(max_seqlen >= 0, lambda: f"attention: max_seqlen is {max_seqlen}, at least 0 is needed")
     torch._check(head_dim > 0, lambda: f"attention: head_dim is {head_dim}, it must be positive")
     torch._check(
         qkv.size(1) % (3 * head_dim) == 0,
@@ -79,18 +83,35 @@ def check_attention(qkv: Tensor, cu_seqlens: Tensor, head_dim: int) -> None:
 
 def check_attention_values(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> None:
     """Raise RuntimeError unless cu_seqlens rises from 0 to the tokens in steps of at most max_seqlen."""
+    _check_bounds("attention", qkv, cu_seqlens, max_seqlen)
+
+
+def check_encoder_values(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, *_: object) -> None:
+    """Raise RuntimeError unless cu_seqlens is as `attention` takes it."""
+    _check_bounds("encoder", x, cu_seqlens, max_seqlen)
+
+
+def _check_bounds(op: str, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    _check_matrix(op, {"attention": "qkv", "encoder": "x"}[op], rows)
     lengths = cu_seqlens.diff()
     longest = int(lengths.max()) if lengths.numel() else 0
     if (
         int(cu_seqlens[0]) != 0
-        or int(cu_seqlens[-1]) != qkv.size(0)
+        or int(cu_seqlens[-1]) != rows.size(0)
         or (lengths < 0).any()
         or longest > max_seqlen
     ):
         raise RuntimeError(
-            f"attention: cu_seqlens must rise from 0 to the {qkv.size(0)} tokens in steps of at most "
+            f"{op}: cu_seqlens must rise from 0 to the {rows.size(0)} tokens in steps of at most "
             f"max_seqlen = {max_seqlen}; it is {cu_seqlens.tolist()}"
         )
+
+
+def with_longest(rows: Tensor, cu_seqlens: Tensor, max_seqlen: int, *others: Any) -> tuple[Any, ...]:
+    """The arguments of `attention` or `encoder` with the longest sequence's real length as max_seqlen: the
+    reference pads to it."""
+    lengths = cu_seqlens.diff()
+    return rows, cu_seqlens, int(lengths.max()) if lengths.numel() else 0, *others
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 REFERENCE = "reference"
 
@@ -72,17 +73,23 @@ OPS: dict[str, Op] = {}
 class Op:
     """An op in the namespace `pruned_ops` of torch.ops, defined by its reference.
 
+    tightened takes the op's arguments, on CPU tensors whose values are good, and returns them with sizes that
+    are no larger than the values need.
     check_values takes the op's arguments and raises an error for bad values (an id outside its table, say).
     It is apart from the reference, which must stay traceable, and runs before it on CPU tensors; backends
     check values themselves.
     """
 
     def __init__(
-        self, reference: Callable[..., Tensor], check_values: Callable[..., None] | None = None
+        self,
+        reference: Callable[..., Tensor],
+        check_values: Callable[..., None] | None = None,
+        tightened: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.name = reference.__name__
         self.reference = reference
         self.check_values = check_values
+        self.tightened = tightened
         self.kernels: dict[str, Kernel] = {}
         self._warned: set[tuple[str, str]] = set()
         self.__doc__ = reference.__doc__
@@ -102,6 +109,11 @@ class Op:
             raise RuntimeError(
                 f"pruned_ops.{self.name} is inference-only and was asked for a gradient: call it under "
                 "torch.no_grad(), or train with the padded model (pruned_ops.restore undoes optimize)"
+            )
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors_of(args))):
+            raise RuntimeError(
+                f"pruned_ops.{self.name} is inference-only and was asked for a forward-mode derivative: "
+                "compute it with the padded model (pruned_ops.restore undoes optimize)"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
@@ -139,6 +151,8 @@ class Op:
             return kernel.launch(*args)
         if self.check_values is not None and args[0].device.type == "cpu":
             self.check_values(*args)
+            if self.tightened is not None:
+                args = self.tightened(*args)
         return self.reference(*args)
 
     def _debugged(self, kernel: Kernel | None, *args: Any) -> Tensor:
@@ -289,6 +303,11 @@ def backends_of(run: Callable[[], Any]) -> dict[str, str]:
     with torch.inference_mode(), record() as ran:
         run()
     return {op: ", ".join(sorted(counts)) for op, counts in ran.items()}
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation carries a derivative along with this tensor."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import pruned_ops
 from inputs import (
@@ -292,6 +293,93 @@ def test_a_gradient_is_refused(op: str) -> None:
         OPS[op](*arguments)
     with torch.no_grad():
         OPS[op](*arguments)
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_a_max_seqlen_that_is_no_length_of_the_batch(backend: str) -> None:
+    """A huge one costs nothing, and one below 0 is refused, also where there is no sequence."""
+    qkv, bounds, longest, head_dim = attention_arguments((5, 9), 2, 16)
+    empty, none = qkv[:0], torch.zeros(1, dtype=torch.int32)
+    with use_backend(backend):
+        expected = OPS["attention"](qkv, bounds, longest, head_dim)
+        assert torch.equal(OPS["attention"](qkv, bounds, 2**40, head_dim), expected)
+        assert OPS["attention"](empty, none, 2**40, head_dim).shape == (0, 32)
+        for arguments in ((qkv, bounds), (empty, none)):
+            with pytest.raises(
+                RuntimeError, match="max_seqlen is -1, at least 0 is needed|at most max_seqlen = -1"
+            ):
+                OPS["attention"](*arguments, -1, head_dim)
+
+
+@pytest.mark.parametrize(
+    "backend", [name for name in READY if name in ("reference", *OPS["encoder"].kernels)]
+)
+def test_an_encoder_with_a_max_seqlen_that_is_no_length_of_the_batch(backend: str) -> None:
+    arguments = arguments_for("encoder")
+    with use_backend(backend):
+        expected = OPS["encoder"](*arguments)
+        assert torch.equal(OPS["encoder"](*arguments[:2], 2**40, *arguments[3:]), expected)
+        with pytest.raises(RuntimeError, match="max_seqlen"):
+            OPS["encoder"](*arguments[:2], -1, *arguments[3:])
+        with pytest.raises(RuntimeError, match="cu_seqlens"):
+            OPS["encoder"](arguments[0], arguments[1] + 1, *arguments[2:])
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_keys_that_score_far_below_weigh_nothing(backend: str) -> None:
+    """Not even where their values are as large as numbers can be. 2^-126 of those would be 1 and more."""
+    arguments = attention_arguments((40,), 1, 16)
+    qkv = arguments[0]
+    qkv[:, :16] = 0  # every query looks along the first axis, along which the keys' scores go
+    qkv[:, 0] = 4
+    qkv[:, 16:32] = 0
+    qkv[:, 16] = torch.where(torch.arange(40) % 3 == 0, 0.0, -200.0)
+    qkv[:, 32:] = torch.where(torch.arange(40) % 3 == 0, 1.0, 3e38)[:, None]
+    with use_backend(backend):
+        found = OPS["attention"](*arguments)
+    torch.testing.assert_close(found, torch.ones(40, 16))
+
+
+@pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
+def test_large_scores_are_summed_in_short_chains() -> None:
+    """A score that is summed in one chain rounds at the size of the whole score at most of its steps. Where
+    scores are in the hundreds, this is what the weights' errors are made of."""
+    tokens, heads, head_dim = 128, 4, 64
+    arguments = attention_arguments((tokens,), heads, head_dim)
+    arguments[0][:, : 2 * heads * head_dim] *= 8
+    query, key, value = arguments[0].double().view(tokens, 3, heads, head_dim).transpose(0, 2).unbind(1)
+    exact, chain = query @ key.transpose(-1, -2), torch.zeros(heads, tokens, tokens, dtype=torch.float64)
+    for channel in range(head_dim):
+        product = query[..., channel, None] * key[..., None, :, channel]
+        chain = (chain + product).float().double()
+    truth, chained = (
+        ((scores / head_dim**0.5).softmax(-1) @ value).transpose(0, 1).flatten(1) for scores in (exact, chain)
+    )
+    with use_backend("cpu"):
+        found = OPS["attention"](*arguments).double()
+    assert exact.abs().max() / head_dim**0.5 > 200
+    assert (found - truth).norm() < 0.75 * (chained - truth).norm()
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_a_forward_mode_derivative_is_refused(op: str) -> None:
+    """torch itself computes these under no_grad, too."""
+    arguments = arguments_for(op)
+    expected = OPS[op](*arguments)
+    place = next(i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.is_floating_point())
+    tangent = torch.ones_like(arguments[place])
+
+    def run(value: Tensor) -> Tensor:
+        return OPS[op](*arguments[:place], value, *arguments[place + 1 :])
+
+    message = f"{op} is inference-only and was asked for a forward-mode derivative"
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(arguments[place], tangent)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+            run(dual)
+        assert torch.equal(run(arguments[place]), expected)  # nothing is asked of this one
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(run, (arguments[place],), (tangent,))
 
 
 @pytest.mark.parametrize("backend", READY)

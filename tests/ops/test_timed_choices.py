@@ -249,11 +249,23 @@ def test_other_gpus_and_versions_have_files_of_their_own(
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"choices": [{"problem": {}, "config": null}]}', '{"choices": [{"problem": 3}]}']
+    "text",
+    [
+        "{",
+        "[]",
+        "[" * 1000,
+        '{"choices": ["secret"]}',
+        '{"choices": [{"problem": {}, "config": null}]}',
+        '{"choices": [{"problem": 3}]}',
+        '{"choices": [{"problem": {"op": "secret", "dtype": "", "tokens": 1, "outputs": 1, "inner": 1}, '
+        '"config": 7}]}',
+        '{"choices": [{"problem": {"op": "secret", "dtype": "", "tokens": 1, "outputs": 1, "inner": 1}, '
+        '"config": {"RowConfig": {"secret": 1.5}}}]}',
+    ],
 )
 def test_a_broken_file_is_named_and_left(text: str) -> None:
     path = tuning.file_of(CPU)
     path.write_text(text)
     with pytest.warns(RuntimeWarning, match="pruned_ops.tune makes it anew") as warned:
         assert tuning.known(CPU) == {}
-    assert str(path) in str(warned[0].message)
+    assert str(path) in str(warned[0].message) and "secret" not in str(warned[0].message)

@@ -135,10 +135,11 @@ def refuse(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> s
 
 def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> Tensor:
     """Launcher of the op; see reference.attention."""
-    check_attention(qkv, cu_seqlens, head_dim)
+    check_attention(qkv, cu_seqlens, max_seqlen, head_dim)
     tokens, width = qkv.size(0), qkv.size(1) // 3
     if tokens == 0 or width == 0 or max_seqlen == 0:
         return qkv.new_zeros(tokens, width)
+    max_seqlen = min(max_seqlen, tokens)  # no sequence is longer; there is a program for each part of it
     config = best_attention_config(qkv, max_seqlen, head_dim)
     return launch_attention(qkv, cu_seqlens, max_seqlen, head_dim, config)
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruned_ops.files import read_json, shown
 from pruned_ops.ops.backends.gpu import capability
 from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.backends.triton.configs import (
@@ -244,11 +245,14 @@ def known(device: torch.device) -> dict[Problem, Config | None]:
     if not path.is_file():
         return {}
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path, "record of timed choices")
         return {Problem(**row["problem"]): _config(row["config"]) for row in saved["choices"]}
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        reason = (
+            error if isinstance(error, (ValueError, OSError)) else f"{path} is no record of timed choices"
+        )
         warnings.warn(
-            f"{path} cannot be read ({type(error).__name__}: {error}); a model chooses the kernels. "
+            f"{path} cannot be read ({reason}); a model chooses the kernels. "
             "Delete the file, and pruned_ops.tune makes it anew.", RuntimeWarning, stacklevel=2,
         )  # fmt: skip
         return {}
@@ -303,6 +307,9 @@ def _config(saved: Mapping[str, Mapping[str, Any]] | None) -> Config | None:
         return None
     (kind, fields), *more = saved.items()
     for known_kind in (GemmConfig, AttentionConfig, RowConfig):
-        if not more and known_kind.__name__ == kind:
+        is_known = not more and known_kind.__name__ == kind
+        if is_known and all(isinstance(value, int) for value in fields.values()):
             return known_kind(**fields)
-    raise ValueError(f"{list(saved)} is no kind of configuration")
+    raise ValueError(
+        f"{shown(list(saved))} is no kind of configuration, or one with other values than integers"
+    )
