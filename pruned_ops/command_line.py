@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from pruned_ops.shape import checked_int
@@ -30,6 +32,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or action.default is False or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
+
+
+def say_skipped(skipped: Sequence[str] | None) -> None:
+    """Tell on the error stream how many questions were skipped, with the first of them."""
+    if skipped:
+        number = f"{len(skipped)} bad question{'s' if len(skipped) > 1 else ''}"
+        print(f"{number} skipped; the first: {skipped[0]}", file=sys.stderr)
 
 
 def check_counts(arguments: argparse.Namespace, *names: str) -> None:

@@ -55,8 +55,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON for people and programs alike; the file is there whole, or as it was before."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a value as JSON for people and programs alike; the file is there whole, or as it was before.
+
+    A number that is not finite, such as the loss of a training that diverged, becomes null: JSON has no word
+    for it, and `read_json` takes none."""
+    write_whole(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def check_writable(path: Path, name: str, overwrite: bool) -> None:
@@ -128,6 +131,15 @@ def shown(value: object) -> str:
     """The value as a message quotes it: on one line, cut where it is long or nested deep."""
     text = _SHORT.repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in place of each float that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _decoded(content: bytes) -> str:

@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.out is not None:
             out = stack.enter_context(open(arguments.out, "wb"))
         try:
-            skipped = answer_lines(answerer, lines, out, arguments.top_k, arguments.skip_bad)
+            source = "" if arguments.questions in (None, "-") else f"{arguments.questions}: "
+            skipped = answer_lines(answerer, lines, out, arguments.top_k, arguments.skip_bad, source)
         except BrokenPipeError:
             # Nobody reads on: no error. The rest of the buffer must not be written when Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -144,10 +145,12 @@ def answer_lines(
     out: IO[bytes],
     top_k: int | None = None,
     skip_bad: bool = False,
+    source: str = "",
 ) -> int:
     """Write an answer for each line, as soon as it is known; returns how many bad lines were skipped.
 
-    Errors: ValueError that names the first bad line, once the answers before it are written.
+    source: what stands before a line's number where one is named. Errors: ValueError that names the first
+    bad line, once the answers before it are written.
     """
     from pruned_ops.qa.windows import RefusedQuestion
 
@@ -159,9 +162,9 @@ def answer_lines(
         if isinstance(answer, RefusedQuestion):
             reason = fault or f"the question {answer.reason}"
             if not skip_bad:
-                raise ValueError(f"line {number}: {reason}")
+                raise ValueError(f"{source}line {number}: {reason}")
             skipped += 1
-            print(f"line {number} skipped: {reason}", file=sys.stderr)
+            print(f"{source}line {number} skipped: {reason}", file=sys.stderr)
             continue
         fields = asdict(answer) if top_k is None else {"answers": [asdict(each) for each in answer]}
         text = json.dumps({"line": number, **name, **fields}, ensure_ascii=False)

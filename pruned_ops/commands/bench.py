@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import check_counts
+from pruned_ops.command_line import check_counts, say_skipped
 from pruned_ops.files import check_writable, write_whole
 from pruned_ops.shape import checked_int
 
@@ -57,6 +57,9 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument(
         "--data", type=Path, metavar="FILE", help="SQuAD-format JSON, or .jsonl, that gives the lengths"
     )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="skip and count questions of --data that cannot be cut"
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a batch")
     parser.add_argument(
         "--batches", type=int, default=4, metavar="N", help="how many different batches there are"
@@ -91,6 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """OSError or ValueError for what can be known to fail before a model is loaded."""
     check_counts(arguments, "batch_size", "batches", "rounds", "threads")
+    if arguments.skip_bad and arguments.data is None:
+        raise ValueError("--skip-bad goes with --data")
     for length in arguments.lengths:
         checked_int("a length of --lengths", length, 1)
     if arguments.html is not None:
@@ -106,7 +111,9 @@ def make_workload(arguments: argparse.Namespace) -> Workload:
     size, batches = arguments.batch_size, arguments.batches
     if arguments.data is not None:
         tokenizer = load_tokenizer(str(arguments.folder))
-        lengths = window_lengths(arguments.data, tokenizer, WINDOW, needed=size * batches)
+        skipped: list[str] | None = [] if arguments.skip_bad else None
+        lengths = window_lengths(arguments.data, tokenizer, WINDOW, needed=size * batches, skipped=skipped)
+        say_skipped(skipped)
         return Workload.arrival_order(lengths, size, batches)
     choices: list[int] = arguments.lengths
     if len(choices) == 1:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import check_counts
+from pruned_ops.command_line import check_counts, say_skipped
 from pruned_ops.files import read_text
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def add_command(commands: Any) -> None:
         help="compare the optimised model with the saved one on your own text",
         description="Run the saved model (padded, plain torch), the optimised one and each backend on the "
         "same text, in fp32, and compare their outputs at real tokens; with right answers in --questions, F1 "
-        "too. The exit status is 1 where one errs by more than rounding.",
+        "too. The exit status is 1 where one errs by more than rounding, or int8 by more than --tolerance.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint with its tokenizer")
@@ -35,10 +35,22 @@ def add_command(commands: Any) -> None:
         "--limit", type=int, default=200, metavar="N", help="how many of --questions are asked, at most"
     )
     parser.add_argument(
+        "--skip-bad", action="store_true", help="skip and count questions that cannot be read or cut"
+    )
+    parser.add_argument(
         "--backends",
         nargs="+",
         metavar="NAME",
         help="these backends must run (default: those that can here, Triton's interpreter left out)",
+    )
+    parser.add_argument(
+        "--dtype", choices=["int8"], help="run the optimised model with its linears in int8 too, on a CPU"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="how far int8's logits may be off, as a share of the saved model's (L2 norm; default: 0.02)",
     )
     parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
 
@@ -47,14 +59,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Check the model and print what came out; the exit status is 1 where something errs by more than
     rounding."""
     from pruned_ops.checkpoints.loading import load_folder, load_tokenizer
-    from pruned_ops.qa.agreement import BATCH_SIZE, check, cut_material
+    from pruned_ops.qa.agreement import BATCH_SIZE, TOLERANCE, check, cut_material
 
     check_counts(arguments, "limit")
+    tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
+    if arguments.tolerance is not None and arguments.dtype is None:
+        raise ValueError("--tolerance goes with --dtype int8")
+    if not tolerance >= 0:
+        raise ValueError(f"--tolerance is {tolerance}; 0 or more is needed")
     backends = _backends(arguments.backends)
-    name, questions = _questions(arguments)
+    skipped: list[str] | None = [] if arguments.skip_bad else None
+    name, questions = _questions(arguments, skipped)
     model = load_folder(arguments.folder, arguments.device)
-    material = cut_material(load_tokenizer(str(arguments.folder)), model.config, name, questions)
-    report = check(model, material, backends, must_run=arguments.backends is not None)
+    tokenizer = load_tokenizer(str(arguments.folder))
+    material = cut_material(tokenizer, model.config, name, questions, skipped)
+    say_skipped(skipped)
+    must_run = arguments.backends is not None
+    report = check(model, material, backends, must_run, arguments.dtype == "int8", tolerance)
     print(
         f"{arguments.folder}: {type(model).__name__} on {model.device}, {material.name}: "
         f"{len(material.windows)} windows of {material.tokens:,} tokens, in batches of {BATCH_SIZE} padded "
@@ -80,7 +101,7 @@ def _backends(names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _questions(arguments: argparse.Namespace) -> tuple[str, list[Question]]:
+def _questions(arguments: argparse.Namespace, skipped: list[str] | None) -> tuple[str, list[Question]]:
     """The questions to ask, with a name for them. A text alone is given with an empty question."""
     from pruned_ops.qa.agreement import SAMPLE
     from pruned_ops.qa.questions import Question, in_arrival_order, read_questions
@@ -92,7 +113,7 @@ def _questions(arguments: argparse.Namespace) -> tuple[str, list[Question]]:
         return str(arguments.text_file), [Question("", text)]
     if arguments.questions is None:
         return "the built-in sample", list(SAMPLE)
-    questions = read_questions(arguments.questions)
+    questions = read_questions(arguments.questions, skipped)
     chosen = in_arrival_order(questions, arguments.limit)
     total = f"{len(questions):,}"
     which = f"{len(chosen)} of {total}" if len(chosen) < len(questions) else f"all {total}"
@@ -104,13 +125,14 @@ def show(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pruned_ops.qa.agreement import SLACK, TIMES
+    from pruned_ops.qa.agreement import INT8, SLACK, TIMES
 
     table = Table()
     table.add_column("", no_wrap=True)
     for name in ("error against fp64", "from saved", "F1", "answers or labels changed"):
         table.add_column(name, justify="right")
     saved, *others = report.findings
+    is_int8 = others[-1].name == INT8
     table.add_row(saved.name, f"{saved.error:.1e}", "-", _score(saved.f1), "-")
     for finding in others:
         changed = "-" if finding.changed is None else str(finding.changed)
@@ -123,10 +145,25 @@ def show(report: Report) -> None:
     for name, reason in report.refused.items():
         print(f"{name} did not run: {reason}")
     rule = f"{report.allowed:.1e}, {TIMES} times the saved model's own rounding error plus {SLACK:g}"
-    if report.faulty:
-        print(f"FAILED: {', '.join(report.faulty)} err by more than {rule}")
+    faulty = [name for name in report.faulty if name != INT8]
+    if faulty:
+        print(f"FAILED: {', '.join(faulty)} err by more than {rule}")
     else:
-        print(f"passed: every error is at most {rule}")
+        print(f"passed: every error {'but that of int8 ' * is_int8}is at most {rule}")
+    if is_int8:
+        _show_int8(others[-1].relative, report.tolerance, INT8 in report.faulty)
+
+
+def _show_int8(relative: float, tolerance: float, is_faulty: bool) -> None:
+    """Print how far int8 is off, and what helps where that is too far."""
+    found = f"int8 is off by {relative:.4f} of the saved model's logits (L2 norm)"
+    if is_faulty:
+        print(
+            f"FAILED: {found}, more than the tolerance of {tolerance:g}: with calibration=batches of your "
+            "text pruned_ops.optimize leaves in fp32 what hurts most"
+        )
+    else:
+        print(f"passed: {found}, within the tolerance of {tolerance:g}")
 
 
 def _score(f1: float | None) -> str:

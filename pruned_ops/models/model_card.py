@@ -6,12 +6,11 @@ Scores and speed come from the trainer's report.json. A card that somebody wrote
 from __future__ import annotations
 
 import filecmp
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pruned_ops.files import write_whole
+from pruned_ops.files import read_json, write_whole
 from pruned_ops.shape import ModelShape
 from pruned_ops.version import __version__
 
@@ -62,7 +61,7 @@ def _report(folder: Path, model: Any) -> Mapping[str, Any] | None:
             return None
         folder = source
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = read_json(folder / REPORT)
         return report if report["shape"] == model.config.layer_shapes else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # the file is no report of the trainer's

@@ -22,16 +22,18 @@ from pruned_ops.ops.registry import BackendError, record, use_backend
 from pruned_ops.qa.decoding import Logits, decode
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.qa.questions import Question, answer_scores
-from pruned_ops.qa.windows import Window, windows
+from pruned_ops.qa.windows import RefusedQuestion, Window, windows
 from pruned_ops.runtime.optimize import optimized
 from pruned_ops.runtime.packed_heads import ANSWERERS, CLASSIFIERS
 from pruned_ops.runtime.streaming import padded
 
-SAVED, OPTIMISED = "saved", "optimised"
+SAVED, OPTIMISED, INT8 = "saved", "optimised", "int8"
 BATCH_SIZE, MAX_LENGTH = 8, 384
 # An op of a backend may err twice as much as plain torch does, plus SLACK. The errors of a model's ops add
 # up, in each backend in another way: twice that is allowed. A fault is hundreds of times as large.
 TIMES, SLACK = 4, 1e-5
+# int8 is no rounding of fp32: it may be off by this share of the saved model's logits, as `optimize` allows.
+TOLERANCE = 0.02
 # The texts where none are given. Their lengths differ, so that batches are padded.
 SAMPLE = (
     Question("Who wrote the first program?", "Ada Lovelace wrote it."),
@@ -75,14 +77,16 @@ class Finding:
     """How one way of running the model did.
 
     error: the largest difference from the fp64 model's outputs. difference: the largest from the saved
-    model's. f1: in percent, where the right answers are known. changed: how many questions got another answer
-    than from the saved model, or how many windows another label; None where the model says neither. ran: op
-    -> the backends that ran it, with how often.
+    model's. relative: that difference in the L2 norm, as a share of the saved model's outputs. f1: in
+    percent, where the right answers are known. changed: how many questions got another answer than from the
+    saved model, or how many windows another label; None where the model says neither. ran: op -> the backends
+    that ran it, with how often.
     """
 
     name: str
     error: float
     difference: float
+    relative: float
     f1: float | None
     changed: int | None
     ran: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -91,41 +95,69 @@ class Finding:
 @dataclass(frozen=True)
 class Report:
     """The findings, the saved model's first. refused: the ways that could not run, with the reasons. allowed:
-    the largest error that counts as rounding."""
+    the largest error that counts as rounding. tolerance: the largest relative difference of int8."""
 
     findings: tuple[Finding, ...]
     refused: Mapping[str, str]
     allowed: float
+    tolerance: float = TOLERANCE
 
     @property
     def faulty(self) -> list[str]:
         """The ways that err by more. A NaN counts as more."""
-        return [finding.name for finding in self.findings[1:] if not finding.error <= self.allowed]
+        return [finding.name for finding in self.findings[1:] if not self._passes(finding)]
+
+    def _passes(self, finding: Finding) -> bool:
+        if finding.name == INT8:
+            return finding.relative <= self.tolerance
+        return finding.error <= self.allowed
 
 
-def cut_material(tokenizer: Any, config: Any, name: str, questions: list[Question]) -> Material:
-    """The questions' windows, cut as the trainer's evaluation cuts them."""
+def cut_material(
+    tokenizer: Any, config: Any, name: str, questions: list[Question], skipped: list[str] | None = None
+) -> Material:
+    """The questions' windows, cut as the trainer's evaluation cuts them. skipped: collects what is wrong with
+    each question that cannot be cut, which is then left out."""
     max_length = min(MAX_LENGTH, longest_sequence(config))
     texts, contexts = [one.question for one in questions], [one.context for one in questions]
-    return Material(name, questions, windows(tokenizer, texts, contexts, max_length, max_length // 3))
+    refused: list[RefusedQuestion] = []
+    collected = None if skipped is None else refused
+    cut = windows(tokenizer, texts, contexts, max_length, max_length // 3, refused=collected)
+    if skipped is None or not refused:
+        return Material(name, questions, cut)
+    skipped += [str(error) for error in refused]
+    bad = {error.index for error in refused}
+    left = [question for index, question in enumerate(questions) if index not in bad]
+    if not left:
+        raise ValueError(f"{name}: no question can be asked; {refused[0]}")
+    return cut_material(tokenizer, config, name, left)
 
 
-def check(model: Any, material: Material, backends: Sequence[str], must_run: bool = False) -> Report:
+def check(
+    model: Any,
+    material: Material,
+    backends: Sequence[str],
+    must_run: bool = False,
+    int8: bool = False,
+    tolerance: float = TOLERANCE,
+) -> Report:
     """Run `model`, a saved one, in every way; it is as before afterwards.
 
-    must_run: a backend that refuses is an error (ValueError), not a line of the report.
+    must_run: a backend that refuses is an error (ValueError), not a line of the report. int8: run the
+    optimised model with all linears in int8, too. Errors: ValueError where int8 cannot run.
     """
     saved, _ = logits_of(model, material)
     truth, _ = logits_of(copy.deepcopy(model).double(), material)
     own_error = _largest(saved, truth)
     answers = _said(model, material, saved)
-    findings, refused = [Finding(SAVED, own_error, 0.0, _f1(model, answers, material), 0)], {}
-    for name in (OPTIMISED, *backends):
+    findings, refused = [Finding(SAVED, own_error, 0.0, 0.0, _f1(model, answers, material), 0)], {}
+    for name in (OPTIMISED, *backends, *([INT8] if int8 else [])):
         try:
             with ExitStack() as stack:
-                if name != OPTIMISED:
+                if name in backends:
                     stack.enter_context(use_backend(name))
-                logits, ran = logits_of(stack.enter_context(optimized(model)), material)
+                fast = stack.enter_context(optimized(model, "int8" if name == INT8 else None))
+                logits, ran = logits_of(fast, material)
         except BackendError as reason:
             if must_run:
                 raise ValueError(str(reason)) from reason
@@ -137,8 +169,8 @@ def check(model: Any, material: Material, backends: Sequence[str], must_run: boo
         if answers is not None and others is not None:
             f1 = _f1(model, others, material)
             changed = sum(answer != other for answer, other in zip(answers, others, strict=True))
-        findings.append(Finding(name, error, difference, f1, changed, ran))
-    return Report(tuple(findings), refused, TIMES * own_error + SLACK)
+        findings.append(Finding(name, error, difference, _relative(logits, saved), f1, changed, ran))
+    return Report(tuple(findings), refused, TIMES * own_error + SLACK, tolerance)
 
 
 def logits_of(model: Any, material: Material) -> tuple[list[Logits], dict[str, dict[str, int]]]:
@@ -189,6 +221,16 @@ def _said(model: Any, material: Material, logits: list[Logits]) -> list[str] | N
     if not isinstance(model, CLASSIFIERS) or model.config.num_labels < 2:
         return None
     return [str(window[0].argmax(-1).tolist()) for window in logits]
+
+
+def _relative(logits: list[Logits], expected: list[Logits]) -> float:
+    """The difference of two runs' logits in the L2 norm, as a share of the second's."""
+    flat, flat_expected = (
+        np.concatenate([np.ravel(array).astype(np.float64) for window in run for array in window])
+        for run in (logits, expected)
+    )
+    norm = float(np.linalg.norm(flat_expected))
+    return float(np.linalg.norm(flat - flat_expected)) / max(norm, 1e-30)
 
 
 def _answers(config: Any, material: Material, logits: list[Logits]) -> list[str]:

@@ -6,13 +6,14 @@ import random
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pruned_ops.files import parse_json, shown
-from pruned_ops.qa.windows import windows
+from pruned_ops.qa.windows import RefusedQuestion, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,25 +33,28 @@ class Question:
     answers: tuple[str, ...] | None = None
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path, skipped: list[str] | None = None) -> list[Question]:
     """The questions of a SQuAD-format JSON file or, where its name ends in .jsonl or .ndjson, of JSON lines.
 
     A line is an object with a question, a context and, where they are known, answers: a list of texts or of
-    SQuAD's objects, or SQuAD's columns. Errors: OSError where there is no file; ValueError that names the
+    SQuAD's objects, or SQuAD's columns. skipped: collects what is wrong with each line or question that
+    cannot be read, which is then left out. Errors: OSError where there is no file; ValueError that names the
     file, and the line, for any other content.
     """
     if path.suffix.lower() in JSON_LINES:
-        questions = [_of_line(line, f"{path}: line {number}") for number, line in _lines(path)]
+        found = _of_lines(path, skipped)
     else:
-        try:
-            questions = list(_of_squad(parse_json(path.read_bytes())))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is no SQuAD-format JSON (a file of JSON lines is named .jsonl): {error!r}"
-            ) from error
+        found = _of_squad(path, skipped)
+    questions = [question for question in found if question is not None]
     if not questions:
-        raise ValueError(f"{path} holds no question")
+        raise ValueError(f"{path} holds no question{' that can be asked' if skipped else ''}")
     return questions
+
+
+def _of_lines(path: Path, skipped: list[str] | None) -> Iterator[Question | None]:
+    for number, line in _lines(path):
+        where = f"{path}: line {number} is no object with a question and a context"
+        yield _read(where, skipped, partial(_of_line, line))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -60,19 +64,41 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _of_squad(parsed: Any) -> Iterator[Question]:
-    for article in parsed["data"]:
-        for paragraph in article["paragraphs"]:
-            for entry in paragraph["qas"]:
-                yield _question(entry["question"], paragraph["context"], entry.get("answers"))
+def _of_squad(path: Path, skipped: list[str] | None) -> Iterator[Question | None]:
+    refusal = f"{path} is no SQuAD-format JSON (a file of JSON lines is named .jsonl)"
+    entries: list[tuple[str, Any]] = _read(refusal, None, lambda: list(_squad_entries(path))) or []
+    for where, record in entries:
+        yield _read(f"{refusal}: {where}", skipped, partial(_of_record, record))
 
 
-def _of_line(line: bytes, where: str) -> Question:
+def _squad_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each entry of a SQuAD file with its place, as a record that holds its context, too."""
+    for a, article in enumerate(parse_json(path.read_bytes())["data"]):
+        for p, paragraph in enumerate(article["paragraphs"]):
+            for q, entry in enumerate(paragraph["qas"]):
+                record = {**entry, "context": paragraph["context"]} if isinstance(entry, dict) else entry
+                yield f"data[{a}].paragraphs[{p}].qas[{q}]", record
+
+
+def _read(where: str, skipped: list[str] | None, read: Callable[[], T]) -> T | None:
+    """What `read` gives; where it raises an error, None if that can be skipped, else ValueError with
+    `where`."""
     try:
-        record = parse_json(line)
-        return _question(record["question"], record["context"], record.get("answers"))
+        return read()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is no object with a question and a context: {error!r}") from error
+        reason = f"{where}: {error!r}"
+        if skipped is None:
+            raise ValueError(reason) from error
+        skipped.append(reason)
+        return None
+
+
+def _of_line(line: bytes) -> Question:
+    return _of_record(parse_json(line))
+
+
+def _of_record(record: Any) -> Question:
+    return _question(record["question"], record["context"], record.get("answers"))
 
 
 def _question(question: Any, context: Any, answers: Any) -> Question:
@@ -102,20 +128,38 @@ def window_lengths(
     max_length: int = 384,
     stride: int = 128,
     needed: int | None = None,
+    skipped: list[str] | None = None,
 ) -> list[int]:
     """The lengths in tokens of the windows of a file's questions, in order of arrival.
 
-    needed: how many lengths there are at most (default: all). Errors: `read_questions`'s; ValueError that
-    names the file where a question cannot be cut.
+    needed: how many lengths there are at most (default: all). skipped: collects the faults of questions that
+    cannot be read or cut, which are left out. Errors: `read_questions`'s; ValueError that names the file
+    where a question cannot be cut.
     """
-    # The order depends on the number of questions alone, and each has a window: the rest need not be cut.
-    questions = in_arrival_order(read_questions(path), needed)
-    texts, contexts = [one.question for one in questions], [one.context for one in questions]
-    try:
-        cut = windows(tokenizer, texts, contexts, max_length, stride)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}, its questions counted in arrival order: {error}") from error
-    return [len(window) for window in cut][:needed]
+    # The order depends on the number of questions alone, and each has a window, but for those that are left
+    # out: the rest need not be cut.
+    questions = in_arrival_order(read_questions(path, skipped))
+    where = f"{path}, its questions counted in arrival order"
+    lengths: list[int] = []
+    step = needed or len(questions)
+    for first in range(0, len(questions), step):
+        some, refused = questions[first : first + step], list[RefusedQuestion]()
+        texts, contexts = [one.question for one in some], [one.context for one in some]
+        try:
+            cut = windows(tokenizer, texts, contexts, max_length, stride, refused=refused)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        faults = [f"{where}: question {first + error.index} {error.reason}" for error in refused]
+        if skipped is not None:
+            skipped += faults
+        elif faults:
+            raise ValueError(faults[0])
+        lengths += [len(window) for window in cut]
+        if needed is not None and len(lengths) >= needed:
+            break
+    if not lengths:
+        raise ValueError(f"{path} holds no question that can be asked")
+    return lengths[:needed]
 
 
 def arrival_lengths(lengths_by_question: Sequence[Sequence[int]]) -> list[int]:

@@ -108,7 +108,9 @@ BAD = [
 ]
 
 
-def test_bad_lines(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_lines(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def given(content: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
@@ -122,6 +124,12 @@ def test_bad_lines(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert status == 0 and [one["line"] for one in found] == [1, 10, 11, 12]
     assert all(f"line {number} skipped: " in error for number in range(2, 10))
     assert error.endswith("8 bad lines skipped\n")
+    path = tmp_path / "asked.jsonl"
+    path.write_bytes(lines_of(GOOD[0], BAD[0][0]))
+    status, found, error = run(capsys, folder, "--questions", path)
+    assert status == 2 and f"{path}: line 2: " in error and "oops" not in error
+    status, found, error = run(capsys, folder, "--questions", path, "--skip-bad")
+    assert status == 0 and f"{path}: line 2 skipped: " in error
 
 
 # A test run that was started in the background hands on that Ctrl-C is ignored.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +24,7 @@ from pruned_ops.measure.timing import Timing, Workload, interleave
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
 from pruned_ops.runtime.refusals import refuse_encoder
+from tiny_tokenizers import words
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_int8() -> None:
 
 
 def arguments(**given: Any) -> argparse.Namespace:
-    common = {"data": None, "lengths": [7], "batch_size": 4, "batches": 3}
+    common = {"data": None, "lengths": [7], "batch_size": 4, "batches": 3, "skip_bad": False}
     return argparse.Namespace(**{**common, **given})
 
 
@@ -143,6 +145,26 @@ def test_workloads(folders: tuple[Path, Path], tmp_path: Path) -> None:
     path = squad_file(tmp_path / "squad.json", 20, 1)
     real = make_workload(arguments(data=path, folder=folders[0]))
     assert real.name == "arrival-b4" and {n for batch in real.batches for n in batch} == {14}
+
+
+def test_bad_questions_are_skipped_where_that_is_asked(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others take their place, as far as there are any."""
+    path = tmp_path / "asked.jsonl"
+    good = {"question": "w1", "context": words(11)}
+    long = {"question": words(400), "context": words(500)}
+    path.write_text("\n".join(map(json.dumps, [good] * 5 + [{"question": 1}] + [long] * 3 + [good])))
+    with pytest.raises(ValueError, match="line 6 is no object with a question and a context"):
+        make_workload(arguments(data=path, folder=folders[0], batch_size=2, batches=2))
+    real = make_workload(arguments(data=path, folder=folders[0], batch_size=2, batches=2, skip_bad=True))
+    assert [len(batch) for batch in real.batches] == [2, 2]
+    assert "bad questions skipped; the first: " in capsys.readouterr().err
+    path.write_text(json.dumps(long))
+    with pytest.raises(ValueError, match="holds no question that can be asked"):
+        make_workload(arguments(data=path, folder=folders[0], skip_bad=True))
+    status, _, error = run(capsys, folders[0], "--skip-bad")
+    assert status == 2 and "--skip-bad goes with --data" in error
 
 
 def test_percentiles_are_over_the_calls() -> None:

@@ -179,6 +179,28 @@ def test_json_lines(tmp_path: Path) -> None:
         read_questions(path)
 
 
+def test_bad_questions_are_skipped_where_that_is_asked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In both formats: those that cannot be read, and those that are too long for the model."""
+    lines, squad = tmp_path / "asked.jsonl", tmp_path / "asked.json"
+    good = {"question": "w1", "context": words(9), "answers": ["w2"]}
+    records = [good, {"question": 1}, {**good, "question": words(300), "context": words(200)}, good]
+    lines.write_text("\n".join([*map(json.dumps, records), "{"]))
+    paragraphs = [{"context": one.get("context"), "qas": [{**one, "answers": []}]} for one in records]
+    squad.write_text(json.dumps({"data": [{"paragraphs": [*paragraphs, {"context": "c", "qas": [3]}]}]}))
+    for path, place in ((lines, "line 2 is no object"), (squad, r"data[0].paragraphs[1].qas[0]")):
+        command = (folder, "--questions", path, "--backends", "reference", "--device", "cpu")
+        status, _, error = run(capsys, *command)
+        assert status == 2 and place in error
+        status, screen, error = run(capsys, *command, "--skip-bad")
+        assert status == 0 and "2 windows" in screen
+        assert f"3 bad questions skipped; the first: {path}" in error and place in error
+    lines.write_text(json.dumps(records[2]))
+    status, _, error = run(capsys, folder, "--questions", lines, "--device", "cpu", "--skip-bad")
+    assert status == 2 and "no question can be asked" in error
+
+
 def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, bare = tmp_path / "text.txt", tmp_path / "bare"
     text.write_bytes(b"\xff\xfe")
