@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruned_ops.files import MAX_DEPTH, parse_json, read_json, read_text, shown
+from pruned_ops.files import MAX_DEPTH, parse_json, read_json, read_text, shown, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -91,3 +91,10 @@ def test_values_are_quoted_short() -> None:
     for value in ("x" * 10_000, list(range(10_000)), {"k": ["v" * 9999] * 99}, 10**4000, deep):
         assert len(shown(value)) <= 200 and "\n" not in shown(value)
     assert shown("a\nb") == r"'a\nb'" and shown({"a": 1}) == "{'a': 1}"
+
+
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
+    """The loss of a training that diverged, say: what is written can be read again."""
+    path, inf = tmp_path / "log.json", float("inf")
+    write_json(path, {"log": [{"loss": float("nan"), "norm": inf, "step": 3}, (1.5, -inf)]})
+    assert read_json(path) == {"log": [{"loss": None, "norm": None, "step": 3}, [1.5, None]]}

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from pruned_ops import Answer, QuestionAnswerer
+from pruned_ops.files import parse_json
 
 # A part of a file, as a row of Ray's data: path, number, first and last, which are bytes of JSON lines or row
 # groups of Parquet.
@@ -61,7 +62,7 @@ def records_of(block: Block) -> Iterator[Any]:
         for line in file.read(block["last"] - block["first"]).splitlines():
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    yield parse_json(line)
                 except ValueError as error:
                     yield f"no JSON: {error}"
 

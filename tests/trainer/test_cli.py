@@ -22,8 +22,11 @@ from matching import save_checkpoint, squad_file, trained_model
 from pruned_ops import __version__
 from pruned_trainer import Target
 from pruned_trainer.cli import build_parser, main, parse, settings_of
+from pruned_trainer.demo import run as demo_run
+from pruned_trainer.jobs.output import OutputFolder
 from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings
 from pruned_trainer.pruning.options import UNITS
+from pruned_trainer.training.callbacks import StopOnInterrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -300,6 +303,29 @@ def test_a_signal_leaves_a_checkpoint(
     assert not (tmp_path / "out").exists()
     if phase == "retrain":  # a narrow model like any other
         assert AutoModelForQuestionAnswering.from_pretrained(checkpoint).config.model_type == "pruned_bert"
+
+
+def test_an_interrupted_demo_is_not_told_to_resume(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no --resume. Neither does the folder that it leaves tell the next one of it."""
+
+    def teacher(source: str, settings: PruneSettings, folder: OutputFolder) -> None:
+        shutil.copytree(source, folder.partial, dirs_exist_ok=True)
+        folder.publish()
+
+    argv = ["demo", "--model", str(folder / "model"), "--out", str(tmp_path / "out"), "--macs", "0.5"]
+    for split in ("train", "validation", "eval"):
+        argv += [f"--{split}-file", str(folder / f"{split}.json")]
+    argv += ["--gate-steps", "3", "--retrain-steps", "3", "--max-length", "24", "--stride", "4"]
+    monkeypatch.setattr(demo_run, "_fine_tune", teacher)
+    monkeypatch.setattr(StopOnInterrupt, "__init__", lambda self: setattr(self, "requested", True))
+    assert main(argv) == 130
+    screen = "".join(capsys.readouterr())
+    assert "stopped in the gate phase after step 1; its checkpoint is" in screen and "--resume" not in screen
+    assert not (tmp_path / "out.partial" / "run.json").exists()
+    assert main(argv) == 2
+    assert "--resume" not in (error := capsys.readouterr().err) and "--overwrite replaces it" in error
 
 
 def test_the_demo_refuses_bad_files_before_it_trains(

@@ -57,7 +57,7 @@ def demo(settings: PruneSettings) -> dict[str, Any]:
     teacher = _beside(settings.out, "teacher")
     with explained_when_full(teacher), OutputFolder(teacher, settings.overwrite) as folder:
         _fine_tune(source, settings, folder)
-    return prune(replace(settings, model=str(teacher)))
+    return prune(replace(settings, model=str(teacher), resumable=False))
 
 
 def _check(settings: PruneSettings, generated: bool) -> None:

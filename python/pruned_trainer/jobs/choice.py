@@ -4,7 +4,6 @@ target, held to measured time where the target is a time."""
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 
 from pruned_ops import ModelShape
-from pruned_ops.files import write_json
+from pruned_ops.files import read_json, write_json
 from pruned_ops.measure.timing import interleave
 from pruned_ops.runtime.optimize import optimized
 from pruned_ops.runtime.streaming import padded
@@ -136,8 +135,19 @@ def _read_all(folder: Path, number: int) -> Choices | None:
     chosen = [Chosen.read(folder, k) for k in range(number)]
     if not record.is_file() or None in chosen:
         return None
-    recorded = json.loads(record.read_text(encoding="utf-8"))
-    return Choices([c for c in chosen if c is not None], recorded["log"], recorded["seconds"])
+    log, seconds = _recorded(record)
+    return Choices([c for c in chosen if c is not None], log, seconds)
+
+
+def _recorded(file: Path) -> tuple[Log, float]:
+    """The log and the seconds in a record; ValueError that names the file where it holds anything else."""
+    recorded = read_json(file, "record of a choice")
+    fields = recorded if isinstance(recorded, dict) else {}
+    log, seconds = fields.get("log"), fields.get("seconds")
+    is_log = isinstance(log, list) and all(isinstance(entry, dict) for entry in log)
+    if log is None or not is_log or not isinstance(seconds, (int, float)):
+        raise ValueError(f"{file} is no record of a choice; --overwrite starts anew")
+    return log, seconds
 
 
 def remove_choices(folder: Path) -> None:
@@ -183,7 +193,7 @@ def train_jointly(job: Job, folder: Path, steps: int) -> Log:
             decide_for(job, folder, number, student, gates.scores(), targets[number])
 
         trainer.add_callback(_AtSteps(_ends(phase, steps), decide_next))
-        return run(trainer, "gate")
+        return run(trainer, "gate", settings.resumable)
 
 
 def announced(phase: GatePhase, steps: int) -> GatePhase:
@@ -236,7 +246,7 @@ def paper_gates(job: Job, folder: Path, part: str, steps: int) -> tuple[list[Sco
             state().wait_for_everyone()
 
         trainer.add_callback(_AtSteps(_ends(phase, steps), keep))
-        log = run(trainer, "gate")
+        log = run(trainer, "gate", settings.resumable)
     return [Scores.load(file) for file in files], log
 
 

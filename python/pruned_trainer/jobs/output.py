@@ -184,6 +184,7 @@ class OutputFolder:
         Where the folder that was to be replaced stands aside, the partial one was whole.
         """
         partial, replaced = cls.partial_of(path), cls._replaced(path)
+        _remove_left_lock(path)
         if not os.path.lexists(replaced):
             return
         if not os.path.lexists(path) and partial.is_dir():
@@ -204,6 +205,16 @@ class OutputFolder:
         self.is_published = True
         if os.path.lexists(replaced):
             _remove(replaced)
+
+
+def _remove_left_lock(path: Path) -> None:
+    """Remove the lock of a process that was killed just after its output had got its name, unless the output
+    has to be finished under it."""
+    if (path / LOCK).is_file() and not (path / RUN).exists():
+        try:
+            _unlock(path, _locked(path))
+        except OSError:  # it is held, or what is published may not be written to
+            pass
 
 
 @contextmanager

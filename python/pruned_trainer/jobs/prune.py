@@ -3,7 +3,6 @@ it; for one target (`prune`) or, from one training of the gates, for several (`s
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +13,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from pruned_ops.files import write_json
+from pruned_ops.files import read_json, write_json
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.runtime.optimize import optimized
+from pruned_ops.shape import checked_int
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
 from pruned_trainer.jobs.evaluation import Judged, full_report, judge
@@ -126,7 +126,8 @@ def open_run(settings: PruneSettings) -> Iterator[Run]:
 
     with once(make_folder) as folder:
         if is_main():
-            write_json(folder.partial / RUN, {"settings": settings.to_json(), "plan": plan.to_json()})
+            if settings.resumable:
+                write_json(folder.partial / RUN, {"settings": settings.to_json(), "plan": plan.to_json()})
             if job.table is not None:
                 job.table.save(folder.partial / _TABLE)
         yield Run(job, plan, folder)
@@ -134,16 +135,23 @@ def open_run(settings: PruneSettings) -> Iterator[Run]:
 
 def _recorded_plan(partial: Path, settings: PruneSettings) -> Plan:
     """The plan of the interrupted run; ValueError where that run had other settings, or left no record."""
+    record, reason = partial / RUN, ""
     try:
-        recorded = json.loads((partial / RUN).read_text(encoding="utf-8"))
+        recorded = read_json(record, "record of a run")
         plan = Plan(**recorded["plan"])
+        for name in ("gate_steps", "retrain_steps"):
+            checked_int(f"{record}: plan.{name}", getattr(plan, name), 0)
         known: Mapping[str, Any] = dict(recorded["settings"])
         if "targets" not in known:
             known = settings.from_old_record(known, recorded["targets"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{partial} holds no run that can be resumed ({error!r}); --overwrite starts anew"
-        ) from None
+    except KeyError as error:
+        reason = f"{record} has no {error}"
+    except (TypeError, AttributeError):
+        reason = f"{record} is no record of a run"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    if reason:
+        raise ValueError(f"{partial} holds no run that can be resumed ({reason}); --overwrite starts anew")
     differing = settings.differences(known)
     if differing:
         raise ValueError(
@@ -222,7 +230,7 @@ def retrain(job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decisio
         hidden = None  # nothing is known about which of another teacher's dimensions they stand for
     with optimized(job.teacher) as teacher:
         trainer = build_trainer(job, narrow, teacher, folder, steps, None, kept_hidden=hidden)
-        log = run(trainer, "retrain")
+        log = run(trainer, "retrain", job.settings.resumable)
     narrow.eval()
     return log
 
@@ -268,7 +276,7 @@ def _finish(settings: PruneSettings, name: str) -> dict[str, Any]:
         with explained_when_full(settings.out), locked(settings.out):
             _recorded_plan(settings.out, settings)
             _clean_up(settings.out)
-        return json.loads((settings.out / name).read_text(encoding="utf-8"))
+        return read_json(settings.out / name, "report")
 
     return once(work)
 

@@ -106,6 +106,7 @@ class PruneSettings:
     tensorboard: bool = False
     overwrite: bool = False
     resume: bool = False
+    resumable: bool = True
     command: str | None = None
 
     def __post_init__(self) -> None:
@@ -263,7 +264,7 @@ class PruneSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings that decide the result, for comparing a resumed run with the one that it resumes."""
-        ignored = {"command", "overwrite", "resume", "save_steps", "tensorboard"}
+        ignored = {"command", "overwrite", "resume", "resumable", "save_steps", "tensorboard"}
         plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ignored}
         return {name: _place(name, value) for name, value in plain.items()}
 

@@ -5,13 +5,13 @@ A report of an earlier version may lack any field; a field that is there must ha
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruned_ops import files
 from pruned_trainer.tasks.natural_questions.task import SCORES as NQ_SCORES
 from pruned_trainer.tasks.squad.scoring import SCORES as SQUAD_SCORES
 from pruned_trainer.tasks.task import Score
@@ -35,10 +35,7 @@ class Fields:
     @classmethod
     def read(cls, file: Path) -> Fields:
         """The object that a file holds; ValueError where it holds something else."""
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is no JSON: {error}") from None
+        values = files.read_json(file)
         if not isinstance(values, dict):
             raise ValueError(f"{file} holds a {type(values).__name__}; a JSON object is needed")
         return cls(file, values)
@@ -111,7 +108,7 @@ class Fields:
         return value or []
 
     def _wrong(self, name: str, value: Any, needed: str) -> ValueError:
-        return ValueError(f"{self.file}: {self.place}{name} is {value!r:.60}; {needed} is needed")
+        return ValueError(f"{self.file}: {self.place}{name} is {files.shown(value)}; {needed} is needed")
 
 
 def shown(value: float | None, form: str, scale: float = 1.0) -> str:

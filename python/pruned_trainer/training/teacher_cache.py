@@ -28,6 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pruned_ops.files import read_json, shown
+
 METADATA, CHECKSUMS, LOGITS = "cache.json", "checksums.u32", "logits.f32"
 _FORMAT = 1
 _EXACT_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -198,15 +200,15 @@ class TeacherCache:
         """ValueError where the files are not those of this metadata, or not whole."""
         remedy = "remove it, or choose another --cache-teacher folder"
         try:
-            stored = json.loads((self.folder / METADATA).read_text("utf-8"))
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            raise ValueError(f"{self.folder}: {METADATA} cannot be read ({error}): {remedy}") from None
+            stored = read_json(self.folder / METADATA, "description of a cache")
+        except ValueError as error:
+            raise ValueError(f"{error}: {remedy}") from None
         stored = stored if isinstance(stored, dict) else {}
         for key, value in metadata.items():
             if stored.get(key) != value:
                 raise ValueError(
                     f"{self.folder} is a cache of another teacher, tokenisation or data: its {key} is "
-                    f"{stored.get(key)}, this run's is {value}; {remedy}"
+                    f"{shown(stored.get(key))}, this run's is {shown(value)}; {remedy}"
                 )
         for name, size in self._sizes.items():
             path = self.folder / name

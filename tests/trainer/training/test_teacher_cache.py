@@ -132,7 +132,7 @@ def test_is_a_dictionary(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("lengths", "name", "message"),
     [
-        (LENGTHS, "other", "its fingerprint is abc, this run's is other"),
+        (LENGTHS, "other", "its fingerprint is 'abc', this run's is 'other'"),
         ([3, 0, 5], "abc", "its windows is 4, this run's is 3"),
         ([3, 0, 5, 2], "abc", "its tokens is 9, this run's is 10"),
         ([0, 3, 5, 1], "abc", "its lengths_sha256 is "),
@@ -158,7 +158,10 @@ def test_broken_and_foreign_folders_are_refused(tmp_path: Path) -> None:
             TeacherCache(cache, LENGTHS, "abc")
         (cache / METADATA).unlink()  # what a process leaves that was killed while it made the folder
         assert TeacherCache(cache, LENGTHS, "abc").filled == 0
-    for content, message in (("{", "cannot be read"), ("[]", "its format is None, this run's is 1")):
+    for content, message in (
+        ("{", "is no description of a cache: "),
+        ("[]", "its format is None, this run's is 1"),
+    ):
         (cache / METADATA).write_text(content)
         with pytest.raises(ValueError, match=message):
             TeacherCache(cache, LENGTHS, "abc")

@@ -1,0 +1,111 @@
+"""What a run wrote down, spoilt: one line names the file and the place, and shows nothing of the content."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pruned_trainer import Target
+from pruned_trainer.jobs.choice import _recorded
+from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, _locked
+from pruned_trainer.jobs.prune import _recorded_plan
+from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.report.fields import Fields
+from pruned_trainer.training.teacher_cache import METADATA, TeacherCache
+
+SETTINGS = PruneSettings("model", Path("train.json"), Path("out"), targets=(Target(macs=0.5),))
+STEPS = {"gate_steps": 1, "retrain_steps": 1}
+NO_JSON = [
+    (b'{"secret": ', "Expecting value: line 1 column 12"),
+    (b'{"secret":\n NaN}', "'NaN' is no finite number: line 2 column 2"),
+    (b'{"secret": "\xff"}', "can't decode byte 0xff in position 12"),
+    (b"[" * 100_000, "nested more than 64 deep"),
+]
+
+
+def refused(read: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        read()
+    assert "secret" not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("content", "place"), NO_JSON)
+def test_a_file_that_is_no_json(content: bytes, place: str, tmp_path: Path) -> None:
+    record, choice, report = tmp_path / RUN, tmp_path / "choice.json", tmp_path / "report.json"
+    metadata = tmp_path / "cache" / METADATA
+    metadata.parent.mkdir()
+    for path in (record, choice, report, metadata):
+        path.write_bytes(content)
+    refused(
+        lambda: _recorded_plan(tmp_path, SETTINGS), f"resumed .*{RUN} is no record of a run: .*{place}.*overw"
+    )
+    refused(lambda: _recorded(choice), f"choice.json is no record of a choice: .*{place}")
+    refused(lambda: Fields.read(report), f"report.json is no JSON: .*{place}")
+    refused(
+        lambda: TeacherCache(metadata.parent, [3], "abc"),
+        f"{METADATA} is no description of a cache: .*{place}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([], "run.json is no record of a run"),
+        ({}, "run.json has no 'plan'"),
+        ({"plan": STEPS}, "run.json has no 'settings'"),
+        ({"plan": [1]}, "run.json is no record of a run"),
+        ({"plan": {**STEPS, "secret": 1}, "settings": {}}, "run.json is no record of a run"),
+        (
+            {"plan": {**STEPS, "gate_steps": 1.5}, "settings": {}},
+            r"run.json: plan.gate_steps is 1\.5: an integer",
+        ),
+        ({"plan": {**STEPS, "retrain_steps": -1}, "settings": {}}, "plan.retrain_steps is -1: at least 0"),
+        ({"plan": STEPS, "settings": {"secret": 1}}, "run.json has no 'targets'"),
+    ],
+)
+def test_a_record_of_something_else(record: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / RUN).write_text(json.dumps(record))
+    refused(lambda: _recorded_plan(tmp_path, SETTINGS), f"{message}.*--overwrite starts anew")
+
+
+def test_a_right_record_is_read(tmp_path: Path) -> None:
+    settings = {**SETTINGS.to_json(), "resumable": False}
+    assert "resumable" not in SETTINGS.to_json()
+    del settings["resumable"]
+    (tmp_path / RUN).write_text(json.dumps({"plan": STEPS, "settings": settings}))
+    assert _recorded_plan(tmp_path, replace(SETTINGS, resumable=False)).gate_steps == 1
+
+
+@pytest.mark.parametrize(
+    "record", [[], {}, {"log": [], "seconds": "1"}, {"log": [1], "seconds": 1.0}, {"log": {}}]
+)
+def test_a_choice_of_something_else(record: Any, tmp_path: Path) -> None:
+    file = tmp_path / "choice.json"
+    file.write_text(json.dumps(record))
+    refused(lambda: _recorded(file), "choice.json is no record of a choice; --overwrite starts anew")
+    file.write_text(json.dumps({"log": [{"loss": None}], "seconds": 2}))
+    assert _recorded(file) == ([{"loss": None}], 2)
+
+
+def test_a_lock_that_a_killed_process_left_in_its_output_goes(tmp_path: Path) -> None:
+    """It was killed between the renaming of its folder and the removal of its lock."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").touch()
+    held = _locked(out)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        OutputFolder.check(out, overwrite=False)
+    assert (out / LOCK).exists()  # somebody lives
+    os.close(held)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        OutputFolder.check(out, overwrite=False)
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+    (out / LOCK).touch()
+    (out / RUN).touch()  # a run that has to be finished holds it meanwhile
+    OutputFolder.end_publishing(out)
+    assert (out / LOCK).exists()
