@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | fuzz | soak | bench | results | mutants | overhead | aot |
+# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | tsan | fuzz | soak | bench | results | mutants | overhead | aot |
 # cuda-compile | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-transformers4 lint docs ci asan fuzz soak bench results mutants overhead aot cuda-compile gpu gpu-ready gpu-first \
+.PHONY: demo test test-all test-transformers4 lint docs ci asan tsan fuzz soak bench results mutants overhead aot cuda-compile gpu gpu-ready gpu-first \
 	gpu-second gpu-tests gpu-ops gpu-models gpu-train gpu-study clean
 .DEFAULT_GOAL := test
 
@@ -96,6 +96,14 @@ asan: $(STAMP)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
 	$(BIN)/pytest -q -k "(cpu or encoder or int8) and not compiles_whole and not reference and not triton" $(ASAN_TESTS)
+
+# The extension's threads, with every access to memory watched: a third build, whose at::parallel_for makes threads that
+# ThreadSanitizer knows (tests/tsan). setarch: it wants memory where it looks for it.
+tsan: $(STAMP)
+	PRUNED_OPS_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/tsan --build-lib build/tsan/lib >build/tsan.log \
+		|| { cat build/tsan.log; exit 1; }
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
+	PYTHONPATH=build/tsan/lib setarch -R $(BIN)/python tests/tsan/drive.py
 
 # Readers, checkpoints, ops and requests under attack for so many minutes; `make test` has seconds of it. A failure is kept
 # in tests/fuzz/cases, or printed to be kept as an @example.

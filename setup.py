@@ -4,7 +4,8 @@ The kernels that use at::vec are compiled once per capability (DEFAULT, AVX2, AV
 The CUDA kernels are compiled too where nvcc and a CUDA torch are, for TORCH_CUDA_ARCH_LIST, by MAX_JOBS jobs.
 PRUNED_OPS_BUILD_EXTENSION=0 installs the package without the extension; the ops then run their references.
 PRUNED_OPS_BUILD_CUDA=0 leaves the CUDA kernels out; 1 makes it an error that they cannot be built.
-PRUNED_OPS_SANITIZE=1 builds the extension under AddressSanitizer and UBSan (`make asan`).
+PRUNED_OPS_SANITIZE=1 builds the extension under AddressSanitizer and UBSan (`make asan`); =thread under
+ThreadSanitizer (`make tsan`).
 """
 
 from __future__ import annotations
@@ -50,8 +51,16 @@ CXX_FLAGS = [
 ]
 
 # The first undefined behaviour ends the process, as the first bad access does.
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]
-SANITIZE = SANITIZE if os.environ.get("PRUNED_OPS_SANITIZE", "0") != "0" else []
+SANITIZERS = {
+    "0": [],
+    "1": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"],
+    # It cannot see into OpenMP's runtime: the header below makes threads that it knows.
+    "thread": ["-fsanitize=thread", "-O1", "-fno-openmp"],
+}
+if os.environ.get("PRUNED_OPS_SANITIZE", "0") not in SANITIZERS:
+    raise SystemExit(f"PRUNED_OPS_SANITIZE is {os.environ['PRUNED_OPS_SANITIZE']!r}; it is 0, 1 or thread")
+SANITIZE = SANITIZERS[os.environ.get("PRUNED_OPS_SANITIZE", "0")]
+THREADS_HEADER = ["-include", str(ROOT / "tests/tsan/std_threads.h")] if "-fno-openmp" in SANITIZE else []
 
 # What torch compiles its own kernels with.
 CAPABILITY_FLAGS: dict[str, list[str]] = {"DEFAULT": []}
@@ -203,7 +212,7 @@ def make_build_extension() -> type:
                     [source],
                     output_dir=os.path.join(self.build_temp, capability),
                     include_dirs=ext.include_dirs,
-                    extra_postargs={"cxx": [*ext.extra_compile_args["cxx"], *macros, *flags]},
+                    extra_postargs={"cxx": [*CXX_FLAGS, *SANITIZE, *macros, *flags]},
                     depends=ext.depends,
                 )
             return objects
@@ -236,7 +245,7 @@ def extension(cuda: bool) -> Extension:
         depends=[KERNELS, INT8_KERNELS, *headers],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=defined,
-        extra_compile_args={"cxx": [*CXX_FLAGS, *SANITIZE], "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *SANITIZE, *THREADS_HEADER], "nvcc": NVCC_FLAGS},
         extra_link_args=SANITIZE,
     )
 
