@@ -169,7 +169,8 @@ def _add_recipe(options: Options) -> None:
     options.add(
         "recipe",
         "joint trains gates and weights together, held to the target; paper trains each part's gates alone, "
-        "on frozen weights, at a price or held to a target; the others train no gates, and score what stays",
+        "on frozen weights, at a price or held to a target; the others train no gates, and score what "
+        "stays: fast by what would be missed once the rest stands in for it, in minutes, with no training",
         choices=RECIPES,
     )
     options.add("parts", f"what is pruned (default: {' '.join(DEFAULT_PARTS)})", nargs="+", choices=PARTS)
@@ -183,7 +184,7 @@ def _add_recipe(options: Options) -> None:
     scores = ", ".join(f"{recipe}: {steps}" for recipe, steps in SCORE_STEPS.items())
     options.add("gate_steps", f"steps of it, or minibatches scored (default: its epochs; {scores})", type=int)
     options.add("gate_fraction", "share of the training windows that gates are trained on")
-    options.add("retrain_epochs", "epochs of the narrow model's training (default: 1)", type=float)
+    options.add("retrain_epochs", "epochs of the narrow model's training (default: 1; fast: 0)", type=float)
     options.add("retrain_steps", "steps of its training (default: those of its epochs)", type=int)
     sizes = f"{BATCH_SIZE}; paper: {PAPER_BATCH_SIZE}"
     options.add("batch_size", f"examples in a step, over all processes (default: {sizes})", type=int)
@@ -204,7 +205,7 @@ def _add_recipe(options: Options) -> None:
     options.add(
         "compensate",
         "how compaction makes up for what it removes: by the output biases, by least squares on the output "
-        "matrices, by whichever is best on validation windows, or not at all",
+        "matrices, by whichever is best on validation windows, or not at all (default: none; fast: auto)",
         choices=COMPENSATIONS,
     )
 

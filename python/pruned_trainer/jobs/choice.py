@@ -23,7 +23,7 @@ from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.job import Job, build_trainer
 from pruned_trainer.jobs.output import load_any_head
-from pruned_trainer.pruning import importance
+from pruned_trainer.pruning import importance, surgeon
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import ShareOfGates
 from pruned_trainer.pruning.compact import compact
@@ -269,6 +269,8 @@ def _scored(job: Job, steps: int) -> tuple[list[Scores], Log]:
     batches = score_batches(job, steps)
 
     def score() -> Scores:
+        if settings.recipe == "fast":
+            return surgeon.score(job.dense, batches, job.budget, settings.parts, is_main())
         return importance.score(
             settings.recipe, job.dense, batches, job.budget, settings.parts, settings.seed, is_main()
         )
@@ -332,7 +334,7 @@ def decide_for(
 def compensated(job: Job, student: PreTrainedModel, decision: Decision) -> tuple[PreTrainedModel, Decision]:
     """The narrow model of the decision, compensated on training windows in the way that is best on validation
     windows; and the decision, which says how."""
-    narrow, method = compact(student, decision), job.settings.compensate
+    narrow, method = compact(student, decision), job.settings.compensation
     if method == "none":
         return narrow, decision
     size, windows = job.settings.train_batch, job.validation.windows

@@ -25,7 +25,7 @@ from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.gates import Gates
-from pruned_trainer.pruning.options import METHODS
+from pruned_trainer.pruning.options import UNTRAINED
 from pruned_trainer.training.batches import Features, lengths_of, pad_batch
 from pruned_trainer.training.callbacks import StepClock
 from pruned_trainer.training.phase import prepare_student
@@ -68,7 +68,7 @@ def make_plan(job: Job) -> Plan:
     """
     settings = job.settings
     plan = _from_settings(job) if settings.max_minutes is None else _in_minutes(job, settings.max_minutes)
-    if settings.recipe not in METHODS and plan.gate_steps < len(settings.targets):
+    if settings.recipe not in UNTRAINED and plan.gate_steps < len(settings.targets):
         raise ValueError(
             f"{plan.gate_steps} gate steps cannot pass {len(settings.targets)} targets one after another"
         )
@@ -96,7 +96,8 @@ def _from_settings(job: Job) -> Plan:
         gate = _epoch(job, job.gate_train)
     if retrain is None:
         epochs = job.settings.retrain_epochs
-        retrain = math.ceil(_epoch(job, job.train) * (1 if epochs is None else epochs))
+        epochs = job.settings.default_retrain_epochs if epochs is None else epochs
+        retrain = math.ceil(_epoch(job, job.train) * epochs)
     return Plan(gate, retrain)
 
 
@@ -137,13 +138,13 @@ def _step_seconds(job: Job) -> tuple[float, float]:
     spanning = _spanning_batches(job)
     timed = replace(job, train=spanning, gate_train=spanning, cache=None)
     gate = 0.0
-    if settings.recipe in METHODS:
+    if settings.recipe in UNTRAINED:
         gate = _score_seconds(job, len(importance.left_out(job.budget.dense, settings.parts)))
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, settings.train_embeddings)
     with attached(student, settings.seed, settings.parts) as gates, optimized(job.teacher) as teacher:
         narrow = compact(student, _any_decision(job, gates))
-        if settings.recipe not in METHODS:
+        if settings.recipe not in UNTRAINED:
             phase = gate_phase_for(job, gates)
             freeze_for(job, student, gates)
             gate = _time_steps(timed, student, teacher, phase)
@@ -184,8 +185,9 @@ def _score_seconds(job: Job, choices: int) -> float:
     parts = job.settings.parts
     start = time.perf_counter()
     importance.score("gain", job.dense, [batch], job.budget, parts)
-    # A forward pass is a third of gain's forward and backward pass.
-    return (time.perf_counter() - start) * (1 if job.settings.recipe == "gain" else (choices + 1) / 3)
+    # A forward pass is a third of gain's forward and backward pass, which is also the surgeon's.
+    passes = (choices + 1) / 3 if job.settings.recipe == "leave-one-out" else 1
+    return (time.perf_counter() - start) * passes
 
 
 def _spanning_batches(job: Job) -> list[dict[str, Any]]:

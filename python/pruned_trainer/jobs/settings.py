@@ -15,9 +15,9 @@ from pruned_ops.shape import checked_int
 from pruned_trainer.pruning.options import (
     COMPENSATIONS,
     DEFAULT_PARTS,
-    METHODS,
     PARTS,
     PENALTIES,
+    UNTRAINED,
     Target,
     check_parts,
 )
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 # joint: gates and weights train together, and a Lagrangian holds the target. paper: the weights are frozen,
 # and each part's gates train alone, at a price for each open gate or, with a target, held to the share that
-# it allows. The others train no gates.
-RECIPES = ("joint", "paper", *METHODS)
+# it allows. The others train no gates; fast trains nothing at all, and compensates instead.
+RECIPES = ("joint", "paper", *UNTRAINED)
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Examples in a training step, and the paper's own number in its recipe.
 BATCH_SIZE, PAPER_BATCH_SIZE = 16, 24
 # The minibatches that importance scores are taken over by default. Leave-one-out passes over them again for
 # every head and group.
-SCORE_STEPS = {"gain": 64, "leave-one-out": 8, "random": 1}
+SCORE_STEPS = {"fast": 8, "gain": 64, "leave-one-out": 8, "random": 1}
 # FFN widths and the hidden size are rounded up to a multiple of this, where no latency table says another.
 WIDTH_ALIGN = 8
 # The phases in which the teacher teaches.
@@ -98,7 +98,7 @@ class PruneSettings:
     precision: str = "fp32"
     compile: bool = False
     align: int | None = None
-    compensate: str = "none"
+    compensate: str | None = None
     max_length: int = 384
     stride: int = 128
     seed: int = 0
@@ -134,7 +134,7 @@ class PruneSettings:
         why = "texts have no labels" if self.texts is not None else "an embedder has no labels to train on"
         if self.distil_in not in (None, "both") or not self.distillation.needs_teacher:
             raise ValueError(f"{why}, so that the teacher teaches in both phases, with a weight above 0")
-        if self.recipe in METHODS and self.recipe != "random":
+        if self.recipe in UNTRAINED and self.recipe != "random":
             raise ValueError(
                 f"{why}, and recipe {self.recipe} scores by the loss on them: joint trains gates"
             )
@@ -144,7 +144,7 @@ class PruneSettings:
     def _check_choices(self) -> None:
         for name, known in (
             ("recipe", RECIPES), ("penalty", PENALTIES), ("precision", PRECISIONS),
-            ("distil_in", (*DISTIL_IN, None)), ("compensate", COMPENSATIONS),
+            ("distil_in", (*DISTIL_IN, None)), ("compensate", (*COMPENSATIONS, None)),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; one of {known} is needed")
@@ -174,8 +174,10 @@ class PruneSettings:
             raise ValueError("the lambda multiples are prices of the paper's recipe: --recipe paper")
         if self.targets and set(lambdas) != {1.0}:
             raise ValueError("a target holds the gates to a share: the lambda multiples are for runs without")
-        if self.recipe in METHODS and self.penalty != "one":
+        if self.recipe in UNTRAINED and self.penalty != "one":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
+        if self.recipe == "fast" and "hidden" in self.parts:
+            raise ValueError("recipe fast scores heads and FFN units: leave hidden out of the parts")
         weights = self.distillation
         if self.cache_teacher is not None and self.task in TEXT_COLUMNS:
             raise ValueError(f"cache_teacher keeps start and end logits, which {self.task} has none of")
@@ -251,6 +253,16 @@ class PruneSettings:
         return self.align or (None if self.is_timed else WIDTH_ALIGN)
 
     @property
+    def compensation(self) -> str:
+        """How the narrow model is compensated when it is made: what was asked for, or the recipe's way."""
+        return self.compensate or ("auto" if self.recipe == "fast" else "none")
+
+    @property
+    def default_retrain_epochs(self) -> float:
+        """Epochs of retraining where nothing else is asked for."""
+        return 0.0 if self.recipe == "fast" else 1.0
+
+    @property
     def multiples(self) -> dict[str, float]:
         """The multiple of the paper's lambda for each part."""
         return dict(zip(PARTS, (self.lambda_attention, self.lambda_ffn, self.lambda_hidden), strict=True))
@@ -266,6 +278,7 @@ class PruneSettings:
         """The settings that decide the result, for comparing a resumed run with the one that it resumes."""
         ignored = {"command", "overwrite", "resume", "resumable", "save_steps", "tensorboard"}
         plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ignored}
+        plain["compensate"] = self.compensation
         return {name: _place(name, value) for name, value in plain.items()}
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:

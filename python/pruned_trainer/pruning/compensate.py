@@ -29,7 +29,7 @@ from pruned_trainer.tasks.output_kinds import Said, divergences, label_losses, s
 from pruned_trainer.tasks.task import is_labelled, without_labels
 
 # The output projection of each part in a layer, and the LayerNorm that it leads to.
-_PROJECTIONS = {"heads": "attention.output.dense", "ffn": "output.dense"}
+PROJECTIONS = {"heads": "attention.output.dense", "ffn": "output.dense"}
 _NORMS = {"heads": "attention.output.LayerNorm", "ffn": "output.LayerNorm"}
 # The parts in the order in which `auto` chooses for them: FFN units are most of what is removed.
 PARTS = ("ffn", "heads")
@@ -114,7 +114,7 @@ class _Compensator:
         }
 
     def projection(self, place: Place) -> Any:
-        return self.layers[place[1]][_PROJECTIONS[place[0]]]
+        return self.layers[place[1]][PROJECTIONS[place[0]]]
 
     def places(self) -> Iterator[Place]:
         """Every place in the order in which a model computes them."""
@@ -143,7 +143,7 @@ class _Compensator:
 
         def hooks(place: Place, real: Tensor) -> Iterator[Any]:
             part, i = place
-            source, raw = self.sources[i][_PROJECTIONS[part]], []
+            source, raw = self.sources[i][PROJECTIONS[part]], []
             kept, (weight, _) = self.kept[place], self.before[place]
             rows = source.weight.detach().double()[self.hidden]
 

@@ -56,9 +56,9 @@ def score(
     if method == "random":
         worth = _random(shape, seed)
     elif method == "gain":
-        worth = _per_cost(_gain(model, batches, parts, progress), budget, parts)
+        worth = per_cost(_gain(model, batches, parts, progress), budget, parts)
     elif method == "leave-one-out":
-        worth = _per_cost(_leave_one_out(model, batches, parts, progress), budget, parts)
+        worth = per_cost(_leave_one_out(model, batches, parts, progress), budget, parts)
     else:
         raise ValueError(f"method is {method!r}; one of {', '.join(METHODS)} is needed")
     rank = PerGate.full(shape, math.inf)
@@ -77,7 +77,8 @@ def _random(shape: ModelShape, seed: int) -> PerGate:
     return PerGate.full(shape, 0.0).map(lambda t: torch.rand(t.shape, generator=generator))
 
 
-def _per_cost(worth: PerGate, budget: Budget, parts: Sequence[str]) -> PerGate:
+def per_cost(worth: PerGate, budget: Budget, parts: Sequence[str]) -> PerGate:
+    """What each gate on these parts is worth, over its price: (gates on other parts: 0)."""
     prices = budget.prices(parts)
     scores = PerGate.full(budget.dense, 0.0)
     for part in parts:
@@ -89,7 +90,7 @@ def _per_cost(worth: PerGate, budget: Budget, parts: Sequence[str]) -> PerGate:
 def _gain(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool) -> PerGate:
     """Mean over examples of |d loss / d gate| with all gates at 1 (Michel et al. 2019)."""
     config = config_of(model)
-    with _evaluating(model), attached(model, parts=parts) as gates:
+    with frozen(model), attached(model, parts=parts) as gates:
         total = PerGate.full(gates.shape, 0.0)
         examples = 0
         for batch in tqdm(batches, desc="gain", disable=not progress):
@@ -117,7 +118,7 @@ def _leave_one_out(model: nn.Module, batches: Batches, parts: Sequence[str], pro
     """The mean loss with a gate closed minus the loss with all gates open. Heads are closed one by one, FFN
     units and hidden dimensions in groups of GROUP."""
     config = config_of(model)
-    with _evaluating(model), attached(model, parts=parts) as gates, torch.no_grad():
+    with frozen(model), attached(model, parts=parts) as gates, torch.no_grad():
         worth = PerGate.full(gates.shape, 0.0)
 
         def mean_loss(closed: LeftOut | None) -> float:
@@ -153,7 +154,7 @@ def left_out(shape: ModelShape, parts: Sequence[str]) -> list[LeftOut]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, without gradients for its weights, inside the block."""
     training, required = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)

@@ -47,6 +47,25 @@ def test_other_recipes_meet_a_target(recipe: str, settings: PruneSettings) -> No
     AutoModelForQuestionAnswering.from_pretrained(one.out)
 
 
+def test_the_fast_recipe_trains_nothing_and_compensates(settings: PruneSettings) -> None:
+    """Unless it is asked to; it is the choice of the surgeon, and not gain's."""
+    one = variant(
+        settings, "fast", recipe="fast", gate_steps=None, retrain_steps=None, targets=targets_of(0.25)
+    )
+    report = prune(one)
+    assert report["recipe"] == "fast" and report["plan"]["retrain_steps"] == 0
+    assert report["training"]["retrain"] == [] == report["training"]["gates"]
+    decision = json.loads((one.out / "decision.json").read_text())
+    assert decision["compensation"]["ffn"] in ("bias", "least-squares")
+    gain = prune(variant(one, "fast-not", recipe="gain", retrain_steps=0))
+    assert report["f1_span_loss"] < gain["f1_span_loss"]
+    again = variant(one, "fast-again", retrain_epochs=1.0, compensate="none")
+    assert make_plan(start(again)).retrain_steps > 0 and again.compensation == "none"
+    assert settings.compensation == "none" == settings.to_json()["compensate"]
+    with pytest.raises(ValueError, match="leave hidden out"):
+        variant(one, "fast-hidden", parts=("heads", "ffn", "hidden"))
+
+
 def test_hidden_dimensions(settings: PruneSettings) -> None:
     """All three kinds at once; the narrow model learns through a projection onto what is left."""
     one = variant(

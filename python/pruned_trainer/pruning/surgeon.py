@@ -1,0 +1,211 @@
+"""Optimal brain surgeon on whole heads and FFN units: what each is worth to the loss once those that are left
+stand in for it (Hassibi and Stork 1993; for structures Kurtic et al. 2023).
+
+About the model as it is, a change D of an output projection's matrix raises the loss of a token by half of
+trace(D' G D C), where C is the covariance of the projection's inputs and G the second moment of the loss's
+gradient at its outputs: a Kronecker-factored Fisher matrix (Martens and Grosse 2015). When inputs are removed
+and the rest of the matrix is solved anew, this rise has a closed form. It counts what units have in common:
+of two units that say the same, either may go, but not both. No weight is trained, or changed, here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pruned_ops.models.stock import config_of, find_encoder, model_shape
+from pruned_trainer.pruning.budget import Budget
+from pruned_trainer.pruning.compensate import PROJECTIONS, RIDGE, Place
+from pruned_trainer.pruning.gates import PerGate, Scores
+from pruned_trainer.pruning.importance import Batches, example_losses, frozen, per_cost
+from pruned_trainer.tasks.task import without_labels
+
+# FFN units that go at a time, the least of those that are left; one by one would take eight times as long.
+UNITS_AT_A_TIME = 8
+
+
+@dataclass
+class Moments:
+    """Sums over tokens at one output projection, in fp64: of its inputs (width,), of their products
+    (width, width), and of the products of the loss's gradient at its outputs (hidden, hidden)."""
+
+    tokens: int = 0
+    inputs: Tensor | None = None
+    products: Tensor | None = None
+    gradients: Tensor | None = None
+
+    def add_inputs(self, inputs: Tensor) -> None:
+        """inputs: (tokens, width)."""
+        self.tokens += len(inputs)
+        self.inputs = _sum(self.inputs, inputs.double().sum(0))
+        self.products = _sum(self.products, (inputs.T @ inputs).double())
+
+    def add_gradients(self, gradients: Tensor) -> None:
+        """gradients: (tokens, hidden)."""
+        self.gradients = _sum(self.gradients, (gradients.T @ gradients).double())
+
+    def covariance(self) -> Tensor:
+        """Of the inputs: (width, width)."""
+        assert self.inputs is not None and self.products is not None
+        mean = self.inputs / self.tokens
+        return self.products / self.tokens - torch.outer(mean, mean)
+
+    def curvature(self) -> Tensor:
+        """The second moment of the gradient, over the tokens: (hidden, hidden)."""
+        assert self.gradients is not None
+        return self.gradients / self.tokens
+
+
+def _sum(old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else old + new
+
+
+def score(
+    model: nn.Module, batches: Batches, budget: Budget, parts: Sequence[str], progress: bool = False
+) -> Scores:
+    """Scores of every gate on `parts`, as `importance.score` makes them: `worth` for what it costs."""
+    rank = PerGate.full(budget.dense, math.inf)
+    ranked = per_cost(worth(model, batches, parts, progress), budget, parts)
+    for part in parts:
+        rank = rank.replace(part, ranked)
+    return Scores(rank, PerGate.full(budget.dense, 1.0))
+
+
+def worth(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool = False) -> PerGate:
+    """By how much the loss of a token rises when a head or an FFN unit goes, after those of its layer that
+    are worth less; the worth of parts that are not asked for is 0.
+
+    batches: padded inputs with the task's labels, some hundred windows in all. The model is left as it was.
+    Errors: ValueError for hidden dimensions, which belong to no projection alone.
+    """
+    if "hidden" in parts:
+        raise ValueError(
+            "the recipe fast scores heads and FFN units: leave hidden out of --parts, or take the recipe gain"
+        )
+    shape = model_shape(model)
+    found = PerGate.full(shape, 0.0)
+    moments = moments_of(model, batches, parts, progress)
+    layers = [dict(layer.named_modules()) for layer in find_encoder(model).encoder.layer]
+    for (part, i), at_place in moments.items():
+        number = len(found.of(part)[i])
+        if number == 0:
+            continue
+        matrix = layers[i][PROJECTIONS[part]].weight.detach()
+        rises = removal_rises(
+            matrix.double(), at_place.covariance(), at_place.curvature(), number,
+            UNITS_AT_A_TIME if part == "ffn" else 1,
+        )  # fmt: skip
+        found.of(part)[i].copy_(rises.float())
+    return found
+
+
+def moments_of(
+    model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool = False
+) -> dict[Place, Moments]:
+    """The moments of every output projection of these parts, from a forward and a backward pass over each
+    batch."""
+    layers = [dict(layer.named_modules()) for layer in find_encoder(model).encoder.layer]
+    places = [(part, i) for i in range(len(layers)) for part in parts]
+    moments = {place: Moments() for place in places}
+    config = config_of(model)
+    with frozen(model), torch.enable_grad():
+        for batch in tqdm(batches, desc="curvature", disable=not progress):
+            real = batch["attention_mask"].bool()
+            with _watched(model, layers, moments, real):
+                example_losses(model(**without_labels(batch)), batch, config).sum().backward()
+    return moments
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, layers: Sequence[dict[str, nn.Module]], moments: dict[Place, Moments], real: Tensor
+) -> Iterator[None]:
+    """Inside the block, a pass through the model adds to the moments what its real tokens (batch, seqlen)
+    bring to each projection, forwards and backwards."""
+
+    def watch(at_place: Moments) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            at_place.add_inputs(inputs[0].detach()[real])
+            output.register_hook(lambda gradient: at_place.add_gradients(gradient[real]))
+
+        return hook
+
+    # No weight asks for a gradient: what leaves the embeddings does, so that gradients reach every layer.
+    embeddings: Any = find_encoder(model).embeddings
+    hooks = [embeddings.register_forward_hook(lambda *call: call[-1].detach().requires_grad_())]
+    hooks += [
+        layers[i][PROJECTIONS[part]].register_forward_hook(watch(at_place))
+        for (part, i), at_place in moments.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def removal_rises(
+    matrix: Tensor, covariance: Tensor, curvature: Tensor, number: int, at_a_time: int = 1,
+    ridge: float = RIDGE,
+) -> Tensor:  # fmt: skip
+    """By how much the loss rises as each of `number` equal blocks of a matrix's columns is removed, least
+    first, and the rest is solved anew each time: (number,), by block.
+
+    matrix: (hidden, width). covariance: of the inputs, (width, width). curvature: (hidden, hidden). A block
+    that goes later never counts less than one that goes earlier.
+    """
+    width = matrix.shape[1]
+    size, names = width // number, torch.arange(number, device=matrix.device)
+    penalty = ridge * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+    inverse = torch.linalg.inv(covariance + penalty * torch.eye(width).to(covariance))
+    rises, least = torch.zeros(number).to(matrix), torch.zeros(()).to(matrix)
+    while len(names):
+        each = _block_rises(matrix, inverse, curvature, len(names), size)
+        values, going = each.topk(min(at_a_time, len(names)), largest=False, sorted=True)
+        columns = (going[:, None] * size + torch.arange(size).to(going)).flatten()
+        together = _together(matrix, inverse, curvature, columns)
+        shares = values * (together / values.sum().clamp(min=torch.finfo(torch.float64).tiny))
+        for name, share in zip(names[going], shares, strict=True):
+            least = torch.maximum(least, share)
+            rises[name] = least
+        matrix, inverse = _without(matrix, inverse, columns)
+        names = names[_others(len(names), going)]
+    return rises / 2
+
+
+def _block_rises(matrix: Tensor, inverse: Tensor, curvature: Tensor, number: int, size: int) -> Tensor:
+    """Twice the rise of the loss for each block alone: (number,)."""
+    every = torch.arange(number, device=matrix.device)
+    own = inverse.view(number, size, number, size)[every, :, every]
+    blocks = matrix.view(-1, number, size).transpose(0, 1)
+    weighed = blocks.transpose(1, 2) @ curvature @ blocks
+    return (torch.linalg.inv(own) * weighed).sum((1, 2)).clamp(min=0.0)
+
+
+def _together(matrix: Tensor, inverse: Tensor, curvature: Tensor, columns: Tensor) -> Tensor:
+    """Twice the rise of the loss when all these columns go."""
+    own = torch.linalg.inv(inverse[columns][:, columns])
+    left = matrix[:, columns]
+    return (own * (left.T @ curvature @ left)).sum().clamp(min=0.0)
+
+
+def _without(matrix: Tensor, inverse: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix, solved anew, and the inverse covariance, both without these columns."""
+    stay = _others(matrix.shape[1], columns)
+    step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns][:, stay])
+    solved = matrix[:, stay] - matrix[:, columns] @ step
+    return solved, inverse[stay][:, stay] - inverse[stay][:, columns] @ step
+
+
+def _others(number: int, chosen: Tensor) -> Tensor:
+    """A mask of all but the chosen of so many: (number,)."""
+    mask = torch.ones(number, dtype=torch.bool, device=chosen.device)
+    mask[chosen] = False
+    return mask

@@ -1,0 +1,150 @@
+"""The surgeon's scores: against what they are defined as, and against a choice that does not know what units
+have in common."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertForQuestionAnswering
+
+from matching import batch_of, trained_model
+from pruned_ops.models.stock import model_shape
+from pruned_trainer import SizeBudget, Target, compact, decide
+from pruned_trainer.pruning import importance, surgeon
+from pruned_trainer.tasks.task import without_labels
+
+
+@pytest.fixture(scope="module")
+def trained() -> BertForQuestionAnswering:
+    return trained_model(300)
+
+
+def batches(number: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    return [batch_of(16, torch.Generator().manual_seed(seed + i)) for i in range(number)]
+
+
+def a_problem(width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix (5, width), the covariance of its inputs, and a curvature."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moments(size: int) -> Tensor:
+        drawn = torch.randn(4 * size, size, generator=generator, dtype=torch.float64)
+        return drawn.T @ drawn / len(drawn)
+
+    return torch.randn(5, width, generator=generator, dtype=torch.float64), moments(width), moments(5)
+
+
+def rise_without(columns: list[int], matrix: Tensor, covariance: Tensor, curvature: Tensor) -> float:
+    """Half of trace(D' G D C) for the D that is least of all that close these columns, by a solver of its
+    own."""
+    stay = [i for i in range(matrix.shape[1]) if i not in columns]
+    solved = torch.zeros_like(matrix)
+    wanted = (matrix @ covariance)[:, stay]
+    solved[:, stay] = torch.linalg.lstsq(covariance[stay][:, stay], wanted.T).solution.T
+    change = solved - matrix
+    return float(torch.trace(change.T @ curvature @ change @ covariance)) / 2
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_least_goes_first_and_the_rise_is_that_of_the_matrix_solved_anew(size: int) -> None:
+    matrix, covariance, curvature = a_problem(4 * size)
+    found = surgeon.removal_rises(matrix, covariance, curvature, 4, ridge=0.0)
+
+    def blocks(*names: int) -> list[int]:
+        return [name * size + i for name in names for i in range(size)]
+
+    alone = {name: rise_without(blocks(name), matrix, covariance, curvature) for name in range(4)}
+    first = min(alone, key=alone.__getitem__)
+    assert int(found.argmin()) == first and float(found[first]) == pytest.approx(alone[first], rel=1e-6)
+    pairs = {
+        name: rise_without(blocks(first, name), matrix, covariance, curvature) - alone[first]
+        for name in range(4)
+        if name != first
+    }
+    second = min(pairs, key=pairs.__getitem__)
+    assert float(found[second]) == pytest.approx(max(pairs[second], alone[first]), rel=1e-6)
+    assert int(found.argsort()[1]) == second
+
+
+def test_several_at_a_time_share_what_they_cost_together() -> None:
+    matrix, covariance, curvature = a_problem(8)
+    found = surgeon.removal_rises(matrix, covariance, curvature, 8, at_a_time=8, ridge=0.0)
+    everything = rise_without(list(range(8)), matrix, covariance, curvature)
+    assert float(found.min()) > 0 and float(found.sum()) >= everything - 1e-9
+    one_by_one = surgeon.removal_rises(matrix, covariance, curvature, 8, ridge=0.0)
+    assert len(one_by_one.unique()) > 1 and bool((one_by_one > 0).all())
+
+
+def test_of_two_units_that_say_the_same_one_is_free_and_not_the_other() -> None:
+    matrix, covariance, curvature = a_problem(6)
+    same = torch.eye(6, dtype=torch.float64)
+    same[1] = same[0]  # the second input repeats the first
+    covariance = same @ covariance @ same.T
+    found = surgeon.removal_rises(matrix, covariance, curvature, 6, ridge=1e-9)
+    twins = sorted(found[:2].tolist())
+    assert twins[0] < 1e-6 * twins[1] and int(found.argmin()) in (0, 1)
+
+
+def test_moments_are_those_of_every_real_token(trained: BertForQuestionAnswering) -> None:
+    """Against autograd, a place at a time; padding brings nothing, and the model is left as it was."""
+    data = batches(2)
+    for batch in data:
+        batch["attention_mask"][:4, -3:] = 0
+    trained.train()
+    before = {name: parameter.requires_grad for name, parameter in trained.named_parameters()}
+    trained.zero_grad()
+    moments = surgeon.moments_of(trained, data, ("heads", "ffn"))
+    assert trained.training and before == {n: p.requires_grad for n, p in trained.named_parameters()}
+    assert all(parameter.grad is None for parameter in trained.parameters())
+    assert not any(module._forward_hooks for module in trained.modules())
+    model: Any = copy.deepcopy(trained).eval()
+    projection = model.bert.encoder.layer[1].output.dense
+    seen: dict[str, list[Tensor]] = {"inputs": [], "gradients": []}
+
+    def keep(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        output.retain_grad()
+        seen["inputs"].append(inputs[0].detach())
+        seen["gradients"].append(output)
+
+    projection.register_forward_hook(keep)
+    for batch in data:
+        importance.example_losses(model(**without_labels(batch)), batch).sum().backward()
+    real = [batch["attention_mask"].bool() for batch in data]
+    inputs = torch.cat([x[mask] for x, mask in zip(seen["inputs"], real, strict=True)]).double()
+    gradients = torch.cat([y.grad[mask] for y, mask in zip(seen["gradients"], real, strict=True)]).double()
+    found = moments["ffn", 1]
+    assert found.tokens == len(inputs) == sum(int(mask.sum()) for mask in real)
+    torch.testing.assert_close(found.covariance(), torch.cov(inputs.T, correction=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.curvature(), gradients.T @ gradients / len(inputs), rtol=1e-4, atol=1e-9)
+
+
+def test_compensated_it_loses_less_than_gain(trained: BertForQuestionAnswering) -> None:
+    budget = SizeBudget(model_shape(trained), "macs", [14])
+    data, fresh = batches(8), batches(8, seed=100)
+
+    def loss_of(scores: importance.Scores) -> float:
+        decision = decide(scores, budget, Target(macs=0.5), align=1)
+        narrow = compact(trained, decision, calibration=data, compensate="least-squares").eval()
+        with torch.no_grad():
+            losses = [importance.example_losses(narrow(**without_labels(batch)), batch) for batch in fresh]
+        return float(torch.cat(losses).mean())
+
+    by_surgeon = surgeon.score(trained, data, budget, ("heads", "ffn"))
+    assert loss_of(by_surgeon) < loss_of(importance.score("gain", trained, data, budget, ("heads", "ffn")))
+
+
+def test_parts_that_no_projection_has_are_refused_and_empty_layers_are_none(
+    trained: BertForQuestionAnswering,
+) -> None:
+    budget = SizeBudget(model_shape(trained), "macs", [14])
+    with pytest.raises(ValueError, match="leave hidden out"):
+        surgeon.score(trained, batches(1), budget, ("hidden",))
+    scores = surgeon.score(trained, batches(1), budget, ("ffn",))
+    assert all(bool(torch.isinf(heads).all()) for heads in scores.rank.heads)
+    narrow = compact(trained, decide(scores, budget, Target(macs=0.8), align=1))
+    again = surgeon.score(narrow, batches(1), SizeBudget(model_shape(narrow), "macs", [14]), ("ffn",))
+    assert [len(x) for x in again.rank.ffn] == [layer.ffn_width for layer in model_shape(narrow).layers]
