@@ -50,6 +50,7 @@ def take(out: Path, results: Path, title: str) -> Path:
     kept["pruned"]["layers"] = " ".join(
         f"{layer['num_heads']}/{layer['ffn_width']}" for layer in report["shape"]
     )
+    kept |= _removed(report)
     kept |= {key: report[key] for key in report if re.fullmatch(r"f1(_span)?_loss(_interval)?", key)}
     kept |= {
         "target": report["target"]["asked"],
@@ -61,13 +62,22 @@ def take(out: Path, results: Path, title: str) -> Path:
     return path
 
 
+def _removed(report: dict[str, Any]) -> dict[str, float]:
+    """The shares of heads and of FFN units that a run removed."""
+    dense, left = report["dense_shape"], report["shape"]
+    return {
+        name: round(1 - sum(layer[key] for layer in left) / (dense[key] * len(left)), 4)
+        for name, key in (("heads_removed", "num_heads"), ("ffn_removed", "ffn_width"))
+    }
+
+
 def result_table(kept: dict[str, Any]) -> list[str]:
     """One run of the pruner: the dense model beside the pruned one."""
     dense, pruned = kept["dense"], kept["pruned"]
 
     def scores(label: str, key: str, first: bool) -> str:
         low, high = kept[f"{key}_loss_interval"]
-        words = "95% interval of the difference: " if first else ""
+        words = "95% interval: " if first else ""
         change = f"{-kept[f'{key}_loss']:+.2f} ({words}{-high:+.2f} to {-low:+.2f})"
         return f"| {label} | {dense[key]:.2f} | {pruned[key]:.2f} | {change} |"
 
@@ -130,7 +140,9 @@ def _pruned(results: Path) -> list[str]:
         lines += [
             *result_table(kept),
             "",
-            f"{kept['questions']:,} questions. Heads/FFN width left: {kept['pruned']['layers']}. "
+            f"{kept['questions']:,} questions; the intervals are over them, of one training. "
+            f"Heads/FFN width left: {kept['pruned']['layers']}: "
+            f"{kept['heads_removed']:.0%} of the heads and {kept['ffn_removed']:.0%} of the FFN removed. "
             f"{machine['accelerator'] or machine['processor']}, {machine['cores']} cores, {versions}, "
             f"{kept['date']}: [{path.name}](results/{path.name}){note}, by `{kept['command']}`.",
             "",

@@ -12,7 +12,7 @@ from harness import Row, read_rows
 from pruned_trainer.report.figures import LIGHT, Drawing, Line, against_speed, draw, layers
 from pruned_trainer.report.published import PAPER, PUBLISHED
 from study.records import over_seeds
-from study.rows import METHODS
+from study.rows import METHODS, TABLE
 
 # Colour, marker and line of each way to choose: apart for the colour-blind, and in grey.
 STYLES = {
@@ -23,6 +23,8 @@ STYLES = {
 }
 NAMES = {"l0": "L0 gates", "leave-one-out": "leave-one-out", "gain": "gain", "random": "random"}
 PARTS = {"heads": "heads", "ffn": "FFN units", "hidden": "hidden dimensions"}
+# The letters of the paper's rows.
+LETTERS = ("a", *TABLE)
 SCORES = {"f1": "F1", "f1_span": "span F1"}
 
 
@@ -62,9 +64,12 @@ class Results:
         """The letters of the table's rows that have results."""
         return sorted({row["row"] for row in self.rows if row.get("kind") == "row"})
 
-    def row(self, letter: str) -> list[Row]:
-        """The rows of a letter, or of a recipe, of all seeds."""
-        return [row for row in self.rows if row.get("row") == letter]
+    def row(self, letter: str, retraining: str = "distilled") -> list[Row]:
+        """The rows of a letter, or of a recipe, of all seeds, that were trained on in this way, or not at
+        all. Studies from before there were two ways had distillation."""
+        ways = (retraining, "none")
+        rows = [row for row in self.rows if row.get("row") == letter]
+        return [row for row in rows if row.get("retraining", "distilled") in ways]
 
     def timed(self, letter: str) -> list[Row]:
         """The newest timings of a letter on their first workload, of all seeds."""
@@ -154,11 +159,11 @@ def speed_figure(results: Results) -> Drawing:
         for letter in results.letters():
             loss = over_seeds(results.row(letter), f"{score}_loss")
             speed = over_seeds(results.timed(letter), "speedup")
-            if letter != "h" and loss and speed:
+            if letter in LETTERS and loss and speed:
                 points.append((speed[0], -loss[0]))
                 ends.append((-loss[2], -loss[1]))
         order = sorted(range(len(points)), key=points.__getitem__)
-        label = f"{SCORES[score]}, rows {', '.join(x for x in results.letters() if x != 'h')} here"
+        label = f"{SCORES[score]}, rows {', '.join(x for x in results.letters() if x in LETTERS)} here"
         lines.append(Line(label, [points[i] for i in order], [ends[i] for i in order]))
     paper = next(published for published in PUBLISHED["squad"] if published.source == PAPER)
     label = f"F1 in the paper: {paper.model}, {paper.data},\n{paper.hardware}"

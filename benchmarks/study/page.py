@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import Row
 from presentation import table
+from pruned_trainer.pruning.options import MAX_PACE
 from study.figures import NAMES, PARTS, SCORES, Results, dense_score, timed
 from study.records import over_seeds
-from study.rows import METHODS
+from study.rows import METHODS, OTHERS, RETRAININGS
 
 # BERT-large on SQuAD 2.0 dev in the paper, by row: % heads and % FFN removed, F1 before and after retraining,
 # speed-up on a K80 at batch 1. None: not given, or its column not certain.
@@ -22,6 +23,17 @@ PAPERS: dict[str, tuple[Any, ...]] = {
     "f": (57.6, 73.7, 76.8, 82.4, 2.24),
     "g": (60.1, 78.4, 67.8, 81.5, 2.40),
 }
+
+
+# How gates were trained in a file from before its rows said so; it goes when the study is made again.
+EARLIER_GATES: dict[str, Row] = {
+    "study-cpu-amd-epyc-family-26-model-2-1t.csv": {
+        "gate_batch": 4, "gate_learning_rate": 0.6, "gate_start": 2.5, "penalty": "open",
+        "joint_pace": 300 / 36, "joint_learning_rate": 0.1,
+    }
+}  # fmt: skip
+# The probability by which an open gate was charged, and the paper's, by the name of the penalty.
+CHARGED = {"open": "P(gate > 0)", "one": "P(gate = 1)"}
 
 
 def mean(rows: Sequence[Row], value: str, form: str = "{:.2f}", scale: float = 1.0) -> str:
@@ -75,8 +87,12 @@ def section(results: Results) -> list[str]:
         f"### Profile {first['profile']}: {machine_of(first)}",
         "",
         f"Teacher {first['model']}; {'seed' if len(seeds) == 1 else 'seeds'} "
-        f"{', '.join(map(str, seeds))}. Intervals are 95%, bootstrapped over the questions"
-        + ("." if len(seeds) == 1 else "; numbers are means over the seeds, ends the outermost of any seed."),
+        f"{', '.join(map(str, seeds))}. Intervals are 95%, bootstrapped over the questions; "
+        + (
+            "every model was trained once, so what another seed would change is not in them."
+            if len(seeds) == 1
+            else "numbers are means over the seeds, ends the outermost of any seed."
+        ),
         "",
     ]
     for part in (_curves_text, _rows_text, _layers_text, _hidden_text, _recipes_text, _origin_text):
@@ -99,17 +115,43 @@ def _curves_text(results: Results) -> list[str]:
         "#### Four ways to choose, without retraining",
         "",
         "The lowest-ranking heads, or FFN units, are removed and nothing is trained after that; "
-        f"{first['questions']} questions. L0 gates were trained at several multiples of the paper's lambda; "
-        "at each share the multiple is used whose own threshold removes the nearest share. Differences are "
+        f"{first['questions']} questions. {_l0_text(first)} Differences are "
         f"between answers to the same questions. L0's gates saw {first['windows_l0']:,} windows of the "
         f"training file, gain saw {first['windows_gain']:,}, and leave-one-out saw "
-        f"{first['windows_leave-one-out']:,}, once for each head and once for each group of 64 FFN units.",
+        f"{first['windows_leave-one-out']:,}, once for each head and once for each group of 64 FFN units."
+        + _gates_text(results, first),
         "",
         *image(results, "curves", "F1 and span F1 over the share removed, by four ways to choose"),
     ]
     for part in parts:
-        text += _curve_table(results, part) + _ordering(results, part)
+        text += _curve_table(results, part) + _ordering(results, part) + _compensated(results, part)
     return text
+
+
+def _l0_text(row: Row) -> str:
+    if "held" in row:
+        return (
+            "L0 gates were held to closing a share of the part, and at each share those rank that were held "
+            "nearest to it."
+        )
+    return (
+        "L0 gates were trained at several multiples of the paper's lambda; at each share the multiple is "
+        "used whose own threshold removes the nearest share."
+    )
+
+
+def _gates_text(results: Results, row: Row) -> str:
+    """How the gates were trained, with the paper's numbers beside; empty where neither the row nor
+    EARLIER_GATES knows it."""
+    gates = {**EARLIER_GATES.get(results.path.name, {}), **row}
+    if "gate_batch" not in gates:
+        return ""
+    return (
+        f" L0's gates were trained with {gates['gate_batch']} windows a step (the paper: 24) at a rate of "
+        f"{gates['gate_learning_rate']:g} (the paper: 0.1), from a log_alpha of {gates['gate_start']:g} (the "
+        f"paper does not say), and an open gate was charged by {CHARGED[gates['penalty']]} (the paper: "
+        f"{CHARGED['one']}). The L0 columns speak for this training of gates alone."
+    )
 
 
 def _curve_table(results: Results, part: str) -> list[str]:
@@ -128,6 +170,18 @@ def _curve_table(results: Results, part: str) -> list[str]:
     return table(header, lines)
 
 
+def _compensated(results: Results, part: str) -> list[str]:
+    """Span F1 of the same choices once the narrow models were compensated; empty for an earlier study."""
+    value, lines = "f1_span_compensated", []
+    for fraction in results.curve(part, "l0"):
+        cells = [mean(results.curve(part, method).get(fraction, []), value) for method in METHODS]
+        lines.append([f"{100 * fraction:g}%", *cells])
+    if all(cell == "-" for line in lines for cell in line[1:]):
+        return []
+    header = [f"{PARTS[part]} removed, compensated: span F1", *(NAMES[method] for method in METHODS)]
+    return table(header, lines)
+
+
 def _behind(rows: Sequence[Row], score: str) -> str:
     """How many points the rows are behind L0, with the interval."""
     interval = over_seeds(rows, f"{score}_behind_l0")
@@ -139,22 +193,13 @@ def _ordering(results: Results, part: str) -> list[str]:
     points."""
     text = []
     for method in METHODS[1:]:
-        counts = {"ahead": [], "behind": [], "not to be told apart": []}
-        for fraction, rows in results.curve(part, method).items():
-            interval = over_seeds(rows, "f1_span_behind_l0")
-            if interval:
-                _, low, high = interval
-                kind = "ahead" if low > 0 else "behind" if high < 0 else "not to be told apart"
-                counts[kind].append(f"{100 * fraction:g}%")
-        orders = [f"{kind} at {', '.join(shares)}" for kind, shares in counts.items() if shares]
-        text.append(f"- L0 against {NAMES[method]} in span F1: {'; '.join(orders)}.")
+        orders = [f"in {name} {_order(results, part, method, score)}" for score, name in SCORES.items()]
+        text.append(f"- L0 against {NAMES[method]}: {'. '.join(reversed(orders)).replace('. in', '. In')}.")
     gates = [
-        f"{100 * fraction:g}% from lambda x{rows[0]['multiple']:g}, "
-        f"which closed {mean(rows, 'closed', '{:.0f}%', 100)}"
-        for fraction, rows in results.curve(part, "l0").items()
+        f"{100 * fraction:g}% from {_gates_of(rows)}" for fraction, rows in results.curve(part, "l0").items()
     ]
     text.append(
-        f"- L0's gates: {'; '.join(gates)}. Where a larger share is removed, it is the lowest by log_alpha."
+        f"- L0's gates: {'; '.join(gates)}. Where another share is removed, it is the lowest by log_alpha."
     )
     small = [
         fraction
@@ -169,34 +214,86 @@ def _ordering(results: Results, part: str) -> list[str]:
     return [*text, ""]
 
 
+def _gates_of(rows: Sequence[Row]) -> str:
+    """The gates that ranked at a point of the curves."""
+    if "held" in rows[0]:
+        return f"those held at {100 * rows[0]['held']:g}%"
+    return f"lambda x{rows[0]['multiple']:g}, which closed {mean(rows, 'closed', '{:.0f}%', 100)}"
+
+
+def _order(results: Results, part: str, method: str, score: str) -> str:
+    """At which shares L0 is ahead of a method in a score, behind it, or not to be told apart from it."""
+    shares: dict[str, list[str]] = {"ahead": [], "behind": [], "not to be told apart": []}
+    for fraction, rows in results.curve(part, method).items():
+        interval = over_seeds(rows, f"{score}_behind_l0")
+        if interval:
+            _, low, high = interval
+            kind = "ahead" if low > 0 else "behind" if high < 0 else "not to be told apart"
+            shares[kind].append(f"{100 * fraction:g}%")
+    return "; ".join(f"{kind} at {', '.join(places)}" for kind, places in shares.items() if places)
+
+
 def _rows_text(results: Results) -> list[str]:
-    letters = results.letters()
+    letters = [letter for letter in results.letters() if letter in PAPERS]
     if not letters:
         return []
-    first = results.row(letters[0])[0]
-    text = [
-        "#### The rows of the paper's table",
-        "",
-        "Gates of heads and of FFN units trained apart at multiples of the paper's lambda on frozen weights, "
-        f"decided at log_alpha 0, compacted, trained on with distillation ({first['windows_retrained']:,} "
-        f"windows); {first['questions']:,} questions. "
-        "Row a is the dense model. The paper's model is BERT-large on SQuAD 2.0 dev, on a "
-        "K80 at batch 1.",
-        "",
-    ]
-    lines = []
-    for letter in [x for x in letters if x != "h"]:
-        rows = results.row(letter)
-        lines.append([letter, _lambdas(rows[0]), *_quality(rows), *papers(letter)])
-    papers_columns = ["paper: heads, FFN removed", "paper: F1 before, after"]
-    text += table(["row", "lambda (heads, FFN)", *QUALITY_COLUMNS, *papers_columns], lines)
+    if any("retraining" in row for row in results.row(letters[0])):
+        text, others = _both_retrainings(results, letters), [x for x in OTHERS if results.row(x)]
+    else:
+        text, others = _by_lambdas(results, letters), []
     for timings in list(results.timings.values()) or [[]]:
-        text += _speed_table(results, timings, [x for x in letters if x != "h"])
+        text += _speed_table(results, timings, [*letters, *others])
     return text + image(results, "speed", "Points lost over measured speed-up, the paper's beside ours")
 
 
-def _lambdas(row: Row) -> str:
-    return ", ".join(f"{row.get(f'lambda_{part}', 0):g}" for part in ("heads", "ffn"))
+TABLE_TITLE = "#### The rows of the paper's table"
+PAPERS_MODEL = "The paper's model is BERT-large on SQuAD 2.0 dev, on a K80 at batch 1."
+PAPERS_COLUMNS = ("paper: heads, FFN removed", "paper: F1 before, after")
+
+
+def _by_lambdas(results: Results, letters: Sequence[str]) -> list[str]:
+    """The table of an earlier study, whose gates were at multiples of the paper's lambda."""
+    first = results.row(letters[0])[0]
+    lines = []
+    for letter in letters:
+        rows = results.row(letter)
+        lambdas = ", ".join(f"{rows[0].get(f'lambda_{part}', 0):g}" for part in ("heads", "ffn"))
+        lines.append([letter, lambdas, *_quality(rows), *papers(letter)])
+    return [
+        TABLE_TITLE,
+        "",
+        "Gates of heads and of FFN units trained apart at multiples of the paper's lambda on frozen weights, "
+        f"decided at log_alpha 0, compacted, trained on with distillation ({first['windows_retrained']:,} "
+        f"windows; the paper: with cross-entropy, an epoch); {first['questions']:,} questions. Row a is the "
+        "dense model as it came: there is no dense control, trained on for as long. " + PAPERS_MODEL,
+        "",
+        *table(["row", "lambda (heads, FFN)", *QUALITY_COLUMNS, *PAPERS_COLUMNS], lines),
+    ]
+
+
+def _both_retrainings(results: Results, letters: Sequence[str]) -> list[str]:
+    """The table of rows at the paper's own shares, retrained in both ways."""
+    first = results.row(letters[0])[0]
+    rows = results.row("a")
+    lines = [["a", "-", *_quality(rows), "-", "-", *papers("a")]] if rows else []
+    for retraining in RETRAININGS:
+        for letter in [*OTHERS, *(x for x in letters if x != "a")]:
+            rows = results.row(letter, retraining)
+            against = [change(rows, f"{score}_loss_control") for score in SCORES]
+            cells = [*_quality(rows), *against, *(papers(letter) if letter in PAPERS else ["-", "-"])]
+            lines += [[letter, retraining, *cells]] if rows else []
+    columns = [*QUALITY_COLUMNS, "F1 against control", "span F1 against control", *PAPERS_COLUMNS]
+    return [
+        TABLE_TITLE,
+        "",
+        "Gates of heads and of FFN units trained apart on frozen weights, held to the paper's own shares, "
+        f"compacted, and trained on ({first['windows_retrained']:,} windows; the paper: an epoch) with "
+        f"cross-entropy, as in the paper, or with distillation; {first['questions']:,} questions. Row a is "
+        "the dense model as it came. The control is that model, half every second layer of it, trained on "
+        "for as many steps. " + PAPERS_MODEL,
+        "",
+        *table(["row", "trained on with", *columns], lines),
+    ]
 
 
 def _quality(rows: Sequence[Row]) -> list[str]:
@@ -230,8 +327,8 @@ def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str
         for workload in workloads:
             timing = timed(timings, letter, workload)
             cells += [mean(timing, "ms", "{:.1f}"), mean(timing, "speedup", "{:.2f}x")]
-            cells.append(mean(timing, "arrives", "{:.0f}%", 100) if letter != "a" else "-")
-        lines.append([*cells, f"{PAPERS[letter][4]:.2f}x"])
+            cells.append(mean(timing, "arrives", "{:.0f}%", 100) + " (control)" * (letter == "a"))
+        lines.append([*cells, f"{PAPERS[letter][4]:.2f}x" if letter in PAPERS else "-"])
     if not timings:
         return [*table([*header, "paper's speed-up"], lines), "Not timed yet: `--only timings`.", ""]
     first = timings[0]
@@ -239,8 +336,9 @@ def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str
     return [
         *table([*header, "paper's speed-up"], lines),
         f"{machine_of(first)}: all rows' models took turns with the dense one, batch by batch, on our "
-        f"runtime; medians of {first['rounds']} rounds, {first['date']}.{note} In the paper 76% of row e's "
-        "cut arrives as speed.",
+        f"runtime; medians of {first['rounds']} rounds, {first['date']}.{note} Row a is the dense model "
+        "against itself, the control: the shares are no surer than its distance from 100%. In the paper 76% "
+        "of row e's cut arrives as speed.",
         "",
     ]
 
@@ -250,30 +348,42 @@ def _layers_text(results: Results) -> list[str]:
     if not rows:
         return []
     text = ["#### Which layers keep what", "", *image(results, "layers", "Heads and FFN width left in row e")]
-    lines, shares = [], []
-    for letter in [x for x in results.letters() if x not in ("a", "h")]:
+    lines, shares, totals = [], [], {}
+    for letter in [x for x in results.letters() if x in PAPERS and x != "a"]:
         lines.append([letter, *results.row(letter)[0]["layers"].split()])
     number = len(lines[0]) - 1
     text += table(["row", *(f"layer {i}" for i in range(number))], lines)
     for column, part in enumerate(("heads", "FFN units")):
         kept = [[int(layer.split("/")[column]) for layer in row["layers"].split()] for row in rows]
         total = [sum(values) / len(rows) for values in zip(*kept, strict=True)]
-        shares.append(f"{part} {', '.join(_thirds(total))}")
+        shares.append(f"{part} {', '.join(f'{share:.0%}' for share in _thirds(total))}")
+        totals[part] = total
     return [
         *text,
         "Each cell shows the heads and the FFN width that are left. The first, middle and last third of the "
         f"layers have these shares of what row e keeps: {'; '.join(shares)}. In the paper the middle layers "
-        "keep most, and those near the embedding and near the answer are pruned harder.",
+        "keep most, and those near the embedding and near the answer are pruned harder. "
+        + _ends_text(totals),
         "",
     ]
 
 
-def _thirds(values: Sequence[float]) -> list[str]:
-    """The percentages of the sum that lie in the first, middle and last third of the values."""
+def _thirds(values: Sequence[float]) -> list[float]:
+    """The shares of the sum that lie in the first, middle and last third of the values."""
     number, whole = len(values), sum(values)
     ends = [round(number * k / 3) for k in range(4)]
-    parts = [sum(values[low:high]) for low, high in zip(ends, ends[1:], strict=False)]
-    return [f"{100 * part / whole:.0f}%" if whole else "-" for part in parts]
+    return [sum(values[low:high]) / (whole or 1) for low, high in zip(ends, ends[1:], strict=False)]
+
+
+def _ends_text(totals: Mapping[str, Sequence[float]]) -> str:
+    """Which ends of the model are pruned harder than its middle by 3% of what is left or more, by part."""
+    found = []
+    for part, total in totals.items():
+        first, middle, last = _thirds(total)
+        harder = [name for name, share in (("first", first), ("last", last)) if middle - share >= 0.03]
+        ends = " and ".join(f"the {name}" for name in harder) or "neither"
+        found.append(f"of {part}, {ends}")
+    return f"Here these ends are pruned harder than the middle: {'; '.join(found)}."
 
 
 def _hidden_text(results: Results) -> list[str]:
@@ -287,7 +397,8 @@ def _hidden_text(results: Results) -> list[str]:
         text += table(header, lines)
     if rows:
         cells = [mean(rows, "hidden_removed", "{:.1f}%", 100), *_quality(rows), mean(rows, "mib", "{:.1f}")]
-        header = ["row h (lambda 1, 1, 1): hidden removed", *QUALITY_COLUMNS, "MiB", "speed-up"]
+        how = "lambda 1, 1, 1" if "lambda_hidden" in rows[0] else "held"
+        header = [f"row h ({how}): hidden removed", *QUALITY_COLUMNS, "MiB", "speed-up"]
         text += table(header, [[*cells, mean(results.timed("h"), "speedup", "{:.2f}x")]])
     return text
 
@@ -305,13 +416,30 @@ def _recipes_text(results: Results) -> list[str]:
     columns = ["MACs kept", "speed-up", "seconds (gates + retraining)", "span F1 before", *SCORE_COLUMNS]
     header = ["recipe", *columns]
     return [
-        "#### The joint recipe beside the paper's, same size, same time",
+        "#### The joint recipe beside the paper's, same size, similar time",
         "",
         *table(header, lines),
         "Seconds are the processor's, or the clock's on a GPU. The joint recipe's number of steps was "
-        "planned so that it takes as long as row e; steps of both were timed one after the other for it.",
+        "planned so that it takes as long as row e; steps of both were timed one after the other for it."
+        + _joint_text(results, joint),
         "",
     ]
+
+
+def _joint_text(results: Results, rows: Sequence[Row]) -> str:
+    """What the joint recipe's steps were, and how well its plan was kept."""
+    row = {**EARLIER_GATES.get(results.path.name, {}), **rows[0]}
+    text = ""
+    if "planned_seconds" in row and row.get("gate_seconds") and row.get("retrain_seconds"):
+        took = row["gate_seconds"] + row["retrain_seconds"]
+        text += f" It was planned for {row['planned_seconds']:.0f} s, and took {took:.0f} s."
+    if "joint_pace" in row:
+        rate = row["joint_pace"] * row["joint_learning_rate"]
+        text += (
+            f" It had {row['gate_steps']} gate steps, so its gates moved {row['joint_pace']:.1f} times as "
+            f"fast, at a rate of {rate:.2f}; the most is now {MAX_PACE:g} times."
+        )
+    return text
 
 
 def _origin_text(results: Results) -> list[str]:
@@ -319,7 +447,8 @@ def _origin_text(results: Results) -> list[str]:
     dates = sorted({row["date"] for row in rows})
     versions = ", ".join(f"{name} {rows[0][f'version_{name}']}" for name in ("torch", "transformers"))
     notes = sorted({row["note"] for row in rows if "note" in row})
-    files = [results.path, *results.timings]
+    scores = results.path.with_suffix(".npz")  # of every question
+    files = [results.path, *([scores] if scores.is_file() else []), *results.timings]
     text = [
         f"Made {' to '.join(dict.fromkeys((dates[0], dates[-1])))} with {versions} by "
         f"`{rows[0]['command']}`: {', '.join(f'[{file.name}](results/{file.name})' for file in files)}"

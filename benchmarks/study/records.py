@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from harness import Row
 from pruned_ops.files import write_json
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.pruning.gates import Scores
+from pruned_trainer.pruning.gates import INITIAL_LOG_ALPHA, Scores
 from pruned_trainer.tasks.squad.examples import load_squad
-from pruned_trainer.tasks.squad.scoring import EvaluationResult
+from pruned_trainer.tasks.squad.scoring import EvaluationResult, FloatArray
 from pruned_trainer.tasks.squad.task import Questions
 
 FILES = ("train.json", "validation.json", "eval.json")
@@ -29,10 +30,10 @@ class Profile:
     """How much work a study does.
 
     train_every: every n-th training question is used. judged_every: every n-th validation and evaluation
-    question is used, and of these the curves use every curve_every-th. fractions: shares that are removed
-    without retraining. multiples: multiples of the paper's lambda; the curves choose from their gates.
-    gate_batch, retrain_batch: windows a step. score_steps: minibatches of retrain_batch windows that each
-    method takes for its scores.
+    question is used, and of these the curves use every curve_every-th. fractions, hidden_fractions: shares
+    that are removed without retraining. held: the shares that gates are held to for the curves; at each
+    fraction the nearest of them ranks. gate_steps: of each training of gates. gate_batch, retrain_batch:
+    windows a step. score_steps: minibatches of retrain_batch windows that each method takes for its scores.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Profile:
     curve_every: int
     fractions: tuple[float, ...]
     hidden_fractions: tuple[float, ...]
-    multiples: tuple[float, ...]
+    held: tuple[float, ...]
     gate_steps: int
     gate_batch: int
     gate_learning_rate: float
@@ -54,9 +55,12 @@ class Profile:
     save_steps: int = 50
 
     def seen(self) -> Row:
-        """Fields of every row: the profile, and the numbers of windows that training and scores take."""
+        """Fields of every row: the profile, the numbers of windows that training and scores take, and how
+        gates are trained."""
         methods = {f"windows_{name}": steps * self.retrain_batch for name, steps in self.score_steps.items()}
-        gates = {"windows_l0": self.gate_steps * self.gate_batch}
+        gates: Row = {"windows_l0": self.gate_steps * self.gate_batch, "gate_batch": self.gate_batch}
+        gates |= {"gate_learning_rate": self.gate_learning_rate, "gate_start": INITIAL_LOG_ALPHA}
+        gates["penalty"] = "one"
         retrained = {"windows_retrained": self.retrain_steps * self.retrain_batch}
         return {"profile": self.name, **gates, **methods, **retrained}
 
@@ -107,6 +111,21 @@ class Study:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         arrays = {k: np.array(v) for k, v in loaded.items() if k.startswith("question_")}
         return EvaluationResult(**{**loaded, **arrays, "predictions": {}})
+
+    def scored(self) -> dict[str, FloatArray]:
+        """The score of every question under every model that was judged, in percent: arrays of half
+        precision by MODEL/f1, (questions,), and MODEL/f1_span, (answerable questions,)."""
+        arrays = {}
+        for path in sorted((self.work / "scored").glob("*.json")):
+            result = self.result(path.stem, partial(missing, path.stem))
+            arrays[f"{path.stem}/f1"] = result.question_f1.astype(np.float16)
+            arrays[f"{path.stem}/f1_span"] = result.question_span_f1.astype(np.float16)
+        return arrays
+
+
+def missing(name: str) -> EvaluationResult:
+    """Raise FileNotFoundError: a model was judged, and its scores are gone."""
+    raise FileNotFoundError(f"the scores of {name} are gone, but not its record; give another --work")
 
 
 def _plain(value: Any) -> Any:

@@ -3,41 +3,56 @@ table, gates on hidden dimensions, the joint recipe beside the paper's."""
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness import Row
-from pruned_ops.models.stock import model_shape
-from pruned_trainer.jobs.choice import PAPER_THRESHOLD, choose, paper_gates, score_batches, together
+from pruned_ops import ModelShape
+from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_trainer.jobs.choice import choose, compensated, score_batches
 from pruned_trainer.jobs.evaluation import model_facts
-from pruned_trainer.jobs.job import Clock, Job
+from pruned_trainer.jobs.job import Clock, Job, build_trainer
 from pruned_trainer.jobs.plan import make_plan
 from pruned_trainer.jobs.prune import retrain
 from pruned_trainer.pruning import importance
+from pruned_trainer.pruning.attach import attached
+from pruned_trainer.pruning.budget import ShareOfGates
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide_at
+from pruned_trainer.pruning.gate_phase import SETTLING_STEPS, HoldTarget
 from pruned_trainer.pruning.gates import PerGate, Scores
-from pruned_trainer.pruning.options import PARTS, Target
+from pruned_trainer.pruning.options import MAX_PACE, PARTS, Target
 from pruned_trainer.tasks.squad.scoring import EvaluationResult, bootstrap_interval
 from pruned_trainer.tasks.squad.task import Questions
+from pruned_trainer.training.distillation import Distillation
+from pruned_trainer.training.phase import prepare_student, run
 from pruned_trainer.training.trainer import last_checkpoint
-from study.records import Study
+from study.records import Study, missing
 
 # The four ways to choose. The first is ours, and the others are compared with it.
 METHODS = ("l0", "leave-one-out", "gain", "random")
-# Multiples of the paper's lambda (heads, FFN), by the paper's letters, in the order in which they are made.
-TABLE = {"a": (0, 0), "e": (2, 2), "d": (1, 1), "g": (4, 4), "f": (3, 3), "b": (1, 0), "c": (0, 1)}
-# Version 1 of the paper prunes the hidden dimension, too; all its gates have the same multiple.
-HIDDEN_ROW, HIDDEN_MULTIPLES = "h", (1, 1, 1)
+# The shares of heads and FFN units that the paper's rows remove, in the order in which they are made here.
+# Row a is the dense model.
+TABLE = {
+    "e": (0.531, 0.649), "d": (0.440, 0.481), "g": (0.601, 0.784), "f": (0.576, 0.737), "b": (0.443, 0.0),
+    "c": (0.0, 0.481),
+}  # fmt: skip
+# Rows beside the paper's: the dense model, and a model of every second layer, trained on for as many steps.
+OTHERS = ("control", "half")
+# Version 1 of the paper prunes the hidden dimension, too: row d, and a tenth of the dimensions.
+HIDDEN_ROW, HIDDEN_SHARES = "h", (0.440, 0.481, 0.1)
+# How a row's model is trained on: as in the paper's Table 2, and with a teacher. By the name: settings.
+RETRAININGS = {"cross-entropy": {"distil_in": "none"}, "distilled": {"distil_in": "retrain"}}
 # More minutes than any row takes: of the plan, only the time of a step is used.
 ENDLESS = 1e6
 
@@ -54,21 +69,24 @@ def timed_training(folder: Path, steps: int, work: Callable[[], Any]) -> tuple[A
     return result, (clock() - start) * steps / left if left else None
 
 
-def gates(study: Study, seed: int, part: str, multiple: float) -> tuple[Scores, float | None]:
-    """The part's gates at this multiple of the paper's lambda, trained once on frozen weights; and the
-    seconds that it took."""
-    name = f"gates-{part}-{multiple}-seed{seed}"
+def row_name(letter: str, retraining: str, seed: int) -> str:
+    """The name of a row's piece of work, and of its scores."""
+    return f"row-{letter}-{retraining}-seed{seed}" if letter != "a" else f"row-a-seed{seed}"
+
+
+def gates(study: Study, seed: int, part: str, share: float) -> tuple[Scores, float | None]:
+    """The part's gates, trained once on frozen weights with cross-entropy and held to closing this share of
+    them; and the seconds that it took."""
+    name = f"gates-{part}-{share:g}-seed{seed}"
     profile = study.profile
     folder = study.work / "training" / name
     seconds: list[float | None] = []
 
     def work() -> Scores:
-        prices = {"lambda_attention": multiple, "lambda_ffn": multiple, "lambda_hidden": multiple}
         rate = {"gate_learning_rate": profile.gate_learning_rate}
-        job = study.job_for(seed, batch_size=profile.gate_batch, **prices, **rate)
-        ((scores,), _), took = timed_training(
-            folder, profile.gate_steps, lambda: paper_gates(job, folder, part, profile.gate_steps)
-        )
+        job = study.job_for(seed, batch_size=profile.gate_batch, distil_in="none", **rate)
+        training = partial(_held_gates, job, folder, part, 1 - share, profile.gate_steps)
+        scores, took = timed_training(folder, profile.gate_steps, training)
         seconds.append(took)
         return scores
 
@@ -76,6 +94,17 @@ def gates(study: Study, seed: int, part: str, multiple: float) -> tuple[Scores, 
     record = study.once(name, lambda: {"kind": "gates", "seconds": seconds[0] if seconds else None})
     shutil.rmtree(folder, ignore_errors=True)
     return scores, record["seconds"]
+
+
+def _held_gates(job: Job, folder: Path, part: str, kept: float, steps: int) -> Scores:
+    student = copy.deepcopy(job.dense)
+    prepare_student(student, job.settings.dropout, False)
+    student.requires_grad_(False)
+    with attached(student, job.settings.seed, [part]) as gates_of_part:
+        share = ShareOfGates([part])
+        phase = HoldTarget(gates_of_part, share, [kept], job.settings.gate_learning_rate)
+        run(build_trainer(job, student, job.teacher, folder, steps, phase), "gate")
+        return gates_of_part.scores()
 
 
 def importances(study: Study, seed: int, method: str) -> Scores:
@@ -91,16 +120,11 @@ def importances(study: Study, seed: int, method: str) -> Scores:
 
 
 def l0_for(study: Study, seed: int, part: str, fraction: float) -> tuple[Scores, Row]:
-    """The trained gates whose own threshold removes the share nearest to `fraction`; and fields of a row:
-    their multiple, and that share."""
-    multiples = study.profile.multiples if part != "hidden" else (HIDDEN_MULTIPLES[2],)
-    trained = {multiple: gates(study, seed, part, multiple)[0] for multiple in multiples}
-    closed = {
-        multiple: float((torch.cat(scores.rank.of(part)) < PAPER_THRESHOLD).float().mean())
-        for multiple, scores in trained.items()
-    }
-    best = min(trained, key=lambda multiple: abs(closed[multiple] - fraction))
-    return trained[best], {"multiple": best, "closed": closed[best]}
+    """The trained gates that were held to the share nearest to `fraction`; and a field of a row: that
+    share."""
+    held = study.profile.hidden_fractions if part == "hidden" else study.profile.held
+    share = min(held, key=lambda share: abs(share - fraction))
+    return gates(study, seed, part, share)[0], {"held": share}
 
 
 def without(job: Job, scores: Scores, part: str, fraction: float) -> Decision:
@@ -150,13 +174,31 @@ def curve_point(study: Study, seed: int, part: str, fraction: float) -> Row:
         else:
             scores = importances(study, seed, method)
         decision = without(job, scores, part, fraction)
-        judged = partial(scored, compact(job.dense, decision), study.held, study.questions)
-        result = study.result(f"{part}-{fraction:g}-{method}-seed{seed}", judged)
+        name = f"{part}-{fraction:g}-{method}-seed{seed}"
+        judge = partial(scored, compact(job.dense, decision), study.held, study.questions)
+        result = study.result(name, judge)
         row = {"kind": "curve", "on": part, "fraction": fraction, "method": method, "seed": seed}
-        row |= {"removed": removed(job, decision)[part], **gate_facts, **numbers(result, dense)}
+        row |= {"removed": removed(job, decision.shape(job.budget.dense))[part], **gate_facts}
+        row |= numbers(result, dense) | _compensated(study, seed, name, decision, dense)
         first = first or result
         rows.append(row | behind(first, result) | {"questions": len(study.questions)})
     return {"rows": rows}
+
+
+def _compensated(study: Study, seed: int, name: str, decision: Decision, dense: EvaluationResult) -> Row:
+    """What the same choice reaches once the narrow model was compensated for it, and in which way."""
+    ways: dict[str, str] = {}
+
+    def work() -> EvaluationResult:
+        job = study.job_for(seed, compensate="auto")
+        narrow, compensated_decision = compensated(job, job.dense, decision)
+        ways.update(compensated_decision.compensation)
+        return scored(narrow, study.held, study.questions)
+
+    result = study.result(f"{name}-compensated", work)
+    record = study.once(f"compensation-{name}", lambda: {"kind": "compensation", "ways": ways})
+    found = {f"{key}_compensated": value for key, value in numbers(result, dense).items()}
+    return found | {"compensation": ", ".join(f"{part} {way}" for part, way in record["ways"].items())}
 
 
 def behind(first: EvaluationResult, other: EvaluationResult) -> Row:
@@ -172,9 +214,9 @@ def behind(first: EvaluationResult, other: EvaluationResult) -> Row:
     return row
 
 
-def removed(job: Job, decision: Decision) -> dict[str, float]:
-    """The fraction of each part that the decision removes."""
-    full, left = job.budget.dense, decision.shape(job.budget.dense)
+def removed(job: Job, left: ModelShape) -> dict[str, float]:
+    """The fraction of each part that a model of this shape lacks."""
+    full = job.budget.dense
     return {
         "heads": 1 - sum(x.num_heads for x in left.layers) / sum(x.num_heads for x in full.layers),
         "ffn": 1 - sum(x.ffn_width for x in left.layers) / sum(x.ffn_width for x in full.layers),
@@ -182,54 +224,105 @@ def removed(job: Job, decision: Decision) -> dict[str, float]:
     }
 
 
-def table_row(study: Study, seed: int, letter: str, multiples: Sequence[float]) -> Row:
-    """A row of the paper's table: gates trained at these multiples (of heads, FFN, hidden; 0: no gates),
-    decided at the paper's threshold, compacted, and trained on."""
-    each, seconds = {}, []
-    for part, multiple in zip(PARTS, multiples, strict=False):
-        if multiple:
-            each[part], took = gates(study, seed, part, multiple)
+def table_row(study: Study, seed: int, letter: str, retraining: str) -> Row:
+    """A row of the paper's table, or one beside it: a dense or narrow model, trained on in one of RETRAININGS
+    (row a: as it came)."""
+    row: Row = {"kind": "row", "row": letter, "seed": seed, "retraining": retraining}
+    if letter == "a":
+        dense = dense_scores(study, False)
+        return {"rows": [row | facts(study, study.job.dense) | numbers(dense, dense)]}
+    name, changes = row_name(letter, retraining, seed), dict[str, Any](RETRAININGS[retraining])
+    decision: Decision | None = None
+    if letter == "half":
+        narrow = half(study.job.dense)
+        changes["distillation"] = every_second_layer(study.job.dense)
+    else:
+        decision = everything(study.job)
+        if letter != "control":
+            decision, row["gate_seconds"] = by_shares(study, seed, letter)
+        narrow = compact(study.job.dense, decision)
+    trained = _train_on(study, study.job_for(seed, **changes), name, narrow, decision)
+    return {"rows": [row | trained | _against_control(study, name, letter, retraining, seed)]}
+
+
+def by_shares(study: Study, seed: int, letter: str) -> tuple[Decision, float | None]:
+    """The decision that removes a letter's shares of each part, by gates that were held to them; and the
+    seconds that their training took."""
+    shares = HIDDEN_SHARES if letter == HIDDEN_ROW else TABLE[letter]
+    rank, values = (PerGate.full(study.job.budget.dense, value) for value in (float("inf"), 1.0))
+    seconds: list[float | None] = []
+    for part, share in zip(PARTS, shares, strict=False):
+        if share:
+            scores, took = gates(study, seed, part, share)
+            places = scores.rank.places().map(partial(_above, share))
+            rank, values = rank.replace(part, places), values.replace(part, scores.values)
             seconds.append(took)
-    job = study.job_for(seed)
-    names = ("lambda_heads", "lambda_ffn", "lambda_hidden")
-    row: Row = {"kind": "row", "row": letter, "seed": seed, **dict(zip(names, multiples, strict=False))}
-    if not each:
-        return {"rows": [row | facts(study, job.dense, None) | numbers(*[dense_scores(study, False)] * 2)]}
-    decision = decide_at(together(job, each), job.budget, PAPER_THRESHOLD, job.align)
-    trained = train_on(study, seed, f"row-{letter}", compact(job.dense, decision), decision)
-    gate_seconds = None if None in seconds else sum(s for s in seconds if s is not None)
-    return {"rows": [row | {"gate_seconds": gate_seconds} | trained]}
+    took_all = None if None in seconds else sum(s for s in seconds if s is not None)
+    return decide_at(Scores(rank, values), study.job.budget, 0.0, study.job.align), took_all
 
 
-def train_on(study: Study, seed: int, name: str, narrow: PreTrainedModel, decision: Decision) -> Row:
-    """The fields of a narrow model's row: its scores before and after the study's retraining."""
-    job, steps = study.job_for(seed), study.profile.retrain_steps
-    return _train_on(study, job, steps, f"{name}-seed{seed}", narrow, decision)
+def _above(share: float, places: Tensor) -> Tensor:
+    return places - share
+
+
+def everything(job: Job) -> Decision:
+    """The decision that keeps all of the dense model."""
+    rank, values = (PerGate.full(job.budget.dense, value) for value in (float("inf"), 1.0))
+    return decide_at(Scores(rank, values), job.budget, 0.0, align=1)
+
+
+def half(dense: PreTrainedModel) -> PreTrainedModel:
+    """A model of every second layer of the dense one, the last of each pair."""
+    shorter = copy.deepcopy(dense)
+    encoder: Any = find_encoder(shorter).encoder
+    encoder.layer = nn.ModuleList(list(encoder.layer)[1::2])
+    shorter.config.num_hidden_layers = len(encoder.layer)
+    return shorter
+
+
+def every_second_layer(dense: PreTrainedModel) -> Distillation:
+    """Distillation in which each layer of `half` learns from the layer that it came from."""
+    layers = range(dense.config.num_hidden_layers // 2)
+    return Distillation(layers=tuple((i + 1, 2 * i + 2) for i in layers))
+
+
+def _against_control(study: Study, name: str, letter: str, retraining: str, seed: int) -> Row:
+    """The points that a row loses against the dense control of the same steps, with intervals."""
+    control = row_name("control", retraining, seed)
+    if letter in ("control", HIDDEN_ROW):
+        return {}
+    study.once(control, partial(table_row, study, seed, "control", retraining))
+    both = [study.result(each, partial(missing, each)) for each in (name, control)]
+    return {f"{key}_control": value for key, value in numbers(*both).items() if "loss" in key}
 
 
 def _train_on(
-    study: Study, job: Job, steps: int, name: str, narrow: PreTrainedModel, decision: Decision
-) -> Row:
+    study: Study, job: Job, name: str, narrow: PreTrainedModel, decision: Decision | None,
+    steps: int | None = None,
+) -> Row:  # fmt: skip
+    """The fields of a narrow model's row: its scores before and after the study's retraining. steps: of it;
+    None: the profile's."""
+    steps = study.profile.retrain_steps if steps is None else steps
     nn.Module.to(narrow, job.dense.device)
     dense, folder = dense_scores(study, curve=False), study.work / "training" / name
     before = study.result(f"{name}-before", lambda: scored(narrow, job.validation, job.evaluation))
-    _, seconds = timed_training(folder, steps, lambda: retrain(job, narrow, folder, steps, decision))
+    whole = decision if decision is not None else everything(job)
+    _, seconds = timed_training(folder, steps, lambda: retrain(job, narrow, folder, steps, whole))
     after = study.result(name, lambda: scored(narrow, job.validation, job.evaluation))
     shutil.rmtree(folder, ignore_errors=True)
     first = {f"{key}_before": value for key, value in numbers(before, dense).items()}
     training = {"retrain_steps": steps, "retrain_seconds": seconds}
-    return facts(study, narrow, decision) | first | numbers(after, dense) | training
+    return facts(study, narrow) | first | numbers(after, dense) | training
 
 
-def facts(study: Study, model: PreTrainedModel, decision: Decision | None) -> Row:
-    """What the decision leaves of a model: its sizes, its shape, and the fractions that are removed."""
+def facts(study: Study, model: PreTrainedModel) -> Row:
+    """What is left of the dense model: a model's sizes, its shape, and the fractions that are removed."""
     job = study.job
     lengths = job.validation.arrival_lengths()
     left, dense = model_facts(model, lengths), model_facts(job.dense, lengths)
     shape = model_shape(model)
-    shares = removed(job, decision) if decision is not None else dict.fromkeys(PARTS, 0.0)
     return {
-        **{f"{part}_removed": value for part, value in shares.items()},
+        **{f"{part}_removed": value for part, value in removed(job, shape).items()},
         "mib": left["bytes"] / 2**20,
         "macs_cut": dense["macs"] / left["macs"] if left["macs"] else None,  # None: nothing is left
         "macs_kept": left["macs"] / dense["macs"],
@@ -255,18 +348,25 @@ def joint_row(study: Study, seed: int, like: Row) -> Row:
     (chosen,) = choices.chosen
     narrow = chosen.load()
     name = f"joint-retrain-seed{seed}"
-    trained = _train_on(study, joint, plan["retrain_steps"], name, narrow, chosen.decision)
+    trained = _train_on(study, joint, name, narrow, chosen.decision, plan["retrain_steps"])
     shutil.rmtree(folder, ignore_errors=True)
     row = {"kind": "recipe", "row": "joint", "seed": seed, "planned_seconds": plan["planned_seconds"]}
+    row |= {"joint_pace": pace(plan["gate_steps"])}
+    row["joint_learning_rate"] = joint.settings.gate_learning_rate
     return {"rows": [row | {"gate_steps": plan["gate_steps"], "gate_seconds": seconds} | trained]}
+
+
+def pace(steps: int) -> float:
+    """How many times as fast the gates of a joint training of so many steps move."""
+    return min(max(1.0, SETTLING_STEPS / steps), MAX_PACE)
 
 
 def _equal_time(study: Study, seed: int, joint: Job, sized: Row) -> Row:
     """The numbers of steps with which the joint recipe takes as long as the paper's at the same target."""
     profile = study.profile
-    paper = study.job_for(seed, batch_size=profile.gate_batch, **sized)
+    paper = study.job_for(seed, batch_size=profile.gate_batch, distil_in="none", **sized)
     gate_step = make_plan(paper).gate_step_seconds
-    retrain_step = make_plan(study.job_for(seed, **sized)).retrain_step_seconds
+    retrain_step = make_plan(study.job_for(seed, distil_in="retrain", **sized)).retrain_step_seconds
     seconds = profile.gate_steps * gate_step + profile.retrain_steps * retrain_step
     plan = make_plan(joint)
     share = plan.gate_steps * plan.gate_step_seconds + plan.retrain_steps * plan.retrain_step_seconds

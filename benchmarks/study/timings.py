@@ -15,11 +15,14 @@ from pruned_trainer.jobs.job import TIMED_BATCHES
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 from study.records import Study
+from study.rows import half
 
 
 def shaped(dense: PreTrainedModel, row: Row) -> PreTrainedModel:
     """A model of a row's shape, made of the first heads and units, because any of them take as long."""
     shapes = [LayerShape(*map(int, layer.split("/"))) for layer in row["layers"].split()]
+    if len(shapes) != dense.config.num_hidden_layers:
+        dense = half(dense)
     layers = [LayerDecision(_first(shape.num_heads), _first(shape.ffn_width)) for shape in shapes]
     hidden = _first(row["hidden_size"]) if row["hidden_size"] != dense.config.hidden_size else None
     return compact(dense, Decision(tuple(layers), 1, {}, {}, hidden))
@@ -35,6 +38,8 @@ def timings(study: Study, rows: Sequence[Row], batch_size: int) -> list[Row]:
     lengths = job.validation.arrival_lengths()
     workload = Workload.arrival_order(lengths, min(batch_size, len(lengths)), TIMED_BATCHES)
     models = {"dense": copy.deepcopy(job.dense)}
+    once = {(row["row"], row["seed"]): row for row in rows}  # retrained in several ways, of one shape
+    rows = [row for row in once.values() if row["row"] != "control"]
     models |= {f"{row['row']}-seed{row['seed']}": shaped(job.dense, row) for row in rows}
     measured, _ = time_models(models, workload)
     timed = []

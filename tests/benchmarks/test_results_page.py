@@ -85,7 +85,7 @@ def test_a_taken_report_becomes_a_table_of_the_page(tmp_path: Path) -> None:
     assert "\n".join(lines) in results_page.page(tmp_path)
     assert lines[0] == "| A teacher | dense | pruned | |"
     f1, span = (f"{report['pruned'][key]:.2f}" for key in ("f1", "f1_span"))
-    assert f"| {f1} | -0.50 (95% interval of the difference: -1.75 to +0.25) |" in lines[2]
+    assert f"| {f1} | -0.50 (95% interval: -1.75 to +0.25) |" in lines[2]
     assert f"| {span} | -0.50 (-1.75 to +0.25) |" in lines[3]
     asked = "| ms per batch of 8, our runtime; asked: `--macs 0.5` |"
     assert lines[5].startswith(asked) and "1.99x" in lines[5]
@@ -112,9 +112,9 @@ def test_an_order_is_stated_only_where_the_interval_allows(tmp_path: Path) -> No
     rows.append({"unit": "row-g-seed0", "finished": False, "profile": "cpu"})
     harness.write_rows(tmp_path / "study-cpu-x.csv", rows)
     text = "\n".join(section(Results(tmp_path / "study-cpu-x.csv")))
-    assert "L0 against gain in span F1: ahead at 50%." in text
-    assert "L0 against leave-one-out in span F1: not to be told apart at 50%." in text
-    assert "L0 against random in span F1: not to be told apart at 50%." in text  # -6 to 0 over two seeds
+    assert "L0 against gain: in span F1 ahead at 50%. In F1 ahead at 50%." in text
+    assert "L0 against leave-one-out: in span F1 not to be told apart at 50%." in text
+    assert "L0 against random: in span F1 not to be told apart at 50%." in text  # -6 to 0 over two seeds
     assert "| 63.00 (-3.0; -6.0 to 0.0) |" in text
     assert "- L0's gates: 50% from lambda x2, which closed 45%." in text
     assert "L0 removes none of the shares tried for less than 5 points of both" in text

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import study_squad
 from harness import Row, read_rows
 from matching import save_checkpoint, squad_file, trained_model
+from pruned_trainer.tasks.squad.scoring import bootstrap_interval
 from study import figures as study_figures
 from study import page as study_page
 from study import rows as study_rows
@@ -20,7 +22,7 @@ from study.records import Profile, open_study
 
 TINY = Profile(
     name="tiny", seeds=(0,), train_every=2, judged_every=2, curve_every=2, fractions=(0.5,),
-    hidden_fractions=(0.25,), multiples=(1, 2), gate_steps=24, gate_batch=8, gate_learning_rate=0.1,
+    held=(0.5,), hidden_fractions=(0.1, 0.25), gate_steps=24, gate_batch=8, gate_learning_rate=0.1,
     retrain_steps=6, retrain_batch=8, score_steps={"gain": 2, "leave-one-out": 1},
     max_length=24, stride=4, save_steps=2,
 )  # fmt: skip
@@ -39,16 +41,18 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 def test_the_study_stops_and_goes_on(
     sources: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_rows, "TABLE", {})
-    monkeypatch.setattr(study_squad, "TABLE", {"a": (0, 0), "e": (2, 2), "b": (1, 0)})
+    for module in (study_rows, study_squad):
+        monkeypatch.setattr(module, "TABLE", {"e": (0.5, 0.65), "b": (0.5, 0.0)})
+    monkeypatch.setattr(study_rows, "HIDDEN_SHARES", (0.5, 0.5, 0.3))
     monkeypatch.setattr(study_squad, "TIMED", (2,))
     whole = _run(sources, tmp_path / "whole", tmp_path)
     assert {row["part"] for row in whole} == {"curves", "rows", "recipes", "hidden"}
     assert all(row["finished"] == "True" for row in whole)
     _check_curves([row for row in whole if row.get("kind") == "curve" and row["on"] != "hidden"])
-    _check_rows({row["row"]: row for row in whole if "row" in row})
+    _check_rows([row for row in whole if "row" in row])
 
     _check_page(next((tmp_path / "whole").glob("study-tiny-*.csv")))
+    _check_scores(whole, next((tmp_path / "whole").glob("study-tiny-*.npz")))
 
     # Stopped in the middle of row e's retraining, then gone on with: the same numbers.
     retrain = study_rows.retrain
@@ -59,12 +63,12 @@ def test_the_study_stops_and_goes_on(
     assert study_rows.retrain is retrain
     between = read_rows(next((tmp_path / "stopped").glob("study-tiny-*.csv")))
     states = {row["unit"]: row["finished"] for row in between}
-    assert states["row-a-seed0"] == "True" and states["row-e-seed0"] == "False"
+    assert states["row-a-seed0"] == "True" and states["row-control-distilled-seed0"] == "False"
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "stopped-work" / "records").iterdir()}
     again = _run(sources, tmp_path / "stopped", tmp_path, ("rows",))
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     rows = [[_lasting(row) for row in made if row["part"] == "rows"] for made in (whole, again)]
-    assert rows[0] == rows[1] and len(rows[0]) == 3
+    assert rows[0] == rows[1] and len(rows[0]) == 1 + 2 * 4
     assert {row["part"] for row in again if row["finished"] == "False"} == {"curves", "recipes", "hidden"}
 
     # Another folder does not wipe out what these results have.
@@ -73,7 +77,7 @@ def test_the_study_stops_and_goes_on(
         study_squad.run(other, tmp_path / "stopped", ("rows",))
     # Yet it can time their models, by their shapes.
     (timed,) = study_squad.run(other, tmp_path / "stopped", ("timings",))
-    assert [row["row"] for row in read_rows(timed)] == ["a", "e", "b"]
+    assert [row["row"] for row in read_rows(timed)] == ["a", "half", "e", "b"]
 
 
 def _run(
@@ -84,7 +88,7 @@ def _run(
     written = study_squad.run(study, results, parts, "python study")
     if "timings" in parts:
         timed = read_rows(written[1])
-        assert {row["row"] for row in timed} == {"a", "e", "b", "h", "joint"}
+        assert {row["row"] for row in timed} == {"a", "half", "e", "b", "h", "joint"}
         assert all(row["speedup"] > 0 and row["arrives"] > 0 and row["note"] == "a test" for row in timed)
     return read_rows(written[0])
 
@@ -112,19 +116,46 @@ def _check_curves(rows: list[Row]) -> None:
     }
     for row in rows:
         assert row["removed"] == pytest.approx(0.5, abs=0.01) or row["method"] == "leave-one-out"
-        assert ("closed" in row) == (row["method"] == "l0")
+        assert row.get("held") == (0.5 if row["method"] == "l0" else None)
+        assert row["gate_batch"] == TINY.gate_batch and row["penalty"] == "one" and row["gate_start"] == 2.5
         assert row["f1_span_loss_low"] <= row["f1_span_loss"] <= row["f1_span_loss_high"]
         assert row["f1_behind_l0"] == 0 or row["method"] != "l0"
+        assert 0 <= row["f1_span_compensated"] <= 100 and row["compensation"].startswith("ffn ")
 
 
-def _check_rows(rows: dict[str, Row]) -> None:
-    assert rows["a"]["heads_removed"] == 0 and rows["a"]["f1_loss"] == 0 and rows["a"]["macs_cut"] == 1
-    assert rows["b"]["ffn_removed"] == 0 and rows["b"]["layers"].count("/48") == 2
-    assert rows["h"]["hidden_removed"] >= 0 and rows["h"]["lambda_hidden"] == 1
-    assert rows["joint"]["macs_kept"] <= rows["e"]["macs_kept"]
-    for row in rows.values():
+def _check_rows(rows: list[Row]) -> None:
+    by_name = {(row["row"], row.get("retraining")): row for row in rows}
+    assert len(by_name) == len(rows) == 1 + 2 * 4 + 2
+    dense = by_name["a", "none"]
+    assert dense["heads_removed"] == 0 and dense["f1_loss"] == 0 and dense["macs_cut"] == 1
+    for retraining in study_rows.RETRAININGS:
+        control, half, e, b = (by_name[letter, retraining] for letter in ("control", "half", "e", "b"))
+        assert control["macs_cut"] == 1 and control["f1_span_before"] == pytest.approx(dense["f1_span"])
+        assert half["layers"].count("/") == 1 and half["heads_removed"] == half["ffn_removed"] == 0.5
+        assert e["heads_removed"] == pytest.approx(0.5) and e["ffn_removed"] == pytest.approx(0.65, abs=0.16)
+        assert b["ffn_removed"] == 0 and b["layers"].count("/48") == 2
+        for row in (half, e, b):
+            gained = control["f1_span"] - row["f1_span"]
+            assert row["f1_span_loss_control"] == pytest.approx(gained, abs=1e-9)
+    assert by_name["e", "distilled"]["f1_span_before"] == by_name["e", "cross-entropy"]["f1_span_before"]
+    assert by_name["h", "distilled"]["hidden_removed"] > 0
+    assert by_name["joint", None]["macs_kept"] <= by_name["e", "distilled"]["macs_kept"]
+    assert 1 < by_name["joint", None]["joint_pace"] <= study_rows.MAX_PACE
+    for row in rows:
         assert 0 <= row["f1"] <= 100 and row["questions"] == 60
         assert row["row"] == "a" or row["f1_before"] >= 0
+
+
+def _check_scores(rows: list[Row], path: Path) -> None:
+    """The published scores of the questions give the rows' own numbers and intervals again."""
+    scores = np.load(path)
+    dense = scores["dense-row/f1_span"].astype(float)
+    for row in rows:
+        if row.get("kind") == "row" and row["row"] != "a":
+            own = scores[f"{row['unit']}/f1_span"].astype(float)
+            assert row["f1_span"] == pytest.approx(own.mean(), abs=0.05)
+            ends = bootstrap_interval(dense, own)
+            assert (row["f1_span_loss_low"], row["f1_span_loss_high"]) == pytest.approx(ends, abs=0.1)
 
 
 def _check_page(path: Path) -> None:
@@ -137,11 +168,13 @@ def _check_page(path: Path) -> None:
     assert all(f"](results/{one.name})" in text for one in drawn)
     titles = [line[5:] for line in text.splitlines() if line.startswith("#### ")]
     assert len(titles) == 5 and titles[0].startswith("Four ways to choose")
-    assert "- L0 against random in span F1: " in text and "Not finished" not in text
-    for row in results.row("e") + results.row("joint"):
-        assert f"| {row['f1']:.2f} |" in text and f"{-row['f1_span_loss']:+.2f} (" in text
+    assert "- L0 against random: in span F1 " in text and "Not finished" not in text
+    for row in results.row("e") + results.row("e", "cross-entropy") + results.row("joint"):
+        assert f"| {row['f1']:.2f} |" in text and study_page.change([row], "f1_span_loss") in text
     (speeds,) = results.timings.values()
     assert all(f"{row['speedup']:.2f}x" in text for row in speeds if row["row"] in "aeb")
+    assert "heads removed, compensated" in text and "those held at 50%" in text
+    assert "8 windows a step (the paper: 24) at a rate of 0.1" in text and "(control)" in text
 
 
 def _lasting(row: Row) -> Row:

@@ -10,6 +10,7 @@ from typing import Any
 SECTIONS = ("scores", "layers", "training", "speed", "speeds", "backends", "machine", "versions", "command")
 FIGURES = ("report-layers", "report-gates", "report-target", "report-speed")
 SWEEP = ("curve", "models", "figure-sweep", "training", "speed", "backends", "machine", "command")
+DATA = {"squad": "SQuAD 2.0", "natural_questions": "Natural Questions"}
 SCORES = {"squad": ("f1", "f1_span"), "natural_questions": ("long_f1", "short_f1")}
 BACKENDS = {"attention": "cpu", "linear_gelu": "reference"}
 
@@ -39,7 +40,12 @@ def a_report(task: str = "squad", layers: int = 3, **changes: Any) -> dict[str, 
         "shape": [{"num_heads": i, "ffn_width": 100 * i} for i in range(layers)],
         "hidden_size": 384,
         "dense_shape": {"num_heads": 12, "ffn_width": 1536, "hidden_size": 384},
-        "evaluated_on": {"file": "eval.json", "questions": 3041, "threshold_chosen_on_these": False},
+        "evaluated_on": {
+            "file": "eval.json",
+            "questions": 3041,
+            "threshold_chosen_on_these": False,
+            "data_set": DATA[task],
+        },
         "task": task,
         "recipe": "joint",
         "machine": {"processor": "A Processor (7)", "cores": 2, "accelerator": None},

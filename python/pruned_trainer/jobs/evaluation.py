@@ -20,6 +20,7 @@ from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once
 from pruned_trainer.jobs.choice import Chosen
 from pruned_trainer.jobs.job import TIMED_ROUNDS, Job
+from pruned_trainer.report.published import data_set_of
 from pruned_trainer.tasks.task import Result
 
 
@@ -108,6 +109,7 @@ def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict
         report["latency_table"] = _prediction_errors(job.table, models, timings)
     report.update(_shapes(dense.model, pruned.model))
     report.update(_circumstances(job))
+    report["evaluated_on"]["data_set"] = _data_set(job, dense)
     return report
 
 
@@ -141,6 +143,12 @@ def _shapes(dense: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Any]:
             "hidden_size": dense_shape.hidden_size,
         },
     }
+
+
+def _data_set(job: Job, dense: Judged) -> str | None:
+    """The published data set that the evaluation questions are of, if they are of one."""
+    metrics = dense.result.scores().get("metrics", {})
+    return data_set_of(job.settings.task, dense.result.predictions, metrics)
 
 
 def _circumstances(job: Job) -> dict[str, Any]:

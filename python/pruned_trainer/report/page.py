@@ -114,13 +114,18 @@ def sweep_page(sweep: Fields, reports: Mapping[str, Fields]) -> Page:
         _curve(sweep, points),
         _models(sweep, points, reports),
         training_section(common, points),
-        speed_section(own_lines(points, scores_of(sweep)), sweep, joined=True),
+        speed_section(own_lines(points, scores_of(sweep)), _on_data_of(common, sweep), joined=True),
         *_common(sweep, reports),
     ]
     headline = [(str(len(points)), "models from one training of the gates")]
     if _speed(points[-1]):
         headline.append((f"{_speed(points[-1]):.2f}x", "as fast as dense: the fastest of them"))
     return Page("A family of pruned models", subtitle(common), headline, filled(sections))
+
+
+def _on_data_of(report: Fields, sweep: Fields) -> Fields:
+    """The sweep's task, with the data set of one of its models' reports."""
+    return Fields(sweep.file, {**sweep.values, "evaluated_on": report.values.get("evaluated_on")})
 
 
 def _common(sweep: Fields, reports: Mapping[str, Fields]) -> list[Section]:

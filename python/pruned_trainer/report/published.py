@@ -1,12 +1,15 @@
 """Speed and F1 that others published, shown as theirs beside a report of ours.
 
-Their models, data and machines are others: the points show what has been reached, not what our models would
-reach there.
+Their models and machines are others: the points show what has been reached, not what our models would reach
+there. They stand beside results on the same data set alone (`beside`).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 PAPER = "McCarley et al., arXiv 1910.06360"
 BLOCK_PRUNING = "nn_pruning, its model cards (Lagunas et al., arXiv 2109.04838)"
@@ -16,8 +19,9 @@ BLOCK_PRUNING = "nn_pruning, its model cards (Lagunas et al., arXiv 2109.04838)"
 class Published:
     """A published series.
 
-    score: the key of our score that it is compared with. dense: the score of its own dense model, in percent;
-    None where we do not know it. points: (times as fast as that model, score in percent).
+    data: begins with the name of a data set, as `data_set_of` gives it. score: the key of our score that it
+    is compared with. dense: the score of its own dense model, in percent; None where we do not know it.
+    points: (times as fast as that model, score in percent).
     """
 
     source: str
@@ -70,3 +74,25 @@ PUBLISHED = {
         _natural_questions("short_f1", 58.8, 58.4, 58.4, 55.4),
     ),
 }
+
+# The ids of SQuAD's own questions; of Natural Questions' own examples, numbers of 64 bits.
+_SQUAD_ID, _NQ_ID = re.compile("[0-9a-f]{24}"), re.compile("-?[0-9]{15,20}")
+
+
+def data_set_of(task: str, predictions: Any, metrics: Mapping[str, Any]) -> str | None:
+    """The published data set whose questions a model answered, by their ids; None for any other questions.
+
+    predictions: in the official evaluator's format. metrics: the official evaluator's keys.
+    """
+    if task == "squad" and predictions and all(_SQUAD_ID.fullmatch(id) for id in predictions):
+        return "SQuAD 2.0" if metrics.get("NoAns_total") else "SQuAD 1.1"
+    if task == "natural_questions":
+        ids = [str(answered["example_id"]) for answered in predictions["predictions"]]
+        return "Natural Questions" if ids and all(_NQ_ID.fullmatch(id) for id in ids) else None
+    return None
+
+
+def beside(task: str, data_set: str | None) -> Sequence[Published]:
+    """The series that may stand beside results on this data set; none for an unknown one."""
+    series = PUBLISHED.get(task, ())
+    return [published for published in series if data_set and published.data.startswith(data_set)]

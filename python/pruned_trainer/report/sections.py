@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pruned_trainer.pruning.options import METHODS
+from pruned_trainer.pruning.options import UNTRAINED
 from pruned_trainer.report import figures
 from pruned_trainer.report.fields import (
     Fields,
@@ -22,7 +22,7 @@ from pruned_trainer.report.fields import (
 )
 from pruned_trainer.report.figures import Drawing, Line
 from pruned_trainer.report.html import Section, Table
-from pruned_trainer.report.published import PUBLISHED, Published
+from pruned_trainer.report.published import Published, beside
 from pruned_trainer.tasks.task import Score
 
 MODELS = ("dense", "pruned")
@@ -112,7 +112,7 @@ def training_section(report: Fields, models: Sequence[Fields]) -> Section:
     log = report.part("training").parts("gates")
     if not log:
         recipe, without = report.text("recipe"), "This report has no log of gates."
-        section.notes.append(f"The recipe {recipe} trains no gates." if recipe in METHODS else without)
+        section.notes.append(f"The recipe {recipe} trains no gates." if recipe in UNTRAINED else without)
         return section
     openness = _openness(log, report)
     if openness:
@@ -201,28 +201,31 @@ def _share(model: Fields, unit: str | None) -> float | None:
 
 
 def speed_section(lines: Sequence[Line], report: Fields, joined: bool) -> Section:
-    """Changes of the scores over speed-up, ours and those that others published.
+    """Changes of the scores over speed-up, ours and those that others published on the same data set.
 
-    lines: `own_lines`. report: names the task. joined: each of our lines is one family's curve.
+    lines: `own_lines`. report: names the task and the data. joined: each of our lines is one family's curve.
     """
     task, scores = task_of(report), scores_of(report)
-    series = PUBLISHED.get(task, ())
+    series = beside(task, report.part("evaluated_on").text("data_set"))
     title = "F1 against speed, beside what others published" if series else "Scores against speed"
     section = Section("speed", title)
     theirs = [
         Line(_label(published), published.changes, own=False) for published in series if published.changes
     ]
     if not lines:
-        points = ": the points are all others'" if series else ""
-        section.notes.append(f"This report lacks its speed-up or its losses{points}.")
+        section.notes.append("This report lacks its speed-up or its losses.")
     if lines or theirs:
         label = "points of F1 gained" if series else "points gained"
         section.drawings.append(figures.against_speed("report-speed", label, [*lines, *theirs], joined))
     if not series:
+        section.notes.append(
+            "No published results stand beside these: as far as the report knows, they are not on a data set "
+            "that others published speeds for."
+        )
         return section
     section.notes.append(
-        "Hollow points are others' results on other models, data and hardware, each against its dense model; "
-        "they show what has been reached, not what these models would reach there."
+        "Hollow points are others' results on the same data set, but with other models and hardware, each "
+        "against its dense model; they show what has been reached, not what these models would reach there."
     )
     if any(published.dense is None for published in series):
         section.notes.append("The table also lists a series whose dense model's F1 we do not know.")

@@ -12,6 +12,7 @@ import pytest
 
 from pruned_trainer.cli import main
 from pruned_trainer.jobs.prune import _draw
+from pruned_trainer.report.published import data_set_of
 from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, put
 
 pytest.importorskip("matplotlib")
@@ -82,7 +83,7 @@ def test_every_part_of_a_pruned_model_s_page(tmp_path: Path) -> None:
         "scores": ("71.25", "70.75", "-0.50 (-1.75 to +0.25)", "span F1", "8.00 M", "0.500 of dense"),
         "layers": ("heads: 3 of 36", "FFN width: 300 of 4608"),
         "training": ("FFN units", "share of the gates open", "wanted", "decided: 0.499"),
-        "speed": ("(K80, batch 1)", "RTX 3090", "arXiv 1910.06360", "1.95x 83.2", "CoFi", "ours: F1"),
+        "speed": ("(K80, batch 1)", "RTX 3090", "arXiv 1910.06360", "1.95x 83.2", "ours: F1"),
         "speeds": ("arrival-b8", "140.5", "69.5", "1.99x", "113.5"),
         "backends": ("linear_gelu", "reference", "cpu"),
         "machine": ("A Processor (7)", "accelerator", "none"),
@@ -200,7 +201,39 @@ def test_what_a_report_lacks_is_left_out_or_said(tmp_path: Path, absent: list[st
     if "training.gates" in absent:
         assert "no log of gates" in parsed.texts["training"] and "figure-report-gates" not in parsed.ids
     if "speedup" in absent:
-        assert "the points are all others'" in parsed.texts["speed"]
+        assert "lacks its speed-up" in parsed.texts["speed"]
+
+
+@pytest.mark.parametrize(
+    ("data_set", "beside"),
+    [
+        ("SQuAD 2.0", {"McCarley", "nn_pruning"}),
+        ("SQuAD 1.1", {"nn_pruning", "CoFi"}),
+        (None, set()),  # the demo's generated questions, or anybody's own
+    ],
+)
+def test_others_points_stand_beside_the_same_data_alone(
+    tmp_path: Path, data_set: str | None, beside: set[str]
+) -> None:
+    report = a_report()
+    report["evaluated_on"]["data_set"] = data_set
+    parsed = page(put(tmp_path / "out", report))
+    text = parsed.texts["speed"]
+    assert {name for name in ("McCarley", "nn_pruning", "CoFi") if name in text} == beside
+    assert "ours: F1" in text and ("No published results stand beside these" in text) == (not beside)
+    assert text.count("SQuAD 1.1") == 0 or data_set == "SQuAD 1.1"
+
+
+def test_a_data_set_is_known_by_its_questions_ids() -> None:
+    own = {"56ddde6b9a695914005b9628": "a", "5a7db48670df9f001a87505f": ""}
+    assert data_set_of("squad", own, {"NoAns_total": 1}) == "SQuAD 2.0"
+    assert data_set_of("squad", own, {}) == "SQuAD 1.1"
+    assert (
+        data_set_of("squad", {**own, "test-00001": "b"}, {}) is None and data_set_of("squad", {}, {}) is None
+    )
+    documents = {"predictions": [{"example_id": -1665528830781573810}]}
+    assert data_set_of("natural_questions", documents, {}) == "Natural Questions"
+    assert data_set_of("natural_questions", {"predictions": [{"example_id": 7}]}, {}) is None
 
 
 def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
