@@ -4,7 +4,8 @@ After the efficiency page of sentence-transformers: short, middle and long texts
 text to vectors, all runners on the same texts in turn, on the same number of threads. Short texts are the
 sentences of STS-B, middle ones the first sentences of SciFact's abstracts, a random number of them. Long ones
 are abstracts four times over, which the tokenizer cuts to one length, so that there is no padding to save.
-Mixed ones are short and middle in random order. Quality, for the real model: Spearman's correlation on STS-B, and nDCG@10 on SciFact.
+Mixed ones are short and middle in random order. Quality, for the real model: Spearman's correlation on STS-B,
+and nDCG@10 on SciFact.
 Usage: python benchmarks/bench_sentence_transformers.py --data DATA
 """
 
