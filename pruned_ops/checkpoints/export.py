@@ -69,12 +69,17 @@ def export_onnx(
             config = copy.deepcopy(model.config)
             config.architectures = [type(model).__name__]
             config.save_pretrained(stage)
-        several = model.config.type_vocab_size > 1
-        if token_types and not several:
-            raise ValueError(f"this {type(model).__name__} has no token types, and token_types asks for them")
-        graph = plain_graph(model, several if token_types is None else token_types)
+        graph = plain_graph(model, _asks_for_types(model, token_types))
         (stage / GRAPH).write_bytes(graph.SerializeToString())
     return Path(path) / GRAPH
+
+
+def _asks_for_types(model: Any, token_types: bool | None) -> bool:
+    """Whether the graph asks for token types: as was said, or where the model has several."""
+    several = model.config.type_vocab_size > 1
+    if token_types and not several:
+        raise ValueError(f"this {type(model).__name__} has no token types, and token_types asks for them")
+    return several if token_types is None else token_types
 
 
 def _gives_types(folder: Path) -> bool | None:

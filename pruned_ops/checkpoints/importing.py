@@ -12,24 +12,17 @@ Nowhere else is structure inferred from tensor sizes and from zeros.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from pruned_ops.checkpoints.loading import (
-    check_weights,
-    checkpoint_folder,
-    first_line,
-    read_config,
-    shard_names,
-)
+from pruned_ops.checkpoints.loading import check_weights, checkpoint_folder, read_config
+from pruned_ops.checkpoints.tensors import Tensors, read_tensors, unpickled
 from pruned_ops.files import shown
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedRobertaConfig
 from pruned_ops.models.heads import pruned_class
@@ -44,12 +37,11 @@ _PARTS = {
     )
     for kind in ("weight", "bias")
 }  # fmt: skip
-# Tensors that do not bear on the outputs: position numbers, CoFi's gates and its distillation matrix; and the
-# pooler of a model that does not read it.
+# Tensors that do not bear on the outputs: position numbers, CoFi's gates and its distillation matrix.
 _LEFT_OUT = re.compile(r"(^|\.)(position_ids|token_type_ids|(mha_)?layer_transformation|l0_module|cls)(\.|$)")
 _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
-# What follows "For" in a class's name -> how a head is called, and its tensors.
 _CLASSIFIER = ("classifier.weight", "classifier.bias")
+# What follows "For" in a class's name -> how a head is called, and its tensors.
 _HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "": ("encoder without a head", ()),
     "QuestionAnswering": ("question-answering head (qa_outputs)", ("qa_outputs.weight", "qa_outputs.bias")),
@@ -76,8 +68,6 @@ _TOKENIZERS = {
     "bert": "BertTokenizerFast", "roberta": "RobertaTokenizerFast", "xlm-roberta": "XLMRobertaTokenizerFast",
     "camembert": "CamembertTokenizerFast",
 }  # fmt: skip
-
-Tensors = dict[str, Tensor]
 
 
 def import_checkpoint(folder: str | Path, head_dim: int | None = None) -> Any:
@@ -241,47 +231,6 @@ def _numbers(tensor: object, where: str) -> Tensor:
     numbers = tensor.detach().to(torch.float32, copy=True)
     check_weights([(where, numbers)])
     return numbers
-
-
-def read_tensors(folder: Path) -> Tensors:
-    """The tensors of one file or of several shards; pickled ones are read with weights_only."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return _read_file(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = shard_names(index)
-            return {name: tensor for shard in shards for name, tensor in _read_file(folder / shard).items()}
-    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def _read_file(path: Path) -> Tensors:
-    """The tensors of one file, each with memory of its own size."""
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except Exception as error:  # safetensors has its own kind
-            raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
-    tensors = unpickled(path)
-    if not isinstance(tensors, Mapping) or not all(map(_is_named_tensor, tensors.items())):
-        raise ValueError(f"{path} holds no dictionary of tensors")
-    for name, tensor in tensors.items():
-        is_stored = tensor.layout is torch.strided
-        if is_stored and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {name} repeats its memory to seem {tuple(tensor.shape)} large")
-    return dict(tensors)
-
-
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
-
-
-def unpickled(path: Path) -> Any:
-    """The tensors that a file holds, in whatever containers; ValueError for a file with anything else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's own kinds, and torch's
-        raise ValueError(f"{path} cannot be read as tensors alone: {first_line(error)}") from None
 
 
 def _layers(source: Source) -> dict[int, Tensors]:

@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from pruned_ops.checkpoints.importing import read_tensors
 from pruned_ops.checkpoints.loading import (
     VOCABULARY_FILES,
     checkpoint_folder,
@@ -27,6 +25,7 @@ from pruned_ops.checkpoints.loading import (
     load_tokenizer,
     read_config,
 )
+from pruned_ops.checkpoints.tensors import Tensors, read_tensors
 from pruned_ops.checkpoints.vocabulary import Trimmed, Vocabulary
 from pruned_ops.files import read_json, read_text, shown, write_json
 from pruned_ops.models.configuration import PRUNED_CONFIGS
@@ -99,17 +98,8 @@ def trim_vocabulary(
     Errors: OSError where there is no checkpoint, or `out` cannot be written; ValueError for a tokenizer or a
     model whose pieces cannot be removed, which says why.
     """
-    if keep is not None:
-        checked_int("keep", keep, 0)
-    for given in (texts, held_out):
-        if isinstance(given, (str, Iterator)):
-            raise ValueError(
-                f"the texts are a {type(given).__name__}; a list, or what can be read twice, is needed"
-            )
-    source = _Source.open(Path(model))
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already; another folder is needed")
+    source, target = _Source.open(Path(model)), Path(out)
+    _check_arguments(target, texts, keep, held_out)
     always = source.vocabulary.always(source.named)
     counts = source.vocabulary.count(_batches(texts))
     if not counts:
@@ -133,6 +123,21 @@ def trim_vocabulary(
     return Trimming(rows, parameters, found, unseen, tuple(source.left_out()))
 
 
+def _check_arguments(
+    target: Path, texts: Iterable[str], keep: int | None, held_out: Iterable[str] | None
+) -> None:
+    """OSError or ValueError for what cannot be written to, or read twice."""
+    if keep is not None:
+        checked_int("keep", keep, 0)
+    for given in (texts, held_out):
+        if isinstance(given, (str, Iterator)):
+            raise ValueError(
+                f"the texts are a {type(given).__name__}; a list, or what can be read twice, is needed"
+            )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is there already; another folder is needed")
+
+
 @dataclass(frozen=True)
 class _Source:
     """The checkpoint that is trimmed. root: its folder. inner: where in it config, weights and tokenizer lie.
@@ -144,7 +149,7 @@ class _Source:
     fields: dict[str, Any]
     tokenizer: Any
     vocabulary: Vocabulary
-    tensors: dict[str, Tensor]
+    tensors: Tensors
     rows: int
 
     @classmethod
@@ -316,7 +321,7 @@ def _vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:
     return loaded
 
 
-def _table_rows(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> int:
+def _table_rows(folder: Path, tensors: Tensors, config: dict[str, Any]) -> int:
     """The rows of the one word embedding; ValueError where there is another number of them, or where a tensor
     has as many rows and it is not known whose they are."""
     tables = [name for name in tensors if _TABLE.search(name)]
@@ -351,7 +356,7 @@ def _has_pieces(name: str) -> bool:
     return bool(_TABLE.search(name) or _OUTPUTS.search(name))
 
 
-def _numbers(tensors: dict[str, Tensor]) -> int:
+def _numbers(tensors: Tensors) -> int:
     """How many numbers there are in the weights, int8 ones too; buffers of positions are no weights."""
     return sum(tensor.numel() for tensor in tensors.values() if tensor.dtype != torch.int64)
 

@@ -19,8 +19,9 @@ import pruned_ops
 from head_models import stock
 from inputs import logits, padded_batch, stock_model
 from pruned_ops import LayerShape
-from pruned_ops.checkpoints.importing import Tensors, read_foreign
+from pruned_ops.checkpoints.importing import read_foreign
 from pruned_ops.checkpoints.loading import load_model
+from pruned_ops.checkpoints.tensors import Tensors
 from pruned_ops.cli import main
 from pruned_trainer import Decision, attached, compact
 from pruned_trainer.pruning.decision import Kept, LayerDecision

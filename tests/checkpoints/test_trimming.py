@@ -374,8 +374,9 @@ def test_what_is_refused(spoil: Callable[[Path], Any], message: str, tmp_path: P
 
 @pytest.mark.parametrize("texts", [iter(USED), "the cat"])
 def test_texts_are_read_twice(texts: Any, tmp_path: Path) -> None:
+    folder, _ = checkpoint("bert classifier", tmp_path / "in")
     with pytest.raises(ValueError, match="a list, or what can be read twice, is needed"):
-        trim_vocabulary(tmp_path, tmp_path / "out", texts)
+        trim_vocabulary(folder, tmp_path / "out", texts)
 
 
 def test_other_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
