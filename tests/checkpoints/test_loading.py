@@ -32,13 +32,14 @@ class M(BertForQuestionAnswering):
 class T(BertTokenizerFast):
     pass
 """
+NO_FILES: Any = ()
 LOADERS: dict[str, Callable[[str], Any]] = {
     "config": lambda folder: load_config(Path(folder)),
     "model": load_model,
     "tokenizer": load_tokenizer,
     "natural questions": load_natural_questions,
-    "squad's start": SquadTask().start_model,
-    "natural questions' start": NaturalQuestionsTask().start_model,
+    "squad's start": lambda folder: SquadTask().start_model(folder, []),
+    "natural questions' start": lambda folder: NaturalQuestionsTask().start_model(folder, NO_FILES),
 }
 
 
