@@ -63,15 +63,14 @@ class Options:
 def add_prune(parser: argparse.ArgumentParser, several: bool = False) -> None:
     options = Options.titled(parser, "model and data", PruneSettings)
     options.add("model", "fine-tuned BERT or RoBERTa to prune: a folder or a hub name", required=True)
-    _add_train_file(options, required=False)
+    _add_train_file(options, required=False, default=" (default: --texts takes its place)")
     options.add(
         "texts",
         "instead of a training file: texts without labels, one a line, or rows with columns of texts; the "
-        "teacher's outputs are then all that is learned, and what is judged where there is no other file",
+        "teacher's outputs are then all that is learned (default: the training file, with labels)",
         type=Path,
     )
     _add_data(options)
-    options.add("corpus", "embedding: documents (id, title, text) to judge retrieval on", type=Path)
     text = "TARGET is one of the first four options"
     text += ", each with one number or more" if several else "; --recipe paper needs none"
     _add_target(Options.titled(parser, "target", PruneSettings, text), several)
@@ -130,8 +129,16 @@ def _add_task(options: Options, training: bool = True) -> None:
     options.add("label_column", "the column of the labels (default: label; tags; relevant)", metavar="COLUMN")
     options.add(
         "scores",
-        "the column of numbers that a model of one output is for, instead of labels",
+        "the column of numbers that a model of one output is for (default: there are labels; of embedding, "
+        "score)",
         metavar="COLUMN",
+    )
+    options.add("corpus", "embedding: documents (id, title, text) to be found (default: pairs)", type=Path)
+    options.add(
+        "queries",
+        "embedding: queries (id, text), where the other files hold query-id, corpus-id and score alone "
+        "(default: those files hold the texts)",
+        type=Path,
     )
     options.add("skip_bad", "leave out what cannot be read, asked or labelled, and count it")
     if training:
@@ -310,7 +317,6 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         type=Path,
     )
     _add_task(options, training=False)
-    options.add("corpus", "embedding: documents (id, title, text) to judge retrieval on", type=Path)
     _add_windows(options)
     options.add("predictions", "file for the predictions (default: they are not written)", type=Path)
 

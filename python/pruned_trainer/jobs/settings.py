@@ -72,6 +72,7 @@ class PruneSettings:
     label_column: str | None = None
     scores: str | None = None
     corpus: Path | None = None
+    queries: Path | None = None
     teacher: str | None = None
     recipe: str = "joint"
     parts: tuple[str, ...] = DEFAULT_PARTS
@@ -228,7 +229,7 @@ class PruneSettings:
     @property
     def inputs(self) -> tuple[Path | str | None, ...]:
         """The files and folders that the output must not replace."""
-        files = (self.train_file, self.texts, self.validation_file, self.eval_file, self.corpus)
+        files = (self.train_file, self.texts, self.validation_file, self.eval_file, self.corpus, self.queries)
         return (self.model, self.teacher, self.cache_teacher, self.latency_table, *files)
 
     @property
@@ -334,6 +335,8 @@ class FineTuneSettings:
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
     scores: str | None = None
+    corpus: Path | None = None
+    queries: Path | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -388,7 +391,7 @@ def _in_order(targets: Sequence[Target]) -> tuple[Target, ...]:
 
 def _place(name: str, value: Any) -> Any:
     """A setting that names a file or folder as an absolute path; others, and hub names, as they are."""
-    is_path = name in ("out", "latency_table", "cache_teacher", "corpus")
+    is_path = name in ("out", "latency_table", "cache_teacher", "corpus", "queries")
     may_be_of_the_hub = name in ("model", "teacher", "train_file", "validation_file", "eval_file", "texts")
     if isinstance(value, str) and (is_path or may_be_of_the_hub and Path(value).exists()):
         return str(Path(value).resolve())

@@ -28,6 +28,7 @@ class TaskOptions:
     alone, see `NaturalQuestionsTask`. skip_bad: leave out bad rows, and count them.
     text_columns, label_column: names of columns. scores: the column of numbers that takes the place of class
     labels. corpus: the documents that queries are answered from, where an embedder is judged by retrieval.
+    queries: their texts, where the other files hold ids alone.
     Errors: ValueError for options that the task does not have, or that are out of range.
     """
 
@@ -42,6 +43,7 @@ class TaskOptions:
     label_column: str | None = None
     scores: str | None = None
     corpus: Path | None = None
+    queries: Path | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -52,7 +54,7 @@ class TaskOptions:
             raise ValueError(
                 f"null_rate ({self.null_rate}) must lie in [0, 1], num_proc ({self.num_proc}) be at least 1"
             )
-        for name in ("text_columns", "label_column", "scores", "corpus"):
+        for name in ("text_columns", "label_column", "scores", "corpus", "queries"):
             if self.task not in TEXT_COLUMNS and getattr(self, name) is not None:
                 raise ValueError(
                     f"{name} is for tasks on rows of texts, and {self.task} has a format of its own"
@@ -72,6 +74,8 @@ class TaskOptions:
             raise ValueError("scores are of whole texts: token-classification has a label_column")
         if self.corpus is not None and self.task != "embedding":
             raise ValueError("a corpus is for --task embedding, which is then judged by retrieval")
+        if self.queries is not None and self.corpus is None:
+            raise ValueError("queries go with a corpus")
 
     @classmethod
     def of(cls, settings: Any) -> TaskOptions:

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pruned_ops.files import parse_json, read_json
+from pruned_ops.files import parse_json
 from pruned_trainer.tasks.faults import FormatError, Skipped, skipping
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -155,9 +155,10 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     """The objects in a .json file's list."""
     try:
-        rows = read_json(path, max_bytes=None)
-    except ValueError as error:
-        raise FormatError(str(error)) from None
+        with _open(path) as file:
+            rows = parse_json(file.read())
+    except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise FormatError(f"{path} is no JSON: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         kind = "a list of other things" if isinstance(rows, list) else f"one {type(rows).__name__}"
         raise FormatError(f"{path}: a list of objects, one for each row, is needed; it holds {kind}")

@@ -150,6 +150,19 @@ def test_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = ["--task", "embedding", "--corpus", str(corpus)]
     scores = evaluated(task, folder, write_rows(tmp_path / "eval.jsonl", queries), capsys)
     assert scores["ndcg"] == scores["mrr"] == scores["recall"] == 100 and scores["total"] == 6
+    # The same as BEIR has it: the queries apart, and a file of who is relevant to whom.
+    named = [{"_id": f"q{number}", "text": text} for number, text in enumerate(texts)]
+    apart = write_rows(tmp_path / "queries.jsonl", named)
+    pairs = [
+        {"query-id": f"q{i}", "corpus-id": str(j), "score": int(i == j)} for i in range(6) for j in (i, 7)
+    ]
+    judged = write_rows(tmp_path / "test.tsv", pairs)
+    assert evaluated([*task, "--queries", str(apart)], folder, judged, capsys) == scores
+    unknown = write_rows(tmp_path / "bad.tsv", [{**pairs[0], "query-id": "x"}])
+    assert "query 'x' is not among" in refused([*task, "--queries", str(apart)], folder, unknown, capsys)
+    train = write_rows(tmp_path / "train.json", queries)
+    argv = ["finetune", *task, "--model", str(folder), "--train-file", str(train), "--out"]
+    assert main([*argv, str(tmp_path / "trained"), *CUT]) == 0  # each query finds its document in the batch
     bad = write_rows(tmp_path / "bad.jsonl", [{"text": "w1", "relevant": ["12"]}])
     assert "row 0: document '12' is not in the corpus" in refused(task, folder, bad, capsys)
 

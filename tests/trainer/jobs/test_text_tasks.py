@@ -4,6 +4,7 @@ before any training."""
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 from jobs import killed, same_end
 from pruned_trainer.cli import main, parse, settings_of
 from pruned_trainer.jobs.prune import prune
+from pruned_trainer.tasks.options import TEXT_COLUMNS
 from text_files import CUT, checkpoint, classified, scored, write_rows
 
 PRUNE = ("--macs", "0.6", "--gate-steps", "4", "--retrain-steps", "4", "--batch-size", "8", *CUT)
@@ -197,6 +199,16 @@ def test_options_that_do_not_go_together(
     more: list[str], message: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, arguments(classifier, tmp_path / "out", *more), message)
+
+
+def test_the_commands_on_the_page_of_other_tasks_parse() -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "prune.md"
+    if not page.exists():
+        pytest.skip("installed without the checkout")
+    section = page.read_text(encoding="utf-8").split("## Other tasks")[1].split("\n## ")[0]
+    lines = [block.replace("\\\n", " ").strip() for block in section.split("```")[1::2]]
+    tasks = {settings_of(parse(shlex.split(line)[1:])).task for line in lines}
+    assert len(lines) >= 7 and tasks == set(TEXT_COLUMNS)
 
 
 @pytest.mark.parametrize(

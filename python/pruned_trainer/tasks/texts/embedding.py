@@ -14,26 +14,23 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.checkpoints.loading import load_any_head, load_to_fine_tune
-from pruned_ops.files import read_json, shown
-from pruned_trainer.tasks.faults import DataFaults, FormatError, Skipped, get_field, skipping
+from pruned_ops.files import read_json
+from pruned_trainer.tasks.faults import DataFaults, FormatError, Skipped
 from pruned_trainer.tasks.options import TaskOptions
-from pruned_trainer.tasks.sources import read_rows
 from pruned_trainer.tasks.task import Score
 from pruned_trainer.tasks.texts.classification import check_head
 from pruned_trainer.tasks.texts.encoding import encode, pooled
 from pruned_trainer.tasks.texts.examples import (
-    Example,
     Examples,
     read_labelled,
     read_score,
     read_unlabelled,
-    some,
-    texts_of,
 )
 from pruned_trainer.tasks.texts.measures import SCORES, FloatArray, Mean, Measure
 from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
 from pruned_trainer.tasks.texts.prepared import PreparedTexts
 from pruned_trainer.tasks.texts.ranking import RETRIEVAL, TOP
+from pruned_trainer.tasks.texts.retrieval import Retrieval, read_retrieval
 
 HEAD = "Model"
 PAIR, SCORE = ("text_a", "text_b"), "score"
@@ -51,31 +48,6 @@ class CosineAgreement(Mean):
 
 
 AGREEMENT: tuple[Measure, ...] = (CosineAgreement(),)
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """Queries with the documents that are relevant to each, and the documents that are searched.
-
-    relevant: of each query, the numbers of its documents among `documents`."""
-
-    where: str
-    queries: tuple[Example, ...]
-    relevant: tuple[tuple[int, ...], ...]
-    documents: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.queries)
-
-    def split(self, seed: int) -> tuple[Retrieval, Retrieval]:
-        """(training, held out), as for `Examples.split`; both search all documents."""
-        pairs = zip(self.queries, self.relevant, strict=True)
-        rows = Examples(self.where, tuple(replace(query, label=relevant) for query, relevant in pairs))
-        train, held_out = (
-            replace(self, queries=part.rows, relevant=tuple(row.label for row in part.rows))
-            for part in rows.split(seed)
-        )
-        return train, held_out
 
 
 @dataclass(frozen=True)
@@ -108,7 +80,7 @@ class EmbeddingTask:
         skipped = self._skipped()
         found: Examples | Retrieval
         if self.options.corpus is not None:
-            found = self._read_queries(source, split, skipped)
+            found = read_retrieval(source, split, self.options, skipped)
         else:
             columns = self.options.text_columns or PAIR
             if len(columns) != 2:
@@ -117,27 +89,6 @@ class EmbeddingTask:
             found = read_labelled(source, split, columns, label, read_score, skipped)
         self.faults.add(skipped)
         return found
-
-    def _read_queries(self, source: Path | str, split: str, skipped: Skipped | None) -> Retrieval:
-        assert self.options.corpus is not None
-        numbers, documents = read_corpus(self.options.corpus)
-        text = (self.options.text_columns or (TEXT,))[0]
-        label = self.options.label_column or RELEVANT
-        found = read_rows(source, split, {text, label}, skipped)
-        found.need((text, label))
-        queries, relevant = [], []
-        for where, row in found.placed():
-            with skipping(skipped):
-                ids = [str(value) for value in get_field(row, label, list, where)]
-                unknown = [value for value in ids if value not in numbers]
-                if unknown or not ids:
-                    fault = f"document {unknown[0]!r} is not in the corpus" if ids else "no document"
-                    raise FormatError(f"{where}: {fault}")
-                queries.append(Example(texts_of(row, (text,), where), where))
-                relevant.append(tuple(numbers[value] for value in ids))
-        if not queries:
-            some(Examples(found.where, ()), skipped)
-        return Retrieval(found.where, tuple(queries), tuple(relevant), documents)
 
     def read_training(self, source: Path, has_validation: bool) -> tuple[Any, Any]:
         """The training examples; without a validation file, 5% of them are held out."""
@@ -283,24 +234,3 @@ def pooling_of(source: str, config: Any) -> str:
         if chosen in ([name], [f"pooling_mode_{pooling}"]):
             return pooling
     raise ValueError(f"{source} pools by {', '.join(chosen)}; mean and the first token (cls) are known")
-
-
-def read_corpus(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
-    """(number of each document by its id, the documents) of a file of rows with an id (or _id), a text, and
-    perhaps a title, which stands before the text."""
-    found = read_rows(path, "train", None)
-    key = ID if ID in found.columns else "_id"
-    found.need((key, TEXT))
-    numbers: dict[str, int] = {}
-    documents: list[str] = []
-    for where, row in found.placed():
-        name = row[key]
-        if not isinstance(name, str | int) or str(name) in numbers:
-            raise FormatError(f"{where}: the id {shown(name)} is none, or appears twice")
-        numbers[str(name)] = len(documents)
-        (text,) = texts_of(row, (TEXT,), where)
-        title = row.get(TITLE) or ""
-        documents.append(f"{title} {text}".strip())
-    if not documents:
-        raise FormatError(f"{path}: no documents at all")
-    return numbers, tuple(documents)

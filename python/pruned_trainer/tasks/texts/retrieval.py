@@ -1,0 +1,152 @@
+"""Queries, the documents that are searched, and which are relevant to each: rows that say it themselves, or
+files of queries and of relevance apart, as BEIR has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pruned_ops.files import shown
+from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
+from pruned_trainer.tasks.options import TaskOptions
+from pruned_trainer.tasks.sources import Source, read_rows
+from pruned_trainer.tasks.texts.examples import Example, Examples, read_score, some, texts_of, value_of
+
+TEXT, TITLE, RELEVANT = "text", "title", "relevant"
+# The columns of a file of relevance.
+QUERY_ID, CORPUS_ID, GRADE = "query-id", "corpus-id", "score"
+_IDS = ("id", "_id")
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Queries with the documents that are relevant to each, and the documents that are searched.
+
+    relevant: of each query, the numbers of its documents among `documents`."""
+
+    where: str
+    queries: tuple[Example, ...]
+    relevant: tuple[tuple[int, ...], ...]
+    documents: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def split(self, seed: int) -> tuple[Retrieval, Retrieval]:
+        """(training, held out), as for `Examples.split`; both search all documents."""
+        pairs = zip(self.queries, self.relevant, strict=True)
+        rows = Examples(self.where, tuple(replace(query, label=relevant) for query, relevant in pairs))
+        train, held_out = (
+            replace(self, queries=part.rows, relevant=tuple(row.label for row in part.rows))
+            for part in rows.split(seed)
+        )
+        return train, held_out
+
+
+def read_retrieval(
+    source: Path | str, split: str, options: TaskOptions, skipped: Skipped | None = None
+) -> Retrieval:
+    """The queries of a source, with the documents of options.corpus.
+
+    A row has a query's text and the ids that are relevant to it; or, with options.queries, which holds the
+    texts, a query's id, a document's id and a score above 0. skipped: collects the faults of bad rows.
+    Errors: FormatError that names the place, also for an id that the other file does not have.
+    """
+    assert options.corpus is not None
+    numbers, documents = read_corpus(options.corpus)
+    if options.queries is None:
+        where, found = _with_ids(source, split, options, numbers, skipped)
+    else:
+        where, found = _joined(source, split, options, numbers, skipped)
+    if not found:
+        some(Examples(where, ()), skipped)
+    queries = tuple(query for query, _ in found)
+    return Retrieval(where, queries, tuple(relevant for _, relevant in found), documents)
+
+
+Found = list[tuple[Example, tuple[int, ...]]]
+
+
+def _with_ids(
+    source: Path | str,
+    split: str,
+    options: TaskOptions,
+    numbers: Mapping[str, int],
+    skipped: Skipped | None,
+) -> tuple[str, Found]:
+    """(the source, its queries) of rows that name the documents themselves."""
+    text, label = (options.text_columns or (TEXT,))[0], options.label_column or RELEVANT
+    rows = read_rows(source, split, {text, label}, skipped)
+    rows.need((text, label), "" if label in rows.columns else "; --queries takes files of relevance")
+    found: Found = []
+    for where, row in rows.placed():
+        with skipping(skipped):
+            ids = [_number(numbers, value, where) for value in get_field(row, label, list, where)]
+            if not ids:
+                raise FormatError(f"{where}: no document is relevant")
+            found.append((Example(texts_of(row, (text,), where), where), tuple(ids)))
+    return rows.where, found
+
+
+def _joined(
+    source: Path | str,
+    split: str,
+    options: TaskOptions,
+    numbers: Mapping[str, int],
+    skipped: Skipped | None,
+) -> tuple[str, Found]:
+    """(the source, its queries) of rows of relevance, with the texts of options.queries."""
+    assert options.queries is not None
+    text = (options.text_columns or (TEXT,))[0]
+    queries = {
+        name: Example(texts_of(row, (text,), where), where)
+        for name, where, row in _by_id(read_rows(options.queries, "train"), text)
+    }
+    rows = read_rows(source, split, {QUERY_ID, CORPUS_ID, GRADE}, skipped)
+    rows.need((QUERY_ID, CORPUS_ID))
+    relevant: dict[str, list[int]] = {}
+    for where, row in rows.placed():
+        with skipping(skipped):
+            query = str(value_of(row, QUERY_ID, where))
+            if query not in queries:
+                raise FormatError(f"{where}: query {shown(query)} is not among the queries")
+            document = _number(numbers, value_of(row, CORPUS_ID, where), where)
+            if GRADE not in row or read_score(row[GRADE], where) > 0:
+                relevant.setdefault(query, []).append(document)
+    return rows.where, [(queries[query], tuple(ids)) for query, ids in relevant.items()]
+
+
+def _number(numbers: Mapping[str, int], value: Any, where: str) -> int:
+    """The number of the document of this id."""
+    if str(value) not in numbers:
+        raise FormatError(f"{where}: document {shown(str(value))} is not in the corpus")
+    return numbers[str(value)]
+
+
+def _by_id(source: Source, *columns: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(id, place, row) of each row of a source with ids, which are told apart."""
+    key = next((name for name in _IDS if name in source.columns), _IDS[0])
+    source.need((key, *columns))
+    seen = set()
+    for where, row in source.placed():
+        name = value_of(row, key, where)
+        if isinstance(name, bool) or not isinstance(name, str | int) or str(name) in seen:
+            raise FormatError(f"{where}: the id {shown(name)} is none, or appears twice")
+        seen.add(str(name))
+        yield str(name), where, row
+
+
+def read_corpus(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """(number of each document by its id, the documents) of a file of rows with an id (or _id), a text, and
+    perhaps a title, which stands before the text."""
+    numbers: dict[str, int] = {}
+    documents: list[str] = []
+    for name, where, row in _by_id(read_rows(path, "train"), TEXT):
+        numbers[name] = len(documents)
+        (text,) = texts_of(row, (TEXT,), where)
+        documents.append(f"{row.get(TITLE) or ''} {text}".strip())
+    if not documents:
+        raise FormatError(f"{path}: no documents at all")
+    return numbers, tuple(documents)
