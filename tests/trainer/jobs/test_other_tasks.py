@@ -180,7 +180,7 @@ def test_an_embedder_learns_the_scores_of_pairs(tmp_path: Path) -> None:
         argv = ["evaluate", *task, "--model", str(model), "--eval-file", str(judged), *CUT]
         assert main([*argv, "--predictions", str(said)]) == 0
         errors.append(np.square(np.array(json.loads(said.read_text())) - [r["score"] for r in rows]).mean())
-    assert errors[1] < 0.3 * errors[0]
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_pairs_are_taken_apart_again(tmp_path: Path) -> None:
