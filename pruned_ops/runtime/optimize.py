@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from pruned_ops.models.stock import ENCODERS
+from pruned_ops.ops.backends.cpu import slow_int8
 from pruned_ops.ops.registry import BACKENDS, BackendError
 from pruned_ops.runtime.engine import Engine
+from pruned_ops.runtime.int8_losses import above_limit, told
 from pruned_ops.runtime.packed_encoder import (
     CHANGING,
     OptimisedEncoder,
@@ -60,12 +62,16 @@ def optimize(
     no effect. While the weights are laid out the encoders' own are still there; they are released at the
     end. Any error leaves the model as it was. Threads may call this while others run the model.
     dtype: None keeps the weights' own. "int8" runs the linears in int8, with a scale for each channel of the
-    weights and each token of the activations, on a CPU with AVX-512 VNNI; the fp32 weights are kept, and
-    `save_pretrained` writes the int8 ones. A model that was loaded from such a checkpoint runs in int8.
+    weights and each token of the activations, on a CPU; the fp32 weights are kept, and `save_pretrained`
+    writes the int8 ones. A model that was loaded from such a checkpoint runs in int8. A warning tells where
+    int8 is not faster than fp32 on this processor.
     calibration: with int8, batches of real text; for a model of sentence-transformers, a list of texts (of
     pairs for a CrossEncoder). The linears that hurt the outputs most stay fp32, until the
     relative error is expected to be within `tolerance` (see `choose_int8`); `model.int8_errors` has each
-    linear's, and a warning tells where the outputs are further off. Without it all linears are int8.
+    linear's, and a warning tells where the outputs are further off. Without it all linears are int8, but for
+    those that lose more than a tenth of their outputs on random tokens, which a warning names;
+    `model.int8_losses` has each linear's. In both cases some of the text that is run is compared with fp32,
+    and a warning tells where a linear loses more than a tenth.
     graphs: on a GPU, run batches by CUDA graphs. `model.engine` (see `engine.Engine`) has its `stats`, and
     `warm_up(batches)` captures the graphs beforehand. Nothing changes on a CPU.
     Errors: ValueError for a model without such an encoder, or with one that would not be computed as it is,
@@ -91,6 +97,8 @@ def _optimize(
     if calibration is not None and any(is_stored_in_int8(encoder) for encoder in encoders):
         raise ValueError("this model's weights are stored in int8 already: calibration is for fp32 weights")
     _warn_without_backend(encoders)
+    if int8:
+        _warn_slow_int8()
     packed = {encoder: PackedEncoder(encoder, int8) for encoder in encoders}
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -100,6 +108,8 @@ def _optimize(
         model.eval()
         if calibration is not None:
             choose_int8(model, calibration, tolerance)
+        elif int8:
+            leave_out_outliers(model)
         if graphs:
             _add_engines(model)
         if serves(model) and not hasattr(model, _MANY):  # a method of that name stays the model's own
@@ -172,6 +182,12 @@ def _warn_without_backend(encoders: Sequence[Any]) -> None:
 _warned = False
 
 
+def _warn_slow_int8() -> None:
+    reason = slow_int8()
+    if reason is not None:
+        warnings.warn(f"int8 will not be faster than float32 here: {reason}", RuntimeWarning, stacklevel=4)
+
+
 def _hook_heads(model: nn.Module) -> None:
     """Hook the heads around the model's encoders, and tell the encoders about them."""
     for parent, encoder in _parents(model):
@@ -221,7 +237,8 @@ def _restore(model: nn.Module) -> Any:
         many = model.__dict__.get(_MANY)
         if isinstance(many, partial) and many.func is encode_many:
             delattr(model, _MANY)
-        model.__dict__.pop("int8_errors", None)
+        for measured in ("int8_errors", "int8_losses"):
+            model.__dict__.pop(measured, None)
         for module, training in model.__dict__.pop(_MODES, ()):
             module.training = training
     return model
@@ -272,6 +289,43 @@ def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
     )
 
 
+def leave_out_outliers(model: nn.Module) -> dict[str, float]:
+    """Leave in fp32 the linears of an optimised model that would lose too much in int8 (see `int8_losses`),
+    because some of their inputs or weights are many times as large as the rest.
+
+    Returns every linear's loss on random tokens by its name, which `model.int8_losses` holds too. Warns where
+    a linear is left out.
+    """
+    losses: dict[str, float] = {}
+    for prefix, packed in _packed_by_name(model).items():
+        if packed.stored_int8:  # there is nothing else to run
+            continue
+        found = packed.losses_on_random_tokens()
+        high = above_limit(found)
+        if high:
+            packed.encoder.pack(False, packed.encoder.int8_linears - set(high))
+        losses.update({f"{prefix}.{name}": loss for name, loss in found.items()})
+    model.__dict__["int8_losses"] = losses
+    if high := above_limit(losses):
+        warnings.warn(
+            f"{len(high)} of {len(losses)} linears stay in float32, because int8 would lose {told(high)}: "
+            "some of their inputs or weights are many times as large as the rest; with calibration=batches "
+            "of real text, int8 is judged by the model's outputs instead",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return losses
+
+
+def _packed_by_name(model: nn.Module) -> dict[str, PackedEncoder]:
+    """What computes the model's encoders, by the names of their stacks of layers."""
+    return {
+        f"{name}.encoder".removeprefix("."): module.packed
+        for name, module in model.named_modules()
+        if isinstance(module, OptimisedEncoder)
+    }
+
+
 def choose_int8(model: nn.Module, calibration: Iterable[Any], tolerance: float) -> dict[str, float]:
     """Leave in fp32 the linears of an optimised model that hurt its outputs most.
 
@@ -286,11 +340,7 @@ def choose_int8(model: nn.Module, calibration: Iterable[Any], tolerance: float) 
     batches = _batches(model, calibration)
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; 0 or more is needed")
-    encoders = {
-        f"{name}.encoder".removeprefix("."): module.packed.encoder
-        for name, module in model.named_modules()
-        if isinstance(module, OptimisedEncoder)
-    }
+    encoders = {prefix: packed.encoder for prefix, packed in _packed_by_name(model).items()}
     linears = [
         (prefix, name) for prefix, encoder in encoders.items() for name in sorted(encoder.int8_linears)
     ]
@@ -336,12 +386,25 @@ def _batches(model: nn.Module, calibration: Iterable[Any]) -> list[Batch]:
     return list(given) if isinstance(given[0], Mapping) else list(text_batches(model, given))
 
 
+@contextmanager
+def _unwatched(model: nn.Module) -> Iterator[None]:
+    """Runs that measure int8 themselves are not looked at by `Int8Watch`."""
+    watches = [(packed, packed.watch) for packed in packed_encoders(model)]
+    for packed, _ in watches:
+        packed.watch = None
+    try:
+        yield
+    finally:
+        for packed, watch in watches:
+            packed.watch = watch
+
+
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """The model's outputs at the real tokens of all batches, as one vector. Of a model of
     sentence-transformers they are what its `encode` or `predict` reads."""
     vectors = []
     is_text_model = text_model(model) is not None
-    with torch.no_grad():
+    with torch.no_grad(), _unwatched(model):
         for batch in batches:
             if is_text_model:
                 vectors += [tensor.flatten() for tensor in text_outputs(model, batch)]

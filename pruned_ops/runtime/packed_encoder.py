@@ -21,9 +21,10 @@ from pruned_ops.layers.int8 import SCALE, Int8Linear
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, Rows, free, placeholder, seal, unseal
-from pruned_ops.models.inputs import packed_inputs, returned
+from pruned_ops.models.inputs import longest_sequence, packed_inputs, returned
 from pruned_ops.models.stock import ENCODERS, QKV, encoder_shape, stock_parts
 from pruned_ops.runtime.engine import Engine
+from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
 from pruned_ops.runtime.replaced import forwards_of, give_back, refuse, replace
 
@@ -59,6 +60,7 @@ class PackedEncoder(nn.Module):
         self.config = original.config
         self.stored_int8 = is_stored_in_int8(original)
         self.int8 = int8 or self.stored_int8
+        self.watch = Int8Watch() if self.int8 else None
         self.embeddings = original.embeddings
         self.pooler = getattr(original, "pooler", None)
         self.encoder = _laid_out(original, None if int8 and not self.stored_int8 else ())
@@ -214,8 +216,18 @@ class PackedEncoder(nn.Module):
         states (tokens, hidden_size). It works on the device alone, so that it can be recorded.
 
         collect: the embedding and each layer's output are appended to it."""
+        embedded = self._embed(inputs)
+        if collect is not None:
+            collect.append(embedded)
+        x = self.encoder.run(embedded, cu_seqlens, max_seqlen, collect)
+        if self.watch is not None:
+            self.watch.look(self.encoder, embedded, cu_seqlens)
+        return Outputs(x, None) if head is None else head(x, cu_seqlens)
+
+    def _embed(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Packed ids, positions and types, (tokens,) each -> their embedding (tokens, hidden_size)."""
         tables = self.embeddings
-        x = ops.embed_layer_norm(
+        return ops.embed_layer_norm(
             *inputs,
             tables.word_embeddings.weight,
             tables.position_embeddings.weight,
@@ -224,10 +236,15 @@ class PackedEncoder(nn.Module):
             tables.LayerNorm.bias,
             tables.LayerNorm.eps,
         )
-        if collect is not None:
-            collect.append(x)
-        x = self.encoder.run(x, cu_seqlens, max_seqlen, collect)
-        return Outputs(x, None) if head is None else head(x, cu_seqlens)
+
+    def losses_on_random_tokens(self) -> dict[str, float]:
+        """What int8 takes from each linear that runs in it, by its name (see `int8_losses`). The channels
+        that are large in every text are large on random tokens too."""
+        shape = (2, min(32, longest_sequence(self.config)))
+        ids = torch.randint(self.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        batch, inputs = packed_inputs(self.config, self.device, ids)
+        stack = self.encoder
+        return int8_losses(stack, self._embed(inputs), batch.lengths, stack.int8_linears, weights=True)
 
 
 def _laid_out(original: Any, int8: Sequence[str] | None) -> PrunedEncoder:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pruned_ops
-from inputs import READY, SUPPORT, encoder_arguments, logits, padded_batch, pruned_model, randn, stock_model
+from inputs import READY, encoder_arguments, logits, padded_batch, pruned_model, randn, stock_model
 from int8_cases import check_extremes, check_layers, check_values_that_are_no_numbers, in_int8
-from pruned_ops.ops.backends.cpu import extension
 from pruned_ops.ops.panels import from_int8_panels, quantize, to_int8_panels
 from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.runtime.optimize import choose_int8
@@ -49,31 +45,6 @@ def test_the_largest_sums_do_not_overflow_or_saturate() -> None:
 @needs_extension
 def test_what_is_not_a_number_stays_in_its_token() -> None:
     check_values_that_are_no_numbers()
-
-
-CAPABILITY_SCRIPT = """
-import sys
-sys.path.insert(0, {support!r})
-from int8_cases import check_int8
-from pruned_ops.ops.backends.cpu import extension
-assert extension.int8_capability() == {capability!r}, extension.int8_capability()
-check_int8()
-"""
-
-
-@needs_extension
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
-def test_capabilities_below_this_processors(capability: str) -> None:
-    """The same numbers by the kernels that this processor would not choose. torch reads the variable once,
-    so: a process each."""
-    if extension.int8_capability() == capability:
-        pytest.skip(f"this processor runs {capability} itself, in the other tests")
-    if not extension.cpu_features()["avx2"] and capability == "AVX2":
-        pytest.skip("this processor has no AVX2")
-    script = CAPABILITY_SCRIPT.format(support=SUPPORT, capability=capability)
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @needs_extension

@@ -432,10 +432,13 @@ CAPABILITY_SCRIPT = """
 import sys
 sys.path.insert(0, {support!r})
 from inputs import LENGTHS, arguments_for, attention_arguments
+from int8_cases import check_int8
 from numerics import assert_within_budget
 from pruned_ops.ops.backends.cpu import extension
 from pruned_ops.ops.registry import OPS
 assert extension.cpu_capability().lower() == {capability!r}, extension.cpu_capability()
+assert extension.int8_capability().lower() == {int8!r}, extension.int8_capability()
+check_int8()
 for lengths in LENGTHS:
     for head_dim in (8, 20, 32, 64):
         assert_within_budget(OPS["attention"], "cpu", attention_arguments(lengths, 3, head_dim))
@@ -459,7 +462,9 @@ def test_cpu_capability(capability: str) -> None:
     features = extension.cpu_features()
     if capability != "default" and not features[{"avx2": "avx2", "avx512": "avx512f"}[capability]]:
         pytest.skip(f"this processor has no {capability}")
-    script = CAPABILITY_SCRIPT.format(support=SUPPORT, capability=capability)
+    # AVX-512 without VNNI has its int8 from AVX2.
+    int8 = capability if capability != "avx512" else "avx512_vnni" if features["avx512_vnni"] else "avx2"
+    script = CAPABILITY_SCRIPT.format(support=SUPPORT, capability=capability, int8=int8)
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

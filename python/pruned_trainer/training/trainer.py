@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pruned_trainer.distributed import on_any
 from pruned_trainer.pruning.gate_phase import GatePhase
+from pruned_trainer.training.allocator import keep_freed_memory
 from pruned_trainer.training.batches import GROUP, NUMBER, LengthGroupedSampler, lengths_of
 from pruned_trainer.training.callbacks import OneLineProgress
 from pruned_trainer.training.distillation import Distillation
@@ -58,6 +59,8 @@ class PruningTrainer(Trainer):
                 "several GPUs in one process are not supported: start a process each (torchrun, "
                 "accelerate launch), or choose one with CUDA_VISIBLE_DEVICES"
             )
+        if args.device.type == "cpu":
+            keep_freed_memory()
         self.teaching = Teaching(model, teacher, distillation, kept_hidden, cache, task_loss)
         for parameter in model.parameters():
             if (

@@ -1,0 +1,154 @@
+"""What int8 takes from the outputs of a model's linears, measured beside the runs themselves.
+
+A token's values share one scale, and so do a channel's weights. Where one value is a hundred times the rest,
+the rest is rounded to a few levels or to zero, and the linear loses what it computes from it. Nothing in the
+output tells. So `optimize` looks at every linear once, and `Int8Watch` at a sequence of the first, second,
+fourth, eighth ... batch that a model runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pruned_ops.layers.int8 import SCALE
+from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder
+from pruned_ops.ops.panels import quantize
+
+# Of what a linear's output channel varies by. The linears of models without outliers lose 0.5% to 3%; a
+# channel of 20 times the others' size costs 14% of what is computed from those.
+LIMIT = 0.1
+# A channel that varies by less than this part of its size is judged as if it varied by so much: where all
+# tokens are nearly alike, as in the last layers of random models, next to nothing would be left to lose.
+FLOOR = 0.25
+# An output's variation over fewer tokens than this says little.
+_LEAST_TOKENS = 8
+
+
+@torch.no_grad()
+def int8_losses(
+    stack: PrunedEncoder, x: Tensor, lengths: Sequence[int], names: Collection[str], weights: bool
+) -> dict[str, float]:
+    """The loss of each of these linears of a stack in int8, where all that comes before it is in float32.
+
+    x (tokens, hidden_size): sequences of these lengths, back to back. names: from `stack.linear_names`.
+    weights: whether the weights lose too, or the activations alone. A loss is the error of an output channel
+    relative to how much it varies over the tokens, in the L2 norm; the median of the linear's channels. To
+    the output of a part's second linear the part's input is added first, as the model adds it.
+    """
+    by_linear = {id(stack.get_submodule(name)): name for name in stack.linear_names}
+    losses: dict[str, float] = {}
+
+    def run(i: int, j: int, x: Tensor, added: Tensor | None = None) -> Tensor:
+        linear, weight = stack.parts[i].linears[j], _weight_of(stack, i, j)
+        name = by_linear[id(linear)]
+        output = F.linear(x, weight, linear.bias)
+        if added is not None:
+            output = output + added
+        if name in names:
+            losses[name] = _loss(x, weight, weights, output)
+        return output
+
+    for i, part in enumerate(stack.parts):
+        inner = run(i, 0, x)
+        if isinstance(part, PrunedAttention):
+            inner = torch.cat([_attention(rows, stack.head_dim) for rows in inner.split(list(lengths))])
+        else:
+            inner = F.gelu(inner)
+        x = F.layer_norm(run(i, 1, inner, added=x), *_norm_of(part))
+    return losses
+
+
+def _weight_of(stack: PrunedEncoder, part: int, linear: int) -> Tensor:
+    """The weight (out, in) of a linear as it is multiplied, stored in float32 or in int8 with scales."""
+    weight = stack.plain(part, linear, "weight")
+    if weight.is_floating_point():
+        return weight
+    return weight.float() * stack.plain(part, linear, SCALE)[:, None]
+
+
+def _norm_of(part: Any) -> tuple[Any, ...]:
+    norm = part.norm
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
+
+
+def _attention(qkv: Tensor, head_dim: int) -> Tensor:
+    """q|k|v of one sequence (tokens, 3 * num_heads * head_dim) -> its context."""
+    if not qkv.size(1):
+        return qkv
+    query, key, value = (
+        rows.unflatten(1, (-1, head_dim)).transpose(0, 1) for rows in qkv.tensor_split(3, dim=1)
+    )
+    return F.scaled_dot_product_attention(query, key, value).transpose(0, 1).flatten(1)
+
+
+def _loss(x: Tensor, weight: Tensor, weights: bool, output: Tensor) -> float:
+    """See `int8_losses`; x (tokens, in), weight (out, in), output (tokens, out)."""
+    if not x.numel() or not weight.numel():
+        return 0.0
+    error = F.linear(_rounded(x), _rounded(weight) if weights else weight) - F.linear(x, weight)
+    varies, size = (output - output.mean(0)).norm(dim=0), output.norm(dim=0)
+    least = (size * FLOOR).clamp_min(torch.finfo(x.dtype).tiny)
+    return float((error.norm(dim=0) / torch.maximum(varies, least)).median())
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    values, scales = quantize(rows)
+    return values * scales
+
+
+class Int8Watch:
+    """Compares int8 with float32 on the longest sequence of a model's first, second, fourth, eighth ...
+    batch, so that a long run spends nothing on it; warns once, where a linear loses more than LIMIT.
+
+    losses: the largest found so far of each linear, from the activations alone.
+    """
+
+    def __init__(self) -> None:
+        self.losses: dict[str, float] = {}
+        self.warned = False
+        self._batches = 0
+
+    def look(self, stack: PrunedEncoder, x: Tensor, cu_seqlens: Tensor) -> None:
+        """Take note of a batch that is run: x (tokens, hidden_size), as the first layer gets it."""
+        if torch.compiler.is_compiling() or self.warned or not stack.int8_linears:
+            return
+        self._batches += 1
+        if self._batches & (self._batches - 1):
+            return
+        lengths = cu_seqlens.diff().tolist()
+        number = max(range(len(lengths)), key=lengths.__getitem__, default=-1)
+        if number < 0 or lengths[number] < _LEAST_TOKENS:
+            self._batches -= 1  # the next batch is looked at instead
+            return
+        first = int(cu_seqlens[number])
+        rows = x[first : first + lengths[number]]
+        found = int8_losses(stack, rows, [len(rows)], stack.int8_linears, weights=False)
+        self.losses = {name: max(loss, self.losses.get(name, 0.0)) for name, loss in found.items()}
+        if high := above_limit(found):
+            self.warned = True
+            warnings.warn(
+                f"int8 loses {told(high)} on this text: some of their inputs are many times as large as the "
+                "rest; optimize the float32 model with calibration=batches of such text, which leaves in "
+                "float32 what hurts the outputs",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def above_limit(losses: dict[str, float]) -> dict[str, float]:
+    """The linears that lose more than LIMIT, the worst first."""
+    worst = sorted(losses, key=losses.__getitem__, reverse=True)
+    return {name: losses[name] for name in worst if losses[name] > LIMIT}
+
+
+def told(losses: dict[str, float], most: int = 4) -> str:
+    """Linears and their losses in words, `most` of them by name."""
+    named = ", ".join(f"{loss:.0%} of the output of {name}" for name, loss in list(losses.items())[:most])
+    more = len(losses) - most
+    return f"{named} and more than {LIMIT:.0%} of {more} others" if more > 0 else named

@@ -1,0 +1,126 @@
+"""Outliers in int8: what a linear would lose is measured, told, and left in float32."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pruned_ops
+from inputs import READY, logits, padded_batch, pruned_model, stock_model
+from pruned_ops.runtime import int8_losses
+from pruned_ops.runtime.int8_losses import LIMIT, Int8Watch
+from pruned_ops.runtime.refusals import refuse_encoder
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in READY or refuse_encoder(stock_model().bert, int8=True) is not None,
+    reason="no int8 kernels here",
+)
+
+LAYER = 1
+# Where a channel is made large -> the linear that loses what the others hold.
+PLACES = {"context": "layers.1.attention.output", "inner": "layers.1.ffn.down", "weights": "layers.1.ffn.up"}
+
+
+def planted(place: str, size: float) -> Any:
+    """A model with one channel that is `size` times what it was, and whose weights make up for that."""
+    model, channel = stock_model(), 5
+    layer = model.bert.encoder.layer[LAYER]
+    attention, up, down = layer.attention, layer.intermediate.dense, layer.output.dense
+    with torch.no_grad():
+        if place == "context":
+            attention.self.value.weight[channel] *= size
+            attention.self.value.bias[channel] *= size
+            attention.output.dense.weight[:, channel] /= size
+        elif place == "inner":  # GELU is the identity so far out
+            up.bias[channel] = 3 * size
+            down.weight[:, channel] /= size
+        else:
+            attention.output.LayerNorm.weight[channel] /= size
+            attention.output.LayerNorm.bias[channel] /= size
+            up.weight[:, channel] *= size
+    return model
+
+
+def everywhere_in_int8(model: Any) -> Any:
+    """The model with all linears in int8, whatever they lose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = pruned_ops.optimize(model, dtype="int8", calibration=[padded_batch()], tolerance=1e9)
+    encoder = fast.bert.packed.encoder
+    assert encoder.int8_linears == set(encoder.linear_names)
+    return fast
+
+
+def cosine(first: Any, second: Any) -> float:
+    batch = padded_batch()
+    real = batch["attention_mask"].bool()
+    found = [logits(model, batch)[real].flatten() for model in (first, second)]
+    return float(F.cosine_similarity(*found, dim=0))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("size", [100.0, 1000.0])
+def test_an_outlier_is_told_and_costs_nothing(place: str, size: float) -> None:
+    with pytest.warns(RuntimeWarning, match=f"1 of 12 linears stay in float32.*{PLACES[place]}"):
+        fast = pruned_ops.optimize(planted(place, size), dtype="int8")
+    encoder = fast.bert.packed.encoder
+    assert set(encoder.linear_names) - encoder.int8_linears == {PLACES[place]}
+    assert fast.int8_losses[f"bert.encoder.{PLACES[place]}"] > LIMIT
+    exact = planted(place, size)
+    kept = cosine(fast, exact)
+    assert kept > 0.998
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert cosine(everywhere_in_int8(planted(place, size)), exact) < kept
+    assert not hasattr(pruned_ops.restore(fast), "int8_losses")
+
+
+@pytest.mark.parametrize("make", [stock_model, pruned_model])
+def test_without_outliers_nothing_is_said(make: Any, recwarn: pytest.WarningsRecorder) -> None:
+    fast = pruned_ops.optimize(make(), dtype="int8")
+    encoder = fast.base_model.packed.encoder
+    assert encoder.int8_linears == set(encoder.linear_names)
+    assert set(fast.int8_losses) == {f"bert.encoder.{name}" for name in encoder.linear_names}
+    for _ in range(3):
+        logits(fast, padded_batch())
+    assert not [warning for warning in recwarn if "int8" in str(warning.message)]
+    assert all(loss < LIMIT for loss in fast.base_model.packed.watch.losses.values())
+
+
+def test_what_a_linear_loses_is_what_the_rounding_changes() -> None:
+    """Against a linear written out: a channel that holds two values, one of them lost."""
+    x = torch.tensor([[1.0, 0.003], [1.0, -0.003]]).repeat(4, 1)
+    weight = torch.tensor([[0.5, 127.0], [127.0, 0.5]])
+
+    def loss(x: torch.Tensor, weight: torch.Tensor) -> float:
+        return int8_losses._loss(x, weight, False, F.linear(x, weight))
+
+    assert loss(x, torch.tensor([[0.5, 127.0]])) == pytest.approx(1.0, rel=0.05)
+    assert loss(x[:, 1:], weight[:, 1:]) < 1e-6  # alone it has a scale of its own
+    assert loss(x[:, :1], weight[:, :1]) < 1e-3  # constant, and kept
+    assert loss(torch.zeros(3, 0), torch.zeros(2, 0)) == 0.0
+
+
+def test_the_watch_looks_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(int8_losses, "int8_losses", lambda _, x, *__, **___: seen.append(int(x[0, 0])) or {})
+    watch, stack = Int8Watch(), pruned_ops.optimize(stock_model(), dtype="int8").bert.packed.encoder
+    bounds, short = torch.tensor([0, 3, 20], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    for number in range(1, 41):
+        watch.look(stack, torch.full((20, 64), float(number)), short if number == 1 else bounds)
+    assert seen == [2, 3, 5, 9, 17, 33]  # the first batch says too little
+
+
+def test_the_watch_warns_once_where_text_has_outliers() -> None:
+    fast = everywhere_in_int8(planted("context", 1000.0))
+    with pytest.warns(RuntimeWarning, match="int8 loses .*layers.1.attention.output on this text"):
+        logits(fast, padded_batch())
+    assert fast.bert.packed.watch.losses[PLACES["context"]] > LIMIT
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            logits(fast, padded_batch())
