@@ -12,7 +12,7 @@ import re
 import reprlib
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -157,27 +157,42 @@ class TextFile:
     """The texts in a file, which is read anew whenever they are gone through.
 
     Each line of a file in UTF-8 is a text; in a file that ends in .jsonl, all strings in the value of a line
-    are texts. Either may end in .gz. Texts without any character but spaces are passed over.
-    Errors: OSError where there is no file; ValueError that names the line for one that cannot be read.
+    are texts, or those in these columns of it. Either may end in .gz. Texts without any character but spaces
+    are passed over. Errors: OSError where there is no file; ValueError that names the line for one that
+    cannot be read or lacks a column, and for columns of a file that is no .jsonl.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Sequence[str] | None = None) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is no file; a file of texts is needed")
-        self.path = path
+        self.path, self.columns = path, columns
+        self._is_json = path.name.removesuffix(".gz").endswith(".jsonl")
+        if columns is not None and not self._is_json:
+            raise ValueError(f"{path} has no columns: only a .jsonl file has")
 
     def __iter__(self) -> Iterator[str]:
-        is_json = self.path.name.removesuffix(".gz").endswith(".jsonl")
         try:
             with (gzip.open if self.path.suffix == ".gz" else open)(self.path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     try:
-                        texts = _strings(parse_json(line)) if is_json and line.strip() else [_decoded(line)]
+                        texts = self._texts(line) if self._is_json and line.strip() else [_decoded(line)]
                         yield from (text.rstrip("\r\n") for text in texts if text.strip())
                     except ValueError as error:
                         raise ValueError(f"{self.path}, line {number}: {error}") from None
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{self.path} is no whole gzip file: {error}") from None
+
+    def _texts(self, line: bytes) -> Iterator[str]:
+        """The texts in the JSON of a line."""
+        value = parse_json(line)
+        if self.columns is not None:
+            if not isinstance(value, dict):
+                raise ValueError("an object with columns is needed")
+            lacking = [name for name in self.columns if name not in value]
+            if lacking:
+                raise ValueError(f"there is no column {shown(lacking[0])}; there are {shown(list(value))}")
+            value = [value[name] for name in self.columns]
+        return _strings(value)
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -32,6 +32,12 @@ def add_command(commands: Any) -> None:
         "--texts", type=Path, required=True, metavar="FILE", help=f"texts whose pieces are kept: {texts}"
     )
     parser.add_argument(
+        "--text-columns",
+        nargs="+",
+        metavar="NAME",
+        help="of .jsonl, the columns that hold texts (default: all)",
+    )
+    parser.add_argument(
         "--keep", type=int, metavar="N",
         help="keep only the N pieces that the texts have most often (default: all of theirs)",
     )  # fmt: skip
@@ -47,8 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.keep is not None:
         checked_int("--keep", arguments.keep, 0)
-    texts = TextFile(arguments.texts)
-    held_out = None if arguments.held_out is None else TextFile(arguments.held_out)
+    columns = arguments.text_columns
+    texts = TextFile(arguments.texts, columns)
+    held_out = None if arguments.held_out is None else TextFile(arguments.held_out, columns)
     only_errors()
     done = trim_vocabulary(arguments.folder, arguments.out, texts, arguments.keep, held_out)
     for name, (before, after) in (("word embedding rows", done.rows), ("parameters", done.parameters)):

@@ -25,6 +25,7 @@ import pruned_ops
 from inputs import ODD_SHAPES, shake
 from pruned_ops import optimize, trim_vocabulary
 from pruned_ops.cli import main
+from pruned_ops.files import TextFile
 from pruned_ops.runtime.refusals import refuse_encoder
 from real_data import real_data
 
@@ -213,8 +214,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (folder / "model.onnx").write_bytes(b"of the whole vocabulary")
     texts, held_out = tmp_path / "texts.txt", tmp_path / "held-out.jsonl"
     texts.write_text("\n".join([*USED, "", " "]))
-    held_out.write_text("".join(json.dumps({"id": 1, "pair": ["the cat", text]}) + "\n" for text in HELD_OUT))
+    rows = [{"id": "λ", "pair": ["the cat", text]} for text in HELD_OUT]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(list(TextFile(held_out))) == 12
+    assert list(TextFile(held_out, ["pair"]))[:3] == ["the cat", HELD_OUT[0], "the cat"]
     argv = ["trim-vocabulary", str(folder), str(tmp_path / "out"), "--texts", str(texts)]
+    assert main([*argv, "--text-columns", "pair"]) == 2
+    assert f"{texts} has no columns: only a .jsonl file has" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="line 1: there is no column 'x'; there are "):
+        list(TextFile(held_out, ["pair", "x"]))
+    held_out.write_text("".join(json.dumps(row["pair"]) + "\n" for row in rows))
     assert main([*argv, "--held-out", str(held_out)]) == 0
     said = capsys.readouterr().out
     assert "word embedding rows: 317 -> " in said and "parameters: " in said
