@@ -282,18 +282,18 @@ def _scored(job: Job, steps: int) -> tuple[list[Scores], Log]:
 
 
 def score_batches(job: Job, steps: int) -> list[dict[str, Tensor]]:
-    """The first `steps` minibatches of the gates' training windows, in an order of the seed; on the model's
-    device."""
+    """The windows of the first `steps` minibatches of the gates' training, in an order of the seed; in batches
+    of like lengths, which need little padding, on the model's device."""
     settings = job.settings
     data = job.gate_train
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     size = settings.train_batch
     collate = partial(pad_batch, pad_token_id=job.dense.config.pad_token_id)
-    batches = [order[start : start + size] for start in range(0, min(steps * size, len(order)), size)]
+    chosen = sorted((data[i] for i in order[: steps * size]), key=lambda window: len(window["input_ids"]))
     device = job.dense.device
     return [
-        {k: v.to(device) for k, v in collate([data[i] for i in rows]).items() if k != "number"}
-        for rows in batches
+        {k: v.to(device) for k, v in collate(chosen[start : start + size]).items() if k != "number"}
+        for start in range(0, len(chosen), size)
     ]
 
 
