@@ -282,8 +282,8 @@ def _scored(job: Job, steps: int) -> tuple[list[Scores], Log]:
 
 
 def score_batches(job: Job, steps: int) -> list[dict[str, Tensor]]:
-    """The windows of the first `steps` minibatches of the gates' training, in an order of the seed; in batches
-    of like lengths, which need little padding, on the model's device."""
+    """The windows of the first `steps` minibatches of the gates' training, in an order of the seed; batched
+    with others of like lengths, which need little padding, on the model's device."""
     settings = job.settings
     data = job.gate_train
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
