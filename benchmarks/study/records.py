@@ -156,7 +156,7 @@ def open_study(profile: Profile, model: str, data: Path, work: Path, note: str =
     write_json(path, arguments)
 
     def fewer(source: Any) -> Any:
-        return job.task.prepare(source.examples[:: profile.curve_every], job.tokenizer)
+        return job.task.prepare(source.examples[:: profile.curve_every], job.tokenizer, job.dense)
 
     return Study(profile, job, work, fewer(job.evaluation), fewer(job.validation), note)
 

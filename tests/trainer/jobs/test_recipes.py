@@ -48,17 +48,14 @@ def test_other_recipes_meet_a_target(recipe: str, settings: PruneSettings) -> No
 
 
 def test_the_fast_recipe_trains_nothing_and_compensates(settings: PruneSettings) -> None:
-    """Unless it is asked to; it is the choice of the surgeon, and not gain's."""
-    one = variant(
-        settings, "fast", recipe="fast", gate_steps=None, retrain_steps=None, targets=targets_of(0.25)
-    )
+    """Unless it is asked for something else."""
+    one = variant(settings, "fast", recipe="fast", gate_steps=None, retrain_steps=None)
     report = prune(one)
     assert report["recipe"] == "fast" and report["plan"]["retrain_steps"] == 0
     assert report["training"]["retrain"] == [] == report["training"]["gates"]
+    assert 0.3 < report["target"]["reached"]["macs"] <= 0.5
     decision = json.loads((one.out / "decision.json").read_text())
     assert decision["compensation"]["ffn"] in ("bias", "least-squares")
-    gain = prune(variant(one, "fast-not", recipe="gain", retrain_steps=0))
-    assert report["f1_span_loss"] < gain["f1_span_loss"]
     again = variant(one, "fast-again", retrain_epochs=1.0, compensate="none")
     assert make_plan(start(again)).retrain_steps > 0 and again.compensation == "none"
     assert settings.compensation == "none" == settings.to_json()["compensate"]
