@@ -225,7 +225,9 @@ SCORES: dict[str, tuple[str, Callable[[Any, Path], float]]] = {
 }
 
 
-def measure(arguments: argparse.Namespace) -> list[Row]:
+def measure(arguments: argparse.Namespace, out: Path) -> list[Row]:
+    """Measure all that was asked for. The rows are written after each kind of texts, so that a run which is
+    ended early leaves those that it has."""
     texts = texts_of(arguments.data, arguments.number)
     calibration = [pair["text_a"] for pair in records(arguments.data / "stsb" / "validation.jsonl.gz")][:64]
     rows: list[Row] = []
@@ -234,9 +236,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
             models = runners(shape, Path(folder), arguments.runners, calibration)
             for kind in arguments.texts:
                 rows += speed_rows(shape, kind, models, texts[kind], arguments.rounds)
-            if shape != "minilm":
-                continue
-            for task in arguments.quality:
+                write(out, rows)
+            for task in arguments.quality if shape == "minilm" else ():
                 column, score = SCORES[task]
                 for name, model in models.items():
                     value = round(score(model, arguments.data), 4)
@@ -244,8 +245,16 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
                     for row in rows:
                         if (row["model"], row["runner"]) == (shape, name):
                             row[column] = value
-    packages = {"version_sentence-transformers": version("sentence-transformers")}
-    return [{**row, **harness.stamp(), **packages} for row in rows]
+                write(out, rows)
+    return rows
+
+
+def write(out: Path, rows: Sequence[Row]) -> None:
+    """Write the rows as a CSV and as a page."""
+    origin = {**harness.stamp(), "version_sentence-transformers": version("sentence-transformers")}
+    whole = [{**row, **origin} for row in rows]
+    harness.write_rows(out, whole)
+    out.with_suffix(".md").write_text(page(whole), encoding="utf-8")
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -310,16 +319,14 @@ def main() -> None:
     logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    rows = measure(arguments)
+    out = arguments.out or harness.result_path("sentence-transformers", "cpu")
+    rows = measure(arguments, out)
     shown = Table("model", "texts", "runner", "texts/s", "times as fast", "STS-B", "SciFact")
     for row in rows:
         scores = (f"{row[column]:.2f}" if column in row else "-" for column, _ in SCORES.values())
         speed = (f"{row['texts_per_s']:.1f}", f"{row['speedup_vs_rival']:.2f}x")
         shown.add_row(row["model"], row["texts"], row["runner"], *speed, *scores)
     Console().print(shown)
-    out = arguments.out or harness.result_path("sentence-transformers", "cpu")
-    harness.write_rows(out, rows)
-    out.with_suffix(".md").write_text(page(rows), encoding="utf-8")
     print(f"written to {out}")
 
 
