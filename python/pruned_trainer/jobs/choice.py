@@ -7,22 +7,22 @@ import copy
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 
 from pruned_ops import ModelShape
 from pruned_ops.files import read_json, write_json
 from pruned_ops.measure.timing import interleave
+from pruned_ops.models.model_card import WEIGHTS
+from pruned_ops.models.stock import config_of
 from pruned_ops.runtime.optimize import optimized
-from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import is_main, once, say, state
-from pruned_trainer.jobs.job import Job, build_trainer
-from pruned_trainer.jobs.output import load_any_head
+from pruned_trainer.jobs.job import Job, build_trainer, running, timed_part
 from pruned_trainer.pruning import importance, surgeon
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import ShareOfGates
@@ -32,7 +32,6 @@ from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase, HoldTarget, PayPerGate
 from pruned_trainer.pruning.gates import Gates, PerGate, Scores
 from pruned_trainer.pruning.options import Target
-from pruned_trainer.training.batches import pad_batch
 from pruned_trainer.training.phase import Log, prepare_student, run
 
 # A choice meets a target in time when the time that it takes lies between these parts of the time allowed:
@@ -69,7 +68,8 @@ class Chosen:
     def write(cls, folder: Path, number: int, narrow: PreTrainedModel, decision: Decision) -> Chosen:
         """Write a decision and the narrow model that it made into a run's folder."""
         file, model_folder = cls._paths(folder, number)
-        narrow.save_pretrained(model_folder)
+        model_folder.mkdir(exist_ok=True)
+        save_model(narrow, str(model_folder / WEIGHTS))
         decision.save(file)
         return cls(decision, model_folder)
 
@@ -87,9 +87,11 @@ class Chosen:
         for model_folder in folder.glob("narrow-*"):
             shutil.rmtree(model_folder)
 
-    def load(self) -> PreTrainedModel:
-        """The narrow model, as the gate phase left it."""
-        return load_any_head(str(self.model_folder))
+    def load(self, dense: Any) -> Any:
+        """The narrow model of this dense one, as the gate phase left it."""
+        narrow = compact(dense, self.decision)
+        load_model(narrow, str(self.model_folder / WEIGHTS))
+        return narrow
 
     def publish(self, folder: Path) -> None:
         """Write the decision beside the trained model, for the user."""
@@ -185,7 +187,7 @@ def train_jointly(job: Job, folder: Path, steps: int) -> Log:
     targets = settings.targets
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, settings.train_embeddings)
-    with attached(student, settings.seed, settings.parts) as gates, optimized(job.teacher) as teacher:
+    with attached(student, settings.seed, settings.parts) as gates, running(job.teacher) as teacher:
         phase = announced(gate_phase_for(job, gates), steps)
         trainer = build_trainer(job, student, teacher, folder / "gates", steps, phase)
 
@@ -231,7 +233,7 @@ def paper_gates(job: Job, folder: Path, part: str, steps: int) -> tuple[list[Sco
     settings = job.settings
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, False)
-    with attached(student, settings.seed, [part]) as gates, optimized(job.teacher) as teacher:
+    with attached(student, settings.seed, [part]) as gates, running(job.teacher) as teacher:
         freeze_for(job, student, gates)
         phase = gate_phase_for(job, gates)
         held = ", ".join(f"{share:.3f}" for share in getattr(phase, "fractions", ()))
@@ -288,13 +290,8 @@ def score_batches(job: Job, steps: int) -> list[dict[str, Tensor]]:
     data = job.gate_train
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     size = settings.train_batch
-    collate = partial(pad_batch, pad_token_id=job.dense.config.pad_token_id)
-    chosen = sorted((data[i] for i in order[: steps * size]), key=lambda window: len(window["input_ids"]))
-    device = job.dense.device
-    return [
-        {k: v.to(device) for k, v in collate(chosen[start : start + size]).items() if k != "number"}
-        for start in range(0, len(chosen), size)
-    ]
+    chosen = sorted((data[i] for i in order[: steps * size]), key=tokens_of)
+    return [job.batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
 
 class _AtSteps(TrainerCallback):
@@ -338,17 +335,19 @@ def compensated(job: Job, student: PreTrainedModel, decision: Decision) -> tuple
     if method == "none":
         return narrow, decision
     size, windows = job.settings.train_batch, job.validation.windows
-    chosen = sorted(windows[:: max(len(windows) // CHOOSING_WINDOWS, 1)][:CHOOSING_WINDOWS], key=len)
+    chosen = sorted(windows[:: max(len(windows) // CHOOSING_WINDOWS, 1)][:CHOOSING_WINDOWS], key=tokens_of)
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    device = job.dense.device
-    validation = [
-        {name: tensor.to(device) for name, tensor in padded(group, job.dense.config.pad_token_id).items()}
-        for group in groups
-    ]
+    validation = [job.unlabelled_batch(group) for group in groups]
     calibration = score_batches(job, -(-CALIBRATION_WINDOWS // size))
     done = compensate(narrow, student, decision, calibration, method, validation, job.dense)
     say(f"compensated: {done}")
     return narrow, replace(decision, compensation=done.methods)
+
+
+def tokens_of(window: Any) -> int:
+    """The length of a window, an object with a length or a dictionary of ids; 0 where a caller's collator
+    makes the ids."""
+    return len(window.get("input_ids", ())) if isinstance(window, Mapping) else len(window)
 
 
 def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: Target) -> Decision:
@@ -395,9 +394,10 @@ def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: T
 def measured_fraction(job: Job, narrow: PreTrainedModel, target: Target) -> float:
     """The narrow model's time on the workload over the dense model's (or over the table's time of the dense
     model, for a target in milliseconds), measured interleaved."""
-    config = job.dense.config
-    inputs = job.workload.inputs(config.vocab_size, config.pad_token_id, job.dense.device)
-    with optimized(job.dense) as dense, optimized(narrow.eval()) as fast:
+    config = config_of(job.dense)
+    dense_part, narrow_part = timed_part(job.dense), timed_part(narrow.eval())
+    inputs = job.workload.inputs(config.vocab_size, config.pad_token_id, job.device)
+    with optimized(dense_part) as dense, optimized(narrow_part) as fast:
         runners = {"dense": lambda batch: dense(**batch), "narrow": lambda batch: fast(**batch)}
         timings = interleave(runners, job.workload, inputs, ROUNDS)
     if target.unit == "latency_ms":

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 import pruned_ops
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.timing import Timing, Workload, interleave, machine, versions
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.stock import config_of, model_shape, running_encoder
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once
 from pruned_trainer.jobs.choice import Chosen
-from pruned_trainer.jobs.job import TIMED_ROUNDS, Job
+from pruned_trainer.jobs.job import TIMED_ROUNDS, Job, timed_part
 from pruned_trainer.report.published import data_set_of
 from pruned_trainer.tasks.task import Result
 
@@ -41,7 +41,8 @@ def time_models(
     """Time optimised models against each other on one workload; returns the timings, and the backends that
     ran each op, by the models' names."""
     first = next(iter(models.values()))
-    inputs = workload.inputs(first.config.vocab_size, first.config.pad_token_id, first.device)
+    config, device = config_of(first), running_encoder(first).device
+    inputs = workload.inputs(config.vocab_size, config.pad_token_id, device)
     backends: dict[str, Any] = {}
     with ExitStack() as stack:
         for name, model in models.items():
@@ -81,7 +82,7 @@ class Judged:
 
 def judge(job: Job, model: PreTrainedModel, thresholds: dict[str, float] | None = None) -> Judged:
     """Choose the thresholds on validation data (unless they are given), then evaluate."""
-    nn.Module.to(model, job.dense.device)
+    nn.Module.to(model, job.device)
     if thresholds is None:
         thresholds = job.validation.best_thresholds(model)
     return Judged(model, thresholds, job.evaluation.evaluate(model, thresholds))
@@ -92,7 +93,7 @@ def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict
     models = {"dense": dense, "pruned": pruned}
     workload, target = job.workload, chosen.decision.target
     timings, backends = once(
-        lambda: time_models({name: judged.model for name, judged in models.items()}, workload)
+        lambda: time_models({name: timed_part(judged.model) for name, judged in models.items()}, workload)
     )
     report: dict[str, Any] = {}
     for name, judged in models.items():

@@ -3,15 +3,18 @@ of its phases."""
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.measure.latency import LatencyTable
@@ -19,24 +22,44 @@ from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.stock import config_of, encoders_of, model_shape, running_encoder
+from pruned_ops.runtime.optimize import optimize, restore
+from pruned_ops.runtime.packed_encoder import packed_encoders
+from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import is_main, once, per_process, say, state
 from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
+from pruned_trainer.pruning.compact import check_parts_of
 from pruned_trainer.pruning.gate_phase import GatePhase
-from pruned_trainer.tasks.task import Prepared, Task
-from pruned_trainer.training.batches import Features, Numbered, Share, lengths_of, pad_batch
+from pruned_trainer.pruning.options import METHODS
+from pruned_trainer.tasks.task import Prepared, Task, is_labelled, without_labels
+from pruned_trainer.training.batches import (
+    GROUP,
+    NUMBER,
+    Features,
+    Numbered,
+    Share,
+    lengths_of,
+    pad_batch,
+)
 from pruned_trainer.training.callbacks import tensorboard_writer
 from pruned_trainer.training.phase import training_arguments
 from pruned_trainer.training.teacher_cache import TeacherCache, fingerprint
+from pruned_trainer.training.teaching import TaskLoss
 from pruned_trainer.training.trainer import PruningTrainer
 
 # Batches per round and rounds of the timing: about a minute for a small encoder on two cores.
 TIMED_BATCHES, TIMED_ROUNDS = 16, 7
 BATCH_SIZE = 8
 # The training arguments of a trainer whose steps are only timed.
-TIMING: dict[str, Any] = {"train_sampling_strategy": "sequential"}
+TIMING: dict[str, Any] = {"train_sampling_strategy": "sequential", "save_strategy": "no"}
+# What a run decides itself, whatever the caller's training arguments say: it evaluates at its end, trains on
+# batches that have their columns, and keeps the last checkpoint of a phase until its output is whole.
+OWN_ARGUMENTS: dict[str, Any] = {
+    "eval_strategy": "no", "do_eval": False, "load_best_model_at_end": False, "push_to_hub": False,
+    "remove_unused_columns": False, "resume_from_checkpoint": None, "save_total_limit": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,14 +84,16 @@ class Job:
     dense: the model as it came, frozen. teacher: the model that distils it; the same one, unless the settings
     name another. train, gate_train: the training windows, and the share of them that gates are trained on.
     workload: the batches that are timed. table: how long each part of a layer takes, where a target is a
-    time.
+    time. collate: makes a padded batch of windows. arguments: the caller's own training arguments, whose
+    steps, rates and folders the run sets. task_loss: as for `PruningTrainer`. has_own_loss: whether the model
+    or `task_loss` makes a loss of the windows, whatever their labels are called.
     """
 
     settings: PruneSettings
     clock: Clock
     dense: PreTrainedModel
     teacher: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast | None
     task: Task
     train: Features
     gate_train: Features
@@ -78,6 +103,27 @@ class Job:
     workload: Workload
     table: LatencyTable | None
     cache: TeacherCache | None
+    collate: Callable[[Any], dict[str, Tensor]]
+    arguments: TrainingArguments | None = None
+    task_loss: TaskLoss | None = None
+    has_own_loss: bool = False
+
+    def batch(self, windows: Any) -> dict[str, Tensor]:
+        """These windows as a padded batch for a model, on its device."""
+        beside = (NUMBER, GROUP)
+        return {k: v.to(self.device) for k, v in self.collate(windows).items() if k not in beside}
+
+    def unlabelled_batch(self, windows: Sequence[Any]) -> dict[str, Tensor]:
+        """Windows to judge models on as a padded batch, on the model's device."""
+        if isinstance(windows[0], Mapping):
+            return without_labels(self.batch(windows))
+        batch = padded(windows, config_of(self.dense).pad_token_id)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return running_encoder(self.dense).device
 
     @property
     def align(self) -> int:
@@ -110,7 +156,7 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
     lengths = validation.arrival_lengths()
     workload = Workload.arrival_order(lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES)
     table = latency_table(settings, dense, workload, table_file) if settings.is_timed else None
-    budget = _make_budget(settings, dense, lengths, table)
+    budget = budget_for(settings, dense, lengths, table)
     features = task.features(train, tokenizer, dense)
     cache = None
     if settings.cache_teacher is not None:
@@ -132,7 +178,61 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
         workload=workload if table is None else table.workload,
         table=table,
         cache=cache,
+        collate=partial(pad_batch, pad_token_id=dense.config.pad_token_id),
     )
+
+
+def check_signal(job: Job) -> None:
+    """ValueError where a phase would have nothing to learn from, or its scores need labels that there are
+    not."""
+    settings, labelled = job.settings, is_labelled(job.train[0])
+    if settings.recipe in ("gain", "leave-one-out") and (not labelled or job.task_loss is not None):
+        raise ValueError(
+            f"recipe {settings.recipe} scores by the usual loss on labels, which the data has not, or the "
+            "caller replaced: joint, paper and random need none"
+        )
+    if labelled or job.has_own_loss:
+        return
+    for phase in ("gates", "retrain"):
+        scored_only = phase == "gates" and settings.recipe in METHODS
+        if not scored_only and not settings.distillation_in(phase).needs_teacher:
+            raise ValueError(
+                f"the {phase} phase would have nothing to learn from: the data has no labels, and no teacher "
+                "teaches in this phase"
+            )
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[Any]:
+    """The model inside the block as it runs fastest: packed, or (with a line that says why) as it is where
+    `optimize` does not take it; in evaluation mode."""
+    try:
+        fast = None if packed_encoders(model) else optimize(model)
+    except ValueError as refusal:
+        say(f"the {type(model).__name__} runs as it is, because {refusal}")
+        fast, training = None, model.training
+        model.eval()
+        try:
+            yield model
+        finally:
+            model.train(training)
+        return
+    try:
+        yield model
+    finally:
+        if fast is not None:
+            restore(fast)
+
+
+def timed_part(model: Any) -> Any:
+    """What is timed of a model: itself, or its encoder where its forward takes other inputs than token ids
+    and a mask."""
+    parameters = inspect.signature(model.forward).parameters
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty
+              and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)}  # fmt: skip
+    ids = ("input_ids", "attention_mask")
+    takes = all(name in parameters for name in ids) and needed <= {*ids}
+    return model if takes and len(encoders_of(model)) <= 1 else running_encoder(model)
 
 
 def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
@@ -162,7 +262,7 @@ def _load_models(
     teacher = load_teacher(settings, dense, tokenizer, task)
     for model in (dense, teacher):
         nn.Module.to(model, state().device)
-    _check_phases(settings, dense, teacher)
+    check_phases(settings, dense, teacher)
     return dense, tokenizer, teacher
 
 
@@ -195,13 +295,14 @@ def load_teacher(
     return teacher
 
 
-def _check_phases(settings: PruneSettings, dense: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def check_phases(settings: PruneSettings, dense: nn.Module, teacher: nn.Module) -> None:
     """ValueError where the processes cannot share a batch, or the teacher's layers cannot be compared."""
     per_process(settings.train_batch)
     for phase in ("gates", "retrain"):
         distillation = settings.distillation_in(phase)
         if distillation.hidden:
-            distillation.layer_pairs(dense.config.num_hidden_layers, teacher.config.num_hidden_layers)
+            layers = [config_of(model).num_hidden_layers for model in (dense, teacher)]
+            distillation.layer_pairs(*layers)
 
 
 def latency_table(
@@ -211,14 +312,14 @@ def latency_table(
 
     Errors: ValueError for a table of another machine or model.
     """
-    file = settings.latency_table or table_file
+    file, device = settings.latency_table or table_file, running_encoder(dense).device.type
     if file is None:
         say("measuring how long each part of a layer takes (pruned-ops latency-table keeps such a table)")
-        return once(lambda: measure_table(dense.config, workload, device=dense.device.type))
+        return once(lambda: measure_table(config_of(dense), workload, device=device))
     if not file.is_file():
         raise FileNotFoundError(f"there is no latency table {file}; pruned-ops latency-table makes one")
     table = LatencyTable.load(file)
-    described = model_shape(dense), dense.config.hidden_act, "float32", dense.device.type
+    described = model_shape(dense), config_of(dense).hidden_act, "float32", device
     refusal = once(lambda: table.refuse(*described))
     if refusal is not None:
         remake = table.remake_command(file)
@@ -226,11 +327,12 @@ def latency_table(
     return table
 
 
-def _make_budget(
+def budget_for(
     settings: PruneSettings, dense: PreTrainedModel, lengths: Sequence[int], table: LatencyTable | None
 ) -> Budget:
     """The budget in the targets' unit (MACs where there is no target); ValueError for a target out of
     reach."""
+    check_parts_of(dense, settings.parts)
     shape = model_shape(dense)
     if not settings.targets:
         return SizeBudget(shape, "macs", lengths)
@@ -243,6 +345,10 @@ def _make_budget(
 def open_cache(folder: Path, teacher: PreTrainedModel, features: Features) -> TeacherCache:
     """The cache of this teacher's logits for these windows."""
     mark = once(lambda: fingerprint(teacher, features))
+    if not hasattr(teacher, "qa_outputs"):
+        raise ValueError(
+            f"cache_teacher keeps start and end logits; the teacher, a {type(teacher).__name__}, has none"
+        )
     types = len(AnswerType) if isinstance(teacher, PrunedBertForNaturalQuestions) else 0
     return TeacherCache(folder, lengths_of(features), mark, types)
 
@@ -269,25 +375,39 @@ def build_trainer(
     distillation = replace(distillation, pooling=getattr(job.dense.config, "pooling", distillation.pooling))
     trainer = PruningTrainer(
         model,
-        training_arguments(
-            folder,
-            steps,
-            per_process(settings.train_batch),
-            rate,
-            settings.seed,
-            bf16=settings.precision == "bf16",
-            fp16=settings.precision == "fp16",
-            torch_compile=settings.compile and phase is None,
-            **(TIMING if timing else {"save_strategy": "steps", "save_steps": settings.save_steps}),
-        ),
+        _arguments(job, folder, steps, rate, phase, timing),
         distillation,
         teacher=teacher if distillation.needs_teacher else None,
         gate_phase=phase,
         cache=job.cache,
         kept_hidden=kept_hidden,
+        task_loss=job.task_loss,
         train_dataset=job.gate_train if phase else job.train,
-        data_collator=partial(pad_batch, pad_token_id=model.config.pad_token_id),
+        data_collator=job.collate,
     )
     if settings.tensorboard and not timing and is_main():
         trainer.add_callback(tensorboard_writer(folder.parent / "tensorboard" / folder.name))
     return trainer
+
+
+def _arguments(
+    job: Job, folder: Path, steps: int, rate: float, phase: GatePhase | None, timing: bool
+) -> TrainingArguments:
+    """The training arguments of a phase: those of the settings, or the caller's with the run's own steps,
+    rate and folder."""
+    settings = job.settings
+    more: dict[str, Any] = TIMING if timing else {"save_strategy": "steps", "save_steps": settings.save_steps}
+    if job.arguments is not None:
+        own = {"max_steps": steps, "learning_rate": rate, "output_dir": str(folder), **OWN_ARGUMENTS, **more}
+        return replace(job.arguments, **own)
+    return training_arguments(
+        folder,
+        steps,
+        per_process(settings.train_batch),
+        rate,
+        settings.seed,
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        torch_compile=settings.compile and phase is None,
+        **more,
+    )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -20,6 +21,7 @@ from pruned_ops.checkpoints.loading import load_any_head as load_any_head
 from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
 from pruned_ops.files import read_json
+from pruned_ops.models.model_card import WEIGHTS
 
 # sentence-transformers' own files beside an encoder.
 _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
@@ -29,18 +31,21 @@ RUN = "run.json"
 LOCK = ".lock"
 
 
-def save_checkpoint(
-    model: PreTrainedModel, folder: Path, source: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def save_checkpoint(model: Any, folder: Path, source: str, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Write weights and config, and the tokenizer files of `source` as they are (saved anew where `source` is
-    no folder)."""
+    no folder). A module that is no model of transformers is saved by its own `save`, or as weights alone."""
     logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
+    elif hasattr(model, "save"):  # sentence-transformers
+        model.save(str(folder))
+    else:
+        save_model(model, str(folder / WEIGHTS))
     logging.enable_progress_bar()
     files = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    if not files:
+    if not files and tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if type(model).__name__.endswith("Model"):  # a bare encoder
         _copy_modules(Path(source), folder)

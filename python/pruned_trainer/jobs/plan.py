@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import ROUNDS, freeze_for, gate_phase_for
-from pruned_trainer.jobs.job import Job, build_trainer
+from pruned_trainer.jobs.job import Job, build_trainer, running
 from pruned_trainer.jobs.settings import SCORE_STEPS
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
@@ -26,7 +25,7 @@ from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.gates import Gates
 from pruned_trainer.pruning.options import UNTRAINED
-from pruned_trainer.training.batches import Features, lengths_of, pad_batch
+from pruned_trainer.training.batches import Features, lengths_of
 from pruned_trainer.training.callbacks import StepClock
 from pruned_trainer.training.phase import prepare_student
 
@@ -142,7 +141,7 @@ def _step_seconds(job: Job) -> tuple[float, float]:
         gate = _score_seconds(job, len(importance.left_out(job.budget.dense, settings.parts)))
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, settings.train_embeddings)
-    with attached(student, settings.seed, settings.parts) as gates, optimized(job.teacher) as teacher:
+    with attached(student, settings.seed, settings.parts) as gates, running(job.teacher) as teacher:
         narrow = compact(student, _any_decision(job, gates))
         if settings.recipe not in UNTRAINED:
             phase = gate_phase_for(job, gates)
@@ -180,8 +179,7 @@ def _score_seconds(job: Job, choices: int) -> float:
     if job.settings.recipe == "random":
         return 0.0
     features = _spanning_batches(job)[: job.settings.train_batch]
-    batch = pad_batch(features, job.dense.config.pad_token_id)
-    batch = {name: tensor.to(job.dense.device) for name, tensor in batch.items() if name != "number"}
+    batch = job.batch(features)
     parts = job.settings.parts
     start = time.perf_counter()
     importance.score("gain", job.dense, [batch], job.budget, parts)

@@ -4,23 +4,23 @@ it; for one target (`prune`) or, from one training of the gates, for several (`s
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from pruned_ops.files import read_json, write_json
+from pruned_ops.models.encoder import PrunedPreTrainedModel
 from pruned_ops.models.model_card import write_model_card
-from pruned_ops.runtime.optimize import optimized
 from pruned_ops.shape import checked_int
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
 from pruned_trainer.jobs.evaluation import Judged, full_report, judge
-from pruned_trainer.jobs.job import Job, build_trainer, start
+from pruned_trainer.jobs.job import Job, build_trainer, check_signal, running, start
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
 from pruned_trainer.jobs.settings import PruneSettings
@@ -53,25 +53,51 @@ class Trained:
     minutes: float
 
 
+class Pruned(NamedTuple):
+    """What a run makes for one target."""
+
+    model: Any
+    decision: Decision
+    report: dict[str, Any]
+
+
+# What makes the job of settings, given the latency table of the interrupted run that is resumed.
+Begin = Callable[[PruneSettings, Path | None], Job]
+
+
 def prune(settings: PruneSettings) -> dict[str, Any]:
     """Run the whole job; the output folder holds the checkpoint, decision.json, report.json, predictions and
     report.html with its figures.
 
     Returns the report. Errors: ValueError and OSError, before any training, for settings that cannot work.
     """
+    if _is_published(settings):
+        return _finish(settings, "report.json")
+    return run_for_one(settings, start).report
+
+
+def run_for_one(settings: PruneSettings, begin: Begin) -> Pruned:
+    """The whole job for the one target of the settings, whatever made it: files or a caller's datasets."""
     if len(settings.targets) > 1:
         raise ValueError(
             f"prune makes one model; sweep makes one for each of {len(settings.targets)} targets"
         )
-    if _is_published(settings):
-        return _finish(settings, "report.json")
-    with explained_when_full(settings.out), open_run(settings) as opened:
+    with explained_when_full(settings.out), open_run(settings, begin) as opened:
         opened, choices = _choose(opened)
         trained = _train_on(opened, choices.chosen[0], opened.folder.partial)
         dense = judge(opened.job, opened.job.dense)
         report = _measure(opened, trained, dense, choices.log)
         publish(opened.folder)
-    return report
+    return Pruned(trained.model, trained.chosen.decision, report)
+
+
+def finished(settings: PruneSettings, dense: Any) -> Pruned | None:
+    """What a run into this folder made that was killed once its output had its name; None where none was."""
+    if not _is_published(settings):
+        return None
+    report = _finish(settings, "report.json")
+    chosen = Chosen(Decision.load(settings.out / "decision.json"), settings.out)
+    return Pruned(chosen.load(dense), chosen.decision, report)
 
 
 def sweep(settings: PruneSettings) -> dict[str, Any]:
@@ -109,7 +135,7 @@ def sweep(settings: PruneSettings) -> dict[str, Any]:
 
 
 @contextmanager
-def open_run(settings: PruneSettings) -> Iterator[Run]:
+def open_run(settings: PruneSettings, begin: Begin = start) -> Iterator[Run]:
     """Check, load, plan and only then make the folder, or take up what an interrupted run left; the folder is
     this run's alone until the end of the block."""
     partial = OutputFolder.partial_of(settings.out)
@@ -117,7 +143,8 @@ def open_run(settings: PruneSettings) -> Iterator[Run]:
     recorded = once(lambda: _recorded_plan(partial, settings)) if settings.resume else None
     set_seed(settings.seed)
     table_file = partial / _TABLE if recorded and (partial / _TABLE).is_file() else None
-    job = start(settings, table_file)
+    job = begin(settings, table_file)
+    check_signal(job)
     plan = recorded or make_plan(job)
     set_seed(settings.seed)  # measuring a step drew random numbers; the run is the same without
 
@@ -176,8 +203,8 @@ def _train_on(opened: Run, chosen: Chosen, folder: Path) -> Trained:
     job, steps, decision = opened.job, opened.plan.retrain_steps, chosen.decision
     kept = ", ".join(f"{d.shape.num_heads}/{d.shape.ffn_width}" for d in decision.layers)
     say(f"decided, heads/FFN width a layer: {kept}; {_reached(job, decision)}")
-    narrow = chosen.load()
-    nn.Module.to(narrow, job.dense.device)
+    narrow = chosen.load(job.dense)
+    nn.Module.to(narrow, job.device)
     log: Log = []
     if steps:
         say(f"retrain phase: {steps} steps of the narrow model")
@@ -202,9 +229,10 @@ def _measure(opened: Run, trained: Trained, dense: Judged, gate_log: Log) -> dic
     choosing = f"score thresholds, on the validation {noun}; then the " if job.task.thresholds else "the "
     say(f"{choosing}evaluation {noun}")
     try:
-        for name, value in job.validation.best_fields(model).items():
+        fields = job.validation.best_fields(model)
+        for name, value in fields.items():
             setattr(model.config, name, value)
-        if is_main():
+        if fields and is_main():
             model.config.save_pretrained(folder)
         pruned = judge(job, model, own_thresholds(model, job.task))
         say("timing dense against pruned")
@@ -217,7 +245,8 @@ def _measure(opened: Run, trained: Trained, dense: Judged, gate_log: Log) -> dic
         for name, judged in (("dense", dense), ("pruned", pruned)):
             write_json(folder / f"predictions-{name}.json", judged.result.predictions)
         write_json(folder / "report.json", report)
-        write_model_card(folder, model)  # the card quotes the report
+        if isinstance(model, PrunedPreTrainedModel):
+            write_model_card(folder, model)  # the card quotes the report
     return report
 
 
@@ -228,7 +257,7 @@ def retrain(job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decisio
     hidden = decision.hidden.indices if decision.hidden is not None else None
     if hidden is not None and job.teacher is not job.dense:
         hidden = None  # nothing is known about which of another teacher's dimensions they stand for
-    with optimized(job.teacher) as teacher:
+    with running(job.teacher) as teacher:
         trainer = build_trainer(job, narrow, teacher, folder, steps, None, kept_hidden=hidden)
         log = run(trainer, "retrain", job.settings.resumable)
     narrow.eval()

@@ -112,15 +112,16 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _in_order(self.targets))
-        TaskOptions.of(self)  # which checks them
-        self._check_data()
+        self.check_task()
         self._check_choices()
         self._check_targets()
         self._check_unused()
         self._check_numbers()
         self._check_steps()
 
-    def _check_data(self) -> None:
+    def check_task(self) -> None:
+        """ValueError for options that the task does not have, and for data that does not go together."""
+        TaskOptions.of(self)  # which checks them
         if (self.train_file is None) == (self.texts is None):
             raise ValueError(
                 "a train_file with labels, or texts without, is what is trained on: name one of them"
@@ -141,6 +142,7 @@ class PruneSettings:
             )
         if self.task == "embedding" and "hidden" in self.parts:
             raise ValueError("an embedding is as wide as the hidden size: parts hidden cannot be pruned")
+
 
     def _check_choices(self) -> None:
         for name, known in (

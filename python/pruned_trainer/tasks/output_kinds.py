@@ -79,8 +79,9 @@ def said_by(outputs: Any, config: Any, mask: Tensor | None, pooling: str = "mean
     for name in _EMBEDDINGS:
         if isinstance(fields.get(name), Tensor):
             return _embedding(fields[name], config)
-    if isinstance(fields.get("logits"), Tensor):
-        return _logits(fields["logits"], config)
+    for name in ("logits", "scores"):  # the second is sentence-transformers' of pairs
+        if isinstance(fields.get(name), Tensor):
+            return _logits(fields[name], config)
     if isinstance(fields.get("last_hidden_state"), Tensor):
         return _embedding(pooled(fields["last_hidden_state"], mask, pooling), config)
     raise ValueError(

@@ -23,9 +23,13 @@ class States(NamedTuple):
 
 
 @contextmanager
-def capturing(model: nn.Module) -> Iterator[list[States]]:
-    """Collect inside the block what each call of the model's encoder gives, in a list that may be cleared."""
+def capturing(model: nn.Module, wanted: bool = True) -> Iterator[list[States]]:
+    """Collect inside the block what each call of the model's encoder gives, in a list that may be cleared;
+    nothing, where it is not wanted."""
     encoder, found = running_encoder(model), list[States]()
+    if not wanted:
+        yield found
+        return
     before = encoder.__dict__.get("forward")
     forward = encoder.forward
 
@@ -51,15 +55,67 @@ def capturing(model: nn.Module) -> Iterator[list[States]]:
             encoder.forward = before
 
 
+class Call(NamedTuple):
+    """One call of a model: its inputs by name, its outputs, and its encoder's states (where they are
+    collected). as_one: whether the inputs were one argument, a dictionary."""
+
+    inputs: dict[str, Any]
+    outputs: Any
+    states: list[States]
+    as_one: bool
+
+
+@contextmanager
+def recording(model: nn.Module, with_states: bool) -> Iterator[list[Call]]:
+    """Collect inside the block every call of the model in which gradients are recorded."""
+    found, forward = list[Call](), model.forward
+    before = model.__dict__.get("forward")
+    with capturing(model, with_states) as states:
+
+        @functools.wraps(forward)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            as_one = bool(args) and isinstance(args[0], Mapping)
+            # A copy, because sentence-transformers' models write their outputs into their inputs.
+            inputs = dict(args[0]) if as_one else _named(forward, args, kwargs)
+            states.clear()
+            outputs = forward(*args, **kwargs)
+            if torch.is_grad_enabled():
+                found.append(Call(inputs, outputs, list(states), as_one))
+            return outputs
+
+        model.forward = recorded
+        try:
+            yield found
+        finally:
+            del model.forward
+            if before is not None:
+                model.forward = before
+
+
+def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a call by their arguments' names."""
+    names = list(inspect.signature(forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: value for name, value in given.items() if isinstance(value, Tensor) and value.dim()}
+
+
 def run_model(
-    model: nn.Module, inputs: Mapping[str, Tensor], with_states: bool, inner: nn.Module | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    with_states: bool,
+    inner: nn.Module | None = None,
+    as_one: bool = False,
 ) -> tuple[Any, list[States]]:
     """The model's outputs for these inputs, with its encoder's hidden states where they are wanted.
 
-    inner: the model itself where `model` wraps it to train on several processes. Models of transformers and
-    of pruned_ops are asked for their states; in others they are collected at the encoder.
+    inner: the model itself where `model` wraps it to train on several processes. as_one: whether the model
+    takes its inputs as one dictionary. Models of transformers and of pruned_ops are asked for their states;
+    in others they are collected at the encoder.
     """
     own = model if inner is None else inner
+    if as_one:
+        with capturing(own, with_states) as found:
+            return model(dict(inputs)), found
     if not with_states:
         return model(**inputs), []
     if _is_of_a_library(own):

@@ -62,7 +62,7 @@ class Teaching:
 
     def task_loss(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss on the labels times its weight; 0 where the batch has none."""
-        loss = self.own_loss(outputs, inputs) if self.own_loss is not None else _own_loss(outputs)
+        loss = self.own_loss(outputs, inputs) if self.own_loss is not None else loss_of(outputs)
         if loss is None:
             return torch.zeros((), device=next(iter(inputs.values())).device)
         return loss * self.distillation.task
@@ -74,17 +74,24 @@ class Teaching:
         inputs: Mapping[str, Tensor],
         numbers: Tensor | None = None,
         groups: Tensor | None = None,
+        as_one: bool = False,
     ) -> dict[str, Tensor]:
         """What the teacher adds to the loss of a batch: scalars by the name of the weight.
 
         outputs, states: the student's for these inputs. numbers: (batch,), each example's in the cache.
-        groups: (batch,), equal for the rows of one query.
+        groups: (batch,), equal for the rows of one query. as_one: whether the models take their inputs as one
+        dictionary.
         """
         weights = self.distillation
         if self.teacher is None or not weights.needs_teacher:
             return {}
+        if "attention_mask" not in inputs:
+            raise ValueError(
+                f"the batch has no attention_mask (it has {', '.join(inputs)}): without it padding cannot be "
+                "told from text"
+            )
         mask, parts = inputs["attention_mask"], {}
-        said, teacher_states = self._taught(inputs, numbers)
+        said, teacher_states = self._taught(inputs, numbers, as_one)
         if weights.logits > 0:
             own = said_by(outputs, config_of(self.student), mask, weights.pooling)
             check_comparable(own, said)
@@ -105,7 +112,9 @@ class Teaching:
         ]
         return torch.stack(losses).mean() * self.distillation.hidden
 
-    def _taught(self, inputs: Mapping[str, Tensor], numbers: Tensor | None) -> tuple[Said, Sequence[States]]:
+    def _taught(
+        self, inputs: Mapping[str, Tensor], numbers: Tensor | None, as_one: bool
+    ) -> tuple[Said, Sequence[States]]:
         """What the teacher says of this batch, from the cache where that has it and only logits are
         needed."""
         assert self.teacher is not None
@@ -116,10 +125,12 @@ class Teaching:
                 names = ("start_logits", "end_logits", "answer_type_logits")
                 values = {name: logits.to(mask.device) for name, logits in zip(names, cached, strict=False)}
                 return Said(OutputKind.SPANS, values), ()
-        questions = accepted(self.teacher, self.without_labels(inputs))
+        questions = self.without_labels(inputs)
+        if not as_one:
+            questions = accepted(self.teacher, questions)
         # The teacher runs in its own precision, also where the student runs under autocast.
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
-            outputs, states = run_model(self.teacher, questions, hidden)
+            outputs, states = run_model(self.teacher, questions, hidden, as_one=as_one)
         said = said_by(outputs, config_of(self.teacher), mask, self.distillation.pooling)
         if self.cache is not None and numbers is not None:
             start, end, *types = (logits.cpu() for logits in said.values.values())
@@ -127,7 +138,7 @@ class Teaching:
         return said, states
 
 
-def _own_loss(outputs: Any) -> Tensor | None:
+def loss_of(outputs: Any) -> Tensor | None:
     """The loss in a model's outputs; None where they hold none."""
     if isinstance(outputs, Mapping):
         return outputs.get("loss")

@@ -1,0 +1,311 @@
+"""Pruning from Python: any model around a supported encoder, with the caller's data, collator, metrics, loss
+and training arguments; the engine is the command line's."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.utils.generic import find_labels
+
+from pruned_ops.measure.timing import Workload
+from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.stock import choose_encoder, config_of, find_encoder
+from pruned_trainer.distributed import say, state, world_size
+from pruned_trainer.jobs.examples import DatasetExamples, DatasetTask, Metrics
+from pruned_trainer.jobs.job import (
+    BATCH_SIZE,
+    TIMED_BATCHES,
+    Clock,
+    Job,
+    budget_for,
+    check_phases,
+    latency_table,
+)
+from pruned_trainer.jobs.plan import GATE_SHARE
+from pruned_trainer.jobs.prune import finished, run_for_one
+from pruned_trainer.jobs.rows import Rows, as_batch, check_labels, check_rows, columns_of, default_collate
+from pruned_trainer.jobs.settings import SCORE_STEPS, PruneSettings
+from pruned_trainer.pruning.decision import Decision
+from pruned_trainer.pruning.options import Target
+from pruned_trainer.tasks.output_kinds import OutputKind, Said, check_comparable, said_by
+from pruned_trainer.tasks.task import HELD_OUT, without_labels
+from pruned_trainer.training.batches import GROUP, Share
+from pruned_trainer.training.distillation import Distillation
+from pruned_trainer.training.encoder_states import accepted
+from pruned_trainer.training.teaching import TaskLoss, loss_of
+
+# The examples in an evaluation batch where the caller's arguments name no other number.
+_EVAL_BATCH = 32
+# The settings of a run that a caller may give by name: the others come from the call's own arguments.
+_OPTIONS = frozenset(
+    "parts penalty lambda_attention lambda_ffn lambda_hidden max_minutes gate_epochs retrain_epochs "
+    "gate_fraction gate_steps retrain_steps gate_learning_rate retrain_learning_rate distil_in dropout "
+    "train_embeddings align compensate save_steps latency_table overwrite resume".split()
+)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model, trained on; the decision that made it; and what report.json holds."""
+
+    model: Any
+    decision: Decision
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CallSettings(PruneSettings):
+    """The settings of a run whose models and data come from Python."""
+
+    def check_task(self) -> None:
+        """Nothing: the task is the caller's."""
+
+
+def prune(
+    model: nn.Module,
+    target: Target | None,
+    train_dataset: Iterable[Any],
+    eval_dataset: Iterable[Any] | None = None,
+    data_collator: Callable[[Any], Mapping[str, Any]] | None = None,
+    compute_metrics: Metrics | None = None,
+    args: TrainingArguments | None = None,
+    teacher: nn.Module | None = None,
+    distillation: Distillation | None = None,
+    recipe: str = "joint",
+    workload: Workload | None = None,
+    out: Path | str | None = None,
+    loss: TaskLoss | None = None,
+    encoder: str | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Decide which heads and FFN units of a model's encoder its task does not need, and train what is left.
+
+    model: any module around one BERT or RoBERTa, whose forward takes input_ids and attention_mask and returns
+    outputs with names; it is left as it is. The result is its pruned counterpart, or the caller's own class
+    around a pruned encoder: see `compact`.
+    target: how small or how fast it is to be; None where the paper's recipe lets its prices decide.
+    train_dataset, eval_dataset: rows that are dictionaries, tokenised unless the collator does that; without
+    the second, 5% of the first are held out to judge models on. Without labels the teacher is all that there
+    is to learn from.
+    data_collator: by default pads input_ids and what else there is for each token. compute_metrics: as for
+    transformers' Trainer; the report has what each model reaches, and its agreement with the teacher.
+    args: what is the Trainer's. Its steps, or epochs, are those of both phases together, of which the gates
+    take a quarter. teacher: the model itself by default. loss: a function of outputs and batch, instead of
+    the loss in the outputs. encoder: the name of the one that is pruned, where the model has several.
+    workload: what a target in time is for. out: a folder for the checkpoint, the decision and the report, as
+    the command line writes it; None writes nothing. options: further settings of the command line, by their
+    names. Errors: ValueError and OSError, one sentence before any training, for what cannot work.
+    """
+    unknown = options.keys() - _OPTIONS
+    if unknown:
+        raise ValueError(
+            f"prune has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(_OPTIONS))}"
+        )
+    if distillation is not None:
+        options["distillation"] = distillation
+    dense = copy.deepcopy(model).eval()
+    if encoder is not None:
+        choose_encoder(dense, encoder)
+    find_encoder(dense)
+    call = _Call(dense, teacher, data_collator, compute_metrics, args, loss, workload)
+    rows = call.rows(train_dataset, "training dataset")
+    judged = call.rows(eval_dataset, "evaluation dataset") if eval_dataset is not None else None
+    if judged is None:
+        rows, judged = _held_out(rows, call.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(out) if out is not None else Path(scratch) / "out"
+        settings = call.settings(target, len(rows), recipe, folder, options)
+        pruned = finished(settings, dense) or run_for_one(
+            settings, lambda settings, table: call.begin(settings, table, rows, judged)
+        )
+    return PruneResult(pruned.model, pruned.decision, pruned.report)
+
+
+def _held_out(rows: Rows, seed: int) -> tuple[Rows, Rows]:
+    """The rows without HELD_OUT of them, and those."""
+    if len(rows) < 2:
+        raise ValueError(f"the {rows.name} has one row, and none can be held out to judge models on")
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    number = max(1, round(HELD_OUT * len(rows)))
+    say(f"no evaluation dataset: {number} rows of the training dataset are held out")
+    return rows.part(sorted(order[number:])), rows.part(sorted(order[:number]))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The models and functions of one call."""
+
+    dense: Any
+    teacher: Any
+    collator: Callable[[Any], Mapping[str, Any]] | None
+    metrics: Metrics | None
+    args: TrainingArguments | None
+    loss: TaskLoss | None
+    workload: Workload | None
+
+    @property
+    def seed(self) -> int:
+        return self.args.seed if self.args is not None else 0
+
+    @property
+    def label_names(self) -> list[str]:
+        """The entries of a batch that only the loss reads."""
+        given = self.args.label_names if self.args is not None else None
+        return list(given or find_labels(type(self.dense)) or ["labels"])
+
+    @property
+    def collate(self) -> Callable[[Any], dict[str, Tensor]]:
+        return as_batch(self.collator or default_collate(config_of(self.dense).pad_token_id))
+
+    def rows(self, data: Iterable[Any], name: str) -> Rows:
+        """The data, with the columns that the model takes (all of them, where the caller said so)."""
+        keeps_all = self.args is not None and not self.args.remove_unused_columns
+        return Rows(data, name, None if keeps_all else columns_of(self.dense, self.label_names))
+
+    def settings(
+        self, target: Target | None, rows: int, recipe: str, out: Path, options: dict[str, Any]
+    ) -> CallSettings:
+        """The run's settings: the options, and what the training arguments say."""
+        args = self.args
+        if args is not None:
+            batch = args.train_batch_size * args.gradient_accumulation_steps * world_size()
+            precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            rates = {"learning_rate": args.learning_rate, "retrain_learning_rate": args.learning_rate}
+            saving = {"save_steps": int(args.save_steps)} if args.save_steps >= 1 else {}
+            given = {"batch_size": batch, "precision": precision, "seed": args.seed, **rates, **saving}
+            if "max_minutes" not in options:
+                given |= _steps(args, rows, batch, recipe, options)
+            options = {**given, **options}
+        known = {field.name for field in fields(CallSettings)}
+        assert options.keys() <= known
+        return CallSettings(
+            model=_name_of(self.dense),
+            train_file=Path("train_dataset"),
+            eval_file=Path("eval_dataset"),
+            out=out,
+            targets=() if target is None else (target,),
+            task="dataset",
+            recipe=recipe,
+            command="pruned_trainer.prune",
+            **options,
+        )
+
+    def begin(self, settings: PruneSettings, table_file: Path | None, rows: Rows, judged: Rows) -> Job:
+        """Check everything, and make the job."""
+        clock, dense = Clock(), self.dense
+        tokenizer = getattr(self.collator, "tokenizer", None)
+        specials = set(tokenizer.all_special_ids) if tokenizer is not None else set()
+        for data in (rows, judged):
+            check_rows(data, self.collate, self.collator is not None, specials)
+            _check_length(data, dense)
+        teacher = dense if self.teacher is None else copy.deepcopy(self.teacher).eval()
+        for model in (dense, teacher):
+            nn.Module.to(model, state().device)
+        check_phases(settings, dense, teacher)
+        examples = DatasetExamples(
+            judged, self.collate, self.label_names, self.metrics,
+            self.args.eval_batch_size if self.args is not None else _EVAL_BATCH,
+            settings.distillation.pooling, teacher,
+        )  # fmt: skip
+        lengths = examples.arrival_lengths()
+        workload = self.workload or Workload.arrival_order(
+            lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES
+        )
+        kind, has_own_loss = self._check_signals(settings, rows, teacher)
+        for data in (rows, judged):
+            check_labels(data, kind, config_of(dense))
+        table = latency_table(settings, dense, workload, table_file) if settings.is_timed else None
+        share = settings.gate_fraction
+        return Job(
+            settings=settings,
+            clock=clock,
+            dense=dense,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            task=DatasetTask(),  # type: ignore[arg-type]
+            train=rows,
+            gate_train=Share(rows, share, settings.seed) if share < 1 else rows,
+            validation=examples,
+            evaluation=examples,
+            budget=budget_for(settings, dense, lengths, table),
+            workload=workload if table is None else table.workload,
+            table=table,
+            cache=None,
+            collate=self.collate,
+            arguments=self.args,
+            task_loss=self.loss,
+            has_own_loss=has_own_loss,
+        )
+
+    def _check_signals(self, settings: PruneSettings, rows: Rows, teacher: Any) -> tuple[OutputKind, bool]:
+        """The kind of the model's outputs, and whether they come with a loss. Errors: ValueError for a loss
+        without a gradient, and for a teacher whose outputs are of another kind."""
+        weights, device = settings.distillation, state().device
+        batch = {name: value.to(device) for name, value in self.collate(rows[:2]).items() if name != GROUP}
+        labelled = any(name in batch for name in self.label_names)
+        with torch.enable_grad():
+            outputs = self.dense(**batch)
+        if weights.task > 0 and (self.loss is not None or labelled):
+            _check_loss(self.dense, self.loss(outputs, batch) if self.loss else loss_of(outputs))
+        own = self._said(self.dense, outputs, batch, weights.pooling)
+        if teacher is not self.dense and weights.needs_teacher:
+            asked = {k: v for k, v in without_labels(batch).items() if k not in self.label_names}
+            with torch.no_grad():
+                taught = teacher(**accepted(teacher, asked))
+            check_comparable(own, self._said(teacher, taught, batch, weights.pooling))
+        return own.kind, self.loss is not None or loss_of(outputs) is not None
+
+    @staticmethod
+    def _said(model: Any, outputs: Any, batch: Mapping[str, Tensor], pooling: str) -> Said:
+        return said_by(outputs, config_of(model), batch["attention_mask"], pooling)
+
+
+def _check_loss(model: nn.Module, loss: Any) -> None:
+    name = type(model).__name__
+    if loss is None:
+        raise ValueError(
+            f"the {name} returns no loss for a batch with labels: give loss=, a function of outputs and "
+            "batch, or leave the labels out"
+        )
+    if not isinstance(loss, Tensor) or loss.dim():
+        raise ValueError(f"the loss of the {name} is no scalar tensor")
+    if not loss.requires_grad:
+        raise ValueError(f"the loss of the {name} has no gradient: it was computed without one, or detached")
+
+
+def _check_length(rows: Rows, model: nn.Module) -> None:
+    longest, limit = max(rows.lengths), longest_sequence(config_of(model))
+    if longest > limit:
+        raise ValueError(
+            f"row {rows.lengths.index(longest)} of the {rows.name} has {longest} tokens; the model's "
+            f"position table allows {limit}"
+        )
+
+
+def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options: Mapping[str, Any]) -> Any:
+    """The steps of both phases: a quarter of the arguments' to the gates, as the plan shares time out."""
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * rows / batch)
+    gates = options.get("gate_steps") or SCORE_STEPS.get(recipe) or max(1, round(GATE_SHARE * total))
+    used = 0 if recipe in SCORE_STEPS else gates
+    steps = {}
+    if "gate_epochs" not in options:
+        steps["gate_steps"] = gates
+    if "retrain_epochs" not in options:
+        steps["retrain_steps"] = max(0, total - used)
+    return steps
+
+
+def _name_of(model: Any) -> str:
+    """Where the model came from, or its class's name."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)

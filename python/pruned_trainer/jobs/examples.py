@@ -1,0 +1,276 @@
+"""A caller's examples to judge models on, and what a model reaches on them: the caller's own metrics, and how
+far it agrees with the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import EvalPrediction
+
+from pruned_ops.models.stock import config_of
+from pruned_ops.qa.questions import arrival_lengths
+from pruned_trainer.distributed import shared
+from pruned_trainer.jobs.job import running
+from pruned_trainer.jobs.rows import Rows
+from pruned_trainer.tasks.faults import DataFaults
+from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind, said_by
+from pruned_trainer.tasks.task import Score, without_labels
+from pruned_trainer.training.batches import GROUP, NUMBER
+from pruned_trainer.training.encoder_states import accepted
+
+Metrics = Callable[[EvalPrediction], Mapping[str, float]]
+# What a model says of one example: arrays by name, without padding.
+RowSaid = dict[str, NDArray[Any]]
+AGREEMENT = "agreement"
+RESAMPLES, LEVEL = 200, 0.95
+
+
+@dataclass(frozen=True)
+class DatasetTask:
+    """The task of a call from Python: its data is the caller's, and has no file that could be at fault."""
+
+    faults: DataFaults = field(default_factory=DataFaults)
+    thresholds = ()
+
+
+@dataclass(eq=False)
+class DatasetExamples:
+    """Rows to judge models on.
+
+    label_names: the entries of a batch that are labels. compute_metrics: as for transformers' Trainer; None
+    for accuracy or Spearman's correlation with the labels, where there are such. teacher: what models are
+    compared with, once it is known. pooling: as for `said_by`.
+    """
+
+    rows: Rows
+    collate: Callable[[Any], dict[str, Any]]
+    label_names: Sequence[str]
+    compute_metrics: Metrics | None
+    batch_size: int
+    pooling: str
+    teacher: nn.Module | None = None
+    kind: OutputKind = OutputKind.CLASSES
+    _taught: list[RowSaid] | None = None
+    _names: tuple[str, ...] = ()
+
+    noun, metric_digits = "examples", 4
+
+    @property
+    def windows(self) -> Sequence[Any]:
+        return self.rows
+
+    @property
+    def score_lines(self) -> tuple[Score, ...]:
+        """The lines of the result table: the caller's metrics, then the agreement with the teacher."""
+        return tuple(Score(name, name.removeprefix("eval_")) for name in self._names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def arrival_lengths(self) -> list[int]:
+        """The rows' lengths in tokens, in arrival order."""
+        return arrival_lengths([[length] for length in self.rows.lengths])
+
+    def best_thresholds(self, model: Any) -> dict[str, float]:
+        """Nothing: there are no thresholds."""
+        return {}
+
+    def best_fields(self, model: Any) -> dict[str, Any]:
+        """Nothing: no field of the config is chosen on these examples."""
+        return {}
+
+    def evaluate(self, model: Any, thresholds: Mapping[str, float]) -> DatasetResult:
+        """The result of `model`, which runs packed meanwhile, on all processes."""
+        said = self._said(model)
+        result = DatasetResult(self, said, self._said(self.teacher) if self.teacher is not None else None)
+        self._names = tuple(name for name in result.scores() if name != "metrics")
+        return result
+
+    def _said(self, model: Any) -> list[RowSaid]:
+        """What the model says of each row; the teacher is asked once."""
+        if model is self.teacher and self._taught is not None:
+            return self._taught
+        order = sorted(range(len(self.rows)), key=self.rows.lengths.__getitem__)
+        groups = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        with running(model) as fast, torch.no_grad():
+            by_group = shared(partial(self._groups_said, fast), groups)
+        said: list[RowSaid] = [{} for _ in order]
+        for group, values in zip(groups, by_group, strict=True):
+            for number, value in zip(group, values, strict=True):
+                said[number] = value
+        if model is self.teacher:
+            self._taught = said
+        return said
+
+    def _groups_said(self, model: Any, groups: Sequence[list[int]]) -> list[list[RowSaid]]:
+        return [self._group_said(model, [self.rows[number] for number in group]) for group in groups]
+
+    def _group_said(self, model: Any, rows: list[Any]) -> list[RowSaid]:
+        device = next(model.parameters()).device
+        batch = {name: value.to(device) for name, value in self.collate(rows).items()}
+        mask = batch["attention_mask"]
+        beside = (*self.label_names, NUMBER, GROUP)
+        asked = {k: v for k, v in without_labels(batch).items() if k not in beside}
+        said = said_by(model(**accepted(model, asked)), config_of(model), mask, self.pooling)
+        self.kind = said.kind
+        of_tokens = said.kind in (OutputKind.TOKENS, OutputKind.SPANS)
+        return [
+            {
+                name: (value[i][mask[i].bool()] if of_tokens and name != "answer_type_logits" else value[i])
+                .float()
+                .cpu()
+                .numpy()
+                for name, value in said.values.items()
+            }
+            for i in range(len(rows))
+        ]
+
+    def gold(self) -> Any:
+        """The labels of all rows as transformers' Trainer gives them to a metric; None where there are
+        none."""
+        names = [name for name in self.label_names if name in self.rows[0]]
+        columns = [_stacked([np.asarray(row[name]) for row in self.rows]) for name in names]
+        return None if not columns else columns[0] if len(columns) == 1 else tuple(columns)
+
+
+class DatasetResult:
+    """What a model says of the examples, and what its teacher does (None without one)."""
+
+    def __init__(self, examples: DatasetExamples, said: list[RowSaid], taught: list[RowSaid] | None) -> None:
+        self.examples, self.said, self.taught = examples, said, taught
+        # Made once, because every sample takes its rows of them.
+        self._stacked_said = tuple(_stacked([row[name] for row in said]) for name in said[0])
+        self._gold = examples.gold()
+        if taught is not None:
+            pairs = zip(said, taught, strict=True)
+            self._agreement = np.stack([_agreed(examples.kind, own, wanted) for own, wanted in pairs])
+
+    @property
+    def predictions(self) -> Any:
+        """The classes, labels of tokens, or scores, of each example; of other kinds none."""
+        kind = self.examples.kind
+        if kind in (OutputKind.CLASSES, OutputKind.TOKENS):
+            return [next(iter(row.values())).argmax(-1).tolist() for row in self.said]
+        if kind in (OutputKind.SCORES, OutputKind.LABELS):
+            return [next(iter(row.values())).tolist() for row in self.said]
+        return None
+
+    def scores(self) -> dict[str, Any]:
+        """The metrics on all examples, as the caller's function gives them, and the agreement with the
+        teacher, in percent."""
+        every = np.arange(len(self.said))
+        return {**self._measured(every), "metrics": {"total": len(self.said)}}
+
+    def losses(self, pruned: DatasetResult) -> dict[str, Any]:
+        """What is lost from this to the pruned model, by metric, with 95% bootstrap intervals over the
+        examples, which are paired; None for an interval that the metric has no values for."""
+        every = np.arange(len(self.said))
+        own, others = self._measured(every), pruned._measured(every)
+        samples = self._resampled(pruned)
+        losses: dict[str, Any] = {}
+        for name in own:
+            losses[f"{name}_loss"] = own[name] - others[name]
+            losses[f"{name}_loss_interval"] = _interval(
+                [sample[name] for sample in samples if name in sample]
+            )
+        return losses
+
+    def _resampled(self, pruned: DatasetResult) -> list[dict[str, float]]:
+        """The losses on RESAMPLES samples of the examples; a sample that a metric refuses is left out."""
+        rng, size, samples = np.random.default_rng(0), len(self.said), []
+        for _ in range(RESAMPLES):
+            rows = rng.integers(size, size=size)
+            try:
+                own, others = self._measured(rows), pruned._measured(rows)
+            except Exception:  # of the caller's metric, which may need every class in the sample
+                continue
+            samples.append({name: own[name] - others[name] for name in own if name in others})
+        return samples
+
+    def _measured(self, rows: NDArray[np.int64]) -> dict[str, float]:
+        """The metrics and the agreement on these examples."""
+        examples, found = self.examples, dict[str, float]()
+        gold = self._gold
+        if examples.compute_metrics is not None and gold is not None:
+            taken = tuple(g[rows] for g in gold) if isinstance(gold, tuple) else gold[rows]
+            said = tuple(values[rows] for values in self._stacked_said)
+            predictions: Any = said[0] if len(said) == 1 else said
+            computed = examples.compute_metrics(EvalPrediction(predictions=predictions, label_ids=taken))
+            found = {
+                name: float(value)
+                for name, value in computed.items()
+                if np.ndim(value) == 0 and _is_number(value)
+            }
+        elif isinstance(gold, np.ndarray):
+            found = self._against_labels(gold, rows)
+        if self.taught is not None:
+            agreed = self._agreement[rows]
+            by_rank = examples.kind is OutputKind.SCORES and agreed.shape[1] == 2
+            found[AGREEMENT] = _spearman(agreed) if by_rank else 100 * float(agreed.mean())
+        return found
+
+    def _against_labels(self, gold: NDArray[Any], rows: NDArray[np.int64]) -> dict[str, float]:
+        """Accuracy of classes and Spearman's correlation of scores, in percent, where no metric was given."""
+        values = self._stacked_said[0]
+        if self.examples.kind is OutputKind.CLASSES and gold.ndim == 1:
+            return {"accuracy": 100 * float((values[rows].argmax(-1) == gold[rows]).mean())}
+        if self.examples.kind is OutputKind.SCORES and values.shape[1] == 1:
+            return {"spearman": _spearman(np.stack([values[rows, 0], gold[rows].reshape(-1)], 1))}
+        return {}
+
+
+def _agreed(kind: OutputKind, own: RowSaid, wanted: RowSaid) -> NDArray[np.float64]:
+    """How far two models agree on one example, from 0 to 1: (1,). Of one score, both of them: (2,)."""
+    values = [(own[name], wanted[name]) for name in wanted]
+    first, second = values[0]
+    if kind is OutputKind.SCORES:
+        pair = np.array([first[0], second[0]]) if len(first) == 1 else np.array([_cosine(first, second)])
+        return pair.astype(np.float64)
+    if kind in (OutputKind.EMBEDDINGS, OutputKind.SPARSE):
+        return np.array([_cosine(first, second)])
+    if kind is OutputKind.LABELS:
+        return np.array([float(((first > 0) == (second > 0)).mean())])
+    return np.array([float(np.mean([np.mean(a.argmax(-1) == b.argmax(-1)) for a, b in values]))])
+
+
+def _cosine(first: NDArray[Any], second: NDArray[Any]) -> float:
+    size = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) / size if size else 0.0
+
+
+def _spearman(pairs: NDArray[Any]) -> float:
+    from scipy.stats import spearmanr
+
+    if np.ptp(pairs[:, 0]) == 0 or np.ptp(pairs[:, 1]) == 0:
+        return float("nan")
+    return 100 * float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    finite = np.array([value for value in values if np.isfinite(value)])
+    if len(finite) < RESAMPLES // 2:
+        return None
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def _stacked(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Arrays of unequal length as one, padded with IGNORED as transformers' Trainer does."""
+    shape = tuple(max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True))
+    if all(array.shape == shape for array in arrays):
+        return np.stack(arrays)
+    whole = np.full((len(arrays), *shape), IGNORED, dtype=np.result_type(*arrays))
+    for row, array in zip(whole, arrays, strict=True):
+        row[tuple(slice(size) for size in array.shape)] = array
+    return whole

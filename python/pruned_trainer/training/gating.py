@@ -1,0 +1,237 @@
+"""Pruning inside a training loop of the caller's own: `gating` around it, or a mixin for a Trainer's
+subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruned_ops.measure.layer_times import measure_table
+from pruned_ops.measure.timing import Workload
+from pruned_ops.models.stock import choose_encoder, config_of, find_encoder, model_shape
+from pruned_trainer.pruning.attach import attached
+from pruned_trainer.pruning.budget import Budget, make_budget
+from pruned_trainer.pruning.compact import check_parts_of
+from pruned_trainer.pruning.decision import Decision, decide
+from pruned_trainer.pruning.gate_phase import HoldTarget
+from pruned_trainer.pruning.options import DEFAULT_PARTS, Target
+from pruned_trainer.training.batches import GROUP
+from pruned_trainer.training.distillation import Distillation
+from pruned_trainer.training.distillation_losses import HiddenProjection
+from pruned_trainer.training.encoder_states import Call, States, capturing, recording
+from pruned_trainer.training.teaching import Teaching
+
+# FFN widths are rounded up to a multiple of this, where no latency table says another.
+_ALIGN = 8
+# The batches that a target in time is for, where the caller names no others: 16 of 8 texts of 128 tokens.
+_LENGTH, _BATCH, _BATCHES = 128, 8, 16
+
+
+class Gating:
+    """Gates on a model while the caller trains it. `gating` makes it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        target: Target,
+        phase: HoldTarget,
+        teaching: Teaching,
+        states: list[States] | None,
+        steps: int,
+        align: int,
+    ) -> None:
+        self.model, self.budget, self.target, self.phase = model, budget, target, phase
+        self.teaching, self.steps, self.align = teaching, steps, align
+        self.done = 0
+        self._states = states
+        self._optimizer = torch.optim.AdamW([phase.group(steps)])
+        warm = max(1, steps // 20)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer,
+            lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(steps - warm, 1))),
+        )
+        self._own = {id(parameter) for parameter in phase.gates.parameters()}
+        self.facts: dict[str, float] = {}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The model's parameters that the caller's optimiser is to train: all that train but the gates, which
+        `step` moves."""
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in self._own]
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """What is to be added to the caller's own loss of these outputs: what open gates cost, and how far
+        the outputs are from the teacher's. `facts` then has the numbers.
+
+        batch: what the model was called with, labels or not; its attention_mask is needed where there is a
+        teacher.
+        """
+        states = list(self._states or ())
+        if self._states is not None:
+            self._states.clear()
+        groups = batch.get(GROUP)
+        inputs = {name: value for name, value in batch.items() if name != GROUP}
+        return self.price() + self.taught(Call(inputs, outputs, states, False), groups)
+
+    def price(self) -> Tensor:
+        """What open gates cost in this step; 0 while the model is in evaluation mode."""
+        self.facts = {}
+        if not self.model.training:
+            return torch.zeros((), device=self._device)
+        price, self.facts = self.phase.loss(self.done / self.steps)
+        return price
+
+    def taught(self, call: Call, groups: Tensor | None = None) -> Tensor:
+        """How far one call of the model is from its teacher."""
+        parts = self.teaching.parts(call.outputs, call.states, call.inputs, groups=groups, as_one=call.as_one)
+        self.facts |= {f"loss_{name}": float(part.detach()) for name, part in parts.items()}
+        return torch.stack([*parts.values()]).sum() if parts else torch.zeros((), device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.phase.gates.draws.device
+
+    def step(self) -> None:
+        """Move the gates by the gradients that the caller's backward pass left; once for every step of the
+        caller's optimiser."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._scheduler.step()
+        self.done += 1
+
+    def decide(self) -> Decision:
+        """What stays, for `compact(model, decision)`. It may be called after the block, too."""
+        return decide(self.phase.gates.scores(), self.budget, self.target, self.align)
+
+
+@contextmanager
+def gating(
+    model: nn.Module,
+    target: Target,
+    steps: int,
+    teacher: nn.Module | None = None,
+    distillation: Distillation | None = None,
+    lengths: Sequence[int] = (_LENGTH,),
+    workload: Workload | None = None,
+    parts: Sequence[str] = DEFAULT_PARTS,
+    seed: int = 0,
+    gate_learning_rate: float = 0.1,
+    align: int | None = None,
+    encoder: str | None = None,
+) -> Iterator[Gating]:
+    """`with gating(model, target, steps, teacher=teacher) as gates:` the model is gated inside the block, and
+    trains in the caller's own loop: add `gates.loss(outputs, batch)` to the loss, call `gates.step()` after
+    the step of the optimiser (which is given `gates.parameters()`), and after `steps` of them
+    `gates.decide()`.
+
+    model: any module around one supported encoder; weights and gates train together. teacher: a frozen model
+    with the same kind of outputs, such as a copy of the model. distillation: the weights of what it teaches;
+    by default its outputs and no hidden states. lengths: the texts' lengths in tokens, for a target in
+    MACs. workload: the batches that a target in time is for; how long each part of a layer takes with them is
+    measured first. encoder: the name of the one that is pruned, where the model has several. Errors:
+    ValueError for a target out of reach, and as for `attach`.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: gates need one step or more")
+    weights = distillation or (Distillation.none() if teacher is None else Distillation(task=1.0, hidden=0.0))
+    if teacher is None and weights.needs_teacher:
+        raise ValueError("the distillation losses need a teacher")
+    if encoder is not None:
+        choose_encoder(model, encoder)
+    check_parts_of(model, parts)
+    budget, table_align = _budget(model, target, lengths, workload)
+    align = align or table_align
+    budget.check_reachable(target, parts, align)
+    with ExitStack() as stack:
+        gates = stack.enter_context(attached(model, seed, parts))
+        phase = HoldTarget(gates, budget, [budget.wanted(target)], gate_learning_rate)
+        gates.requires_grad_(True)
+        if teacher is not None:
+            teacher.eval()
+        teaching = Teaching(model, teacher, weights)
+        stack.callback(HiddenProjection.detach, model)
+        states = stack.enter_context(capturing(model)) if weights.hidden > 0 else None
+        yield Gating(model, budget, target, phase, teaching, states, steps, align)
+
+
+def _budget(
+    model: nn.Module, target: Target, lengths: Sequence[int], workload: Workload | None
+) -> tuple[Budget, int]:
+    """The budget in the target's unit, and the number that widths are rounded up to."""
+    if not target.is_time:
+        return make_budget(target, model_shape(model), lengths, None), _ALIGN
+    work = workload or Workload.fixed(_LENGTH, _BATCH, _BATCHES)
+    encoder = find_encoder(model)
+    table = measure_table(config_of(encoder), work, device=encoder.device.type)
+    return make_budget(target, model_shape(model), lengths, table), table.align
+
+
+class GatingTrainerMixin:
+    """Prunes inside a Trainer: `class MyTrainer(GatingTrainerMixin, Trainer)`.
+
+    Its constructor takes what `gating` takes, but for the model and the steps, as the dictionary `gating`,
+    and everything else as the Trainer does. When `train` has ended, `decision` is what stays, and the model
+    is without gates: `compact(trainer.model, trainer.decision)` makes it narrow. The Trainer's own loss, data
+    and optimiser stay as they are. The teacher is asked whatever the loss asks the model, so that
+    sentence-transformers' trainers work as well.
+    """
+
+    def __init__(self, *args: Any, gating: Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:  # type: ignore[attr-defined]
+            raise ValueError("several GPUs in one process are not supported: start a process each (torchrun)")
+        self._gating_options = dict(gating)
+        self._gating: Gating | None = None
+        self.decision: Decision | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train with gates, and decide at the end."""
+        with gating(self.model, steps=self._planned_steps(), **self._gating_options) as self._gating:  # type: ignore[attr-defined]
+            result = super().train(*args, **kwargs)  # type: ignore[misc]
+            self.decision = self._gating.decide()
+        self._gating = None
+        return result
+
+    def _planned_steps(self) -> int:
+        """The optimiser's steps that the training arguments ask for."""
+        arguments = self.args  # type: ignore[attr-defined]
+        if arguments.max_steps > 0:
+            return int(arguments.max_steps)
+        batches = len(self.get_train_dataloader())  # type: ignore[attr-defined]
+        each = max(batches // arguments.gradient_accumulation_steps, 1)
+        return max(1, int(each * arguments.num_train_epochs))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimiser for everything but the gates."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if self._gating is not None:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in self._gating._own]
+        return optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's loss, with what `Gating.loss` adds while gates train."""
+        if self._gating is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
+        gating, groups = self._gating, inputs.pop(GROUP, None)
+        gating.done = self.state.global_step  # type: ignore[attr-defined]
+        with recording(gating.model, gating.teaching.distillation.hidden > 0) as calls:
+            result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
+        loss = result[0] if return_outputs else result
+        loss = loss + gating.price().to(loss.device)
+        for call in calls:
+            loss = loss + gating.taught(call, groups).to(loss.device) / len(calls)
+        return (loss, result[1]) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's step, and the gates' after every step of the optimiser."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self._gating is not None and self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            self._gating.step()
+        return loss

@@ -1,0 +1,143 @@
+"""Gates in a loop of the caller's own, and in Trainers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, Trainer, TrainingArguments
+
+from head_models import SIZES, stock
+from inputs import padded_batch
+from pruned_trainer import Distillation, GatingTrainerMixin, Target, compact, gating
+from pruned_trainer.pruning.budget import SizeBudget
+from tiny_tokenizers import word_tokenizer, words
+
+BATCH = {**padded_batch((9, 3, 5), pad_token_id=1), "labels": torch.tensor([0, 2, 1])}
+
+
+def loop(model: Any, steps: int, **more: Any) -> Any:
+    with gating(model, Target(params=0.5), steps, **more) as gates:
+        optimizer = torch.optim.AdamW(gates.parameters(), lr=1e-3)
+        own = {id(parameter) for parameter in gates.phase.gates.parameters()}
+        assert not own & {id(parameter) for parameter in gates.parameters()}
+        for _ in range(steps):
+            outputs = model(**BATCH)
+            (outputs.loss + gates.loss(outputs, BATCH)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            gates.step()
+        return gates, gates.decide()
+
+
+def test_gates_in_a_loop_of_ones_own_come_to_the_target() -> None:
+    model = stock("bert", "sequence").train()
+    names = list(model.state_dict())
+    gates, decision = loop(model, 60, teacher=copy.deepcopy(model))
+    assert gates.facts["expected"] == pytest.approx(0.5, abs=0.06) and gates.facts["loss_logits"] >= 0
+    assert decision.reached["params"] <= 0.5 and list(model.state_dict()) == names
+    narrow = compact(model, decision)
+    assert type(narrow).__name__ == "PrunedBertForSequenceClassification"
+    budget = SizeBudget(gates.phase.gates.shape, "params")
+    assert narrow.config.shape.parameters() == budget.cost(decision.shape(budget.dense))
+
+
+def test_hidden_states_teach_in_a_loop_too() -> None:
+    model = stock("bert", "token").train()
+    labels = torch.zeros_like(BATCH["input_ids"])
+    with gating(model, Target(params=0.5), 3, copy.deepcopy(model), Distillation(hidden=1.0)) as gates:
+        outputs = model(**{**BATCH, "labels": labels})
+        gates.loss(outputs, {**BATCH, "labels": labels}).backward()
+    assert gates.facts["loss_hidden"] > 0 and "forward" not in vars(model.bert)
+    with (
+        pytest.raises(ValueError, match="need a teacher"),
+        gating(model, Target(params=0.5), 3, None, Distillation()),
+    ):
+        pass
+    with pytest.raises(ValueError, match="cannot be met"), gating(model, Target(macs=1e-9), 3):
+        pass
+
+
+class Pruner(GatingTrainerMixin, Trainer):
+    pass
+
+
+def test_the_mixin_prunes_in_a_trainer(tmp_path: Path) -> None:
+    model = stock("bert", "sequence")
+    data = [{name: tensor[i] for name, tensor in BATCH.items()} for i in range(3)] * 8
+    args = TrainingArguments(
+        str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    teacher = copy.deepcopy(model)
+    trainer = Pruner(
+        model, args, train_dataset=data, eval_dataset=data[:4],
+        gating={"target": Target(params=0.5), "teacher": teacher, "distillation": Distillation(hidden=1.0)},
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.state.global_step == 6 and trainer.decision is not None
+    assert trainer.decision.reached["params"] <= 0.5
+    assert "forward" not in vars(model) and not hasattr(model, "pruning_gates")
+    assert trainer.evaluate()["eval_loss"] != before
+    assert compact(model, trainer.decision)(**BATCH).loss is not None
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    BertModel(BertConfig(**SIZES, **sizes)).save_pretrained(tmp_path / "model")
+    word_tokenizer(90).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_mixin_prunes_in_sentence_transformers(encoder: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    datasets = pytest.importorskip("datasets")
+    from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+
+    pairs = {"first": [words(i + 1) for i in range(12)], "second": [words(12 - i) for i in range(12)]}
+    data = datasets.Dataset.from_dict({**pairs, "label": [i / 12 for i in range(12)]})
+    common = {"max_steps": 3, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True,
+              "disable_tqdm": True, "save_strategy": "no"}  # fmt: skip
+    seen: list[dict[str, float]] = []
+
+    class Watching(GatingTrainerMixin):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            assert self._gating is not None
+            seen.append(self._gating.facts)
+            return loss
+
+    class Embedding(Watching, library.SentenceTransformerTrainer):
+        pass
+
+    model = library.SentenceTransformer(str(encoder), device="cpu")
+    options = {"target": Target(params=0.5), "teacher": copy.deepcopy(model)}
+    options["distillation"] = Distillation(hidden=1.0)
+    trainer = Embedding(
+        model, library.SentenceTransformerTrainingArguments(str(tmp_path / "e"), **common),
+        train_dataset=data, loss=CosineSimilarityLoss(model), gating=options,
+    )  # fmt: skip
+    trainer.train()
+    assert len(seen) == 3 and all(facts["loss_hidden"] > 0 and facts["loss_logits"] > 0 for facts in seen)
+    narrow = compact(model, trainer.decision)
+    assert isinstance(narrow, library.SentenceTransformer) and narrow.encode(["w1 w2"]).shape == (1, 32)
+
+    class Ranking(Watching, library.CrossEncoderTrainer):
+        pass
+
+    ranker = library.CrossEncoder(str(encoder), num_labels=1, device="cpu")
+    seen.clear()
+    trainer = Ranking(
+        ranker, library.CrossEncoderTrainingArguments(str(tmp_path / "r"), **common), train_dataset=data,
+        gating={"target": Target(params=0.5), "teacher": copy.deepcopy(ranker)},
+    )  # fmt: skip
+    trainer.train()
+    assert len(seen) == 3 and all(facts["loss_logits"] >= 0 for facts in seen)
+    narrow = compact(ranker, trainer.decision)
+    assert isinstance(narrow, library.CrossEncoder) and len(narrow.predict([("w1", "w2")])) == 1
