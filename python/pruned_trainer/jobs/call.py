@@ -34,7 +34,7 @@ from pruned_trainer.jobs.job import (
 from pruned_trainer.jobs.plan import GATE_SHARE
 from pruned_trainer.jobs.prune import finished, run_for_one
 from pruned_trainer.jobs.rows import Rows, as_batch, check_labels, check_rows, columns_of, default_collate
-from pruned_trainer.jobs.settings import SCORE_STEPS, PruneSettings
+from pruned_trainer.jobs.settings import OWN_TASK, SCORE_STEPS, PruneSettings
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import Target
 from pruned_trainer.tasks.output_kinds import OutputKind, Said, check_comparable, said_by
@@ -195,7 +195,7 @@ class _Call:
             eval_file=Path("eval_dataset"),
             out=out,
             targets=() if target is None else (target,),
-            task="dataset",
+            task=OWN_TASK,
             recipe=recipe,
             command="pruned_trainer.prune",
             **options,

@@ -164,7 +164,7 @@ class DatasetResult:
 
     def scores(self) -> dict[str, Any]:
         """The metrics on all examples, as the caller's function gives them, and the agreement with the
-        teacher, in percent."""
+        teacher, in percent; without those that are no number."""
         every = np.arange(len(self.said))
         return {**self._measured(every), "metrics": {"total": len(self.said)}}
 
@@ -175,7 +175,7 @@ class DatasetResult:
         own, others = self._measured(every), pruned._measured(every)
         samples = self._resampled(pruned)
         losses: dict[str, Any] = {}
-        for name in own:
+        for name in own.keys() & others.keys():
             losses[f"{name}_loss"] = own[name] - others[name]
             losses[f"{name}_loss_interval"] = _interval(
                 [sample[name] for sample in samples if name in sample]
@@ -214,7 +214,7 @@ class DatasetResult:
             agreed = self._agreement[rows]
             by_rank = examples.kind is OutputKind.SCORES and agreed.shape[1] == 2
             found[AGREEMENT] = _spearman(agreed) if by_rank else 100 * float(agreed.mean())
-        return found
+        return {name: value for name, value in found.items() if np.isfinite(value)}
 
     def _against_labels(self, gold: NDArray[Any], rows: NDArray[np.int64]) -> dict[str, float]:
         """Accuracy of classes and Spearman's correlation of scores, in percent, where no metric was given."""

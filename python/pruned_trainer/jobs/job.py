@@ -32,7 +32,7 @@ from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
 from pruned_trainer.pruning.compact import check_parts_of
 from pruned_trainer.pruning.gate_phase import GatePhase
-from pruned_trainer.pruning.options import METHODS
+from pruned_trainer.pruning.options import UNTRAINED
 from pruned_trainer.tasks.task import Prepared, Task, is_labelled, without_labels
 from pruned_trainer.training.batches import (
     GROUP,
@@ -186,7 +186,7 @@ def check_signal(job: Job) -> None:
     """ValueError where a phase would have nothing to learn from, or its scores need labels that there are
     not."""
     settings, labelled = job.settings, is_labelled(job.train[0])
-    if settings.recipe in ("gain", "leave-one-out") and (not labelled or job.task_loss is not None):
+    if settings.recipe in UNTRAINED and settings.recipe != "random" and (not labelled or job.task_loss is not None):
         raise ValueError(
             f"recipe {settings.recipe} scores by the usual loss on labels, which the data has not, or the "
             "caller replaced: joint, paper and random need none"
@@ -194,7 +194,7 @@ def check_signal(job: Job) -> None:
     if labelled or job.has_own_loss:
         return
     for phase in ("gates", "retrain"):
-        scored_only = phase == "gates" and settings.recipe in METHODS
+        scored_only = phase == "gates" and settings.recipe in UNTRAINED
         if not scored_only and not settings.distillation_in(phase).needs_teacher:
             raise ValueError(
                 f"the {phase} phase would have nothing to learn from: the data has no labels, and no teacher "
@@ -372,7 +372,9 @@ def build_trainer(
     rate = settings.learning_rate if phase else settings.retrain_learning_rate
     distillation = settings.distillation_in("gates" if phase else "retrain")
     # An embedder's config says how its states are pooled.
-    distillation = replace(distillation, pooling=getattr(job.dense.config, "pooling", distillation.pooling))
+    distillation = replace(
+        distillation, pooling=getattr(config_of(job.dense), "pooling", distillation.pooling)
+    )
     trainer = PruningTrainer(
         model,
         _arguments(job, folder, steps, rate, phase, timing),

@@ -23,7 +23,7 @@ from pruned_trainer.jobs.evaluation import Judged, full_report, judge
 from pruned_trainer.jobs.job import Job, build_trainer, check_signal, running, start
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
-from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal
 from pruned_trainer.tasks.task import own_thresholds
@@ -311,7 +311,11 @@ def _finish(settings: PruneSettings, name: str) -> dict[str, Any]:
 
 
 def _draw(folder: Path) -> None:
-    """Write report.html, from what is on disk, so that nothing is lost if this fails."""
+    """Write report.html, from what is on disk, so that nothing is lost if this fails. A caller's own metrics
+    have no page."""
+    report = folder / "report.json"
+    if report.is_file() and json.loads(report.read_text(encoding="utf-8")).get("task") == OWN_TASK:
+        return
     try:
         from pruned_trainer.report.page import write_pages
     except ModuleNotFoundError as error:

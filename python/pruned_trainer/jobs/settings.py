@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # and each part's gates train alone, at a price for each open gate or, with a target, held to the share that
 # it allows. The others train no gates; fast trains nothing at all, and compensates instead.
 RECIPES = ("joint", "paper", *UNTRAINED)
+# The name of the task of a call from Python.
+OWN_TASK = "own"
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Examples in a training step, and the paper's own number in its recipe.
 BATCH_SIZE, PAPER_BATCH_SIZE = 16, 24
@@ -142,7 +144,6 @@ class PruneSettings:
             )
         if self.task == "embedding" and "hidden" in self.parts:
             raise ValueError("an embedding is as wide as the hidden size: parts hidden cannot be pruned")
-
 
     def _check_choices(self) -> None:
         for name, known in (

@@ -184,6 +184,8 @@ class GatingTrainerMixin:
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:  # type: ignore[attr-defined]
             raise ValueError("several GPUs in one process are not supported: start a process each (torchrun)")
+        if self.args.fp16:  # type: ignore[attr-defined]
+            raise ValueError("gates do not train in fp16, whose gradients are scaled: bf16 and fp32 work")
         self._gating_options = dict(gating)
         self._gating: Gating | None = None
         self.decision: Decision | None = None
@@ -224,9 +226,13 @@ class GatingTrainerMixin:
         with recording(gating.model, gating.teaching.distillation.hidden > 0) as calls:
             result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
         loss = result[0] if return_outputs else result
-        loss = loss + gating.price().to(loss.device)
+        added = gating.price()
         for call in calls:
-            loss = loss + gating.taught(call, groups).to(loss.device) / len(calls)
+            added = added + gating.taught(call, groups) / len(calls)
+        if self.model_accepts_loss_kwargs:  # type: ignore[attr-defined]
+            # The Trainer then takes the minibatches' losses as parts of a sum, and does not average them.
+            added = added / self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        loss = loss + added.to(loss.device)
         return (loss, result[1]) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

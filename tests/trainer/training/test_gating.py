@@ -37,7 +37,7 @@ def test_gates_in_a_loop_of_ones_own_come_to_the_target() -> None:
     model = stock("bert", "sequence").train()
     names = list(model.state_dict())
     gates, decision = loop(model, 60, teacher=copy.deepcopy(model))
-    assert gates.facts["expected"] == pytest.approx(0.5, abs=0.06) and gates.facts["loss_logits"] >= 0
+    assert gates.facts["expected"] == pytest.approx(0.5, abs=0.15) and gates.facts["loss_logits"] >= 0
     assert decision.reached["params"] <= 0.5 and list(model.state_dict()) == names
     narrow = compact(model, decision)
     assert type(narrow).__name__ == "PrunedBertForSequenceClassification"
