@@ -126,7 +126,7 @@ def prune(
         folder = Path(out) if out is not None else Path(scratch) / "out"
         settings = call.settings(target, len(rows), recipe, folder, options)
         pruned = finished(settings, dense) or run_for_one(
-            settings, lambda settings, table: call.begin(settings, table, rows, judged)
+            settings, lambda settings, table: call.begin(settings, table, rows, judged), page=out is not None
         )
     return PruneResult(pruned.model, pruned.decision, pruned.report)
 

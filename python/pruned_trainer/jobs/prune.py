@@ -23,7 +23,7 @@ from pruned_trainer.jobs.evaluation import Judged, full_report, judge
 from pruned_trainer.jobs.job import Job, build_trainer, check_signal, running, start
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
-from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal
 from pruned_trainer.tasks.task import own_thresholds
@@ -76,8 +76,10 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     return run_for_one(settings, start).report
 
 
-def run_for_one(settings: PruneSettings, begin: Begin) -> Pruned:
-    """The whole job for the one target of the settings, whatever made it: files or a caller's datasets."""
+def run_for_one(settings: PruneSettings, begin: Begin, page: bool = True) -> Pruned:
+    """The whole job for the one target of the settings, whatever made it: files or a caller's datasets.
+
+    page: whether report.html is written, too."""
     if len(settings.targets) > 1:
         raise ValueError(
             f"prune makes one model; sweep makes one for each of {len(settings.targets)} targets"
@@ -87,7 +89,7 @@ def run_for_one(settings: PruneSettings, begin: Begin) -> Pruned:
         trained = _train_on(opened, choices.chosen[0], opened.folder.partial)
         dense = judge(opened.job, opened.job.dense)
         report = _measure(opened, trained, dense, choices.log)
-        publish(opened.folder)
+        publish(opened.folder, page)
     return Pruned(trained.model, trained.chosen.decision, report)
 
 
@@ -264,24 +266,25 @@ def retrain(job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decisio
     return log
 
 
-def publish(folder: OutputFolder) -> None:
+def publish(folder: OutputFolder, page: bool = True) -> None:
     """Give the folder its name, and only then remove what a resumed run would need."""
 
     def work() -> None:
         folder.publish()
-        _clean_up(folder.path)
+        _clean_up(folder.path, page)
 
     once(work)
 
 
-def _clean_up(folder: Path) -> None:
+def _clean_up(folder: Path, page: bool = True) -> None:
     """Remove from a published folder what only a resumed run needs, and draw its report.
 
     The record of the run goes last: where it is there, a run was killed on the way."""
     remove_choices(folder)
     for checkpoints in folder.glob("retrain*"):
         shutil.rmtree(checkpoints)
-    _draw(folder)
+    if page:
+        _draw(folder)
     (folder / LOCK).unlink(missing_ok=True)
     (folder / RUN).unlink(missing_ok=True)
 
@@ -311,11 +314,7 @@ def _finish(settings: PruneSettings, name: str) -> dict[str, Any]:
 
 
 def _draw(folder: Path) -> None:
-    """Write report.html, from what is on disk, so that nothing is lost if this fails. A caller's own metrics
-    have no page."""
-    report = folder / "report.json"
-    if report.is_file() and json.loads(report.read_text(encoding="utf-8")).get("task") == OWN_TASK:
-        return
+    """Write report.html, from what is on disk, so that nothing is lost if this fails."""
     try:
         from pruned_trainer.report.page import write_pages
     except ModuleNotFoundError as error:
