@@ -17,7 +17,7 @@ from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget, make_budget
 from pruned_trainer.pruning.compact import check_parts_of
 from pruned_trainer.pruning.decision import Decision, decide
-from pruned_trainer.pruning.gate_phase import HoldTarget
+from pruned_trainer.pruning.gate_phase import SETTLING_STEPS, HoldTarget
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target
 from pruned_trainer.training.batches import GROUP
 from pruned_trainer.training.distillation import Distillation
@@ -71,8 +71,6 @@ class Gating:
         teacher.
         """
         states = list(self._states or ())
-        if self._states is not None:
-            self._states.clear()
         groups = batch.get(GROUP)
         inputs = {name: value for name, value in batch.items() if name != GROUP}
         return self.price() + self.taught(Call(inputs, outputs, states, False), groups)
@@ -80,6 +78,8 @@ class Gating:
     def price(self) -> Tensor:
         """What open gates cost in this step; 0 while the model is in evaluation mode."""
         self.facts = {}
+        if self._states is not None:
+            self._states.clear()
         if not self.model.training:
             return torch.zeros((), device=self._device)
         price, self.facts = self.phase.loss(self.done / self.steps)
@@ -112,7 +112,7 @@ class Gating:
 def gating(
     model: nn.Module,
     target: Target,
-    steps: int,
+    steps: int = SETTLING_STEPS,
     teacher: nn.Module | None = None,
     distillation: Distillation | None = None,
     lengths: Sequence[int] = (_LENGTH,),
@@ -128,12 +128,12 @@ def gating(
     the step of the optimiser (which is given `gates.parameters()`), and after `steps` of them
     `gates.decide()`.
 
-    model: any module around one supported encoder; weights and gates train together. teacher: a frozen model
-    with the same kind of outputs, such as a copy of the model. distillation: the weights of what it teaches;
-    by default its outputs and no hidden states. lengths: the texts' lengths in tokens, for a target in
-    MACs. workload: the batches that a target in time is for; how long each part of a layer takes with them is
-    measured first. encoder: the name of the one that is pruned, where the model has several. Errors:
-    ValueError for a target out of reach, and as for `attach`.
+    model: any module around one supported encoder; weights and gates train together. steps: in which the
+    gates come to the target and settle. teacher: a frozen model with the same kind of outputs, such as a copy
+    of the model. distillation: the weights of what it teaches; by default its outputs and no hidden states.
+    lengths: the texts' lengths in tokens, for a target in MACs. workload: the batches that a target in time
+    is for; how long each part of a layer takes with them is measured first. encoder: the name of the one that
+    is pruned, where the model has several. Errors: ValueError for a target out of reach, and as for `attach`.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}: gates need one step or more")

@@ -104,8 +104,9 @@ class Teaching:
         return parts
 
     def hidden_part(self, states: Sequence[States], teacher_states: Sequence[States]) -> Tensor:
-        """The loss of the hidden states, the mean over the encoder's calls."""
+        """The loss of the hidden states, the mean over the encoder's calls in this step, the last ones."""
         assert self.projection is not None
+        states = states[len(states) - len(teacher_states) :]
         losses = [
             hidden_loss(own.hidden, wanted.hidden, own.mask.bool(), self.projection)
             for own, wanted in zip(states, teacher_states, strict=True)
