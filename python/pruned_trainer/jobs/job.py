@@ -186,11 +186,8 @@ def check_signal(job: Job) -> None:
     """ValueError where a phase would have nothing to learn from, or its scores need labels that there are
     not."""
     settings, labelled = job.settings, is_labelled(job.train[0])
-    if (
-        settings.recipe in UNTRAINED
-        and settings.recipe != "random"
-        and (not labelled or job.task_loss is not None)
-    ):
+    scores_by_loss = settings.recipe in UNTRAINED and settings.recipe != "random"
+    if scores_by_loss and (not labelled or job.task_loss is not None):
         raise ValueError(
             f"recipe {settings.recipe} scores by the usual loss on labels, which the data has not, or the "
             "caller replaced: joint, paper and random need none"
