@@ -57,7 +57,7 @@ def test_hidden_states_teach_in_a_loop_too() -> None:
         gating(model, Target(params=0.5), 3, None, Distillation()),
     ):
         pass
-    with pytest.raises(ValueError, match="cannot be met"), gating(model, Target(macs=1e-9), 3):
+    with pytest.raises(ValueError, match="cannot be met"), gating(model, Target(params=1e-9), 3):
         pass
 
 
