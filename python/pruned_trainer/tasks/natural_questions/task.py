@@ -199,7 +199,7 @@ class NaturalQuestionsTask:
         self,
         examples: NqFiles,
         tokenizer: PreTrainedTokenizerFast,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         teacher: PreTrainedModel | None = None,
     ) -> Pages:
         tokenizer, skipped = with_markers(tokenizer), Skipped() if self.skip_bad else None
@@ -218,7 +218,7 @@ class NaturalQuestionsTask:
         return Pages(documents, windows, min(annotators, MIN_ANNOTATORS))
 
     def features(
-        self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+        self, examples: NqFiles, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | None = None
     ) -> ArrowWindows:
         windows = training_windows(
             examples.files, with_markers(tokenizer), self.max_length, self.stride, self.null_rate, self.seed,

@@ -211,7 +211,7 @@ class SquadTask:
         self,
         examples: Sequence[Example],
         tokenizer: PreTrainedTokenizerFast,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         teacher: PreTrainedModel | None = None,
     ) -> Questions:
         skipped = self._skipped()
@@ -220,7 +220,10 @@ class SquadTask:
         return questions
 
     def features(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerFast,
+        model: PreTrainedModel | None = None,
     ) -> list[dict[str, Any]]:
         skipped = self._skipped()
         features = training_features(
