@@ -93,6 +93,7 @@ def run_part(part: Part, folder: Path, seconds: float) -> Outcome:
 
 def _run(command: list[str], part: Part, seconds: float, log: TextIO, faults: list[str]) -> str:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "PYTHONUNBUFFERED": "1"}
+    start = time.monotonic()  # before the timers', so that a part that they end took at least its time
     try:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment | part.environment, text=True, errors="replace",
@@ -108,7 +109,6 @@ def _run(command: list[str], part: Part, seconds: float, log: TextIO, faults: li
     ]
     for timer in timers:
         timer.start()
-    start = time.monotonic()
     for line in process.stdout:
         print(f"[{part.name}] {line}", end="", flush=True)
         log.write(line)

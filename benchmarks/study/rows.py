@@ -346,7 +346,7 @@ def joint_row(study: Study, seed: int, like: Row) -> Row:
         folder / "gates", plan["gate_steps"], lambda: choose(job, folder, plan["gate_steps"])
     )
     (chosen,) = choices.chosen
-    narrow = chosen.load()
+    narrow = chosen.load(job.dense)
     name = f"joint-retrain-seed{seed}"
     trained = _train_on(study, joint, name, narrow, chosen.decision, plan["retrain_steps"])
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,8 @@ import pytest
 
 import first_contact
 from first_contact import Outcome, Part, failed_tests, run_part, summary
+from pruned_ops.ops.registry import OPS
+from thorough import only_in_test_all
 
 PYTHON = sys.executable
 
@@ -18,7 +22,7 @@ def python(code: str, seconds: float = 30, name: str = "part") -> Part:
     return Part(name, [PYTHON, "-c", code], seconds)
 
 
-def test_the_dry_runs_go_through_all_parts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_dry_run_goes_through_all_parts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert first_contact.main(["first", "--device", "cpu", "--out", str(tmp_path)]) == 0
     first = tmp_path / "first"
     names = {path.name for path in first.iterdir()}
@@ -27,9 +31,22 @@ def test_the_dry_runs_go_through_all_parts(tmp_path: Path, capfd: pytest.Capture
     text = (first / "summary.txt").read_text("utf-8")
     assert [line.split(":")[0] for line in text.splitlines()[1:]] == ["load", "tests", "kernels", "models"]
     printed = capfd.readouterr().out
-    assert "[kernels] right" in printed, printed and "[load] " in printed and "files in" in printed
+    assert "[kernels] right" in printed and "[load] " in printed and "files in" in printed
 
-    (first / "failed-tests.txt").write_text("tests/benchmarks/test_op_report.py::test_shares_and_ratios\n")
+    rows = [json.loads(line) for line in (first / "kernels.jsonl").read_text("utf-8").splitlines()]
+    assert {row["op"] for row in rows if row["verdict"] == "right"} == {*OPS} - {"encoder"}
+    timed = {row["problem"].split()[0] for row in rows if row["verdict"] == "timed"}
+    assert timed == {"ceiling", "attention", "linear_gelu", "add_layer_norm", "linear"}
+    with (first / "kernels.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert printed.count("[kernels] ") == len(rows)
+
+
+@only_in_test_all
+def test_the_second_dry_run_repeats_what_failed(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    failed = "tests/benchmarks/test_op_report.py::test_shares_and_ratios\n"
+    (tmp_path / "first" / "failed-tests.txt").write_text(failed)
     assert first_contact.main(["second", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert "1 passed" in (tmp_path / "second" / "tests.txt").read_text("utf-8")
     assert "right" not in (tmp_path / "second" / "kernels.jsonl").read_text("utf-8")  # times alone

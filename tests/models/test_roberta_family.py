@@ -115,7 +115,8 @@ def test_checkpoints_answer_and_are_checked(stock: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load_model(str(out)), batch)[real], logits(stock, batch)[real], **CLOSE)
     imported = QuestionAnswerer(out, max_length=60).answer(question, text, top_k=3)
     assert imported[0].answer == expected[0].answer
-    started = NaturalQuestionsTask().start_model(str(folder))
+    examples: Any = ()  # it needs none
+    started = NaturalQuestionsTask().start_model(str(folder), examples)
     assert started.config.model_type == "pruned_roberta"
 
 

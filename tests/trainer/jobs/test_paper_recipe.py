@@ -59,8 +59,8 @@ def test_weights_are_frozen_while_gates_train(
 ) -> None:
     original, seen = choice.run, []
 
-    def run(trainer: Any, name: str) -> Any:
-        log = original(trainer, name)
+    def run(trainer: Any, *arguments: Any) -> Any:
+        log = original(trainer, *arguments)
         state = trainer.model.state_dict()
         seen.append({key: value for key, value in state.items() if "pruning_gates" not in key})
         return log
