@@ -20,7 +20,7 @@ from pruned_ops.measure.graph_timing import GraphClock, HostClock
 from pruned_ops.measure.latency import LatencyTable, Points
 from pruned_ops.measure.timing import Runner, Workload, machine, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
-from pruned_ops.models.heads import answering_class
+from pruned_ops.models.heads import pruned_class
 from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.ops.panels import PANEL
 from pruned_ops.ops.registry import backends_of
@@ -175,7 +175,7 @@ def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> d
     """The runners that are timed: "base", the model with empty layers; "attention N" and "ffn W", chains of
     parts."""
     hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.hidden_act
-    model = optimize(answering_class(empty.model_type)(empty).to(device))
+    model = optimize(pruned_class("QuestionAnswering", empty.model_type)(empty).to(device))
     one_call = model.base_model.packed.encoder.runs_in_one_call
     runners: dict[str, Runner] = {
         "base": lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

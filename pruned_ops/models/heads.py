@@ -321,57 +321,11 @@ class PrunedRobertaForTokenClassification(PrunedBertForTokenClassification):
     encoder_class = PrunedRobertaModel
 
 
-# The pruned counterpart of each class of transformers whose head is known here, and of the pruned classes
-# themselves.
-PRUNED_CLASSES: dict[type[Any], type[Any]] = {
-    **dict.fromkeys(
-        (BertForQuestionAnswering, PrunedBertForQuestionAnswering), PrunedBertForQuestionAnswering
-    ),
-    **dict.fromkeys(
-        (
-            RobertaForQuestionAnswering, XLMRobertaForQuestionAnswering, CamembertForQuestionAnswering,
-            PrunedRobertaForQuestionAnswering,
-        ),
-        PrunedRobertaForQuestionAnswering,
-    ),
-    **dict.fromkeys(
-        (BertForSequenceClassification, PrunedBertForSequenceClassification),
-        PrunedBertForSequenceClassification,
-    ),
-    **dict.fromkeys(
-        (
-            RobertaForSequenceClassification, XLMRobertaForSequenceClassification,
-            CamembertForSequenceClassification, PrunedRobertaForSequenceClassification,
-        ),
-        PrunedRobertaForSequenceClassification,
-    ),
-    **dict.fromkeys(
-        (BertForTokenClassification, PrunedBertForTokenClassification), PrunedBertForTokenClassification
-    ),
-    **dict.fromkeys(
-        (
-            RobertaForTokenClassification, XLMRobertaForTokenClassification,
-            CamembertForTokenClassification, PrunedRobertaForTokenClassification,
-        ),
-        PrunedRobertaForTokenClassification,
-    ),
-    PrunedBertForNaturalQuestions: PrunedBertForNaturalQuestions,
-    PrunedRobertaForNaturalQuestions: PrunedRobertaForNaturalQuestions,
-}  # fmt: skip
-
-
-def answering_class(model_type: str) -> type[Any]:
-    """The pruned counterpart of a question-answering model of this type, one of PRUNED_CONFIGS."""
-    roberta = PRUNED_CONFIGS[model_type] is PrunedRobertaConfig
-    return PrunedRobertaForQuestionAnswering if roberta else PrunedBertForQuestionAnswering
-
-
 def natural_questions_class(model_type: str) -> type[Any]:
     """The model class for a BERT or RoBERTa, stock or pruned; ValueError for another model type."""
     if model_type not in PRUNED_CONFIGS:
         raise ValueError(f"it is a {model_type!r} model; one of {', '.join(PRUNED_CONFIGS)} is needed")
-    roberta = PRUNED_CONFIGS[model_type] is PrunedRobertaConfig
-    return PrunedRobertaForNaturalQuestions if roberta else PrunedBertForNaturalQuestions
+    return pruned_class("NaturalQuestions", model_type)
 
 
 # What follows "For" in the name of a model's class, nothing for a bare encoder -> our BERT and RoBERTa.
@@ -397,6 +351,23 @@ def head_name(architecture: str) -> str:
 def pruned_class(name: str, model_type: str) -> type[Any]:
     """The pruned model with the head that `head_name` names, for one of PRUNED_CONFIGS."""
     return _PRUNED[name][PRUNED_CONFIGS[model_type] is PrunedRobertaConfig]
+
+
+_STOCK = (
+    BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification,
+    RobertaForQuestionAnswering, RobertaForSequenceClassification, RobertaForTokenClassification,
+    XLMRobertaForQuestionAnswering, XLMRobertaForSequenceClassification, XLMRobertaForTokenClassification,
+    CamembertForQuestionAnswering, CamembertForSequenceClassification, CamembertForTokenClassification,
+)  # fmt: skip
+# The pruned counterpart of each class of transformers whose head is known here, and of the pruned classes
+# with a head themselves.
+PRUNED_CLASSES: dict[type[Any], type[Any]] = {
+    **{kind: kind for name, kinds in _PRUNED.items() if name for kind in kinds},
+    **{
+        kind: pruned_class(head_name(kind.__name__), kind.config_class.model_type)  # type: ignore[union-attr]
+        for kind in _STOCK
+    },
+}
 
 
 def is_natural_questions(config: Any) -> bool:
