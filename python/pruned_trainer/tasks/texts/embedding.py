@@ -93,11 +93,7 @@ class EmbeddingTask:
     def read_training(self, source: Path, has_validation: bool) -> tuple[Any, Any]:
         """The training examples; without a validation file, 5% of them are held out."""
         train = self.read(source, "train")
-        if has_validation:
-            return train, None
-        if isinstance(train, Retrieval):
-            return train.split(self.options.seed)
-        return train.split(self.options.seed)
+        return (train, None) if has_validation else train.split(self.options.seed)
 
     def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
         skipped = self._skipped()
