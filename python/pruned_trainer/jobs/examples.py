@@ -3,6 +3,7 @@ far it agrees with the teacher."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from pruned_trainer.jobs.job import running
 from pruned_trainer.jobs.rows import Rows
 from pruned_trainer.tasks.faults import DataFaults
 from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind, said_by
+from pruned_trainer.tasks.resampling import interval, samples
 from pruned_trainer.tasks.task import Score, without_labels
 from pruned_trainer.training.batches import GROUP, NUMBER
 from pruned_trainer.training.encoder_states import accepted
@@ -29,7 +31,8 @@ Metrics = Callable[[EvalPrediction], Mapping[str, float]]
 # What a model says of one example: arrays by name, without padding.
 RowSaid = dict[str, NDArray[Any]]
 AGREEMENT = "agreement"
-RESAMPLES, LEVEL = 200, 0.95
+# Fewer samples than elsewhere, because the caller's metric may be slow.
+RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -173,26 +176,24 @@ class DatasetResult:
         examples, which are paired; None for an interval that the metric has no values for."""
         every = np.arange(len(self.said))
         own, others = self._measured(every), pruned._measured(every)
-        samples = self._resampled(pruned)
+        found = self._resampled(pruned)
         losses: dict[str, Any] = {}
         for name in own.keys() & others.keys():
             losses[f"{name}_loss"] = own[name] - others[name]
-            losses[f"{name}_loss_interval"] = _interval(
-                [sample[name] for sample in samples if name in sample]
-            )
+            values = [sample[name] for sample in found if name in sample]
+            losses[f"{name}_loss_interval"] = interval(values, least=RESAMPLES // 2)
         return losses
 
     def _resampled(self, pruned: DatasetResult) -> list[dict[str, float]]:
         """The losses on RESAMPLES samples of the examples; a sample that a metric refuses is left out."""
-        rng, size, samples = np.random.default_rng(0), len(self.said), []
-        for _ in range(RESAMPLES):
-            rows = rng.integers(size, size=size)
+        found = []
+        for rows in itertools.chain.from_iterable(samples(len(self.said), RESAMPLES)):
             try:
                 own, others = self._measured(rows), pruned._measured(rows)
             except Exception:  # of the caller's metric, which may need every class in the sample
                 continue
-            samples.append({name: own[name] - others[name] for name in own if name in others})
-        return samples
+            found.append({name: own[name] - others[name] for name in own if name in others})
+        return found
 
     def _measured(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """The metrics and the agreement on these examples."""
@@ -251,14 +252,6 @@ def _spearman(pairs: NDArray[Any]) -> float:
     if np.ptp(pairs[:, 0]) == 0 or np.ptp(pairs[:, 1]) == 0:
         return float("nan")
     return 100 * float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float] | None:
-    finite = np.array([value for value in values if np.isfinite(value)])
-    if len(finite) < RESAMPLES // 2:
-        return None
-    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def _is_number(value: Any) -> bool:

@@ -117,7 +117,7 @@ def sweep_page(sweep: Fields, reports: Mapping[str, Fields]) -> Page:
         speed_section(own_lines(points, scores_of(sweep)), _on_data_of(common, sweep), joined=True),
         *_common(sweep, reports),
     ]
-    headline = [(str(len(points)), "models from one training of the gates")]
+    headline = [(str(len(points)), "models, one for each target")]
     if _speed(points[-1]):
         headline.append((f"{_speed(points[-1]):.2f}x", "as fast as dense: the fastest of them"))
     return Page("A family of pruned models", subtitle(common), headline, filled(sections))

@@ -13,6 +13,9 @@ from rich.table import Table
 from pruned_trainer.report.fields import Fields, noun_of, scores_of
 from pruned_trainer.tasks.task import Score
 
+# The scores for which a line of 80 characters has room.
+_SCORES_OF_A_SWEEP = 3
+
 
 def _score_lines(report: Mapping[str, Any]) -> list[Score]:
     """The lines of the result table."""
@@ -128,9 +131,9 @@ def sweep_point(report: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def print_sweep(sweep: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a line for each model of a family."""
-    table = Table(title="one training of the gates, a model for each target")
-    scores = [score for score in _score_lines(sweep) if score.has_loss]
+    """Print a line for each model of a family, with its first scores; sweep.json has them all."""
+    table = Table(title="a model for each target")
+    scores = [score for score in _score_lines(sweep) if score.has_loss][:_SCORES_OF_A_SWEEP]
     for name in ("model", "speed-up", *(n for score in scores for n in (score.label, "loss (95%)"))):
         table.add_column(name, justify="left" if name == "model" else "right")
     dense = [sweep["dense"][score.key] for score in scores]

@@ -7,6 +7,7 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from pruned_trainer.tasks.natural_questions.documents import (
     read_documents,
 )
 from pruned_trainer.tasks.natural_questions.metrics import (
+    _bests,
+    best_f1_loss_interval,
     best_threshold,
     f1_loss_interval,
+    mean_threshold,
     nq_metrics,
     parse_predictions,
     read_gold,
@@ -59,6 +63,31 @@ def test_f1_at_a_threshold_and_its_interval() -> None:
         assert f1_loss_interval(same, same) == (0.0, 0.0)
         low, high = f1_loss_interval(same, other)
         assert low < 100 * (best - stats.f1_at(2.0)) < high
+
+
+def test_best_thresholds_on_resampled_documents() -> None:
+    """One sample with every document once is the official number; the mean threshold lies among the best of
+    samples, and the interval of a model's loss against itself is nothing."""
+    folder = real_data("data/natural_questions/metric")
+    gold, predictions = read_gold(folder / "gold.jsonl.gz"), read_predictions(folder / "predictions.json")
+    for stats in score_answers(gold, predictions):
+        threshold, f1 = _bests(stats, np.ones((1, len(stats.score))))
+        assert threshold[0] == best_threshold(stats) and f1[0] == pytest.approx(stats.f1_at(threshold[0]))
+        doubled = replace(stats, **{name: np.repeat(value, 2) for name, value in vars(stats).items()})
+        weights = np.arange(len(stats.score)) % 3
+        rows = np.repeat(np.arange(len(stats.score)), weights)
+        sample = replace(stats, **{name: value[rows] for name, value in vars(stats).items()})
+        threshold, f1 = _bests(stats, weights[None].astype(float))
+        assert f1[0] == pytest.approx(sample.f1_at(best_threshold(sample)))
+        assert abs(mean_threshold(doubled) - best_threshold(stats)) < 0.2
+        assert mean_threshold(stats) == mean_threshold(stats) != best_threshold(stats)
+        assert best_f1_loss_interval(stats, stats) == (0.0, 0.0)
+        worse = replace(stats, correct=stats.correct & (np.arange(len(stats.score)) % 2 > 0))
+        low, high = best_f1_loss_interval(stats, worse, resamples=200)
+        lost = 100 * (stats.f1_at(best_threshold(stats)) - worse.f1_at(best_threshold(worse)))
+        assert 0 < low < lost < high
+        nothing = replace(stats, correct=stats.correct & False)
+        assert mean_threshold(nothing) == 0.0
 
 
 def prediction(key: int, **changes: Any) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from pruned_trainer.tasks.natural_questions.documents import (
 from pruned_trainer.tasks.natural_questions.metrics import (
     MIN_ANNOTATORS,
     AnswerStats,
-    best_threshold,
+    best_f1_loss_interval,
     f1_loss_interval,
     kind_metrics,
+    mean_threshold,
     parse_predictions,
     score_answers,
 )
@@ -47,7 +48,12 @@ from pruned_trainer.tasks.options import NULL_RATE
 from pruned_trainer.tasks.task import HELD_OUT, Score, model_logits
 
 LONG, SHORT = "long_score_threshold", "short_score_threshold"
-SCORES = (Score("long_f1", "long F1"), Score("short_f1", "short F1"))
+SCORES = (
+    Score("long_f1", "long F1"),
+    Score("short_f1", "short F1"),
+    Score("long_best_f1", "long F1, best threshold"),
+    Score("short_best_f1", "short F1, best threshold"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,16 @@ class NqResult:
     thresholds: tuple[float, float]
 
     def scores(self) -> dict[str, Any]:
-        """long_f1 and short_f1 at the thresholds, in percent; metrics: the official keys, as fractions."""
+        """long_f1 and short_f1 at the thresholds, and long_best_f1 and short_best_f1 at those that are best
+        on these documents, as the official evaluator has them, in percent; metrics: the official keys, as
+        fractions."""
+        metrics = {**kind_metrics(self.long, "long-"), **kind_metrics(self.short, "short-")}
         return {
             "long_f1": 100 * self.long.f1_at(self.thresholds[0]),
             "short_f1": 100 * self.short.f1_at(self.thresholds[1]),
-            "metrics": {**kind_metrics(self.long, "long-"), **kind_metrics(self.short, "short-")},
+            "long_best_f1": 100 * metrics["long-best-threshold-f1"],
+            "short_best_f1": 100 * metrics["short-best-threshold-f1"],
+            "metrics": metrics,
         }
 
     def losses(self, pruned: NqResult) -> dict[str, Any]:
@@ -91,6 +102,9 @@ class NqResult:
             counts = [getattr(result, kind).counts_at(result.thresholds[number]) for result in (self, pruned)]
             losses[f"{kind}_f1_loss"] = own_scores[f"{kind}_f1"] - pruned_scores[f"{kind}_f1"]
             losses[f"{kind}_f1_loss_interval"] = f1_loss_interval(*counts)
+            key, both = f"{kind}_best_f1", [getattr(result, kind) for result in (self, pruned)]
+            losses[f"{key}_loss"] = own_scores[key] - pruned_scores[key]
+            losses[f"{key}_loss_interval"] = best_f1_loss_interval(*both)
         return losses
 
 
@@ -119,9 +133,10 @@ class Pages:
         return arrival_lengths(by_document)
 
     def best_thresholds(self, model: PreTrainedModel) -> dict[str, float]:
-        """The thresholds under which long and short F1 of `model` are best here, by their fields' names."""
+        """The thresholds under which long and short F1 of `model` are best here, the mean over resamples of
+        the documents, by their fields' names."""
         result = self.evaluate(model, {LONG: 0.0, SHORT: 0.0})
-        return {LONG: best_threshold(result.long), SHORT: best_threshold(result.short)}
+        return {LONG: mean_threshold(result.long), SHORT: mean_threshold(result.short)}
 
     def best_fields(self, model: PreTrainedModel) -> dict[str, Any]:
         """The best thresholds: nothing else is chosen on these documents."""

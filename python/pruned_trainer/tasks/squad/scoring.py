@@ -13,14 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from pruned_ops.models.configuration import SCORED, ScoreCalibration
 from pruned_ops.qa.decoding import Decoded
 from pruned_ops.qa.questions import answer_scores
+from pruned_trainer.tasks.resampling import interval, samples
 from pruned_trainer.tasks.squad.examples import Example, parse_squad
 from pruned_trainer.tasks.task import Score
 
 FloatArray = NDArray[np.float64]
 
 SCORES = (Score("f1", "F1"), Score("exact", "exact", has_loss=False), Score("f1_span", "span F1"))
-# Resamples drawn at once: their indices for 10,000 questions take 4 MB.
-_RESAMPLES_AT_ONCE = 50
 # Where the calibration's two numbers are sought. temperature: from a model that ought to be much surer to one
 # that ought to be much less sure. other: from a model that may be certain to one that is right once in 50
 # times at its surest.
@@ -251,10 +250,8 @@ def bootstrap_interval(
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(f"resamples ({resamples}) must be at least 1, level ({level}) between 0 and 1")
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    rng = np.random.default_rng(seed)
-    means = []
-    for done in range(0, resamples, _RESAMPLES_AT_ONCE):
-        shape = (min(_RESAMPLES_AT_ONCE, resamples - done), difference.size)
-        means.append(difference[rng.integers(difference.size, size=shape)].mean(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    means = [difference[rows].mean(axis=1) for rows in samples(difference.size, resamples, seed)]
+    found = interval(np.concatenate(means), level)
+    if found is None:
+        raise ValueError("the scores are no finite numbers")
+    return found

@@ -13,16 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pruned_trainer.tasks.resampling import FloatArray, IntArray, counts, interval, samples
 from pruned_trainer.tasks.task import Score
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-
-RESAMPLES, LEVEL = 1000, 0.95
-# Resamples drawn at once.
-_AT_ONCE = 50
 
 
 class Measure(Protocol):
@@ -47,25 +40,17 @@ def loss_interval(
     """The 95% percentile interval of the measure of `first` less that of `second`, over RESAMPLES samples of
     the examples, drawn with replacement, the same ones for both. None where the measure is not defined on
     them. The same seed gives the same interval."""
-    rng, size = np.random.default_rng(seed), len(gold)
     of_first, of_second = (measure.statistics(gold, said) for said in (first, second))
-    differences = []
-    for done in range(0, RESAMPLES, _AT_ONCE):
-        draws = rng.integers(size, size=(min(_AT_ONCE, RESAMPLES - done), size))
-        differences.append(measure.resampled(of_first, draws) - measure.resampled(of_second, draws))
-    found = np.concatenate(differences)
-    found = found[np.isfinite(found)]
-    if not found.size:
-        return None
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    differences = [
+        measure.resampled(of_first, draws) - measure.resampled(of_second, draws)
+        for draws in samples(len(gold), seed=seed)
+    ]
+    return interval(np.concatenate(differences))
 
 
 def sums(statistics: FloatArray, draws: IntArray) -> FloatArray:
     """statistics (examples, k), draws (samples, examples) -> each sample's sums of them, (samples, k)."""
-    size = len(statistics)
-    counts = np.stack([np.bincount(rows, minlength=size) for rows in draws]).astype(np.float64)
-    return counts @ statistics
+    return counts(draws, len(statistics)) @ statistics
 
 
 @dataclass(frozen=True)
