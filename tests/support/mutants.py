@@ -109,7 +109,7 @@ MUTANTS = [
     Mutant("pruning/compact.py", "* unit_gates.to", "+ 0 * unit_gates.to"),
     Mutant("pruning/compact.py", "tensor.index_select(0, kept) * torch.tensor(hidden.values).to(tensor)",
            "tensor.index_select(0, kept)"),
-    Mutant("pruning/compact.py", ".to(model.device, model.dtype)", ".to(model.device)"),
+    Mutant("pruning/compact.py", ".to(encoder.device, encoder.dtype)", ".to(encoder.device)"),
     Mutant("pruning/compensate.py", "return None, error\n", "return None, -error\n"),
     Mutant("pruning/compensate.py", "- torch.outer(mean, mean)", ""),
     Mutant("pruning/compensate.py", "- torch.outer(error, mean)", ""),
@@ -122,7 +122,8 @@ MUTANTS = [
     Mutant("pruning/compensate.py", "            compensator.reset()\n", ""),
     Mutant("pruning/compensate.py", "        model.eval()\n    try", "        pass\n    try"),
     Mutant("pruning/compensate.py", "            model.train(training)\n", "            pass\n"),
-    Mutant("pruning/compensate.py", "theirs.exp() * (theirs - ours)", "theirs.exp() * (ours - theirs)"),
+    Mutant("tasks/output_kinds.py", "teacher_log.exp() * (teacher_log - student_log)",
+           "teacher_log.exp() * (student_log - teacher_log)"),
     # Importance.
     Mutant("pruning/importance.py", "gradient.abs().sum((0, 1))", "gradient.sum((0, 1)).abs()"),
     Mutant("pruning/importance.py", "value / price.clamp(min=1e-12)", "value"),

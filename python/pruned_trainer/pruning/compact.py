@@ -24,6 +24,8 @@ from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 # The submodules that go with the training of a model.
 _ONLY_IN_TRAINING = {"pruning_gates", "distillation_projection"}
+# The matrices of a text's classifier that read what was pooled: BERT's and RoBERTa's.
+_AFTER_POOLING = ("classifier.weight", "classifier.out_proj.weight")
 # Where Accelerate keeps the forward that it wraps to train a model under autocast.
 _FORWARD_BEFORE = "_original_forward"
 
@@ -111,13 +113,7 @@ def _trained_state(module: nn.Module) -> dict[str, Tensor]:
 def _check_hidden(model: nn.Module, encoder: Any, around: Any) -> None:
     """ValueError unless everything around the encoder reads its hidden states by matrices that can lose
     their columns."""
-    head = encoder if around is None else around
-    whole = head is model and (around is not None or getattr(encoder, "pooler", None) is None)
-    if (
-        not whole
-        or hasattr(head, "classifier")
-        and not type(head).__name__.endswith("ForTokenClassification")
-    ):
+    if around is not model and (encoder is not model or encoder.pooler is not None):
         raise ValueError(
             f"hidden dimensions cannot be pruned under the head of this {type(model).__name__}, which would "
             "need them all: prune heads and ffn (parts)"
@@ -134,6 +130,8 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
         "head_dim": shape.head_dim,
         "layer_shapes": list(shape.layers),
     }
+    if _pools(old):  # whose pooler stays as wide as it was
+        fields["pooler_size"] = getattr(config, "pooler_size", None) or source.hidden_size
     fields.pop("architectures", None)
     new_config = PRUNED_CONFIGS[config.model_type](**fields)
     if old is encoder:
@@ -146,7 +144,7 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
     for i, layer in enumerate(decision.layers):
         _slice_layer(state, f"{prefix}encoder.layer.{i}.", layer, source.head_dim)
     if decision.hidden is not None:
-        _slice_hidden(state, decision.hidden)
+        _slice_hidden(state, decision.hidden, _AFTER_POOLING if _pools(old) else ())
     narrow.load_state_dict(state)
     return narrow.to(encoder.device, encoder.dtype).train(old.training)
 
@@ -221,9 +219,17 @@ def _slice_layer(state: dict[str, Tensor], prefix: str, layer: LayerDecision, he
     state[key] = state[key].index_select(1, units) * unit_gates.to(state[key])
 
 
-def _slice_hidden(state: dict[str, Tensor], hidden: Kept) -> None:
-    """Slice every tensor's hidden dimension, in place; an open gate scales each LayerNorm's output."""
+def _pools(model: Any) -> bool:
+    """Whether a model's head reads one pooled state for each text, and not the hidden states themselves."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _slice_hidden(state: dict[str, Tensor], hidden: Kept, others: Sequence[str] = ()) -> None:
+    """Slice every tensor's hidden dimension, in place; an open gate scales each LayerNorm's output. others:
+    tensors without a hidden dimension."""
     for name, tensor in state.items():
+        if name in others:
+            continue
         kept = torch.tensor(hidden.indices, dtype=torch.long, device=tensor.device)
         if name.endswith(("LayerNorm.weight", "LayerNorm.bias")):
             state[name] = tensor.index_select(0, kept) * torch.tensor(hidden.values).to(tensor)

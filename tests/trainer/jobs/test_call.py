@@ -233,7 +233,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"train_dataset": unlabelled(8), "distillation": Distillation.none()}, "gates phase would have",
     ),
     "no labels to score by": ({"train_dataset": unlabelled(8), "recipe": "gain"}, "recipe gain scores by"),
-    "hidden under a pooler": ({"parts": ("heads", "hidden")}, "hidden dimensions cannot be pruned"),
+    "hidden under a head of one's own": (
+        {"model": lambda: OnlyLogits(), "train_dataset": unlabelled(8), "parts": ("heads", "hidden")},
+        "hidden dimensions cannot be pruned",
+    ),
     "unknown option": ({"gate_step": 3}, "prune has no option gate_step; it has align"),
 }  # fmt: skip
 

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 import pruned_ops
-from head_models import MODELS, SIZES, fields, stock
+from head_models import CLASSES, MODELS, SIZES, fields, stock
 from inputs import padded_batch, shake
 from pruned_ops.models.stock import choose_encoder, find_encoder
+from pruned_ops.runtime.optimize import optimized
 from pruned_trainer import Decision, SizeBudget, Target, attached, compact, decide
 from pruned_trainer.pruning.compact import check_parts_of
 from tiny_tokenizers import word_tokenizer, words
@@ -151,13 +152,33 @@ def test_a_changed_head_keeps_its_class() -> None:
             torch.testing.assert_close(narrow(**BATCH).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_hidden_dimensions_go_only_where_the_head_can_lose_them() -> None:
-    _, expected, narrow = decided(stock("bert", "token"), lambda m: m(**BATCH).logits, hidden=True)
-    assert narrow.config.hidden_size < 64
-    real = BATCH["attention_mask"].bool()
+@pytest.mark.parametrize("head", ["sequence", "token"])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_hidden_dimensions_go_where_the_head_can_lose_them(kind: str, head: str, tmp_path: Path) -> None:
+    """A pooler reads fewer of them, and is as wide as it was; twice, and from disk."""
+    model = stock(kind, head)
+    for _ in range(2):
+        decision, expected, narrow = decided(model, lambda m: m(**BATCH).logits, hidden=True)
+        assert decision.hidden is not None
+        assert narrow.config.hidden_size == len(decision.hidden.indices) < model.config.hidden_size
+        real = BATCH["attention_mask"].bool() if head == "token" else ...
+        with torch.no_grad():
+            torch.testing.assert_close(narrow(**BATCH).logits[real], expected[real], atol=1e-3, rtol=1e-3)
+        model = narrow
+    if head == "sequence":
+        assert narrow.config.pooled_width == 64
+    narrow.save_pretrained(tmp_path)
+    again = CLASSES[kind, head][2].from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        torch.testing.assert_close(narrow(**BATCH).logits[real], expected[real], atol=1e-3, rtol=1e-3)
-    for model in (stock("bert", "sequence"), stock("roberta", "sequence"), TwoTowersOnOne()):
+        assert torch.equal(again(**BATCH).logits, narrow(**BATCH).logits)
+        with optimized(again) as fast:
+            found = fast(**BATCH).logits[real]
+        torch.testing.assert_close(found, narrow(**BATCH).logits[real], atol=1e-4, rtol=1e-4)
+
+
+def test_hidden_dimensions_stay_under_other_heads() -> None:
+    torch.manual_seed(0)
+    for model in (TwoTowersOnOne(), BertModel(dense_config()).eval()):
         with pytest.raises(ValueError, match="hidden dimensions cannot be pruned under the head of this"):
             check_parts_of(model, ["hidden"])
         with pytest.raises(ValueError, match="hidden dimensions cannot be pruned under the head of this"):
