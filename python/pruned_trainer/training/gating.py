@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from pruned_trainer.training.teaching import Teaching
 
 # FFN widths are rounded up to a multiple of this, where no latency table says another.
 _ALIGN = 8
+# The gates' file in a Trainer's checkpoint.
+_CHECKPOINT = "gating.pt"
 # The batches that a target in time is for, where the caller names no others: 16 of 8 texts of 128 tokens.
 _LENGTH, _BATCH, _BATCHES = 128, 8, 16
 
@@ -103,6 +106,22 @@ class Gating:
         self._scheduler.step()
         self.done += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs of the gates, for `load_state_dict`."""
+        return {
+            "gates": self.phase.gates.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "done": self.done,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.phase.gates.load_state_dict(state["gates"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self.done = state["done"]
+
     def decide(self) -> Decision:
         """What stays, for `compact(model, decision)`. It may be called after the block, too."""
         return decide(self.phase.gates.scores(), self.budget, self.target, self.align)
@@ -176,8 +195,9 @@ class GatingTrainerMixin:
     Its constructor takes what `gating` takes, but for the model and the steps, as the dictionary `gating`,
     and everything else as the Trainer does. When `train` has ended, `decision` is what stays, and the model
     is without gates: `compact(trainer.model, trainer.decision)` makes it narrow. The Trainer's own loss, data
-    and optimiser stay as they are. The teacher is asked whatever the loss asks the model, so that
-    sentence-transformers' trainers work as well.
+    and optimiser stay as they are. A checkpoint has the gates' own state, too, so that
+    `train(resume_from_checkpoint=...)` comes to the same end. The teacher is asked whatever the loss asks the
+    model, so that sentence-transformers' trainers work as well.
     """
 
     def __init__(self, *args: Any, gating: Mapping[str, Any], **kwargs: Any) -> None:
@@ -206,6 +226,22 @@ class GatingTrainerMixin:
         batches = len(self.get_train_dataloader())  # type: ignore[attr-defined]
         each = max(batches // arguments.gradient_accumulation_steps, 1)
         return max(1, int(each * arguments.num_train_epochs))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self._gating is not None and self.args.should_save:  # type: ignore[attr-defined]
+            torch.save(self._gating.state_dict(), Path(output_dir) / _CHECKPOINT)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or self._gating is None:
+            return
+        file = Path(checkpoint) / _CHECKPOINT
+        if not file.is_file():
+            raise ValueError(
+                f"{checkpoint} has no {_CHECKPOINT}, the state of the gates: train without resuming"
+            )
+        self._gating.load_state_dict(torch.load(file, weights_only=True))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimiser for everything but the gates."""

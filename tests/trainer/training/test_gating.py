@@ -86,6 +86,33 @@ def test_the_mixin_prunes_in_a_trainer(tmp_path: Path) -> None:
     assert compact(model, trainer.decision)(**BATCH).loss is not None
 
 
+def test_the_mixin_resumes_with_its_gates(tmp_path: Path) -> None:
+    """From a checkpoint it comes to the same weights and the same gates, bit for bit; without the gates' own
+    state it does not begin."""
+    data = [{name: tensor[i] for name, tensor in BATCH.items()} for i in range(3)] * 8
+
+    def pruner(folder: str) -> Any:
+        args = TrainingArguments(
+            str(tmp_path / folder), max_steps=6, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_steps=3, learning_rate=1e-3,
+        )  # fmt: skip
+        return Pruner(stock("bert", "sequence"), args, train_dataset=data,
+                      gating={"target": Target(params=0.5)})  # fmt: skip
+
+    whole = pruner("whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    again = pruner("again")
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.decision == whole.decision
+    expected = whole.model.state_dict()
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    (checkpoint / "gating.pt").unlink()
+    with pytest.raises(ValueError, match="has no gating.pt, the state of the gates"):
+        pruner("third").train(resume_from_checkpoint=str(checkpoint))
+
+
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
