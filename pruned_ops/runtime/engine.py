@@ -306,7 +306,9 @@ class Engine:
             reason = self._unable or "it is not on a GPU, or a backend is asked for"
             raise RuntimeError(f"batches of this model do not run by CUDA graphs here: {reason}")
         before = self.stats.captures
-        heads = [head if head.computes() else None for head in self._encoder.heads] or [None]
+        heads: list[PackedHead | None] = [
+            head if head.computes() and head.in_graph else None for head in self._encoder.heads
+        ] or [None]
         for lengths in batches:
             for _, piece in pieces(lengths, self.max_tokens):
                 if sum(piece):

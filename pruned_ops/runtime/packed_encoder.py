@@ -201,7 +201,11 @@ class PackedEncoder(nn.Module):
     ) -> Outputs:
         """`compute` by the engine's graphs, where there may be any: on a GPU."""
         if self.engine is not None and (self.device.type == "cuda" or self.engine.recorder is not None):
-            return self.engine.run(inputs, batch, head, collect)
+            if head is None or head.in_graph:
+                return self.engine.run(inputs, batch, head, collect)
+            rows = self.engine.run(inputs, batch, None, collect).rows
+            assert rows is not None
+            return head(rows, batch.cu_seqlens)
         return self.compute(inputs, batch.cu_seqlens, batch.max_seqlen, head, collect)
 
     def compute(

@@ -22,23 +22,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    CamembertForMaskedLM,
     CamembertForQuestionAnswering,
     CamembertForSequenceClassification,
     CamembertForTokenClassification,
+    RobertaForMaskedLM,
     RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
     RobertaForTokenClassification,
+    XLMRobertaForMaskedLM,
     XLMRobertaForQuestionAnswering,
     XLMRobertaForSequenceClassification,
     XLMRobertaForTokenClassification,
 )
-from transformers.models.bert.modeling_bert import BertPooler
-from transformers.models.camembert.modeling_camembert import CamembertClassificationHead
-from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
-from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaClassificationHead
+from transformers.models.bert.modeling_bert import BertOnlyMLMHead, BertPooler
+from transformers.models.camembert.modeling_camembert import CamembertClassificationHead, CamembertLMHead
+from transformers.models.roberta.modeling_roberta import RobertaClassificationHead, RobertaLMHead
+from transformers.models.xlm_roberta.modeling_xlm_roberta import (
+    XLMRobertaClassificationHead,
+    XLMRobertaLMHead,
+)
 
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.encoder import PrunedPooler
@@ -66,6 +73,7 @@ class PackedHead:
     classes: the models whose forward it computes. A subclass counts unless it changed that forward."""
 
     classes: tuple[type[Any], ...] = ()
+    in_graph = True  # whether a CUDA graph holds it beside the encoder
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -222,6 +230,40 @@ class TextHead(PackedHead):
         return {"logits": outputs.firsts}
 
 
+class VocabularyHead(PackedHead):
+    """A score of each word of the vocabulary at each token, as a SparseEncoder reads it; 0 at padding.
+
+    The head is called as it is: it takes rows of any shape. A graph would keep its outputs, which are many
+    times the size of the model's other buffers."""
+
+    classes = (BertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM, CamembertForMaskedLM)
+    in_graph = False
+
+    @property
+    def _part(self) -> Any:
+        return self.module.cls if isinstance(self.module, BertForMaskedLM) else self.module.lm_head
+
+    @property
+    def linears(self) -> tuple[Any, ...]:
+        part = self._part
+        if isinstance(part, BertOnlyMLMHead):
+            return part.predictions.transform.dense, part.predictions.decoder
+        return part.dense, part.decoder
+
+    def computes(self) -> bool:
+        known = (BertOnlyMLMHead, RobertaLMHead, XLMRobertaLMHead, CamembertLMHead)
+        if type(self._part) not in known or any(map(_is_hooked, self._part.modules())):
+            return False
+        return super().computes()
+
+    def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
+        return Outputs(self._part(states), None)
+
+    def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
+        assert outputs.rows is not None
+        return {"logits": batch.unpack(outputs.rows)}
+
+
 HEADS: tuple[type[PackedHead], ...] = (SpanHead, SpanAndTypeHead, TokenHead, TextHead)
 ANSWERERS: tuple[type[Any], ...] = (*SpanHead.classes, *SpanAndTypeHead.classes)
 CLASSIFIERS: tuple[type[Any], ...] = (*TokenHead.classes, *TextHead.classes)
@@ -229,7 +271,11 @@ CLASSIFIERS: tuple[type[Any], ...] = (*TokenHead.classes, *TextHead.classes)
 
 def packed_head(module: nn.Module) -> PackedHead | None:
     """The packed head of a model whose forward is that of one of HEADS' classes; None for another model."""
-    for head in HEADS:
+    return _head_among(HEADS, module)
+
+
+def _head_among(heads: tuple[type[PackedHead], ...], module: nn.Module) -> PackedHead | None:
+    for head in heads:
         for known in head.classes:
             # The pruned classifiers share one forward, and differ in the `classified` that it calls.
             if isinstance(module, known) and all(
@@ -272,13 +318,13 @@ def hook_head(module: nn.Module) -> tuple[PackedHead | None, bool]:
 
     Returns the head that is computed on packed rows, or None where it cannot be, and whether the model is of
     a known class."""
-    if not isinstance(module, (*ANSWERERS, *CLASSIFIERS)):
+    if not isinstance(module, (*ANSWERERS, *CLASSIFIERS, *VocabularyHead.classes)):
         return None, False
     parameters = inspect.signature(type(module).forward).parameters
     names = tuple(parameters)[1:]
     # transformers 4's forwards do not hand keyword arguments on to the encoder.
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    head = packed_head(module) if hands_on else None
+    head = _head_among((*HEADS, VocabularyHead), module) if hands_on else None
     after = _after_answering if isinstance(module, ANSWERERS) else _after_classifying
     module.register_forward_pre_hook(partial(_before, names, head), with_kwargs=True)
     module.register_forward_hook(partial(after, names), with_kwargs=True)
@@ -362,7 +408,7 @@ def _after_answering(names: ArgumentNames, module: nn.Module, args: tuple[Any, .
 
 
 def _after_classifying(names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], *others: Any) -> Any:
-    """Step 4 for labels."""
+    """Step 4 for labels and words."""
     kwargs, output = _kwargs_and_output(others)
     head_run = kwargs.get("head_run")
     return output if head_run is None else _with_fields(output, head_run)

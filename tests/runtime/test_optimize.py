@@ -9,17 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import BertModel
 
 import pruned_ops
 from counting import CustomHead, RowCounter
 from head_models import stock as stock_classifier
-from inputs import MODELS, READY, logits, padded_batch, pruned_model, stock_model
+from inputs import MODELS, READY, logits, padded_batch, pruned_model, shake, stock_model
 from pruned_ops import LayerShape
 from pruned_ops.models.encoder import PrunedPreTrainedModel
 from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.runtime.optimize import optimized
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder
+
+# transformers 4 hands no argument of a model on to its encoder, and so no request for a head on packed rows.
+needs_heads = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="transformers 4 has no way to the rows"
+)
 
 
 @pytest.mark.parametrize("backend", READY)
@@ -68,6 +74,33 @@ def test_only_real_tokens_are_computed(model: Any) -> None:
     # Four linear layers in each: q|k|v, attention output, FFN up, FFN down.
     assert len(counter.rows) == 4 * model.config.num_hidden_layers
     assert {rows for _, rows in counter.rows} == {int(batch["attention_mask"].sum())}
+
+
+@needs_heads
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "XLMRoberta", "Camembert"])
+def test_the_vocabulary_is_scored_for_real_tokens_alone(family: str) -> None:
+    """Its linear is the largest of a SparseEncoder: a padded row would cost as much as many layers."""
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=40, pad_token_id=1,
+    )  # fmt: skip
+    plain = shake(getattr(transformers, f"{family}ForMaskedLM")(config).eval(), 0)
+    fast = pruned_ops.optimize(copy.deepcopy(plain))
+    mask = (torch.arange(9) < torch.tensor([9, 2, 0, 5])[:, None]).long()
+    ids = torch.randint(2, 50, mask.shape, generator=torch.Generator().manual_seed(0)) * mask + 1 - mask
+    with torch.no_grad(), RowCounter() as counter:
+        found = fast(ids, attention_mask=mask).logits
+    assert {rows for _, rows in counter.rows if rows} == {int(mask.sum())}
+    assert not found[mask == 0].any()
+    seen: list[torch.Size] = []
+    fast.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[2].shape))
+    with torch.no_grad():
+        hooked, expected = (model(ids, attention_mask=mask).logits for model in (fast, plain))
+    assert seen == [expected.shape]  # a hook of the caller's sees what it saw before
+    for logits_found in (found, hooked):
+        torch.testing.assert_close(logits_found[mask == 1], expected[mask == 1], atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="does not take labels"):
+        fast(ids, attention_mask=mask, labels=ids)
 
 
 @pytest.mark.parametrize("holes", ["left", "holes", "bool", "float", "none"])

@@ -61,7 +61,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found.keys() == expected.keys()
         for name in expected:
             assert_same(found[name], expected[name])
-    elif isinstance(expected, (np.ndarray, torch.Tensor)):
+    elif isinstance(expected, (np.ndarray, np.generic, torch.Tensor)):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         np.testing.assert_allclose(np.asarray(found), np.asarray(expected), **CLOSE)
     else:

@@ -1,0 +1,55 @@
+"""A rival that runs in a process of its own, in the Python of its own environment."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rivals.rival import Refused
+
+# Batch sizes among which a rival takes the faster one for each kind of texts.
+BATCH_SIZES = (8, 32)
+
+
+class Worker:
+    """Texts to vectors, computed by a script of this folder in another Python.
+
+    versions: of the packages that run there. batch_size: of the rival's `encode`. Errors: Refused where it
+    does not start, with the last line of what it said."""
+
+    def __init__(self, python: str, script: str, arguments: Sequence[Any], threads: int) -> None:
+        path = Path(__file__).with_name(script)
+        self.batch_size = BATCH_SIZES[-1]
+        self._process = subprocess.Popen(
+            [python, "-P", str(path), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)},
+        )
+        try:
+            self.versions: dict[str, str] = self._answer()
+        except EOFError:
+            assert self._process.stderr is not None
+            said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            raise Refused(f"{script} ended: {said[-1] if said else 'it said nothing'}") from None
+
+    def encode(self, texts: Sequence[str], show_progress_bar: bool = False) -> Any:
+        """The vectors (texts, dimensions). The pipe's time counts: some milliseconds a thousand texts."""
+        assert self._process.stdin is not None
+        pickle.dump((list(texts), self.batch_size), self._process.stdin)
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        return pickle.load(self._process.stdout)
