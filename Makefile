@@ -98,13 +98,13 @@ test-transformers4: $(VENV4)/.installed
 
 # The extension's own tests with every access and operation of it checked. A second build, beside the first: the
 # package in build/asan comes before the checkout's. Leaks are not looked for, Python's and torch's would be found.
-ASAN_TESTS := tests/ops/test_encoder.py tests/ops/test_int8.py tests/ops/test_ops.py
+ASAN_TESTS := tests/ops/test_bf16.py tests/ops/test_encoder.py tests/ops/test_int8.py tests/ops/test_ops.py
 asan: $(STAMP)
 	PRUNED_OPS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib >build/asan.log \
 		|| { cat build/asan.log; exit 1; }
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
-	$(BIN)/pytest -q -k "(cpu or encoder or int8) and not compiles_whole and not reference and not triton" $(ASAN_TESTS)
+	$(BIN)/pytest -q -k "(cpu or encoder or int8 or bf16) and not compiles_whole and not reference and not triton" $(ASAN_TESTS)
 
 # The extension's threads, with every access to memory watched: a third build, whose at::parallel_for makes threads that
 # ThreadSanitizer knows (tests/tsan). setarch: it wants memory where it looks for it.

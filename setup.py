@@ -77,8 +77,12 @@ KERNELS = "csrc/cpu/kernels.cpp"
 # files that run on other processors.
 INT8_KERNELS = "csrc/cpu/int8_kernels.cpp"
 INT8_FLAGS = {name: flags for name, flags in CAPABILITY_FLAGS.items() if name != "AVX512"}
+# bf16 has kernels for one instruction set alone, under a name of its own too.
+BF16_KERNELS = "csrc/cpu/bf16_kernels.cpp"
+BF16_FLAGS: dict[str, list[str]] = {}
 if "AVX512" in CAPABILITY_FLAGS:
     INT8_FLAGS["AVX512_VNNI"] = [*CAPABILITY_FLAGS["AVX512"], "-mavx512vnni"]
+    BF16_FLAGS["AVX512_BF16"] = [*CAPABILITY_FLAGS["AVX512"], "-mavx512bf16"]
 
 # The first chips that copy to shared memory in the background and multiply bfloat16; PTX for later ones.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
@@ -203,7 +207,8 @@ def make_build_extension() -> type:
             objects: list[str] = []
             copies = [(KERNELS, *copy) for copy in CAPABILITY_FLAGS.items()]
             copies += [(INT8_KERNELS, *copy) for copy in INT8_FLAGS.items()]
-            order = [*CAPABILITY_FLAGS, *INT8_FLAGS]
+            copies += [(BF16_KERNELS, *copy) for copy in BF16_FLAGS.items()]
+            order = [*CAPABILITY_FLAGS, *INT8_FLAGS, *BF16_FLAGS]
             for source, capability, flags in sorted(copies, key=lambda copy: order.index(copy[1])):
                 # ATen's headers know AVX512, not what it may have besides.
                 vectors = capability.partition("_")[0]
@@ -231,7 +236,9 @@ def extension(cuda: bool) -> Extension:
         "csrc/cpu/layer_norm.cpp",
     ]
     defined = [
-        (f"PRUNED_OPS_HAVE_{name}", "1") for name in CAPABILITY_FLAGS | INT8_FLAGS if name != "DEFAULT"
+        (f"PRUNED_OPS_HAVE_{name}", "1")
+        for name in CAPABILITY_FLAGS | INT8_FLAGS | BF16_FLAGS
+        if name != "DEFAULT"
     ]
     make = cpp_extension.CppExtension
     if cuda:
@@ -242,7 +249,7 @@ def extension(cuda: bool) -> Extension:
     return make(
         "pruned_ops._C",
         sources=sources,
-        depends=[KERNELS, INT8_KERNELS, *headers],
+        depends=[KERNELS, INT8_KERNELS, BF16_KERNELS, *headers],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=defined,
         extra_compile_args={"cxx": [*CXX_FLAGS, *SANITIZE, *THREADS_HEADER], "nvcc": NVCC_FLAGS},

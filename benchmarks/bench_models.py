@@ -49,7 +49,8 @@ from whole_models.memory import report_memory
 from whole_models.report import screen_table, write_report
 
 OURS = "ours"
-OURS_INT8 = "ours-int8"
+# Ours with its linears in another dtype, on a CPU: the runtime's name -> the dtype of `optimize`.
+OURS_NARROW = {"ours-bfloat16": "bfloat16", "ours-int8": "int8"}
 # What a service without dynamic shapes would do; one goal is stated against it. In arrival order only.
 PADDED = "hf padded to 384"
 
@@ -81,8 +82,8 @@ def contenders(
         model = source.load(model_name, device)
         files = folder / (fingerprint(model) if cached else model_name)
         samples = SAMPLES.inputs(model.config.vocab_size, model.config.pad_token_id, device)
-        int8 = [OURS_INT8] if device == "cpu" else []
-        for runtime in (OURS, *int8, *(name for name in names if name != PADDED or model_name == "dense")):
+        narrow = OURS_NARROW if device == "cpu" else ()
+        for runtime in (OURS, *narrow, *(name for name in names if name != PADDED or model_name == "dense")):
             try:
                 able.append(_contender(runtime, model_name, model, samples, files))
             except Refused as reason:
@@ -95,7 +96,7 @@ def _contender(
     runtime: str, model_name: str, model: Any, samples: Sequence[Batch], folder: Path
 ) -> Contender:
     precision = CPU_RIVALS[runtime].precision if runtime in CPU_RIVALS else "fp32"
-    precision = "int8" if runtime == OURS_INT8 else precision
+    precision = OURS_NARROW.get(runtime, precision)
     with torch.inference_mode():
         run = _runner(runtime, model, samples, folder)
     try:
@@ -109,11 +110,9 @@ def _contender(
 
 
 def _runner(runtime: str, model: Any, samples: Sequence[Batch], folder: Path) -> Run:
-    if runtime == OURS:
-        return forward(pruned_ops.optimize(copy.deepcopy(model)))
-    if runtime == OURS_INT8:
+    if runtime == OURS or runtime in OURS_NARROW:
         try:
-            return forward(pruned_ops.optimize(copy.deepcopy(model), dtype="int8"))
+            return forward(pruned_ops.optimize(copy.deepcopy(model), dtype=OURS_NARROW.get(runtime)))
         except ValueError as reason:
             raise Refused(str(reason)) from None
     if runtime == PADDED:
@@ -130,7 +129,7 @@ def row_facts(timings: dict[str, Timing], entries: list[Contender], peak: float)
         rivals = [
             other.name
             for other in entries
-            if other.runtime not in (OURS, OURS_INT8)
+            if other.runtime not in (OURS, *OURS_NARROW)
             and (other.model, other.precision) == (entry.model, entry.precision)
         ]
         flops = 2.0 * sum(entry.shape.macs(lengths) for lengths in timing.workload.batches)

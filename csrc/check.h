@@ -75,6 +75,19 @@ inline void int8_panels(const char* op, const char* name, const at::Tensor& tens
   TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
 }
 
+// A weight (out, in) as bf16 panels (ceil(out / 32), ceil(in / 2), 64); see panels.h.
+inline void bf16_panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
+  on(op, name, tensor, at::kCPU);
+  constexpr int64_t width = kWeightPanel * kBf16Group;
+  const int64_t panels = (out + kWeightPanel - 1) / kWeightPanel;
+  const int64_t steps = (in + kBf16Group - 1) / kBf16Group;
+  TORCH_CHECK(
+      tensor.dim() == 3 && tensor.size(0) == panels && tensor.size(1) == steps && tensor.size(2) == width, op,
+      ": ", name, " has shape ", tensor.sizes(), ", bf16 panels [", panels, ", ", steps, ", ", width,
+      "] of a weight [", out, ", ", in, "] are needed");
+  TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
+}
+
 // Checks a q|k|v (tokens, 3 * num_heads * head_dim); returns num_heads.
 inline int64_t num_heads(const char* op, const at::Tensor& qkv, int64_t head_dim, const Takes& takes = {}) {
   matrix(op, "qkv", qkv, takes);

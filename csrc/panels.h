@@ -5,6 +5,7 @@
 // layout is the same for every capability; zeros fill the last panel up.
 //
 //   fp32: panel = [ input 0: 32 floats ][ input 1 ] ... [ input in - 1 ]
+//   bf16: panel = [ inputs 0 and 1: 32 channels x 2 bfloat16 ][ inputs 2 and 3 ] ...
 //   int8: panel = [ start: 32 int32 ][ inputs 0 to 3: 32 channels x 4 int8 ][ inputs 4 to 7 ] ...
 //
 // int8 values are -127 to 127: AVX2 multiplies by their opposites. Each bracket is a step of 128 bytes.
@@ -18,7 +19,8 @@
 namespace pruned_ops {
 
 constexpr int64_t kWeightPanel = 32;  // output channels of a panel
-constexpr int64_t kStepBytes = 128;   // 32 channels of one input in fp32, of four in int8
+constexpr int64_t kStepBytes = 128;   // 32 channels of one input in fp32, of two in bf16, of four in int8
+constexpr int64_t kBf16Group = 2;     // inputs that one AVX512_BF16 instruction multiplies and adds
 constexpr int64_t kInt8Group = 4;     // inputs that one VNNI instruction multiplies and adds
 
 // One integer says what a part is: the number of heads of an attention, or -1 - the width of an FFN.

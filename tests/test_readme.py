@@ -134,6 +134,8 @@ def test_python_runs_as_printed(
         pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     if "int8" in source and (reason := refuse_encoder(stock_model().bert, int8=True)) is not None:
         pytest.skip(reason)
+    if "bfloat16" in source and (reason := refuse_encoder(stock_model().bert, bfloat16=True)) is not None:
+        pytest.skip(reason)
     for name, head in MODELS.items():
         if "base_url" not in source:
             source = source.replace(f'"{name}"', repr(str(models[head])))

@@ -1,7 +1,7 @@
 """The runtimes that a user of a CPU could take instead of ours, each at its best honest settings.
 
 All get torch's number of threads, dynamic batch and sequence axes, the exact GELU, and fp32 unless their name
-says int8.
+says bfloat16 or int8.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ def _quiet() -> Iterator[None]:
 def _arrays(batch: Batch, names: Iterable[str]) -> dict[str, Any]:
     zeros = torch.zeros_like(batch["input_ids"])  # token types, where the graph takes them
     return {name: batch.get(name, zeros).numpy() for name in names}
+
+
+def hugging_face_bfloat16(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+    """Hugging Face's forward of the model cast to bfloat16, all of it, whose products are oneDNN's."""
+    return forward(copy.deepcopy(model).bfloat16())
 
 
 def compiled(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
@@ -218,6 +223,7 @@ def _ctranslate2_saved(model: Any, folder: Path) -> Path:
 
 CPU_RIVALS = {
     "hf": Rival(hugging_face),
+    "hf-bfloat16": Rival(hugging_face_bfloat16, "bfloat16"),
     "compile": Rival(compiled),
     "ort": Rival(ort),
     "ort-fused": Rival(ort_fused),

@@ -59,18 +59,19 @@ def screen_table(workload: Workload, rows: Sequence[Row]) -> Table:
 
 
 def _ours(row: Row) -> bool:
-    return row["runtime"] in ("ours", "ours-int8", "ours-encode-many")
+    return row["runtime"] in ("ours", "ours-bfloat16", "ours-int8", "ours-encode-many")
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """All workloads: a column for each runtime, and how many times as fast as the best rival ours is; then
-    the accuracy of the int8 runtimes' logits, the runners that were left out, and the machine."""
+    the accuracy of the logits in bfloat16 and int8, the runners that were left out, and the machine."""
     timed = [row for row in rows if "refused" not in row]
     runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
     cells = {(row["workload"], row["model"], row["runtime"]): row for row in timed}
     ratios = {"ours": f"ours / best {timed[0]['precision']} rival"}
-    if "ours-int8" in runtimes:
-        ratios["ours-int8"] = "ours-int8 / best int8 rival"
+    for dtype in ("bfloat16", "int8"):
+        if f"ours-{dtype}" in runtimes:
+            ratios[f"ours-{dtype}"] = f"ours-{dtype} / best {dtype} rival"
     ceilings = any("percent_of_copy" in row for row in timed)
     columns = ["workload", "model", *runtimes, *ratios.values()]
     columns += ["ours, pruned against dense", "ours, of the ceilings"] if ceilings else []
@@ -89,7 +90,7 @@ def markdown(rows: Sequence[Row]) -> str:
         if ceilings:
             shown += _beside_ceilings(cells.get((workload, model, "ours")))
         lines.append(f"| {' | '.join([workload, model, *shown])} |")
-    cosines = {row["runner"]: row["cosine"] for row in timed if row["precision"] == "int8"}
+    cosines = {row["runner"]: row["cosine"] for row in timed if row["precision"] in ("bfloat16", "int8")}
     lines += ["", *(f"- {name}: cosine of its logits with hf's {c:.5f}" for name, c in cosines.items())]
     lines += _left_out(rows)
     return "\n".join([*lines, "", *_origin(timed[0])]) + "\n"

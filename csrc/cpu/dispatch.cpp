@@ -27,6 +27,11 @@ namespace AVX512_VNNI {
 extern const Int8Kernels int8_table;
 }
 #endif
+#ifdef PRUNED_OPS_HAVE_AVX512_BF16
+namespace AVX512_BF16 {
+extern const Bf16Kernels bf16_table;
+}
+#endif
 
 namespace {
 
@@ -54,6 +59,16 @@ const Int8Kernels& choose_int8() {
   return DEFAULT::int8_table;
 }
 
+const Bf16Kernels* choose_bf16() {
+#ifdef PRUNED_OPS_HAVE_AVX512_BF16
+  __builtin_cpu_init();
+  if (at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512bf16")) {
+    return &AVX512_BF16::bf16_table;
+  }
+#endif
+  return nullptr;
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -63,6 +78,11 @@ const Kernels& kernels() {
 
 const Int8Kernels& int8_kernels() {
   static const Int8Kernels& chosen = choose_int8();
+  return chosen;
+}
+
+const Bf16Kernels* bf16_kernels() {
+  static const Bf16Kernels* const chosen = choose_bf16();
   return chosen;
 }
 

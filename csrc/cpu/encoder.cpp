@@ -68,8 +68,11 @@ void for_each_chunk(int64_t rows, int64_t scratch_floats, const Run& run) {
 
 struct Linear {
   bool is_int8;
-  LinearArgs fp32;  // its panels are null in int8
+  LinearArgs fp32;  // its panels are null in int8 and bf16
   Int8LinearArgs int8;
+  Bf16LinearArgs bf16;  // its panels are null but in bf16
+
+  bool is_bf16() const { return bf16.panels != nullptr; }
 };
 
 struct Part {
@@ -83,7 +86,7 @@ struct Part {
 struct Scratch {
   float* inner;    // the FFN's activations
   float* sums;     // the second linear's output, which the LayerNorm takes
-  uint8_t* bytes;  // quantised rows
+  uint8_t* bytes;  // quantised or rounded rows
   float* scales;   // and their scales
 };
 
@@ -105,15 +108,16 @@ class Parts {
   int64_t widest_attention() const { return widest(true); }
   int64_t widest_ffn() const { return widest(false); }
 
-  // The most inputs of a linear in int8; 0 if there is none.
-  int64_t widest_int8() const {
-    int64_t inputs = 0;
+  // The most floats in whose place a row of inputs of a linear fits, in int8 or bf16; 0 if there is none.
+  int64_t widest_narrow() const {
+    int64_t floats = 0;
     for (const Part& part : list_) {
       for (const Linear* linear : {&part.first, &part.second}) {
-        if (linear->is_int8) inputs = std::max(inputs, linear->int8.in);
+        if (linear->is_int8) floats = std::max(floats, floats_of(linear->int8.in));
+        if (linear->is_bf16()) floats = std::max(floats, (linear->bf16.in + 1) / 2);
       }
     }
-    return inputs;
+    return floats;
   }
 
  private:
@@ -135,11 +139,20 @@ class Parts {
       TORCH_CHECK(bias.size(0) == 2 && bias.size(1) == out, kOp, ": ", bias_name, " has shape ", bias.sizes(),
                   ", bias and scales [2, ", out, "] are needed");
       const float* rows = biases_.back().const_data_ptr<float>();
-      return {true, {nullptr, rows, in, out}, {panels.const_data_ptr<int8_t>(), rows, rows + out, in, out}};
+      return {
+          true, {nullptr, rows, in, out}, {panels.const_data_ptr<int8_t>(), rows, rows + out, in, out}, {}};
+    }
+    check::vector(kOp, bias_name, bias, out);
+    const float* added = biases_.back().const_data_ptr<float>();
+    if (panels.scalar_type() == at::kBFloat16) {
+      check::bf16_panels(kOp, name, panels, in, out);
+      TORCH_CHECK(bf16_kernels() != nullptr, kOp, ": ", name,
+                  " is bfloat16, which takes a processor with AVX512_BF16");
+      const auto* bits = reinterpret_cast<const uint16_t*>(panels.const_data_ptr<at::BFloat16>());
+      return {false, {nullptr, added, in, out}, {}, {bits, added, in, out}};
     }
     check::panels(kOp, name, panels, in, out);
-    check::vector(kOp, bias_name, bias, out);
-    return {false, {panels.const_data_ptr<float>(), biases_.back().const_data_ptr<float>(), in, out}, {}};
+    return {false, {panels.const_data_ptr<float>(), added, in, out}, {}, {}};
   }
 
   int64_t widest(bool of_attention) const {
@@ -165,7 +178,7 @@ class Run {
         x_(x.mutable_data_ptr<float>()),
         inner_stride_(scratch_stride(parts.widest_ffn())),
         sums_stride_(scratch_stride(hidden)),
-        bytes_stride_(kFloatBytes * scratch_stride(floats_of(parts.widest_int8()))),
+        bytes_stride_(kFloatBytes * scratch_stride(parts.widest_narrow())),
         qkv_(at::empty({tokens_, 3 * parts.widest_attention()}, x.options())),
         context_(at::empty({tokens_, parts.widest_attention()}, x.options())) {}
 
@@ -226,6 +239,12 @@ class Run {
 
   void linear(const Linear& part, const float* x, int64_t x_stride, int64_t rows, Finish finish, float* out,
               int64_t out_stride, const Scratch& scratch) const {
+    if (part.is_bf16()) {
+      auto* const rounded = reinterpret_cast<uint16_t*>(scratch.bytes);
+      const int64_t stride = bytes_stride_ / static_cast<int64_t>(sizeof(*rounded));
+      bf16_kernels()->round(x, x_stride, rows, part.bf16.in, rounded, stride);
+      return bf16_kernels()->linear(part.bf16, rounded, stride, rows, finish, out, out_stride);
+    }
     if (!part.is_int8) {
       return kernels().linear(part.fp32, x, x_stride, rows, finish, out, out_stride);
     }

@@ -86,6 +86,27 @@ struct Int8Kernels {
 // The fastest that this processor has, or less where ATEN_CPU_CAPABILITY asks for less.
 const Int8Kernels& int8_kernels();
 
+// x weight^T + bias, both rounded to bf16, with fp32 sums.
+struct Bf16LinearArgs {
+  const uint16_t* panels;  // the weight's bits, as panels.h draws it
+  const float* bias;       // (out,)
+  int64_t in;
+  int64_t out;
+};
+
+struct Bf16Kernels {
+  const char* capability;
+  // Rounds rows of x to bf16, each filled up with zeros to whole pairs. rounded_stride: numbers.
+  void (*round)(const float* x, int64_t x_stride, int64_t rows, int64_t in, uint16_t* rounded,
+                int64_t rounded_stride);
+  // As Kernels::linear, on rounded rows.
+  void (*linear)(const Bf16LinearArgs& args, const uint16_t* x, int64_t x_stride, int64_t rows, Finish finish,
+                 float* out, int64_t out_stride);
+};
+
+// Null where this processor cannot, or ATEN_CPU_CAPABILITY asks for less.
+const Bf16Kernels* bf16_kernels();
+
 // The table for the capability that ATen runs its own kernels with (it obeys ATEN_CPU_CAPABILITY).
 const Kernels& kernels();
 

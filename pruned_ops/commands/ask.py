@@ -58,8 +58,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
     parser.add_argument(
         "--dtype",
-        choices=["int8"],
-        help="run the linears in int8, on a CPU (default: fp32)",
+        choices=["bfloat16", "int8"],
+        help="run the linears in this dtype, on a CPU (default: fp32)",
     )
 
 

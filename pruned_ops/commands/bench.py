@@ -37,7 +37,10 @@ def add_command(commands: Any) -> None:
     _add_workload(parser)
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="how often each batch is timed")
     parser.add_argument(
-        "--dtype", choices=["fp32", "int8"], default="fp32", help="precision of our runtime's linears"
+        "--dtype",
+        choices=["fp32", "bfloat16", "int8"],
+        default="fp32",
+        help="precision of our runtime's linears, on a CPU (default: fp32)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of the CPU (default: torch's number)"

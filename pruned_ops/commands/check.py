@@ -11,7 +11,7 @@ from pruned_ops.command_line import check_counts, say_skipped
 from pruned_ops.files import read_text
 
 if TYPE_CHECKING:
-    from pruned_ops.qa.agreement import Report
+    from pruned_ops.qa.agreement import Finding, Report
     from pruned_ops.qa.questions import Question
 
 
@@ -22,7 +22,7 @@ def add_command(commands: Any) -> None:
         help="compare the optimised model with the saved one on your own text",
         description="Run the saved model (padded, plain torch), the optimised one and each backend on the "
         "same text, in fp32, and compare their outputs at real tokens; with right answers in --questions, F1 "
-        "too. The exit status is 1 where one errs by more than rounding, or int8 by more than --tolerance.",
+        "too. The exit status is 1 where one errs by more than rounding, --dtype by more than --tolerance.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint with its tokenizer")
@@ -44,13 +44,15 @@ def add_command(commands: Any) -> None:
         help="these backends must run (default: those that can here, Triton's interpreter left out)",
     )
     parser.add_argument(
-        "--dtype", choices=["int8"], help="run the optimised model with its linears in int8 too, on a CPU"
+        "--dtype",
+        choices=["bfloat16", "int8"],
+        help="run the optimised model with its linears in this dtype too, on a CPU",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         metavar="X",
-        help="how far int8's logits may be off, as a share of the saved model's (L2 norm; default: 0.02)",
+        help="how far --dtype's logits may be off, as a share of the saved model's (L2 norm; default: 0.02)",
     )
     parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
 
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_counts(arguments, "limit")
     tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
     if arguments.tolerance is not None and arguments.dtype is None:
-        raise ValueError("--tolerance goes with --dtype int8")
+        raise ValueError("--tolerance goes with --dtype")
     if not tolerance >= 0:
         raise ValueError(f"--tolerance is {tolerance}; 0 or more is needed")
     backends = _backends(arguments.backends)
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     material = cut_material(tokenizer, model.config, name, questions, skipped)
     say_skipped(skipped)
     must_run = arguments.backends is not None
-    report = check(model, material, backends, must_run, arguments.dtype == "int8", tolerance)
+    report = check(model, material, backends, must_run, arguments.dtype, tolerance)
     print(
         f"{arguments.folder}: {type(model).__name__} on {model.device}, {material.name}: "
         f"{len(material.windows)} windows of {material.tokens:,} tokens, in batches of {BATCH_SIZE} padded "
@@ -125,14 +127,14 @@ def show(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pruned_ops.qa.agreement import INT8, SLACK, TIMES
+    from pruned_ops.qa.agreement import NARROW, SLACK, TIMES
 
     table = Table()
     table.add_column("", no_wrap=True)
     for name in ("error against fp64", "from saved", "F1", "answers or labels changed"):
         table.add_column(name, justify="right")
     saved, *others = report.findings
-    is_int8 = others[-1].name == INT8
+    narrow = others[-1] if others[-1].name in NARROW else None
     table.add_row(saved.name, f"{saved.error:.1e}", "-", _score(saved.f1), "-")
     for finding in others:
         changed = "-" if finding.changed is None else str(finding.changed)
@@ -145,23 +147,25 @@ def show(report: Report) -> None:
     for name, reason in report.refused.items():
         print(f"{name} did not run: {reason}")
     rule = f"{report.allowed:.1e}, {TIMES} times the saved model's own rounding error plus {SLACK:g}"
-    faulty = [name for name in report.faulty if name != INT8]
+    faulty = [name for name in report.faulty if name not in NARROW]
     if faulty:
         print(f"FAILED: {', '.join(faulty)} err by more than {rule}")
     else:
-        print(f"passed: every error {'but that of int8 ' * is_int8}is at most {rule}")
-    if is_int8:
-        _show_int8(others[-1].relative, report.tolerance, INT8 in report.faulty)
+        print(f"passed: every error {f'but that of {narrow.name} ' if narrow else ''}is at most {rule}")
+    if narrow is not None:
+        _show_narrow(narrow, report.tolerance, narrow.name in report.faulty)
 
 
-def _show_int8(relative: float, tolerance: float, is_faulty: bool) -> None:
-    """Print how far int8 is off, and what helps where that is too far."""
-    found = f"int8 is off by {relative:.4f} of the saved model's logits (L2 norm)"
+def _show_narrow(finding: Finding, tolerance: float, is_faulty: bool) -> None:
+    """Print how far a narrow dtype is off, and what helps where that is too far."""
+    found = f"{finding.name} is off by {finding.relative:.4f} of the saved model's logits (L2 norm)"
     if is_faulty:
-        print(
-            f"FAILED: {found}, more than the tolerance of {tolerance:g}: with calibration=batches of your "
-            "text pruned_ops.optimize leaves in fp32 what hurts most"
-        )
+        way_out = "run it in float32"
+        if finding.name == "int8":
+            way_out = (
+                "with calibration=batches of your text pruned_ops.optimize leaves in fp32 what hurts most"
+            )
+        print(f"FAILED: {found}, more than the tolerance of {tolerance:g}: {way_out}")
     else:
         print(f"passed: {found}, within the tolerance of {tolerance:g}")
 

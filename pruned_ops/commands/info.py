@@ -36,7 +36,7 @@ def run(_: argparse.Namespace) -> None:
 
 def _extension() -> dict[str, str]:
     """What the C++ extension was built for, and what this processor has; empty without the extension."""
-    from pruned_ops.ops.backends.cpu import extension, int8_capability, slow_int8
+    from pruned_ops.ops.backends.cpu import bf16_capability, extension, int8_capability, slow_int8
 
     if extension is None:
         return {}
@@ -47,6 +47,9 @@ def _extension() -> dict[str, str]:
         "extension": f"built with torch {built['torch']}, {built['compiler']}",
         "kernels": f"{', '.join(built['capabilities'])}; runs {extension.cpu_capability()}",
         "int8 kernels": f"runs {int8_capability()}" + (f" ({slow})" if slow else ""),
+        "bf16 kernels": f"runs {bf16_capability()}"
+        if bf16_capability()
+        else "this processor has no AVX512_BF16",
         "cuda kernels": f"CUDA {cuda['version']}, for {cuda['architectures']}" if cuda else "not built",
         "cpu features": ", ".join(features) or "none of those asked about",
     }

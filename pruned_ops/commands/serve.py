@@ -81,8 +81,8 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     loading.add_argument("--device", help="where they run (default: a GPU where there is one)")
     loading.add_argument(
         "--dtype",
-        choices=["int8"],
-        help="run the linears in int8, on a CPU (default: fp32)",
+        choices=["bfloat16", "int8"],
+        help="run the linears in this dtype, on a CPU (default: fp32)",
     )
     loading.add_argument(
         "--texts-file",

@@ -20,7 +20,14 @@ from pruned_ops.files import shown
 from pruned_ops.layers.int8 import SCALE
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights, Layout, PanelWeights, release
-from pruned_ops.ops.panels import attention_part, ffn_part, int8_panels, to_int8_panels, to_panels
+from pruned_ops.ops.panels import (
+    attention_part,
+    ffn_part,
+    int8_panels,
+    to_bf16_panels,
+    to_int8_panels,
+    to_panels,
+)
 from pruned_ops.shape import LayerShape, ModelShape
 
 # The activations that the runtime computes besides the exact GELU, which is fused into an op.
@@ -159,11 +166,11 @@ class PrunedLayer(nn.Module):
         return self.ffn(self.attention(x, cu_seqlens, max_seqlen))
 
 
-def _panels_of(linear: nn.Linear, int8: bool) -> tuple[Tensor, ...]:
+def _panels_of(linear: nn.Linear, int8: bool, bfloat16: bool) -> tuple[Tensor, ...]:
     """A linear's panels and, in int8, the scales after them."""
     weight = linear.weight.detach()
     if not int8:
-        return (to_panels(weight),)
+        return (to_bf16_panels(weight) if bfloat16 else to_panels(weight),)
     if weight.is_floating_point():
         return to_int8_panels(weight)
     return int8_panels(weight), linear.get_parameter(SCALE).detach()
@@ -217,7 +224,18 @@ class PrunedEncoder(nn.Module):
         """The names of the linears that run in int8."""
         return self._layout.int8 if self.runs_in_one_call and self._layout is not None else frozenset()
 
-    def pack(self, keep_weights: bool = True, int8: Collection[str] = ()) -> None:
+    @property
+    def runs_in_bfloat16(self) -> bool:
+        """Whether the linears run in bfloat16, but for those that run in int8."""
+        return self.runs_in_one_call and self._layout is not None and self._layout.bfloat16
+
+    def pack(
+        self,
+        keep_weights: bool = True,
+        int8: Collection[str] = (),
+        bfloat16: bool = False,
+        keep_fp32: bool = True,
+    ) -> None:
         """Lay the weights out as the kernels of their device want them.
 
         On a CPU they become panels, with which all layers run in one call; on a GPU they are aligned. Where
@@ -227,6 +245,8 @@ class PrunedEncoder(nn.Module):
         int8: the names (from `linear_names`) of the linears that shall run in int8; they keep their weights,
         unless these are int8 themselves (with `weight_scale` beside them, see `layers.int8.Int8Linear`). Such
         linears run in int8 in any case.
+        bfloat16: whether the other linears run in bfloat16. Where that rounds a weight the linear keeps its
+        own, unless keep_fp32=False gives it up for the rounded one.
         Errors: ValueError for a name that is not in `linear_names`.
         """
         unknown = set(int8) - set(self.linear_names)
@@ -239,7 +259,7 @@ class PrunedEncoder(nn.Module):
             for name, module in self.named_modules()
             if isinstance(module, nn.Linear) and not module.weight.is_floating_point()
         }
-        layout = Layout(keep_weights, frozenset(int8) | stored)
+        layout = Layout(keep_weights, frozenset(int8) | stored, bfloat16, keep_fp32)
         laid_out = self._lay_out(layout)
         # All weights are laid out before the first is released, so that an error leaves them as they were.
         self._laid_out, self._layout = laid_out, layout
@@ -258,11 +278,11 @@ class PrunedEncoder(nn.Module):
 
     def _lay_out(self, layout: Layout) -> PanelWeights | AlignedWeights | None:
         if PanelWeights.refuse(self.parts) is None:
-            return self._panels(layout.int8)
+            return self._panels(layout)
         return AlignedWeights(self.parts) if AlignedWeights.refuse(self.parts) is None else None
 
-    def _panels(self, int8: Collection[str]) -> PanelWeights:
-        quantised = {id(self.get_submodule(name)) for name in int8}
+    def _panels(self, layout: Layout) -> PanelWeights:
+        quantised = {id(self.get_submodule(name)) for name in layout.int8}
         made: dict[
             tuple[int, bool], tuple[Tensor, ...]
         ] = {}  # a weight that two linears share lies there once
@@ -270,11 +290,11 @@ class PrunedEncoder(nn.Module):
         def lay_out(linear: nn.Linear) -> tuple[Tensor, Tensor]:
             bias, key = linear.bias.detach(), (id(linear.weight), id(linear) in quantised)
             if key not in made:
-                made[key] = _panels_of(linear, key[1])
+                made[key] = _panels_of(linear, key[1], layout.bfloat16)
             panels, *scales = made[key]
             return panels, torch.stack([bias, *scales]) if scales else bias
 
-        return PanelWeights(self.parts, self.head_dim, lay_out)
+        return PanelWeights(self.parts, self.head_dim, lay_out, layout.keep_fp32)
 
     def plain(self, part: int, linear: int, name: str) -> Tensor:
         """The weight (out, in), or the bias or the scales (out,) of a linear, as `name` says, wherever the
@@ -311,7 +331,7 @@ class PrunedEncoder(nn.Module):
         self.unpack()
         super()._apply(*args, **kwargs)
         if layout is not None:
-            self.pack(layout.keep_weights, layout.int8)
+            self.pack(layout.keep_weights, layout.int8, layout.bfloat16, layout.keep_fp32)
         return self
 
     def forward(self, x: Tensor, batch: PackedBatch, collect: list[Tensor] | None = None) -> Tensor:

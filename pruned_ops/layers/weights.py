@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pruned_ops import ops
 from pruned_ops.layers.released import placeholder
-from pruned_ops.ops.panels import PART_TENSORS, from_int8_panels, from_panels
+from pruned_ops.ops.panels import PART_TENSORS, from_bf16_panels, from_int8_panels, from_panels
 from pruned_ops.ops.registry import given_up
 
 # Bytes. A GPU's widest loads and its tensor descriptors need the address of a matrix and of each of its rows
@@ -52,11 +52,14 @@ class Layout:
     """What a stack's weights were laid out for.
 
     keep_weights: the linears keep their own weights beside the copy that is laid out.
-    int8: the names of the linears that run in int8.
+    int8: the names of the linears that run in int8. bfloat16: whether the others run in bfloat16.
+    keep_fp32: the linears keep the weights that bfloat16 rounds.
     """
 
     keep_weights: bool
     int8: frozenset[str]
+    bfloat16: bool = False
+    keep_fp32: bool = True
 
 
 class PanelWeights:
@@ -65,7 +68,8 @@ class PanelWeights:
     lay_out: a linear -> its panels and its bias, as `ops.encoder` takes them. The panels hold the weights as
     they are now; the LayerNorms' parameters are shared with the parts.
     A linear's own weight is not needed beside its panels where they hold the same numbers: where it runs in
-    fp32, or where its own weight is int8 already.
+    fp32, where its own weight is int8 already, or where its numbers are bfloat16 numbers. keep_fp32=False
+    takes the rounded numbers for its own in any case.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class PanelWeights:
         parts: Sequence[LayerPart],
         head_dim: int,
         lay_out: Callable[[nn.Linear], tuple[Tensor, Tensor]],
+        keep_fp32: bool = True,
     ) -> None:
         self.head_dim = head_dim
         self.eps = parts[0].norm.eps if parts else 0.0
@@ -86,9 +91,9 @@ class PanelWeights:
                 panels, bias = lay_out(linear)
                 self.weights += [panels, bias]
                 self._shapes.append((linear.out_features, linear.in_features))
-                self._is_exact.append(linear.weight.is_floating_point() == panels.is_floating_point())
+                self._is_exact.append(_holds(panels, linear.weight, keep_fp32))
             self.weights += [part.norm.weight.detach(), part.norm.bias.detach()]
-        self.holds_int8 = not all(weight.is_floating_point() for weight in self.weights)
+        self.holds_narrow = any(weight.dtype != torch.float32 for weight in self.weights)
 
     @staticmethod
     def refuse(parts: Sequence[LayerPart]) -> str | None:
@@ -107,15 +112,17 @@ class PanelWeights:
     @property
     def can_run_preferred(self) -> bool:
         """False if a backend was asked for by name that lacks `ops.encoder`: such a backend needs the weights
-        as nn.Linear has them (`weight_of`). int8 weights exist as panels only, so with them this is True,
-        and the op raises the error."""
-        return self.holds_int8 or ops.encoder.can_run_preferred()
+        as nn.Linear has them (`weight_of`). int8 and bfloat16 weights exist as panels only, so with them this
+        is True, and the op raises the error."""
+        return self.holds_narrow or ops.encoder.can_run_preferred()
 
     def weight_of(self, part: int, linear: int) -> Tensor:
-        """A copy of the weight (out, in) of one of a part's two linears, as its panels hold it: fp32 or
-        int8."""
+        """A copy of the weight (out, in) of one of a part's two linears, as its panels hold it: int8, or fp32
+        of fp32 and bfloat16."""
         panels = self.weights[PART_TENSORS * part + 2 * linear]
         out, inputs = self._shapes[2 * part + linear]
+        if panels.dtype == torch.bfloat16:
+            return from_bf16_panels(panels, out, inputs)
         if panels.is_floating_point():
             return from_panels(panels, out)
         return from_int8_panels(panels, out, inputs).contiguous()
@@ -142,6 +149,13 @@ class PanelWeights:
         return ops.encoder(
             x, cu_seqlens, max_seqlen, weights, self.widths[first:last], self.head_dim, self.eps
         )
+
+
+def _holds(panels: Tensor, weight: Tensor, keep_fp32: bool) -> bool:
+    """Whether a linear's own weight can be made of its panels again, or shall be."""
+    if panels.dtype == torch.bfloat16 and keep_fp32:
+        return torch.equal(from_bf16_panels(panels, *weight.shape), weight)
+    return weight.is_floating_point() == panels.is_floating_point()
 
 
 class AlignedWeights:

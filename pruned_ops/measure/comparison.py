@@ -68,12 +68,12 @@ def compare(
 ) -> Benchmark:
     """Time saved models, each in both runtimes, and test whether the first one is launch-bound.
 
-    models: "pruned" and "dense", or one model under any name. dtype: "fp32" or "int8", of our runtime's
-    linears. fixed: whether every batch is padded to the longest sequence of all.
+    models: "pruned" and "dense", or one model under any name. dtype: "fp32", "bfloat16" or "int8", of
+    our runtime's linears. fixed: whether every batch is padded to the longest sequence of all.
     Errors: ValueError for models that cannot take the same inputs; `optimize`'s.
     """
     inputs = _inputs(list(models.values()), workload, fixed)
-    kind = "int8" if dtype == "int8" else None
+    kind = None if dtype == "fp32" else dtype
     optimised = {name: optimize(copy.deepcopy(model), dtype=kind) for name, model in models.items()}
     first = next(iter(models))
     runners: dict[str, Runner] = {}

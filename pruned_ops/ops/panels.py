@@ -1,4 +1,5 @@
-"""What `ops.encoder` takes: the code of a part, the layout of weights as panels, and the arithmetic of int8.
+"""What `ops.encoder` takes: the code of a part, the layout of weights as panels, and the arithmetic of
+bfloat16 and int8.
 
 A panel holds 32 output channels, input by input, so that a kernel reads a weight from front to back;
 csrc/panels.h draws it. In int8 a weight has a scale per output channel and an activation a scale per token,
@@ -13,6 +14,7 @@ from torch import Tensor
 
 PART_TENSORS = 6  # the tensors of one part: panels and bias of two linears, LayerNorm's weight and bias
 PANEL = 32  # output channels that lie together
+PAIR = 2  # inputs of a channel that lie together in bfloat16
 GROUP = (
     4  # inputs of a channel that lie together in int8: as many as one VNNI instruction multiplies and adds
 )
@@ -49,6 +51,32 @@ def from_panels(panels: Tensor, out: int) -> Tensor:
     """A contiguous copy of the weight (out, in) that these fp32 panels hold."""
     rows = panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return rows.view(panels.size(0) * PANEL, panels.size(1))[:out]
+
+
+def to_bf16_panels(weight: Tensor) -> Tensor:
+    """Round a weight (out, in) to bfloat16 panels (ceil(out / 32), ceil(in / 2), 64).
+
+    Each step of a panel holds 2 inputs of 32 channels, those of a channel together."""
+    count, pairs = -(-weight.size(0) // PANEL), -(-weight.size(1) // PAIR)
+    fill = (0, pairs * PAIR - weight.size(1), 0, count * PANEL - weight.size(0))
+    rows = F.pad(weight.to(torch.bfloat16), fill).view(count, PANEL, pairs, PAIR)
+    return rows.transpose(1, 2).reshape(count, pairs, PANEL * PAIR).contiguous()
+
+
+def from_bf16_panels(panels: Tensor, out: int, inputs: int) -> Tensor:
+    """A contiguous copy in fp32 of the weight (out, in) that these bfloat16 panels hold."""
+    count, pairs = panels.size(0), panels.size(1)
+    rows = panels.view(count, pairs, PANEL, PAIR).transpose(1, 2).reshape(count * PANEL, pairs * PAIR)
+    return rows[:out, :inputs].float().contiguous()
+
+
+def bf16_linear(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
+    """Multiply x (rows, in), rounded to bfloat16, by a weight in bfloat16 panels and add the bias.
+
+    Returns (rows, out). Products and sums are in x's dtype: fp32 holds the product of two bfloat16 numbers
+    exactly."""
+    weight = from_bf16_panels(panels, bias.size(0), x.size(1))
+    return F.linear(x.to(torch.bfloat16).to(x.dtype), weight.to(x.dtype), bias)
 
 
 def to_int8_panels(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from pruned_ops.ops.panels import (
     GROUP,
+    PAIR,
     PANEL,
     PART_TENSORS,
+    bf16_linear,
     from_panels,
     inner_width,
     int8_linear,
@@ -264,8 +266,9 @@ def encoder(
 
     widths: one integer per part, `attention_part(num_heads)` or `ffn_part(width)` of panels.py.
     weights: six tensors per part: panels and bias of its first linear (q|k|v, or FFN up), panels and bias of
-    its second linear, weight and bias of its LayerNorm. The panels are those of panels.py, in fp32 or int8.
-    With int8 panels the bias is (2, out), and its second row holds the scales.
+    its second linear, weight and bias of its LayerNorm. The panels are those of panels.py, in fp32, bfloat16
+    or int8. With bfloat16 panels the linear's input is rounded to bfloat16 and the sums are fp32. With int8
+    panels the bias is (2, out), and its second row holds the scales. All else is in fp32.
     cu_seqlens, max_seqlen, head_dim: as in `attention`. The FFN's activation is the exact GELU.
     """
     _check_matrix("encoder", "x", x)
@@ -289,16 +292,22 @@ def encoder(
 
 
 def _panel_linear(name: str, x: Tensor, panels: Tensor, bias: Tensor, out: int) -> Tensor:
-    """x (rows, in) times a weight in panels, plus bias: (rows, out), in fp32 or int8 as the panels are."""
-    is_int8 = panels.dtype == torch.int8
+    """x (rows, in) times a weight in panels, plus bias: (rows, out), by the dtype of the panels."""
+    is_int8, is_bf16 = panels.dtype == torch.int8, panels.dtype == torch.bfloat16
     count, inputs = -(-out // PANEL), x.size(1)
-    shape = (count, 1 + -(-inputs // GROUP), GROUP * PANEL) if is_int8 else (count, inputs, PANEL)
+    shape = (count, inputs, PANEL)
+    if is_int8:
+        shape = (count, 1 + -(-inputs // GROUP), GROUP * PANEL)
+    elif is_bf16:
+        shape = (count, -(-inputs // PAIR), PAIR * PANEL)
     torch._check(
         tuple(panels.shape) == shape,
         lambda: f"encoder: {name} weight has shape {tuple(panels.shape)}, panels {shape} are needed",
     )
     if not is_int8:
         _check_vector("encoder", f"{name} bias", bias, out)
+        if is_bf16:
+            return bf16_linear(x, panels, bias)
         return F.linear(x, from_panels(panels, out), bias)
     torch._check(
         tuple(bias.shape) == (2, out),

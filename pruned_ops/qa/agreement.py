@@ -27,12 +27,13 @@ from pruned_ops.runtime.optimize import optimized
 from pruned_ops.runtime.packed_heads import ANSWERERS, CLASSIFIERS
 from pruned_ops.runtime.streaming import padded
 
-SAVED, OPTIMISED, INT8 = "saved", "optimised", "int8"
+SAVED, OPTIMISED = "saved", "optimised"
+NARROW = ("bfloat16", "int8")  # the dtypes of `optimize` that are no rounding of fp32
 BATCH_SIZE, MAX_LENGTH = 8, 384
 # An op of a backend may err twice as much as plain torch does, plus SLACK. The errors of a model's ops add
 # up, in each backend in another way: twice that is allowed. A fault is hundreds of times as large.
 TIMES, SLACK = 4, 1e-5
-# int8 is no rounding of fp32: it may be off by this share of the saved model's logits, as `optimize` allows.
+# Such a dtype may be off by this share of the saved model's logits, as `optimize` allows int8.
 TOLERANCE = 0.02
 # The texts where none are given. Their lengths differ, so that batches are padded.
 SAMPLE = (
@@ -95,7 +96,7 @@ class Finding:
 @dataclass(frozen=True)
 class Report:
     """The findings, the saved model's first. refused: the ways that could not run, with the reasons. allowed:
-    the largest error that counts as rounding. tolerance: the largest relative difference of int8."""
+    the largest error that counts as rounding. tolerance: the largest relative difference of NARROW ones."""
 
     findings: tuple[Finding, ...]
     refused: Mapping[str, str]
@@ -108,7 +109,7 @@ class Report:
         return [finding.name for finding in self.findings[1:] if not self._passes(finding)]
 
     def _passes(self, finding: Finding) -> bool:
-        if finding.name == INT8:
+        if finding.name in NARROW:
             return finding.relative <= self.tolerance
         return finding.error <= self.allowed
 
@@ -138,25 +139,25 @@ def check(
     material: Material,
     backends: Sequence[str],
     must_run: bool = False,
-    int8: bool = False,
+    dtype: str | None = None,
     tolerance: float = TOLERANCE,
 ) -> Report:
     """Run `model`, a saved one, in every way; it is as before afterwards.
 
-    must_run: a backend that refuses is an error (ValueError), not a line of the report. int8: run the
-    optimised model with all linears in int8, too. Errors: ValueError where int8 cannot run.
+    must_run: a backend that refuses is an error (ValueError), not a line of the report. dtype: run the
+    optimised model with all linears in this one, too (see `optimize`). Errors: ValueError where it cannot.
     """
     saved, _ = logits_of(model, material)
     truth, _ = logits_of(copy.deepcopy(model).double(), material)
     own_error = _largest(saved, truth)
     answers = _said(model, material, saved)
     findings, refused = [Finding(SAVED, own_error, 0.0, 0.0, _f1(model, answers, material), 0)], {}
-    for name in (OPTIMISED, *backends, *([INT8] if int8 else [])):
+    for name in (OPTIMISED, *backends, *([] if dtype is None else [dtype])):
         try:
             with ExitStack() as stack:
                 if name in backends:
                     stack.enter_context(use_backend(name))
-                fast = stack.enter_context(optimized(model, "int8" if name == INT8 else None))
+                fast = stack.enter_context(optimized(model, dtype if name == dtype else None))
                 logits, ran = logits_of(fast, material)
         except BackendError as reason:
             if must_run:

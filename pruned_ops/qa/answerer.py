@@ -67,7 +67,7 @@ class QuestionAnswerer:
     optimised in place and stays so: its own weights read as NaN until `pruned_ops.restore(model)`.
     tokenizer: the fast tokenizer beside the model; needed with a model that is passed in.
     device: where the model runs; by default a checkpoint goes to the GPU where there is one, and a model
-    passed in stays where it is. dtype: None, or "int8" on a CPU (see `optimize`).
+    passed in stays where it is. dtype: None, or "bfloat16" or "int8" on a CPU (see `optimize`).
     max_length, stride: tokens of a window, and tokens that two neighbouring windows of a text share; by
     default 384 (less where the model takes less) and a third of it. max_answer_tokens: tokens of the longest
     answer. null_score_threshold: the answer is "" where the score of "no answer" exceeds the best span's by

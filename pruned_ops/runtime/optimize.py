@@ -40,6 +40,8 @@ from pruned_ops.runtime.texts import hook_texts, text_batches, text_model, text_
 
 Batch = Mapping[str, Any]  # a model's arguments, or the features of a model of sentence-transformers
 
+DTYPES = (None, "bfloat16", "int8")  # of the linears
+
 _HEAD = "_pruned_ops_head"
 _MODES = "_pruned_ops_modes"
 _MANY = "encode_many"
@@ -51,6 +53,7 @@ def optimize(
     calibration: Iterable[Batch | str | Sequence[str]] | None = None,
     tolerance: float = 0.02,
     graphs: bool = True,
+    keep_fp32: bool = True,
 ) -> Any:
     """Let `model` run packed: a stock or pruned BERT or RoBERTa, or a module that contains one.
 
@@ -61,10 +64,11 @@ def optimize(
     CrossEncoder and a SparseEncoder do so in their own `encode` and `predict`, whose `batch_size` then has
     no effect. While the weights are laid out the encoders' own are still there; they are released at the
     end. Any error leaves the model as it was. Threads may call this while others run the model.
-    dtype: None keeps the weights' own. "int8" runs the linears in int8, with a scale for each channel of the
-    weights and each token of the activations, on a CPU; the fp32 weights are kept, and `save_pretrained`
-    writes the int8 ones. A model that was loaded from such a checkpoint runs in int8. A warning tells where
-    int8 is not faster than fp32 on this processor.
+    dtype: None keeps the weights' own. "bfloat16" rounds the weights and the inputs of the linears to
+    bfloat16 and sums in fp32, on a CPU with AVX512_BF16. "int8" runs the linears in int8, with a scale for
+    each channel of the weights and each token of the activations, on a CPU; the fp32 weights are kept, and
+    `save_pretrained` writes the int8 ones. A model that was loaded from such a checkpoint runs in int8. A
+    warning tells where int8 is not faster than fp32 on this processor. All else stays in fp32.
     calibration: with int8, batches of real text; for a model of sentence-transformers, a list of texts (of
     pairs for a CrossEncoder). The linears that hurt the outputs most stay fp32, until the
     relative error is expected to be within `tolerance` (see `choose_int8`); `model.int8_errors` has each
@@ -72,34 +76,43 @@ def optimize(
     those that lose more than a tenth of their outputs on random tokens, which a warning names;
     `model.int8_losses` has each linear's. In both cases some of the text that is run is compared with fp32,
     and a warning tells where a linear loses more than a tenth.
+    keep_fp32: with bfloat16, whether the fp32 weights are kept beside the rounded ones, where these differ,
+    so that `restore`, `state_dict` and `save_pretrained` give them back. False takes the rounded weights for
+    the model's own for good, in half the memory of fp32.
     graphs: on a GPU, run batches by CUDA graphs. `model.engine` (see `engine.Engine`) has its `stats`, and
     `warm_up(batches)` captures the graphs beforehand. Nothing changes on a CPU.
     Errors: ValueError for a model without such an encoder, or with one that would not be computed as it is,
-    for int8 where it cannot run, and for a model that is optimised already in another dtype.
+    for a dtype that cannot run here, and for a model that is optimised already in another dtype.
     """
-    if dtype not in (None, "int8"):
-        raise ValueError(f'dtype is {dtype!r}; None or "int8" is needed')
-    int8 = dtype == "int8"
-    if calibration is not None and not int8:
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype is {dtype!r}; None, "bfloat16" or "int8" is needed')
+    if calibration is not None and dtype != "int8":
         raise ValueError("calibration is for dtype='int8'")
+    if not keep_fp32 and dtype != "bfloat16":
+        raise ValueError("keep_fp32=False is for dtype='bfloat16'")
     # What is made here outlives the caller's inference mode.
     with CHANGING, torch.inference_mode(False), torch.no_grad():
-        if not isinstance(model, nn.Module) or not _is_optimised(model, int8):
-            _optimize(model, int8, calibration, tolerance, graphs)
+        if not isinstance(model, nn.Module) or not _is_optimised(model, dtype):
+            _optimize(model, dtype, calibration, tolerance, graphs, keep_fp32)
     return model
 
 
 def _optimize(
-    model: nn.Module, int8: bool, calibration: Iterable[Any] | None, tolerance: float, graphs: bool
+    model: nn.Module,
+    dtype: str | None,
+    calibration: Iterable[Any] | None,
+    tolerance: float,
+    graphs: bool,
+    keep_fp32: bool,
 ) -> None:
     """Check everything, lay everything out, and release the encoders' own weights last."""
-    encoders = _plain_encoders(model, int8)
+    encoders, int8 = _plain_encoders(model, dtype), dtype == "int8"
     if calibration is not None and any(is_stored_in_int8(encoder) for encoder in encoders):
         raise ValueError("this model's weights are stored in int8 already: calibration is for fp32 weights")
     _warn_without_backend(encoders)
     if int8:
         _warn_slow_int8()
-    packed = {encoder: PackedEncoder(encoder, int8) for encoder in encoders}
+    packed = {encoder: PackedEncoder(encoder, dtype, keep_fp32) for encoder in encoders}
     modes = [(module, module.training) for module in model.modules()]
     try:
         for encoder in encoders:
@@ -128,9 +141,13 @@ def _optimize(
     model.__dict__.setdefault(_MODES, modes)
 
 
-def _is_optimised(model: nn.Module, int8: bool) -> bool:
-    """Whether the model is optimised already. Errors: ValueError where it is, in another dtype."""
-    if any(packed.int8 != int8 and not packed.stored_int8 for packed in packed_encoders(model)):
+def _is_optimised(model: nn.Module, dtype: str | None) -> bool:
+    """Whether the model is optimised already. Errors: ValueError where it is, in another dtype. What was
+    stored in int8 runs in int8 when nothing is asked for, too."""
+    if any(
+        packed.linear_dtype != dtype and not (packed.stored_int8 and dtype is None)
+        for packed in packed_encoders(model)
+    ):
         raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
     if any(type(module) in ENCODERS for module in model.modules()):
         return False
@@ -147,7 +164,7 @@ def _parents(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     ]
 
 
-def _plain_encoders(model: nn.Module, int8: bool) -> list[Any]:
+def _plain_encoders(model: nn.Module, dtype: str | None) -> list[Any]:
     """The encoders to optimise. Errors: ValueError for a model without any, or with one that cannot be."""
     if not isinstance(model, nn.Module) or not optimised_encoders(model):
         refusal = refuse_model(model)
@@ -156,7 +173,8 @@ def _plain_encoders(model: nn.Module, int8: bool) -> list[Any]:
     encoders = []
     for name, module in model.named_modules():
         if type(module) in ENCODERS:
-            refusal = refuse_encoder(module, int8 or is_stored_in_int8(module))
+            int8 = dtype == "int8" or (dtype is None and is_stored_in_int8(module))
+            refusal = refuse_encoder(module, int8, dtype == "bfloat16")
             if refusal is not None:
                 label = f"{name}, a" if name else "this"
                 raise ValueError(f"optimize cannot take {label} {type(module).__name__}: {refusal}")

@@ -50,7 +50,8 @@ class PackedEncoder(nn.Module):
     embeddings: Any
     pooler: Any
 
-    def __init__(self, original: Any, int8: bool = False) -> None:
+    def __init__(self, original: Any, linear_dtype: str | None = None, keep_fp32: bool = True) -> None:
+        """linear_dtype, keep_fp32: `dtype` and `keep_fp32` of `optimize`."""
         super().__init__()
         # `optimize` sets these three: the engine, the heads around this encoder that can run on packed rows,
         # and the class names of all models around it.
@@ -59,11 +60,13 @@ class PackedEncoder(nn.Module):
         self.around: list[str] = []
         self.config = original.config
         self.stored_int8 = is_stored_in_int8(original)
-        self.int8 = int8 or self.stored_int8
+        self.linear_dtype = "int8" if self.stored_int8 else linear_dtype
+        self.int8, self._keep_fp32 = self.linear_dtype == "int8", keep_fp32
         self.watch = Int8Watch() if self.int8 else None
         self.embeddings = original.embeddings
         self.pooler = getattr(original, "pooler", None)
-        self.encoder = _laid_out(original, None if int8 and not self.stored_int8 else ())
+        chosen = None if self.int8 and not self.stored_int8 else ()
+        self.encoder = _laid_out(original, chosen, self.linear_dtype == "bfloat16", keep_fp32)
         self._forwards = forwards_of(original)
         self._waiting: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -77,7 +80,10 @@ class PackedEncoder(nn.Module):
 
     def lay_out_again(self, original: Any) -> None:
         """Make a new stack, of the weights that the encoder has now."""
-        self.encoder = _laid_out(original, sorted(self.encoder.int8_linears))
+        stack = self.encoder
+        self.encoder = _laid_out(
+            original, sorted(stack.int8_linears), stack.runs_in_bfloat16, self._keep_fp32
+        )
 
     def release(self, original: Any) -> None:
         """Give up the memory of the encoder's own weights that lie in the stack. An error leaves them all as
@@ -251,10 +257,13 @@ class PackedEncoder(nn.Module):
         return int8_losses(stack, self._embed(inputs), batch.lengths, stack.int8_linears, weights=True)
 
 
-def _laid_out(original: Any, int8: Sequence[str] | None) -> PrunedEncoder:
+def _laid_out(
+    original: Any, int8: Sequence[str] | None, bfloat16: bool = False, keep_fp32: bool = True
+) -> PrunedEncoder:
     """The layers of an encoder, with its weights in the layout of their device. The encoder keeps its own.
 
-    int8: the names of the linears that run in int8; None for all of them."""
+    int8: the names of the linears that run in int8; None for all of them. bfloat16, keep_fp32: see
+    `PrunedEncoder.pack`."""
     with torch.device("meta"):
         config = original.config
         stack = PrunedEncoder(encoder_shape(original), config.layer_norm_eps, config.hidden_act)
@@ -269,7 +278,7 @@ def _laid_out(original: Any, int8: Sequence[str] | None) -> PrunedEncoder:
                     values = torch.cat(rows) if len(rows) > 1 else rows[0]
                     seen[key] = nn.Parameter(values, requires_grad=False)
                 setattr(module, name, seen[key])
-    stack.pack(keep_weights=False, int8=stack.linear_names if int8 is None else int8)
+    stack.pack(False, stack.linear_names if int8 is None else int8, bfloat16, keep_fp32)
     return stack.eval()
 
 
@@ -383,12 +392,15 @@ class OptimisedEncoder(nn.Module):
         """Move or cast the weights, and lay them out again. An error leaves the plain encoder behind."""
         with CHANGING:
             packed = self.packed
-            if packed.int8 and (fn(torch.empty(0)).dtype, fn(torch.empty(0)).device.type) != (
+            if packed.linear_dtype is not None and (
+                fn(torch.empty(0)).dtype,
+                fn(torch.empty(0)).device.type,
+            ) != (
                 torch.float32,
                 "cpu",
             ):
                 raise RuntimeError(
-                    "this model runs in int8, on a CPU, beside float32 weights: "
+                    f"this model runs in {packed.linear_dtype}, on a CPU, beside float32 weights: "
                     + (
                         "load it again and move or cast it before pruned_ops.optimize"
                         if packed.stored_int8

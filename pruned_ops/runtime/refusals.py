@@ -22,7 +22,7 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
-def refuse_encoder(encoder: Any, int8: bool = False) -> str | None:
+def refuse_encoder(encoder: Any, int8: bool = False, bfloat16: bool = False) -> str | None:
     """Why the packed encoder cannot compute this one; None if it can."""
     config = encoder.config
     return (
@@ -32,20 +32,31 @@ def refuse_encoder(encoder: Any, int8: bool = False) -> str | None:
         or _refuse_parameters(encoder)
         or _refuse_mixture(encoder)
         or (_refuse_int8(encoder) if int8 else None)
+        or (_refuse_bfloat16(encoder) if bfloat16 else None)
     )
 
 
 def _refuse_int8(encoder: Any) -> str | None:
-    reasons = [
-        kernel.backend.missing or kernel.refuse(torch.empty(0, dtype=torch.int8))
-        for kernel in ops.encoder.kernels.values()
-    ]
-    if all(reasons):
-        return "; ".join(reason for reason in reasons if reason)
+    return _refuse_panels(torch.empty(0, dtype=torch.int8)) or _refuse_narrow(encoder, "int8")
+
+
+def _refuse_bfloat16(encoder: Any) -> str | None:
+    if any(isinstance(module, Int8Linear) for module in encoder.modules()):
+        return "its weights are stored in int8: load the fp32 checkpoint that they were made from"
+    return _refuse_panels(torch.empty(0, 0, 0, dtype=torch.bfloat16)) or _refuse_narrow(encoder, "bfloat16")
+
+
+def _refuse_panels(panels: Tensor) -> str | None:
+    """Why nothing here runs panels like these; None if something does."""
+    reasons = [kernel.backend.missing or kernel.refuse(panels) for kernel in ops.encoder.kernels.values()]
+    return "; ".join(reason for reason in reasons if reason) if all(reasons) else None
+
+
+def _refuse_narrow(encoder: Any, dtype: str) -> str | None:
     activation = encoder.config.hidden_act
     if (encoder.dtype, encoder.device.type, activation) != (torch.float32, "cpu", "gelu"):
         return (
-            f"int8 takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
+            f"{dtype} takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
             f"{encoder.device} with {activation}"
         )
     return None

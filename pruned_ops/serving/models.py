@@ -40,9 +40,10 @@ _CALIBRATION_TOKENS = 2048
 class Loading:
     """How models are loaded.
 
-    device: where they run; by default on the GPU where there is one. dtype: None or "int8". calibration:
-    texts with which int8 chooses the linears that stay in fp32 (see `pruned_ops.optimize`). plain: run the
-    models as transformers runs them, to compare with. Errors: ValueError for what does not go together.
+    device: where they run; by default on the GPU where there is one. dtype: None, "bfloat16" or "int8".
+    calibration: texts with which int8 chooses the linears that stay in fp32 (see `pruned_ops.optimize`).
+    plain: run the models as transformers runs them, to compare with.
+    Errors: ValueError for what does not go together.
     """
 
     device: str | None = None
@@ -51,10 +52,10 @@ class Loading:
     plain: bool = False
 
     def __post_init__(self) -> None:
-        if self.calibration and self.dtype is None:
+        if self.calibration and self.dtype != "int8":
             raise ValueError("calibration texts are for int8: give --dtype int8, too")
         if self.plain and self.dtype is not None:
-            raise ValueError("a plain model runs in its own dtype, not in int8")
+            raise ValueError(f"a plain model runs in its own dtype, not in {self.dtype}")
 
     @property
     def place(self) -> torch.device:
@@ -66,7 +67,9 @@ class Loading:
         model.to(self.place).eval()
         if not self.plain:
             batches = list(self._batches(model, encoder)) if self.calibration else None
-            optimize(model, dtype=self.dtype, calibration=batches)
+            # Nobody saves what is served: bfloat16 need not keep what it rounds.
+            keep = self.dtype != "bfloat16"
+            optimize(model, dtype=self.dtype, calibration=batches, keep_fp32=keep)
 
     def _batches(self, model: Any, encoder: TextEncoder) -> Iterator[Tensors]:
         """The calibration texts as a model's arguments."""

@@ -438,6 +438,7 @@ from pruned_ops.ops.backends.cpu import extension
 from pruned_ops.ops.registry import OPS
 assert extension.cpu_capability().lower() == {capability!r}, extension.cpu_capability()
 assert extension.int8_capability().lower() == {int8!r}, extension.int8_capability()
+assert (extension.bf16_capability() or "none").lower() == {bf16!r}, extension.bf16_capability()
 check_int8()
 for lengths in LENGTHS:
     for head_dim in (8, 20, 32, 64):
@@ -464,7 +465,8 @@ def test_cpu_capability(capability: str) -> None:
         pytest.skip(f"this processor has no {capability}")
     # AVX-512 without VNNI has its int8 from AVX2.
     int8 = capability if capability != "avx512" else "avx512_vnni" if features["avx512_vnni"] else "avx2"
-    script = CAPABILITY_SCRIPT.format(support=SUPPORT, capability=capability, int8=int8)
+    bf16 = "avx512_bf16" if capability == "avx512" and features["avx512_bf16"] else "none"
+    script = CAPABILITY_SCRIPT.format(support=SUPPORT, capability=capability, int8=int8, bf16=bf16)
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -138,7 +138,7 @@ def test_check_refuses_what_it_cannot_do(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["check", str(folder), "--tolerance", "0.1"]) == 2
-    assert "--tolerance goes with --dtype int8" in capsys.readouterr().err
+    assert "--tolerance goes with --dtype" in capsys.readouterr().err
     monkeypatch.setattr(refusals, "_refuse_int8", lambda encoder: "no int8 here")
     assert main(["check", str(folder), "--device", "cpu", "--dtype", "int8"]) == 2
     assert "no int8 here" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Backend "cpu": the C++ extension's kernels (csrc/cpu), for float32, with weights in float32 or int8.
+"""Backend "cpu": the C++ extension's kernels (csrc/cpu), for float32, with weights in float32, bfloat16 or
+int8.
 
 They are compiled for AVX-512, for AVX2 and for neither, and the processor decides when they run. A single
 linear runs on torch's GEMM, which takes plain weights; `encoder` has weights in panels and a GEMM of its own.
@@ -64,6 +65,25 @@ def slow_int8() -> str | None:
     return None
 
 
+def bf16_capability() -> str | None:
+    """The capability that bfloat16 weights run with: AVX512_BF16. None where nothing here runs them."""
+    return extension.bf16_capability() if hasattr(extension, "bf16_capability") else None  # type: ignore
+
+
+def _refuse_encoder(*args: Any) -> str | None:
+    """As `_refuse`, but for panels, which have three dimensions and may be bfloat16."""
+    tensors = list(tensors_of(args))
+    others = [tensor for tensor in tensors if tensor.dtype != torch.bfloat16 or tensor.dim() != 3]
+    if len(others) < len(tensors) and bf16_capability() is None:
+        if not hasattr(extension, "bf16_capability"):
+            return f"a weight is bfloat16, and pruned_ops._C is of before it; build it again: {BUILD_COMMAND}"
+        return (
+            "bfloat16 needs a processor with AVX512_BF16, and this one has none (or ATEN_CPU_CAPABILITY "
+            'forbids it): leave dtype out, or take dtype="int8", which runs on every processor'
+        )
+    return _refuse(*others)
+
+
 def _refuse(*args: Any) -> str | None:
     for tensor in tensors_of(args):
         if tensor.dtype == torch.int8 and int8_capability() is None:
@@ -100,7 +120,8 @@ def _native(name: str) -> Callable[..., Tensor]:
     return launch
 
 
-for _op in (ops.attention, ops.add_layer_norm, ops.embed_layer_norm, ops.encoder):
+for _op in (ops.attention, ops.add_layer_norm, ops.embed_layer_norm):
     register(_op, BACKEND, _native(_op.name), _refuse)
+register(ops.encoder, BACKEND, _native("encoder"), _refuse_encoder)
 register(ops.linear_gelu, BACKEND, _linear_gelu, _refuse)
 register(ops.linear_add_layer_norm, BACKEND, _linear_add_layer_norm, _refuse)

@@ -1,0 +1,10 @@
+// Compiled by setup.py for AVX-512 with AVX512_BF16, with CPU_CAPABILITY set to AVX512_BF16, so that the
+// linker takes no inline function in here for one of another copy.
+#include "cpu/bf16_linear_kernel.h"
+
+namespace pruned_ops::CPU_CAPABILITY {
+
+extern const Bf16Kernels bf16_table;
+const Bf16Kernels bf16_table = {"AVX512_BF16", round_rows, bf16_linear};
+
+}  // namespace pruned_ops::CPU_CAPABILITY
