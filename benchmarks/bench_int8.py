@@ -30,6 +30,13 @@ from rivals.cpu import build_cpu_rival
 from rivals.rival import Batch, Refused, Run, compare_logits, forward
 
 CALIBRATION, COMPARED = 4, 8  # batches of 8 windows
+# The arguments of `optimize` for each of ours, but for the calibration itself.
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "int8"},
+    "int8, calibrated": {"dtype": "int8"},
+}
 RIVALS = ("ort-int8", "openvino-int8", "openvino-int8-static")
 
 
@@ -50,8 +57,8 @@ def batches(source: Questions, model: Any, count: int) -> list[Batch]:
     return [pad_batch(features[i : i + 8], model.config.pad_token_id) for i in range(0, len(chosen), 8)]
 
 
-def measure(checkpoint: str, data: Path, names: list[str]) -> list[Row]:
-    """The rows of one checkpoint: ours, then the named rivals that can run."""
+def measure(checkpoint: str, data: Path, names: list[str], precisions: list[str]) -> list[Row]:
+    """The rows of one checkpoint: ours in these precisions, then the named rivals that can run."""
     model = load_model(checkpoint)
     evaluation = prepared(data / "eval.json", checkpoint)
     # The rivals' graph knows one token type alone.
@@ -64,7 +71,8 @@ def measure(checkpoint: str, data: Path, names: list[str]) -> list[Row]:
         errors = compare_logits(run, forward(model), real, "int8")
         return {"checkpoint": Path(checkpoint).name, "runner": runner, **errors, **facts, **harness.stamp()}
 
-    rows = [row(runner, run, facts) for runner, run, facts in ours(model, checkpoint, data, evaluation)]
+    runs = ours(model, checkpoint, data, evaluation, precisions)
+    rows = [row(runner, run, facts) for runner, run, facts in runs]
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             try:
@@ -74,17 +82,16 @@ def measure(checkpoint: str, data: Path, names: list[str]) -> list[Row]:
     return rows
 
 
-def ours(model: Any, checkpoint: str, data: Path, evaluation: Questions) -> Iterator[tuple[str, Run, Row]]:
-    """Name, runner and scores of our runtime in each precision."""
+def ours(
+    model: Any, checkpoint: str, data: Path, evaluation: Questions, precisions: list[str]
+) -> Iterator[tuple[str, Run, Row]]:
+    """Name, runner and scores of our runtime in each of these precisions."""
     thresholds = prepared(data / "validation.json", checkpoint).best_thresholds(model)
-    calibration = batches(prepared(data / "train.json", checkpoint, 2000), model, CALIBRATION)
-    precisions: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("ours fp32", {}),
-        ("ours bfloat16", {"dtype": "bfloat16"}),
-        ("ours int8", {"dtype": "int8"}),
-        ("ours int8, calibrated", {"dtype": "int8", "calibration": calibration}),
-    )
-    for runner, arguments in precisions:
+    for precision in precisions:
+        arguments, runner = dict(PRECISIONS[precision]), f"ours {precision}"
+        if precision == "int8, calibrated":
+            training = prepared(data / "train.json", checkpoint, 2000)
+            arguments["calibration"] = batches(training, model, CALIBRATION)
         try:
             fast = pruned_ops.optimize(copy.deepcopy(model), **arguments)
         except ValueError as reason:
@@ -105,6 +112,10 @@ def parsed() -> argparse.Namespace:
         "--data", type=Path, required=True, help="folder with train.json, validation.json, eval.json"
     )
     parser.add_argument(
+        "--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS,
+        help="ours to measure (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--rivals", nargs="*", default=list(RIVALS), choices=RIVALS,
         help="runtimes to compare with; without names, none (default: all)",
     )  # fmt: skip
@@ -120,7 +131,7 @@ def main() -> None:
     rows = [
         row
         for checkpoint in arguments.checkpoints
-        for row in measure(checkpoint, arguments.data, arguments.rivals)
+        for row in measure(checkpoint, arguments.data, arguments.rivals, arguments.precisions)
     ]
     table = Table("checkpoint", "runner", "F1", "span F1", "int8 linears", "cosine to fp32")
     for row in rows:
