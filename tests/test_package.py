@@ -162,6 +162,14 @@ def _modules(root: Path) -> dict[str, set[str]]:
     }
 
 
+def test_no_test_imports_a_test() -> None:
+    """What tests share is in tests/support."""
+    files = list(Path(__file__).parent.rglob("*.py"))
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    importing = {path.name: {name.split(".")[0] for name in _imports(path)} & tests for path in files}
+    assert {name: imported for name, imported in importing.items() if imported} == {}
+
+
 @pytest.mark.parametrize("root", [ROOT, TRAINER], ids=lambda root: root.name)
 def test_no_imports_go_in_a_circle(root: Path) -> None:
     """Between files, too. A package's face and its own files are one: `ops/__init__` is imported by all."""

@@ -158,13 +158,13 @@ def open_source(folder: Path) -> Source:
         tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     encoder = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     head = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-    found = _head_name(config, set(encoder) | set(head))
+    head_name = _head_name(config, set(encoder) | set(head))
     roberta = prefix == "roberta."
-    has_pooler = found == "" or found == "SequenceClassification" and not roberta
+    has_pooler = head_name == "" or head_name == "SequenceClassification" and not roberta
     if not has_pooler:
         encoder = {name: tensor for name, tensor in encoder.items() if name not in _POOLER}
-    _check_head(folder, found, encoder, head, roberta)
-    return Source(folder, kind, found, config, encoder, head)
+    _check_head(folder, head_name, encoder, head, roberta)
+    return Source(folder, kind, head_name, config, encoder, head)
 
 
 def _head_name(config: dict[str, Any], names: set[str]) -> str:

@@ -93,8 +93,10 @@ def quantize(
             warnings.simplefilter("ignore", RuntimeWarning)  # it is held against the tolerance below
             chosen_by = _batches(model, tokenizer, calibration)
             optimize(model, dtype="int8", calibration=chosen_by, tolerance=fraction * tolerance)
-        found = _by_text(model, batches)
-        error = float((torch.cat(found) - torch.cat(exact)).norm() / torch.cat(exact).norm().clamp_min(1e-30))
+        rounded = _by_text(model, batches)
+        error = float(
+            (torch.cat(rounded) - torch.cat(exact)).norm() / torch.cat(exact).norm().clamp_min(1e-30)
+        )
         if error <= tolerance:
             break
     else:
@@ -102,13 +104,13 @@ def quantize(
             f"on {len(held_out)} texts int8 changes the outputs by {error:.4f}, more than the tolerance of "
             f"{tolerance}, whatever stays in fp32: nothing was written; a larger --tolerance allows it"
         )
-    cosine = min(float(torch.cosine_similarity(*pair, dim=0)) for pair in zip(found, exact, strict=True))
+    cosine = min(float(torch.cosine_similarity(*pair, dim=0)) for pair in zip(rounded, exact, strict=True))
     names, running = _linears(model)
     report = Measured(
         len(held_out), len(calibration), tolerance, error, cosine, len(running), len(names),
         tuple(name for name in names if name not in running), 0.0, fp32_bytes / 1e6,
     )  # fmt: skip
-    return _write(model, tokenizer, out, report, batches, found)
+    return _write(model, tokenizer, out, report, batches, rounded)
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -139,8 +141,8 @@ def _load_text_model(folder: Path) -> Any:
             f"{folder} is a model of sentence-transformers: pip install sentence-transformers"
         ) from None
     saved = folder / "config_sentence_transformers.json"
-    told = read_json(saved).get("model_type") if saved.is_file() else None
-    kind = told if told in ("SparseEncoder", "CrossEncoder") else "SentenceTransformer"
+    model_type = read_json(saved).get("model_type") if saved.is_file() else None
+    kind = model_type if model_type in ("SparseEncoder", "CrossEncoder") else "SentenceTransformer"
     return getattr(sentence_transformers, kind)(str(folder), device="cpu").eval()
 
 

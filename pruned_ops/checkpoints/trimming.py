@@ -113,14 +113,14 @@ def trim_vocabulary(
         stage.chmod(0o755)
         parameters = source.write(stage, trimmed)
         compare = _Comparison(source, trimmed, stage / source.inner)
-        found = compare(texts)
+        seen = compare(texts)
         unseen = None if held_out is None else compare(held_out)
         os.replace(stage, target)
     except BaseException:
         shutil.rmtree(stage)
         raise
     rows = source.rows, len(trimmed.old_ids)
-    return Trimming(rows, parameters, found, unseen, tuple(source.left_out()))
+    return Trimming(rows, parameters, seen, unseen, tuple(source.left_out()))
 
 
 def _check_arguments(
@@ -200,8 +200,8 @@ class _Source:
     @property
     def padding(self) -> int | None:
         """The padding's id, from which RoBERTa counts positions."""
-        found = self.fields.get("pad_token_id")
-        return found if isinstance(found, int) else None
+        number = self.fields.get("pad_token_id")
+        return number if isinstance(number, int) else None
 
     def check_positions(self, trimmed: Trimmed) -> None:
         """ValueError where the padding's id would change and with it all positions."""
@@ -322,8 +322,8 @@ def _vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:
 
 
 def _table_rows(folder: Path, tensors: Tensors, config: dict[str, Any]) -> int:
-    """The rows of the one word embedding; ValueError where there is another number of them, or where a tensor
-    has as many rows and it is not known whose they are."""
+    """The number of rows of the word embedding. Errors: ValueError where there is not exactly one word
+    embedding, or where an unknown tensor has as many rows."""
     tables = [name for name in tensors if _TABLE.search(name)]
     if len(tables) != 1 or tensors[tables[0]].dim() != 2:
         raise ValueError(
@@ -381,15 +381,15 @@ def _write_tokenizer(source: Path, folder: Path, vocabulary: Vocabulary, trimmed
     if added.is_file():
         write_json(added, {token: renamed[token] for token in read_json(added) if token in renamed})
     if settings.is_file():
-        found = read_json(settings)
-        tokens = found.get("added_tokens_decoder")
+        fields = read_json(settings)
+        tokens = fields.get("added_tokens_decoder")
         if tokens:
-            found["added_tokens_decoder"] = {
+            fields["added_tokens_decoder"] = {
                 str(renamed[token["content"]]): token
                 for token in tokens.values()
                 if token["content"] in renamed
             }
-            write_json(settings, found)
+            write_json(settings, fields)
 
 
 class _Comparison:
@@ -402,14 +402,14 @@ class _Comparison:
         self._after: Any = load_tokenizer(str(folder))
         new_ids = trimmed.new_ids
         expected = {p: new_ids[old] for p, old in source.vocabulary.ids.items() if old in new_ids}
-        found = self._after.get_vocab()
+        loaded = self._after.get_vocab()
         odd = sorted(
-            piece for piece in expected.keys() | found.keys() if expected.get(piece) != found.get(piece)
+            piece for piece in expected.keys() | loaded.keys() if expected.get(piece) != loaded.get(piece)
         )
         if odd:
             raise ValueError(
                 f"{type(self._after).__name__} does not load the trimmed tokenizer as it was written: "
-                f"{shown(odd[0])} has the id {found.get(odd[0])}, not {expected.get(odd[0])}"
+                f"{shown(odd[0])} has the id {loaded.get(odd[0])}, not {expected.get(odd[0])}"
             )
         for tokenizer in (self._before, self._after):
             tokenizer.backend_tokenizer.no_padding()

@@ -132,14 +132,12 @@ class Vocabulary:
 
     def count(self, batches: Iterable[list[str]]) -> Counter[int]:
         """How often each piece occurs in the texts, as `counting` cuts them."""
-        tokenizer, found = self.counting, Counter[int]()
+        tokenizer, counts = self.counting, Counter[int]()
         for texts in batches:
             for encoding in tokenizer.encode_batch_fast(texts):
-                found.update(encoding.ids)
-        named, ids = {number: tokenizer.id_to_token(number) for number in found}, self.ids
-        return Counter(
-            {ids[piece]: found[one] for one, piece in named.items() if piece is not None and piece in ids}
-        )
+                counts.update(encoding.ids)
+        named, ids = {number: tokenizer.id_to_token(number) for number in counts}, self.ids
+        return Counter({ids[piece]: counts[number] for number, piece in named.items() if piece in ids})
 
     def trim(self, wanted: Collection[int], always: Collection[int], fixed: int | None = None) -> Trimmed:
         """The tokenizer with the pieces that are wanted, those that stay always, and those that BPE makes
@@ -161,8 +159,8 @@ class Vocabulary:
             return kept
         ranks = self._ranks
         pieces = {number: piece for piece, number in self._ids.items()}
-        made = {part for number in kept if number in pieces for part in joined(pieces[number], ranks)}
-        return kept | {self._ids[part] for part in made}
+        parts = {part for number in kept if number in pieces for part in joined(pieces[number], ranks)}
+        return kept | {self._ids[part] for part in parts}
 
     @property
     def _ranks(self) -> dict[tuple[str, str], int]:
@@ -201,7 +199,7 @@ class Vocabulary:
 def joined(piece: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """All that BPE makes of the characters of a piece until it has made the piece, which comes last. Nothing
     where it never makes it: then no text has this piece."""
-    parts, made = list(piece), []
+    parts, merged = list(piece), []
     while len(parts) > 1:
         pairs = [
             (ranks[pair], at) for at, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in ranks
@@ -210,8 +208,8 @@ def joined(piece: str, ranks: dict[tuple[str, str], int]) -> list[str]:
             return []
         _, at = min(pairs)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        made.append(parts[at])
-    return made
+        merged.append(parts[at])
+    return merged
 
 
 def _template_ids(processor: Any) -> Iterator[int]:

@@ -158,16 +158,16 @@ def show(report: Report) -> None:
 
 def _show_narrow(finding: Finding, tolerance: float, is_faulty: bool) -> None:
     """Print how far a narrow dtype is off, and what helps where that is too far."""
-    found = f"{finding.name} is off by {finding.relative:.4f} of the saved model's logits (L2 norm)"
+    statement = f"{finding.name} is off by {finding.relative:.4f} of the saved model's logits (L2 norm)"
     if is_faulty:
         way_out = "run it in float32"
         if finding.name == "int8":
             way_out = (
                 "with calibration=batches of your text pruned_ops.optimize leaves in fp32 what hurts most"
             )
-        print(f"FAILED: {found}, more than the tolerance of {tolerance:g}: {way_out}")
+        print(f"FAILED: {statement}, more than the tolerance of {tolerance:g}: {way_out}")
     else:
-        print(f"passed: {found}, within the tolerance of {tolerance:g}")
+        print(f"passed: {statement}, within the tolerance of {tolerance:g}")
 
 
 def _score(f1: float | None) -> str:

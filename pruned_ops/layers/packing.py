@@ -80,7 +80,7 @@ class PackedBatch:
         device: torch.device,
         lengths: tuple[int, ...] | None = None,
     ) -> PackedBatch:
-        """Make it from a mask of ones and zeros (batch, seqlen), padded on any side and with holes or not.
+        """Make the batch from a mask of ones and zeros (batch, seqlen), padded anywhere.
         None stands for a mask of ones.
 
         lengths: the number of ones in each row of the mask, from a caller that knows it on the host. The
@@ -110,8 +110,8 @@ class PackedBatch:
 
     @classmethod
     def _traced(cls, real: Tensor, lengths: Tensor, wrong: Tensor) -> PackedBatch:
-        """Make it in code that is being traced, where no length may be copied to the host: max_seqlen is the
-        seqlen of the padded batch, and the number of tokens is known only when the code runs."""
+        """Make the batch in code that is being traced, where no length may be copied to the host. Its
+        max_seqlen is the padded batch's seqlen, and its number of tokens is known only when the code runs."""
         torch._assert_async(~wrong, NO_MASK)
         index = real.flatten().nonzero().flatten()
         return cls(_bounds(lengths), real.size(1), index, real.size(0), real.size(1))

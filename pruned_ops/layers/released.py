@@ -31,7 +31,7 @@ class HoldsWeights(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the values of a released parameter are: rows of the weight or the bias of a linear of a stack.
+    """The rows of a stack's linear, of its weight or its bias, in which a released parameter's values lie.
 
     part, linear: the number of the part (attention or FFN) and of the linear in it. name: of the parameter,
     "weight", "bias", or "weight_scale" where the weight is stored in int8."""
@@ -138,7 +138,7 @@ def placeholder(parameter: Tensor) -> Tensor | None:
 
 
 def seal(parameter: nn.Parameter, rows: Rows) -> None:
-    """From now on the parameter reads as `rows`. Its memory is still there: see `free`."""
+    """Let the parameter read as `rows` from now on. Its memory stays until `free` is called."""
     parameter.rows = rows  # type: ignore[attr-defined]
     parameter.__class__ = ReleasedParameter
 

@@ -320,10 +320,10 @@ class PrunedBertModel(PrunedPreTrainedModel):
         packed_batch: Any = None,
         **of_decoders: Any,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """As stock BERT's. head_run and packed_batch are for an optimised encoder, and are not read here:
-        another thread may restore the encoder between its head's forward and this one. of_decoders: what a
-        stock head hands on although there is nothing in it, such as encoder_hidden_states; TypeError where
-        there is something."""
+        """Compute what stock BERT computes. head_run, packed_batch: arguments of an optimised encoder, which
+        are not read here; another thread may restore the encoder between its head's forward and this one.
+        of_decoders: arguments of decoders, such as encoder_hidden_states, which stock heads pass as None.
+        Errors: TypeError where one of them is set."""
         given = [name for name, value in of_decoders.items() if value is not None and value is not False]
         if given:
             raise TypeError(f"a {type(self).__name__} takes no {', '.join(given)}")

@@ -215,8 +215,8 @@ def _largest(logits: list[Logits], expected: list[Logits]) -> float:
 
 
 def _said(model: Any, material: Material, logits: list[Logits]) -> list[str] | None:
-    """What the model says: the answer to each question, or the labels of each window; None for a model that
-    gives neither."""
+    """Return the answer to each question, or the labels of each window; None for a model that gives
+    neither."""
     if _answers_questions(model):
         return _answers(model.config, material, logits)
     if not isinstance(model, CLASSIFIERS) or model.config.num_labels < 2:

@@ -42,10 +42,10 @@ def read_questions(path: Path, skipped: list[str] | None = None) -> list[Questio
     file, and the line, for any other content.
     """
     if path.suffix.lower() in JSON_LINES:
-        found = _of_lines(path, skipped)
+        entries = _of_lines(path, skipped)
     else:
-        found = _of_squad(path, skipped)
-    questions = [question for question in found if question is not None]
+        entries = _of_squad(path, skipped)
+    questions = [question for question in entries if question is not None]
     if not questions:
         raise ValueError(f"{path} holds no question{' that can be asked' if skipped else ''}")
     return questions
@@ -81,8 +81,8 @@ def _squad_entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read(where: str, skipped: list[str] | None, read: Callable[[], T]) -> T | None:
-    """What `read` gives; where it raises an error, None if that can be skipped, else ValueError with
-    `where`."""
+    """Return what `read` returns. Where it fails, ValueError says `where`, or, if bad entries are skipped,
+    None is returned and the reason is kept."""
     try:
         return read()
     except (ValueError, KeyError, TypeError, AttributeError) as error:

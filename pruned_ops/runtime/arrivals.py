@@ -144,8 +144,8 @@ class Arrivals(Generic[T]):
             self._changed.notify_all()
 
     def _added(self, item: T, weight: int) -> bool:
-        """Add an item to the block, and wait until there is room for another. False where no more is
-        wanted."""
+        """Add an item to the block, and wait until there is room for another. Returns False once the reader
+        was closed."""
         with self._changed:
             if self._is_over:
                 return False

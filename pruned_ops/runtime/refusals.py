@@ -114,10 +114,10 @@ def _refuse_modules(encoder: Any) -> str | None:
     except Exception as error:
         return f"{type(encoder).__name__} cannot be made from its config ({error})"
     if len(encoder.encoder.layer) != len(described.encoder.layer):
-        layers, told = len(encoder.encoder.layer), encoder.config.num_hidden_layers
+        layers, configured = len(encoder.encoder.layer), encoder.config.num_hidden_layers
         return (
-            f"it has {layers} layers and its config says {told}: set config.num_hidden_layers = {layers} "
-            "if layers were dropped on purpose"
+            f"it has {layers} layers and its config says {configured}: set "
+            f"config.num_hidden_layers = {layers} if layers were dropped on purpose"
         )
     known = dict(_computed(described))
     for name, module in _computed(encoder):

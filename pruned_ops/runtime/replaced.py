@@ -1,5 +1,5 @@
-"""The modules inside an optimised encoder, which computes what they would: whatever would change what they
-compute is refused, because the encoder would go on as before.
+"""The modules inside an optimised encoder. The encoder computes in their place, so a change of one of them
+would have no effect, and is refused.
 
 A replaced module stays the object that it is and can be read and called. `replace` changes its class to one
 that looks at what is set in it, and `give_back` changes it back, so that no forward has to look for changes.
@@ -134,8 +134,8 @@ def _plain(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _copied(kind: type[nn.Module]) -> nn.Module:
     """A replaced module without its state, for copies and pickles."""
-    made = _replaced(kind)
-    return made.__new__(made)
+    replaced = _replaced(kind)
+    return replaced.__new__(replaced)
 
 
 def replaced_modules(encoder: nn.Module) -> Iterator[nn.Module]:

@@ -79,7 +79,7 @@ class Lanes(Protocol):
 
 
 class HostLanes:
-    """For a model on the CPU. Nothing is copied, and a batch's results come before the next batch is read."""
+    """The lanes of a model on the CPU: nothing is copied, and a batch ends before the next one is read."""
 
     ahead = 0
 
@@ -94,7 +94,7 @@ class HostLanes:
 
 
 class CudaLanes:
-    """For a model on a GPU. Copies run on a stream of their own beside the caller's, with pinned memory."""
+    """The lanes of a model on a GPU: copies run on a stream of their own, with pinned memory."""
 
     ahead = 1
 

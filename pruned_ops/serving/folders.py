@@ -51,9 +51,9 @@ def contents_of(folder: Path) -> Contents:
     """What a folder holds. Errors: OSError where files are missing; ValueError for what cannot be served."""
     config = read_config(folder)
     if (folder / "modules.json").is_file():
-        found = _of_library(folder)
-        if found is not None:
-            return found
+        contents = _of_library(folder)
+        if contents is not None:
+            return contents
     architecture = str((config.get("architectures") or ["a model without a class"])[0])
     if architecture.endswith("ForSequenceClassification"):
         return Contents("reranker" if _labels(config) == 1 else "classifier")

@@ -58,10 +58,10 @@ class Keys:
         """Whether the header brings one of the keys. How long it takes tells nothing of them."""
         kind, _, key = header.partition(b" ")
         given = sha256(key.strip()).digest()
-        found = False
+        is_known = False
         for known in self._hashes:
-            found |= hmac.compare_digest(given, known)
-        return found and kind.lower() == b"bearer"
+            is_known |= hmac.compare_digest(given, known)
+        return is_known and kind.lower() == b"bearer"
 
 
 class Guard:

@@ -78,7 +78,7 @@ def test_as_many_questions_as_asked_and_a_third_without_answer() -> None:
     for split, count in zip(SPLITS, (3000, 300, 540), strict=True):
         impossible = [qa["is_impossible"] for _, qa in questions(getattr(DEMO, split))]
         assert len(impossible) == count and sum(impossible) == count // 3
-    with pytest.raises(ValueError, match="each split needs a question"):
+    with pytest.raises(ValueError, match="the number of train questions is 0: at least 1 is needed"):
         demo_set(train_questions=0)
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruned_ops.shape import checked_int
 from pruned_trainer.demo.wordings import RELATIONS, SPLITS, Relation
 
 VERSION = "pruned_ops demo 1"
@@ -207,8 +208,8 @@ def demo_set(
 ) -> DemoSet:
     """The three files, the same for the same arguments. Splits share nothing across seeds either."""
     counts = (train_questions, validation_questions, evaluation_questions)
-    if min(counts) < 1:
-        raise ValueError(f"each split needs a question; asked for {counts}")
+    for split, count in zip(SPLITS, counts, strict=True):
+        checked_int(f"the number of {split} questions", count, 1)
     return DemoSet(*(_file(split, count, seed) for split, count in zip(SPLITS, counts, strict=True)))
 
 

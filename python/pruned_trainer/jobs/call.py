@@ -68,7 +68,7 @@ class CallSettings(PruneSettings):
     """The settings of a run whose models and data come from Python."""
 
     def check_task(self) -> None:
-        """Nothing: the task is the caller's."""
+        """Check nothing, because the task is the caller's."""
 
 
 def prune(

@@ -46,6 +46,7 @@ CALIBRATION_WINDOWS, CHOOSING_WINDOWS = 128, 64
 # The paper does not state its threshold: gates whose deterministic value is at least 1/2 stay.
 PAPER_THRESHOLD = 0.0
 
+DECISION = "decision.json"  # in a run's output
 _RECORD = "choice.json"  # the log of the gates' training, and the seconds until its end
 
 
@@ -95,7 +96,12 @@ class Chosen:
 
     def publish(self, folder: Path) -> None:
         """Write the decision beside the trained model, for the user."""
-        self.decision.save(folder / "decision.json")
+        self.decision.save(folder / DECISION)
+
+    @classmethod
+    def published(cls, folder: Path) -> Chosen:
+        """The decision and the trained model of a run's output folder."""
+        return cls(Decision.load(folder / DECISION), folder)
 
 
 class Choices(NamedTuple):
@@ -199,7 +205,7 @@ def train_jointly(job: Job, folder: Path, steps: int) -> Log:
 
 
 def announced(phase: GatePhase, steps: int) -> GatePhase:
-    """The phase, after the user was told what is unusual about a training of `steps` steps."""
+    """Tell the user what is unusual about a training of `steps` steps, and return the phase."""
     for remark in phase.remarks(steps):
         say(remark)
     return phase
@@ -272,7 +278,9 @@ def _scored(job: Job, steps: int) -> tuple[list[Scores], Log]:
 
     def score() -> Scores:
         if settings.recipe == "fast":
-            return surgeon.score(job.dense, batches, job.budget, settings.parts, is_main())
+            return surgeon.score(
+                job.dense, batches, job.budget, settings.parts, settings.seed, job.pooling, is_main()
+            )
         return importance.score(
             settings.recipe, job.dense, batches, job.budget, settings.parts, settings.seed, is_main()
         )

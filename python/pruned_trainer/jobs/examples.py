@@ -82,11 +82,11 @@ class DatasetExamples:
         return arrival_lengths([[length] for length in self.rows.lengths])
 
     def best_thresholds(self, model: Any) -> dict[str, float]:
-        """Nothing: there are no thresholds."""
+        """Return no thresholds, because such a model has none."""
         return {}
 
     def best_fields(self, model: Any) -> dict[str, Any]:
-        """Nothing: no field of the config is chosen on these examples."""
+        """Return no fields, because none of the config is chosen on these examples."""
         return {}
 
     def evaluate(self, model: Any, thresholds: Mapping[str, float]) -> DatasetResult:

@@ -126,6 +126,12 @@ class Job:
         return running_encoder(self.dense).device
 
     @property
+    def pooling(self) -> str:
+        """How a bare encoder's states become an embedding: as an embedder's config says, or the settings."""
+        pooling: str = getattr(config_of(self.dense), "pooling", self.settings.distillation.pooling)
+        return pooling
+
+    @property
     def align(self) -> int:
         """The number that FFN widths and the hidden size are rounded up to a multiple of."""
         align = self.settings.width_align
@@ -186,11 +192,11 @@ def check_signal(job: Job) -> None:
     """ValueError where a phase would have nothing to learn from, or its scores need labels that there are
     not."""
     settings, labelled = job.settings, is_labelled(job.train[0])
-    scores_by_loss = settings.recipe in UNTRAINED and settings.recipe != "random"
+    scores_by_loss = settings.recipe in ("gain", "leave-one-out")
     if scores_by_loss and (not labelled or job.task_loss is not None):
         raise ValueError(
             f"recipe {settings.recipe} scores by the usual loss on labels, which the data has not, or the "
-            "caller replaced: joint, paper and random need none"
+            "caller replaced: fast, joint, paper and random need none"
         )
     if labelled or job.has_own_loss:
         return
@@ -372,10 +378,7 @@ def build_trainer(
     settings = job.settings
     rate = settings.learning_rate if phase else settings.retrain_learning_rate
     distillation = settings.distillation_in("gates" if phase else "retrain")
-    # An embedder's config says how its states are pooled.
-    distillation = replace(
-        distillation, pooling=getattr(config_of(job.dense), "pooling", distillation.pooling)
-    )
+    distillation = replace(distillation, pooling=job.pooling)
     trainer = PruningTrainer(
         model,
         _arguments(job, folder, steps, rate, phase, timing),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, set_seed
 
 from pruned_ops.files import read_json, write_json
 from pruned_ops.models.encoder import PrunedPreTrainedModel
-from pruned_ops.models.model_card import write_model_card
+from pruned_ops.models.model_card import REPORT, write_model_card
 from pruned_ops.shape import checked_int
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
@@ -72,7 +72,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     Returns the report. Errors: ValueError and OSError, before any training, for settings that cannot work.
     """
     if _is_published(settings):
-        return _finish(settings, "report.json")
+        return _finish(settings, REPORT)
     return run_for_one(settings, start).report
 
 
@@ -97,8 +97,8 @@ def finished(settings: PruneSettings, dense: Any) -> Pruned | None:
     """What a run into this folder made that was killed once its output had its name; None where none was."""
     if not _is_published(settings):
         return None
-    report = _finish(settings, "report.json")
-    chosen = Chosen(Decision.load(settings.out / "decision.json"), settings.out)
+    report = _finish(settings, REPORT)
+    chosen = Chosen.published(settings.out)
     return Pruned(chosen.load(dense), chosen.decision, report)
 
 
@@ -246,7 +246,7 @@ def _measure(opened: Run, trained: Trained, dense: Judged, gate_log: Log) -> dic
     if is_main():
         for name, judged in (("dense", dense), ("pruned", pruned)):
             write_json(folder / f"predictions-{name}.json", judged.result.predictions)
-        write_json(folder / "report.json", report)
+        write_json(folder / REPORT, report)
         if isinstance(model, PrunedPreTrainedModel):
             write_model_card(folder, model)  # the card quotes the report
     return report

@@ -7,6 +7,7 @@ close for real.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pruned_ops import ModelShape
+from pruned_ops.files import write_whole
 from pruned_trainer.pruning.options import DEFAULT_PARTS, PARTS, check_parts
 
 # The method's own defaults; the paper states no others.
@@ -107,9 +109,9 @@ class Scores:
 
     def save(self, path: Path) -> None:
         """Write the scores; the file is there whole, or as it was before."""
-        partial = path.with_name(f"{path.name}.partial")
-        torch.save({"rank": vars(self.rank), "values": vars(self.values)}, partial)
-        partial.replace(path)
+        content = io.BytesIO()
+        torch.save({"rank": vars(self.rank), "values": vars(self.values)}, content)
+        write_whole(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Scores:

@@ -6,6 +6,9 @@ trace(D' G D C), where C is the covariance of the projection's inputs and G the 
 gradient at its outputs: a Kronecker-factored Fisher matrix (Martens and Grosse 2015). When inputs are removed
 and the rest of the matrix is solved anew, this rise has a closed form. It counts what units have in common:
 of two units that say the same, either may go, but not both. No weight is trained, or changed, here.
+
+The loss is how far the outputs move from the model's own, so no labels are needed: its gradients are those
+of outcomes that are drawn from what the model says.
 """
 
 from __future__ import annotations
@@ -24,9 +27,12 @@ from pruned_ops.models.stock import config_of, find_encoder, model_shape
 from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.compensate import PROJECTIONS, RIDGE, Place
 from pruned_trainer.pruning.gates import PerGate, Scores
-from pruned_trainer.pruning.importance import Batches, example_losses, frozen, per_cost
+from pruned_trainer.pruning.importance import Batches, frozen, per_cost
+from pruned_trainer.tasks.output_kinds import drawn_losses, said_by
 from pruned_trainer.tasks.task import without_labels
 
+# Outcomes drawn for each batch: a backward pass each, over one forward pass.
+DRAWS = 2
 # FFN units that go at a time, the least of those that are left; one by one would take eight times as long.
 UNITS_AT_A_TIME = 8
 
@@ -34,11 +40,13 @@ UNITS_AT_A_TIME = 8
 @dataclass
 class Moments:
     """Sums over tokens at one output projection, in fp64: of its inputs (width,), of their products
-    (width, width), and of the products of the loss's gradient at its outputs (hidden, hidden)."""
+    (width, width), and, over tokens and draws, of the products of the loss's gradient at its outputs
+    (hidden, hidden)."""
 
     tokens: int = 0
     inputs: Tensor | None = None
     products: Tensor | None = None
+    drawn: int = 0
     gradients: Tensor | None = None
 
     def add_inputs(self, inputs: Tensor) -> None:
@@ -48,19 +56,20 @@ class Moments:
         self.products = _sum(self.products, (inputs.T @ inputs).double())
 
     def add_gradients(self, gradients: Tensor) -> None:
-        """gradients: (tokens, hidden)."""
+        """gradients: (tokens, hidden), of one draw."""
+        self.drawn += len(gradients)
         self.gradients = _sum(self.gradients, (gradients.T @ gradients).double())
 
     def covariance(self) -> Tensor:
-        """Of the inputs: (width, width)."""
+        """The covariance of the inputs: (width, width)."""
         assert self.inputs is not None and self.products is not None
         mean = self.inputs / self.tokens
         return self.products / self.tokens - torch.outer(mean, mean)
 
     def curvature(self) -> Tensor:
-        """The second moment of the gradient, over the tokens: (hidden, hidden)."""
+        """The second moment of the gradient, over tokens and draws: (hidden, hidden)."""
         assert self.gradients is not None
-        return self.gradients / self.tokens
+        return self.gradients / self.drawn
 
 
 def _sum(old: Tensor | None, new: Tensor) -> Tensor:
@@ -68,22 +77,27 @@ def _sum(old: Tensor | None, new: Tensor) -> Tensor:
 
 
 def score(
-    model: nn.Module, batches: Batches, budget: Budget, parts: Sequence[str], progress: bool = False
-) -> Scores:
+    model: nn.Module, batches: Batches, budget: Budget, parts: Sequence[str], seed: int = 0,
+    pooling: str = "mean", progress: bool = False,
+) -> Scores:  # fmt: skip
     """Scores of every gate on `parts`, as `importance.score` makes them: `worth` for what it costs."""
     rank = PerGate.full(budget.dense, math.inf)
-    ranked = per_cost(worth(model, batches, parts, progress), budget, parts)
+    ranked = per_cost(worth(model, batches, parts, seed, pooling, progress), budget, parts)
     for part in parts:
         rank = rank.replace(part, ranked)
     return Scores(rank, PerGate.full(budget.dense, 1.0))
 
 
-def worth(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool = False) -> PerGate:
-    """By how much the loss of a token rises when a head or an FFN unit goes, after those of its layer that
-    are worth less; the worth of parts that are not asked for is 0.
+def worth(
+    model: nn.Module, batches: Batches, parts: Sequence[str], seed: int = 0, pooling: str = "mean",
+    progress: bool = False,
+) -> PerGate:  # fmt: skip
+    """The rise of a token's loss when a head or an FFN unit goes, after those of its layer that are worth
+    less; the worth of parts that are not asked for is 0.
 
-    batches: padded inputs with the task's labels, some hundred windows in all. The model is left as it was.
-    Errors: ValueError for hidden dimensions, which belong to no projection alone.
+    batches: padded inputs, some hundred windows in all; labels are not looked at. seed: of the draws.
+    pooling: as for `said_by`. The model is left as it was. Errors: ValueError for hidden dimensions, which
+    belong to no projection alone.
     """
     if "hidden" in parts:
         raise ValueError(
@@ -91,7 +105,7 @@ def worth(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bo
         )
     shape = model_shape(model)
     found = PerGate.full(shape, 0.0)
-    moments = moments_of(model, batches, parts, progress)
+    moments = moments_of(model, batches, parts, seed, pooling, progress)
     layers = [dict(layer.named_modules()) for layer in find_encoder(model).encoder.layer]
     for (part, i), at_place in moments.items():
         number = len(found.of(part)[i])
@@ -107,19 +121,23 @@ def worth(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bo
 
 
 def moments_of(
-    model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool = False
-) -> dict[Place, Moments]:
-    """The moments of every output projection of these parts, from a forward and a backward pass over each
-    batch."""
+    model: nn.Module, batches: Batches, parts: Sequence[str], seed: int = 0, pooling: str = "mean",
+    progress: bool = False,
+) -> dict[Place, Moments]:  # fmt: skip
+    """The moments of every output projection of these parts, from a forward pass and DRAWS backward passes
+    over each batch."""
     layers = [dict(layer.named_modules()) for layer in find_encoder(model).encoder.layer]
     places = [(part, i) for i in range(len(layers)) for part in parts]
     moments = {place: Moments() for place in places}
-    config = config_of(model)
+    config, generator = config_of(model), torch.Generator().manual_seed(seed)
     with frozen(model), torch.enable_grad():
         for batch in tqdm(batches, desc="curvature", disable=not progress):
-            real = batch["attention_mask"].bool()
-            with _watched(model, layers, moments, real):
-                example_losses(model(**without_labels(batch)), batch, config).sum().backward()
+            mask = batch["attention_mask"]
+            with _watched(model, layers, moments, mask.bool()):
+                said = said_by(model(**without_labels(batch)), config, mask, pooling)
+                for draw in range(DRAWS):
+                    loss = drawn_losses(said, mask, generator).sum()
+                    loss.backward(retain_graph=draw + 1 < DRAWS)
     return moments
 
 
@@ -155,8 +173,8 @@ def removal_rises(
     matrix: Tensor, covariance: Tensor, curvature: Tensor, number: int, at_a_time: int = 1,
     ridge: float = RIDGE,
 ) -> Tensor:  # fmt: skip
-    """By how much the loss rises as each of `number` equal blocks of a matrix's columns is removed, least
-    first, and the rest is solved anew each time: (number,), by block.
+    """The rise of the loss as each of `number` equal blocks of a matrix's columns is removed, least first,
+    and the rest is solved anew each time: (number,), by block.
 
     matrix: (hidden, width). covariance: of the inputs, (width, width). curvature: (hidden, hidden). A block
     that goes later never counts less than one that goes earlier.

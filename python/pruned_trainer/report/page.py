@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from pruned_ops.models.model_card import REPORT
 from pruned_trainer.report import figures
 from pruned_trainer.report.fields import Fields, change, change_text, scores_of, shapes, shown
 from pruned_trainer.report.figures import Line
@@ -41,11 +42,11 @@ def write_pages(folder: Path) -> list[Path]:
         for name, report in reports.items():
             written += write(report_page(report), folder / name)
         return written
-    if not (folder / "report.json").is_file():
+    if not (folder / REPORT).is_file():
         raise FileNotFoundError(
             f"{folder} holds no report.json and no sweep.json: prune and sweep write them"
         )
-    return write(report_page(Fields.read(folder / "report.json")), folder)
+    return write(report_page(Fields.read(folder / REPORT)), folder)
 
 
 def report_page(report: Fields) -> Page:
@@ -98,8 +99,8 @@ def model_reports(sweep: Fields, folder: Path) -> dict[str, Fields]:
         name = point.text("folder") or ""
         if name != Path(name).name or name == "..":
             raise ValueError(f"{sweep.file}: {point.place}folder is {name!r}; a folder beside it is needed")
-        if name and (folder / name / "report.json").is_file():
-            reports[name] = Fields.read(folder / name / "report.json")
+        if name and (folder / name / REPORT).is_file():
+            reports[name] = Fields.read(folder / name / REPORT)
     return reports
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pruned_ops.models.model_card import REPORT
 from pruned_trainer.report.fields import Fields, noun_of, scores_of
 from pruned_trainer.tasks.task import Score
 
@@ -19,7 +20,7 @@ _SCORES_OF_A_SWEEP = 3
 
 def _score_lines(report: Mapping[str, Any]) -> list[Score]:
     """The lines of the result table."""
-    return list(scores_of(Fields(Path("report.json"), report)))
+    return list(scores_of(Fields(Path(REPORT), report)))
 
 
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -60,7 +61,7 @@ def _change(report: Mapping[str, Any], name: str, loss: str) -> str:
 
 def _result_table(report: Mapping[str, Any]) -> Table:
     dense, pruned, workload = report["dense"], report["pruned"], report["speedup"]["workload"]
-    noun = noun_of(Fields(Path("report.json"), report))
+    noun = noun_of(Fields(Path(REPORT), report))
     table = Table(title=f"{report['evaluated_on'][noun]} {noun}; timing: {workload}")
     for column, side in (("", "left"), ("dense", "right"), ("pruned", "right"), ("pruned / dense", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ class FormatError(ValueError):
 
 @dataclass
 class Skipped:
-    """The faults of the lines and questions that were left out. Its length: of these."""
+    """The faults of the lines and questions that were left out, of which `len` gives the number."""
 
     faults: list[str] = field(default_factory=list)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pruned_ops.shape import checked_int
+
 # Tasks whose data are rows with texts, and how many columns of texts each may name.
 TEXT_COLUMNS = {
     "text-classification": (1,),
@@ -50,10 +52,9 @@ class TaskOptions:
             raise ValueError(f"task is {self.task!r}; one of {TASKS} is needed")
         if self.task != "natural_questions" and (self.null_rate, self.num_proc) != (NULL_RATE, 1):
             raise ValueError("null_rate and num_proc are for --task natural_questions")
-        if not 0 <= self.null_rate <= 1 or self.num_proc < 1:
-            raise ValueError(
-                f"null_rate ({self.null_rate}) must lie in [0, 1], num_proc ({self.num_proc}) be at least 1"
-            )
+        if not 0 <= self.null_rate <= 1:
+            raise ValueError(f"null_rate is {self.null_rate}: it must lie in [0, 1]")
+        checked_int("num_proc", self.num_proc, 1)
         for name in ("text_columns", "label_column", "scores", "corpus", "queries"):
             if self.task not in TEXT_COLUMNS and getattr(self, name) is not None:
                 raise ValueError(

@@ -241,6 +241,57 @@ def margin_divergence(student: Said, teacher: Said, groups: Tensor) -> Tensor:
     return (own - wanted).square().mean(-1)[same].mean()
 
 
+def drawn_losses(said: Said, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """For each example a number whose gradient, squared and averaged over the draws, is the curvature of
+    `divergences` from this model to itself: (batch,).
+
+    Where outputs are distributions it is the cross-entropy of outcomes drawn from them, so that the curvature
+    is Fisher's information; where they are numbers it is a product with drawn normal numbers. It needs no
+    labels. mask: (batch, seqlen), not 0 at tokens that are no padding. generator: on the CPU.
+    """
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    def drawn(logits: Tensor) -> Tensor:
+        chances = logits.detach().float().softmax(-1).flatten(0, -2).cpu()
+        outcomes = torch.multinomial(chances, 1, generator=generator).view(logits.shape[:-1])
+        return F.cross_entropy(
+            logits.flatten(0, -2), outcomes.flatten().to(logits.device), reduction="none"
+        ).view(outcomes.shape)
+
+    def sides(logits: Tensor) -> Tensor:
+        chances = logits.detach().float().sigmoid().cpu()
+        outcomes = torch.bernoulli(chances, generator=generator).to(logits)
+        return F.binary_cross_entropy_with_logits(logits, outcomes, reduction="none")
+
+    real = mask.bool()
+    if said.kind is OutputKind.SPANS:
+        lowest = torch.finfo(said.values["start_logits"].dtype).min
+        each = [
+            drawn(logits if name == "answer_type_logits" else logits.masked_fill(~real, lowest))
+            for name, logits in said.values.items()
+        ]
+        return torch.stack(each).sum(0) / len(each) ** 0.5
+    values = said.only
+    if said.kind is OutputKind.CLASSES:
+        return drawn(values)
+    if said.kind is OutputKind.LABELS:
+        return sides(values).sum(-1) / values.size(-1) ** 0.5
+    if said.kind is OutputKind.TOKENS:
+        each_token = sides(values)[..., 0] if values.size(-1) == 1 else drawn(values)
+        return each_token.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1).sqrt()
+    if said.kind is OutputKind.SCORES:
+        return (values * normal(values)).sum(-1) * (2 / values.size(-1)) ** 0.5
+    fixed = values.detach()
+    norm = fixed.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    direction = normal(values) * 2**0.5
+    if said.kind is OutputKind.EMBEDDINGS:  # the cosine does not see what lies along the embedding
+        across, unit = normal(values), fixed / norm
+        direction = direction + across - (across * unit).sum(-1, keepdim=True) * unit
+    return (values * direction / norm).sum(-1)
+
+
 # -- from labels -------------------------------------------------------------------------------------------
 
 

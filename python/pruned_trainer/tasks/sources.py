@@ -67,7 +67,7 @@ def suffix_of(source: str | Path) -> str:
 
 
 def find(source: str | Path) -> tuple[str, str | None]:
-    """(name, split): what stands before and after the last ":" of a name that is no file or folder.
+    """Split NAME:SPLIT at its last colon, where the whole is no file or folder; the split may be None.
 
     Errors: ValueError for what cannot be a split."""
     name, split = str(source), None

@@ -53,7 +53,7 @@ class Result(Protocol):
 
 
 class Prepared(Protocol):
-    """A file's examples, cut into windows once and then used for every model. Its length: of examples.
+    """A file's examples, cut into windows once and then used for every model. `len` gives their number.
 
     windows: each has a length, input_ids and token_type_ids. noun: what the examples are called, in the
     plural. score_lines: the lines of the result table, the main one first. metric_digits: decimals of the

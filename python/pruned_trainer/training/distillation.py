@@ -13,7 +13,7 @@ class Distillation:
     """The weights of a training's losses, and how the student is compared with its teacher.
 
     task: weight of the task's own loss, where a batch has labels.
-    logits: weight of what the student's outputs differ by from the teacher's, by the kind that they are of:
+    logits: weight of the divergence between the outputs of student and teacher, which depends on their kind:
     the KL divergence of distributions (answers, classes, token labels) times temperature^2, the squared
     difference of scores, cosine and distance of embeddings; see `tasks.output_kinds.divergences`.
     hidden: weight of the mean squared difference of the hidden states after the layers.

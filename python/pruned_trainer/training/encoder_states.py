@@ -24,11 +24,11 @@ class States(NamedTuple):
 
 @contextmanager
 def capturing(model: nn.Module, wanted: bool = True) -> Iterator[list[States]]:
-    """Collect inside the block what each call of the model's encoder gives, in a list that may be cleared;
-    nothing, where it is not wanted."""
-    encoder, found = running_encoder(model), list[States]()
+    """Collect the hidden states of each call of the model's encoder inside the block, in a list that may be
+    cleared. The list stays empty where they are not wanted."""
+    encoder, calls = running_encoder(model), list[States]()
     if not wanted:
-        yield found
+        yield calls
         return
     before = encoder.__dict__.get("forward")
     forward = encoder.forward
@@ -43,12 +43,12 @@ def capturing(model: nn.Module, wanted: bool = True) -> Iterator[list[States]]:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if mask is None:
             mask = torch.ones(hidden[0].shape[:2], dtype=torch.long, device=hidden[0].device)
-        found.append(States(tuple(hidden), mask))
+        calls.append(States(tuple(hidden), mask))
         return output
 
     encoder.forward = asking
     try:
-        yield found
+        yield calls
     finally:
         del encoder.forward
         if before is not None:
@@ -68,7 +68,7 @@ class Call(NamedTuple):
 @contextmanager
 def recording(model: nn.Module, with_states: bool) -> Iterator[list[Call]]:
     """Collect inside the block every call of the model in which gradients are recorded."""
-    found, forward = list[Call](), model.forward
+    calls, forward = list[Call](), model.forward
     before = model.__dict__.get("forward")
     with capturing(model, with_states) as states:
 
@@ -80,12 +80,12 @@ def recording(model: nn.Module, with_states: bool) -> Iterator[list[Call]]:
             states.clear()
             outputs = forward(*args, **kwargs)
             if torch.is_grad_enabled():
-                found.append(Call(inputs, outputs, list(states), as_one))
+                calls.append(Call(inputs, outputs, list(states), as_one))
             return outputs
 
         model.forward = recorded
         try:
-            yield found
+            yield calls
         finally:
             del model.forward
             if before is not None:
@@ -114,15 +114,15 @@ def run_model(
     """
     own = model if inner is None else inner
     if as_one:
-        with capturing(own, with_states) as found:
-            return model(dict(inputs)), found
+        with capturing(own, with_states) as states:
+            return model(dict(inputs)), states
     if not with_states:
         return model(**inputs), []
     if _is_of_a_library(own):
         outputs = model(**inputs, output_hidden_states=True)
         return outputs, [States(outputs.hidden_states, inputs["attention_mask"])]
-    with capturing(own) as found:
-        return model(**inputs), found
+    with capturing(own) as states:
+        return model(**inputs), states
 
 
 def _is_of_a_library(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from matching import batch_of, trained_model
 from pruned_ops.models.stock import model_shape
 from pruned_trainer import SizeBudget, Target, compact, decide
 from pruned_trainer.pruning import importance, surgeon
+from pruned_trainer.tasks.output_kinds import drawn_losses, said_by
 from pruned_trainer.tasks.task import without_labels
 
 
@@ -90,36 +91,44 @@ def test_of_two_units_that_say_the_same_one_is_free_and_not_the_other() -> None:
 
 
 def test_moments_are_those_of_every_real_token(trained: BertForQuestionAnswering) -> None:
-    """Against autograd, a place at a time; padding brings nothing, and the model is left as it was."""
+    """Against autograd, a place at a time; padding and labels bring nothing, and the model is left as it
+    was."""
     data = batches(2)
     for batch in data:
         batch["attention_mask"][:4, -3:] = 0
     trained.train()
     before = {name: parameter.requires_grad for name, parameter in trained.named_parameters()}
     trained.zero_grad()
-    moments = surgeon.moments_of(trained, data, ("heads", "ffn"))
+    moments = surgeon.moments_of(trained, [without_labels(batch) for batch in data], ("heads", "ffn"), seed=5)
     assert trained.training and before == {n: p.requires_grad for n, p in trained.named_parameters()}
     assert all(parameter.grad is None for parameter in trained.parameters())
     assert not any(module._forward_hooks for module in trained.modules())
     model: Any = copy.deepcopy(trained).eval()
     projection = model.bert.encoder.layer[1].output.dense
-    seen: dict[str, list[Tensor]] = {"inputs": [], "gradients": []}
+    seen: dict[str, list[Tensor]] = {"inputs": [], "outputs": [], "gradients": []}
 
     def keep(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        output.retain_grad()
         seen["inputs"].append(inputs[0].detach())
-        seen["gradients"].append(output)
+        seen["outputs"].append(output)
 
     projection.register_forward_hook(keep)
+    generator = torch.Generator().manual_seed(5)
     for batch in data:
-        importance.example_losses(model(**without_labels(batch)), batch).sum().backward()
+        said = said_by(model(**without_labels(batch)), model.config, batch["attention_mask"])
+        for _ in range(surgeon.DRAWS):
+            (output,) = seen["outputs"][-1:]
+            loss = drawn_losses(said, batch["attention_mask"], generator).sum()
+            seen["gradients"] += torch.autograd.grad(loss, output, retain_graph=True)
     real = [batch["attention_mask"].bool() for batch in data]
     inputs = torch.cat([x[mask] for x, mask in zip(seen["inputs"], real, strict=True)]).double()
-    gradients = torch.cat([y.grad[mask] for y, mask in zip(seen["gradients"], real, strict=True)]).double()
+    each = [mask for mask in real for _ in range(surgeon.DRAWS)]
+    gradients = torch.cat([g[mask] for g, mask in zip(seen["gradients"], each, strict=True)]).double()
     found = moments["ffn", 1]
     assert found.tokens == len(inputs) == sum(int(mask.sum()) for mask in real)
     torch.testing.assert_close(found.covariance(), torch.cov(inputs.T, correction=0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.curvature(), gradients.T @ gradients / len(inputs), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        found.curvature(), gradients.T @ gradients / len(gradients), rtol=1e-4, atol=1e-9
+    )
 
 
 def test_compensated_it_loses_less_than_gain(trained: BertForQuestionAnswering) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import BertConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -17,6 +18,7 @@ from pruned_trainer.tasks.output_kinds import (
     Said,
     check_comparable,
     divergences,
+    drawn_losses,
     label_losses,
     margin_divergence,
     said_by,
@@ -132,3 +134,28 @@ def test_what_cannot_be_compared_is_said() -> None:
     more = said_by({"logits": randn(0, 2, 5)}, None, MASK)
     with pytest.raises(ValueError, match="logits have a width of 5, and the student's of 3"):
         check_comparable(classes, more)
+
+
+@pytest.mark.parametrize("kind", OutputKind)
+def test_drawn_losses_have_the_curvature_of_the_divergences(kind: OutputKind) -> None:
+    """Gradients of many draws, squared and averaged, against the second derivative of the divergence from the
+    model itself; one example with padding."""
+    said, mask, draws = outputs(kind, 3), MASK[1:], 40_000
+    shapes = {name: value[1:].shape for name, value in said.values.items()}
+    own = torch.cat([value[1:].flatten() for value in said.values.values()]).double()
+
+    def as_said(flat: Tensor, rows: int = 1) -> Said:
+        parts = flat.view(rows, -1).split([shape.numel() for shape in shapes.values()], dim=1)
+        values = [part.view(rows, *shape[1:]) for part, shape in zip(parts, shapes.values(), strict=True)]
+        return Said(kind, dict(zip(shapes, values, strict=True)))
+
+    def divergence(flat: Tensor) -> Tensor:
+        return divergences(as_said(flat), as_said(own), mask).sum()
+
+    wanted = torch.autograd.functional.hessian(divergence, own)
+    leaves = own.expand(draws, -1).clone().requires_grad_()
+    loss = drawn_losses(as_said(leaves, draws), mask.expand(draws, -1), torch.Generator().manual_seed(0))
+    assert loss.shape == (draws,)
+    (gradients,) = torch.autograd.grad(loss.sum(), leaves)
+    found = gradients.T @ gradients / draws
+    torch.testing.assert_close(found, wanted, atol=0.03 * float(wanted.abs().max()), rtol=0.0)

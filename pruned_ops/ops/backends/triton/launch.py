@@ -124,8 +124,8 @@ def shared_memory(device: torch.device) -> int:
 
 
 def guarded(launcher: Launcher) -> Launcher:
-    """Say it by a KernelError where Triton cannot compile a kernel for this GPU, or load it: another backend
-    may run the op then. Nothing has been computed at that point."""
+    """Make the launcher raise KernelError where Triton cannot compile a kernel for this GPU, or load it.
+    Nothing has been computed at that point, so another backend may run the op."""
 
     @functools.wraps(launcher)
     def launched(*args: Any) -> Tensor:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.files import read_json, shown
+from pruned_ops.files import read_json, shown, write_json
 from pruned_ops.ops.backends.gpu import capability
 from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.backends.triton.configs import (
@@ -270,11 +269,7 @@ def remember(device: torch.device, timed: Mapping[Problem, Config | None]) -> Pa
         {"problem": asdict(problem), "config": config and {type(config).__name__: asdict(config)}}
         for problem, config in choices.items()
     ]
-    # Written under a name of its own, because several processes may save at once, and then renamed, so that
-    # a reader never sees half a file.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump({"made_with": made_with(device), "choices": rows}, file, indent=1)
-    os.replace(file.name, path)
+    write_json(path, {"made_with": made_with(device), "choices": rows})
     return path
 
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from pruned_ops.models.configuration import SCORED, ScoreCalibration
 from pruned_ops.qa.decoding import Decoded
 from pruned_ops.qa.questions import answer_scores
+from pruned_ops.shape import checked_int
 from pruned_trainer.tasks.resampling import interval, samples
 from pruned_trainer.tasks.squad.examples import Example, parse_squad
 from pruned_trainer.tasks.task import Score
@@ -247,8 +248,9 @@ def bootstrap_interval(
     """
     if np.shape(first) != np.shape(second) or np.ndim(first) != 1 or not np.size(first):
         raise ValueError(f"scores of shapes {np.shape(first)} and {np.shape(second)} are no pairs")
-    if resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"resamples ({resamples}) must be at least 1, level ({level}) between 0 and 1")
+    checked_int("resamples", resamples, 1)
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: it must lie between 0 and 1")
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     means = [difference[rows].mean(axis=1) for rows in samples(difference.size, resamples, seed)]
     found = interval(np.concatenate(means), level)

@@ -19,7 +19,7 @@ from pruned_trainer.tasks.task import Score
 
 
 class Measure(Protocol):
-    """gold: what is right of each example. said: what a model says of each."""
+    """A number for a model on examples. gold: their labels. said: the model's predictions."""
 
     @property
     def score(self) -> Score: ...

@@ -56,9 +56,9 @@ def _defined(value: float) -> float | None:
 class PreparedTexts:
     """Examples with their windows, which are cut once and used for every model.
 
-    count: of the examples, which noun names. gold: what is right of each, as the measures take it. read: what
-    is read of a model's outputs for a window. assemble: makes what the model says of each example of what was
-    read of all windows. show: makes JSON for people of it.
+    count, noun: the number of examples, and what they are called. gold: their labels, as the measures take
+    them. read: takes from a model's outputs for a window what is judged. assemble: joins what was read of all
+    windows to a prediction for each example. show: turns the predictions into JSON for people.
     """
 
     noun: str

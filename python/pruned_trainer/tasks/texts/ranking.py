@@ -20,7 +20,7 @@ class Ranking(Mean):
     scores; (texts,) each, in a list of queries."""
 
     def of_query(self, relevance: FloatArray, scores: FloatArray) -> float:
-        """From 0 to 1."""
+        """The measure of one query, between 0 and 1."""
         raise NotImplementedError
 
     def each(self, gold: Any, said: Any) -> FloatArray:

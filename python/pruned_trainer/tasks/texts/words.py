@@ -74,9 +74,9 @@ def _windows(rows: Any, words: Sequence[str], sentence: int) -> list[Sentence]:
 
 
 def _first_tokens(rows: Any, row: int, words: Sequence[str]) -> dict[int, tuple[int, int]]:
-    """Of each word in a window, (place in the text, number) of the first token that this window has of it.
+    """The first token that a window has of each word: number of the word -> (place in the text, token).
 
-    Offsets may keep the space before a word, so that the first character that is none decides."""
+    Offsets may keep the space before a word, so the first character that is no space decides."""
     text = " ".join(words)
     starts = [0, *accumulate(len(word) + 1 for word in words)]
     firsts: dict[int, tuple[int, int]] = {}
