@@ -24,18 +24,17 @@ constexpr int64_t kWorthAThread = 1 << 17;
 // Splits the work evenly although lengths are unequal: parallel_for cuts an axis of cost, on which a query
 // row is as long as its sequence has keys, and a task belongs to the thread whose share holds its start. The
 // cut decides which thread computes a row, never how, so the result does not depend on the number of threads.
-void run_attention(const AttentionArgs& args) {
+void run_attention(const AttentionKernel& kernel, const AttentionArgs& args) {
   int64_t cost = 0;
   for (int64_t i = 0; i < args.batch; ++i) {
     const int64_t seqlen = args.cu_seqlens[i + 1] - args.cu_seqlens[i];
     cost += args.num_heads * seqlen * seqlen;
   }
-  const Kernels& kernel = kernels();
-  const size_t scratch_bytes = static_cast<size_t>(kernel.attention_scratch(args)) * sizeof(float);
+  const size_t scratch_bytes = static_cast<size_t>(kernel.scratch(args)) * sizeof(float);
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / args.head_dim);
   at::parallel_for(0, cost, grain, [&](int64_t begin, int64_t end) {
     const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);  // 64-byte aligned
-    kernel.attention(args, begin, end, static_cast<float*>(scratch.get()));
+    kernel.run(args, begin, end, static_cast<float*>(scratch.get()));
   });
 }
 
@@ -52,8 +51,8 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_
   at::Tensor context = at::empty({tokens, num_heads * head_dim}, qkv.options());
   if (context.numel() == 0) return context;
   const at::Tensor rows = with_contiguous_rows(qkv);
-  run_attention({rows.const_data_ptr<float>(), rows.stride(0), bounds_data, batch, num_heads, head_dim,
-                 longest, context.mutable_data_ptr<float>()});
+  run_attention(kernels().attention, {rows.const_data_ptr<float>(), rows.stride(0), bounds_data, batch,
+                                      num_heads, head_dim, longest, context.mutable_data_ptr<float>()});
   return context;
 }
 

@@ -15,6 +15,6 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_
                      int64_t head_dim);
 
 // The same on checked pointers; it runs in parallel.
-void run_attention(const AttentionArgs& args);
+void run_attention(const AttentionKernel& kernel, const AttentionArgs& args);
 
 }  // namespace pruned_ops::cpu

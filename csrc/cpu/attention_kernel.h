@@ -13,6 +13,7 @@
 #include <limits>
 #include <numbers>
 
+#include "cpu/attention_tasks.h"
 #include "cpu/kernels.h"
 #include "cpu/multiply_kernel.h"
 #include "cpu/power_kernel.h"
@@ -95,64 +96,42 @@ class AttentionWorker {
         maxima_(scratch + layout_.maxima),
         sums_(scratch + layout_.sums) {}
 
-  // Tasks lie on an axis of cost, (sequence, head, query block), where a query row costs its keys.
-  void run(int64_t begin, int64_t end) {
-    int64_t start = 0;
-    for (int64_t sequence = 0; sequence < args_.batch && start < end; ++sequence) {
-      row_ = args_.cu_seqlens[sequence];
-      seqlen_ = args_.cu_seqlens[sequence + 1] - row_;
-      const int64_t cost = seqlen_ * seqlen_;
-      for (int64_t head = 0; head < args_.num_heads; ++head, start += cost) {
-        if (start + cost > begin && start < end) run_head(head, begin - start, end - start);
+  void lay_out(const Sequence& sequence, int64_t head) {
+    lay_out_keys(rows_of(sequence, 1, head), args_.row_stride, sequence.length, args_.head_dim, keys_);
+    lay_out_values(rows_of(sequence, 2, head), args_.row_stride, sequence.length, args_.head_dim, values_);
+  }
+
+  void attend(const Sequence& sequence, int64_t head, int64_t query, int64_t rows) {
+    const float* queries = rows_of(sequence, 0, head) + query * args_.row_stride;
+    for (int64_t key = 0; key < sequence.length; key += kKeyBlock) {
+      const int64_t keys = std::min(kKeyBlock, sequence.length - key);
+      for (int64_t row = 0; row < rows; row += kRegisterRows) {
+        const int64_t count = std::min<int64_t>(kRegisterRows, rows - row);
+        add_block(sequence, queries + row * args_.row_stride, row, count, key, keys);
       }
     }
+    for (int64_t row = 0; row < rows; ++row) store(sequence.first + query + row, head, row);
   }
 
  private:
-  void run_head(int64_t head, int64_t begin, int64_t end) {
-    bool laid_out = false;
-    for (int64_t query = 0; query < seqlen_; query += kQueryBlock) {
-      const int64_t start = query * seqlen_;
-      if (start < begin || start >= end) continue;
-      if (!laid_out) lay_out(head);
-      laid_out = true;
-      attend(head, query, std::min(kQueryBlock, seqlen_ - query));
-    }
-  }
-
   // part: 0 for the query, 1 for the key, 2 for the value.
-  const float* rows_of(int64_t part, int64_t head) const {
-    return args_.qkv + row_ * args_.row_stride + (part * args_.num_heads + head) * args_.head_dim;
-  }
-
-  void lay_out(int64_t head) {
-    lay_out_keys(rows_of(1, head), args_.row_stride, seqlen_, args_.head_dim, keys_);
-    lay_out_values(rows_of(2, head), args_.row_stride, seqlen_, args_.head_dim, values_);
-  }
-
-  void attend(int64_t head, int64_t query, int64_t rows) {
-    const float* queries = rows_of(0, head) + query * args_.row_stride;
-    for (int64_t key = 0; key < seqlen_; key += kKeyBlock) {
-      const int64_t keys = std::min(kKeyBlock, seqlen_ - key);
-      for (int64_t row = 0; row < rows; row += kRegisterRows) {
-        const int64_t count = std::min<int64_t>(kRegisterRows, rows - row);
-        add_block(queries + row * args_.row_stride, row, count, key, keys);
-      }
-    }
-    for (int64_t row = 0; row < rows; ++row) store(head, query + row, row);
+  const float* rows_of(const Sequence& sequence, int64_t part, int64_t head) const {
+    return static_cast<const float*>(args_.qkv) + sequence.first * args_.row_stride +
+           (part * args_.num_heads + head) * args_.head_dim;
   }
 
   // Adds one block of keys to the sums and contexts of up to kRegisterRows rows.
-  void add_block(const float* queries, int64_t row, int64_t rows, int64_t key, int64_t keys) {
+  void add_block(const Sequence& sequence, const float* queries, int64_t row, int64_t rows, int64_t key,
+                 int64_t keys) {
     const int64_t padded = round_up(keys, kLanes);
     float* context = context_ + row * layout_.context_width;
     score(queries, rows, keys_ + key * args_.head_dim, padded);
     exponentiate(row, rows, keys, padded, key == 0);
-    // Panels of V are [seqlen][width]: the last may be narrow, and starts where the full ones end.
+    // Panels of V are [length][width]: the last may be narrow, and starts where the full ones end.
     const int64_t full = layout_.context_width / kPanel * kPanel;
-    multiply_panels(rows, scores_, kKeyBlock, values_ + key * kPanel, seqlen_ * kPanel, keys, context,
+    multiply_panels(rows, scores_, kKeyBlock, values_ + key * kPanel, sequence.length * kPanel, keys, context,
                     layout_.context_width, full, key != 0);
-    multiply_panels(rows, scores_, kKeyBlock, values_ + seqlen_ * full + key * kLanes, 0, keys,
+    multiply_panels(rows, scores_, kKeyBlock, values_ + sequence.length * full + key * kLanes, 0, keys,
                     context + full, layout_.context_width, layout_.context_width - full, key != 0);
   }
 
@@ -238,9 +217,9 @@ class AttentionWorker {
     return factor;
   }
 
-  void store(int64_t head, int64_t query, int64_t row) const {
+  void store(int64_t token, int64_t head, int64_t row) const {
     const float* context = context_ + row * layout_.context_width;
-    float* out = args_.context + ((row_ + query) * args_.num_heads + head) * args_.head_dim;
+    float* out = args_.context + (token * args_.num_heads + head) * args_.head_dim;
     // maximum - maximum is 0, or NaN where softmax has no value: powers turn NaN into a number.
     const Vec sum(sums_[row] + (maxima_[row] - maxima_[row]));
     for (int64_t channel = 0; channel < args_.head_dim; channel += kLanes) {
@@ -258,8 +237,6 @@ class AttentionWorker {
   float* const context_;
   float* const maxima_;
   float* const sums_;
-  int64_t row_ = 0;     // first token of the sequence at hand
-  int64_t seqlen_ = 0;  // its tokens
 };
 
 inline int64_t attention_scratch(const AttentionArgs& args) {
@@ -267,7 +244,8 @@ inline int64_t attention_scratch(const AttentionArgs& args) {
 }
 
 inline void attention(const AttentionArgs& args, int64_t begin, int64_t end, float* scratch) {
-  AttentionWorker(args, scratch).run(begin, end);
+  AttentionWorker worker(args, scratch);
+  for_each_task(args, begin, end, worker);
 }
 
 }  // namespace pruned_ops::CPU_CAPABILITY

@@ -51,6 +51,7 @@ void multiply_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* panel, i
   __m512 tile[kRows][kPanelVectors];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) tile[row][0] = tile[row][1] = _mm512_setzero_ps();
+  RowPointers<uint16_t, kRows> rows(x, x_stride);
   for (int64_t step = 0; step < steps; ++step) {
     const __m512bh left = pairs_at(panel);
     const __m512bh right = pairs_at(panel + kVector);
@@ -58,10 +59,11 @@ void multiply_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* panel, i
     fetch(ahead, step);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      const __m512bh pair = pair_at(x + row * x_stride + step * kBf16Group);
+      const __m512bh pair = pair_at(rows[row]);
       tile[row][0] = _mm512_dpbf16_ps(tile[row][0], pair, left);
       tile[row][1] = _mm512_dpbf16_ps(tile[row][1], pair, right);
     }
+    rows.advance(kBf16Group);
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {

@@ -26,4 +26,20 @@ inline at::vec::Vectorized<float> gelu(const at::vec::Vectorized<float>& x) {
   return x * phi;
 }
 
+// The same to an error of 1.7e-4, for values that are then quantised: 1% of the step between two int8 values
+// where the row's largest is 2.1. A polynomial in x^2 with half the terms, which is 0.5 / kLimit at the
+// limit, so that Phi needs no clamp.
+inline at::vec::Vectorized<float> gelu_for_int8(const at::vec::Vectorized<float>& x) {
+  using Vec = at::vec::Vectorized<float>;
+  constexpr float kLimit = 3.95f;
+  constexpr float kCoefficients[] = {2.443576896e-08f, -1.681151957e-06f, 4.955193072e-05f, -8.290392580e-04f,
+                                     8.842917159e-03f, -6.472274661e-02f, 3.979866803e-01f};
+  const Vec near = at::vec::clamp(x, Vec(-kLimit), Vec(kLimit));
+  const Vec square = near * near;
+  Vec sum(kCoefficients[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < 7; ++i) sum = at::vec::fmadd(sum, square, Vec(kCoefficients[i]));
+  return x * at::vec::fmadd(near, sum, Vec(0.5f));
+}
+
 }  // namespace pruned_ops::CPU_CAPABILITY

@@ -34,23 +34,25 @@ inline __m128i rounded_groups(const Vec& x, __m256 inverse) {
   return _mm_unpacklo_epi32(bytes, _mm_abs_epi8(bytes));
 }
 
-inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t in, uint8_t* bytes,
-                          int64_t bytes_stride, float* scales) {
+// The largest magnitude of a row; not a number where one of its values is none.
+inline float top_of(const float* x, int64_t in) {
   const auto maximum = [](Vec& a, Vec& b) { return at::vec::maximum(a, b); };
-  for (int64_t row = 0; row < rows; ++row, x += x_stride, bytes += bytes_stride) {
-    Vec largest(0.0f);
-    for (int64_t i = 0; i < in; i += kLanes) {
-      largest = at::vec::maximum(largest, Vec::loadu(x + i, std::min(in - i, kLanes)).abs());
-    }
-    const float top = at::vec::vec_reduce_all<float>(maximum, largest);
-    scales[row] = top / 127.0f;
-    const __m256 inverse = _mm256_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
-    for (int64_t i = 0; i < in; i += kLanes) {
-      const Vec values = Vec::loadu(x + i, std::min(in - i, kLanes));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i * kQuantizedBytes),
-                       rounded_groups(values, inverse));
-    }
+  Vec largest(0.0f);
+  for (int64_t i = 0; i < in; i += kLanes) {
+    largest = at::vec::maximum(largest, Vec::loadu(x + i, std::min(in - i, kLanes)).abs());
   }
+  return at::vec::vec_reduce_all<float>(maximum, largest);
+}
+
+// Quantises a row whose largest magnitude is `top`; returns its scale.
+inline float quantize_row(const float* x, int64_t in, float top, uint8_t* bytes) {
+  const __m256 inverse = _mm256_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+  for (int64_t i = 0; i < in; i += kLanes) {
+    const Vec values = Vec::loadu(x + i, std::min(in - i, kLanes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i * kQuantizedBytes),
+                     rounded_groups(values, inverse));
+  }
+  return top / 127.0f;
 }
 
 // Four bytes, in all lanes.

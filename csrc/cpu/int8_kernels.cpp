@@ -9,7 +9,11 @@
 namespace pruned_ops::CPU_CAPABILITY {
 
 extern const Int8Kernels int8_table;
-const Int8Kernels int8_table = {PRUNED_OPS_STRING(CPU_CAPABILITY), kQuantizedBytes, quantize_rows,
-                                int8_linear};
+const Int8Kernels int8_table = {PRUNED_OPS_STRING(CPU_CAPABILITY),
+                                kQuantizedBytes,
+                                quantize_rows,
+                                int8_linear,
+                                int8_linear_gelu,
+                                kInt8LinearBf16};
 
 }  // namespace pruned_ops::CPU_CAPABILITY

@@ -3,6 +3,8 @@
 // same on every processor; how they are made is told in the header of each.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "cpu/kernels.h"
@@ -30,23 +32,87 @@ void multiply_int8_rows(int64_t rows, const uint8_t* x, int64_t x_stride, const 
   multiply_int8<kRows>(x, x_stride, panel, steps, columns, ahead, sums);
 }
 
-inline void int8_linear(const Int8LinearArgs& args, const uint8_t* x, int64_t x_stride, const float* x_scales,
-                        int64_t rows, Finish finish, float* out, int64_t out_stride) {
+inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t in, const Int8Rows& out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* values = x + row * x_stride;
+    out.scales[row] = quantize_row(values, in, top_of(values, in), out.bytes + row * out.stride);
+  }
+}
+
+// Calls visit(tile, values) for each tile, with its product in floats as `finish_tile` takes it.
+template <typename Visit>
+void for_each_int8_tile(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, const Visit& visit) {
   const int64_t steps = (args.in + kInt8Group - 1) / kInt8Group;
   const int64_t panel_bytes = (1 + steps) * kStepBytes;
   alignas(64) int32_t sums[kInt8Rows * kWeightPanel];
   for_each_tile<kInt8Rows>(args.panels, panel_bytes, steps, args.out, rows, [&](const Tile& tile) {
-    multiply_int8_rows(tile.rows, x + tile.first_row * x_stride, x_stride,
+    multiply_int8_rows(tile.rows, x.bytes + tile.first_row * x.stride, x.stride,
                        args.panels + tile.panel * panel_bytes, steps, tile.columns, tile.ahead, sums);
-    finish_tile(tile, args.bias, finish, out, out_stride, [&](int64_t column, int64_t lanes) {
+    visit(tile, [&](int64_t column, int64_t lanes) {
       const Vec scale = Vec::loadu(args.scales + tile.first_column + column, lanes);
       const int32_t* at = sums + column;
-      const float* row_scales = x_scales + tile.first_row;
+      const float* row_scales = x.scales + tile.first_row;
       return [scale, at, row_scales](int64_t row) {
         return as_floats(at + row * kWeightPanel) * (scale * Vec(row_scales[row]));
       };
     });
   });
+}
+
+inline void int8_linear(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, Finish finish,
+                        float* out, int64_t out_stride) {
+  for_each_int8_tile(args, x, rows, [&](const Tile& tile, const auto& values) {
+    finish_tile(tile, args.bias, finish, values, [&](int64_t row, int64_t column, int64_t lanes, Vec value) {
+      store_lanes(value, lanes, out + row * out_stride + column);
+    });
+  });
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// x weight^T + bias in bfloat16. Halves are rounded away from zero, which the bits as integers do in one
+// addition; what is not a number stays so, since quantised rows make only the one of it whose low bits are 0.
+inline void int8_linear_bf16(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, uint16_t* out,
+                             int64_t out_stride) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  for_each_int8_tile(args, x, rows, [&](const Tile& tile, const auto& values) {
+    finish_tile(tile, args.bias, Finish::kBias, values,
+                [&](int64_t row, int64_t column, int64_t, const Vec& value) {
+                  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(value), half);
+                  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + row * out_stride + column),
+                                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+                });
+  });
+}
+constexpr auto kInt8LinearBf16 = int8_linear_bf16;
+#else
+constexpr auto kInt8LinearBf16 = nullptr;
+#endif
+
+// GELU(x weight^T + bias), quantised. The tiles keep the largest magnitudes of each row's lanes, so that the
+// second pass knows the row's scale.
+inline void int8_linear_gelu(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, float* inner,
+                             int64_t inner_stride, const Int8Rows& out) {
+  alignas(64) int32_t tops[kChunkRows * kLanes];
+  std::fill(tops, tops + rows * kLanes, 0);
+  using Bits = at::vec::Vectorized<int32_t>;
+  const Bits magnitude(0x7fffffff);
+  for_each_int8_tile(args, x, rows, [&](const Tile& tile, const auto& values) {
+    finish_tile(tile, args.bias, Finish::kBias, values,
+                [&](int64_t row, int64_t column, int64_t lanes, Vec value) {
+                  value = gelu_for_int8(value);
+                  store_lanes(value, lanes, inner + row * inner_stride + column);
+                  // Lanes past the last hold GELU(0). Of two magnitudes, the bits of the larger are the
+                  // larger integer; those of what is not a number are the largest of all.
+                  int32_t* top = tops + row * kLanes;
+                  const Bits bits = at::vec::cast<int32_t>(value) & magnitude;
+                  at::vec::maximum(Bits::loadu(top), bits).store(top);
+                });
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    const int32_t* lanes = tops + row * kLanes;
+    const float top = std::bit_cast<float>(*std::max_element(lanes, lanes + kLanes));
+    out.scales[row] = quantize_row(inner + row * inner_stride, args.out, top, out.bytes + row * out.stride);
+  }
 }
 
 }  // namespace pruned_ops::CPU_CAPABILITY

@@ -27,20 +27,16 @@ inline float top_of(const float* x, int64_t in) {
   return top;
 }
 
-inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t in, uint8_t* bytes,
-                          int64_t bytes_stride, float* scales) {
-  const int64_t padded = round_up(in, kInt8Group);
-  for (int64_t row = 0; row < rows; ++row, x += x_stride, bytes += bytes_stride) {
-    const float top = top_of(x, in);
-    scales[row] = top / 127.0f;
-    const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
-    for (int64_t i = 0; i < in; ++i) {
-      // Where the row holds an infinity or what is not a number, its scale says so.
-      const float rounded = std::nearbyint(x[i] * inverse);
-      bytes[i] = static_cast<uint8_t>(std::abs(rounded) <= 127.0f ? static_cast<int8_t>(rounded) : 0);
-    }
-    std::fill(bytes + in, bytes + padded, uint8_t{0});
+// Quantises a row whose largest magnitude is `top`; returns its scale.
+inline float quantize_row(const float* x, int64_t in, float top, uint8_t* bytes) {
+  const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+  for (int64_t i = 0; i < in; ++i) {
+    // Where the row holds an infinity or what is not a number, its scale says so.
+    const float rounded = std::nearbyint(x[i] * inverse);
+    bytes[i] = static_cast<uint8_t>(std::abs(rounded) <= 127.0f ? static_cast<int8_t>(rounded) : 0);
   }
+  std::fill(bytes + in, bytes + round_up(in, kInt8Group), uint8_t{0});
+  return top / 127.0f;
 }
 
 // sums (kRows, 32) = x times the panel. All 32 channels cost what one does.

@@ -7,8 +7,10 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "cpu/kernels.h"
 #include "cpu/multiply_kernel.h"
@@ -18,27 +20,54 @@ namespace pruned_ops::CPU_CAPABILITY {
 constexpr int kInt8Rows = kRegisterRows;  // of a tile
 constexpr int64_t kQuantizedBytes = 1;    // of a value of x, with 128 added
 
-inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t in, uint8_t* bytes,
-                          int64_t bytes_stride, float* scales) {
-  const auto maximum = [](Vec& a, Vec& b) { return at::vec::maximum(a, b); };
-  const __m512i middle = _mm512_set1_epi32(128);
-  for (int64_t row = 0; row < rows; ++row, x += x_stride, bytes += bytes_stride) {
-    Vec largest(0.0f);
-    for (int64_t i = 0; i < in; i += kLanes) {
-      largest = at::vec::maximum(largest, Vec::loadu(x + i, std::min(in - i, kLanes)).abs());
-    }
-    const float top = at::vec::vec_reduce_all<float>(maximum, largest);
-    scales[row] = top / 127.0f;
-    const __m512 inverse = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
-    const int64_t padded = (in + kInt8Group - 1) / kInt8Group * kInt8Group;
-    for (int64_t i = 0; i < in; i += kLanes) {
-      const __m512 values = Vec::loadu(x + i, std::min(in - i, kLanes));
-      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
-      const __m128i narrow = _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, middle));
-      const auto mask = static_cast<__mmask16>((1u << std::min(padded - i, kLanes)) - 1u);
-      _mm_mask_storeu_epi8(bytes + i, mask, narrow);
-    }
+// The largest magnitude of a row. Of two, the bits of the larger are the larger integer; those of what is not
+// a number are the largest of all.
+inline float top_of(const float* x, int64_t in) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i top = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i + kLanes <= in; i += kLanes) {
+    top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
   }
+  if (i < in) {
+    const auto mask = static_cast<__mmask16>((1u << (in - i)) - 1u);
+    top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_maskz_loadu_epi32(mask, x + i), magnitude));
+  }
+  return std::bit_cast<float>(_mm512_reduce_max_epi32(top));
+}
+
+// Rounds 16 floats times `inverse`; those from `count` on are 0.
+inline __m512i rounded(const float* x, int64_t count, __m512 inverse) {
+  const auto mask = static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1u);
+  return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x), inverse));
+}
+
+// Quantises a row whose largest magnitude is `top`; returns its scale. Whole cache lines are written. Where
+// `top` is no finite number the scale says so, and all values become 0.
+inline float quantize_row(const float* x, int64_t in, float top, uint8_t* bytes) {
+  const bool finite = top <= std::numeric_limits<float>::max();
+  const __m512 inverse = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+  // Packing takes quarters of vectors in turn.
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m512i middle = _mm512_set1_epi8(static_cast<char>(128));
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < in; i += kLine) {
+    __m512i fours[4];
+    if (i + kLine <= in) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        fours[k] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + k * kLanes), inverse));
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) fours[k] = rounded(x + i + k * kLanes, in - i - k * kLanes, inverse);
+    }
+    const __m512i packed =
+        _mm512_packs_epi16(_mm512_packs_epi32(fours[0], fours[1]), _mm512_packs_epi32(fours[2], fours[3]));
+    const __m512i line = _mm512_xor_si512(_mm512_permutexvar_epi32(order, packed), middle);
+    _mm512_storeu_si512(bytes + i, finite ? line : middle);
+  }
+  return top == top ? top / 127.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
 // sums (kRows, 32) = the panel's start values, plus x times the panel. All 32 channels cost what one does.
@@ -52,6 +81,7 @@ void multiply_int8(const uint8_t* x, int64_t x_stride, const int8_t* panel, int6
     tile[row][0] = start[0];
     tile[row][1] = start[1];
   }
+  RowPointers<uint8_t, kRows> rows(x, x_stride);
   for (int64_t step = 0; step < steps; ++step) {
     panel += kStepBytes;
     const __m512i left = _mm512_loadu_si512(panel);
@@ -60,11 +90,12 @@ void multiply_int8(const uint8_t* x, int64_t x_stride, const int8_t* panel, int6
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       int32_t group;
-      std::memcpy(&group, x + row * x_stride + step * kInt8Group, sizeof(group));
+      std::memcpy(&group, rows[row], sizeof(group));
       const __m512i four = _mm512_set1_epi32(group);
       tile[row][0] = _mm512_dpbusd_epi32(tile[row][0], four, left);
       tile[row][1] = _mm512_dpbusd_epi32(tile[row][1], four, right);
     }
+    rows.advance(kInt8Group);
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {

@@ -12,7 +12,7 @@
 namespace pruned_ops::CPU_CAPABILITY {
 
 extern const Kernels table;
-const Kernels table = {PRUNED_OPS_STRING(CPU_CAPABILITY), attention_scratch, attention, linear,
-                       layer_norm_row};
+const Kernels table = {
+    PRUNED_OPS_STRING(CPU_CAPABILITY), {attention_scratch, attention}, linear, layer_norm_row};
 
 }  // namespace pruned_ops::CPU_CAPABILITY

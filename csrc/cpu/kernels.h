@@ -12,9 +12,9 @@ namespace pruned_ops {
 // would leave threads idle on small batches, smaller would read the laid-out keys more often than needed.
 constexpr int64_t kQueryBlock = 48;
 
-// One call of attention, checked. Rows of qkv are row_stride floats apart; context is contiguous.
+// One call of attention, checked. Rows of qkv are row_stride numbers apart; context is contiguous.
 struct AttentionArgs {
-  const float* qkv;
+  const void* qkv;  // float, or bfloat16 for a kernel that takes that
   int64_t row_stride;
   const int32_t* cu_seqlens;  // (batch + 1,)
   int64_t batch;
@@ -47,12 +47,16 @@ struct LinearArgs {
   int64_t out;
 };
 
+struct AttentionKernel {
+  // Floats of scratch that one thread needs, to be aligned to 64 bytes.
+  int64_t (*scratch)(const AttentionArgs& args);
+  // Runs the tasks whose start lies in [begin, end) of the cost axis that csrc/cpu/attention.cpp splits.
+  void (*run)(const AttentionArgs& args, int64_t begin, int64_t end, float* scratch);
+};
+
 struct Kernels {
   const char* capability;
-  // Floats of scratch that one thread needs, to be aligned to 64 bytes.
-  int64_t (*attention_scratch)(const AttentionArgs& args);
-  // Runs the tasks whose start lies in [begin, end) of the cost axis that csrc/cpu/attention.cpp splits.
-  void (*attention)(const AttentionArgs& args, int64_t begin, int64_t end, float* scratch);
+  AttentionKernel attention;
   // out = finish(x weight^T) for some rows, at best kChunkRows or fewer.
   void (*linear)(const LinearArgs& args, const float* x, int64_t x_stride, int64_t rows, Finish finish,
                  float* out, int64_t out_stride);
@@ -70,17 +74,29 @@ struct Int8LinearArgs {
   int64_t out;
 };
 
+// Quantised rows, `stride` bytes apart (a multiple of 64 that the row fits into), and their scales. How the
+// values lie is between the functions of one Int8Kernels; what fills a row up to whole groups adds nothing.
+struct Int8Rows {
+  uint8_t* bytes;
+  int64_t stride;
+  float* scales;
+};
+
 struct Int8Kernels {
   const char* capability;
   int64_t quantized_bytes;  // of a quantised value
-  // Quantises rows of x to whole numbers of at most 127, and a scale per row. How they lie is between
-  // `quantize` and `linear`; what fills a row up to whole groups adds nothing. bytes_stride: a multiple of 64
-  // that in * quantized_bytes fit into.
-  void (*quantize)(const float* x, int64_t x_stride, int64_t rows, int64_t in, uint8_t* bytes,
-                   int64_t bytes_stride, float* scales);
+  // Quantises rows of x to whole numbers of at most 127, and a scale per row.
+  void (*quantize)(const float* x, int64_t x_stride, int64_t rows, int64_t in, const Int8Rows& out);
   // As Kernels::linear, on quantised rows.
-  void (*linear)(const Int8LinearArgs& args, const uint8_t* x, int64_t x_stride, const float* x_scales,
-                 int64_t rows, Finish finish, float* out, int64_t out_stride);
+  void (*linear)(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, Finish finish, float* out,
+                 int64_t out_stride);
+  // GELU(x weight^T + bias) of at most kChunkRows rows, quantised. inner: room for it in float.
+  void (*linear_gelu)(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, float* inner,
+                      int64_t inner_stride, const Int8Rows& out);
+  // x weight^T + bias as bfloat16, for Bf16Kernels' attention: `out` of args is a multiple of 16. Null where
+  // the processor has no such attention.
+  void (*linear_bf16)(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, uint16_t* out,
+                      int64_t out_stride);
 };
 
 // The fastest that this processor has, or less where ATEN_CPU_CAPABILITY asks for less.
@@ -102,6 +118,8 @@ struct Bf16Kernels {
   // As Kernels::linear, on rounded rows.
   void (*linear)(const Bf16LinearArgs& args, const uint16_t* x, int64_t x_stride, int64_t rows, Finish finish,
                  float* out, int64_t out_stride);
+  // On q|k|v in bf16; head_dim is a multiple of 16.
+  AttentionKernel attention;
 };
 
 // Null where this processor cannot, or ATEN_CPU_CAPABILITY asks for less.

@@ -46,6 +46,34 @@ inline void fetch(const Ahead& ahead, int64_t step) {
 }
 inline void fetch(NothingAhead, int64_t) {}
 
+// Where a product reads up to kRows rows of A: one pointer for three rows, since an address reaches one and
+// two strides beyond a pointer. With a pointer for each row, gcc kept some of them in vector registers, and
+// moving them back took 7% of the time of a product with 12 rows.
+template <typename T, int kRows>
+class RowPointers {
+ public:
+  RowPointers(const T* rows, int64_t stride) : stride_(stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kPointers; ++i) {
+      at_[i] = rows + kReach * i * stride;
+      asm("" : "+r"(at_[i]));  // or it is made of the others again
+    }
+  }
+
+  const T* operator[](int row) const { return at_[row / kReach] + row % kReach * stride_; }
+
+  void advance(int64_t count) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kPointers; ++i) at_[i] += count;
+  }
+
+ private:
+  static constexpr int kReach = 3;
+  static constexpr int kPointers = (kRows + kReach - 1) / kReach;
+  int64_t stride_;
+  const T* at_[kPointers];
+};
+
 // An unrolled loop keeps the accumulators in registers; a rolled one would index them in memory.
 // What C held is added last: shorter chains of additions round less. b_stride: floats from one depth step to
 // the next.
@@ -60,6 +88,7 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride
       sums[row][vector] = Vec(0.0f);
     }
   }
+  RowPointers<float, kRows> rows(a, a_stride);
   for (int64_t step = 0; step < depth; ++step) {
     Vec right[kVectors];
 #pragma GCC unroll 2
@@ -68,12 +97,13 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride
     fetch(next, step);
 #pragma GCC unroll 32
     for (int row = 0; row < kRows; ++row) {
-      const Vec left(a[row * a_stride + step]);
+      const Vec left(*rows[row]);
 #pragma GCC unroll 2
       for (int vector = 0; vector < kVectors; ++vector) {
         sums[row][vector] = at::vec::fmadd(left, right[vector], sums[row][vector]);
       }
     }
+    rows.advance(1);
   }
 #pragma GCC unroll 32
   for (int row = 0; row < kRows; ++row) {

@@ -42,12 +42,20 @@ inline void for_each_tile(const void* panels, int64_t panel_bytes, int64_t steps
   }
 }
 
-// finish(values + bias) -> the tile's place in out. values(column, lanes) gives a function of the row, which
-// gives those columns of the tile.
-template <typename Values>
-inline void finish_tile(const Tile& tile, const float* bias, Finish finish, float* out, int64_t out_stride,
-                        const Values& values) {
-  out += tile.first_row * out_stride + tile.first_column;
+inline void store_lanes(const Vec& value, int64_t lanes, float* to) {
+  if (lanes == kLanes) {
+    value.store(to);
+  } else {
+    value.store(to, static_cast<int>(lanes));
+  }
+}
+
+// Calls store(row, column, lanes, finish(values + bias)) for the tile's vectors, with the row and the column
+// of the whole output. values(column, lanes) gives a function of the tile's row, which gives those columns of
+// the tile.
+template <typename Values, typename Store>
+inline void finish_tile(const Tile& tile, const float* bias, Finish finish, const Values& values,
+                        const Store& store) {
   for (int64_t column = 0; column < tile.columns; column += kLanes) {
     const int64_t lanes = std::min(tile.columns - column, kLanes);
     const Vec added =
@@ -56,14 +64,18 @@ inline void finish_tile(const Tile& tile, const float* bias, Finish finish, floa
     for (int64_t row = 0; row < tile.rows; ++row) {
       Vec value = value_of(row) + added;
       if (finish == Finish::kBiasGelu) value = gelu(value);
-      float* target = out + row * out_stride + column;
-      if (lanes == kLanes) {
-        value.store(target);
-      } else {
-        value.store(target, static_cast<int>(lanes));
-      }
+      store(tile.first_row + row, tile.first_column + column, lanes, value);
     }
   }
+}
+
+// finish(values + bias) -> the tile's place in out.
+template <typename Values>
+inline void finish_tile(const Tile& tile, const float* bias, Finish finish, float* out, int64_t out_stride,
+                        const Values& values) {
+  finish_tile(tile, bias, finish, values, [&](int64_t row, int64_t column, int64_t lanes, const Vec& value) {
+    store_lanes(value, lanes, out + row * out_stride + column);
+  });
 }
 
 }  // namespace pruned_ops::CPU_CAPABILITY

@@ -10,8 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pruned_ops
-from inputs import READY, encoder_arguments, logits, padded_batch, pruned_model, randn, stock_model
-from int8_cases import check_extremes, check_layers, check_values_that_are_no_numbers, in_int8
+from inputs import (
+    READY,
+    cu_seqlens,
+    encoder_arguments,
+    logits,
+    padded_batch,
+    pruned_model,
+    randn,
+    stock_model,
+)
+from int8_cases import (
+    check_attention,
+    check_extremes,
+    check_gelu,
+    check_layers,
+    check_values_that_are_no_numbers,
+    in_int8,
+)
 from pruned_ops.ops.panels import from_int8_panels, quantize, to_int8_panels
 from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.runtime.optimize import choose_int8
@@ -40,6 +56,16 @@ def test_kernels_compute_the_reference(linears: tuple[int, ...]) -> None:
 @needs_extension
 def test_the_largest_sums_do_not_overflow_or_saturate() -> None:
     check_extremes()
+
+
+@needs_extension
+def test_gelu_is_as_exact_as_int8_needs_it() -> None:
+    check_gelu()
+
+
+@needs_extension
+def test_attention_behind_int8() -> None:
+    check_attention()
 
 
 @needs_extension
@@ -114,6 +140,22 @@ def test_refusals() -> None:
     encoder = pruned_ops.optimize(stock_model()).bert.packed.encoder
     with pytest.raises(ValueError, match="there is no linear layers.9.ffn.up"):
         encoder.pack(int8=["layers.9.ffn.up"])
+
+
+@needs_extension
+def test_rows_do_not_depend_on_each_other() -> None:
+    """A sequence alone, and with any number of threads, gives the same bits in int8, too."""
+    x, _, _, weights, *rest = in_int8(encoder_arguments(200, 64, 96, seed=3))
+    threads = torch.get_num_threads()
+    with use_backend("cpu"):
+        whole = OPS["encoder"](x, cu_seqlens((50, 150)), 150, weights, *rest)
+        alone = OPS["encoder"](x[50:], cu_seqlens((150,)), 150, weights, *rest)
+        try:
+            torch.set_num_threads(1 if threads > 1 else 2)
+            again = OPS["encoder"](x, cu_seqlens((50, 150)), 150, weights, *rest)
+        finally:
+            torch.set_num_threads(threads)
+    assert torch.equal(whole[50:], alone) and torch.equal(whole, again)
 
 
 def test_wrong_panels_are_refused_by_name() -> None:
