@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.checkpoints.loading import head_of, load_any_head, load_to_fine_tune
-from pruned_trainer.tasks.faults import DataFaults, FormatError, Skipped, skipping
-from pruned_trainer.tasks.options import TaskOptions
+from pruned_ops.checkpoints.loading import load_to_fine_tune
+from pruned_trainer.tasks.faults import FormatError, skipping
 from pruned_trainer.tasks.texts import measures
+from pruned_trainer.tasks.texts.base import TextTask
 from pruned_trainer.tasks.texts.encoding import Encoded, encode
 from pruned_trainer.tasks.texts.examples import (
     Example,
@@ -22,7 +21,6 @@ from pruned_trainer.tasks.texts.examples import (
     read_class,
     read_labelled,
     read_score,
-    read_unlabelled,
 )
 from pruned_trainer.tasks.texts.labels import Labels
 from pruned_trainer.tasks.texts.prepared import PreparedTexts
@@ -33,13 +31,10 @@ NOUNS = {"text-classification": "texts", "pair-classification": "pairs"}
 
 
 @dataclass(frozen=True)
-class ClassificationTask:
+class ClassificationTask(TextTask):
     """text-classification and pair-classification: rows with texts and a label, or with `scores` a number."""
 
-    options: TaskOptions
-    faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
-
-    thresholds = ()
+    head = HEAD
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -70,9 +65,7 @@ class ClassificationTask:
             source, HEAD, **labels.to_config(), problem_type="single_label_classification"
         )
 
-    def load_model(self, source: str) -> PreTrainedModel:
-        model = load_any_head(source)
-        check_head(model, HEAD, self.options.task)
+    def check_model(self, model: PreTrainedModel, source: str) -> None:
         labels, wants_scores = len(Labels.of(model.config).names), self.options.scores is not None
         if wants_scores != (labels == 1):
             has = "one score" if labels == 1 else f"{labels} classes"
@@ -84,30 +77,15 @@ class ClassificationTask:
             raise ValueError(
                 f"{source} gives several labels at once; {self.options.task} has one for each text"
             )
-        return model
 
     # -- data --------------------------------------------------------------------------------------------
 
     def read(self, source: Path | str, split: str) -> Examples:
-        skipped = self._skipped()
+        label, read_label = self.options.label_column or "label", read_class
         if self.options.scores is not None:
-            examples = read_labelled(source, split, self.columns, self.options.scores, read_score, skipped)
-        else:
-            label = self.options.label_column or "label"
-            examples = read_labelled(source, split, self.columns, label, read_class, skipped)
-        self.faults.add(skipped)
-        return examples
-
-    def read_training(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
-        """The training examples; without a validation file, 5% of them are held out."""
-        train = self.read(source, "train")
-        return (train, None) if has_validation else train.split(self.options.seed)
-
-    def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
-        skipped = self._skipped()
-        texts = read_unlabelled(source, "train", self.columns, skipped)
-        self.faults.add(skipped)
-        return (texts, None) if has_validation else texts.split(self.options.seed)
+            label, read_label = self.options.scores, read_score
+        with self.skipping_bad() as skipped:
+            return read_labelled(source, split, self.columns, label, read_label, skipped)
 
     def describe(self, examples: Examples) -> str:
         return f"{len(examples):,} {self.noun}" + ("" if examples.is_labelled else " without labels")
@@ -147,11 +125,6 @@ class ClassificationTask:
             return [window.feature() for window in windows]
         return [window.feature(labels=label) for window, label in zip(windows, labels, strict=True)]
 
-    def to_fine_tune(
-        self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
-    ) -> tuple[nn.Module, list[dict[str, Any]]]:
-        return model, self.features(examples, tokenizer, model)
-
     def _with_labels(
         self, examples: Examples, model: PreTrainedModel
     ) -> tuple[Sequence[Example], list[int] | list[float]]:
@@ -160,22 +133,18 @@ class ClassificationTask:
             return examples.rows, []
         if self.options.scores is not None:
             return examples.rows, [float(row.label) for row in examples.rows]
-        labels, skipped = Labels.of(model.config), self._skipped()
-        rows, numbers = [], []
-        for row in examples.rows:
-            with skipping(skipped):
-                numbers.append(labels.number(row.label, row.where, examples.names))
-                rows.append(row)
-        self.faults.add(skipped)
+        labels, rows, numbers = Labels.of(model.config), [], []
+        with self.skipping_bad() as skipped:
+            for row in examples.rows:
+                with skipping(skipped):
+                    numbers.append(labels.number(row.label, row.where, examples.names))
+                    rows.append(row)
         if len(set(numbers)) < 2:
             raise FormatError(one_class(examples, labels.names[numbers[0]] if numbers else "none"))
         return rows, numbers
 
     def _encode(self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
         return encode(tokenizer, [row.texts for row in rows], self.options.max_length)
-
-    def _skipped(self) -> Skipped | None:
-        return Skipped() if self.options.skip_bad else None
 
 
 def one_class(examples: Examples, label: str) -> str:
@@ -184,16 +153,6 @@ def one_class(examples: Examples, label: str) -> str:
         f"{examples.where}: all {len(examples):,} rows have the label {label!r}: a model that always says so "
         "would be right; two labels are needed"
     )
-
-
-def check_head(model: PreTrainedModel, head: str, task: str) -> None:
-    """ValueError, with what makes the right one, for a model with another head than the task's."""
-    found = type(model).__name__
-    if head_of(model.config) != head:
-        raise ValueError(
-            f"the model is a {found}, and {task} needs one whose class ends in {head}: "
-            f"pruned-trainer finetune --task {task} makes one"
-        )
 
 
 def named(said: Any, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ what a query finds among documents."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,16 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.checkpoints.loading import load_any_head, load_to_fine_tune
+from pruned_ops.checkpoints.loading import load_to_fine_tune
 from pruned_ops.files import read_json
-from pruned_trainer.tasks.faults import DataFaults, FormatError, Skipped
-from pruned_trainer.tasks.options import TaskOptions
+from pruned_trainer.tasks.faults import FormatError
 from pruned_trainer.tasks.task import Score
-from pruned_trainer.tasks.texts.classification import check_head
+from pruned_trainer.tasks.texts.base import TextTask
 from pruned_trainer.tasks.texts.encoding import encode, pooled
 from pruned_trainer.tasks.texts.examples import (
     Examples,
     read_labelled,
     read_score,
-    read_unlabelled,
 )
 from pruned_trainer.tasks.texts.measures import SCORES, FloatArray, Mean, Measure
 from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
@@ -51,14 +49,11 @@ AGREEMENT: tuple[Measure, ...] = (CosineAgreement(),)
 
 
 @dataclass(frozen=True)
-class EmbeddingTask:
+class EmbeddingTask(TextTask):
     """embedding: rows with a pair of texts and a score; with a corpus, rows with a query and the ids of the
     documents that are relevant to it. What is learned is the teacher's embedding of each text."""
 
-    options: TaskOptions
-    faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
-
-    thresholds = ()
+    head = HEAD
 
     # -- models ------------------------------------------------------------------------------------------
 
@@ -68,39 +63,25 @@ class EmbeddingTask:
         model.config.pooling = pooling_of(source, model.config)
         return model
 
-    def load_model(self, source: str) -> PreTrainedModel:
-        model = load_any_head(source)
-        check_head(model, HEAD, self.options.task)
+    def check_model(self, model: PreTrainedModel, source: str) -> None:
+        """Nothing is refused; the config then says how the model's states are pooled."""
         model.config.pooling = pooling_of(source, model.config)
-        return model
 
     # -- data --------------------------------------------------------------------------------------------
 
     def read(self, source: Path | str, split: str) -> Examples | Retrieval:
-        skipped = self._skipped()
-        found: Examples | Retrieval
-        if self.options.corpus is not None:
-            found = read_retrieval(source, split, self.options, skipped)
-        else:
+        with self.skipping_bad() as skipped:
+            if self.options.corpus is not None:
+                return read_retrieval(source, split, self.options, skipped)
             columns = self.options.text_columns or PAIR
             if len(columns) != 2:
                 raise FormatError(f"{source}: pairs are needed: --text-columns names two columns")
             label = self.options.scores or self.options.label_column or SCORE
-            found = read_labelled(source, split, columns, label, read_score, skipped)
-        self.faults.add(skipped)
-        return found
+            return read_labelled(source, split, columns, label, read_score, skipped)
 
-    def read_training(self, source: Path, has_validation: bool) -> tuple[Any, Any]:
-        """The training examples; without a validation file, 5% of them are held out."""
-        train = self.read(source, "train")
-        return (train, None) if has_validation else train.split(self.options.seed)
-
-    def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
-        skipped = self._skipped()
-        columns = self.options.text_columns or (TEXT,)
-        texts = read_unlabelled(source, "train", columns, skipped)
-        self.faults.add(skipped)
-        return (texts, None) if has_validation else texts.split(self.options.seed)
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.options.text_columns or (TEXT,)
 
     def describe(self, examples: Examples | Retrieval) -> str:
         if isinstance(examples, Retrieval):
@@ -158,9 +139,6 @@ class EmbeddingTask:
         )
         features = pair_features(list(zip(first, second, strict=True)), scores)
         return PairTraining(model, model.config.pooling), features
-
-    def _skipped(self) -> Skipped | None:
-        return Skipped() if self.options.skip_bad else None
 
 
 def _distinct(examples: Examples | Retrieval) -> list[str]:

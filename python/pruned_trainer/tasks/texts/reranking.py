@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.checkpoints.loading import load_any_head, load_to_fine_tune
+from pruned_ops.checkpoints.loading import load_to_fine_tune
 from pruned_ops.files import read_json
-from pruned_trainer.tasks.faults import DataFaults, FormatError, Skipped, get_field, skipping
-from pruned_trainer.tasks.options import TaskOptions
+from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
 from pruned_trainer.tasks.sources import read_rows, suffix_of
 from pruned_trainer.tasks.squad.examples import Example as SquadExample
 from pruned_trainer.tasks.squad.examples import load_squad
-from pruned_trainer.tasks.texts.classification import HEAD, check_head
+from pruned_trainer.tasks.texts.base import TextTask
+from pruned_trainer.tasks.texts.classification import HEAD
 from pruned_trainer.tasks.texts.encoding import Encoded, encode
 from pruned_trainer.tasks.texts.examples import (
     Example,
     Examples,
     read_score,
-    read_unlabelled,
     some,
     texts_of,
     value_of,
@@ -41,14 +39,12 @@ SQUAD_NEGATIVES = 3
 
 
 @dataclass(frozen=True)
-class RerankingTask:
+class RerankingTask(TextTask):
     """reranking: rows with a query and a passage, or a query and a list of passages, and how relevant each
-    is; or a SQuAD file, whose paragraphs are the passages, and of which whole articles are held out."""
+    is; or a SQuAD file, whose paragraphs are the passages, and of which whole articles are held out. Of rows,
+    the pairs of whole queries are held out."""
 
-    options: TaskOptions
-    faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
-
-    thresholds = ()
+    head = HEAD
 
     # -- models ------------------------------------------------------------------------------------------
 
@@ -61,26 +57,22 @@ class RerankingTask:
         # transformers' name for a binary cross-entropy; with one label there is one question.
         return load_to_fine_tune(source, HEAD, **fields, problem_type="multi_label_classification")
 
-    def load_model(self, source: str) -> PreTrainedModel:
-        model = load_any_head(source)
-        check_head(model, HEAD, self.options.task)
+    def check_model(self, model: PreTrainedModel, source: str) -> None:
         if model.config.num_labels != 1:
             raise ValueError(
                 f"{source} gives {model.config.num_labels} classes, and reranking needs one score: "
                 "pruned-trainer finetune --task reranking makes such a model"
             )
-        return model
 
     # -- data --------------------------------------------------------------------------------------------
 
     def read(self, source: Path | str, split: str) -> Examples:
-        skipped = self._skipped()
-        if suffix_of(source) == ".json" and Path(source).is_file() and _is_squad(Path(source)):
-            negatives = SQUAD_NEGATIVES if split == "train" else None
-            examples = squad_pairs(Path(source), negatives, self.options.seed, skipped)
-        else:
-            examples = self._read_rows(source, split, skipped)
-        self.faults.add(skipped)
+        with self.skipping_bad() as skipped:
+            if suffix_of(source) == ".json" and Path(source).is_file() and _is_squad(Path(source)):
+                negatives = SQUAD_NEGATIVES if split == "train" else None
+                examples = squad_pairs(Path(source), negatives, self.options.seed, skipped)
+            else:
+                examples = self._read_rows(source, split, skipped)
         if not any(row.label > 0 for row in examples.rows):
             raise FormatError(f"{examples.where}: no passage is relevant to its query")
         if not any(row.label <= 0 for row in examples.rows):
@@ -88,7 +80,7 @@ class RerankingTask:
         return examples
 
     def _read_rows(self, source: Path | str, split: str, skipped: Skipped | None) -> Examples:
-        query, passage = self._columns
+        query, passage = self.columns
         label = self.options.scores or self.options.label_column or RELEVANT
         found = read_rows(source, split, {query, passage, label}, skipped)
         hint = "" if label in found.columns else "; --texts takes pairs without labels"
@@ -100,20 +92,9 @@ class RerankingTask:
         return some(Examples(found.where, tuple(rows)), skipped)
 
     @property
-    def _columns(self) -> tuple[str, str]:
+    def columns(self) -> tuple[str, str]:
         columns = self.options.text_columns or (QUERY, PASSAGE)
         return columns[0], columns[1]
-
-    def read_training(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
-        """The training examples; without a validation file, the pairs of 5% of the queries are held out."""
-        train = self.read(source, "train")
-        return (train, None) if has_validation else train.split(self.options.seed)
-
-    def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
-        skipped = self._skipped()
-        texts = read_unlabelled(source, "train", self._columns, skipped)
-        self.faults.add(skipped)
-        return (texts, None) if has_validation else texts.split(self.options.seed)
 
     def describe(self, examples: Examples) -> str:
         queries = len(set(_query_numbers(examples)))
@@ -159,16 +140,8 @@ class RerankingTask:
         triples = zip(windows, labels, numbers, strict=True)
         return [window.feature(labels=label, group=n) for window, label, n in triples]
 
-    def to_fine_tune(
-        self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
-    ) -> tuple[nn.Module, list[dict[str, Any]]]:
-        return model, self.features(examples, tokenizer, model)
-
     def _encode(self, examples: Examples, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
         return encode(tokenizer, [row.texts for row in examples.rows], self.options.max_length)
-
-    def _skipped(self) -> Skipped | None:
-        return Skipped() if self.options.skip_bad else None
 
 
 def _score(outputs: Any, mask: Any) -> Any:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.checkpoints.loading import load_any_head, load_to_fine_tune
-from pruned_trainer.tasks.faults import DataFaults, FormatError, Skipped, get_field, skipping
-from pruned_trainer.tasks.options import TaskOptions
+from pruned_ops.checkpoints.loading import load_to_fine_tune
+from pruned_trainer.tasks.faults import FormatError, get_field, skipping
 from pruned_trainer.tasks.output_kinds import IGNORED
 from pruned_trainer.tasks.sources import SEPARATED, read_rows, suffix_of
 from pruned_trainer.tasks.task import Score
-from pruned_trainer.tasks.texts.classification import check_head
+from pruned_trainer.tasks.texts.base import TextTask
 from pruned_trainer.tasks.texts.examples import (
     Example,
     Examples,
     read_class,
-    read_unlabelled,
     some,
 )
 from pruned_trainer.tasks.texts.labels import Labels
@@ -38,13 +35,11 @@ OUTSIDE = "O"
 
 
 @dataclass(frozen=True)
-class TaggingTask:
-    """token-classification: rows with a list of words and a list of their labels."""
+class TaggingTask(TextTask):
+    """token-classification: rows with a list of words and a list of their labels; texts without labels, whose
+    words are what stands between their blanks."""
 
-    options: TaskOptions
-    faults: DataFaults = field(default_factory=DataFaults, init=False, compare=False, repr=False)
-
-    thresholds = ()
+    head = HEAD
 
     # -- models ------------------------------------------------------------------------------------------
 
@@ -59,55 +54,37 @@ class TaggingTask:
             raise FormatError(_one_label(examples, labels.names[0]))
         return load_to_fine_tune(source, HEAD, **labels.to_config())
 
-    def load_model(self, source: str) -> PreTrainedModel:
-        model = load_any_head(source)
-        check_head(model, HEAD, self.options.task)
-        return model
-
     # -- data --------------------------------------------------------------------------------------------
 
     def read(self, source: Path | str, split: str) -> Examples:
-        skipped = self._skipped()
         if Path(source).is_file() and suffix_of(source) in SEPARATED:
             raise FormatError(
                 f"{source}: a {suffix_of(source)} file has no lists, and words and their labels are lists: "
                 "write it as .jsonl or .parquet"
             )
-        columns, label = self._columns, self.options.label_column or TAGS
-        found = read_rows(source, split, {*columns, label}, skipped)
-        hint = "" if label in found.columns else "; --texts takes texts without labels"
-        found.need((*columns, label), hint)
-        rows = []
-        for where, row in found.placed():
-            with skipping(skipped):
-                words = _words(row, columns[0], where)
-                labels = [read_class(value, where) for value in get_field(row, label, list, where)]
-                if len(labels) != len(words):
-                    raise FormatError(f"{where}: {len(words)} words, but {len(labels)} labels")
-                rows.append(Example(words, where, tuple(labels), unit=" ".join(words)))
-        self.faults.add(skipped)
+        tokens = (self.options.text_columns or (TOKENS,))[0]
+        label = self.options.label_column or TAGS
+        with self.skipping_bad() as skipped:
+            found = read_rows(source, split, {tokens, label}, skipped)
+            hint = "" if label in found.columns else "; --texts takes texts without labels"
+            found.need((tokens, label), hint)
+            rows = []
+            for where, row in found.placed():
+                with skipping(skipped):
+                    words = _words(row, tokens, where)
+                    labels = [read_class(value, where) for value in get_field(row, label, list, where)]
+                    if len(labels) != len(words):
+                        raise FormatError(f"{where}: {len(words)} words, but {len(labels)} labels")
+                    rows.append(Example(words, where, tuple(labels), unit=" ".join(words)))
         return some(Examples(found.where, tuple(rows), True, tuple(found.names.get(label, ()))), skipped)
 
-    def read_training(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
-        """The training examples; without a validation file, 5% of them are held out."""
-        train = self.read(source, "train")
-        return (train, None) if has_validation else train.split(self.options.seed)
-
-    def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
-        """Texts, whose words are what stands between their blanks."""
-        skipped = self._skipped()
-        texts = read_unlabelled(source, "train", self.options.text_columns or ("text",), skipped)
-        self.faults.add(skipped)
-        rows = tuple(replace(row, texts=tuple(row.texts[0].split()), unit=row.texts[0]) for row in texts.rows)
-        texts = Examples(texts.where, rows, False)
-        return (texts, None) if has_validation else texts.split(self.options.seed)
-
     @property
-    def _columns(self) -> tuple[str, ...]:
-        return self.options.text_columns or (TOKENS,)
+    def columns(self) -> tuple[str, ...]:
+        return self.options.text_columns or ("text",)
 
-    def _skipped(self) -> Skipped | None:
-        return Skipped() if self.options.skip_bad else None
+    def of_texts(self, texts: Examples) -> Examples:
+        rows = (replace(row, texts=tuple(row.texts[0].split()), unit=row.texts[0]) for row in texts.rows)
+        return Examples(texts.where, tuple(rows), False)
 
     def describe(self, examples: Examples) -> str:
         return f"{len(examples):,} sentences" + ("" if examples.is_labelled else " without labels")
@@ -150,24 +127,18 @@ class TaggingTask:
             if len(window.words)  # else there is nothing to learn from it
         ]
 
-    def to_fine_tune(
-        self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
-    ) -> tuple[nn.Module, list[dict[str, Any]]]:
-        return model, self.features(examples, tokenizer, model)
-
     def _with_labels(
         self, examples: Examples, model: PreTrainedModel
     ) -> tuple[Sequence[Example], list[list[int]]]:
         """The rows, and the numbers of their words' labels; without labels, none."""
         if not examples.is_labelled:
             return examples.rows, []
-        labels, skipped = Labels.of(model.config), self._skipped()
-        rows, numbers = [], []
-        for row in examples.rows:
-            with skipping(skipped):
-                numbers.append([labels.number(value, row.where, examples.names) for value in row.label])
-                rows.append(row)
-        self.faults.add(skipped)
+        labels, rows, numbers = Labels.of(model.config), [], []
+        with self.skipping_bad() as skipped:
+            for row in examples.rows:
+                with skipping(skipped):
+                    numbers.append([labels.number(value, row.where, examples.names) for value in row.label])
+                    rows.append(row)
         found = {number for of_row in numbers for number in of_row}
         if len(found) < 2:
             raise FormatError(_one_label(examples, labels.names[min(found)] if found else "none"))
