@@ -75,7 +75,7 @@ def build_parser() -> CommandParser:
 
     add_prune(command("prune", _prune, "prune a model for its task, and train what is left"))
     add_prune(
-        command("sweep", _sweep, "make a family of pruned models from one training of the gates"),
+        command("sweep", _sweep, "make a family of pruned models, one for each target"),
         several=True,
     )
     add_demo(command("demo", _demo, "fine-tune, prune and measure a small model, offline, in minutes"))
@@ -191,6 +191,7 @@ def _compact(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from pruned_trainer.jobs.job import load_teacher
     from pruned_trainer.jobs.output import load_tokenizer
     from pruned_trainer.report import terminal
     from pruned_trainer.tasks.task import own_thresholds
@@ -198,15 +199,31 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.predictions is not None:
         check_writable(arguments.predictions, "--predictions", overwrite=True)
     task = make_task(TaskOptions.of(arguments))
-    files = [file for file in (arguments.eval_file, arguments.validation_file) if file is not None]
-    examples = [task.read(file, "validation") for file in files]
-    model, tokenizer = task.load_model(arguments.model), load_tokenizer(arguments.model)
-    prepared = [task.prepare(found, tokenizer, model) for found in examples]
+    if arguments.texts is not None:
+        _check_without_labels(arguments)
+        examples = [task.read_texts(arguments.texts, True)[0]]
+    else:
+        if arguments.teacher is not None:
+            raise ValueError("--teacher is for --texts: labels are what models are scored by")
+        files = [file for file in (arguments.eval_file, arguments.validation_file) if file is not None]
+        examples = [task.read(file, "validation") for file in files]
+    model, tokenizer, teacher = task.load_model(arguments.model), load_tokenizer(arguments.model), None
+    if arguments.teacher is not None:
+        teacher = load_teacher(arguments.teacher, arguments.model, model, tokenizer, task)
+    prepared = [task.prepare(found, tokenizer, model, teacher) for found in examples]
     thresholds = prepared[1].best_thresholds(model) if len(prepared) == 2 else own_thresholds(model, task)
     result = prepared[0].evaluate(model, thresholds)
     terminal.print_scores(result.scores(), thresholds, prepared[0].metric_digits)
     if arguments.predictions is not None:
         write_json(arguments.predictions, result.predictions)
+
+
+def _check_without_labels(arguments: argparse.Namespace) -> None:
+    """ValueError for what texts without labels lack, or have no use for."""
+    if arguments.teacher is None:
+        raise ValueError("texts without labels are judged beside a teacher: name it with --teacher")
+    if arguments.validation_file is not None:
+        raise ValueError("thresholds are chosen on labels: --validation-file does not go with --texts")
 
 
 def _report(arguments: argparse.Namespace) -> None:

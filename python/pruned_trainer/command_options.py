@@ -33,7 +33,12 @@ DEMO_MACS = 0.45
 class Options:
     """A titled group of a command's options, each of which has the default that the settings have."""
 
-    def __init__(self, group: argparse._ArgumentGroup, settings: type, prefix: str = "") -> None:
+    def __init__(
+        self,
+        group: argparse._ArgumentGroup | argparse._MutuallyExclusiveGroup,
+        settings: type,
+        prefix: str = "",
+    ) -> None:
         """prefix: what the options' names begin with, before the settings' own names."""
         self.group, self.settings, self.prefix = group, settings, prefix
 
@@ -72,9 +77,23 @@ def add_prune(parser: argparse.ArgumentParser, several: bool = False) -> None:
     )
     _add_data(options)
     text = "TARGET is one of the first four options"
-    text += ", each with one number or more" if several else "; --recipe paper needs none"
+    text += ", each with one number or more" if several else "; --recipe paper and --decision need none"
     _add_target(Options.titled(parser, "target", PruneSettings, text), several)
-    _add_recipe(Options.titled(parser, "recipe", PruneSettings))
+    recipe = Options.titled(parser, "recipe", PruneSettings)
+    _add_recipe(recipe)
+    if not several:
+        recipe.add(
+            "decision",
+            "decision.json of an earlier run on this model: what it says stays, and is trained on, without a "
+            "target and without gates (default: this run decides)",
+            type=Path,
+        )
+    else:
+        recipe.add(
+            "gradual",
+            "each target begins with the trained model of the one before it, and trains the gates anew "
+            "(default: one training of the gates passes them all)",
+        )
     _add_distillation(parser)
     _add_running(Options.titled(parser, "running", PruneSettings))
     parser.usage = "%(prog)s --model MODEL (--train-file FILE | --texts FILE) --out DIR TARGET [options]"
@@ -193,6 +212,16 @@ def _add_recipe(options: Options) -> None:
     options.add("gate_fraction", "share of the training windows that gates are trained on")
     options.add("retrain_epochs", "epochs of the narrow model's training (default: 1; fast: 0)", type=float)
     options.add("retrain_steps", "steps of its training (default: those of its epochs)", type=int)
+    options.add(
+        "average_steps",
+        "share of these steps, the last ones, whose mean weights are tried beside the last weights on "
+        "validation examples; the better ones stay",
+    )
+    options.add(
+        "cross_pairs",
+        "train the narrow model also on questions with the text of another window, which only the teacher "
+        "judges: so many for each training window",
+    )
     sizes = f"{BATCH_SIZE}; paper: {PAPER_BATCH_SIZE}"
     options.add("batch_size", f"examples in a step, over all processes (default: {sizes})", type=int)
     options.add("learning_rate", "highest rate of the weights, while gates train")
@@ -267,7 +296,14 @@ def _add_output(options: Options, required: bool) -> None:
     options.add("out", text, type=Path, metavar="DIR", required=required)
     options.add("overwrite", "replace what is in --out")
     options.add("seed", "seed of everything that is drawn")
-    options.add("precision", "autocast while training", choices=PRECISIONS)
+    if options.settings is PruneSettings:
+        text = (
+            "autocast while training; auto takes bf16 where the processor has instructions for it and a step "
+            "is measured to be faster, else fp32"
+        )
+        options.add("precision", text, choices=PRECISIONS)
+    else:
+        options.add("precision", "autocast while training", choices=PRECISIONS[1:])
 
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:
@@ -310,7 +346,18 @@ def add_compact(parser: argparse.ArgumentParser) -> None:
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     options = Options.titled(parser, "model and data", PruneSettings)
     options.add("model", "checkpoint to score: a folder or a hub name", required=True)
-    options.add("eval_file", "examples to score it on", type=Path, required=True)
+    one_of = Options(options.group.add_mutually_exclusive_group(required=True), PruneSettings)
+    one_of.add("eval_file", "examples to score it on (default: --texts takes its place)", type=Path)
+    one_of.add(
+        "texts",
+        "texts without labels, one a line, or rows with columns of texts; the score is how far the model "
+        "agrees with the --teacher (default: the evaluation file, with labels)",
+        type=Path,
+    )
+    options.add(
+        "teacher",
+        "checkpoint that it is compared with, such as its dense model (default: none; --texts needs one)",
+    )
     options.add(
         "validation_file",
         "examples on which the score thresholds are chosen, where the task has some (default: the config's)",

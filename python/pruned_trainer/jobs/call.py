@@ -50,7 +50,8 @@ _EVAL_BATCH = 32
 _OPTIONS = frozenset(
     "parts penalty lambda_attention lambda_ffn lambda_hidden max_minutes gate_epochs retrain_epochs "
     "gate_fraction gate_steps retrain_steps gate_learning_rate retrain_learning_rate distil_in dropout "
-    "train_embeddings align compensate save_steps latency_table overwrite resume".split()
+    "train_embeddings align compensate save_steps latency_table overwrite resume decision "
+    "average_steps".split()
 )
 
 
@@ -296,6 +297,8 @@ def _check_length(rows: Rows, model: nn.Module) -> None:
 def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options: Mapping[str, Any]) -> Any:
     """The steps of both phases: a quarter of the arguments' to the gates, as the plan shares time out."""
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * rows / batch)
+    if options.get("decision") is not None:
+        return {} if "retrain_epochs" in options else {"retrain_steps": total}
     gates = options.get("gate_steps") or SCORE_STEPS.get(recipe) or max(1, round(GATE_SHARE * total))
     used = 0 if recipe in SCORE_STEPS else gates
     steps = {}

@@ -29,6 +29,7 @@ from pruned_trainer.pruning.budget import ShareOfGates
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.compensate import compensate
 from pruned_trainer.pruning.decision import Decision, decide, decide_at
+from pruned_trainer.pruning.expand import close, expanded
 from pruned_trainer.pruning.gate_phase import GatePhase, HoldTarget, PayPerGate
 from pruned_trainer.pruning.gates import Gates, PerGate, Scores
 from pruned_trainer.pruning.options import Target
@@ -123,7 +124,12 @@ def choose(job: Job, folder: Path, steps: int) -> Choices:
     if recorded is not None:
         return recorded
     set_seed(job.settings.seed)
-    if job.settings.recipe == "joint":
+    log: Log = []
+    if job.settings.decision is not None:
+        # Whatever made up for the loss then did so on another model: it is asked for anew, or left.
+        decision = replace(Decision.load(job.settings.decision), compensation={})
+        write_compensated(job, folder, 0, copy.deepcopy(job.dense), decision)
+    elif job.settings.recipe == "joint":
         log = train_jointly(job, folder, steps)
     else:
         scores, log = _paper(job, folder, steps) if job.settings.recipe == "paper" else _scored(job, steps)
@@ -188,12 +194,17 @@ def freeze_for(job: Job, student: PreTrainedModel, gates: Gates) -> None:
 
 
 def train_jointly(job: Job, folder: Path, steps: int) -> Log:
-    """Train gates and weights together, and decide for each target when the training has passed it."""
+    """Train gates and weights together, and decide for each target when the training has passed it.
+
+    Where the job has an earlier narrow model, the training begins with that."""
     settings = job.settings
     targets = settings.targets
-    student = copy.deepcopy(job.dense)
+    earlier = job.earlier
+    student = copy.deepcopy(job.dense) if earlier is None else expanded(job.dense, *earlier)
     prepare_student(student, settings.dropout, settings.train_embeddings)
     with attached(student, settings.seed, settings.parts) as gates, running(job.teacher) as teacher:
+        if earlier is not None:
+            close(gates, earlier.decision)
         phase = announced(gate_phase_for(job, gates), steps)
         trainer = build_trainer(job, student, teacher, folder / "gates", steps, phase)
 
@@ -331,6 +342,13 @@ def decide_for(
         decision = once(lambda: decide_in_time(job, student, scores, target))
     else:
         decision = decide(scores, job.budget, target, job.align)
+    write_compensated(job, folder, number, student, decision)
+
+
+def write_compensated(
+    job: Job, folder: Path, number: int, student: PreTrainedModel, decision: Decision
+) -> None:
+    """Write the decision for the target of this number, and the narrow model that it makes of the student."""
     if is_main():
         Chosen.write(folder, number, *compensated(job, student, decision))
     state().wait_for_everyone()

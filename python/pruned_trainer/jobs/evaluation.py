@@ -3,6 +3,7 @@ beside the dense model."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -88,6 +89,15 @@ def judge(job: Job, model: PreTrainedModel, thresholds: dict[str, float] | None 
     return Judged(model, thresholds, job.evaluation.evaluate(model, thresholds))
 
 
+def validation_score(job: Job, model: PreTrainedModel) -> float:
+    """One number by which to choose between models: the mean of the scores on the validation examples, at the
+    thresholds that are best there."""
+    prepared = job.validation
+    scores = prepared.evaluate(model, prepared.best_thresholds(model)).scores()
+    found = [scores[line.key] for line in prepared.score_lines if line.has_loss]
+    return statistics.fmean([value for value in found if value is not None] or [0.0])
+
+
 def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict[str, Any]:
     """Time both models against each other; returns everything that report.json holds but the training."""
     models = {"dense": dense, "pruned": pruned}
@@ -167,7 +177,7 @@ def _circumstances(job: Job) -> dict[str, Any]:
         "data_faults": job.task.faults.to_json(),
         "task": settings.task,
         "score_lines": [line.to_json() for line in job.evaluation.score_lines],
-        "recipe": settings.recipe,
+        "recipe": settings.recipe if settings.decision is None else "decision",
         "machine": machine(),
         "versions": versions(),
         "command": settings.command or repr(settings),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,10 @@ from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
 from pruned_trainer.pruning.compact import check_parts_of
+from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.gate_phase import GatePhase
-from pruned_trainer.pruning.options import UNTRAINED
 from pruned_trainer.tasks.task import Prepared, Task, is_labelled, without_labels
+from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import (
     GROUP,
     NUMBER,
@@ -44,6 +45,7 @@ from pruned_trainer.training.batches import (
     pad_batch,
 )
 from pruned_trainer.training.callbacks import tensorboard_writer
+from pruned_trainer.training.cross_pairs import Both, CrossPairs
 from pruned_trainer.training.phase import training_arguments
 from pruned_trainer.training.teacher_cache import TeacherCache, fingerprint
 from pruned_trainer.training.teaching import TaskLoss
@@ -77,6 +79,13 @@ class Clock:
         return self.earlier + time.perf_counter() - self.started
 
 
+class Narrow(NamedTuple):
+    """A narrow model, trained on, and the decision that made it."""
+
+    model: PreTrainedModel
+    decision: Decision
+
+
 @dataclass(frozen=True)
 class Job:
     """What a run holds from its first phase to its last.
@@ -86,7 +95,9 @@ class Job:
     workload: the batches that are timed. table: how long each part of a layer takes, where a target is a
     time. collate: makes a padded batch of windows. arguments: the caller's own training arguments, whose
     steps, rates and folders the run sets. task_loss: as for `PruningTrainer`. has_own_loss: whether the model
-    or `task_loss` makes a loss of the windows, whatever their labels are called.
+    or `task_loss` makes a loss of the windows, whatever their labels are called. pairs: unlabelled windows
+    for the retraining alone. earlier: the narrow model of a larger target, which the gates' training begins
+    with.
     """
 
     settings: PruneSettings
@@ -107,6 +118,13 @@ class Job:
     arguments: TrainingArguments | None = None
     task_loss: TaskLoss | None = None
     has_own_loss: bool = False
+    pairs: Features | None = None
+    earlier: Narrow | None = None
+
+    @property
+    def retrain_data(self) -> Features:
+        """What the narrow model is trained on: the training windows, and the pairs where there are such."""
+        return self.train if self.pairs is None else Both(self.train, self.pairs)
 
     def batch(self, windows: Any) -> dict[str, Tensor]:
         """These windows as a padded batch for a model, on its device."""
@@ -168,7 +186,11 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
     if settings.cache_teacher is not None:
         features = Numbered(features)
         cache = open_cache(settings.cache_teacher, teacher, features)
-    share = settings.gate_fraction
+    pairs, share = None, settings.gate_fraction
+    if settings.cross_pairs:
+        separator, size = tokenizer.sep_token_id, settings.max_length
+        pairs = CrossPairs(features, settings.cross_pairs, separator, size, settings.seed)
+        pairs.check_batches(settings.train_batch)
     return Job(
         settings=settings,
         clock=clock,
@@ -185,6 +207,7 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
         table=table,
         cache=cache,
         collate=partial(pad_batch, pad_token_id=dense.config.pad_token_id),
+        pairs=pairs,
     )
 
 
@@ -201,7 +224,7 @@ def check_signal(job: Job) -> None:
     if labelled or job.has_own_loss:
         return
     for phase in ("gates", "retrain"):
-        scored_only = phase == "gates" and settings.recipe in UNTRAINED
+        scored_only = phase == "gates" and not settings.trains_gates
         if not scored_only and not settings.distillation_in(phase).needs_teacher:
             raise ValueError(
                 f"the {phase} phase would have nothing to learn from: the data has no labels, and no teacher "
@@ -266,7 +289,9 @@ def _load_models(
     """The dense model, its tokenizer and its teacher, checked and on this process's device."""
     dense, tokenizer = task.load_model(settings.model), load_tokenizer(settings.model)
     check_length(settings.max_length, dense.config)
-    teacher = load_teacher(settings, dense, tokenizer, task)
+    teacher = dense
+    if settings.teacher is not None:
+        teacher = load_teacher(settings.teacher, settings.model, dense, tokenizer, task)
     for model in (dense, teacher):
         nn.Module.to(model, state().device)
     check_phases(settings, dense, teacher)
@@ -281,13 +306,10 @@ def check_length(max_length: int, config: PreTrainedConfig) -> None:
 
 
 def load_teacher(
-    settings: PruneSettings, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task
+    source: str, name: str, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task
 ) -> PreTrainedModel:
-    """The settings' teacher, or the model to be pruned itself; ValueError where the teacher cannot teach
-    it."""
-    if settings.teacher is None:
-        return dense
-    teacher, teacher_tokenizer = task.load_model(settings.teacher), load_tokenizer(settings.teacher)
+    """The teacher of this name; ValueError where it cannot teach the model `dense`, whose name is `name`."""
+    teacher, teacher_tokenizer = task.load_model(source), load_tokenizer(source)
     faults = []
     sizes = teacher.config.vocab_size, dense.config.vocab_size
     if teacher_tokenizer.get_vocab() != tokenizer.get_vocab() or sizes[0] != sizes[1]:
@@ -298,7 +320,7 @@ def load_teacher(
     if limits[0] != limits[1]:
         faults.append(f"it takes {limits[0]} tokens, the student {limits[1]}")
     if faults:
-        raise ValueError(f"{settings.teacher} cannot teach {settings.model}: {'; '.join(faults)}")
+        raise ValueError(f"{source} cannot teach {name}: {'; '.join(faults)}")
     return teacher
 
 
@@ -369,11 +391,12 @@ def build_trainer(
     phase: GatePhase | None,
     kept_hidden: Sequence[int] | None = None,
     timing: bool = False,
+    average: WeightAverage | None = None,
 ) -> PruningTrainer:
     """A trainer with this run's settings for `steps` steps, with gates or (`phase` None) without.
 
-    kept_hidden: as for `PruningTrainer`. timing: the trainer only serves to time its steps, so it takes the
-    features in their order and writes nothing.
+    kept_hidden, average: as for `PruningTrainer`. timing: the trainer only serves to time its steps, so it
+    takes the features in their order and writes nothing.
     """
     settings = job.settings
     rate = settings.learning_rate if phase else settings.retrain_learning_rate
@@ -388,7 +411,8 @@ def build_trainer(
         cache=job.cache,
         kept_hidden=kept_hidden,
         task_loss=job.task_loss,
-        train_dataset=job.gate_train if phase else job.train,
+        average=average,
+        train_dataset=job.gate_train if phase else job.retrain_data,
         data_collator=job.collate,
     )
     if settings.tensorboard and not timing and is_main():

@@ -38,6 +38,10 @@ WARMUP_STEPS, TIMED_STEPS = 2, 8
 # The part of --max-minutes that is kept back for the decision, compaction, checkpoints and the unevenness of
 # shared machines.
 RESERVE = 0.05
+# Precisions are compared where at least so many steps are to come: the comparison takes 40.
+STEPS_TO_COMPARE = 400
+# bf16 is taken where its steps take at most this part of the time of fp32's.
+BF16_PAYS = 0.95
 # The usual number of choices that are timed before one meets a target in time.
 TIMED_CHOICES = 3
 
@@ -47,13 +51,14 @@ class Plan:
     """Steps of both phases, and the seconds of a step that they were worked out from (None where they do not
     come from a time).
 
-    retrain_steps: the steps of each narrow model, where a run makes several.
+    retrain_steps: the steps of each narrow model, where a run makes several. precision: that of the training.
     """
 
     gate_steps: int
     retrain_steps: int
     gate_step_seconds: float | None = None
     retrain_step_seconds: float | None = None
+    precision: str = "fp32"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,12 +67,19 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """The steps that the settings give; those that fit into max_minutes, if it is set; else those of epochs.
 
-    The time of a step is measured once, here, on copies; from then on the steps are fixed, so that the same
-    seed, steps and data give the same result.
+    The time of a step is measured once, here, on copies; from then on the steps and the precision are fixed,
+    so that the same seed, steps, precision and data give the same result.
     """
-    settings = job.settings
-    plan = _from_settings(job) if settings.max_minutes is None else _in_minutes(job, settings.max_minutes)
-    if settings.recipe not in UNTRAINED and plan.gate_steps < len(settings.targets):
+    settings, minutes = job.settings, job.settings.max_minutes
+    counted = _from_settings(job) if minutes is None else None
+    precision, seconds = settings.precision, None
+    if precision == "auto":
+        precision, seconds = _fastest(job, counted)
+    if counted is None:
+        assert minutes is not None
+        counted = _in_minutes(job, minutes, seconds)
+    plan = replace(counted, precision=precision)
+    if settings.trains_gates and plan.gate_steps < len(settings.targets):
         raise ValueError(
             f"{plan.gate_steps} gate steps cannot pass {len(settings.targets)} targets one after another"
         )
@@ -82,6 +94,8 @@ def _epoch(job: Job, features: Features) -> int:
 def _given_gate_steps(job: Job) -> int | None:
     """The gate steps where the settings, or the recipe, decide them; None where they do not."""
     settings = job.settings
+    if settings.decision is not None:
+        return 0
     if settings.gate_steps is not None:
         return settings.gate_steps
     if settings.gate_epochs is not None:
@@ -96,15 +110,46 @@ def _from_settings(job: Job) -> Plan:
     if retrain is None:
         epochs = job.settings.retrain_epochs
         epochs = job.settings.default_retrain_epochs if epochs is None else epochs
-        retrain = math.ceil(_epoch(job, job.train) * epochs)
+        retrain = math.ceil(_epoch(job, job.retrain_data) * epochs)
     return Plan(gate, retrain)
 
 
-def _in_minutes(job: Job, minutes: float) -> Plan:
+def _fastest(job: Job, counted: Plan | None) -> tuple[str, tuple[float, float] | None]:
+    """The precision in which the training takes the least time, and the seconds of its steps (None where they
+    were not measured: no instructions for bf16, or too few steps for it to matter).
+
+    counted: the steps that are to come, where time does not decide that."""
+    models = max(len(job.settings.targets), 1)
+    few = counted is not None and counted.gate_steps + models * counted.retrain_steps < STEPS_TO_COMPARE
+    if few or job.device.type != "cpu" or not has_bf16():
+        return "fp32", None
+    say("measuring how long a training step takes in fp32 and in bf16, which this processor computes")
+    taken = {
+        precision: _step_seconds(replace(job, settings=replace(job.settings, precision=precision)))
+        for precision in ("fp32", "bf16")
+    }
+    (gate, retrain), (gate_bf16, retrain_bf16) = taken["fp32"], taken["bf16"]
+    ratio = retrain_bf16 / retrain
+    if job.settings.trains_gates:
+        ratio = GATE_SHARE * gate_bf16 / gate + (1 - GATE_SHARE) * ratio
+    chosen = "bf16" if ratio <= BF16_PAYS else "fp32"
+    say(f"a step in bf16 takes {ratio:.2f} of the time of one in fp32: training in {chosen} (--precision)")
+    return chosen, taken[chosen]
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices (AVX512_BF16, or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -> Plan:
+    """seconds: those of a step of each phase, where they are known already."""
     settings = job.settings
     gate, retrain = _given_gate_steps(job), settings.retrain_steps
-    say("measuring how long a training step takes")
-    gate_seconds, retrain_seconds = _step_seconds(job)
+    if seconds is None:
+        say("measuring how long a training step takes")
+        seconds = _step_seconds(job)
+    gate_seconds, retrain_seconds = seconds
     models = max(len(settings.targets), 1)
     if settings.recipe == "paper":
         gate_seconds *= len(settings.parts)  # each part's gates train apart
@@ -120,8 +165,10 @@ def _in_minutes(job: Job, minutes: float) -> Plan:
         return Plan(gate_steps, retrain_steps, gate_seconds, retrain_seconds)
 
     plan = once(fit)
-    if plan.gate_steps < 1 or plan.retrain_steps < (0 if retrain is not None else 1):
-        steps = (gate or 20) * gate_seconds + (20 if retrain is None else retrain) * models * retrain_seconds
+    if plan.gate_steps < (gate is None) or plan.retrain_steps < (retrain is None):
+        steps = (20 if gate is None else gate) * gate_seconds + (
+            20 if retrain is None else retrain
+        ) * models * retrain_seconds
         needed = job.clock.seconds() + _deciding_seconds(job) + steps
         raise ValueError(
             f"--max-minutes {minutes:g} is too little here: at least "
@@ -135,15 +182,15 @@ def _step_seconds(job: Job) -> tuple[float, float]:
     thrown away."""
     settings = job.settings
     spanning = _spanning_batches(job)
-    timed = replace(job, train=spanning, gate_train=spanning, cache=None)
+    timed = replace(job, train=spanning, gate_train=spanning, cache=None, pairs=None)
     gate = 0.0
-    if settings.recipe in UNTRAINED:
+    if settings.recipe in UNTRAINED and settings.decision is None:
         gate = _score_seconds(job, len(importance.left_out(job.budget.dense, settings.parts)))
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, settings.train_embeddings)
     with attached(student, settings.seed, settings.parts) as gates, running(job.teacher) as teacher:
         narrow = compact(student, _any_decision(job, gates))
-        if settings.recipe not in UNTRAINED:
+        if settings.trains_gates:
             phase = gate_phase_for(job, gates)
             freeze_for(job, student, gates)
             gate = _time_steps(timed, student, teacher, phase)
@@ -153,8 +200,10 @@ def _step_seconds(job: Job) -> tuple[float, float]:
 
 
 def _any_decision(job: Job, gates: Gates) -> Decision:
-    """A choice of the smallest target's size. A little seeded noise tells apart gates that are still
-    alike."""
+    """The decision that is given; or a choice of the smallest target's size, of gates that a little seeded
+    noise tells apart."""
+    if job.settings.decision is not None:
+        return Decision.load(job.settings.decision)
     for i, log_alpha in enumerate(gates.locations()):
         noise = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(i))
         log_alpha.data += 0.01 * noise.to(log_alpha)
@@ -165,7 +214,7 @@ def _any_decision(job: Job, gates: Gates) -> Decision:
 
 def _deciding_seconds(job: Job) -> float:
     """Seconds that timing the choices will take: both models, TIMED_CHOICES times for each target in time."""
-    if job.table is None:
+    if job.table is None:  # no target in time
         return 0.0
     targets = job.settings.targets
     batches = len(job.workload.batches) * (ROUNDS + 1)

@@ -1,5 +1,5 @@
 """A pruning run, from settings to a folder: choose what stays, train the narrow model on, measure and write
-it; for one target (`prune`) or, from one training of the gates, for several (`sweep`)."""
+it; for one target (`prune`) or for several (`sweep`)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from pruned_ops.models.model_card import REPORT, write_model_card
 from pruned_ops.shape import checked_int
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
-from pruned_trainer.jobs.evaluation import Judged, full_report, judge
-from pruned_trainer.jobs.job import Job, build_trainer, check_signal, running, start
+from pruned_trainer.jobs.evaluation import Judged, full_report, judge, validation_score
+from pruned_trainer.jobs.job import Job, Narrow, build_trainer, check_signal, running, start
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal
 from pruned_trainer.tasks.task import own_thresholds
+from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.phase import InterruptedTraining, Log, prepare_student, run
 
 _TABLE = "latency.json"
+# The folders of a gradual sweep's choices, by the targets' numbers.
+_STAGE = "stage-"
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,8 @@ def finished(settings: PruneSettings, dense: Any) -> Pruned | None:
 
 
 def sweep(settings: PruneSettings) -> dict[str, Any]:
-    """Make a family of models from one training of the gates: a folder for each target, sweep.json,
-    report.html and sweep.png.
+    """Make a family of models, from one training of the gates or (gradual) each from the one before: a folder
+    for each target, sweep.json, report.html and sweep.png.
 
     Each folder is as `prune` writes it. Returns what sweep.json holds. Errors: as for `prune`.
     """
@@ -113,15 +116,10 @@ def sweep(settings: PruneSettings) -> dict[str, Any]:
     if _is_published(settings):
         return _finish(settings, "sweep.json")
     with explained_when_full(settings.out), open_run(settings) as opened:
-        opened, choices = _choose(opened)
-        trained = [
-            _train_on(opened, chosen, opened.folder.partial / target.name)
-            for chosen, target in zip(choices.chosen, settings.targets, strict=True)
-        ]
+        opened, trained, log = (_gradually if settings.gradual else _each_from_the_gates)(opened)
         dense = judge(opened.job, opened.job.dense)
         points = [
-            terminal.sweep_point(_measure(opened, model, dense, choices.log), model.folder.name)
-            for model in trained
+            terminal.sweep_point(_measure(opened, model, dense, log), model.folder.name) for model in trained
         ]
         summary = {
             "task": settings.task,
@@ -136,18 +134,54 @@ def sweep(settings: PruneSettings) -> dict[str, Any]:
     return summary
 
 
+def _each_from_the_gates(opened: Run) -> tuple[Run, list[Trained], Log]:
+    """The models of a sweep, each as the one training of the gates left it when it passed the target, and
+    trained on from there."""
+    opened, choices = _choose(opened)
+    pairs = zip(choices.chosen, opened.job.settings.targets, strict=True)
+    trained = [_train_on(opened, one, opened.folder.partial / target.name) for one, target in pairs]
+    return opened, trained, choices.log
+
+
+def _gradually(opened: Run) -> tuple[Run, list[Trained], Log]:
+    """The models of a sweep, of which each begins as the one before it: the gates train anew for each target,
+    on an equal share of the steps."""
+    job, trained, log = opened.job, list[Trained](), Log()
+    targets, steps = job.settings.targets, opened.plan.gate_steps
+    for number, target in enumerate(targets):
+        earlier = Narrow(trained[-1].model, trained[-1].chosen.decision) if trained else None
+        settings = replace(job.settings, targets=(target,), gradual=False)
+        folder = opened.folder.partial / f"{_STAGE}{number}"
+        folder.mkdir(exist_ok=True)
+        share = round(steps * (number + 1) / len(targets)) - round(steps * number / len(targets))
+        stage = replace(
+            opened,
+            job=replace(job, settings=settings, earlier=earlier),
+            plan=replace(opened.plan, gate_steps=share),
+        )
+        stage, choices = _choose(stage, folder)
+        job = replace(job, clock=stage.job.clock)
+        trained.append(_train_on(stage, choices.chosen[0], opened.folder.partial / target.name))
+        log += choices.log
+    return replace(opened, job=job), trained, log
+
+
 @contextmanager
 def open_run(settings: PruneSettings, begin: Begin = start) -> Iterator[Run]:
     """Check, load, plan and only then make the folder, or take up what an interrupted run left; the folder is
     this run's alone until the end of the block."""
     partial = OutputFolder.partial_of(settings.out)
     once(lambda: OutputFolder.check(settings.out, settings.overwrite, settings.inputs, settings.resume))
+    if settings.decision is not None:
+        Decision.load(settings.decision)  # refuses what is none
     recorded = once(lambda: _recorded_plan(partial, settings)) if settings.resume else None
     set_seed(settings.seed)
     table_file = partial / _TABLE if recorded and (partial / _TABLE).is_file() else None
     job = begin(settings, table_file)
     check_signal(job)
     plan = recorded or make_plan(job)
+    if settings.precision == "auto":
+        job = replace(job, settings=replace(job.settings, precision=plan.precision))
     set_seed(settings.seed)  # measuring a step drew random numbers; the run is the same without
 
     def make_folder() -> OutputFolder:
@@ -190,13 +224,15 @@ def _recorded_plan(partial: Path, settings: PruneSettings) -> Plan:
     return plan
 
 
-def _choose(opened: Run) -> tuple[Run, Choices]:
-    """Choose for every target; the run's clock then counts what an interrupted run took to choose."""
+def _choose(opened: Run, folder: Path | None = None) -> tuple[Run, Choices]:
+    """Choose for every target, in the run's folder or another; the run's clock then counts what an
+    interrupted run took to choose."""
     job, steps = opened.job, opened.plan.gate_steps
     towards = ", ".join(str(target) for target in job.settings.targets) or "the paper's prices"
-    say(f"{job.settings.recipe}: {steps} steps, towards {towards}")
-    choices = choose(job, opened.folder.partial, steps)
-    clock = replace(job.clock, earlier=choices.earlier_seconds)
+    if job.settings.decision is None:
+        say(f"{job.settings.recipe}: {steps} steps, towards {towards}")
+    choices = choose(job, folder or opened.folder.partial, steps)
+    clock = replace(job.clock, earlier=max(job.clock.earlier, choices.earlier_seconds))
     return replace(opened, job=replace(job, clock=clock)), choices
 
 
@@ -259,11 +295,32 @@ def retrain(job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decisio
     hidden = decision.hidden.indices if decision.hidden is not None else None
     if hidden is not None and job.teacher is not job.dense:
         hidden = None  # nothing is known about which of another teacher's dimensions they stand for
+    average = WeightAverage(steps - round(steps * job.settings.average_steps))
     with running(job.teacher) as teacher:
-        trainer = build_trainer(job, narrow, teacher, folder, steps, None, kept_hidden=hidden)
+        trainer = build_trainer(
+            job, narrow, teacher, folder, steps, None, kept_hidden=hidden, average=average
+        )
         log = run(trainer, "retrain", job.settings.resumable)
     narrow.eval()
+    if average.start < steps - 1:
+        _keep_better(job, narrow, average)
     return log
+
+
+def _keep_better(job: Job, narrow: PreTrainedModel, average: WeightAverage) -> None:
+    """Give the model the mean of its last steps' weights where that scores better on validation data."""
+    last = validation_score(job, narrow)
+    with average.applied(narrow):
+        mean = validation_score(job, narrow)
+    better = mean > last
+    if better:
+        average.keep(narrow)
+    noun = job.validation.noun
+    say(
+        f"the last weights score {last:.2f} on the validation {noun}, the mean of the last steps' "
+        f"{mean:.2f}: "
+        f"{'the mean stays' if better else 'the last stay'}"
+    )
 
 
 def publish(folder: OutputFolder, page: bool = True) -> None:
@@ -281,8 +338,9 @@ def _clean_up(folder: Path, page: bool = True) -> None:
 
     The record of the run goes last: where it is there, a run was killed on the way."""
     remove_choices(folder)
-    for checkpoints in folder.glob("retrain*"):
-        shutil.rmtree(checkpoints)
+    for kind in ("retrain*", f"{_STAGE}*"):
+        for checkpoints in folder.glob(kind):
+            shutil.rmtree(checkpoints)
     if page:
         _draw(folder)
     (folder / LOCK).unlink(missing_ok=True)

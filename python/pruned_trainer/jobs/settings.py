@@ -21,7 +21,7 @@ from pruned_trainer.pruning.options import (
     Target,
     check_parts,
 )
-from pruned_trainer.tasks.options import NULL_RATE, TEXT_COLUMNS, TaskOptions
+from pruned_trainer.tasks.options import NULL_RATE, PAIRED, TEXT_COLUMNS, TaskOptions
 from pruned_trainer.training.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 RECIPES = ("joint", "paper", *UNTRAINED)
 # The name of the task of a call from Python.
 OWN_TASK = "own"
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # Examples in a training step, and the paper's own number in its recipe.
 BATCH_SIZE, PAPER_BATCH_SIZE = 16, 24
 # The minibatches that importance scores are taken over by default. Leave-one-out passes over them again for
@@ -53,9 +53,13 @@ class PruneSettings:
     train_file, validation_file, eval_file: a file, a folder, or a hub name. texts: takes the place of
     train_file, and has no labels. task and the fields of `TaskOptions`: see there. targets: none (only where
     the paper's recipe lets its prices decide), one for `prune`, one or more for `sweep`; all in one unit, and
-    kept in the order in which the gate phase meets them, the largest model first. batch_size: counts the
+    kept in the order in which the gate phase meets them, the largest model first. decision: a file that says
+    what stays, in the place of targets. batch_size: counts the
     examples of all processes together. save_steps: the steps from one checkpoint to the next. gate_fraction:
-    the share of the training windows that gates are trained on. command: the command line that gave all
+    the share of the training windows that gates are trained on. average_steps: the share of the retraining's
+    steps, the last ones, whose mean weights are tried. cross_pairs: unlabelled pairs for each training
+    window. gradual: whether each target of a sweep begins with the model of the one before. precision: "auto"
+    for bf16 where it is measured to be faster. command: the command line that gave all
     this, for the report.
     """
 
@@ -82,6 +86,7 @@ class PruneSettings:
     lambda_attention: float = 1.0
     lambda_ffn: float = 1.0
     lambda_hidden: float = 1.0
+    decision: Path | None = None
     latency_table: Path | None = None
     max_minutes: float | None = None
     gate_epochs: float | None = None
@@ -89,6 +94,8 @@ class PruneSettings:
     gate_fraction: float = 1.0
     gate_steps: int | None = None
     retrain_steps: int | None = None
+    average_steps: float = 0.2
+    cross_pairs: float = 0.0
     batch_size: int | None = None
     learning_rate: float = 1e-4
     gate_learning_rate: float = 0.1
@@ -98,7 +105,8 @@ class PruneSettings:
     cache_teacher: Path | None = None
     dropout: float = 0.0
     train_embeddings: bool = False
-    precision: str = "fp32"
+    gradual: bool = False
+    precision: str = "auto"
     compile: bool = False
     align: int | None = None
     compensate: str | None = None
@@ -162,7 +170,9 @@ class PruneSettings:
                 raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run anywhere")
 
     def _check_targets(self) -> None:
-        if not self.targets and self.recipe != "paper":
+        if self.decision is not None:
+            self._check_decided()
+        elif not self.targets and self.recipe != "paper":
             raise ValueError("a target is needed: how fast, or how small (only the paper's recipe has none)")
         if self.is_timed and "hidden" in self.parts:
             raise ValueError(
@@ -170,6 +180,13 @@ class PruneSettings:
             )
         if self.latency_table is not None and not self.is_timed:
             raise ValueError("a latency table is for the targets speedup and latency_ms")
+
+    def _check_decided(self) -> None:
+        """Refuse what a decision that is made already leaves without effect."""
+        if self.targets:
+            raise ValueError("a decision has met its target: give one of the two")
+        if self.recipe != "joint" or self.gate_steps is not None or self.gate_epochs is not None:
+            raise ValueError("a decision is made already: no recipe and no steps of gates go with it")
 
     def _check_unused(self) -> None:
         """Refuse settings that the other settings leave without effect."""
@@ -180,11 +197,19 @@ class PruneSettings:
             raise ValueError("a target holds the gates to a share: the lambda multiples are for runs without")
         if self.recipe in UNTRAINED and self.penalty != "one":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
+        if self.gradual and (self.recipe != "joint" or "hidden" in self.parts):
+            raise ValueError("gradual trains gates on heads and ffn anew for each target: --recipe joint")
+        if self.gradual and len(self.targets) < 2:
+            raise ValueError("gradual goes from each target to the next: name two or more")
         if self.recipe == "fast" and "hidden" in self.parts:
             raise ValueError("recipe fast scores heads and FFN units: leave hidden out of the parts")
         weights = self.distillation
         if self.cache_teacher is not None and self.task in TEXT_COLUMNS:
             raise ValueError(f"cache_teacher keeps start and end logits, which {self.task} has none of")
+        if self.cross_pairs and not self.distillation_in("retrain").needs_teacher:
+            raise ValueError("cross_pairs have no labels, and no teacher teaches in the retrain phase")
+        if self.cross_pairs and self.task not in PAIRED:
+            raise ValueError(f"cross_pairs are of a question and a text: for {', '.join(PAIRED)}")
         if not weights.hidden and (weights.projection or weights.layers):
             raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")
         if self.cache_teacher is not None and (weights.hidden > 0 or not weights.logits):
@@ -205,6 +230,10 @@ class PruneSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
         if not 0 < self.gate_fraction <= 1:
             raise ValueError(f"gate_fraction is {self.gate_fraction}: it must lie in (0, 1]")
+        if not self.cross_pairs >= 0:
+            raise ValueError(f"cross_pairs is {self.cross_pairs}: it must not be negative")
+        if not 0 <= self.average_steps <= 1:
+            raise ValueError(f"average_steps is {self.average_steps}: it must lie in [0, 1]")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must lie in [0, 1)")
 
@@ -233,12 +262,17 @@ class PruneSettings:
     def inputs(self) -> tuple[Path | str | None, ...]:
         """The files and folders that the output must not replace."""
         files = (self.train_file, self.texts, self.validation_file, self.eval_file, self.corpus, self.queries)
-        return (self.model, self.teacher, self.cache_teacher, self.latency_table, *files)
+        return (self.model, self.teacher, self.cache_teacher, self.latency_table, self.decision, *files)
 
     @property
     def has_labels(self) -> bool:
         """Whether the training has a loss of its own, beside what the teacher says."""
         return self.texts is None and self.task != "embedding"
+
+    @property
+    def trains_gates(self) -> bool:
+        """Whether a phase of gates comes before the retraining."""
+        return self.decision is None and self.recipe not in UNTRAINED
 
     @property
     def is_timed(self) -> bool:
@@ -394,7 +428,7 @@ def _in_order(targets: Sequence[Target]) -> tuple[Target, ...]:
 
 def _place(name: str, value: Any) -> Any:
     """A setting that names a file or folder as an absolute path; others, and hub names, as they are."""
-    is_path = name in ("out", "latency_table", "cache_teacher", "corpus", "queries")
+    is_path = name in ("out", "latency_table", "cache_teacher", "corpus", "queries", "decision")
     may_be_of_the_hub = name in ("model", "teacher", "train_file", "validation_file", "eval_file", "texts")
     if isinstance(value, str) and (is_path or may_be_of_the_hub and Path(value).exists()):
         return str(Path(value).resolve())

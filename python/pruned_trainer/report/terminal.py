@@ -15,7 +15,7 @@ from pruned_trainer.report.fields import Fields, noun_of, scores_of
 from pruned_trainer.tasks.task import Score
 
 # The scores for which a line of 80 characters has room.
-_SCORES_OF_A_SWEEP = 3
+_SCORES_OF_A_SWEEP = 2
 
 
 def _score_lines(report: Mapping[str, Any]) -> list[Score]:

@@ -18,6 +18,8 @@ TEXT_COLUMNS = {
     "embedding": (1, 2),
 }
 TASKS = ("squad", "natural_questions", *TEXT_COLUMNS)
+# Tasks whose windows hold two texts, a question and what may answer it.
+PAIRED = ("squad", "natural_questions", "pair-classification", "reranking")
 # The share of the Natural Questions windows without an answer that the paper's own code trains on.
 NULL_RATE = 0.02
 

@@ -67,27 +67,42 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     Their order depends on seed and epoch alone, so that it is the same on every process and in a resumed run.
     There are only full batches, so that processes share each evenly: some examples are left out, others in
     each epoch. A data set smaller than a batch is one batch. epoch: called at each start, because loaders
-    that skip what a resumed run has seen do not pass the epoch on.
+    that skip what a resumed run has seen do not pass the epoch on. kinds: a number for each example; those of
+    a batch have the same one, and of each number there must be a batch.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int] = lambda: 0
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int] = lambda: 0,
+        kinds: Sequence[int] | None = None,
     ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, epoch
+        kinds = kinds or [0] * len(self.lengths)
+        self._kinds = [[i for i, kind in enumerate(kinds) if kind == one] for one in sorted({*kinds})]
 
     def __len__(self) -> int:
-        number = len(self.lengths)
+        return sum(self._full(len(rows)) for rows in self._kinds)
+
+    def _full(self, number: int) -> int:
+        """The examples in full batches of so many, or all where there are fewer than a batch."""
         return number - number % self.batch_size if number > self.batch_size else number
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
-        grouped = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        batches: list[list[int]] = []
+        for rows in self._kinds:
+            lengths = [self.lengths[row] for row in rows]
+            grouped = get_length_grouped_indices(lengths, self.batch_size, generator=generator)
+            for start in range(0, self._full(len(rows)), self.batch_size):
+                batches.append([rows[place] for place in grouped[start : start + self.batch_size]])
         # The groups fall in length. They are shuffled, so that neighbouring steps have nothing in common; the
         # longest stays first, so that a batch that is too large for the memory fails at once.
-        starts = range(self.batch_size, len(self), self.batch_size)
-        order = [starts[i] for i in torch.randperm(len(starts), generator=generator).tolist()]
-        for start in [0, *order]:
-            yield from grouped[start : start + self.batch_size]
+        order = torch.randperm(len(batches) - 1, generator=generator) + 1
+        for number in [0, *order.tolist()]:
+            yield from batches[number]
 
 
 def pad_batch(features: Features, pad_token_id: int) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from pruned_trainer.distributed import on_any
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.training.allocator import keep_freed_memory
+from pruned_trainer.training.averaging import FILE as AVERAGE
+from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import GROUP, NUMBER, LengthGroupedSampler, lengths_of
 from pruned_trainer.training.callbacks import OneLineProgress
 from pruned_trainer.training.distillation import Distillation
@@ -38,7 +40,8 @@ class PruningTrainer(Trainer):
     teacher: gives the same kind of outputs, and hidden states, without gradients; None if the distillation
     needs none. cache: the teacher's start and end logits on disk; features then have a NUMBER. kept_hidden:
     the teacher's hidden dimensions that the student still has, where it has fewer. task_loss: a function of
-    outputs and batch that takes the place of the outputs' own `loss`.
+    outputs and batch that takes the place of the outputs' own `loss`. average: collects the mean of the last
+    steps' weights, which checkpoints then have too.
     Batches are dictionaries of padded tensors, with labels or without; a GROUP is the query of each row.
     """
 
@@ -52,6 +55,7 @@ class PruningTrainer(Trainer):
         cache: TeacherCache | None = None,
         kept_hidden: Sequence[int] | None = None,
         task_loss: TaskLoss | None = None,
+        average: WeightAverage | None = None,
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
@@ -71,7 +75,9 @@ class PruningTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(OneLineProgress)
-        self.gate_phase = gate_phase
+        self.gate_phase, self.average = gate_phase, average
+        if average is not None:
+            self.add_callback(average)
         self.teaching.labels |= set(self.label_names)
         if teacher is not None:
             teacher.to(self.args.device)
@@ -94,6 +100,7 @@ class PruningTrainer(Trainer):
             return
         # Every step is done. transformers would train one more before it looks.
         self._load_from_checkpoint(str(checkpoint))
+        self._load_average(checkpoint)
         state.is_local_process_zero = self.is_local_process_zero()
         state.is_world_process_zero = self.is_world_process_zero()
         self.state = state
@@ -112,6 +119,8 @@ class PruningTrainer(Trainer):
         needed = ["model.safetensors", "optimizer.pt", "scheduler.pt", *states]
         if self.args.fp16:
             needed.append("scaler.pt")
+        if self.average is not None and _steps_of(checkpoint) > self.average.start:
+            needed.append(AVERAGE)
         spoilt = [name for name in ("trainer_state.json", *needed) if not _is_whole(checkpoint / name)]
         if on_any(bool(spoilt)):
             raise ValueError(
@@ -130,7 +139,11 @@ class PruningTrainer(Trainer):
         lengths = lengths_of(dataset)
         epoch_steps = max(len(lengths) // batch_size, 1)
         return LengthGroupedSampler(
-            lengths, batch_size, self.args.seed, lambda: self.state.global_step // epoch_steps
+            lengths,
+            batch_size,
+            self.args.seed,
+            lambda: self.state.global_step // epoch_steps,
+            getattr(dataset, "kinds", None),
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -241,6 +254,20 @@ class PruningTrainer(Trainer):
                 logs.update(_open_gates(self.gate_phase))
         super().log(logs, start_time)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and self.args.should_save:
+            self.average.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_average(Path(checkpoint))
+
+    def _load_average(self, checkpoint: Path) -> None:
+        if self.average is not None:
+            self.average.load(checkpoint, self.args.device)
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, _SAVING) if self._saving else folder
@@ -288,6 +315,12 @@ def _is_whole(file: Path) -> bool:
     except (OSError, ValueError, TypeError, SafetensorError):
         return False
     return True
+
+
+def _steps_of(checkpoint: Path) -> int:
+    """The steps that were done when a checkpoint was written; 0 where its count is broken."""
+    file = checkpoint / "trainer_state.json"
+    return TrainerState.load_from_json(str(file)).global_step if _is_whole(file) else 0
 
 
 def last_checkpoint(folder: Path) -> Path | None:

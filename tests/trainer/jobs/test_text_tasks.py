@@ -207,8 +207,11 @@ def test_the_commands_on_the_page_of_other_tasks_parse() -> None:
         pytest.skip("installed without the checkout")
     section = page.read_text(encoding="utf-8").split("## Other tasks")[1].split("\n## ")[0]
     lines = [block.replace("\\\n", " ").strip() for block in section.split("```")[1::2]]
-    tasks = {settings_of(parse(shlex.split(line)[1:])).task for line in lines}
-    assert len(lines) >= 7 and tasks == set(TEXT_COLUMNS)
+    parsed = [parse(shlex.split(line)[1:]) for line in lines]
+    assert len(lines) >= 7 and {one.task for one in parsed} == set(TEXT_COLUMNS)
+    for one in parsed:
+        if one.command != "evaluate":
+            settings_of(one)
 
 
 @pytest.mark.parametrize(
@@ -299,3 +302,31 @@ def test_sweep_and_report(classifier: Path, tmp_path: Path) -> None:
     assert main(["report", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "accuracy" in page and "Scores against speed" in page
+
+
+def test_evaluate_says_how_far_a_checkpoint_agrees_with_its_teacher(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On texts without labels; with itself, in all of them."""
+    texts, model = tmp_path / "texts.txt", str(classifier / "model")
+    texts.write_text("\n".join(row["text"] for row in classified(30, 9)) + "\n")
+    argv = ["evaluate", "--task", "text-classification", "--model", model, "--texts", str(texts), *CUT]
+    assert main([*argv, "--teacher", model, "--predictions", str(tmp_path / "said.json")]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    assert printed["agreement"] == "100.00" and printed["total"] == "30"
+    other = BertForSequenceClassification.from_pretrained(model)
+    other.classifier.weight.data.neg_()
+    other.classifier.bias.data.neg_()
+    other.save_pretrained(classifier / "opposite")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (classifier / "opposite" / file).write_bytes((classifier / "model" / file).read_bytes())
+    assert main([*argv, "--teacher", str(classifier / "opposite")]) == 0
+    assert "agreement  0.00" in capsys.readouterr().out
+    refused(capsys, argv, "texts without labels are judged beside a teacher: name it with --teacher")
+    refused(
+        capsys,
+        [*argv, "--teacher", model, "--validation-file", str(classifier / "eval.jsonl")],
+        "--validation-file does not go with --texts",
+    )
+    argv[argv.index("--texts") : argv.index("--texts") + 2] = ["--eval-file", str(classifier / "eval.jsonl")]
+    refused(capsys, [*argv, "--teacher", model], "--teacher is for --texts")

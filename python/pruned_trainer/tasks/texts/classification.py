@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ class ClassificationTask(TextTask):
     # -- data --------------------------------------------------------------------------------------------
 
     def read(self, source: Path | str, split: str) -> Examples:
-        label, read_label = self.options.label_column or "label", read_class
+        label = self.options.label_column or "label"
+        read_label: Callable[[Any, str], str | int | float] = read_class
         if self.options.scores is not None:
             label, read_label = self.options.scores, read_score
         with self.skipping_bad() as skipped:

@@ -1,0 +1,101 @@
+"""Windows that nobody labelled: a question with another window's text, which only a teacher can judge."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pruned_trainer.training.batches import Features, lengths_of
+
+
+class CrossPairs(Sequence[dict[str, Any]]):
+    """Pairs of a window's first text (the question) and another window's second text, without labels.
+
+    features: windows of two texts. share: so many pairs are made for each window. separator: the id of the
+    token between the two texts and at the end. max_length: the tokens of a pair; a longer second text is cut.
+    The seed draws which texts go together. They are put together when they are asked for, so that features on
+    disk stay there. Errors: ValueError where a window has one text only.
+    """
+
+    def __init__(
+        self, features: Features, share: float, separator: int, max_length: int, seed: int = 0
+    ) -> None:
+        rng, size = random.Random(seed), len(features)
+        self.features, self.separator, self.max_length = features, separator, max_length
+        number = round(share * size)
+        self.first = [row for _ in range(-(-number // size)) for row in rng.sample(range(size), size)][
+            :number
+        ]
+        self.second = [rng.randrange(size) for _ in self.first]
+        lengths = lengths_of(features)
+        # Nearly: the length of the window that the longer of the two texts comes from.
+        self.lengths = [lengths[row] for row in self.second]
+        if number:
+            _parts(features[0]["input_ids"], separator)
+
+    def check_batches(self, size: int) -> None:
+        """ValueError unless there is a batch of so many windows, and one of so many pairs."""
+        if min(len(self), len(self.features)) < size:
+            raise ValueError(
+                f"{len(self.features)} windows and {len(self)} pairs of them: a batch of {size} of each is "
+                "needed (--cross-pairs, --batch-size)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        first, second = (self.features[rows[number]] for rows in (self.first, self.second))
+        question = slice(0, _parts(first["input_ids"], self.separator))
+        text = slice(_parts(second["input_ids"], self.separator), None)
+        pair = {}
+        for name in ("input_ids", "token_type_ids", "attention_mask"):
+            if name in first:
+                whole = np.concatenate([first[name][question], second[name][text]])
+                # The last token of a window that is cut is the separator all the same.
+                kept = whole[: self.max_length].copy()
+                kept[-1] = whole[-1]
+                pair[name] = kept
+        return pair
+
+
+class Both(Sequence[dict[str, Any]]):
+    """Labelled windows, then unlabelled ones. Each batch of the trainer's is of one kind: `kinds` says which
+    (0 or 1) each window is."""
+
+    def __init__(self, labelled: Features, unlabelled: Features) -> None:
+        self.labelled, self.unlabelled = labelled, unlabelled
+        self.lengths = [*lengths_of(labelled), *lengths_of(unlabelled)]
+        self.kinds = [0] * len(labelled) + [1] * len(unlabelled)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        place = range(len(self))[number]
+        size = len(self.labelled)
+        return self.labelled[place] if place < size else self.unlabelled[place - size]
+
+
+def _parts(ids: Any, separator: int) -> int:
+    """The number of tokens of the first text, with the separators that follow it (RoBERTa has two).
+
+    Errors: ValueError where no second text follows."""
+    found = np.flatnonzero(np.asarray(ids) == separator)
+    if len(found):
+        end = int(found[0]) + 1
+        while end < len(ids) and ids[end] == separator:
+            end += 1
+        if end < len(ids):
+            return end
+    raise ValueError(
+        "the windows hold one text each: pairs are made of a question and a text (squad, natural_questions, "
+        "pair-classification, reranking)"
+    )

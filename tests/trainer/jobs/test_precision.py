@@ -1,0 +1,82 @@
+"""Which precision a run trains in where it is left to the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import job_settings
+from matching import trained_model
+from pruned_trainer.jobs import plan as plan_module
+from pruned_trainer.jobs.job import Job, start
+from pruned_trainer.jobs.plan import STEPS_TO_COMPARE, make_plan
+from pruned_trainer.jobs.prune import prune
+from pruned_trainer.jobs.settings import PruneSettings
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
+    return job_settings(tmp_path_factory.mktemp("precision"), trained_model(steps=1))
+
+
+@pytest.fixture(scope="module")
+def job(settings: PruneSettings) -> Job:
+    return start(replace(settings, gate_steps=STEPS_TO_COMPARE))
+
+
+def times(monkeypatch: pytest.MonkeyPatch, bf16: tuple[float, float], can: bool = True) -> list[str]:
+    """Let a step with gates and one without take 1 s in fp32, and these seconds in bf16; the precisions that
+    are timed go into the list."""
+    seen: list[str] = []
+
+    def seconds(job: Job) -> tuple[float, float]:
+        seen.append(job.settings.precision)
+        return bf16 if job.settings.precision == "bf16" else (1.0, 1.0)
+
+    monkeypatch.setattr(plan_module, "_step_seconds", seconds)
+    monkeypatch.setattr(plan_module, "has_bf16", lambda: can)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("bf16", "chosen"),
+    [((0.7, 0.7), "bf16"), ((2.0, 0.5), "bf16"), ((0.5, 1.0), "bf16"), ((1.0, 0.97), "fp32")],
+)
+def test_bf16_is_taken_where_it_is_measured_to_be_faster(
+    bf16: tuple[float, float], chosen: str, job: Job, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    seen = times(monkeypatch, bf16)
+    assert make_plan(job).precision == chosen and seen == ["fp32", "bf16"]
+    assert f"training in {chosen} (--precision)" in capsys.readouterr().out
+    minutes = replace(job.settings, gate_steps=None, retrain_steps=None, max_minutes=10.0)
+    plan = make_plan(replace(job, settings=minutes))
+    assert plan.precision == chosen and plan.retrain_step_seconds == (bf16[1] if chosen == "bf16" else 1.0)
+
+
+def test_it_is_not_measured_where_it_would_not_matter(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    for can, changes in ((False, {}), (True, {"gate_steps": 40}), (True, {"precision": "fp32"})):
+        seen = times(monkeypatch, (0.5, 0.5), can)
+        plan = make_plan(replace(job, settings=replace(job.settings, **changes)))
+        assert (plan.precision, seen) == ("fp32", [])
+    assert make_plan(replace(job, settings=replace(job.settings, precision="bf16"))).precision == "bf16"
+
+
+def test_the_run_trains_in_it(
+    settings: PruneSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    times(monkeypatch, (0.5, 0.5))
+    monkeypatch.setattr(plan_module, "STEPS_TO_COMPARE", 1)
+    built: list[Any] = []
+    original = plan_module.build_trainer
+    for module in ("choice", "prune"):
+        monkeypatch.setattr(
+            f"pruned_trainer.jobs.{module}.build_trainer",
+            lambda *args, **kwargs: built.append(original(*args, **kwargs)) or built[-1],
+        )
+    report = prune(replace(settings, out=tmp_path / "out", gate_steps=2, retrain_steps=2))
+    assert [trainer.args.bf16 for trainer in built] == [True, True]
+    assert report["plan"]["precision"] == "bf16"
