@@ -34,7 +34,7 @@ PAGES = {
 }
 # Where the examples of docs/serve.md look for a server.
 ADDRESS = "http://127.0.0.1:8000"
-README_LINES = 165
+README_LINES = 160
 COMMANDS = {"pruned-ops": pruned_ops_main, "pruned-trainer": pruned_trainer_main}
 # What the examples load -> the head of the small model that takes its place here.
 MODELS = {

@@ -36,13 +36,13 @@ INK, MUTED = "#1c1e21", "#5b6169"
 
 @dataclass(frozen=True)
 class FirstResult:
-    """The rows behind the table. speeds: by runner. dense, pruned: the two models' scores. int8_losses: F1
-    points that int8 takes from fp32, for the dense model and for a pruned one, on SQuAD 2.0 data."""
+    """The rows behind the table. speeds: by runner. dense, pruned: the two models' scores. int8_loss: F1
+    points that int8 takes from the dense model in fp32, on SQuAD 2.0 data."""
 
     speeds: Mapping[str, Row]
     dense: Row
     pruned: Row
-    int8_losses: tuple[float, float]
+    int8_loss: float
 
     @classmethod
     def read(cls, results: Path) -> FirstResult:
@@ -50,15 +50,12 @@ class FirstResult:
         speeds = {row["runner"]: row for row in _newest(results.glob("natural-questions-speed-*.csv"))}
         scored = (path for path in results.glob("natural-questions-*.csv") if "-speed-" not in path.name)
         models = {row["model"]: row for row in _newest(scored)}
-        int8 = _newest(results.glob("int8-*.csv"))
-        full = [row["f1"] for row in int8 if row["runner"] == "ours fp32"]
-        quantised = [row["f1"] for row in int8 if row["runner"] == "ours int8"]
-        return cls(
-            speeds,
-            models["dense"],
-            models["pruned, distilled"],
-            (full[0] - quantised[0], full[1] - quantised[1]),
+        int8 = _newest(results.glob("int8-*.csv"))  # the dense model comes first, then a pruned one
+        full, quantised = (
+            next(row["f1"] for row in int8 if row["runner"] == runner)
+            for runner in ("ours fp32", "ours int8")
         )
+        return cls(speeds, models["dense"], models["pruned, distilled"], full - quantised)
 
     @property
     def macs_kept(self) -> float:
@@ -81,11 +78,6 @@ class FirstResult:
         loss, low, high = (self.pruned[f"{answers}_f1_loss{end}"] for end in ("", "_low", "_high"))
         return f"{-loss:+.2f} (95% interval {-high:+.2f} to {-low:+.2f})"
 
-    def at_best_thresholds(self, answers: str) -> str:
-        """F1 of long or short answers, dense and pruned, at the thresholds best on these documents."""
-        key = f"{answers}_best_threshold_f1"
-        return f"{self.dense[key]:.2f} to {self.pruned[key]:.2f}"
-
 
 def _newest(paths: Iterable[Path]) -> list[Row]:
     """The rows of the file that was measured last."""
@@ -105,13 +97,11 @@ def lines(result: FirstResult) -> list[str]:
         f'{first["machine_threads"]} cores of an {first["machine_processor"]}; "times as fast" compares it '
         "with Hugging Face's SDPA row. "
         f"The pruned model keeps {100 * result.macs_kept:.0f}% of the encoder's multiply-accumulates. "
-        f"Pruning changed the F1 of long answers by {result.change('long')} and the F1 of short answers by "
-        f"{result.change('short')}; the intervals are over the documents, of one training. At the best "
-        "thresholds for these documents, which the official evaluator prints, short answers went from "
-        f"{result.at_best_thresholds('short')}. The documents were assembled from real paragraphs, so these "
-        "F1 scores are not comparable with published ones. int8 was scored on SQuAD 2.0 data instead: "
-        f"compared with fp32, it cost the dense model {result.int8_losses[0]:.1f} F1 and a pruned model "
-        f"{result.int8_losses[1]:.1f} F1. [All results](benchmarks/README.md)."
+        f"Pruning changed the F1 of long answers by {result.change('long')}. It changed the F1 of short "
+        f"answers by {result.change('short')}. The intervals are over the documents, of one training. The "
+        "documents were assembled from real paragraphs, so these F1 scores are not comparable with published "
+        f"ones. int8 was scored on SQuAD 2.0 data instead, where it cost the dense model "
+        f"{result.int8_loss:.1f} F1. [All results](benchmarks/README.md)."
     )
     return [
         f"![{description(result)}]({PICTURE})",
