@@ -212,13 +212,13 @@ class _NumberFault(ValueError):
         self.number = number
 
 
-def _refuse(number: str) -> NoReturn:
+def _raise_number_fault(number: str) -> NoReturn:
     raise _NumberFault(number)
 
 
 def _float(number: str) -> float:
     value = float(number)
-    return value if math.isfinite(value) else _refuse(number)
+    return value if math.isfinite(value) else _raise_number_fault(number)
 
 
 def _int(number: str) -> int:
@@ -242,8 +242,8 @@ def _is_deep(value: object) -> bool:
     return True
 
 
-_NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_refuse)
-_LONG_NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_refuse, parse_int=_int)
+_NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_raise_number_fault)
+_LONG_NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_raise_number_fault, parse_int=_int)
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100

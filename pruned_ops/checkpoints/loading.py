@@ -133,7 +133,7 @@ def load_model(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
         warnings.simplefilter("ignore", NewHeadWarning)  # refused below
         config = _supported_config(name_or_path)
         if not takes_int8:
-            _refuse_int8(config)
+            _check_not_quantised(config)
         # Auto classes know no Natural Questions models: the config names the class that was saved.
         model_class: Any = AutoModelForQuestionAnswering
         if is_natural_questions(config):
@@ -168,7 +168,7 @@ def load_any_head(name_or_path: str) -> PreTrainedModel:
     with _explained(name_or_path, name_or_path), warnings.catch_warnings():
         warnings.simplefilter("ignore", NewHeadWarning)  # refused below
         config = _supported_config(name_or_path)
-        _refuse_int8(config)
+        _check_not_quantised(config)
         head = head_of(config)
         model_class = AUTO_CLASSES.get(head) or natural_questions_class(config.model_type)
         settings: Any = {"output_loading_info": True, "trust_remote_code": False}
@@ -196,7 +196,7 @@ def load_to_fine_tune(
         of_the_config = {"num_labels": 2, **of_the_config}
     with _explained(name_or_path, name_or_path):
         config = _supported_config(name_or_path)
-        _refuse_int8(config)
+        _check_not_quantised(config)
         # A head for other labels has tensors of other shapes; an encoder's shapes are its own config's.
         others = {"ignore_mismatched_sizes": True} if of_the_config.get("num_labels") else {}
         model, info = AUTO_CLASSES[head].from_pretrained(
@@ -226,7 +226,7 @@ def _supported_config(name_or_path: str) -> PretrainedConfig:
     return config
 
 
-def _refuse_int8(config: Any) -> None:
+def _check_not_quantised(config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("its weights are quantised, and can only be run: give the fp32 checkpoint")
 

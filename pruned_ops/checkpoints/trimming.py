@@ -98,7 +98,7 @@ def trim_vocabulary(
     Errors: OSError where there is no checkpoint, or `out` cannot be written; ValueError for a tokenizer or a
     model whose pieces cannot be removed, which says why.
     """
-    source, target = _Source.open(Path(model)), Path(out)
+    source, target = _Untrimmed.open(Path(model)), Path(out)
     _check_arguments(target, texts, keep, held_out)
     always = source.vocabulary.always(source.named)
     counts = source.vocabulary.count(_batches(texts))
@@ -139,7 +139,7 @@ def _check_arguments(
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Untrimmed:
     """The checkpoint that is trimmed. root: its folder. inner: where in it config, weights and tokenizer lie.
     named: the ids that the config names, in the fields `fields`."""
 
@@ -153,7 +153,7 @@ class _Source:
     rows: int
 
     @classmethod
-    def open(cls, root: Path) -> _Source:
+    def open(cls, root: Path) -> _Untrimmed:
         inner = _inner_folder(root)
         folder = checkpoint_folder(root / inner)
         config = read_config(folder)
@@ -397,7 +397,7 @@ class _Comparison:
 
     Errors: ValueError where it has other pieces or ids than were written."""
 
-    def __init__(self, source: _Source, trimmed: Trimmed, folder: Path) -> None:
+    def __init__(self, source: _Untrimmed, trimmed: Trimmed, folder: Path) -> None:
         self._before, self._trimmed, self._vocabulary = source.tokenizer, trimmed, source.vocabulary
         self._after: Any = load_tokenizer(str(folder))
         new_ids = trimmed.new_ids

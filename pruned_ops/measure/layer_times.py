@@ -203,7 +203,7 @@ def _chain(
     """Run parts one after the other over a packed batch, each with weights from a row of `memory`."""
     chain, rows = [], []
     for values in memory:
-        row = _Row(values)
+        row = _SizeTime(values)
         with torch.device("meta"):
             part = make()
         state = {
@@ -214,7 +214,7 @@ def _chain(
         }
         part.load_state_dict(state, assign=True)
         chain.append(part.requires_grad_(False).eval())
-        rows.append(_Row(values))
+        rows.append(_SizeTime(values))
     if one_call:
         next_row = iter(row for row in rows for _ in range(2))
 
@@ -234,7 +234,7 @@ def _chain(
     return run
 
 
-class _Row:
+class _SizeTime:
     """A row of memory that hands out matrices one after the other, each from the beginning of a line."""
 
     def __init__(self, memory: Tensor) -> None:

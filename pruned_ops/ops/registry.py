@@ -97,14 +97,14 @@ class Op:
         _library.define(f"{self.name}{schema}")
         self.overload = getattr(torch.ops.pruned_ops, self.name).default
         _library.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
-        _library.impl(self.name, self._refuse_gradient, "Autograd")
+        _library.impl(self.name, self._run_without_gradient, "Autograd")
         torch.library.register_fake(f"pruned_ops::{self.name}", reference, lib=_library)
         OPS[self.name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.overload(*args, **kwargs)
 
-    def _refuse_gradient(self, *args: Any) -> Tensor:
+    def _run_without_gradient(self, *args: Any) -> Tensor:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(args)):
             raise RuntimeError(
                 f"pruned_ops.{self.name} is inference-only and was asked for a gradient: call it under "

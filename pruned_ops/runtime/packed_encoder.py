@@ -26,7 +26,7 @@ from pruned_ops.models.stock import ENCODERS, QKV, encoder_shape, stock_parts
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
-from pruned_ops.runtime.replaced import forwards_of, give_back, refuse, replace
+from pruned_ops.runtime.replaced import forwards_of, give_back, raise_on_change, replace
 
 # Held while an encoder is optimised, moved or restored, in any thread. Forwards do not take it.
 CHANGING = RLock()
@@ -134,12 +134,12 @@ class PackedEncoder(nn.Module):
         head_run: receives the outputs of its head; last_hidden_state and pooler_output then have no rows.
         packed_batch: where the real tokens are, from a caller that knows it; the mask is then not looked at.
         """
-        self._refuse_arguments(unsupported, output_attentions, inputs_embeds)
-        self._refuse_autocast()
+        self._check_arguments(unsupported, output_attentions, inputs_embeds)
+        self._check_autocast()
         if not torch.compiler.is_compiling():
             for kind, forward in self._forwards:
                 if kind.forward is not forward:
-                    refuse(kind, "another forward for the class")
+                    raise_on_change(kind, "another forward for the class")
         if self._waiting:
             self.release_rest()
         if output_hidden_states is None:
@@ -173,7 +173,7 @@ class PackedEncoder(nn.Module):
         head_run.outputs, head_run.batch = outputs, batch
         return torch.empty((0, 1, self.config.hidden_size), dtype=self.dtype, device=self.device)
 
-    def _refuse_arguments(
+    def _check_arguments(
         self, unsupported: dict[str, Any], output_attentions: bool | None, inputs_embeds: Tensor | None
     ) -> None:
         """Refuse by name the arguments that are set and that an optimised encoder does not take."""
@@ -187,7 +187,7 @@ class PackedEncoder(nn.Module):
         if inputs_embeds is not None:
             raise ValueError("an optimised encoder does not take inputs_embeds: it looks up real tokens only")
 
-    def _refuse_autocast(self) -> None:
+    def _check_autocast(self) -> None:
         """Refuse autocast to another dtype: the weights were laid out in their own dtype, so that only the
         head would obey it."""
         kind = self.device.type

@@ -342,9 +342,9 @@ def _before(
     if kwargs is None or not _is_packed(module):
         return None
     arguments = _by_name(names, args, kwargs)
-    _refuse_labels(arguments)
+    _check_labels(arguments)
     if isinstance(module, TextHead.stock_classes):
-        _refuse_left_padding(module, arguments)
+        _check_padding(module, arguments)
     # A hook of the encoder sees, and may change, padded states.
     if head is not None and head.computes() and not _is_hooked(module.base_model):
         kwargs = {**kwargs, "head_run": HeadRun(head)}
@@ -355,7 +355,7 @@ def _by_name(names: ArgumentNames, args: tuple[Any, ...], kwargs: Arguments) -> 
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _refuse_labels(arguments: Arguments) -> None:
+def _check_labels(arguments: Arguments) -> None:
     for name in _LABELS:
         if arguments.get(name) is not None:
             raise ValueError(
@@ -363,7 +363,7 @@ def _refuse_labels(arguments: Arguments) -> None:
             )
 
 
-def _refuse_left_padding(module: nn.Module, arguments: Arguments) -> None:
+def _check_padding(module: nn.Module, arguments: Arguments) -> None:
     """Refuse padding at position 0, where a stock model reads a text's label: there is no hidden state."""
     mask = arguments.get("attention_mask")
     if mask is None or mask.dim() != 2 or not mask.size(1):

@@ -18,7 +18,7 @@ _MISSING = object()
 _DICTIONARIES = ("_parameters", "_modules")
 
 
-def refuse(kind: type[nn.Module], change: str) -> NoReturn:
+def raise_on_change(kind: type[nn.Module], change: str) -> NoReturn:
     """Raise RuntimeError for a change of a replaced module of this class."""
     raise RuntimeError(
         f"{change} of this {kind.__name__} would change nothing in an optimised model, which computes for "
@@ -35,7 +35,7 @@ class ReplacedModule(nn.Module):
         is_used = name in ("forward", "__class__") or isinstance(value, nn.Module)
         if is_used or not _is_read(self) and (isinstance(value, nn.Parameter) or _is_setting(self, name)):
             if getattr(self, name, _MISSING) is not value:
-                refuse(type(self), f"another {name}")
+                raise_on_change(type(self), f"another {name}")
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -44,27 +44,27 @@ class ReplacedModule(nn.Module):
             or not _is_read(self)
             and (name in self._parameters or _is_setting(self, name))
         ):
-            refuse(type(self), f"a missing {name}")
+            raise_on_change(type(self), f"a missing {name}")
         super().__delattr__(name)
 
     def register_forward_hook(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not is_harmless(hook):
-            refuse(type(self), "a forward hook")
+            raise_on_change(type(self), "a forward hook")
         return super().register_forward_hook(hook, *args, **kwargs)
 
     def register_forward_pre_hook(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not is_harmless(hook):
-            refuse(type(self), "a forward hook")
+            raise_on_change(type(self), "a forward hook")
         return super().register_forward_pre_hook(hook, *args, **kwargs)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         if self._modules.get(name, _MISSING) is not module:
-            refuse(type(self), f"another {name}")
+            raise_on_change(type(self), f"another {name}")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if not _is_read(self):
             if self._parameters.get(name, _MISSING) is not param:
-                refuse(type(self), f"another {name}")
+                raise_on_change(type(self), f"another {name}")
             return
         super().register_parameter(name, param)
 
@@ -100,17 +100,17 @@ class _Entries(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         present = self.get(name, _MISSING)
         if value is not present and not _is_traced(value, present):
-            refuse(self.owner, f"another {name}")
+            raise_on_change(self.owner, f"another {name}")
         super().__setitem__(name, value)
 
     def __delitem__(self, name: str) -> None:
-        refuse(self.owner, f"a missing {name}")
+        raise_on_change(self.owner, f"a missing {name}")
 
     def pop(self, name: str, *default: Any) -> Any:
-        refuse(self.owner, f"a missing {name}")
+        raise_on_change(self.owner, f"a missing {name}")
 
     def clear(self) -> None:
-        refuse(self.owner, "an end")
+        raise_on_change(self.owner, "an end")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _Entries, (dict(self), self.owner)

@@ -319,7 +319,7 @@ def encode_many(
     if tokens_per_batch is None:
         tokens_per_batch = TOKENS_ON_A_GPU if encoder.device.type == "cuda" else TOKENS_ON_A_CPU
     checked_int("tokens_per_batch", tokens_per_batch, 1)
-    outputs, pad = _Outputs(), encoder.config.pad_token_id or 0
+    outputs, pad = _OutputSplitter(), encoder.config.pad_token_id or 0
     runner = BatchRunner(model, pad, encoder.device, outputs.select, lanes)
     stream = _TextStream(texts, longest_sequence(encoder.config), tokens_per_batch, keep_refused)
     return in_one_process(stream.results(runner, outputs))
@@ -335,7 +335,7 @@ class _TextStream:
         self._waiting: dict[int, Any] = {}  # results that one before them keeps back
         self._next = 0  # the text whose result comes next
 
-    def results(self, runner: BatchRunner, outputs: _Outputs) -> Iterator[Any]:
+    def results(self, runner: BatchRunner, outputs: _OutputSplitter) -> Iterator[Any]:
         """The results in the order of their texts; an error of the texts after them."""
         for batch, tensors in runner.scheduled(self._windows(), self._tokens_per_batch):
             for row, text in enumerate(batch):
@@ -373,7 +373,7 @@ class _TextStream:
                 yield _Text(index, torch.empty(1), None, refused)
 
 
-class _Outputs:
+class _OutputSplitter:
     """Splits a model's outputs: `select` returns a batch's tensors, and `of_text` the outputs of one text."""
 
     def __init__(self) -> None:

@@ -126,7 +126,7 @@ class OutputFolder:
         self.path, self.is_published = path, False
         self.partial = self.partial_of(path)
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _locked(self.partial)
+        self._lock: int | None = _take_lock(self.partial)
         # What a killed process was writing; nobody else writes here now.
         left = self.partial.rglob("*.partial") if resume else _content(self.partial)
         for entry in [*left]:
@@ -173,7 +173,7 @@ class OutputFolder:
             if folder.is_file():
                 raise FileExistsError(f"{folder} is a file; --out names a folder")
         if (partial / LOCK).exists():
-            os.close(_locked(partial))
+            os.close(_take_lock(partial))
         if path.is_dir() and any(path.iterdir()) and not overwrite:
             raise FileExistsError(f"{path} is not empty; --overwrite replaces it")
         if partial.is_dir() and any(_content(partial)) and not overwrite and not resume:
@@ -193,7 +193,7 @@ class OutputFolder:
         if not os.path.lexists(replaced):
             return
         if not os.path.lexists(path) and partial.is_dir():
-            lock = _locked(partial)
+            lock = _take_lock(partial)
             partial.rename(path)
             _unlock(path, lock)
         elif not os.path.lexists(path):
@@ -217,7 +217,7 @@ def _remove_left_lock(path: Path) -> None:
     has to be finished under it."""
     if (path / LOCK).is_file() and not (path / RUN).exists():
         try:
-            _unlock(path, _locked(path))
+            _unlock(path, _take_lock(path))
         except OSError:  # it is held, or what is published may not be written to
             pass
 
@@ -225,7 +225,7 @@ def _remove_left_lock(path: Path) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a published folder inside the block; FileExistsError where another run has it."""
-    descriptor = _locked(folder)
+    descriptor = _take_lock(folder)
     try:
         yield
     finally:
@@ -244,7 +244,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _locked(folder: Path) -> int:
+def _take_lock(folder: Path) -> int:
     """Lock a partial folder; the descriptor, whose closing ends the lock, as does the end of the process.
 
     Errors: FileExistsError where another run has it.

@@ -103,14 +103,14 @@ def check_rows(rows: Rows, collate: Collate, own_collator: bool, specials: Colle
             if ids is None:
                 raise ValueError(f"row {number} of the {rows.name} has no input_ids")
             rows.lengths.append(len(ids))
-            _refuse_empty(rows, number, ids, specials)
+            _check_not_empty(rows, number, ids, specials)
         return
     for start in range(0, len(rows), _AT_ONCE):
         batch = collate(rows[start : start + _AT_ONCE])
         for place, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
             real = ids[mask.bool()]
             rows.lengths.append(len(real))
-            _refuse_empty(rows, start + place, real.tolist(), specials)
+            _check_not_empty(rows, start + place, real.tolist(), specials)
 
 
 def _check_batch(rows: Rows, collate: Collate, own_collator: bool) -> None:
@@ -129,7 +129,7 @@ def _check_batch(rows: Rows, collate: Collate, own_collator: bool) -> None:
             )
 
 
-def _refuse_empty(rows: Rows, number: int, ids: Any, specials: Collection[int]) -> None:
+def _check_not_empty(rows: Rows, number: int, ids: Any, specials: Collection[int]) -> None:
     if not len(ids) or all(int(token) in specials for token in ids):
         raise ValueError(f"row {number} of the {rows.name} is an empty text: leave it out")
 

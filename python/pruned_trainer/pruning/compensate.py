@@ -59,7 +59,7 @@ class Compensation:
 
 
 @dataclass
-class _Moments:
+class _ErrorMoments:
     """Sums over tokens, in fp64: of the inputs that are left (tokens, kept), of the error that their
     projection makes (tokens, hidden), and of their products."""
 
@@ -126,7 +126,7 @@ class _Compensator:
             self.projection(place).weight.data.copy_(weight)
             self.projection(place).bias.data.copy_(bias)
 
-    def correct(self, place: Place, moments: _Moments, method: str) -> None:
+    def correct(self, place: Place, moments: _ErrorMoments, method: str) -> None:
         """Add a method's corrections to one projection, in its own dtype."""
         if not moments.tokens:
             return
@@ -137,9 +137,9 @@ class _Compensator:
         if matrix is not None:
             projection.weight.data.copy_(weight.double() + matrix)
 
-    def whole_moments(self) -> dict[Place, _Moments]:
+    def whole_moments(self) -> dict[Place, _ErrorMoments]:
         """The moments of every place, from one pass of the source model."""
-        moments = {place: _Moments() for place in self.places()}
+        moments = {place: _ErrorMoments() for place in self.places()}
 
         def hooks(place: Place, real: Tensor) -> Iterator[Any]:
             part, i = place
@@ -164,11 +164,11 @@ class _Compensator:
                 self.model(**without_labels(batch))
         return moments
 
-    def moments_in_turn(self, place: Place) -> _Moments:
+    def moments_in_turn(self, place: Place) -> _ErrorMoments:
         """The moments of one place in the narrow model as it is now: its own inputs, and what the sum that
         enters the LayerNorm lacks of the source model's, whatever the reason."""
         part, i = place
-        moments, sums, left = _Moments(), list[Tensor](), list[Tensor]()
+        moments, sums, left = _ErrorMoments(), list[Tensor](), list[Tensor]()
 
         def keep(into: list[Tensor], real: Tensor, columns: Any) -> Callable[..., None]:
             return lambda _, inputs: into.append(inputs[0][real].double()[:, columns])

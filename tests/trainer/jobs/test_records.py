@@ -12,7 +12,7 @@ import pytest
 
 from pruned_trainer import Target
 from pruned_trainer.jobs.choice import _recorded
-from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, _locked
+from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, _take_lock
 from pruned_trainer.jobs.prune import _recorded_plan
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.report.fields import Fields
@@ -97,7 +97,7 @@ def test_a_lock_that_a_killed_process_left_in_its_output_goes(tmp_path: Path) ->
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").touch()
-    held = _locked(out)
+    held = _take_lock(out)
     with pytest.raises(FileExistsError, match="is not empty"):
         OutputFolder.check(out, overwrite=False)
     assert (out / LOCK).exists()  # somebody lives
