@@ -29,23 +29,33 @@ LIBRARIES = $(BIN)/python -c "import tomllib, sys; table = tomllib.load(open('py
 	extras = table['optional-dependencies'] | {'project': table['dependencies']}; \
 	print(*(line for extra in sys.argv[1:] for line in extras[extra]), sep='\n')"
 
-# --no-build-isolation: the extension is compiled against the torch that it will run with, which isolation hides. The
-# libraries come before it, because those that are built (seqeval) want isolation.
-$(STAMP): $(VENV)/.python $(SOURCES)
-	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install -q "$(TORCH_SPEC)"
+# torch, and what compiles the extension.
+$(VENV)/.torch: $(VENV)/.python
+	$(BIN)/python -m pip install -q $$($(BIN)/python $(HAS_TORCH) || echo "$(TORCH_SPEC)") "setuptools>=77" pybind11 ninja
+	touch $@
+
+# Those that are built (seqeval) want isolation.
+$(VENV)/.libraries: $(VENV)/.torch pyproject.toml
 	$(LIBRARIES) project dev onnx >$(VENV)/libraries.txt
 	$(BIN)/python -m pip install -q -r $(VENV)/libraries.txt
-	$(BIN)/python -m pip install -q "setuptools>=77" pybind11 ninja
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)"
+	touch $@
+
+# --no-build-isolation: the extension is compiled against the torch that it will run with, which isolation hides.
+$(VENV)/.extension: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(STAMP): $(VENV)/.libraries $(VENV)/.extension
 	$(BIN)/python -c "import torch, pruned_ops._C"
 	touch $@
 
 demo: $(STAMP)
 	$(BIN)/pruned-trainer demo --out build/demo --overwrite
 
-# A file of tests stays in one process, because its fixtures are made once a process.
-ON_ALL_CORES := -n auto --dist loadfile
+# A file of tests stays in one process, because its fixtures are made once a process. tests/conftest.py puts the files
+# in order.
+ON_ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python -m pytest -q $(ON_ALL_CORES)
 
 test: $(STAMP)
@@ -76,12 +86,16 @@ docs: $(VENV)/.docs
 	cp -r --parents $(DOCS) build/pages
 	$(BIN)/mkdocs build --strict
 
-ci: lint asan test test-transformers4 docs
+# What takes one core runs beside another such; what each of them says comes when it has ended.
+ci:
+	$(MAKE) -j2 --output-sync=target $(STAMP) $(VENV4)/.installed
+	$(MAKE) -j2 --output-sync=target asan lint docs
+	$(MAKE) test test-transformers4
 
 # On transformers 4: what differs from .venv is installed in .venv4, the rest is .venv's. The two tools make checkpoints
 # for the importer's tests; --no-deps, because what they ask for is years old.
 VENV4 := .venv4
-$(VENV4)/.installed: $(STAMP)
+$(VENV4)/.installed: $(VENV)/.libraries
 	$(PYTHON) -m venv $(VENV4)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
 		> "$$($(VENV4)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/beside.pth"
@@ -90,7 +104,7 @@ $(VENV4)/.installed: $(STAMP)
 		"sentence-transformers==5.7.0"
 	touch $@
 
-test-transformers4: $(VENV4)/.installed
+test-transformers4: $(STAMP) $(VENV4)/.installed
 	PRUNED_OPS_TRANSFORMERS5="$(abspath $(BIN)/python)" PYTHONPATH=.:python $(VENV4)/bin/python -m pytest -q $(ON_ALL_CORES) \
 		tests/models/test_modeling.py tests/runtime/test_optimize.py tests/checkpoints/test_importing.py \
 		tests/checkpoints/test_trimming.py \

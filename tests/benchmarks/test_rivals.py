@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from inputs import MODELS, logits, padded_batch, stock_model
 from pruned_ops.measure.timing import Timing, Workload
 from rivals.cpu import CPU_RIVALS, build_cpu_rival
 from rivals.rival import Batch, Logits, NotInstalled, Refused, compare_logits, forward
+from thorough import EVERYTHING
 from whole_models import cases, memory
 
 SAMPLES = [padded_batch((20, 3, 11, 7)), padded_batch((9,)), padded_batch((40, 64), seed=1)]
@@ -32,9 +34,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("exported")
 
 
+def without_inductor(compile: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile that traces as always, and runs what it traced eagerly."""
+    return lambda model, dynamic, options: compile(model, dynamic=dynamic, backend="aot_eager")
+
+
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_rival_gives_hf_eagers_logits(name: str, kind: str, folder: Path) -> None:
+def test_a_rival_gives_hf_eagers_logits(
+    name: str, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dense and pruned, a layer without heads and one without FFN among them, at several sizes in turn."""
+    if not EVERYTHING:  # Inductor takes its time in `make test-all`, and is checked in every benchmark
+        monkeypatch.setattr(torch, "compile", without_inductor(torch.compile))
     model = MODELS[kind]()
     try:
         with torch.inference_mode():

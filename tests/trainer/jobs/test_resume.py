@@ -236,11 +236,14 @@ def test_a_sweep_resumes(settings: PruneSettings, monkeypatch: pytest.MonkeyPatc
 def test_hidden_gates_resume(settings: PruneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the projection that starts from the dimensions that were kept."""
     parts = ("heads", "ffn", "hidden")
-    base = variant(settings, "narrowed", parts=parts, targets=(Target(params=0.3),), align=1, save_steps=10)
+    base = variant(
+        settings, "narrowed", parts=parts, targets=(Target(params=0.3),), align=1, gate_steps=16,
+        retrain_steps=16, save_steps=5,
+    )  # fmt: skip
     prune(base)
     for phase in ("gates", "retrain"):
         one = replace(base, out=base.out.with_name(f"narrowed-{phase}"))
-        killed(one, phase, 25, monkeypatch)
+        killed(one, phase, 13, monkeypatch)
         prune(replace(one, resume=True))
         same_end(one.out, base.out)
 

@@ -283,13 +283,15 @@ def test_training_windows_on_disk(num_proc: int, tmp_path: Path, monkeypatch: py
 WITHOUT = """
 import sys
 sys.modules["datasets"] = None
+import pruned_trainer.tasks.squad
 from pruned_trainer.tasks.natural_questions import nq_metrics, read_documents
 from pruned_trainer.tasks.natural_questions import predictions
 from pruned_trainer.tasks.natural_questions.windows import training_windows
 """
 
 
-def test_reader_and_metric_do_without_datasets() -> None:
+def test_readers_and_metrics_do_without_datasets() -> None:
+    """SQuAD's, too."""
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

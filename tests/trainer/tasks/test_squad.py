@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -399,9 +396,3 @@ def test_bootstrap_interval() -> None:
     assert squad.bootstrap_interval(first, first - 1) == pytest.approx((1, 1))
     with pytest.raises(ValueError, match=r"shapes \(2,\) and \(3,\) are no pairs"):
         squad.bootstrap_interval([1, 2], [1, 2, 3])
-
-
-def test_imports_without_datasets() -> None:
-    code = "import sys; sys.modules['datasets'] = None; import pruned_trainer.tasks.squad"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
