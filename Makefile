@@ -63,7 +63,8 @@ PYTEST := $(BIN)/python -m pytest -q $(ON_ALL_CORES)
 test: $(STAMP)
 	$(PYTEST)
 
-# The same with every case of the CUDA kernels in the emulator, and every Triton configuration in every dtype.
+# The same with every case of the CUDA kernels in the emulator, every Triton configuration in every dtype, and what else
+# takes long.
 test-all: $(STAMP)
 	PRUNED_OPS_TEST_ALL=1 PRUNED_OPS_COMPILE_ALL=1 $(PYTEST)
 
