@@ -64,6 +64,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else libraries say at the end that they leak
+
+
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> Any:
     """A small random question-answering model, stock or pruned with odd shapes, in evaluation mode."""
