@@ -7,6 +7,6 @@ namespace pruned_ops::CPU_CAPABILITY {
 
 extern const Bf16Kernels bf16_table;
 const Bf16Kernels bf16_table = {
-    "AVX512_BF16", round_rows, bf16_linear, {attention_bf16_scratch, attention_bf16}};
+    "AVX512_BF16", round_rows, bf16_linear, bf16_linear_bf16, {attention_bf16_scratch, attention_bf16}};
 
 }  // namespace pruned_ops::CPU_CAPABILITY

@@ -26,6 +26,7 @@ namespace {
 constexpr const char* kOp = "encoder";
 constexpr int64_t kTensors = 6;  // of one part
 constexpr int64_t kFloatBytes = sizeof(float);
+constexpr int64_t kBf16Bytes = sizeof(uint16_t);
 // Against all tokens at once: 3% to 5% less time on MiniLM (6% to 8% in int8), 1% to 3% on BERT-base, from
 // 1500 tokens on; 2048 gains half of it, 768 loses it again.
 constexpr int64_t kGroupTokens = 1024;
@@ -76,6 +77,7 @@ struct Linear {
   Bf16LinearArgs bf16;  // its panels are null but in bf16
 
   bool is_bf16() const { return bf16.panels != nullptr; }
+  bool is_narrow() const { return is_int8 || is_bf16(); }
 };
 
 struct Part {
@@ -85,19 +87,19 @@ struct Part {
   LayerNormArgs norm;
 };
 
-// Beside int8's rounding of q, k and v, that of bf16 is a fifth.
+// Where q, k and v have lost more than bf16 takes: beside int8's rounding, that of bf16 is a fifth.
 bool attends_in_bf16(const Part& part, int64_t head_dim) {
-  return part.is_attention && part.first.is_int8 && int8_kernels().linear_bf16 != nullptr &&
-         bf16_kernels() != nullptr && head_dim % 16 == 0;
+  const bool int8 = part.first.is_int8 && int8_kernels().linear_bf16 != nullptr && bf16_kernels() != nullptr;
+  return part.is_attention && (int8 || part.first.is_bf16()) && head_dim % 16 == 0;
 }
 
 // A thread's scratch, cut into what a chunk of rows needs.
 struct Scratch {
-  float* inner;         // the FFN's activations
-  float* sums;          // the second linear's output, which the LayerNorm takes
-  Int8Rows x;           // the chunk of x, quantised
-  Int8Rows middle;      // what a second linear takes, quantised or rounded
-  bool x_is_quantised;  // by the LayerNorm that wrote the chunk
+  float* inner;       // the FFN's activations
+  float* sums;        // the second linear's output, which the LayerNorm takes
+  NarrowRows x;       // the chunk of x, quantised or rounded
+  NarrowRows middle;  // what a second linear takes, quantised or rounded
+  bool x_is_narrow;   // by the LayerNorm that wrote the chunk
 };
 
 // The parts with their tensors checked. Keeps those that had to be copied.
@@ -226,7 +228,7 @@ class Run {
       for (size_t i = 0; i < ready.size(); ++i) {
         const Part* const following = i + 1 < ready.size() ? ready[i + 1] : next;
         finish(*ready[i], begin, count, scratch);
-        norm(*ready[i], begin, count, following != nullptr && following->first.is_int8, scratch);
+        norm(*ready[i], begin, count, following != nullptr ? &following->first : nullptr, scratch);
       }
       if (next != nullptr) project(*next, begin, count, scratch);
     });
@@ -234,82 +236,94 @@ class Run {
 
   // Computes the q|k|v of `count` rows.
   void project(const Part& part, int64_t begin, int64_t count, const Scratch& scratch) {
-    const int64_t width = part.first.fp32.out;
+    const Linear& first = part.first;
+    const int64_t width = first.fp32.out;
     float* const qkv = qkv_.mutable_data_ptr<float>();
-    if (attends_in_bf16(part, sequences_.head_dim)) {
-      return int8_kernels().linear_bf16(part.first.int8, quantised_x(begin, count, scratch), count,
-                                        reinterpret_cast<uint16_t*>(qkv) + begin * width, width);
+    if (!attends_in_bf16(part, sequences_.head_dim)) {
+      return first_linear(part, begin, count, Finish::kBias, qkv + begin * width, width, scratch);
     }
-    first_linear(part, begin, count, Finish::kBias, qkv + begin * width, width, scratch);
+    const NarrowRows& x = narrow_x(first, begin, count, scratch);
+    uint16_t* const rounded = reinterpret_cast<uint16_t*>(qkv) + begin * width;
+    if (first.is_int8) {
+      int8_kernels().linear_bf16(first.int8, x, count, rounded, width);
+    } else {
+      bf16_kernels()->linear_bf16(first.bf16, x, count, Finish::kBias, rounded, width);
+    }
   }
 
   // Takes `count` rows through an FFN, or through what follows an attention's context, up to the LayerNorm.
   void finish(const Part& part, int64_t begin, int64_t count, Scratch& scratch) const {
-    const Linear& second = part.second;
-    if (!part.is_attention && part.first.is_int8 && second.is_int8) {
-      int8_kernels().linear_gelu(part.first.int8, quantised_x(begin, count, scratch), count, scratch.inner,
-                                 inner_stride_, scratch.middle);
-      return int8_kernels().linear(second.int8, scratch.middle, count, Finish::kNothing, scratch.sums,
-                                   sums_stride_);
-    }
-    const float* inner = scratch.inner;
-    int64_t stride = inner_stride_;
+    const Linear &first = part.first, &second = part.second;
     if (part.is_attention) {
-      inner = context_.const_data_ptr<float>() + begin * part.width;
-      stride = part.width;
+      const float* context = context_.const_data_ptr<float>() + begin * part.width;
+      return linear(second, context, part.width, count, Finish::kNothing, scratch.sums, sums_stride_,
+                    scratch.middle);
+    }
+    if (first.is_int8 && second.is_int8) {
+      int8_kernels().linear_gelu(first.int8, narrow_x(first, begin, count, scratch), count, scratch.inner,
+                                 inner_stride_, scratch.middle);
+    } else if (first.is_bf16() && second.is_bf16()) {
+      bf16_kernels()->linear_bf16(first.bf16, narrow_x(first, begin, count, scratch), count,
+                                  Finish::kBiasGelu, reinterpret_cast<uint16_t*>(scratch.middle.bytes),
+                                  scratch.middle.stride / kBf16Bytes);
     } else {
       first_linear(part, begin, count, Finish::kBiasGelu, scratch.inner, inner_stride_, scratch);
+      return linear(second, scratch.inner, inner_stride_, count, Finish::kNothing, scratch.sums, sums_stride_,
+                    scratch.middle);
     }
-    if (!second.is_int8) {
-      return float_linear(second, inner, stride, count, Finish::kNothing, scratch.sums, sums_stride_,
-                          scratch.middle);
-    }
-    int8_kernels().quantize(inner, stride, count, second.int8.in, scratch.middle);
-    int8_kernels().linear(second.int8, scratch.middle, count, Finish::kNothing, scratch.sums, sums_stride_);
+    narrow_linear(second, scratch.middle, count, Finish::kNothing, scratch.sums, sums_stride_);
   }
 
   // x = LayerNorm(sums + bias + x), in place: the sum of a row is complete before the row is written. A row
-  // is quantised while it is in L1.
-  void norm(const Part& part, int64_t begin, int64_t count, bool quantise, Scratch& scratch) const {
-    const Int8Rows& rows = scratch.x;
+  // becomes narrow, for the linear that takes it next, while it is in L1.
+  void norm(const Part& part, int64_t begin, int64_t count, const Linear* following, Scratch& scratch) const {
+    const bool narrow = following != nullptr && following->is_narrow();
     for (int64_t row = 0; row < count; ++row) {
       float* const x = x_ + (begin + row) * hidden_;
       // The bias is added first, as in the reference.
       kernels().layer_norm_row(part.norm, scratch.sums + row * sums_stride_, part.second.fp32.bias, x, x);
-      if (quantise) {
-        int8_kernels().quantize(x, hidden_, 1, hidden_,
-                                {rows.bytes + row * rows.stride, rows.stride, rows.scales + row});
-      }
+      if (narrow) make_narrow(*following, x, hidden_, 1, scratch.x.from(row));
     }
-    scratch.x_is_quantised = quantise;
+    scratch.x_is_narrow = narrow;
   }
 
-  const Int8Rows& quantised_x(int64_t begin, int64_t count, const Scratch& scratch) const {
-    if (!scratch.x_is_quantised) {
-      int8_kernels().quantize(x_ + begin * hidden_, hidden_, count, hidden_, scratch.x);
-    }
+  // The rows of x as the linear takes them: the LayerNorm made them, or this does.
+  const NarrowRows& narrow_x(const Linear& linear, int64_t begin, int64_t count,
+                             const Scratch& scratch) const {
+    if (!scratch.x_is_narrow) make_narrow(linear, x_ + begin * hidden_, hidden_, count, scratch.x);
     return scratch.x;
   }
 
   void first_linear(const Part& part, int64_t begin, int64_t rows, Finish finish, float* out,
                     int64_t out_stride, const Scratch& scratch) const {
-    if (!part.first.is_int8) {
-      return float_linear(part.first, x_ + begin * hidden_, hidden_, rows, finish, out, out_stride,
-                          scratch.x);
+    if (part.first.is_narrow()) {
+      return narrow_linear(part.first, narrow_x(part.first, begin, rows, scratch), rows, finish, out,
+                           out_stride);
     }
-    int8_kernels().linear(part.first.int8, quantised_x(begin, rows, scratch), rows, finish, out, out_stride);
+    kernels().linear(part.first.fp32, x_ + begin * hidden_, hidden_, rows, finish, out, out_stride);
   }
 
-  // In fp32 or bf16. room: for the rows, rounded.
-  void float_linear(const Linear& part, const float* x, int64_t x_stride, int64_t rows, Finish finish,
-                    float* out, int64_t out_stride, const Int8Rows& room) const {
-    if (!part.is_bf16()) {
+  // In any dtype. room: for the rows, where the linear takes them narrow.
+  static void linear(const Linear& part, const float* x, int64_t x_stride, int64_t rows, Finish finish,
+                     float* out, int64_t out_stride, const NarrowRows& room) {
+    if (!part.is_narrow()) {
       return kernels().linear(part.fp32, x, x_stride, rows, finish, out, out_stride);
     }
-    auto* const rounded = reinterpret_cast<uint16_t*>(room.bytes);
-    const int64_t stride = bytes_stride_ / static_cast<int64_t>(sizeof(*rounded));
-    bf16_kernels()->round(x, x_stride, rows, part.bf16.in, rounded, stride);
-    bf16_kernels()->linear(part.bf16, rounded, stride, rows, finish, out, out_stride);
+    make_narrow(part, x, x_stride, rows, room);
+    narrow_linear(part, room, rows, finish, out, out_stride);
+  }
+
+  static void make_narrow(const Linear& part, const float* x, int64_t x_stride, int64_t rows,
+                          const NarrowRows& to) {
+    if (part.is_int8) return int8_kernels().quantize(x, x_stride, rows, part.int8.in, to);
+    bf16_kernels()->round(x, x_stride, rows, part.bf16.in, reinterpret_cast<uint16_t*>(to.bytes),
+                          to.stride / kBf16Bytes);
+  }
+
+  static void narrow_linear(const Linear& part, const NarrowRows& x, int64_t rows, Finish finish, float* out,
+                            int64_t out_stride) {
+    if (part.is_int8) return int8_kernels().linear(part.int8, x, rows, finish, out, out_stride);
+    bf16_kernels()->linear(part.bf16, x, rows, finish, out, out_stride);
   }
 
   void attend(const Part& part) {

@@ -19,7 +19,7 @@ namespace pruned_ops::CPU_CAPABILITY {
 
 // Rows of a tile: 5 * 2 sums, two vectors of weights, the ones, a row's values and magnitudes, and a product
 // take all 16 registers. (6 rows are 9% slower, 4 read the weights more often.)
-constexpr int kInt8Rows = 5;
+constexpr int kNarrowRows = 5;
 // Of a value of x. A group is its four values, then their four magnitudes.
 constexpr int64_t kQuantizedBytes = 2;
 

@@ -21,7 +21,7 @@
 namespace pruned_ops::CPU_CAPABILITY {
 
 // Picks the instance for a number of rows known when it runs: 1 <= rows <= kRows.
-template <int kRows = kInt8Rows>
+template <int kRows = kNarrowRows>
 void multiply_int8_rows(int64_t rows, const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t steps,
                         int64_t columns, Ahead ahead, int32_t* sums) {
   if constexpr (kRows > 1) {
@@ -32,7 +32,7 @@ void multiply_int8_rows(int64_t rows, const uint8_t* x, int64_t x_stride, const 
   multiply_int8<kRows>(x, x_stride, panel, steps, columns, ahead, sums);
 }
 
-inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t in, const Int8Rows& out) {
+inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t in, const NarrowRows& out) {
   for (int64_t row = 0; row < rows; ++row) {
     const float* values = x + row * x_stride;
     out.scales[row] = quantize_row(values, in, top_of(values, in), out.bytes + row * out.stride);
@@ -41,11 +41,11 @@ inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_
 
 // Calls visit(tile, values) for each tile, with its product in floats as `finish_tile` takes it.
 template <typename Visit>
-void for_each_int8_tile(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, const Visit& visit) {
+void for_each_int8_tile(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, const Visit& visit) {
   const int64_t steps = (args.in + kInt8Group - 1) / kInt8Group;
   const int64_t panel_bytes = (1 + steps) * kStepBytes;
-  alignas(64) int32_t sums[kInt8Rows * kWeightPanel];
-  for_each_tile<kInt8Rows>(args.panels, panel_bytes, steps, args.out, rows, [&](const Tile& tile) {
+  alignas(64) int32_t sums[kNarrowRows * kWeightPanel];
+  for_each_tile<kNarrowRows>(args.panels, panel_bytes, steps, args.out, rows, [&](const Tile& tile) {
     multiply_int8_rows(tile.rows, x.bytes + tile.first_row * x.stride, x.stride,
                        args.panels + tile.panel * panel_bytes, steps, tile.columns, tile.ahead, sums);
     visit(tile, [&](int64_t column, int64_t lanes) {
@@ -59,19 +59,17 @@ void for_each_int8_tile(const Int8LinearArgs& args, const Int8Rows& x, int64_t r
   });
 }
 
-inline void int8_linear(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, Finish finish,
+inline void int8_linear(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish,
                         float* out, int64_t out_stride) {
   for_each_int8_tile(args, x, rows, [&](const Tile& tile, const auto& values) {
-    finish_tile(tile, args.bias, finish, values, [&](int64_t row, int64_t column, int64_t lanes, Vec value) {
-      store_lanes(value, lanes, out + row * out_stride + column);
-    });
+    finish_tile(tile, args.bias, finish, out, out_stride, values);
   });
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
 // x weight^T + bias in bfloat16. Halves are rounded away from zero, which the bits as integers do in one
 // addition; what is not a number stays so, since quantised rows make only the one of it whose low bits are 0.
-inline void int8_linear_bf16(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, uint16_t* out,
+inline void int8_linear_bf16(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, uint16_t* out,
                              int64_t out_stride) {
   const __m512i half = _mm512_set1_epi32(0x8000);
   for_each_int8_tile(args, x, rows, [&](const Tile& tile, const auto& values) {
@@ -90,8 +88,8 @@ constexpr auto kInt8LinearBf16 = nullptr;
 
 // GELU(x weight^T + bias), quantised. The tiles keep the largest magnitudes of each row's lanes, so that the
 // second pass knows the row's scale.
-inline void int8_linear_gelu(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, float* inner,
-                             int64_t inner_stride, const Int8Rows& out) {
+inline void int8_linear_gelu(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, float* inner,
+                             int64_t inner_stride, const NarrowRows& out) {
   alignas(64) int32_t tops[kChunkRows * kLanes];
   std::fill(tops, tops + rows * kLanes, 0);
   using Bits = at::vec::Vectorized<int32_t>;

@@ -13,8 +13,8 @@
 
 namespace pruned_ops::CPU_CAPABILITY {
 
-constexpr int kInt8Rows = kRegisterRows;  // of a tile
-constexpr int64_t kQuantizedBytes = 1;    // of a value of x
+constexpr int kNarrowRows = kRegisterRows;  // of a tile
+constexpr int64_t kQuantizedBytes = 1;      // of a value of x
 
 // The largest magnitude of a row; not a number where one of its values is none.
 inline float top_of(const float* x, int64_t in) {

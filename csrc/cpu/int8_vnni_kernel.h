@@ -17,8 +17,8 @@
 
 namespace pruned_ops::CPU_CAPABILITY {
 
-constexpr int kInt8Rows = kRegisterRows;  // of a tile
-constexpr int64_t kQuantizedBytes = 1;    // of a value of x, with 128 added
+constexpr int kNarrowRows = kRegisterRows;  // of a tile
+constexpr int64_t kQuantizedBytes = 1;      // of a value of x, with 128 added
 
 // The largest magnitude of a row. Of two, the bits of the larger are the larger integer; those of what is not
 // a number are the largest of all.

@@ -65,6 +65,17 @@ struct Kernels {
                          const float* third, float* out);
 };
 
+// Rows for a narrow linear, `stride` bytes apart (a multiple of 64 that a row fits into). Rounded to bf16
+// they are filled up with zeros to whole pairs. Quantised they have a scale each; how the values lie is
+// between the functions of one Int8Kernels, and what fills a row up to whole groups adds nothing.
+struct NarrowRows {
+  uint8_t* bytes;
+  int64_t stride;
+  float* scales;
+
+  NarrowRows from(int64_t row) const { return {bytes + row * stride, stride, scales + row}; }
+};
+
 // x weight^T + bias in int8: the weight has a scale per output channel; x has a scale per row.
 struct Int8LinearArgs {
   const int8_t* panels;  // the weight, as panels.h draws it
@@ -74,28 +85,20 @@ struct Int8LinearArgs {
   int64_t out;
 };
 
-// Quantised rows, `stride` bytes apart (a multiple of 64 that the row fits into), and their scales. How the
-// values lie is between the functions of one Int8Kernels; what fills a row up to whole groups adds nothing.
-struct Int8Rows {
-  uint8_t* bytes;
-  int64_t stride;
-  float* scales;
-};
-
 struct Int8Kernels {
   const char* capability;
   int64_t quantized_bytes;  // of a quantised value
   // Quantises rows of x to whole numbers of at most 127, and a scale per row.
-  void (*quantize)(const float* x, int64_t x_stride, int64_t rows, int64_t in, const Int8Rows& out);
+  void (*quantize)(const float* x, int64_t x_stride, int64_t rows, int64_t in, const NarrowRows& out);
   // As Kernels::linear, on quantised rows.
-  void (*linear)(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, Finish finish, float* out,
+  void (*linear)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish, float* out,
                  int64_t out_stride);
   // GELU(x weight^T + bias) of at most kChunkRows rows, quantised. inner: room for it in float.
-  void (*linear_gelu)(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, float* inner,
-                      int64_t inner_stride, const Int8Rows& out);
+  void (*linear_gelu)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, float* inner,
+                      int64_t inner_stride, const NarrowRows& out);
   // x weight^T + bias as bfloat16, for Bf16Kernels' attention: `out` of args is a multiple of 16. Null where
   // the processor has no such attention.
-  void (*linear_bf16)(const Int8LinearArgs& args, const Int8Rows& x, int64_t rows, uint16_t* out,
+  void (*linear_bf16)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, uint16_t* out,
                       int64_t out_stride);
 };
 
@@ -112,12 +115,14 @@ struct Bf16LinearArgs {
 
 struct Bf16Kernels {
   const char* capability;
-  // Rounds rows of x to bf16, each filled up with zeros to whole pairs. rounded_stride: numbers.
   void (*round)(const float* x, int64_t x_stride, int64_t rows, int64_t in, uint16_t* rounded,
                 int64_t rounded_stride);
   // As Kernels::linear, on rounded rows.
-  void (*linear)(const Bf16LinearArgs& args, const uint16_t* x, int64_t x_stride, int64_t rows, Finish finish,
-                 float* out, int64_t out_stride);
+  void (*linear)(const Bf16LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish, float* out,
+                 int64_t out_stride);
+  // The same, rounded: rows of out_stride numbers.
+  void (*linear_bf16)(const Bf16LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish,
+                      uint16_t* out, int64_t out_stride);
   // On q|k|v in bf16; head_dim is a multiple of 16.
   AttentionKernel attention;
 };
