@@ -55,7 +55,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32, 64])
     parser.add_argument("--seconds", type=float, default=10, help="of each phase (default: %(default)s)")
     parser.add_argument(
-        "--overload-seconds", type=float, default=60, help="of the overload (default: %(default)s)"
+        "--overload-seconds", type=float, default=60, help="of the overload (default: %(default)s; 0: none)"
     )
     parser.add_argument("--texts-per-request", type=int, default=1, metavar="N")
     parser.add_argument("--threads", type=int, help="threads of each model (default: all cores)")
@@ -193,7 +193,7 @@ class Bench:
                 rate = part * self.best[name]
                 load = open_loop(target, self.requests[name], rate, seconds)
                 self.keep(row(name, f"open at {part}", load, each, clients="", offered_per_s=round(rate, 1)))
-        for name, target in self.targets.items():
+        for name, target in self.targets.items() if self.arguments.overload_seconds else ():
             rate = OVERLOAD * self.best[name]
             load = open_loop(target, self.requests[name], rate, self.arguments.overload_seconds)
             self.keep(row(name, "overload", load, each, clients="", offered_per_s=round(rate, 1)))

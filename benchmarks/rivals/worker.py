@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,20 @@ class Worker:
     def __init__(self, python: str, script: str, arguments: Sequence[Any], threads: int) -> None:
         path = Path(__file__).with_name(script)
         self.batch_size = BATCH_SIZES[-1]
+        self._said = tempfile.TemporaryFile()  # a pipe that nobody reads would stop it
         self._process = subprocess.Popen(
             [python, "-P", str(path), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)},
         )
         try:
             self.versions: dict[str, str] = self._answer()
         except EOFError:
-            assert self._process.stderr is not None
-            said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            self._process.wait()
+            self._said.seek(0)
+            said = self._said.read().decode(errors="replace").strip().splitlines()
             raise Refused(f"{script} ended: {said[-1] if said else 'it said nothing'}") from None
 
     def encode(self, texts: Sequence[str], show_progress_bar: bool = False) -> Any:
@@ -49,6 +52,7 @@ class Worker:
         """End the process."""
         self._process.kill()
         self._process.wait()
+        self._said.close()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
