@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 import harness
 from serving.load import Load, Target, closed_loop, open_loop
+from serving.page import page
 
 # The ways to serve the model: what follows `pruned-ops serve MODEL`.
 SERVERS = {"pruned_ops": (), "pruned_ops int8": ("--dtype", "int8"), "plain": ("--plain",)}
@@ -53,12 +54,23 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--rival-model", default="", help="what the rivals call the model")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32, 64])
+    parser.add_argument(
+        "--open", type=float, nargs="*", default=[0.5, 0.8], metavar="PART",
+        help="rates of the open loops, as parts of the best rate (default: 0.5 0.8)",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=10, help="of each phase (default: %(default)s)")
     parser.add_argument(
         "--overload-seconds", type=float, default=60, help="of the overload (default: %(default)s; 0: none)"
     )
+    parser.add_argument(
+        "--memory-seconds",
+        type=float,
+        default=0,
+        help="of a closed loop of 32 clients, for memory",
+    )
     parser.add_argument("--texts-per-request", type=int, default=1, metavar="N")
     parser.add_argument("--threads", type=int, help="threads of each model (default: all cores)")
+    parser.add_argument("--add", action="store_true", help="keep the rows that the CSV has")
     parser.add_argument("--out", type=Path, help="the CSV (default: in benchmarks/results, by the machine)")
     return parser.parse_args()
 
@@ -188,11 +200,14 @@ class Bench:
                 load = closed_loop(target, self.requests[name], clients, seconds)
                 self.best[name] = max(self.best.get(name, 0.0), load.requests_per_s)
                 self.keep(row(name, "closed", load, each, clients=clients, offered_per_s=""))
-        for part in (0.5, 0.8):
+        for part in self.arguments.open:
             for name, target in self.targets.items():
                 rate = part * self.best[name]
                 load = open_loop(target, self.requests[name], rate, seconds)
                 self.keep(row(name, f"open at {part}", load, each, clients="", offered_per_s=round(rate, 1)))
+        for name, target in self.targets.items() if self.arguments.memory_seconds else ():
+            load = closed_loop(target, self.requests[name], 32, self.arguments.memory_seconds)
+            self.keep(row(name, "memory", load, each, clients=32, offered_per_s=""))
         for name, target in self.targets.items() if self.arguments.overload_seconds else ():
             rate = OVERLOAD * self.best[name]
             load = open_loop(target, self.requests[name], rate, self.arguments.overload_seconds)
@@ -223,7 +238,11 @@ def main() -> None:
         **{f"version_{package}": version(package) for package in ("fastapi", "uvicorn", "h11")},
     }
     out = arguments.out or harness.result_path("serve", "cpu")
-    harness.write_rows(out, [line | origin for line in bench.rows])
+    rows = [line | origin for line in bench.rows]
+    if arguments.add and out.exists():
+        rows = [*harness.read_rows(out), *rows]
+    harness.write_rows(out, rows)
+    out.with_suffix(".md").write_text(page(rows), encoding="utf-8")
     print(out)
 
 
