@@ -12,10 +12,10 @@ from typing import Any
 from pruned_ops.files import read_text
 from pruned_ops.serving import refusals
 from pruned_ops.serving.connections import Hosts
-from pruned_ops.serving.refusals import Refusal, Said
+from pruned_ops.serving.refusals import ErrorBody, Refusal
 from pruned_ops.serving.service import Service, as_json
 
-Form = Callable[[Refusal], Said]
+Form = Callable[[Refusal], ErrorBody]
 
 # Only the page's own styles and scripts run in it, and no other site may show it.
 POLICY = (
@@ -38,8 +38,8 @@ def form_of(path: str) -> Form:
 
 def response_of(refusal: Refusal, form: Form) -> Any:
     """The response that refuses a request."""
-    said = form(refusal)
-    return as_json(said.body, said.status, refusal.headers)
+    answer = form(refusal)
+    return as_json(answer.body, answer.status, refusal.headers)
 
 
 class Keys:

@@ -86,20 +86,20 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
-class Said:
+class ErrorBody:
     """A refusal in the words of an API."""
 
     status: int
     body: dict[str, Any]
 
 
-def tei(refusal: Refusal) -> Said:
+def tei(refusal: Refusal) -> ErrorBody:
     """As text-embeddings-inference says it."""
     kind = _TEI_TYPES.get(refusal.reason, "Validation")
-    return Said(_TEI_STATUS[refusal.reason], {"error": refusal.sentence, "error_type": kind})
+    return ErrorBody(_TEI_STATUS[refusal.reason], {"error": refusal.sentence, "error_type": kind})
 
 
-def openai(refusal: Refusal) -> Said:
+def openai(refusal: Refusal) -> ErrorBody:
     """As OpenAI's API says it. What is too large in an accepted body is an invalid request there."""
     reason = refusal.reason
     fault = {
@@ -109,15 +109,15 @@ def openai(refusal: Refusal) -> Said:
         "code": _OPENAI_CODES.get(reason),
     }
     status = 400 if reason == "too_large" and refusal.field is not None else _STATUS[reason]
-    return Said(status, {"error": fault})
+    return ErrorBody(status, {"error": fault})
 
 
-def reranking(refusal: Refusal) -> Said:
+def reranking(refusal: Refusal) -> ErrorBody:
     """As Cohere's API says it (`message`), and Jina's (`detail`), which share a route."""
     sentence = refusal.sentence
-    return Said(_STATUS[refusal.reason], {"id": str(uuid4()), "message": sentence, "detail": sentence})
+    return ErrorBody(_STATUS[refusal.reason], {"id": str(uuid4()), "message": sentence, "detail": sentence})
 
 
-def plain(refusal: Refusal) -> Said:
+def plain(refusal: Refusal) -> ErrorBody:
     """As the server's own routes say it."""
-    return Said(_STATUS[refusal.reason], {"detail": refusal.sentence})
+    return ErrorBody(_STATUS[refusal.reason], {"detail": refusal.sentence})

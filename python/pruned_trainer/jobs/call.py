@@ -37,7 +37,7 @@ from pruned_trainer.jobs.rows import Rows, as_batch, check_labels, check_rows, c
 from pruned_trainer.jobs.settings import OWN_TASK, SCORE_STEPS, PruneSettings
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import Target
-from pruned_trainer.tasks.output_kinds import OutputKind, Said, check_comparable, said_by
+from pruned_trainer.tasks.output_kinds import OutputKind, Outputs, check_comparable, comparable_outputs
 from pruned_trainer.tasks.task import HELD_OUT, without_labels
 from pruned_trainer.training.batches import GROUP, Share
 from pruned_trainer.training.distillation import Distillation
@@ -259,17 +259,17 @@ class _Call:
             outputs = self.dense(**batch)
         if weights.task > 0 and (self.loss is not None or labelled):
             _check_loss(self.dense, self.loss(outputs, batch) if self.loss else loss_of(outputs))
-        own = self._said(self.dense, outputs, batch, weights.pooling)
+        own = self._comparable(self.dense, outputs, batch, weights.pooling)
         if teacher is not self.dense and weights.needs_teacher:
             asked = {k: v for k, v in without_labels(batch).items() if k not in self.label_names}
             with torch.no_grad():
                 taught = teacher(**accepted(teacher, asked))
-            check_comparable(own, self._said(teacher, taught, batch, weights.pooling))
+            check_comparable(own, self._comparable(teacher, taught, batch, weights.pooling))
         return own.kind, self.loss is not None or loss_of(outputs) is not None
 
     @staticmethod
-    def _said(model: Any, outputs: Any, batch: Mapping[str, Tensor], pooling: str) -> Said:
-        return said_by(outputs, config_of(model), batch["attention_mask"], pooling)
+    def _comparable(model: Any, outputs: Any, batch: Mapping[str, Tensor], pooling: str) -> Outputs:
+        return comparable_outputs(outputs, config_of(model), batch["attention_mask"], pooling)
 
 
 def _check_loss(model: nn.Module, loss: Any) -> None:

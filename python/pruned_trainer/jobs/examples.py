@@ -21,7 +21,7 @@ from pruned_trainer.distributed import shared
 from pruned_trainer.jobs.job import running
 from pruned_trainer.jobs.rows import Rows
 from pruned_trainer.tasks.faults import DataFaults
-from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind, said_by
+from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind, comparable_outputs
 from pruned_trainer.tasks.resampling import interval, samples
 from pruned_trainer.tasks.task import Score, without_labels
 from pruned_trainer.training.batches import GROUP, NUMBER
@@ -29,7 +29,7 @@ from pruned_trainer.training.encoder_states import accepted
 
 Metrics = Callable[[EvalPrediction], Mapping[str, float]]
 # What a model says of one example: arrays by name, without padding.
-RowSaid = dict[str, NDArray[Any]]
+RowOutputs = dict[str, NDArray[Any]]
 AGREEMENT = "agreement"
 # Fewer samples than elsewhere, because the caller's metric may be slow.
 RESAMPLES = 200
@@ -49,7 +49,7 @@ class DatasetExamples:
 
     label_names: the entries of a batch that are labels. compute_metrics: as for transformers' Trainer; None
     for accuracy or Spearman's correlation with the labels, where there are such. teacher: what models are
-    compared with, once it is known. pooling: as for `said_by`.
+    compared with, once it is known. pooling: as for `comparable_outputs`.
     """
 
     rows: Rows
@@ -60,7 +60,7 @@ class DatasetExamples:
     pooling: str
     teacher: nn.Module | None = None
     kind: OutputKind = OutputKind.CLASSES
-    _taught: list[RowSaid] | None = None
+    _taught: list[RowOutputs] | None = None
     _names: tuple[str, ...] = ()
 
     noun, metric_digits = "examples", 4
@@ -91,46 +91,48 @@ class DatasetExamples:
 
     def evaluate(self, model: Any, thresholds: Mapping[str, float]) -> DatasetResult:
         """The result of `model`, which runs packed meanwhile, on all processes."""
-        said = self._said(model)
-        result = DatasetResult(self, said, self._said(self.teacher) if self.teacher is not None else None)
+        outputs = self._outputs(model)
+        result = DatasetResult(
+            self, outputs, self._outputs(self.teacher) if self.teacher is not None else None
+        )
         self._names = tuple(name for name in result.scores() if name != "metrics")
         return result
 
-    def _said(self, model: Any) -> list[RowSaid]:
+    def _outputs(self, model: Any) -> list[RowOutputs]:
         """What the model says of each row; the teacher is asked once."""
         if model is self.teacher and self._taught is not None:
             return self._taught
         order = sorted(range(len(self.rows)), key=self.rows.lengths.__getitem__)
         groups = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         with running(model) as fast, torch.no_grad():
-            by_group = shared(partial(self._groups_said, fast), groups)
-        said: list[RowSaid] = [{} for _ in order]
+            by_group = shared(partial(self._outputs_of_groups, fast), groups)
+        outputs: list[RowOutputs] = [{} for _ in order]
         for group, values in zip(groups, by_group, strict=True):
             for number, value in zip(group, values, strict=True):
-                said[number] = value
+                outputs[number] = value
         if model is self.teacher:
-            self._taught = said
-        return said
+            self._taught = outputs
+        return outputs
 
-    def _groups_said(self, model: Any, groups: Sequence[list[int]]) -> list[list[RowSaid]]:
-        return [self._group_said(model, [self.rows[number] for number in group]) for group in groups]
+    def _outputs_of_groups(self, model: Any, groups: Sequence[list[int]]) -> list[list[RowOutputs]]:
+        return [self._outputs_of_group(model, [self.rows[number] for number in group]) for group in groups]
 
-    def _group_said(self, model: Any, rows: list[Any]) -> list[RowSaid]:
+    def _outputs_of_group(self, model: Any, rows: list[Any]) -> list[RowOutputs]:
         device = next(model.parameters()).device
         batch = {name: value.to(device) for name, value in self.collate(rows).items()}
         mask = batch["attention_mask"]
         beside = (*self.label_names, NUMBER, GROUP)
         asked = {k: v for k, v in without_labels(batch).items() if k not in beside}
-        said = said_by(model(**accepted(model, asked)), config_of(model), mask, self.pooling)
-        self.kind = said.kind
-        of_tokens = said.kind in (OutputKind.TOKENS, OutputKind.SPANS)
+        outputs = comparable_outputs(model(**accepted(model, asked)), config_of(model), mask, self.pooling)
+        self.kind = outputs.kind
+        of_tokens = outputs.kind in (OutputKind.TOKENS, OutputKind.SPANS)
         return [
             {
                 name: (value[i][mask[i].bool()] if of_tokens and name != "answer_type_logits" else value[i])
                 .float()
                 .cpu()
                 .numpy()
-                for name, value in said.values.items()
+                for name, value in outputs.values.items()
             }
             for i in range(len(rows))
         ]
@@ -146,13 +148,15 @@ class DatasetExamples:
 class DatasetResult:
     """What a model says of the examples, and what its teacher does (None without one)."""
 
-    def __init__(self, examples: DatasetExamples, said: list[RowSaid], taught: list[RowSaid] | None) -> None:
-        self.examples, self.said, self.taught = examples, said, taught
+    def __init__(
+        self, examples: DatasetExamples, outputs: list[RowOutputs], taught: list[RowOutputs] | None
+    ) -> None:
+        self.examples, self.outputs, self.taught = examples, outputs, taught
         # Made once, because every sample takes its rows of them.
-        self._stacked_said = tuple(_stacked([row[name] for row in said]) for name in said[0])
+        self._stacked_outputs = tuple(_stacked([row[name] for row in outputs]) for name in outputs[0])
         self._gold = examples.gold()
         if taught is not None:
-            pairs = zip(said, taught, strict=True)
+            pairs = zip(outputs, taught, strict=True)
             self._agreement = np.stack([_agreed(examples.kind, own, wanted) for own, wanted in pairs])
 
     @property
@@ -160,21 +164,21 @@ class DatasetResult:
         """The classes, labels of tokens, or scores, of each example; of other kinds none."""
         kind = self.examples.kind
         if kind in (OutputKind.CLASSES, OutputKind.TOKENS):
-            return [next(iter(row.values())).argmax(-1).tolist() for row in self.said]
+            return [next(iter(row.values())).argmax(-1).tolist() for row in self.outputs]
         if kind in (OutputKind.SCORES, OutputKind.LABELS):
-            return [next(iter(row.values())).tolist() for row in self.said]
+            return [next(iter(row.values())).tolist() for row in self.outputs]
         return None
 
     def scores(self) -> dict[str, Any]:
         """The metrics on all examples, as the caller's function gives them, and the agreement with the
         teacher, in percent; without those that are no number."""
-        every = np.arange(len(self.said))
-        return {**self._measured(every), "metrics": {"total": len(self.said)}}
+        every = np.arange(len(self.outputs))
+        return {**self._measured(every), "metrics": {"total": len(self.outputs)}}
 
     def losses(self, pruned: DatasetResult) -> dict[str, Any]:
         """What is lost from this to the pruned model, by metric, with 95% bootstrap intervals over the
         examples, which are paired; None for an interval that the metric has no values for."""
-        every = np.arange(len(self.said))
+        every = np.arange(len(self.outputs))
         own, others = self._measured(every), pruned._measured(every)
         found = self._resampled(pruned)
         losses: dict[str, Any] = {}
@@ -187,7 +191,7 @@ class DatasetResult:
     def _resampled(self, pruned: DatasetResult) -> list[dict[str, float]]:
         """The losses on RESAMPLES samples of the examples; a sample that a metric refuses is left out."""
         found = []
-        for rows in itertools.chain.from_iterable(samples(len(self.said), RESAMPLES)):
+        for rows in itertools.chain.from_iterable(samples(len(self.outputs), RESAMPLES)):
             try:
                 own, others = self._measured(rows), pruned._measured(rows)
             except Exception:  # of the caller's metric, which may need every class in the sample
@@ -201,8 +205,8 @@ class DatasetResult:
         gold = self._gold
         if examples.compute_metrics is not None and gold is not None:
             taken = tuple(g[rows] for g in gold) if isinstance(gold, tuple) else gold[rows]
-            said = tuple(values[rows] for values in self._stacked_said)
-            predictions: Any = said[0] if len(said) == 1 else said
+            outputs = tuple(values[rows] for values in self._stacked_outputs)
+            predictions: Any = outputs[0] if len(outputs) == 1 else outputs
             computed = examples.compute_metrics(EvalPrediction(predictions=predictions, label_ids=taken))
             found = {
                 name: float(value)
@@ -219,7 +223,7 @@ class DatasetResult:
 
     def _against_labels(self, gold: NDArray[Any], rows: NDArray[np.int64]) -> dict[str, float]:
         """Accuracy of classes and Spearman's correlation of scores, in percent, where no metric was given."""
-        values = self._stacked_said[0]
+        values = self._stacked_outputs[0]
         if self.examples.kind is OutputKind.CLASSES and gold.ndim == 1:
             return {"accuracy": 100 * float((values[rows].argmax(-1) == gold[rows]).mean())}
         if self.examples.kind is OutputKind.SCORES and values.shape[1] == 1:
@@ -227,7 +231,7 @@ class DatasetResult:
         return {}
 
 
-def _agreed(kind: OutputKind, own: RowSaid, wanted: RowSaid) -> NDArray[np.float64]:
+def _agreed(kind: OutputKind, own: RowOutputs, wanted: RowOutputs) -> NDArray[np.float64]:
     """How far two models agree on one example, from 0 to 1: (1,). Of one score, both of them: (2,)."""
     values = [(own[name], wanted[name]) for name in wanted]
     first, second = values[0]

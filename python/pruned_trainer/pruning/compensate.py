@@ -25,7 +25,7 @@ from pruned_ops.models.stock import config_of, find_encoder, model_shape
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.importance import Batches
 from pruned_trainer.pruning.options import COMPENSATIONS, COMPENSATIONS_MADE
-from pruned_trainer.tasks.output_kinds import Said, divergences, label_losses, said_by
+from pruned_trainer.tasks.output_kinds import Outputs, comparable_outputs, divergences, label_losses
 from pruned_trainer.tasks.task import is_labelled, without_labels
 
 # The output projection of each part in a layer, and the LayerNorm that it leads to.
@@ -262,24 +262,24 @@ def _best(build: Callable[[dict[str, str]], None], loss: Callable[[], float]) ->
 def _loss_on(narrow: PreTrainedModel, reference: PreTrainedModel, batches: Batches) -> Callable[[], float]:
     """A function of no arguments, the mean loss of `narrow` as it is when that is called."""
     labelled = all(is_labelled(batch) for batch in batches)
-    expected = [] if labelled else [_said(reference, batch) for batch in batches]
+    expected = [] if labelled else [_outputs(reference, batch) for batch in batches]
 
     def loss() -> float:
-        said = [_said(narrow, batch) for batch in batches]
+        outputs = [_outputs(narrow, batch) for batch in batches]
         if labelled:
-            each = [label_losses(own, batch) for own, batch in zip(said, batches, strict=True)]
+            each = [label_losses(own, batch) for own, batch in zip(outputs, batches, strict=True)]
         else:
             each = [
                 divergences(own, wanted, batch["attention_mask"])
-                for own, wanted, batch in zip(said, expected, batches, strict=True)
+                for own, wanted, batch in zip(outputs, expected, batches, strict=True)
             ]
         return float(torch.cat(each).double().mean())
 
     return loss
 
 
-def _said(model: PreTrainedModel, batch: dict[str, Tensor]) -> Said:
-    return said_by(model(**without_labels(batch)), config_of(model), batch["attention_mask"])
+def _outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Outputs:
+    return comparable_outputs(model(**without_labels(batch)), config_of(model), batch["attention_mask"])
 
 
 def text_batches(model: PreTrainedModel, texts: Sequence[str]) -> list[dict[str, Tensor]]:

@@ -25,7 +25,7 @@ from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.gates import PerGate, Scores
 from pruned_trainer.pruning.options import METHODS, check_parts
-from pruned_trainer.tasks.output_kinds import label_losses, said_by
+from pruned_trainer.tasks.output_kinds import comparable_outputs, label_losses
 from pruned_trainer.tasks.task import without_labels
 
 # The number of FFN units, or hidden dimensions, that leave-one-out closes together; one by one, each of
@@ -69,7 +69,7 @@ def score(
 
 def example_losses(output: Any, batch: dict[str, Tensor], config: Any = None) -> Tensor:
     """The loss of each example on its labels, (batch,), as `label_losses` has it for this kind of output."""
-    return label_losses(said_by(output, config, batch.get("attention_mask")), batch)
+    return label_losses(comparable_outputs(output, config, batch.get("attention_mask")), batch)
 
 
 def _random(shape: ModelShape, seed: int) -> PerGate:

@@ -28,7 +28,7 @@ from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.compensate import PROJECTIONS, RIDGE, Place
 from pruned_trainer.pruning.gates import PerGate, Scores
 from pruned_trainer.pruning.importance import Batches, frozen, per_cost
-from pruned_trainer.tasks.output_kinds import drawn_losses, said_by
+from pruned_trainer.tasks.output_kinds import comparable_outputs, drawn_losses
 from pruned_trainer.tasks.task import without_labels
 
 # Outcomes drawn for each batch: a backward pass each, over one forward pass.
@@ -96,8 +96,8 @@ def worth(
     less; the worth of parts that are not asked for is 0.
 
     batches: padded inputs, some hundred windows in all; labels are not looked at. seed: of the draws.
-    pooling: as for `said_by`. The model is left as it was. Errors: ValueError for hidden dimensions, which
-    belong to no projection alone.
+    pooling: as for `comparable_outputs`. The model is left as it was. Errors: ValueError for hidden
+    dimensions, which belong to no projection alone.
     """
     if "hidden" in parts:
         raise ValueError(
@@ -134,9 +134,9 @@ def moments_of(
         for batch in tqdm(batches, desc="curvature", disable=not progress):
             mask = batch["attention_mask"]
             with _watched(model, layers, moments, mask.bool()):
-                said = said_by(model(**without_labels(batch)), config, mask, pooling)
+                outputs = comparable_outputs(model(**without_labels(batch)), config, mask, pooling)
                 for draw in range(DRAWS):
-                    loss = drawn_losses(said, mask, generator).sum()
+                    loss = drawn_losses(outputs, mask, generator).sum()
                     loss.backward(retain_graph=draw + 1 < DRAWS)
     return moments
 

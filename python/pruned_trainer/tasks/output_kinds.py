@@ -40,7 +40,7 @@ class OutputKind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Said:
+class Outputs:
     """What a model says of a batch: its kind, and the tensors by the names that every model of the kind
     has."""
 
@@ -53,12 +53,12 @@ class Said:
         (value,) = self.values.values()
         return value
 
-    def detached(self) -> Said:
+    def detached(self) -> Outputs:
         """The same, without gradients."""
-        return Said(self.kind, {name: value.detach() for name, value in self.values.items()})
+        return Outputs(self.kind, {name: value.detach() for name, value in self.values.items()})
 
 
-def said_by(outputs: Any, config: Any, mask: Tensor | None, pooling: str = "mean") -> Said:
+def comparable_outputs(outputs: Any, config: Any, mask: Tensor | None, pooling: str = "mean") -> Outputs:
     """What these outputs say, by the names in them and by the model's config.
 
     outputs: a mapping of names to tensors, such as transformers' ModelOutput, or the logits alone. mask:
@@ -75,7 +75,7 @@ def said_by(outputs: Any, config: Any, mask: Tensor | None, pooling: str = "mean
     if "start_logits" in fields and "end_logits" in fields:
         names = ("start_logits", "end_logits", "answer_type_logits")
         found = {name: fields[name] for name in names if fields.get(name) is not None}
-        return Said(OutputKind.SPANS, found)
+        return Outputs(OutputKind.SPANS, found)
     for name in _EMBEDDINGS:
         if isinstance(fields.get(name), Tensor):
             return _embedding(fields[name], config)
@@ -100,17 +100,17 @@ def pooled(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     return (states * real).sum(1) / real.sum(1).clamp(min=1)
 
 
-def _embedding(values: Tensor, config: Any) -> Said:
+def _embedding(values: Tensor, config: Any) -> Outputs:
     values = values.to_dense() if values.is_sparse else values
     is_sparse = values.size(-1) == getattr(config, "vocab_size", None)
-    return Said(OutputKind.SPARSE if is_sparse else OutputKind.EMBEDDINGS, {"embedding": values})
+    return Outputs(OutputKind.SPARSE if is_sparse else OutputKind.EMBEDDINGS, {"embedding": values})
 
 
-def _logits(logits: Tensor, config: Any) -> Said:
+def _logits(logits: Tensor, config: Any) -> Outputs:
     if logits.dim() == 1:
         logits = logits[:, None]
     if logits.dim() == 3:
-        return Said(OutputKind.TOKENS, {"logits": logits})
+        return Outputs(OutputKind.TOKENS, {"logits": logits})
     if logits.dim() != 2:
         raise ValueError(f"the model's logits have shape {tuple(logits.shape)}: (batch, classes) is needed")
     problem = getattr(config, "problem_type", None)
@@ -119,10 +119,10 @@ def _logits(logits: Tensor, config: Any) -> Said:
         kind = OutputKind.SCORES
     elif problem == "multi_label_classification":
         kind = OutputKind.LABELS
-    return Said(kind, {"logits": logits})
+    return Outputs(kind, {"logits": logits})
 
 
-def check_comparable(student: Said, teacher: Said) -> None:
+def check_comparable(student: Outputs, teacher: Outputs) -> None:
     """ValueError where the teacher says something of another kind, or of other sizes, than the student."""
     if student.kind is not teacher.kind:
         raise ValueError(
@@ -142,7 +142,7 @@ def check_comparable(student: Said, teacher: Said) -> None:
 # -- from a teacher ----------------------------------------------------------------------------------------
 
 
-def divergences(student: Said, teacher: Said, mask: Tensor, temperature: float = 1.0) -> Tensor:
+def divergences(student: Outputs, teacher: Outputs, mask: Tensor, temperature: float = 1.0) -> Tensor:
     """How far the student is from the teacher, for each example: (batch,), 0 for equals.
 
     spans, classes, labels, tokens: KL(teacher || student) of the distributions softened by the temperature,
@@ -154,7 +154,7 @@ def divergences(student: Said, teacher: Said, mask: Tensor, temperature: float =
     return _DIVERGENCES[student.kind](student, teacher, mask.bool(), temperature)
 
 
-def _of_spans(student: Said, teacher: Said, real: Tensor, temperature: float) -> Tensor:
+def _of_spans(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
     found = []
     for name, target in teacher.values.items():
         everything = real if name != "answer_type_logits" else torch.ones_like(target, dtype=torch.bool)
@@ -162,16 +162,16 @@ def _of_spans(student: Said, teacher: Said, real: Tensor, temperature: float) ->
     return torch.stack(found).mean(0) * temperature**2
 
 
-def _of_classes(student: Said, teacher: Said, real: Tensor, temperature: float) -> Tensor:
+def _of_classes(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
     everything = torch.ones_like(teacher.only, dtype=torch.bool)
     return _kl(student.only, teacher.only, everything, temperature) * temperature**2
 
 
-def _of_labels(student: Said, teacher: Said, real: Tensor, temperature: float) -> Tensor:
+def _of_labels(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
     return _two_sided(student.only, teacher.only, temperature).mean(-1) * temperature**2
 
 
-def _of_tokens(student: Said, teacher: Said, real: Tensor, temperature: float) -> Tensor:
+def _of_tokens(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
     if teacher.only.size(-1) == 1:
         each = _two_sided(student.only, teacher.only, temperature)[..., 0]
     else:
@@ -180,16 +180,16 @@ def _of_tokens(student: Said, teacher: Said, real: Tensor, temperature: float) -
     return each.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1) * temperature**2
 
 
-def _of_scores(student: Said, teacher: Said, real: Tensor, temperature: float) -> Tensor:
+def _of_scores(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
     return (student.only - teacher.only).square().mean(-1)
 
 
-def _of_embeddings(student: Said, teacher: Said, real: Tensor, temperature: float) -> Tensor:
+def _of_embeddings(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
     away = 1 - F.cosine_similarity(student.only, teacher.only, dim=-1)
     return away + _relative(student.only, teacher.only)
 
 
-def _of_activations(student: Said, teacher: Said, real: Tensor, temperature: float) -> Tensor:
+def _of_activations(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
     return _relative(student.only, teacher.only)
 
 
@@ -215,7 +215,7 @@ def _two_sided(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return yes + no
 
 
-_DIVERGENCES: dict[OutputKind, Callable[[Said, Said, Tensor, float], Tensor]] = {
+_DIVERGENCES: dict[OutputKind, Callable[[Outputs, Outputs, Tensor, float], Tensor]] = {
     OutputKind.SPANS: _of_spans,
     OutputKind.CLASSES: _of_classes,
     OutputKind.LABELS: _of_labels,
@@ -226,7 +226,7 @@ _DIVERGENCES: dict[OutputKind, Callable[[Said, Said, Tensor, float], Tensor]] = 
 }
 
 
-def margin_divergence(student: Said, teacher: Said, groups: Tensor) -> Tensor:
+def margin_divergence(student: Outputs, teacher: Outputs, groups: Tensor) -> Tensor:
     """The mean squared difference of the margins between scores of one query (Hofstätter et al. 2020), a
     scalar; 0 where no two rows share a query.
 
@@ -241,7 +241,7 @@ def margin_divergence(student: Said, teacher: Said, groups: Tensor) -> Tensor:
     return (own - wanted).square().mean(-1)[same].mean()
 
 
-def drawn_losses(said: Said, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def drawn_losses(outputs: Outputs, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """For each example a number whose gradient, squared and averaged over the draws, is the curvature of
     `divergences` from this model to itself: (batch,).
 
@@ -266,27 +266,27 @@ def drawn_losses(said: Said, mask: Tensor, generator: torch.Generator | None = N
         return F.binary_cross_entropy_with_logits(logits, outcomes, reduction="none")
 
     real = mask.bool()
-    if said.kind is OutputKind.SPANS:
-        lowest = torch.finfo(said.values["start_logits"].dtype).min
+    if outputs.kind is OutputKind.SPANS:
+        lowest = torch.finfo(outputs.values["start_logits"].dtype).min
         each = [
             drawn(logits if name == "answer_type_logits" else logits.masked_fill(~real, lowest))
-            for name, logits in said.values.items()
+            for name, logits in outputs.values.items()
         ]
         return torch.stack(each).sum(0) / len(each) ** 0.5
-    values = said.only
-    if said.kind is OutputKind.CLASSES:
+    values = outputs.only
+    if outputs.kind is OutputKind.CLASSES:
         return drawn(values)
-    if said.kind is OutputKind.LABELS:
+    if outputs.kind is OutputKind.LABELS:
         return sides(values).sum(-1) / values.size(-1) ** 0.5
-    if said.kind is OutputKind.TOKENS:
+    if outputs.kind is OutputKind.TOKENS:
         each_token = sides(values)[..., 0] if values.size(-1) == 1 else drawn(values)
         return each_token.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1).sqrt()
-    if said.kind is OutputKind.SCORES:
+    if outputs.kind is OutputKind.SCORES:
         return (values * normal(values)).sum(-1) * (2 / values.size(-1)) ** 0.5
     fixed = values.detach()
     norm = fixed.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     direction = normal(values) * 2**0.5
-    if said.kind is OutputKind.EMBEDDINGS:  # the cosine does not see what lies along the embedding
+    if outputs.kind is OutputKind.EMBEDDINGS:  # the cosine does not see what lies along the embedding
         across, unit = normal(values), fixed / norm
         direction = direction + across - (across * unit).sum(-1, keepdim=True) * unit
     return (values * direction / norm).sum(-1)
@@ -295,7 +295,7 @@ def drawn_losses(said: Said, mask: Tensor, generator: torch.Generator | None = N
 # -- from labels -------------------------------------------------------------------------------------------
 
 
-def label_losses(student: Said, batch: Mapping[str, Tensor]) -> Tensor:
+def label_losses(student: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
     """The loss of each example on its labels: (batch,).
 
     spans: cross-entropy, averaged over start, end and answer type. classes, tokens: cross-entropy, of tokens

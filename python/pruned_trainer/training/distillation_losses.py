@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruned_ops.models.stock import config_of
 from pruned_trainer.pruning.attach import holder_of
-from pruned_trainer.tasks.output_kinds import divergences, said_by
+from pruned_trainer.tasks.output_kinds import comparable_outputs, divergences
 from pruned_trainer.training.distillation import Distillation
 
 _NAME = "distillation_projection"
@@ -69,10 +69,10 @@ def logits_loss(
 ) -> Tensor:
     """The mean over the batch of `divergences` between two models' outputs.
 
-    student, teacher: outputs as `said_by` takes them. real: (batch, seqlen), True at tokens that are not
-    padding. config: the student's. pooling: as for `said_by`.
+    student, teacher, pooling: as `comparable_outputs` takes them. real: (batch, seqlen), True at tokens that
+    are not padding. config: the student's.
     """
-    own, wanted = (said_by(outputs, config, real, pooling) for outputs in (student, teacher))
+    own, wanted = (comparable_outputs(outputs, config, real, pooling) for outputs in (student, teacher))
     return divergences(own, wanted, real, temperature).mean()
 
 

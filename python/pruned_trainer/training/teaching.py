@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pruned_ops.models.stock import config_of
 from pruned_trainer.tasks.output_kinds import (
     OutputKind,
-    Said,
+    Outputs,
     check_comparable,
+    comparable_outputs,
     divergences,
     margin_divergence,
-    said_by,
 )
 from pruned_trainer.tasks.task import LABELS
 from pruned_trainer.training.distillation import Distillation
@@ -91,13 +91,13 @@ class Teaching:
                 "told from text"
             )
         mask, parts = inputs["attention_mask"], {}
-        said, teacher_states = self._taught(inputs, numbers, as_one)
+        taught, teacher_states = self._taught(inputs, numbers, as_one)
         if weights.logits > 0:
-            own = said_by(outputs, config_of(self.student), mask, weights.pooling)
-            check_comparable(own, said)
-            loss = divergences(own, said, mask, weights.temperature).mean()
+            own = comparable_outputs(outputs, config_of(self.student), mask, weights.pooling)
+            check_comparable(own, taught)
+            loss = divergences(own, taught, mask, weights.temperature).mean()
             if groups is not None and own.kind is OutputKind.SCORES:
-                loss = loss + margin_divergence(own, said, groups)
+                loss = loss + margin_divergence(own, taught, groups)
             parts["logits"] = loss * weights.logits
         if weights.hidden > 0:
             parts["hidden"] = self.hidden_part(states, teacher_states)
@@ -115,7 +115,7 @@ class Teaching:
 
     def _taught(
         self, inputs: Mapping[str, Tensor], numbers: Tensor | None, as_one: bool
-    ) -> tuple[Said, Sequence[States]]:
+    ) -> tuple[Outputs, Sequence[States]]:
         """What the teacher says of this batch, from the cache where that has it and only logits are
         needed."""
         assert self.teacher is not None
@@ -125,18 +125,18 @@ class Teaching:
             if cached is not None:
                 names = ("start_logits", "end_logits", "answer_type_logits")
                 values = {name: logits.to(mask.device) for name, logits in zip(names, cached, strict=False)}
-                return Said(OutputKind.SPANS, values), ()
+                return Outputs(OutputKind.SPANS, values), ()
         questions = self.without_labels(inputs)
         if not as_one:
             questions = accepted(self.teacher, questions)
         # The teacher runs in its own precision, also where the student runs under autocast.
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
             outputs, states = run_model(self.teacher, questions, hidden, as_one=as_one)
-        said = said_by(outputs, config_of(self.teacher), mask, self.distillation.pooling)
+        taught = comparable_outputs(outputs, config_of(self.teacher), mask, self.distillation.pooling)
         if self.cache is not None and numbers is not None:
-            start, end, *types = (logits.cpu() for logits in said.values.values())
+            start, end, *types = (logits.cpu() for logits in taught.values.values())
             self.cache.store(numbers.cpu(), start, end, mask.cpu(), *types)
-        return said, states
+        return taught, states
 
 
 def loss_of(outputs: Any) -> Tensor | None:

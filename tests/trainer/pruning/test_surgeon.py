@@ -15,7 +15,7 @@ from matching import batch_of, trained_model
 from pruned_ops.models.stock import model_shape
 from pruned_trainer import SizeBudget, Target, compact, decide
 from pruned_trainer.pruning import importance, surgeon
-from pruned_trainer.tasks.output_kinds import drawn_losses, said_by
+from pruned_trainer.tasks.output_kinds import comparable_outputs, drawn_losses
 from pruned_trainer.tasks.task import without_labels
 
 
@@ -114,7 +114,7 @@ def test_moments_are_those_of_every_real_token(trained: BertForQuestionAnswering
     projection.register_forward_hook(keep)
     generator = torch.Generator().manual_seed(5)
     for batch in data:
-        said = said_by(model(**without_labels(batch)), model.config, batch["attention_mask"])
+        said = comparable_outputs(model(**without_labels(batch)), model.config, batch["attention_mask"])
         for _ in range(surgeon.DRAWS):
             (output,) = seen["outputs"][-1:]
             loss = drawn_losses(said, batch["attention_mask"], generator).sum()

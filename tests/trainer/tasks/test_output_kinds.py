@@ -15,13 +15,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from inputs import randn
 from pruned_trainer.tasks.output_kinds import (
     OutputKind,
-    Said,
+    Outputs,
     check_comparable,
+    comparable_outputs,
     divergences,
     drawn_losses,
     label_losses,
     margin_divergence,
-    said_by,
 )
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -36,10 +36,10 @@ BY_KIND: dict[OutputKind, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
 }
 
 
-def outputs(kind: OutputKind, seed: int) -> Said:
+def outputs(kind: OutputKind, seed: int) -> Outputs:
     shapes, config = BY_KIND[kind]
     fields = {name: randn(seed, *shape) for name, shape in shapes.items()}
-    said = said_by(SequenceClassifierOutput(**fields) if kind is OutputKind.CLASSES else fields,
+    said = comparable_outputs(SequenceClassifierOutput(**fields) if kind is OutputKind.CLASSES else fields,
                    BertConfig(vocab_size=50, **config), MASK)  # fmt: skip
     assert said.kind is kind
     return said
@@ -49,11 +49,11 @@ def outputs(kind: OutputKind, seed: int) -> Said:
 def test_a_divergence_is_zero_for_equals_and_grows_from_there(kind: OutputKind) -> None:
     own, wanted = outputs(kind, 0), outputs(kind, 1)
     assert divergences(own, own, MASK, 2.0).tolist() == pytest.approx([0, 0], abs=1e-6)
-    nearer = Said(kind, {name: v + 0.1 * (wanted.values[name] - v) for name, v in own.values.items()})
+    nearer = Outputs(kind, {name: v + 0.1 * (wanted.values[name] - v) for name, v in own.values.items()})
     far, near = divergences(own, wanted, MASK, 2.0), divergences(nearer, wanted, MASK, 2.0)
     assert far.shape == (2,) and bool((far > near).all()) and bool((near > 0).all())
-    alone = Said(kind, {name: v[1:] for name, v in own.values.items()})
-    other = Said(kind, {name: v[1:] for name, v in wanted.values.items()})
+    alone = Outputs(kind, {name: v[1:] for name, v in own.values.items()})
+    other = Outputs(kind, {name: v[1:] for name, v in wanted.values.items()})
     torch.testing.assert_close(divergences(alone, other, MASK[1:], 2.0)[0], far[1])
 
 
@@ -71,7 +71,8 @@ def test_divergences_have_their_closed_forms() -> None:
     own, wanted = (outputs(OutputKind.SCORES, seed) for seed in (0, 1))
     torch.testing.assert_close(divergences(own, wanted, MASK), (own.only - wanted.only)[:, 0] ** 2)
     unit = [
-        Said(OutputKind.EMBEDDINGS, {"embedding": F.normalize(randn(seed, 2, 6), dim=-1)}) for seed in (0, 1)
+        Outputs(OutputKind.EMBEDDINGS, {"embedding": F.normalize(randn(seed, 2, 6), dim=-1)})
+        for seed in (0, 1)
     ]
     away = 1 - (unit[0].only * unit[1].only).sum(-1)  # the squared distance of unit vectors is twice that
     torch.testing.assert_close(divergences(*unit, MASK), 3 * away)
@@ -88,18 +89,20 @@ def test_divergences_see_no_padding(kind: OutputKind) -> None:
 
 def test_a_bare_encoder_is_pooled_over_its_real_tokens() -> None:
     states = randn(0, 2, 4, 6)
-    mean = said_by({"last_hidden_state": states}, None, MASK).only
+    mean = comparable_outputs({"last_hidden_state": states}, None, MASK).only
     torch.testing.assert_close(mean[1], states[1, :2].mean(0))
-    torch.testing.assert_close(said_by({"last_hidden_state": states}, None, MASK, "cls").only, states[:, 0])
+    torch.testing.assert_close(
+        comparable_outputs({"last_hidden_state": states}, None, MASK, "cls").only, states[:, 0]
+    )
 
 
 def test_margins_count_within_a_query() -> None:
-    own, wanted = (Said(OutputKind.SCORES, {"logits": randn(seed, 4, 1)}) for seed in (0, 1))
+    own, wanted = (Outputs(OutputKind.SCORES, {"logits": randn(seed, 4, 1)}) for seed in (0, 1))
     groups = torch.tensor([7, 7, 8, 9])
     margins = [(s.only[0] - s.only[1])[0] for s in (own, wanted)]
     torch.testing.assert_close(margin_divergence(own, wanted, groups), (margins[0] - margins[1]) ** 2)
     assert float(margin_divergence(own, wanted, torch.arange(4))) == 0
-    shifted = Said(OutputKind.SCORES, {"logits": wanted.only + 5})
+    shifted = Outputs(OutputKind.SCORES, {"logits": wanted.only + 5})
     assert float(margin_divergence(shifted, wanted, groups)) == pytest.approx(0, abs=1e-10)
 
 
@@ -125,13 +128,13 @@ def test_losses_on_labels_are_those_of_transformers() -> None:
 
 def test_what_cannot_be_compared_is_said() -> None:
     with pytest.raises(ValueError, match="returns a tuple: outputs with names are needed"):
-        said_by((randn(0, 2, 3),), None, MASK)
+        comparable_outputs((randn(0, 2, 3),), None, MASK)
     with pytest.raises(ValueError, match=r"nothing in the model's outputs \(loss\)"):
-        said_by({"loss": randn(0, 1)}, None, MASK)
+        comparable_outputs({"loss": randn(0, 1)}, None, MASK)
     classes, scores = outputs(OutputKind.CLASSES, 0), outputs(OutputKind.SCORES, 0)
     with pytest.raises(ValueError, match="teacher gives scores, and the student classes"):
         check_comparable(classes, scores)
-    more = said_by({"logits": randn(0, 2, 5)}, None, MASK)
+    more = comparable_outputs({"logits": randn(0, 2, 5)}, None, MASK)
     with pytest.raises(ValueError, match="logits have a width of 5, and the student's of 3"):
         check_comparable(classes, more)
 
@@ -144,17 +147,17 @@ def test_drawn_losses_have_the_curvature_of_the_divergences(kind: OutputKind) ->
     shapes = {name: value[1:].shape for name, value in said.values.items()}
     own = torch.cat([value[1:].flatten() for value in said.values.values()]).double()
 
-    def as_said(flat: Tensor, rows: int = 1) -> Said:
+    def as_outputs(flat: Tensor, rows: int = 1) -> Outputs:
         parts = flat.view(rows, -1).split([shape.numel() for shape in shapes.values()], dim=1)
         values = [part.view(rows, *shape[1:]) for part, shape in zip(parts, shapes.values(), strict=True)]
-        return Said(kind, dict(zip(shapes, values, strict=True)))
+        return Outputs(kind, dict(zip(shapes, values, strict=True)))
 
     def divergence(flat: Tensor) -> Tensor:
-        return divergences(as_said(flat), as_said(own), mask).sum()
+        return divergences(as_outputs(flat), as_outputs(own), mask).sum()
 
     wanted = torch.autograd.functional.hessian(divergence, own)
     leaves = own.expand(draws, -1).clone().requires_grad_()
-    loss = drawn_losses(as_said(leaves, draws), mask.expand(draws, -1), torch.Generator().manual_seed(0))
+    loss = drawn_losses(as_outputs(leaves, draws), mask.expand(draws, -1), torch.Generator().manual_seed(0))
     assert loss.shape == (draws,)
     (gradients,) = torch.autograd.grad(loss.sum(), leaves)
     found = gradients.T @ gradients / draws

@@ -109,13 +109,15 @@ class ClassificationTask(TextTask):
             measures=measures.SCORES if scored else measures.CLASSES,
             read=lambda outputs, mask: outputs.logits,
             assemble=(lambda found: np.stack(found)[:, 0]) if scored else np.stack,
-            show=(lambda said: said.tolist()) if scored else (lambda said: named(said, names)),
+            show=(lambda predicted: predicted.tolist())
+            if scored
+            else (lambda predicted: named(predicted, names)),
         )
         if examples.is_labelled:
             return prepared
         if scored:
-            return prepared.taught_by(teacher, lambda said: said, measures.SCORE_AGREEMENT)
-        return prepared.taught_by(teacher, lambda said: said.argmax(-1), measures.CLASS_AGREEMENT)
+            return prepared.taught_by(teacher, lambda predicted: predicted, measures.SCORE_AGREEMENT)
+        return prepared.taught_by(teacher, lambda predicted: predicted.argmax(-1), measures.CLASS_AGREEMENT)
 
     def features(
         self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
@@ -156,9 +158,9 @@ def one_class(examples: Examples, label: str) -> str:
     )
 
 
-def named(said: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+def named(predicted: Any, names: Sequence[str]) -> list[dict[str, Any]]:
     """Each example's likeliest class with its probability, for people."""
-    logits = np.asarray(said, np.float64)
+    logits = np.asarray(predicted, np.float64)
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     best = shares.argmax(-1)

@@ -37,12 +37,12 @@ TEXT, ID, TITLE, RELEVANT = "text", "id", "title", "relevant"
 
 @dataclass(frozen=True)
 class CosineAgreement(Mean):
-    """The mean cosine of the embeddings with the teacher's. gold, said: (texts, width)."""
+    """The mean cosine of the embeddings with the teacher's. gold, predicted: (texts, width)."""
 
     score: Score = Score("agreement", "cosine with the teacher's embeddings")
 
-    def each(self, gold: Any, said: Any) -> FloatArray:
-        return _cosines(np.asarray(gold, np.float64), np.asarray(said, np.float64))
+    def each(self, gold: Any, predicted: Any) -> FloatArray:
+        return _cosines(np.asarray(gold, np.float64), np.asarray(predicted, np.float64))
 
 
 AGREEMENT: tuple[Measure, ...] = (CosineAgreement(),)
@@ -106,13 +106,13 @@ class EmbeddingTask(TextTask):
             measures=AGREEMENT,
             read=partial(pooled, model.config.pooling),
             assemble=np.stack,
-            show=lambda said: {"texts": len(said)},
+            show=lambda predicted: {"texts": len(predicted)},
         )
         if isinstance(examples, Retrieval):
             return _search(prepared, examples, texts)
         if examples.is_labelled:
             return _similarity(prepared, examples, texts)
-        return prepared.taught_by(teacher, lambda said: said, AGREEMENT)
+        return prepared.taught_by(teacher, lambda predicted: predicted, AGREEMENT)
 
     def features(
         self, examples: Examples | Retrieval, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
@@ -159,7 +159,7 @@ def _similarity(prepared: PreparedTexts, examples: Examples, texts: Sequence[str
 
     return replace(
         prepared, noun="pairs", count=len(examples), gold=np.array([row.label for row in examples.rows]),
-        measures=SCORES, assemble=cosines, show=lambda said: said.tolist(),
+        measures=SCORES, assemble=cosines, show=lambda predicted: predicted.tolist(),
     )  # fmt: skip
 
 
@@ -177,8 +177,8 @@ def _search(prepared: PreparedTexts, search: Retrieval, texts: Sequence[str]) ->
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors[asked] @ vectors[documents].T
 
-    def first(said: FloatArray) -> list[list[int]]:
-        return np.argsort(-said, axis=1, kind="stable")[:, :TOP].tolist()
+    def first(predicted: FloatArray) -> list[list[int]]:
+        return np.argsort(-predicted, axis=1, kind="stable")[:, :TOP].tolist()
 
     return replace(
         prepared, noun="queries", count=len(search), gold=gold, measures=RETRIEVAL, assemble=similarities,

@@ -19,15 +19,15 @@ from pruned_trainer.tasks.task import Score
 
 
 class Measure(Protocol):
-    """A number for a model on examples. gold: their labels. said: the model's predictions."""
+    """A number for a model on examples. gold: their labels. predicted: the model's predictions."""
 
     @property
     def score(self) -> Score: ...
 
-    def value(self, gold: Any, said: Any) -> float:
+    def value(self, gold: Any, predicted: Any) -> float:
         """The measure on all examples; NaN where it is not defined."""
 
-    def statistics(self, gold: Any, said: Any) -> FloatArray:
+    def statistics(self, gold: Any, predicted: Any) -> FloatArray:
         """(examples, k): all that its values on samples are made of."""
 
     def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
@@ -40,7 +40,7 @@ def loss_interval(
     """The 95% percentile interval of the measure of `first` less that of `second`, over RESAMPLES samples of
     the examples, drawn with replacement, the same ones for both. None where the measure is not defined on
     them. The same seed gives the same interval."""
-    of_first, of_second = (measure.statistics(gold, said) for said in (first, second))
+    of_first, of_second = (measure.statistics(gold, predicted) for predicted in (first, second))
     differences = [
         measure.resampled(of_first, draws) - measure.resampled(of_second, draws)
         for draws in samples(len(gold), seed=seed)
@@ -59,15 +59,15 @@ class Mean:
 
     score: Score
 
-    def each(self, gold: Any, said: Any) -> FloatArray:
+    def each(self, gold: Any, predicted: Any) -> FloatArray:
         """(examples,)."""
         raise NotImplementedError
 
-    def value(self, gold: Any, said: Any) -> float:
-        return 100 * float(self.each(gold, said).mean())
+    def value(self, gold: Any, predicted: Any) -> float:
+        return 100 * float(self.each(gold, predicted).mean())
 
-    def statistics(self, gold: Any, said: Any) -> FloatArray:
-        return self.each(gold, said)[:, None]
+    def statistics(self, gold: Any, predicted: Any) -> FloatArray:
+        return self.each(gold, predicted)[:, None]
 
     def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
         return 100 * sums(statistics, draws)[:, 0] / draws.shape[1]
@@ -76,36 +76,36 @@ class Mean:
 @dataclass(frozen=True)
 class Accuracy(Mean):
     """The share of the examples whose likeliest class is the right one. gold: (examples,) numbers of classes;
-    said: (examples, classes) logits."""
+    predicted: (examples, classes) logits."""
 
     score: Score = Score("accuracy", "accuracy")
 
-    def value(self, gold: Any, said: Any) -> float:
+    def value(self, gold: Any, predicted: Any) -> float:
         from sklearn.metrics import accuracy_score
 
-        return 100 * float(accuracy_score(gold, _classes(said)))
+        return 100 * float(accuracy_score(gold, _classes(predicted)))
 
-    def each(self, gold: Any, said: Any) -> FloatArray:
-        return (_classes(said) == np.asarray(gold)).astype(np.float64)
+    def each(self, gold: Any, predicted: Any) -> FloatArray:
+        return (_classes(predicted) == np.asarray(gold)).astype(np.float64)
 
 
-def _classes(said: Any) -> IntArray:
-    return np.asarray(said).argmax(-1)
+def _classes(predicted: Any) -> IntArray:
+    return np.asarray(predicted).argmax(-1)
 
 
 @dataclass(frozen=True)
 class MacroF1:
-    """The mean over the classes of their F1. gold, said: as for `Accuracy`."""
+    """The mean over the classes of their F1. gold, predicted: as for `Accuracy`."""
 
     score: Score = Score("f1", "F1 (mean over classes)")
 
-    def value(self, gold: Any, said: Any) -> float:
+    def value(self, gold: Any, predicted: Any) -> float:
         from sklearn.metrics import f1_score
 
-        return 100 * float(f1_score(gold, _classes(said), average="macro", zero_division=0.0))
+        return 100 * float(f1_score(gold, _classes(predicted), average="macro", zero_division=0.0))
 
-    def statistics(self, gold: Any, said: Any) -> FloatArray:
-        return _class_counts(gold, said)
+    def statistics(self, gold: Any, predicted: Any) -> FloatArray:
+        return _class_counts(gold, predicted)
 
     def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
         right, chosen, true = np.split(sums(statistics, draws), 3, axis=1)
@@ -116,17 +116,17 @@ class MacroF1:
 
 @dataclass(frozen=True)
 class Matthews:
-    """Matthews' correlation of the classes chosen and the right ones. gold, said: as for `Accuracy`."""
+    """Matthews' correlation of the classes chosen and the right ones. gold, predicted: as for `Accuracy`."""
 
     score: Score = Score("mcc", "MCC")
 
-    def value(self, gold: Any, said: Any) -> float:
+    def value(self, gold: Any, predicted: Any) -> float:
         from sklearn.metrics import matthews_corrcoef
 
-        return 100 * float(matthews_corrcoef(gold, _classes(said)))
+        return 100 * float(matthews_corrcoef(gold, _classes(predicted)))
 
-    def statistics(self, gold: Any, said: Any) -> FloatArray:
-        return _class_counts(gold, said)
+    def statistics(self, gold: Any, predicted: Any) -> FloatArray:
+        return _class_counts(gold, predicted)
 
     def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
         right, chosen, true = np.split(sums(statistics, draws), 3, axis=1)
@@ -137,9 +137,9 @@ class Matthews:
         return 100 * np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=defined)
 
 
-def _class_counts(gold: Any, said: Any) -> FloatArray:
+def _class_counts(gold: Any, predicted: Any) -> FloatArray:
     """(examples, 3 * classes): of each class, whether it was rightly chosen, chosen, and right."""
-    logits = np.asarray(said)
+    logits = np.asarray(predicted)
     every = np.eye(logits.shape[-1])
     chosen, true = every[_classes(logits)], every[np.asarray(gold)]
     return np.concatenate([chosen * true, chosen, true], 1)
@@ -147,17 +147,17 @@ def _class_counts(gold: Any, said: Any) -> FloatArray:
 
 @dataclass(frozen=True)
 class Spearman:
-    """The correlation of the ranks of scores. gold, said: (examples,)."""
+    """The correlation of the ranks of scores. gold, predicted: (examples,)."""
 
     score: Score = Score("spearman", "Spearman")
 
-    def value(self, gold: Any, said: Any) -> float:
+    def value(self, gold: Any, predicted: Any) -> float:
         from scipy.stats import spearmanr
 
-        return _correlation(spearmanr, gold, said)
+        return _correlation(spearmanr, gold, predicted)
 
-    def statistics(self, gold: Any, said: Any) -> FloatArray:
-        return np.stack([gold, said], 1).astype(np.float64)
+    def statistics(self, gold: Any, predicted: Any) -> FloatArray:
+        return np.stack([gold, predicted], 1).astype(np.float64)
 
     def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
         from scipy.stats import rankdata
@@ -172,18 +172,18 @@ class Spearman:
 
 @dataclass(frozen=True)
 class Pearson:
-    """The correlation of scores. gold, said: (examples,)."""
+    """The correlation of scores. gold, predicted: (examples,)."""
 
     score: Score = Score("pearson", "Pearson")
 
-    def value(self, gold: Any, said: Any) -> float:
+    def value(self, gold: Any, predicted: Any) -> float:
         from scipy.stats import pearsonr
 
-        return _correlation(pearsonr, gold, said)
+        return _correlation(pearsonr, gold, predicted)
 
-    def statistics(self, gold: Any, said: Any) -> FloatArray:
+    def statistics(self, gold: Any, predicted: Any) -> FloatArray:
         # About their means, so that no digits are lost where the scores are far from 0.
-        x, y = (np.asarray(side, np.float64) - np.mean(side) for side in (gold, said))
+        x, y = (np.asarray(side, np.float64) - np.mean(side) for side in (gold, predicted))
         return np.stack([x, y, x * y, x * x, y * y], 1)
 
     def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
@@ -198,11 +198,11 @@ class Pearson:
         )
 
 
-def _correlation(of: Any, gold: Any, said: Any) -> float:
+def _correlation(of: Any, gold: Any, predicted: Any) -> float:
     """100 times scipy's correlation; NaN where one side is constant, or there are fewer than two."""
-    if len(gold) < 2 or np.ptp(gold) == 0 or np.ptp(said) == 0:
+    if len(gold) < 2 or np.ptp(gold) == 0 or np.ptp(predicted) == 0:
         return math.nan
-    return 100 * float(of(gold, said).statistic)
+    return 100 * float(of(gold, predicted).statistic)
 
 
 CLASSES: tuple[Measure, ...] = (Accuracy(), MacroF1(), Matthews())

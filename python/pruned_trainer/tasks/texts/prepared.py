@@ -19,17 +19,17 @@ from pruned_trainer.tasks.texts.measures import Measure, loss_interval, score_li
 class TextResult:
     """What a model says of the examples, and the measures of it. predictions: the same for people, as JSON.
 
-    said, gold: as the measures take them."""
+    predicted, gold: as the measures take them."""
 
     measures: Sequence[Measure]
     gold: Any
-    said: Any
+    predicted: Any
     predictions: Any
 
     def scores(self) -> dict[str, Any]:
         """Each measure's value, by its key; None where it is not defined. metrics: the number of
         examples."""
-        values = {m.score.key: _defined(m.value(self.gold, self.said)) for m in self.measures}
+        values = {m.score.key: _defined(m.value(self.gold, self.predicted)) for m in self.measures}
         return {**values, "metrics": {"total": len(self.gold)}}
 
     def losses(self, pruned: TextResult) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class TextResult:
                 continue
             interval = None
             if own[key] is not None and others[key] is not None:
-                interval = loss_interval(measure, self.gold, self.said, pruned.said)
+                interval = loss_interval(measure, self.gold, self.predicted, pruned.predicted)
             losses[f"{key}_loss"] = None if interval is None else own[key] - others[key]
             losses[f"{key}_loss_interval"] = interval
         return losses
@@ -92,14 +92,14 @@ class PreparedTexts:
         """Nothing: no field of the config is chosen on these examples."""
         return {}
 
-    def said_by(self, model: PreTrainedModel) -> Any:
+    def predictions_of(self, model: PreTrainedModel) -> Any:
         """What the model says of each example."""
         return self.assemble(model_outputs(model, self.windows, self.read))
 
     def evaluate(self, model: PreTrainedModel, thresholds: Mapping[str, float]) -> TextResult:
         """The result of `model`, which runs packed meanwhile, on all processes."""
-        said = self.said_by(model)
-        return TextResult(self.measures, self.gold, said, self.show(said))
+        predicted = self.predictions_of(model)
+        return TextResult(self.measures, self.gold, predicted, self.show(predicted))
 
     def taught_by(
         self, teacher: PreTrainedModel | None, gold_of: Callable[[Any], Any], measures: Sequence[Measure]
@@ -108,4 +108,4 @@ class PreparedTexts:
         there is no teacher to compare with."""
         if teacher is None:
             raise ValueError("texts without labels are judged beside a teacher, and there is none")
-        return replace(self, gold=gold_of(self.said_by(teacher)), measures=measures)
+        return replace(self, gold=gold_of(self.predictions_of(teacher)), measures=measures)

@@ -16,15 +16,15 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Ranking(Mean):
-    """The mean over queries of a number for each ranking. gold: the relevance of a query's texts, said: their
-    scores; (texts,) each, in a list of queries."""
+    """The mean over queries of a number for each ranking. gold: the relevance of a query's texts, (texts,).
+    predicted: their scores, (texts,). Both are lists with an array for each query."""
 
     def of_query(self, relevance: FloatArray, scores: FloatArray) -> float:
         """The measure of one query, between 0 and 1."""
         raise NotImplementedError
 
-    def each(self, gold: Any, said: Any) -> FloatArray:
-        pairs = zip(gold, said, strict=True)
+    def each(self, gold: Any, predicted: Any) -> FloatArray:
+        pairs = zip(gold, predicted, strict=True)
         return np.array([self.of_query(np.asarray(right), np.asarray(scores)) for right, scores in pairs])
 
 

@@ -116,7 +116,7 @@ class RerankingTask(TextTask):
                 noun="pairs", count=len(windows), windows=windows, gold=None, measures=SCORE_AGREEMENT,
                 read=_score, assemble=_flat, show=_listed,
             )  # fmt: skip
-            return pairs.taught_by(teacher, lambda said: said, SCORE_AGREEMENT)
+            return pairs.taught_by(teacher, lambda predicted: predicted, SCORE_AGREEMENT)
         return PreparedTexts(
             noun="queries",
             count=len(queries),
@@ -153,13 +153,15 @@ def _flat(found: Sequence[Any]) -> Any:
     return np.concatenate(found)
 
 
-def _listed(said: Any) -> list[float]:
-    return np.asarray(said).tolist()
+def _listed(predicted: Any) -> list[float]:
+    return np.asarray(predicted).tolist()
 
 
-def _by_query(queries: Sequence[str], said: Any) -> list[dict[str, Any]]:
+def _by_query(queries: Sequence[str], predicted: Any) -> list[dict[str, Any]]:
     """The scores of each query's passages, in the file's order."""
-    return [{"query": query, "scores": scores.tolist()} for query, scores in zip(queries, said, strict=True)]
+    return [
+        {"query": query, "scores": scores.tolist()} for query, scores in zip(queries, predicted, strict=True)
+    ]
 
 
 def _query_numbers(examples: Examples) -> list[int]:

@@ -108,11 +108,11 @@ class TaggingTask(TextTask):
             measures=ENTITIES if is_bio(names) else WORDS,
             read=lambda outputs, mask: outputs.logits,
             assemble=partial(tags_of, windows, counts, names),
-            show=lambda said: said,
+            show=lambda predicted: predicted,
         )
         if examples.is_labelled:
             return prepared
-        return prepared.taught_by(teacher, lambda said: said, AGREEMENT)
+        return prepared.taught_by(teacher, lambda predicted: predicted, AGREEMENT)
 
     def features(
         self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
@@ -192,7 +192,7 @@ def is_bio(names: Sequence[str]) -> bool:
     return all(name == OUTSIDE or name[:2] in ("B-", "I-") for name in names) and OUTSIDE in names
 
 
-# -- measures: gold and said hold a list of labels for each sentence
+# -- measures: gold and predicted hold a list of labels for each sentence
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,14 @@ class EntityScore:
     score: Score
     kind: str
 
-    def value(self, gold: Any, said: Any) -> float:
+    def value(self, gold: Any, predicted: Any) -> float:
         from seqeval import metrics
 
         metric = getattr(metrics, f"{self.kind}_score")
-        return 100 * float(metric(gold, said, zero_division=0))
+        return 100 * float(metric(gold, predicted, zero_division=0))
 
-    def statistics(self, gold: Any, said: Any) -> FloatArray:
-        return _entity_counts(gold, said)
+    def statistics(self, gold: Any, predicted: Any) -> FloatArray:
+        return _entity_counts(gold, predicted)
 
     def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
         right, chosen, true = sums(statistics, draws).T
@@ -218,12 +218,12 @@ class EntityScore:
         return 100 * np.divide(right, below, out=np.zeros_like(right), where=below > 0)
 
 
-def _entity_counts(gold: Any, said: Any) -> FloatArray:
+def _entity_counts(gold: Any, predicted: Any) -> FloatArray:
     """(sentences, 3): entities that are right, that were chosen, and that there are."""
     from seqeval.metrics.sequence_labeling import get_entities
 
     counts = []
-    for right, chosen in zip(gold, said, strict=True):
+    for right, chosen in zip(gold, predicted, strict=True):
         true, found = set(get_entities(list(right))), set(get_entities(list(chosen)))
         counts.append((len(true & found), len(found), len(true)))
     return np.array(counts, np.float64)
@@ -235,21 +235,21 @@ class WordAccuracy:
 
     score: Score
 
-    def value(self, gold: Any, said: Any) -> float:
-        right, words = _word_counts(gold, said).sum(0)
+    def value(self, gold: Any, predicted: Any) -> float:
+        right, words = _word_counts(gold, predicted).sum(0)
         return 100 * float(right / words)
 
-    def statistics(self, gold: Any, said: Any) -> FloatArray:
-        return _word_counts(gold, said)
+    def statistics(self, gold: Any, predicted: Any) -> FloatArray:
+        return _word_counts(gold, predicted)
 
     def resampled(self, statistics: FloatArray, draws: IntArray) -> FloatArray:
         right, words = sums(statistics, draws).T
         return 100 * right / words
 
 
-def _word_counts(gold: Any, said: Any) -> FloatArray:
+def _word_counts(gold: Any, predicted: Any) -> FloatArray:
     """(sentences, 2): words that have the right label, and words."""
-    pairs = zip(gold, said, strict=True)
+    pairs = zip(gold, predicted, strict=True)
     return np.array([(sum(map(str.__eq__, a, b)), len(a)) for a, b in pairs], np.float64)
 
 
