@@ -19,7 +19,7 @@ from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.gates import INITIAL_LOG_ALPHA, Scores
 from pruned_trainer.tasks.squad.examples import load_squad
-from pruned_trainer.tasks.squad.scoring import EvaluationResult, FloatArray
+from pruned_trainer.tasks.squad.metrics import EvaluationResult, FloatArray
 from pruned_trainer.tasks.squad.task import Questions
 
 FILES = ("train.json", "validation.json", "eval.json")

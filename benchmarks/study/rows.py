@@ -32,7 +32,7 @@ from pruned_trainer.pruning.decision import Decision, decide_at
 from pruned_trainer.pruning.gate_phase import SETTLING_STEPS, HoldTarget
 from pruned_trainer.pruning.gates import PerGate, Scores
 from pruned_trainer.pruning.options import MAX_PACE, PARTS, Target
-from pruned_trainer.tasks.squad.scoring import EvaluationResult, bootstrap_interval
+from pruned_trainer.tasks.squad.metrics import EvaluationResult, bootstrap_interval
 from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.phase import prepare_student, run

@@ -14,7 +14,7 @@ import torch
 import study_squad
 from harness import Row, read_rows
 from matching import save_checkpoint, squad_file, trained_model
-from pruned_trainer.tasks.squad.scoring import bootstrap_interval
+from pruned_trainer.tasks.squad.metrics import bootstrap_interval
 from study import figures as study_figures
 from study import page as study_page
 from study import rows as study_rows

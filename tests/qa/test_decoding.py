@@ -16,7 +16,7 @@ from pruned_ops.models.configuration import ScoreCalibration
 from pruned_ops.qa.decoding import Answer, Candidates, Decoded
 from pruned_ops.qa.windows import Window
 from pruned_trainer.tasks.squad.examples import Example, GoldAnswer
-from pruned_trainer.tasks.squad.scoring import fit_calibration
+from pruned_trainer.tasks.squad.metrics import fit_calibration
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pruned_ops import files
 from pruned_trainer.tasks.natural_questions.task import SCORES as NQ_SCORES
-from pruned_trainer.tasks.squad.scoring import SCORES as SQUAD_SCORES
+from pruned_trainer.tasks.squad.metrics import SCORES as SQUAD_SCORES
 from pruned_trainer.tasks.task import Score
 
 # The lines of the result tables of reports that do not list them: earlier versions had these tasks alone.

@@ -89,10 +89,8 @@ def test_resampled_entity_scores_are_seqeval_s() -> None:
     gold, said = ([names[rng.integers(5, size=n)].tolist() for n in range(1, 21)] for _ in range(2))
     said[5:10] = gold[5:10]
     draws = np.concatenate([np.arange(20)[None], rng.integers(20, size=(4, 20))])
-    for measure in (*ENTITIES, WordAccuracy(Score("accuracy", "accuracy"))):
-        resampled = measure.resampled(measure.statistics(gold, said), draws)
-        expected = [
-            measure.value([gold[i] for i in rows], [said[i] for i in rows]) for rows in draws.tolist()
-        ]
+    for metric in (*ENTITIES, WordAccuracy(Score("accuracy", "accuracy"))):
+        resampled = metric.resampled(metric.statistics(gold, said), draws)
+        expected = [metric.value([gold[i] for i in rows], [said[i] for i in rows]) for rows in draws.tolist()]
         np.testing.assert_allclose(resampled, expected)
         assert 0 < expected[0] < 100

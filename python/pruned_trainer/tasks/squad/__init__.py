@@ -15,7 +15,7 @@ from pruned_trainer.tasks.squad.examples import (
     parse_squad,
     split_articles,
 )
-from pruned_trainer.tasks.squad.scoring import (
+from pruned_trainer.tasks.squad.metrics import (
     EvaluationResult,
     QuestionScores,
     best_null_threshold,

@@ -21,7 +21,7 @@ from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, shared
 from pruned_trainer.tasks.faults import DataFaults, Skipped
 from pruned_trainer.tasks.squad.examples import Example, SquadFormatError, split_articles
-from pruned_trainer.tasks.squad.scoring import (
+from pruned_trainer.tasks.squad.metrics import (
     SCORES,
     EvaluationResult,
     best_null_threshold,

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.checkpoints.loading import load_to_fine_tune
 from pruned_trainer.tasks.faults import FormatError, skipping
-from pruned_trainer.tasks.texts import measures
+from pruned_trainer.tasks.texts import metrics
 from pruned_trainer.tasks.texts.base import TextTask
 from pruned_trainer.tasks.texts.encoding import Encoded, encode
 from pruned_trainer.tasks.texts.examples import (
@@ -106,7 +106,7 @@ class ClassificationTask(TextTask):
             count=len(rows),
             windows=self._encode(rows, tokenizer),
             gold=np.array(gold),
-            measures=measures.SCORES if scored else measures.CLASSES,
+            metrics=metrics.SCORES if scored else metrics.CLASSES,
             read=lambda outputs, mask: outputs.logits,
             assemble=(lambda found: np.stack(found)[:, 0]) if scored else np.stack,
             show=(lambda predicted: predicted.tolist())
@@ -116,8 +116,8 @@ class ClassificationTask(TextTask):
         if examples.is_labelled:
             return prepared
         if scored:
-            return prepared.taught_by(teacher, lambda predicted: predicted, measures.SCORE_AGREEMENT)
-        return prepared.taught_by(teacher, lambda predicted: predicted.argmax(-1), measures.CLASS_AGREEMENT)
+            return prepared.taught_by(teacher, lambda predicted: predicted, metrics.SCORE_AGREEMENT)
+        return prepared.taught_by(teacher, lambda predicted: predicted.argmax(-1), metrics.CLASS_AGREEMENT)
 
     def features(
         self, examples: Examples, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel

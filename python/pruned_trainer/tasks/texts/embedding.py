@@ -24,7 +24,7 @@ from pruned_trainer.tasks.texts.examples import (
     read_labelled,
     read_score,
 )
-from pruned_trainer.tasks.texts.measures import SCORES, FloatArray, Mean, Measure
+from pruned_trainer.tasks.texts.metrics import SCORES, FloatArray, Mean, Metric
 from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
 from pruned_trainer.tasks.texts.prepared import PreparedTexts
 from pruned_trainer.tasks.texts.ranking import RETRIEVAL, TOP
@@ -45,7 +45,7 @@ class CosineAgreement(Mean):
         return _cosines(np.asarray(gold, np.float64), np.asarray(predicted, np.float64))
 
 
-AGREEMENT: tuple[Measure, ...] = (CosineAgreement(),)
+AGREEMENT: tuple[Metric, ...] = (CosineAgreement(),)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class EmbeddingTask(TextTask):
             count=len(texts),
             windows=encode(tokenizer, [(text,) for text in texts], self.options.max_length),
             gold=None,
-            measures=AGREEMENT,
+            metrics=AGREEMENT,
             read=partial(pooled, model.config.pooling),
             assemble=np.stack,
             show=lambda predicted: {"texts": len(predicted)},
@@ -159,7 +159,7 @@ def _similarity(prepared: PreparedTexts, examples: Examples, texts: Sequence[str
 
     return replace(
         prepared, noun="pairs", count=len(examples), gold=np.array([row.label for row in examples.rows]),
-        measures=SCORES, assemble=cosines, show=lambda predicted: predicted.tolist(),
+        metrics=SCORES, assemble=cosines, show=lambda predicted: predicted.tolist(),
     )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _search(prepared: PreparedTexts, search: Retrieval, texts: Sequence[str]) ->
         return np.argsort(-predicted, axis=1, kind="stable")[:, :TOP].tolist()
 
     return replace(
-        prepared, noun="queries", count=len(search), gold=gold, measures=RETRIEVAL, assemble=similarities,
+        prepared, noun="queries", count=len(search), gold=gold, metrics=RETRIEVAL, assemble=similarities,
         show=first,
     )  # fmt: skip
 

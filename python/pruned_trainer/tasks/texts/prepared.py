@@ -12,37 +12,37 @@ from transformers import PreTrainedModel
 from pruned_ops.qa.questions import arrival_lengths
 from pruned_trainer.tasks.task import Score
 from pruned_trainer.tasks.texts.encoding import Read, model_outputs
-from pruned_trainer.tasks.texts.measures import Measure, loss_interval, score_lines
+from pruned_trainer.tasks.texts.metrics import Metric, loss_interval, score_lines
 
 
 @dataclass(frozen=True, eq=False)
 class TextResult:
-    """What a model says of the examples, and the measures of it. predictions: the same for people, as JSON.
+    """What a model says of the examples, and the metrics of it. predictions: the same for people, as JSON.
 
-    predicted, gold: as the measures take them."""
+    predicted, gold: as the metrics take them."""
 
-    measures: Sequence[Measure]
+    metrics: Sequence[Metric]
     gold: Any
     predicted: Any
     predictions: Any
 
     def scores(self) -> dict[str, Any]:
-        """Each measure's value, by its key; None where it is not defined. metrics: the number of
+        """Each metric's value, by its key; None where it is not defined. metrics: the number of
         examples."""
-        values = {m.score.key: _defined(m.value(self.gold, self.predicted)) for m in self.measures}
+        values = {m.score.key: _defined(m.value(self.gold, self.predicted)) for m in self.metrics}
         return {**values, "metrics": {"total": len(self.gold)}}
 
     def losses(self, pruned: TextResult) -> dict[str, Any]:
         """Points lost from this to the pruned model, with 95% bootstrap intervals over the examples."""
         losses: dict[str, Any] = {}
         own, others = self.scores(), pruned.scores()
-        for measure in self.measures:
-            key = measure.score.key
-            if not measure.score.has_loss:
+        for metric in self.metrics:
+            key = metric.score.key
+            if not metric.score.has_loss:
                 continue
             interval = None
             if own[key] is not None and others[key] is not None:
-                interval = loss_interval(measure, self.gold, self.predicted, pruned.predicted)
+                interval = loss_interval(metric, self.gold, self.predicted, pruned.predicted)
             losses[f"{key}_loss"] = None if interval is None else own[key] - others[key]
             losses[f"{key}_loss_interval"] = interval
         return losses
@@ -56,7 +56,7 @@ def _defined(value: float) -> float | None:
 class PreparedTexts:
     """Examples with their windows, which are cut once and used for every model.
 
-    count, noun: the number of examples, and what they are called. gold: their labels, as the measures take
+    count, noun: the number of examples, and what they are called. gold: their labels, as the metrics take
     them. read: takes from a model's outputs for a window what is judged. assemble: joins what was read of all
     windows to a prediction for each example. show: turns the predictions into JSON for people.
     """
@@ -65,7 +65,7 @@ class PreparedTexts:
     count: int
     windows: Sequence[Any]
     gold: Any
-    measures: Sequence[Measure]
+    metrics: Sequence[Metric]
     read: Read
     assemble: Callable[[list[Any]], Any]
     show: Callable[[Any], Any]
@@ -78,7 +78,7 @@ class PreparedTexts:
     @property
     def score_lines(self) -> tuple[Score, ...]:
         """The lines of the result table."""
-        return score_lines(self.measures)
+        return score_lines(self.metrics)
 
     def arrival_lengths(self) -> list[int]:
         """The windows' lengths in tokens, in arrival order."""
@@ -99,13 +99,13 @@ class PreparedTexts:
     def evaluate(self, model: PreTrainedModel, thresholds: Mapping[str, float]) -> TextResult:
         """The result of `model`, which runs packed meanwhile, on all processes."""
         predicted = self.predictions_of(model)
-        return TextResult(self.measures, self.gold, predicted, self.show(predicted))
+        return TextResult(self.metrics, self.gold, predicted, self.show(predicted))
 
     def taught_by(
-        self, teacher: PreTrainedModel | None, gold_of: Callable[[Any], Any], measures: Sequence[Measure]
+        self, teacher: PreTrainedModel | None, gold_of: Callable[[Any], Any], metrics: Sequence[Metric]
     ) -> PreparedTexts:
         """The same examples, judged by whether a model says what the teacher says. Errors: ValueError where
         there is no teacher to compare with."""
         if teacher is None:
             raise ValueError("texts without labels are judged beside a teacher, and there is none")
-        return replace(self, gold=gold_of(self.predictions_of(teacher)), measures=measures)
+        return replace(self, gold=gold_of(self.predictions_of(teacher)), metrics=metrics)

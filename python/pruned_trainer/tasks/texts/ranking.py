@@ -1,4 +1,4 @@
-"""Measures of rankings: what stands first among the texts of a query."""
+"""Metrics of rankings: what stands first among the texts of a query."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pruned_trainer.tasks.task import Score
-from pruned_trainer.tasks.texts.measures import FloatArray, Mean, Measure
+from pruned_trainer.tasks.texts.metrics import FloatArray, Mean, Metric
 
 TOP = 10
 
@@ -20,7 +20,7 @@ class Ranking(Mean):
     predicted: their scores, (texts,). Both are lists with an array for each query."""
 
     def of_query(self, relevance: FloatArray, scores: FloatArray) -> float:
-        """The measure of one query, between 0 and 1."""
+        """The metric of one query, between 0 and 1."""
         raise NotImplementedError
 
     def each(self, gold: Any, predicted: Any) -> FloatArray:
@@ -72,8 +72,8 @@ class Recall(Ranking):
         return float(relevant[first].sum() / max(relevant.sum(), 1))
 
 
-RANKING: tuple[Measure, ...] = (ReciprocalRank(), DiscountedGain())
-RETRIEVAL: tuple[Measure, ...] = (DiscountedGain(), ReciprocalRank(), Recall())
+RANKING: tuple[Metric, ...] = (ReciprocalRank(), DiscountedGain())
+RETRIEVAL: tuple[Metric, ...] = (DiscountedGain(), ReciprocalRank(), Recall())
 
 
 def grouped(values: Sequence[Any], groups: Sequence[int]) -> list[FloatArray]:

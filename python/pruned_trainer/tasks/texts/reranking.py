@@ -29,7 +29,7 @@ from pruned_trainer.tasks.texts.examples import (
     texts_of,
     value_of,
 )
-from pruned_trainer.tasks.texts.measures import SCORE_AGREEMENT
+from pruned_trainer.tasks.texts.metrics import SCORE_AGREEMENT
 from pruned_trainer.tasks.texts.prepared import PreparedTexts
 from pruned_trainer.tasks.texts.ranking import RANKING, grouped
 
@@ -113,7 +113,7 @@ class RerankingTask(TextTask):
         queries = list({n: row.texts[0] for n, row in zip(numbers, examples.rows, strict=True)}.values())
         if not examples.is_labelled:
             pairs = PreparedTexts(
-                noun="pairs", count=len(windows), windows=windows, gold=None, measures=SCORE_AGREEMENT,
+                noun="pairs", count=len(windows), windows=windows, gold=None, metrics=SCORE_AGREEMENT,
                 read=_score, assemble=_flat, show=_listed,
             )  # fmt: skip
             return pairs.taught_by(teacher, lambda predicted: predicted, SCORE_AGREEMENT)
@@ -122,7 +122,7 @@ class RerankingTask(TextTask):
             count=len(queries),
             windows=windows,
             gold=grouped([row.label for row in examples.rows], numbers),
-            measures=RANKING,
+            metrics=RANKING,
             read=_score,
             assemble=lambda found: grouped(_flat(found), numbers),
             show=partial(_by_query, queries),

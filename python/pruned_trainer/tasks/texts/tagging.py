@@ -25,7 +25,7 @@ from pruned_trainer.tasks.texts.examples import (
     some,
 )
 from pruned_trainer.tasks.texts.labels import Labels
-from pruned_trainer.tasks.texts.measures import FloatArray, IntArray, Measure, sums
+from pruned_trainer.tasks.texts.metrics import FloatArray, IntArray, Metric, sums
 from pruned_trainer.tasks.texts.prepared import PreparedTexts
 from pruned_trainer.tasks.texts.words import Sentence, encode_words
 
@@ -105,7 +105,7 @@ class TaggingTask(TextTask):
             count=len(rows),
             windows=windows,
             gold=[[names[number] for number in numbers] for numbers in gold],
-            measures=ENTITIES if is_bio(names) else WORDS,
+            metrics=ENTITIES if is_bio(names) else WORDS,
             read=lambda outputs, mask: outputs.logits,
             assemble=partial(tags_of, windows, counts, names),
             show=lambda predicted: predicted,
@@ -192,7 +192,7 @@ def is_bio(names: Sequence[str]) -> bool:
     return all(name == OUTSIDE or name[:2] in ("B-", "I-") for name in names) and OUTSIDE in names
 
 
-# -- measures: gold and predicted hold a list of labels for each sentence
+# -- metrics: gold and predicted hold a list of labels for each sentence
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,11 @@ def _word_counts(gold: Any, predicted: Any) -> FloatArray:
     return np.array([(sum(map(str.__eq__, a, b)), len(a)) for a, b in pairs], np.float64)
 
 
-ENTITIES: tuple[Measure, ...] = (
+ENTITIES: tuple[Metric, ...] = (
     EntityScore(Score("entity_f1", "entity F1"), "f1"),
     EntityScore(Score("entity_precision", "precision", has_loss=False), "precision"),
     EntityScore(Score("entity_recall", "recall", has_loss=False), "recall"),
 )
-WORDS: tuple[Measure, ...] = (WordAccuracy(Score("accuracy", "accuracy of words")),)
+WORDS: tuple[Metric, ...] = (WordAccuracy(Score("accuracy", "accuracy of words")),)
 # Of texts without labels, beside the teacher.
-AGREEMENT: tuple[Measure, ...] = (WordAccuracy(Score("agreement", "same label of words as the teacher")),)
+AGREEMENT: tuple[Metric, ...] = (WordAccuracy(Score("agreement", "same label of words as the teacher")),)

@@ -1,4 +1,4 @@
-"""Measures of what models say, each with what its value becomes on resampled examples, so that the loss from
+"""Metrics of what models say, each with what its value becomes on resampled examples, so that the loss from
 one model to another has an interval in which the examples are paired.
 
 The values are those of scikit-learn and scipy; resampled ones come from sums over the examples, which give
@@ -18,14 +18,14 @@ from pruned_trainer.tasks.resampling import FloatArray, IntArray, counts, interv
 from pruned_trainer.tasks.task import Score
 
 
-class Measure(Protocol):
+class Metric(Protocol):
     """A number for a model on examples. gold: their labels. predicted: the model's predictions."""
 
     @property
     def score(self) -> Score: ...
 
     def value(self, gold: Any, predicted: Any) -> float:
-        """The measure on all examples; NaN where it is not defined."""
+        """The metric on all examples; NaN where it is not defined."""
 
     def statistics(self, gold: Any, predicted: Any) -> FloatArray:
         """(examples, k): all that its values on samples are made of."""
@@ -35,14 +35,14 @@ class Measure(Protocol):
 
 
 def loss_interval(
-    measure: Measure, gold: Any, first: Any, second: Any, seed: int = 0
+    metric: Metric, gold: Any, first: Any, second: Any, seed: int = 0
 ) -> tuple[float, float] | None:
-    """The 95% percentile interval of the measure of `first` less that of `second`, over RESAMPLES samples of
-    the examples, drawn with replacement, the same ones for both. None where the measure is not defined on
+    """The 95% percentile interval of the metric of `first` less that of `second`, over RESAMPLES samples of
+    the examples, drawn with replacement, the same ones for both. None where the metric is not defined on
     them. The same seed gives the same interval."""
-    of_first, of_second = (measure.statistics(gold, predicted) for predicted in (first, second))
+    of_first, of_second = (metric.statistics(gold, predicted) for predicted in (first, second))
     differences = [
-        measure.resampled(of_first, draws) - measure.resampled(of_second, draws)
+        metric.resampled(of_first, draws) - metric.resampled(of_second, draws)
         for draws in samples(len(gold), seed=seed)
     ]
     return interval(np.concatenate(differences))
@@ -205,13 +205,13 @@ def _correlation(of: Any, gold: Any, predicted: Any) -> float:
     return 100 * float(of(gold, predicted).statistic)
 
 
-CLASSES: tuple[Measure, ...] = (Accuracy(), MacroF1(), Matthews())
-SCORES: tuple[Measure, ...] = (Spearman(), Pearson())
+CLASSES: tuple[Metric, ...] = (Accuracy(), MacroF1(), Matthews())
+SCORES: tuple[Metric, ...] = (Spearman(), Pearson())
 # Of texts without labels, beside the teacher.
-CLASS_AGREEMENT: tuple[Measure, ...] = (Accuracy(Score("agreement", "same class as the teacher")),)
-SCORE_AGREEMENT: tuple[Measure, ...] = (Spearman(Score("agreement", "Spearman with the teacher's scores")),)
+CLASS_AGREEMENT: tuple[Metric, ...] = (Accuracy(Score("agreement", "same class as the teacher")),)
+SCORE_AGREEMENT: tuple[Metric, ...] = (Spearman(Score("agreement", "Spearman with the teacher's scores")),)
 
 
-def score_lines(measures: Sequence[Measure]) -> tuple[Score, ...]:
-    """The lines of the result table of these measures."""
-    return tuple(measure.score for measure in measures)
+def score_lines(metrics: Sequence[Metric]) -> tuple[Score, ...]:
+    """The lines of the result table of these metrics."""
+    return tuple(metric.score for metric in metrics)
