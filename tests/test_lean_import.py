@@ -1,4 +1,5 @@
-"""The imports are lean: they bring in no package that transformers does not bring in by itself."""
+"""The imports are lean: they bring in no package that transformers does not bring in by itself, and start no
+CUDA."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ import sys
 HEAVY = ("datasets", "fastapi", "matplotlib", "onnx", "onnxruntime", "pandas", "pyarrow", "scipy", "sklearn")
 
 
+# Whatever starts CUDA fails: no process that is forked after the import could use a GPU.
+WITHOUT_CUDA = "import torch; torch.cuda.is_available = torch.cuda.init = None"
 # A command line's import brings in its package too; the trainer's, all that the runtime's does.
-OURS = ("import pruned_ops.cli", "import pruned_trainer.cli")
+OURS = (f"{WITHOUT_CUDA}; import pruned_ops.cli", "import pruned_trainer.cli")
 THEIRS = ("from transformers import BertModel", "from transformers import Trainer")
 
 

@@ -153,8 +153,8 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_
   const int tokens = as_int(kOp, "the number of tokens", qkv.size(0));
   const int batch = as_int(kOp, "the number of sequences", cu_seqlens.size(0) - 1);
   TORCH_CHECK(max_seqlen >= 0, kOp, ": max_seqlen is ", max_seqlen, ", at least 0 is needed");
-  // The kernel clamps lengths to the tokens that there are.
-  const int longest = std::min(tokens, as_int(kOp, "max_seqlen", max_seqlen));
+  // No sequence is longer than the tokens that there are, to which the kernel clamps lengths.
+  const int longest = static_cast<int>(std::min<int64_t>(tokens, max_seqlen));
 
   at::Tensor out = empty(tokens, num_heads * head_dim, takes);
   if (out.numel() == 0) return out;

@@ -43,6 +43,14 @@ def test_cuda_attention_at_the_edges_of_tiles(head_dim: int, dtype: torch.dtype)
             checked("attention", moved(attention_arguments(lengths, heads, head_dim), dtype))
 
 
+def test_a_cuda_max_seqlen_that_is_no_length_of_the_batch() -> None:
+    """A huge one costs nothing."""
+    qkv, bounds, longest, head_dim = moved(attention_arguments((5, 9), 2, 32), torch.float16)
+    expected = run("attention", [qkv, bounds, longest, head_dim])
+    assert torch.equal(run("attention", [qkv, bounds, 2**40, head_dim]), expected)
+    assert run("attention", [qkv[:0], bounds[:1], 2**40, head_dim], launches=False).shape == (0, 64)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("width", [1, 8, 56, 1499])
 def test_cuda_linear_gelu_of_any_width(width: int, dtype: torch.dtype) -> None:

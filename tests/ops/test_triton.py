@@ -3,6 +3,8 @@ planted faults; and the choice among configurations. Whether they fit a GPU: tes
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ from torch import Tensor
 import pruned_ops
 from inputs import arguments_for, attention_arguments, cu_seqlens, moved_to, randn
 from numerics import within_budget
+from pruned_ops.ops.backends import triton as triton_backend
 from pruned_ops.ops.registry import BACKENDS, OPS, given_up, record, use_backend
 
 TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.kernels)
@@ -31,6 +34,7 @@ if MISSING is None:
     from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
     from pruned_ops.ops.backends.triton.attention import launch_attention
     from pruned_ops.ops.backends.triton.configs import GemmConfig
+    from pruned_ops.ops.backends.triton.graph_inputs import load_graph_inputs
     from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
     from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
     from pruned_ops.ops.backends.triton.tiles import gelu
@@ -231,6 +235,41 @@ def test_nothing_is_written_outside_the_output(monkeypatch: pytest.MonkeyPatch) 
     for whole in guards:
         assert bool((whole[:32] == 7).all()) and bool((whole[-32:] == 7).all())
         assert not bool((whole[32:-32] == 7).all())
+
+
+def test_every_launch_asks_for_fused_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Triton's default is: the budgets of instructions (test_triton_compiled.py) count on it."""
+    kind, asked = type(add_layer_norm.add_layer_norm_kernel), {}
+    run = kind.run
+
+    def seen(kernel: Any, *args: Any, **options: Any) -> Any:
+        asked[kernel.fn.__name__] = options.get("enable_fp_fusion")
+        return run(kernel, *args, **options)
+
+    monkeypatch.setattr(kind, "run", seen)
+    with use_backend("triton"):
+        for op in TRITON_OPS:
+            OPS[op](*moved(arguments_for(op), torch.float16))
+        for longest in (16, 65):
+            pruned_ops.ops.attention(*moved(attention_arguments((longest,), 1, 32), torch.float16))
+    arguments = moved(arguments_for("linear_gelu"), torch.float16)
+    launch_linear_gelu(*arguments, GemmConfig(16, 32, 32, 4, 2, split_k=2))
+    launch_linear_gelu(*arguments, GemmConfig(16, 32, 32, 4, 2))
+    arguments = moved(arguments_for("linear_add_layer_norm"), torch.float16)
+    launch_linear_add_layer_norm(*arguments, tuning.fused_configs(arguments[1].size(0), torch.float16)[0])
+    ids, bounds = [torch.ones(5, dtype=torch.int64, device=DEVICE)] * 3, cu_seqlens((5,)).to(DEVICE)
+    load_graph_inputs(ids, bounds, torch.stack(ids), bounds.clone(), 5, 5)
+    modules = [
+        importlib.import_module(f"{triton_backend.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(triton_backend.__path__)
+    ]
+    kernels = {
+        name
+        for module in modules
+        for name, one in vars(module).items()
+        if isinstance(one, kind) and name.endswith("_kernel")
+    }
+    assert asked == dict.fromkeys(kernels, True)
 
 
 def test_wrong_values_never_lead_outside() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pruned_ops import ops
 from pruned_ops.ops.backends.cpu import BACKEND as CPU
 from pruned_ops.ops.backends.cpu import extension
-from pruned_ops.ops.backends.gpu import refuse_hidden, refuse_tensors
+from pruned_ops.ops.backends.gpu import is_there, refuse_hidden, refuse_tensors
 from pruned_ops.ops.registry import Backend, Op, add_backend, register
 
 BUILD_COMMAND = "PRUNED_OPS_BUILD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -29,7 +29,7 @@ def _missing() -> str | None:
     if extension.build_info().get("cuda") is None:
         needed = "nvcc" if torch.version.cuda else "nvcc and a torch that is built with CUDA"
         return f"the C++ extension was built without CUDA; where there is {needed}: {BUILD_COMMAND}"
-    return None if torch.cuda.is_available() else "torch sees no GPU"
+    return None if is_there() else "torch sees no GPU"
 
 
 BACKEND = add_backend(Backend("cuda", _missing(), "CUDA kernels, compiled with the package"))

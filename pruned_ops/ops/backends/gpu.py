@@ -14,6 +14,14 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MAX_HIDDEN = 8192
 
 
+def is_there() -> bool:
+    """Whether there is a GPU that torch can use, without starting CUDA.
+
+    NVIDIA's management library counts them, where it is installed. `torch.cuda.is_available` starts CUDA, and
+    a process that is forked afterwards cannot use a GPU."""
+    return torch.cuda.device_count() > 0
+
+
 def refuse_tensors(
     args: Iterable[Any], taken: Sequence[torch.dtype], device_type: str = "cuda"
 ) -> str | None:
@@ -36,7 +44,7 @@ def refuse_tensors(
         return f"a tensor is {others}; {', '.join(names)} and {last} are taken"
     if len(devices) > 1:
         return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
-    # Asked here and not at import, which must not touch the GPU: a forked child could not use it any more.
+    # Asked here and not at import, which must not start CUDA (see is_there).
     if device_type == "cuda" and devices and capability(*devices) < (8, 0):
         return "this GPU is sm_{}{}, the kernels need sm_80 or later".format(*capability(*devices))
     if len(dtypes) > 1:

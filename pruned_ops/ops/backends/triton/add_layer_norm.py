@@ -81,6 +81,6 @@ def launch_add_layer_norm(
         norm_bias.contiguous(), out, tokens, hidden, eps, x.stride(-2),
         0 if residual is None else residual.stride(0), x.stride(0) if x.dim() == 3 else 0,
         BIAS=bias is not None, RESIDUAL=residual is not None, PARTS=parts, ROWS=config.rows,
-        BLOCK=next_power_of_2(hidden), num_warps=config.warps,
+        BLOCK=next_power_of_2(hidden), num_warps=config.warps, **launch.OPTIONS,
     )  # fmt: skip
     return out

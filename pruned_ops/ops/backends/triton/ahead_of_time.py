@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.backends.triton.add_layer_norm import add_layer_norm_kernel
 from pruned_ops.ops.backends.triton.attention import attention_kernel, short_attention_kernel
 from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, AttentionConfig, GemmConfig, RowConfig
@@ -153,7 +154,7 @@ def kernel_of(case: Case, target: int) -> Any:
         {(arguments.index(name),): value for name, value in case.constants.items()},
         {(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = {"num_warps": case.warps, "num_stages": case.stages, **launch.OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 

@@ -159,6 +159,7 @@ def launch_attention(
         "UPCAST": launch.upcast(qkv.dtype),
         "num_warps": config.warps,
         "num_stages": config.stages,
+        **launch.OPTIONS,
     }
     strides = qkv.stride(0), out.stride(0)
     if config.sequences:

@@ -87,6 +87,6 @@ def launch_embed_layer_norm(
     embed_layer_norm_kernel[(triton.cdiv(tokens, config.rows),)](
         *(i.contiguous() for i in ids), *tables, norm_weight.contiguous(), norm_bias.contiguous(), out,
         tokens, hidden, eps, *(table.size(0) for table in tables), *(table.stride(0) for table in tables),
-        ROWS=config.rows, BLOCK=next_power_of_2(hidden), num_warps=config.warps,
+        ROWS=config.rows, BLOCK=next_power_of_2(hidden), num_warps=config.warps, **launch.OPTIONS,
     )  # fmt: skip
     return out

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pruned_ops.ops.backends.triton import launch
+
 BLOCK = 512
 _ARGUMENTS = [
     *("ids", "positions", "types", "cu_seqlens", "rows", "bounds"),
@@ -47,5 +49,6 @@ def load_graph_inputs(
     programs = triton.cdiv(max(tokens, room_batch + 1), BLOCK)
     load_graph_inputs_kernel[(programs,)](
         *(row.contiguous() for row in ids), cu_seqlens.contiguous(), rows, bounds,
-        tokens, batch, room_tokens, room_batch, rows.stride(0), longest, BLOCK=BLOCK, num_warps=4,
+        tokens, batch, room_tokens, room_batch, rows.stride(0), longest, BLOCK=BLOCK,
+        num_warps=4, **launch.OPTIONS,
     )  # fmt: skip

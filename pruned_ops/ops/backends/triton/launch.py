@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.ops.backends.gpu import capability, refuse_tensors
+from pruned_ops.ops.backends.gpu import capability, is_there, refuse_tensors
 from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, GemmConfig
 from pruned_ops.ops.registry import KernelError
 
@@ -21,13 +21,16 @@ Launcher = Callable[..., Tensor]
 # With TRITON_INTERPRET=1 the kernels run on the CPU, in numpy: for tests, not for speed.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Options of every launch. A product and the sum that it goes into are one instruction, whatever is Triton's
+# default (off from 3.10 on): the budgets of instructions count on it.
+OPTIONS = {"enable_fp_fusion": True}
 # TMA and wide loads need rows that begin at a multiple of so many bytes.
 ALIGNMENT = 16
 
 
 def missing() -> str | None:
     """The reason why Triton's kernels cannot run here, and what would help; None if they can."""
-    if not INTERPRETING and not torch.cuda.is_available():
+    if not INTERPRETING and not is_there():
         return "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly"
     try:
         importlib.import_module("triton")

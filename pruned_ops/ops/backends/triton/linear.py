@@ -47,7 +47,7 @@ def partial_linear(x: Tensor, weight: Tensor, config: GemmConfig) -> Tensor:
     tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(width, config.block_n)
     partial_linear_kernel[(tiles, config.split_k)](
         x, weight, out, tokens, width, hidden, share, x.stride(0), weight.stride(0),
-        **meta(config), WHOLE_K=hidden % config.block_k == 0,
+        **meta(config), **launch.OPTIONS, WHOLE_K=hidden % config.block_k == 0,
         PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype),
     )  # fmt: skip
     return out

@@ -109,7 +109,7 @@ def launch_linear_add_layer_norm(
     linear_add_layer_norm_kernel[(triton.cdiv(tokens, config.block_m),)](
         x, weight, bias.contiguous(), residual, norm_weight.contiguous(), norm_bias.contiguous(), out,
         tokens, hidden, inner, eps, x.stride(0), weight.stride(0), residual.stride(0),
-        **meta(config), WHOLE_K=inner % config.block_k == 0,
+        **meta(config), **launch.OPTIONS, WHOLE_K=inner % config.block_k == 0,
         PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype),
     )  # fmt: skip
     return out

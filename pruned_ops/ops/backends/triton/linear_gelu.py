@@ -104,7 +104,7 @@ def launch_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, config: GemmConf
         partials = partial_linear(x, weight, config)
         block = 512
         bias_gelu_kernel[(tokens, triton.cdiv(width, block))](
-            partials, bias, out, tokens, width, SPLIT=config.split_k, BLOCK=block
+            partials, bias, out, tokens, width, SPLIT=config.split_k, BLOCK=block, **launch.OPTIONS
         )
         return out
     tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(width, config.block_n)
@@ -113,7 +113,7 @@ def launch_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, config: GemmConf
     operands = launch.descriptors(x, weight, config) if config.tma else (x, weight)
     linear_gelu_kernel[(programs,)](
         *operands, bias, out, tokens, width, hidden, x.stride(0), weight.stride(0), out.stride(0), programs,
-        **meta(config), WHOLE_K=hidden % config.block_k == 0, TMA=config.tma,
+        **meta(config), **launch.OPTIONS, WHOLE_K=hidden % config.block_k == 0, TMA=config.tma,
         PERSISTENT=config.persistent, PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype),
     )  # fmt: skip
     return out
