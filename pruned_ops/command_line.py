@@ -34,6 +34,17 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def add_dtype(parser: Any, help_text: str) -> None:
+    """Add --dtype, whose values are fp32 and the dtypes that `optimize` has beside it."""
+    parser.add_argument("--dtype", choices=["fp32", "bfloat16", "int8"], default="fp32", help=help_text)
+
+
+def dtype_of(arguments: argparse.Namespace) -> str | None:
+    """The --dtype as `optimize` takes it: None for fp32."""
+    dtype: str = arguments.dtype
+    return None if dtype == "fp32" else dtype
+
+
 def say_skipped(skipped: Sequence[str] | None) -> None:
     """Tell on the error stream how many questions were skipped, with the first of them."""
     if skipped:

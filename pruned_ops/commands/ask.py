@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pruned_ops.command_line import check_counts
+from pruned_ops.command_line import add_dtype, check_counts, dtype_of
 from pruned_ops.files import check_writable, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -56,11 +56,7 @@ def add_command(commands: Any) -> None:
         "--skip-bad", action="store_true", help="name, skip and count lines that cannot be asked"
     )
     parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
-    parser.add_argument(
-        "--dtype",
-        choices=["bfloat16", "int8"],
-        help="run the linears in this dtype, on a CPU (default: fp32)",
-    )
+    add_dtype(parser, "dtype of the linears, on a CPU")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -135,7 +131,7 @@ def _load(folder: Path, arguments: argparse.Namespace) -> QuestionAnswerer:
     only_errors()
     threshold = float("inf") if arguments.always_answer else None
     return QuestionAnswerer(
-        folder, device=arguments.device, dtype=arguments.dtype, null_score_threshold=threshold
+        folder, device=arguments.device, dtype=dtype_of(arguments), null_score_threshold=threshold
     )
 
 

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import check_counts, say_skipped
+from pruned_ops.command_line import add_dtype, check_counts, say_skipped
 from pruned_ops.files import check_writable, write_whole
 from pruned_ops.shape import checked_int
 
@@ -36,12 +36,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--dense", type=Path, metavar="DIR2", help="folder of the checkpoint before pruning")
     _add_workload(parser)
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="how often each batch is timed")
-    parser.add_argument(
-        "--dtype",
-        choices=["fp32", "bfloat16", "int8"],
-        default="fp32",
-        help="precision of our runtime's linears, on a CPU (default: fp32)",
-    )
+    add_dtype(parser, "dtype of our runtime's linears, on a CPU")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of the CPU (default: torch's number)"
     )

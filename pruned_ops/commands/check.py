@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import check_counts, say_skipped
+from pruned_ops.command_line import add_dtype, check_counts, dtype_of, say_skipped
 from pruned_ops.files import read_text
 
 if TYPE_CHECKING:
@@ -43,11 +43,7 @@ def add_command(commands: Any) -> None:
         metavar="NAME",
         help="these backends must run (default: those that can here, Triton's interpreter left out)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=["bfloat16", "int8"],
-        help="run the optimised model with its linears in this dtype too, on a CPU",
-    )
+    add_dtype(parser, "run the optimised model with its linears in this dtype too, on a CPU")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -65,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_counts(arguments, "limit")
     tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
-    if arguments.tolerance is not None and arguments.dtype is None:
+    if arguments.tolerance is not None and dtype_of(arguments) is None:
         raise ValueError("--tolerance goes with --dtype")
     if not tolerance >= 0:
         raise ValueError(f"--tolerance is {tolerance}; 0 or more is needed")
@@ -77,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     material = cut_material(tokenizer, model.config, name, questions, skipped)
     say_skipped(skipped)
     must_run = arguments.backends is not None
-    report = check(model, material, backends, must_run, arguments.dtype, tolerance)
+    report = check(model, material, backends, must_run, dtype_of(arguments), tolerance)
     print(
         f"{arguments.folder}: {type(model).__name__} on {model.device}, {material.name}: "
         f"{len(material.windows)} windows of {material.tokens:,} tokens, in batches of {BATCH_SIZE} padded "

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import check_counts
+from pruned_ops.command_line import add_dtype, check_counts, dtype_of
 from pruned_ops.files import read_text
 from pruned_ops.serving.limits import Limits
 
@@ -79,11 +79,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how models run."""
     loading = parser.add_argument_group("how models run")
     loading.add_argument("--device", help="where they run (default: a GPU where there is one)")
-    loading.add_argument(
-        "--dtype",
-        choices=["bfloat16", "int8"],
-        help="run the linears in this dtype, on a CPU (default: fp32)",
-    )
+    add_dtype(loading, "dtype of the linears, on a CPU")
     loading.add_argument(
         "--texts-file",
         type=Path,
@@ -155,7 +151,7 @@ def _loading(arguments: argparse.Namespace) -> Loading:
         texts = tuple(line for line in read_text(arguments.texts_file).splitlines() if line.strip())
         if not texts:
             raise ValueError(f"{arguments.texts_file} holds no text")
-    return Loading(arguments.device, arguments.dtype, texts, arguments.plain)
+    return Loading(arguments.device, dtype_of(arguments), texts, arguments.plain)
 
 
 def described(served: Served) -> str:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from pruned_ops.command_line import CommandParser
+from pruned_ops.command_line import CommandParser, dtype_of
 from pruned_ops.files import check_writable, write_json
 from pruned_trainer.command_options import (
     DEMO_MACS,
@@ -191,6 +191,7 @@ def _compact(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from pruned_ops import optimize
     from pruned_trainer.jobs.job import load_teacher
     from pruned_trainer.jobs.output import load_tokenizer
     from pruned_trainer.report import terminal
@@ -211,6 +212,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.teacher is not None:
         teacher = load_teacher(arguments.teacher, arguments.model, model, tokenizer, task)
     prepared = [task.prepare(found, tokenizer, model, teacher) for found in examples]
+    if (dtype := dtype_of(arguments)) is not None:
+        optimize(model, dtype=dtype)
     thresholds = prepared[1].best_thresholds(model) if len(prepared) == 2 else own_thresholds(model, task)
     result = prepared[0].evaluate(model, thresholds)
     terminal.print_scores(result.scores(), thresholds, prepared[0].metric_digits)

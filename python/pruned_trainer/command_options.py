@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pruned_ops.command_line import add_dtype
 from pruned_trainer.jobs.settings import (
     BATCH_SIZE,
     DISTIL_IN,
@@ -365,6 +366,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     _add_task(options, training=False)
     _add_windows(options)
+    add_dtype(options.group, "dtype of the linears while the model is scored; on a CPU")
     options.add("predictions", "file for the predictions (default: they are not written)", type=Path)
 
 

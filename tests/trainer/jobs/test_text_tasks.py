@@ -17,7 +17,9 @@ from transformers import (
     BertModel,
 )
 
+import pruned_ops
 from jobs import killed, same_end
+from pruned_ops.runtime import optimize as packing
 from pruned_trainer.cli import main, parse, settings_of
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.tasks.options import TEXT_COLUMNS
@@ -330,3 +332,23 @@ def test_evaluate_says_how_far_a_checkpoint_agrees_with_its_teacher(
     )
     argv[argv.index("--texts") : argv.index("--texts") + 2] = ["--eval-file", str(classifier / "eval.jsonl")]
     refused(capsys, [*argv, "--teacher", model], "--teacher is for --texts")
+
+
+def test_evaluate_scores_the_dtype_that_will_run(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = str(classifier / "model"), []
+
+    def optimize(model: Any, dtype: str | None = None) -> Any:
+        asked.append(dtype)
+        return packing.optimize(model, dtype)
+
+    monkeypatch.setattr(pruned_ops, "optimize", optimize)
+    argv = ["evaluate", "--task", "text-classification", "--model", model, *CUT]
+    argv += ["--eval-file", str(classifier / "eval.jsonl")]
+    printed = []
+    for dtype in ([], ["--dtype", "fp32"], ["--dtype", "int8"]):
+        assert main([*argv, *dtype]) == 0
+        printed.append(capsys.readouterr().out)
+    assert asked == ["int8"] and printed[0] == printed[1]
+    assert "accuracy" in printed[2]
