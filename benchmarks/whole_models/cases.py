@@ -16,7 +16,7 @@ from transformers import AutoConfig, BertConfig, BertForQuestionAnswering
 
 import pruned_ops
 from pruned_ops import LayerShape
-from pruned_ops.checkpoints import export, onnx_graph
+from pruned_ops.checkpoints import export
 from pruned_ops.measure.timing import Workload
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
@@ -169,8 +169,9 @@ def fingerprint(model: Any) -> str:
     """A name for exactly these weights, this config, this torch and this exporter, for files kept between
     runs."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for module in (export, onnx_graph):
-        digest.update(Path(module.__file__).read_bytes())
+    exporter = Path(export.__file__)
+    for path in (exporter, exporter.with_name("onnx_graph.py")):  # which needs onnx, where it is imported
+        digest.update(path.read_bytes())
     digest.update(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

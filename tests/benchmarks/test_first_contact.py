@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import sys
@@ -93,6 +94,23 @@ def test_what_was_wrong_comes_first() -> None:
     assert lines[1] == "WRONG  attention  16x64  [kernels]" and lines[2].startswith("FAILED tests/a.py")
     assert lines[-1] == "kernels: exit status 1, 180 s, 2 faults"
     assert failed_tests(outcomes[0]) == ["tests/a.py::test_b[c]"]
+
+
+def test_what_a_gpu_machine_may_lack_is_not_imported_at_once() -> None:
+    """By what the calls run: torch and transformers are there, and nothing is downloaded."""
+    lacking = {"ctranslate2", "datasets", "onnx", "onnxruntime", "openvino", "triton"}
+    root = Path(first_contact.__file__).parent
+    folders = [root / name for name in ("kernels", "rivals", "whole_models")]
+    paths = [root / "bench_kernels.py", root / "bench_models.py", root / "harness.py"]
+    paths += [path for folder in folders for path in folder.glob("*.py") if not path.match("*_worker.py")]
+    assert len(paths) > 15
+    for path in paths:
+        for line in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(line, ast.Import | ast.ImportFrom):
+                module = getattr(line, "module", None)
+                names = [f"{module}.{alias.name}" if module else alias.name for alias in line.names]
+                assert not lacking & {name.split(".")[0] for name in names}, path
+                assert "pruned_ops.checkpoints.onnx_graph" not in names, path  # which needs onnx
 
 
 def test_both_calls_fit_into_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
