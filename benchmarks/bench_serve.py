@@ -49,8 +49,8 @@ def parsed() -> argparse.Namespace:
         "--rival",
         action="append",
         default=[],
-        metavar="NAME=URL",
-        help="a server that runs already; a URL that ends in /embed is asked as TEI, others as OpenAI's API",
+        metavar="NAME=URL[,PID]",
+        help="a server that runs already, and its process; .../embed is asked as TEI, others as OpenAI's API",
     )
     parser.add_argument("--rival-model", default="", help="what the rivals call the model")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32, 64])
@@ -165,6 +165,7 @@ def row(server: str, phase: str, load: Load, each: int, **more: Any) -> harness.
         "texts_per_s": round(load.requests_per_s * each, 2),
         "ms_p50": round(load.ms(50), 2),
         "ms_p99": round(load.ms(99), 2),
+        "cpu_ms": round(load.cpu_ms, 3) if load.cpu else "",
         "mb_first": round(memory[0], 1) if memory else "",
         "mb_most": round(max(memory), 1) if memory else "",
         "mb_last": round(memory[-1], 1) if memory else "",
@@ -228,8 +229,10 @@ def main() -> None:
             bench.keep({"server": name, "phase": "start", "seconds": round(first, 2)})
             bench.add(name, Target(url, "/embed", process), "model")
         for rival in arguments.rival:
-            name, _, url = rival.partition("=")
-            bench.add(name, Target(url, urlsplit(url).path or "/v1/embeddings"), arguments.rival_model)
+            name, _, place = rival.partition("=")
+            url, _, process = place.partition(",")
+            path = urlsplit(url).path or "/v1/embeddings"
+            bench.add(name, Target(url, path, int(process) if process else None), arguments.rival_model)
         bench.measure()
     origin = {
         "texts_per_request": arguments.texts_per_request,

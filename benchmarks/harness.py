@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import re
 import shlex
 import sys
@@ -107,6 +108,13 @@ def rows(
             }
         )
     return lines
+
+
+def cpu_seconds(process: int) -> float:
+    """The seconds that the threads of a process, and its children that ended, have computed so far; in
+    hundredths, as the kernel counts them."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def stamp() -> Row:

@@ -48,6 +48,11 @@ class Worker:
         self._process.stdin.flush()
         return self._answer()
 
+    @property
+    def process(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from harness import cpu_seconds
+
 PAGE = 4096
 # Seconds after which a request counts as lost.
 LOST = 120.0
@@ -23,17 +25,24 @@ LOST = 120.0
 @dataclass
 class Load:
     """What came of a load. seconds: of each answered request. statuses: how many requests ended so; 0 for
-    those that were lost. took: seconds from the first request to the last answer. memory: resident bytes of
+    those that were lost. took: seconds from the first request to the last answer. cpu: seconds that the
+    server's process computed meanwhile, 0 where it is not known. memory: resident bytes of
     the server's process, once a second."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     took: float = 0.0
+    cpu: float = 0.0
     memory: list[int] = field(default_factory=list)
 
     @property
     def requests_per_s(self) -> float:
         return len(self.seconds) / self.took if self.took else 0.0
+
+    @property
+    def cpu_ms(self) -> float:
+        """Milliseconds that the server's process computed for a request."""
+        return 1000 * self.cpu / len(self.seconds) if self.seconds else float("nan")
 
     def ms(self, percent: float) -> float:
         """This percentile of the answered requests' milliseconds."""
@@ -86,6 +95,10 @@ class Target:
             self._idle.append((reader, writer))
         return int(status.split()[1])
 
+    def cpu(self) -> float:
+        """The seconds that the server's process has computed; 0 where it is not known."""
+        return 0.0 if self.process is None else cpu_seconds(self.process)
+
     def close(self) -> None:
         """Close the connections that lie idle."""
         while self._idle:
@@ -113,7 +126,7 @@ async def _timed(target: Target, request: bytes, load: Load) -> None:
 
 
 async def _closed(target: Target, requests: Sequence[bytes], clients: int, seconds: float) -> Load:
-    load, start = Load(), time.perf_counter()
+    load, start, cpu = Load(), time.perf_counter(), target.cpu()
     order = iter(range(1 << 60))
 
     async def client() -> None:
@@ -122,14 +135,14 @@ async def _closed(target: Target, requests: Sequence[bytes], clients: int, secon
 
     watch = asyncio.create_task(_watch(target, load))
     await asyncio.gather(*(client() for _ in range(clients)))
-    load.took = time.perf_counter() - start
+    load.took, load.cpu = time.perf_counter() - start, target.cpu() - cpu
     watch.cancel()
     target.close()
     return load
 
 
 async def _open(target: Target, requests: Sequence[bytes], rate: float, seconds: float, seed: int) -> Load:
-    load, start, choose = Load(), time.perf_counter(), random.Random(seed)
+    load, start, cpu, choose = Load(), time.perf_counter(), target.cpu(), random.Random(seed)
     under_way: set[asyncio.Task[None]] = set()
     watch = asyncio.create_task(_watch(target, load))
     due, number = 0.0, 0
@@ -146,7 +159,7 @@ async def _open(target: Target, requests: Sequence[bytes], rate: float, seconds:
             await asyncio.sleep(0)  # where the rate is beyond what the clients can send, answers are read too
     if under_way:
         await asyncio.wait(under_way)
-    load.took = time.perf_counter() - start
+    load.took, load.cpu = time.perf_counter() - start, target.cpu() - cpu
     watch.cancel()
     target.close()
     return load

@@ -38,8 +38,9 @@ def _cell(row: Row) -> tuple[str, str]:
     if phase == "start":
         return "first answer after the start, s", f"{row['seconds']:.1f}"
     if phase == "closed":
-        name = f"{row['clients']} clients, texts/s (p50, p99 in ms)"
-        return name, f"{row['texts_per_s']:.0f} ({row['ms_p50']:.0f}, {row['ms_p99']:.0f})"
+        name = f"{row['clients']} clients, texts/s (p50, p99 in ms; CPU ms a request)"
+        cpu = f"; {row['cpu_ms']:.1f}" if "cpu_ms" in row else ""
+        return name, f"{row['texts_per_s']:.0f} ({row['ms_p50']:.0f}, {row['ms_p99']:.0f}{cpu})"
     if phase == "overload":
         name = "overload: answered + refused + lost (p99 in ms)"
         return name, f"{row['answered']} + {row['refused']} + {row['lost']} ({row['ms_p99']:.0f})"

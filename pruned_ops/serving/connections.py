@@ -73,6 +73,38 @@ class Ends(Protocol):
         """Refuse whoever still waits."""
 
 
+class Joined:
+    """A connection on which what is written in one turn of the event loop goes out as one piece: the head and
+    the body of an answer would otherwise be two, for each of which the client is woken.
+
+    Everything but writing and closing is the transport's own."""
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send the data at the end of this turn."""
+        if not data:
+            return
+        if not self._parts:
+            self._loop.call_soon(self._send)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        """Send what is written, and close."""
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._parts:
+            parts, self._parts = self._parts, []
+            self._transport.write(b"".join(parts))
+
+
 class _Impatient(H11Protocol):
     """Drops a client that does not send a whole request, or does not take its answer, in time."""
 
@@ -82,6 +114,8 @@ class _Impatient(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        joined: Any = Joined(transport, self.loop)
+        self.transport = joined
         self._wait_for_request()
 
     def data_received(self, data: bytes) -> None:

@@ -26,6 +26,7 @@ for package in ("fastapi", "prometheus_client"):
 import numpy as np  # noqa: E402
 
 from inputs import SUPPORT  # noqa: E402
+from pruned_ops.serving import connections  # noqa: E402
 from pruned_ops.serving.limits import Limits  # noqa: E402
 from pruned_ops.serving.models import Loading, load_all  # noqa: E402
 from served import HUNG, Slow, loaded, saved, served  # noqa: E402
@@ -100,6 +101,28 @@ def test_answers_are_sent_at_once(slow: Slow) -> None:
         (connection,) = server.server_state.connections
         accepted = connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_an_answer_goes_out_as_one_piece(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head and body apart would wake the client twice."""
+    pieces: list[bytes] = []
+
+    class Transport:
+        def __init__(self, transport: Any) -> None:
+            self.__dict__.update(
+                own=transport, write=lambda data: (pieces.append(data), transport.write(data))
+            )
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.own, name)
+
+    joined = connections.Joined
+    monkeypatch.setattr(connections, "Joined", lambda transport, loop: joined(Transport(transport), loop))
+    slow.may_answer.set()
+    with served({"slow": slow}) as (url, *_):
+        assert asked(url)[0] == 200
+    (piece,) = pieces
+    assert piece.startswith(b"HTTP/1.1 200") and piece.endswith(b"]]")
 
 
 def test_too_many_requests_are_refused_in_their_apis_words(slow: Slow) -> None:
