@@ -4,6 +4,7 @@ The kernels that use at::vec are compiled once per capability (DEFAULT, AVX2, AV
 The CUDA kernels are compiled too where nvcc and a CUDA torch are, for TORCH_CUDA_ARCH_LIST, by MAX_JOBS jobs.
 PRUNED_OPS_BUILD_EXTENSION=0 installs the package without the extension; the ops then run their references.
 PRUNED_OPS_BUILD_CUDA=0 leaves the CUDA kernels out; 1 makes it an error that they cannot be built.
+PRUNED_OPS_BUILD_LINES=1 keeps line numbers, by which a profiler knows inlined functions.
 PRUNED_OPS_SANITIZE=1 builds the extension under AddressSanitizer and UBSan (`make asan`); =thread under
 ThreadSanitizer (`make tsan`).
 """
@@ -45,7 +46,15 @@ CUDA_SWITCH = "PRUNED_OPS_BUILD_CUDA"
 # runtime that libtorch_cpu itself loads, so that a second one, with threads of its own, never appears.
 # No errno and no traps in maths: torch is compiled so too, and loops vectorise better.
 CXX_FLAGS = [
-    *("-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"),
+    *(
+        "-O3",
+        "-g1" if os.environ.get("PRUNED_OPS_BUILD_LINES") == "1" else "-g0",
+        "-std=c++20",
+        "-fopenmp",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+    ),
     # torch's headers: pragmas of other compilers, and notes on passing vectors by value.
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"),
 ]

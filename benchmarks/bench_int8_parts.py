@@ -1,0 +1,266 @@
+"""Where the time of an int8 encoder goes: products, quantising, GELU, LayerNorm, attention, waiting.
+
+A child process runs `ops.encoder` on random weights under `perf record`; every sample's address is looked up
+among the inlined functions of the extension, which says what part of a layer it belongs to. Milliseconds are
+of processor time, of all threads together, so that other work on the machine is not counted. With
+--instructions the child runs under callgrind instead, which counts instructions; valgrind has no AVX-512, so
+these are the AVX2 kernels'. Needs `perf` or `valgrind`, binutils, and an extension with line numbers:
+`PRUNED_OPS_BUILD_LINES=1 python setup.py build_ext --inplace`.
+Usage: python benchmarks/bench_int8_parts.py [--threads 1] [--seconds 4] [--save NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import harness
+from harness import Row
+from pruned_ops import ops
+from pruned_ops.ops.backends.cpu import extension
+from pruned_ops.ops.panels import attention_part, ffn_part, inner_width, is_attention, to_int8_panels
+
+# Hidden size, FFN width, layers, heads. BERT-base's layers are alike: a third of them tells the same.
+MODELS = {"MiniLM-L6": (384, 1536, 6, 12), "BERT-base, 4 layers": (768, 3072, 4, 12)}
+BATCHES = ((1, 128), (8, 128), (8, 384))
+# The first pattern that some function around an address matches, innermost first, names its part.
+PARTS = (
+    ("waiting", r"libgomp|libiomp|gomp_"),
+    ("attention: softmax", r"::(exponentiate|powers|(rough_)?power_of_two|largest_score|new_maximum)\b"),
+    ("attention: laying out", r"::(lay_out\w*|transpose_\w+)\b|transpose_mxn"),
+    ("attention: products", r"::multiply_pairs|NothingAhead|::(score|add_block)\b"),
+    ("GELU", r"gelu_kernel\.h"),
+    ("quantising", r"::(quantize_rows?|top_of|rounded\w*)\b"),
+    ("LayerNorm", r"layer_norm"),
+    ("products", r"::(multiply_int8\w*|multiply_bf16\w*|multiply)\b"),
+    ("attention: rest", r"attention\w*\.(h|cpp)"),
+    ("scales and bias", r"tile_kernel\.h|linear_kernel\.h"),
+)  # fmt: skip
+REST = "rest"
+
+
+def arguments(model: str, batch: int, length: int) -> list[object]:
+    """`ops.encoder`'s arguments for a dense model of this shape with random int8 weights."""
+    hidden, width, layers, heads = MODELS[model]
+    torch.manual_seed(0)
+    weights: list[Tensor] = []
+    widths = [attention_part(heads), ffn_part(width)] * layers
+    head_dim = hidden // heads
+    for part in widths:
+        inner = inner_width(part, head_dim)
+        for out, inputs in ((3 * inner if is_attention(part) else inner, hidden), (hidden, inner)):
+            panels, scales = to_int8_panels(torch.randn(out, inputs) / inputs**0.5)
+            weights += [panels, torch.stack([torch.zeros(out), scales])]
+        weights += [torch.ones(hidden), torch.zeros(hidden)]
+    bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
+    return [torch.randn(batch * length, hidden), bounds, length, weights, widths, head_dim, 1e-12]
+
+
+def multiply_adds(model: str, tokens: int) -> int:
+    """Those of the linear layers."""
+    hidden, width, layers, _ = MODELS[model]
+    return tokens * layers * hidden * (4 * hidden + 2 * width)
+
+
+def child(model: str, batch: int, length: int, threads: int, seconds: float) -> None:
+    """Run the encoder for so long, three times at least, and print what the parent has to know: how often it
+    ran in all, and the milliseconds of a run between `start` and `end`."""
+    torch.set_num_threads(threads)
+    given = arguments(model, batch, length)
+    calls, used = 0, 0.0
+    with torch.inference_mode():
+        for _ in range(3):
+            ops.encoder(*given)
+        start, used = time.monotonic(), time.process_time()
+        while calls < 3 or time.monotonic() < start + seconds:
+            ops.encoder(*given)
+            calls += 1
+        end, used = time.monotonic(), time.process_time() - used
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    bases = {line.split()[-1]: line.split("-")[0] for line in reversed(maps) if " 00000000 " in line}
+    base = int(bases[os.path.realpath(extension.__file__)], 16)  # type: ignore[union-attr]
+    facts = {"base": base, "start": start, "end": end, "ms": 1e3 * used / calls, "calls": calls + 3}
+    print(json.dumps(facts))
+
+
+def child_command(model: str, batch: int, length: int, threads: int, seconds: float) -> list[str]:
+    run = [model, batch, length, threads, seconds]
+    return [sys.executable, str(Path(__file__).resolve()), "--child", *map(str, run)]
+
+
+def samples(run: list[str], folder: Path) -> tuple[dict[str, float], Counter[str]]:
+    """Run a child under perf: its facts, and how many samples fell on each address or foreign library."""
+    data = folder / "perf.data"
+    # The kernel's clock interrupts every thread that runs 4,000 times a second.
+    record = [
+        "perf",
+        "record",
+        "-q",
+        "-e",
+        "cpu-clock",
+        "-F",
+        "4000",
+        "-k",
+        "CLOCK_MONOTONIC",
+        "-o",
+        str(data),
+    ]
+    facts = json.loads(subprocess.run([*record, *run], check=True, capture_output=True, text=True).stdout)
+    script = ["perf", "script", "-i", str(data), "-F", "time,ip,dso"]
+    found: Counter[str] = Counter()
+    for line in subprocess.run(script, check=True, capture_output=True, text=True).stdout.splitlines():
+        match = re.match(r"\s*([\d.]+):\s+([0-9a-f]+) \((.*)\)", line)
+        if match and facts["start"] <= float(match[1]) <= facts["end"]:
+            ours = os.path.realpath(match[3]) == os.path.realpath(extension.__file__)  # type: ignore[union-attr]
+            found[hex(int(match[2], 16) - facts["base"]) if ours else Path(match[3]).name] += 1
+    return facts, found
+
+
+def instructions(run: list[str], folder: Path) -> tuple[dict[str, float], Counter[str]]:
+    """Run a child under callgrind: its facts, and how many instructions of a call lie at each address."""
+    out = folder / "callgrind.out"
+    grind = ["valgrind", "--tool=callgrind", "--dump-instr=yes", f"--callgrind-out-file={out}"]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    process = subprocess.run([*grind, *run], check=True, capture_output=True, text=True, env=environment)
+    facts = json.loads(process.stdout)
+    found: Counter[str] = Counter()
+    for address, count in costs(out.read_text()):
+        found[hex(address - facts["base"])] += count / facts["calls"]  # type: ignore[assignment]
+    return facts, found
+
+
+def costs(text: str) -> Iterator[tuple[int, int]]:
+    """The addresses of the extension in a callgrind file, and each one's own instructions."""
+    name = Path(extension.__file__).name  # type: ignore[union-attr]
+    number, ours, called, address = None, False, False, 0
+    for line in text.splitlines():
+        if match := re.match(r"ob=\((\d+)\)(.*)", line):
+            if name in match[2]:
+                number = match[1]
+            ours = match[1] == number
+        elif line.startswith("calls="):
+            called = True  # the next line is what the callee cost
+        elif match := re.match(r"(0x[0-9a-f]+|[+-]\d+|\*) (?:[+-]?\d+|\*) (\d+)$", line):
+            place = match[1]
+            address = address if place == "*" else int(place, 0) + (0 if place[:2] == "0x" else address)
+            if ours and not called:
+                yield address, int(match[2])
+            called = False
+
+
+def parts(found: Counter[str]) -> Counter[str]:
+    """Addresses and libraries -> the parts of a layer that they belong to."""
+    addresses = [place for place in found if place.startswith("0x")]
+    command = ["addr2line", "-a", "-i", "-f", "-C", "-e", extension.__file__]  # type: ignore[union-attr]
+    lines = subprocess.run(
+        [*command, *addresses] if addresses else ["true"], check=True, capture_output=True, text=True
+    ).stdout
+    summed: Counter[str] = Counter()
+    blocks = re.split(r"^0x[0-9a-f]+\n", lines, flags=re.MULTILINE)[1:]
+    if addresses and all("??:" in block for block in blocks):
+        sys.exit(
+            "the extension has no line numbers: PRUNED_OPS_BUILD_LINES=1 python setup.py build_ext --inplace"
+        )
+    for address, block in zip(addresses, blocks, strict=True):
+        summed[part_of(block)] += found[address]
+    for place in found.keys() - set(addresses):
+        summed[part_of(place)] += found[place]
+    return summed
+
+
+def part_of(functions: str) -> str:
+    """The part that these functions and their files, innermost first, belong to."""
+    return next((part for part, pattern in PARTS if re.search(pattern, functions)), REST)
+
+
+def measure(model: str, batch: int, length: int, options: argparse.Namespace) -> list[Row]:
+    run = child_command(model, batch, length, options.threads, 0 if options.instructions else options.seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        facts, found = (instructions if options.instructions else samples)(run, Path(folder))
+    counted = parts(found)
+    total = sum(counted.values())
+    return [
+        {
+            "model": model,
+            "batch": f"{batch}x{length}",
+            "int8_kernels": "AVX2" if options.instructions else extension.int8_capability(),  # type: ignore
+            "part": part,
+            "share": round(count / total, 4),
+            **(
+                {"million_instructions": round(count / 1e6, 2)}
+                if options.instructions
+                else {"cpu_ms": round(facts["ms"] * count / total, 3)}
+            ),
+            "linear_multiply_adds": multiply_adds(model, batch * length),
+            **harness.stamp(),
+        }
+        for part, count in counted.most_common()
+    ]
+
+
+def show(rows: list[Row], console: Console, column: str) -> None:
+    """Print a table of the parts, a column for each batch of a model."""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        batches = list(dict.fromkeys(row["batch"] for row in of_model))
+        table = Table("part", *batches, title=f"{model}: {column.replace('_', ' ')}")
+        for name in [part for part, _ in PARTS] + [REST]:
+            cells = {row["batch"]: row for row in of_model if row["part"] == name}
+            if cells:
+                table.add_row(
+                    name,
+                    *(
+                        f"{cells[b][column]:.2f} ({cells[b]['share']:.0%})" if b in cells else ""
+                        for b in batches
+                    ),
+                )
+        sums = [sum(row[column] for row in of_model if row["batch"] == b) for b in batches]
+        table.add_row("in all", *(f"{value:.2f}" for value in sums))
+        console.print(table)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        model, batch, length, threads, seconds = sys.argv[2:]
+        return child(model, int(batch), int(length), int(threads), float(seconds))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of the runtime (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=4, help="that each batch runs (default: %(default)s)"
+    )
+    parser.add_argument("--instructions", action="store_true", help="count instructions of the AVX2 kernels")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME-MACHINE.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)  # what the rows name
+    rows = [
+        row
+        for model in options.models
+        for batch, length in (BATCHES[:1] if options.instructions else BATCHES)
+        for row in measure(model, batch, length, options)
+    ]
+    show(rows, Console(width=110), "million_instructions" if options.instructions else "cpu_ms")
+    if options.save:
+        path = harness.result_path(options.save, "cpu")
+        harness.write_rows(path, rows)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
