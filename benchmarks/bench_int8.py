@@ -2,7 +2,7 @@
 
 Our runtime runs in fp32, in bfloat16 where the processor has it, and in int8 with every linear layer in it,
 and with those that a calibration on training questions leaves in it. Rivals' int8 is judged by its logits on
-the same real batches. The null threshold is chosen on the validation file, in fp32.
+the same real batches. The null threshold is chosen on the validation file, in fp32, or given.
 Usage: python benchmarks/bench_int8.py CHECKPOINT ... --data SQUAD_FOLDER
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ import pruned_ops
 from harness import Row
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
-from pruned_trainer.tasks.squad.task import Questions
+from pruned_trainer.tasks.squad.task import THRESHOLD, Questions
 from pruned_trainer.training.batches import pad_batch
 from rivals.cpu import build_cpu_rival
 from rivals.rival import Batch, Refused, Run, compare_logits, forward
@@ -41,9 +42,11 @@ RIVALS = ("ort-int8", "openvino-int8", "openvino-int8-static")
 
 
 def prepared(path: Path, checkpoint: str, questions: int | None = None) -> Questions:
-    """The windows of a SQuAD file, or of its first questions."""
+    """The windows of a SQuAD file, or of so many of its questions, drawn with seed 0."""
     examples = load_squad(path).examples
-    return Questions.cut(examples[:questions], load_tokenizer(checkpoint), 384, 128)
+    if questions is not None and questions < len(examples):
+        examples = random.Random(0).sample(examples, questions)
+    return Questions.cut(examples, load_tokenizer(checkpoint), 384, 128)
 
 
 def batches(source: Questions, model: Any, count: int) -> list[Batch]:
@@ -57,10 +60,14 @@ def batches(source: Questions, model: Any, count: int) -> list[Batch]:
     return [pad_batch(features[i : i + 8], model.config.pad_token_id) for i in range(0, len(chosen), 8)]
 
 
-def measure(checkpoint: str, data: Path, names: list[str], precisions: list[str]) -> list[Row]:
-    """The rows of one checkpoint: ours in these precisions, then the named rivals that can run."""
-    model = load_model(checkpoint)
-    evaluation = prepared(data / "eval.json", checkpoint)
+def measure(checkpoint: str, arguments: argparse.Namespace) -> list[Row]:
+    """The rows of one checkpoint: ours in the precisions asked for, then the named rivals that can run."""
+    model, data, questions = load_model(checkpoint), arguments.data, arguments.questions
+    evaluation = prepared(data / "eval.json", checkpoint, questions)
+    thresholds = {THRESHOLD: arguments.threshold}
+    if arguments.threshold is None:
+        fast = pruned_ops.optimize(copy.deepcopy(model))
+        thresholds = prepared(data / "validation.json", checkpoint, questions).best_thresholds(fast)
     # The rivals' graph knows one token type alone.
     real = [
         {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -69,12 +76,13 @@ def measure(checkpoint: str, data: Path, names: list[str], precisions: list[str]
 
     def row(runner: str, run: Run, facts: Row) -> Row:
         errors = compare_logits(run, forward(model), real, "int8")
-        return {"checkpoint": Path(checkpoint).name, "runner": runner, **errors, **facts, **harness.stamp()}
+        origin = {"questions": len(evaluation.examples), **harness.stamp()}
+        return {"checkpoint": Path(checkpoint).name, "runner": runner, **errors, **facts, **origin}
 
-    runs = ours(model, checkpoint, data, evaluation, precisions)
+    runs = ours(model, checkpoint, data, evaluation, thresholds, arguments.precisions)
     rows = [row(runner, run, facts) for runner, run, facts in runs]
     with tempfile.TemporaryDirectory() as folder:
-        for name in names:
+        for name in arguments.rivals:
             try:
                 rows.append(row(name, build_cpu_rival(name, model, real, Path(folder)), {}))
             except Refused as reason:
@@ -83,10 +91,14 @@ def measure(checkpoint: str, data: Path, names: list[str], precisions: list[str]
 
 
 def ours(
-    model: Any, checkpoint: str, data: Path, evaluation: Questions, precisions: list[str]
+    model: Any,
+    checkpoint: str,
+    data: Path,
+    evaluation: Questions,
+    thresholds: dict[str, float],
+    precisions: list[str],
 ) -> Iterator[tuple[str, Run, Row]]:
     """Name, runner and scores of our runtime in each of these precisions."""
-    thresholds = prepared(data / "validation.json", checkpoint).best_thresholds(model)
     for precision in precisions:
         arguments, runner = dict(PRECISIONS[precision]), f"ours {precision}"
         if precision == "int8, calibrated":
@@ -112,6 +124,12 @@ def parsed() -> argparse.Namespace:
         "--data", type=Path, required=True, help="folder with train.json, validation.json, eval.json"
     )
     parser.add_argument(
+        "--questions", type=int, metavar="N", help="of validation and evaluation each, at most (default: all)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="the null threshold (default: the best on validation questions)"
+    )
+    parser.add_argument(
         "--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS,
         help="ours to measure (default: all)",
     )  # fmt: skip
@@ -128,11 +146,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     logging.set_verbosity_error()
-    rows = [
-        row
-        for checkpoint in arguments.checkpoints
-        for row in measure(checkpoint, arguments.data, arguments.rivals, arguments.precisions)
-    ]
+    rows = [row for checkpoint in arguments.checkpoints for row in measure(checkpoint, arguments)]
     table = Table("checkpoint", "runner", "F1", "span F1", "int8 linears", "cosine to fp32")
     for row in rows:
         scores = (f"{row[key]:.2f}" if key in row else "-" for key in ("f1", "f1_span"))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +153,8 @@ def measure(
 ) -> list[Row]:
     """All rows, shown as they come: those that were timed on each workload, then the refused runners."""
     console, device = Console(), arguments.device
-    peak = harness.ceilings(torch.float32, device)["flops"]
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    peak = harness.ceilings(torch.float32, device, clock)["flops"]
     console.print(f"ceiling here: {peak / 1e9:.0f} GFLOP/s in torch's fp32 products")
     able, refused = contenders(source, names, device, folder, arguments.cache is not None)
     for row in refused:
@@ -162,14 +164,17 @@ def measure(
         entries = [e for e in able if e.runtime != PADDED or workload.name.startswith("arrival")]
         inputs = workload.inputs(source.config.vocab_size, source.config.pad_token_id, device)
         runners = {entry.name: entry.run for entry in entries}
-        timings = harness.interleaved(runners, workload, inputs, arguments.rounds)
+        timings = harness.interleaved(
+            runners, workload, inputs, arguments.rounds, cpu_time=arguments.cpu_time
+        )
         first = "hf dense" if "hf" in names else "ours dense"
         rows = harness.rows(timings, first, row_facts(timings, entries, peak))
         console.print(screen_table(workload, rows))
         timed += rows
     left_out = [{"workload": "all", **row, **harness.stamp()} for row in refused]
     # Timed rows first: the header takes its order from them.
-    return [row | {"device": device} for row in (*timed, *left_out)]
+    how = {"device": device, **({"clock": "cpu"} if arguments.cpu_time else {})}
+    return [row | how for row in (*timed, *left_out)]
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -217,6 +222,10 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="an eighth of the batches: a look, not a result")
     parser.add_argument(
+        "--cpu-time", action="store_true",
+        help="time what one thread computes (OMP_NUM_THREADS=1), beside other work on the machine",
+    )  # fmt: skip
+    parser.add_argument(
         "--minutes", type=float,
         help="leave out what is not begun by then; with --device cuda or --goals (default: no limit)",
     )  # fmt: skip
@@ -238,6 +247,8 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
     arguments.goals = arguments.goals or arguments.device == "cuda"
     if arguments.minutes is not None and not arguments.goals:
         parser.error("--minutes goes with --device cuda or --goals")
+    if arguments.cpu_time and (arguments.goals or torch.get_num_threads() != 1):
+        parser.error("--cpu-time counts one thread of this process alone: set OMP_NUM_THREADS=1")
     known = CUDA_RIVALS if arguments.goals else CPU_RIVALS
     for name in arguments.rivals:
         if name not in (*known, "all", "none"):

@@ -36,27 +36,29 @@ RIVAL_PACKAGES = (
 REST = 0.01
 
 
-def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
+def ceilings(
+    dtype: torch.dtype, device: str, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """The largest rate of torch's products, and of copying, here: FLOP/s and bytes/s."""
     size = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     block = torch.empty(1 << (30 if device == "cuda" else 27), dtype=torch.uint8, device=device)
     copy = torch.empty_like(block)
     return {
-        "flops": 2.0 * size**3 / _best(lambda: torch.mm(a, b), device),
-        "bytes": 2.0 * block.numel() / _best(lambda: copy.copy_(block), device),
+        "flops": 2.0 * size**3 / _best(lambda: torch.mm(a, b), device, clock),
+        "bytes": 2.0 * block.numel() / _best(lambda: copy.copy_(block), device, clock),
     }
 
 
-def _best(work: Callable[[], Any], device: str, times: int = 40) -> float:
+def _best(work: Callable[[], Any], device: str, clock: Callable[[], float], times: int = 40) -> float:
     """The least seconds of several runs."""
     seconds = []
     for _ in range(times):
-        start = time.perf_counter()
+        start = clock()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return min(seconds)
 
 
@@ -66,16 +68,25 @@ def interleaved(
     inputs: Sequence[dict[str, Tensor]],
     rounds: int,
     device: str = "cpu",
+    cpu_time: bool = False,
 ) -> dict[str, Timing]:
     """pruned_ops.measure.interleave with an untimed rest of REST seconds after each runner; on a GPU without
-    a rest, and timed by the GPU's events."""
+    a rest, and timed by the GPU's events. cpu_time: count what this thread computes, not what passes."""
     if device == "cuda":
         return interleave(runners, workload, inputs, rounds, warmup=3, seconds=event_seconds)
     spaced: dict[str, Runner] = {}
     for name, runner in runners.items():
         spaced |= {name: runner, f"rest after {name}": lambda batch: time.sleep(REST)}
-    timings = interleave(spaced, workload, inputs, rounds)
+    timings = interleave(spaced, workload, inputs, rounds, seconds=cpu_seconds if cpu_time else None)
     return {name: timings[name] for name in runners}
+
+
+def cpu_seconds(call: Callable[[], Any]) -> float:
+    """How long this thread computes for a call: other work on the machine counts little. It is the whole only
+    with one thread."""
+    start = time.thread_time()
+    call()
+    return time.thread_time() - start
 
 
 def rows(

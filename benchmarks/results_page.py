@@ -250,7 +250,7 @@ def _against_rivals(rows: Sequence[Row]) -> list[str]:
 
 def _int8(results: Path) -> list[str]:
     lines: list[str] = []
-    for path in sorted(results.glob("int8-*.csv")):
+    for path in sorted([*results.glob("int8-*.csv"), *results.glob("answers-*.csv")]):
         rows = read_rows(path)
         cells = [
             [str(row["checkpoint"]), row["runner"], mean([row], "f1"), mean([row], "f1_span")]
@@ -259,12 +259,12 @@ def _int8(results: Path) -> list[str]:
         ]
         header = ["checkpoint", "runner", "F1", "span F1", "cosine to fp32"]
         lines += [_source(path, rows[0]), "", *table(header, cells)]
-    return ["## int8: what it costs in answers", "", *lines] if lines else []
+    return ["## int8 and bfloat16: what they cost in answers", "", *lines] if lines else []
 
 
 def _others(results: Path) -> list[str]:
     """The files of other benchmarks, with the pages that they wrote for readers themselves."""
-    shown = ("study", "models", "int8", "prune")
+    shown = ("study", "models", "int8", "answers", "prune")
     lines = []
     for path in sorted(results.glob("*.csv")):
         if path.name.split("-")[0] in shown:

@@ -72,12 +72,14 @@ def markdown(rows: Sequence[Row]) -> str:
     for dtype in ("bfloat16", "int8"):
         if f"ours-{dtype}" in runtimes:
             ratios[f"ours-{dtype}"] = f"ours-{dtype} / best {dtype} rival"
+    narrow = [name for name in ("ours-bfloat16", "ours-int8") if name in runtimes and "ours" in runtimes]
     ceilings = any("percent_of_copy" in row for row in timed)
-    columns = ["workload", "model", *runtimes, *ratios.values()]
+    columns = ["workload", "model", *runtimes, *ratios.values(), *(f"{name} / ours" for name in narrow)]
     columns += ["ours, pruned against dense", "ours, of the ceilings"] if ceilings else []
     lines = [
-        "Milliseconds a batch, p50 (p20-p80) of the rounds. The last columns say how many times as fast as "
-        "the fastest rival ours is: the median of the rounds' ratios; below 1 it loses.",
+        f"Milliseconds {'that one thread computes for ' if timed[0].get('clock') else ''}a batch, "
+        "p50 (p20-p80) of the rounds. The last columns say how many times as fast as the fastest rival ours "
+        "is (the median of the rounds' ratios; below 1 it loses), and as ours in fp32 (by the medians).",
         *([CEILINGS_NOTE] if ceilings else []),
         "",
         f"| {' | '.join(columns)} |",
@@ -87,6 +89,7 @@ def markdown(rows: Sequence[Row]) -> str:
         measured = [cells.get((workload, model, runtime)) for runtime in runtimes]
         shown = [spread(row) if row else "-" for row in measured]
         shown += [against(cells.get((workload, model, name))) or "-" for name in ratios]
+        shown += [_beside(cells, workload, model, name) for name in narrow]
         if ceilings:
             shown += _beside_ceilings(cells.get((workload, model, "ours")))
         lines.append(f"| {' | '.join([workload, model, *shown])} |")
@@ -94,6 +97,12 @@ def markdown(rows: Sequence[Row]) -> str:
     lines += ["", *(f"- {name}: cosine of its logits with hf's {c:.5f}" for name, c in cosines.items())]
     lines += _left_out(rows)
     return "\n".join([*lines, "", *_origin(timed[0])]) + "\n"
+
+
+def _beside(cells: dict[tuple[Any, Any, Any], Row], workload: str, model: str, name: str) -> str:
+    """How many times as fast a runtime of ours is as ours in fp32, by their medians."""
+    row, plain = cells.get((workload, model, name)), cells.get((workload, model, "ours"))
+    return f"{plain['ms_p50'] / row['ms_p50']:.2f}x" if row and plain else "-"
 
 
 def _beside_ceilings(row: Row | None) -> list[str]:

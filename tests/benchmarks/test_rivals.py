@@ -116,7 +116,7 @@ def test_the_best_rival_is_chosen_by_the_median_and_compared_round_by_round() ->
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """--random minilm is a model of seconds, not minutes."""
     monkeypatch.setitem(cases.SIZES, "minilm", TINY)
-    monkeypatch.setattr(harness, "ceilings", lambda dtype, device: {"flops": 1e11})
+    monkeypatch.setattr(harness, "ceilings", lambda dtype, device, clock=None: {"flops": 1e11})
 
 
 def test_the_benchmark_of_models_runs_end_to_end(tiny: None, tmp_path: Path, capsys: Any) -> None:
