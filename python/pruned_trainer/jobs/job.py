@@ -33,6 +33,7 @@ from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
 from pruned_trainer.pruning.compact import check_parts_of
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.gate_phase import GatePhase
+from pruned_trainer.pruning.options import BY_LABELS
 from pruned_trainer.tasks.task import Prepared, Task, is_labelled, without_labels
 from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import (
@@ -215,7 +216,7 @@ def check_signal(job: Job) -> None:
     """ValueError where a phase would have nothing to learn from, or its scores need labels that there are
     not."""
     settings, labelled = job.settings, is_labelled(job.train[0])
-    scores_by_loss = settings.recipe in ("gain", "leave-one-out")
+    scores_by_loss = settings.recipe in BY_LABELS
     if scores_by_loss and (not labelled or job.task_loss is not None):
         raise ValueError(
             f"recipe {settings.recipe} scores by the usual loss on labels, which the data has not, or the "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruned_ops.shape import checked_int
 from pruned_trainer.pruning.options import (
+    BY_LABELS,
     COMPENSATIONS,
     DEFAULT_PARTS,
     PARTS,
@@ -146,9 +147,9 @@ class PruneSettings:
         why = "texts have no labels" if self.texts is not None else "an embedder has no labels to train on"
         if self.distil_in not in (None, "both") or not self.distillation.needs_teacher:
             raise ValueError(f"{why}, so that the teacher teaches in both phases, with a weight above 0")
-        if self.recipe in UNTRAINED and self.recipe != "random":
+        if self.recipe in BY_LABELS:
             raise ValueError(
-                f"{why}, and recipe {self.recipe} scores by the loss on them: joint trains gates"
+                f"{why}, and recipe {self.recipe} scores by the loss on them: fast and joint need none"
             )
         if self.task == "embedding" and "hidden" in self.parts:
             raise ValueError("an embedding is as wide as the hidden size: parts hidden cannot be pruned")

@@ -20,6 +20,8 @@ PENALTIES = ("one", "open")
 MAX_PACE = 3.0
 # The ways to score what stays without training gates (`importance.score`).
 METHODS = ("gain", "leave-one-out", "random")
+# Those of them that need labels, because they score by the loss.
+BY_LABELS = ("gain", "leave-one-out")
 # The recipes that train no gates: these ways, and the surgeon's (`surgeon.score`).
 UNTRAINED = ("fast", *METHODS)
 # How compaction makes up for what it removes (`compensate.compensate`): in one of the ways that are made, in

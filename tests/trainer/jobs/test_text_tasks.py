@@ -221,7 +221,7 @@ def test_the_commands_on_the_page_of_other_tasks_parse() -> None:
     [
         (["--distil-in", "retrain"], "texts have no labels, so that the teacher teaches in both phases"),
         (["--distil-logits", "0", "--distil-hidden", "0"], "with a weight above 0"),
-        (["--recipe", "gain"], "recipe gain scores by the loss on them"),
+        (["--recipe", "gain"], "recipe gain scores by the loss on them: fast and joint need none"),
         (["--task", "squad"], "squad has no form without answers"),
         (["--task", "pair-classification"], "pairs are read from .jsonl"),
     ],

@@ -1,0 +1,298 @@
+"""What pruning to a measured speed loses on tasks other than question answering, beside a dense control.
+
+One encoder is fine-tuned for each task (an embedder is taken as it is), pruned to the asked speed, and
+trained on for so many minutes, distilled from the dense model. The control is the dense model, trained on for
+the same minutes with the same teacher. Both, and the pruned model in int8, are scored on the evaluation file,
+which nothing was chosen on. Speeds are those of the batches that the model was pruned for.
+
+Every training is a command, which is printed. A study that was stopped goes on with the same command:
+finished steps are folders, and a pruning run resumes.
+Usage: python benchmarks/study_tasks.py --data FOLDER --model ENCODER --minutes 30
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+import harness
+from harness import Row
+from presentation import table
+from pruned_ops import optimize
+from pruned_ops.files import write_whole
+from pruned_ops.measure.comparison import OURS, THEIRS, compare
+from pruned_ops.measure.latency import LatencyTable
+from pruned_trainer.cli import parse
+from pruned_trainer.jobs.output import load_tokenizer
+from pruned_trainer.jobs.settings import make_task
+from pruned_trainer.tasks.options import TaskOptions
+from pruned_trainer.tasks.task import Task
+
+ROUNDS = 9  # of the timing
+CUT = ("--max-length", "256")
+TEXTS = ("text_a", "text_b")  # the columns of which texts without labels are made
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task on its data. folder, suffix: of its files train, validation and eval. options: what every
+    command takes. score: the key of its score. epochs: of the fine-tuning; None for a model that is pruned as
+    it comes, on texts without labels. speedups: what is asked for, a row each. models: the folder of the case
+    whose models are scored here, where this one trains none. every: one in so many questions of a SQuAD file
+    is scored."""
+
+    name: str
+    folder: str
+    suffix: str
+    options: tuple[str, ...]
+    score: str
+    epochs: float | None = None
+    speedups: tuple[float, ...] = (2.0,)
+    models: str | None = None
+    every: int = 1
+
+    @property
+    def trained_in(self) -> str:
+        return self.models or self.folder
+
+
+CASES = (
+    Case("sentiment (SST-2)", "sst2", "jsonl.gz", ("--task", "text-classification"), "accuracy", 1.0),
+    Case("inference (SNLI)", "snli", "jsonl.gz", ("--task", "pair-classification"), "accuracy", 4.0),
+    Case(
+        "entities (WNUT 2017)", "wnut17", "jsonl.gz",
+        ("--task", "token-classification", "--label-column", "tags"), "entity_f1", 8.0,
+    ),
+    Case("reranking (SQuAD)", "squad2", "json", ("--task", "reranking"), "mrr", 0.1, every=10),
+    Case(
+        "similarity (STS-B), no labels", "stsb", "jsonl.gz", ("--task", "embedding"), "spearman",
+        speedups=(2.0, 3.0),
+    ),
+    Case(
+        "retrieval (SciFact), no labels", "scifact", "jsonl.gz",
+        ("--task", "embedding", "--corpus", "corpus.jsonl.gz"), "ndcg", speedups=(2.0, 3.0), models="stsb",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where a study's data and folders are. minutes: of each training."""
+
+    data: Path
+    model: str
+    work: Path
+    minutes: float
+
+    def file(self, case: Case, split: str) -> Path:
+        """A file of a case, or its part that is scored; FileNotFoundError where it is missing."""
+        path = self.data / case.folder / f"{split}.{case.suffix}"
+        if not path.is_file():
+            raise FileNotFoundError(f"{case.name} needs {path}")
+        if case.every == 1 or split == "train":
+            return path
+        part = self.work / case.folder / path.name
+        if not part.is_file():
+            part.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(part, json.dumps(one_in(case.every, json.loads(path.read_text(encoding="utf-8")))))
+        return part
+
+    def options(self, case: Case) -> tuple[str, ...]:
+        """The case's options, with the file beside its data that they name."""
+        beside = self.data / case.folder
+        return (*(str(beside / word) if (beside / word).is_file() else word for word in case.options), *CUT)
+
+    def folder(self, case: Case, step: str) -> Path:
+        return self.work / case.trained_in / step
+
+    def dense(self, case: Case) -> str:
+        """The folder or name of the model that is pruned."""
+        return self.model if case.epochs is None else str(self.folder(case, "dense"))
+
+
+def one_in(every: int, squad: dict[str, Any]) -> dict[str, Any]:
+    """A SQuAD file with one in so many of its questions, and all of its paragraphs."""
+    number = 0
+    for article in squad["data"]:
+        for paragraph in article["paragraphs"]:
+            questions = paragraph["qas"]
+            paragraph["qas"] = [qa for place, qa in enumerate(questions, start=number) if place % every == 0]
+            number += len(questions)
+    return squad
+
+
+def run(command: str, *options: str) -> None:
+    """Run a command of pruned-trainer, the last option of which is its output folder, unless that is there;
+    an interrupted one goes on."""
+    out = Path(options[-1])
+    if out.is_dir():
+        return
+    partial, again = out.with_name(f"{out.name}.partial"), []
+    if partial.is_dir():
+        again = ["--resume" if (partial / "run.json").is_file() else "--overwrite"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"-- pruned-trainer {shlex.join([command, *options, *again])}", flush=True)
+    subprocess.run([sys.executable, "-m", "pruned_trainer.cli", command, *options, *again], check=True)
+
+
+def train(study: Study, case: Case) -> None:
+    """The models of a case: dense, pruned to each speed, and (with labels) the control."""
+    if case.models is not None:
+        return
+    judged = ("--validation-file", str(study.file(case, "validation")))
+    judged += ("--eval-file", str(study.file(case, "eval")))
+    minutes = ("--max-minutes", f"{study.minutes:g}")
+    data: tuple[str, ...] = ("--texts", str(texts_of(study)))
+    if case.epochs is not None:
+        data = ("--train-file", str(study.file(case, "train")))
+        start = ("--model", study.model, "--epochs", f"{case.epochs:g}", *data)
+        run("finetune", *study.options(case), *start, "--out", study.dense(case))
+    common = ("--model", study.dense(case), *study.options(case), *data, *judged, *minutes)
+    for speedup in case.speedups:
+        target = ("--recipe", "fast", "--speedup", f"{speedup:g}")
+        run("prune", *common, *target, "--out", str(study.folder(case, f"pruned-{speedup:g}")))
+    if case.epochs is not None:
+        target = ("--recipe", "random", "--macs", "0.999")
+        run("prune", *common, *target, "--out", str(study.folder(case, "control")))
+
+
+def texts_of(study: Study) -> Path:
+    """A file of the distinct texts in the training pairs of the data, a line each."""
+    path = study.work / "texts.txt"
+    if not path.is_file():
+        texts: dict[str, None] = {}
+        for file in sorted(study.data.glob("*/train.jsonl.gz")):
+            with gzip.open(file, "rt", encoding="utf-8") as lines:
+                rows = map(json.loads, lines)
+                texts |= {" ".join(row[name].split()): None for row in rows for name in TEXTS if name in row}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, "\n".join(text for text in texts if text) + "\n")
+    return path
+
+
+def score(study: Study, case: Case) -> list[Row]:
+    """A row for each speed: the scores on the evaluation file, what was lost of the dense model's, and the
+    speeds."""
+    task = task_of(study, case)
+    examples = task.read(study.file(case, "eval"), "validation")
+
+    def result_of(name: str, dtype: str | None = None) -> Any:
+        model = task.load_model(name)
+        prepared = task.prepare(examples, load_tokenizer(name), model)
+        if dtype is not None:
+            optimize(model, dtype=dtype)
+        return prepared.evaluate(model, {})
+
+    dense, rows = result_of(study.dense(case)), []
+
+    def losses(name: str, result: Any) -> Row:
+        lost, key = dense.losses(result), f"{case.score}_loss"
+        low, high = lost.get(f"{key}_interval") or (None, None)
+        return {f"{name}_loss": lost[key], f"{name}_loss_low": low, f"{name}_loss_high": high}
+
+    about = {"case": case.name, "score": case.score, "dense": dense.scores()[case.score]}
+    about |= {"examples": len(examples), "minutes": study.minutes}
+    if case.epochs is not None:
+        about |= losses("control", result_of(str(study.folder(case, "control"))))
+    for speedup in case.speedups:
+        folder = study.folder(case, f"pruned-{speedup:g}")
+        row = {**about, "asked": speedup, **losses("pruned", result_of(str(folder)))}
+        row |= {**losses("int8", result_of(str(folder), "int8")), **speeds(study, case, folder)}
+        rows.append({**row, **harness.stamp()})
+    return rows
+
+
+def speeds(study: Study, case: Case, folder: Path) -> Row:
+    """How many times as fast as Hugging Face's dense model the pruned one is, and as our dense one, on the
+    workload that it was pruned for."""
+    workload, task = LatencyTable.load(folder / "latency.json").workload, task_of(study, case)
+    models = {"pruned": task.load_model(str(folder)), "dense": task.load_model(study.dense(case))}
+    row: Row = {"workload": workload.name}
+    for dtype in ("fp32", "int8"):
+        benchmark = compare(models, workload, ROUNDS, dtype)
+        ms = {(line.model, line.runtime): line.p50_ms for line in benchmark.rows}
+        row[f"{dtype}_against_hugging_face"] = ms["dense", THEIRS] / ms["pruned", OURS]
+        if dtype == "fp32":
+            row["against_our_dense"] = benchmark.against_dense
+    return row
+
+
+def task_of(study: Study, case: Case) -> Task:
+    """The case's task, as its commands have it."""
+    argv = ["evaluate", *study.options(case), "--eval-file", "eval", "--model", study.dense(case)]
+    return make_task(TaskOptions.of(parse(argv)))
+
+
+# -- what is written -------------------------------------------------------------------------------------
+
+
+def lines_of(rows: Sequence[Row]) -> list[str]:
+    """The table, in points lost with intervals."""
+
+    def lost(row: Row, name: str) -> str:
+        if row.get(f"{name}_loss") is None:
+            return "-"
+        interval = f" ({row[f'{name}_loss_low']:+.1f} to {row[f'{name}_loss_high']:+.1f})"
+        return f"{row[f'{name}_loss']:+.2f}" + (interval if row.get(f"{name}_loss_low") is not None else "")
+
+    cells = [
+        [
+            f"{row['case']}: {row['score']}", f"{row['dense']:.1f}", f"{row['against_our_dense']:.2f}x",
+            lost(row, "pruned"), lost(row, "control"), f"{row['fp32_against_hugging_face']:.1f}x",
+            lost(row, "int8"), f"{row['int8_against_hugging_face']:.1f}x",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    header = ["task: score", "dense", "faster than our dense", "lost", "lost by the dense control"]
+    header += ["faster than Hugging Face", "lost in int8", "faster than Hugging Face in int8"]
+    return table(header, cells)
+
+
+def write(rows: Sequence[Row], path: Path, command: str) -> None:
+    """The CSV, and the page beside it."""
+    harness.write_rows(path, [{**row, "command": command} for row in rows])
+    words = (
+        "Points of the score that pruning lost, with 95% intervals over the examples, of one training. The "
+        "control is the dense model, trained on for the same minutes with the same teacher; a model without "
+        "labels is its own teacher and has none."
+    )
+    page = ["# What pruning loses on other tasks", "", words, "", *lines_of(rows), f"`{command}`"]
+    write_whole(path.with_suffix(".md"), "\n".join(page) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each case")
+    parser.add_argument("--model", required=True, help="the encoder that is fine-tuned: a folder or hub name")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of each training")
+    parser.add_argument("--only", nargs="+", metavar="FOLDER", help="cases to do (default: all)")
+    parser.add_argument("--work", type=Path, default=Path("build/study-tasks"), help="folder of its state")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the CSV")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    study = Study(arguments.data, arguments.model, arguments.work, arguments.minutes)
+    command = f"python benchmarks/study_tasks.py --data DATA --model ENCODER --minutes {study.minutes:g}"
+    path, rows = arguments.results / harness.result_path("tasks", "cpu").name, []
+    for case in CASES:
+        if arguments.only and case.folder not in arguments.only:
+            continue
+        train(study, case)
+        rows += score(study, case)
+        write(rows, path, command)
+        print(f"written: {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

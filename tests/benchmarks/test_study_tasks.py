@@ -1,0 +1,113 @@
+"""The study of tasks other than question answering, on small models: its steps, its rows, its table."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertModel
+
+import study_tasks
+from harness import read_rows
+from pruned_trainer.cli import main
+from study_tasks import Case, Study, one_in
+from text_files import CUT, checkpoint, classified, scored, write_rows
+
+CLASSES = Case("classes", "classes", "jsonl.gz", ("--task", "text-classification"), "accuracy", 2.0)
+VECTORS = Case("vectors", "vectors", "jsonl.gz", ("--task", "embedding"), "spearman")
+SPEEDS = {"workload": "w", "against_our_dense": 2.0}
+SPEEDS |= {"fp32_against_hugging_face": 4.0, "int8_against_hugging_face": 8.0}
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """On small files; a target in time is one in MACs, which random models can reach, and nothing is
+    timed."""
+    for case, make in ((CLASSES, classified), (VECTORS, scored)):
+        for seed, split in enumerate(("train", "validation", "eval")):
+            file = tmp_path / "data" / case.folder / f"{split}.jsonl.gz"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(file, make(60, seed))
+
+    def run_here(argv: Sequence[str], check: bool) -> None:
+        assert check and argv[1:3] == ["-m", "pruned_trainer.cli"]
+        words = list(argv[3:])
+        if "--speedup" in words:
+            words[words.index("--speedup") : words.index("--speedup") + 2] = ["--macs", "0.6"]
+        if "--max-minutes" in words:
+            words[words.index("--max-minutes") : words.index("--max-minutes") + 2] = ["--retrain-steps", "2"]
+        assert main(words) == 0
+
+    monkeypatch.setattr(study_tasks.subprocess, "run", run_here)
+    monkeypatch.setattr(study_tasks, "CUT", CUT)
+    monkeypatch.setattr(study_tasks, "CASES", (CLASSES, VECTORS))
+    monkeypatch.setattr(study_tasks, "speeds", lambda *_: SPEEDS)
+    start = checkpoint(tmp_path / "start", BertModel)
+    return Study(tmp_path / "data", str(start), tmp_path / "work", 5.0)
+
+
+def test_each_case_has_a_row_with_its_control_and_int8(study: Study, tmp_path: Path) -> None:
+    rows = []
+    for case in study_tasks.CASES:
+        study_tasks.train(study, case)
+        rows += study_tasks.score(study, case)
+    classes, vectors = rows
+    assert 0 < classes["dense"] <= 100 and abs(vectors["dense"]) <= 100
+    for name in ("pruned", "control", "int8"):
+        low, high = classes[f"{name}_loss_low"], classes[f"{name}_loss_high"]
+        assert low <= classes[f"{name}_loss"] <= high
+    assert "control_loss" not in vectors and vectors["pruned_loss"] is not None
+    done = sorted(
+        path.relative_to(study.work).as_posix() for path in study.work.glob("*/*/model.safetensors")
+    )
+    steps = ("classes/control", "classes/dense", "classes/pruned-2", "vectors/pruned-2")
+    assert done == [f"{step}/model.safetensors" for step in steps]
+    texts = (study.work / "texts.txt").read_text().splitlines()
+    assert len(texts) == len(set(texts)) > 60
+
+    study_tasks.write(rows, tmp_path / "tasks.csv", "python study")
+    assert [row["case"] for row in read_rows(tmp_path / "tasks.csv")] == ["classes", "vectors"]
+    page = (tmp_path / "tasks.md").read_text()
+    assert "| classes: accuracy |" in page and "| 2.00x |" in page and "| - |" in page
+    assert str(tmp_path) not in page
+
+
+def test_finished_steps_are_not_done_again_and_interrupted_ones_go_on(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(study_tasks.subprocess, "run", lambda argv, check: commands.append(argv[3:]))
+    study.folder(CLASSES, "dense").mkdir(parents=True)
+    partial = study.folder(CLASSES, "pruned-2").with_name("pruned-2.partial")
+    partial.mkdir()
+    (partial / "run.json").write_text("{}")
+    study.folder(CLASSES, "control").with_name("control.partial").mkdir()
+    study_tasks.train(study, CLASSES)
+    assert [(command[0], command[-1]) for command in commands] == [
+        ("prune", "--resume"),
+        ("prune", "--overwrite"),
+    ]
+
+
+def test_files_that_are_missing_are_named(study: Study) -> None:
+    lost = Case("lost", "lost", "jsonl.gz", ("--task", "embedding"), "spearman")
+    with pytest.raises(FileNotFoundError, match=r"lost needs .*lost/validation\.jsonl\.gz"):
+        study_tasks.train(study, lost)
+
+
+def test_a_part_of_the_questions_keeps_every_paragraph(study: Study) -> None:
+    questions = [[{"id": f"{p}-{q}"} for q in range(3)] for p in range(4)]
+    squad: dict[str, Any] = {"data": [{"paragraphs": [{"qas": qas} for qas in questions]}]}
+    kept = one_in(5, json.loads(json.dumps(squad)))["data"][0]["paragraphs"]
+    assert [[qa["id"] for qa in paragraph["qas"]] for paragraph in kept] == [["0-0"], ["1-2"], [], ["3-1"]]
+    case = Case("pairs", "pairs", "json", ("--task", "reranking"), "mrr", every=5)
+    folder = study.data / "pairs"
+    folder.mkdir()
+    (folder / "eval.json").write_text(json.dumps(squad))
+    assert json.loads(study.file(case, "eval").read_text()) == one_in(5, squad)
+    with gzip.open(study.data / "classes" / "eval.jsonl.gz") as lines:
+        assert len(list(lines)) == 60
