@@ -77,11 +77,11 @@ def interleaved(
     spaced: dict[str, Runner] = {}
     for name, runner in runners.items():
         spaced |= {name: runner, f"rest after {name}": lambda batch: time.sleep(REST)}
-    timings = interleave(spaced, workload, inputs, rounds, seconds=cpu_seconds if cpu_time else None)
+    timings = interleave(spaced, workload, inputs, rounds, seconds=thread_seconds if cpu_time else None)
     return {name: timings[name] for name in runners}
 
 
-def cpu_seconds(call: Callable[[], Any]) -> float:
+def thread_seconds(call: Callable[[], Any]) -> float:
     """How long this thread computes for a call: other work on the machine counts little. It is the whole only
     with one thread."""
     start = time.thread_time()
