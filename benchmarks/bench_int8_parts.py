@@ -42,11 +42,11 @@ PARTS = (
     ("waiting", r"libgomp|libiomp|gomp_"),
     ("attention: softmax", r"::(exponentiate|powers|(rough_)?power_of_two|largest_score|new_maximum)\b"),
     ("attention: laying out", r"::(lay_out\w*|transpose_\w+)\b|transpose_mxn"),
-    ("attention: products", r"::multiply_pairs|NothingAhead|::(score|add_block)\b"),
+    ("attention: products", r"\bmultiply(_pairs)?<[^\n]*NothingAhead|::(score|add_block)\b"),
     ("GELU", r"gelu_kernel\.h"),
     ("quantising", r"::(quantize_rows?|top_of|rounded\w*)\b"),
     ("LayerNorm", r"layer_norm"),
-    ("products", r"::(multiply_int8\w*|multiply_bf16\w*|multiply)\b"),
+    ("products", r"\bmultiply(_int8\w*|_pairs)?\b"),
     ("attention: rest", r"attention\w*\.(h|cpp)"),
     ("scales and bias", r"tile_kernel\.h|linear_kernel\.h"),
 )  # fmt: skip
@@ -139,19 +139,20 @@ def instructions(run: list[str], folder: Path) -> tuple[dict[str, float], Counte
     facts = json.loads(process.stdout)
     found: Counter[str] = Counter()
     for address, count in costs(out.read_text()):
-        found[hex(address - facts["base"])] += count / facts["calls"]  # type: ignore[assignment]
+        found[hex(address)] += count / facts["calls"]  # type: ignore[assignment]
     return facts, found
 
 
 def costs(text: str) -> Iterator[tuple[int, int]]:
-    """The addresses of the extension in a callgrind file, and each one's own instructions."""
-    name = Path(extension.__file__).name  # type: ignore[union-attr]
+    """The addresses of the extension in a callgrind file, relative to it, and each one's own instructions."""
+    name = os.path.realpath(extension.__file__)  # type: ignore[union-attr]
     number, ours, called, address = None, False, False, 0
     for line in text.splitlines():
-        if match := re.match(r"ob=\((\d+)\)(.*)", line):
-            if name in match[2]:
-                number = match[1]
-            ours = match[1] == number
+        if match := re.match(r"(c?ob)=\((\d+)\)(?: (.*))?", line):
+            if match[3] and os.path.realpath(match[3]) == name:
+                number = match[2]  # a name stands at its first place alone, which may be a callee's
+            if match[1] == "ob":
+                ours = match[2] == number
         elif line.startswith("calls="):
             called = True  # the next line is what the callee cost
         elif match := re.match(r"(0x[0-9a-f]+|[+-]\d+|\*) (?:[+-]?\d+|\*) (\d+)$", line):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import bench_int8_parts
@@ -16,7 +14,14 @@ ob=(1) /usr/lib/libc.so.6
 fl=(1) malloc.c
 fn=(1) malloc
 0x4000 10 7
-ob=(2) /there/{name}
+cob=(2) /here/_C.so
+cfn=(2) encoder
+calls=1 0x10
+0x4004 10 900
+ob=(3) /there/_C.so
+fn=(4) another
+0x4020 3 8
+ob=(2)
 fl=(2) csrc/cpu/encoder.cpp
 fn=(2) encoder
 0x10 5 3
@@ -42,8 +47,7 @@ def test_callgrind_names_own_costs_of_the_extension_alone(monkeypatch: pytest.Mo
         __file__ = "/here/_C.so"
 
     monkeypatch.setattr(bench_int8_parts, "extension", Extension)
-    found = list(costs(CALLGRIND.format(name=Path(Extension.__file__).name)))
-    assert found == [(0x10, 3), (0x14, 2), (0x18, 5), (0x18, 1), (0x40, 6)]
+    assert list(costs(CALLGRIND)) == [(0x10, 3), (0x14, 2), (0x18, 5), (0x18, 1), (0x40, 6)]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,7 @@ def test_callgrind_names_own_costs_of_the_extension_alone(monkeypatch: pytest.Mo
         ("void pruned_ops::AVX512_VNNI::multiply_int8<12>(float)\nint8_vnni_kernel.h:90\n", "products"),
         ("multiply<12, 2, pruned_ops::AVX512::NothingAhead>\nmultiply_kernel.h:90\n", "attention: products"),
         ("pruned_ops::AVX512_BF16::PairWorker::powers(float)\nvec.h:2\n", "attention: softmax"),
+        ("void multiply_int8_half<5, pruned_ops::AVX2::NothingAhead>\nint8_avx2_kernel.h:80\n", "products"),
         ("pruned_ops::AVX512::layer_norm_row(float)\nlayer_norm_kernel.h:38\n", "LayerNorm"),
         ("libgomp-a34b3233.so.1", "waiting"),
         ("libpython3.11.so", "rest"),
