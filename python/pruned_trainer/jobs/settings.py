@@ -95,7 +95,7 @@ class PruneSettings:
     gate_fraction: float = 1.0
     gate_steps: int | None = None
     retrain_steps: int | None = None
-    average_steps: float = 0.2
+    average_steps: float = 0.0
     cross_pairs: float = 0.0
     batch_size: int | None = None
     learning_rate: float = 1e-4
