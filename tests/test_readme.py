@@ -46,7 +46,7 @@ MODELS = {
     "sentence-transformers/all-MiniLM-L6-v2": "none",
 }
 # Options of programs that are not ours.
-OTHERS = {"--no-build-isolation", "--no-deps", "--index-url", "--nproc-per-node", "--strict"}
+OTHERS = {"--durations", "--no-build-isolation", "--no-deps", "--index-url", "--nproc-per-node", "--strict"}
 FOLDERS = ("pruned_ops/", "python/", "tests/", "benchmarks/", "csrc/", "docs/")
 
 
