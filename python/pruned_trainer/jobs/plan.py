@@ -18,7 +18,7 @@ from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import ROUNDS, freeze_for, gate_phase_for
 from pruned_trainer.jobs.job import Job, build_trainer, running
 from pruned_trainer.jobs.settings import SCORE_STEPS
-from pruned_trainer.pruning import importance
+from pruned_trainer.pruning import importance, surgeon
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide, decide_at
@@ -223,16 +223,19 @@ def _deciding_seconds(job: Job) -> float:
 
 
 def _score_seconds(job: Job, choices: int) -> float:
-    """Seconds that the scores of one minibatch take: gain's forward and backward pass, or a forward pass for
-    each of leave-one-out's choices."""
+    """Seconds that the scores of one minibatch take: the passes of the surgeon or of gain, or a forward pass
+    for each of leave-one-out's choices."""
     if job.settings.recipe == "random":
         return 0.0
     features = _spanning_batches(job)[: job.settings.train_batch]
     batch = job.batch(features)
     parts = job.settings.parts
     start = time.perf_counter()
-    importance.score("gain", job.dense, [batch], job.budget, parts)
-    # A forward pass is a third of gain's forward and backward pass, which is also the surgeon's.
+    if job.settings.recipe == "fast":
+        surgeon.moments_of(job.dense, [batch], parts, pooling=job.pooling)
+    else:
+        importance.score("gain", job.dense, [batch], job.budget, parts)
+    # A forward pass is a third of gain's forward and backward pass.
     passes = (choices + 1) / 3 if job.settings.recipe == "leave-one-out" else 1
     return (time.perf_counter() - start) * passes
 
