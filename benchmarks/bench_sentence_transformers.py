@@ -60,8 +60,8 @@ SIZES: dict[str, dict[str, int]] = {
 }
 LONGEST = {"minilm": 256}  # tokens of a text; 512 of the others
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-# Our runners, with the dtype that optimize takes.
-OURS = {"ours": None, "ours-bf16": "bfloat16", "ours-int8": "int8"}
+# Our runners, with the dtype that optimize takes; the last one keeps in fp32 what its calibration finds.
+OURS = {"ours": None, "ours-bf16": "bfloat16", "ours-int8": "int8", "ours-int8-calibrated": "int8"}
 BACKENDS = ("onnx", "onnx-int8", "openvino", "openvino-bf16", "openvino-int8")
 BASELINE = "torch"
 # Texts that OpenVINO's quantisation looks at: its default for the real model, few where weights are random.
@@ -125,11 +125,12 @@ class Runners:
 
     def _ours(self, name: str) -> Any:
         dtype = OURS[name]
-        refusal = refuse_encoder(find_encoder(self.plain), int8=dtype == "int8")
+        encoder = find_encoder(self.plain)
+        refusal = refuse_encoder(encoder, int8=dtype == "int8", bfloat16=dtype == "bfloat16")
         if refusal is not None:
             raise Refused(refusal)
         twin = copy.deepcopy(self.plain)
-        calibration = self._calibration[:64] if dtype == "int8" else None
+        calibration = self._calibration[:64] if name.endswith("calibrated") else None
         return pruned_ops.optimize(twin, dtype=dtype, calibration=calibration)
 
     def _rival(self, name: str) -> Worker:
