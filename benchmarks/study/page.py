@@ -377,13 +377,13 @@ def _thirds(values: Sequence[float]) -> list[float]:
 
 def _ends_text(totals: Mapping[str, Sequence[float]]) -> str:
     """Which ends of the model are pruned harder than its middle by 3% of what is left or more, by part."""
-    found = []
+    sentences = []
     for part, total in totals.items():
         first, middle, last = _thirds(total)
         harder = [name for name, share in (("first", first), ("last", last)) if middle - share >= 0.03]
         ends = " and ".join(f"the {name}" for name in harder) or "neither"
-        found.append(f"of {part}, {ends}")
-    return f"Here these ends are pruned harder than the middle: {'; '.join(found)}."
+        sentences.append(f"of {part}, {ends}")
+    return f"Here these ends are pruned harder than the middle: {'; '.join(sentences)}."
 
 
 def _hidden_text(results: Results) -> list[str]:

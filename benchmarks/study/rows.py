@@ -197,8 +197,8 @@ def _compensated(study: Study, seed: int, name: str, decision: Decision, dense: 
 
     result = study.result(f"{name}-compensated", work)
     record = study.once(f"compensation-{name}", lambda: {"kind": "compensation", "ways": ways})
-    found = {f"{key}_compensated": value for key, value in numbers(result, dense).items()}
-    return found | {"compensation": ", ".join(f"{part} {way}" for part, way in record["ways"].items())}
+    scores = {f"{key}_compensated": value for key, value in numbers(result, dense).items()}
+    return scores | {"compensation": ", ".join(f"{part} {way}" for part, way in record["ways"].items())}
 
 
 def behind(first: EvaluationResult, other: EvaluationResult) -> Row:

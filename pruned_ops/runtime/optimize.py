@@ -318,11 +318,11 @@ def leave_out_outliers(model: nn.Module) -> dict[str, float]:
     for prefix, packed in _packed_by_name(model).items():
         if packed.stored_int8:  # there is nothing else to run
             continue
-        found = packed.losses_on_random_tokens()
-        high = above_limit(found)
+        own_losses = packed.losses_on_random_tokens()
+        high = above_limit(own_losses)
         if high:
             packed.encoder.pack(False, packed.encoder.int8_linears - set(high))
-        losses.update({f"{prefix}.{name}": loss for name, loss in found.items()})
+        losses.update({f"{prefix}.{name}": loss for name, loss in own_losses.items()})
     model.__dict__["int8_losses"] = losses
     if high := above_limit(losses):
         warnings.warn(

@@ -424,11 +424,11 @@ class OptimisedEncoder(nn.Module):
 def _optimised_class(encoder: type[Any]) -> type[Any]:
     """The class of an optimised encoder. It bears the encoder's own name, which saved configs hold."""
     qualified = f"Optimised{encoder.__name__}"
-    made = type(
+    optimised = type(
         encoder.__name__, (OptimisedEncoder, encoder), {"__module__": __name__, "__qualname__": qualified}
     )
-    globals()[qualified] = made  # where pickle looks for it
-    return made
+    globals()[qualified] = optimised  # where pickle looks for it
+    return optimised
 
 
 _OPTIMISED: dict[type[Any], type[Any]] = {encoder: _optimised_class(encoder) for encoder in ENCODERS}

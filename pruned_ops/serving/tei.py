@@ -106,13 +106,13 @@ async def embed_sparse(service: Service, request: Request) -> Response:
     sequences = await tokens_of(
         service, served, texts, "inputs", _cuts(service, form), _side(form), form.prompt_name
     )
-    found = []
+    sparse_vectors = []
     for vector in await service.computed(request, served, sequences):
         indices = np.flatnonzero(vector)
         values = vector[indices].tolist()
         pairs = zip(indices.tolist(), values, strict=True)
-        found.append([{"index": index, "value": value} for index, value in pairs])
-    return as_json(found, headers=_computed(sum(map(len, sequences))))
+        sparse_vectors.append([{"index": index, "value": value} for index, value in pairs])
+    return as_json(sparse_vectors, headers=_computed(sum(map(len, sequences))))
 
 
 async def rerank(service: Service, request: Request, form: RerankRequest) -> Response:

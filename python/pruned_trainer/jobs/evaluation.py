@@ -94,8 +94,8 @@ def validation_score(job: Job, model: PreTrainedModel) -> float:
     thresholds that are best there."""
     prepared = job.validation
     scores = prepared.evaluate(model, prepared.best_thresholds(model)).scores()
-    found = [scores[line.key] for line in prepared.score_lines if line.has_loss]
-    return statistics.fmean([value for value in found if value is not None] or [0.0])
+    values = [scores[line.key] for line in prepared.score_lines if line.has_loss]
+    return statistics.fmean([value for value in values if value is not None] or [0.0])
 
 
 def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict[str, Any]:

@@ -180,46 +180,46 @@ class DatasetResult:
         examples, which are paired; None for an interval that the metric has no values for."""
         every = np.arange(len(self.outputs))
         own, others = self._measured(every), pruned._measured(every)
-        found = self._resampled(pruned)
+        intervals = self._resampled(pruned)
         losses: dict[str, Any] = {}
         for name in own.keys() & others.keys():
             losses[f"{name}_loss"] = own[name] - others[name]
-            values = [sample[name] for sample in found if name in sample]
+            values = [sample[name] for sample in intervals if name in sample]
             losses[f"{name}_loss_interval"] = interval(values, least=RESAMPLES // 2)
         return losses
 
     def _resampled(self, pruned: DatasetResult) -> list[dict[str, float]]:
         """The losses on RESAMPLES samples of the examples; a sample that a metric refuses is left out."""
-        found = []
+        samples_of_scores = []
         for rows in itertools.chain.from_iterable(samples(len(self.outputs), RESAMPLES)):
             try:
                 own, others = self._measured(rows), pruned._measured(rows)
             except Exception:  # of the caller's metric, which may need every class in the sample
                 continue
-            found.append({name: own[name] - others[name] for name in own if name in others})
-        return found
+            samples_of_scores.append({name: own[name] - others[name] for name in own if name in others})
+        return samples_of_scores
 
     def _measured(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """The metrics and the agreement on these examples."""
-        examples, found = self.examples, dict[str, float]()
+        examples, metrics = self.examples, dict[str, float]()
         gold = self._gold
         if examples.compute_metrics is not None and gold is not None:
-            taken = tuple(g[rows] for g in gold) if isinstance(gold, tuple) else gold[rows]
+            labels = tuple(g[rows] for g in gold) if isinstance(gold, tuple) else gold[rows]
             outputs = tuple(values[rows] for values in self._stacked_outputs)
             predictions: Any = outputs[0] if len(outputs) == 1 else outputs
-            computed = examples.compute_metrics(EvalPrediction(predictions=predictions, label_ids=taken))
-            found = {
+            computed = examples.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            metrics = {
                 name: float(value)
                 for name, value in computed.items()
                 if np.ndim(value) == 0 and _is_number(value)
             }
         elif isinstance(gold, np.ndarray):
-            found = self._against_labels(gold, rows)
+            metrics = self._against_labels(gold, rows)
         if self.taught is not None:
             agreed = self._agreement[rows]
             by_rank = examples.kind is OutputKind.SCORES and agreed.shape[1] == 2
-            found[AGREEMENT] = _spearman(agreed) if by_rank else 100 * float(agreed.mean())
-        return {name: value for name, value in found.items() if np.isfinite(value)}
+            metrics[AGREEMENT] = _spearman(agreed) if by_rank else 100 * float(agreed.mean())
+        return {name: value for name, value in metrics.items() if np.isfinite(value)}
 
     def _against_labels(self, gold: NDArray[Any], rows: NDArray[np.int64]) -> dict[str, float]:
         """Accuracy of classes and Spearman's correlation of scores, in percent, where no metric was given."""

@@ -104,11 +104,11 @@ def worth(
             "the recipe fast scores heads and FFN units: leave hidden out of --parts, or take the recipe gain"
         )
     shape = model_shape(model)
-    found = PerGate.full(shape, 0.0)
+    worths = PerGate.full(shape, 0.0)
     moments = moments_of(model, batches, parts, seed, pooling, progress)
     layers = [dict(layer.named_modules()) for layer in find_encoder(model).encoder.layer]
     for (part, i), at_place in moments.items():
-        number = len(found.of(part)[i])
+        number = len(worths.of(part)[i])
         if number == 0:
             continue
         matrix = layers[i][PROJECTIONS[part]].weight.detach()
@@ -116,8 +116,8 @@ def worth(
             matrix.double(), at_place.covariance(), at_place.curvature(), number,
             UNITS_AT_A_TIME if part == "ffn" else 1,
         )  # fmt: skip
-        found.of(part)[i].copy_(rises.float())
-    return found
+        worths.of(part)[i].copy_(rises.float())
+    return worths
 
 
 def moments_of(

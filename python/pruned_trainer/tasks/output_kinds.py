@@ -74,8 +74,8 @@ def comparable_outputs(outputs: Any, config: Any, mask: Tensor | None, pooling: 
         )
     if "start_logits" in fields and "end_logits" in fields:
         names = ("start_logits", "end_logits", "answer_type_logits")
-        found = {name: fields[name] for name in names if fields.get(name) is not None}
-        return Outputs(OutputKind.SPANS, found)
+        tensors = {name: fields[name] for name in names if fields.get(name) is not None}
+        return Outputs(OutputKind.SPANS, tensors)
     for name in _EMBEDDINGS:
         if isinstance(fields.get(name), Tensor):
             return _embedding(fields[name], config)
@@ -155,11 +155,11 @@ def divergences(student: Outputs, teacher: Outputs, mask: Tensor, temperature: f
 
 
 def _of_spans(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
-    found = []
+    each = []
     for name, target in teacher.values.items():
         everything = real if name != "answer_type_logits" else torch.ones_like(target, dtype=torch.bool)
-        found.append(_kl(student.values[name], target, everything, temperature))
-    return torch.stack(found).mean(0) * temperature**2
+        each.append(_kl(student.values[name], target, everything, temperature))
+    return torch.stack(each).mean(0) * temperature**2
 
 
 def _of_classes(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:

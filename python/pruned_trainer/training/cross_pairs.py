@@ -88,9 +88,9 @@ def _parts(ids: Any, separator: int) -> int:
     """The number of tokens of the first text, with the separators that follow it (RoBERTa has two).
 
     Errors: ValueError where no second text follows."""
-    found = np.flatnonzero(np.asarray(ids) == separator)
-    if len(found):
-        end = int(found[0]) + 1
+    separators = np.flatnonzero(np.asarray(ids) == separator)
+    if len(separators):
+        end = int(separators[0]) + 1
         while end < len(ids) and ids[end] == separator:
             end += 1
         if end < len(ids):

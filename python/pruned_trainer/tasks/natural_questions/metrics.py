@@ -223,9 +223,9 @@ def best_f1_loss_interval(
 
 
 def _interval(differences: Sequence[FloatArray]) -> tuple[float, float]:
-    found = interval(np.concatenate(differences))
-    assert found is not None  # an F1 is always a number
-    return found
+    ends = interval(np.concatenate(differences))
+    assert ends is not None  # an F1 is always a number
+    return ends
 
 
 def _bests(stats: AnswerStats, times: FloatArray) -> tuple[FloatArray, FloatArray]:

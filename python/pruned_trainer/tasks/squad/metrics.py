@@ -253,7 +253,7 @@ def bootstrap_interval(
         raise ValueError(f"level is {level}: it must lie between 0 and 1")
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     means = [difference[rows].mean(axis=1) for rows in samples(difference.size, resamples, seed)]
-    found = interval(np.concatenate(means), level)
-    if found is None:
+    ends = interval(np.concatenate(means), level)
+    if ends is None:
         raise ValueError("the scores are no finite numbers")
-    return found
+    return ends

@@ -49,12 +49,12 @@ def read_examples(
     if Path(source).is_file() and suffix not in (*JSON_LINES, *ARROW):
         return list(load_squad(source, "raise", skipped, repaired).examples)
     try:
-        found = read_rows(source, default_split, NEEDED + OPTIONAL, skipped)
-        found.need(NEEDED)
+        rows = read_rows(source, default_split, NEEDED + OPTIONAL, skipped)
+        rows.need(NEEDED)
     except FormatError as error:
         raise SquadFormatError(str(error)) from None
-    placed = _placed_examples(found, skipped)
-    return list(checked_examples(placed, found.where, skipped, repaired))
+    placed = _placed_examples(rows, skipped)
+    return list(checked_examples(placed, rows.where, skipped, repaired))
 
 
 def _placed_examples(source: Source, skipped: Skipped | None) -> Iterator[Placed]:

@@ -127,8 +127,8 @@ class EmbeddingTask(TextTask):
         """The encoder with a loss on pairs: by their scores, or each query with a document that is relevant
         to it."""
         if isinstance(examples, Retrieval):
-            found = zip(examples.queries, examples.relevant, strict=True)
-            pairs = [(query.texts[0], examples.documents[n]) for query, relevant in found for n in relevant]
+            judged = zip(examples.queries, examples.relevant, strict=True)
+            pairs = [(query.texts[0], examples.documents[n]) for query, relevant in judged for n in relevant]
             scores = None
         else:
             pairs = [(row.texts[0], row.texts[1]) for row in examples.rows]
@@ -153,8 +153,8 @@ def _similarity(prepared: PreparedTexts, examples: Examples, texts: Sequence[str
     place = {text: number for number, text in enumerate(texts)}
     first, second = (np.array([place[row.texts[side]] for row in examples.rows]) for side in (0, 1))
 
-    def cosines(found: Sequence[Any]) -> FloatArray:
-        vectors = np.stack(found).astype(np.float64)
+    def cosines(embeddings: Sequence[Any]) -> FloatArray:
+        vectors = np.stack(embeddings).astype(np.float64)
         return _cosines(vectors[first], vectors[second])
 
     return replace(
@@ -172,8 +172,8 @@ def _search(prepared: PreparedTexts, search: Retrieval, texts: Sequence[str]) ->
     for row, relevant in zip(gold, search.relevant, strict=True):
         row[list(relevant)] = 1
 
-    def similarities(found: Sequence[Any]) -> FloatArray:
-        vectors = np.stack(found).astype(np.float64)
+    def similarities(embeddings: Sequence[Any]) -> FloatArray:
+        vectors = np.stack(embeddings).astype(np.float64)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors[asked] @ vectors[documents].T
 

@@ -84,7 +84,7 @@ def model_outputs(model: PreTrainedModel, windows: Sequence[Any], read: Read) ->
 @torch.inference_mode()
 def _outputs(model: PreTrainedModel, read: Read, windows: Sequence[Any]) -> list[NDArray[np.float32]]:
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
-    found: dict[int, NDArray[np.float32]] = {}
+    by_window: dict[int, NDArray[np.float32]] = {}
     was_training = model.training
     model.eval()
     try:
@@ -97,10 +97,11 @@ def _outputs(model: PreTrainedModel, read: Read, windows: Sequence[Any]) -> list
             values = read(model(**inputs), inputs["attention_mask"]).float().cpu().numpy()
             per_token = values.ndim > 2
             for place, row in enumerate(rows):
-                found[row] = values[place, : len(windows[row])].copy() if per_token else values[place].copy()
+                value = values[place, : len(windows[row])] if per_token else values[place]
+                by_window[row] = value.copy()
     finally:
         model.train(was_training)
-    return [found[row] for row in range(len(windows))]
+    return [by_window[row] for row in range(len(windows))]
 
 
 def pooled(pooling: str, outputs: Any, mask: Tensor) -> Tensor:

@@ -73,17 +73,17 @@ def read_labelled(
     without it the first one is raised. Errors: as for `read_rows`; FormatError that names the place, for
     missing columns with those that there are, and where no row is left.
     """
-    found = read_rows(source, split, {*columns, label}, skipped)
-    hint = "" if label in found.columns else "; --texts takes texts without labels"
-    found.need((*columns, label), hint)
+    table = read_rows(source, split, {*columns, label}, skipped)
+    hint = "" if label in table.columns else "; --texts takes texts without labels"
+    table.need((*columns, label), hint)
     rows = []
-    for where, row in found.placed():
+    for where, row in table.placed():
         with skipping(skipped):
             rows.append(
                 Example(texts_of(row, columns, where), where, read_label(value_of(row, label, where), where))
             )
-    names = tuple(found.names.get(label, ()))
-    return some(Examples(found.where, tuple(rows), True, names), skipped)
+    names = tuple(table.names.get(label, ()))
+    return some(Examples(table.where, tuple(rows), True, names), skipped)
 
 
 def read_unlabelled(
@@ -100,13 +100,13 @@ def read_unlabelled(
             )
         rows = tuple(_lines(Path(name)))
         return some(Examples(str(source), rows, False), skipped)
-    found = read_rows(source, split, columns, skipped)
-    found.need(columns)
+    table = read_rows(source, split, columns, skipped)
+    table.need(columns)
     read = []
-    for where, row in found.placed():
+    for where, row in table.placed():
         with skipping(skipped):
             read.append(Example(texts_of(row, columns, where), where))
-    return some(Examples(found.where, tuple(read), False), skipped)
+    return some(Examples(table.where, tuple(read), False), skipped)
 
 
 def _lines(path: Path) -> Iterator[Example]:

@@ -78,7 +78,7 @@ RETRIEVAL: tuple[Metric, ...] = (DiscountedGain(), ReciprocalRank(), Recall())
 
 def grouped(values: Sequence[Any], groups: Sequence[int]) -> list[FloatArray]:
     """The values of each group, in the order of their first members. groups: the number of each value's."""
-    found: dict[int, list[Any]] = {}
+    by_group: dict[int, list[Any]] = {}
     for value, group in zip(values, groups, strict=True):
-        found.setdefault(group, []).append(value)
-    return [np.array(of_group, np.float64) for of_group in found.values()]
+        by_group.setdefault(group, []).append(value)
+    return [np.array(of_group, np.float64) for of_group in by_group.values()]

@@ -82,14 +82,14 @@ class RerankingTask(TextTask):
     def _read_rows(self, source: Path | str, split: str, skipped: Skipped | None) -> Examples:
         query, passage = self.columns
         label = self.options.scores or self.options.label_column or RELEVANT
-        found = read_rows(source, split, {query, passage, label}, skipped)
-        hint = "" if label in found.columns else "; --texts takes pairs without labels"
-        found.need((query, passage, label), hint)
+        table = read_rows(source, split, {query, passage, label}, skipped)
+        hint = "" if label in table.columns else "; --texts takes pairs without labels"
+        table.need((query, passage, label), hint)
         rows: list[Example] = []
-        for where, row in found.placed():
+        for where, row in table.placed():
             with skipping(skipped):
                 rows += list(_pairs(row, query, passage, label, where))
-        return some(Examples(found.where, tuple(rows)), skipped)
+        return some(Examples(table.where, tuple(rows)), skipped)
 
     @property
     def columns(self) -> tuple[str, str]:

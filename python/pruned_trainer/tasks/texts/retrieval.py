@@ -57,13 +57,13 @@ def read_retrieval(
     assert options.corpus is not None
     numbers, documents = read_corpus(options.corpus)
     if options.queries is None:
-        where, found = _with_ids(source, split, options, numbers, skipped)
+        where, judgements = _with_ids(source, split, options, numbers, skipped)
     else:
-        where, found = _joined(source, split, options, numbers, skipped)
-    if not found:
+        where, judgements = _joined(source, split, options, numbers, skipped)
+    if not judgements:
         some(Examples(where, ()), skipped)
-    queries = tuple(query for query, _ in found)
-    return Retrieval(where, queries, tuple(relevant for _, relevant in found), documents)
+    queries = tuple(query for query, _ in judgements)
+    return Retrieval(where, queries, tuple(relevant for _, relevant in judgements), documents)
 
 
 Found = list[tuple[Example, tuple[int, ...]]]
@@ -80,14 +80,14 @@ def _with_ids(
     text, label = (options.text_columns or (TEXT,))[0], options.label_column or RELEVANT
     rows = read_rows(source, split, {text, label}, skipped)
     rows.need((text, label), "" if label in rows.columns else "; --queries takes files of relevance")
-    found: Found = []
+    judgements: Found = []
     for where, row in rows.placed():
         with skipping(skipped):
             ids = [_number(numbers, value, where) for value in get_field(row, label, list, where)]
             if not ids:
                 raise FormatError(f"{where}: no document is relevant")
-            found.append((Example(texts_of(row, (text,), where), where), tuple(ids)))
-    return rows.where, found
+            judgements.append((Example(texts_of(row, (text,), where), where), tuple(ids)))
+    return rows.where, judgements
 
 
 def _joined(

@@ -65,18 +65,18 @@ class TaggingTask(TextTask):
         tokens = (self.options.text_columns or (TOKENS,))[0]
         label = self.options.label_column or TAGS
         with self.skipping_bad() as skipped:
-            found = read_rows(source, split, {tokens, label}, skipped)
-            hint = "" if label in found.columns else "; --texts takes texts without labels"
-            found.need((tokens, label), hint)
+            table = read_rows(source, split, {tokens, label}, skipped)
+            hint = "" if label in table.columns else "; --texts takes texts without labels"
+            table.need((tokens, label), hint)
             rows = []
-            for where, row in found.placed():
+            for where, row in table.placed():
                 with skipping(skipped):
                     words = _words(row, tokens, where)
                     labels = [read_class(value, where) for value in get_field(row, label, list, where)]
                     if len(labels) != len(words):
                         raise FormatError(f"{where}: {len(words)} words, but {len(labels)} labels")
                     rows.append(Example(words, where, tuple(labels), unit=" ".join(words)))
-        return some(Examples(found.where, tuple(rows), True, tuple(found.names.get(label, ()))), skipped)
+        return some(Examples(table.where, tuple(rows), True, tuple(table.names.get(label, ()))), skipped)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -139,9 +139,9 @@ class TaggingTask(TextTask):
                 with skipping(skipped):
                     numbers.append([labels.number(value, row.where, examples.names) for value in row.label])
                     rows.append(row)
-        found = {number for of_row in numbers for number in of_row}
-        if len(found) < 2:
-            raise FormatError(_one_label(examples, labels.names[min(found)] if found else "none"))
+        labels_seen = {number for of_row in numbers for number in of_row}
+        if len(labels_seen) < 2:
+            raise FormatError(_one_label(examples, labels.names[min(labels_seen)] if labels_seen else "none"))
         return rows, numbers
 
     def _encode(self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Sentence]:
@@ -168,9 +168,9 @@ def _words(row: Any, column: str, where: str) -> tuple[str, ...]:
 
 def _token_labels(window: Sentence, labels: Sequence[int]) -> NDArray[np.int64]:
     """(tokens,): each word's label at its first token, IGNORED elsewhere."""
-    found = np.full(len(window), IGNORED, np.int64)
-    found[window.tokens] = np.asarray(labels, np.int64)[window.words]
-    return found
+    targets = np.full(len(window), IGNORED, np.int64)
+    targets[window.tokens] = np.asarray(labels, np.int64)[window.words]
+    return targets
 
 
 def tags_of(
@@ -224,8 +224,8 @@ def _entity_counts(gold: Any, predicted: Any) -> FloatArray:
 
     counts = []
     for right, chosen in zip(gold, predicted, strict=True):
-        true, found = set(get_entities(list(right))), set(get_entities(list(chosen)))
-        counts.append((len(true & found), len(found), len(true)))
+        true, predicted_entities = set(get_entities(list(right))), set(get_entities(list(chosen)))
+        counts.append((len(true & predicted_entities), len(predicted_entities), len(true)))
     return np.array(counts, np.float64)
 
 

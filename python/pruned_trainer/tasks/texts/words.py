@@ -53,20 +53,20 @@ def encode_words(
 
 
 def _windows(rows: Any, words: Sequence[str], sentence: int) -> list[Sentence]:
-    found = [_first_tokens(rows, row, words) for row in range(len(rows["input_ids"]))]
+    first_tokens = [_first_tokens(rows, row, words) for row in range(len(rows["input_ids"]))]
     # A window may begin inside a word: the word begins where its first token is, over all windows.
     begins: dict[int, int] = {}
-    for firsts in found:
+    for firsts in first_tokens:
         for word, (start, _) in firsts.items():
             begins[word] = min(start, begins.get(word, start))
     homes: dict[int, tuple[int, int]] = {}  # each word's window, with the tokens that it sees on both sides
-    for row, firsts in enumerate(found):
+    for row, firsts in enumerate(first_tokens):
         for word, (start, token) in firsts.items():
             margin = min(token, len(rows["input_ids"][row]) - 1 - token)
             if start == begins[word] and (word not in homes or margin > homes[word][0]):
                 homes[word] = margin, row
     windows = []
-    for row, firsts in enumerate(found):
+    for row, firsts in enumerate(first_tokens):
         own = [(word, token) for word, (_, token) in firsts.items() if homes[word][1] == row]
         window, pairs = encoded(rows, row), np.array(own, np.int64).reshape(-1, 2)
         windows.append(Sentence(window.input_ids, window.token_type_ids, sentence, pairs[:, 0], pairs[:, 1]))
