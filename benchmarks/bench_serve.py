@@ -173,10 +173,18 @@ def row(server: str, phase: str, load: Load, each: int, **more: Any) -> harness.
 
 
 class Bench:
-    """The servers, and what was measured of them."""
+    """The servers, and what was measured of them. The files are written after each measurement, so that a
+    run which is ended early leaves what it has."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.rows = arguments, list[harness.Row]()
+        self.arguments, self.out = arguments, arguments.out or harness.result_path("serve", "cpu")
+        self.rows = harness.read_rows(self.out) if arguments.add and self.out.exists() else []
+        self.origin = {
+            "texts_per_request": arguments.texts_per_request,
+            "model": arguments.model.name,
+            **harness.stamp(),
+            **{f"version_{package}": version(package) for package in ("fastapi", "uvicorn", "h11")},
+        }
         self.texts = texts_of(arguments.model)
         self.targets: dict[str, Target] = {}
         self.requests: dict[str, list[bytes]] = {}
@@ -187,7 +195,9 @@ class Bench:
         self.requests[name] = requests_of(target, self.texts, self.arguments.texts_per_request, model)
 
     def keep(self, line: harness.Row) -> None:
-        self.rows.append(line)
+        self.rows.append(line | self.origin)
+        harness.write_rows(self.out, self.rows)
+        self.out.with_suffix(".md").write_text(page(self.rows), encoding="utf-8")
         shown = {key: value for key, value in line.items() if value not in ("", 0)}
         print(", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 
@@ -234,19 +244,7 @@ def main() -> None:
             path = urlsplit(url).path or "/v1/embeddings"
             bench.add(name, Target(url, path, int(process) if process else None), arguments.rival_model)
         bench.measure()
-    origin = {
-        "texts_per_request": arguments.texts_per_request,
-        "model": arguments.model.name,
-        **harness.stamp(),
-        **{f"version_{package}": version(package) for package in ("fastapi", "uvicorn", "h11")},
-    }
-    out = arguments.out or harness.result_path("serve", "cpu")
-    rows = [line | origin for line in bench.rows]
-    if arguments.add and out.exists():
-        rows = [*harness.read_rows(out), *rows]
-    harness.write_rows(out, rows)
-    out.with_suffix(".md").write_text(page(rows), encoding="utf-8")
-    print(out)
+    print(bench.out)
 
 
 if __name__ == "__main__":
