@@ -2,8 +2,8 @@
 
 A token's values share one scale, and so do a channel's weights. Where one value is a hundred times the rest,
 the rest is rounded to a few levels or to zero, and the linear loses what it computes from it. Nothing in the
-output tells. So `optimize` looks at every linear once, and `Int8Watch` at a sequence of the first, second,
-fourth, eighth ... batch that a model runs.
+output tells. So `optimize` looks at every linear once, and `Int8Watch` at the beginning of a sequence of the
+first, second, fourth, eighth ... batch that a model runs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ LIMIT = 0.1
 # A channel that varies by less than this part of its size is judged as if it varied by so much: where all
 # tokens are nearly alike, as in the last layers of random models, next to nothing would be left to lose.
 FLOOR = 0.25
-# An output's variation over fewer tokens than this says little.
-_LEAST_TOKENS = 8
+# An output's variation over fewer tokens than this says little; over more than that it says little more, and
+# a look would take as long as half a batch.
+_LEAST_TOKENS, _MOST_TOKENS = 8, 64
 
 
 @torch.no_grad()
@@ -91,7 +92,11 @@ def _loss(x: Tensor, weight: Tensor, weights: bool, output: Tensor) -> float:
     """See `int8_losses`; x (tokens, in), weight (out, in), output (tokens, out)."""
     if not x.numel() or not weight.numel():
         return 0.0
-    error = F.linear(_rounded(x), _rounded(weight) if weights else weight) - F.linear(x, weight)
+    rounded = _rounded(x)
+    if weights:
+        error = F.linear(rounded, _rounded(weight)) - F.linear(x, weight)
+    else:
+        error = F.linear(rounded - x, weight)
     varies, size = (output - output.mean(0)).norm(dim=0), output.norm(dim=0)
     least = (size * FLOOR).clamp_min(torch.finfo(x.dtype).tiny)
     return float((error.norm(dim=0) / torch.maximum(varies, least)).median())
@@ -103,8 +108,9 @@ def _rounded(rows: Tensor) -> Tensor:
 
 
 class Int8Watch:
-    """Compares int8 with float32 on the longest sequence of a model's first, second, fourth, eighth ...
-    batch, so that a long run spends nothing on it; warns once, where a linear loses more than LIMIT.
+    """Compares int8 with float32 on the first tokens of the longest sequence of a model's first, second,
+    fourth, eighth ... batch, so that a long run spends nothing on it; warns once, where a linear loses more
+    than LIMIT.
 
     losses: the largest found so far of each linear, from the activations alone.
     """
@@ -127,7 +133,7 @@ class Int8Watch:
             self._batches -= 1  # the next batch is looked at instead
             return
         first = int(cu_seqlens[number])
-        rows = x[first : first + lengths[number]]
+        rows = x[first : first + min(lengths[number], _MOST_TOKENS)]
         found = int8_losses(stack, rows, [len(rows)], stack.int8_linears, weights=False)
         self.losses = {name: max(loss, self.losses.get(name, 0.0)) for name, loss in found.items()}
         if high := above_limit(found):
