@@ -303,12 +303,13 @@ def page(rows: Sequence[Row]) -> str:
         ]
         cells = []
         for shape, kind in dict.fromkeys((row["model"], row["texts"]) for row in speeds):
-            found = {row["runner"]: row for row in speeds if (row["model"], row["texts"]) == (shape, kind)}
-            first = next(iter(found.values()))
+            of_kind = [row for row in speeds if (row["model"], row["texts"]) == (shape, kind)]
+            by_runner = {row["runner"]: row for row in of_kind}
+            first = next(iter(by_runner.values()))
             tokens = f"{first['real_tokens'] / first['number']:.0f}"
             values = [
-                f"{found[name]['texts_per_s']:.1f} ({found[name]['speedup_vs_rival']:.2f}x)"
-                if name in found
+                f"{by_runner[name]['texts_per_s']:.1f} ({by_runner[name]['speedup_vs_rival']:.2f}x)"
+                if name in by_runner
                 else ""
                 for name in names
             ]

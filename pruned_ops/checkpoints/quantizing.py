@@ -94,9 +94,8 @@ def quantize(
             chosen_by = _batches(model, tokenizer, calibration)
             optimize(model, dtype="int8", calibration=chosen_by, tolerance=fraction * tolerance)
         rounded = _by_text(model, batches)
-        error = float(
-            (torch.cat(rounded) - torch.cat(exact)).norm() / torch.cat(exact).norm().clamp_min(1e-30)
-        )
+        difference, norm = torch.cat(rounded) - torch.cat(exact), torch.cat(exact).norm()
+        error = float(difference.norm() / norm.clamp_min(1e-30))
         if error <= tolerance:
             break
     else:

@@ -55,13 +55,12 @@ class PruneSettings:
     train_file, and has no labels. task and the fields of `TaskOptions`: see there. targets: none (only where
     the paper's recipe lets its prices decide), one for `prune`, one or more for `sweep`; all in one unit, and
     kept in the order in which the gate phase meets them, the largest model first. decision: a file that says
-    what stays, in the place of targets. batch_size: counts the
-    examples of all processes together. save_steps: the steps from one checkpoint to the next. gate_fraction:
-    the share of the training windows that gates are trained on. average_steps: the share of the retraining's
-    steps, the last ones, whose mean weights are tried. cross_pairs: unlabelled pairs for each training
-    window. gradual: whether each target of a sweep begins with the model of the one before. precision: "auto"
-    for bf16 where it is measured to be faster. command: the command line that gave all
-    this, for the report.
+    what stays, in the place of targets. batch_size: counts the examples of all processes together.
+    save_steps: the steps from one checkpoint to the next. gate_fraction: the share of the training windows
+    that gates are trained on. average_steps: the share of the retraining's steps, the last ones, whose mean
+    weights are tried. cross_pairs: unlabelled pairs for each training window. gradual: whether each target of
+    a sweep begins with the model of the one before. precision: "auto" for bf16 where it is measured to be
+    faster. command: the command line that gave all this, for the report.
     """
 
     model: str
