@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import check_counts
+from pruned_ops.command_line import add_dtype, check_counts, dtype_of
 from pruned_ops.files import check_writable
 from pruned_ops.shape import LayerShape
 
@@ -21,7 +21,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "latency-table",
         help="measure what layers of every size take on this machine",
-        description="Measure what layers of every size take on this machine, in fp32, and write the times to "
+        description="Measure what layers of every size take on this machine, and write the times to "
         "FILE. Leave the machine alone meanwhile: other work would be measured too.",
     )
     parser.set_defaults(run=run)
@@ -51,6 +51,10 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, metavar="N", help="how often each size is timed; medians are kept"
     )
+    add_dtype(parser, "of the linears; bfloat16 and int8 run on a CPU")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads that the model will run on (default: torch's own)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the latency table that is in FILE")
 
 
@@ -58,17 +62,20 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure a latency table, write it, and print what is in it."""
     from pruned_ops.checkpoints.loading import checked_device, default_device, load_config, only_errors
     from pruned_ops.measure.layer_times import measure_table
+    from pruned_ops.measure.timing import threads
 
     start = time.perf_counter()
-    check_counts(arguments, "batch_size", "batches", "rounds", "length", "max_length")
+    check_counts(arguments, "batch_size", "batches", "rounds", "length", "max_length", "threads")
     check_output(arguments.file, arguments.overwrite)
     only_errors()
     config = load_config(arguments.model)
     device = arguments.device or default_device()
     checked_device(device)
-    table = measure_table(
-        config, make_workload(arguments), arguments.rounds, device, command=arguments.command_line
-    )
+    workload, dtype = make_workload(arguments), dtype_of(arguments)
+    with threads(arguments.threads):
+        table = measure_table(
+            config, workload, arguments.rounds, device, command=arguments.command_line, dtype=dtype
+        )
     table.save(arguments.file)
     print_table(table, config.num_hidden_layers)
     print(f"written to {arguments.file} after {time.perf_counter() - start:.0f} s")
@@ -112,7 +119,7 @@ def print_table(table: LatencyTable, num_layers: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(title=f"ms per batch of {table.workload.name}, one layer")
+    grid = Table(title=f"ms per batch of {table.workload.name}, one layer in {table.dtype}")
     grid.add_column("part")
     for column in ("none", "a quarter", "half", "dense"):
         grid.add_column(column, justify="right")

@@ -22,7 +22,7 @@ from pruned_ops.measure.timing import Runner, Workload, machine, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.models.heads import pruned_class
 from pruned_ops.models.inputs import default_position_ids
-from pruned_ops.ops.panels import PANEL
+from pruned_ops.ops.panels import GROUP, LEVELS, PAIR, PANEL
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.runtime.engine import CudaGraphs
 from pruned_ops.runtime.optimize import optimize
@@ -33,7 +33,7 @@ CHAIN = 6
 # The batches that are timed take half a minute to a minute for a small encoder on two cores.
 TIMED_BATCHES = 4
 ALIGNMENTS = (8, 16, 32, 64, 128)
-_LINE = 16  # floats in 64 bytes, where allocations begin, and so every matrix
+_LINE = 64  # bytes; where allocations begin, and so every matrix
 
 
 def measure_table(
@@ -44,9 +44,11 @@ def measure_table(
     progress: bool = True,
     command: str | None = None,
     clock: HostClock | GraphClock | None = None,
+    dtype: str | None = None,
 ) -> LatencyTable:
-    """Measure this machine on a mean batch of `workload`, in fp32, up to the sizes of a config.
+    """Measure this machine on a mean batch of `workload`, up to the sizes of a config.
 
+    dtype: of the linears, as `optimize` takes it: None for fp32, "bfloat16", "int8".
     config: a BERT's or RoBERTa's, stock or pruned (then sizes go up to its widest layer). Each part is timed
     as a chain of up to 6 distinct modules over packed batches. At most 4 batches are timed, evenly spread
     over the workload's in order of their tokens; their times are scaled by tokens to its mean batch. Every
@@ -55,7 +57,8 @@ def measure_table(
     running maximum would keep one slow measurement.
     On a GPU a chain is a CUDA graph, as in an optimised model, and the GPU's clock times it; the model with
     empty layers is timed as a call, with what the host does before its graph. clock: for tests.
-    Errors: ValueError for another model, no round, an empty batch, or sequences longer than the model takes.
+    Errors: ValueError for another model, no round, an empty batch, sequences longer than the model takes, or
+    a dtype that cannot run here.
     """
     checked_int("rounds", rounds, 1)
     chosen = chosen_batches(workload)
@@ -63,7 +66,7 @@ def measure_table(
     longest = max(map(max, workload.batches))
     default_position_ids(empty, None, 1, longest, torch.device("cpu"))  # refuses lengths beyond its table
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had run here
-        runners = part_runners(empty, dense, device)
+        runners = part_runners(empty, dense, device, dtype)
     inputs = part_inputs(empty, chosen, device)
     densest = ("base", f"attention {dense.num_heads}", f"ffn {dense.ffn_width}")  # what `refuse` compares
     backends = backends_of(lambda: [runners[name](inputs[0]) for name in densest])
@@ -77,7 +80,7 @@ def measure_table(
         hidden_size=empty.hidden_size,
         head_dim=empty.head_dim,
         hidden_act=empty.hidden_act,
-        dtype="float32",
+        dtype=dtype or "float32",
         workload=workload,
         base_ms=base,
         attention=attention,
@@ -171,11 +174,13 @@ def chain_length(config: Any) -> int:
     return min(CHAIN, max(1, config.num_hidden_layers))
 
 
-def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> dict[str, Runner]:
+def part_runners(
+    empty: Any, dense: LayerShape, device: torch.device | str, dtype: str | None = None
+) -> dict[str, Runner]:
     """The runners that are timed: "base", the model with empty layers; "attention N" and "ffn W", chains of
     parts."""
     hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.hidden_act
-    model = optimize(pruned_class("QuestionAnswering", empty.model_type)(empty).to(device))
+    model = optimize(pruned_class("QuestionAnswering", empty.model_type)(empty).to(device), dtype)
     one_call = model.base_model.packed.encoder.runs_in_one_call
     runners: dict[str, Runner] = {
         "base": lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -183,8 +188,8 @@ def part_runners(empty: Any, dense: LayerShape, device: torch.device | str) -> d
     # All sizes share one memory, with a row for each module of a chain. Memories of their own would take
     # gigabytes for a large encoder, and each would be colder than weights are in a model that runs often.
     inner = max(4 * dense.num_heads * head_dim, 2 * dense.ffn_width)
-    room = inner * (hidden + PANEL) + PANEL * hidden + 2 * _LINE  # enough for either layout
-    memory = torch.empty(chain_length(empty), room).uniform_(-0.05, 0.05).to(device)
+    room = inner * (hidden + 2 * PANEL) + PANEL * (hidden + PANEL) + 2 * _LINE  # enough for any layout
+    memory = _weights(chain_length(empty), room, dtype).to(device)
     for n in head_counts(dense.num_heads):
         runners[f"attention {n}"] = _chain(
             partial(PrunedAttention, hidden, n, head_dim), memory, head_dim, one_call
@@ -203,26 +208,21 @@ def _chain(
     """Run parts one after the other over a packed batch, each with weights from a row of `memory`."""
     chain, rows = [], []
     for values in memory:
-        row = _SizeTime(values)
+        row = _Row(values)
         with torch.device("meta"):
             part = make()
         state = {
-            name: row.take(*parameter.shape)
+            name: row.weight(*parameter.shape)
             if parameter.dim() > 1
             else torch.full(parameter.shape, float(name == "norm.weight"), device=values.device)
             for name, parameter in part.named_parameters()
         }
         part.load_state_dict(state, assign=True)
         chain.append(part.requires_grad_(False).eval())
-        rows.append(_SizeTime(values))
+        rows.append(_Row(values))
     if one_call:
         next_row = iter(row for row in rows for _ in range(2))
-
-        def lay_out(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-            panels = next(next_row).take(-(-linear.out_features // PANEL), linear.in_features, PANEL)
-            return panels, linear.bias.detach()
-
-        stack = PanelWeights(chain, head_dim, lay_out)
+        stack = PanelWeights(chain, head_dim, lambda linear: next(next_row).panels(linear), keep_fp32=False)
         return lambda batch: stack(batch["x"], batch["cu_seqlens"], int(batch["max_seqlen"]))
 
     def run(batch: dict[str, Tensor]) -> Tensor:
@@ -234,16 +234,40 @@ def _chain(
     return run
 
 
-class _SizeTime:
+def _weights(rows: int, room: int, dtype: str | None) -> Tensor:
+    """Random weights in fp32, bfloat16 or int8: (rows, room)."""
+    if dtype == "int8":
+        return torch.randint(-LEVELS, LEVELS + 1, (rows, room), dtype=torch.int8)
+    weights = torch.empty(rows, room).uniform_(-0.05, 0.05)
+    return weights.to(torch.bfloat16) if dtype == "bfloat16" else weights
+
+
+class _Row:
     """A row of memory that hands out matrices one after the other, each from the beginning of a line."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory, self.used = memory, 0
 
-    def take(self, *shape: int) -> Tensor:
-        size = math.prod(shape)
+    def weight(self, *shape: int) -> Tensor:
+        """A weight as nn.Linear has it. Where the kernels read narrow panels alone, it takes no room."""
+        if self.memory.dtype != torch.float32:
+            return torch.zeros(1).expand(shape)
+        return self._take(*shape)
+
+    def panels(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """The panels of a linear, and its bias, as `ops.encoder` takes them."""
+        count, inputs, bias = -(-linear.out_features // PANEL), linear.in_features, linear.bias.detach()
+        if self.memory.dtype == torch.float32:
+            return self._take(count, inputs, PANEL), bias
+        if self.memory.dtype == torch.bfloat16:
+            return self._take(count, -(-inputs // PAIR), PANEL * PAIR), bias
+        panels = self._take(count, 1 + -(-inputs // GROUP), PANEL * GROUP)
+        return panels, torch.stack([bias, torch.full_like(bias, 0.05 / LEVELS)])
+
+    def _take(self, *shape: int) -> Tensor:
+        size, line = math.prod(shape), _LINE // self.memory.element_size()
         matrix = self.memory[self.used : self.used + size].view(shape)
-        self.used += -(-size // _LINE) * _LINE
+        self.used += -(-size // line) * line
         return matrix
 
 

@@ -6,11 +6,13 @@ that rotates, and reports take the median over rounds, and the median of the rou
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +24,11 @@ from torch import Tensor
 from pruned_ops.version import __version__
 
 Runner = Callable[[dict[str, Tensor]], Any]
+
+# A ratio is settled when its interval reaches no further than this share of it to either side.
+SETTLED = 0.02
+# The rounds of a ratio that does not settle, as multiples of those that were asked for.
+MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,18 @@ class Timing:
     def speedup_over(self, slower: Timing) -> float:
         """How many times as fast this runner is: the median over rounds of slower's seconds over its own.
         Both were measured in the same rounds."""
-        return statistics.median(s / own for s, own in zip(slower.seconds, self.seconds, strict=True))
+        return statistics.median(self._ratios(slower))
+
+    def speedup_interval(self, slower: Timing) -> tuple[float, float]:
+        """A 95% interval for the median of `speedup_over`, by the ranks of the rounds' ratios, whatever their
+        distribution; all of them where there are fewer than 6 rounds."""
+        ratios = sorted(self._ratios(slower))
+        rank = max(0, math.floor(len(ratios) / 2 - 0.98 * math.sqrt(len(ratios))))
+        return ratios[rank], ratios[-1 - rank]
+
+    def _ratios(self, slower: Timing) -> list[float]:
+        """slower's seconds over this runner's, round by round."""
+        return [s / own for s, own in zip(slower.seconds, self.seconds, strict=True)]
 
 
 def _percentile(values: Sequence[float], percentile: int) -> float:
@@ -118,21 +136,42 @@ def interleave(
     rounds: int,
     warmup: int = 1,
     seconds: Callable[[Callable[[], Any]], float] | None = None,
+    settle: tuple[str, str] | None = None,
 ) -> dict[str, Timing]:
     """Time every runner on every batch, batch by batch in turn, for `rounds` rounds after `warmup` untimed
-    ones. seconds: a function that runs a call and returns how long it took; by default `host_seconds`."""
+    ones. seconds: a function that runs a call and returns how long it took; by default `host_seconds`.
+
+    settle: two runners, of which the second is the slower one; rounds go on, up to MOST_ROUNDS times as many,
+    until the 95% interval of their ratio lies within SETTLED of it."""
     seconds = host_seconds if seconds is None else seconds
     names = list(runners)
     calls: dict[str, list[float]] = {name: [] for name in names}
+
+    def is_enough(done: int) -> bool:
+        if done < rounds:
+            return False
+        if settle is None or done >= MOST_ROUNDS * rounds:
+            return True
+        own, slower = (_timing(workload, tuple(calls[name]), len(inputs)) for name in settle)
+        return is_settled(own.speedup_over(slower), own.speedup_interval(slower))
+
     with torch.inference_mode():
-        for number in range(-warmup, rounds):
+        number = -warmup
+        while not is_enough(number):
             for i, batch in enumerate(inputs):
                 turn = (number + i) % len(names)
                 for name in names[turn:] + names[:turn]:
                     took = seconds(partial(runners[name], batch))
                     if number >= 0:
                         calls[name].append(took)
+            number += 1
     return {name: _timing(workload, tuple(values), len(inputs)) for name, values in calls.items()}
+
+
+def is_settled(ratio: float, interval: tuple[float, float]) -> bool:
+    """Whether the interval of a ratio reaches no further than SETTLED of it to either side."""
+    low, high = interval
+    return (1 - SETTLED) * ratio <= low and high <= (1 + SETTLED) * ratio
 
 
 def _timing(workload: Workload, calls: tuple[float, ...], batches: int) -> Timing:
@@ -159,6 +198,17 @@ def event_seconds(call: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1000
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch computes on a CPU with so many threads inside the block; None leaves the number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def machine() -> dict[str, Any]:

@@ -140,7 +140,9 @@ def _numbers(report: Mapping[str, Any]) -> Iterator[str]:
     if _are_numbers(*times):
         yield f"| ms a batch (p50), {name} | {times[0]:.1f} | {times[1]:.1f} |"
     if _are_numbers(speed.get("reached")):
-        yield f"| speed-up, both in our runtime | 1.00x | {speed['reached']:.2f}x |"
+        dtype = speed.get("dtype", "fp32")
+        runtime = "our runtime" if dtype == "fp32" else f"our runtime in {dtype}"
+        yield f"| speed-up, both in {runtime} | 1.00x | {speed['reached']:.2f}x |"
     evaluated_on, machine = _mapping(report.get("evaluated_on")), _mapping(report.get("machine"))
     yield ""
     if evaluated_on:

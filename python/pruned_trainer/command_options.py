@@ -13,6 +13,7 @@ from pruned_ops.command_line import add_dtype
 from pruned_trainer.jobs.settings import (
     BATCH_SIZE,
     DISTIL_IN,
+    DTYPES,
     PAPER_BATCH_SIZE,
     PRECISIONS,
     RECIPES,
@@ -285,6 +286,13 @@ def _layer_pair(text: str) -> tuple[int, int]:
 def _add_running(options: Options, resumable: bool = True) -> None:
     """resumable: False for the demo, which runs in one go, into a folder that it has a name for."""
     _add_output(options, required=resumable)
+    options.add(
+        "dtype",
+        "what the linears of the pruned model will be served in: the latency table, the decision, the "
+        "timings and its scores are of that; it trains in --precision",
+        choices=DTYPES,
+    )
+    options.add("threads", "threads that it will be served on (default: torch's own)", type=int)
     if resumable:
         options.add("resume", "go on with the run that was interrupted, in --out.partial")
     options.add("save_steps", "steps from one checkpoint to the next")

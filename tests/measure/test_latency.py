@@ -15,23 +15,30 @@ from transformers import BertConfig, DistilBertConfig, RobertaConfig
 
 from inputs import pruned_model, stock_model
 from matching import squad_file
-from pruned_ops import LayerShape, ModelShape
+from pruned_ops import LayerShape, ModelShape, record
 from pruned_ops.cli import main
+from pruned_ops.layers.modules import PrunedEncoder
+from pruned_ops.layers.weights import PanelWeights
 from pruned_ops.measure.latency import LatencyTable, layer_backends
 from pruned_ops.measure.layer_times import (
     _alignment,
     _rising,
+    _Row,
+    _weights,
     aligned_widths,
     chosen_batches,
     ffn_widths,
     head_counts,
     measure_table,
 )
-from pruned_ops.measure.timing import Workload, machine, versions
+from pruned_ops.measure.timing import SETTLED, Timing, Workload, interleave, machine, threads, versions
+from pruned_ops.ops.panels import PART_TENSORS
 from pruned_ops.qa.questions import arrival_lengths, window_lengths
 from pruned_ops.qa.windows import windows
+from pruned_ops.runtime.refusals import refuse_encoder
 from tiny_tokenizers import word_tokenizer
 
+REFUSED = refuse_encoder(stock_model().bert, bfloat16=True)  # bfloat16 on this processor
 SHAPE = ModelShape((LayerShape(2, 20), LayerShape(4, 40)), 32, 8)
 WORKLOAD = Workload("tiny", ((5, 3), (9, 1)))
 
@@ -212,6 +219,70 @@ def test_measure(kind: str) -> None:
     assert made.refuse(shape, made_config.hidden_act) is None
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_measure_in_another_dtype(dtype: str) -> None:
+    """The table says what it is of, and holds for that alone."""
+    if dtype == "bfloat16" and REFUSED is not None:
+        pytest.skip(REFUSED)
+    with record() as ran:
+        made = measure_table(config(intermediate_size=42), WORKLOAD, 1, progress=False, dtype=dtype)
+    assert made.dtype == dtype and {*ran} == {"embed_layer_norm", "encoder"}
+    shape = ModelShape((LayerShape(4, 42),) * 2, 32, 8)
+    assert made.refuse(shape, "gelu", dtype) is None
+    assert f"dtype {dtype}, here is float32" in (made.refuse(shape, "gelu") or "")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_timed_parts_have_the_panels_of_a_packed_encoder(dtype: str) -> None:
+    encoder = PrunedEncoder(ModelShape((LayerShape(3, 42),), 36, 8))
+    encoder.pack(int8=encoder.linear_names if dtype == "int8" else (), bfloat16=dtype == "bfloat16")
+    packed = encoder.laid_out
+    assert isinstance(packed, PanelWeights)
+    for number, part in enumerate(encoder.parts):
+        row = _Row(_weights(1, 40_000, dtype)[0])
+        for place, linear in enumerate(part.linears):
+            panels, bias = row.panels(linear)
+            expected = packed.weights[PART_TENSORS * number + 2 * place :][:2]
+            assert [(t.shape, t.dtype) for t in (panels, bias)] == [(t.shape, t.dtype) for t in expected]
+            assert (panels.data_ptr() - row.memory.data_ptr()) % 64 == 0
+
+
+def test_a_ratio_has_an_interval() -> None:
+    """Ranks of the rounds' ratios: all of them at first, the inner ones of many."""
+    own = Timing(WORKLOAD, (1.0,) * 5)
+    slower = Timing(WORKLOAD, (2.0, 1.0, 3.0, 5.0, 4.0))
+    assert own.speedup_over(slower) == 3.0 and own.speedup_interval(slower) == (1.0, 5.0)
+    many = Timing(WORKLOAD, tuple(float(n) for n in range(1, 101)))
+    low, high = Timing(WORKLOAD, (1.0,) * 100).speedup_interval(many)
+    assert (low, high) == (41.0, 60.0)  # the interval of a median by the binomial distribution
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(0.0, 5), (2 * SETTLED, 20)])
+def test_timing_goes_on_until_a_ratio_is_settled(noise: float, rounds: int) -> None:
+    """Without noise the rounds that were asked for are enough; with too much of it there is an end."""
+    calls = {"own": 0, "slower": 0}
+
+    def seconds(call: Any) -> float:
+        name = call()
+        calls[name] += 1
+        return 1.0 if name == "own" else 2.0 * (1 + noise * (-1) ** calls[name])
+
+    runners = {name: (lambda batch, name=name: name) for name in calls}
+    workload = Workload("one", ((1,),))
+    timings = interleave(runners, workload, [{}], 5, warmup=1, seconds=seconds, settle=("own", "slower"))
+    assert {len(timing.seconds) for timing in timings.values()} == {rounds}
+    assert calls == {"own": rounds + 1, "slower": rounds + 1}
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    with threads(None):
+        assert torch.get_num_threads() == before
+
+
 def test_measure_refuses() -> None:
     for wrong, workload, rounds, message in (
         (DistilBertConfig(), WORKLOAD, 2, "a distilbert model is not measured"),
@@ -262,6 +333,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = tmp_path / "table.json"
     common = ["latency-table", str(path), "--model", str(folder / "model"), "--rounds", "1", "--batches", "2"]
     argv = [*common, "--data", str(folder / "data.json"), "--batch-size", "3"]
+    argv += ["--dtype", "int8", "--threads", "1"]
     assert main(argv) == 0
     screen = capsys.readouterr().out
     for words in ("num_heads", "ffn_width", "a quarter", "dense", "alignment", f"written to {path}"):
@@ -269,6 +341,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     made = LatencyTable.load(path)
     assert made.workload.name == "arrival-b3" and [len(b) for b in made.workload.batches] == [3, 3]
     assert made.command == " ".join(["pruned-ops", *argv])
+    assert made.dtype == "int8" and made.machine["threads"] == 1
     assert made.attention[-1][0] == 4 and made.ffn[-1][0] == 40
     fixed = [*common, "--length", "9", "--batch-size", "2"]
     assert main(fixed) == 2 and "--overwrite replaces it" in capsys.readouterr().err
@@ -286,6 +359,7 @@ def test_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for argv, message in (
         ([new, *fixed, "--batch-size", "0"], "--batch-size is 0"),
         ([new, *fixed, "--batches", "0"], "--batches is 0"),
+        ([new, *fixed, "--threads", "0"], "--threads is 0"),
         ([new, *fixed, "--rounds", "-1"], "--rounds is -1"),
         ([new, "--model", model, "--length", "0"], "--length is 0"),
         ([new, "--model", model, "--length", "81"], "position table allows 80"),

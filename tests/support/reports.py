@@ -33,7 +33,14 @@ def a_report(task: str = "squad", layers: int = 3, **changes: Any) -> dict[str, 
     }  # fmt: skip
     report = {
         **models,
-        "speedup": {"asked": None, "reached": 1.993, "workload": "arrival-b8"},
+        "speedup": {
+            "asked": None,
+            "reached": 1.993,
+            "interval": [1.971, 2.012],
+            "against_hugging_face": 4.5678,
+            "workload": "arrival-b8",
+            "dtype": "fp32",
+        },
         **{f"{score}_loss": 0.5 for score in scores},
         **{f"{score}_loss_interval": [-0.25, 1.75] for score in scores},
         "target": {"asked": {"macs": 0.5}, "reached": {"macs": 0.4987}},

@@ -51,7 +51,7 @@ _OPTIONS = frozenset(
     "parts penalty lambda_attention lambda_ffn lambda_hidden max_minutes gate_epochs retrain_epochs "
     "gate_fraction gate_steps retrain_steps gate_learning_rate retrain_learning_rate distil_in dropout "
     "train_embeddings align compensate save_steps latency_table overwrite resume decision "
-    "average_steps".split()
+    "average_steps dtype threads".split()
 )
 
 

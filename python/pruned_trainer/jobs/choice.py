@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_see
 
 from pruned_ops import ModelShape
 from pruned_ops.files import read_json, write_json
-from pruned_ops.measure.timing import interleave
+from pruned_ops.measure.timing import interleave, threads
 from pruned_ops.models.model_card import WEIGHTS
 from pruned_ops.models.stock import config_of
 from pruned_ops.runtime.optimize import optimized
@@ -419,13 +419,19 @@ def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: T
 
 def measured_fraction(job: Job, narrow: PreTrainedModel, target: Target) -> float:
     """The narrow model's time on the workload over the dense model's (or over the table's time of the dense
-    model, for a target in milliseconds), measured interleaved."""
-    config = config_of(job.dense)
+    model, for a target in milliseconds), both as the pruned model will be served, measured interleaved until
+    the ratio is settled."""
+    config, settings = config_of(job.dense), job.settings
     dense_part, narrow_part = timed_part(job.dense), timed_part(narrow.eval())
     inputs = job.workload.inputs(config.vocab_size, config.pad_token_id, job.device)
-    with optimized(dense_part) as dense, optimized(narrow_part) as fast:
+    dtype = settings.served_dtype
+    with (
+        threads(settings.threads),
+        optimized(dense_part, dtype) as dense,
+        optimized(narrow_part, dtype) as fast,
+    ):
         runners = {"dense": lambda batch: dense(**batch), "narrow": lambda batch: fast(**batch)}
-        timings = interleave(runners, job.workload, inputs, ROUNDS)
+        timings = interleave(runners, job.workload, inputs, ROUNDS, settle=("narrow", "dense"))
     if target.unit == "latency_ms":
         return timings["narrow"].ms(50) / job.budget.total
     return 1 / timings["narrow"].speedup_over(timings["dense"])

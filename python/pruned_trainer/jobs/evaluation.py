@@ -3,9 +3,10 @@ beside the dense model."""
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from transformers import PreTrainedModel
 
 import pruned_ops
 from pruned_ops.measure.latency import LatencyTable
-from pruned_ops.measure.timing import Timing, Workload, interleave, machine, versions
+from pruned_ops.measure.timing import Timing, Workload, interleave, is_settled, machine, threads, versions
 from pruned_ops.models.stock import config_of, model_shape, running_encoder
 from pruned_ops.runtime.optimize import optimized
-from pruned_trainer.distributed import once
+from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import Chosen
 from pruned_trainer.jobs.job import TIMED_ROUNDS, Job, timed_part
 from pruned_trainer.report.published import data_set_of
 from pruned_trainer.tasks.task import Result
+
+# The dense model as Hugging Face runs it, among the timings.
+_STOCK = "Hugging Face"
 
 
 def model_facts(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:
@@ -37,22 +41,25 @@ def model_facts(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any
 
 
 def time_models(
-    models: Mapping[str, PreTrainedModel], workload: Workload
+    models: Mapping[str, PreTrainedModel], workload: Workload, dtype: str | None = None
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
-    """Time optimised models against each other on one workload; returns the timings, and the backends that
-    ran each op, by the models' names."""
-    first = next(iter(models.values()))
+    """Time the optimised models "dense" and "pruned" against each other on one workload, until their ratio is
+    settled, and the dense model as it is beside them; returns the timings, and the backends that ran each op,
+    by the models' names. dtype: as for `optimize`."""
+    first = models["dense"]
     config, device = config_of(first), running_encoder(first).device
     inputs = workload.inputs(config.vocab_size, config.pad_token_id, device)
     backends: dict[str, Any] = {}
+    stock = copy.deepcopy(first).eval()
     with ExitStack() as stack:
         for name, model in models.items():
-            stack.enter_context(optimized(model))
+            stack.enter_context(optimized(model, dtype))
             with pruned_ops.record() as ran:
                 model(**inputs[0])
             backends[name] = {op: ", ".join(sorted(counts)) for op, counts in ran.items()}
-        runners = {name: (lambda batch, model=model: model(**batch)) for name, model in models.items()}
-        return interleave(runners, workload, inputs, TIMED_ROUNDS), backends
+        timed = {**models, _STOCK: stock}
+        runners = {name: (lambda batch, model=model: model(**batch)) for name, model in timed.items()}
+        return interleave(runners, workload, inputs, TIMED_ROUNDS, settle=("pruned", "dense")), backends
 
 
 def timing_json(timing: Timing, backends: Mapping[str, str]) -> dict[str, Any]:
@@ -81,12 +88,16 @@ class Judged:
         }
 
 
-def judge(job: Job, model: PreTrainedModel, thresholds: dict[str, float] | None = None) -> Judged:
-    """Choose the thresholds on validation data (unless they are given), then evaluate."""
+def judge(
+    job: Job, model: PreTrainedModel, thresholds: dict[str, float] | None = None, dtype: str | None = None
+) -> Judged:
+    """Choose the thresholds on validation data (unless they are given), then evaluate. dtype: what the model
+    runs in, as for `optimize`."""
     nn.Module.to(model, job.device)
-    if thresholds is None:
-        thresholds = job.validation.best_thresholds(model)
-    return Judged(model, thresholds, job.evaluation.evaluate(model, thresholds))
+    with nullcontext() if dtype is None else optimized(model, dtype):
+        if thresholds is None:
+            thresholds = job.validation.best_thresholds(model)
+        return Judged(model, thresholds, job.evaluation.evaluate(model, thresholds))
 
 
 def validation_score(job: Job, model: PreTrainedModel) -> float:
@@ -102,15 +113,24 @@ def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict
     """Time both models against each other; returns everything that report.json holds but the training."""
     models = {"dense": dense, "pruned": pruned}
     workload, target = job.workload, chosen.decision.target
-    timings, backends = once(
-        lambda: time_models({name: timed_part(judged.model) for name, judged in models.items()}, workload)
-    )
+    parts, dtype = {name: timed_part(judged.model) for name, judged in models.items()}, job.settings.dtype
+    with threads(job.settings.threads):
+        timings, backends = once(lambda: time_models(parts, workload, job.settings.served_dtype))
     report: dict[str, Any] = {}
     for name, judged in models.items():
         timed = {workload.name: timing_json(timings[name], backends[name])}
         report[name] = {**judged.to_json(job), "workloads": timed}
-    speedup = timings["pruned"].speedup_over(timings["dense"])
-    report["speedup"] = {"asked": target.get("speedup"), "reached": speedup, "workload": workload.name}
+    ours = timings["pruned"]
+    speedup, interval = ours.speedup_over(timings["dense"]), ours.speedup_interval(timings["dense"])
+    report["speedup"] = {
+        "asked": target.get("speedup"),
+        "reached": speedup,
+        "interval": list(interval),
+        "against_hugging_face": ours.speedup_over(timings[_STOCK]),
+        "workload": workload.name,
+        "dtype": dtype,
+    }
+    _say_what_falls_short(target.get("speedup"), speedup, interval)
     report.update(dense.result.losses(pruned.result))
     report["target"] = {"asked": target, "reached": chosen.decision.reached}
     measured = {"speedup": speedup, "latency_ms": timings["pruned"].ms(50)}
@@ -122,6 +142,21 @@ def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict
     report.update(_circumstances(job))
     report["evaluated_on"]["data_set"] = _data_set(job, dense)
     return report
+
+
+def _say_what_falls_short(asked: float | None, reached: float, interval: tuple[float, float]) -> None:
+    """Tell where the last timing contradicts the decision's own, or is too noisy to say."""
+    low, high = interval
+    within = f"{reached:.2f}x ({low:.2f} to {high:.2f})"
+    if not is_settled(reached, interval):
+        say(
+            f"the last timing is noisy: {within}; pruned-ops bench times the model again on a quieter machine"
+        )
+    elif asked is not None and high < asked:
+        say(
+            f"the last timing falls short of the {asked:g}x that the decision was timed at: {within}; ask "
+            "for a little more, or time it again with pruned-ops bench"
+        )
 
 
 def _prediction_errors(
@@ -178,7 +213,7 @@ def _circumstances(job: Job) -> dict[str, Any]:
         "task": settings.task,
         "score_lines": [line.to_json() for line in job.evaluation.score_lines],
         "recipe": settings.recipe if settings.decision is None else "decision",
-        "machine": machine(),
+        "machine": {**machine(), **({"threads": settings.threads} if settings.threads else {})},
         "versions": versions(),
         "command": settings.command or repr(settings),
     }

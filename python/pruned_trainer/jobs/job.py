@@ -19,12 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.layer_times import measure_table
-from pruned_ops.measure.timing import Workload
+from pruned_ops.measure.timing import Workload, threads
 from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import config_of, encoders_of, model_shape, running_encoder
 from pruned_ops.runtime.optimize import optimize, restore
 from pruned_ops.runtime.packed_encoder import packed_encoders
+from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import is_main, once, per_process, say, state
 from pruned_trainer.jobs.output import load_tokenizer
@@ -326,8 +327,13 @@ def load_teacher(
 
 
 def check_phases(settings: PruneSettings, dense: nn.Module, teacher: nn.Module) -> None:
-    """ValueError where the processes cannot share a batch, or the teacher's layers cannot be compared."""
+    """ValueError where the processes cannot share a batch, the teacher's layers cannot be compared, or the
+    model cannot run here in the dtype that it shall be served in."""
     per_process(settings.train_batch)
+    dtype = settings.served_dtype
+    refusal = refuse_encoder(running_encoder(dense), dtype == "int8", dtype == "bfloat16") if dtype else None
+    if refusal is not None:
+        raise ValueError(f"the pruned model cannot be served in {dtype} here: {refusal}")
     for phase in ("gates", "retrain"):
         distillation = settings.distillation_in(phase)
         if distillation.hidden:
@@ -345,12 +351,16 @@ def latency_table(
     file, device = settings.latency_table or table_file, running_encoder(dense).device.type
     if file is None:
         say("measuring how long each part of a layer takes (pruned-ops latency-table keeps such a table)")
-        return once(lambda: measure_table(config_of(dense), workload, device=device))
+        with threads(settings.threads):
+            return once(
+                lambda: measure_table(config_of(dense), workload, device=device, dtype=settings.served_dtype)
+            )
     if not file.is_file():
         raise FileNotFoundError(f"there is no latency table {file}; pruned-ops latency-table makes one")
     table = LatencyTable.load(file)
-    described = model_shape(dense), config_of(dense).hidden_act, "float32", device
-    refusal = once(lambda: table.refuse(*described))
+    described = model_shape(dense), config_of(dense).hidden_act, settings.served_dtype or "float32", device
+    with threads(settings.threads):
+        refusal = once(lambda: table.refuse(*described))
     if refusal is not None:
         remake = table.remake_command(file)
         raise ValueError(f"{file} cannot be used: {refusal}; make it again: {remake}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, set_seed
 from pruned_ops.files import read_json, write_json
 from pruned_ops.models.encoder import PrunedPreTrainedModel
 from pruned_ops.models.model_card import REPORT, write_model_card
+from pruned_ops.runtime.optimize import optimized
 from pruned_ops.shape import checked_int
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
@@ -267,12 +268,14 @@ def _measure(opened: Run, trained: Trained, dense: Judged, gate_log: Log) -> dic
     choosing = f"score thresholds, on the validation {noun}; then the " if job.task.thresholds else "the "
     say(f"{choosing}evaluation {noun}")
     try:
-        fields = job.validation.best_fields(model)
+        dtype = job.settings.served_dtype
+        with nullcontext() if dtype is None else optimized(model, dtype):
+            fields = job.validation.best_fields(model)
         for name, value in fields.items():
             setattr(model.config, name, value)
         if fields and is_main():
             model.config.save_pretrained(folder)
-        pruned = judge(job, model, own_thresholds(model, job.task))
+        pruned = judge(job, model, own_thresholds(model, job.task), dtype)
         say("timing dense against pruned")
         report = full_report(job, trained.chosen, dense, pruned)
     except KeyboardInterrupt:

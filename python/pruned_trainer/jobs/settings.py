@@ -35,6 +35,8 @@ RECIPES = ("joint", "paper", *UNTRAINED)
 # The name of the task of a call from Python.
 OWN_TASK = "own"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+# What the linears of the model that is served run in.
+DTYPES = ("fp32", "bfloat16", "int8")
 # Examples in a training step, and the paper's own number in its recipe.
 BATCH_SIZE, PAPER_BATCH_SIZE = 16, 24
 # The minibatches that importance scores are taken over by default. Leave-one-out passes over them again for
@@ -60,7 +62,9 @@ class PruneSettings:
     that gates are trained on. average_steps: the share of the retraining's steps, the last ones, whose mean
     weights are tried. cross_pairs: unlabelled pairs for each training window. gradual: whether each target of
     a sweep begins with the model of the one before. precision: "auto" for bf16 where it is measured to be
-    faster. command: the command line that gave all this, for the report.
+    faster. dtype, threads: what the pruned model will be served in, and on how many threads (None: torch's
+    own): the latency table, the decision, the timings and the pruned model's scores are of that.
+    command: the command line that gave all this, for the report.
     """
 
     model: str
@@ -88,6 +92,8 @@ class PruneSettings:
     lambda_hidden: float = 1.0
     decision: Path | None = None
     latency_table: Path | None = None
+    dtype: str = "fp32"
+    threads: int | None = None
     max_minutes: float | None = None
     gate_epochs: float | None = None
     retrain_epochs: float | None = None
@@ -156,7 +162,7 @@ class PruneSettings:
     def _check_choices(self) -> None:
         for name, known in (
             ("recipe", RECIPES), ("penalty", PENALTIES), ("precision", PRECISIONS),
-            ("distil_in", (*DISTIL_IN, None)), ("compensate", (*COMPENSATIONS, None)),
+            ("distil_in", (*DISTIL_IN, None)), ("compensate", (*COMPENSATIONS, None)), ("dtype", DTYPES),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; one of {known} is needed")
@@ -219,7 +225,7 @@ class PruneSettings:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("batch_size", "align", "max_length", "save_steps"):
+        for name in ("batch_size", "align", "max_length", "save_steps", "threads"):
             if getattr(self, name) is not None:
                 checked_int(name, getattr(self, name), 1)
         for name in ("learning_rate", "gate_learning_rate", "retrain_learning_rate"):
@@ -273,6 +279,11 @@ class PruneSettings:
     def trains_gates(self) -> bool:
         """Whether a phase of gates comes before the retraining."""
         return self.decision is None and self.recipe not in UNTRAINED
+
+    @property
+    def served_dtype(self) -> str | None:
+        """The dtype as `pruned_ops.optimize` takes it: None for fp32."""
+        return None if self.dtype == "fp32" else self.dtype
 
     @property
     def is_timed(self) -> bool:

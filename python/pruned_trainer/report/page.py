@@ -73,6 +73,11 @@ def _headline(report: Fields) -> list[tuple[str, str]]:
         workload = f", on {speed.text('workload')}" if speed.text("workload") else ""
         target_text = "" if asked is None else f" ({asked:g}x asked)"
         headline.append((f"{reached:.2f}x", f"as fast as dense{workload}{target_text}"))
+    against = speed.number("against_hugging_face")
+    if against is not None:
+        dtype = speed.text("dtype") or "fp32"
+        in_dtype = "" if dtype == "fp32" else f", in {dtype}"
+        headline.append((f"{against:.2f}x", f"as fast as dense in Hugging Face{in_dtype}"))
     for score in scores_of(report):
         gained = change(report, score) if score.has_loss else None
         if gained:

@@ -284,9 +284,15 @@ def workloads_section(report: Fields) -> Section:
     speed = report.part("speedup")
     if speed.number("reached") is not None:
         workload = f" on {speed.text('workload')}" if speed.text("workload") else ""
+        dtype = f" in {speed.text('dtype')}" if speed.text("dtype") else ""
         section.notes.append(
-            "The pruned model against the dense one, both on our runtime, timed in turn: "
+            f"The pruned model against the dense one, both on our runtime{dtype}, timed in turn: "
             f"{speed.number('reached'):.2f}x{workload} (the median of the rounds)."
+        )
+    if speed.number("against_hugging_face") is not None:
+        section.notes.append(
+            "Against the dense model as Hugging Face runs it, in fp32 and with its padding: "
+            f"{speed.number('against_hugging_face'):.2f}x."
         )
     table = report.part("latency_table")
     errors = [(name, error) for name in MODELS if (error := table.part(name).number("error")) is not None]

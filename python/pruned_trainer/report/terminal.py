@@ -35,10 +35,15 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
         for score in losses
         if report[f"{score.key}_loss"] is not None
     ]
-    console.print(
-        f"[bold]{speed['reached']:.2f}x[/] as fast as our own dense runtime on {speed['workload']}; "
-        f"{', '.join(changes)}."
-    )
+    faster = f"[bold]{speed['reached']:.2f}x[/]"
+    if "interval" in speed:  # reports of earlier versions have none
+        low, high = speed["interval"]
+        faster += f" ({low:.2f} to {high:.2f})"
+    faster += f" as fast as our own dense runtime on {speed['workload']}"
+    if "against_hugging_face" in speed:
+        stock = f"{speed['against_hugging_face']:.2f}x as fast as Hugging Face's dense model"
+        faster += f" in {speed['dtype']}, {stock}"
+    console.print(f"{faster}; {', '.join(changes)}.")
     _print_targets(report, console)
 
 

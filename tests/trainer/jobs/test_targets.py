@@ -18,10 +18,11 @@ from pruned_ops import LayerShape
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
+from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_trainer import LatencyBudget, PerGate, Target, attached
-from pruned_trainer.jobs import choice
+from pruned_trainer.jobs import choice, evaluation
 from pruned_trainer.jobs.choice import MEETS
-from pruned_trainer.jobs.job import start
+from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning import importance
@@ -97,6 +98,63 @@ def test_the_clock_s_fraction(timed: Path, settings: PruneSettings) -> None:
     """The dense model against itself: a positive number, whatever the machine."""
     job = start(of_wide(settings, timed, "clock", Target(speedup=1.01)))
     assert choice.measured_fraction(job, copy.deepcopy(job.dense), job.settings.targets[0]) > 0
+
+
+def test_what_is_served_in_int8_is_measured_in_int8(
+    settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Table, decision, timing and the pruned model's scores, on the threads that were asked for."""
+    runs: list[tuple[str | None, int]] = []
+
+    def seen(job: Job, narrow: Any, target: Target) -> float:
+        runs.append((job.settings.served_dtype, torch.get_num_threads()))
+        return job.budget.fraction(narrow.config.shape)
+
+    monkeypatch.setattr(choice, "measured_fraction", seen)
+    judged: list[tuple[str, frozenset[str]]] = []
+    score = evaluation.Judged
+
+    def scored(model: Any, *rest: Any) -> Any:
+        judged.append((type(model).__name__, model.base_model.packed.encoder.int8_linears)
+                      if packed_encoders(model) else (type(model).__name__, frozenset()))  # fmt: skip
+        return score(model, *rest)
+
+    monkeypatch.setattr(evaluation, "Judged", scored)
+    one = variant(settings, "int8", targets=(Target(speedup=1.02),), dtype="int8", threads=1, recipe="random")
+    report = prune(replace(one, retrain_steps=0))
+    assert LatencyTable.load(one.out / "latency.json").dtype == "int8"
+    assert LatencyTable.load(one.out / "latency.json").machine["threads"] == 1
+    assert runs and {dtype for dtype, _ in runs} == {"int8"}
+    speed = report["speedup"]
+    assert speed["dtype"] == "int8" and speed["against_hugging_face"] > 0
+    assert speed["interval"][0] <= speed["reached"] <= speed["interval"][1]
+    assert report["machine"]["threads"] == 1
+    (dense, nothing), (pruned, quantised) = judged
+    assert (dense, pruned) == ("BertForQuestionAnswering", "PrunedBertForQuestionAnswering")
+    assert not nothing and len(quantised) > 0
+
+
+def test_what_cannot_be_served_is_refused_first(settings: PruneSettings, tmp_path: Path) -> None:
+    relu = save_checkpoint(trained_model(steps=1, hidden_act="relu"), tmp_path / "relu")
+    one = variant(settings, "relu", targets=(Target(speedup=1.1),), dtype="int8", model=str(relu))
+    with pytest.raises(ValueError, match="cannot be served in int8 here: int8 takes a float32 model"):
+        prune(one)
+    for wrong, message in (({"dtype": "fp8"}, "dtype is 'fp8'"), ({"threads": 0}, "threads is 0")):
+        with pytest.raises(ValueError, match=message):
+            variant(settings, "wrong", **wrong)
+
+
+def test_a_last_timing_that_falls_short_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Short of the target, too noisy to say, and right."""
+    for asked, interval, words in (
+        (2.0, (1.90, 1.94), "falls short of the 2x that the decision was timed at: 1.92x (1.90 to 1.94)"),
+        (2.0, (1.70, 2.10), "the last timing is noisy: 1.92x (1.70 to 2.10)"),
+        (1.9, (1.90, 1.94), ""),
+        (None, (1.90, 1.94), ""),
+    ):
+        evaluation._say_what_falls_short(asked, 1.92, interval)
+        said = capsys.readouterr().out
+        assert words in said and bool(said) == bool(words)
 
 
 def test_the_table_of_a_run_is_used_again(
