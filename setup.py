@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,19 @@ if os.environ.get("PRUNED_OPS_SANITIZE", "0") not in SANITIZERS:
 SANITIZE = SANITIZERS[os.environ.get("PRUNED_OPS_SANITIZE", "0")]
 THREADS_HEADER = ["-include", str(ROOT / "tests/tsan/std_threads.h")] if "-fno-openmp" in SANITIZE else []
 
+
+def knows(flags: list[str]) -> bool:
+    """Whether there is a compiler, and it has these flags: gcc has those of AMX from version 11 on."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    try:
+        done = subprocess.run(
+            [*compiler, *flags, "-fsyntax-only", "-x", "c++", "-"], input=b"", capture_output=True
+        )
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
 # What torch compiles its own kernels with.
 CAPABILITY_FLAGS: dict[str, list[str]] = {"DEFAULT": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -82,16 +96,19 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-Wno-uninitialized",  # gcc's own _mm512_undefined_ps trips it
     ]
 KERNELS = "csrc/cpu/kernels.cpp"
-# The int8 kernels of VNNI have a capability name of their own, so that nothing inline in them is shared with
-# files that run on other processors.
+# The int8 kernels of VNNI and of AMX have capability names of their own, so that nothing inline in them is
+# shared with files that run on other processors.
 INT8_KERNELS = "csrc/cpu/int8_kernels.cpp"
 INT8_FLAGS = {name: flags for name, flags in CAPABILITY_FLAGS.items() if name != "AVX512"}
-# bf16 has kernels for one instruction set alone, under a name of its own too.
+# bf16 has kernels for two instruction sets alone, under names of their own too.
 BF16_KERNELS = "csrc/cpu/bf16_kernels.cpp"
 BF16_FLAGS: dict[str, list[str]] = {}
 if "AVX512" in CAPABILITY_FLAGS:
     INT8_FLAGS["AVX512_VNNI"] = [*CAPABILITY_FLAGS["AVX512"], "-mavx512vnni"]
     BF16_FLAGS["AVX512_BF16"] = [*CAPABILITY_FLAGS["AVX512"], "-mavx512bf16"]
+    if knows(["-mamx-tile", "-mamx-int8", "-mamx-bf16"]):
+        INT8_FLAGS["AMX_INT8"] = [*CAPABILITY_FLAGS["AVX512"], "-mamx-tile", "-mamx-int8"]
+        BF16_FLAGS["AMX_BF16"] = [*BF16_FLAGS["AVX512_BF16"], "-mamx-tile", "-mamx-bf16"]
 
 # The first chips that copy to shared memory in the background and multiply bfloat16; PTX for later ones.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
@@ -219,8 +236,8 @@ def make_build_extension() -> type:
             copies += [(BF16_KERNELS, *copy) for copy in BF16_FLAGS.items()]
             order = [*CAPABILITY_FLAGS, *INT8_FLAGS, *BF16_FLAGS]
             for source, capability, flags in sorted(copies, key=lambda copy: order.index(copy[1])):
-                # ATen's headers know AVX512, not what it may have besides.
-                vectors = capability.partition("_")[0]
+                # ATen's headers know AVX512, not what a processor may have besides.
+                vectors = capability if capability in CAPABILITY_FLAGS else "AVX512"
                 macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{vectors}"]
                 objects += self.compiler.compile(
                     [source],
@@ -239,6 +256,7 @@ def extension(cuda: bool) -> Extension:
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
     sources = [
         "csrc/bindings.cpp",
+        "csrc/cpu/amx_permission.cpp",
         "csrc/cpu/attention.cpp",
         "csrc/cpu/dispatch.cpp",
         "csrc/cpu/encoder.cpp",

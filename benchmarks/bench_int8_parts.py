@@ -46,7 +46,7 @@ PARTS = (
     ("GELU", r"gelu_kernel\.h"),
     ("quantising", r"::(quantize_rows?|top_of|rounded\w*)\b"),
     ("LayerNorm", r"layer_norm"),
-    ("products", r"\bmultiply(_int8\w*|_pairs)?\b"),
+    ("products", r"\bmultiply(_int8\w*|_pairs|_amx)?\b"),
     ("attention: rest", r"attention\w*\.(h|cpp)"),
     ("scales and bias", r"tile_kernel\.h|linear_kernel\.h"),
 )  # fmt: skip

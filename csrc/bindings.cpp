@@ -86,8 +86,14 @@ pybind11::dict build_info() {
 #ifdef PRUNED_OPS_HAVE_AVX512_VNNI
   capabilities.emplace_back("AVX512_VNNI");
 #endif
+#ifdef PRUNED_OPS_HAVE_AMX_INT8
+  capabilities.emplace_back("AMX_INT8");
+#endif
 #ifdef PRUNED_OPS_HAVE_AVX512_BF16
   capabilities.emplace_back("AVX512_BF16");
+#endif
+#ifdef PRUNED_OPS_HAVE_AMX_BF16
+  capabilities.emplace_back("AMX_BF16");
 #endif
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
@@ -144,13 +150,15 @@ PYBIND11_MODULE(_C, m) {
       "the capability that runs: DEFAULT, AVX2 or AVX512; obeys ATEN_CPU_CAPABILITY");
   m.def(
       "int8_capability", [] { return pruned_ops::int8_kernels().capability; },
-      "the capability that int8 weights run with: DEFAULT, AVX2 or AVX512_VNNI; obeys ATEN_CPU_CAPABILITY");
+      "the capability that int8 weights run with: DEFAULT, AVX2, AVX512_VNNI or AMX_INT8; obeys "
+      "ATEN_CPU_CAPABILITY");
   m.def(
       "bf16_capability",
       [] {
         const pruned_ops::Bf16Kernels* kernels = pruned_ops::bf16_kernels();
         return kernels == nullptr ? nullptr : kernels->capability;
       },
-      "the capability that bf16 weights run with, AVX512_BF16, or None; obeys ATEN_CPU_CAPABILITY");
+      "the capability that bf16 weights run with, AVX512_BF16 or AMX_BF16, or None; obeys "
+      "ATEN_CPU_CAPABILITY");
   m.def("cpu_features", &cpu_features, "instruction sets of this processor: name -> bool");
 }

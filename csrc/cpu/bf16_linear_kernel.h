@@ -1,6 +1,6 @@
-// x weight^T in bf16 by AVX512_BF16, in the manner of linear_kernel.h: two products and their sum are added
-// to an fp32 number in one instruction. A call owns some rows, keeps a tile of fp32 sums in registers,
-// finishes and writes them once. The instruction takes denormal numbers for 0.
+// x weight^T in bf16 by AVX512_BF16 or AMX, in the manner of linear_kernel.h: two products and their sum are
+// added to an fp32 number in one instruction. A call owns some rows, keeps a tile of fp32 sums in registers,
+// finishes and writes them once. The instructions take denormal numbers for 0.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -13,6 +13,9 @@
 #include "cpu/multiply_bf16_kernel.h"
 #include "cpu/multiply_kernel.h"
 #include "cpu/tile_kernel.h"
+#if defined(__AMX_BF16__)
+#include "cpu/amx_tiles.h"
+#endif
 
 namespace pruned_ops::CPU_CAPABILITY {
 
@@ -37,9 +40,23 @@ inline void round_rows(const float* x, int64_t x_stride, int64_t rows, int64_t i
   }
 }
 
-// Calls visit(tile, values) for each tile, with its product as `finish_tile` takes it.
+// Calls visit(tile, sums) for each tile, with rows of 32 sums.
+#if defined(__AMX_BF16__)
+struct Bf16Product {
+  static void add0() { _tile_dpbf16ps(0, 4, 6); }
+  static void add1() { _tile_dpbf16ps(1, 4, 7); }
+  static void add2() { _tile_dpbf16ps(2, 5, 6); }
+  static void add3() { _tile_dpbf16ps(3, 5, 7); }
+};
+
 template <typename Visit>
-void for_each_bf16_tile(const Bf16LinearArgs& args, const NarrowRows& x, int64_t rows, const Visit& visit) {
+void for_each_bf16_block(const Bf16LinearArgs& args, const NarrowRows& x, int64_t rows, const Visit& visit) {
+  const int64_t depth = args.in * static_cast<int64_t>(sizeof(*args.panels));
+  for_each_amx_block<Bf16Product, float>(args.panels, 0, depth, args.out, x, rows, visit);
+}
+#else
+template <typename Visit>
+void for_each_bf16_block(const Bf16LinearArgs& args, const NarrowRows& x, int64_t rows, const Visit& visit) {
   const auto* const numbers = reinterpret_cast<const uint16_t*>(x.bytes);
   const int64_t stride = x.stride / static_cast<int64_t>(sizeof(*numbers));
   const int64_t steps = round_up(args.in, kBf16Group) / kBf16Group;
@@ -49,6 +66,15 @@ void for_each_bf16_tile(const Bf16LinearArgs& args, const NarrowRows& x, int64_t
     multiply_pair_rows<kPanelVectors>(tile.rows, numbers + tile.first_row * stride, stride,
                                       args.panels + tile.panel * panel_numbers, steps, sums, kWeightPanel,
                                       false, tile.ahead);
+    visit(tile, sums);
+  });
+}
+#endif
+
+// Calls visit(tile, values) for each tile, with its product as `finish_tile` takes it.
+template <typename Visit>
+void for_each_bf16_tile(const Bf16LinearArgs& args, const NarrowRows& x, int64_t rows, const Visit& visit) {
+  for_each_bf16_block(args, x, rows, [&](const Tile& tile, const float* sums) {
     visit(tile, [&](int64_t column, int64_t) {
       const float* from = sums + column;
       return [from](int64_t row) { return Vec::loadu(from + row * kWeightPanel); };

@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "cpu/amx_permission.h"
 #include "cpu/kernels.h"
 
 namespace pruned_ops {
@@ -27,8 +28,18 @@ namespace AVX512_VNNI {
 extern const Int8Kernels int8_table;
 }
 #endif
+#ifdef PRUNED_OPS_HAVE_AMX_INT8
+namespace AMX_INT8 {
+extern const Int8Kernels int8_table;
+}
+#endif
 #ifdef PRUNED_OPS_HAVE_AVX512_BF16
 namespace AVX512_BF16 {
+extern const Bf16Kernels bf16_table;
+}
+#endif
+#ifdef PRUNED_OPS_HAVE_AMX_BF16
+namespace AMX_BF16 {
 extern const Bf16Kernels bf16_table;
 }
 #endif
@@ -49,6 +60,9 @@ const Kernels& choose() {
 
 const Int8Kernels& choose_int8() {
   const std::string capability = at::get_cpu_capability();
+#ifdef PRUNED_OPS_HAVE_AMX_INT8
+  if (capability == "AVX512" && may_use_amx(kAmxInt8Bit)) return AMX_INT8::int8_table;
+#endif
 #ifdef PRUNED_OPS_HAVE_AVX512_VNNI
   __builtin_cpu_init();
   if (capability == "AVX512" && __builtin_cpu_supports("avx512vnni")) return AVX512_VNNI::int8_table;
@@ -62,11 +76,14 @@ const Int8Kernels& choose_int8() {
 const Bf16Kernels* choose_bf16() {
 #ifdef PRUNED_OPS_HAVE_AVX512_BF16
   __builtin_cpu_init();
-  if (at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512bf16")) {
-    return &AVX512_BF16::bf16_table;
-  }
+  if (at::get_cpu_capability() != "AVX512" || !__builtin_cpu_supports("avx512bf16")) return nullptr;
+#ifdef PRUNED_OPS_HAVE_AMX_BF16
+  if (may_use_amx(kAmxBf16Bit)) return &AMX_BF16::bf16_table;
 #endif
+  return &AVX512_BF16::bf16_table;
+#else
   return nullptr;
+#endif
 }
 
 }  // namespace

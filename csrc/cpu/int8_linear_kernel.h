@@ -10,7 +10,9 @@
 #include "cpu/kernels.h"
 #include "cpu/multiply_kernel.h"
 #include "cpu/tile_kernel.h"
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(__AMX_INT8__)
+#include "cpu/int8_amx_kernel.h"
+#elif defined(CPU_CAPABILITY_AVX512)
 #include "cpu/int8_vnni_kernel.h"
 #elif defined(CPU_CAPABILITY_AVX2)
 #include "cpu/int8_avx2_kernel.h"
@@ -20,6 +22,14 @@
 
 namespace pruned_ops::CPU_CAPABILITY {
 
+inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t in, const NarrowRows& out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* values = x + row * x_stride;
+    out.scales[row] = quantize_row(values, in, top_of(values, in), out.bytes + row * out.stride);
+  }
+}
+
+#if !defined(__AMX_INT8__)
 // Picks the instance for a number of rows known when it runs: 1 <= rows <= kRows.
 template <int kRows = kNarrowRows>
 void multiply_int8_rows(int64_t rows, const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t steps,
@@ -32,22 +42,24 @@ void multiply_int8_rows(int64_t rows, const uint8_t* x, int64_t x_stride, const 
   multiply_int8<kRows>(x, x_stride, panel, steps, columns, ahead, sums);
 }
 
-inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t in, const NarrowRows& out) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* values = x + row * x_stride;
-    out.scales[row] = quantize_row(values, in, top_of(values, in), out.bytes + row * out.stride);
-  }
-}
-
-// Calls visit(tile, values) for each tile, with its product in floats as `finish_tile` takes it.
+// Calls visit(tile, sums) for each tile, with rows of 32 sums.
 template <typename Visit>
-void for_each_int8_tile(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, const Visit& visit) {
+void for_each_int8_block(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, const Visit& visit) {
   const int64_t steps = (args.in + kInt8Group - 1) / kInt8Group;
   const int64_t panel_bytes = (1 + steps) * kStepBytes;
   alignas(64) int32_t sums[kNarrowRows * kWeightPanel];
   for_each_tile<kNarrowRows>(args.panels, panel_bytes, steps, args.out, rows, [&](const Tile& tile) {
     multiply_int8_rows(tile.rows, x.bytes + tile.first_row * x.stride, x.stride,
                        args.panels + tile.panel * panel_bytes, steps, tile.columns, tile.ahead, sums);
+    visit(tile, sums);
+  });
+}
+#endif
+
+// Calls visit(tile, values) for each tile, with its product in floats as `finish_tile` takes it.
+template <typename Visit>
+void for_each_int8_tile(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, const Visit& visit) {
+  for_each_int8_block(args, x, rows, [&](const Tile& tile, const int32_t* sums) {
     visit(tile, [&](int64_t column, int64_t lanes) {
       const Vec scale = Vec::loadu(args.scales + tile.first_column + column, lanes);
       const int32_t* at = sums + column;

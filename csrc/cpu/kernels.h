@@ -90,7 +90,8 @@ struct Int8Kernels {
   int64_t quantized_bytes;  // of a quantised value
   // Quantises rows of x to whole numbers of at most 127, and a scale per row.
   void (*quantize)(const float* x, int64_t x_stride, int64_t rows, int64_t in, const NarrowRows& out);
-  // As Kernels::linear, on quantised rows.
+  // As Kernels::linear, on at most kChunkRows quantised rows. What lies where further rows would, up to a
+  // whole number of 16, may be read; so in the next two.
   void (*linear)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish, float* out,
                  int64_t out_stride);
   // GELU(x weight^T + bias) of at most kChunkRows rows, quantised. inner: room for it in float.
@@ -102,7 +103,8 @@ struct Int8Kernels {
                       int64_t out_stride);
 };
 
-// The fastest that this processor has, or less where ATEN_CPU_CAPABILITY asks for less.
+// The fastest that this processor has, or less where ATEN_CPU_CAPABILITY asks for less. `avx512` leaves out
+// AMX.
 const Int8Kernels& int8_kernels();
 
 // x weight^T + bias, both rounded to bf16, with fp32 sums.

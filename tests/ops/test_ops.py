@@ -474,7 +474,8 @@ def test_cpu_capability(capability: str) -> None:
     # AVX-512 without VNNI has its int8 from AVX2.
     int8 = capability if capability != "avx512" else "avx512_vnni" if features["avx512_vnni"] else "avx2"
     bf16 = "avx512_bf16" if capability == "avx512" and features["avx512_bf16"] else "none"
-    if (capability, int8) == (extension.cpu_capability().lower(), extension.int8_capability().lower()):
+    running = (extension.cpu_capability(), extension.int8_capability(), extension.bf16_capability() or "none")
+    if (capability, int8, bf16) == tuple(name.lower() for name in running):
         pytest.skip(f"all other tests run on {capability}")
     script = CAPABILITY_SCRIPT.format(support=SUPPORT, capability=capability, int8=int8, bf16=bf16)
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}

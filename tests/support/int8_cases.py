@@ -33,7 +33,7 @@ from pruned_ops.ops.registry import OPS, use_backend
 
 DEPTHS = (1, 2, 3, 4, 5, 7, 8, 13, 64, 387, 4099)
 WIDTHS = (1, 8, 15, 16, 17, 31, 32, 33, 49, 65)
-ROWS = (1, 2, 5, 6, 7, 13)
+ROWS = (1, 2, 5, 6, 7, 13, 17, 33, 97)
 
 
 def in_int8(arguments: list[Any], linears: Sequence[int] = (0, 1)) -> list[Any]:
@@ -45,6 +45,25 @@ def in_int8(arguments: list[Any], linears: Sequence[int] = (0, 1)) -> list[Any]:
             panels, scales = to_int8_panels(from_panels(weights[at], weights[at + 1].size(0)))
             weights[at : at + 2] = [panels, torch.stack([weights[at + 1], scales])]
     return [*arguments[:3], weights, *arguments[4:]]
+
+
+def edge_arguments() -> list[list[Any]]:
+    """`encoder`'s arguments for int8 FFNs with rows, depths and widths at the edges of tiles of AMX, of 16
+    rows of 64 bytes, and beside them."""
+    cases = []
+    for rows, hidden, width in (
+        (16, 64, 64),
+        (17, 63, 65),
+        (31, 65, 33),
+        (33, 100, 1),
+        (49, 128, 200),
+        (96, 1, 63),
+    ):
+        x, bounds, longest, weights, widths, *rest = in_int8(
+            encoder_arguments(rows, hidden, width, seed=rows)
+        )
+        cases.append([x, bounds, longest, weights[PART_TENSORS:], widths[1:], *rest])  # without the attention
+    return cases
 
 
 def extreme_arguments(rows: int, inputs: int, width: int, values: Tensor, weight: Tensor) -> list[Any]:

@@ -45,8 +45,8 @@ BACKEND = add_backend(Backend("cpu", _missing, "C++ kernels with AVX-512 and AVX
 
 
 def int8_capability() -> str | None:
-    """The capability that int8 weights run with: DEFAULT, AVX2 or AVX512_VNNI. None where the extension was
-    built before int8 ran everywhere, or is not there."""
+    """The capability that int8 weights run with: DEFAULT, AVX2, AVX512_VNNI or AMX_INT8. None where the
+    extension was built before int8 ran everywhere, or is not there."""
     return extension.int8_capability() if hasattr(extension, "int8_capability") else None  # type: ignore
 
 
@@ -66,7 +66,8 @@ def slow_int8() -> str | None:
 
 
 def bf16_capability() -> str | None:
-    """The capability that bfloat16 weights run with: AVX512_BF16. None where nothing here runs them."""
+    """The capability that bfloat16 weights run with: AVX512_BF16 or AMX_BF16. None where nothing here
+    runs them."""
     return extension.bf16_capability() if hasattr(extension, "bf16_capability") else None  # type: ignore
 
 
