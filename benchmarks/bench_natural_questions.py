@@ -31,8 +31,8 @@ import pruned_ops
 from harness import Row
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.measure.timing import Workload
+from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import NaturalQuestionsOutput, load_natural_questions
-from pruned_ops.models.inputs import is_roberta
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
@@ -58,7 +58,7 @@ class HuggingFace(nn.Module):
 
     def __init__(self, model: Any, attention: str) -> None:
         super().__init__()
-        kind: Any = RobertaConfig if is_roberta(model.config) else BertConfig
+        kind: Any = RobertaConfig if family_of(model.config).positions_from_padding else BertConfig
         fields = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
         self.encoder = AutoModel.from_config(
             kind(**fields), attn_implementation=attention, add_pooling_layer=False

@@ -1,4 +1,4 @@
-"""Run structurally pruned BERT and RoBERTa encoders fast.
+"""Run structurally pruned transformer encoders fast.
 
 Each layer may have its own number of heads and FFN width, and no padding is computed.
 

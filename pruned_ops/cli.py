@@ -1,4 +1,4 @@
-"""pruned-ops: run, time, check and convert pruned BERT and RoBERTa checkpoints."""
+"""pruned-ops: run, time, check and convert checkpoints of pruned encoders."""
 
 from __future__ import annotations
 

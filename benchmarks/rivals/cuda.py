@@ -20,7 +20,7 @@ from torch import Tensor
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.heads import PrunedBertForQuestionAnswering
 from pruned_ops.models.inputs import default_position_ids
-from pruned_ops.models.stock import QKV, model_shape, stock_parts
+from pruned_ops.models.stock import layers_of, model_shape
 from pruned_ops.runtime.engine import CudaGraphs, Recorder
 from rivals.rival import Batch, Logits, Make, Refused, Rival, Run, hugging_face, onnx_graph, package
 from torch_ways import compile_each_size, packed_flash_attention
@@ -129,13 +129,12 @@ class PackedTorch:
         self.tables = [tables.word_embeddings, tables.position_embeddings]
         self.type, self.norm = tables.token_type_embeddings.weight[0], tables.LayerNorm
         self.layers = []
-        for layer in base.encoder.layer:
-            parts = stock_parts(layer)
-            qkv = [torch.cat([getattr(parts[n], name).detach() for n in QKV]) for name in ("weight", "bias")]
-            self.layers.append((qkv, *(parts[name] for name in (
-                "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense",
-                "output.LayerNorm",
-            ))))  # fmt: skip
+        for layer in layers_of(base):
+            qkv = [
+                torch.cat([getattr(part, name).detach() for part in layer.qkv]) for name in ("weight", "bias")
+            ]
+            others = (layer.attention_output, layer.attention_norm, layer.up, layer.down, layer.ffn_norm)
+            self.layers.append((qkv, *others))
 
     def __call__(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         """Packed ids and positions (tokens,) -> logits (tokens, 2)."""

@@ -22,7 +22,8 @@ from pruned_ops.checkpoints.loading import (
     load_any_head,
     load_tokenizer,
 )
-from pruned_ops.models.stock import ENCODERS
+from pruned_ops.models.families.known import family_of
+from pruned_ops.models.stock import is_encoder
 from pruned_ops.runtime.optimize import restore
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder
 from pruned_ops.runtime.packed_heads import PackedHead, packed_head
@@ -36,7 +37,7 @@ LARGEST = 1 << 31
 def export_onnx(
     model: Any, path: str | PathLike[str], overwrite: bool = False, token_types: bool | None = None
 ) -> Path:
-    """Write a BERT or RoBERTa, stock or pruned, as ONNX to the folder `path`; returns the graph's file in it.
+    """Write an encoder, stock or pruned, as ONNX to the folder `path`; returns the graph's file in it.
 
     model: a checkpoint's folder, whose tokenizer is copied too, or a model in fp32: for question answering,
     sequence or token classification, or an encoder without a head. An optimised model stays as it is: a copy
@@ -76,7 +77,7 @@ def export_onnx(
 
 def _asks_for_types(model: Any, token_types: bool | None) -> bool:
     """Whether the graph asks for token types: as was said, or where the model has several."""
-    several = model.config.type_vocab_size > 1
+    several = family_of(model.config).value(model.config, "type_vocab_size") > 1
     if token_types and not several:
         raise ValueError(f"this {type(model).__name__} has no token types, and token_types asks for them")
     return several if token_types is None else token_types
@@ -122,15 +123,13 @@ def _original(model: Any) -> Any:
     if isinstance(getattr(model, "base_model", None), OptimisedEncoder):
         model = restore(copy.deepcopy(model))
     head = packed_head(model)
-    if head is None and type(model) not in ENCODERS:
+    if head is None and not is_encoder(model):
         raise ValueError(
             f"a {name} cannot be exported: models for question answering, sequence classification and token "
             "classification can, and encoders without a head"
         )
     encoder = model.base_model
-    reason = (
-        refuse_encoder(encoder) if type(encoder) in ENCODERS else f"its encoder is a {type(encoder).__name__}"
-    )
+    reason = refuse_encoder(encoder) if is_encoder(encoder) else f"its encoder is a {type(encoder).__name__}"
     reason = reason or _refuse_head(model, head)
     others = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
     if reason is None and others:

@@ -1,7 +1,7 @@
 """Checkpoints that other tools pruned, made into pruned_ops checkpoints: the logits stay, the structure is
 written down.
 
-Recognised are BERT and RoBERTa checkpoints, for question answering, sequence or token classification or
+Recognised are checkpoints of the known families, for question answering, sequence or token classification or
 without a head, with: heads that transformers 4 pruned
 (`pruned_heads` in the config; v5 cannot load them); zero rows, columns and heads (nn_pruning); layers that
 are smaller than the config says, or missing, and a smaller hidden size (CoFi); masks beside a dense model
@@ -12,7 +12,7 @@ Nowhere else is structure inferred from tensor sizes and from zeros.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -24,19 +24,13 @@ from transformers.activations import ACT2FN
 from pruned_ops.checkpoints.loading import check_weights, checkpoint_folder, read_config
 from pruned_ops.checkpoints.tensors import Tensors, read_tensors, unpickled
 from pruned_ops.files import shown
-from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedRobertaConfig
+from pruned_ops.models.families.description import Family, LayerNames, TextHeadNames
+from pruned_ops.models.families.known import BY_TYPE, FAMILIES
 from pruned_ops.models.heads import pruned_class
 from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, LayerShape, checked_int
 
-_LAYER = re.compile(r"^encoder\.layer\.(0|[1-9][0-9]{0,3})\.(.+)$")
-_PARTS = {
-    f"{name}.{kind}"
-    for name in (
-        "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-        "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm",
-    )
-    for kind in ("weight", "bias")
-}  # fmt: skip
+# The tensors of a layer, by what they are there: whatever a family calls them, they have these names here.
+_PARTS = {f"{part.name}.{kind}" for part in fields(LayerNames) for kind in ("weight", "bias")}
 # Tensors that do not bear on the outputs: position numbers, CoFi's gates and its distillation matrix.
 _LEFT_OUT = re.compile(r"(^|\.)(position_ids|token_type_ids|(mha_)?layer_transformation|l0_module|cls)(\.|$)")
 _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
@@ -48,30 +42,24 @@ _HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "SequenceClassification": ("sequence classification head (classifier)", _CLASSIFIER),
     "TokenClassification": ("token classification head (classifier)", _CLASSIFIER),
 }
-# RoBERTa's for sequences, which stands in for pooler and classifier.
-_TWO_LINEARS = tuple(
-    f"classifier.{name}.{kind}" for name in ("dense", "out_proj") for kind in ("weight", "bias")
-)
+# The sizes in a config, by BERT's names, and the largest of each.
 _SIZES = {
     "hidden_size": MAX_WIDTH, "num_attention_heads": MAX_WIDTH, "intermediate_size": MAX_WIDTH,
     "num_hidden_layers": MAX_LAYERS, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 24,
     "type_vocab_size": MAX_WIDTH,
 }  # fmt: skip
-# The fields of a foreign config that describe the model; the others are that tool's own.
+# The fields of a foreign config that describe the model, by BERT's names; the others are that tool's own.
 _FIELDS = (
     *_SIZES, "model_type", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
     "layer_norm_eps", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "id2label",
-    "label2id", "problem_type", "classifier_dropout",
+    "label2id", "problem_type", "classifier_dropout", "embedding_size",
 )  # fmt: skip
-# The tokenizer's class of each model type that can be imported.
-_TOKENIZERS = {
-    "bert": "BertTokenizerFast", "roberta": "RobertaTokenizerFast", "xlm-roberta": "XLMRobertaTokenizerFast",
-    "camembert": "CamembertTokenizerFast",
-}  # fmt: skip
+# The publishers' models that can be imported, by model type.
+_STOCK = {each.model_type: each for family in FAMILIES for each in family.stock}
 
 
 def import_checkpoint(folder: str | Path, head_dim: int | None = None) -> Any:
-    """The model that a foreign checkpoint holds, as a pruned BERT or RoBERTa under the same head, in fp32 and
+    """The model that a foreign checkpoint holds, as a pruned model under the same head, in fp32 and in
     evaluation mode; `save_pretrained` keeps it.
 
     head_dim: a head's width, where it is not the config's hidden_size / num_attention_heads. Nothing but
@@ -112,17 +100,27 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def family(self) -> Family:
+        """The description of the encoder."""
+        return BY_TYPE[self.kind]
+
+    def size(self, name: str) -> int:
+        """A size that the config holds, by BERT's name."""
+        return self.config[self.family.own_name(name)]
+
+    @property
     def fields(self) -> dict[str, Any]:
         """The config's fields that describe the model, and the tokenizer's class, by which the files beside
         it load under the new model type."""
-        kept = {name: self.config[name] for name in _FIELDS if name in self.config}
-        tokenizer = self.config.get("tokenizer_class") or _TOKENIZERS[self.kind]
+        names = [*map(self.family.own_name, _FIELDS), *self.family.fixed]
+        kept = {name: self.config[name] for name in names if name in self.config}
+        tokenizer = self.config.get("tokenizer_class") or _STOCK[self.kind].tokenizer
         return {**kept, "tokenizer_class": tokenizer}
 
     @property
     def activation(self) -> str:
         """The activation's name, which transformers knows."""
-        name = self.config.get("hidden_act", "gelu")
+        name = self.config.get(self.family.own_name("hidden_act"), "gelu")
         if not isinstance(name, str) or name not in ACT2FN:
             raise ValueError(f"{self.folder}: hidden_act {shown(name)} is not known")
         return name
@@ -132,7 +130,7 @@ class Source:
         """A head's width: the config's head_dim, or its hidden_size / num_attention_heads."""
         if self.config.get("head_dim"):
             return self.config["head_dim"]
-        hidden, heads = self.config["hidden_size"], self.config["num_attention_heads"]
+        hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
         if hidden % heads:
             raise ValueError(
                 f"{self.folder}: {heads} heads do not divide a hidden size of {hidden}: say a head's width "
@@ -147,27 +145,27 @@ def open_source(folder: Path) -> Source:
     checkpoint_folder(folder)
     config = read_config(folder)
     kind = _checked_kind(folder, config)
-    prefix = "roberta." if PRUNED_CONFIGS[kind] is PrunedRobertaConfig else "bert."
+    family = BY_TYPE[kind]
+    prefix, words = f"{family.prefix}.", tuple(f"{name}." for name in family.words_head)
     tensors: Tensors = {}
     for name, tensor in read_tensors(folder).items():
         name = name.removeprefix("module.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if not _LEFT_OUT.search(name):
+        if not _LEFT_OUT.search(name) and not name.startswith(words):
             tensors[name] = _numbers(tensor, f"{folder}: {shown(name)}")
     if not any(name.startswith(prefix) for name in tensors):  # a bare encoder saves its tensors without it
         tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     encoder = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     head = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-    head_name = _head_name(config, set(encoder) | set(head))
-    roberta = prefix == "roberta."
-    has_pooler = head_name == "" or head_name == "SequenceClassification" and not roberta
-    if not has_pooler:
+    head_name = _head_name(config, set(encoder) | set(head), family.text_head)
+    pools_texts = head_name == "SequenceClassification" and family.text_head.first is None
+    if head_name != "" and not pools_texts:
         encoder = {name: tensor for name, tensor in encoder.items() if name not in _POOLER}
-    _check_head(folder, head_name, encoder, head, roberta)
+    _check_head(folder, head_name, encoder, head, family.text_head)
     return Source(folder, kind, head_name, config, encoder, head)
 
 
-def _head_name(config: dict[str, Any], names: set[str]) -> str:
+def _head_name(config: dict[str, Any], names: set[str], text_head: TextHeadNames) -> str:
     """What follows "For" in the name of the model's class: as the config says, or else by the tensors."""
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
@@ -176,21 +174,20 @@ def _head_name(config: dict[str, Any], names: set[str]) -> str:
             return name
     if "qa_outputs.weight" in names:
         return "QuestionAnswering"
-    if "classifier.out_proj.weight" in names:
+    first = _POOLER[0] if text_head.first is None else f"{text_head.first}.weight"
+    if {first, f"{text_head.last}.weight"} <= names:
         return "SequenceClassification"
-    if "classifier.weight" in names:
-        return "SequenceClassification" if _POOLER[0] in names else "TokenClassification"
-    return ""
+    return "TokenClassification" if _CLASSIFIER[0] in names else ""
 
 
-def _check_head(folder: Path, name: str, encoder: Tensors, head: Tensors, roberta: bool) -> None:
+def _check_head(folder: Path, name: str, encoder: Tensors, head: Tensors, text_head: TextHeadNames) -> None:
     """ValueError where the tensors outside the encoder are not those of the head."""
     called, expected = _HEADS[name]
     lacking: set[str] = set()
     if name == "SequenceClassification":
-        if roberta:
-            expected = _TWO_LINEARS
-        else:
+        linears = [name for name in (text_head.first, text_head.last) if name is not None]
+        expected = tuple(f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias"))
+        if text_head.first is None:
             lacking = set(_POOLER) - set(encoder)
     if set(head) != set(expected) or lacking:
         others = ", ".join(sorted(head)[:5]) or "none"
@@ -201,16 +198,19 @@ def _check_head(folder: Path, name: str, encoder: Tensors, head: Tensors, robert
 def _checked_kind(folder: Path, config: dict[str, Any]) -> str:
     """The model type of a config that can be imported; ValueError for any other config."""
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _TOKENIZERS:
-        raise ValueError(f"{folder} is a {shown(kind)} model; {', '.join(_TOKENIZERS)} can be imported")
+    if not isinstance(kind, str) or kind not in _STOCK:
+        raise ValueError(f"{folder} is a {shown(kind)} model; {', '.join(_STOCK)} can be imported")
+    family = BY_TYPE[kind]
     norm, positions = config.get("layer_norm_type"), config.get("position_embedding_type")
     if norm not in (None, "layer_norm"):
         raise ValueError(f"{folder} has {str(norm)[:60]} in place of LayerNorm: not supported")
     if positions not in (None, "absolute"):
         raise ValueError(f"{folder} has {str(positions)[:60]} positions; only absolute ones")
     for name, high in _SIZES.items():  # before anything is as large as they say
-        checked_int(f"{folder}: {name}", config.get(name), 1, high)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if name not in family.constants:
+            name = family.own_name(name)
+            checked_int(f"{folder}: {name}", config.get(name), 1, high)
+    for name in map(family.own_name, ("hidden_dropout_prob", "attention_probs_dropout_prob")):
         if not isinstance(config.get(name), (float, int, NoneType)):
             raise ValueError(f"{folder}: {name} is {shown(config[name])}: a number is needed")
     pruned = config.get("pruned_heads") or {}
@@ -234,24 +234,27 @@ def _numbers(tensor: object, where: str) -> Tensor:
 
 
 def _layers(source: Source) -> dict[int, Tensors]:
-    """Take the layers' tensors out of the source: for each layer that is there, by its number."""
+    """Take the layers' tensors out of the source: for each layer that is there, by its number, its tensors
+    under the names in _PARTS."""
     layers: dict[int, Tensors] = {}
+    in_a_layer = re.compile(rf"^{re.escape(source.family.layers)}\.(0|[1-9][0-9]{{0,3}})\.(.+)$")
     for name in list(source.encoder):
-        match = _LAYER.match(name)
+        match = in_a_layer.match(name)
         if match:
-            layers.setdefault(int(match[1]), {})[match[2]] = source.encoder.pop(name)
-    known = set(range(source.config["num_hidden_layers"]))
+            layer = layers.setdefault(int(match[1]), {})
+            layer[source.family.layer.by_role(match[2])] = source.encoder.pop(name)
+    known = set(range(source.size("num_hidden_layers")))
     if set(layers) - known:
         raise ValueError(
             f"{source.folder}: there are tensors of layer {max(layers)}, the config has {len(known)} layers"
         )
     # CoFi keeps the LayerNorms of a layer that is gone, and does not run them.
-    layers = {number: layer for number, layer in layers.items() if not all("LayerNorm" in n for n in layer)}
+    layers = {number: layer for number, layer in layers.items() if not all("_norm." in n for n in layer)}
     missing = sorted(known - set(layers))
     if missing:
         source.notes.append(f"layers {', '.join(map(str, missing))} are missing altogether")
     for number, layer in layers.items():
-        odd = sorted(set(layer) ^ _PARTS)
+        odd = sorted(source.family.layer.spelt(name) for name in set(layer) ^ _PARTS)
         if odd:
             state = "lacks, or has besides" if set(layer) - _PARTS else "lacks"
             raise ValueError(
@@ -265,20 +268,20 @@ def _layers(source: Source) -> dict[int, Tensors]:
 def _check_layer(source: Source, number: int, layer: Tensors, head_dim: int) -> None:
     """ValueError where a layer's sizes do not fit each other or the config's pruned_heads; a note where they
     are smaller than the config says."""
-    width, hidden = layer["attention.self.query.weight"].shape
-    inner = layer["intermediate.dense.weight"].size(0)
+    width, hidden = layer["query.weight"].shape
+    inner = layer["up.weight"].size(0)
     expected = {
-        **{f"attention.self.{name}.weight": (width, hidden) for name in ("query", "key", "value")},
-        **{f"attention.self.{name}.bias": (width,) for name in ("query", "key", "value")},
-        "attention.output.dense.weight": (hidden, width), "attention.output.dense.bias": (hidden,),
-        "intermediate.dense.weight": (inner, hidden), "intermediate.dense.bias": (inner,),
-        "output.dense.weight": (hidden, inner), "output.dense.bias": (hidden,),
+        **{f"{name}.weight": (width, hidden) for name in ("query", "key", "value")},
+        **{f"{name}.bias": (width,) for name in ("query", "key", "value")},
+        "attention_output.weight": (hidden, width), "attention_output.bias": (hidden,),
+        "up.weight": (inner, hidden), "up.bias": (inner,),
+        "down.weight": (hidden, inner), "down.bias": (hidden,),
     }  # fmt: skip
     for name, shape in expected.items():
-        if tuple(layer[name].shape) != shape:
+        found, spelt = tuple(layer[name].shape), source.family.layer.spelt(name)
+        if found != shape:
             raise ValueError(
-                f"{source.folder}: layer {number}'s {name} is {tuple(layer[name].shape)}, beside the others "
-                f"{shape} is needed"
+                f"{source.folder}: layer {number}'s {spelt} is {found}, beside the others {shape} is needed"
             )
     if width % head_dim:
         raise ValueError(
@@ -287,13 +290,13 @@ def _check_layer(source: Source, number: int, layer: Tensors, head_dim: int) -> 
         )
     recorded = source.config.get("pruned_heads") or {}
     pruned = len(recorded.get(str(number), []))
-    heads, dense = width // head_dim, source.config["num_attention_heads"]
+    heads, dense = width // head_dim, source.size("num_attention_heads")
     if pruned and heads != dense - pruned:
         raise ValueError(
             f"{source.folder}: pruned_heads takes {pruned} of {dense} heads from layer {number}, its tensors "
             f"hold {heads}"
         )
-    if heads != dense or inner != source.config["intermediate_size"]:
+    if heads != dense or inner != source.size("intermediate_size"):
         why = ", as pruned_heads says" if pruned else ""
         source.notes.append(f"layer {number} has {heads} heads{why} and FFN width {inner}")
 
@@ -305,7 +308,7 @@ def _fold_masks(source: Source, layers: dict[int, Tensors], head_dim: int) -> No
         if numbers.dim() != 2 or len(numbers) != len(layers):
             raise ValueError(f"{source.folder}: the mask of {part} is no matrix with a row for each layer")
         for row, layer in zip(numbers, layers.values(), strict=True):
-            weight = layer["attention.output.dense.weight" if part == "heads" else "output.dense.weight"]
+            weight = layer["attention_output.weight" if part == "heads" else "down.weight"]
             factors = row.repeat_interleave(head_dim) if part == "heads" else row
             if len(factors) != weight.size(1):
                 raise ValueError(
@@ -339,48 +342,46 @@ def _masks(source: Source) -> dict[str, Any]:
 def _drop_dead(layer: Tensors, head_dim: int, activation: Any) -> tuple[int, int]:
     """Leave out the heads and FFN units without effect; returns how many of each. The constant that one of
     them adds goes into the bias after it."""
-    value, bias = layer["attention.self.value.weight"], layer["attention.self.value.bias"]
-    after = layer["attention.output.dense.weight"]
+    value, bias = layer["value.weight"], layer["value.bias"]
+    after = layer["attention_output.weight"]
     heads = len(value) // head_dim
     constant = value.reshape(heads, head_dim * value.size(1)).eq(0).all(1)
     dead = constant | after.reshape(len(after), heads, head_dim).eq(0).all(2).all(0)
     columns = dead.repeat_interleave(head_dim)
     # The attention weights sum to 1, so a head whose values are all its bias puts out that bias.
     added = after[:, columns].double() @ bias[columns].double()
-    layer["attention.output.dense.bias"] += added.float()
+    layer["attention_output.bias"] += added.float()
     for name in ("query", "key", "value"):
         for kind in ("weight", "bias"):
-            layer[f"attention.self.{name}.{kind}"] = layer[f"attention.self.{name}.{kind}"][~columns]
-    layer["attention.output.dense.weight"] = after[:, ~columns]
-    up, bias = layer["intermediate.dense.weight"], layer["intermediate.dense.bias"]
-    down = layer["output.dense.weight"]
+            layer[f"{name}.{kind}"] = layer[f"{name}.{kind}"][~columns]
+    layer["attention_output.weight"] = after[:, ~columns]
+    up, bias = layer["up.weight"], layer["up.bias"]
+    down = layer["down.weight"]
     gone = up.eq(0).all(1) | down.eq(0).all(0)
     added = down[:, gone].double() @ activation(bias[gone].double())
-    layer["output.dense.bias"] += added.float()
-    layer["intermediate.dense.weight"], layer["intermediate.dense.bias"] = up[~gone], bias[~gone]
-    layer["output.dense.weight"] = down[:, ~gone]
+    layer["down.bias"] += added.float()
+    layer["up.weight"], layer["up.bias"] = up[~gone], bias[~gone]
+    layer["down.weight"] = down[:, ~gone]
     return int(dead.sum()), int(gone.sum())
 
 
 def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
     """The model, made without memory of its own, with the source's tensors put into it."""
     model_class = pruned_class(source.head_name, source.kind)
-    shapes = [
-        LayerShape(len(x["attention.self.query.bias"]) // head_dim, len(x["intermediate.dense.bias"]))
-        for x in layers
-    ]
-    table = source.encoder.get("embeddings.word_embeddings.weight")
-    if table is None or table.dim() != 2:
-        raise ValueError(f"{source.folder} has no word_embeddings")
-    hidden = table.size(1)
-    if hidden != source.config["hidden_size"]:
-        source.notes.append(f"hidden size {hidden} of {source.config['hidden_size']}")
-    fields = source.fields
-    fields.update(hidden_size=hidden, num_hidden_layers=len(layers), head_dim=head_dim, layer_shapes=shapes)
-    fields.update(_head_sizes(source, hidden))
+    shapes = [LayerShape(len(x["query.bias"]) // head_dim, len(x["up.bias"])) for x in layers]
+    hidden, embedding = _widths(source)
+    if hidden != source.size("hidden_size"):
+        source.notes.append(f"hidden size {hidden} of {source.size('hidden_size')}")
+    described = {
+        **source.fields,
+        **{"hidden_size": hidden, "num_hidden_layers": len(layers)},
+        **{"head_dim": head_dim, "layer_shapes": shapes},
+        **({} if source.family.projection is None else {"embedding_size": embedding}),
+        **_head_sizes(source, hidden),
+    }
     has_head, pooled = source.head_name != "", _POOLER[0] in source.encoder
     try:
-        config = model_class.config_class(**fields)
+        config = model_class.config_class(**described)
         with torch.device("meta"):
             model = model_class(config) if has_head else model_class(config, add_pooling_layer=pooled)
     except Exception as error:  # transformers has its own kinds for fields of a wrong type
@@ -388,7 +389,8 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
     prefix = f"{model_class.base_model_prefix}." if has_head else ""
     state = {prefix + name: tensor for name, tensor in source.encoder.items()} | source.head
     for number, layer in enumerate(layers):
-        state |= {f"{prefix}encoder.layer.{number}.{name}": tensor for name, tensor in layer.items()}
+        within = f"{prefix}{source.family.layers}.{number}."
+        state |= {within + source.family.layer.spelt(name): tensor for name, tensor in layer.items()}
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -400,14 +402,25 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
     return model.float().eval()
 
 
+def _widths(source: Source) -> tuple[int, int]:
+    """The widths of the hidden states and of the embedding's tables."""
+    family = source.family
+    table = source.encoder.get(f"embeddings.{family.embeddings.words}.weight")
+    if table is None or table.dim() != 2:
+        raise ValueError(f"{source.folder} has no {family.embeddings.words}")
+    projection = source.encoder.get(f"{family.projection}.weight")
+    return table.size(1) if projection is None else len(projection), table.size(1)
+
+
 def _head_sizes(source: Source, hidden: int) -> dict[str, int]:
     """The config's fields that the head's tensors give. (CoFi takes columns of the first linear on top of a
     narrower encoder, and leaves its rows.)"""
     sizes = {}
-    first = source.encoder.get(_POOLER[0], source.head.get("classifier.dense.weight"))
+    names = source.family.text_head
+    first = source.encoder.get(_POOLER[0], source.head.get(f"{names.first}.weight"))
     if first is not None and first.dim() == 2 and first.size(0) != hidden:
         sizes["pooler_size"] = first.size(0)
-    last = source.head.get("classifier.out_proj.weight", source.head.get("classifier.weight"))
+    last = source.head.get(f"{names.last}.weight", source.head.get(_CLASSIFIER[0]))
     if last is not None and last.dim() == 2 and "id2label" not in source.config:
         sizes["num_labels"] = last.size(0)
     return sizes

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from pruned_ops.files import read_json, shown
 from pruned_ops.models.configuration import PRUNED_CONFIGS, check_labels
 from pruned_ops.models.encoder import NewHeadWarning
+from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import is_natural_questions, natural_questions_class
 
 # The end of the name of a class -> what loads a model with that head. A bare encoder's name ends in Model.
@@ -121,7 +122,7 @@ def first_line(error: BaseException) -> str:
 
 
 def load_model(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
-    """The BERT or RoBERTa question-answering model, stock or pruned, of a folder or a hub name, in evaluation
+    """The question-answering model, stock or pruned, of a folder or a hub name, in evaluation
     mode; with answer types where it was saved for Natural Questions.
 
     takes_int8: int8 weights are for running alone, and are refused unless the caller does only that.
@@ -159,7 +160,7 @@ def head_of(config: PretrainedConfig) -> str:
 
 
 def load_any_head(name_or_path: str) -> PreTrainedModel:
-    """The BERT or RoBERTa, stock or pruned, of a folder or a hub name, with the head that it was saved with,
+    """The model, stock or pruned, of a folder or a hub name, with the head that it was saved with,
     in evaluation mode. An encoder without a head has a pooler where the checkpoint has one.
 
     Errors: as `load_model`'s, and ValueError for a head that is not known.
@@ -173,7 +174,8 @@ def load_any_head(name_or_path: str) -> PreTrainedModel:
         model_class = AUTO_CLASSES.get(head) or natural_questions_class(config.model_type)
         settings: Any = {"output_loading_info": True, "trust_remote_code": False}
         # Embedders may be saved without the pooler, which they do not use: then none is made up.
-        pooler = {"add_pooling_layer": False} if head == "Model" else {}
+        has_pooler = AUTO_CLASSES.get(head) is AutoModel and family_of(config).has_pooler
+        pooler = {"add_pooling_layer": False} if has_pooler else {}
         model, info = model_class.from_pretrained(name_or_path, **settings, **pooler)
         if pooler and any("pooler." in name for name in info["unexpected_keys"]):
             model, info = model_class.from_pretrained(name_or_path, **settings, add_pooling_layer=True)

@@ -1,4 +1,4 @@
-"""The graph for other runtimes: a BERT or RoBERTa, under a known head or none, in ONNX's plain operators.
+"""The graph for other runtimes: an encoder, under a known head or none, in ONNX's plain operators.
 
 It is written operator by operator, because runtimes fuse a traced graph worse: reshapes that read sizes from
 shapes hide from ONNX Runtime which sizes are equal, the mask becomes a maze of Where and Expand that no
@@ -17,9 +17,9 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from pruned_ops.models.inputs import is_roberta
-from pruned_ops.models.stock import model_shape
-from pruned_ops.runtime.packed_heads import SpanAndTypeHead, SpanHead, TextHead, packed_head
+from pruned_ops.models.families.known import family_of
+from pruned_ops.models.stock import layers_of, model_shape, projection_of
+from pruned_ops.runtime.packed_heads import SpanAndTypeHead, SpanHead, TextHead, packed_head, reads_place_0
 from pruned_ops.version import __version__
 
 # The fusions of ONNX Runtime and OpenVINO know the operators of set 17 best, the first with
@@ -70,8 +70,8 @@ class _Nodes:
 
 
 def plain_graph(model: Any, token_types: bool) -> Any:
-    """The model (a BERT or RoBERTa, stock or pruned, under a head of `packed_heads.HEADS` or without one, in
-    fp32) as an ONNX ModelProto.
+    """The model (an encoder, stock or pruned, under a head that `packed_heads.packed_head` finds or without
+    one, in fp32) as an ONNX ModelProto.
 
     Inputs, int64 (batch, seqlen): input_ids; attention_mask, of ones and zeros, padded on any side; with
     token_types also token_type_ids, which are all 0 otherwise. Outputs are named as the model's own. For
@@ -105,8 +105,9 @@ def _outputs(nodes: _Nodes, x: str, model: Any) -> list[Any]:
     width = linears[-1][1].out_features
     if isinstance(head, TextHead):
         # The stock classifiers read place 0, ours the first real token.
-        first = _place_0(nodes, x) if isinstance(model, TextHead.stock_classes) else _first(nodes, x)
-        nodes.linear(nodes.add("Tanh", nodes.linear(first, *linears[0])), *linears[1], called="logits")
+        first = _place_0(nodes, x) if reads_place_0(model) else _first(nodes, x)
+        inner = _ACTIVATIONS[head.names.activation](nodes, nodes.linear(first, *linears[0]))
+        nodes.linear(inner, *linears[1], called="logits")
         return [_value("logits", "batch", width, kind=real)]
     if not isinstance(head, SpanHead):
         nodes.linear(x, *linears[0], called="logits")
@@ -126,7 +127,7 @@ def _bare_outputs(nodes: _Nodes, x: str, encoder: Any) -> list[Any]:
     hidden, real = encoder.config.hidden_size, TensorProto.FLOAT
     nodes.add("Identity", x, called="last_hidden_state")
     outputs = [_value("last_hidden_state", "batch", "seqlen", hidden, kind=real)]
-    if encoder.pooler is not None:
+    if getattr(encoder, "pooler", None) is not None:
         dense = encoder.pooler.dense
         nodes.add("Tanh", nodes.linear(_place_0(nodes, x), "pooler.dense", dense), called="pooler_output")
         outputs.append(_value("pooler_output", "batch", dense.out_features, kind=real))
@@ -144,18 +145,20 @@ def _encode(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     mask = nodes.add("Cast", nodes.add("Unsqueeze", row, nodes.vector(2)), to=TensorProto.FLOAT)
     # -10000 closes a key as surely as the lowest float does: exp(-10000) is 0.
     closed = nodes.add("Mul", nodes.add("Sub", nodes.constant(1.0), mask), nodes.constant(-10000.0))
-    for i, (layer, sizes) in enumerate(zip(encoder.encoder.layer, shape.layers, strict=True)):
-        named = {name: (f"layer.{i}.{name}", module) for name, module in layer.named_modules()}
+    activation = family_of(encoder.config).value(encoder.config, "hidden_act")
+    names = {module: name for name, module in encoder.named_modules()}
+    for layer, sizes in zip(layers_of(encoder), shape.layers, strict=True):
+        named = {part: (names[module], module) for part, module in vars(layer).items()}
         x = _attention(nodes, x, closed, named, sizes.num_heads, shape.head_dim)
-        x = _ffn(nodes, x, named, sizes.ffn_width, encoder.config.hidden_act)
+        x = _ffn(nodes, x, named, sizes.ffn_width, activation)
     return x
 
 
 def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
-    """The normalised sum of the three embeddings, (batch, seqlen, hidden_size)."""
-    tables, config = encoder.embeddings, encoder.config
-    if is_roberta(config):  # the real tokens are counted, from the place after that of padding
-        padding = nodes.constant(config.pad_token_id)
+    """The normalised sum of the embeddings, and what a projection makes of it: (batch, seqlen, hidden)."""
+    tables, config, family = encoder.embeddings, encoder.config, family_of(encoder.config)
+    if family.positions_from_padding:  # the real tokens are counted, from the place after that of padding
+        padding = nodes.constant(family.first_position(config) - 1)
         real = nodes.add("Not", nodes.add("Equal", "input_ids", padding))
         real = nodes.add("Cast", real, to=TensorProto.INT64)
         counted = nodes.add("CumSum", real, nodes.constant(1))
@@ -163,28 +166,33 @@ def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     else:  # 0, 1, 2, ... by counting ids: runtimes would not know that a range has the shape of the ids
         ones = nodes.add("Cast", nodes.add("Equal", "input_ids", "input_ids"), to=TensorProto.INT64)
         positions = nodes.add("CumSum", ones, nodes.constant(1), exclusive=1)
-    words, types, places = (
-        nodes.weight(f"embeddings.{name}", getattr(tables, name).weight)
-        for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")
-    )
-    kind = nodes.add("Gather", types, "token_type_ids" if typed else nodes.constant(0))
-    x = nodes.add("Add", nodes.add("Gather", words, "input_ids"), kind)
-    x = nodes.add("Add", x, nodes.add("Gather", places, positions))
-    return nodes.norm(x, "embeddings.LayerNorm", tables.LayerNorm)
+
+    def table(name: str) -> str:
+        return nodes.weight(f"embeddings.{name}", tables.get_submodule(name).weight)
+
+    names = family.embeddings
+    x = nodes.add("Gather", table(names.words), "input_ids")
+    if family.has_token_types(config):
+        kind = nodes.add("Gather", table(names.token_types), "token_type_ids" if typed else nodes.constant(0))
+        x = nodes.add("Add", x, kind)
+    x = nodes.add("Add", x, nodes.add("Gather", table(names.positions), positions))
+    x = nodes.norm(x, f"embeddings.{names.norm}", tables.get_submodule(names.norm))
+    projection = projection_of(encoder)
+    return x if projection is None else nodes.linear(x, str(family.projection), projection)
 
 
 def _attention(
     nodes: _Nodes, x: str, closed: str, named: dict[str, Any], num_heads: int, head_dim: int
 ) -> str:
     """A layer's attention, added to x and normalised. With 0 heads only the output's bias is added."""
-    output = named["attention.output.dense"]
+    output, norm = named["attention_output"], named["attention_norm"]
     if num_heads == 0:
-        return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), named, "attention.output")
+        return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), norm)
     # In a Reshape, 0 keeps the input's size.
     split = nodes.vector(0, 0, num_heads, head_dim)
 
     def heads(part: str, order: list[int]) -> str:
-        linear = nodes.linear(x, *named[f"attention.self.{part}"])
+        linear = nodes.linear(x, *named[part])
         return nodes.add("Transpose", nodes.add("Reshape", linear, split), perm=order)
 
     query, key, value = heads("query", [0, 2, 1, 3]), heads("key", [0, 2, 3, 1]), heads("value", [0, 2, 1, 3])
@@ -192,20 +200,20 @@ def _attention(
     weights = nodes.add("Softmax", nodes.add("Add", scores, closed), axis=-1)
     context = nodes.add("Transpose", nodes.add("MatMul", weights, value), perm=[0, 2, 1, 3])
     context = nodes.add("Reshape", context, nodes.vector(0, 0, num_heads * head_dim))
-    return _joined(nodes, x, nodes.linear(context, *output), named, "attention.output")
+    return _joined(nodes, x, nodes.linear(context, *output), norm)
 
 
 def _ffn(nodes: _Nodes, x: str, named: dict[str, Any], ffn_width: int, activation: str) -> str:
     """A layer's FFN, added to x and normalised. With width 0 only the output's bias is added."""
-    output = named["output.dense"]
+    output, norm = named["down"], named["ffn_norm"]
     if ffn_width == 0:
-        return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), named, "output")
-    inner = _ACTIVATIONS[activation](nodes, nodes.linear(x, *named["intermediate.dense"]))
-    return _joined(nodes, x, nodes.linear(inner, *output), named, "output")
+        return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), norm)
+    inner = _ACTIVATIONS[activation](nodes, nodes.linear(x, *named["up"]))
+    return _joined(nodes, x, nodes.linear(inner, *output), norm)
 
 
-def _joined(nodes: _Nodes, x: str, added: str, named: dict[str, Any], part: str) -> str:
-    return nodes.norm(nodes.add("Add", added, x), *named[f"{part}.LayerNorm"])
+def _joined(nodes: _Nodes, x: str, added: str, norm: tuple[str, Any]) -> str:
+    return nodes.norm(nodes.add("Add", added, x), *norm)
 
 
 def _gelu(nodes: _Nodes, x: str) -> str:
@@ -222,12 +230,13 @@ def _gelu_new(nodes: _Nodes, x: str) -> str:
     return nodes.add("Mul", nodes.add("Mul", x, nodes.constant(0.5)), tanh)
 
 
-# The activations that `optimize` takes, by the config's names.
+# The activations that `optimize` takes, and those of heads, by the config's names.
 _ACTIVATIONS: dict[str, Callable[[_Nodes, str], str]] = {
     "gelu": _gelu,
     "gelu_new": _gelu_new,
     "relu": lambda nodes, x: nodes.add("Relu", x),
     "silu": lambda nodes, x: nodes.add("Mul", x, nodes.add("Sigmoid", x)),
+    "tanh": lambda nodes, x: nodes.add("Tanh", x),
 }
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pruned_ops.checkpoints.loading import check_source, load_model
 from pruned_ops.files import read_json
+from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.optimize import optimize
@@ -195,10 +196,11 @@ def _round_tables(model: nn.Module) -> None:
 def _linears(model: nn.Module) -> tuple[list[str], set[str]]:
     """The names of all linears in the layers of the model's encoder, and of those that run in int8."""
     (encoder,) = optimised_encoders(model)
+    layers = f"{family_of(encoder.config).layers}."
     names = [
         name
         for name, module in encoder.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("encoder.layer.")
+        if isinstance(module, nn.Linear) and name.startswith(layers)
     ]
     return names, {name for name, _, _ in int8_sources(encoder)}
 

@@ -28,8 +28,7 @@ from pruned_ops.checkpoints.loading import (
 from pruned_ops.checkpoints.tensors import Tensors, read_tensors
 from pruned_ops.checkpoints.vocabulary import Trimmed, Vocabulary
 from pruned_ops.files import read_json, read_text, shown, write_json
-from pruned_ops.models.configuration import PRUNED_CONFIGS
-from pruned_ops.models.inputs import is_roberta
+from pruned_ops.models.families.known import BY_TYPE, family_of
 from pruned_ops.shape import checked_int
 
 BATCH = 1000  # texts that are tokenised at once
@@ -91,7 +90,7 @@ def trim_vocabulary(
     """Write the checkpoint in the folder `model` to `out`, with those pieces of its vocabulary that the texts
     need. Every text whose pieces are kept has the outputs that it had.
 
-    model: a stock or pruned BERT or RoBERTa under any head, or a folder of sentence-transformers around one.
+    model: a stock or pruned model under any head, or a folder of sentence-transformers around one.
     out: a new folder. texts, held_out: gone through twice; what the second ones would lose is counted. keep:
     only so many of the pieces are kept, those that the texts have most often, beside special tokens, single
     characters and what BPE makes pieces of; by default all that the texts have.
@@ -158,8 +157,8 @@ class _Untrimmed:
         folder = checkpoint_folder(root / inner)
         config = read_config(folder)
         kind = config.get("model_type")
-        if not isinstance(kind, str) or kind not in PRUNED_CONFIGS:
-            raise ValueError(f"{folder} is a {shown(kind)} model; {', '.join(PRUNED_CONFIGS)} are known")
+        if not isinstance(kind, str) or kind not in BY_TYPE:
+            raise ValueError(f"{folder} is a {shown(kind)} model; {', '.join(BY_TYPE)} are known")
         described = load_config(folder).to_dict()
         fields = {
             name: value
@@ -199,14 +198,18 @@ class _Untrimmed:
 
     @property
     def padding(self) -> int | None:
-        """The padding's id, from which RoBERTa counts positions."""
+        """The padding's id, from which some families count positions."""
         number = self.fields.get("pad_token_id")
         return number if isinstance(number, int) else None
 
     def check_positions(self, trimmed: Trimmed) -> None:
         """ValueError where the padding's id would change and with it all positions."""
-        roberta = is_roberta(load_config(self.root / self.inner))
-        if roberta and self.padding is not None and trimmed.new_ids[self.padding] != self.padding:
+        family = family_of(load_config(self.root / self.inner))
+        if (
+            family.positions_from_padding
+            and self.padding is not None
+            and trimmed.new_ids[self.padding] != self.padding
+        ):
             raise ValueError(
                 f"{self.root} counts positions from the id of its padding, {self.padding}, and only "
                 f"{len(trimmed.old_ids)} pieces would be left: keep more"

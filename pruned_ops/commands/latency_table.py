@@ -26,9 +26,7 @@ def add_command(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("file", type=Path, metavar="FILE", help="where the table is written, as JSON")
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="folder of a BERT or RoBERTa checkpoint"
-    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of a checkpoint")
     lengths = parser.add_mutually_exclusive_group(required=True)
     lengths.add_argument(
         "--data",

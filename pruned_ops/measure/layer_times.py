@@ -19,7 +19,7 @@ from pruned_ops.layers.weights import PanelWeights
 from pruned_ops.measure.graph_timing import GraphClock, HostClock
 from pruned_ops.measure.latency import LatencyTable, Points
 from pruned_ops.measure.timing import Runner, Workload, machine, versions
-from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedConfig
 from pruned_ops.models.heads import pruned_class
 from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.ops.panels import GROUP, LEVELS, PAIR, PANEL
@@ -49,7 +49,7 @@ def measure_table(
     """Measure this machine on a mean batch of `workload`, up to the sizes of a config.
 
     dtype: of the linears, as `optimize` takes it: None for fp32, "bfloat16", "int8".
-    config: a BERT's or RoBERTa's, stock or pruned (then sizes go up to its widest layer). Each part is timed
+    config: an encoder's, stock or pruned (then sizes go up to its widest layer). Each part is timed
     as a chain of up to 6 distinct modules over packed batches. At most 4 batches are timed, evenly spread
     over the workload's in order of their tokens; their times are scaled by tokens to its mean batch. Every
     round sees every size, in an order shuffled each time; medians over rounds are kept. Isotonic regression
@@ -79,7 +79,7 @@ def measure_table(
     return LatencyTable(
         hidden_size=empty.hidden_size,
         head_dim=empty.head_dim,
-        hidden_act=empty.hidden_act,
+        hidden_act=empty.family.value(empty, "hidden_act"),
         dtype=dtype or "float32",
         workload=workload,
         base_ms=base,
@@ -152,14 +152,14 @@ def aligned_widths(dense: int) -> dict[int, list[int]]:
     return widths
 
 
-def empty_config(config: Any) -> tuple[PrunedBertConfig | PrunedRobertaConfig, LayerShape]:
+def empty_config(config: Any) -> tuple[PrunedConfig, LayerShape]:
     """The config of the same model with empty layers, and a layer of the most heads and the widest FFN that
-    the config has. ValueError for another model than a BERT or RoBERTa that runs packed, stock or pruned."""
+    the config has. ValueError for a model that is not of a known family."""
     pruned = PRUNED_CONFIGS.get(getattr(config, "model_type", ""))
     if pruned is None:
         raise ValueError(
-            f"a {getattr(config, 'model_type', type(config).__name__)} model is not measured: a BERT or "
-            f"RoBERTa, stock or pruned, is needed"
+            f"a {getattr(config, 'model_type', type(config).__name__)} model is not measured: one of "
+            f"{', '.join(PRUNED_CONFIGS)} is needed"
         )
     values = config.to_dict()
     layers = pruned(**values).shape.layers
@@ -179,7 +179,7 @@ def part_runners(
 ) -> dict[str, Runner]:
     """The runners that are timed: "base", the model with empty layers; "attention N" and "ffn W", chains of
     parts."""
-    hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.hidden_act
+    hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.family.value(empty, "hidden_act")
     model = optimize(pruned_class("QuestionAnswering", empty.model_type)(empty).to(device), dtype)
     one_call = model.base_model.packed.encoder.runs_in_one_call
     runners: dict[str, Runner] = {

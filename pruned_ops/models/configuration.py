@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import transformers
 from transformers import BertConfig, RobertaConfig
 
 from pruned_ops.files import shown
 from pruned_ops.layers.modules import refuse_activation
+from pruned_ops.models.families.description import Family
+from pruned_ops.models.families.known import BY_TYPE, FAMILIES
 from pruned_ops.shape import MAX_LAYERS, MAX_PARAMETERS, MAX_WIDTH, LayerShape, ModelShape, checked_int
 
 MAX_FLOAT = sys.float_info.max
@@ -76,13 +79,20 @@ def check_labels(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {shown(fields[name])}: an object is needed")
 
 
-def _dense_fields(layers: list[LayerShape] | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields for the stock config. Sizes of the dense model that are missing are the widest layer's."""
-    fields.pop("model_type", None)  # a stock BertConfig.to_dict() brings its own
+def _dense_fields(
+    family: Family, layers: list[LayerShape] | None, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields for the stock config, by the publisher's names, from BERT's names or the publisher's. Sizes
+    of the dense model that are missing are the widest layer's."""
+    fields = {family.own_name(name): value for name, value in fields.items()}
+    fields.pop("model_type", None)  # a stock config's to_dict() brings its own
     if layers is not None:
-        fields.setdefault("num_hidden_layers", len(layers))
-        fields.setdefault("num_attention_heads", max([1, *(layer.num_heads for layer in layers)]))
-        fields.setdefault("intermediate_size", max([1, *(layer.ffn_width for layer in layers)]))
+        for name, size in (
+            ("num_hidden_layers", len(layers)),
+            ("num_attention_heads", max([1, *(layer.num_heads for layer in layers)])),
+            ("intermediate_size", max([1, *(layer.ffn_width for layer in layers)])),
+        ):
+            fields.setdefault(family.own_name(name), size)
     return fields
 
 
@@ -94,8 +104,9 @@ def _parse_layers(layer_shapes: object) -> list[LayerShape] | None:
     return [LayerShape.parse(layer, f"layer_shapes[{i}]") for i, layer in enumerate(layer_shapes)]
 
 
-class _LayerShapes:
-    """The fields and checks that both pruned configs add to a stock config.
+class PrunedConfig:
+    """The fields and checks that a pruned config adds to a stock config, whose fields it takes by the
+    publisher's names and by BERT's.
 
     layer_shapes: a LayerShape, or its JSON form, for each layer; by default all layers are dense.
     head_dim: by default hidden_size // num_attention_heads.
@@ -108,6 +119,9 @@ class _LayerShapes:
     """
 
     if TYPE_CHECKING:  # fields of the stock configs
+        model_type: ClassVar[str]
+        num_labels: int
+        to_dict: Callable[[], dict[str, Any]]
         hidden_size: int
         hidden_act: str
         num_hidden_layers: int
@@ -129,12 +143,17 @@ class _LayerShapes:
     ) -> None:
         layers = _parse_layers(layer_shapes)
         check_labels(fields)
-        super().__init__(**_dense_fields(layers, fields))
+        super().__init__(**_dense_fields(self.family, layers, fields))
         self._set_shapes(layers, head_dim)
         self._set_answering(null_score_threshold, score_calibration)
         self.pooler_size = (
             None if pooler_size is None else checked_int("pooler_size", pooler_size, 1, MAX_WIDTH)
         )
+
+    @property
+    def family(self) -> Family:
+        """The description of the encoder."""
+        return BY_TYPE[self.model_type]
 
     def _set_shapes(self, layers: list[LayerShape] | None, head_dim: int | None) -> None:
         self._check_sizes()
@@ -156,6 +175,7 @@ class _LayerShapes:
         self.score_calibration = score_calibration
 
     def _check_sizes(self) -> None:
+        family = self.family
         for name, low, high in (
             ("hidden_size", 1, MAX_WIDTH),
             ("num_hidden_layers", 0, MAX_LAYERS),
@@ -165,20 +185,20 @@ class _LayerShapes:
             ("max_position_embeddings", 1, 1 << 24),
             ("type_vocab_size", 1, MAX_WIDTH),
         ):
-            checked_int(name, getattr(self, name), low, high)
+            if name not in family.constants:
+                checked_int(family.own_name(name), family.value(self, name), low, high)
         checked_int("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
         for name in ("layer_norm_eps", "initializer_range"):
-            value = getattr(self, name)
+            value = family.value(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{name} is {shown(value)}: it must lie in [0, 1)")
-        rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
-        if rows * self.hidden_size > MAX_PARAMETERS:
-            raise ValueError(
-                f"the embeddings hold {rows * self.hidden_size:,} numbers; {MAX_PARAMETERS:,} is the limit"
-            )
+        rows = self.vocab_size + self.max_position_embeddings + family.value(self, "type_vocab_size")
+        numbers = rows * family.embedding_size(self)
+        if numbers > MAX_PARAMETERS:
+            raise ValueError(f"the embeddings hold {numbers:,} numbers; {MAX_PARAMETERS:,} is the limit")
         if getattr(self, "is_decoder", False) or getattr(self, "add_cross_attention", False):
             raise ValueError("is_decoder and add_cross_attention are not supported: pruned_ops runs encoders")
-        refusal = refuse_activation(self.hidden_act)
+        refusal = refuse_activation(family.value(self, "hidden_act")) or family.refuse(self)
         if refusal is not None:
             raise ValueError(refusal)
 
@@ -210,29 +230,37 @@ class _LayerShapes:
         return ModelShape.parse(self.layer_shapes, self.hidden_size, self.head_dim)
 
 
-class PrunedBertConfig(_LayerShapes, BertConfig):
-    """BertConfig with the fields of a pruned model: see `_LayerShapes`."""
+class PrunedBertConfig(PrunedConfig, BertConfig):
+    """BertConfig with the fields of a pruned model: see `PrunedConfig`."""
 
     model_type = "pruned_bert"
-    __init__ = _LayerShapes.__init__  # transformers would generate one for a class that has none of its own
+    __init__ = PrunedConfig.__init__  # transformers would generate one for a class that has none of its own
 
 
-class PrunedRobertaConfig(_LayerShapes, RobertaConfig):
-    """RobertaConfig with the fields of a pruned model: see `_LayerShapes`."""
+class PrunedRobertaConfig(PrunedConfig, RobertaConfig):
+    """RobertaConfig with the fields of a pruned model: see `PrunedConfig`."""
 
     model_type = "pruned_roberta"
-    __init__ = _LayerShapes.__init__
+    __init__ = PrunedConfig.__init__
 
 
-PrunedConfig = PrunedBertConfig | PrunedRobertaConfig
+def _config_class(family: Family) -> type[PrunedConfig]:
+    """The pruned config of a family: one of the classes above, or one like them."""
+    name = f"Pruned{family.stem}Config"
+    if name not in globals():
+        stock = getattr(transformers, f"{family.stem}Config")
+        members = {
+            "__doc__": f"{stock.__name__} with the fields of a pruned model: see `PrunedConfig`.",
+            "__init__": PrunedConfig.__init__,
+            "__module__": __name__,
+            "model_type": family.pruned_type,
+            "attribute_map": {**stock.attribute_map, **family.fields},
+        }
+        globals()[name] = type(name, (PrunedConfig, stock), members)
+    return globals()[name]
 
-# The config of the pruned counterpart of every model type that can be pruned. XLM-R and CamemBERT are RoBERTa
-# with vocabularies of their own: they have the same modules under the same names.
+
+# The config of the pruned counterpart of every model type that can be pruned.
 PRUNED_CONFIGS: dict[str, type[PrunedConfig]] = {
-    "bert": PrunedBertConfig,
-    "pruned_bert": PrunedBertConfig,
-    "roberta": PrunedRobertaConfig,
-    "xlm-roberta": PrunedRobertaConfig,
-    "camembert": PrunedRobertaConfig,
-    "pruned_roberta": PrunedRobertaConfig,
+    kind: _config_class(family) for family in FAMILIES for kind in family.model_types
 }

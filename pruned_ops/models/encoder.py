@@ -1,4 +1,5 @@
-"""The padded, trainable layers of the pruned models: plain torch modules with BERT's own parameter names."""
+"""The padded, trainable layers of the pruned models: plain torch modules under their publisher's own
+parameter names, which `models.families` describes."""
 
 from __future__ import annotations
 
@@ -16,29 +17,50 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pruned_ops.layers.modules import PrunedLinear
 from pruned_ops.layers.packing import check_mask
-from pruned_ops.models.configuration import PrunedBertConfig, PrunedConfig, PrunedRobertaConfig
-from pruned_ops.models.inputs import check_inputs, default_position_ids, is_roberta, returned
+from pruned_ops.models.configuration import (
+    PRUNED_CONFIGS,
+    PrunedBertConfig,
+    PrunedConfig,
+    PrunedRobertaConfig,
+)
+from pruned_ops.models.families.description import Family
+from pruned_ops.models.families.known import FAMILIES
+from pruned_ops.models.inputs import check_inputs, default_position_ids, returned
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.shape import LayerShape
 
 
+def put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Add a module under a dotted name, in ModuleDicts that are made where they are not there; returns it."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.ModuleDict())
+        root = root.get_submodule(part)
+    root.add_module(last, module)
+    return module
+
+
 class PrunedEmbeddings(nn.Module):
-    """Word, position and token type embeddings, summed and normalised, (batch, seqlen, hidden_size)."""
+    """Word and position embeddings, and token type embeddings where the family has them, summed and
+    normalised: (batch, seqlen, width), with the width of the tables."""
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        family, names, padding = config.family, config.family.embeddings, config.pad_token_id
+        width = family.embedding_size(config)
+        position_padding = padding if family.positions_from_padding else None
+        put(self, names.words, nn.Embedding(config.vocab_size, width, padding_idx=padding))
+        put(
+            self,
+            names.positions,
+            nn.Embedding(config.max_position_embeddings, width, padding_idx=position_padding),
         )
-        self.position_embeddings = nn.Embedding(
-            config.max_position_embeddings,
-            config.hidden_size,
-            padding_idx=config.pad_token_id if is_roberta(config) else None,
-        )
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        if family.has_token_types(config):
+            put(self, names.token_types, nn.Embedding(config.type_vocab_size, width))
+        put(self, names.norm, nn.LayerNorm(width, eps=family.value(config, "layer_norm_eps")))
+        self.dropout = nn.Dropout(family.value(config, "hidden_dropout_prob"))
 
     def forward(
         self,
@@ -50,86 +72,76 @@ class PrunedEmbeddings(nn.Module):
         source = input_ids if input_ids is not None else inputs_embeds
         assert source is not None  # check_inputs refuses that
         batch_size, seqlen = source.shape[:2]
+        names = self.config.family.embeddings
         if position_ids is None:
             position_ids = default_position_ids(self.config, input_ids, batch_size, seqlen, source.device)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros((batch_size, seqlen), dtype=torch.long, device=source.device)
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
-        total = inputs_embeds + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(total + self.position_embeddings(position_ids)))
+        total = self.get_submodule(names.words)(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.family.has_token_types(self.config):
+            if token_type_ids is None:
+                token_type_ids = torch.zeros((batch_size, seqlen), dtype=torch.long, device=source.device)
+            total = total + self.get_submodule(names.token_types)(token_type_ids)
+        total = total + self.get_submodule(names.positions)(position_ids)
+        return self.dropout(self.get_submodule(names.norm)(total))
 
 
-class PrunedSelfAttention(nn.Module):
-    """Multi-head attention with this layer's own number of heads: (batch, seqlen, hidden) -> (.., width)."""
+class PrunedLayerModule(GradientCheckpointingLayer):
+    """One layer with its own number of heads and FFN width, under its publisher's parameter names:
+    (batch, seqlen, hidden_size) -> the same.
+
+    Under gradient checkpointing it keeps its input alone, and is computed again in the backward pass."""
 
     def __init__(self, config: PrunedConfig, shape: LayerShape) -> None:
         super().__init__()
+        family = config.family
         self.num_heads, self.head_dim = shape.num_heads, config.head_dim
-        width = shape.num_heads * config.head_dim
-        self.query = PrunedLinear(config.hidden_size, width)
-        self.key = PrunedLinear(config.hidden_size, width)
-        self.value = PrunedLinear(config.hidden_size, width)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.names, hidden, width = family.layer, config.hidden_size, shape.num_heads * config.head_dim
+        eps = family.value(config, "layer_norm_eps")
+        for name in self.names.qkv:
+            put(self, name, PrunedLinear(hidden, width))
+        put(self, self.names.attention_output, PrunedLinear(width, hidden))
+        put(self, self.names.attention_norm, nn.LayerNorm(hidden, eps=eps))
+        put(self, self.names.up, PrunedLinear(hidden, shape.ffn_width))
+        put(self, self.names.down, PrunedLinear(shape.ffn_width, hidden))
+        put(self, self.names.ffn_norm, nn.LayerNorm(hidden, eps=eps))
+        self.activation = ACT2FN[family.value(config, "hidden_act")]
+        self.attention_dropout = nn.Dropout(family.value(config, "attention_probs_dropout_prob"))
+        self.dropout = nn.Dropout(family.value(config, "hidden_dropout_prob"))
 
     def forward(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
+        names, part = self.names, self.get_submodule
+        attended = self.dropout(part(names.attention_output)(self._context(x, additive_mask)))
+        x = part(names.attention_norm)(attended + x)
+        inner = self.activation(part(names.up)(x))
+        return part(names.ffn_norm)(self.dropout(part(names.down)(inner)) + x)
+
+    def _context(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
+        """Multi-head attention: (batch, seqlen, hidden_size) -> (batch, seqlen, num_heads * head_dim)."""
         if self.num_heads == 0:
             return x.new_zeros(*x.shape[:2], 0)
         heads = (*x.shape[:2], self.num_heads, self.head_dim)
         query, key, value = (
-            part(x).view(heads).transpose(1, 2) for part in (self.query, self.key, self.value)
+            self.get_submodule(name)(x).view(heads).transpose(1, 2) for name in self.names.qkv
         )
-        dropout = self.dropout.p if self.training else 0.0
+        dropout = self.attention_dropout.p if self.training else 0.0
         context = F.scaled_dot_product_attention(
             query, key, value, attn_mask=additive_mask, dropout_p=dropout
         )
         return context.transpose(1, 2).flatten(2)
 
 
-class PrunedOutput(nn.Module):
-    """LayerNorm(dense(x) + residual), which ends both the attention and the FFN."""
-
-    def __init__(self, config: PrunedConfig, width: int) -> None:
-        super().__init__()
-        self.dense = PrunedLinear(width, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
-
-
-class PrunedLayerModule(GradientCheckpointingLayer):
-    """One layer with BERT's parameter names (attention.self, attention.output, intermediate, output).
-
-    Under gradient checkpointing it keeps its input alone, and is computed again in the backward pass."""
-
-    def __init__(self, config: PrunedConfig, shape: LayerShape) -> None:
-        super().__init__()
-        width = shape.num_heads * config.head_dim
-        self.attention = nn.ModuleDict(
-            {"self": PrunedSelfAttention(config, shape), "output": PrunedOutput(config, width)}
-        )
-        self.intermediate = nn.ModuleDict({"dense": PrunedLinear(config.hidden_size, shape.ffn_width)})
-        self.output = PrunedOutput(config, shape.ffn_width)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
-        x = self.attention["output"](self.attention["self"](x, additive_mask), x)
-        return self.output(self.activation(self.intermediate["dense"](x)), x)
-
-
-class PrunedEncoderModule(nn.Module):
-    """The padded, trainable stack of layers; its layers are named `layer.N` as BERT's.
+class PrunedStack(nn.Module):
+    """The padded, trainable stack of layers.
 
     (`layers.modules.PrunedEncoder` is the stack on packed tokens, for inference.)"""
 
-    def __init__(self, config: PrunedConfig) -> None:
+    def __init__(self, config: PrunedConfig, list_name: str) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(PrunedLayerModule(config, shape) for shape in config.shape.layers)
+        layers = nn.ModuleList(PrunedLayerModule(config, shape) for shape in config.shape.layers)
+        self.add_module(list_name, layers)
 
     def forward(self, x: Tensor, additive_mask: Tensor | None, collect: list[Tensor] | None) -> Tensor:
-        for layer in self.layer:
+        (layers,) = self.children()
+        for layer in layers:  # type: ignore[attr-defined]
             x = layer(x, additive_mask)
             if collect is not None:
                 collect.append(x)
@@ -137,7 +149,8 @@ class PrunedEncoderModule(nn.Module):
 
 
 class PrunedPooler(nn.Module):
-    """BERT's pooler, which reads the first position: (batch, seqlen, hidden_size) -> (batch, width)."""
+    """The pooler of BERT's kind, which reads the first position: (batch, seqlen, hidden_size) -> (batch,
+    width)."""
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__()
@@ -290,21 +303,29 @@ def _head_name(architecture: str) -> str:
 class PrunedBertModel(PrunedPreTrainedModel):
     """The bare encoder: ids (batch, seqlen) -> last_hidden_state (batch, seqlen, hidden_size).
 
-    add_pooling_layer: add BERT's pooler, which checkpoints of question-answering models do not have.
+    Its parts lie where the config's family says. add_pooling_layer: add a pooler, which checkpoints of
+    question-answering models do not have. Errors: ValueError for a pooler in a family without one.
     """
 
     def __init__(self, config: PrunedConfig, add_pooling_layer: bool = False) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[arg-type]
+        family = config.family
         self.embeddings = PrunedEmbeddings(config)
-        self.encoder = PrunedEncoderModule(config)
+        if family.embedding_size(config) != config.hidden_size:
+            assert family.projection is not None
+            put(self, family.projection, nn.Linear(family.embedding_size(config), config.hidden_size))
+        stack, _, list_name = family.layers.rpartition(".")
+        put(self, stack, PrunedStack(config, list_name))
+        if add_pooling_layer and not family.has_pooler:
+            raise ValueError(f"{family.name} has no pooler: add_pooling_layer is for families with one")
         self.pooler = PrunedPooler(config) if add_pooling_layer else None
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.get_submodule(self.config.family.embeddings.words)
 
     def set_input_embeddings(self, value: Any) -> None:
-        self.embeddings.word_embeddings = value
+        put(self.embeddings, self.config.family.embeddings.words, value)
 
     def forward(
         self,
@@ -320,10 +341,10 @@ class PrunedBertModel(PrunedPreTrainedModel):
         packed_batch: Any = None,
         **of_decoders: Any,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """Compute what stock BERT computes. head_run, packed_batch: arguments of an optimised encoder, which
-        are not read here; another thread may restore the encoder between its head's forward and this one.
-        of_decoders: arguments of decoders, such as encoder_hidden_states, which stock heads pass as None.
-        Errors: TypeError where one of them is set."""
+        """Compute what the publisher's encoder computes. head_run, packed_batch: arguments of an optimised
+        encoder, which are not read here; another thread may restore the encoder between its head's forward
+        and this one. of_decoders: arguments of decoders, such as encoder_hidden_states, which stock heads
+        pass as None. Errors: TypeError where one of them is set."""
         given = [name for name, value in of_decoders.items() if value is not None and value is not False]
         if given:
             raise TypeError(f"a {type(self).__name__} takes no {', '.join(given)}")
@@ -335,13 +356,16 @@ class PrunedBertModel(PrunedPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        family = self.config.family
+        if family.embedding_size(self.config) != self.config.hidden_size:
+            x = self.get_submodule(family.projection)(x)
         additive_mask = None
         if attention_mask is not None:
             check_mask(attention_mask, x.size(0), x.size(1))
             # The lowest finite number rather than -inf, with which a row of padding only would become NaN.
             additive_mask = (attention_mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min
         collect = [x] if output_hidden_states else None
-        x = self.encoder(x, additive_mask, collect)
+        x = self.get_submodule(family.layers.rpartition(".")[0])(x, additive_mask, collect)
         output = BaseModelOutputWithPooling(
             last_hidden_state=x,
             pooler_output=self.pooler(x) if self.pooler is not None else None,
@@ -355,3 +379,25 @@ class PrunedRobertaModel(PrunedBertModel):
 
     config_class = PrunedRobertaConfig
     base_model_prefix = "roberta"
+
+
+def family_class(base: type[Any], family: Family, names: dict[str, Any], **members: Any) -> type[Any]:
+    """The class of a family that does what BERT's class `base` does; the one in `names` (the globals of the
+    module of `base`) where it is there, and otherwise one that is made and put there."""
+    name = base.__name__.replace("Bert", family.stem, 1)
+    if name not in names:
+        members = {
+            "__doc__": f"{family.name}'s counterpart of {base.__name__}.",
+            "__module__": base.__module__,
+            "config_class": PRUNED_CONFIGS[family.pruned_type],
+            "base_model_prefix": family.prefix,
+            **members,
+        }
+        names[name] = type(name, (base,), members)
+    return names[name]
+
+
+# The bare encoder of every family.
+PRUNED_ENCODERS: dict[Family, type[Any]] = {
+    family: family_class(PrunedBertModel, family, globals()) for family in FAMILIES
+}

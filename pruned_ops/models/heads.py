@@ -1,6 +1,6 @@
 """Pruned encoders under four heads: answers to questions, Natural Questions, labels of texts and of tokens.
 
-All have stock BERT's and RoBERTa's own parameter names, and are registered with transformers' Auto classes.
+All have their publisher's own parameter names, and are registered with transformers' Auto classes.
 Their forwards list every argument because transformers' Trainer reads their signatures.
 """
 
@@ -12,7 +12,6 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
@@ -21,19 +20,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    CamembertForQuestionAnswering,
-    CamembertForSequenceClassification,
-    CamembertForTokenClassification,
-    RobertaForQuestionAnswering,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
-    XLMRobertaForQuestionAnswering,
-    XLMRobertaForSequenceClassification,
-    XLMRobertaForTokenClassification,
 )
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     ModelOutput,
@@ -42,23 +30,27 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from pruned_ops.models.configuration import (
-    PRUNED_CONFIGS,
-    PrunedBertConfig,
-    PrunedConfig,
-    PrunedRobertaConfig,
+from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedConfig, PrunedRobertaConfig
+from pruned_ops.models.encoder import (
+    PRUNED_ENCODERS,
+    PrunedBertModel,
+    PrunedPreTrainedModel,
+    PrunedRobertaModel,
+    family_class,
+    put,
 )
-from pruned_ops.models.encoder import PrunedBertModel, PrunedPreTrainedModel, PrunedRobertaModel
+from pruned_ops.models.families.description import TextHeadNames
+from pruned_ops.models.families.known import BY_TYPE, FAMILIES, stock_head
 from pruned_ops.models.inputs import first_tokens, returned
 
 
 class _WithEncoder(PrunedPreTrainedModel):
-    """A pruned encoder under its stock name ("bert", "roberta"), for a head on top of it."""
+    """A pruned encoder under its publisher's name ("bert", "roberta"), for a head on top of it."""
 
     encoder_class: type[PrunedBertModel] = PrunedBertModel
 
     def __init__(self, config: PrunedConfig) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[arg-type]
         setattr(self, self.base_model_prefix, self._encoder(config))
 
     def _encoder(self, config: PrunedConfig) -> PrunedBertModel:
@@ -218,13 +210,15 @@ class _Classifier(_WithEncoder):
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
-        dropout = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = self._head(config)
+        family = config.family
+        dropout = family.value(config, "classifier_dropout")
+        otherwise = family.value(config, "hidden_dropout_prob")
+        self.dropout = nn.Dropout(otherwise if dropout is None else dropout)
+        self._add_head(config)
         self.post_init()
 
-    def _head(self, config: PrunedConfig) -> nn.Module:
-        """What makes logits of hidden states."""
+    def _add_head(self, config: PrunedConfig) -> None:
+        """Add what makes logits of hidden states."""
         raise NotImplementedError
 
     def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -258,22 +252,36 @@ class _Classifier(_WithEncoder):
 
 
 class PrunedBertForSequenceClassification(_Classifier):
-    """A pruned BERT with its pooler and a label for each text: logits (batch, num_labels).
+    """A pruned encoder with a label for each text: logits (batch, num_labels).
 
     The label is read from the first real token, which is CLS on whichever side the padding is."""
 
     def _encoder(self, config: PrunedConfig) -> PrunedBertModel:
-        return self.encoder_class(config, add_pooling_layer=True)
+        return self.encoder_class(config, add_pooling_layer=config.family.text_head.first is None)
 
-    def _head(self, config: PrunedConfig) -> nn.Module:
-        return nn.Linear(config.pooled_width, self.num_labels)
+    def _add_head(self, config: PrunedConfig) -> None:
+        names, width = config.family.text_head, config.pooled_width
+        self.activation = ACT2FN[names.activation]
+        if names.first is not None:
+            put(self, names.first, nn.Linear(config.hidden_size, width))
+        put(self, names.last, nn.Linear(width, self.num_labels))
 
     def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        pooler: Any = self.base_model.pooler
-        return self.classifier(self.dropout(pooler(first_tokens(states, attention_mask)[:, None])))
+        names: TextHeadNames = self.config.family.text_head
+        first, last = text_linears(self, names)
+        x = first_tokens(states, attention_mask)
+        x = self.activation(first(self.dropout(x) if names.drops_input else x))
+        return last(self.dropout(x))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+
+
+def text_linears(model: Any, names: TextHeadNames) -> tuple[Any, Any]:
+    """The two linears of the head that labels texts, of a stock or pruned model. Errors: AttributeError where
+    one of them is not there."""
+    first = model.base_model.pooler.dense if names.first is None else model.get_submodule(names.first)
+    return first, model.get_submodule(names.last)
 
 
 class PrunedRobertaForSequenceClassification(PrunedBertForSequenceClassification):
@@ -283,28 +291,14 @@ class PrunedRobertaForSequenceClassification(PrunedBertForSequenceClassification
     base_model_prefix = "roberta"
     encoder_class = PrunedRobertaModel
 
-    def _encoder(self, config: PrunedConfig) -> PrunedBertModel:
-        return self.encoder_class(config)
-
-    def _head(self, config: PrunedConfig) -> nn.Module:
-        hidden, width = config.hidden_size, config.pooled_width
-        return nn.ModuleDict(
-            {"dense": nn.Linear(hidden, width), "out_proj": nn.Linear(width, self.num_labels)}
-        )
-
-    def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        head: Any = self.classifier
-        x = torch.tanh(head["dense"](self.dropout(first_tokens(states, attention_mask))))
-        return head["out_proj"](self.dropout(x))
-
 
 class PrunedBertForTokenClassification(_Classifier):
-    """A pruned BERT with a label for each token: logits (batch, seqlen, num_labels)."""
+    """A pruned encoder with a label for each token: logits (batch, seqlen, num_labels)."""
 
     output_class = TokenClassifierOutput
 
-    def _head(self, config: PrunedConfig) -> nn.Module:
-        return nn.Linear(config.hidden_size, self.num_labels)
+    def _add_head(self, config: PrunedConfig) -> None:
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
 
     def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
         return self.classifier(self.dropout(states))
@@ -321,21 +315,31 @@ class PrunedRobertaForTokenClassification(PrunedBertForTokenClassification):
     encoder_class = PrunedRobertaModel
 
 
+# What follows "For" in the name of a model's class, nothing for a bare encoder -> the class of BERT's.
+_OF_BERT: dict[str, type[Any]] = {
+    "": PrunedBertModel,
+    "QuestionAnswering": PrunedBertForQuestionAnswering,
+    "NaturalQuestions": PrunedBertForNaturalQuestions,
+    "SequenceClassification": PrunedBertForSequenceClassification,
+    "TokenClassification": PrunedBertForTokenClassification,
+}
+# The same -> the class of every family, by its model type.
+_PRUNED: dict[str, dict[str, type[Any]]] = {
+    head: {
+        family.pruned_type: family_class(kind, family, globals(), encoder_class=PRUNED_ENCODERS[family])
+        if head
+        else PRUNED_ENCODERS[family]
+        for family in FAMILIES
+    }
+    for head, kind in _OF_BERT.items()
+}
+
+
 def natural_questions_class(model_type: str) -> type[Any]:
-    """The model class for a BERT or RoBERTa, stock or pruned; ValueError for another model type."""
+    """The model class for a stock or pruned model type; ValueError for one that is not known."""
     if model_type not in PRUNED_CONFIGS:
         raise ValueError(f"it is a {model_type!r} model; one of {', '.join(PRUNED_CONFIGS)} is needed")
     return pruned_class("NaturalQuestions", model_type)
-
-
-# What follows "For" in the name of a model's class, nothing for a bare encoder -> our BERT and RoBERTa.
-_PRUNED: dict[str, tuple[type[Any], type[Any]]] = {
-    "": (PrunedBertModel, PrunedRobertaModel),
-    "QuestionAnswering": (PrunedBertForQuestionAnswering, PrunedRobertaForQuestionAnswering),
-    "NaturalQuestions": (PrunedBertForNaturalQuestions, PrunedRobertaForNaturalQuestions),
-    "SequenceClassification": (PrunedBertForSequenceClassification, PrunedRobertaForSequenceClassification),
-    "TokenClassification": (PrunedBertForTokenClassification, PrunedRobertaForTokenClassification),
-}
 
 
 def head_name(architecture: str) -> str:
@@ -350,24 +354,16 @@ def head_name(architecture: str) -> str:
 
 def pruned_class(name: str, model_type: str) -> type[Any]:
     """The pruned model with the head that `head_name` names, for one of PRUNED_CONFIGS."""
-    return _PRUNED[name][PRUNED_CONFIGS[model_type] is PrunedRobertaConfig]
+    return _PRUNED[name][BY_TYPE[model_type].pruned_type]
 
 
-_STOCK = (
-    BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification,
-    RobertaForQuestionAnswering, RobertaForSequenceClassification, RobertaForTokenClassification,
-    XLMRobertaForQuestionAnswering, XLMRobertaForSequenceClassification, XLMRobertaForTokenClassification,
-    CamembertForQuestionAnswering, CamembertForSequenceClassification, CamembertForTokenClassification,
-)  # fmt: skip
-# The pruned counterpart of each class of transformers whose head is known here, and of the pruned classes
-# with a head themselves.
-PRUNED_CLASSES: dict[type[Any], type[Any]] = {
-    **{kind: kind for name, kinds in _PRUNED.items() if name for kind in kinds},
-    **{
-        kind: pruned_class(head_name(kind.__name__), kind.config_class.model_type)  # type: ignore[union-attr]
-        for kind in _STOCK
-    },
-}
+def pruned_counterpart(kind: type[Any]) -> type[Any] | None:
+    """The pruned class of a class with a head that is known here, the publisher's or one of ours (which is
+    its own counterpart); None for another class."""
+    if any(kind in classes.values() for head, classes in _PRUNED.items() if head):
+        return kind
+    family, head = stock_head(kind) or (None, "")
+    return None if family is None or head not in _PRUNED else _PRUNED[head][family.pruned_type]
 
 
 def is_natural_questions(config: Any) -> bool:
@@ -391,8 +387,8 @@ def with_answer_types(model: Any) -> Any:
     """A Natural Questions model with the encoder and the start and end head of `model`, and a new, random
     answer type head.
 
-    model: a stock or pruned BERT or RoBERTa for question answering, which is left alone. Errors: ValueError
-    for another model."""
+    model: a stock or pruned model for question answering, which is left alone. Errors: ValueError for
+    another model."""
     model_class = natural_questions_class(model.config.model_type)
     fields = {name: value for name, value in model.config.to_dict().items() if name != "architectures"}
     typed = model_class(model_class.config_class(**fields))
@@ -409,27 +405,15 @@ def with_answer_types(model: Any) -> Any:
 
 def _register() -> None:
     """Teach transformers' Auto classes the pruned models. Natural Questions has no Auto class."""
-    for config, encoder, answering, sequences, tokens in (
-        (
-            PrunedBertConfig,
-            PrunedBertModel,
-            PrunedBertForQuestionAnswering,
-            PrunedBertForSequenceClassification,
-            PrunedBertForTokenClassification,
-        ),
-        (
-            PrunedRobertaConfig,
-            PrunedRobertaModel,
-            PrunedRobertaForQuestionAnswering,
-            PrunedRobertaForSequenceClassification,
-            PrunedRobertaForTokenClassification,
-        ),
-    ):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, encoder, exist_ok=True)
-        AutoModelForQuestionAnswering.register(config, answering, exist_ok=True)
-        AutoModelForSequenceClassification.register(config, sequences, exist_ok=True)
-        AutoModelForTokenClassification.register(config, tokens, exist_ok=True)
+    for kind, encoder in _PRUNED[""].items():
+        AutoConfig.register(kind, encoder.config_class, exist_ok=True)
+        AutoModel.register(encoder.config_class, encoder, exist_ok=True)
+        for head, auto_class in (
+            ("QuestionAnswering", AutoModelForQuestionAnswering),
+            ("SequenceClassification", AutoModelForSequenceClassification),
+            ("TokenClassification", AutoModelForTokenClassification),
+        ):
+            auto_class.register(encoder.config_class, _PRUNED[head][kind], exist_ok=True)
 
 
 _register()

@@ -9,19 +9,14 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedRobertaConfig
+from pruned_ops.models.families.known import family_of
 
 Output = TypeVar("Output", bound=ModelOutput)
 
 
-def is_roberta(config: Any) -> bool:
-    """Whether the model of this config, stock or pruned, counts its positions from the padding index."""
-    return PRUNED_CONFIGS.get(config.model_type) is PrunedRobertaConfig
-
-
 def longest_sequence(config: Any) -> int:
     """The number of tokens in the longest sequence that the model's table of positions allows."""
-    return config.max_position_embeddings - (config.pad_token_id + 1 if is_roberta(config) else 0)
+    return config.max_position_embeddings - family_of(config).first_position(config)
 
 
 def default_position_ids(
@@ -29,11 +24,12 @@ def default_position_ids(
 ) -> Tensor:
     """The position ids (batch, seqlen) that the stock models use where the caller gives none.
 
-    BERT counts all places from 0. RoBERTa counts the tokens that are not padding from pad_token_id + 1 and
-    leaves padding at pad_token_id; without input_ids (embeddings were given) all tokens count as real.
+    Most count all places from 0. Those of RoBERTa's kind count the tokens that are not padding from
+    pad_token_id + 1 and leave padding at pad_token_id; without input_ids (embeddings were given) all tokens
+    count as real.
     Errors: ValueError for sequences that are longer than the table of positions.
     """
-    first = config.pad_token_id + 1 if is_roberta(config) else 0
+    first = family_of(config).first_position(config)
     longest = config.max_position_embeddings - first
     if seqlen > longest:
         raise ValueError(f"the sequences have {seqlen} tokens; the model's position table allows {longest}")
@@ -60,8 +56,10 @@ def check_inputs(
     for name, ids, rows in (
         ("input_ids", input_ids, config.vocab_size),
         ("position_ids", position_ids, config.max_position_embeddings),
-        ("token_type_ids", token_type_ids, config.type_vocab_size),
+        ("token_type_ids", token_type_ids, family_of(config).value(config, "type_vocab_size")),
     ):
+        if not rows:  # no token types: the stock models do not look at any that are given
+            continue
         if ids is None or ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
             continue
         low, high = (int(value) for value in torch.aminmax(ids))
@@ -91,7 +89,7 @@ def packed_inputs(
     batch_size, seqlen = input_ids.shape
     if position_ids is None:
         position_ids = default_position_ids(config, input_ids, batch_size, seqlen, device)
-    if token_type_ids is None:
+    if token_type_ids is None or not family_of(config).has_token_types(config):
         token_type_ids = torch.zeros_like(input_ids)
     if batch is None:
         batch = PackedBatch.from_mask(attention_mask, batch_size, seqlen, device)

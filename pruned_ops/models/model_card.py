@@ -72,7 +72,7 @@ def model_card(model_class: str, config: Any, report: Mapping[str, Any] | None) 
     loader, task = next(
         (kind for ending, kind in _KINDS.items() if model_class.endswith(ending)), _KINDS["Model"]
     )
-    kind = "RoBERTa" if config.model_type == "pruned_roberta" else "BERT"
+    kind = config.family.name
     lines = [
         "---", "library_name: transformers", f"pipeline_tag: {task}", "tags:", "- pruned_ops", "- pruning",
         "---", MARKER, "",

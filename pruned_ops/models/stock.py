@@ -1,17 +1,37 @@
-"""The encoder inside a model: which ones are known, where it is, and the shape that it has."""
+"""The encoder inside a model: which ones are known, where it is, its parts, and the shape that it has."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import BertModel, CamembertModel, RobertaModel, XLMRobertaModel
 
-from pruned_ops.models.encoder import PrunedBertModel, PrunedRobertaModel
+from pruned_ops.models.encoder import PRUNED_ENCODERS, PrunedBertModel
+from pruned_ops.models.families.description import LayerNames
+from pruned_ops.models.families.known import STOCK_ENCODERS, family_of, stock_encoder
 from pruned_ops.shape import LayerShape, ModelShape
 
-ENCODERS = (BertModel, RobertaModel, XLMRobertaModel, CamembertModel, PrunedBertModel, PrunedRobertaModel)
-QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
+# The names of the classes of all encoders that are known.
+ENCODER_NAMES = (*STOCK_ENCODERS, *(kind.__name__ for kind in PRUNED_ENCODERS.values()))
+
+
+def is_encoder(module: object) -> bool:
+    """Whether this is an encoder that is known, stock or pruned: of such a class, not of a subclass."""
+    return is_encoder_class(type(module))
+
+
+def is_encoder_class(kind: type[Any]) -> bool:
+    """Whether this is the class of an encoder that is known, stock or pruned."""
+    return stock_encoder(kind) is not None or kind in PRUNED_ENCODERS.values()
+
+
+def encoder_class(name: str) -> type[Any] | None:
+    """The class of a known encoder, by its own name; None for another name."""
+    if name in STOCK_ENCODERS:
+        return getattr(transformers, name)
+    return next((kind for kind in PRUNED_ENCODERS.values() if kind.__name__ == name), None)
 
 
 # Where a model with several encoders keeps the name of the one that is meant.
@@ -20,7 +40,7 @@ _CHOSEN = "_pruned_ops_encoder"
 
 def encoders_of(model: nn.Module) -> dict[str, Any]:
     """The known encoders inside `model` by their names ("" where it is one itself)."""
-    return {name: module for name, module in model.named_modules() if type(module) in ENCODERS}
+    return {name: module for name, module in model.named_modules() if is_encoder(module)}
 
 
 def choose_encoder(model: nn.Module, name: str) -> Any:
@@ -43,7 +63,7 @@ def chosen_name(model: nn.Module) -> str | None:
 
 
 def find_encoder(model: nn.Module) -> Any:
-    """The one BERT or RoBERTa encoder inside `model`, or `model` itself where it is one; of several, the one
+    """The one known encoder inside `model`, or `model` itself where it is one; of several, the one
     that `choose_encoder` named.
 
     Errors: ValueError where there is none, or more than one and none was named."""
@@ -61,7 +81,7 @@ def find_encoder(model: nn.Module) -> Any:
             "that is meant (encoder=...)"
         )
     if not encoders:
-        known = ", ".join(encoder.__name__ for encoder in ENCODERS)
+        known = ", ".join(ENCODER_NAMES)
         raise ValueError(f"{type(model).__name__} contains no encoder; one of {known} is needed")
     return next(iter(encoders.values()))
 
@@ -72,7 +92,7 @@ def running_encoder(model: nn.Module) -> Any:
     if name is not None:
         return model.get_submodule(name)
     for module in model.modules():
-        if isinstance(module, ENCODERS):
+        if any(map(is_encoder_class, type(module).__mro__)):
             return module
     return find_encoder(model)  # which says what is missing
 
@@ -95,11 +115,66 @@ def encoder_shape(encoder: Any) -> ModelShape:
     config = encoder.config
     if isinstance(encoder, PrunedBertModel):
         return config.shape
-    dense = LayerShape(config.num_attention_heads, config.intermediate_size)
+    dense = LayerShape(config.num_attention_heads, family_of(config).value(config, "intermediate_size"))
     head_dim = config.hidden_size // config.num_attention_heads
     return ModelShape((dense,) * config.num_hidden_layers, config.hidden_size, head_dim)
 
 
-def stock_parts(layer: nn.Module) -> dict[str, Any]:
-    """The modules of a stock or pruned layer by name (the pruned ones keep theirs in ModuleDicts)."""
-    return {name: module for name, module in layer.named_modules() if name}
+@dataclass(frozen=True)
+class LayerParts:
+    """The linears and LayerNorms of one layer, stock or pruned, whatever they are called there; the fields
+    are those of `LayerNames`."""
+
+    query: Any
+    key: Any
+    value: Any
+    attention_output: Any
+    attention_norm: Any
+    up: Any
+    down: Any
+    ffn_norm: Any
+
+    @property
+    def qkv(self) -> tuple[Any, Any, Any]:
+        """The linears whose outputs are the heads', in the order in which the kernels take them."""
+        return self.query, self.key, self.value
+
+
+def layer_list(encoder: Any) -> Any:
+    """The list of an encoder's layers, as its publisher's modules."""
+    return encoder.get_submodule(family_of(encoder.config).layers)
+
+
+def layers_of(encoder: Any) -> list[LayerParts]:
+    """The parts of every layer of an encoder. Errors: AttributeError where one of them is not there."""
+    names = family_of(encoder.config).layer
+    parts = [(each.name, getattr(names, each.name)) for each in fields(LayerNames)]
+    return [
+        LayerParts(**{part: layer.get_submodule(name) for part, name in parts})
+        for layer in layer_list(encoder)
+    ]
+
+
+def stack_of(encoder: Any) -> Any:
+    """The module that holds the list of an encoder's layers and runs them."""
+    return encoder.get_submodule(family_of(encoder.config).layers.rpartition(".")[0])
+
+
+def words_of(encoder: Any) -> Any:
+    """The table of the words' embeddings."""
+    return encoder.embeddings.get_submodule(family_of(encoder.config).embeddings.words)
+
+
+def projection_of(encoder: Any) -> Any:
+    """The linear between embeddings and layers; None where they are equally wide."""
+    name = family_of(encoder.config).projection
+    return None if name is None else encoder._modules.get(name)
+
+
+def hidden_norms(encoder: Any) -> list[Any]:
+    """The LayerNorms whose outputs are hidden states: one after the embeddings, unless a projection makes the
+    hidden states of them, and two in each layer."""
+    family = family_of(encoder.config)
+    first = [encoder.embeddings.get_submodule(family.embeddings.norm)]
+    norms = [] if projection_of(encoder) is not None else first
+    return norms + [norm for layer in layers_of(encoder) for norm in (layer.attention_norm, layer.ffn_norm)]

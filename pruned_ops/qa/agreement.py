@@ -24,7 +24,7 @@ from pruned_ops.qa.logits import batch_logits
 from pruned_ops.qa.questions import Question, answer_scores
 from pruned_ops.qa.windows import RefusedQuestion, Window, windows
 from pruned_ops.runtime.optimize import optimized
-from pruned_ops.runtime.packed_heads import ANSWERERS, CLASSIFIERS
+from pruned_ops.runtime.packed_heads import gives_answers, gives_labels
 from pruned_ops.runtime.streaming import padded
 
 SAVED, OPTIMISED = "saved", "optimised"
@@ -181,15 +181,11 @@ def logits_of(model: Any, material: Material) -> tuple[list[Logits], dict[str, d
     with torch.inference_mode(), record() as ran:
         for first in range(0, len(material.windows), BATCH_SIZE):
             batch = material.windows[first : first + BATCH_SIZE]
-            if _answers_questions(model):
+            if gives_answers(model):
                 logits += batch_logits(model, batch, model.config.pad_token_id, model.device)
             else:
                 logits += _batch_outputs(model, batch)
     return logits, {op: dict(counts) for op, counts in ran.items()}
-
-
-def _answers_questions(model: Any) -> bool:
-    return isinstance(model, ANSWERERS)
 
 
 def _batch_outputs(model: Any, batch: Sequence[Window]) -> Iterator[Any]:
@@ -217,9 +213,9 @@ def _largest(logits: list[Logits], expected: list[Logits]) -> float:
 def _said(model: Any, material: Material, logits: list[Logits]) -> list[str] | None:
     """Return the answer to each question, or the labels of each window; None for a model that gives
     neither."""
-    if _answers_questions(model):
+    if gives_answers(model):
         return _answers(model.config, material, logits)
-    if not isinstance(model, CLASSIFIERS) or model.config.num_labels < 2:
+    if not gives_labels(model) or model.config.num_labels < 2:
         return None
     return [str(window[0].argmax(-1).tolist()) for window in logits]
 
@@ -244,7 +240,7 @@ def _answers(config: Any, material: Material, logits: list[Logits]) -> list[str]
 
 def _f1(model: Any, answers: list[str] | None, material: Material) -> float | None:
     """The mean F1 in percent; None where a right answer is not known, or the model gives none."""
-    if answers is None or not material.is_scored or not _answers_questions(model):
+    if answers is None or not material.is_scored or not gives_answers(model):
         return None
     pairs = zip(answers, material.questions, strict=True)
     return statistics.fmean(answer_scores(answer, question.answers or ())[1] for answer, question in pairs)

@@ -15,7 +15,7 @@ import torch
 from pruned_ops.checkpoints.loading import checked_device, default_device, load_model, load_tokenizer
 from pruned_ops.models.configuration import SCORED, ScoreCalibration
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.stock import ENCODERS
+from pruned_ops.models.stock import is_encoder_class
 from pruned_ops.qa.decoding import Answer, Candidates, Decoded
 from pruned_ops.qa.logits import select_logits, split_logits
 from pruned_ops.qa.windows import RefusedQuestion, Window, check_cut, check_pairs, cut_each
@@ -225,7 +225,7 @@ def _check_kind(model: Any) -> None:
     """ValueError for a classifier and other models without start and end logits, before they are changed."""
     name = type(model).__name__
     head = _OTHER_HEAD.search(name)
-    if head is not None or isinstance(model, ENCODERS):
+    if head is not None or any(map(is_encoder_class, type(model).__mro__)):
         raise ValueError(
             f"a {name} gives no start and end logits, of which answers are made; a question-answering model "
             f"is needed (pruned_ops.optimize(model) makes a {name} fast, for its own calls)"

@@ -96,7 +96,7 @@ def _check(kind: type[PreTrainedModel]) -> None:
     refusal = refuse_class(kind)
     if refusal is not None:
         raise ValueError(
-            f"attn_implementation={NAME!r} cannot be used here: {refusal}; for BERT and RoBERTa, stock or "
+            f"attn_implementation={NAME!r} cannot be used here: {refusal}; for the known encoders, stock or "
             "pruned, there is pruned_ops.optimize(model)"
         )
 

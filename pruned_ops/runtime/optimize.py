@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruned_ops.models.stock import ENCODERS
+from pruned_ops.models.stock import is_encoder
 from pruned_ops.ops.backends.cpu import slow_int8
 from pruned_ops.ops.registry import BACKENDS, BackendError
 from pruned_ops.runtime.engine import Engine
@@ -55,7 +55,8 @@ def optimize(
     graphs: bool = True,
     keep_fp32: bool = True,
 ) -> Any:
-    """Let `model` run packed: a stock or pruned BERT or RoBERTa, or a module that contains one.
+    """Let `model` run packed: a stock or pruned encoder of a family that is known, or a module that contains
+    one.
 
     Returns the model itself, changed in place, in evaluation mode, with the same call signature. Whatever
     else holds one of its encoders runs packed too. At padded positions hidden states are 0 and
@@ -149,7 +150,7 @@ def _is_optimised(model: nn.Module, dtype: str | None) -> bool:
         for packed in packed_encoders(model)
     ):
         raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
-    if any(type(module) in ENCODERS for module in model.modules()):
+    if any(map(is_encoder, model.modules())):
         return False
     return all(_HEAD in parent.__dict__ for parent, _ in _parents(model)) and bool(packed_encoders(model))
 
@@ -172,7 +173,7 @@ def _plain_encoders(model: nn.Module, dtype: str | None) -> list[Any]:
             raise ValueError(refusal)
     encoders = []
     for name, module in model.named_modules():
-        if type(module) in ENCODERS:
+        if is_encoder(module):
             int8 = dtype == "int8" or (dtype is None and is_stored_in_int8(module))
             refusal = refuse_encoder(module, int8, dtype == "bfloat16")
             if refusal is not None:

@@ -1,4 +1,4 @@
-"""PackedEncoder computes a BERT or RoBERTa encoder on packed tokens, and takes its place in the model.
+"""PackedEncoder computes an encoder on packed tokens, and takes its place in the model.
 
 The encoder stays the object that it is, so that whatever holds it runs packed: `install` changes its class to
 one of OptimisedEncoder, which calls its PackedEncoder, and `remove` changes it back. In between the weights
@@ -7,12 +7,14 @@ of its linears are laid out for the kernels, and its own parameters are `Release
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from threading import RLock
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
@@ -21,8 +23,10 @@ from pruned_ops.layers.int8 import SCALE, Int8Linear
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, Rows, free, placeholder, seal, unseal
+from pruned_ops.models.families.description import Family
+from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence, packed_inputs, returned
-from pruned_ops.models.stock import ENCODERS, QKV, encoder_shape, stock_parts
+from pruned_ops.models.stock import LayerParts, encoder_class, encoder_shape, layers_of, projection_of
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
@@ -41,7 +45,7 @@ class PackedEncoder(nn.Module):
     """Computes an encoder inside its model: padded in, padded out, packed between.
 
     It is for inference only. (`layers.modules.PrunedEncoder` are its layers, on packed tokens;
-    `models.encoder.PrunedEncoderModule` is the padded stack of a pruned model, which can be trained.)
+    `models.encoder.PrunedStack` is the padded stack of a pruned model, which can be trained.)
     A forward under way keeps the PackedEncoder that it began with, and its stack is never changed in place,
     whatever other threads do with the model.
     """
@@ -64,23 +68,40 @@ class PackedEncoder(nn.Module):
         self.int8, self._keep_fp32 = self.linear_dtype == "int8", keep_fp32
         self.watch = Int8Watch() if self.int8 else None
         self.embeddings = original.embeddings
+        self.projection = projection_of(original)
         self.pooler = getattr(original, "pooler", None)
+        self._set_only_type()
         chosen = None if self.int8 and not self.stored_int8 else ()
         self.encoder = _laid_out(original, chosen, self.linear_dtype == "bfloat16", keep_fp32)
         self._forwards = forwards_of(original)
         self._waiting: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
+    def family(self) -> Family:
+        """The description of the encoder."""
+        return family_of(self.config)
+
+    def _table(self, name: str) -> Any:
+        return self.embeddings.get_submodule(name)
+
+    def _set_only_type(self) -> None:
+        """Make the table of token types of a family without them: one row of zeros, where the words lie."""
+        words = self._table(self.family.embeddings.words).weight
+        has_types = self.family.has_token_types(self.config)
+        self.only_type = None if has_types else nn.Parameter(torch.zeros_like(words[:1]), requires_grad=False)
+
+    @property
     def dtype(self) -> torch.dtype:
-        return self.embeddings.word_embeddings.weight.dtype
+        return self._table(self.family.embeddings.words).weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embeddings.word_embeddings.weight.device
+        return self._table(self.family.embeddings.words).weight.device
 
     def lay_out_again(self, original: Any) -> None:
         """Make a new stack, of the weights that the encoder has now."""
         stack = self.encoder
+        self._set_only_type()
         self.encoder = _laid_out(
             original, sorted(stack.int8_linears), stack.runs_in_bfloat16, self._keep_fp32
         )
@@ -236,16 +257,21 @@ class PackedEncoder(nn.Module):
 
     def _embed(self, inputs: Sequence[Tensor]) -> Tensor:
         """Packed ids, positions and types, (tokens,) each -> their embedding (tokens, hidden_size)."""
-        tables = self.embeddings
-        return ops.embed_layer_norm(
+        names = self.family.embeddings
+        types = self._table(names.token_types).weight if self.only_type is None else self.only_type
+        norm = self._table(names.norm)
+        embedded = ops.embed_layer_norm(
             *inputs,
-            tables.word_embeddings.weight,
-            tables.position_embeddings.weight,
-            tables.token_type_embeddings.weight,
-            tables.LayerNorm.weight,
-            tables.LayerNorm.bias,
-            tables.LayerNorm.eps,
+            self._table(names.words).weight,
+            self._table(names.positions).weight,
+            types,
+            norm.weight,
+            norm.bias,
+            norm.eps,
         )
+        if self.projection is None:
+            return embedded
+        return F.linear(embedded, self.projection.weight, self.projection.bias)
 
     def losses_on_random_tokens(self) -> dict[str, float]:
         """What int8 takes from each linear that runs in it, by its name (see `int8_losses`). The channels
@@ -265,10 +291,11 @@ def _laid_out(
     int8: the names of the linears that run in int8; None for all of them. bfloat16, keep_fp32: see
     `PrunedEncoder.pack`."""
     with torch.device("meta"):
-        config = original.config
-        stack = PrunedEncoder(encoder_shape(original), config.layer_norm_eps, config.hidden_act)
+        family, config = family_of(original.config), original.config
+        eps, activation = (family.value(config, name) for name in ("layer_norm_eps", "hidden_act"))
+        stack = PrunedEncoder(encoder_shape(original), eps, activation)
     seen: dict[tuple[int, ...], nn.Parameter] = {}
-    for packed, stock in zip(stack.layers, original.encoder.layer, strict=True):
+    for packed, stock in zip(stack.layers, layers_of(original), strict=True):
         for module, sources in _sources(packed, stock):
             for name in _parameter_names(sources):
                 parameters = [source.get_parameter(name) for source in sources]
@@ -282,15 +309,14 @@ def _laid_out(
     return stack.eval()
 
 
-def _sources(packed: Any, stock: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+def _sources(packed: Any, stock: LayerParts) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Each linear and LayerNorm of a packed layer, and the stock modules whose rows are its rows."""
-    parts = stock_parts(stock)
-    yield packed.attention.qkv, [parts[name] for name in QKV]
-    yield packed.attention.output, [parts["attention.output.dense"]]
-    yield packed.attention.norm, [parts["attention.output.LayerNorm"]]
-    yield packed.ffn.up, [parts["intermediate.dense"]]
-    yield packed.ffn.down, [parts["output.dense"]]
-    yield packed.ffn.norm, [parts["output.LayerNorm"]]
+    yield packed.attention.qkv, [*stock.qkv]
+    yield packed.attention.output, [stock.attention_output]
+    yield packed.attention.norm, [stock.attention_norm]
+    yield packed.ffn.up, [stock.up]
+    yield packed.ffn.down, [stock.down]
+    yield packed.ffn.norm, [stock.ffn_norm]
 
 
 def _parameter_names(sources: Sequence[nn.Module]) -> tuple[str, ...]:
@@ -307,7 +333,7 @@ def int8_sources(encoder: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     (out, in) and the scales (out,) that the kernels read."""
     names = {module: name for name, module in encoder.named_modules()}
     stack = encoder.packed.encoder
-    for i, (packed, stock) in enumerate(zip(stack.layers, encoder.encoder.layer, strict=True)):
+    for i, (packed, stock) in enumerate(zip(stack.layers, layers_of(encoder), strict=True)):
         sources = dict(_sources(packed, stock))
         for part in (2 * i, 2 * i + 1):
             for linear, module in enumerate(stack.parts[part].linears):
@@ -323,7 +349,7 @@ def int8_sources(encoder: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def _taken(original: Any, stack: PrunedEncoder) -> Iterator[tuple[nn.Parameter, Rows]]:
     """The encoder's own parameters that the kernels do not read, and where the stack has their values."""
-    for i, (packed, stock) in enumerate(zip(stack.layers, original.encoder.layer, strict=True)):
+    for i, (packed, stock) in enumerate(zip(stack.layers, layers_of(original), strict=True)):
         sources = dict(_sources(packed, stock))
         linears = [(part, linear) for part in (0, 1) for linear in (0, 1)]
         for part, linear in linears:
@@ -350,24 +376,8 @@ class OptimisedEncoder(nn.Module):
     required_grad: list[nn.Parameter]
     modes: list[tuple[nn.Module, bool]]
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **others: Any,
-    ) -> Any:
-        """See `PackedEncoder.forward`."""
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        packed = self.__dict__.get("packed")
-        if packed is None:  # another thread has restored it since this was called
-            return type(self).forward(self, *inputs, **others)
-        return packed(*inputs, **others)
-
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("config", "embeddings", "encoder", "pooler") and getattr(self, name, None) is not value:
+        if (name == "config" or name in self._modules) and getattr(self, name, None) is not value:
             raise RuntimeError(
                 f"an optimised encoder would go on with the {name} that it was optimised with: call "
                 "pruned_ops.restore(model) before setting another"
@@ -421,18 +431,42 @@ class OptimisedEncoder(nn.Module):
         return self
 
 
+_OPTIMISED: dict[type[Any], type[Any]] = {}
+
+
 def _optimised_class(encoder: type[Any]) -> type[Any]:
     """The class of an optimised encoder. It bears the encoder's own name, which saved configs hold."""
-    qualified = f"Optimised{encoder.__name__}"
-    optimised = type(
-        encoder.__name__, (OptimisedEncoder, encoder), {"__module__": __name__, "__qualname__": qualified}
-    )
-    globals()[qualified] = optimised  # where pickle looks for it
-    return optimised
+    if encoder not in _OPTIMISED:
+        qualified = f"Optimised{encoder.__name__}"
+        members = {"__module__": __name__, "__qualname__": qualified, "forward": _forward_of(encoder)}
+        _OPTIMISED[encoder] = type(encoder.__name__, (OptimisedEncoder, encoder), members)
+        globals()[qualified] = _OPTIMISED[encoder]  # where pickle looks for it
+    return _OPTIMISED[encoder]
 
 
-_OPTIMISED: dict[type[Any], type[Any]] = {encoder: _optimised_class(encoder) for encoder in ENCODERS}
-_PLAIN = {optimised: encoder for encoder, optimised in _OPTIMISED.items()}
+def _forward_of(encoder: type[Any]) -> Callable[..., Any]:
+    """The forward of an optimised encoder. It takes positional arguments in the order of the encoder's own,
+    and shows that one's signature, by which callers choose what they give."""
+    signature = inspect.signature(encoder.forward)
+    names = tuple(signature.parameters)[1:]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `PackedEncoder.forward`."""
+        packed = self.__dict__.get("packed")
+        if packed is None:  # another thread has restored it since this was called
+            return type(self).forward(self, *args, **kwargs)
+        return packed(**dict(zip(names, args, strict=False)), **kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
+
+
+def __getattr__(name: str) -> Any:
+    """The class of an optimised encoder, where a pickle names it before such a model was optimised here."""
+    encoder = encoder_class(name.removeprefix("Optimised")) if name.startswith("Optimised") else None
+    if encoder is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _optimised_class(encoder)
 
 
 def optimised_encoders(model: nn.Module) -> list[Any]:
@@ -454,7 +488,7 @@ def install(encoder: Any, packed: PackedEncoder) -> None:
     ]
     encoder.__dict__["modes"] = [(module, module.training) for module in encoder.modules()]
     encoder.__dict__["packed"] = packed
-    encoder.__class__ = _OPTIMISED[type(encoder)]
+    encoder.__class__ = _optimised_class(type(encoder))
     for parameter in encoder.required_grad:
         parameter.requires_grad_(False)
     encoder.eval()
@@ -466,7 +500,7 @@ def remove(encoder: Any) -> None:
     if encoder.packed.engine is not None:
         encoder.packed.engine.invalidate()
     _give_back(encoder)
-    encoder.__class__ = _PLAIN[type(encoder)]
+    encoder.__class__ = type(encoder).__bases__[1]  # after OptimisedEncoder
     for parameter in encoder.__dict__.pop("required_grad"):
         parameter.requires_grad_(True)
     for module, training in encoder.__dict__.pop("modes"):

@@ -21,40 +21,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    CamembertForMaskedLM,
-    CamembertForQuestionAnswering,
-    CamembertForSequenceClassification,
-    CamembertForTokenClassification,
-    RobertaForMaskedLM,
-    RobertaForQuestionAnswering,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
-    XLMRobertaForMaskedLM,
-    XLMRobertaForQuestionAnswering,
-    XLMRobertaForSequenceClassification,
-    XLMRobertaForTokenClassification,
-)
-from transformers.models.bert.modeling_bert import BertOnlyMLMHead, BertPooler
-from transformers.models.camembert.modeling_camembert import CamembertClassificationHead, CamembertLMHead
-from transformers.models.roberta.modeling_roberta import RobertaClassificationHead, RobertaLMHead
-from transformers.models.xlm_roberta.modeling_xlm_roberta import (
-    XLMRobertaClassificationHead,
-    XLMRobertaLMHead,
-)
+from transformers.activations import ACT2FN
 
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.models.encoder import PrunedPooler
+from pruned_ops.models.encoder import PrunedPooler, PrunedPreTrainedModel
+from pruned_ops.models.families.description import ANSWERS, TEXT_LABELS, TOKEN_LABELS, WORDS
+from pruned_ops.models.families.known import family_of, stock_head
 from pruned_ops.models.heads import (
     PrunedBertForNaturalQuestions,
     PrunedBertForQuestionAnswering,
     PrunedBertForSequenceClassification,
     PrunedBertForTokenClassification,
-    PrunedRobertaForSequenceClassification,
+    text_linears,
 )
 
 
@@ -70,13 +48,12 @@ class Outputs(NamedTuple):
 class PackedHead:
     """A model's head that takes packed hidden states and gives logits.
 
-    classes: the models whose forward it computes. A subclass counts unless it changed that forward."""
+    module: the model. known: the class among its own whose forward is computed; see `known_head`."""
 
-    classes: tuple[type[Any], ...] = ()
     in_graph = True  # whether a CUDA graph holds it beside the encoder
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    def __init__(self, module: Any, known: type[Any]) -> None:
+        self.module, self.known = module, known
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -122,14 +99,6 @@ class HeadRun:
 class SpanHead(PackedHead):
     """Start and end logits of each token. Padding gets the dtype's minimum, so that no answer is there."""
 
-    classes: tuple[type[Any], ...] = (
-        BertForQuestionAnswering,
-        RobertaForQuestionAnswering,
-        XLMRobertaForQuestionAnswering,
-        CamembertForQuestionAnswering,
-        PrunedBertForQuestionAnswering,
-    )
-
     @property
     def linears(self) -> tuple[Any, ...]:
         return (self.module.qa_outputs,)
@@ -147,8 +116,6 @@ class SpanHead(PackedHead):
 class SpanAndTypeHead(SpanHead):
     """Start and end logits, and answer types that are read from the first token."""
 
-    classes = (PrunedBertForNaturalQuestions,)
-
     @property
     def linears(self) -> tuple[Any, ...]:
         return self.module.qa_outputs, self.module.answer_type_outputs
@@ -164,14 +131,6 @@ class SpanAndTypeHead(SpanHead):
 
 class TokenHead(PackedHead):
     """A label for each token. Padding gets the bias alone, as from the model's own head on states of 0."""
-
-    classes = (
-        BertForTokenClassification,
-        RobertaForTokenClassification,
-        XLMRobertaForTokenClassification,
-        CamembertForTokenClassification,
-        PrunedBertForTokenClassification,
-    )
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -191,39 +150,45 @@ class TokenHead(PackedHead):
 
 
 class TextHead(PackedHead):
-    """A label for a text, read from its first token through a linear, tanh and a second linear."""
+    """A label for a text, read from its first token through a linear, an activation and a second linear."""
 
-    stock_classes = (
-        BertForSequenceClassification,
-        RobertaForSequenceClassification,
-        XLMRobertaForSequenceClassification,
-        CamembertForSequenceClassification,
-    )
-    classes = (
-        *stock_classes,
-        PrunedBertForSequenceClassification,
-        PrunedRobertaForSequenceClassification,
-    )
+    def __init__(self, module: Any, known: type[Any]) -> None:
+        super().__init__(module, known)
+        self.names = family_of(module.config).text_head
+        self.activation = ACT2FN[self.names.activation]
 
     @property
     def linears(self) -> tuple[Any, ...]:
-        """The two linears, or nothing where the modules are not those that the class makes. BERT's first is
-        its pooler's; RoBERTa's are both the classifier's."""
-        head, pooler = self.module.classifier, self.module.base_model.pooler
-        if pooler is not None:
-            return (pooler.dense, head) if _is_plain(pooler) else ()
-        if isinstance(self.module, PrunedRobertaForSequenceClassification):
-            return head["dense"], head["out_proj"]
-        known = (RobertaClassificationHead, XLMRobertaClassificationHead, CamembertClassificationHead)
-        is_plain = type(head) in known and not _is_hooked(head)
-        return (head.dense, head.out_proj) if is_plain else ()
+        """The two linears, or nothing where the modules are not those that the class makes."""
+        try:
+            linears = text_linears(self.module, self.names)
+        except AttributeError:
+            return ()
+        first = self.names.first
+        owner = self.module.base_model.pooler if first is None else self._owner(first)
+        return linears if owner is self.module or self._is_plain(owner) else ()
+
+    def _owner(self, name: str) -> Any:
+        return self.module.get_submodule(name.rpartition(".")[0])
+
+    def _is_plain(self, owner: nn.Module) -> bool:
+        """Whether the module around the first linear is one that its class makes, with its activation."""
+        known = (
+            type(owner) in (PrunedPooler, nn.ModuleDict) or type(owner).__module__ == self.known.__module__
+        )
+        expected = type(self.activation)
+        return (
+            known
+            and not _is_hooked(owner)
+            and type(getattr(owner, "activation", self.activation)) is expected
+        )
 
     def computes(self) -> bool:
         return len(self.linears) == 2 and super().computes()
 
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
         first, second = self.linears
-        return Outputs(None, second(torch.tanh(first(first_rows(states, cu_seqlens)))))
+        return Outputs(None, second(self.activation(first(first_rows(states, cu_seqlens)))))
 
     def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
         assert outputs.firsts is not None
@@ -236,54 +201,99 @@ class VocabularyHead(PackedHead):
     The head is called as it is: it takes rows of any shape. A graph would keep its outputs, which are many
     times the size of the model's other buffers."""
 
-    classes = (BertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM, CamembertForMaskedLM)
     in_graph = False
 
     @property
-    def _part(self) -> Any:
-        return self.module.cls if isinstance(self.module, BertForMaskedLM) else self.module.lm_head
+    def parts(self) -> list[Any]:
+        """The modules that score the words, one after the other."""
+        return [self.module.get_submodule(name) for name in family_of(self.module.config).words_head]
 
     @property
     def linears(self) -> tuple[Any, ...]:
-        part = self._part
-        if isinstance(part, BertOnlyMLMHead):
-            return part.predictions.transform.dense, part.predictions.decoder
-        return part.dense, part.decoder
+        inside = (module for part in self.parts for module in part.modules())
+        return tuple(module for module in inside if isinstance(module, nn.Linear))
 
     def computes(self) -> bool:
-        known = (BertOnlyMLMHead, RobertaLMHead, XLMRobertaLMHead, CamembertLMHead)
-        if type(self._part) not in known or any(map(_is_hooked, self._part.modules())):
+        """Whether all modules are those of torch and of the file that the model's class is from."""
+        libraries = ("torch.nn.modules.", "transformers.activations", self.known.__module__)
+        inside = [module for part in self.parts for module in part.modules()]
+        if not all(type(module).__module__.startswith(libraries) for module in inside):
             return False
-        return super().computes()
+        return not any(map(_is_hooked, inside)) and super().computes()
 
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
-        return Outputs(self._part(states), None)
+        for part in self.parts:
+            states = part(states)
+        return Outputs(states, None)
 
     def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
         assert outputs.rows is not None
         return {"logits": batch.unpack(outputs.rows)}
 
 
-HEADS: tuple[type[PackedHead], ...] = (SpanHead, SpanAndTypeHead, TokenHead, TextHead)
-ANSWERERS: tuple[type[Any], ...] = (*SpanHead.classes, *SpanAndTypeHead.classes)
-CLASSIFIERS: tuple[type[Any], ...] = (*TokenHead.classes, *TextHead.classes)
+# By the head's name in the publishers' classes, and by our own classes.
+_OF_STOCK: dict[str, type[PackedHead]] = {
+    ANSWERS: SpanHead,
+    TEXT_LABELS: TextHead,
+    TOKEN_LABELS: TokenHead,
+    WORDS: VocabularyHead,
+}
+_OF_OURS: dict[type[Any], type[PackedHead]] = {
+    PrunedBertForNaturalQuestions: SpanAndTypeHead,
+    PrunedBertForQuestionAnswering: SpanHead,
+    PrunedBertForSequenceClassification: TextHead,
+    PrunedBertForTokenClassification: TokenHead,
+}
+
+
+def known_head(kind: type[Any]) -> tuple[type[PackedHead], type[Any]] | None:
+    """The packed head of a class of models, and the class among its bases that is known to have it; None for
+    a class without one."""
+    for base in kind.__mro__:
+        if base in _OF_OURS:
+            return _OF_OURS[base], base
+        of_stock = stock_head(base)
+        if of_stock is not None:
+            return _OF_STOCK[of_stock[1]], base
+    return None
+
+
+def reads_place_0(model: nn.Module) -> bool:
+    """Whether this is a model of a known class that reads a text's label from position 0, padding or not;
+    ours read it from the first real token."""
+    known = known_head(type(model))
+    return known is not None and known[0] is TextHead and not isinstance(model, PrunedPreTrainedModel)
+
+
+def gives_answers(model: nn.Module) -> bool:
+    """Whether this is a model of a known class that gives start and end logits."""
+    known = known_head(type(model))
+    return known is not None and issubclass(known[0], SpanHead)
+
+
+def gives_labels(model: nn.Module) -> bool:
+    """Whether this is a model of a known class that gives labels of texts or of tokens."""
+    known = known_head(type(model))
+    return known is not None and issubclass(known[0], (TextHead, TokenHead))
 
 
 def packed_head(module: nn.Module) -> PackedHead | None:
-    """The packed head of a model whose forward is that of one of HEADS' classes; None for another model."""
-    return _head_among(HEADS, module)
+    """The packed head of a model whose forward is that of a known class, for answers or labels; None for
+    another model."""
+    head = _any_packed_head(module)
+    return None if isinstance(head, VocabularyHead) else head
 
 
-def _head_among(heads: tuple[type[PackedHead], ...], module: nn.Module) -> PackedHead | None:
-    for head in heads:
-        for known in head.classes:
-            # The pruned classifiers share one forward, and differ in the `classified` that it calls.
-            if isinstance(module, known) and all(
-                getattr(type(module), name, None) is getattr(known, name, None)
-                for name in ("forward", "classified")
-            ):
-                return head(module)
-    return None
+def _any_packed_head(module: nn.Module) -> PackedHead | None:
+    known = known_head(type(module))
+    if known is None:
+        return None
+    # The pruned classifiers share one forward, and differ in the `classified` that it calls.
+    is_changed = any(
+        getattr(type(module), name, None) is not getattr(known[1], name, None)
+        for name in ("forward", "classified")
+    )
+    return None if is_changed else known[0](module, known[1])
 
 
 def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -300,12 +310,6 @@ def _is_hooked(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def _is_plain(pooler: nn.Module) -> bool:
-    """Whether this is BERT's pooler as its class makes it: a linear and tanh."""
-    known = type(pooler) in (BertPooler, PrunedPooler) and not _is_hooked(pooler)
-    return known and type(getattr(pooler, "activation", nn.Tanh())) is nn.Tanh
-
-
 # The hooks. Each gets the names of the forward's arguments, read once: reading them took 3% of a small batch.
 ArgumentNames = tuple[str, ...]
 Arguments = dict[str, Any]
@@ -318,15 +322,17 @@ def hook_head(module: nn.Module) -> tuple[PackedHead | None, bool]:
 
     Returns the head that is computed on packed rows, or None where it cannot be, and whether the model is of
     a known class."""
-    if not isinstance(module, (*ANSWERERS, *CLASSIFIERS, *VocabularyHead.classes)):
+    known = known_head(type(module))
+    if known is None:
         return None, False
     parameters = inspect.signature(type(module).forward).parameters
     names = tuple(parameters)[1:]
     # transformers 4's forwards do not hand keyword arguments on to the encoder.
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    head = _head_among((*HEADS, VocabularyHead), module) if hands_on else None
-    after = _after_answering if isinstance(module, ANSWERERS) else _after_classifying
-    module.register_forward_pre_hook(partial(_before, names, head), with_kwargs=True)
+    head = _any_packed_head(module) if hands_on else None
+    after = _after_answering if issubclass(known[0], SpanHead) else _after_classifying
+    before = partial(_before, names, head, reads_place_0(module))
+    module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(partial(after, names), with_kwargs=True)
     return head, True
 
@@ -334,6 +340,7 @@ def hook_head(module: nn.Module) -> tuple[PackedHead | None, bool]:
 def _before(
     names: ArgumentNames,
     head: PackedHead | None,
+    at_place_0: bool,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: Arguments | None = None,
@@ -343,7 +350,7 @@ def _before(
         return None
     arguments = _by_name(names, args, kwargs)
     _check_labels(arguments)
-    if isinstance(module, TextHead.stock_classes):
+    if at_place_0:
         _check_padding(module, arguments)
     # A hook of the encoder sees, and may change, padded states.
     if head is not None and head.computes() and not _is_hooked(module.base_model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,18 @@ from torch.nn.utils.parametrize import is_parametrized
 from pruned_ops import ops
 from pruned_ops.layers.int8 import Int8Linear
 from pruned_ops.layers.modules import PrunedLinear, refuse_activation
-from pruned_ops.models.stock import ENCODERS, QKV, stock_parts
+from pruned_ops.models.families.known import family_of
+from pruned_ops.models.stock import (
+    ENCODER_NAMES,
+    is_encoder,
+    is_encoder_class,
+    layer_list,
+    layers_of,
+    words_of,
+)
 
+# The number of a layer and, after it, the name of a module in it.
+_IN_A_LAYER = re.compile(r"(?:\w+\.)*layers?\.(\d+)(?:\.(.+))?")
 _CAPTURING = "transformers.utils.output_capturing"
 # Attributes of modules that change nothing in inference, or that are looked at elsewhere.
 WITHOUT_EFFECT = frozenset(
@@ -53,7 +64,7 @@ def _refuse_panels(panels: Tensor) -> str | None:
 
 
 def _refuse_narrow(encoder: Any, dtype: str) -> str | None:
-    activation = encoder.config.hidden_act
+    activation = family_of(encoder.config).value(encoder.config, "hidden_act")
     if (encoder.dtype, encoder.device.type, activation) != (torch.float32, "cpu", "gelu"):
         return (
             f"{dtype} takes a float32 model on the CPU whose activation is gelu; this is {encoder.dtype} on "
@@ -64,9 +75,8 @@ def _refuse_narrow(encoder: Any, dtype: str) -> str | None:
 
 def _refuse_mixture(encoder: Any) -> str | None:
     """Refuse query, key and value of which only some are stored in int8: they run as one linear."""
-    for number, layer in enumerate(encoder.encoder.layer):
-        parts = stock_parts(layer)
-        if len({isinstance(parts[name], Int8Linear) for name in QKV}) > 1:
+    for number, layer in enumerate(layers_of(encoder)):
+        if len({isinstance(part, Int8Linear) for part in layer.qkv}) > 1:
             return f"of layer {number}'s query, key and value some are stored in int8 and some are not"
     return None
 
@@ -77,7 +87,8 @@ def _refuse_config(config: Any) -> str | None:
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
         kind = config.position_embedding_type
         return f"position_embedding_type is {kind!r}, only absolute positions are computed"
-    return refuse_activation(config.hidden_act)
+    family = family_of(config)
+    return family.refuse(config) or refuse_activation(family.value(config, "hidden_act"))
 
 
 def _refuse_changed_forward(encoder: nn.Module) -> str | None:
@@ -108,16 +119,19 @@ def _is_patched(kind: type[Any]) -> bool:
 
 def _refuse_modules(encoder: Any) -> str | None:
     """Refuse modules that are not those which the encoder's class makes for its config."""
+    family = family_of(encoder.config)
+    pooler = {"add_pooling_layer": False} if family.has_pooler else {}
     try:
         with torch.device("meta"):
-            described: Any = type(encoder)(copy.deepcopy(encoder.config), add_pooling_layer=False)
+            described: Any = type(encoder)(copy.deepcopy(encoder.config), **pooler)
     except Exception as error:
         return f"{type(encoder).__name__} cannot be made from its config ({error})"
-    if len(encoder.encoder.layer) != len(described.encoder.layer):
-        layers, configured = len(encoder.encoder.layer), encoder.config.num_hidden_layers
+    layers, configured = len(layer_list(encoder)), len(layer_list(described))
+    if layers != configured:
+        field = family.own_name("num_hidden_layers")
         return (
             f"it has {layers} layers and its config says {configured}: set "
-            f"config.num_hidden_layers = {layers} if layers were dropped on purpose"
+            f"config.{field} = {layers} if layers were dropped on purpose"
         )
     known = dict(_computed(described))
     for name, module in _computed(encoder):
@@ -140,10 +154,10 @@ def _computed(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _place(name: str) -> str:
     """A module's name in words: "encoder.layer.1.output.dense" -> "layer 1's output.dense"."""
-    first, _, rest = name.removeprefix("encoder.layer.").partition(".")
-    if not name.startswith("encoder.layer.") or not first.isdecimal():
+    match = _IN_A_LAYER.fullmatch(name)
+    if match is None:
         return f"its {name}"
-    return f"layer {first}'s {rest}" if rest else f"layer {first}"
+    return f"layer {match[1]}'s {match[2]}" if match[2] else f"layer {match[1]}"
 
 
 def _refuse_module(name: str, module: nn.Module, known: nn.Module) -> str | None:
@@ -196,7 +210,7 @@ def _way_out(module: nn.Module) -> str:
 
 def _refuse_parameters(encoder: Any) -> str | None:
     """Refuse parameters that are not all of one kind, in one place."""
-    first = encoder.embeddings.word_embeddings.weight
+    first = words_of(encoder).weight
     for name, module in _computed(encoder):
         for parameter_name, parameter in module._parameters.items():
             if parameter is None:
@@ -225,11 +239,10 @@ def refuse_model(model: Any) -> str | None:
     if not isinstance(model, nn.Module):
         return _refuse_other(model)
     modules = list(model.modules())
-    if any(type(module) in ENCODERS for module in modules):
+    if any(map(is_encoder, modules)):
         return None
-    known = ", ".join(encoder.__name__ for encoder in ENCODERS)
     for name, module in model.named_modules():
-        base = next((encoder for encoder in ENCODERS if isinstance(module, encoder)), None)
+        base = next(filter(is_encoder_class, type(module).__mro__), None)
         if base is not None:
             return (
                 f"{f'{name}, ' if name else ''}a {type(module).__name__}, is a subclass of {base.__name__}, "
@@ -237,7 +250,8 @@ def refuse_model(model: Any) -> str | None:
                 f"__class__ to {base.__name__} first"
             )
     name = type(model).__name__
-    return f"no BERT or RoBERTa encoder found in {name}; optimize takes models that contain one of {known}"
+    known = ", ".join(ENCODER_NAMES)
+    return f"no encoder that is known here found in {name}; optimize takes models that contain one of {known}"
 
 
 def _refuse_other(model: Any) -> str:

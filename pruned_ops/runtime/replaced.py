@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from pruned_ops.models.stock import stack_of
 from pruned_ops.runtime.refusals import WITHOUT_EFFECT, is_harmless
 
 _MISSING = object()
@@ -147,7 +148,7 @@ def replaced_modules(encoder: nn.Module) -> Iterator[nn.Module]:
 
 def replace(encoder: nn.Module) -> None:
     """Refuse changes of the encoder's modules from now on."""
-    inside = set(encoder.get_submodule("encoder").modules())
+    inside = set(stack_of(encoder).modules())
     for module in replaced_modules(encoder):
         if not isinstance(module, ReplacedModule):
             if module in inside:

@@ -1,4 +1,4 @@
-"""Decide which heads and FFN units of a BERT or RoBERTa its task does not need, and train the rest."""
+"""Decide which heads and FFN units of an encoder its task does not need, and train the rest."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

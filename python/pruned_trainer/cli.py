@@ -1,4 +1,4 @@
-"""pruned-trainer: prune BERT and RoBERTa models for a task, and train what is left."""
+"""pruned-trainer: prune encoders for a task, and train what is left."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Options:
 
 def add_prune(parser: argparse.ArgumentParser, several: bool = False) -> None:
     options = Options.titled(parser, "model and data", PruneSettings)
-    options.add("model", "fine-tuned BERT or RoBERTa to prune: a folder or a hub name", required=True)
+    options.add("model", "fine-tuned encoder to prune: a folder or a hub name", required=True)
     _add_train_file(options, required=False, default=" (default: --texts takes its place)")
     options.add(
         "texts",

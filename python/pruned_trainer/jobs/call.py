@@ -91,7 +91,7 @@ def prune(
 ) -> PruneResult:
     """Decide which heads and FFN units of a model's encoder its task does not need, and train what is left.
 
-    model: any module around one BERT or RoBERTa, whose forward takes input_ids and attention_mask and returns
+    model: any module around one encoder, whose forward takes input_ids and attention_mask and returns
     outputs with names; it is left as it is. The result is its pruned counterpart, or the caller's own class
     around a pruned encoder: see `compact`.
     target: how small or how fast it is to be; None where the paper's recipe lets its prices decide.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_ops.models.stock import find_encoder, hidden_norms, layers_of, model_shape, projection_of
 from pruned_trainer.pruning.gates import Gates
 from pruned_trainer.pruning.options import DEFAULT_PARTS
 
@@ -23,9 +23,9 @@ def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS
 
     parts: those of "heads", "ffn" and "hidden" that get gates. Head and FFN gates multiply the input of each
     attention output projection (all head_dim columns of a head by one gate) and of each FFN output
-    projection. Hidden gates multiply every LayerNorm's output; a closed dimension leaves the LayerNorm's
-    statistics. The gates follow the model's train/eval mode. Errors: ValueError if gates are attached
-    already.
+    projection. Hidden gates multiply the output of every LayerNorm, and of the projection of the embeddings
+    where there is one; a closed dimension leaves the LayerNorm's statistics. The gates follow the model's
+    train/eval mode. Errors: ValueError if gates are attached already.
     """
     if hasattr(model, HOOKS):
         raise ValueError("gates are attached to this model already; detach(model) first")
@@ -36,16 +36,17 @@ def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS
     # The encoder draws, and not the trainer: each forward of the encoder needs new values. It begins with the
     # embeddings; the encoder's own hooks would not run where a caller uses its `forward` itself.
     hooks = [encoder.embeddings.register_forward_pre_hook(lambda *_: gates.draw())]
-    for i, layer in enumerate(encoder.encoder.layer):
-        modules = dict(layer.named_modules())
+    for i, layer in enumerate(layers_of(encoder)):
         if "heads" in gates.parts:
-            dense = modules["attention.output.dense"]
-            hooks.append(dense.register_forward_pre_hook(_gate_heads(gates, i, shape.head_dim)))
+            gate = _gate_heads(gates, i, shape.head_dim)
+            hooks.append(layer.attention_output.register_forward_pre_hook(gate))
         if "ffn" in gates.parts:
-            hooks.append(modules["output.dense"].register_forward_pre_hook(_gate_ffn(gates, i)))
+            hooks.append(layer.down.register_forward_pre_hook(_gate_ffn(gates, i)))
     if "hidden" in gates.parts:
-        norms = [module for name, module in encoder.named_modules() if name.endswith("LayerNorm")]
-        hooks += [norm.register_forward_hook(_gate_norm(gates)) for norm in norms]
+        hooks += [norm.register_forward_hook(_gate_norm(gates)) for norm in hidden_norms(encoder)]
+        projection = projection_of(encoder)
+        if projection is not None:
+            hooks.append(projection.register_forward_hook(lambda *call: call[-1] * gates.values.hidden))
     setattr(model, HOOKS, hooks)
     return gates
 

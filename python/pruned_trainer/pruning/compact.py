@@ -4,7 +4,7 @@ the closed parts; compensated for them, if the caller has inputs to do it on."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from pruned_ops import ModelShape
 from pruned_ops.models.configuration import PRUNED_CONFIGS
-from pruned_ops.models.encoder import PrunedBertModel, PrunedRobertaModel
-from pruned_ops.models.heads import PRUNED_CLASSES
-from pruned_ops.models.inputs import is_roberta
-from pruned_ops.models.stock import encoder_shape, find_encoder
+from pruned_ops.models.encoder import PRUNED_ENCODERS
+from pruned_ops.models.families.description import Family, LayerNames
+from pruned_ops.models.families.known import family_of
+from pruned_ops.models.heads import pruned_counterpart
+from pruned_ops.models.stock import encoder_shape, find_encoder, projection_of
 from pruned_trainer.pruning.attach import HOOKS
 from pruned_trainer.pruning.compensate import compensate as compensate_narrow
 from pruned_trainer.pruning.compensate import text_batches
@@ -24,8 +25,6 @@ from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 # The submodules that go with the training of a model.
 _ONLY_IN_TRAINING = {"pruning_gates", "distillation_projection"}
-# The matrices of a text's classifier that read what was pooled: BERT's and RoBERTa's.
-_AFTER_POOLING = ("classifier.weight", "classifier.out_proj.weight")
 # Where Accelerate keeps the forward that it wraps to train a model under autocast.
 _FORWARD_BEFORE = "_original_forward"
 
@@ -40,7 +39,7 @@ def compact(
     """A new model that computes what `model` computes under the decision's gates, without the closed parts;
     with a calibration, compensated for what was removed.
 
-    model: any module around one stock or pruned BERT or RoBERTa, or such an encoder; it is left as it is. A
+    model: any module around one stock or pruned encoder, or such an encoder; it is left as it is. A
     model of transformers whose head is known (answers, labels of texts or of tokens) becomes its pruned
     counterpart, which the Auto classes load. Any other model is copied, with a pruned encoder in the place of
     its own. A pruned model can be pruned again. calibration: some hundred texts like those that the model
@@ -83,7 +82,7 @@ def _known_around(model: nn.Module, encoder: Any) -> Any:
     """The module inside `model` (or itself) with this encoder and a head that a pruned class has; None where
     there is none, or where something in it was replaced."""
     for module in model.modules():
-        if type(module) in PRUNED_CLASSES and module.base_model is encoder:
+        if pruned_counterpart(type(module)) is not None and module.base_model is encoder:
             replaced = {"forward", "_loss_function"} & module.__dict__.keys()
             if _FORWARD_BEFORE in module.__dict__:  # Accelerate's, which goes with the training
                 replaced.discard("forward")
@@ -113,7 +112,7 @@ def _trained_state(module: nn.Module) -> dict[str, Tensor]:
 def _check_hidden(model: nn.Module, encoder: Any, around: Any) -> None:
     """ValueError unless everything around the encoder reads its hidden states by matrices that can lose
     their columns."""
-    if around is not model and (encoder is not model or encoder.pooler is not None):
+    if around is not model and (encoder is not model or getattr(encoder, "pooler", None) is not None):
         raise ValueError(
             f"hidden dimensions cannot be pruned under the head of this {type(model).__name__}, which would "
             "need them all: prune heads and ffn (parts)"
@@ -122,7 +121,7 @@ def _check_hidden(model: nn.Module, encoder: Any, around: Any) -> None:
 
 def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
     """The pruned counterpart of a known model or of a bare encoder, without the closed parts."""
-    source, config = encoder_shape(encoder), old.config
+    source, config, family = encoder_shape(encoder), old.config, family_of(old.config)
     shape = decision.shape(source)
     fields = {
         **config.to_dict(),
@@ -130,21 +129,26 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
         "head_dim": shape.head_dim,
         "layer_shapes": list(shape.layers),
     }
+    if family.projection is not None and projection_of(encoder) is None:
+        fields["embedding_size"] = shape.hidden_size
     if _pools(old):  # whose pooler stays as wide as it was
         fields["pooler_size"] = getattr(config, "pooler_size", None) or source.hidden_size
     fields.pop("architectures", None)
     new_config = PRUNED_CONFIGS[config.model_type](**fields)
     if old is encoder:
-        bare = PrunedRobertaModel if is_roberta(config) else PrunedBertModel
-        narrow: Any = bare(new_config, add_pooling_layer=encoder.pooler is not None)
-        prefix = ""
+        pooler = {"add_pooling_layer": True} if getattr(encoder, "pooler", None) is not None else {}
+        narrow, prefix = PRUNED_ENCODERS[family](new_config, **pooler), ""
     else:
-        narrow, prefix = PRUNED_CLASSES[type(old)](new_config), f"{old.base_model_prefix}."
+        counterpart: Any = pruned_counterpart(type(old))
+        narrow, prefix = counterpart(new_config), f"{old.base_model_prefix}."
     state = _trained_state(old)
     for i, layer in enumerate(decision.layers):
-        _slice_layer(state, f"{prefix}encoder.layer.{i}.", layer, source.head_dim)
+        _slice_layer(state, f"{prefix}{family.layers}.{i}.", family.layer, layer, source.head_dim)
     if decision.hidden is not None:
-        _slice_hidden(state, decision.hidden, _AFTER_POOLING if _pools(old) else ())
+        others = {family.text_head.last} if _pools(old) else set[str]()
+        if projection_of(encoder) is not None:  # which the tables and their norm come before
+            others |= {f"{prefix}embeddings.{name}" for name in vars(family.embeddings).values()}
+        _slice_hidden(state, decision.hidden, family, others)
     narrow.load_state_dict(state)
     return narrow.to(encoder.device, encoder.dtype).train(old.training)
 
@@ -198,25 +202,23 @@ def _check_inside(kept: Kept, size: int, what: str) -> None:
         raise ValueError(f"{what} {kept.indices[-1]}, the model has {size}")
 
 
-def _slice_layer(state: dict[str, Tensor], prefix: str, layer: LayerDecision, head_dim: int) -> None:
+def _slice_layer(
+    state: dict[str, Tensor], prefix: str, names: LayerNames, layer: LayerDecision, head_dim: int
+) -> None:
     """Slice one layer's heads and FFN units, in place, and fold their gates into the output projections."""
-    device = state[f"{prefix}output.dense.weight"].device
+    device = state[f"{prefix}{names.down}.weight"].device
     heads = torch.tensor(layer.heads.indices, dtype=torch.long, device=device)
     columns = (heads[:, None] * head_dim + torch.arange(head_dim, device=device)).flatten()
     head_gates = torch.tensor(layer.heads.values, device=device).repeat_interleave(head_dim)
-    for name in ("query", "key", "value"):
-        for kind in ("weight", "bias"):
-            key = f"{prefix}attention.self.{name}.{kind}"
-            state[key] = state[key].index_select(0, columns)
-    key = f"{prefix}attention.output.dense.weight"
-    state[key] = state[key].index_select(1, columns) * head_gates.to(state[key])
     units = torch.tensor(layer.ffn.indices, dtype=torch.long, device=device)
-    for kind in ("weight", "bias"):
-        key = f"{prefix}intermediate.dense.{kind}"
-        state[key] = state[key].index_select(0, units)
     unit_gates = torch.tensor(layer.ffn.values, device=device)
-    key = f"{prefix}output.dense.weight"
-    state[key] = state[key].index_select(1, units) * unit_gates.to(state[key])
+    for name, kept in (*((name, columns) for name in names.qkv), (names.up, units)):
+        for kind in ("weight", "bias"):
+            key = f"{prefix}{name}.{kind}"
+            state[key] = state[key].index_select(0, kept)
+    for name, kept, gates in ((names.attention_output, columns, head_gates), (names.down, units, unit_gates)):
+        key = f"{prefix}{name}.weight"
+        state[key] = state[key].index_select(1, kept) * gates.to(state[key])
 
 
 def _pools(model: Any) -> bool:
@@ -224,16 +226,22 @@ def _pools(model: Any) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
-def _slice_hidden(state: dict[str, Tensor], hidden: Kept, others: Sequence[str] = ()) -> None:
-    """Slice every tensor's hidden dimension, in place; an open gate scales each LayerNorm's output. others:
-    tensors without a hidden dimension."""
+def _slice_hidden(state: dict[str, Tensor], hidden: Kept, family: Family, others: Collection[str]) -> None:
+    """Slice every tensor's hidden dimension, in place; an open gate scales the output of each LayerNorm, and
+    of the projection of the embeddings. others: modules without a hidden dimension."""
+    names = family.layer
+    scaled = (f"embeddings.{family.embeddings.norm}", names.attention_norm, names.ffn_norm)
     for name, tensor in state.items():
-        if name in others:
+        module = name.rpartition(".")[0]
+        if module in others:
             continue
         kept = torch.tensor(hidden.indices, dtype=torch.long, device=tensor.device)
-        if name.endswith(("LayerNorm.weight", "LayerNorm.bias")):
+        if module.endswith(scaled):
             state[name] = tensor.index_select(0, kept) * torch.tensor(hidden.values).to(tensor)
-        elif name.endswith(("output.dense.weight", "output.dense.bias")):
+        elif family.projection is not None and module.endswith(family.projection):
+            gates = torch.tensor(hidden.values).to(tensor)
+            state[name] = tensor.index_select(0, kept) * (gates[:, None] if tensor.dim() == 2 else gates)
+        elif f"{family.layers}." in name and module.endswith((names.attention_output, names.down)):
             state[name] = tensor.index_select(0, kept)  # a layer's outputs
         elif tensor.dim() == 2:
             state[name] = tensor.index_select(1, kept)  # embeddings, and layers that read the hidden states

@@ -21,16 +21,16 @@ from transformers import PreTrainedModel
 
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.stock import config_of, find_encoder, model_shape
+from pruned_ops.models.stock import config_of, find_encoder, layers_of, model_shape
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.importance import Batches
 from pruned_trainer.pruning.options import COMPENSATIONS, COMPENSATIONS_MADE
 from pruned_trainer.tasks.output_kinds import Outputs, comparable_outputs, divergences, label_losses
 from pruned_trainer.tasks.task import is_labelled, without_labels
 
-# The output projection of each part in a layer, and the LayerNorm that it leads to.
-PROJECTIONS = {"heads": "attention.output.dense", "ffn": "output.dense"}
-_NORMS = {"heads": "attention.output.LayerNorm", "ffn": "output.LayerNorm"}
+# The output projection of each part in a layer, and the LayerNorm that it leads to, among `LayerParts`.
+PROJECTIONS = {"heads": "attention_output", "ffn": "down"}
+_NORMS = {"heads": "attention_norm", "ffn": "ffn_norm"}
 # The parts in the order in which `auto` chooses for them: FFN units are most of what is removed.
 PARTS = ("ffn", "heads")
 # The ridge, as a part of the mean variance of the units that are left.
@@ -94,8 +94,8 @@ class _Compensator:
         ridge: float,
     ) -> None:  # fmt: skip
         self.narrow, self.model, self.batches, self.ridge = narrow, model, batches, ridge
-        self.layers = [dict(layer.named_modules()) for layer in find_encoder(narrow).encoder.layer]
-        self.sources = [dict(layer.named_modules()) for layer in find_encoder(model).encoder.layer]
+        self.layers = layers_of(find_encoder(narrow))
+        self.sources = layers_of(find_encoder(model))
         device = next(model.parameters()).device
         head_dim = model_shape(model).head_dim
         self.hidden = slice(None) if decision.hidden is None else list(decision.hidden.indices)
@@ -114,7 +114,7 @@ class _Compensator:
         }
 
     def projection(self, place: Place) -> Any:
-        return self.layers[place[1]][PROJECTIONS[place[0]]]
+        return getattr(self.layers[place[1]], PROJECTIONS[place[0]])
 
     def places(self) -> Iterator[Place]:
         """Every place in the order in which a model computes them."""
@@ -143,7 +143,7 @@ class _Compensator:
 
         def hooks(place: Place, real: Tensor) -> Iterator[Any]:
             part, i = place
-            source, raw = self.sources[i][PROJECTIONS[part]], []
+            source, raw = getattr(self.sources[i], PROJECTIONS[part]), []
             kept, (weight, _) = self.kept[place], self.before[place]
             rows = source.weight.detach().double()[self.hidden]
 
@@ -175,7 +175,7 @@ class _Compensator:
 
         for batch in self.batches:
             real = batch["attention_mask"].bool()
-            norm, own_norm = self.sources[i][_NORMS[part]], self.layers[i][_NORMS[part]]
+            norm, own_norm = (getattr(layers[i], _NORMS[part]) for layers in (self.sources, self.layers))
             with _hooked([norm.register_forward_pre_hook(keep(sums, real, self.hidden))]):
                 self.model(**without_labels(batch))
             own = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.gates import Gates
@@ -29,10 +30,10 @@ def expanded(model: Any, narrow: Any, decision: Decision) -> Any:
     into, state = wide.state_dict(), narrow.state_dict()
     encoder = find_encoder(wide)
     prefix = next(f"{name}." if name else "" for name, module in wide.named_modules() if module is encoder)
-    head_dim = model_shape(wide).head_dim
+    head_dim, family = model_shape(wide).head_dim, family_of(encoder.config)
     with torch.no_grad():
         for name, tensor in state.items():
-            place = name.removeprefix(f"{prefix}encoder.layer.")
+            place = name.removeprefix(f"{prefix}{family.layers}.")
             if place == name:
                 into[name].copy_(tensor)
                 continue
@@ -41,13 +42,14 @@ def expanded(model: Any, narrow: Any, decision: Decision) -> Any:
             heads = torch.tensor(layer.heads.indices, dtype=torch.long)
             columns = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
             units = torch.tensor(layer.ffn.indices, dtype=torch.long)
-            if name_in_layer.startswith("attention.self."):
+            role = family.layer.by_role(name_in_layer)
+            if role.startswith(("query.", "key.", "value.")):
                 into[name][columns] = tensor.to(into[name])
-            elif name_in_layer == "attention.output.dense.weight":
+            elif role == "attention_output.weight":
                 into[name][:, columns] = tensor.to(into[name])
-            elif name_in_layer.startswith("intermediate.dense."):
+            elif role.startswith("up."):
                 into[name][units] = tensor.to(into[name])
-            elif name_in_layer == "output.dense.weight":
+            elif role == "down.weight":
                 into[name][:, units] = tensor.to(into[name])
             else:
                 into[name].copy_(tensor)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pruned_ops.models.stock import config_of, find_encoder, model_shape
+from pruned_ops.models.stock import LayerParts, config_of, find_encoder, layers_of, model_shape
 from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.compensate import PROJECTIONS, RIDGE, Place
 from pruned_trainer.pruning.gates import PerGate, Scores
@@ -106,12 +106,12 @@ def worth(
     shape = model_shape(model)
     worths = PerGate.full(shape, 0.0)
     moments = moments_of(model, batches, parts, seed, pooling, progress)
-    layers = [dict(layer.named_modules()) for layer in find_encoder(model).encoder.layer]
+    layers = layers_of(find_encoder(model))
     for (part, i), at_place in moments.items():
         number = len(worths.of(part)[i])
         if number == 0:
             continue
-        matrix = layers[i][PROJECTIONS[part]].weight.detach()
+        matrix = getattr(layers[i], PROJECTIONS[part]).weight.detach()
         rises = removal_rises(
             matrix.double(), at_place.covariance(), at_place.curvature(), number,
             UNITS_AT_A_TIME if part == "ffn" else 1,
@@ -126,7 +126,7 @@ def moments_of(
 ) -> dict[Place, Moments]:  # fmt: skip
     """The moments of every output projection of these parts, from a forward pass and DRAWS backward passes
     over each batch."""
-    layers = [dict(layer.named_modules()) for layer in find_encoder(model).encoder.layer]
+    layers = layers_of(find_encoder(model))
     places = [(part, i) for i in range(len(layers)) for part in parts]
     moments = {place: Moments() for place in places}
     config, generator = config_of(model), torch.Generator().manual_seed(seed)
@@ -143,7 +143,7 @@ def moments_of(
 
 @contextmanager
 def _watched(
-    model: nn.Module, layers: Sequence[dict[str, nn.Module]], moments: dict[Place, Moments], real: Tensor
+    model: nn.Module, layers: Sequence[LayerParts], moments: dict[Place, Moments], real: Tensor
 ) -> Iterator[None]:
     """Inside the block, a pass through the model adds to the moments what its real tokens (batch, seqlen)
     bring to each projection, forwards and backwards."""
@@ -159,7 +159,7 @@ def _watched(
     embeddings: Any = find_encoder(model).embeddings
     hooks = [embeddings.register_forward_hook(lambda *call: call[-1].detach().requires_grad_())]
     hooks += [
-        layers[i][PROJECTIONS[part]].register_forward_hook(watch(at_place))
+        getattr(layers[i], PROJECTIONS[part]).register_forward_hook(watch(at_place))
         for (part, i), at_place in moments.items()
     ]
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from pruned_ops.models.stock import find_encoder
+from pruned_ops.models.stock import find_encoder, words_of
 from pruned_trainer.distributed import on_any
 from pruned_trainer.training.callbacks import stop_on_interrupt
 from pruned_trainer.training.distillation_losses import HiddenProjection
@@ -96,6 +96,6 @@ def prepare_student(model: nn.Module, dropout: float, train_embeddings: bool) ->
         if isinstance(module, nn.Dropout):
             module.p = dropout
     encoder = find_encoder(model)
-    encoder.embeddings.word_embeddings.weight.requires_grad_(train_embeddings)
-    if encoder is model and encoder.pooler is not None:
+    words_of(encoder).weight.requires_grad_(train_embeddings)
+    if encoder is model and getattr(encoder, "pooler", None) is not None:
         encoder.pooler.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""One description for each family of encoders: what its publisher calls the parts, and how they differ."""

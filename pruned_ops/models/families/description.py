@@ -1,0 +1,166 @@
+"""What differs between families of encoders, as data.
+
+A `Family` says where the parts of an encoder lie in the publisher's module, what the publisher calls the
+fields of its config, and in which of a few known ways the parts differ. Whatever computes, prunes, saves,
+imports or exports an encoder reads this, and knows no family by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# What follows "For" in the names of the classes whose heads are known here.
+ANSWERS, TEXT_LABELS, TOKEN_LABELS, WORDS = (
+    "QuestionAnswering",
+    "SequenceClassification",
+    "TokenClassification",
+    "MaskedLM",
+)
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """The names of the linears and LayerNorms in one layer, from the layer on.
+
+    query, key, value, attention_output: the linears of the attention; attention_norm: what normalises its
+    output and input. up, down: the linears of the FFN; ffn_norm: what normalises its output and input."""
+
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    attention_norm: str
+    up: str
+    down: str
+    ffn_norm: str
+
+    @property
+    def qkv(self) -> tuple[str, str, str]:
+        """The linears whose outputs are the heads', in the order in which the kernels take them."""
+        return self.query, self.key, self.value
+
+    def by_role(self, tensor: str) -> str:
+        """The name of a tensor by what it is, from the publisher's: "attention.self.query.weight" ->
+        "query.weight". Another name is returned as it is."""
+        module, _, kind = tensor.rpartition(".")
+        roles = (each.name for each in fields(self) if getattr(self, each.name) == module)
+        return next((f"{role}.{kind}" for role in roles), tensor)
+
+    def spelt(self, tensor: str) -> str:
+        """The reverse of `by_role`."""
+        role, _, kind = tensor.rpartition(".")
+        return f"{getattr(self, role)}.{kind}" if role in vars(self) else tensor
+
+
+@dataclass(frozen=True)
+class EmbeddingNames:
+    """The names of the tables and of their LayerNorm, from the encoder's `embeddings` on."""
+
+    words: str = "word_embeddings"
+    positions: str = "position_embeddings"
+    token_types: str = "token_type_embeddings"
+    norm: str = "LayerNorm"
+
+
+@dataclass(frozen=True)
+class TextHeadNames:
+    """The head that labels a text: a linear on its first token, an activation, and a linear.
+
+    first, last: the linears' names in the model; first is None where it is the encoder's pooler.
+    activation: by the name that transformers has for it. drops_input: whether dropout, in training, comes
+    before the first linear too."""
+
+    first: str | None
+    last: str
+    activation: str = "tanh"
+    drops_input: bool = False
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A publisher's own model of a family: with what the names of its classes begin, its config's model type,
+    and the class of its tokenizer."""
+
+    stem: str
+    model_type: str
+    tokenizer: str
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A family of encoders: models with the same parts under the same names.
+
+    name: what people call it. stock: the publishers' models; several where they differ in their vocabularies
+    alone. Our own classes and model type are named after the first.
+    encoder: how the names of the publishers' encoder classes end.
+    prefix: the encoder's name inside a model with a head. layers: the name of the list of layers, from the
+    encoder on; layer, embeddings: what lies in them. heads: those of the publishers' heads that are known
+    here. text_head: the one that labels texts. words_head: the modules that score the words of the
+    vocabulary, one after the other.
+    positions_from_padding: whether real tokens alone are counted, from the place after the padding's id.
+    has_pooler: whether the encoder's class can make a pooler (`add_pooling_layer`).
+    projection: the name of a linear between embeddings and layers, which is there where they differ in width.
+    fields: the publisher's names of the config's fields, by BERT's names, where they differ. constants: the
+    fields that BERT's config has and this one lacks, with the value that they have here; type_vocab_size 0
+    means that there are no token types. fixed: the only values that are computed of some fields."""
+
+    name: str
+    stock: tuple[Stock, ...]
+    prefix: str
+    layers: str
+    layer: LayerNames
+    text_head: TextHeadNames
+    words_head: tuple[str, ...]
+    encoder: str = "Model"
+    embeddings: EmbeddingNames = EmbeddingNames()
+    heads: tuple[str, ...] = (ANSWERS, TEXT_LABELS, TOKEN_LABELS, WORDS)
+    positions_from_padding: bool = False
+    has_pooler: bool = True
+    projection: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stem(self) -> str:
+        """How the names of our own classes go on after "Pruned"."""
+        return self.stock[0].stem
+
+    @property
+    def pruned_type(self) -> str:
+        """The model type of the pruned models' configs."""
+        return f"pruned_{self.stock[0].model_type.replace('-', '_')}"
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The model types of all configs, the pruned one last."""
+        return (*(each.model_type for each in self.stock), self.pruned_type)
+
+    def own_name(self, name: str) -> str:
+        """The publisher's name of a config's field, from BERT's."""
+        return self.fields.get(name, name)
+
+    def value(self, config: Any, name: str) -> Any:
+        """The value of a config's field, stock or pruned, by BERT's name for it."""
+        return self.constants[name] if name in self.constants else getattr(config, self.own_name(name))
+
+    def first_position(self, config: Any) -> int:
+        """The number of the first real token's position."""
+        return int(self.value(config, "pad_token_id")) + 1 if self.positions_from_padding else 0
+
+    def embedding_size(self, config: Any) -> int:
+        """The width of the embedding's tables."""
+        return int(config.hidden_size if self.projection is None else config.embedding_size)
+
+    def has_token_types(self, config: Any) -> bool:
+        """Whether the embedding has a table of token types."""
+        return bool(self.value(config, "type_vocab_size"))
+
+    def refuse(self, config: Any) -> str | None:
+        """Why the model of a config is not what this family computes; None where it is."""
+        for name, value in self.fixed.items():
+            if getattr(config, name, value) != value:
+                return f"{name} is {getattr(config, name)!r}, only {value!r} is computed"
+        return None

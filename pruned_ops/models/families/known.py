@@ -1,0 +1,47 @@
+"""The families that are known, and which of them a config or one of the publisher's classes belongs to.
+
+The publisher's classes are told by their names, so that none of them is imported before a model of it is
+there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pruned_ops.models.families.bert import BERT
+from pruned_ops.models.families.description import Family
+from pruned_ops.models.families.roberta import ROBERTA
+
+FAMILIES = (BERT, ROBERTA)
+# By the model type of a stock or pruned config.
+BY_TYPE: dict[str, Family] = {kind: family for family in FAMILIES for kind in family.model_types}
+# The names of the publishers' encoder classes.
+STOCK_ENCODERS: dict[str, Family] = {
+    f"{each.stem}{family.encoder}": family for family in FAMILIES for each in family.stock
+}
+_STOCK_HEADS: dict[str, tuple[Family, str]] = {
+    f"{each.stem}For{head}": (family, head)
+    for family in FAMILIES
+    for each in family.stock
+    for head in family.heads
+}
+# Where transformers keeps its own models.
+_PUBLISHERS = "transformers.models."
+
+
+def family_of(config: Any) -> Family:
+    """The family of a stock or pruned config. Errors: ValueError that names another model type."""
+    kind = getattr(config, "model_type", type(config).__name__)
+    if kind not in BY_TYPE:
+        raise ValueError(f"it is a {kind!r} model; one of {', '.join(BY_TYPE)} is needed")
+    return BY_TYPE[kind]
+
+
+def stock_encoder(kind: type[Any]) -> Family | None:
+    """The family of one of the publishers' encoder classes; None for another class."""
+    return STOCK_ENCODERS.get(kind.__name__) if kind.__module__.startswith(_PUBLISHERS) else None
+
+
+def stock_head(kind: type[Any]) -> tuple[Family, str] | None:
+    """The family and the head (such as "QuestionAnswering") of one of the publishers' classes with a head
+    that is known; None for another class."""
+    return _STOCK_HEADS.get(kind.__name__) if kind.__module__.startswith(_PUBLISHERS) else None
