@@ -120,7 +120,6 @@ class PrunedConfig:
 
     if TYPE_CHECKING:  # fields of the stock configs
         model_type: ClassVar[str]
-        num_labels: int
         to_dict: Callable[[], dict[str, Any]]
         hidden_size: int
         hidden_act: str

@@ -207,7 +207,7 @@ class _Classifier(_WithEncoder):
 
     output_class: type[ModelOutput] = SequenceClassifierOutput
 
-    def __init__(self, config: PrunedConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
         family = config.family
