@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -28,17 +27,11 @@ from pruned_ops.checkpoints.loading import (
 from pruned_ops.checkpoints.tensors import Tensors, read_tensors
 from pruned_ops.checkpoints.vocabulary import Trimmed, Vocabulary
 from pruned_ops.files import read_json, read_text, shown, write_json
-from pruned_ops.models.families.known import BY_TYPE, family_of
+from pruned_ops.models.families.description import Family
+from pruned_ops.models.families.known import BY_TYPE
 from pruned_ops.shape import checked_int
 
 BATCH = 1000  # texts that are tokenised at once
-# The table of the pieces, and what a masked language model has for each piece.
-_TABLE = re.compile(r"(^|\.)word_embeddings\.weight$")
-_OUTPUTS = re.compile(r"(^|\.)(predictions|lm_head)\.(decoder\.)?(weight|bias)$")
-# Tensors that never have a row for each piece, however many rows they have.
-_OTHERS = re.compile(
-    r"(^|\.)(encoder\.layer\.|pooler\.|position_|token_type_embeddings|classifier|LayerNorm)"
-)
 # What a folder may hold beside config, weights and vocabulary, and what stays true of the trimmed model.
 _TAKEN = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json", "README.md",
@@ -172,7 +165,7 @@ class _Untrimmed:
         except ValueError as error:
             raise ValueError(f"the tokenizer of {folder} cannot be trimmed: {error}") from None
         tensors = read_tensors(folder)
-        rows = _table_rows(folder, tensors, config)
+        rows = _table_rows(folder, tensors, config, BY_TYPE[kind])
         highest = max(vocabulary.ids.values())
         if highest >= rows:
             raise ValueError(
@@ -180,6 +173,11 @@ class _Untrimmed:
                 f"{rows} rows"
             )
         return cls(root, inner, config, fields, tokenizer, vocabulary, tensors, rows)
+
+    @property
+    def family(self) -> Family:
+        """The description of the encoder."""
+        return BY_TYPE[self.config["model_type"]]
 
     @property
     def named(self) -> set[int]:
@@ -204,12 +202,8 @@ class _Untrimmed:
 
     def check_positions(self, trimmed: Trimmed) -> None:
         """ValueError where the padding's id would change and with it all positions."""
-        family = family_of(load_config(self.root / self.inner))
-        if (
-            family.positions_from_padding
-            and self.padding is not None
-            and trimmed.new_ids[self.padding] != self.padding
-        ):
+        counts = self.family.positions_from_padding
+        if counts and self.padding is not None and trimmed.new_ids[self.padding] != self.padding:
             raise ValueError(
                 f"{self.root} counts positions from the id of its padding, {self.padding}, and only "
                 f"{len(trimmed.old_ids)} pieces would be left: keep more"
@@ -225,9 +219,9 @@ class _Untrimmed:
             shutil.copyfile(path, target)
         write_json(folder / "config.json", self._new_config(trimmed))
         _write_tokenizer(self.root / self.inner, folder, self.vocabulary, trimmed)
-        chosen = torch.tensor(trimmed.old_ids)
+        chosen, family = torch.tensor(trimmed.old_ids), self.family
         tensors = {
-            name: (tensor[chosen] if _has_pieces(name) else tensor).contiguous()
+            name: (tensor[chosen] if _has_pieces(name, family) else tensor).contiguous()
             for name, tensor in self.tensors.items()
         }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -324,10 +318,10 @@ def _vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:
     return loaded
 
 
-def _table_rows(folder: Path, tensors: Tensors, config: dict[str, Any]) -> int:
+def _table_rows(folder: Path, tensors: Tensors, config: dict[str, Any], family: Family) -> int:
     """The number of rows of the word embedding. Errors: ValueError where there is not exactly one word
     embedding, or where an unknown tensor has as many rows."""
-    tables = [name for name in tensors if _TABLE.search(name)]
+    tables = [name for name in tensors if _is_of(name, [family.embeddings.words])]
     if len(tables) != 1 or tensors[tables[0]].dim() != 2:
         raise ValueError(
             f"{folder} cannot be trimmed: it has {len(tables)} word embeddings, and one is needed"
@@ -339,14 +333,14 @@ def _table_rows(folder: Path, tensors: Tensors, config: dict[str, Any]) -> int:
             f"embedding {rows} rows"
         )
     for name, tensor in tensors.items():
-        if _has_pieces(name) or _OTHERS.search(name) or tensor.dim() == 0:
+        if _has_pieces(name, family) or _never_has_pieces(name, family) or tensor.dim() == 0:
             continue
         if len(tensor) == rows:
             raise ValueError(
                 f"{folder} cannot be trimmed: {name} has as many rows as the word embedding, and it is not "
                 "known whether they belong to its pieces"
             )
-    wrong = [name for name, tensor in tensors.items() if _has_pieces(name) and len(tensor) != rows]
+    wrong = [name for name, tensor in tensors.items() if _has_pieces(name, family) and len(tensor) != rows]
     if wrong:
         raise ValueError(
             f"{folder} cannot be trimmed: {wrong[0]} has {len(tensors[wrong[0]])} rows, not {rows}"
@@ -354,9 +348,23 @@ def _table_rows(folder: Path, tensors: Tensors, config: dict[str, Any]) -> int:
     return rows
 
 
-def _has_pieces(name: str) -> bool:
+def _is_of(tensor: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor is the weight or the bias of one of these modules, whatever they lie in."""
+    owner, _, kind = tensor.rpartition(".")
+    return kind in ("weight", "bias") and f".{owner}".endswith(tuple(f".{module}" for module in modules))
+
+
+def _has_pieces(name: str, family: Family) -> bool:
     """Whether a tensor of this name has a row for each piece."""
-    return bool(_TABLE.search(name) or _OUTPUTS.search(name))
+    return _is_of(name, (family.embeddings.words, *family.words_rows))
+
+
+def _never_has_pieces(name: str, family: Family) -> bool:
+    """Whether a tensor of this name has no row for a piece, however many rows it has."""
+    tables, head = family.embeddings, family.text_head
+    others = ("pooler", "classifier", tables.positions, tables.token_types, tables.norm, "position_ids")
+    modules = (family.layers, *others, head.first or head.last, family.projection or family.layers)
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def _numbers(tensors: Tensors) -> int:

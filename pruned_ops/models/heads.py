@@ -82,6 +82,9 @@ class PrunedBertForQuestionAnswering(_WithEncoder):
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
+        dropout = config.family.answers_dropout
+        if dropout is not None:
+            self.dropout = nn.Dropout(getattr(config, dropout))
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -113,6 +116,8 @@ class PrunedBertForQuestionAnswering(_WithEncoder):
         return returned(output, self.config, return_dict)
 
     def _span_logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.family.answers_dropout is not None:
+            states = self.dropout(states)
         start, end = (part.contiguous() for part in self.qa_outputs(states).unbind(-1))
         return start, end
 
@@ -210,12 +215,15 @@ class _Classifier(_WithEncoder):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
-        family = config.family
-        dropout = family.value(config, "classifier_dropout")
-        otherwise = family.value(config, "hidden_dropout_prob")
+        dropout = config.family.value(config, self._dropout_field(config))
+        otherwise = config.family.value(config, "hidden_dropout_prob")
         self.dropout = nn.Dropout(otherwise if dropout is None else dropout)
         self._add_head(config)
         self.post_init()
+
+    def _dropout_field(self, config: PrunedConfig) -> str:
+        """The name of the config's field for the head's dropout, which may be None."""
+        return "classifier_dropout"
 
     def _add_head(self, config: PrunedConfig) -> None:
         """Add what makes logits of hidden states."""
@@ -258,6 +266,9 @@ class PrunedBertForSequenceClassification(_Classifier):
 
     def _encoder(self, config: PrunedConfig) -> PrunedBertModel:
         return self.encoder_class(config, add_pooling_layer=config.family.text_head.first is None)
+
+    def _dropout_field(self, config: PrunedConfig) -> str:
+        return config.family.text_head.dropout
 
     def _add_head(self, config: PrunedConfig) -> None:
         names, width = config.family.text_head, config.pooled_width

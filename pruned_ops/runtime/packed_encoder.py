@@ -377,7 +377,7 @@ class OptimisedEncoder(nn.Module):
     modes: list[tuple[nn.Module, bool]]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if (name == "config" or name in self._modules) and getattr(self, name, None) is not value:
+        if name in ("config", "pooler", *self._modules) and getattr(self, name, None) is not value:
             raise RuntimeError(
                 f"an optimised encoder would go on with the {name} that it was optimised with: call "
                 "pruned_ops.restore(model) before setting another"

@@ -294,7 +294,7 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Evil()}))
         return "cannot be read as tensors alone", None
     if name == "other model":
-        config["model_type"], said = "distilbert", "is a 'distilbert' model"
+        config["model_type"], said = "albert", "is a 'albert' model"
     if name == "no norm":
         config["layer_norm_type"], said = "no_norm", "has no_norm in place of LayerNorm"
     if name == "half a layer":

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, DistilBertConfig, RobertaConfig
+from transformers import AlbertConfig, BertConfig, RobertaConfig
 
 from inputs import pruned_model, stock_model
 from matching import squad_file
@@ -285,7 +285,7 @@ def test_threads_are_given_back() -> None:
 
 def test_measure_refuses() -> None:
     for wrong, workload, rounds, message in (
-        (DistilBertConfig(), WORKLOAD, 2, "a distilbert model is not measured"),
+        (AlbertConfig(), WORKLOAD, 2, "a albert model is not measured"),
         (config(), WORKLOAD, 0, "rounds is 0"),
         (config(), Workload("w", ()), 2, "workload w has no batch"),
         (config(), Workload("w", ((0,),)), 2, "without tokens"),
@@ -310,7 +310,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stock_model("bert", **sizes).save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
     config().save_pretrained(folder / "config-only")
-    DistilBertConfig().save_pretrained(folder / "distilbert")
+    AlbertConfig().save_pretrained(folder / "albert")
     squad_file(folder / "data.json", 40, 1)
     return folder
 
@@ -365,7 +365,7 @@ def test_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ([new, "--model", model, "--length", "81"], "position table allows 80"),
         ([new, "--model", str(tmp_path), "--length", "9"], "holds no config"),
         ([new, "--model", str(tmp_path / "broken"), "--length", "9"], "cannot be loaded"),
-        ([new, "--model", str(folder / "distilbert"), "--length", "9"], "a distilbert model is not measured"),
+        ([new, "--model", str(folder / "albert"), "--length", "9"], "a albert model is not measured"),
         ([new, "--model", str(folder / "config-only"), "--data", data], "holds no tokenizer"),
         ([new, "--model", model, "--data", str(tmp_path / "missing.json")], "missing.json"),
         ([new, "--model", model, "--data", str(tmp_path / "text")], "is no SQuAD-format JSON"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, pipeline
+from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, pipeline
 
 import pruned_ops
 from inputs import logits, padded_batch, randn, stock_model
@@ -27,8 +27,10 @@ def test_a_refusal_leaves_everything_as_it_was() -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="no encoder that is known here found in DistilBertModel"):
-        pruned_ops.optimize(DistilBertModel(DistilBertConfig(dim=16, n_heads=2, n_layers=1, hidden_dim=16)))
+    with pytest.raises(ValueError, match="no encoder that is known here found in AlbertModel"):
+        pruned_ops.optimize(
+            AlbertModel(AlbertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=16))
+        )
     with pytest.raises(ValueError, match="decoder"):
         pruned_ops.optimize(BertModel(BertConfig(**{**stock_model().config.to_dict(), "is_decoder": True})))
     with pytest.raises(ValueError, match="hidden_act is 'tanh'"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForQuestionAnswering, DistilBertConfig, DistilBertForQuestionAnswering
+from transformers import AlbertConfig, AlbertForQuestionAnswering, AutoModelForQuestionAnswering
 
 from inputs import stock_model
 from matching import save_checkpoint, squad_file, trained_model
@@ -201,11 +201,11 @@ def test_bad_settings(
 
 
 def test_other_models(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"dim": 16, "n_heads": 2, "n_layers": 1, "hidden_dim": 16, "vocab_size": 28}
-    save_checkpoint(DistilBertForQuestionAnswering(DistilBertConfig(**sizes)), tmp_path / "distil")
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 28}
+    save_checkpoint(AlbertForQuestionAnswering(AlbertConfig(**sizes)), tmp_path / "albert")
     save_checkpoint(stock_model(vocab_size=28).bert, tmp_path / "headless")
     for name, message in (
-        ("distil", "is a 'distilbert' model"),
+        ("albert", "is a 'albert' model"),
         ("headless", "lacks qa_outputs"),
         ("none", "none"),
     ):

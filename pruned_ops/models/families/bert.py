@@ -21,4 +21,5 @@ BERT = Family(
     ),
     text_head=TextHeadNames(first=None, last="classifier"),
     words_head=("cls",),
+    words_rows=("cls.predictions", "cls.predictions.decoder"),
 )

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-# What follows "For" in the names of the classes whose heads are known here.
+# What follows "For" in the names of the publishers' classes whose heads are known here.
 ANSWERS, TEXT_LABELS, TOKEN_LABELS, WORDS = (
     "QuestionAnswering",
     "SequenceClassification",
     "TokenClassification",
     "MaskedLM",
 )
+STOCK_HEADS = (ANSWERS, TEXT_LABELS, TOKEN_LABELS, WORDS)
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ class TextHeadNames:
 
     first, last: the linears' names in the model; first is None where it is the encoder's pooler.
     activation: by the name that transformers has for it. drops_input: whether dropout, in training, comes
-    before the first linear too."""
+    before the first linear too. dropout: the field of the config that says how much."""
 
     first: str | None
     last: str
     activation: str = "tanh"
     drops_input: bool = False
+    dropout: str = "classifier_dropout"
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,10 @@ class Family:
 
     name: what people call it. stock: the publishers' models; several where they differ in their vocabularies
     alone. Our own classes and model type are named after the first.
-    encoder: how the names of the publishers' encoder classes end.
     prefix: the encoder's name inside a model with a head. layers: the name of the list of layers, from the
-    encoder on; layer, embeddings: what lies in them. heads: those of the publishers' heads that are known
-    here. text_head: the one that labels texts. words_head: the modules that score the words of the
-    vocabulary, one after the other.
+    encoder on; layer, embeddings: what lies in them. text_head: the head that labels texts. words_head: the
+    modules that score the words of the vocabulary, one after the other; words_rows: those that have a row
+    for each word. answers_dropout: the config's field for dropout, in training, before the head for answers.
     positions_from_padding: whether real tokens alone are counted, from the place after the padding's id.
     has_pooler: whether the encoder's class can make a pooler (`add_pooling_layer`).
     projection: the name of a linear between embeddings and layers, which is there where they differ in width.
@@ -113,9 +114,9 @@ class Family:
     layer: LayerNames
     text_head: TextHeadNames
     words_head: tuple[str, ...]
-    encoder: str = "Model"
+    words_rows: tuple[str, ...]
+    answers_dropout: str | None = None
     embeddings: EmbeddingNames = EmbeddingNames()
-    heads: tuple[str, ...] = (ANSWERS, TEXT_LABELS, TOKEN_LABELS, WORDS)
     positions_from_padding: bool = False
     has_pooler: bool = True
     projection: str | None = None

@@ -8,21 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 from pruned_ops.models.families.bert import BERT
-from pruned_ops.models.families.description import Family
+from pruned_ops.models.families.description import STOCK_HEADS, Family
+from pruned_ops.models.families.distilbert import DISTILBERT
 from pruned_ops.models.families.roberta import ROBERTA
 
-FAMILIES = (BERT, ROBERTA)
+FAMILIES = (BERT, ROBERTA, DISTILBERT)
 # By the model type of a stock or pruned config.
 BY_TYPE: dict[str, Family] = {kind: family for family in FAMILIES for kind in family.model_types}
 # The names of the publishers' encoder classes.
 STOCK_ENCODERS: dict[str, Family] = {
-    f"{each.stem}{family.encoder}": family for family in FAMILIES for each in family.stock
+    f"{each.stem}Model": family for family in FAMILIES for each in family.stock
 }
 _STOCK_HEADS: dict[str, tuple[Family, str]] = {
     f"{each.stem}For{head}": (family, head)
     for family in FAMILIES
     for each in family.stock
-    for head in family.heads
+    for head in STOCK_HEADS
 }
 # Where transformers keeps its own models.
 _PUBLISHERS = "transformers.models."

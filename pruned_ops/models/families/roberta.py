@@ -19,5 +19,6 @@ ROBERTA = replace(
     prefix="roberta",
     text_head=TextHeadNames(first="classifier.dense", last="classifier.out_proj", drops_input=True),
     words_head=("lm_head",),
+    words_rows=("lm_head", "lm_head.decoder"),
     positions_from_padding=True,
 )
