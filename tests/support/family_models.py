@@ -62,7 +62,7 @@ def stock(stem: str, head: str, **more: Any) -> Any:
     torch.manual_seed(0)
     ending = f"For{head}" if head else "Model"
     labels = {} if head in ("", ANSWERS) else {"num_labels": 3}
-    config = getattr(transformers, f"{stem}Config")(**fields(stem, **more), **labels)
+    config = getattr(transformers, f"{stem}Config")(**{**labels, **fields(stem, **more)})
     return shake(getattr(transformers, f"{stem}{ending}")(config).eval(), 0)
 
 
