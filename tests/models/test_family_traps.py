@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from family_models import (
 )
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
+from pruned_trainer import SizeBudget, Target, attached, compact, decide
 
 
 def typed(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -57,14 +59,17 @@ def test_distilbert_has_no_pooler(tmp_path: Path) -> None:
     assert AutoModel.from_pretrained(tmp_path).pooler is None
 
 
-@pytest.mark.parametrize("stem", ["Roberta", "XLMRoberta"])
+@pytest.mark.parametrize("stem", ["Roberta", "XLMRoberta", "Data2VecText"])
 def test_one_token_type(stem: str) -> None:
     model, inputs = pruned_ops.optimize(stock(stem, ANSWERS)), batch("right")
     with pytest.raises(IndexError, match="token_type_ids holds 1; its table has 1 rows"):
         model(**typed(inputs))
 
 
-@pytest.mark.parametrize(("stem", "longest"), [("Bert", 80), ("Roberta", 78), ("DistilBert", 80)])
+@pytest.mark.parametrize(
+    ("stem", "longest"),
+    [("Bert", 80), ("Roberta", 78), ("DistilBert", 80), ("Data2VecText", 78), ("Electra", 80)],
+)
 def test_the_table_of_positions(stem: str, longest: int) -> None:
     model = pruned_ops.optimize(stock(stem, ANSWERS))
     assert longest_sequence(model.config) == longest
@@ -101,3 +106,64 @@ def test_a_changed_head_is_not_computed_in_its_place() -> None:
         change(model)
         expected = outputs(model, inputs)
         assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
+
+
+def test_ernies_task_types_are_refused() -> None:
+    with pytest.raises(ValueError, match="optimize cannot take .*use_task_id is True, only False"):
+        pruned_ops.optimize(stock("Ernie", ANSWERS, use_task_id=True))
+    with pytest.raises(ValueError, match="use_task_id is True, only False is computed"):
+        AutoConfig.for_model("pruned_ernie", **fields("Ernie", use_task_id=True))
+    model, inputs = stock("Ernie", ""), batch("right")
+    types = typed(inputs)["token_type_ids"]
+    # In its order, task_type_ids stand before position_ids.
+    positions = torch.arange(20).flip(0)[None]
+    with torch.no_grad():
+        expected = model(inputs["input_ids"], inputs["attention_mask"], types, None, positions)
+        pruned_ops.optimize(model)
+        found = model(inputs["input_ids"], inputs["attention_mask"], types, None, positions)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[0][real], expected[0][real], atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="an optimised encoder does not take task_type_ids"):
+        model(**inputs, task_type_ids=types)
+
+
+def test_electras_embeddings_of_the_hidden_size_need_no_projection() -> None:
+    model, inputs = stock("Electra", TEXTS, embedding_size=64), batch("holes")
+    assert not hasattr(model.electra, "embeddings_project")
+    expected = outputs(model, inputs)
+    with attached(model, parts=["hidden"]) as gates:
+        gates.locations()[0].data = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 3
+        decision = decide(gates.scores(), SizeBudget(gates.shape, "params"), Target(params=0.6), 1)
+        gates.fix(decision.values(gates.shape))
+        gated = outputs(model, inputs)
+    narrow = compact(model, decision)
+    assert narrow.config.embedding_size == narrow.config.hidden_size < 64
+    assert largest_difference(outputs(narrow, inputs), gated) <= 2e-4
+    assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
+
+
+def test_electra_cannot_lose_just_its_projection() -> None:
+    model = stock("Electra", TEXTS)
+    with attached(model, parts=["hidden"]) as gates:
+        decision = decide(gates.scores(), SizeBudget(gates.shape, "params"), Target(params=0.76), 1)
+    kept = replace(decision.hidden, indices=tuple(range(48)), values=(1.0,) * 48)
+    with pytest.raises(ValueError, match="as many as the embeddings have.*no embeddings_project"):
+        compact(model, replace(decision, hidden=kept))
+
+
+def test_electras_projection_is_held_against_the_config() -> None:
+    model = stock("Electra", "")
+    model.embeddings_project = torch.nn.Linear(48, 64, bias=False)
+    with pytest.raises(ValueError, match="its embeddings_project has no bias, and the config describes one"):
+        pruned_ops.optimize(model)
+    with pytest.raises(ValueError, match="embedding_size is 0: it must lie between 1"):
+        AutoConfig.for_model("pruned_electra", **fields("Electra", embedding_size=0))
+
+
+def test_electras_discriminator_reads_packed_states() -> None:
+    """A head that is not known runs as it is, on the padded states of a packed encoder."""
+    model, inputs = stock("Electra", "PreTraining"), batch("right")
+    expected = outputs(model, inputs)
+    with pruned_ops.record() as ran:
+        found = outputs(pruned_ops.optimize(model), inputs)
+    assert ran["embed_layer_norm"] and largest_difference(found, expected) <= 2e-5

@@ -24,6 +24,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "XLMRoberta": {"type_vocab_size": 1},
     "Camembert": {"type_vocab_size": 1},
     "DistilBert": {},
+    "Ernie": {},
+    "Data2VecText": {"type_vocab_size": 1},
+    "Electra": {"embedding_size": 48},
 }
 # Under BERT's names; those of its fields that a family lacks are left out.
 SIZES = {

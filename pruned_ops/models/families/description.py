@@ -153,7 +153,7 @@ class Family:
 
     def embedding_size(self, config: Any) -> int:
         """The width of the embedding's tables."""
-        return int(config.hidden_size if self.projection is None else config.embedding_size)
+        return config.hidden_size if self.projection is None else config.embedding_size
 
     def has_token_types(self, config: Any) -> bool:
         """Whether the embedding has a table of token types."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from pruned_ops.models.families.bert import BERT
+from pruned_ops.models.families.data2vec_text import DATA2VEC_TEXT
 from pruned_ops.models.families.description import STOCK_HEADS, Family
 from pruned_ops.models.families.distilbert import DISTILBERT
+from pruned_ops.models.families.electra import ELECTRA
+from pruned_ops.models.families.ernie import ERNIE
 from pruned_ops.models.families.roberta import ROBERTA
 
-FAMILIES = (BERT, ROBERTA, DISTILBERT)
+FAMILIES = (BERT, ROBERTA, DISTILBERT, ERNIE, DATA2VEC_TEXT, ELECTRA)
 # By the model type of a stock or pruned config.
 BY_TYPE: dict[str, Family] = {kind: family for family in FAMILIES for kind in family.model_types}
 # The names of the publishers' encoder classes.

@@ -131,6 +131,11 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
     }
     if family.projection is not None and projection_of(encoder) is None:
         fields["embedding_size"] = shape.hidden_size
+    elif family.projection is not None and shape.hidden_size == family.embedding_size(config):
+        raise ValueError(
+            f"the decision keeps {shape.hidden_size} hidden dimensions, as many as the embeddings have: such "
+            f"a {family.name} has no {family.projection}, which this one needs; keep more or fewer"
+        )
     if _pools(old):  # whose pooler stays as wide as it was
         fields["pooler_size"] = getattr(config, "pooler_size", None) or source.hidden_size
     fields.pop("architectures", None)
