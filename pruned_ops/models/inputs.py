@@ -53,13 +53,13 @@ def check_inputs(
     ids and the value."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+    # Without a table of token types, the stock models do not look at any that are given.
+    types = 0 if token_type_ids is None else family_of(config).value(config, "type_vocab_size")
     for name, ids, rows in (
         ("input_ids", input_ids, config.vocab_size),
         ("position_ids", position_ids, config.max_position_embeddings),
-        ("token_type_ids", token_type_ids, family_of(config).value(config, "type_vocab_size")),
+        ("token_type_ids", token_type_ids if types else None, types),
     ):
-        if not rows:  # no token types: the stock models do not look at any that are given
-            continue
         if ids is None or ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
             continue
         low, high = (int(value) for value in torch.aminmax(ids))
@@ -89,11 +89,13 @@ def packed_inputs(
     batch_size, seqlen = input_ids.shape
     if position_ids is None:
         position_ids = default_position_ids(config, input_ids, batch_size, seqlen, device)
-    if token_type_ids is None or not family_of(config).has_token_types(config):
+    if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
     if batch is None:
         batch = PackedBatch.from_mask(attention_mask, batch_size, seqlen, device)
     positions, types = position_ids.expand(input_ids.shape), token_type_ids.expand(input_ids.shape)
+    if not family_of(config).has_token_types(config):
+        types = torch.zeros_like(input_ids)
     return batch, (batch.pack(input_ids), batch.pack(positions), batch.pack(types))
 
 

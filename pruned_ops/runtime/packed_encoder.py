@@ -23,7 +23,6 @@ from pruned_ops.layers.int8 import SCALE, Int8Linear
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, Rows, free, placeholder, seal, unseal
-from pruned_ops.models.families.description import Family
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence, packed_inputs, returned
 from pruned_ops.models.stock import LayerParts, encoder_class, encoder_shape, layers_of, projection_of
@@ -51,7 +50,10 @@ class PackedEncoder(nn.Module):
     """
 
     config: Any
-    embeddings: Any
+    words: Any
+    positions: Any
+    types: Any
+    norm: Any
     pooler: Any
 
     def __init__(self, original: Any, linear_dtype: str | None = None, keep_fp32: bool = True) -> None:
@@ -67,36 +69,32 @@ class PackedEncoder(nn.Module):
         self.linear_dtype = "int8" if self.stored_int8 else linear_dtype
         self.int8, self._keep_fp32 = self.linear_dtype == "int8", keep_fp32
         self.watch = Int8Watch() if self.int8 else None
-        self.embeddings = original.embeddings
+        names = family_of(self.config).embeddings
+        self.words, self.positions, self.norm = (
+            original.embeddings.get_submodule(name) for name in (names.words, names.positions, names.norm)
+        )
+        self.types = original.embeddings._modules.get(names.token_types)
         self.projection = projection_of(original)
         self.pooler = getattr(original, "pooler", None)
+        self.only_type: nn.Parameter | None = None
         self._set_only_type()
         chosen = None if self.int8 and not self.stored_int8 else ()
         self.encoder = _laid_out(original, chosen, self.linear_dtype == "bfloat16", keep_fp32)
         self._forwards = forwards_of(original)
         self._waiting: list[tuple[nn.Parameter, Tensor]] = []
 
-    @property
-    def family(self) -> Family:
-        """The description of the encoder."""
-        return family_of(self.config)
-
-    def _table(self, name: str) -> Any:
-        return self.embeddings.get_submodule(name)
-
     def _set_only_type(self) -> None:
         """Make the table of token types of a family without them: one row of zeros, where the words lie."""
-        words = self._table(self.family.embeddings.words).weight
-        has_types = self.family.has_token_types(self.config)
-        self.only_type = None if has_types else nn.Parameter(torch.zeros_like(words[:1]), requires_grad=False)
+        if self.types is None:
+            self.only_type = nn.Parameter(torch.zeros_like(self.words.weight[:1]), requires_grad=False)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._table(self.family.embeddings.words).weight.dtype
+        return self.words.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._table(self.family.embeddings.words).weight.device
+        return self.words.weight.device
 
     def lay_out_again(self, original: Any) -> None:
         """Make a new stack, of the weights that the encoder has now."""
@@ -257,17 +255,14 @@ class PackedEncoder(nn.Module):
 
     def _embed(self, inputs: Sequence[Tensor]) -> Tensor:
         """Packed ids, positions and types, (tokens,) each -> their embedding (tokens, hidden_size)."""
-        names = self.family.embeddings
-        types = self._table(names.token_types).weight if self.only_type is None else self.only_type
-        norm = self._table(names.norm)
         embedded = ops.embed_layer_norm(
             *inputs,
-            self._table(names.words).weight,
-            self._table(names.positions).weight,
-            types,
-            norm.weight,
-            norm.bias,
-            norm.eps,
+            self.words.weight,
+            self.positions.weight,
+            self.types.weight if self.only_type is None else self.only_type,
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
         )
         if self.projection is None:
             return embedded
