@@ -83,8 +83,7 @@ class PrunedBertForQuestionAnswering(_WithEncoder):
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
         dropout = config.family.answers_dropout
-        if dropout is not None:
-            self.dropout = nn.Dropout(getattr(config, dropout))
+        self.dropout = None if dropout is None else nn.Dropout(getattr(config, dropout))
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -116,7 +115,7 @@ class PrunedBertForQuestionAnswering(_WithEncoder):
         return returned(output, self.config, return_dict)
 
     def _span_logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        if self.config.family.answers_dropout is not None:
+        if self.dropout is not None:
             states = self.dropout(states)
         start, end = (part.contiguous() for part in self.qa_outputs(states).unbind(-1))
         return start, end
