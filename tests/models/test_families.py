@@ -63,8 +63,9 @@ def test_packed_is_stock(stem: str, head: str, kind: str) -> None:
     assert largest_difference(outputs(fast, inputs), expected) <= CLOSE
     with torch.no_grad(), RowCounter() as counter:
         fast(**inputs)
-    rows = {number for name, number in counter.rows if name != "addmm"}
-    rows |= {number for name, number in counter.rows if name == "addmm" and head != TEXTS}
+    # The model's own head runs on no rows; poolers and heads of texts on one for each text.
+    of_texts = ("addmm",) if head in ("", TEXTS) else ()
+    rows = {number for name, number in counter.rows if number and name not in of_texts}
     assert rows == {int(inputs["attention_mask"].sum())}
     assert largest_difference(outputs(pruned_ops.restore(fast), inputs), expected) == 0
 
@@ -124,10 +125,12 @@ def test_layers_of_all_odd_shapes(pruned_type: str, head: str, kind: str) -> Non
 
 @pytest.mark.parametrize(("stem", "head"), MODELS)
 def test_int8(stem: str, head: str) -> None:
+    """The few labels of texts say little: of such a model the states that they are read from are compared."""
     model, inputs = stock(stem, head), batch("right")
-    expected = outputs(model, inputs)
+    part = model.base_model if head == TEXTS else model
+    expected = outputs(part, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a processor on which it is not faster
         fast = pruned_ops.optimize(model, dtype="int8")
     assert len(fast.base_model.packed.encoder.int8_linears) == 8
-    assert 0.9995 <= cosine(outputs(fast, inputs), expected) < 1.0
+    assert 0.9995 <= cosine(outputs(part, inputs), expected) < 1.0
