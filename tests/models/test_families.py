@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
@@ -36,6 +37,8 @@ from pruned_ops.models.heads import pruned_class
 from pruned_trainer import SizeBudget, Target, attached, compact, decide
 
 CLOSE = 2e-5
+# transformers 4's models do not hand keywords on to their encoders, so that their heads see padding.
+HEADS_ARE_PADDED = int(transformers.__version__.split(".")[0]) < 5
 AUTO = {
     "": AutoModel,
     ANSWERS: AutoModelForQuestionAnswering,
@@ -64,7 +67,7 @@ def test_packed_is_stock(stem: str, head: str, kind: str) -> None:
     with torch.no_grad(), RowCounter() as counter:
         fast(**inputs)
     # The model's own head runs on no rows; poolers and heads of texts on one for each text.
-    of_texts = ("addmm",) if head in ("", TEXTS) else ()
+    of_texts = ("addmm",) if head in ("", TEXTS) or HEADS_ARE_PADDED else ()
     rows = {number for name, number in counter.rows if number and name not in of_texts}
     assert rows == {int(inputs["attention_mask"].sum())}
     assert largest_difference(outputs(pruned_ops.restore(fast), inputs), expected) == 0
