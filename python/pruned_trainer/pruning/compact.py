@@ -221,9 +221,10 @@ def _slice_layer(
         for kind in ("weight", "bias"):
             key = f"{prefix}{name}.{kind}"
             state[key] = state[key].index_select(0, kept)
-    for name, kept, gates in ((names.attention_output, columns, head_gates), (names.down, units, unit_gates)):
-        key = f"{prefix}{name}.weight"
-        state[key] = state[key].index_select(1, kept) * gates.to(state[key])
+    key = f"{prefix}{names.attention_output}.weight"
+    state[key] = state[key].index_select(1, columns) * head_gates.to(state[key])
+    key = f"{prefix}{names.down}.weight"
+    state[key] = state[key].index_select(1, units) * unit_gates.to(state[key])
 
 
 def _pools(model: Any) -> bool:
