@@ -41,8 +41,8 @@ CUT = 40
 
 
 def saved(pruned_type: str, head: str, folder: Path, **fields: Any) -> Path:
-    """The folder of a stock model with a tokenizer: of words, with types of tokens; or where the model has one
-    type only, of bytes without types."""
+    """The folder of a stock model with a tokenizer: of words, with types of tokens; or where the model has
+    one type only, of bytes without types."""
     stem = PRUNED_TYPES[pruned_type]
     if FAMILIES[stem].get("type_vocab_size") == 1:
         stock(stem, head, vocab_size=300, **fields).save_pretrained(folder)
