@@ -117,7 +117,7 @@ def test_sentence_transformers(pruned_type: str, kind: str, head: str, tmp_path:
     saved(pruned_type, head, tmp_path, **labels)
     plain, fast = (getattr(library, kind)(str(tmp_path), device="cpu") for _ in range(2))
     pruned_ops.optimize(fast)
-    texts: Any = [words(number) for number in (3, 20, 1, 12)]
+    texts: Any = [words(number) for number in (3, 10, 1, 7)]
     if kind == "CrossEncoder":
         texts = [(text, words(5)) for text in texts]
     call = "predict" if kind == "CrossEncoder" else "encode"
