@@ -42,7 +42,7 @@ PARTS = (
     ("waiting", r"libgomp|libiomp|gomp_"),
     ("attention: softmax", r"::(exponentiate|powers|(rough_)?power_of_two|largest_score|new_maximum)\b"),
     ("attention: laying out", r"::(lay_out\w*|transpose_\w+)\b|transpose_mxn"),
-    ("attention: products", r"\bmultiply(_pairs)?<[^\n]*NothingAhead|::(score|add_block)\b"),
+    ("attention: products", r"\bmultiply(_amx_row|(_pairs)?<[^\n]*NothingAhead)|::(score|add_block)\b"),
     ("GELU", r"gelu_kernel\.h"),
     ("quantising", r"::(quantize_rows?|top_of|rounded\w*)\b"),
     ("LayerNorm", r"layer_norm"),

@@ -8,7 +8,7 @@
 
 namespace pruned_ops {
 
-// Query rows of one attention task. Every capability's register block (12, 8, 6 or 2 rows) divides it; larger
+// Query rows of one attention task. Every capability's block of rows (16, 12, 8, 6 or 2) divides it; larger
 // would leave threads idle on small batches, smaller would read the laid-out keys more often than needed.
 constexpr int64_t kQueryBlock = 48;
 
