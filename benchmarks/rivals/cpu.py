@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,10 @@ def hugging_face_bfloat16(model: Any, samples: Sequence[Batch], folder: Path) ->
 
 def compiled(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
     """torch.compile by inductor with frozen weights, with which it was as fast or faster everywhere."""
+    return _by_inductor(model)
+
+
+def _by_inductor(model: Any, **options: Any) -> Run:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -66,7 +71,33 @@ def compiled(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
         raise Refused("torch.compile needs a C++ compiler, and found none (set CXX)") from None
     # Past the limit of recompilations dynamo would run eagerly and not say so.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return forward(torch.compile(model, dynamic=True, options={"freezing": True}))
+    return forward(torch.compile(model, dynamic=True, options={"freezing": True, **options}))
+
+
+def torchao_int8(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+    """torchao's int8 weights, a scale a channel, and activations quantised as they come, a scale a token; by
+    inductor with frozen weights and its own products, of which it takes the fastest (max-autotune).
+
+    Its package is no part of the extra, because transformers imports it wherever it finds it."""
+    quantization = package("torchao.quantization", "pip install --no-deps torchao")
+    quantised = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fields that its next versions rename
+        quantization.quantize_(quantised, quantization.Int8DynamicActivationInt8WeightConfig(), _has_weights)
+    return _by_inductor(quantised, max_autotune=True)
+
+
+def _has_weights(module: torch.nn.Module, name: str) -> bool:
+    """Whether a module is a linear with a weight, which those of a layer without heads have not."""
+    return isinstance(module, torch.nn.Linear) and module.weight.numel() > 0
+
+
+def zentorch(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+    """AMD's plugin of torch.compile. It is written for AMD's processors, and runs on others."""
+    release = torch.__version__.partition("+")[0]
+    package("zentorch", f"pip install --no-deps 'zentorch=={release}.*' deprecated wrapt")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return forward(torch.compile(model, dynamic=True, backend="zentorch"))
 
 
 def _ort_session(path: str) -> Run:
@@ -225,10 +256,12 @@ CPU_RIVALS = {
     "hf": Rival(hugging_face),
     "hf-bfloat16": Rival(hugging_face_bfloat16, "bfloat16"),
     "compile": Rival(compiled),
+    "zentorch": Rival(zentorch),
     "ort": Rival(ort),
     "ort-fused": Rival(ort_fused),
     "openvino": Rival(openvino),
     "ctranslate2": Rival(_ctranslate2("float32")),
+    "torchao-int8": Rival(torchao_int8, "int8"),
     "ort-int8": Rival(ort_int8, "int8"),
     "openvino-int8": Rival(openvino_int8, "int8"),
     "openvino-int8-static": Rival(openvino_int8_static, "int8"),

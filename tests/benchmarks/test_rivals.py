@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def without_inductor(compile: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile that traces as always, and runs what it traced eagerly."""
-    return lambda model, dynamic, options: compile(model, dynamic=dynamic, backend="aot_eager")
+    return lambda model, dynamic, **way: compile(model, dynamic=dynamic, backend="aot_eager")
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
