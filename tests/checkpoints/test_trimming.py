@@ -16,6 +16,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     CamembertForSequenceClassification,
+    DistilBertForMaskedLM,
+    ElectraForMaskedLM,
     PreTrainedTokenizerFast,
     RobertaForTokenClassification,
     XLMRobertaModel,
@@ -26,6 +28,7 @@ from inputs import ODD_SHAPES, shake
 from pruned_ops import optimize, trim_vocabulary
 from pruned_ops.cli import main
 from pruned_ops.files import TextFile
+from pruned_ops.models.heads import pruned_class
 from pruned_ops.runtime.refusals import refuse_encoder
 from real_data import real_data
 
@@ -118,6 +121,14 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], int]] = {
     "camembert classifier": (CamembertForSequenceClassification, "CamemBERT", SIZES, 0),
     "pruned bert answers": (pruned_ops.PrunedBertForQuestionAnswering, "WordPiece", PRUNED, 0),
     "pruned roberta encoder": (pruned_ops.PrunedRobertaModel, "BPE", PRUNED, 0),
+    "distilbert masked": (DistilBertForMaskedLM, "WordPiece", {"dim": 32, "n_heads": 2, "n_layers": 1}, 5),
+    "electra masked": (ElectraForMaskedLM, "WordPiece", {**SIZES, "embedding_size": 16}, 0),
+    "pruned distilbert tagger": (
+        pruned_class("TokenClassification", "pruned_distilbert"),
+        "WordPiece",
+        PRUNED,
+        0,
+    ),
 }
 
 
