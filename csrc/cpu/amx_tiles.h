@@ -116,7 +116,7 @@ void for_each_amx_block(const void* panels, int64_t start, int64_t depth, int64_
   const int64_t count = (out + kWeightPanel - 1) / kWeightPanel;
   const Ahead ahead = {nullptr, tiles > 0 ? panel_bytes / (blocks * tiles) : 0};
 
-  alignas(64) uint8_t x_rest[kChunkRows * kAmxBytes];
+  alignas(64) uint8_t x_rest[kAmxChunkRows * kAmxBytes];
   alignas(64) uint8_t panel_rest[kAmxPanelBytes] = {};
   const int64_t rest = depth % kAmxBytes;
   for (int64_t row = 0; rest != 0 && row < rows; ++row) {

@@ -19,7 +19,11 @@ constexpr AttentionKernel kBf16Attention = {attention_bf16_scratch, attention_bf
 #endif
 
 extern const Bf16Kernels bf16_table;
-const Bf16Kernels bf16_table = {PRUNED_OPS_STRING(CPU_CAPABILITY), round_rows, bf16_linear, bf16_linear_bf16,
+const Bf16Kernels bf16_table = {PRUNED_OPS_STRING(CPU_CAPABILITY),
+                                kBf16ChunkRows,
+                                round_rows,
+                                bf16_linear,
+                                bf16_linear_bf16,
                                 kBf16Attention};
 
 }  // namespace pruned_ops::CPU_CAPABILITY

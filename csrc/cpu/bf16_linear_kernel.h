@@ -42,6 +42,8 @@ inline void round_rows(const float* x, int64_t x_stride, int64_t rows, int64_t i
 
 // Calls visit(tile, sums) for each tile, with rows of 32 sums.
 #if defined(__AMX_BF16__)
+constexpr int64_t kBf16ChunkRows = kAmxChunkRows;
+
 struct Bf16Product {
   static void add0() { _tile_dpbf16ps(0, 4, 6); }
   static void add1() { _tile_dpbf16ps(1, 4, 7); }
@@ -55,6 +57,8 @@ void for_each_bf16_block(const Bf16LinearArgs& args, const NarrowRows& x, int64_
   for_each_amx_block<Bf16Product, float>(args.panels, 0, depth, args.out, x, rows, visit);
 }
 #else
+constexpr int64_t kBf16ChunkRows = kChunkRows;
+
 template <typename Visit>
 void for_each_bf16_block(const Bf16LinearArgs& args, const NarrowRows& x, int64_t rows, const Visit& visit) {
   const auto* const numbers = reinterpret_cast<const uint16_t*>(x.bytes);

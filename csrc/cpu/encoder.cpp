@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "check.h"
@@ -48,9 +49,9 @@ int64_t floats_of(int64_t values) {
 }
 
 // Calls run(begin, end, scratch) for the rows of a batch: every thread takes an even share of them, in chunks
-// of at most kChunkRows. scratch: scratch_floats floats of this thread's own, aligned to 64 bytes.
+// of at most chunk_rows. scratch: scratch_floats floats of this thread's own, aligned to 64 bytes.
 template <typename Run>
-void for_each_chunk(int64_t rows, int64_t scratch_floats, const Run& run) {
+void for_each_chunk(int64_t rows, int64_t chunk_rows, int64_t scratch_floats, const Run& run) {
   if (rows == 0) return;
   const int64_t shares = std::clamp<int64_t>(rows / kLeastRows, 1, at::get_num_threads());
   const int64_t stride = (scratch_floats + 15) / 16 * 16;
@@ -61,7 +62,7 @@ void for_each_chunk(int64_t rows, int64_t scratch_floats, const Run& run) {
     for (int64_t share = from; share < to; ++share) {
       const int64_t begin = rows * share / shares;
       const int64_t count = rows * (share + 1) / shares - begin;
-      const int64_t chunks = (count + kChunkRows - 1) / kChunkRows;
+      const int64_t chunks = (count + chunk_rows - 1) / chunk_rows;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         run(begin + count * chunk / chunks, begin + count * (chunk + 1) / chunks,
             first_scratch + share * stride);
@@ -119,6 +120,19 @@ class Parts {
   // The most channels of a context; a third of the most of a q|k|v.
   int64_t widest_attention() const { return widest(true); }
   int64_t widest_ffn() const { return widest(false); }
+
+  // Rows of a chunk, as all kernels that multiply it take them.
+  int64_t chunk_rows() const {
+    int64_t rows = std::numeric_limits<int64_t>::max();
+    for (const Part& part : list_) {
+      for (const Linear* linear : {&part.first, &part.second}) {
+        rows = std::min(rows, linear->is_int8     ? int8_kernels().chunk_rows
+                              : linear->is_bf16() ? bf16_kernels()->chunk_rows
+                                                  : kChunkRows);
+      }
+    }
+    return rows;
+  }
 
   // The most floats in whose place a row of inputs of a linear fits, in int8 or bf16; 0 if there is none.
   int64_t widest_narrow() const {
@@ -188,6 +202,7 @@ class Run {
         hidden_(hidden),
         tokens_(x.size(0)),
         x_(x.mutable_data_ptr<float>()),
+        chunk_rows_(parts.chunk_rows()),
         inner_stride_(scratch_stride(parts.widest_ffn())),
         sums_stride_(scratch_stride(hidden)),
         bytes_stride_(kFloatBytes * scratch_stride(parts.widest_narrow())),
@@ -211,11 +226,11 @@ class Run {
   // Takes all rows through what the `ready` parts still have to do, then computes the q|k|v of `next`.
   void rows(const std::vector<const Part*>& ready, const Part* next) {
     if (ready.empty() && next == nullptr) return;
-    const int64_t inner_floats = kChunkRows * inner_stride_;
-    const int64_t sums_floats = kChunkRows * sums_stride_;
-    const int64_t bytes_floats = kChunkRows * bytes_stride_ / kFloatBytes;
-    const int64_t floats = inner_floats + sums_floats + 2 * (bytes_floats + kChunkRows);
-    for_each_chunk(tokens_, floats, [&](int64_t begin, int64_t end, float* memory) {
+    const int64_t inner_floats = chunk_rows_ * inner_stride_;
+    const int64_t sums_floats = chunk_rows_ * sums_stride_;
+    const int64_t bytes_floats = chunk_rows_ * bytes_stride_ / kFloatBytes;
+    const int64_t floats = inner_floats + sums_floats + 2 * (bytes_floats + chunk_rows_);
+    for_each_chunk(tokens_, chunk_rows_, floats, [&](int64_t begin, int64_t end, float* memory) {
       const int64_t count = end - begin;
       float* const bytes = memory + inner_floats + sums_floats;
       float* const scales = bytes + 2 * bytes_floats;
@@ -223,7 +238,7 @@ class Run {
           memory,
           memory + inner_floats,
           {reinterpret_cast<uint8_t*>(bytes), bytes_stride_, scales},
-          {reinterpret_cast<uint8_t*>(bytes + bytes_floats), bytes_stride_, scales + kChunkRows},
+          {reinterpret_cast<uint8_t*>(bytes + bytes_floats), bytes_stride_, scales + chunk_rows_},
           false};
       for (size_t i = 0; i < ready.size(); ++i) {
         const Part* const following = i + 1 < ready.size() ? ready[i + 1] : next;
@@ -340,7 +355,7 @@ class Run {
   const AttentionArgs sequences_;  // without qkv, its stride, num_heads and context: a part has its own
   const int64_t hidden_, tokens_;
   float* const x_;
-  const int64_t inner_stride_, sums_stride_, bytes_stride_;
+  const int64_t chunk_rows_, inner_stride_, sums_stride_, bytes_stride_;
   at::Tensor qkv_, context_;
 };
 

@@ -10,6 +10,7 @@ namespace pruned_ops::CPU_CAPABILITY {
 
 extern const Int8Kernels int8_table;
 const Int8Kernels int8_table = {PRUNED_OPS_STRING(CPU_CAPABILITY),
+                                kInt8ChunkRows,
                                 kQuantizedBytes,
                                 quantize_rows,
                                 int8_linear,

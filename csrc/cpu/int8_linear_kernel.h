@@ -29,7 +29,11 @@ inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_
   }
 }
 
-#if !defined(__AMX_INT8__)
+#if defined(__AMX_INT8__)
+constexpr int64_t kInt8ChunkRows = kAmxChunkRows;
+#else
+constexpr int64_t kInt8ChunkRows = kChunkRows;
+
 // Picks the instance for a number of rows known when it runs: 1 <= rows <= kRows.
 template <int kRows = kNarrowRows>
 void multiply_int8_rows(int64_t rows, const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t steps,
@@ -102,6 +106,12 @@ constexpr auto kInt8LinearBf16 = nullptr;
 // second pass knows the row's scale.
 inline void int8_linear_gelu(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, float* inner,
                              int64_t inner_stride, const NarrowRows& out) {
+  if (rows > kChunkRows) {
+    // In halves: `inner` of more rows leaves too little of L2 to the weights.
+    const int64_t first = round_up(rows / 2, 16);
+    int8_linear_gelu(args, x, first, inner, inner_stride, out);
+    return int8_linear_gelu(args, x.from(first), rows - first, inner, inner_stride, out.from(first));
+  }
   alignas(64) int32_t tops[kChunkRows * kLanes];
   std::fill(tops, tops + rows * kLanes, 0);
   using Bits = at::vec::Vectorized<int32_t>;

@@ -58,6 +58,7 @@ def edge_arguments() -> list[list[Any]]:
         (33, 100, 1),
         (49, 128, 200),
         (96, 1, 63),
+        (128, 72, 80),
     ):
         x, bounds, longest, weights, widths, *rest = in_int8(
             encoder_arguments(rows, hidden, width, seed=rows)
