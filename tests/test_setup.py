@@ -3,6 +3,7 @@ with an old setuptools."""
 
 from __future__ import annotations
 
+import platform
 import runpy
 import sys
 from pathlib import Path
@@ -51,3 +52,17 @@ def test_with_an_old_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
         SystemExit, match="needs setuptools 77 or newer, and this is 68.2.2: run `pip install"
     ):
         runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AMX is of x86-64")
+def test_a_compiler_without_amx_leaves_it_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What it does not know it refuses, as gcc 10 does; a compiler that takes any flag gets those kernels."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    compiler = tmp_path / "compiler"
+    monkeypatch.setenv("CXX", str(compiler))
+    for script, expected in (('case "$*" in *-mamx*) exit 1;; esac', False), ("exit 0", True)):
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+        settings = runpy.run_path(str(ROOT / "setup.py"))
+        assert ("AMX_INT8" in settings["INT8_FLAGS"], "AMX_BF16" in settings["BF16_FLAGS"]) == (expected,) * 2
+        assert "AVX512_VNNI" in settings["INT8_FLAGS"]

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "check.h"
@@ -34,6 +33,9 @@ constexpr int64_t kGroupTokens = 1024;
 // Where q|k|v are in bf16, for each thread: 2% less time than with 1024, on MiniLM and BERT-base; 256 is no
 // better.
 constexpr int64_t kNarrowGroupTokens = 512;
+// The same where AMX multiplies all products: up to a seventh less time than with 512 on MiniLM, up to a tenth
+// on BERT-base, and with sequences of 384 tokens none beyond the noise. Weights are read once a chunk anyway.
+constexpr int64_t kAmxGroupTokens = kAmxChunkRows;
 // With fewer rows per thread the weights would be read too often for what is computed with them.
 constexpr int64_t kLeastRows = 8;
 
@@ -123,7 +125,7 @@ class Parts {
 
   // Rows of a chunk, as all kernels that multiply it take them.
   int64_t chunk_rows() const {
-    int64_t rows = std::numeric_limits<int64_t>::max();
+    int64_t rows = kAmxChunkRows;
     for (const Part& part : list_) {
       for (const Linear* linear : {&part.first, &part.second}) {
         rows = std::min(rows, linear->is_int8     ? int8_kernels().chunk_rows
@@ -379,7 +381,8 @@ at::Tensor encoder(const at::Tensor& x, const at::Tensor& cu_seqlens, int64_t ma
   // stay in the cache between the linears and the attention.
   const bool narrow = std::any_of(parts.list().begin(), parts.list().end(),
                                   [&](const Part& part) { return attends_in_bf16(part, head_dim); });
-  const int64_t group_tokens = narrow ? kNarrowGroupTokens * at::get_num_threads() : kGroupTokens;
+  const int64_t of_thread = parts.chunk_rows() == kAmxChunkRows ? kAmxGroupTokens : kNarrowGroupTokens;
+  const int64_t group_tokens = narrow ? of_thread * at::get_num_threads() : kGroupTokens;
   const int64_t groups = (tokens + group_tokens - 1) / group_tokens;
   std::vector<int32_t> group_bounds;
   int64_t first = 0;
