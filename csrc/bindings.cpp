@@ -25,8 +25,6 @@
 namespace {
 
 // The schemas of the ops that both the CPU and the GPU have.
-constexpr const char* kAttention =
-    "attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int head_dim) -> Tensor";
 constexpr const char* kAddLayerNorm =
     "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor norm_bias, "
     "float eps) -> Tensor";
@@ -37,12 +35,15 @@ constexpr const char* kEmbedLayerNorm =
 }  // namespace
 
 TORCH_LIBRARY(pruned_ops_cpu, m) {
-  m.def(kAttention);
+  m.def(
+      "attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int head_dim, Tensor? positions=None, "
+      "Tensor? rotary=None, int? window=None, Tensor? position_bias=None) -> Tensor");
   m.def(kAddLayerNorm);
   m.def(kEmbedLayerNorm);
   m.def(
       "encoder(Tensor x, Tensor cu_seqlens, int max_seqlen, Tensor[] weights, int[] widths, int head_dim, "
-      "float eps) -> Tensor");
+      "float eps, bool norm_first=False, bool gated=False, Tensor? positions=None, Tensor? rotary=None, "
+      "int[]? windows=None, Tensor? position_bias=None, Tensor? final_norm=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pruned_ops_cpu, CPU, m) {
@@ -54,7 +55,7 @@ TORCH_LIBRARY_IMPL(pruned_ops_cpu, CPU, m) {
 
 #ifdef PRUNED_OPS_HAVE_CUDA
 TORCH_LIBRARY(pruned_ops_cuda, m) {
-  m.def(kAttention);
+  m.def("attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int head_dim) -> Tensor");
   m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def(kAddLayerNorm);
   m.def(

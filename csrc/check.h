@@ -124,6 +124,36 @@ inline int64_t seqlens(const char* op, const int32_t* bounds, int64_t batch, int
   return longest;
 }
 
+// positions: null, or int32 (tokens,), rising from at least 0 within each of the sequences of these bounds.
+inline void positions(const char* op, const at::Tensor& tensor, const int32_t* bounds, int64_t batch,
+                      int64_t tokens) {
+  on(op, "positions", tensor, at::kCPU);
+  TORCH_CHECK(tensor.scalar_type() == at::kInt, op, ": positions is ", tensor.scalar_type(),
+              ", Int (int32) is needed");
+  TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == tokens, op, ": positions has shape ", tensor.sizes(),
+              ", [", tokens, "] is needed");
+  const int32_t* const values = tensor.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < batch; ++i) {
+    int32_t least = 0;
+    for (int64_t token = bounds[i]; token < bounds[i + 1]; ++token) {
+      TORCH_CHECK(values[token] >= least, op,
+                  ": positions must be at least 0 and rise within each sequence; "
+                  "that of token ",
+                  token, " is ", values[token]);
+      least = values[token] + (values[token] < std::numeric_limits<int32_t>::max());
+    }
+  }
+}
+
+// A (num_heads, 2 * reach + 1) tensor; returns reach.
+inline int64_t position_bias(const char* op, const at::Tensor& tensor, int64_t num_heads) {
+  taken(op, "position_bias", tensor, {});
+  TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == num_heads && tensor.size(1) % 2 == 1, op,
+              ": position_bias has shape ", tensor.sizes(), ", [", num_heads,
+              ", 2 * reach + 1] is needed, a row for each head");
+  return tensor.size(1) / 2;
+}
+
 inline void eps(const char* op, double value) {
   TORCH_CHECK(value >= 0, op, ": eps is ", value, ", at least 0 is needed");
 }

@@ -19,6 +19,7 @@
 namespace pruned_ops {
 
 constexpr int64_t kWeightPanel = 32;  // output channels of a panel
+constexpr int64_t kGatedUnits = 16;   // of a panel whose channels are 16 gates and the 16 that they multiply
 constexpr int64_t kStepBytes = 128;   // 32 channels of one input in fp32, of two in bf16, of four in int8
 constexpr int64_t kBf16Group = 2;     // inputs that one AVX512_BF16 instruction multiplies and adds
 constexpr int64_t kInt8Group = 4;     // inputs that one VNNI instruction multiplies and adds
@@ -32,6 +33,11 @@ static constexpr bool is_attention(int64_t part) {
 // The number of channels between the two linears of a part.
 static constexpr int64_t inner_width(int64_t part, int64_t head_dim) {
   return is_attention(part) ? part * head_dim : -1 - part;
+}
+
+// The rows of a gated FFN's first weight: whole panels.
+static constexpr int64_t gated_out(int64_t width) {
+  return (width + kGatedUnits - 1) / kGatedUnits * kWeightPanel;
 }
 
 }  // namespace pruned_ops

@@ -1,10 +1,14 @@
 #include "cpu/attention.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "check.h"
 #include "cpu/kernels.h"
@@ -19,6 +23,24 @@ constexpr const char* kOp = "attention";
 // Waking the other threads costs some microseconds: about this many multiply-adds of one core.
 constexpr int64_t kWorthAThread = 1 << 17;
 
+// Numbers to rotate that are worth one.
+constexpr int64_t kRotatedByAThread = 1 << 15;
+
+// A copy of q|k|v with query and key rotated.
+at::Tensor rotated(const at::Tensor& qkv, int64_t num_heads, int64_t head_dim, const at::Tensor& angles) {
+  at::Tensor rows = qkv.contiguous().clone();
+  float* const data = rows.mutable_data_ptr<float>();
+  const float* const turns = angles.const_data_ptr<float>();
+  const int64_t width = rows.size(1);
+  at::parallel_for(
+      0, rows.size(0), std::max<int64_t>(1, kRotatedByAThread / width), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          kernels().rotate_row(data + row * width, 2 * num_heads, head_dim, turns + row * head_dim);
+        }
+      });
+  return rows;
+}
+
 }  // namespace
 
 // Splits the work evenly although lengths are unequal: parallel_for cuts an axis of cost, on which a query
@@ -28,7 +50,7 @@ void run_attention(const AttentionKernel& kernel, const AttentionArgs& args) {
   int64_t cost = 0;
   for (int64_t i = 0; i < args.batch; ++i) {
     const int64_t seqlen = args.cu_seqlens[i + 1] - args.cu_seqlens[i];
-    cost += args.num_heads * seqlen * seqlen;
+    cost += args.num_heads * seqlen * row_cost(args, seqlen);
   }
   const size_t scratch_bytes = static_cast<size_t>(kernel.scratch(args)) * sizeof(float);
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / args.head_dim);
@@ -38,8 +60,30 @@ void run_attention(const AttentionKernel& kernel, const AttentionArgs& args) {
   });
 }
 
+at::Tensor positions_of(const std::optional<at::Tensor>& given, const int32_t* bounds, int64_t batch,
+                        int64_t tokens) {
+  if (given) return given->contiguous();
+  at::Tensor positions = at::empty({tokens}, at::kInt);
+  int32_t* const data = positions.mutable_data_ptr<int32_t>();
+  for (int64_t i = 0; i < batch; ++i) {
+    for (int32_t token = bounds[i]; token < bounds[i + 1]; ++token) data[token] = token - bounds[i];
+  }
+  return positions;
+}
+
+at::Tensor cos_sin(const at::Tensor& positions, const at::Tensor& rotary) {
+  const at::Tensor angles = positions.to(at::kFloat).unsqueeze(1).mul(rotary);
+  return at::cat({angles.cos(), angles.sin()}, 1);
+}
+
+at::Tensor unscaled_bias(const at::Tensor& position_bias, int64_t head_dim) {
+  return position_bias.mul(std::sqrt(static_cast<double>(head_dim))).contiguous();
+}
+
 at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen,
-                     int64_t head_dim) {
+                     int64_t head_dim, const std::optional<at::Tensor>& positions,
+                     const std::optional<at::Tensor>& rotary, std::optional<int64_t> window,
+                     const std::optional<at::Tensor>& position_bias) {
   const int64_t num_heads = check::num_heads(kOp, qkv, head_dim);
   check::cu_seqlens_type(kOp, cu_seqlens);
   const int64_t tokens = qkv.size(0);
@@ -48,11 +92,28 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_
   const int32_t* bounds_data = bounds.const_data_ptr<int32_t>();
   const int64_t longest = check::seqlens(kOp, bounds_data, batch, tokens, max_seqlen);
 
+  const at::Tensor places = positions_of(positions, bounds_data, batch, tokens);
+  if (positions) check::positions(kOp, places, bounds_data, batch, tokens);
+  if (rotary) {
+    TORCH_CHECK(head_dim % 2 == 0, kOp, ": head_dim is ", head_dim, ", and rotary takes channels in pairs");
+    check::vector(kOp, "rotary", *rotary, head_dim / 2);
+  }
+  TORCH_CHECK(!window || *window >= 0, kOp, ": window is ", *window, ", at least 0 is needed");
+  const int64_t reach = position_bias ? check::position_bias(kOp, *position_bias, num_heads) : 0;
+
   at::Tensor context = at::empty({tokens, num_heads * head_dim}, qkv.options());
   if (context.numel() == 0) return context;
-  const at::Tensor rows = with_contiguous_rows(qkv);
-  run_attention(kernels().attention, {rows.const_data_ptr<float>(), rows.stride(0), bounds_data, batch,
-                                      num_heads, head_dim, longest, context.mutable_data_ptr<float>()});
+  const at::Tensor rows =
+      rotary ? rotated(qkv, num_heads, head_dim, cos_sin(places, *rotary)) : with_contiguous_rows(qkv);
+  const at::Tensor bias = position_bias ? unscaled_bias(*position_bias, head_dim) : at::Tensor();
+  AttentionArgs args = {
+      rows.const_data_ptr<float>(),     rows.stride(0), bounds_data, batch, num_heads, head_dim, longest,
+      context.mutable_data_ptr<float>()};
+  if (positions) args.positions = places.const_data_ptr<int32_t>();
+  if (window) args.window = std::min<int64_t>(*window, std::numeric_limits<int32_t>::max());
+  if (position_bias) args.bias = bias.const_data_ptr<float>();
+  args.reach = reach;
+  run_attention(kernels().attention, args);
   return context;
 }
 

@@ -11,6 +11,7 @@
 #include "cpu/amx_tiles.h"
 #include "cpu/attention_bf16_layout.h"
 #include "cpu/attention_bf16_softmax.h"
+#include "cpu/attention_positions_kernel.h"
 #include "cpu/attention_tasks.h"
 #include "cpu/kernels.h"
 #include "cpu/multiply_kernel.h"
@@ -89,10 +90,11 @@ struct AmxLayout {
         context(weights + kAmxRows * kPairKeyBlock / kPair),
         maxima(context + kQueryBlock * args.head_dim),
         sums(maxima + kQueryBlock),
-        total(sums + kQueryBlock) {}
+        positions(sums + kQueryBlock),
+        total(positions + AttentionPositions::scratch(args)) {}
 
   int64_t depth;  // of q k^T, in whole tiles
-  int64_t values, queries, scores, weights, context, maxima, sums, total;
+  int64_t values, queries, scores, weights, context, maxima, sums, positions, total;
 };
 
 // One thread's state while it runs its share of the tasks. head_dim is a multiple of 16.
@@ -101,18 +103,17 @@ class AmxWorker {
   AmxWorker(const AttentionArgs& args, float* scratch) : AmxWorker(args, scratch, AmxLayout(args)) {}
 
   void lay_out(const Sequence& sequence, int64_t head) {
+    positions_.begin(sequence, head);
     lay_out_keys(rows_of(sequence, 1, head), sequence.length);
     lay_out_values(rows_of(sequence, 2, head), sequence.length);
   }
 
   void attend(const Sequence& sequence, int64_t head, int64_t query, int64_t rows) {
     lay_out_queries(rows_of(sequence, 0, head) + query * args_.row_stride, rows);
-    for (int64_t key = 0; key < sequence.length; key += kPairKeyBlock) {
-      const int64_t keys = std::min(kPairKeyBlock, sequence.length - key);
-      for (int64_t row = 0; row < rows; row += kAmxRows) {
-        add_block(sequence, row, std::min(kAmxRows, rows - row), key, keys);
-      }
-    }
+    positions_.for_each_block(query, rows, kAmxRows, kPairKeyBlock, [&](KeyBlock block) {
+      block.scores = softmax_.scores();
+      add_block(sequence, block);
+    });
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t token = sequence.first + query + row;
       softmax_.store(row, args_.context + (token * args_.num_heads + head) * args_.head_dim);
@@ -124,6 +125,7 @@ class AmxWorker {
       : args_(args),
         qkv_(static_cast<const uint16_t*>(args.qkv)),
         depth_(layout.depth),
+        positions_(args, scratch + layout.positions),
         keys_(reinterpret_cast<uint16_t*>(scratch)),
         values_(reinterpret_cast<uint16_t*>(scratch + layout.values)),
         queries_(reinterpret_cast<uint16_t*>(scratch + layout.queries)),
@@ -176,12 +178,14 @@ class AmxWorker {
   }
 
   // Adds one block of keys to the sums and contexts of up to 16 rows.
-  void add_block(const Sequence& sequence, int64_t row, int64_t rows, int64_t key, int64_t keys) {
+  void add_block(const Sequence& sequence, const KeyBlock& block) {
+    const int64_t row = block.row, rows = block.rows, key = block.key, keys = block.keys;
     constexpr int64_t kNumberBytes = sizeof(*weights_), kFloatBytes = sizeof(float);
     const int64_t padded = round_up(keys, kLanes);
     multiply_amx_rows(queries_ + row * depth_, depth_ * kNumberBytes, keys_ + key * depth_, kLanes * depth_,
                       depth_ / kAmxDepth, softmax_.scores(), kPairKeyBlock * kFloatBytes, padded, false);
-    softmax_.exponentiate(row, rows, keys, padded, key == 0);
+    positions_.apply(block);
+    softmax_.exponentiate(row, rows, keys, padded, block.is_first);
     const int64_t whole = round_up(keys, kAmxDepth);
     for (int64_t i = 0; padded < whole && i < rows; ++i) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights_ + i * kPairKeyBlock + padded),
@@ -189,12 +193,13 @@ class AmxWorker {
     }
     multiply_amx_rows(weights_, kPairKeyBlock * kNumberBytes, values_ + key * kLanes,
                       round_up(sequence.length, kAmxDepth) * kLanes, whole / kAmxDepth, softmax_.context(row),
-                      args_.head_dim * kFloatBytes, args_.head_dim, key != 0);
+                      args_.head_dim * kFloatBytes, args_.head_dim, !block.is_first);
   }
 
   const AttentionArgs& args_;
   const uint16_t* const qkv_;
   const int64_t depth_;
+  AttentionPositions positions_;
   uint16_t *const keys_, *const values_, *const queries_, *const weights_;
   PairSoftmax softmax_;
 };

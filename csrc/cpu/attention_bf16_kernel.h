@@ -8,6 +8,7 @@
 
 #include "cpu/attention_bf16_layout.h"
 #include "cpu/attention_bf16_softmax.h"
+#include "cpu/attention_positions_kernel.h"
 #include "cpu/attention_tasks.h"
 #include "cpu/kernels.h"
 #include "cpu/multiply_bf16_kernel.h"
@@ -24,9 +25,10 @@ struct PairLayout {
         context(weights + kRegisterRows * kPairKeyBlock / kPair),
         maxima(context + kQueryBlock * args.head_dim),
         sums(maxima + kQueryBlock),
-        total(sums + kQueryBlock) {}
+        positions(sums + kQueryBlock),
+        total(positions + AttentionPositions::scratch(args)) {}
 
-  int64_t values, scores, weights, context, maxima, sums, total;
+  int64_t values, scores, weights, context, maxima, sums, positions, total;
 };
 
 // One thread's state while it runs its share of the tasks. head_dim is a multiple of 16.
@@ -35,19 +37,17 @@ class PairWorker {
   PairWorker(const AttentionArgs& args, float* scratch) : PairWorker(args, scratch, PairLayout(args)) {}
 
   void lay_out(const Sequence& sequence, int64_t head) {
+    positions_.begin(sequence, head);
     lay_out_keys(rows_of(sequence, 1, head), sequence.length);
     lay_out_values(rows_of(sequence, 2, head), sequence.length);
   }
 
   void attend(const Sequence& sequence, int64_t head, int64_t query, int64_t rows) {
     const uint16_t* queries = rows_of(sequence, 0, head) + query * args_.row_stride;
-    for (int64_t key = 0; key < sequence.length; key += kPairKeyBlock) {
-      const int64_t keys = std::min(kPairKeyBlock, sequence.length - key);
-      for (int64_t row = 0; row < rows; row += kRegisterRows) {
-        const int64_t count = std::min<int64_t>(kRegisterRows, rows - row);
-        add_block(sequence, queries + row * args_.row_stride, row, count, key, keys);
-      }
-    }
+    positions_.for_each_block(query, rows, kRegisterRows, kPairKeyBlock, [&](KeyBlock block) {
+      block.scores = softmax_.scores();
+      add_block(sequence, queries + block.row * args_.row_stride, block);
+    });
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t token = sequence.first + query + row;
       softmax_.store(row, args_.context + (token * args_.num_heads + head) * args_.head_dim);
@@ -59,6 +59,7 @@ class PairWorker {
       : args_(args),
         qkv_(static_cast<const uint16_t*>(args.qkv)),
         pairs_(args.head_dim / kPair),
+        positions_(args, scratch + layout.positions),
         keys_(reinterpret_cast<uint16_t*>(scratch)),
         values_(reinterpret_cast<uint16_t*>(scratch + layout.values)),
         softmax_(args.head_dim, scratch + layout.scores,
@@ -104,12 +105,13 @@ class PairWorker {
   }
 
   // Adds one block of keys to the sums and contexts of up to kRegisterRows rows.
-  void add_block(const Sequence& sequence, const uint16_t* queries, int64_t row, int64_t rows, int64_t key,
-                 int64_t keys) {
+  void add_block(const Sequence& sequence, const uint16_t* queries, const KeyBlock& block) {
+    const int64_t rows = block.rows, key = block.key, keys = block.keys;
     const int64_t padded = round_up(keys, kLanes);
     score(queries, rows, keys_ + key * args_.head_dim, padded);
-    softmax_.exponentiate(row, rows, keys, padded, key == 0);
-    float* const context = softmax_.context(row);
+    positions_.apply(block);
+    softmax_.exponentiate(block.row, rows, keys, padded, block.is_first);
+    float* const context = softmax_.context(block.row);
     const int64_t steps = (keys + 1) / kPair;
     const int64_t panel_pairs = (sequence.length + 1) / kPair;  // steps of a whole panel
     const uint16_t* panel = values_;
@@ -118,10 +120,10 @@ class PairWorker {
       const uint16_t* from = panel + key * width;
       if (width == kPanel) {
         multiply_pair_rows<2>(rows, softmax_.weights(), kPairKeyBlock, from, steps, context + channel,
-                              args_.head_dim, key != 0);
+                              args_.head_dim, !block.is_first);
       } else {
         multiply_pair_rows<1>(rows, softmax_.weights(), kPairKeyBlock, from, steps, context + channel,
-                              args_.head_dim, key != 0);
+                              args_.head_dim, !block.is_first);
       }
       panel += panel_pairs * width * kPair;
     }
@@ -143,6 +145,7 @@ class PairWorker {
   const AttentionArgs& args_;
   const uint16_t* const qkv_;
   const int64_t pairs_;  // of a head's row
+  AttentionPositions positions_;
   uint16_t *const keys_, *const values_;
   PairSoftmax softmax_;
 };

@@ -13,6 +13,7 @@
 #include <limits>
 #include <numbers>
 
+#include "cpu/attention_positions_kernel.h"
 #include "cpu/attention_tasks.h"
 #include "cpu/kernels.h"
 #include "cpu/multiply_kernel.h"
@@ -41,11 +42,12 @@ struct AttentionLayout {
         context(scores + kRegisterRows * kKeyBlock),
         maxima(context + round_up(kQueryBlock * context_width, kLine)),
         sums(maxima + kQueryBlock),
-        total(sums + kQueryBlock) {}
+        positions(sums + kQueryBlock),
+        total(positions + AttentionPositions::scratch(args)) {}
 
   static constexpr int64_t kLine = 16;
   int64_t context_width;  // head_dim, padded to whole vectors
-  int64_t values, scores, context, maxima, sums, total;
+  int64_t values, scores, context, maxima, sums, positions, total;
 };
 
 // (keys, head_dim) rows -> panels [head_dim][kPanel] of transposed keys; the padding keys are zero.
@@ -89,6 +91,7 @@ class AttentionWorker {
       : args_(args),
         layout_(args),
         scale_(static_cast<float>(std::numbers::log2e / std::sqrt(static_cast<double>(args.head_dim)))),
+        positions_(args, scratch + layout_.positions),
         keys_(scratch),
         values_(scratch + layout_.values),
         scores_(scratch + layout_.scores),
@@ -97,19 +100,17 @@ class AttentionWorker {
         sums_(scratch + layout_.sums) {}
 
   void lay_out(const Sequence& sequence, int64_t head) {
+    positions_.begin(sequence, head);
     lay_out_keys(rows_of(sequence, 1, head), args_.row_stride, sequence.length, args_.head_dim, keys_);
     lay_out_values(rows_of(sequence, 2, head), args_.row_stride, sequence.length, args_.head_dim, values_);
   }
 
   void attend(const Sequence& sequence, int64_t head, int64_t query, int64_t rows) {
     const float* queries = rows_of(sequence, 0, head) + query * args_.row_stride;
-    for (int64_t key = 0; key < sequence.length; key += kKeyBlock) {
-      const int64_t keys = std::min(kKeyBlock, sequence.length - key);
-      for (int64_t row = 0; row < rows; row += kRegisterRows) {
-        const int64_t count = std::min<int64_t>(kRegisterRows, rows - row);
-        add_block(sequence, queries + row * args_.row_stride, row, count, key, keys);
-      }
-    }
+    positions_.for_each_block(query, rows, kRegisterRows, kKeyBlock, [&](KeyBlock block) {
+      block.scores = scores_;
+      add_block(sequence, queries + block.row * args_.row_stride, block);
+    });
     for (int64_t row = 0; row < rows; ++row) store(sequence.first + query + row, head, row);
   }
 
@@ -121,18 +122,23 @@ class AttentionWorker {
   }
 
   // Adds one block of keys to the sums and contexts of up to kRegisterRows rows.
-  void add_block(const Sequence& sequence, const float* queries, int64_t row, int64_t rows, int64_t key,
-                 int64_t keys) {
-    const int64_t padded = round_up(keys, kLanes);
+  void add_block(const Sequence& sequence, const float* queries, const KeyBlock& block) {
+    const int64_t row = block.row, rows = block.rows;
+    const bool first = block.is_first;
+    const int64_t padded = round_up(block.keys, kLanes);
     float* context = context_ + row * layout_.context_width;
-    score(queries, rows, keys_ + key * args_.head_dim, padded);
-    exponentiate(row, rows, keys, padded, key == 0);
+    score(queries, rows, keys_ + block.key * args_.head_dim, padded);
+    positions_.apply(block);
+    exponentiate(row, rows, block.keys, padded, first);
     // Panels of V are [length][width]: the last may be narrow, and starts where the full ones end.
     const int64_t full = layout_.context_width / kPanel * kPanel;
-    multiply_panels(rows, scores_, kKeyBlock, values_ + key * kPanel, sequence.length * kPanel, keys, context,
-                    layout_.context_width, full, key != 0);
-    multiply_panels(rows, scores_, kKeyBlock, values_ + sequence.length * full + key * kLanes, 0, keys,
-                    context + full, layout_.context_width, layout_.context_width - full, key != 0);
+    const int64_t key = std::max(block.key, block.own.first);
+    const int64_t keys = std::min(block.key + block.keys, block.own.last) - key;
+    const float* const weights = scores_ + key - block.key;
+    multiply_panels(rows, weights, kKeyBlock, values_ + key * kPanel, sequence.length * kPanel, keys, context,
+                    layout_.context_width, full, !first);
+    multiply_panels(rows, weights, kKeyBlock, values_ + sequence.length * full + key * kLanes, 0, keys,
+                    context + full, layout_.context_width, layout_.context_width - full, !first);
   }
 
   // q k^T for a block of keys, in chains of kChain products.
@@ -231,6 +237,7 @@ class AttentionWorker {
   const AttentionArgs& args_;
   const AttentionLayout layout_;
   const float scale_;  // log2(e) / sqrt(head_dim): exponents are of 2
+  AttentionPositions positions_;
   float* const keys_;
   float* const values_;
   float* const scores_;

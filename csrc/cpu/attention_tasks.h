@@ -14,7 +14,7 @@ struct Sequence {
   int64_t length;  // in tokens
 };
 
-// Tasks lie on an axis of cost, (sequence, head, query block), where a query row costs its keys; those whose
+// Tasks lie on an axis of cost, (sequence, head, query block), of `row_cost` for each query row; those whose
 // start lies in [begin, end) run. Calls worker.lay_out(sequence, head) before the first task of a head, and
 // worker.attend(sequence, head, query, rows) for each.
 template <typename Worker>
@@ -22,12 +22,13 @@ void for_each_task(const AttentionArgs& args, int64_t begin, int64_t end, Worker
   int64_t start = 0;
   for (int64_t i = 0; i < args.batch && start < end; ++i) {
     const Sequence sequence = {args.cu_seqlens[i], args.cu_seqlens[i + 1] - args.cu_seqlens[i]};
-    const int64_t cost = sequence.length * sequence.length;
+    const int64_t of_row = row_cost(args, sequence.length);
+    const int64_t cost = sequence.length * of_row;
     for (int64_t head = 0; head < args.num_heads; ++head, start += cost) {
       if (start + cost <= begin || start >= end) continue;
       bool laid_out = false;
       for (int64_t query = 0; query < sequence.length; query += kQueryBlock) {
-        const int64_t task = start + query * sequence.length;
+        const int64_t task = start + query * of_row;
         if (task < begin || task >= end) continue;
         if (!laid_out) worker.lay_out(sequence, head);
         laid_out = true;

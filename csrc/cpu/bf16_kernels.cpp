@@ -24,6 +24,7 @@ const Bf16Kernels bf16_table = {PRUNED_OPS_STRING(CPU_CAPABILITY),
                                 round_rows,
                                 bf16_linear,
                                 bf16_linear_bf16,
-                                kBf16Attention};
+                                kBf16Attention,
+                                rotate_row_bf16};
 
 }  // namespace pruned_ops::CPU_CAPABILITY

@@ -40,6 +40,25 @@ inline void round_rows(const float* x, int64_t x_stride, int64_t rows, int64_t i
   }
 }
 
+// As rotate_row of rotary_kernel.h, on rounded numbers: it computes in fp32 and rounds again.
+inline void rotate_row_bf16(uint16_t* row, int64_t heads, int64_t head_dim, const float* cos_sin) {
+  const int64_t half = head_dim / 2;
+  const auto wide = [](const uint16_t* from, __mmask16 mask) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+    return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+  };
+  for (int64_t head = 0; head < heads; ++head, row += head_dim) {
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const int64_t lanes = std::min(half - i, kLanes);
+      const auto mask = static_cast<__mmask16>((1u << lanes) - 1u);
+      const Vec cos = Vec::loadu(cos_sin + i, lanes), sin = Vec::loadu(cos_sin + half + i, lanes);
+      const Vec first = wide(row + i, mask), second = wide(row + half + i, mask);
+      store_rounded(first * cos - second * sin, lanes, row + i);
+      store_rounded(second * cos + first * sin, lanes, row + half + i);
+    }
+  }
+}
+
 // Calls visit(tile, sums) for each tile, with rows of 32 sums.
 #if defined(__AMX_BF16__)
 constexpr int64_t kBf16ChunkRows = kAmxChunkRows;

@@ -102,24 +102,25 @@ constexpr auto kInt8LinearBf16 = int8_linear_bf16;
 constexpr auto kInt8LinearBf16 = nullptr;
 #endif
 
-// GELU(x weight^T + bias), quantised. The tiles keep the largest magnitudes of each row's lanes, so that the
-// second pass knows the row's scale.
-inline void int8_linear_gelu(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, float* inner,
-                             int64_t inner_stride, const NarrowRows& out) {
+// GELU or GEGLU of x weight^T + bias, quantised. The tiles keep the largest magnitudes of each row's lanes,
+// so that the second pass knows the row's scale. GEGLU's GELU is the exact one: its errors are multiplied.
+inline void int8_linear_gelu(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish,
+                             float* inner, int64_t inner_stride, const NarrowRows& out) {
   if (rows > kChunkRows) {
     // In halves: `inner` of more rows leaves too little of L2 to the weights.
     const int64_t first = round_up(rows / 2, 16);
-    int8_linear_gelu(args, x, first, inner, inner_stride, out);
-    return int8_linear_gelu(args, x.from(first), rows - first, inner, inner_stride, out.from(first));
+    int8_linear_gelu(args, x, first, finish, inner, inner_stride, out);
+    return int8_linear_gelu(args, x.from(first), rows - first, finish, inner, inner_stride, out.from(first));
   }
+  const bool gated = finish == Finish::kBiasGeglu;
   alignas(64) int32_t tops[kChunkRows * kLanes];
   std::fill(tops, tops + rows * kLanes, 0);
   using Bits = at::vec::Vectorized<int32_t>;
   const Bits magnitude(0x7fffffff);
   for_each_int8_tile(args, x, rows, [&](const Tile& tile, const auto& values) {
-    finish_tile(tile, args.bias, Finish::kBias, values,
+    finish_tile(tile, args.bias, gated ? finish : Finish::kBias, values,
                 [&](int64_t row, int64_t column, int64_t lanes, Vec value) {
-                  value = gelu_for_int8(value);
+                  if (!gated) value = gelu_for_int8(value);
                   store_lanes(value, lanes, inner + row * inner_stride + column);
                   // Lanes past the last hold GELU(0). Of two magnitudes, the bits of the larger are the
                   // larger integer; those of what is not a number are the largest of all.
@@ -128,10 +129,11 @@ inline void int8_linear_gelu(const Int8LinearArgs& args, const NarrowRows& x, in
                   at::vec::maximum(Bits::loadu(top), bits).store(top);
                 });
   });
+  const int64_t width = gated ? args.out / 2 : args.out;  // units that fill a panel up are 0
   for (int64_t row = 0; row < rows; ++row) {
     const int32_t* lanes = tops + row * kLanes;
     const float top = std::bit_cast<float>(*std::max_element(lanes, lanes + kLanes));
-    out.scales[row] = quantize_row(inner + row * inner_stride, args.out, top, out.bytes + row * out.stride);
+    out.scales[row] = quantize_row(inner + row * inner_stride, width, top, out.bytes + row * out.stride);
   }
 }
 

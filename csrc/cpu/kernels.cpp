@@ -5,6 +5,7 @@
 #include "cpu/attention_kernel.h"
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/linear_kernel.h"
+#include "cpu/rotary_kernel.h"
 
 #define PRUNED_OPS_STRING_OF(name) #name
 #define PRUNED_OPS_STRING(name) PRUNED_OPS_STRING_OF(name)
@@ -12,7 +13,11 @@
 namespace pruned_ops::CPU_CAPABILITY {
 
 extern const Kernels table;
-const Kernels table = {
-    PRUNED_OPS_STRING(CPU_CAPABILITY), {attention_scratch, attention}, linear, layer_norm_row};
+const Kernels table = {PRUNED_OPS_STRING(CPU_CAPABILITY),
+                       {attention_scratch, attention},
+                       linear,
+                       layer_norm_row,
+                       add_row,
+                       rotate_row};
 
 }  // namespace pruned_ops::CPU_CAPABILITY

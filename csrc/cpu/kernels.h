@@ -22,7 +22,19 @@ struct AttentionArgs {
   int64_t head_dim;
   int64_t longest;  // tokens of the longest sequence
   float* context;   // (tokens, num_heads * head_dim)
+  // (tokens,), rising within each sequence; null for 0, 1, 2 and so on.
+  const int32_t* positions = nullptr;
+  int64_t window = -1;  // the largest distance of a key from its query; negative for any
+  // Added to q k^T: (num_heads, 2 * reach + 1), by the key's position less the query's; null for nothing.
+  const float* bias = nullptr;
+  int64_t reach = 0;
 };
+
+// What a query row of a sequence of this length costs, in keys.
+static inline int64_t row_cost(const AttentionArgs& args, int64_t length) {
+  const bool all = args.window < 0 || args.window >= length;
+  return all || 2 * args.window + kQueryBlock >= length ? length : 2 * args.window + kQueryBlock;
+}
 
 // The parameters of a LayerNorm over rows of hidden floats.
 struct LayerNormArgs {
@@ -40,7 +52,8 @@ constexpr int64_t kChunkRows = 96;
 constexpr int64_t kAmxChunkRows = 128;
 
 // What follows a product, while its tile is in L1.
-enum class Finish { kNothing, kBias, kBiasGelu };
+// kBiasGeglu makes 16 numbers of the 32 channels of a panel: GELU of the first 16 times the others.
+enum class Finish { kNothing, kBias, kBiasGelu, kBiasGeglu };
 
 // x weight^T + bias in fp32.
 struct LinearArgs {
@@ -63,9 +76,13 @@ struct Kernels {
   // out = finish(x weight^T) for some rows, at best kChunkRows or fewer.
   void (*linear)(const LinearArgs& args, const float* x, int64_t x_stride, int64_t rows, Finish finish,
                  float* out, int64_t out_stride);
-  // out = LayerNorm(first + second + third); third may be null. out may be one of them.
+  // out = LayerNorm(first + second + third); third may be null, or both. out may be one of them.
   void (*layer_norm_row)(const LayerNormArgs& args, const float* first, const float* second,
                          const float* third, float* out);
+  // out = first + second + third, numbers each; out may be one of them.
+  void (*add_row)(int64_t numbers, const float* first, const float* second, const float* third, float* out);
+  // Rotates the heads of a row in place. cos_sin: head_dim / 2 cosines, then as many sines.
+  void (*rotate_row)(float* row, int64_t heads, int64_t head_dim, const float* cos_sin);
 };
 
 // Rows for a narrow linear, `stride` bytes apart (a multiple of 64 that a row fits into). Rounded to bf16
@@ -98,9 +115,10 @@ struct Int8Kernels {
   // whole number of 16, may be read; so in the next two.
   void (*linear)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish, float* out,
                  int64_t out_stride);
-  // GELU(x weight^T + bias) of at most chunk_rows rows, quantised. inner: room for it in float.
-  void (*linear_gelu)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, float* inner,
-                      int64_t inner_stride, const NarrowRows& out);
+  // finish(x weight^T), which ends in GELU or GEGLU, of at most chunk_rows rows, quantised. inner: room for
+  // it in float.
+  void (*linear_gelu)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish,
+                      float* inner, int64_t inner_stride, const NarrowRows& out);
   // x weight^T + bias as bfloat16, for Bf16Kernels' attention: `out` of args is a multiple of 16. Null where
   // the processor has no such attention.
   void (*linear_bf16)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, uint16_t* out,
@@ -132,6 +150,8 @@ struct Bf16Kernels {
                       uint16_t* out, int64_t out_stride);
   // On q|k|v in bf16; head_dim is a multiple of 16.
   AttentionKernel attention;
+  // As Kernels::rotate_row, in bf16; head_dim is a multiple of 16.
+  void (*rotate_row)(uint16_t* row, int64_t heads, int64_t head_dim, const float* cos_sin);
 };
 
 // Null where this processor cannot, or ATEN_CPU_CAPABILITY asks for less.

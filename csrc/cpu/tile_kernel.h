@@ -52,10 +52,25 @@ inline void store_lanes(const Vec& value, int64_t lanes, float* to) {
 
 // Calls store(row, column, lanes, finish(values + bias)) for the tile's vectors, with the row and the column
 // of the whole output. values(column, lanes) gives a function of the tile's row, which gives those columns of
-// the tile.
+// the tile. GEGLU's output has a column for every two of the product: those of a panel, 16 apart.
 template <typename Values, typename Store>
 inline void finish_tile(const Tile& tile, const float* bias, Finish finish, const Values& values,
                         const Store& store) {
+  if (finish == Finish::kBiasGeglu) {
+    static_assert(kGatedUnits % kLanes == 0);
+    const float* const gate_bias = bias + tile.first_column;
+    for (int64_t unit = 0; unit < kGatedUnits; unit += kLanes) {
+      const Vec gate_added = Vec::loadu(gate_bias + unit);
+      const Vec up_added = Vec::loadu(gate_bias + kGatedUnits + unit);
+      const auto gate_of = values(unit, kLanes);
+      const auto up_of = values(kGatedUnits + unit, kLanes);
+      for (int64_t row = 0; row < tile.rows; ++row) {
+        store(tile.first_row + row, tile.panel * kGatedUnits + unit, kLanes,
+              gelu(gate_of(row) + gate_added) * (up_of(row) + up_added));
+      }
+    }
+    return;
+  }
   for (int64_t column = 0; column < tile.columns; column += kLanes) {
     const int64_t lanes = std::min(tile.columns - column, kLanes);
     const Vec added =

@@ -18,6 +18,9 @@ PAIR = 2  # inputs of a channel that lie together in bfloat16
 GROUP = (
     4  # inputs of a channel that lie together in int8: as many as one VNNI instruction multiplies and adds
 )
+UNITS = (
+    PANEL // 2
+)  # gated units of a panel: each has two channels, one that is activated and one that multiplies
 LEVELS = 127  # int8 values are -127 to 127: -128 would have no opposite
 
 
@@ -39,6 +42,39 @@ def is_attention(part: int) -> bool:
 def inner_width(part: int, head_dim: int) -> int:
     """The number of channels between the two linears of a part: num_heads * head_dim, or the FFN width."""
     return part * head_dim if is_attention(part) else -1 - part
+
+
+def gated_out(width: int) -> int:
+    """The rows of `gated_rows` for this many units: whole panels."""
+    return -(-width // UNITS) * PANEL
+
+
+def gated_rows(rows: Tensor) -> Tensor:
+    """Order the rows (2 * width, ...) of a `linear_geglu` weight or bias as `encoder` takes them.
+
+    16 rows of the gate and the 16 of the same units that multiply lie together, in the 32 of a panel, so that
+    a kernel has both when it writes the units. Zeros fill the last panel up."""
+    width, shape = rows.size(0) // 2, rows.shape[1:]
+    filled = rows.new_zeros(2, gated_out(width) // 2, *shape)
+    filled[:, :width] = rows.view(2, width, *shape)
+    return (
+        filled.view(2, gated_out(width) // PANEL, UNITS, *shape)
+        .transpose(0, 1)
+        .reshape(gated_out(width), *shape)
+    )
+
+
+def ungated_rows(rows: Tensor, width: int) -> Tensor:
+    """The rows (2 * width, ...) that `gated_rows` ordered."""
+    shape = rows.shape[1:]
+    both = rows.view(rows.size(0) // PANEL, 2, UNITS, *shape).transpose(0, 1)
+    return both.reshape(2, rows.size(0) // 2, *shape)[:, :width].reshape(2 * width, *shape)
+
+
+def ungated(products: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The products (tokens, width) of gates and of what they multiply, where `gated_rows` ordered columns."""
+    both = products.view(products.size(0), gated_out(width) // PANEL, 2, UNITS)
+    return both[:, :, 0].flatten(1)[:, :width], both[:, :, 1].flatten(1)[:, :width]
 
 
 def to_panels(weight: Tensor) -> Tensor:

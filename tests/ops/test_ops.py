@@ -138,9 +138,13 @@ def test_the_reference_does_not_take_overflowing_scores_for_masked_ones(dtype: t
 
 @pytest.mark.parametrize("width", [0, 1, 8, 56, 200])
 @pytest.mark.parametrize("hidden", [1, 16, 90, 384])
-@pytest.mark.parametrize("op", ["linear_gelu", "linear_add_layer_norm"])
+@pytest.mark.parametrize("op", ["linear_gelu", "linear_geglu", "linear_add_layer_norm"])
 @pytest.mark.parametrize("backend", READY)
 def test_linear_ops(backend: str, op: str, hidden: int, width: int) -> None:
+    if backend != "reference" and backend not in OPS[op].kernels:
+        with use_backend(backend), pytest.raises(pruned_ops.BackendError, match=f"'{backend}' has no {op}"):
+            OPS[op](*arguments_for(op))
+        return
     for tokens in (0, 1, 37):
         assert_within_budget(OPS[op], backend, arguments_for(op, tokens, hidden, width))
 
@@ -408,6 +412,8 @@ def test_bad_shapes_are_refused(backend: str) -> None:
             pruned_ops.ops.add_layer_norm(randn(0, 4, 90), None, randn(2, 5, 90), *norm)
         with pytest.raises(RuntimeError):
             pruned_ops.ops.linear_gelu(randn(0, 4, 90), randn(1, 8, 91), randn(2, 8))
+    with pytest.raises(RuntimeError, match="linear_geglu: weight has 7 rows, two for each unit"):
+        pruned_ops.ops.linear_geglu(randn(0, 4, 90), randn(1, 7, 90), randn(2, 7))
 
 
 def checking(backend: str) -> AbstractContextManager[None]:
@@ -439,7 +445,8 @@ def test_ids_outside_their_table_are_refused(backend: str, value: int, place: in
 CAPABILITY_SCRIPT = """
 import sys
 sys.path.insert(0, {support!r})
-from inputs import LENGTHS, arguments_for, attention_arguments
+from inputs import LENGTHS, arguments_for, attention_arguments, randn
+from by_position import frequencies, stack_arguments
 from int8_cases import check_int8
 from numerics import assert_within_budget
 from pruned_ops.ops.backends.cpu import extension
@@ -451,6 +458,12 @@ check_int8()
 for lengths in LENGTHS:
     for head_dim in (8, 20, 32, 64):
         assert_within_budget(OPS["attention"], "cpu", attention_arguments(lengths, 3, head_dim))
+for head_dim in (8, 20, 32, 64):
+    arguments = attention_arguments((130, 1, 257), 3, head_dim)
+    arguments += [None, frequencies(head_dim), 64, randn(1, 3, 41)]
+    assert_within_budget(OPS["attention"], "cpu", arguments)
+for norm_first, gated in ((True, True), (False, True), (True, False)):
+    assert_within_budget(OPS["encoder"], "cpu", stack_arguments((50, 70), norm_first=norm_first, gated=gated))
 large_scores = attention_arguments((40, 9), 3, 32)
 large_scores[0][:, :192] *= 1e8
 assert_within_budget(OPS["attention"], "cpu", large_scores)

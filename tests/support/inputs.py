@@ -70,6 +70,8 @@ def arguments_for(op: str, tokens: int = 37, hidden: int = 90, width: int = 56, 
         return attention_arguments((first, tokens - first), width // 16, 16, seed)
     if op == "linear_gelu":
         return [residual, randn(seed + 5, width, hidden), randn(seed + 6, width)]
+    if op == "linear_geglu":
+        return [residual, randn(seed + 5, 2 * width, hidden), randn(seed + 6, 2 * width)]
     if op == "add_layer_norm":
         return [randn(seed + 7, tokens, hidden), randn(seed + 8, hidden), residual, *norm]
     if op == "linear_add_layer_norm":

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruned_ops import ops
-from pruned_ops.ops.reference import check_linear_gelu
+from pruned_ops.ops.reference import check_linear_geglu, check_linear_gelu
 from pruned_ops.ops.registry import Backend, add_backend, register, tensors_of
 
 BUILD_COMMAND = "pip install --no-build-isolation ."
@@ -101,6 +101,12 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(F.linear(x, weight, bias))  # in place, which saves a pass over the rows
 
 
+def _linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    check_linear_geglu(x, weight, bias)
+    gate, up = F.linear(x, weight, bias).chunk(2, -1)
+    return F.gelu(gate).mul_(up)
+
+
 def _linear_add_layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -125,4 +131,5 @@ for _op in (ops.attention, ops.add_layer_norm, ops.embed_layer_norm):
     register(_op, BACKEND, _native(_op.name), _refuse)
 register(ops.encoder, BACKEND, _native("encoder"), _refuse_encoder)
 register(ops.linear_gelu, BACKEND, _linear_gelu, _refuse)
+register(ops.linear_geglu, BACKEND, _linear_geglu, _refuse)
 register(ops.linear_add_layer_norm, BACKEND, _linear_add_layer_norm, _refuse)

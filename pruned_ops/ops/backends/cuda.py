@@ -14,7 +14,7 @@ from torch import Tensor
 from pruned_ops import ops
 from pruned_ops.ops.backends.cpu import BACKEND as CPU
 from pruned_ops.ops.backends.cpu import extension
-from pruned_ops.ops.backends.gpu import is_there, refuse_hidden, refuse_tensors
+from pruned_ops.ops.backends.gpu import is_there, refuse_by_position, refuse_hidden, refuse_tensors
 from pruned_ops.ops.registry import Backend, Op, add_backend, register
 
 BUILD_COMMAND = "PRUNED_OPS_BUILD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -35,10 +35,12 @@ def _missing() -> str | None:
 BACKEND = add_backend(Backend("cuda", _missing(), "CUDA kernels, compiled with the package"))
 
 
-def _refuse_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> str | None:
+def _refuse_attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int, *by_position: object
+) -> str | None:
     if head_dim not in HEAD_DIMS:
         return f"head_dim is {head_dim}, the kernel takes {', '.join(map(str, HEAD_DIMS))}"
-    return refuse_tensors((qkv, cu_seqlens), HALVES)
+    return refuse_by_position(*by_position) or refuse_tensors((qkv, cu_seqlens), HALVES)
 
 
 def _refuse_linear_gelu(*args: Any) -> str | None:

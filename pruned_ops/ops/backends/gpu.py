@@ -52,6 +52,20 @@ def refuse_tensors(
     return None
 
 
+def refuse_by_position(
+    positions: object = None, rotary: object = None, window: object = None, position_bias: object = None
+) -> str | None:
+    """The reason why the attention kernels do not take these arguments of `attention`; None if they are not
+    given."""
+    arguments = (
+        ("positions", positions), ("rotary", rotary), ("window", window), ("position_bias", position_bias),
+    )  # fmt: skip
+    given = [name for name, value in arguments if value is not None]
+    if given:
+        return f"{' and '.join(given)} given; of the kernels only those of the cpu take that"
+    return None
+
+
 def refuse_hidden(rows: object) -> str | None:
     """The reason why the LayerNorm kernels do not take rows of this size; None if they do."""
     if isinstance(rows, Tensor) and rows.dim() and rows.size(-1) > MAX_HIDDEN:

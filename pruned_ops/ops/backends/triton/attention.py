@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pruned_ops.ops.backends.gpu import refuse_by_position
 from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.backends.triton.configs import AttentionConfig
 from pruned_ops.ops.backends.triton.tiles import product
@@ -127,10 +128,12 @@ def short_attention_kernel(
     tl.store(out + offsets[:, None] * stride_out + columns[None, :], result, mask=inside[:, None])
 
 
-def refuse(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> str | None:
+def refuse(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int, *by_position: object
+) -> str | None:
     if head_dim not in HEAD_DIMS:
         return f"head_dim is {head_dim}, the kernel takes {', '.join(map(str, HEAD_DIMS))}"
-    return launch.refuse(qkv, cu_seqlens)
+    return refuse_by_position(*by_position) or launch.refuse(qkv, cu_seqlens)
 
 
 def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, head_dim: int) -> Tensor:

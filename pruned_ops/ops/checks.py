@@ -1,0 +1,74 @@
+"""What the references of several ops check of their arguments. Each raises RuntimeError that names the op and
+the argument."""
+
+import torch
+from torch import Tensor
+
+
+def check_matrix(op: str, name: str, tensor: Tensor, columns: int | None = None) -> None:
+    """A (rows, columns) tensor."""
+    torch._check(tensor.dim() == 2, lambda: f"{op}: {name} has {tensor.dim()} dimensions, 2 are needed")
+    if columns is not None:
+        torch._check(
+            tensor.size(1) == columns,
+            lambda: f"{op}: {name} has {tensor.size(1)} columns, {columns} are needed",
+        )
+
+
+def check_vector(op: str, name: str, tensor: Tensor, size: int) -> None:
+    """A (size,) tensor."""
+    torch._check(
+        tensor.dim() == 1 and tensor.size(0) == size,
+        lambda: f"{op}: {name} has shape {tuple(tensor.shape)}, ({size},) is needed",
+    )
+
+
+def check_positions(op: str, positions: Tensor, tokens: int) -> None:
+    """int32 (tokens,)."""
+    torch._check(
+        positions.dtype == torch.int32,
+        lambda: f"{op}: positions is {positions.dtype}, torch.int32 is needed",
+    )
+    check_vector(op, "positions", positions, tokens)
+
+
+def check_position_bias(op: str, position_bias: Tensor, num_heads: int) -> None:
+    """A row for each head, with as many columns before the middle one as after it."""
+    torch._check(
+        position_bias.dim() == 2 and position_bias.size(0) == num_heads and position_bias.size(1) % 2 == 1,
+        lambda: (
+            f"{op}: position_bias has shape {tuple(position_bias.shape)}, ({num_heads}, 2 * reach + 1) is "
+            "needed, a row for each head"
+        ),
+    )
+
+
+def check_bounds(op: str, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """The values of cu_seqlens rise from 0 to the rows in steps of at most max_seqlen."""
+    check_matrix(op, {"attention": "qkv", "encoder": "x"}[op], rows)
+    lengths = cu_seqlens.diff()
+    longest = int(lengths.max()) if lengths.numel() else 0
+    if (
+        int(cu_seqlens[0]) != 0
+        or int(cu_seqlens[-1]) != rows.size(0)
+        or (lengths < 0).any()
+        or longest > max_seqlen
+    ):
+        raise RuntimeError(
+            f"{op}: cu_seqlens must rise from 0 to the {rows.size(0)} tokens in steps of at most "
+            f"max_seqlen = {max_seqlen}; it is {cu_seqlens.tolist()}"
+        )
+
+
+def check_rising(op: str, cu_seqlens: Tensor, positions: Tensor | None) -> None:
+    """The values of positions, where there are any, rise from at least 0 within each sequence."""
+    if positions is None:
+        return
+    check_positions(op, positions, int(cu_seqlens[-1]))
+    if positions.numel() == 0:
+        return
+    begins = torch.zeros(positions.size(0) + 1, dtype=torch.bool)
+    begins[cu_seqlens.long()] = True
+    rises = positions.diff() > 0
+    if int(positions.min()) < 0 or not bool((rises | begins[1:-1]).all()):
+        raise RuntimeError(f"{op}: positions must be at least 0 and rise within each sequence")
