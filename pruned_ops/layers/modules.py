@@ -1,4 +1,4 @@
-"""The layers of a pruned post-LN encoder as modules over packed tokens, for inference only.
+"""The layers of a pruned encoder as modules over packed tokens, for inference only.
 
 Each layer has its own number of heads and FFN width, and either may be 0. Use them in a model of your own, or
 let `optimize` put them into a Hugging Face model. The linear and norm modules inside hold the parameters; the
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from pruned_ops import ops
 from pruned_ops.files import shown
 from pruned_ops.layers.int8 import SCALE
+from pruned_ops.layers.kinds import BERT_KIND, PLAIN, ByPosition, StackKind
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights, Layout, PanelWeights, release
 from pruned_ops.ops.panels import (
     attention_part,
     ffn_part,
+    gated_rows,
     int8_panels,
     to_bf16_panels,
     to_int8_panels,
@@ -55,21 +57,59 @@ class PrunedLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class PrunedAttention(nn.Module):
+class _Part(nn.Module):
+    """Half a layer, attention or FFN: what comes between its input and its inner rows, and what follows."""
+
+    norm: nn.LayerNorm | None
+
+    def __init__(self, hidden_size: int, eps: float, kind: StackKind, has_norm: bool = True) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = nn.LayerNorm(hidden_size, eps, bias=kind.norm_bias) if has_norm else None
+
+    def _taken(self, x: Tensor) -> Tensor:
+        """What the first linear takes of the part's input."""
+        if not self.kind.norm_first or self.norm is None:
+            return x
+        return F.layer_norm(x, (x.size(-1),), self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def _added(self, inner: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        """The part's output: the second linear of the inner rows, added to its input x."""
+        if self.kind.norm_first:
+            return x + F.linear(inner, weight, bias)
+        assert self.norm is not None and bias is not None  # `PrunedEncoder` sees to that
+        return ops.linear_add_layer_norm(
+            inner, weight, bias, x, self.norm.weight, self.norm.bias, self.norm.eps
+        )
+
+
+class PrunedAttention(_Part):
     """Self-attention with any number of heads, followed by LayerNorm(projected context + input).
 
     (tokens, hidden_size) -> (tokens, hidden_size). The query, key and value weights are one matrix, q|k|v.
+    kind, by_position, has_norm: the ways in which it may differ; see `kinds`. position_bias (num_heads,
+    2 * reach + 1), where there is one: see `ops.attention`.
     """
 
     hidden_act: str | None = None
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, eps: float = 1e-12) -> None:
-        super().__init__()
-        self.head_dim = head_dim
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        eps: float = 1e-12,
+        kind: StackKind = BERT_KIND,
+        by_position: ByPosition = PLAIN,
+        has_norm: bool = True,
+    ) -> None:
+        super().__init__(hidden_size, eps, kind, has_norm)
+        self.head_dim, self.by_position = head_dim, by_position
         width = num_heads * head_dim
-        self.qkv = PrunedLinear(hidden_size, 3 * width)
-        self.output = PrunedLinear(width, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps)
+        self.qkv = PrunedLinear(hidden_size, 3 * width, kind.attention_bias)
+        self.output = PrunedLinear(width, hidden_size, kind.attention_bias)
+        reach = kind.bias_reach
+        self.position_bias = None if reach is None else nn.Parameter(torch.zeros(num_heads, 2 * reach + 1))
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
@@ -81,8 +121,11 @@ class PrunedAttention(nn.Module):
         """What stands for this part among the `widths` of `ops.encoder`."""
         return attention_part(self.output.in_features // self.head_dim)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        return self.compute(x, cu_seqlens, max_seqlen, self.qkv.weight, self.qkv.bias, self.output.weight)
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor | None = None
+    ) -> Tensor:
+        weights = self.qkv.weight, self.qkv.bias, self.output.weight
+        return self.compute(x, cu_seqlens, max_seqlen, *weights, positions)
 
     def compute(
         self,
@@ -90,34 +133,47 @@ class PrunedAttention(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         first_weight: Tensor,
-        first_bias: Tensor,
+        first_bias: Tensor | None,
         second_weight: Tensor,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """The forward pass on weights that do not lie in the linears."""
-        qkv = F.linear(x, first_weight, first_bias)
-        context = ops.attention(qkv, cu_seqlens, max_seqlen, self.head_dim)
-        return ops.linear_add_layer_norm(
-            context, second_weight, self.output.bias, x, self.norm.weight, self.norm.bias, self.norm.eps
-        )
+        """The forward pass on weights that do not lie in the linears. positions int32 (tokens,): see
+        `ops.attention`."""
+        qkv = F.linear(self._taken(x), first_weight, first_bias)
+        context = ops.attention(qkv, cu_seqlens, max_seqlen, self.head_dim, *self.given_positions(positions))
+        return self._added(context, second_weight, self.output.bias, x)
+
+    def given_positions(self, positions: Tensor | None) -> tuple[Any, ...]:
+        """The arguments of `ops.attention` for what depends on positions; none where nothing does."""
+        if not self.kind.reads_positions:
+            return ()
+        rotary = self.by_position.frequencies(self.head_dim)
+        turned = None if rotary is None else rotary.to(self.qkv.weight.device)
+        return positions, turned, self.by_position.window, self.position_bias
 
 
-class PrunedFFN(nn.Module):
+class PrunedFFN(_Part):
     """An FFN of any width, followed by LayerNorm(its output + its input).
 
-    (tokens, hidden_size) -> (tokens, hidden_size).
+    (tokens, hidden_size) -> (tokens, hidden_size). kind: the ways in which it may differ; see `kinds`. The
+    first linear of a gated FFN has two rows for each unit, as `ops.linear_geglu` takes them.
     """
 
     def __init__(
-        self, hidden_size: int, ffn_width: int, eps: float = 1e-12, hidden_act: str = "gelu"
+        self,
+        hidden_size: int,
+        ffn_width: int,
+        eps: float = 1e-12,
+        hidden_act: str = "gelu",
+        kind: StackKind = BERT_KIND,
     ) -> None:
-        super().__init__()
         refusal = refuse_activation(hidden_act)
         if refusal is not None:
             raise ValueError(refusal)
+        super().__init__(hidden_size, eps, kind)
         self.hidden_act: str = hidden_act
-        self.up = PrunedLinear(hidden_size, ffn_width)
-        self.down = PrunedLinear(ffn_width, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps)
+        self.up = PrunedLinear(hidden_size, 2 * ffn_width if kind.gated else ffn_width, kind.ffn_bias)
+        self.down = PrunedLinear(ffn_width, hidden_size, kind.ffn_bias)
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
@@ -138,53 +194,103 @@ class PrunedFFN(nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int,
         first_weight: Tensor,
-        first_bias: Tensor,
+        first_bias: Tensor | None,
         second_weight: Tensor,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """The forward pass on weights that do not lie in the linears. cu_seqlens and max_seqlen are not used;
-        the signature is PrunedAttention's."""
+        """The forward pass on weights that do not lie in the linears. cu_seqlens, max_seqlen and positions
+        are not used; the signature is PrunedAttention's."""
+        inner = self._inner(self._taken(x), first_weight, first_bias)
+        return self._added(inner, second_weight, self.down.bias, x)
+
+    def _inner(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.hidden_act == "gelu":
-            inner = ops.linear_gelu(x, first_weight, first_bias)
-        else:
-            inner = ACTIVATIONS[self.hidden_act](F.linear(x, first_weight, first_bias))
-        return ops.linear_add_layer_norm(
-            inner, second_weight, self.down.bias, x, self.norm.weight, self.norm.bias, self.norm.eps
-        )
+            bias = x.new_zeros(weight.size(0)) if bias is None else bias
+            return (ops.linear_geglu if self.kind.gated else ops.linear_gelu)(x, weight, bias)
+        return self.activated(F.linear(x, weight, bias))
+
+    def activated(self, products: Tensor) -> Tensor:
+        """The inner rows (tokens, ffn_width), of the first linear's products."""
+        activation = F.gelu if self.hidden_act == "gelu" else ACTIVATIONS[self.hidden_act]
+        if not self.kind.gated:
+            return activation(products)
+        gate, up = products.chunk(2, -1)
+        return activation(gate) * up
 
 
 class PrunedLayer(nn.Module):
-    """One encoder layer: attention, then FFN."""
+    """One encoder layer: attention, then FFN. kind, by_position, first_norm: see `kinds`."""
 
     def __init__(
-        self, hidden_size: int, head_dim: int, shape: LayerShape, eps: float = 1e-12, hidden_act: str = "gelu"
+        self,
+        hidden_size: int,
+        head_dim: int,
+        shape: LayerShape,
+        eps: float = 1e-12,
+        hidden_act: str = "gelu",
+        kind: StackKind = BERT_KIND,
+        by_position: ByPosition = PLAIN,
+        first_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.attention = PrunedAttention(hidden_size, shape.num_heads, head_dim, eps)
-        self.ffn = PrunedFFN(hidden_size, shape.ffn_width, eps, hidden_act)
+        self.attention = PrunedAttention(
+            hidden_size, shape.num_heads, head_dim, eps, kind, by_position, first_norm
+        )
+        self.ffn = PrunedFFN(hidden_size, shape.ffn_width, eps, hidden_act, kind)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        return self.ffn(self.attention(x, cu_seqlens, max_seqlen))
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor | None = None
+    ) -> Tensor:
+        return self.ffn(self.attention(x, cu_seqlens, max_seqlen, positions))
 
 
-def _panels_of(linear: nn.Linear, int8: bool, bfloat16: bool) -> tuple[Tensor, ...]:
-    """A linear's panels and, in int8, the scales after them."""
-    weight = linear.weight.detach()
+def _panels_of(linear: nn.Linear, int8: bool, bfloat16: bool, gated: bool) -> tuple[Tensor, ...]:
+    """A linear's panels and, in int8, the scales after them. gated: it is the first of a gated FFN."""
+    order = gated_rows if gated else _as_it_is
+    weight = order(linear.weight.detach())
     if not int8:
         return (to_bf16_panels(weight) if bfloat16 else to_panels(weight),)
     if weight.is_floating_point():
         return to_int8_panels(weight)
-    return int8_panels(weight), linear.get_parameter(SCALE).detach()
+    return int8_panels(weight), order(linear.get_parameter(SCALE).detach())
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
 
 
 class PrunedEncoder(nn.Module):
-    """A stack of layers of different shapes over a packed batch."""
+    """A stack of layers of different shapes over a packed batch. kind: the ways in which it differs from
+    BERT's. Errors: ValueError for a kind that is not computed."""
 
-    def __init__(self, shape: ModelShape, eps: float = 1e-12, hidden_act: str = "gelu") -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        eps: float = 1e-12,
+        hidden_act: str = "gelu",
+        kind: StackKind = BERT_KIND,
+    ) -> None:
         super().__init__()
+        biases = kind.attention_bias and kind.ffn_bias and kind.norm_bias
+        if not kind.norm_first and not (biases and kind.first_norm):
+            raise ValueError("layers whose LayerNorms come last are computed with all biases and norms only")
         self.layers: Any = nn.ModuleList(
-            PrunedLayer(shape.hidden_size, shape.head_dim, layer, eps, hidden_act) for layer in shape.layers
+            PrunedLayer(
+                shape.hidden_size,
+                shape.head_dim,
+                layer,
+                eps,
+                hidden_act,
+                kind,
+                kind.of_layer(i),
+                i > 0 or kind.first_norm,
+            )
+            for i, layer in enumerate(shape.layers)
         )
-        self.shape, self.head_dim = shape, shape.head_dim
+        self.final_norm: nn.LayerNorm | None = (
+            nn.LayerNorm(shape.hidden_size, eps, bias=kind.norm_bias) if kind.final_norm else None
+        )
+        self.shape, self.head_dim, self.kind = shape, shape.head_dim, kind
         self._laid_out: PanelWeights | AlignedWeights | None = None
         self._layout: Layout | None = None  # None until `pack` is called
 
@@ -279,22 +385,27 @@ class PrunedEncoder(nn.Module):
     def _lay_out(self, layout: Layout) -> PanelWeights | AlignedWeights | None:
         if PanelWeights.refuse(self.parts) is None:
             return self._panels(layout)
-        return AlignedWeights(self.parts) if AlignedWeights.refuse(self.parts) is None else None
+        is_other = self.kind != BERT_KIND
+        return AlignedWeights(self.parts) if AlignedWeights.refuse(self.parts, is_other) is None else None
 
     def _panels(self, layout: Layout) -> PanelWeights:
         quantised = {id(self.get_submodule(name)) for name in layout.int8}
+        gated = {layer.ffn.up for layer in self.layers} if self.kind.gated else set[nn.Linear]()
         made: dict[
             tuple[int, bool], tuple[Tensor, ...]
         ] = {}  # a weight that two linears share lies there once
 
         def lay_out(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-            bias, key = linear.bias.detach(), (id(linear.weight), id(linear) in quantised)
+            key = (id(linear.weight), id(linear) in quantised)
+            is_gated = linear in gated
             if key not in made:
-                made[key] = _panels_of(linear, key[1], layout.bfloat16)
+                made[key] = _panels_of(linear, key[1], layout.bfloat16, is_gated)
             panels, *scales = made[key]
+            bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+            bias = gated_rows(bias) if is_gated else bias
             return panels, torch.stack([bias, *scales]) if scales else bias
 
-        return PanelWeights(self.parts, self.head_dim, lay_out, layout.keep_fp32)
+        return PanelWeights(self.parts, self.head_dim, lay_out, layout.keep_fp32, self.kind, self.final_norm)
 
     def plain(self, part: int, linear: int, name: str) -> Tensor:
         """The weight (out, in), or the bias or the scales (out,) of a linear, as `name` says, wherever the
@@ -334,19 +445,32 @@ class PrunedEncoder(nn.Module):
             self.pack(layout.keep_weights, layout.int8, layout.bfloat16, layout.keep_fp32)
         return self
 
-    def forward(self, x: Tensor, batch: PackedBatch, collect: list[Tensor] | None = None) -> Tensor:
-        """(tokens, hidden_size) -> the same. Each layer's output is appended to `collect` if it is given."""
-        return self.run(x, batch.cu_seqlens, batch.max_seqlen, collect)
+    def forward(
+        self,
+        x: Tensor,
+        batch: PackedBatch,
+        collect: list[Tensor] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """(tokens, hidden_size) -> the same. Each layer's output is appended to `collect` if it is given; the
+        last one's is what the final norm makes of it. positions int32 (tokens,): as `ops.attention` takes
+        them."""
+        return self.run(x, batch.cu_seqlens, batch.max_seqlen, collect, positions)
 
     def run(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, collect: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        collect: list[Tensor] | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """The forward pass for a caller that has only the lengths of the batch."""
         laid_out = self._laid_out
         if laid_out is not None and collect is None and laid_out.can_run_preferred:
-            return laid_out(x, cu_seqlens, max_seqlen)
+            return laid_out(x, cu_seqlens, max_seqlen, positions=positions)
         for i in range(len(self.layers)):
-            x = self._run_layer(i, laid_out, x, cu_seqlens, max_seqlen)
+            x = self._run_layer(i, laid_out, x, cu_seqlens, max_seqlen, positions)
             if collect is not None:
                 collect.append(x)
         return x
@@ -358,14 +482,17 @@ class PrunedEncoder(nn.Module):
         x: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
+        positions: Tensor | None,
     ) -> Tensor:
         layer = self.layers[i]
+        if laid_out is not None and laid_out.can_run_preferred:
+            return laid_out(x, cu_seqlens, max_seqlen, first=2 * i, last=2 * i + 2, positions=positions)
         if laid_out is None:
-            return layer(x, cu_seqlens, max_seqlen)
-        if laid_out.can_run_preferred:
-            return laid_out(x, cu_seqlens, max_seqlen, first=2 * i, last=2 * i + 2)
-        # The backend that was asked for has no op for this layout: its ops get plain (out, in) weights.
-        for j, part in enumerate((layer.attention, layer.ffn), start=2 * i):
-            first, second = laid_out.weight_of(j, 0), laid_out.weight_of(j, 1)
-            x = part.compute(x, cu_seqlens, max_seqlen, first, part.linears[0].bias, second)
-        return x
+            x = layer(x, cu_seqlens, max_seqlen, positions)
+        else:
+            # The backend that was asked for has no op for this layout: its ops get plain (out, in) weights.
+            for j, part in enumerate((layer.attention, layer.ffn), start=2 * i):
+                first, second = laid_out.weight_of(j, 0), laid_out.weight_of(j, 1)
+                x = part.compute(x, cu_seqlens, max_seqlen, first, part.linears[0].bias, second, positions)
+        is_last = i + 1 == len(self.layers)
+        return x if self.final_norm is None or not is_last else self.final_norm(x)

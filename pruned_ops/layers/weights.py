@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruned_ops import ops
+from pruned_ops.layers.kinds import BERT_KIND, StackKind
 from pruned_ops.layers.released import placeholder
-from pruned_ops.ops.panels import PART_TENSORS, from_bf16_panels, from_int8_panels, from_panels
+from pruned_ops.ops.panels import (
+    PART_TENSORS,
+    from_bf16_panels,
+    from_int8_panels,
+    from_panels,
+    gated_out,
+    ungated_rows,
+)
 from pruned_ops.ops.registry import given_up
 
 # Bytes. A GPU's widest loads and its tensor descriptors need the address of a matrix and of each of its rows
@@ -22,9 +30,10 @@ ALIGNMENT = 16
 
 
 class LayerPart(Protocol):
-    """Half a layer, attention or FFN: two linears and a LayerNorm (`layers/modules.py` has both)."""
+    """Half a layer, attention or FFN: two linears and a LayerNorm (`layers/modules.py` has both), which the
+    first attention may lack."""
 
-    norm: nn.LayerNorm
+    norm: nn.LayerNorm | None
 
     @property
     def hidden_act(self) -> str | None:
@@ -42,8 +51,9 @@ class LayerPart(Protocol):
         cu_seqlens: Tensor,
         max_seqlen: int,
         first_weight: Tensor,
-        first_bias: Tensor,
+        first_bias: Tensor | None,
         second_weight: Tensor,
+        positions: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -70,6 +80,7 @@ class PanelWeights:
     A linear's own weight is not needed beside its panels where they hold the same numbers: where it runs in
     fp32, where its own weight is int8 already, or where its numbers are bfloat16 numbers. keep_fp32=False
     takes the rounded numbers for its own in any case.
+    kind: the ways in which the stack differs from BERT's. final_norm: the LayerNorm after the last part.
     """
 
     def __init__(
@@ -78,21 +89,29 @@ class PanelWeights:
         head_dim: int,
         lay_out: Callable[[nn.Linear], tuple[Tensor, Tensor]],
         keep_fp32: bool = True,
+        kind: StackKind = BERT_KIND,
+        final_norm: nn.LayerNorm | None = None,
     ) -> None:
-        self.head_dim = head_dim
-        self.eps = parts[0].norm.eps if parts else 0.0
+        self.head_dim, self.kind = head_dim, kind
+        norms = [part.norm for part in parts if part.norm is not None]
+        self.eps = norms[0].eps if norms else final_norm.eps if final_norm is not None else 0.0
+        self._by_position = OfParts.made(parts, head_dim) if kind.reads_positions else None
+        self._final_norm = None if final_norm is None else torch.stack(_norm_tensors(final_norm))
         self.widths: list[int] = []
         self.weights: list[Tensor] = []
         self._shapes: list[tuple[int, int]] = []
         self._is_exact: list[bool] = []
+        self._is_gated: list[bool] = []
         for part in parts:
             self.widths.append(part.encoder_part)
             for linear in part.linears:
                 panels, bias = lay_out(linear)
                 self.weights += [panels, bias]
                 self._shapes.append((linear.out_features, linear.in_features))
-                self._is_exact.append(_holds(panels, linear.weight, keep_fp32))
-            self.weights += [part.norm.weight.detach(), part.norm.bias.detach()]
+                is_gated = kind.gated and part.hidden_act is not None and linear is part.linears[0]
+                self._is_gated.append(is_gated)
+                self._is_exact.append(_holds(panels, linear.weight, keep_fp32, is_gated))
+            self.weights += _norm_tensors(part.norm)
         self.holds_narrow = any(weight.dtype != torch.float32 for weight in self.weights)
 
     @staticmethod
@@ -103,9 +122,11 @@ class PanelWeights:
         for part in parts:
             if part.hidden_act not in (None, "gelu"):
                 return f"the FFN's activation is {part.hidden_act}, one call computes gelu"
-            if part.norm.weight.dtype != torch.float32 or part.norm.weight.device.type != "cpu":
+        norms = [part.norm for part in parts if part.norm is not None]
+        for norm in norms:
+            if norm.weight.dtype != torch.float32 or norm.weight.device.type != "cpu":
                 return "one call runs float32 weights on the CPU"
-            if part.norm.eps != parts[0].norm.eps:
+            if norm.eps != norms[0].eps:
                 return "the parts' LayerNorms differ in eps"
         return None
 
@@ -121,16 +142,15 @@ class PanelWeights:
         of fp32 and bfloat16."""
         panels = self.weights[PART_TENSORS * part + 2 * linear]
         out, inputs = self._shapes[2 * part + linear]
-        if panels.dtype == torch.bfloat16:
-            return from_bf16_panels(panels, out, inputs)
-        if panels.is_floating_point():
-            return from_panels(panels, out)
-        return from_int8_panels(panels, out, inputs).contiguous()
+        return _weight_in(panels, out, inputs, self._is_gated[2 * part + linear])
 
     def scales_of(self, part: int, linear: int) -> Tensor | None:
         """The scales (out,) of one of a part's two linears; None where it runs in fp32."""
         panels, bias = self.weights[PART_TENSORS * part + 2 * linear :][:2]
-        return None if panels.is_floating_point() else bias[1]
+        if panels.is_floating_point():
+            return None
+        is_gated = self._is_gated[2 * part + linear]
+        return ungated_rows(bias[1], self._shapes[2 * part + linear][0] // 2) if is_gated else bias[1]
 
     def read(self, part: int, linear: int, name: str) -> Tensor:
         """The tensor in which a linear's weight or bias is read, as `name` says."""
@@ -141,20 +161,86 @@ class PanelWeights:
         return self._is_exact[2 * part + linear]
 
     def __call__(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, first: int = 0, last: int | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        first: int = 0,
+        last: int | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """(tokens, hidden_size) -> the same, through the parts from `first` to before `last`."""
+        """(tokens, hidden_size) -> the same, through the parts from `first` to before `last`, and after the
+        very last part through the final norm. positions: as `ops.attention` takes them."""
         last = len(self.widths) if last is None else last
         weights = self.weights[PART_TENSORS * first : PART_TENSORS * last]
-        return ops.encoder(
-            x, cu_seqlens, max_seqlen, weights, self.widths[first:last], self.head_dim, self.eps
-        )
+        arguments = (x, cu_seqlens, max_seqlen, weights, self.widths[first:last], self.head_dim, self.eps)
+        if self.kind == BERT_KIND:
+            return ops.encoder(*arguments)
+        by_position: tuple[Any, ...] = (None, None, None, None)
+        if self._by_position is not None:
+            by_position = (positions, *self._by_position.between(first, last))
+        final_norm = self._final_norm if last == len(self.widths) else None
+        return ops.encoder(*arguments, self.kind.norm_first, self.kind.gated, *by_position, final_norm)
 
 
-def _holds(panels: Tensor, weight: Tensor, keep_fp32: bool) -> bool:
+@dataclass(frozen=True)
+class OfParts:
+    """What the attentions among some parts do with positions, as `ops.encoder` takes it: its `rotary` and
+    `windows`, and the rows of `position_bias` of each part."""
+
+    rotary: Tensor | None
+    windows: list[int]
+    biases: list[Tensor] | None
+
+    @classmethod
+    def made(cls, parts: Sequence[Any], head_dim: int) -> OfParts:
+        """Of attentions and FFNs."""
+        rotary, windows, biases = torch.zeros(len(parts), head_dim // 2), [-1] * len(parts), []
+        for i, part in enumerate(parts):
+            if part.hidden_act is not None:
+                continue
+            frequencies = part.by_position.frequencies(head_dim)
+            if frequencies is not None:
+                rotary[i] = frequencies
+            window = part.by_position.window
+            windows[i] = -1 if window is None else window
+            if part.position_bias is not None:
+                biases.append(part.position_bias.detach())
+        return cls(rotary if bool(rotary.any()) else None, windows, biases or None)
+
+    def between(self, first: int, last: int) -> tuple[Tensor | None, list[int], Tensor | None]:
+        """For the parts from `first` to before `last`, where attentions and FFNs take turns."""
+        rotary = None if self.rotary is None else self.rotary[first:last]
+        if self.biases is None:
+            return rotary, self.windows[first:last], None
+        biases = self.biases[(first + 1) // 2 : (last + 1) // 2]
+        return rotary, self.windows[first:last], torch.cat(biases) if biases else None
+
+
+def _norm_tensors(norm: nn.LayerNorm | None) -> list[Tensor]:
+    """The weight and the bias of a LayerNorm as `ops.encoder` takes them: empty where there is none."""
+    if norm is None:
+        return [torch.empty(0), torch.empty(0)]
+    weight = norm.weight.detach()
+    return [weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()]
+
+
+def _weight_in(panels: Tensor, out: int, inputs: int, is_gated: bool) -> Tensor:
+    """The weight (out, in) that panels hold, contiguous. is_gated: in the order of `gated_rows`."""
+    rows = gated_out(out // 2) if is_gated else out
+    if panels.dtype == torch.bfloat16:
+        weight = from_bf16_panels(panels, rows, inputs)
+    elif panels.is_floating_point():
+        weight = from_panels(panels, rows)
+    else:
+        weight = from_int8_panels(panels, rows, inputs).contiguous()
+    return ungated_rows(weight, out // 2) if is_gated else weight
+
+
+def _holds(panels: Tensor, weight: Tensor, keep_fp32: bool, is_gated: bool) -> bool:
     """Whether a linear's own weight can be made of its panels again, or shall be."""
     if panels.dtype == torch.bfloat16 and keep_fp32:
-        return torch.equal(from_bf16_panels(panels, *weight.shape), weight)
+        return torch.equal(_weight_in(panels, weight.size(0), weight.size(1), is_gated), weight)
     return weight.is_floating_point() == panels.is_floating_point()
 
 
@@ -181,11 +267,11 @@ class AlignedWeights:
             )
 
     @staticmethod
-    def refuse(parts: Sequence[LayerPart]) -> str | None:
+    def refuse(parts: Sequence[LayerPart], is_other: bool = False) -> str | None:
         """The reason why these parts' weights stay as they are; None if aligning them helps."""
-        if not parts or parts[0].norm.weight.device.type != "cuda":
+        if not parts or parts[0].linears[1].weight.device.type != "cuda":
             return "only a GPU's kernels ask for aligned weights"
-        return None
+        return "its layers are not BERT's" if is_other else None
 
     def weight_of(self, part: int, linear: int) -> Tensor:
         """The weight (out, in) of one of a part's two linears, without the channels that fill it up."""
@@ -204,9 +290,16 @@ class AlignedWeights:
         return self.weights[part][linear].data_ptr() != self.parts[part].linears[linear].weight.data_ptr()
 
     def __call__(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, first: int = 0, last: int | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        first: int = 0,
+        last: int | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """(tokens, hidden_size) -> the same, through the parts from `first` to before `last`."""
+        """(tokens, hidden_size) -> the same, through the parts from `first` to before `last`. positions are
+        not used; the signature is PanelWeights'."""
         last = len(self.parts) if last is None else last
         for i in range(first, last):
             weights = self.weights[i]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pruned_ops import ops
 from pruned_ops.layers.int8 import SCALE
 from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder
 from pruned_ops.ops.panels import quantize
@@ -42,6 +43,7 @@ def int8_losses(
     relative to how much it varies over the tokens, in the L2 norm; the median of the linear's channels. To
     the output of a part's second linear the part's input is added first, as the model adds it.
     """
+    norm_first = stack.kind.norm_first
     by_linear = {id(stack.get_submodule(name)): name for name in stack.linear_names}
     losses: dict[str, float] = {}
 
@@ -55,13 +57,15 @@ def int8_losses(
             losses[name] = _loss(x, weight, weights, output)
         return output
 
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     for i, part in enumerate(stack.parts):
-        inner = run(i, 0, x)
+        inner = run(i, 0, F.layer_norm(x, *_norm_of(part)) if norm_first and part.norm is not None else x)
         if isinstance(part, PrunedAttention):
-            inner = torch.cat([_attention(rows, stack.head_dim) for rows in inner.split(list(lengths))])
+            inner = ops.attention(inner, bounds, max(lengths), stack.head_dim, *part.given_positions(None))
         else:
-            inner = F.gelu(inner)
-        x = F.layer_norm(run(i, 1, inner, added=x), *_norm_of(part))
+            inner = part.activated(inner)
+        x = run(i, 1, inner, added=x)
+        x = x if norm_first else F.layer_norm(x, *_norm_of(part))
     return losses
 
 
@@ -76,16 +80,6 @@ def _weight_of(stack: PrunedEncoder, part: int, linear: int) -> Tensor:
 def _norm_of(part: Any) -> tuple[Any, ...]:
     norm = part.norm
     return norm.normalized_shape, norm.weight, norm.bias, norm.eps
-
-
-def _attention(qkv: Tensor, head_dim: int) -> Tensor:
-    """q|k|v of one sequence (tokens, 3 * num_heads * head_dim) -> its context."""
-    if not qkv.size(1):
-        return qkv
-    query, key, value = (
-        rows.unflatten(1, (-1, head_dim)).transpose(0, 1) for rows in qkv.tensor_split(3, dim=1)
-    )
-    return F.scaled_dot_product_attention(query, key, value).transpose(0, 1).flatten(1)
 
 
 def _loss(x: Tensor, weight: Tensor, weights: bool, output: Tensor) -> float:
