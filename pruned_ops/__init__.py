@@ -12,8 +12,9 @@ from pruned_ops import ops as ops
 from pruned_ops.checkpoints.export import export_onnx
 from pruned_ops.checkpoints.importing import import_checkpoint
 from pruned_ops.checkpoints.trimming import trim_vocabulary
-from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder, PrunedFFN, PrunedLayer
+from pruned_ops.layers.modules import PrunedEncoder, PrunedLayer
 from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.layers.parts import PrunedAttention, PrunedFFN
 from pruned_ops.models import int8_checkpoints as int8_checkpoints
 from pruned_ops.models.configuration import PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.models.encoder import PrunedBertModel, PrunedRobertaModel

@@ -63,12 +63,15 @@ class LayerShape:
 class ModelShape:
     """The shape of every layer, the width of the model and the width of a head.
 
-    `num_heads * head_dim` need not equal `hidden_size`.
+    `num_heads * head_dim` need not equal `hidden_size`. gated: whether an FFN channel has two rows of weights
+    before it. biases: whether linears and LayerNorms have biases.
     """
 
     layers: tuple[LayerShape, ...]
     hidden_size: int
     head_dim: int
+    gated: bool = False
+    biases: bool = True
 
     def __post_init__(self) -> None:
         checked_int("hidden_size", self.hidden_size, 1, MAX_WIDTH)
@@ -81,12 +84,19 @@ class ModelShape:
             )
 
     @classmethod
-    def parse(cls, layers: Sequence[object], hidden_size: int, head_dim: int) -> ModelShape:
+    def parse(
+        cls,
+        layers: Sequence[object],
+        hidden_size: int,
+        head_dim: int,
+        gated: bool = False,
+        biases: bool = True,
+    ) -> ModelShape:
         """Make a ModelShape from the JSON form of its layers, as config.json holds it."""
         if not isinstance(layers, (list, tuple)):
             raise ValueError(f"layer_shapes is {shown(layers)}: a list with one entry a layer is needed")
         parsed = tuple(LayerShape.parse(layer, f"layer_shapes[{i}]") for i, layer in enumerate(layers))
-        return cls(parsed, hidden_size, head_dim)
+        return cls(parsed, hidden_size, head_dim, gated, biases)
 
     @classmethod
     def dense(
@@ -102,21 +112,23 @@ class ModelShape:
 
     def parameters(self) -> int:
         """The number of parameters in the layers: matrices, biases and LayerNorms, without the embeddings."""
-        hidden = self.hidden_size
+        hidden, bias, rows = self.hidden_size, int(self.biases), 1 + self.gated
         total = 0
         for layer in self.layers:
-            width = layer.num_heads * self.head_dim
-            total += 3 * width * (hidden + 1) + width * hidden + hidden  # q, k, v; output
-            total += layer.ffn_width * (hidden + 1) + layer.ffn_width * hidden + hidden  # up; down
-            total += 4 * hidden  # two LayerNorms
+            width, units = layer.num_heads * self.head_dim, layer.ffn_width
+            total += 3 * width * (hidden + bias) + width * hidden + hidden * bias  # q, k, v; output
+            total += rows * units * (hidden + bias) + units * hidden + hidden * bias  # up; down
+            total += 2 * hidden * (1 + bias)  # two LayerNorms
         return total
 
     def macs(self, lengths: Sequence[int]) -> int:
-        """The multiply-accumulates of the layers' matrix products for sequences of these lengths (tokens)."""
+        """The multiply-accumulates of the layers' matrix products for sequences of these lengths (tokens),
+        where each token attends to all of its sequence."""
         tokens = sum(lengths)
         pairs = sum(length * length for length in lengths)
         total = 0
         for layer in self.layers:
             width = layer.num_heads * self.head_dim
-            total += tokens * (4 * width + 2 * layer.ffn_width) * self.hidden_size + 2 * pairs * width
+            inner = 4 * width + (2 + self.gated) * layer.ffn_width
+            total += tokens * inner * self.hidden_size + 2 * pairs * width
         return total

@@ -22,6 +22,7 @@ from pruned_ops.checkpoints.loading import (
     load_any_head,
     load_tokenizer,
 )
+from pruned_ops.layers.kinds import BERT_KIND
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import is_encoder
 from pruned_ops.runtime.optimize import restore
@@ -129,6 +130,8 @@ def _original(model: Any) -> Any:
             "classification can, and encoders without a head"
         )
     encoder = model.base_model
+    if is_encoder(encoder) and family_of(encoder.config).kind(encoder.config) != BERT_KIND:
+        raise ValueError(f"this {name} cannot be exported: its layers are not of BERT's kind")
     reason = refuse_encoder(encoder) if is_encoder(encoder) else f"its encoder is a {type(encoder).__name__}"
     reason = reason or _refuse_head(model, head)
     others = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}

@@ -146,6 +146,11 @@ def open_source(folder: Path) -> Source:
     config = read_config(folder)
     kind = _checked_kind(folder, config)
     family = BY_TYPE[kind]
+    if family.stack_kind is not None:
+        raise ValueError(
+            f"{folder} is a {family.name}, of which no other tool's checkpoints are known: a dense one needs "
+            "no import, and is pruned and optimised as it is"
+        )
     prefix, words = f"{family.prefix}.", tuple(f"{name}." for name in family.words_head)
     tensors: Tensors = {}
     for name, tensor in read_tensors(folder).items():

@@ -175,6 +175,7 @@ def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     if family.has_token_types(config):
         kind = nodes.add("Gather", table(names.token_types), "token_type_ids" if typed else nodes.constant(0))
         x = nodes.add("Add", x, kind)
+    assert names.positions is not None  # other families are not exported
     x = nodes.add("Add", x, nodes.add("Gather", table(names.positions), positions))
     x = nodes.norm(x, f"embeddings.{names.norm}", tables.get_submodule(names.norm))
     projection = projection_of(encoder)

@@ -53,6 +53,11 @@ class StackKind:
     bias_reach: int | None = None
 
     @property
+    def has_biases(self) -> bool:
+        """Whether any linear or LayerNorm has a bias."""
+        return self.attention_bias or self.ffn_bias or self.norm_bias
+
+    @property
     def reads_positions(self) -> bool:
         """Whether an attention depends on its tokens' positions."""
         return self.by_position is not None or self.bias_reach is not None

@@ -30,10 +30,11 @@ ALIGNMENT = 16
 
 
 class LayerPart(Protocol):
-    """Half a layer, attention or FFN: two linears and a LayerNorm (`layers/modules.py` has both), which the
+    """Half a layer, attention or FFN: two linears and a LayerNorm (`layers/parts.py` has both), which the
     first attention may lack."""
 
     norm: nn.LayerNorm | None
+    kind: StackKind
 
     @property
     def hidden_act(self) -> str | None:
@@ -267,11 +268,13 @@ class AlignedWeights:
             )
 
     @staticmethod
-    def refuse(parts: Sequence[LayerPart], is_other: bool = False) -> str | None:
+    def refuse(parts: Sequence[LayerPart]) -> str | None:
         """The reason why these parts' weights stay as they are; None if aligning them helps."""
         if not parts or parts[0].linears[1].weight.device.type != "cuda":
             return "only a GPU's kernels ask for aligned weights"
-        return "its layers are not BERT's" if is_other else None
+        if any(part.kind != BERT_KIND for part in parts):
+            return "its layers are not BERT's"
+        return None
 
     def weight_of(self, part: int, linear: int) -> Tensor:
         """The weight (out, in) of one of a part's two linears, without the channels that fill it up."""

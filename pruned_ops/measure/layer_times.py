@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pruned_ops.layers.modules import PrunedAttention, PrunedFFN
+from pruned_ops.layers.kinds import StackKind
 from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.layers.parts import PrunedAttention, PrunedFFN
 from pruned_ops.layers.weights import PanelWeights
 from pruned_ops.measure.graph_timing import GraphClock, HostClock
 from pruned_ops.measure.latency import LatencyTable, Points
@@ -22,7 +23,7 @@ from pruned_ops.measure.timing import Runner, Workload, machine, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedConfig
 from pruned_ops.models.heads import pruned_class
 from pruned_ops.models.inputs import default_position_ids
-from pruned_ops.ops.panels import GROUP, LEVELS, PAIR, PANEL
+from pruned_ops.ops.panels import GROUP, LEVELS, PAIR, PANEL, gated_out
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.runtime.engine import CudaGraphs
 from pruned_ops.runtime.optimize import optimize
@@ -180,6 +181,7 @@ def part_runners(
     """The runners that are timed: "base", the model with empty layers; "attention N" and "ffn W", chains of
     parts."""
     hidden, head_dim, act = empty.hidden_size, empty.head_dim, empty.family.value(empty, "hidden_act")
+    kind = empty.family.kind(empty)
     model = optimize(pruned_class("QuestionAnswering", empty.model_type)(empty).to(device), dtype)
     one_call = model.base_model.packed.encoder.runs_in_one_call
     runners: dict[str, Runner] = {
@@ -187,30 +189,41 @@ def part_runners(
     }
     # All sizes share one memory, with a row for each module of a chain. Memories of their own would take
     # gigabytes for a large encoder, and each would be colder than weights are in a model that runs often.
-    inner = max(4 * dense.num_heads * head_dim, 2 * dense.ffn_width)
+    inner = max(4 * dense.num_heads * head_dim, (2 + kind.gated) * dense.ffn_width)
     room = inner * (hidden + 2 * PANEL) + PANEL * (hidden + PANEL) + 2 * _LINE  # enough for any layout
     memory = _weights(chain_length(empty), room, dtype).to(device)
     for n in head_counts(dense.num_heads):
         runners[f"attention {n}"] = _chain(
-            partial(PrunedAttention, hidden, n, head_dim), memory, head_dim, one_call
+            partial(_attention, hidden, n, head_dim, kind), memory, kind, head_dim, one_call
         )
     aligned = [width for widths in aligned_widths(dense.ffn_width).values() for width in widths]
     for w in {*ffn_widths(dense.ffn_width), *aligned}:
-        runners[f"ffn {w}"] = _chain(
-            partial(PrunedFFN, hidden, w, hidden_act=act), memory, head_dim, one_call
-        )
+        runners[f"ffn {w}"] = _chain(partial(_ffn, hidden, w, act, kind), memory, kind, head_dim, one_call)
     return runners
 
 
+def _attention(hidden: int, num_heads: int, head_dim: int, kind: StackKind, layer: int) -> PrunedAttention:
+    return PrunedAttention(hidden, num_heads, head_dim, kind=kind, by_position=kind.of_layer(layer))
+
+
+def _ffn(hidden: int, width: int, hidden_act: str, kind: StackKind, layer: int) -> PrunedFFN:
+    return PrunedFFN(hidden, width, hidden_act=hidden_act, kind=kind)
+
+
 def _chain(
-    make: Callable[[], PrunedAttention | PrunedFFN], memory: Tensor, head_dim: int, one_call: bool
+    make: Callable[[int], PrunedAttention | PrunedFFN],
+    memory: Tensor,
+    kind: StackKind,
+    head_dim: int,
+    one_call: bool,
 ) -> Runner:
-    """Run parts one after the other over a packed batch, each with weights from a row of `memory`."""
+    """Run parts one after the other over a packed batch, each with weights from a row of `memory`. make: the
+    part of a layer, by its number."""
     chain, rows = [], []
-    for values in memory:
+    for number, values in enumerate(memory):
         row = _Row(values)
         with torch.device("meta"):
-            part = make()
+            part = make(number)
         state = {
             name: row.weight(*parameter.shape)
             if parameter.dim() > 1
@@ -222,7 +235,13 @@ def _chain(
         rows.append(_Row(values))
     if one_call:
         next_row = iter(row for row in rows for _ in range(2))
-        stack = PanelWeights(chain, head_dim, lambda linear: next(next_row).panels(linear), keep_fp32=False)
+        gated = {part.linears[0] for part in chain if kind.gated and isinstance(part, PrunedFFN)}
+
+        def lay_out(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+            out = gated_out(linear.out_features // 2) if linear in gated else linear.out_features
+            return next(next_row).panels(linear.in_features, out)
+
+        stack = PanelWeights(chain, head_dim, lay_out, keep_fp32=False, kind=kind)
         return lambda batch: stack(batch["x"], batch["cu_seqlens"], int(batch["max_seqlen"]))
 
     def run(batch: dict[str, Tensor]) -> Tensor:
@@ -254,9 +273,9 @@ class _Row:
             return torch.zeros(1).expand(shape)
         return self._take(*shape)
 
-    def panels(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    def panels(self, inputs: int, out: int) -> tuple[Tensor, Tensor]:
         """The panels of a linear, and its bias, as `ops.encoder` takes them."""
-        count, inputs, bias = -(-linear.out_features // PANEL), linear.in_features, linear.bias.detach()
+        count, bias = -(-out // PANEL), torch.zeros(out)
         if self.memory.dtype == torch.float32:
             return self._take(count, inputs, PANEL), bias
         if self.memory.dtype == torch.bfloat16:

@@ -13,7 +13,7 @@ import transformers
 from transformers import BertConfig, RobertaConfig
 
 from pruned_ops.files import shown
-from pruned_ops.layers.modules import refuse_activation
+from pruned_ops.layers.parts import refuse_activation
 from pruned_ops.models.families.description import Family
 from pruned_ops.models.families.known import BY_TYPE, FAMILIES
 from pruned_ops.shape import MAX_LAYERS, MAX_PARAMETERS, MAX_WIDTH, LayerShape, ModelShape, checked_int
@@ -160,7 +160,10 @@ class PrunedConfig:
         if layers is None:
             layers = [LayerShape(self.num_attention_heads, self.intermediate_size)] * self.num_hidden_layers
         self._check_layers(layers)
-        self.layer_shapes = ModelShape(tuple(layers), self.hidden_size, self.head_dim).to_json()
+        kind = self.family.kind(self)
+        self.layer_shapes = ModelShape(
+            tuple(layers), self.hidden_size, self.head_dim, kind.gated, kind.has_biases
+        ).to_json()
 
     def _set_answering(self, null_score_threshold: float, score_calibration: dict[str, float] | None) -> None:
         if isinstance(null_score_threshold, bool) or not isinstance(null_score_threshold, (int, float)):
@@ -228,7 +231,9 @@ class PrunedConfig:
     @property
     def shape(self) -> ModelShape:
         """The shapes of the layers, as the runtime takes them."""
-        return ModelShape.parse(self.layer_shapes, self.hidden_size, self.head_dim)
+        kind = self.family.kind(self)
+        sizes = self.hidden_size, self.head_dim, kind.gated, kind.has_biases
+        return ModelShape.parse(self.layer_shapes, *sizes)
 
 
 class PrunedBertConfig(PrunedConfig, BertConfig):

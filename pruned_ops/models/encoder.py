@@ -15,8 +15,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pruned_ops.layers.modules import PrunedLinear
 from pruned_ops.layers.packing import check_mask
+from pruned_ops.layers.parts import PrunedLinear
 from pruned_ops.models.configuration import (
     PRUNED_CONFIGS,
     PrunedBertConfig,
@@ -25,24 +25,15 @@ from pruned_ops.models.configuration import (
 )
 from pruned_ops.models.families.description import Family
 from pruned_ops.models.families.known import FAMILIES
-from pruned_ops.models.inputs import check_inputs, default_position_ids, returned
+from pruned_ops.models.inputs import check_inputs, check_positions, default_position_ids, returned
 from pruned_ops.models.model_card import write_model_card
+from pruned_ops.models.modules import put
+from pruned_ops.models.norm_first import NormFirstLayer
 from pruned_ops.shape import LayerShape
 
 
-def put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Add a module under a dotted name, in ModuleDicts that are made where they are not there; returns it."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.ModuleDict())
-        root = root.get_submodule(part)
-    root.add_module(last, module)
-    return module
-
-
 class PrunedEmbeddings(nn.Module):
-    """Word and position embeddings, and token type embeddings where the family has them, summed and
+    """Word embeddings, and those of positions and token types where the family has them, summed and
     normalised: (batch, seqlen, width), with the width of the tables."""
 
     def __init__(self, config: PrunedConfig) -> None:
@@ -52,14 +43,13 @@ class PrunedEmbeddings(nn.Module):
         width = family.embedding_size(config)
         position_padding = padding if family.positions_from_padding else None
         put(self, names.words, nn.Embedding(config.vocab_size, width, padding_idx=padding))
-        put(
-            self,
-            names.positions,
-            nn.Embedding(config.max_position_embeddings, width, padding_idx=position_padding),
-        )
+        if names.positions is not None:
+            rows = config.max_position_embeddings
+            put(self, names.positions, nn.Embedding(rows, width, padding_idx=position_padding))
         if family.has_token_types(config):
             put(self, names.token_types, nn.Embedding(config.type_vocab_size, width))
-        put(self, names.norm, nn.LayerNorm(width, eps=family.value(config, "layer_norm_eps")))
+        bias = family.kind(config).norm_bias
+        put(self, names.norm, nn.LayerNorm(width, family.value(config, "layer_norm_eps"), bias=bias))
         self.dropout = nn.Dropout(family.value(config, "hidden_dropout_prob"))
 
     def forward(
@@ -80,7 +70,8 @@ class PrunedEmbeddings(nn.Module):
             if token_type_ids is None:
                 token_type_ids = torch.zeros((batch_size, seqlen), dtype=torch.long, device=source.device)
             total = total + self.get_submodule(names.token_types)(token_type_ids)
-        total = total + self.get_submodule(names.positions)(position_ids)
+        if names.positions is not None:
+            total = total + self.get_submodule(names.positions)(position_ids)
         return self.dropout(self.get_submodule(names.norm)(total))
 
 
@@ -136,16 +127,28 @@ class PrunedStack(nn.Module):
 
     def __init__(self, config: PrunedConfig, list_name: str) -> None:
         super().__init__()
-        layers = nn.ModuleList(PrunedLayerModule(config, shape) for shape in config.shape.layers)
-        self.add_module(list_name, layers)
+        self.add_module(list_name, pruned_layers(config))
 
     def forward(self, x: Tensor, additive_mask: Tensor | None, collect: list[Tensor] | None) -> Tensor:
         (layers,) = self.children()
-        for layer in layers:  # type: ignore[attr-defined]
-            x = layer(x, additive_mask)
-            if collect is not None:
-                collect.append(x)
-        return x
+        return run_layers(layers, x, additive_mask, collect)
+
+
+def pruned_layers(config: PrunedConfig) -> nn.ModuleList:
+    """The padded, trainable layers that a config describes."""
+    shapes = config.shape.layers
+    if config.family.kind(config).norm_first:
+        return nn.ModuleList(NormFirstLayer(config, shape, i) for i, shape in enumerate(shapes))
+    return nn.ModuleList(PrunedLayerModule(config, shape) for shape in shapes)
+
+
+def run_layers(layers: Any, x: Tensor, additive_mask: Tensor | None, collect: list[Tensor] | None) -> Tensor:
+    """Run padded layers one after the other; each one's output is appended to `collect` if it is given."""
+    for layer in layers:
+        x = layer(x, additive_mask)
+        if collect is not None:
+            collect.append(x)
+    return x
 
 
 class PrunedPooler(nn.Module):
@@ -249,7 +252,8 @@ class PrunedPreTrainedModel(PreTrainedModel):
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith(f"{cls.base_model_prefix}."):
                 nn.init.normal_(module.weight, std=model.config.initializer_range)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
                 new.add(name)
         model.config.null_score_threshold, model.config.score_calibration = 0.0, None
         warnings.warn(
@@ -315,7 +319,14 @@ class PrunedBertModel(PrunedPreTrainedModel):
             assert family.projection is not None
             put(self, family.projection, nn.Linear(family.embedding_size(config), config.hidden_size))
         stack, _, list_name = family.layers.rpartition(".")
-        put(self, stack, PrunedStack(config, list_name))
+        if stack:
+            put(self, stack, PrunedStack(config, list_name))
+        else:
+            self.add_module(list_name, pruned_layers(config))
+        if family.final_norm is not None:
+            eps = family.value(config, "layer_norm_eps")
+            norm = nn.LayerNorm(config.hidden_size, eps, bias=family.kind(config).norm_bias)
+            put(self, family.final_norm, norm)
         if add_pooling_layer and not family.has_pooler:
             raise ValueError(f"{family.name} has no pooler: add_pooling_layer is for families with one")
         self.pooler = PrunedPooler(config) if add_pooling_layer else None
@@ -349,6 +360,7 @@ class PrunedBertModel(PrunedPreTrainedModel):
         if given:
             raise TypeError(f"a {type(self).__name__} takes no {', '.join(given)}")
         check_inputs(self.config, input_ids, inputs_embeds, position_ids, token_type_ids)
+        check_positions(self.config, position_ids)
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(
                 "output_attentions is not supported: the attention never stores its probabilities"
@@ -365,7 +377,15 @@ class PrunedBertModel(PrunedPreTrainedModel):
             # The lowest finite number rather than -inf, with which a row of padding only would become NaN.
             additive_mask = (attention_mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min
         collect = [x] if output_hidden_states else None
-        x = self.get_submodule(family.layers.rpartition(".")[0])(x, additive_mask, collect)
+        stack = family.layers.rpartition(".")[0]
+        if stack:
+            x = self.get_submodule(stack)(x, additive_mask, collect)
+        else:
+            x = run_layers(self.get_submodule(family.layers), x, additive_mask, collect)
+        if family.final_norm is not None:
+            x = self.get_submodule(family.final_norm)(x)
+            if collect is not None:  # as in transformers 5, the last of them is the model's output
+                collect[-1] = x
         output = BaseModelOutputWithPooling(
             last_hidden_state=x,
             pooler_output=self.pooler(x) if self.pooler is not None else None,

@@ -37,11 +37,11 @@ from pruned_ops.models.encoder import (
     PrunedPreTrainedModel,
     PrunedRobertaModel,
     family_class,
-    put,
 )
 from pruned_ops.models.families.description import TextHeadNames
-from pruned_ops.models.families.known import BY_TYPE, FAMILIES, stock_head
-from pruned_ops.models.inputs import first_tokens, returned
+from pruned_ops.models.families.known import BY_TYPE, FAMILIES, family_of, stock_head
+from pruned_ops.models.inputs import first_tokens, mean_states, returned
+from pruned_ops.models.modules import put
 
 
 class _WithEncoder(PrunedPreTrainedModel):
@@ -84,7 +84,8 @@ class PrunedBertForQuestionAnswering(_WithEncoder):
         super().__init__(config)
         dropout = config.family.answers_dropout
         self.dropout = None if dropout is None else nn.Dropout(getattr(config, dropout))
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        add_prediction_head(self, config)
+        put(self, config.family.answers_head, nn.Linear(config.hidden_size, 2))
         self.post_init()
 
     def forward(
@@ -117,8 +118,34 @@ class PrunedBertForQuestionAnswering(_WithEncoder):
     def _span_logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
         if self.dropout is not None:
             states = self.dropout(states)
-        start, end = (part.contiguous() for part in self.qa_outputs(states).unbind(-1))
+        family = family_of(self.config)
+        logits = self.get_submodule(family.answers_head)(family.predicted(self, states))
+        start, end = (part.contiguous() for part in logits.unbind(-1))
         return start, end
+
+
+class PrunedPredictionHead(nn.Module):
+    """A linear, an activation and a LayerNorm, which come before the last linear in the heads of some
+    families."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        family = config.family
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, config.classifier_bias)
+        self.act = ACT2FN[config.classifier_activation]
+        eps, bias = family.value(config, "layer_norm_eps"), family.kind(config).norm_bias
+        self.norm = nn.LayerNorm(config.hidden_size, eps, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden_size) -> the same."""
+        return self.norm(self.act(self.dense(x)))
+
+
+def add_prediction_head(model: nn.Module, config: PrunedConfig) -> None:
+    """Add what a family's heads have before their last linear, where they have it."""
+    names = config.family.prediction_head
+    if names is not None:
+        put(model, names.module, PrunedPredictionHead(config))
 
 
 def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
@@ -271,14 +298,23 @@ class PrunedBertForSequenceClassification(_Classifier):
 
     def _add_head(self, config: PrunedConfig) -> None:
         names, width = config.family.text_head, config.pooled_width
+        if config.family.prediction_head is not None:
+            add_prediction_head(self, config)
+            put(self, names.last, nn.Linear(config.hidden_size, self.num_labels))
+            return
         self.activation = ACT2FN[names.activation]
         if names.first is not None:
             put(self, names.first, nn.Linear(config.hidden_size, width))
         put(self, names.last, nn.Linear(width, self.num_labels))
 
     def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        names: TextHeadNames = self.config.family.text_head
+        family = self.config.family
+        names: TextHeadNames = family.text_head
         first, last = text_linears(self, names)
+        if family.prediction_head is not None:
+            means = family.pools_mean(self.config)
+            pooled = mean_states(states, attention_mask) if means else first_tokens(states, attention_mask)
+            return last(self.dropout(family.predicted(self, pooled)))
         x = first_tokens(states, attention_mask)
         x = self.activation(first(self.dropout(x) if names.drops_input else x))
         return last(self.dropout(x))
@@ -308,10 +344,11 @@ class PrunedBertForTokenClassification(_Classifier):
     output_class = TokenClassifierOutput
 
     def _add_head(self, config: PrunedConfig) -> None:
+        add_prediction_head(self, config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
 
     def classified(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return self.classifier(self.dropout(states))
+        return self.classifier(self.dropout(family_of(self.config).predicted(self, states)))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.loss_function(logits=logits, labels=labels, config=self.config)

@@ -29,9 +29,10 @@ def default_position_ids(
     count as real.
     Errors: ValueError for sequences that are longer than the table of positions.
     """
-    first = family_of(config).first_position(config)
+    family = family_of(config)
+    first = family.first_position(config)
     longest = config.max_position_embeddings - first
-    if seqlen > longest:
+    if seqlen > longest and family.embeddings.positions is not None:
         raise ValueError(f"the sequences have {seqlen} tokens; the model's position table allows {longest}")
     if first == 0 or input_ids is None:
         return torch.arange(first, first + seqlen, device=device).expand(batch_size, seqlen)
@@ -69,6 +70,16 @@ def check_inputs(
             )
 
 
+def check_positions(config: Any, position_ids: Tensor | None) -> None:
+    """Refuse positions where the publisher's model would rotate by them, and go by the places in the batch in
+    windows and biases. Errors: ValueError."""
+    family = family_of(config)
+    if position_ids is not None and family.kind(config).reads_positions:
+        raise ValueError(
+            f"position_ids were given: a {family.name} counts the places in the batch here, and takes none"
+        )
+
+
 def packed_inputs(
     config: Any,
     device: torch.device,
@@ -85,6 +96,7 @@ def packed_inputs(
     Errors: those of `check_inputs`, `default_position_ids` and `PackedBatch.from_mask`.
     """
     check_inputs(config, input_ids, None, position_ids, token_type_ids)
+    check_positions(config, position_ids)
     assert input_ids is not None  # check_inputs refuses None
     batch_size, seqlen = input_ids.shape
     if position_ids is None:
@@ -113,6 +125,15 @@ def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     # row is all padding.
     at = (real * torch.arange(real.size(1), 0, -1, device=real.device)).argmax(1)
     return states[rows, at].masked_fill(~real.any(1)[:, None], 0.0)
+
+
+def mean_states(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(batch, seqlen, hidden) -> (batch, hidden): the mean over the real tokens of each row; zeros where it
+    has none. States without rows are returned as they are, as by `first_tokens`."""
+    if attention_mask is None or states.size(0) == 0:
+        return states.mean(1)
+    real = (attention_mask != 0).to(states)[:, :, None]
+    return (states * real).sum(1) / real.sum(1).clamp(min=1)
 
 
 def returned(output: Output, config: Any, return_dict: bool | None) -> Output | tuple[Any, ...]:

@@ -115,9 +115,12 @@ def encoder_shape(encoder: Any) -> ModelShape:
     config = encoder.config
     if isinstance(encoder, PrunedBertModel):
         return config.shape
-    dense = LayerShape(config.num_attention_heads, family_of(config).value(config, "intermediate_size"))
+    family = family_of(config)
+    kind = family.kind(config)
+    dense = LayerShape(config.num_attention_heads, family.value(config, "intermediate_size"))
     head_dim = config.hidden_size // config.num_attention_heads
-    return ModelShape((dense,) * config.num_hidden_layers, config.hidden_size, head_dim)
+    layers = (dense,) * config.num_hidden_layers
+    return ModelShape(layers, config.hidden_size, head_dim, kind.gated, kind.has_biases)
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,9 @@ class LayerParts:
     ffn_norm: Any
 
     @property
-    def qkv(self) -> tuple[Any, Any, Any]:
+    def qkv(self) -> tuple[Any, ...]:
         """The linears whose outputs are the heads', in the order in which the kernels take them."""
-        return self.query, self.key, self.value
+        return tuple(dict.fromkeys((self.query, self.key, self.value)))
 
 
 def layer_list(encoder: Any) -> Any:

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruned_ops import ops
 from pruned_ops.layers.int8 import SCALE
-from pruned_ops.layers.modules import PrunedAttention, PrunedEncoder
+from pruned_ops.layers.modules import PrunedEncoder
+from pruned_ops.layers.parts import PrunedAttention
 from pruned_ops.ops.panels import quantize
+from pruned_ops.ops.reference import attention
 
 # Of what a linear's output channel varies by. The linears of models without outliers lose 0.5% to 3%; a
 # channel of 20 times the others' size costs 14% of what is computed from those.
@@ -61,7 +62,7 @@ def int8_losses(
     for i, part in enumerate(stack.parts):
         inner = run(i, 0, F.layer_norm(x, *_norm_of(part)) if norm_first and part.norm is not None else x)
         if isinstance(part, PrunedAttention):
-            inner = ops.attention(inner, bounds, max(lengths), stack.head_dim, *part.given_positions(None))
+            inner = attention(inner, bounds, max(lengths), stack.head_dim, *part.given_positions(None))
         else:
             inner = part.activated(inner)
         x = run(i, 1, inner, added=x)

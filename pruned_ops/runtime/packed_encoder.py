@@ -70,23 +70,23 @@ class PackedEncoder(nn.Module):
         self.int8, self._keep_fp32 = self.linear_dtype == "int8", keep_fp32
         self.watch = Int8Watch() if self.int8 else None
         names = family_of(self.config).embeddings
-        self.words, self.positions, self.norm = (
-            original.embeddings.get_submodule(name) for name in (names.words, names.positions, names.norm)
-        )
-        self.types = original.embeddings._modules.get(names.token_types)
+        self.words, self.norm = map(original.embeddings.get_submodule, (names.words, names.norm))
+        tables = original.embeddings._modules
+        self.positions = tables.get(names.positions) if names.positions is not None else None
+        self.types = tables.get(names.token_types)
         self.projection = projection_of(original)
         self.pooler = getattr(original, "pooler", None)
-        self.only_type: nn.Parameter | None = None
-        self._set_only_type()
+        self._set_zeros()
         chosen = None if self.int8 and not self.stored_int8 else ()
         self.encoder = _laid_out(original, chosen, self.linear_dtype == "bfloat16", keep_fp32)
+        self._reads_positions = self.encoder.kind.reads_positions
         self._forwards = forwards_of(original)
         self._waiting: list[tuple[nn.Parameter, Tensor]] = []
 
-    def _set_only_type(self) -> None:
-        """Make the table of token types of a family without them: one row of zeros, where the words lie."""
-        if self.types is None:
-            self.only_type = nn.Parameter(torch.zeros_like(self.words.weight[:1]), requires_grad=False)
+    def _set_zeros(self) -> None:
+        """Make a row of zeros, where the words lie: the table of positions or of token types, or the
+        LayerNorm's bias, of a family without them."""
+        self.zeros = nn.Parameter(torch.zeros_like(self.words.weight[:1]), requires_grad=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,7 +99,7 @@ class PackedEncoder(nn.Module):
     def lay_out_again(self, original: Any) -> None:
         """Make a new stack, of the weights that the encoder has now."""
         stack = self.encoder
-        self._set_only_type()
+        self._set_zeros()
         self.encoder = _laid_out(
             original, sorted(stack.int8_linears), stack.runs_in_bfloat16, self._keep_fp32
         )
@@ -248,20 +248,25 @@ class PackedEncoder(nn.Module):
         embedded = self._embed(inputs)
         if collect is not None:
             collect.append(embedded)
-        x = self.encoder.run(embedded, cu_seqlens, max_seqlen, collect)
+        positions = inputs[1].int() if self._reads_positions else None
+        x = self.encoder.run(embedded, cu_seqlens, max_seqlen, collect, positions)
         if self.watch is not None:
             self.watch.look(self.encoder, embedded, cu_seqlens)
         return Outputs(x, None) if head is None else head(x, cu_seqlens)
 
     def _embed(self, inputs: Sequence[Tensor]) -> Tensor:
         """Packed ids, positions and types, (tokens,) each -> their embedding (tokens, hidden_size)."""
+        ids, places, types = inputs
+        none = torch.zeros_like(ids)  # the one row of a table that is not there
         embedded = ops.embed_layer_norm(
-            *inputs,
+            ids,
+            none if self.positions is None else places,
+            types,
             self.words.weight,
-            self.positions.weight,
-            self.types.weight if self.only_type is None else self.only_type,
+            self.zeros if self.positions is None else self.positions.weight,
+            self.zeros if self.types is None else self.types.weight,
             self.norm.weight,
-            self.norm.bias,
+            self.zeros[0] if self.norm.bias is None else self.norm.bias,
             self.norm.eps,
         )
         if self.projection is None:
@@ -288,34 +293,43 @@ def _laid_out(
     with torch.device("meta"):
         family, config = family_of(original.config), original.config
         eps, activation = (family.value(config, name) for name in ("layer_norm_eps", "hidden_act"))
-        stack = PrunedEncoder(encoder_shape(original), eps, activation)
+        stack = PrunedEncoder(encoder_shape(original), eps, activation, family.kind(config))
     seen: dict[tuple[int, ...], nn.Parameter] = {}
-    for packed, stock in zip(stack.layers, layers_of(original), strict=True):
-        for module, sources in _sources(packed, stock):
-            for name in _parameter_names(sources):
-                parameters = [source.get_parameter(name) for source in sources]
-                key = tuple(map(id, parameters))
-                if key not in seen:  # layers may share weights
-                    rows = [parameter.detach() for parameter in parameters]
-                    values = torch.cat(rows) if len(rows) > 1 else rows[0]
-                    seen[key] = nn.Parameter(values, requires_grad=False)
-                setattr(module, name, seen[key])
+    modules = [pair for packed, stock in _layers(stack, original) for pair in _sources(packed, stock)]
+    if stack.final_norm is not None:
+        modules.append((stack.final_norm, [original.get_submodule(family.final_norm)]))
+    for module, sources in modules:
+        for name in _parameter_names(sources):
+            parameters = [source.get_parameter(name) for source in sources]
+            key = tuple(map(id, parameters))
+            if key not in seen:  # layers may share weights
+                rows = [parameter.detach() for parameter in parameters]
+                values = torch.cat(rows) if len(rows) > 1 else rows[0]
+                seen[key] = nn.Parameter(values, requires_grad=False)
+            setattr(module, name, seen[key])
     stack.pack(False, stack.linear_names if int8 is None else int8, bfloat16, keep_fp32)
     return stack.eval()
+
+
+def _layers(stack: PrunedEncoder, original: Any) -> Iterator[tuple[Any, LayerParts]]:
+    """Each packed layer, and the parts of the encoder's own."""
+    yield from zip(stack.layers, layers_of(original), strict=True)
 
 
 def _sources(packed: Any, stock: LayerParts) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Each linear and LayerNorm of a packed layer, and the stock modules whose rows are its rows."""
     yield packed.attention.qkv, [*stock.qkv]
     yield packed.attention.output, [stock.attention_output]
-    yield packed.attention.norm, [stock.attention_norm]
+    if packed.attention.norm is not None:
+        yield packed.attention.norm, [stock.attention_norm]
     yield packed.ffn.up, [stock.up]
     yield packed.ffn.down, [stock.down]
     yield packed.ffn.norm, [stock.ffn_norm]
 
 
 def _parameter_names(sources: Sequence[nn.Module]) -> tuple[str, ...]:
-    return ("weight", "bias", SCALE) if isinstance(sources[0], Int8Linear) else ("weight", "bias")
+    names = ("weight", "bias", SCALE) if isinstance(sources[0], Int8Linear) else ("weight", "bias")
+    return tuple(name for name in names if getattr(sources[0], name) is not None)
 
 
 def is_stored_in_int8(encoder: nn.Module) -> bool:

@@ -14,6 +14,7 @@ moved to the packed rows inside that call, in four steps:
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,10 +67,20 @@ class PackedHead:
         if "forward" in self.module.__dict__:
             return False
         for owner in (self.module, getattr(self.module, "classifier", None)):
-            dropout = getattr(owner, "dropout", None)
-            if dropout is not None and dropout.training:
-                return False
-        return all(type(linear) is nn.Linear and not _is_hooked(linear) for linear in self.linears)
+            for name in ("dropout", "drop"):
+                dropout = getattr(owner, name, None)
+                if dropout is not None and dropout.training:
+                    return False
+        linears = all(type(linear) is nn.Linear and not _is_hooked(linear) for linear in self.linears)
+        return linears and self._predicts()
+
+    def _predicts(self) -> bool:
+        """Whether what comes before the last linear, where the family has that, is what the class makes."""
+        names = family_of(self.module.config).prediction_head
+        if names is None:
+            return True
+        head = self.module._modules.get(names.module)
+        return head is not None and are_known(head.modules(), self.known)
 
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
         """(tokens, hidden_size) -> logits. It works on the device alone, so that it can be recorded."""
@@ -101,10 +112,12 @@ class SpanHead(PackedHead):
 
     @property
     def linears(self) -> tuple[Any, ...]:
-        return (self.module.qa_outputs,)
+        return (self.module.get_submodule(family_of(self.module.config).answers_head),)
 
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
-        return Outputs(self.module.qa_outputs(states), None)
+        family = family_of(self.module.config)
+        last = self.module.get_submodule(family.answers_head)
+        return Outputs(last(family.predicted(self.module, states)), None)
 
     def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
         assert outputs.rows is not None
@@ -118,11 +131,11 @@ class SpanAndTypeHead(SpanHead):
 
     @property
     def linears(self) -> tuple[Any, ...]:
-        return self.module.qa_outputs, self.module.answer_type_outputs
+        return *super().linears, self.module.answer_type_outputs
 
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
         types = self.module.answer_type_outputs(first_rows(states, cu_seqlens))
-        return Outputs(self.module.qa_outputs(states), types)
+        return Outputs(super().__call__(states, cu_seqlens).rows, types)
 
     def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
         assert outputs.firsts is not None
@@ -130,18 +143,23 @@ class SpanAndTypeHead(SpanHead):
 
 
 class TokenHead(PackedHead):
-    """A label for each token. Padding gets the bias alone, as from the model's own head on states of 0."""
+    """A label for each token. Padding gets the bias alone, as from the model's own head on states of 0; or 0
+    where a prediction head comes before."""
 
     @property
     def linears(self) -> tuple[Any, ...]:
         return (self.module.classifier,)
 
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
-        return Outputs(self.module.classifier(states), None)
+        return Outputs(
+            self.module.classifier(family_of(self.module.config).predicted(self.module, states)), None
+        )
 
     def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
         rows, bias = outputs.rows, self.module.classifier.bias
         assert rows is not None
+        if family_of(self.module.config).prediction_head is not None:
+            return {"logits": batch.unpack(rows)}
         if batch.index is None or bias is None:
             return {"logits": batch.unpack(rows)}
         padded = bias.detach().to(rows.dtype).repeat(batch.batch_size * batch.seqlen, 1)
@@ -164,6 +182,8 @@ class TextHead(PackedHead):
             linears = text_linears(self.module, self.names)
         except AttributeError:
             return ()
+        if family_of(self.module.config).prediction_head is not None:
+            return linears
         first = self.names.first
         owner = self.module.base_model.pooler if first is None else self._owner(first)
         return linears if owner is self.module or self._is_plain(owner) else ()
@@ -184,10 +204,18 @@ class TextHead(PackedHead):
         )
 
     def computes(self) -> bool:
+        family = family_of(self.module.config)
+        if family.pools_mean(self.module.config) and not isinstance(self.module, PrunedPreTrainedModel):
+            return False  # a stock head takes the mean by its mask, which would not fit states without rows
         return len(self.linears) == 2 and super().computes()
 
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
         first, second = self.linears
+        family = family_of(self.module.config)
+        if family.prediction_head is not None:
+            means = family.pools_mean(self.module.config)
+            pooled = mean_rows(states, cu_seqlens) if means else first_rows(states, cu_seqlens)
+            return Outputs(None, second(family.predicted(self.module, pooled)))
         return Outputs(None, second(self.activation(first(first_rows(states, cu_seqlens)))))
 
     def padded_fields(self, outputs: Outputs, batch: PackedBatch) -> dict[str, Tensor]:
@@ -215,11 +243,8 @@ class VocabularyHead(PackedHead):
 
     def computes(self) -> bool:
         """Whether all modules are those of torch and of the file that the model's class is from."""
-        libraries = ("torch.nn.modules.", "transformers.activations", self.known.__module__)
         inside = [module for part in self.parts for module in part.modules()]
-        if not all(type(module).__module__.startswith(libraries) for module in inside):
-            return False
-        return not any(map(_is_hooked, inside)) and super().computes()
+        return are_known(inside, self.known) and super().computes()
 
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Outputs:
         for part in self.parts:
@@ -258,11 +283,20 @@ def known_head(kind: type[Any]) -> tuple[type[PackedHead], type[Any]] | None:
     return None
 
 
-def reads_place_0(model: nn.Module) -> bool:
+def are_known(modules: Iterable[nn.Module], known: type[Any]) -> bool:
+    """Whether all these modules are torch's, or of the file that a model's known class is from, and without
+    hooks."""
+    libraries = ("torch.nn.modules.", "transformers.activations", known.__module__)
+    return all(type(one).__module__.startswith(libraries) and not _is_hooked(one) for one in modules)
+
+
+def reads_place_0(model: Any) -> bool:
     """Whether this is a model of a known class that reads a text's label from position 0, padding or not;
-    ours read it from the first real token."""
+    ours read it from the first real token, and some the mean over all real ones."""
     known = known_head(type(model))
-    return known is not None and known[0] is TextHead and not isinstance(model, PrunedPreTrainedModel)
+    if known is None or known[0] is not TextHead or isinstance(model, PrunedPreTrainedModel):
+        return False
+    return not family_of(model.config).pools_mean(model.config)
 
 
 def gives_answers(model: nn.Module) -> bool:
@@ -304,6 +338,16 @@ def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     else:
         rows = states[first.clamp(max=len(states) - 1)]
     return rows.masked_fill((first == end)[:, None], 0.0)
+
+
+def mean_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(tokens, hidden) -> (batch, hidden): the mean over the tokens of each sequence; zeros where it has
+    none."""
+    lengths = cu_seqlens.diff().long()
+    token = torch.arange(states.size(0), device=states.device)
+    sequence = torch.bucketize(token, cu_seqlens[1:].long(), right=True)
+    sums = states.new_zeros(lengths.size(0), states.size(1)).index_add_(0, sequence, states)
+    return sums / lengths.clamp(min=1)[:, None]
 
 
 def _is_hooked(module: Any) -> bool:

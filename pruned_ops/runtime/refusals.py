@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from pruned_ops import ops
 from pruned_ops.layers.int8 import Int8Linear
-from pruned_ops.layers.modules import PrunedLinear, refuse_activation
+from pruned_ops.layers.parts import PrunedLinear, refuse_activation
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import (
     ENCODER_NAMES,

@@ -36,6 +36,8 @@ CLOSE = 3e-5
 # BERT and RoBERTa go these ways in the tests of each.
 NEW = [kind for kind in PRUNED_TYPES if kind not in ("pruned_bert", "pruned_roberta")]
 TYPES = pytest.mark.parametrize("pruned_type", NEW)
+# Those whose layers are BERT's; test_modernbert.py has what ModernBERT refuses.
+OF_BERTS_KIND = pytest.mark.parametrize("pruned_type", [kind for kind in NEW if kind != "pruned_modernbert"])
 # So many tokens of words, and of bytes, hold a question and some of a text.
 CUT = 40
 
@@ -59,7 +61,7 @@ def reader(pruned_type: str, tmp_path: Path) -> Path:
     return saved(pruned_type, ANSWERS, tmp_path / "reader")
 
 
-@TYPES
+@OF_BERTS_KIND
 def test_checked_imported_asked(reader: Path, pruned_type: str, tmp_path: Path) -> None:
     assert main(["check", str(reader), "--device", "cpu", "--backends", "reference"]) == 0
     assert main(["import", str(reader), str(tmp_path / "imported")]) == 0
@@ -73,7 +75,18 @@ def test_checked_imported_asked(reader: Path, pruned_type: str, tmp_path: Path) 
     assert all(one.answer == text[one.start : one.end] for one in found)
 
 
-@TYPES
+@pytest.mark.parametrize("pruned_type", ["pruned_modernbert"])
+def test_checked_asked(reader: Path, pruned_type: str) -> None:
+    assert main(["check", str(reader), "--device", "cpu", "--backends", "reference"]) == 0
+    source, text = load_model(str(reader)), words(20)
+    found = QuestionAnswerer(reader, max_length=CUT).answer("w3", text, top_k=3)
+    fast = pruned_ops.optimize(source)
+    same = QuestionAnswerer(fast, load_tokenizer(str(reader)), max_length=CUT).answer("w3", text, top_k=3)
+    assert [one.answer for one in same] == [one.answer for one in found]
+    assert all(one.answer == text[one.start : one.end] for one in found)
+
+
+@OF_BERTS_KIND
 @pytest.mark.parametrize("head", ["", ANSWERS, TEXTS, TOKENS])
 def test_exported(pruned_type: str, head: str, tmp_path: Path) -> None:
     """Stock, and pruned to odd shapes: ONNX Runtime computes what the model does."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pruned_ops
 from inputs import ODD_SHAPES, cu_seqlens, padded_batch, randn
 from pruned_ops import LayerShape, ModelShape, PrunedEncoder
-from pruned_ops.layers.modules import PrunedFFN
+from pruned_ops.layers.parts import PrunedFFN
 from pruned_ops.layers.weights import ALIGNMENT, AlignedWeights, PanelWeights
 from pruned_ops.ops.registry import OPS, is_given_up
 

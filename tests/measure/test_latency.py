@@ -241,7 +241,7 @@ def test_timed_parts_have_the_panels_of_a_packed_encoder(dtype: str) -> None:
     for number, part in enumerate(encoder.parts):
         row = _Row(_weights(1, 40_000, dtype)[0])
         for place, linear in enumerate(part.linears):
-            panels, bias = row.panels(linear)
+            panels, bias = row.panels(linear.in_features, linear.out_features)
             expected = packed.weights[PART_TENSORS * number + 2 * place :][:2]
             assert [(t.shape, t.dtype) for t in (panels, bias)] == [(t.shape, t.dtype) for t in expected]
             assert (panels.data_ptr() - row.memory.data_ptr()) % 64 == 0

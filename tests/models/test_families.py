@@ -26,6 +26,7 @@ from family_models import (
     TOKENS,
     batch,
     cosine,
+    family_named,
     largest_difference,
     outputs,
     pruned,
@@ -67,7 +68,7 @@ def test_packed_is_stock(stem: str, head: str, kind: str) -> None:
     with torch.no_grad(), RowCounter() as counter:
         fast(**inputs)
     # The model's own head runs on no rows; poolers and heads of texts on one for each text.
-    of_texts = ("addmm",) if head in ("", TEXTS) or HEADS_ARE_PADDED else ()
+    of_texts = ("addmm", "mm") if head in ("", TEXTS) or HEADS_ARE_PADDED else ()
     rows = {number for name, number in counter.rows if number and name not in of_texts}
     assert rows == {int(inputs["attention_mask"].sum())}
     assert largest_difference(outputs(pruned_ops.restore(fast), inputs), expected) == 0
@@ -104,7 +105,7 @@ def test_gated_decided_compacted_saved(pruned_type: str, head: str, tmp_path: Pa
     assert largest_difference(outputs(pruned_ops.optimize(again), inputs), outputs(narrow, inputs)) <= CLOSE
 
 
-@pytest.mark.parametrize("pruned_type", PRUNED_TYPES)
+@pytest.mark.parametrize("pruned_type", [kind for kind in PRUNED_TYPES if kind != "pruned_modernbert"])
 def test_gated_hidden_dimensions_are_compacted(pruned_type: str) -> None:
     model, inputs = stock(PRUNED_TYPES[pruned_type], TEXTS), batch("holes")
     with attached(model, parts=["hidden"]) as gates:
@@ -128,9 +129,11 @@ def test_layers_of_all_odd_shapes(pruned_type: str, head: str, kind: str) -> Non
 
 @pytest.mark.parametrize(("stem", "head"), MODELS)
 def test_int8(stem: str, head: str) -> None:
-    """The few labels of texts say little: of such a model the states that they are read from are compared."""
+    """The few labels of texts say little: of such a model, and of one whose heads norm again what they read,
+    the hidden states are compared."""
     model, inputs = stock(stem, head), batch("right")
-    part = model.base_model if head == TEXTS else model
+    norms_again = family_named(stem).prediction_head is not None
+    part = model.base_model if head == TEXTS or norms_again else model
     expected = outputs(part, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a processor on which it is not faster

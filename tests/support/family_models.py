@@ -27,6 +27,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Ernie": {},
     "Data2VecText": {"type_vocab_size": 1},
     "Electra": {"embedding_size": 48},
+    "ModernBert": {  # the second layer is local, and texts are longer than its window
+        "local_attention": 8,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "cls_token_id": None,
+        "sep_token_id": None,
+    },
 }
 # Under BERT's names; those of its fields that a family lacks are left out.
 SIZES = {

@@ -7,9 +7,11 @@ imports or exports an encoder reads this, and knows no family by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from pruned_ops.layers.kinds import BERT_KIND, StackKind
 
 # What follows "For" in the names of the publishers' classes whose heads are known here.
 ANSWERS, TEXT_LABELS, TOKEN_LABELS, WORDS = (
@@ -23,7 +25,8 @@ STOCK_HEADS = (ANSWERS, TEXT_LABELS, TOKEN_LABELS, WORDS)
 
 @dataclass(frozen=True)
 class LayerNames:
-    """The names of the linears and LayerNorms in one layer, from the layer on.
+    """The names of the linears and LayerNorms in one layer, from the layer on. One linear may be query, key
+    and value at once, with their rows one after the other.
 
     query, key, value, attention_output: the linears of the attention; attention_norm: what normalises its
     output and input. up, down: the linears of the FFN; ffn_norm: what normalises its output and input."""
@@ -38,9 +41,9 @@ class LayerNames:
     ffn_norm: str
 
     @property
-    def qkv(self) -> tuple[str, str, str]:
+    def qkv(self) -> tuple[str, ...]:
         """The linears whose outputs are the heads', in the order in which the kernels take them."""
-        return self.query, self.key, self.value
+        return tuple(dict.fromkeys((self.query, self.key, self.value)))
 
     def by_role(self, tensor: str) -> str:
         """The name of a tensor by what it is, from the publisher's: "attention.self.query.weight" ->
@@ -57,10 +60,11 @@ class LayerNames:
 
 @dataclass(frozen=True)
 class EmbeddingNames:
-    """The names of the tables and of their LayerNorm, from the encoder's `embeddings` on."""
+    """The names of the tables and of their LayerNorm, from the encoder's `embeddings` on. positions: None
+    where there is no such table."""
 
     words: str = "word_embeddings"
-    positions: str = "position_embeddings"
+    positions: str | None = "position_embeddings"
     token_types: str = "token_type_embeddings"
     norm: str = "LayerNorm"
 
@@ -78,6 +82,18 @@ class TextHeadNames:
     activation: str = "tanh"
     drops_input: bool = False
     dropout: str = "classifier_dropout"
+
+
+@dataclass(frozen=True)
+class PredictionHeadNames:
+    """What every head of a family has before its last linear.
+
+    module: the name of the module, in the model, through which hidden states go. pooling: the field of the
+    config that says whether it takes the first token of a text that is labelled ("cls") or the mean over its
+    tokens ("mean")."""
+
+    module: str
+    pooling: str
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,10 @@ class Family:
     positions_from_padding: whether real tokens alone are counted, from the place after the padding's id.
     has_pooler: whether the encoder's class can make a pooler (`add_pooling_layer`).
     projection: the name of a linear between embeddings and layers, which is there where they differ in width.
+    final_norm: the name of a LayerNorm after the last layer. answers_head: that of the linear that finds
+    answers. prediction_head: what all heads have before their last linear, and None in most families.
+    stack_kind: the ways in which the layers of a config differ from BERT's; None where they are BERT's.
+    refuses: why a config is not computed, for reasons that `fixed` cannot say.
     fields: the publisher's names of the config's fields, by BERT's names, where they differ. constants: the
     fields that BERT's config has and this one lacks, with the value that they have here; type_vocab_size 0
     means that there are no token types. fixed: the only values that are computed of some fields."""
@@ -120,6 +140,11 @@ class Family:
     positions_from_padding: bool = False
     has_pooler: bool = True
     projection: str | None = None
+    final_norm: str | None = None
+    answers_head: str = "qa_outputs"
+    prediction_head: PredictionHeadNames | None = None
+    stack_kind: Callable[[Any], StackKind] | None = None
+    refuses: Callable[[Any], str | None] | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -159,9 +184,23 @@ class Family:
         """Whether the embedding has a table of token types."""
         return bool(self.value(config, "type_vocab_size"))
 
+    def kind(self, config: Any) -> StackKind:
+        """The ways in which the layers of a config differ from BERT's."""
+        return BERT_KIND if self.stack_kind is None else self.stack_kind(config)
+
+    def pools_mean(self, config: Any) -> bool:
+        """Whether the head that labels texts reads the mean over a text's tokens, and not the first."""
+        names = self.prediction_head
+        return names is not None and getattr(config, names.pooling) == "mean"
+
+    def predicted(self, model: Any, states: Any) -> Any:
+        """What the last linear of a model's head takes of hidden states, stock or pruned."""
+        names = self.prediction_head
+        return states if names is None else model.get_submodule(names.module)(states)
+
     def refuse(self, config: Any) -> str | None:
         """Why the model of a config is not what this family computes; None where it is."""
         for name, value in self.fixed.items():
             if getattr(config, name, value) != value:
                 return f"{name} is {getattr(config, name)!r}, only {value!r} is computed"
-        return None
+        return None if self.refuses is None else self.refuses(config)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import find_encoder, hidden_norms, layers_of, model_shape, projection_of
 from pruned_trainer.pruning.gates import Gates
 from pruned_trainer.pruning.options import DEFAULT_PARTS
@@ -30,6 +31,8 @@ def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS
     if hasattr(model, HOOKS):
         raise ValueError("gates are attached to this model already; detach(model) first")
     encoder = find_encoder(model)
+    if "hidden" in parts:
+        refuse_hidden(encoder)
     shape = model_shape(encoder)
     gates = Gates(shape, seed, parts).to(next(encoder.parameters()).device).train(model.training)
     holder_of(model).add_module(_NAME, gates)
@@ -49,6 +52,16 @@ def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS
             hooks.append(projection.register_forward_hook(lambda *call: call[-1] * gates.values.hidden))
     setattr(model, HOOKS, hooks)
     return gates
+
+
+def refuse_hidden(encoder: Any) -> None:
+    """ValueError for an encoder whose hidden dimensions cannot be pruned."""
+    family = family_of(encoder.config)
+    if family.kind(encoder.config).norm_first:
+        raise ValueError(
+            f"hidden dimensions of a {family.name} are not pruned: its LayerNorms come first, and none makes "
+            "the hidden states; prune heads and ffn (parts)"
+        )
 
 
 def detach(model: nn.Module) -> None:

@@ -108,7 +108,7 @@ class Budget(ABC):
             for layer in self.dense.layers
         )
         hidden = min(align, self.dense.hidden_size) if "hidden" in parts else self.dense.hidden_size
-        least = self.fraction(ModelShape(layers, hidden, self.dense.head_dim))
+        least = self.fraction(replace(self.dense, layers=layers, hidden_size=hidden))
         if wanted < least:
             within = f"{1 / least:.2f}x" if target.unit == "speedup" else f"{least * self._scale(target):.4g}"
             raise ValueError(
@@ -149,7 +149,7 @@ class SizeBudget(Budget):
         empty_layers = (LayerShape(0, 0),) * (len(self.dense.layers) - 1)
 
         def fraction(first: LayerShape) -> float:
-            return self.fraction(ModelShape((first, *empty_layers), hidden, self.dense.head_dim))
+            return self.fraction(replace(self.dense, layers=(first, *empty_layers), hidden_size=hidden))
 
         empty = fraction(LayerShape(0, 0))
         return empty, fraction(LayerShape(1, 0)) - empty, fraction(LayerShape(0, 1)) - empty

@@ -18,7 +18,7 @@ from pruned_ops.models.families.description import Family, LayerNames
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import pruned_counterpart
 from pruned_ops.models.stock import encoder_shape, find_encoder, projection_of
-from pruned_trainer.pruning.attach import HOOKS
+from pruned_trainer.pruning.attach import HOOKS, refuse_hidden
 from pruned_trainer.pruning.compensate import compensate as compensate_narrow
 from pruned_trainer.pruning.compensate import text_batches
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
@@ -75,6 +75,7 @@ def check_parts_of(model: nn.Module, parts: Sequence[str]) -> None:
     """ValueError where hidden dimensions are to be pruned under a head that cannot lose its own."""
     if "hidden" in parts:
         encoder = find_encoder(model)
+        refuse_hidden(encoder)
         _check_hidden(model, encoder, _known_around(model, encoder))
 
 
@@ -148,7 +149,7 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
         narrow, prefix = counterpart(new_config), f"{old.base_model_prefix}."
     state = _trained_state(old)
     for i, layer in enumerate(decision.layers):
-        _slice_layer(state, f"{prefix}{family.layers}.{i}.", family.layer, layer, source.head_dim)
+        _slice_layer(state, f"{prefix}{family.layers}.{i}.", family.layer, layer, source)
     if decision.hidden is not None:
         others = {family.text_head.last} if _pools(old) else set[str]()
         if projection_of(encoder) is not None:  # which the tables and their norm come before
@@ -207,20 +208,29 @@ def _check_inside(kept: Kept, size: int, what: str) -> None:
         raise ValueError(f"{what} {kept.indices[-1]}, the model has {size}")
 
 
+def repeated(kept: Tensor, times: int, rows: int) -> Tensor:
+    """The rows that stay of a matrix of so many, which is `times` matrices one after the other, of each of
+    which the rows `kept` stay: query, key and value, or both products of a gated FFN."""
+    return torch.cat([kept + i * (rows // times) for i in range(times)])
+
+
 def _slice_layer(
-    state: dict[str, Tensor], prefix: str, names: LayerNames, layer: LayerDecision, head_dim: int
+    state: dict[str, Tensor], prefix: str, names: LayerNames, layer: LayerDecision, source: ModelShape
 ) -> None:
     """Slice one layer's heads and FFN units, in place, and fold their gates into the output projections."""
+    head_dim = source.head_dim
     device = state[f"{prefix}{names.down}.weight"].device
     heads = torch.tensor(layer.heads.indices, dtype=torch.long, device=device)
     columns = (heads[:, None] * head_dim + torch.arange(head_dim, device=device)).flatten()
     head_gates = torch.tensor(layer.heads.values, device=device).repeat_interleave(head_dim)
     units = torch.tensor(layer.ffn.indices, dtype=torch.long, device=device)
     unit_gates = torch.tensor(layer.ffn.values, device=device)
-    for name, kept in (*((name, columns) for name in names.qkv), (names.up, units)):
-        for kind in ("weight", "bias"):
-            key = f"{prefix}{name}.{kind}"
-            state[key] = state[key].index_select(0, kept)
+    for name, kept, times in (
+        *((name, columns, 3 // len(names.qkv)) for name in names.qkv),
+        (names.up, units, 1 + source.gated),
+    ):
+        for key in {f"{prefix}{name}.weight", f"{prefix}{name}.bias"} & state.keys():
+            state[key] = state[key].index_select(0, repeated(kept, times, state[key].size(0)))
     key = f"{prefix}{names.attention_output}.weight"
     state[key] = state[key].index_select(1, columns) * head_gates.to(state[key])
     key = f"{prefix}{names.down}.weight"

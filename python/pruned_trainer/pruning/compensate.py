@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruned_ops.checkpoints.loading import load_tokenizer
+from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import config_of, find_encoder, layers_of, model_shape
 from pruned_trainer.pruning.decision import Decision
@@ -58,6 +59,16 @@ class Compensation:
         return (done or "none") + losses
 
 
+def refuse_compensation(model: nn.Module) -> None:
+    """ValueError for a model whose projections have no biases, or no LayerNorm after them."""
+    family = family_of(find_encoder(model).config)
+    if family.kind(find_encoder(model).config).norm_first:
+        raise ValueError(
+            f"what is removed of a {family.name} is not compensated: its LayerNorms come first; take "
+            "compensate='none' (--compensate none)"
+        )
+
+
 @dataclass
 class _ErrorMoments:
     """Sums over tokens, in fp64: of the inputs that are left (tokens, kept), of the error that their
@@ -93,6 +104,7 @@ class _Compensator:
         self, narrow: PreTrainedModel, model: PreTrainedModel, decision: Decision, batches: Batches,
         ridge: float,
     ) -> None:  # fmt: skip
+        refuse_compensation(model)
         self.narrow, self.model, self.batches, self.ridge = narrow, model, batches, ridge
         self.layers = layers_of(find_encoder(narrow))
         self.sources = layers_of(find_encoder(model))

@@ -4,7 +4,7 @@ they are made of scores, and their file."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Decision:
     def shape(self, source: ModelShape) -> ModelShape:
         """The shape that is left of a model of shape `source`."""
         hidden = source.hidden_size if self.hidden is None else len(self.hidden.indices)
-        return ModelShape(tuple(layer.shape for layer in self.layers), hidden, source.head_dim)
+        return replace(source, layers=tuple(layer.shape for layer in self.layers), hidden_size=hidden)
 
     def save(self, path: Path) -> None:
         """Write the decision as JSON; the file is there whole, or as it was before."""
@@ -229,7 +229,8 @@ def _shape(scores: Scores, budget: Budget, threshold: float, align: int) -> Mode
     )
     hidden = scores.rank.hidden
     # A model needs at least one hidden dimension.
-    return ModelShape(layers, round_up(max(count(hidden), 1), align, hidden.numel()), budget.dense.head_dim)
+    size = round_up(max(count(hidden), 1), align, hidden.numel())
+    return replace(budget.dense, layers=layers, hidden_size=size)
 
 
 def _best(rank: Tensor, values: Tensor, count: int) -> Kept:

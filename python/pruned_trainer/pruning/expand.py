@@ -10,6 +10,7 @@ import torch
 
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import find_encoder, model_shape
+from pruned_trainer.pruning.compact import repeated
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.gates import Gates
 
@@ -30,7 +31,8 @@ def expanded(model: Any, narrow: Any, decision: Decision) -> Any:
     into, state = wide.state_dict(), narrow.state_dict()
     encoder = find_encoder(wide)
     prefix = next(f"{name}." if name else "" for name, module in wide.named_modules() if module is encoder)
-    head_dim, family = model_shape(wide).head_dim, family_of(encoder.config)
+    shape, family = model_shape(wide), family_of(encoder.config)
+    head_dim = shape.head_dim
     with torch.no_grad():
         for name, tensor in state.items():
             place = name.removeprefix(f"{prefix}{family.layers}.")
@@ -44,11 +46,12 @@ def expanded(model: Any, narrow: Any, decision: Decision) -> Any:
             units = torch.tensor(layer.ffn.indices, dtype=torch.long)
             role = family.layer.by_role(name_in_layer)
             if role.startswith(("query.", "key.", "value.")):
-                into[name][columns] = tensor.to(into[name])
+                rows = repeated(columns, 3 // len(family.layer.qkv), into[name].size(0))
+                into[name][rows] = tensor.to(into[name])
             elif role == "attention_output.weight":
                 into[name][:, columns] = tensor.to(into[name])
             elif role.startswith("up."):
-                into[name][units] = tensor.to(into[name])
+                into[name][repeated(units, 1 + shape.gated, into[name].size(0))] = tensor.to(into[name])
             elif role == "down.weight":
                 into[name][:, units] = tensor.to(into[name])
             else:
