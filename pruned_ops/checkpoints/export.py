@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ def _original(model: Any) -> Any:
             "classification can, and encoders without a head"
         )
     encoder = model.base_model
-    if is_encoder(encoder) and family_of(encoder.config).kind(encoder.config) != BERT_KIND:
+    kind = family_of(encoder.config).kind(encoder.config) if is_encoder(encoder) else BERT_KIND
+    if replace(kind, bias_reach=None) != BERT_KIND:
         raise ValueError(f"this {name} cannot be exported: its layers are not of BERT's kind")
     reason = refuse_encoder(encoder) if is_encoder(encoder) else f"its encoder is a {type(encoder).__name__}"
     reason = reason or _refuse_head(model, head)

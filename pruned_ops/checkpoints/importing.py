@@ -79,17 +79,31 @@ def read_foreign(folder: str | Path, head_dim: int | None = None) -> tuple[Any, 
     for number, layer in layers.items():
         _check_layer(source, number, layer, head_dim)
     _fold_masks(source, layers, head_dim)
-    dropped = [_drop_dead(layer, head_dim, ACT2FN[source.activation]) for layer in layers.values()]
+    _check_biases(source, layers, head_dim)
+    dead = [_drop_dead(layer, head_dim, ACT2FN[source.activation]) for layer in layers.values()]
+    source.heads = [[i for i, gone in enumerate(heads) if not gone] for heads, _ in dead]
+    dropped = [(sum(heads), units) for heads, units in dead]
     if any(map(sum, dropped)):
         heads, units = map(sum, zip(*dropped, strict=True))
         source.notes.append(f"{heads} heads and {units} FFN units without effect, left out")
     return _build(source, list(layers.values()), head_dim), source.notes
 
 
+def _check_biases(source: Source, layers: dict[int, Tensors], head_dim: int) -> None:
+    """ValueError where a layer lacks heads, and heads have biases in a table that all layers share."""
+    bias, dense = source.family.relative_bias, source.size("num_attention_heads")
+    for number, layer in layers.items():
+        if bias is not None and len(layer["query.bias"]) != dense * head_dim:
+            raise ValueError(
+                f"{source.folder}: layer {number} has fewer than {dense} heads, and nothing says which "
+                f"columns of {bias.name} are theirs"
+            )
+
+
 @dataclass
 class Source:
     """A foreign checkpoint: its config, its tensors by name within the encoder, those of the head of this
-    name, and notes on what was recognised so far."""
+    name, and notes on what was recognised so far. heads: those of each layer's heads that have an effect."""
 
     folder: Path
     kind: str
@@ -98,6 +112,7 @@ class Source:
     encoder: Tensors
     head: Tensors
     notes: list[str] = field(default_factory=list)
+    heads: list[list[int]] = field(default_factory=list)
 
     @property
     def family(self) -> Family:
@@ -344,9 +359,9 @@ def _masks(source: Source) -> dict[str, Any]:
     return {part: mask for part, mask in masks.items() if mask is not None}
 
 
-def _drop_dead(layer: Tensors, head_dim: int, activation: Any) -> tuple[int, int]:
-    """Leave out the heads and FFN units without effect; returns how many of each. The constant that one of
-    them adds goes into the bias after it."""
+def _drop_dead(layer: Tensors, head_dim: int, activation: Any) -> tuple[list[bool], int]:
+    """Leave out the heads and FFN units without effect; returns which heads, and how many units. The constant
+    that one of them adds goes into the bias after it."""
     value, bias = layer["value.weight"], layer["value.bias"]
     after = layer["attention_output.weight"]
     heads = len(value) // head_dim
@@ -367,7 +382,7 @@ def _drop_dead(layer: Tensors, head_dim: int, activation: Any) -> tuple[int, int
     layer["down.bias"] += added.float()
     layer["up.weight"], layer["up.bias"] = up[~gone], bias[~gone]
     layer["down.weight"] = down[:, ~gone]
-    return int(dead.sum()), int(gone.sum())
+    return dead.tolist(), int(gone.sum())
 
 
 def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
@@ -382,6 +397,7 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
         **{"hidden_size": hidden, "num_hidden_layers": len(layers)},
         **{"head_dim": head_dim, "layer_shapes": shapes},
         **({} if source.family.projection is None else {"embedding_size": embedding}),
+        **({} if source.family.relative_bias is None else {"head_indices": source.heads}),
         **_head_sizes(source, hidden),
     }
     has_head, pooled = source.head_name != "", _POOLER[0] in source.encoder

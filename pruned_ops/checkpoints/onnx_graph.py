@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from pruned_ops.models.families.known import family_of
+from pruned_ops.models.relative_bias import bias_by_distance, heads_of_layers
 from pruned_ops.models.stock import layers_of, model_shape, projection_of
 from pruned_ops.runtime.packed_heads import SpanAndTypeHead, SpanHead, TextHead, packed_head, reads_place_0
 from pruned_ops.version import __version__
@@ -147,11 +148,39 @@ def _encode(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     closed = nodes.add("Mul", nodes.add("Sub", nodes.constant(1.0), mask), nodes.constant(-10000.0))
     activation = family_of(encoder.config).value(encoder.config, "hidden_act")
     names = {module: name for name, module in encoder.named_modules()}
-    for layer, sizes in zip(layers_of(encoder), shape.layers, strict=True):
+    biases = _biases(nodes, encoder, closed)
+    for layer, sizes, added in zip(layers_of(encoder), shape.layers, biases, strict=True):
         named = {part: (names[module], module) for part, module in vars(layer).items()}
-        x = _attention(nodes, x, closed, named, sizes.num_heads, shape.head_dim)
+        x = _attention(nodes, x, added, named, sizes.num_heads, shape.head_dim)
         x = _ffn(nodes, x, named, sizes.ffn_width, activation)
     return x
+
+
+def _biases(nodes: _Nodes, encoder: Any, closed: str) -> list[str]:
+    """What each layer adds to its scores, (batch, heads or 1, seqlen or 1, seqlen): `closed`, and a bias by
+    relative position where the encoder has one."""
+    heads, by_distance = heads_of_layers(encoder.config), bias_by_distance(encoder)
+    if by_distance is None:
+        return [closed] * len(heads)
+    reach = by_distance.size(1) // 2
+    place = _places(nodes)
+    keys, queries = (nodes.add("Unsqueeze", place, nodes.vector(axis)) for axis in (1, 2))
+    limits = nodes.constant(-reach), nodes.constant(reach)
+    column = nodes.add("Clip", nodes.add("Sub", keys, queries), *limits)
+    column = nodes.add("Add", column, nodes.constant(reach))
+    added = []
+    for number, kept in enumerate(heads):
+        rows = nodes.weight(f"layer.{number}.position_bias", by_distance[kept])
+        bias = nodes.add("Transpose", nodes.add("Gather", rows, column, axis=1), perm=[1, 0, 2, 3])
+        added.append(nodes.add("Add", bias, closed) if kept else closed)
+    return added
+
+
+def _places(nodes: _Nodes) -> str:
+    """0, 1, 2, ... in each row (batch, seqlen), by counting ids: runtimes would not know that a range has the
+    shape of the ids."""
+    ones = nodes.add("Cast", nodes.add("Equal", "input_ids", "input_ids"), to=TensorProto.INT64)
+    return nodes.add("CumSum", ones, nodes.constant(1), exclusive=1)
 
 
 def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
@@ -163,9 +192,8 @@ def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
         real = nodes.add("Cast", real, to=TensorProto.INT64)
         counted = nodes.add("CumSum", real, nodes.constant(1))
         positions = nodes.add("Add", nodes.add("Mul", counted, real), padding)
-    else:  # 0, 1, 2, ... by counting ids: runtimes would not know that a range has the shape of the ids
-        ones = nodes.add("Cast", nodes.add("Equal", "input_ids", "input_ids"), to=TensorProto.INT64)
-        positions = nodes.add("CumSum", ones, nodes.constant(1), exclusive=1)
+    else:
+        positions = _places(nodes)
 
     def table(name: str) -> str:
         return nodes.weight(f"embeddings.{name}", tables.get_submodule(name).weight)

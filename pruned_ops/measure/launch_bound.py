@@ -93,6 +93,6 @@ def tiny_twin(model: Any) -> Any:
         for layer in model_shape(model).layers
     ]
     sizes = {"hidden_size": _TINY, "head_dim": _TINY, "num_attention_heads": 1, "intermediate_size": _TINY,
-             "pooler_size": None}  # fmt: skip
+             "pooler_size": None, "head_indices": None}  # fmt: skip
     twin = type(config)(**{**config.to_dict(), **sizes, "layer_shapes": shapes})
     return pruned_class(head_name(type(model).__name__), config.model_type)(twin).to(model.device).eval()

@@ -166,7 +166,7 @@ def empty_config(config: Any) -> tuple[PrunedConfig, LayerShape]:
     layers = pruned(**values).shape.layers
     heads = max((layer.num_heads for layer in layers), default=0)
     width = max((layer.ffn_width for layer in layers), default=0)
-    empty = pruned(**{**values, "layer_shapes": [LayerShape(0, 0)] * len(layers)})
+    empty = pruned(**{**values, "layer_shapes": [LayerShape(0, 0)] * len(layers), "head_indices": None})
     return empty, LayerShape(heads, width)
 
 

@@ -114,6 +114,8 @@ class PrunedConfig:
     score_calibration: a `ScoreCalibration` as JSON; None where none was fitted.
     pooler_size: the width of the first linear on top of the encoder in sequence classification (BERT's
     pooler); None where it is hidden_size.
+    head_indices: for each layer, which heads of the dense model it has, where heads have a bias by relative
+    position; by default all of them.
     `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
     sizes that are negative, huge, or contradict each other.
     """
@@ -138,12 +140,14 @@ class PrunedConfig:
         null_score_threshold: float = 0.0,
         score_calibration: dict[str, float] | None = None,
         pooler_size: int | None = None,
+        head_indices: list[list[int]] | None = None,
         **fields: Any,
     ) -> None:
         layers = _parse_layers(layer_shapes)
         check_labels(fields)
         super().__init__(**_dense_fields(self.family, layers, fields))
         self._set_shapes(layers, head_dim)
+        self._set_heads(head_indices)
         self._set_answering(null_score_threshold, score_calibration)
         self.pooler_size = (
             None if pooler_size is None else checked_int("pooler_size", pooler_size, 1, MAX_WIDTH)
@@ -164,6 +168,29 @@ class PrunedConfig:
         self.layer_shapes = ModelShape(
             tuple(layers), self.hidden_size, self.head_dim, kind.gated, kind.has_biases
         ).to_json()
+
+    def _set_heads(self, head_indices: list[list[int]] | None) -> None:
+        if self.family.relative_bias is None:
+            if head_indices is not None:
+                raise ValueError(f"head_indices are for heads with a bias: {self.family.name} has none")
+            return
+        dense, numbers = self.num_attention_heads, [layer.num_heads for layer in self.shape.layers]
+        if head_indices is None:
+            if not set(numbers) <= {0, dense}:
+                raise ValueError(
+                    f"head_indices are needed: which of the dense model's {dense} heads each layer has"
+                )
+            head_indices = [list(range(number)) for number in numbers]
+        if not isinstance(head_indices, list) or len(head_indices) != len(numbers):
+            raise ValueError(f"head_indices is {shown(head_indices)}: a list for each layer is needed")
+        for i, (kept, number) in enumerate(zip(head_indices, numbers, strict=True)):
+            if not isinstance(kept, list) or len(kept) != number:
+                raise ValueError(f"head_indices[{i}] is {shown(kept)}: {number} numbers of heads are needed")
+            for index in kept:
+                checked_int(f"head_indices[{i}]", index, 0, dense - 1)
+            if kept != sorted(set(kept)):
+                raise ValueError(f"head_indices[{i}] is {shown(kept)}: the numbers have to rise")
+        self.head_indices = head_indices
 
     def _set_answering(self, null_score_threshold: float, score_calibration: dict[str, float] | None) -> None:
         if isinstance(null_score_threshold, bool) or not isinstance(null_score_threshold, (int, float)):

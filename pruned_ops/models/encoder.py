@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from pruned_ops.models.inputs import check_inputs, check_positions, default_posi
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.models.modules import put
 from pruned_ops.models.norm_first import NormFirstLayer
+from pruned_ops.models.relative_bias import scores_of_layers
 from pruned_ops.shape import LayerShape
 
 
@@ -99,6 +101,7 @@ class PrunedLayerModule(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(family.value(config, "hidden_dropout_prob"))
 
     def forward(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
+        """additive_mask: what is added to the scores, (batch or 1, heads or 1, seqlen or 1, seqlen)."""
         names, part = self.names, self.get_submodule
         attended = self.dropout(part(names.attention_output)(self._context(x, additive_mask)))
         x = part(names.attention_norm)(attended + x)
@@ -127,11 +130,17 @@ class PrunedStack(nn.Module):
 
     def __init__(self, config: PrunedConfig, list_name: str) -> None:
         super().__init__()
+        self._list_name = list_name
         self.add_module(list_name, pruned_layers(config))
 
-    def forward(self, x: Tensor, additive_mask: Tensor | None, collect: list[Tensor] | None) -> Tensor:
-        (layers,) = self.children()
-        return run_layers(layers, x, additive_mask, collect)
+    def forward(
+        self,
+        x: Tensor,
+        additive_mask: Tensor | None,
+        collect: list[Tensor] | None,
+        biases: Iterable[Tensor | None] = repeat(None),
+    ) -> Tensor:
+        return run_layers(self.get_submodule(self._list_name), x, additive_mask, collect, biases)
 
 
 def pruned_layers(config: PrunedConfig) -> nn.ModuleList:
@@ -142,10 +151,20 @@ def pruned_layers(config: PrunedConfig) -> nn.ModuleList:
     return nn.ModuleList(PrunedLayerModule(config, shape) for shape in shapes)
 
 
-def run_layers(layers: Any, x: Tensor, additive_mask: Tensor | None, collect: list[Tensor] | None) -> Tensor:
-    """Run padded layers one after the other; each one's output is appended to `collect` if it is given."""
-    for layer in layers:
-        x = layer(x, additive_mask)
+def run_layers(
+    layers: Any,
+    x: Tensor,
+    additive_mask: Tensor | None,
+    collect: list[Tensor] | None,
+    biases: Iterable[Tensor | None] = repeat(None),
+) -> Tensor:
+    """Run padded layers one after the other; each one's output is appended to `collect` if it is given.
+    biases: what each layer adds to its scores besides the mask, (1, heads, seqlen, seqlen)."""
+    for layer, bias in zip(layers, biases, strict=False):
+        added = additive_mask
+        if bias is not None:
+            added = bias if additive_mask is None else bias + additive_mask
+        x = layer(x, added)
         if collect is not None:
             collect.append(x)
     return x
@@ -327,6 +346,9 @@ class PrunedBertModel(PrunedPreTrainedModel):
             eps = family.value(config, "layer_norm_eps")
             norm = nn.LayerNorm(config.hidden_size, eps, bias=family.kind(config).norm_bias)
             put(self, family.final_norm, norm)
+        if family.relative_bias is not None:
+            table = nn.Embedding(family.relative_bias.buckets, config.num_attention_heads)
+            put(self, family.relative_bias.name, table)
         if add_pooling_layer and not family.has_pooler:
             raise ValueError(f"{family.name} has no pooler: add_pooling_layer is for families with one")
         self.pooler = PrunedPooler(config) if add_pooling_layer else None
@@ -377,11 +399,11 @@ class PrunedBertModel(PrunedPreTrainedModel):
             # The lowest finite number rather than -inf, with which a row of padding only would become NaN.
             additive_mask = (attention_mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min
         collect = [x] if output_hidden_states else None
-        stack = family.layers.rpartition(".")[0]
+        stack, biases = family.layers.rpartition(".")[0], scores_of_layers(self, x.size(1))
         if stack:
-            x = self.get_submodule(stack)(x, additive_mask, collect)
+            x = self.get_submodule(stack)(x, additive_mask, collect, biases)
         else:
-            x = run_layers(self.get_submodule(family.layers), x, additive_mask, collect)
+            x = run_layers(self.get_submodule(family.layers), x, additive_mask, collect, biases)
         if family.final_norm is not None:
             x = self.get_submodule(family.final_norm)(x)
             if collect is not None:  # as in transformers 5, the last of them is the model's output

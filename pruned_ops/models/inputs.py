@@ -74,7 +74,7 @@ def check_positions(config: Any, position_ids: Tensor | None) -> None:
     """Refuse positions where the publisher's model would rotate by them, and go by the places in the batch in
     windows and biases. Errors: ValueError."""
     family = family_of(config)
-    if position_ids is not None and family.kind(config).reads_positions:
+    if position_ids is not None and family.kind(config).by_position is not None:
         raise ValueError(
             f"position_ids were given: a {family.name} counts the places in the batch here, and takes none"
         )
@@ -88,11 +88,12 @@ def packed_inputs(
     token_type_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     batch: PackedBatch | None = None,
-) -> tuple[PackedBatch, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[PackedBatch, tuple[Tensor, ...]]:
     """Check padded inputs (batch, seqlen), and pack them for an encoder on `device`.
 
     batch: where the real tokens are, from a caller that knows it; by default the attention_mask tells it.
-    Returns the batch, and the ids, positions and types of its real tokens, (tokens,) each.
+    Returns the batch, and the ids, positions and types of its real tokens, (tokens,) each; where attention
+    has a bias by position also their places in the padded batch, int32 (tokens,), if anything is padded.
     Errors: those of `check_inputs`, `default_position_ids` and `PackedBatch.from_mask`.
     """
     check_inputs(config, input_ids, None, position_ids, token_type_ids)
@@ -108,7 +109,10 @@ def packed_inputs(
     positions, types = position_ids.expand(input_ids.shape), token_type_ids.expand(input_ids.shape)
     if not family_of(config).has_token_types(config):
         types = torch.zeros_like(input_ids)
-    return batch, (batch.pack(input_ids), batch.pack(positions), batch.pack(types))
+    packed = batch.pack(input_ids), batch.pack(positions), batch.pack(types)
+    if family_of(config).relative_bias is None or batch.index is None:
+        return batch, packed
+    return batch, (*packed, (batch.index % seqlen).int())
 
 
 def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:

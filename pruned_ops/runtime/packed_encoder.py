@@ -25,10 +25,12 @@ from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, Rows, free, placeholder, seal, unseal
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence, packed_inputs, returned
+from pruned_ops.models.relative_bias import bias_by_distance, heads_of_layers
 from pruned_ops.models.stock import LayerParts, encoder_class, encoder_shape, layers_of, projection_of
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
+from pruned_ops.runtime.refusals import BIAS_ON_GPU
 from pruned_ops.runtime.replaced import forwards_of, give_back, raise_on_change, replace
 
 # Held while an encoder is optimised, moved or restored, in any thread. Forwards do not take it.
@@ -79,7 +81,7 @@ class PackedEncoder(nn.Module):
         self._set_zeros()
         chosen = None if self.int8 and not self.stored_int8 else ()
         self.encoder = _laid_out(original, chosen, self.linear_dtype == "bfloat16", keep_fp32)
-        self._reads_positions = self.encoder.kind.reads_positions
+        self._reads_positions = self.encoder.kind.by_position is not None
         self._forwards = forwards_of(original)
         self._waiting: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -241,15 +243,17 @@ class PackedEncoder(nn.Module):
         head: PackedHead | None = None,
         collect: list[Tensor] | None = None,
     ) -> Outputs:
-        """Packed ids, positions and types, (tokens,) each -> the head's outputs, or without a head the hidden
-        states (tokens, hidden_size). It works on the device alone, so that it can be recorded.
+        """Packed ids, positions and types, (tokens,) each, and for a bias by position the places in the
+        padded batch -> the head's outputs, or without a head the hidden states (tokens, hidden_size). It
+        works on the device alone, so that it can be recorded.
 
         collect: the embedding and each layer's output are appended to it."""
-        embedded = self._embed(inputs)
+        ids, places = inputs[:3], inputs[3:]
+        embedded = self._embed(ids)
         if collect is not None:
             collect.append(embedded)
         positions = inputs[1].int() if self._reads_positions else None
-        x = self.encoder.run(embedded, cu_seqlens, max_seqlen, collect, positions)
+        x = self.encoder.run(embedded, cu_seqlens, max_seqlen, collect, places[0] if places else positions)
         if self.watch is not None:
             self.watch.look(self.encoder, embedded, cu_seqlens)
         return Outputs(x, None) if head is None else head(x, cu_seqlens)
@@ -280,7 +284,7 @@ class PackedEncoder(nn.Module):
         ids = torch.randint(self.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
         batch, inputs = packed_inputs(self.config, self.device, ids)
         stack = self.encoder
-        return int8_losses(stack, self._embed(inputs), batch.lengths, stack.int8_linears, weights=True)
+        return int8_losses(stack, self._embed(inputs[:3]), batch.lengths, stack.int8_linears, weights=True)
 
 
 def _laid_out(
@@ -307,6 +311,7 @@ def _laid_out(
                 values = torch.cat(rows) if len(rows) > 1 else rows[0]
                 seen[key] = nn.Parameter(values, requires_grad=False)
             setattr(module, name, seen[key])
+    _set_biases(stack, original)
     stack.pack(False, stack.linear_names if int8 is None else int8, bfloat16, keep_fp32)
     return stack.eval()
 
@@ -314,6 +319,19 @@ def _laid_out(
 def _layers(stack: PrunedEncoder, original: Any) -> Iterator[tuple[Any, LayerParts]]:
     """Each packed layer, and the parts of the encoder's own."""
     yield from zip(stack.layers, layers_of(original), strict=True)
+
+
+def _set_biases(stack: PrunedEncoder, original: Any) -> None:
+    """Give the attention of every layer its heads' biases by position, where the encoder has such biases.
+    Errors: ValueError on a GPU."""
+    by_distance = bias_by_distance(original)
+    if by_distance is None:
+        return
+    if by_distance.device.type == "cuda":
+        raise ValueError(BIAS_ON_GPU)
+    for layer, heads in zip(stack.layers, heads_of_layers(original.config), strict=True):
+        rows = by_distance.detach()[heads].contiguous()
+        layer.attention.position_bias = nn.Parameter(rows, requires_grad=False)
 
 
 def _sources(packed: Any, stock: LayerParts) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

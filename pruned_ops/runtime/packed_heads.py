@@ -373,6 +373,8 @@ def hook_head(module: nn.Module) -> tuple[PackedHead | None, bool]:
     names = tuple(parameters)[1:]
     # transformers 4's forwards do not hand keyword arguments on to the encoder.
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if stock_head(known[1]) is not None:
+        hands_on &= family_of(module.config).hands_on
     head = _any_packed_head(module) if hands_on else None
     after = _after_answering if issubclass(known[0], SpanHead) else _after_classifying
     before = partial(_before, names, head, reads_place_0(module))

@@ -26,6 +26,9 @@ from pruned_ops.models.stock import (
 
 # The number of a layer and, after it, the name of a module in it.
 _IN_A_LAYER = re.compile(r"(?:\w+\.)*layers?\.(\d+)(?:\.(.+))?")
+BIAS_ON_GPU = (
+    "its attention has a bias by relative position, which no kernel for a GPU computes: keep it on the CPU"
+)
 _CAPTURING = "transformers.utils.output_capturing"
 # Attributes of modules that change nothing in inference, or that are looked at elsewhere.
 WITHOUT_EFFECT = frozenset(
@@ -42,6 +45,7 @@ def refuse_encoder(encoder: Any, int8: bool = False, bfloat16: bool = False) -> 
         or _refuse_modules(encoder)
         or _refuse_parameters(encoder)
         or _refuse_mixture(encoder)
+        or _refuse_bias(encoder)
         or (_refuse_int8(encoder) if int8 else None)
         or (_refuse_bfloat16(encoder) if bfloat16 else None)
     )
@@ -79,6 +83,11 @@ def _refuse_mixture(encoder: Any) -> str | None:
         if len({isinstance(part, Int8Linear) for part in layer.qkv}) > 1:
             return f"of layer {number}'s query, key and value some are stored in int8 and some are not"
     return None
+
+
+def _refuse_bias(encoder: Any) -> str | None:
+    has_bias = family_of(encoder.config).relative_bias is not None
+    return BIAS_ON_GPU if has_bias and encoder.device.type == "cuda" else None
 
 
 def _refuse_config(config: Any) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 
 import pruned_ops
 from family_models import (
@@ -25,7 +25,10 @@ from family_models import (
 )
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.relative_bias import bucket_of_distance
+from pruned_ops.models.stock import model_shape
 from pruned_trainer import SizeBudget, Target, attached, compact, decide
+from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 
 def typed(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -171,3 +174,77 @@ def test_electras_discriminator_reads_packed_states() -> None:
     with pruned_ops.record() as ran:
         found = outputs(pruned_ops.optimize(model), inputs)
     assert ran["embed_layer_norm"] and largest_difference(found, expected) <= 2e-5
+
+
+def test_mpnets_bias_counts_places_where_the_mask_has_holes() -> None:
+    """The distance of two tokens is that of their places in the padded row, not in the packed one."""
+    model, inputs = stock("MPNet", ""), batch("holes", (60, 40, 9))
+    expected = outputs(model, inputs)
+    found = outputs(pruned_ops.optimize(model), inputs)
+    assert largest_difference(found, expected) <= 2e-5
+    places = inputs["attention_mask"].bool()
+    packed = {name: value[:1][:, places[0]] for name, value in inputs.items()}
+    elsewhere = outputs(model, packed)["last_hidden_state"]
+    assert (elsewhere - expected["last_hidden_state"][: len(elsewhere)]).abs().max() > 1e-2
+
+
+def test_mpnets_distances_share_the_publishers_buckets() -> None:
+    model = stock("MPNet", "")
+    bias = family_of(model.config).relative_bias
+    assert bias is not None
+    distance = torch.arange(-300, 301)
+    ours = bucket_of_distance(bias)[distance.clamp(-bias.reach, bias.reach) + bias.reach]
+    assert torch.equal(ours, model.encoder.relative_position_bucket(distance, num_buckets=32))
+
+
+def test_mpnets_pruned_heads_take_their_columns_along(tmp_path: Path) -> None:
+    """Twice pruned, and saved: each layer's heads are written down by their numbers in the dense model."""
+    model, inputs = stock("MPNet", ANSWERS, num_attention_heads=8), batch("holes")
+    for keep in ([(1, 4, 6, 7), (0, 2, 5)], [(0, 3), (2,)]):
+        shape = model_shape(model)
+        kept = [
+            LayerDecision(Kept(heads, (1.0,) * len(heads)), Kept(tuple(range(96)), (1.0,) * 96))
+            for heads in keep
+        ]
+        with attached(model) as gates:
+            gates.fix(Decision(tuple(kept), 1, {}, {}).values(shape))
+            gated = outputs(model, inputs)
+        model = compact(model, Decision(tuple(kept), 1, {}, {}))
+        assert largest_difference(outputs(model, inputs), gated) <= 2e-5
+    assert model.config.head_indices == [[1, 7], [5]]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    assert again.config.head_indices == [[1, 7], [5]]
+    assert largest_difference(outputs(again, inputs), outputs(model, inputs)) == 0
+    assert largest_difference(outputs(pruned_ops.optimize(again), inputs), gated) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (None, "head_indices are needed: which of the dense model's 4 heads each layer has"),
+        ([[0], [1]], r"head_indices\[1\] is \[1\]: 2 numbers of heads are needed"),
+        ([[0], [1, 4]], r"head_indices\[1\] is 4: it must lie between 0 and 3"),
+        ([[0], [1, 1]], r"head_indices\[1\] is \[1, 1\]: the numbers have to rise"),
+        ([[0]], "a list for each layer is needed"),
+    ],
+)
+def test_which_heads_are_left_is_checked(indices: Any, message: str) -> None:
+    shapes = [{"num_heads": 1, "ffn_width": 96}, {"num_heads": 2, "ffn_width": 96}]
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.for_model("pruned_mpnet", **fields("MPNet"), layer_shapes=shapes, head_indices=indices)
+    with pytest.raises(ValueError, match="head_indices are for heads with a bias: BERT has none"):
+        AutoConfig.for_model("pruned_bert", **fields("Bert"), head_indices=[[0], [0]])
+
+
+def test_mpnets_number_of_buckets_is_its_codes() -> None:
+    with pytest.raises(ValueError, match="relative_attention_num_buckets is 16, only 32 is computed"):
+        pruned_ops.optimize(stock("MPNet", ANSWERS, relative_attention_num_buckets=16))
+
+
+def test_mpnets_padding_in_the_midst_of_a_text() -> None:
+    """An id of padding that the mask calls real has a place, though the position of the padding."""
+    model, inputs = stock("MPNet", ANSWERS), batch("right", (20, 20))
+    inputs["input_ids"][:, 7] = 1
+    expected = outputs(model, inputs)
+    assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5

@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Ernie": {},
     "Data2VecText": {"type_vocab_size": 1},
     "Electra": {"embedding_size": 48},
+    "MPNet": {},
     "ModernBert": {  # the second layer is local, and texts are longer than its window
         "local_attention": 8,
         "bos_token_id": None,
@@ -81,6 +82,8 @@ def pruned(pruned_type: str, head: str, **more: Any) -> Any:
     torch.manual_seed(0)
     model_class, stem = pruned_class(head, pruned_type), PRUNED_TYPES[pruned_type]
     sizes: dict[str, Any] = {"hidden_size": 90, "num_hidden_layers": len(ODD_SHAPES), **more}
+    if family_named(stem).relative_bias is not None:
+        sizes["head_indices"] = [list(range(4 - layer.num_heads, 4)) for layer in ODD_SHAPES]
     config = model_class.config_class(
         **fields(stem, **sizes), head_dim=16, layer_shapes=list(ODD_SHAPES), num_labels=3
     )

@@ -70,6 +70,18 @@ class EmbeddingNames:
 
 
 @dataclass(frozen=True)
+class RelativeBias:
+    """A table (buckets, num_attention_heads) of what is added to the scores of all layers' attention, by the
+    bucket of the distance of key and query (see `models.relative_bias`).
+
+    name: of the table, from the encoder on. reach: from which distance on all keys are in one bucket."""
+
+    name: str
+    buckets: int
+    reach: int
+
+
+@dataclass(frozen=True)
 class TextHeadNames:
     """The head that labels a text: a linear on its first token, an activation, and a linear.
 
@@ -117,7 +129,9 @@ class Family:
     modules that score the words of the vocabulary, one after the other; words_rows: those that have a row
     for each word. answers_dropout: the config's field for dropout, in training, before the head for answers.
     positions_from_padding: whether real tokens alone are counted, from the place after the padding's id.
+    hands_on: whether the publisher's heads hand what they do not know on to their encoder.
     has_pooler: whether the encoder's class can make a pooler (`add_pooling_layer`).
+    relative_bias: the table of what is added to the scores of attention by relative position.
     projection: the name of a linear between embeddings and layers, which is there where they differ in width.
     final_norm: the name of a LayerNorm after the last layer. answers_head: that of the linear that finds
     answers. prediction_head: what all heads have before their last linear, and None in most families.
@@ -138,7 +152,9 @@ class Family:
     answers_dropout: str | None = None
     embeddings: EmbeddingNames = EmbeddingNames()
     positions_from_padding: bool = False
+    hands_on: bool = True
     has_pooler: bool = True
+    relative_bias: RelativeBias | None = None
     projection: str | None = None
     final_norm: str | None = None
     answers_head: str = "qa_outputs"

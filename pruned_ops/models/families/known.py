@@ -14,9 +14,10 @@ from pruned_ops.models.families.distilbert import DISTILBERT
 from pruned_ops.models.families.electra import ELECTRA
 from pruned_ops.models.families.ernie import ERNIE
 from pruned_ops.models.families.modernbert import MODERNBERT
+from pruned_ops.models.families.mpnet import MPNET
 from pruned_ops.models.families.roberta import ROBERTA
 
-FAMILIES = (BERT, ROBERTA, DISTILBERT, ERNIE, DATA2VEC_TEXT, ELECTRA, MODERNBERT)
+FAMILIES = (BERT, ROBERTA, DISTILBERT, ERNIE, DATA2VEC_TEXT, ELECTRA, MPNET, MODERNBERT)
 # By the model type of a stock or pruned config.
 BY_TYPE: dict[str, Family] = {kind: family for family in FAMILIES for kind in family.model_types}
 # The names of the publishers' encoder classes.

@@ -17,6 +17,7 @@ from pruned_ops.models.encoder import PRUNED_ENCODERS
 from pruned_ops.models.families.description import Family, LayerNames
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import pruned_counterpart
+from pruned_ops.models.relative_bias import heads_of_layers
 from pruned_ops.models.stock import encoder_shape, find_encoder, projection_of
 from pruned_trainer.pruning.attach import HOOKS, refuse_hidden
 from pruned_trainer.pruning.compensate import compensate as compensate_narrow
@@ -137,6 +138,11 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
             f"the decision keeps {shape.hidden_size} hidden dimensions, as many as the embeddings have: such "
             f"a {family.name} has no {family.projection}, which this one needs; keep more or fewer"
         )
+    if family.relative_bias is not None:
+        fields["head_indices"] = [
+            [heads[i] for i in layer.heads.indices]
+            for heads, layer in zip(heads_of_layers(config), decision.layers, strict=True)
+        ]
     if _pools(old):  # whose pooler stays as wide as it was
         fields["pooler_size"] = getattr(config, "pooler_size", None) or source.hidden_size
     fields.pop("architectures", None)
@@ -152,6 +158,8 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
         _slice_layer(state, f"{prefix}{family.layers}.{i}.", family.layer, layer, source)
     if decision.hidden is not None:
         others = {family.text_head.last} if _pools(old) else set[str]()
+        if family.relative_bias is not None:
+            others.add(f"{prefix}{family.relative_bias.name}")
         if projection_of(encoder) is not None:  # which the tables and their norm come before
             others |= {f"{prefix}embeddings.{name}" for name in vars(family.embeddings).values()}
         _slice_hidden(state, decision.hidden, family, others)
