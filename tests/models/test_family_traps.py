@@ -248,3 +248,10 @@ def test_mpnets_padding_in_the_midst_of_a_text() -> None:
     inputs["input_ids"][:, 7] = 1
     expected = outputs(model, inputs)
     assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
+
+
+def test_mpnets_bias_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stock("MPNet", "")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match="which no kernel for a GPU computes: keep it on the CPU"):
+        pruned_ops.optimize(model)
