@@ -161,7 +161,7 @@ def open_source(folder: Path) -> Source:
     config = read_config(folder)
     kind = _checked_kind(folder, config)
     family = BY_TYPE[kind]
-    if family.stack_kind is not None:
+    if family.stack_kind is not None and family.relative_bias is None:
         raise ValueError(
             f"{folder} is a {family.name}, of which no other tool's checkpoints are known: a dense one needs "
             "no import, and is pruned and optimised as it is"
