@@ -40,7 +40,9 @@ from pruned_trainer.tasks.task import Task
 
 ROUNDS = 9  # of the timing
 CUT = ("--max-length", "256")
-TEXTS = ("text_a", "text_b")  # the columns of which texts without labels are made
+# The columns of which texts without labels are made, those of one text together.
+TEXTS = (("text_a",), ("text_b",), ("title", "text"))
+CORPUS = "corpus.jsonl.gz"
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,11 @@ CASES = (
     ),
     Case(
         "retrieval (SciFact), no labels", "scifact", "jsonl.gz",
-        ("--task", "embedding", "--corpus", "corpus.jsonl.gz"), "ndcg", speedups=(2.0, 3.0), models="stsb",
+        ("--task", "embedding", "--corpus", CORPUS), "ndcg", speedups=(2.0, 3.0),
+    ),
+    Case(
+        "retrieval (SciFact) by the model of STS-B", "scifact", "jsonl.gz",
+        ("--task", "embedding", "--corpus", CORPUS), "ndcg", speedups=(2.0, 3.0), models="stsb",
     ),
 )  # fmt: skip
 
@@ -152,8 +158,9 @@ def train(study: Study, case: Case) -> None:
     judged = ("--validation-file", str(study.file(case, "validation")))
     judged += ("--eval-file", str(study.file(case, "eval")))
     minutes = ("--max-minutes", f"{study.minutes:g}")
-    data: tuple[str, ...] = ("--texts", str(texts_of(study)))
-    if case.epochs is not None:
+    if case.epochs is None:
+        data = ("--texts", str(texts_of(study, case)))
+    else:
         data = ("--train-file", str(study.file(case, "train")))
         start = ("--model", study.model, "--epochs", f"{case.epochs:g}", *data)
         run("finetune", *study.options(case), *start, "--out", study.dense(case))
@@ -166,15 +173,19 @@ def train(study: Study, case: Case) -> None:
         run("prune", *common, *target, "--out", str(study.folder(case, "control")))
 
 
-def texts_of(study: Study) -> Path:
-    """A file of the distinct texts in the training pairs of the data, a line each."""
-    path = study.work / "texts.txt"
+def texts_of(study: Study, case: Case) -> Path:
+    """A file of distinct texts like those that the case's model will see, a line each: what is searched and
+    what it is searched for, or the texts in the training pairs of all cases."""
+    path = study.work / case.trained_in / "texts.txt"
     if not path.is_file():
+        searched = study.data / case.folder / CORPUS
+        files = [searched, study.file(case, "train")] if searched.is_file() else []
         texts: dict[str, None] = {}
-        for file in sorted(study.data.glob("*/train.jsonl.gz")):
+        for file in files or sorted(study.data.glob("*/train.jsonl.gz")):
             with gzip.open(file, "rt", encoding="utf-8") as lines:
-                rows = map(json.loads, lines)
-                texts |= {" ".join(row[name].split()): None for row in rows for name in TEXTS if name in row}
+                for row in map(json.loads, lines):
+                    parts = [[row[name] for name in names if name in row] for names in TEXTS]
+                    texts |= {" ".join(" ".join(part).split()): None for part in parts}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "\n".join(text for text in texts if text) + "\n")
     return path

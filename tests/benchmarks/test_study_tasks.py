@@ -66,7 +66,7 @@ def test_each_case_has_a_row_with_its_control_and_int8(study: Study, tmp_path: P
     )
     steps = ("classes/control", "classes/dense", "classes/pruned-2", "vectors/pruned-2")
     assert done == [f"{step}/model.safetensors" for step in steps]
-    texts = (study.work / "texts.txt").read_text().splitlines()
+    texts = (study.work / "vectors/texts.txt").read_text().splitlines()
     assert len(texts) == len(set(texts)) > 60
 
     study_tasks.write(rows, tmp_path / "tasks.csv", "python study")
@@ -91,6 +91,22 @@ def test_finished_steps_are_not_done_again_and_interrupted_ones_go_on(
         ("prune", "--resume"),
         ("prune", "--overwrite"),
     ]
+
+
+def test_an_embedder_of_documents_learns_from_them(study: Study) -> None:
+    """Titles before texts, the queries beside them, and none of the other cases' pairs."""
+    folder = study.data / "search"
+    folder.mkdir()
+    write_rows(
+        folder / "corpus.jsonl.gz", [{"id": "1", "title": "a  b", "text": "c"}, {"id": "2", "text": "d"}]
+    )
+    write_rows(
+        folder / "train.jsonl.gz", [{"id": "0", "text": "e", "relevant": ["1"]}, {"id": "3", "text": "d"}]
+    )
+    case = Case(
+        "search", "search", "jsonl.gz", ("--task", "embedding", "--corpus", "corpus.jsonl.gz"), "ndcg"
+    )
+    assert study_tasks.texts_of(study, case).read_text().splitlines() == ["a b c", "d", "e"]
 
 
 def test_files_that_are_missing_are_named(study: Study) -> None:
