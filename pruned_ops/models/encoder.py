@@ -199,6 +199,11 @@ class PrunedPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """The padded attention is its own: transformers, which guesses from the source, would take a name."""
+        return False
+
+    @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:

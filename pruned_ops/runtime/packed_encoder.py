@@ -261,10 +261,9 @@ class PackedEncoder(nn.Module):
     def _embed(self, inputs: Sequence[Tensor]) -> Tensor:
         """Packed ids, positions and types, (tokens,) each -> their embedding (tokens, hidden_size)."""
         ids, places, types = inputs
-        none = torch.zeros_like(ids)  # the one row of a table that is not there
         embedded = ops.embed_layer_norm(
             ids,
-            none if self.positions is None else places,
+            torch.zeros_like(ids) if self.positions is None else places,  # the one row of a table of zeros
             types,
             self.words.weight,
             self.zeros if self.positions is None else self.positions.weight,

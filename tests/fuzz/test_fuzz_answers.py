@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,8 +67,9 @@ def test_streams(word_answerer: QuestionAnswerer, records: list[Any]) -> None:
     assert len(results) == len(records)
     right = word_answerer.answer(RECORD["question"], RECORD["context"])
     for index, (record, result) in enumerate(zip(records, results, strict=True)):
-        if record == RECORD:
-            assert result == right
+        if record == RECORD:  # within rounding: another batch may sum in another order
+            assert replace(result, score=right.score) == right
+            assert result.score == pytest.approx(right.score, abs=1e-6)
         if isinstance(result, RefusedQuestion):
             assert result.index == index and "\n" not in str(result)
 

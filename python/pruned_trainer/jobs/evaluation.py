@@ -41,25 +41,28 @@ def model_facts(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any
 
 
 def time_models(
-    models: Mapping[str, PreTrainedModel], workload: Workload, dtype: str | None = None
+    models: Mapping[str, PreTrainedModel],
+    workload: Workload,
+    dtype: str | None = None,
+    stock: Mapping[str, PreTrainedModel] | None = None,
+    settle: tuple[str, str] | None = None,
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
-    """Time the optimised models "dense" and "pruned" against each other on one workload, until their ratio is
-    settled, and the dense model as it is beside them; returns the timings, and the backends that ran each op,
-    by the models' names. dtype: as for `optimize`."""
-    first = models["dense"]
+    """Time optimised models against each other on one workload; returns the timings, and the backends that
+    ran each op, by the models' names. dtype: as for `optimize`. stock: models that are timed beside them as
+    they are. settle: as for `interleave`."""
+    first = next(iter(models.values()))
     config, device = config_of(first), running_encoder(first).device
     inputs = workload.inputs(config.vocab_size, config.pad_token_id, device)
     backends: dict[str, Any] = {}
-    stock = copy.deepcopy(first).eval()
     with ExitStack() as stack:
         for name, model in models.items():
             stack.enter_context(optimized(model, dtype))
             with pruned_ops.record() as ran:
                 model(**inputs[0])
             backends[name] = {op: ", ".join(sorted(counts)) for op, counts in ran.items()}
-        timed = {**models, _STOCK: stock}
+        timed = {**models, **(stock or {})}
         runners = {name: (lambda batch, model=model: model(**batch)) for name, model in timed.items()}
-        return interleave(runners, workload, inputs, TIMED_ROUNDS, settle=("pruned", "dense")), backends
+        return interleave(runners, workload, inputs, TIMED_ROUNDS, settle=settle), backends
 
 
 def timing_json(timing: Timing, backends: Mapping[str, str]) -> dict[str, Any]:
@@ -114,8 +117,11 @@ def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict
     models = {"dense": dense, "pruned": pruned}
     workload, target = job.workload, chosen.decision.target
     parts, dtype = {name: timed_part(judged.model) for name, judged in models.items()}, job.settings.dtype
+    stock, ratio = {_STOCK: copy.deepcopy(parts["dense"]).eval()}, ("pruned", "dense")
     with threads(job.settings.threads):
-        timings, backends = once(lambda: time_models(parts, workload, job.settings.served_dtype))
+        timings, backends = once(
+            lambda: time_models(parts, workload, job.settings.served_dtype, stock, ratio)
+        )
     report: dict[str, Any] = {}
     for name, judged in models.items():
         timed = {workload.name: timing_json(timings[name], backends[name])}
