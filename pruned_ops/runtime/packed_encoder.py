@@ -155,7 +155,7 @@ class PackedEncoder(nn.Module):
         head_run: receives the outputs of its head; last_hidden_state and pooler_output then have no rows.
         packed_batch: where the real tokens are, from a caller that knows it; the mask is then not looked at.
         """
-        self._check_arguments(unsupported, output_attentions, inputs_embeds)
+        self._check_arguments(_without_size(unsupported, input_ids), output_attentions, inputs_embeds)
         self._check_autocast()
         if not torch.compiler.is_compiling():
             for kind, forward in self._forwards:
@@ -284,6 +284,15 @@ class PackedEncoder(nn.Module):
         batch, inputs = packed_inputs(self.config, self.device, ids)
         stack = self.encoder
         return int8_losses(stack, self._embed(inputs[:3]), batch.lengths, stack.int8_linears, weights=True)
+
+
+def _without_size(arguments: dict[str, Any], input_ids: Tensor | None) -> dict[str, Any]:
+    """The arguments without the size of the padded batch, which ModernBERT's heads of transformers 4 say
+    beside the ids."""
+    size = {name: arguments[name] for name in ("batch_size", "seq_len") if name in arguments}
+    if not size or input_ids is None or tuple(size.values()) != tuple(input_ids.shape):
+        return arguments
+    return {name: value for name, value in arguments.items() if name not in size}
 
 
 def _laid_out(
