@@ -51,6 +51,8 @@ def _problems(place: Place, tiny: bool) -> Iterator[tuple[str, str, list[Any]]]:
         up, down = place.tensor(width, hidden) * 0.03, place.tensor(hidden, width) * 0.03
         bias, inner = place.tensor(hidden), place.tensor(tokens, width)
         yield "linear_gelu", f"{hidden}->{width}", [x, up, place.tensor(width)]
+        gated = place.tensor(2 * width, hidden) * 0.03
+        yield "linear_geglu", f"{hidden}->{width}", [x, gated, place.tensor(2 * width)]
         yield "linear_add_layer_norm", f"{width}->{hidden}", [inner, down, bias, residual, *norm]
         yield "add_layer_norm", f"{hidden}", [x, bias, residual, *norm]
         sizes = (3000, 512, 2)
