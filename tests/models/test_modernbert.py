@@ -20,7 +20,9 @@ from pruned_ops.models.families.modernbert import GLOBAL, LOCAL, MODERNBERT
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
 from pruned_ops.runtime.packed_heads import mean_rows
-from pruned_trainer import SizeBudget, Target, attached, compact, decide
+from pruned_trainer import Decision, attached, compact
+from pruned_trainer.pruning.compensate import compensate
+from pruned_trainer.pruning.decision import Kept, LayerDecision
 
 CLOSE = 2e-5
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -179,10 +181,38 @@ def test_what_pruning_refuses() -> None:
         attached(model, parts=["hidden"]),
     ):
         pass
-    with attached(model) as gates:
-        decision = decide(gates.scores(), SizeBudget(gates.shape, "params"), Target(params=0.5), 1)
-    with pytest.raises(ValueError, match="what is removed of a ModernBERT is not compensated"):
-        compact(model, decision, [batch("right"), batch("left")])
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_what_follows_from_the_rest_is_compensated(biases: bool, layer_by_layer: bool) -> None:
+    """Each first head and unit is a copy of the second, with other outputs: least squares recover it."""
+    model, inputs = encoder(attention_bias=biases, mlp_bias=biases), batch("holes")
+    heads, units = model.config.num_attention_heads, model.config.intermediate_size
+    with torch.no_grad():
+        for layer in model.layers:
+            for linear, matrices, kept in ((layer.attn.Wqkv, 3, heads), (layer.mlp.Wi, 2, units)):
+                for parameter in linear.parameters():
+                    each = parameter.view(matrices, kept, -1)
+                    each[:, 0] = each[:, 1]
+            layer.mlp.Wo.weight[:, 0] += torch.randn(model.config.hidden_size)
+
+    def rest(number: int) -> Kept:
+        return Kept(tuple(range(1, number)), (1.0,) * (number - 1))
+
+    decision = Decision((LayerDecision(rest(heads), rest(units)),) * len(model.layers), 1, {}, {})
+    batches = [batch(kind, (70, 33, 64)) for kind in ("right", "left", "holes")]
+    expected, bare, solved = outputs(model, inputs), compact(model, decision), compact(model, decision)
+    compensate(solved, model, decision, batches, "least-squares", layer_by_layer=layer_by_layer, ridge=1e-12)
+    assert largest_difference(outputs(solved, inputs), expected) <= 1e-3
+    assert largest_difference(outputs(bare, inputs), expected) > 1e-1
+    if biases:
+        compact(model, decision, batches, "bias")
+    else:
+        done = compensate(compact(model, decision), model, decision, batches)
+        assert set(done.methods.values()) == {"least-squares"}
+        with pytest.raises(ValueError, match="of heads and ffn have no bias in this ModernBertModel"):
+            compact(model, decision, batches, "bias")
 
 
 def test_a_unit_counts_three_rows() -> None:

@@ -33,6 +33,7 @@ from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
 from pruned_trainer.pruning.compact import check_parts_of
+from pruned_trainer.pruning.compensate import refuse_compensation
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.options import BY_LABELS
@@ -374,8 +375,9 @@ def budget_for(
     settings: PruneSettings, dense: PreTrainedModel, lengths: Sequence[int], table: LatencyTable | None
 ) -> Budget:
     """The budget in the targets' unit (MACs where there is no target); ValueError for a target out of
-    reach."""
+    reach, and for parts or a compensation that the model does not allow."""
     check_parts_of(dense, settings.parts)
+    refuse_compensation(dense, settings.compensation)
     shape = model_shape(dense)
     if not settings.targets:
         return SizeBudget(shape, "macs", lengths)

@@ -2,9 +2,9 @@
 for what was removed. It needs inputs without labels, and no training.
 
 bias: the mean of what a layer's removed heads or FFN units gave goes into the output bias. least-squares: the
-output matrix is solved by ridge regression of what was lost on the units that are left, and the bias goes
-with it (Kwon et al. 2022, Kurtic et al. 2023). auto: for each part, whichever of these lowers the loss on
-other inputs; often the least squares do, but they can also hurt.
+output matrix is solved by ridge regression of what was lost on the units that are left, and the bias, where
+there is one, goes with it (Kwon et al. 2022, Kurtic et al. 2023). auto: for each part, whichever of these
+lowers the loss on other inputs; often the least squares do, but they can also hurt.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from pruned_trainer.pruning.options import COMPENSATIONS, COMPENSATIONS_MADE
 from pruned_trainer.tasks.output_kinds import Outputs, comparable_outputs, divergences, label_losses
 from pruned_trainer.tasks.task import is_labelled, without_labels
 
-# The output projection of each part in a layer, and the LayerNorm that it leads to, among `LayerParts`.
+# The output projection of each part in a layer, among `LayerParts`.
 PROJECTIONS = {"heads": "attention_output", "ffn": "down"}
-_NORMS = {"heads": "attention_norm", "ffn": "ffn_norm"}
 # The parts in the order in which `auto` chooses for them: FFN units are most of what is removed.
 PARTS = ("ffn", "heads")
 # The ridge, as a part of the mean variance of the units that are left.
@@ -59,13 +58,14 @@ class Compensation:
         return (done or "none") + losses
 
 
-def refuse_compensation(model: nn.Module) -> None:
-    """ValueError for a model whose projections have no biases, or no LayerNorm after them."""
-    family = family_of(find_encoder(model).config)
-    if family.kind(find_encoder(model).config).norm_first:
+def refuse_compensation(model: nn.Module, method: str) -> None:
+    """ValueError where a method corrects biases alone, and a part's projections have none."""
+    kind = family_of(find_encoder(model).config).kind(find_encoder(model).config)
+    lacking = [part for part, has in (("heads", kind.attention_bias), ("ffn", kind.ffn_bias)) if not has]
+    if method == "bias" and lacking:
         raise ValueError(
-            f"what is removed of a {family.name} is not compensated: its LayerNorms come first; take "
-            "compensate='none' (--compensate none)"
+            f"the output projections of {' and '.join(lacking)} have no bias in this "
+            f"{type(model).__name__}: compensate by least-squares, auto or none (--compensate)"
         )
 
 
@@ -82,10 +82,11 @@ class _ErrorMoments:
         self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
         self.tokens += len(kept)
 
-    def corrections(self, method: str, ridge: float) -> tuple[Tensor | None, Tensor]:
-        """What is to be added to the output matrix (None: nothing) and to the output bias."""
+    def corrections(self, method: str, ridge: float, has_bias: bool) -> tuple[Tensor | None, Tensor]:
+        """What is to be added to the output matrix (None: nothing) and to the output bias, which is 0 where
+        there is none: the matrix then makes up for the means, too."""
         kept_sum, error_sum, squares, products = self.sums
-        mean, error = kept_sum / self.tokens, error_sum / self.tokens
+        mean, error = kept_sum / self.tokens * has_bias, error_sum / self.tokens * has_bias
         if method == "bias" or not len(mean):
             return None, error
         covariance = squares / self.tokens - torch.outer(mean, mean)
@@ -104,7 +105,6 @@ class _Compensator:
         self, narrow: PreTrainedModel, model: PreTrainedModel, decision: Decision, batches: Batches,
         ridge: float,
     ) -> None:  # fmt: skip
-        refuse_compensation(model)
         self.narrow, self.model, self.batches, self.ridge = narrow, model, batches, ridge
         self.layers = layers_of(find_encoder(narrow))
         self.sources = layers_of(find_encoder(model))
@@ -118,10 +118,7 @@ class _Compensator:
             self.kept["heads", i] = columns.flatten()
             self.kept["ffn", i] = torch.tensor(layer.ffn.indices, dtype=torch.long, device=device)
         self.before = {
-            place: (
-                self.projection(place).weight.detach().clone(),
-                self.projection(place).bias.detach().clone(),
-            )
+            place: {name: x.detach().clone() for name, x in self.projection(place).named_parameters()}
             for place in self.kept
         }
 
@@ -132,22 +129,27 @@ class _Compensator:
         """Every place in the order in which a model computes them."""
         return ((part, i) for i, part in product(range(len(self.layers)), ("heads", "ffn")))
 
+    def methods_for(self, part: str) -> tuple[str, ...]:
+        """The methods that can correct a part: least squares alone where it has no biases."""
+        biased = "bias" in self.before[part, 0]
+        return tuple(method for method in COMPENSATIONS_MADE if biased or method != "bias")
+
     def reset(self) -> None:
         """Set every projection to what compaction made of it."""
-        for place, (weight, bias) in self.before.items():
-            self.projection(place).weight.data.copy_(weight)
-            self.projection(place).bias.data.copy_(bias)
+        for place, parameters in self.before.items():
+            for name, before in parameters.items():
+                getattr(self.projection(place), name).data.copy_(before)
 
     def correct(self, place: Place, moments: _ErrorMoments, method: str) -> None:
         """Add a method's corrections to one projection, in its own dtype."""
         if not moments.tokens:
             return
-        weight, bias = self.before[place]
-        matrix, offset = moments.corrections(method, self.ridge)
-        projection = self.projection(place)
-        projection.bias.data.copy_(bias.double() + offset)
+        projection, before = self.projection(place), self.before[place]
+        matrix, offset = moments.corrections(method, self.ridge, "bias" in before)
+        if "bias" in before:
+            projection.bias.data.copy_(before["bias"].double() + offset)
         if matrix is not None:
-            projection.weight.data.copy_(weight.double() + matrix)
+            projection.weight.data.copy_(before["weight"].double() + matrix)
 
     def whole_moments(self) -> dict[Place, _ErrorMoments]:
         """The moments of every place, from one pass of the source model."""
@@ -156,7 +158,7 @@ class _Compensator:
         def hooks(place: Place, real: Tensor) -> Iterator[Any]:
             part, i = place
             source, raw = getattr(self.sources[i], PROJECTIONS[part]), []
-            kept, (weight, _) = self.kept[place], self.before[place]
+            kept, weight = self.kept[place], self.before[place]["weight"]
             rows = source.weight.detach().double()[self.hidden]
 
             def before_gates(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -177,9 +179,8 @@ class _Compensator:
         return moments
 
     def moments_in_turn(self, place: Place) -> _ErrorMoments:
-        """The moments of one place in the narrow model as it is now: its own inputs, and what the sum that
-        enters the LayerNorm lacks of the source model's, whatever the reason."""
-        part, i = place
+        """The moments of one place in the narrow model as it is now: its own inputs, and what the sum with
+        its output lacks of the source model's, whatever the reason."""
         moments, sums, left = _ErrorMoments(), list[Tensor](), list[Tensor]()
 
         def keep(into: list[Tensor], real: Tensor, columns: Any) -> Callable[..., None]:
@@ -187,7 +188,7 @@ class _Compensator:
 
         for batch in self.batches:
             real = batch["attention_mask"].bool()
-            norm, own_norm = (getattr(layers[i], _NORMS[part]) for layers in (self.sources, self.layers))
+            norm, own_norm = (_norm_after(each, place) for each in (self.model, self.narrow))
             with _hooked([norm.register_forward_pre_hook(keep(sums, real, self.hidden))]):
                 self.model(**without_labels(batch))
             own = [
@@ -200,6 +201,20 @@ class _Compensator:
             moments.add(left.pop(), whole - lacking)
             sums.clear()
         return moments
+
+
+def _norm_after(model: PreTrainedModel, place: Place) -> Any:
+    """The LayerNorm that takes the sum of a projection's output and of what went around it."""
+    (part, i), encoder = place, find_encoder(model)
+    family, layers = family_of(encoder.config), layers_of(encoder)
+    if not family.kind(encoder.config).norm_first:
+        return layers[i].attention_norm if part == "heads" else layers[i].ffn_norm
+    if part == "heads":
+        return layers[i].ffn_norm
+    if i + 1 < len(layers):
+        return layers[i + 1].attention_norm
+    assert family.final_norm is not None, "a stack that norms first norms once more at its end"
+    return encoder.get_submodule(family.final_norm)
 
 
 def compensate(
@@ -221,9 +236,11 @@ def compensate(
     which then serves for nothing else). The loss is the batches' own where they have the task's LABELS, else
     the divergence from `reference` (default: the model). layer_by_layer: each layer is solved on the outputs
     of the compensated layers before it, which takes two passes over the calibration for every part of every
-    layer instead of one for all. Errors: ValueError for an unknown method, or too few batches.
+    layer instead of one for all. Errors: ValueError for an unknown method, too few batches, and for bias
+    where a projection has none (auto leaves that out there).
     """
     _check(method, calibration, validation)
+    refuse_compensation(model, method)
     if method == "none":
         return Compensation(dict.fromkeys(PARTS, "none"))
     if method == "auto" and validation is None:
@@ -245,7 +262,7 @@ def compensate(
             build(methods)
             return Compensation(methods)
         assert validation is not None
-        return _best(build, _loss_on(narrow, reference or model, validation))
+        return _best(build, _loss_on(narrow, reference or model, validation), compensator.methods_for)
 
 
 def _check(method: str, calibration: Batches, validation: Batches | None) -> None:
@@ -256,13 +273,17 @@ def _check(method: str, calibration: Batches, validation: Batches | None) -> Non
         raise ValueError(f"{len(calibration)} calibration batches: {method} needs {needed} or more")
 
 
-def _best(build: Callable[[dict[str, str]], None], loss: Callable[[], float]) -> Compensation:
+def _best(
+    build: Callable[[dict[str, str]], None],
+    loss: Callable[[], float],
+    methods_for: Callable[[str], Sequence[str]],
+) -> Compensation:
     """Build, for one part after another, what lowers the loss most; nothing where nothing does."""
     methods = dict.fromkeys(PARTS, "none")
     build(methods)
     before = least = loss()
     for part in PARTS:
-        for candidate in COMPENSATIONS_MADE:
+        for candidate in methods_for(part):
             build({**methods, part: candidate})
             reached = loss()
             if reached < least:
