@@ -10,6 +10,10 @@ PART ?= all
 # What `make bench` measures: models or ops.
 BENCH ?= models
 
+# The tests start many processes: a module that one has compiled is not compiled again in each, whatever the caller's
+# environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
 VENV := .venv
 BIN := $(VENV)/bin
@@ -89,10 +93,10 @@ docs: $(VENV)/.docs
 	cp -r --parents $(DOCS) build/pages
 	$(BIN)/mkdocs build --strict
 
-# What takes one core runs beside another such; what each of them says comes when it has ended.
+# What takes one core runs beside another such; what each of them says comes when it has ended. make begins them in this
+# order: the compilers first, beside pip.
 ci:
-	$(MAKE) -j2 --output-sync=target $(STAMP) $(VENV4)/.installed
-	$(MAKE) -j2 --output-sync=target asan lint docs
+	$(MAKE) -j2 --output-sync=target $(VENV)/.extension $(VENV)/.libraries $(ASAN_BUILT) $(VENV4)/.installed lint docs asan
 	$(MAKE) test test-transformers4
 
 # On transformers 4: what differs from .venv is installed in .venv4, the rest is .venv's. The two tools make checkpoints
@@ -118,9 +122,14 @@ test-transformers4: $(STAMP) $(VENV4)/.installed
 # The extension's own tests with every access and operation of it checked. A second build, beside the first: the
 # package in build/asan comes before the checkout's. Leaks are not looked for, Python's and torch's would be found.
 ASAN_TESTS := tests/ops/test_bf16.py tests/ops/test_encoder.py tests/ops/test_int8.py tests/ops/test_ops.py
-asan: $(STAMP)
+ASAN_BUILT := build/asan/.built
+$(ASAN_BUILT): $(VENV)/.torch $(SOURCES) $(shell find pruned_ops python -name '*.py')
+	mkdir -p build/asan
 	PRUNED_OPS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib >build/asan.log \
 		|| { cat build/asan.log; exit 1; }
+	touch $@
+
+asan: $(STAMP) $(ASAN_BUILT)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
 	$(BIN)/pytest -q -k "(cpu or encoder or int8 or bf16) and not compiles_whole and not reference and not triton" $(ASAN_TESTS)

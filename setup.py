@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -229,24 +230,28 @@ def make_build_extension() -> type:
 
         def compile_kernels(self, ext: Extension) -> list[str]:
             """Compile each file once per capability, those of DEFAULT first: where several objects hold the
-            same inline function the linker keeps the first copy, which must run on every processor."""
-            objects: list[str] = []
-            copies = [(KERNELS, *copy) for copy in CAPABILITY_FLAGS.items()]
-            copies += [(INT8_KERNELS, *copy) for copy in INT8_FLAGS.items()]
-            copies += [(BF16_KERNELS, *copy) for copy in BF16_FLAGS.items()]
-            order = [*CAPABILITY_FLAGS, *INT8_FLAGS, *BF16_FLAGS]
-            for source, capability, flags in sorted(copies, key=lambda copy: order.index(copy[1])):
+            same inline function the linker keeps the first copy, which must run on every processor. As many
+            capabilities are compiled at once as MAX_JOBS says, or as there are processors."""
+            files = {KERNELS: CAPABILITY_FLAGS, INT8_KERNELS: INT8_FLAGS, BF16_KERNELS: BF16_FLAGS}
+
+            def compiled(capability: str) -> list[str]:
+                sources = [source for source, known in files.items() if capability in known]
                 # ATen's headers know AVX512, not what a processor may have besides.
                 vectors = capability if capability in CAPABILITY_FLAGS else "AVX512"
                 macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{vectors}"]
-                objects += self.compiler.compile(
-                    [source],
+                flags = files[sources[0]][capability]
+                return self.compiler.compile(
+                    sources,
                     output_dir=os.path.join(self.build_temp, capability),
                     include_dirs=ext.include_dirs,
                     extra_postargs={"cxx": [*CXX_FLAGS, *SANITIZE, *macros, *flags]},
                     depends=ext.depends,
                 )
-            return objects
+
+            order = CAPABILITY_FLAGS | INT8_FLAGS | BF16_FLAGS
+            jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
+            with ThreadPoolExecutor(jobs) as pool:
+                return [each for objects in pool.map(compiled, order) for each in objects]
 
     return BuildExtension
 
