@@ -5,6 +5,7 @@ Objects are named by a digest of all that went into them, so what did not change
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -60,14 +61,14 @@ def included(source: Path, kernels: Path) -> list[Path]:
     return files
 
 
-def _flags(source: Path, kernels: Path) -> list[str]:
+def _flags(source: Path) -> list[str]:
     # Nothing in the module needs to be quick.
-    return [*FLAGS, f"-I{kernels}", f"-I{HERE}", *(["-O0"] if source.name == "module.cpp" else [])]
+    return [*FLAGS, f"-I{HERE}", *(["-O0"] if source.name == "module.cpp" else [])]
 
 
 def object_of(source: Path, kernels: Path = KERNELS) -> Path:
-    """Where the object of this source is, or will be."""
-    digest = hashlib.sha256(_target() + " ".join(_flags(source, kernels)).encode())
+    """Where the object of this source is, or will be: the same for the same text in any folder."""
+    digest = hashlib.sha256(_target() + " ".join(_flags(source)).encode())
     for path in included(source, kernels):
         digest.update(path.read_bytes())
     return OUTPUT / f"{source.stem}-{digest.hexdigest()[:16]}.o"
@@ -76,11 +77,13 @@ def object_of(source: Path, kernels: Path = KERNELS) -> Path:
 def compiled(source: Path, kernels: Path = KERNELS) -> Path:
     """The object of this source. kernels: the folder of the kernels and of their headers."""
     target = object_of(source, kernels)
-    if not target.exists():
-        OUTPUT.mkdir(parents=True, exist_ok=True)
-        command = [compiler(), "-x", "c++", *_flags(source, kernels), "-c", str(source)]
-        run([*command, "-o", f"{target}.{os.getpid()}"])
-        os.replace(f"{target}.{os.getpid()}", target)
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that compiles it is waited for
+        if not target.exists():
+            command = [compiler(), "-x", "c++", f"-I{kernels}", *_flags(source), "-c", str(source)]
+            run([*command, "-o", f"{target}.{os.getpid()}"])
+            os.replace(f"{target}.{os.getpid()}", target)
     return target
 
 
