@@ -159,10 +159,12 @@ def loading(python: str, dry: bool) -> list[Part]:
     return [Part("build", build, 120, environment=build_environment(python)), info]
 
 
-def tests(python: str, names: Sequence[str], seconds: float, out: Path) -> Part:
-    """pytest on all cores, where pytest-xdist is there; tests with a time limit after that, alone."""
+def tests(python: str, dry: bool, names: Sequence[str], seconds: float, out: Path) -> Part:
+    """pytest on all cores, where pytest-xdist is there; tests with a time limit after that, alone. The few of
+    a dry run are on one core."""
     pytest = [python, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *names]
-    spread = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
+    workers = 1 if dry else min(8, os.cpu_count() or 1)
+    spread = ["-n", str(workers), "--dist", "worksteal"] if find_spec("xdist") else []
     report = [f"--junitxml={out / 'tests.xml'}"]
     return Part(
         "tests",
@@ -205,7 +207,7 @@ def first(python: str, dry: bool, out: Path) -> list[Part]:
     device, times = ("cpu", PATIENCE) if dry else ("cuda", 1)
     return [
         *loading(python, dry),
-        tests(python, DRY_TESTS if dry else GPU_TESTS, 130 * times, out),
+        tests(python, dry, DRY_TESTS if dry else GPU_TESTS, 130 * times, out),
         kernels(python, device, 3 * times, out),
         models(
             python, dry, 2 * times, out,
@@ -223,7 +225,7 @@ def second(python: str, dry: bool, out: Path, failed: Path | None) -> list[Part]
     device, times = ("cpu", PATIENCE) if dry else ("cuda", 1)
     parts = [
         *loading(python, dry),
-        tests(python, names, 60 * times, out),
+        tests(python, dry, names, 60 * times, out),
         kernels(python, device, 1 * times, out, "--only-times"),
         models(
             python, dry, 0.8 * times, out,

@@ -1,0 +1,5 @@
+"""Every job here reports quickly."""
+
+from jobs import quick_reports
+
+__all__ = ["quick_reports"]
