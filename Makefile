@@ -132,7 +132,8 @@ $(ASAN_BUILT): $(VENV)/.torch $(SOURCES) $(shell find pruned_ops python -name '*
 asan: $(STAMP) $(ASAN_BUILT)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
-	$(BIN)/pytest -q -k "(cpu or encoder or int8 or bf16) and not compiles_whole and not reference and not triton" $(ASAN_TESTS)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n auto --dist worksteal \
+		-k "(cpu or encoder or int8 or bf16) and not compiles_whole and not reference and not triton" $(ASAN_TESTS)
 
 # The extension's threads, with every access to memory watched: a third build, whose at::parallel_for makes threads that
 # ThreadSanitizer knows (tests/tsan). setarch: it wants memory where it looks for it.
