@@ -65,11 +65,11 @@ class Results:
         return sorted({row["row"] for row in self.rows if row.get("kind") == "row"})
 
     def row(self, letter: str, retraining: str = "distilled") -> list[Row]:
-        """The rows of a letter, or of a recipe, of all seeds, that were trained on in this way, or not at
-        all. Studies from before there were two ways had distillation."""
+        """The rows of a letter, or of a recipe (which has one way alone), of all seeds, that were trained on
+        in this way, or not at all."""
         ways = (retraining, "none")
         rows = [row for row in self.rows if row.get("row") == letter]
-        return [row for row in rows if row.get("retraining", "distilled") in ways]
+        return [row for row in rows if row.get("retraining", retraining) in ways]
 
     def timed(self, letter: str) -> list[Row]:
         """The newest timings of a letter on their first workload, of all seeds."""

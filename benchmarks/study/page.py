@@ -8,6 +8,7 @@ from typing import Any
 from harness import Row
 from presentation import table
 from pruned_trainer.pruning.options import MAX_PACE
+from study.claims import claims, kept_by_layer, thirds
 from study.figures import NAMES, PARTS, SCORES, Results, dense_score, timed
 from study.records import over_seeds
 from study.rows import METHODS, OTHERS, RETRAININGS
@@ -23,17 +24,6 @@ PAPERS: dict[str, tuple[Any, ...]] = {
     "f": (57.6, 73.7, 76.8, 82.4, 2.24),
     "g": (60.1, 78.4, 67.8, 81.5, 2.40),
 }
-
-
-# How gates were trained in a file from before its rows said so; it goes when the study is made again.
-EARLIER_GATES: dict[str, Row] = {
-    "study-cpu-amd-epyc-family-26-model-2-1t.csv": {
-        "gate_batch": 4, "gate_learning_rate": 0.6, "gate_start": 2.5, "penalty": "open",
-        "joint_pace": 300 / 36, "joint_learning_rate": 0.1,
-    }
-}  # fmt: skip
-# The probability by which an open gate was charged, and the paper's, by the name of the penalty.
-CHARGED = {"open": "P(gate > 0)", "one": "P(gate = 1)"}
 
 
 def mean(rows: Sequence[Row], value: str, form: str = "{:.2f}", scale: float = 1.0) -> str:
@@ -95,7 +85,7 @@ def section(results: Results) -> list[str]:
         ),
         "",
     ]
-    for part in (_curves_text, _rows_text, _layers_text, _hidden_text, _recipes_text, _origin_text):
+    for part in (claims, _curves_text, _rows_text, _layers_text, _hidden_text, _recipes_text, _origin_text):
         text += part(results)
     return text
 
@@ -115,11 +105,11 @@ def _curves_text(results: Results) -> list[str]:
         "#### Four ways to choose, without retraining",
         "",
         "The lowest-ranking heads, or FFN units, are removed and nothing is trained after that; "
-        f"{first['questions']} questions. {_l0_text(first)} Differences are "
-        f"between answers to the same questions. L0's gates saw {first['windows_l0']:,} windows of the "
-        f"training file, gain saw {first['windows_gain']:,}, and leave-one-out saw "
-        f"{first['windows_leave-one-out']:,}, once for each head and once for each group of 64 FFN units."
-        + _gates_text(results, first),
+        f"{first['questions']} questions. L0 gates were held to closing a share of the part, and at each "
+        "share those rank that were held nearest to it. Differences are between answers to the same "
+        f"questions. L0's gates saw {first['windows_l0']:,} windows of the training file, gain saw "
+        f"{first['windows_gain']:,}, and leave-one-out saw {first['windows_leave-one-out']:,}, once for "
+        f"each head and once for each group of 64 FFN units. {_gates_text(first)}",
         "",
         *image(results, "curves", "F1 and span F1 over the share removed, by four ways to choose"),
     ]
@@ -128,29 +118,13 @@ def _curves_text(results: Results) -> list[str]:
     return text
 
 
-def _l0_text(row: Row) -> str:
-    if "held" in row:
-        return (
-            "L0 gates were held to closing a share of the part, and at each share those rank that were held "
-            "nearest to it."
-        )
+def _gates_text(row: Row) -> str:
+    """How the gates were trained, with the paper's numbers beside."""
     return (
-        "L0 gates were trained at several multiples of the paper's lambda; at each share the multiple is "
-        "used whose own threshold removes the nearest share."
-    )
-
-
-def _gates_text(results: Results, row: Row) -> str:
-    """How the gates were trained, with the paper's numbers beside; empty where neither the row nor
-    EARLIER_GATES knows it."""
-    gates = {**EARLIER_GATES.get(results.path.name, {}), **row}
-    if "gate_batch" not in gates:
-        return ""
-    return (
-        f" L0's gates were trained with {gates['gate_batch']} windows a step (the paper: 24) at a rate of "
-        f"{gates['gate_learning_rate']:g} (the paper: 0.1), from a log_alpha of {gates['gate_start']:g} (the "
-        f"paper does not say), and an open gate was charged by {CHARGED[gates['penalty']]} (the paper: "
-        f"{CHARGED['one']}). The L0 columns speak for this training of gates alone."
+        f"L0's gates were trained with {row['gate_batch']} windows a step (the paper: 24) at a rate of "
+        f"{row['gate_learning_rate']:g} (the paper: 0.1), from a log_alpha of {row['gate_start']:g} (the "
+        "paper does not say), and an open gate was charged by P(gate = 1), as in the paper. The L0 columns "
+        "speak for this training of gates alone."
     )
 
 
@@ -171,13 +145,11 @@ def _curve_table(results: Results, part: str) -> list[str]:
 
 
 def _compensated(results: Results, part: str) -> list[str]:
-    """Span F1 of the same choices once the narrow models were compensated; empty for an earlier study."""
+    """Span F1 of the same choices once the narrow models were compensated."""
     value, lines = "f1_span_compensated", []
     for fraction in results.curve(part, "l0"):
         cells = [mean(results.curve(part, method).get(fraction, []), value) for method in METHODS]
         lines.append([f"{100 * fraction:g}%", *cells])
-    if all(cell == "-" for line in lines for cell in line[1:]):
-        return []
     header = [f"{PARTS[part]} removed, compensated: span F1", *(NAMES[method] for method in METHODS)]
     return table(header, lines)
 
@@ -196,7 +168,8 @@ def _ordering(results: Results, part: str) -> list[str]:
         orders = [f"in {name} {_order(results, part, method, score)}" for score, name in SCORES.items()]
         text.append(f"- L0 against {NAMES[method]}: {'. '.join(reversed(orders)).replace('. in', '. In')}.")
     gates = [
-        f"{100 * fraction:g}% from {_gates_of(rows)}" for fraction, rows in results.curve(part, "l0").items()
+        f"{100 * fraction:g}% from those held at {100 * rows[0]['held']:g}%"
+        for fraction, rows in results.curve(part, "l0").items()
     ]
     text.append(
         f"- L0's gates: {'; '.join(gates)}. Where another share is removed, it is the lowest by log_alpha."
@@ -212,13 +185,6 @@ def _ordering(results: Results, part: str) -> list[str]:
         f"- L0 removes {share} for less than 5 points of both scores (the paper, BERT-base: {paper})."
     )
     return [*text, ""]
-
-
-def _gates_of(rows: Sequence[Row]) -> str:
-    """The gates that ranked at a point of the curves."""
-    if "held" in rows[0]:
-        return f"those held at {100 * rows[0]['held']:g}%"
-    return f"lambda x{rows[0]['multiple']:g}, which closed {mean(rows, 'closed', '{:.0f}%', 100)}"
 
 
 def _order(results: Results, part: str, method: str, score: str) -> str:
@@ -237,38 +203,13 @@ def _rows_text(results: Results) -> list[str]:
     letters = [letter for letter in results.letters() if letter in PAPERS]
     if not letters:
         return []
-    if any("retraining" in row for row in results.row(letters[0])):
-        text, others = _both_retrainings(results, letters), [x for x in OTHERS if results.row(x)]
-    else:
-        text, others = _by_lambdas(results, letters), []
+    text = _both_retrainings(results, letters)
     for timings in list(results.timings.values()) or [[]]:
-        text += _speed_table(results, timings, [*letters, *others])
+        text += _speed_table(results, timings, [*letters, *(x for x in OTHERS if results.row(x))])
     return text + image(results, "speed", "Points lost over measured speed-up, the paper's beside ours")
 
 
-TABLE_TITLE = "#### The rows of the paper's table"
-PAPERS_MODEL = "The paper's model is BERT-large on SQuAD 2.0 dev, on a K80 at batch 1."
 PAPERS_COLUMNS = ("paper: heads, FFN removed", "paper: F1 before, after")
-
-
-def _by_lambdas(results: Results, letters: Sequence[str]) -> list[str]:
-    """The table of an earlier study, whose gates were at multiples of the paper's lambda."""
-    first = results.row(letters[0])[0]
-    lines = []
-    for letter in letters:
-        rows = results.row(letter)
-        lambdas = ", ".join(f"{rows[0].get(f'lambda_{part}', 0):g}" for part in ("heads", "ffn"))
-        lines.append([letter, lambdas, *_quality(rows), *papers(letter)])
-    return [
-        TABLE_TITLE,
-        "",
-        "Gates of heads and of FFN units trained apart at multiples of the paper's lambda on frozen weights, "
-        f"decided at log_alpha 0, compacted, trained on with distillation ({first['windows_retrained']:,} "
-        f"windows; the paper: with cross-entropy, an epoch); {first['questions']:,} questions. Row a is the "
-        "dense model as it came: there is no dense control, trained on for as long. " + PAPERS_MODEL,
-        "",
-        *table(["row", "lambda (heads, FFN)", *QUALITY_COLUMNS, *PAPERS_COLUMNS], lines),
-    ]
 
 
 def _both_retrainings(results: Results, letters: Sequence[str]) -> list[str]:
@@ -284,13 +225,13 @@ def _both_retrainings(results: Results, letters: Sequence[str]) -> list[str]:
             lines += [[letter, retraining, *cells]] if rows else []
     columns = [*QUALITY_COLUMNS, "F1 against control", "span F1 against control", *PAPERS_COLUMNS]
     return [
-        TABLE_TITLE,
+        "#### The rows of the paper's table",
         "",
         "Gates of heads and of FFN units trained apart on frozen weights, held to the paper's own shares, "
         f"compacted, and trained on ({first['windows_retrained']:,} windows; the paper: an epoch) with "
         f"cross-entropy, as in the paper, or with distillation; {first['questions']:,} questions. Row a is "
         "the dense model as it came. The control is that model, half every second layer of it, trained on "
-        "for as many steps. " + PAPERS_MODEL,
+        "for as many steps. The paper's model is BERT-large on SQuAD 2.0 dev, on a K80 at batch 1.",
         "",
         *table(["row", "trained on with", *columns], lines),
     ]
@@ -354,10 +295,8 @@ def _layers_text(results: Results) -> list[str]:
     number = len(lines[0]) - 1
     text += table(["row", *(f"layer {i}" for i in range(number))], lines)
     for column, part in enumerate(("heads", "FFN units")):
-        kept = [[int(layer.split("/")[column]) for layer in row["layers"].split()] for row in rows]
-        total = [sum(values) / len(rows) for values in zip(*kept, strict=True)]
-        shares.append(f"{part} {', '.join(f'{share:.0%}' for share in _thirds(total))}")
-        totals[part] = total
+        totals[part] = kept_by_layer(rows, column)
+        shares.append(f"{part} {', '.join(f'{share:.0%}' for share in thirds(totals[part]))}")
     return [
         *text,
         "Each cell shows the heads and the FFN width that are left. The first, middle and last third of the "
@@ -368,18 +307,11 @@ def _layers_text(results: Results) -> list[str]:
     ]
 
 
-def _thirds(values: Sequence[float]) -> list[float]:
-    """The shares of the sum that lie in the first, middle and last third of the values."""
-    number, whole = len(values), sum(values)
-    ends = [round(number * k / 3) for k in range(4)]
-    return [sum(values[low:high]) / (whole or 1) for low, high in zip(ends, ends[1:], strict=False)]
-
-
 def _ends_text(totals: Mapping[str, Sequence[float]]) -> str:
     """Which ends of the model are pruned harder than its middle by 3% of what is left or more, by part."""
     sentences = []
     for part, total in totals.items():
-        first, middle, last = _thirds(total)
+        first, middle, last = thirds(total)
         harder = [name for name, share in (("first", first), ("last", last)) if middle - share >= 0.03]
         ends = " and ".join(f"the {name}" for name in harder) or "neither"
         sentences.append(f"of {part}, {ends}")
@@ -397,8 +329,7 @@ def _hidden_text(results: Results) -> list[str]:
         text += table(header, lines)
     if rows:
         cells = [mean(rows, "hidden_removed", "{:.1f}%", 100), *_quality(rows), mean(rows, "mib", "{:.1f}")]
-        how = "lambda 1, 1, 1" if "lambda_hidden" in rows[0] else "held"
-        header = [f"row h ({how}): hidden removed", *QUALITY_COLUMNS, "MiB", "speed-up"]
+        header = ["row h: hidden removed", *QUALITY_COLUMNS, "MiB", "speed-up"]
         text += table(header, [[*cells, mean(results.timed("h"), "speedup", "{:.2f}x")]])
     return text
 
@@ -421,25 +352,22 @@ def _recipes_text(results: Results) -> list[str]:
         *table(header, lines),
         "Seconds are the processor's, or the clock's on a GPU. The joint recipe's number of steps was "
         "planned so that it takes as long as row e; steps of both were timed one after the other for it."
-        + _joint_text(results, joint),
+        + _joint_text(joint[0]),
         "",
     ]
 
 
-def _joint_text(results: Results, rows: Sequence[Row]) -> str:
+def _joint_text(row: Row) -> str:
     """What the joint recipe's steps were, and how well its plan was kept."""
-    row = {**EARLIER_GATES.get(results.path.name, {}), **rows[0]}
     text = ""
-    if "planned_seconds" in row and row.get("gate_seconds") and row.get("retrain_seconds"):
+    if row.get("gate_seconds") and row.get("retrain_seconds"):
         took = row["gate_seconds"] + row["retrain_seconds"]
         text += f" It was planned for {row['planned_seconds']:.0f} s, and took {took:.0f} s."
-    if "joint_pace" in row:
-        rate = row["joint_pace"] * row["joint_learning_rate"]
-        text += (
-            f" It had {row['gate_steps']} gate steps, so its gates moved {row['joint_pace']:.1f} times as "
-            f"fast, at a rate of {rate:.2f}; the most is now {MAX_PACE:g} times."
-        )
-    return text
+    rate = row["joint_pace"] * row["joint_learning_rate"]
+    return text + (
+        f" It had {row['gate_steps']} gate steps, so its gates moved {row['joint_pace']:.1f} times as fast, "
+        f"at a rate of {rate:.2f}; the most is {MAX_PACE:g} times."
+    )
 
 
 def _origin_text(results: Results) -> list[str]:

@@ -101,7 +101,8 @@ def curve_row(
         row |= {score: 60 - behind, f"{score}_loss": dense - 60 + behind}
         for name, value in ((f"{score}_loss", dense - 60 + behind), (f"{score}_behind_l0", behind)):
             row |= {name: value, f"{name}_low": value - width, f"{name}_high": value + width}
-    row |= {"multiple": 2, "closed": 0.45} if method == "l0" else {}
+    row |= {"gate_batch": 4, "gate_learning_rate": 0.1, "gate_start": 2.5}
+    row |= {"held": 0.45} if method == "l0" else {}
     row |= {f"windows_{name}": 64 for name in ("l0", "gain", "leave-one-out", "retrained")}
     return {**row, **harness.stamp(), "command": "python study", "model": "m"}
 
@@ -116,6 +117,13 @@ def test_an_order_is_stated_only_where_the_interval_allows(tmp_path: Path) -> No
     assert "L0 against leave-one-out: in span F1 not to be told apart at 50%." in text
     assert "L0 against random: in span F1 not to be told apart at 50%." in text  # -6 to 0 over two seeds
     assert "| 63.00 (-3.0; -6.0 to 0.0) |" in text
-    assert "- L0's gates: 50% from lambda x2, which closed 45%." in text
+    assert "- L0's gates: 50% from those held at 45%." in text
+    assert (
+        "| without retraining, L0 gates choose heads better than gain | shown | 50% +3.0 (+1.0 to +5.0) |"
+        in text
+    )
+    assert "choose heads better than random | not shown | 50% -3.0 (-6.0 to +0.0) |" in text
+    assert "without 50%: F1 lost -2.0 (-2.0 to -2.0); span F1 lost +10.0 (+10.0 to +10.0)" in text
+    assert "not retrained | shown at F1; the opposite at span F1 |" in text
     assert "L0 removes none of the shares tried for less than 5 points of both" in text
     assert "Not finished, and so missing above: row-g-seed0." in text

@@ -167,7 +167,8 @@ def _check_page(path: Path) -> None:
     text = "\n".join(study_page.section(results))
     assert all(f"](results/{one.name})" in text for one in drawn)
     titles = [line[5:] for line in text.splitlines() if line.startswith("#### ")]
-    assert len(titles) == 5 and titles[0].startswith("Four ways to choose")
+    assert len(titles) == 6 and titles[0] == "The paper's claims" and titles[1].startswith("Four ways")
+    _check_claims(results, text)
     assert "- L0 against random: in span F1 " in text and "Not finished" not in text
     for row in results.row("e") + results.row("e", "cross-entropy") + results.row("joint"):
         assert f"| {row['f1']:.2f} |" in text and study_page.change([row], "f1_span_loss") in text
@@ -175,6 +176,21 @@ def _check_page(path: Path) -> None:
     assert all(f"{row['speedup']:.2f}x" in text for row in speeds if row["row"] in "aeb")
     assert "heads removed, compensated" in text and "those held at 50%" in text
     assert "8 windows a step (the paper: 24) at a rate of 0.1" in text and "(control)" in text
+
+
+def _check_claims(results: study_figures.Results, text: str) -> None:
+    """Differences between rows are those of the rows' own scores, and the controls' losses are repeated."""
+    (distilled,), (plain,) = results.row("e"), results.row("e", "cross-entropy")
+    won = distilled["f1_span"] - plain["f1_span"]
+    (line,) = [each for each in text.splitlines() if "distillation is better than cross-entropy" in each]
+    assert f"row e {won:+.1f} (" in line
+    won = distilled["f1_span"] - results.row("half")[0]["f1_span"]
+    (line,) = [each for each in text.splitlines() if "than a smaller dense one" in each]
+    assert f"row e {won:+.1f} (" in line and f"by half the layers, {distilled['macs_cut']:.2f}x" in line
+    won = plain["f1_span"] - plain["f1_span_before"]
+    (line,) = [each for each in text.splitlines() if "wins back what pruning lost" in each]
+    assert f"row e {won:+.1f} (" in line
+    assert f"control: row e {plain['f1_loss_control']:+.1f} (" in text and "arrives as speed" in text
 
 
 def _lasting(row: Row) -> Row:
