@@ -64,7 +64,8 @@ class ModelShape:
     """The shape of every layer, the width of the model and the width of a head.
 
     `num_heads * head_dim` need not equal `hidden_size`. gated: whether an FFN channel has two rows of weights
-    before it. biases: whether linears and LayerNorms have biases.
+    before it. biases: whether linears and LayerNorms have biases. windows: for each layer the largest
+    distance of a key from its query, and None for any; empty where no layer has a window.
     """
 
     layers: tuple[LayerShape, ...]
@@ -72,11 +73,14 @@ class ModelShape:
     head_dim: int
     gated: bool = False
     biases: bool = True
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         checked_int("hidden_size", self.hidden_size, 1, MAX_WIDTH)
         checked_int("head_dim", self.head_dim, 1, MAX_WIDTH)
         checked_int("number of layers", len(self.layers), 0, MAX_LAYERS)
+        if self.windows and len(self.windows) != len(self.layers):
+            raise ValueError(f"{len(self.windows)} windows are given for {len(self.layers)} layers")
         if self.parameters() > MAX_PARAMETERS:
             raise ValueError(
                 f"these layer shapes hold {self.parameters():,} parameters; more than "
@@ -91,12 +95,13 @@ class ModelShape:
         head_dim: int,
         gated: bool = False,
         biases: bool = True,
+        windows: tuple[int | None, ...] = (),
     ) -> ModelShape:
         """Make a ModelShape from the JSON form of its layers, as config.json holds it."""
         if not isinstance(layers, (list, tuple)):
             raise ValueError(f"layer_shapes is {shown(layers)}: a list with one entry a layer is needed")
         parsed = tuple(LayerShape.parse(layer, f"layer_shapes[{i}]") for i, layer in enumerate(layers))
-        return cls(parsed, hidden_size, head_dim, gated, biases)
+        return cls(parsed, hidden_size, head_dim, gated, biases, windows)
 
     @classmethod
     def dense(
@@ -123,12 +128,19 @@ class ModelShape:
 
     def macs(self, lengths: Sequence[int]) -> int:
         """The multiply-accumulates of the layers' matrix products for sequences of these lengths (tokens),
-        where each token attends to all of its sequence."""
+        where each token attends to those of its sequence that lie in the layer's window."""
         tokens = sum(lengths)
-        pairs = sum(length * length for length in lengths)
+        windows = self.windows or (None,) * len(self.layers)
+        pairs = {window: sum(_pairs(length, window) for length in lengths) for window in set(windows)}
         total = 0
-        for layer in self.layers:
+        for layer, window in zip(self.layers, windows, strict=True):
             width = layer.num_heads * self.head_dim
             inner = 4 * width + (2 + self.gated) * layer.ffn_width
-            total += tokens * inner * self.hidden_size + 2 * pairs * width
+            total += tokens * inner * self.hidden_size + 2 * pairs[window] * width
         return total
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """The pairs of a query and a key at most `window` apart in a sequence of so many tokens."""
+    reach = max(length - 1, 0) if window is None else min(window, max(length - 1, 0))
+    return length + reach * (2 * length - reach - 1)

@@ -62,6 +62,12 @@ class StackKind:
         """Whether an attention depends on its tokens' positions."""
         return self.by_position is not None or self.bias_reach is not None
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer's attention; empty where none has one."""
+        found = tuple(each.window for each in self.by_position or ())
+        return () if all(window is None for window in found) else found
+
     def of_layer(self, layer: int) -> ByPosition:
         """What the attention of a layer does with positions."""
         return PLAIN if self.by_position is None else self.by_position[layer]

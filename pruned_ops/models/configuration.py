@@ -259,7 +259,7 @@ class PrunedConfig:
     def shape(self) -> ModelShape:
         """The shapes of the layers, as the runtime takes them."""
         kind = self.family.kind(self)
-        sizes = self.hidden_size, self.head_dim, kind.gated, kind.has_biases
+        sizes = self.hidden_size, self.head_dim, kind.gated, kind.has_biases, kind.windows
         return ModelShape.parse(self.layer_shapes, *sizes)
 
 

@@ -120,7 +120,7 @@ def encoder_shape(encoder: Any) -> ModelShape:
     dense = LayerShape(config.num_attention_heads, family.value(config, "intermediate_size"))
     head_dim = config.hidden_size // config.num_attention_heads
     layers = (dense,) * config.num_hidden_layers
-    return ModelShape(layers, config.hidden_size, head_dim, kind.gated, kind.has_biases)
+    return ModelShape(layers, config.hidden_size, head_dim, kind.gated, kind.has_biases, kind.windows)
 
 
 @dataclass(frozen=True)

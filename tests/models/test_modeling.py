@@ -234,3 +234,8 @@ def test_shape_counts() -> None:
     lengths = [3, 5]
     by_hand = sum(n * (4 * 8 * 8 + 2 * 8 * 10) + 2 * n * n * 8 for n in lengths)
     assert shape.macs(lengths) == by_hand
+    for window in (None, 0, 1, 3, 9):
+        near = [abs(q - k) for n in lengths for q in range(n) for k in range(n)]
+        pairs = sum(window is None or distance <= window for distance in near)
+        windowed = ModelShape(shape.layers * 2, 8, 4, windows=(None, window))
+        assert windowed.macs(lengths) == 2 * by_hand - 2 * 8 * (len(near) - pairs)

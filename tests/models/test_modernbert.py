@@ -225,3 +225,6 @@ def test_a_unit_counts_three_rows() -> None:
         parameter.numel() for name, parameter in model.named_parameters() if name.startswith("layers.")
     )
     assert dense.parameters() == counted + 64  # the first layer lacks one of its LayerNorms
+    near, far = model.config.local_attention // 2, None
+    assert dense.windows == (far, near, near, far, near)
+    assert pruned("pruned_modernbert", "").config.shape.windows == dense.windows[: len(shape.layers)]

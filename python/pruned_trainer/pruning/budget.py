@@ -144,24 +144,27 @@ class SizeBudget(Budget):
     def reached(self, shape: ModelShape, target: Target | None) -> dict[str, float]:
         return {self.unit: self.fraction(shape)}
 
-    def _counts(self, hidden: int) -> tuple[float, float, float]:
-        """Fractions that an empty encoder, one head and one FFN unit cost at this hidden size."""
-        empty_layers = (LayerShape(0, 0),) * (len(self.dense.layers) - 1)
+    def _counts(self, hidden: int) -> Tensor:
+        """The fractions that an empty encoder, one FFN unit, and one head of each layer cost at this hidden
+        size: (2 + layers,)."""
+        number = len(self.dense.layers)
+        nothing = (LayerShape(0, 0),) * number
 
-        def fraction(first: LayerShape) -> float:
-            return self.fraction(replace(self.dense, layers=(first, *empty_layers), hidden_size=hidden))
+        def fraction(layer: int, shape: LayerShape) -> float:
+            layers = (*nothing[:layer], shape, *nothing[layer + 1 :])
+            return self.fraction(replace(self.dense, layers=layers, hidden_size=hidden))
 
-        empty = fraction(LayerShape(0, 0))
-        return empty, fraction(LayerShape(1, 0)) - empty, fraction(LayerShape(0, 1)) - empty
+        empty, unit = fraction(0, LayerShape(0, 0)), fraction(0, LayerShape(0, 1))
+        heads = [fraction(layer, LayerShape(1, 0)) - empty for layer in range(number)]
+        return torch.tensor([empty, unit - empty, *heads], dtype=torch.float64)
 
     def expected(self, counts: PerGate) -> Tensor:
-        heads, units = torch.cat(counts.heads).sum(), torch.cat(counts.ffn).sum()
         # Every cost is linear in the hidden size; `place` is 0 at hidden size 1, and 1 at the dense one.
         place = (counts.hidden.sum() - 1) / max(self.dense.hidden_size - 1, 1)
-        empty, head, unit = (
-            least + place * (dense - least) for least, dense in zip(self._at_one, self._at_dense, strict=True)
-        )
-        return empty + heads * head + units * unit
+        least, most = self._at_one.to(place), self._at_dense.to(place)
+        empty, unit, *heads = least + place * (most - least)
+        open_heads = sum(open_.sum() * head for open_, head in zip(counts.heads, heads, strict=True))
+        return empty + open_heads + torch.cat(counts.ffn).sum() * unit
 
 
 class LatencyBudget(Budget):

@@ -4,6 +4,7 @@ compacted)."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_decisions_meet_their_target(fraction: float, align: int, seed: int, uni
 
 def test_a_size_budget_is_the_shape_s_own_count() -> None:
     """Gates that are open or closed for certain cost what the shape that they leave counts."""
-    shape = ModelShape((LayerShape(4, 96), LayerShape(2, 40)), 64, 16)
+    shape = ModelShape((LayerShape(4, 96), LayerShape(2, 40)), 64, 16, windows=(None, 2))
     counts = PerGate(
         [torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0])],
         [torch.ones(96) * 0.5, torch.zeros(40)],
@@ -192,7 +193,7 @@ def test_a_size_budget_is_the_shape_s_own_count() -> None:
         assert budget.fraction(shape) == 1
         for hidden in (64, 40, 1):
             counts.hidden = (torch.arange(64) < hidden).float()
-            expected = budget.fraction(ModelShape(left, hidden, 16))
+            expected = budget.fraction(replace(shape, layers=left, hidden_size=hidden))
             assert float(budget.expected(counts)) == pytest.approx(expected, rel=1e-5)
 
 
