@@ -21,9 +21,10 @@ from pruned_ops import ModelShape
 from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer.jobs.choice import choose, compensated, score_batches
 from pruned_trainer.jobs.evaluation import model_facts
-from pruned_trainer.jobs.job import Clock, Job, build_trainer
+from pruned_trainer.jobs.job import Clock, Job
 from pruned_trainer.jobs.plan import make_plan
 from pruned_trainer.jobs.prune import retrain
+from pruned_trainer.jobs.trainers import build_trainer
 from pruned_trainer.pruning import importance
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import ShareOfGates

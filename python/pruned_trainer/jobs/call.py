@@ -39,7 +39,7 @@ from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import Target
 from pruned_trainer.tasks.output_kinds import OutputKind, Outputs, check_comparable, comparable_outputs
 from pruned_trainer.tasks.task import HELD_OUT, without_labels
-from pruned_trainer.training.batches import GROUP, Share
+from pruned_trainer.training.batches import GROUP, Collate, Share
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.encoder_states import accepted
 from pruned_trainer.training.teaching import TaskLoss, loss_of
@@ -166,8 +166,11 @@ class _Call:
         return list(given or find_labels(type(self.dense)) or ["labels"])
 
     @property
-    def collate(self) -> Callable[[Any], dict[str, Tensor]]:
-        return as_batch(self.collator or default_collate(config_of(self.dense).pad_token_id))
+    def collate(self) -> Collate:
+        if self.collator is not None:
+            return as_batch(self.collator)
+        limit = longest_sequence(find_encoder(self.dense).config)
+        return default_collate(config_of(self.dense).pad_token_id, limit)
 
     def rows(self, data: Iterable[Any], name: str) -> Rows:
         """The data, with the columns that the model takes (all of them, where the caller said so)."""

@@ -22,7 +22,8 @@ from pruned_ops.models.model_card import WEIGHTS
 from pruned_ops.models.stock import config_of
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, once, say, state
-from pruned_trainer.jobs.job import Job, build_trainer, running, timed_part
+from pruned_trainer.jobs.job import Job, running, timed_part
+from pruned_trainer.jobs.trainers import build_trainer
 from pruned_trainer.pruning import importance, surgeon
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import ShareOfGates

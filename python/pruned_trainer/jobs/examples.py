@@ -24,7 +24,7 @@ from pruned_trainer.tasks.faults import DataFaults
 from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind, comparable_outputs
 from pruned_trainer.tasks.resampling import interval, samples
 from pruned_trainer.tasks.task import Score, without_labels
-from pruned_trainer.training.batches import GROUP, NUMBER
+from pruned_trainer.training.batches import GROUP, NUMBER, Collate
 from pruned_trainer.training.encoder_states import accepted
 
 Metrics = Callable[[EvalPrediction], Mapping[str, float]]
@@ -53,7 +53,7 @@ class DatasetExamples:
     """
 
     rows: Rows
-    collate: Callable[[Any], dict[str, Any]]
+    collate: Collate
     label_names: Sequence[str]
     compute_metrics: Metrics | None
     batch_size: int

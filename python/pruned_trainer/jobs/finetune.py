@@ -6,17 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import set_seed
 from transformers.utils import logging
 
 from pruned_ops.checkpoints.loading import check_source
+from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import find_encoder
 from pruned_trainer.distributed import is_main, once, per_process, say
 from pruned_trainer.jobs.job import check_length
 from pruned_trainer.jobs.output import OutputFolder, explained_when_full, load_tokenizer, save_checkpoint
 from pruned_trainer.jobs.settings import FineTuneSettings
-from pruned_trainer.training.batches import Features, pad_batch
+from pruned_trainer.training.batches import BF16_LENGTHS, Features, pad_batch
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.phase import run, training_arguments
 from pruned_trainer.training.trainer import PruningTrainer
@@ -73,12 +75,18 @@ def train(
     """Train a model with a config on the task's own loss, in place. more: fields of TrainingArguments."""
     config: Any = model.config
     logging.set_verbosity_error()
+    rounds = more.get("bf16") and not torch.cuda.is_available()
     say(f"fine-tuning: {steps} steps of {batch_size} windows")
     trainer = PruningTrainer(
         model,
         training_arguments(folder, steps, per_process(batch_size), rate, seed, **more),
         Distillation.none(),
         train_dataset=features,
-        data_collator=partial(pad_batch, pad_token_id=config.pad_token_id),
+        data_collator=partial(
+            pad_batch,
+            pad_token_id=config.pad_token_id,
+            multiple=BF16_LENGTHS if rounds else 1,
+            limit=longest_sequence(config),
+        ),
     )
     run(trainer, "teacher", resumable=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,44 +28,32 @@ from pruned_ops.runtime.optimize import optimize, restore
 from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_ops.runtime.streaming import padded
-from pruned_trainer.distributed import is_main, once, per_process, say, state
+from pruned_trainer.distributed import once, per_process, say, state
 from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
 from pruned_trainer.pruning.compact import check_parts_of
 from pruned_trainer.pruning.compensate import refuse_compensation
 from pruned_trainer.pruning.decision import Decision
-from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.options import BY_LABELS
 from pruned_trainer.tasks.task import Prepared, Task, is_labelled, without_labels
-from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import (
     GROUP,
     NUMBER,
+    Collate,
     Features,
     Numbered,
     Share,
     lengths_of,
     pad_batch,
 )
-from pruned_trainer.training.callbacks import tensorboard_writer
 from pruned_trainer.training.cross_pairs import Both, CrossPairs
-from pruned_trainer.training.phase import training_arguments
 from pruned_trainer.training.teacher_cache import TeacherCache, fingerprint
 from pruned_trainer.training.teaching import TaskLoss
-from pruned_trainer.training.trainer import PruningTrainer
 
 # Batches per round and rounds of the timing: about a minute for a small encoder on two cores.
 TIMED_BATCHES, TIMED_ROUNDS = 16, 7
 BATCH_SIZE = 8
-# The training arguments of a trainer whose steps are only timed.
-TIMING: dict[str, Any] = {"train_sampling_strategy": "sequential", "save_strategy": "no"}
-# What a run decides itself, whatever the caller's training arguments say: it evaluates at its end, trains on
-# batches that have their columns, and keeps the last checkpoint of a phase until its output is whole.
-OWN_ARGUMENTS: dict[str, Any] = {
-    "eval_strategy": "no", "do_eval": False, "load_best_model_at_end": False, "push_to_hub": False,
-    "remove_unused_columns": False, "resume_from_checkpoint": None, "save_total_limit": None,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +106,7 @@ class Job:
     workload: Workload
     table: LatencyTable | None
     cache: TeacherCache | None
-    collate: Callable[[Any], dict[str, Tensor]]
+    collate: Collate
     arguments: TrainingArguments | None = None
     task_loss: TaskLoss | None = None
     has_own_loss: bool = False
@@ -210,7 +198,9 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
         workload=workload if table is None else table.workload,
         table=table,
         cache=cache,
-        collate=partial(pad_batch, pad_token_id=dense.config.pad_token_id),
+        collate=partial(
+            pad_batch, pad_token_id=dense.config.pad_token_id, limit=longest_sequence(dense.config)
+        ),
         pairs=pairs,
     )
 
@@ -396,64 +386,3 @@ def open_cache(folder: Path, teacher: PreTrainedModel, features: Features) -> Te
         )
     types = len(AnswerType) if isinstance(teacher, PrunedBertForNaturalQuestions) else 0
     return TeacherCache(folder, lengths_of(features), mark, types)
-
-
-def build_trainer(
-    job: Job,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    folder: Path,
-    steps: int,
-    phase: GatePhase | None,
-    kept_hidden: Sequence[int] | None = None,
-    timing: bool = False,
-    average: WeightAverage | None = None,
-) -> PruningTrainer:
-    """A trainer with this run's settings for `steps` steps, with gates or (`phase` None) without.
-
-    kept_hidden, average: as for `PruningTrainer`. timing: the trainer only serves to time its steps, so it
-    takes the features in their order and writes nothing.
-    """
-    settings = job.settings
-    rate = settings.learning_rate if phase else settings.retrain_learning_rate
-    distillation = settings.distillation_in("gates" if phase else "retrain")
-    distillation = replace(distillation, pooling=job.pooling)
-    trainer = PruningTrainer(
-        model,
-        _arguments(job, folder, steps, rate, phase, timing),
-        distillation,
-        teacher=teacher if distillation.needs_teacher else None,
-        gate_phase=phase,
-        cache=job.cache,
-        kept_hidden=kept_hidden,
-        task_loss=job.task_loss,
-        average=average,
-        train_dataset=job.gate_train if phase else job.retrain_data,
-        data_collator=job.collate,
-    )
-    if settings.tensorboard and not timing and is_main():
-        trainer.add_callback(tensorboard_writer(folder.parent / "tensorboard" / folder.name))
-    return trainer
-
-
-def _arguments(
-    job: Job, folder: Path, steps: int, rate: float, phase: GatePhase | None, timing: bool
-) -> TrainingArguments:
-    """The training arguments of a phase: those of the settings, or the caller's with the run's own steps,
-    rate and folder."""
-    settings = job.settings
-    more: dict[str, Any] = TIMING if timing else {"save_strategy": "steps", "save_steps": settings.save_steps}
-    if job.arguments is not None:
-        own = {"max_steps": steps, "learning_rate": rate, "output_dir": str(folder), **OWN_ARGUMENTS, **more}
-        return replace(job.arguments, **own)
-    return training_arguments(
-        folder,
-        steps,
-        per_process(settings.train_batch),
-        rate,
-        settings.seed,
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
-        torch_compile=settings.compile and phase is None,
-        **more,
-    )

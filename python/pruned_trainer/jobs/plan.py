@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import ROUNDS, freeze_for, gate_phase_for
-from pruned_trainer.jobs.job import Job, build_trainer, running
+from pruned_trainer.jobs.job import Job, running
 from pruned_trainer.jobs.settings import SCORE_STEPS
+from pruned_trainer.jobs.trainers import build_trainer
 from pruned_trainer.pruning import importance, surgeon
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.compact import compact

@@ -21,10 +21,11 @@ from pruned_ops.shape import checked_int
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
 from pruned_trainer.jobs.evaluation import Judged, full_report, judge, validation_score
-from pruned_trainer.jobs.job import Job, Narrow, build_trainer, check_signal, running, start
+from pruned_trainer.jobs.job import Job, Narrow, check_signal, running, start
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.jobs.trainers import build_trainer
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal
 from pruned_trainer.tasks.task import own_thresholds

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind
-from pruned_trainer.training.batches import GROUP, Features, pad_batch
+from pruned_trainer.training.batches import GROUP, Collate, pad_batch
 
-Collate = Callable[[Any], Mapping[str, Any]]
 # The names that data sets give their labels, beside the one of the models' argument.
 _LABEL_NAMES = ("label", "label_ids")
 # Rows of which a batch is made to learn their lengths, where only the collator knows them.
@@ -67,24 +66,25 @@ def columns_of(model: nn.Module, more: Collection[str] = ()) -> set[str] | None:
     return {*named, *more, "labels", GROUP} if "input_ids" in named else None
 
 
-def default_collate(pad_token_id: int) -> Collate:
-    """A collator that pads rows of ids to the longest, and makes the mask where they have none."""
+def default_collate(pad_token_id: int, limit: int) -> Collate:
+    """A collator that pads rows of ids to the longest, and makes the mask where they have none. limit: as for
+    `pad_batch`."""
 
-    def collate(rows: Features) -> dict[str, Tensor]:
+    def collate(features: Any, multiple: int = 1) -> dict[str, Tensor]:
         masked = [
             row if "attention_mask" in row else {**row, "attention_mask": [1] * len(row["input_ids"])}
-            for row in rows
+            for row in features
         ]
-        return pad_batch(masked, pad_token_id)
+        return pad_batch(masked, pad_token_id, multiple, limit)
 
     return collate
 
 
-def as_batch(collate: Collate) -> Callable[[Any], dict[str, Tensor]]:
-    """The collator's batches, as plain dictionaries of tensors."""
+def as_batch(collate: Callable[[Any], Mapping[str, Any]]) -> Collate:
+    """The batches of the caller's own collator, as plain dictionaries of tensors."""
 
-    def batch(rows: Any) -> dict[str, Tensor]:
-        return {name: value for name, value in collate(list(rows)).items() if isinstance(value, Tensor)}
+    def batch(features: Any, multiple: int = 1) -> dict[str, Tensor]:
+        return {name: value for name, value in collate(list(features)).items() if isinstance(value, Tensor)}
 
     return batch
 

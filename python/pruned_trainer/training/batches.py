@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ Features = Sequence[dict[str, Any]]
 # What an example has for the trainer alone: its number among all of them, and the query that it belongs to
 # where scores of one query are compared.
 NUMBER, GROUP = "number", "group"
+# Batches are padded to a multiple of so many tokens where a CPU trains under bf16 autocast. There oneDNN
+# compiles its kernels anew for each length that it has not met lately, which took longer than the steps.
+BF16_LENGTHS = 32
+
+
+class Collate(Protocol):
+    """Makes a padded batch of windows, whose length is a multiple of so many tokens where the windows' own
+    padding is known; a collator of the caller's makes its batches as long as it does."""
+
+    def __call__(self, features: Any, multiple: int = 1) -> dict[str, Tensor]: ...
 
 
 def lengths_of(features: Features) -> list[int]:
@@ -105,10 +115,16 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
             yield from batches[number]
 
 
-def pad_batch(features: Features, pad_token_id: int) -> dict[str, Tensor]:
+def pad_batch(
+    features: Features, pad_token_id: int, multiple: int = 1, limit: int | None = None
+) -> dict[str, Tensor]:
     """Collate features of unequal length: what has an entry for each token becomes (batch, seqlen),
-    right-padded to the longest window (labels with IGNORED); other lists and numbers become (batch, ...)."""
+    right-padded to the longest window (labels with IGNORED); other lists and numbers become (batch, ...).
+
+    multiple: seqlen is rounded up to a multiple of it, but not beyond `limit` tokens (the model's)."""
     longest = max(len(feature["input_ids"]) for feature in features)
+    rounded = -(-longest // multiple) * multiple
+    longest = max(longest, rounded if limit is None else min(rounded, limit))
     batch = {}
     for name, first in features[0].items():
         values = [feature[name] for feature in features]

@@ -8,6 +8,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from pruned_trainer.distributed import on_any
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.training.allocator import keep_freed_memory
+from pruned_trainer.training.attention_precision import AttentionInFp32
 from pruned_trainer.training.averaging import FILE as AVERAGE
 from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import GROUP, NUMBER, LengthGroupedSampler, lengths_of
@@ -163,6 +165,7 @@ class PruningTrainer(Trainer):
             lr=self.args.learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
+            fused=True,  # one pass over the weights: a fifth of the time on a CPU
         )
         return self.optimizer
 
@@ -194,6 +197,11 @@ class PruningTrainer(Trainer):
         return self.lr_scheduler
 
     # -- loss --------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's step, forward and backward."""
+        with AttentionInFp32() if self.args.bf16 and not self.args.torch_compile else nullcontext():
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,

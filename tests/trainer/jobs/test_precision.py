@@ -15,6 +15,7 @@ from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.plan import STEPS_TO_COMPARE, make_plan
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.training.batches import pad_batch
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,12 @@ def test_the_run_trains_in_it(
     report = prune(replace(settings, out=tmp_path / "out", gate_steps=2, retrain_steps=2))
     assert [trainer.args.bf16 for trainer in built] == [True, True]
     assert report["plan"]["precision"] == "bf16"
+    # Few lengths, because each is compiled for; but none that the model does not take.
+    limit = built[0].model.config.max_position_embeddings
+    for trainer in built:
+        (batch, *_) = trainer.get_train_dataloader()
+        assert batch["input_ids"].size(1) == min(32, limit) and batch["attention_mask"].sum(1).max() < 32
+    rows = [{"input_ids": [5] * 40, "start_positions": 3}, {"input_ids": [5] * 9, "start_positions": 1}]
+    shapes = [pad_batch(rows, 0, 32, limit)["input_ids"].shape for limit in (None, 64, 50, 40, 33)]
+    assert [longest for _, longest in shapes] == [64, 64, 50, 40, 40]
+    assert pad_batch(rows, 0)["input_ids"].size(1) == 40

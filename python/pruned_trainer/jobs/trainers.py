@@ -1,0 +1,91 @@
+"""The trainer of one phase of a run, by the run's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments
+
+from pruned_trainer.distributed import is_main, per_process
+from pruned_trainer.jobs.job import Job
+from pruned_trainer.pruning.gate_phase import GatePhase
+from pruned_trainer.training.averaging import WeightAverage
+from pruned_trainer.training.batches import BF16_LENGTHS
+from pruned_trainer.training.callbacks import tensorboard_writer
+from pruned_trainer.training.phase import training_arguments
+from pruned_trainer.training.trainer import PruningTrainer
+
+# The training arguments of a trainer whose steps are only timed.
+TIMING: dict[str, Any] = {"train_sampling_strategy": "sequential", "save_strategy": "no"}
+# What a run decides itself, whatever the caller's training arguments say: it evaluates at its end, trains on
+# batches that have their columns, and keeps the last checkpoint of a phase until its output is whole.
+OWN_ARGUMENTS: dict[str, Any] = {
+    "eval_strategy": "no", "do_eval": False, "load_best_model_at_end": False, "push_to_hub": False,
+    "remove_unused_columns": False, "resume_from_checkpoint": None, "save_total_limit": None,
+}  # fmt: skip
+
+
+def build_trainer(
+    job: Job,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    folder: Path,
+    steps: int,
+    phase: GatePhase | None,
+    kept_hidden: Sequence[int] | None = None,
+    timing: bool = False,
+    average: WeightAverage | None = None,
+) -> PruningTrainer:
+    """A trainer with this run's settings for `steps` steps, with gates or (`phase` None) without.
+
+    kept_hidden, average: as for `PruningTrainer`. timing: the trainer only serves to time its steps, so it
+    takes the features in their order and writes nothing.
+    """
+    settings = job.settings
+    rate = settings.learning_rate if phase else settings.retrain_learning_rate
+    distillation = settings.distillation_in("gates" if phase else "retrain")
+    distillation = replace(distillation, pooling=job.pooling)
+    rounds = settings.precision == "bf16" and job.device.type == "cpu"
+    trainer = PruningTrainer(
+        model,
+        _arguments(job, folder, steps, rate, phase, timing),
+        distillation,
+        teacher=teacher if distillation.needs_teacher else None,
+        gate_phase=phase,
+        cache=job.cache,
+        kept_hidden=kept_hidden,
+        task_loss=job.task_loss,
+        average=average,
+        train_dataset=job.gate_train if phase else job.retrain_data,
+        data_collator=partial(job.collate, multiple=BF16_LENGTHS) if rounds else job.collate,
+    )
+    if settings.tensorboard and not timing and is_main():
+        trainer.add_callback(tensorboard_writer(folder.parent / "tensorboard" / folder.name))
+    return trainer
+
+
+def _arguments(
+    job: Job, folder: Path, steps: int, rate: float, phase: GatePhase | None, timing: bool
+) -> TrainingArguments:
+    """The training arguments of a phase: those of the settings, or the caller's with the run's own steps,
+    rate and folder."""
+    settings = job.settings
+    more: dict[str, Any] = TIMING if timing else {"save_strategy": "steps", "save_steps": settings.save_steps}
+    if job.arguments is not None:
+        own = {"max_steps": steps, "learning_rate": rate, "output_dir": str(folder), **OWN_ARGUMENTS, **more}
+        return replace(job.arguments, **own)
+    return training_arguments(
+        folder,
+        steps,
+        per_process(settings.train_batch),
+        rate,
+        settings.seed,
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        torch_compile=settings.compile and phase is None,
+        **more,
+    )
