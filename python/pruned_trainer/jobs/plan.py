@@ -39,7 +39,7 @@ WARMUP_STEPS, TIMED_STEPS = 2, 8
 # The part of --max-minutes that is kept back for the decision, compaction, checkpoints and the unevenness of
 # shared machines.
 RESERVE = 0.05
-# Precisions are compared where at least so many steps are to come: the comparison takes 40.
+# Precisions are compared where at least so many steps are to come: the comparison takes 52.
 STEPS_TO_COMPARE = 400
 # bf16 is taken where its steps take at most this part of the time of fp32's.
 BF16_PAYS = 0.95
@@ -242,23 +242,28 @@ def _score_seconds(job: Job, choices: int) -> float:
 
 
 def _spanning_batches(job: Job) -> list[dict[str, Any]]:
-    """Features for WARMUP_STEPS + TIMED_STEPS batches. Each batch is of like lengths, and the timed ones span
-    all lengths in even steps."""
+    """Features for TIMED_STEPS batches and those before them. Each batch is of like lengths, and the timed
+    ones span all lengths in even steps."""
     size = job.settings.train_batch
     lengths = lengths_of(job.train)
     ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
     last = max(len(ordered) - size, 0)
     places = [round(last * (i + 0.5) / TIMED_STEPS) for i in range(TIMED_STEPS)]
-    warmup = [places[TIMED_STEPS // 2]] * WARMUP_STEPS
+    warmup = places if _compiles(job) else [places[TIMED_STEPS // 2]] * WARMUP_STEPS
     return [job.train[row] for place in warmup + places for row in ordered[place : place + size]]
 
 
+def _compiles(job: Job) -> bool:
+    """Whether the first step of each length compiles kernels for it, which a whole run hardly notices."""
+    return job.settings.precision == "bf16"
+
+
 def _time_steps(job: Job, model: PreTrainedModel, teacher: PreTrainedModel, phase: GatePhase | None) -> float:
-    """Mean seconds of a step."""
+    """Mean seconds of the last TIMED_STEPS steps over the job's windows, in their order."""
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
-        steps = WARMUP_STEPS + TIMED_STEPS
+        steps = TIMED_STEPS + (TIMED_STEPS if _compiles(job) else WARMUP_STEPS)
         trainer = build_trainer(job, model, teacher, Path(folder), steps, phase, timing=True)
         trainer.add_callback(clock)
         trainer.train()
-    return statistics.mean(clock.seconds[WARMUP_STEPS:])
+    return statistics.mean(clock.seconds[-TIMED_STEPS:])
