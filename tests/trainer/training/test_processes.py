@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from pruned_trainer import Decision
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.batches import LengthGroupedSampler
-from thorough import only_in_test_all
+from thorough import EVERYTHING
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -45,60 +44,80 @@ def test_the_sampler_s_order_is_its_seed_and_epoch() -> None:
     assert sorted(LengthGroupedSampler([3, 1], 8, seed=0)) == [0, 1]
 
 
-def in_two_processes(one: PruneSettings, *more: str) -> subprocess.CompletedProcess[str]:
-    """The job on two gloo processes; a hang is an error after some minutes."""
+# The jobs of these command lines, one after another, in processes that part at the end.
+IN_TURN = """
+import json, sys
+from pruned_trainer import distributed
+from pruned_trainer.cli import main
+*others, last = json.loads(sys.argv[1])
+leave, distributed.leave = distributed.leave, lambda: None
+for argv in others:
+    if main(argv):
+        sys.exit(1)
+distributed.leave = leave
+sys.exit(main(last))
+"""
+# Two processes retrain in the job that is resumed, too.
+RECIPES = {"joint": "gates", **({"random": "retrain"} if EVERYTHING else {})}
+
+
+def in_two_processes(script: Path, jobs: list[list[str]]) -> str:
+    """What the jobs print on two gloo processes; a hang is an error after some minutes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     path = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+    script.write_text(IN_TURN)
     launcher = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "localhost:0",
+        "--rdzv-endpoint", "localhost:0", str(script), json.dumps(jobs),
     ]  # fmt: skip
-    return subprocess.run(
-        [*launcher, *command(one, *more)], capture_output=True, text=True, env=environment, timeout=900
-    )
+    done = subprocess.run(launcher, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
 
 
-# Two processes retrain in the test below, too.
-@pytest.mark.parametrize(
-    ("recipe", "phase"),
-    [("joint", "gates"), pytest.param("random", "retrain", marks=only_in_test_all)],
-)
-def test_two_processes_equal_one(recipe: str, phase: str, settings: PruneSettings) -> None:
+@pytest.fixture(scope="module")
+def printed(settings: PruneSettings) -> str:
+    """What two processes print, which start each recipe, and bring what one process began to its end."""
+    begun = variant(settings, "epochs-two", gate_steps=2, retrain_steps=60, save_steps=25)
+    with pytest.MonkeyPatch.context() as patch:
+        killed(begun, "retrain", 55, patch)  # an epoch has 18 steps; the checkpoint is of step 50
+    jobs = [command(begun, "--resume")]
+    jobs += [
+        command(variant(settings, f"two-{recipe}", save_steps=200), "--recipe", recipe) for recipe in RECIPES
+    ]
+    return in_two_processes(settings.out.with_name("in_turn.py"), [job[2:] for job in jobs])
+
+
+@pytest.mark.parametrize(("recipe", "phase"), RECIPES.items())
+def test_two_processes_equal_one(recipe: str, phase: str, settings: PruneSettings, printed: str) -> None:
     """Half of each batch on each of two gloo processes: the same loss curve within rounding, the same
     decision; one writes. Each phase from one start: rounding in the gates grows in what follows."""
     alone = variant(settings, f"whole-{recipe}", recipe=recipe)
     whole = alone.out
     prune(alone)
-    one = variant(settings, f"two-{recipe}", save_steps=200)
-    done = in_two_processes(one, "--recipe", recipe)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.count("decided, heads/FFN width") == 1  # one speaks
-    reports = [json.loads((place / "report.json").read_text()) for place in (one.out, whole)]
+    out = settings.out.with_name(f"two-{recipe}")
+    assert printed.count("decided, heads/FFN width") == 1 + len(RECIPES)  # one speaks in each job
+    reports = [json.loads((place / "report.json").read_text()) for place in (out, whole)]
     curves = [losses(report["training"][phase]) for report in reports]
     assert len(curves[0]) == len(curves[1]) > 5
     assert curves[0] == pytest.approx(curves[1], rel=1e-3, abs=1e-4)
     kept = [
         [(layer.heads.indices, layer.ffn.indices) for layer in Decision.load(place / "decision.json").layers]
-        for place in (one.out, whole)
+        for place in (out, whole)
     ]
     assert kept[0] == kept[1]
     assert reports[0]["dense"]["f1"] == reports[1]["dense"]["f1"]  # gathered from both
     assert reports[0]["pruned"]["f1_span"] == pytest.approx(reports[1]["pruned"]["f1_span"], abs=3)
-    assert not one.out.with_name(f"two-{recipe}.partial").exists()
+    assert not out.with_name(f"two-{recipe}.partial").exists()
 
 
-def test_two_processes_resume_where_they_were(
-    settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_resume_where_they_were(settings: PruneSettings, printed: str) -> None:
     """Past the first epoch too: what one process began, killed in its third epoch, two bring to the end that
     one alone reaches."""
     base = variant(settings, "epochs", gate_steps=2, retrain_steps=60, save_steps=25)
     prune(base)
-    one = replace(base, out=base.out.with_name("epochs-two"))
-    killed(one, "retrain", 55, monkeypatch)  # an epoch has 18 steps; the checkpoint is of step 50
-    done = in_two_processes(one, "--resume")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    mine, others = (load_file(place / "model.safetensors") for place in (one.out, base.out))
+    places = (base.out.with_name("epochs-two"), base.out)
+    mine, others = (load_file(place / "model.safetensors") for place in places)
     for name, tensor in mine.items():
         torch.testing.assert_close(tensor, others[name], atol=2e-4, rtol=1e-3, msg=lambda m, n=name: n + m)
