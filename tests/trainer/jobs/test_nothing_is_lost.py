@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -170,14 +170,11 @@ def test_a_published_run_is_not_resumed_with_other_settings(settings: PruneSetti
         prune(replace(job, resume=True))
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from pruned_trainer.jobs.output import OutputFolder
-folder = OutputFolder(Path(sys.argv[1]), True, resume=True)
-print("held", flush=True)
-time.sleep(600)
-"""
+def hold(out: Path, held: Any) -> None:
+    """Work in the folder of this output until the process is killed."""
+    with OutputFolder(out, True, resume=True):
+        held.set()
+        time.sleep(600)
 
 
 def test_a_second_run_on_one_folder_is_refused(
@@ -187,10 +184,13 @@ def test_a_second_run_on_one_folder_is_refused(
     job = variant(settings, "shared")
     killed(job, "gates", 3, monkeypatch)
     before = names(job.out.with_name("shared.partial"))
-    first = subprocess.Popen([sys.executable, "-c", HOLD, job.out], stdout=subprocess.PIPE, text=True)
+    processes = multiprocessing.get_context("fork")
+    held = processes.Event()
+    first = processes.Process(target=hold, args=(job.out, held))
+    first.start()
     (job.out.with_name("shared.partial") / "choice.json.4-0.partial").touch()  # the first was writing it
     try:
-        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        assert held.wait(60)
         for more in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(FileExistsError, match="shared.partial is in use: another run works in it"):
                 prune(replace(job, **more))
@@ -199,29 +199,29 @@ def test_a_second_run_on_one_folder_is_refused(
         assert names(job.out.with_name("shared.partial")) >= before
     finally:
         first.kill()
-        first.wait()
+        first.join()
     prune(replace(job, resume=True))
     same_end(job.out, whole)
     assert names(job.out) == names(whole)
 
 
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"]
-)
 def test_a_checkpoint_that_lacks_a_part_is_refused(
-    name: str, settings: PruneSettings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: PruneSettings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = replace(settings, out=tmp_path / "out")
     killed(job, "gates", 3, monkeypatch)
     checkpoint = last_checkpoint(tmp_path / "out.partial" / "gates")
     assert checkpoint is not None
-    content = (checkpoint / name).read_bytes()
-    for spoil in (content[: len(content) // 2], None):
-        (checkpoint / name).unlink()
-        if spoil is not None:
-            (checkpoint / name).write_bytes(spoil)
-        with pytest.raises(ValueError, match=f"checkpoint-2 cannot be resumed: {name} is missing or broken"):
-            prune(replace(job, resume=True))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"):
+        content = (checkpoint / name).read_bytes()
+        for spoil in (content[: len(content) // 2], None):
+            (checkpoint / name).unlink()
+            if spoil is not None:
+                (checkpoint / name).write_bytes(spoil)
+            message = f"checkpoint-2 cannot be resumed: {name} is missing or broken"
+            with pytest.raises(ValueError, match=message):
+                prune(replace(job, resume=True))
+        (checkpoint / name).write_bytes(content)
     shutil.rmtree(checkpoint)
     prune(replace(job, resume=True))
     same_end(job.out, whole)
