@@ -35,23 +35,23 @@ from inputs import MODELS  # noqa: E402
 LONGEST = [
     Path(__file__).parent / name
     for name in (
-        "trainer/jobs/test_resume.py",
-        "benchmarks/test_study.py",
         "benchmarks/test_first_contact.py",
+        "trainer/jobs/test_resume.py",
         "ops/test_ops.py",
-        "trainer/training/test_processes.py",
         "trainer/jobs/test_nothing_is_lost.py",
+        "runtime/test_optimize.py",
+        "trainer/test_cli.py",
+        "models/test_families.py",
+        "ops/test_cuda_faults.py",
+        "trainer/training/test_processes.py",
         "ops/test_triton_compiled.py",
         "trainer/jobs/test_paper_recipe.py",
-        "runtime/test_optimize.py",
         "trainer/jobs/test_recipes.py",
         "trainer/jobs/test_natural_questions_job.py",
-        "trainer/test_cli.py",
+        "benchmarks/test_study.py",
         "trainer/jobs/test_roberta_whole_way.py",
-        "test_lean_import.py",
         "ops/test_cuda_build.py",
         "ops/test_cuda.py",
-        "ops/test_cuda_faults.py",
         "trainer/training/test_trainer.py",
     )
 ]
