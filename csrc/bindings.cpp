@@ -37,13 +37,15 @@ constexpr const char* kEmbedLayerNorm =
 TORCH_LIBRARY(pruned_ops_cpu, m) {
   m.def(
       "attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int head_dim, Tensor? positions=None, "
-      "Tensor? rotary=None, int? window=None, Tensor? position_bias=None) -> Tensor");
+      "Tensor? rotary=None, int? window=None, Tensor? position_bias=None, Tensor? position_key=None, "
+      "Tensor? position_query=None, Tensor? distance_rows=None) -> Tensor");
   m.def(kAddLayerNorm);
   m.def(kEmbedLayerNorm);
   m.def(
       "encoder(Tensor x, Tensor cu_seqlens, int max_seqlen, Tensor[] weights, int[] widths, int head_dim, "
       "float eps, bool norm_first=False, bool gated=False, Tensor? positions=None, Tensor? rotary=None, "
-      "int[]? windows=None, Tensor? position_bias=None, Tensor? final_norm=None) -> Tensor");
+      "int[]? windows=None, Tensor? position_bias=None, Tensor? final_norm=None, "
+      "Tensor? position_keys=None, Tensor? position_queries=None, Tensor? distance_rows=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pruned_ops_cpu, CPU, m) {

@@ -154,6 +154,20 @@ inline int64_t position_bias(const char* op, const at::Tensor& tensor, int64_t n
   return tensor.size(1) / 2;
 }
 
+// The rows, of so many, that distances of a key from its query have: int32 (2 * reach + 1,), never falling.
+// Returns reach.
+inline int64_t distance_rows(const char* op, const at::Tensor& tensor, int64_t rows) {
+  on(op, "distance_rows", tensor, at::kCPU);
+  TORCH_CHECK(tensor.scalar_type() == at::kInt && tensor.dim() == 1 && tensor.size(0) % 2 == 1, op,
+              ": distance_rows is ", tensor.scalar_type(), " ", tensor.sizes(),
+              ", Int (int32) [2 * reach + 1] is needed");
+  const int32_t* const values = tensor.const_data_ptr<int32_t>();
+  TORCH_CHECK(
+      values[0] >= 0 && values[tensor.size(0) - 1] < rows && std::is_sorted(values, values + tensor.size(0)),
+      op, ": distance_rows must lie between 0 and ", rows - 1, ", and never fall");
+  return tensor.size(0) / 2;
+}
+
 inline void eps(const char* op, double value) {
   TORCH_CHECK(value >= 0, op, ": eps is ", value, ", at least 0 is needed");
 }

@@ -1,7 +1,7 @@
-// softmax(q k^T / sqrt(head_dim)) v. A task owns kQueryBlock query rows of one (sequence, head).
-// A thread keeps that pair's K and V, laid out as panels, while consecutive tasks share them; a task keeps
-// the sums, score maxima and context of its rows, and a few rows of scores. It writes its rows of the
-// context, once.
+// softmax(q k^T / sqrt(head_dim)) v, with what positions add to the scores. A task owns kQueryBlock query
+// rows of one (sequence, head). A thread keeps that pair's K and V, laid out as panels, while consecutive
+// tasks share them; a task keeps the sums, score maxima and context of its rows, and a few rows of scores. It
+// writes its rows of the context, once.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -14,6 +14,7 @@
 #include <numbers>
 
 #include "cpu/attention_positions_kernel.h"
+#include "cpu/attention_relative_kernel.h"
 #include "cpu/attention_tasks.h"
 #include "cpu/kernels.h"
 #include "cpu/multiply_kernel.h"
@@ -25,11 +26,6 @@ namespace pruned_ops::CPU_CAPABILITY {
 // and their K and V stay in L2 while the task's rows pass over them.
 constexpr int64_t kKeyBlock = 512;
 static_assert(kKeyBlock % kPanel == 0 && kQueryBlock % kRegisterRows == 0);
-
-// Products of a score that are summed one after another. Each addition rounds at the size of the sum so far,
-// and where scores are in the hundreds their absolute errors become relative ones of the weights: shorter
-// chains err less, as those of the BLAS libraries do.
-constexpr int64_t kChain = 16;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -43,11 +39,12 @@ struct AttentionLayout {
         maxima(context + round_up(kQueryBlock * context_width, kLine)),
         sums(maxima + kQueryBlock),
         positions(sums + kQueryBlock),
-        total(positions + AttentionPositions::scratch(args)) {}
+        relative(positions + AttentionPositions::scratch(args)),
+        total(relative + RelativeTerms::scratch(args)) {}
 
   static constexpr int64_t kLine = 16;
   int64_t context_width;  // head_dim, padded to whole vectors
-  int64_t values, scores, context, maxima, sums, positions, total;
+  int64_t values, scores, context, maxima, sums, positions, relative, total;
 };
 
 // (keys, head_dim) rows -> panels [head_dim][kPanel] of transposed keys; the padding keys are zero.
@@ -90,8 +87,10 @@ class AttentionWorker {
   AttentionWorker(const AttentionArgs& args, float* scratch)
       : args_(args),
         layout_(args),
-        scale_(static_cast<float>(std::numbers::log2e / std::sqrt(static_cast<double>(args.head_dim)))),
+        scale_(static_cast<float>(std::numbers::log2e /
+                                  std::sqrt(static_cast<double>(args.head_dim * args.relative.terms())))),
         positions_(args, scratch + layout_.positions),
+        relative_(args, scratch + layout_.relative),
         keys_(scratch),
         values_(scratch + layout_.values),
         scores_(scratch + layout_.scores),
@@ -101,6 +100,7 @@ class AttentionWorker {
 
   void lay_out(const Sequence& sequence, int64_t head) {
     positions_.begin(sequence, head);
+    relative_.begin(sequence, head, positions_.uneven(), rows_of(sequence, 1, head));
     lay_out_keys(rows_of(sequence, 1, head), args_.row_stride, sequence.length, args_.head_dim, keys_);
     lay_out_values(rows_of(sequence, 2, head), args_.row_stride, sequence.length, args_.head_dim, values_);
   }
@@ -128,6 +128,7 @@ class AttentionWorker {
     const int64_t padded = round_up(block.keys, kLanes);
     float* context = context_ + row * layout_.context_width;
     score(queries, rows, keys_ + block.key * args_.head_dim, padded);
+    relative_.add(block, queries);
     positions_.apply(block);
     exponentiate(row, rows, block.keys, padded, first);
     // Panels of V are [length][width]: the last may be narrow, and starts where the full ones end.
@@ -236,8 +237,9 @@ class AttentionWorker {
 
   const AttentionArgs& args_;
   const AttentionLayout layout_;
-  const float scale_;  // log2(e) / sqrt(head_dim): exponents are of 2
+  const float scale_;  // log2(e) / sqrt(head_dim * terms): exponents are of 2
   AttentionPositions positions_;
+  RelativeTerms relative_;
   float* const keys_;
   float* const values_;
   float* const scores_;

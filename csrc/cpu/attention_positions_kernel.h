@@ -57,6 +57,9 @@ class AttentionPositions {
     }
   }
 
+  // The positions of the sequence where they do not rise by 1; null where they do.
+  const int32_t* uneven() const { return positions_; }
+
   // The keys of some queries in a row, of any of them.
   Keys keys(int64_t query, int64_t count) const {
     if (args_.window < 0) return {0, length_};

@@ -290,6 +290,7 @@ class Run {
     args.window = part.window;
     args.bias = part.bias;
     args.reach = part.reach;
+    args.relative = part.relative;
     run_attention(attends_in_bf16(part, args.head_dim) ? bf16_kernels()->attention : kernels().attention,
                   args);
   }
@@ -312,7 +313,10 @@ at::Tensor encoder(const at::Tensor& x, const at::Tensor& cu_seqlens, int64_t ma
                    bool norm_first, bool gated, const std::optional<at::Tensor>& positions,
                    const std::optional<at::Tensor>& rotary, const std::optional<at::IntArrayRef>& windows,
                    const std::optional<at::Tensor>& position_bias,
-                   const std::optional<at::Tensor>& final_norm) {
+                   const std::optional<at::Tensor>& final_norm,
+                   const std::optional<at::Tensor>& position_keys,
+                   const std::optional<at::Tensor>& position_queries,
+                   const std::optional<at::Tensor>& distance_rows) {
   check::matrix(kOp, "x", x);
   TORCH_CHECK(head_dim >= 1, kOp, ": head_dim is ", head_dim, ", at least 1 is needed");
   check::cu_seqlens_type(kOp, cu_seqlens);
@@ -325,7 +329,7 @@ at::Tensor encoder(const at::Tensor& x, const at::Tensor& cu_seqlens, int64_t ma
   const at::Tensor places = positions_of(positions, bounds_data, batch, tokens);
   if (positions) check::positions(kOp, places, bounds_data, batch, tokens);
   const Parts parts({hidden, head_dim, eps, norm_first, gated}, weights, widths,
-                    {places, rotary, windows, position_bias});
+                    {places, rotary, windows, position_bias, position_keys, position_queries, distance_rows});
   std::optional<Norm> last_norm;
   if (final_norm) {
     check::taken(kOp, "final_norm", *final_norm, {});

@@ -15,6 +15,9 @@ at::Tensor encoder(const at::Tensor& x, const at::Tensor& cu_seqlens, int64_t ma
                    bool norm_first, bool gated, const std::optional<at::Tensor>& positions,
                    const std::optional<at::Tensor>& rotary, const std::optional<at::IntArrayRef>& windows,
                    const std::optional<at::Tensor>& position_bias,
-                   const std::optional<at::Tensor>& final_norm);
+                   const std::optional<at::Tensor>& final_norm,
+                   const std::optional<at::Tensor>& position_keys,
+                   const std::optional<at::Tensor>& position_queries,
+                   const std::optional<at::Tensor>& distance_rows);
 
 }  // namespace pruned_ops::cpu

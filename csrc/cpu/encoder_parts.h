@@ -47,6 +47,7 @@ struct Part {
   int64_t window;     // the largest distance of a key from its query; negative for any
   const float* bias;  // (num_heads, 2 * reach + 1), as AttentionArgs has it; null for none
   int64_t reach;
+  RelativeArgs relative;
   const float* cos_sin;  // (tokens, head_dim), by which query and key are rotated; null for none
 
   bool has_norm() const { return norm.weight != nullptr; }
@@ -65,12 +66,15 @@ struct ByPosition {
   const std::optional<at::Tensor>& rotary;
   const std::optional<at::IntArrayRef>& windows;
   const std::optional<at::Tensor>& bias;
+  // Of all attentions, one after the other; the latter for all of them.
+  const std::optional<at::Tensor>&keys, &queries, &distance_rows;
 };
 
 // Where q, k and v have lost more than bf16 takes: beside int8's rounding, that of bf16 is a fifth.
 inline bool attends_in_bf16(const Part& part, int64_t head_dim) {
   const bool int8 = part.first.is_int8 && int8_kernels().linear_bf16 != nullptr && bf16_kernels() != nullptr;
-  return part.is_attention && (int8 || part.first.is_bf16()) && head_dim % 16 == 0;
+  const bool narrow = int8 || part.first.is_bf16();
+  return part.is_attention && narrow && head_dim % 16 == 0 && !part.relative.is_given();
 }
 
 // The parts with their tensors checked. Keeps those that had to be copied.
@@ -129,7 +133,7 @@ class Parts {
       norms_.emplace_back(kOp, weights[4], weights[5], hidden, stack_.eps);
       norm = norms_.back().args;
     }
-    list_.push_back({is_attention(part), inner, first, second, norm, -1, nullptr, 0, nullptr});
+    list_.push_back({is_attention(part), inner, first, second, norm, -1, nullptr, 0, {}, nullptr});
   }
 
   void add_positions(at::IntArrayRef widths, const ByPosition& given) {
@@ -148,13 +152,17 @@ class Parts {
                 " parts is needed");
     const int64_t reach = given.bias ? check::position_bias(kOp, *given.bias, heads) : 0;
     const float* bias = nullptr;
+    relative_ = Relative(kOp, given.keys, given.queries, given.distance_rows, heads, head_dim);
     if (given.bias) {
-      bias_ = unscaled_bias(*given.bias, head_dim);
+      bias_ = unscaled_bias(*given.bias, head_dim, relative_.args.terms());
       bias = bias_.const_data_ptr<float>();
     }
+    int64_t head = 0;  // the part's first among all
     for (int64_t i = 0; i < count; ++i) {
       Part& part = list_[i];
       if (!part.is_attention) continue;
+      part.relative = relative_.from(head, head_dim);
+      head += widths[i];
       if (given.windows) {
         part.window = std::min<int64_t>((*given.windows)[i], std::numeric_limits<int32_t>::max());
       }
@@ -216,6 +224,7 @@ class Parts {
   std::vector<at::Tensor> biases_;
   std::vector<Norm> norms_;
   at::Tensor bias_;
+  Relative relative_;
   std::vector<std::pair<at::Tensor, at::Tensor>> angles_;
 };
 

@@ -12,6 +12,21 @@ namespace pruned_ops {
 // would leave threads idle on small batches, smaller would read the laid-out keys more often than needed.
 constexpr int64_t kQueryBlock = 48;
 
+// What queries and keys are multiplied by for their distance, as reference.attention describes it.
+struct RelativeArgs {
+  // (num_heads, rows, head_dim), each head as panels.h draws a weight; null for nothing.
+  const float* keys = nullptr;
+  const float* queries = nullptr;
+  const int32_t* row_of_distance = nullptr;  // (2 * reach + 1,), never falling
+  int64_t rows = 0;
+  int64_t reach = 0;
+  bool is_gradual = false;  // the row rises by at most 1 from a distance to the next
+
+  bool is_given() const { return keys != nullptr || queries != nullptr; }
+  // The number of products that make a score.
+  int64_t terms() const { return 1 + (keys != nullptr) + (queries != nullptr); }
+};
+
 // One call of attention, checked. Rows of qkv are row_stride numbers apart; context is contiguous.
 struct AttentionArgs {
   const void* qkv;  // float, or bfloat16 for a kernel that takes that
@@ -28,6 +43,7 @@ struct AttentionArgs {
   // Added to q k^T: (num_heads, 2 * reach + 1), by the key's position less the query's; null for nothing.
   const float* bias = nullptr;
   int64_t reach = 0;
+  RelativeArgs relative = {};
 };
 
 // What a query row of a sequence of this length costs, in keys.

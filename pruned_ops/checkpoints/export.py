@@ -132,7 +132,7 @@ def _original(model: Any) -> Any:
         )
     encoder = model.base_model
     kind = family_of(encoder.config).kind(encoder.config) if is_encoder(encoder) else BERT_KIND
-    if replace(kind, bias_reach=None) != BERT_KIND:
+    if replace(kind, bias_reach=None, disentangled=None) != BERT_KIND:
         raise ValueError(f"this {name} cannot be exported: its layers are not of BERT's kind")
     reason = refuse_encoder(encoder) if is_encoder(encoder) else f"its encoder is a {type(encoder).__name__}"
     reason = reason or _refuse_head(model, head)

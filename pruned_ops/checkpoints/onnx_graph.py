@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from pruned_ops.models.disentangled import by_distance, relative_states
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.relative_bias import bias_by_distance, heads_of_layers
 from pruned_ops.models.stock import layers_of, model_shape, projection_of
@@ -149,9 +151,11 @@ def _encode(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     activation = family_of(encoder.config).value(encoder.config, "hidden_act")
     names = {module: name for name, module in encoder.named_modules()}
     biases = _biases(nodes, encoder, closed)
-    for layer, sizes, added in zip(layers_of(encoder), shape.layers, biases, strict=True):
+    relative = _relative(nodes, encoder, shape.head_dim)
+    for number, (layer, sizes) in enumerate(zip(layers_of(encoder), shape.layers, strict=True)):
         named = {part: (names[module], module) for part, module in vars(layer).items()}
-        x = _attention(nodes, x, added, named, sizes.num_heads, shape.head_dim)
+        products = None if relative is None else relative[number]
+        x = _attention(nodes, x, biases[number], named, sizes.num_heads, shape.head_dim, products)
         x = _ffn(nodes, x, named, sizes.ffn_width, activation)
     return x
 
@@ -159,21 +163,71 @@ def _encode(nodes: _Nodes, encoder: Any, typed: bool) -> str:
 def _biases(nodes: _Nodes, encoder: Any, closed: str) -> list[str]:
     """What each layer adds to its scores, (batch, heads or 1, seqlen or 1, seqlen): `closed`, and a bias by
     relative position where the encoder has one."""
-    heads, by_distance = heads_of_layers(encoder.config), bias_by_distance(encoder)
-    if by_distance is None:
+    heads, table = heads_of_layers(encoder.config), bias_by_distance(encoder)
+    if table is None:
         return [closed] * len(heads)
-    reach = by_distance.size(1) // 2
-    place = _places(nodes)
-    keys, queries = (nodes.add("Unsqueeze", place, nodes.vector(axis)) for axis in (1, 2))
-    limits = nodes.constant(-reach), nodes.constant(reach)
-    column = nodes.add("Clip", nodes.add("Sub", keys, queries), *limits)
-    column = nodes.add("Add", column, nodes.constant(reach))
+    column = _distances(nodes, table.size(1) // 2)
     added = []
     for number, kept in enumerate(heads):
-        rows = nodes.weight(f"layer.{number}.position_bias", by_distance[kept])
+        rows = nodes.weight(f"layer.{number}.position_bias", table[kept])
         bias = nodes.add("Transpose", nodes.add("Gather", rows, column, axis=1), perm=[1, 0, 2, 3])
         added.append(nodes.add("Add", bias, closed) if kept else closed)
     return added
+
+
+def _distances(nodes: _Nodes, reach: int) -> str:
+    """The place of a key less that of its query, at most `reach` either way, plus reach: int64 (batch,
+    seqlen, seqlen)."""
+    place = _places(nodes)
+    keys, queries = (nodes.add("Unsqueeze", place, nodes.vector(axis)) for axis in (1, 2))
+    limits = nodes.constant(-reach), nodes.constant(reach)
+    away = nodes.add("Clip", nodes.add("Sub", keys, queries), *limits)
+    return nodes.add("Add", away, nodes.constant(reach))
+
+
+@dataclass(frozen=True)
+class _Relative:
+    """What a layer's queries and keys are multiplied by for their distance: the values that hold the keys
+    (heads, head_dim, rows) and the queries (heads, rows, head_dim), "" for none, and the row of each query
+    and key, (batch, 1, seqlen, seqlen)."""
+
+    keys: str
+    queries: str
+    rows: str
+
+    def products(self, nodes: _Nodes, query: str, key: str, num_heads: int) -> list[str]:
+        """The products of query (batch, heads, seqlen, head_dim) and key (batch, heads, head_dim, seqlen),
+        (batch, heads, seqlen, seqlen) each."""
+        rows, found = nodes.add("Expand", self.rows, nodes.vector(1, num_heads, 1, 1)), []
+        if self.keys:
+            found.append(nodes.add("GatherElements", nodes.add("MatMul", query, self.keys), rows, axis=3))
+        if self.queries:
+            found.append(nodes.add("GatherElements", nodes.add("MatMul", self.queries, key), rows, axis=2))
+        return found
+
+
+def _relative(nodes: _Nodes, encoder: Any, head_dim: int) -> list[_Relative] | None:
+    """The products by distance of each layer; None for an encoder without them."""
+    states, kind = relative_states(encoder), family_of(encoder.config).kind(encoder.config).disentangled
+    if states is None or kind is None:
+        return None
+    table = nodes.weight("distance_rows", kind.distance_rows.long())
+    rows = nodes.add("Gather", table, _distances(nodes, kind.farthest))
+    rows, layers = nodes.add("Unsqueeze", rows, nodes.vector(1)), []
+    for number, layer in enumerate(layers_of(encoder)):
+        if layer.query.out_features == 0:
+            layers.append(_Relative("", "", rows))
+            continue
+        keys, queries = by_distance(kind, states, layer.query, layer.key, head_dim)
+        named = f"layer.{number}.position"
+        layers.append(
+            _Relative(
+                "" if keys is None else nodes.weight(f"{named}_key", keys.transpose(1, 2)),
+                "" if queries is None else nodes.weight(f"{named}_query", queries),
+                rows,
+            )
+        )
+    return layers
 
 
 def _places(nodes: _Nodes) -> str:
@@ -186,14 +240,6 @@ def _places(nodes: _Nodes) -> str:
 def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     """The normalised sum of the embeddings, and what a projection makes of it: (batch, seqlen, hidden)."""
     tables, config, family = encoder.embeddings, encoder.config, family_of(encoder.config)
-    if family.positions_from_padding:  # the real tokens are counted, from the place after that of padding
-        padding = nodes.constant(family.first_position(config) - 1)
-        real = nodes.add("Not", nodes.add("Equal", "input_ids", padding))
-        real = nodes.add("Cast", real, to=TensorProto.INT64)
-        counted = nodes.add("CumSum", real, nodes.constant(1))
-        positions = nodes.add("Add", nodes.add("Mul", counted, real), padding)
-    else:
-        positions = _places(nodes)
 
     def table(name: str) -> str:
         return nodes.weight(f"embeddings.{name}", tables.get_submodule(name).weight)
@@ -203,15 +249,35 @@ def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     if family.has_token_types(config):
         kind = nodes.add("Gather", table(names.token_types), "token_type_ids" if typed else nodes.constant(0))
         x = nodes.add("Add", x, kind)
-    assert names.positions is not None  # other families are not exported
-    x = nodes.add("Add", x, nodes.add("Gather", table(names.positions), positions))
+    if names.positions is not None and family.has_positions(config):
+        positions = nodes.add("Gather", table(names.positions), _position_ids(nodes, config))
+        x = nodes.add("Add", x, positions)
     x = nodes.norm(x, f"embeddings.{names.norm}", tables.get_submodule(names.norm))
     projection = projection_of(encoder)
     return x if projection is None else nodes.linear(x, str(family.projection), projection)
 
 
+def _position_ids(nodes: _Nodes, config: Any) -> str:
+    """The positions of all ids, (batch, seqlen)."""
+    family = family_of(config)
+    if not family.positions_from_padding:
+        return _places(nodes)
+    # The real tokens are counted, from the place after that of padding.
+    padding = nodes.constant(family.first_position(config) - 1)
+    real = nodes.add("Not", nodes.add("Equal", "input_ids", padding))
+    real = nodes.add("Cast", real, to=TensorProto.INT64)
+    counted = nodes.add("CumSum", real, nodes.constant(1))
+    return nodes.add("Add", nodes.add("Mul", counted, real), padding)
+
+
 def _attention(
-    nodes: _Nodes, x: str, closed: str, named: dict[str, Any], num_heads: int, head_dim: int
+    nodes: _Nodes,
+    x: str,
+    closed: str,
+    named: dict[str, Any],
+    num_heads: int,
+    head_dim: int,
+    relative: _Relative | None = None,
 ) -> str:
     """A layer's attention, added to x and normalised. With 0 heads only the output's bias is added."""
     output, norm = named["attention_output"], named["attention_norm"]
@@ -225,7 +291,10 @@ def _attention(
         return nodes.add("Transpose", nodes.add("Reshape", linear, split), perm=order)
 
     query, key, value = heads("query", [0, 2, 1, 3]), heads("key", [0, 2, 3, 1]), heads("value", [0, 2, 1, 3])
-    scores = nodes.add("Div", nodes.add("MatMul", query, key), nodes.constant(math.sqrt(head_dim)))
+    scores, products = nodes.add("MatMul", query, key), 1
+    for product in [] if relative is None else relative.products(nodes, query, key, num_heads):
+        scores, products = nodes.add("Add", scores, product), products + 1
+    scores = nodes.add("Div", scores, nodes.constant(math.sqrt(head_dim * products)))
     weights = nodes.add("Softmax", nodes.add("Add", scores, closed), axis=-1)
     context = nodes.add("Transpose", nodes.add("MatMul", weights, value), perm=[0, 2, 1, 3])
     context = nodes.add("Reshape", context, nodes.vector(0, 0, num_heads * head_dim))

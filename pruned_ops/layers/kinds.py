@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,58 @@ PLAIN = ByPosition()
 
 
 @dataclass(frozen=True)
+class Disentangled:
+    """How attentions multiply queries by keys of their distance, and keys by queries of their distance (He et
+    al. 2021).
+
+    to_positions, to_content: which of the two products there are. farthest: from which distance on keys share
+    a row. buckets: the rows of keys on one side of their query, of which the first half are for single
+    distances and the rest for ranges that grow as powers do; 0 where each distance has a row of its own."""
+
+    to_positions: bool
+    to_content: bool
+    buckets: int
+    farthest: int
+
+    @property
+    def span(self) -> int:
+        """The rows of keys on one side of their query."""
+        return self.buckets or self.farthest
+
+    @property
+    def products(self) -> int:
+        """How many of the two products there are."""
+        return self.to_positions + self.to_content
+
+    @property
+    def rows(self) -> int:
+        """The rows of the table of relative embeddings."""
+        return 2 * self.span
+
+    @cached_property
+    def distance_rows(self) -> Tensor:
+        """The row, as `ops.attention` takes it, of each distance of a key from its query: int32 (2 * farthest
+        + 1,). It counts from the last row of the publisher's table, which lie by the query's distance from
+        the key."""
+        away = torch.arange(-self.farthest, self.farthest + 1, device="cpu")
+        bucket = away
+        if self.buckets:
+            middle = self.buckets // 2
+            beyond = away.abs().clamp_min(middle)
+            # In this order of operations, because it decides which way a bound of two rows is rounded.
+            whole = torch.log(torch.tensor((self.farthest - 1) / middle))
+            power = torch.ceil(torch.log(beyond / middle) / whole * (middle - 1)) + middle
+            bucket = torch.where(away.abs() <= middle, away, (power * away.sign()).long())
+        return (bucket + self.span - 1).clamp(0, self.rows - 1).int()
+
+    def rows_between(self, seqlen: int, device: torch.device) -> Tensor:
+        """The row for each query and key of a padded sequence: int64 (seqlen, seqlen)."""
+        place = torch.arange(seqlen, device=device)
+        distance = (place - place[:, None]).clamp(-self.farthest, self.farthest)
+        return self.distance_rows.to(device)[distance + self.farthest].long()
+
+
+@dataclass(frozen=True)
 class StackKind:
     """The ways in which stacks differ; the defaults are BERT's.
 
@@ -40,7 +93,7 @@ class StackKind:
     attention_bias, ffn_bias, norm_bias: whether these linears, and LayerNorms, have biases.
     by_position: what each layer's attention does with positions; None where none does anything.
     bias_reach: up to which distance attentions have a bias of their own for each head, beyond which it stays
-    the same; None where they have none."""
+    the same; None where they have none. disentangled: what they multiply by distance; None for nothing."""
 
     norm_first: bool = False
     first_norm: bool = True
@@ -51,6 +104,7 @@ class StackKind:
     norm_bias: bool = True
     by_position: tuple[ByPosition, ...] | None = None
     bias_reach: int | None = None
+    disentangled: Disentangled | None = None
 
     @property
     def has_biases(self) -> bool:
@@ -60,7 +114,12 @@ class StackKind:
     @property
     def reads_positions(self) -> bool:
         """Whether an attention depends on its tokens' positions."""
-        return self.by_position is not None or self.bias_reach is not None
+        return self.by_position is not None or self.reads_places
+
+    @property
+    def reads_places(self) -> bool:
+        """Whether it depends on their places in a padded batch, whatever their positions are."""
+        return self.bias_reach is not None or self.disentangled is not None
 
     @property
     def windows(self) -> tuple[int | None, ...]:

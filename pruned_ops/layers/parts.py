@@ -73,7 +73,8 @@ class PrunedAttention(_Part):
 
     (tokens, hidden_size) -> (tokens, hidden_size). The query, key and value weights are one matrix, q|k|v.
     kind, by_position, has_norm: the ways in which it may differ; see `kinds`. position_bias (num_heads,
-    2 * reach + 1), where there is one: see `ops.attention`.
+    2 * reach + 1), position_key and position_query (num_heads, rows, head_dim), where there are any: see
+    `ops.attention`. The latter are made of other weights, and are no parameters that a model has.
     """
 
     hidden_act: str | None = None
@@ -95,6 +96,11 @@ class PrunedAttention(_Part):
         self.output = PrunedLinear(width, hidden_size, kind.attention_bias)
         reach = kind.bias_reach
         self.position_bias = None if reach is None else nn.Parameter(torch.zeros(num_heads, 2 * reach + 1))
+        terms, self.position_key, self.position_query = kind.disentangled, None, None
+        if terms is not None and terms.to_positions:
+            self.position_key = nn.Parameter(torch.zeros(num_heads, terms.rows, head_dim))
+        if terms is not None and terms.to_content:
+            self.position_query = nn.Parameter(torch.zeros(num_heads, terms.rows, head_dim))
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
@@ -132,9 +138,13 @@ class PrunedAttention(_Part):
         """The arguments of `ops.attention` for what depends on positions; none where nothing does."""
         if not self.kind.reads_positions:
             return ()
-        rotary = self.by_position.frequencies(self.head_dim)
-        turned = None if rotary is None else rotary.to(self.qkv.weight.device)
-        return positions, turned, self.by_position.window, self.position_bias
+        rotary, terms = self.by_position.frequencies(self.head_dim), self.kind.disentangled
+        device = self.qkv.weight.device
+        turned = None if rotary is None else rotary.to(device)
+        given = positions, turned, self.by_position.window, self.position_bias
+        if terms is None:
+            return given
+        return *given, self.position_key, self.position_query, terms.distance_rows.to(device)
 
 
 class PrunedFFN(_Part):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from pruned_ops.ops.panels import (
     from_int8_panels,
     from_panels,
     gated_out,
+    to_head_panels,
     ungated_rows,
 )
 from pruned_ops.ops.registry import given_up
@@ -178,25 +180,35 @@ class PanelWeights:
         if self.kind == BERT_KIND:
             return ops.encoder(*arguments)
         by_position: tuple[Any, ...] = (None, None, None, None)
+        relative: tuple[Tensor | None, ...] = ()
         if self._by_position is not None:
             by_position = (positions, *self._by_position.between(first, last))
+            relative = self._by_position.relative_between(first, last)
         final_norm = self._final_norm if last == len(self.widths) else None
-        return ops.encoder(*arguments, self.kind.norm_first, self.kind.gated, *by_position, final_norm)
+        flags = self.kind.norm_first, self.kind.gated
+        return ops.encoder(*arguments, *flags, *by_position, final_norm, *relative)
 
 
 @dataclass(frozen=True)
 class OfParts:
     """What the attentions among some parts do with positions, as `ops.encoder` takes it: its `rotary` and
-    `windows`, and the rows of `position_bias` of each part."""
+    `windows`, the rows of `position_bias` of each part, its `position_keys`, `position_queries` and
+    `distance_rows`, and the number of heads before each part."""
 
     rotary: Tensor | None
     windows: list[int]
     biases: list[Tensor] | None
+    keys: Tensor | None
+    queries: Tensor | None
+    distance_rows: Tensor | None
+    heads_before: list[int]
 
     @classmethod
     def made(cls, parts: Sequence[Any], head_dim: int) -> OfParts:
         """Of attentions and FFNs."""
         rotary, windows, biases = torch.zeros(len(parts), head_dim // 2), [-1] * len(parts), []
+        heads = [part.encoder_part if part.hidden_act is None else 0 for part in parts]
+        attentions = [part for part in parts if part.hidden_act is None]
         for i, part in enumerate(parts):
             if part.hidden_act is not None:
                 continue
@@ -207,7 +219,16 @@ class OfParts:
             windows[i] = -1 if window is None else window
             if part.position_bias is not None:
                 biases.append(part.position_bias.detach())
-        return cls(rotary if bool(rotary.any()) else None, windows, biases or None)
+        terms = attentions[0].kind.disentangled if attentions else None
+        return cls(
+            rotary if bool(rotary.any()) else None,
+            windows,
+            biases or None,
+            _panels_of_heads([part.position_key for part in attentions]),
+            _panels_of_heads([part.position_query for part in attentions]),
+            None if terms is None else terms.distance_rows,
+            list(accumulate(heads, initial=0)),
+        )
 
     def between(self, first: int, last: int) -> tuple[Tensor | None, list[int], Tensor | None]:
         """For the parts from `first` to before `last`, where attentions and FFNs take turns."""
@@ -216,6 +237,20 @@ class OfParts:
             return rotary, self.windows[first:last], None
         biases = self.biases[(first + 1) // 2 : (last + 1) // 2]
         return rotary, self.windows[first:last], torch.cat(biases) if biases else None
+
+    def relative_between(self, first: int, last: int) -> tuple[Tensor | None, ...]:
+        """The keys, queries and rows of distances for the parts from `first` to before `last`."""
+        if self.distance_rows is None:
+            return ()
+        heads = slice(self.heads_before[first], self.heads_before[last])
+        keys, queries = (None if every is None else every[heads] for every in (self.keys, self.queries))
+        return keys, queries, self.distance_rows
+
+
+def _panels_of_heads(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows (heads, rows, head_dim) of several attentions as panels, one after the other."""
+    given = [each.detach() for each in rows if each is not None]
+    return to_head_panels(torch.cat(given)) if given else None
 
 
 def _norm_tensors(norm: nn.LayerNorm | None) -> list[Tensor]:

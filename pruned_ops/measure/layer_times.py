@@ -191,6 +191,8 @@ def part_runners(
     # gigabytes for a large encoder, and each would be colder than weights are in a model that runs often.
     inner = max(4 * dense.num_heads * head_dim, (2 + kind.gated) * dense.ffn_width)
     room = inner * (hidden + 2 * PANEL) + PANEL * (hidden + PANEL) + 2 * _LINE  # enough for any layout
+    if kind.disentangled is not None:
+        room += 2 * dense.num_heads * head_dim * kind.disentangled.rows + 2 * _LINE
     memory = _weights(chain_length(empty), room, dtype).to(device)
     for n in head_counts(dense.num_heads):
         runners[f"attention {n}"] = _chain(

@@ -212,7 +212,7 @@ class PrunedConfig:
             ("intermediate_size", 1, MAX_WIDTH),
             ("vocab_size", 1, 1 << 24),
             ("max_position_embeddings", 1, 1 << 24),
-            ("type_vocab_size", 1, MAX_WIDTH),
+            ("type_vocab_size", 0 if family.may_lack_types else 1, MAX_WIDTH),
         ):
             if name not in family.constants:
                 checked_int(family.own_name(name), family.value(self, name), low, high)

@@ -9,29 +9,26 @@ from itertools import repeat
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pruned_ops.layers.packing import check_mask
-from pruned_ops.layers.parts import PrunedLinear
 from pruned_ops.models.configuration import (
     PRUNED_CONFIGS,
     PrunedBertConfig,
     PrunedConfig,
     PrunedRobertaConfig,
 )
+from pruned_ops.models.disentangled import DisentangledLayer, add_relative_embeddings, relative_states
 from pruned_ops.models.families.description import Family
 from pruned_ops.models.families.known import FAMILIES
 from pruned_ops.models.inputs import check_inputs, check_positions, default_position_ids, returned
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.models.modules import put
 from pruned_ops.models.norm_first import NormFirstLayer
+from pruned_ops.models.norm_last import NormLastLayer
 from pruned_ops.models.relative_bias import scores_of_layers
-from pruned_ops.shape import LayerShape
 
 
 class PrunedEmbeddings(nn.Module):
@@ -45,7 +42,7 @@ class PrunedEmbeddings(nn.Module):
         width = family.embedding_size(config)
         position_padding = padding if family.positions_from_padding else None
         put(self, names.words, nn.Embedding(config.vocab_size, width, padding_idx=padding))
-        if names.positions is not None:
+        if names.positions is not None and family.has_positions(config):
             rows = config.max_position_embeddings
             put(self, names.positions, nn.Embedding(rows, width, padding_idx=position_padding))
         if family.has_token_types(config):
@@ -72,55 +69,9 @@ class PrunedEmbeddings(nn.Module):
             if token_type_ids is None:
                 token_type_ids = torch.zeros((batch_size, seqlen), dtype=torch.long, device=source.device)
             total = total + self.get_submodule(names.token_types)(token_type_ids)
-        if names.positions is not None:
+        if names.positions is not None and self.config.family.has_positions(self.config):
             total = total + self.get_submodule(names.positions)(position_ids)
         return self.dropout(self.get_submodule(names.norm)(total))
-
-
-class PrunedLayerModule(GradientCheckpointingLayer):
-    """One layer with its own number of heads and FFN width, under its publisher's parameter names:
-    (batch, seqlen, hidden_size) -> the same.
-
-    Under gradient checkpointing it keeps its input alone, and is computed again in the backward pass."""
-
-    def __init__(self, config: PrunedConfig, shape: LayerShape) -> None:
-        super().__init__()
-        family = config.family
-        self.num_heads, self.head_dim = shape.num_heads, config.head_dim
-        self.names, hidden, width = family.layer, config.hidden_size, shape.num_heads * config.head_dim
-        eps = family.value(config, "layer_norm_eps")
-        for name in self.names.qkv:
-            put(self, name, PrunedLinear(hidden, width))
-        put(self, self.names.attention_output, PrunedLinear(width, hidden))
-        put(self, self.names.attention_norm, nn.LayerNorm(hidden, eps=eps))
-        put(self, self.names.up, PrunedLinear(hidden, shape.ffn_width))
-        put(self, self.names.down, PrunedLinear(shape.ffn_width, hidden))
-        put(self, self.names.ffn_norm, nn.LayerNorm(hidden, eps=eps))
-        self.activation = ACT2FN[family.value(config, "hidden_act")]
-        self.attention_dropout = nn.Dropout(family.value(config, "attention_probs_dropout_prob"))
-        self.dropout = nn.Dropout(family.value(config, "hidden_dropout_prob"))
-
-    def forward(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
-        """additive_mask: what is added to the scores, (batch or 1, heads or 1, seqlen or 1, seqlen)."""
-        names, part = self.names, self.get_submodule
-        attended = self.dropout(part(names.attention_output)(self._context(x, additive_mask)))
-        x = part(names.attention_norm)(attended + x)
-        inner = self.activation(part(names.up)(x))
-        return part(names.ffn_norm)(self.dropout(part(names.down)(inner)) + x)
-
-    def _context(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
-        """Multi-head attention: (batch, seqlen, hidden_size) -> (batch, seqlen, num_heads * head_dim)."""
-        if self.num_heads == 0:
-            return x.new_zeros(*x.shape[:2], 0)
-        heads = (*x.shape[:2], self.num_heads, self.head_dim)
-        query, key, value = (
-            self.get_submodule(name)(x).view(heads).transpose(1, 2) for name in self.names.qkv
-        )
-        dropout = self.attention_dropout.p if self.training else 0.0
-        context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=additive_mask, dropout_p=dropout
-        )
-        return context.transpose(1, 2).flatten(2)
 
 
 class PrunedStack(nn.Module):
@@ -139,16 +90,18 @@ class PrunedStack(nn.Module):
         additive_mask: Tensor | None,
         collect: list[Tensor] | None,
         biases: Iterable[Tensor | None] = repeat(None),
+        relative: Tensor | None = None,
     ) -> Tensor:
-        return run_layers(self.get_submodule(self._list_name), x, additive_mask, collect, biases)
+        return run_layers(self.get_submodule(self._list_name), x, additive_mask, collect, biases, relative)
 
 
 def pruned_layers(config: PrunedConfig) -> nn.ModuleList:
     """The padded, trainable layers that a config describes."""
-    shapes = config.shape.layers
-    if config.family.kind(config).norm_first:
+    shapes, kind = config.shape.layers, config.family.kind(config)
+    if kind.norm_first:
         return nn.ModuleList(NormFirstLayer(config, shape, i) for i, shape in enumerate(shapes))
-    return nn.ModuleList(PrunedLayerModule(config, shape) for shape in shapes)
+    layer = NormLastLayer if kind.disentangled is None else DisentangledLayer
+    return nn.ModuleList(layer(config, shape) for shape in shapes)
 
 
 def run_layers(
@@ -157,14 +110,16 @@ def run_layers(
     additive_mask: Tensor | None,
     collect: list[Tensor] | None,
     biases: Iterable[Tensor | None] = repeat(None),
+    relative: Tensor | None = None,
 ) -> Tensor:
     """Run padded layers one after the other; each one's output is appended to `collect` if it is given.
-    biases: what each layer adds to its scores besides the mask, (1, heads, seqlen, seqlen)."""
+    biases: what each layer adds to its scores besides the mask, (1, heads, seqlen, seqlen). relative: the
+    states of distances, which disentangled layers take besides."""
     for layer, bias in zip(layers, biases, strict=False):
         added = additive_mask
         if bias is not None:
             added = bias if additive_mask is None else bias + additive_mask
-        x = layer(x, added)
+        x = layer(x, added) if relative is None else layer(x, added, relative)
         if collect is not None:
             collect.append(x)
     return x
@@ -354,6 +309,7 @@ class PrunedBertModel(PrunedPreTrainedModel):
         if family.relative_bias is not None:
             table = nn.Embedding(family.relative_bias.buckets, config.num_attention_heads)
             put(self, family.relative_bias.name, table)
+        add_relative_embeddings(self, config)
         if add_pooling_layer and not family.has_pooler:
             raise ValueError(f"{family.name} has no pooler: add_pooling_layer is for families with one")
         self.pooler = PrunedPooler(config) if add_pooling_layer else None
@@ -404,11 +360,12 @@ class PrunedBertModel(PrunedPreTrainedModel):
             # The lowest finite number rather than -inf, with which a row of padding only would become NaN.
             additive_mask = (attention_mask == 0).to(x.dtype)[:, None, None, :] * torch.finfo(x.dtype).min
         collect = [x] if output_hidden_states else None
-        stack, biases = family.layers.rpartition(".")[0], scores_of_layers(self, x.size(1))
+        stack, _, list_name = family.layers.rpartition(".")
+        by_position = scores_of_layers(self, x.size(1)), relative_states(self)
         if stack:
-            x = self.get_submodule(stack)(x, additive_mask, collect, biases)
+            x = self.get_submodule(stack)(x, additive_mask, collect, *by_position)
         else:
-            x = run_layers(self.get_submodule(family.layers), x, additive_mask, collect, biases)
+            x = run_layers(self.get_submodule(list_name), x, additive_mask, collect, *by_position)
         if family.final_norm is not None:
             x = self.get_submodule(family.final_norm)(x)
             if collect is not None:  # as in transformers 5, the last of them is the model's output

@@ -241,7 +241,7 @@ class _Classifier(_WithEncoder):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
-        dropout = config.family.value(config, self._dropout_field(config))
+        dropout = config.family.value(config, self._dropout_field(config), None)
         otherwise = config.family.value(config, "hidden_dropout_prob")
         self.dropout = nn.Dropout(otherwise if dropout is None else dropout)
         self._add_head(config)

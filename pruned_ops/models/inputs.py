@@ -32,7 +32,7 @@ def default_position_ids(
     family = family_of(config)
     first = family.first_position(config)
     longest = config.max_position_embeddings - first
-    if seqlen > longest and family.embeddings.positions is not None:
+    if seqlen > longest and family.has_positions(config):
         raise ValueError(f"the sequences have {seqlen} tokens; the model's position table allows {longest}")
     if first == 0 or input_ids is None:
         return torch.arange(first, first + seqlen, device=device).expand(batch_size, seqlen)
@@ -55,10 +55,13 @@ def check_inputs(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds is needed")
     # Without a table of token types, the stock models do not look at any that are given.
-    types = 0 if token_type_ids is None else family_of(config).value(config, "type_vocab_size")
+    family = family_of(config)
+    types = 0 if token_type_ids is None else family.value(config, "type_vocab_size")
+    # Nor at positions without a table of them, where those may be given.
+    positions = position_ids if family.positions_field is None or family.has_positions(config) else None
     for name, ids, rows in (
         ("input_ids", input_ids, config.vocab_size),
-        ("position_ids", position_ids, config.max_position_embeddings),
+        ("position_ids", positions, config.max_position_embeddings),
         ("token_type_ids", token_type_ids if types else None, types),
     ):
         if ids is None or ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
@@ -93,7 +96,7 @@ def packed_inputs(
 
     batch: where the real tokens are, from a caller that knows it; by default the attention_mask tells it.
     Returns the batch, and the ids, positions and types of its real tokens, (tokens,) each; where attention
-    has a bias by position also their places in the padded batch, int32 (tokens,), if anything is padded.
+    depends on them also their places in the padded batch, int32 (tokens,), if anything is padded.
     Errors: those of `check_inputs`, `default_position_ids` and `PackedBatch.from_mask`.
     """
     check_inputs(config, input_ids, None, position_ids, token_type_ids)
@@ -110,7 +113,7 @@ def packed_inputs(
     if not family_of(config).has_token_types(config):
         types = torch.zeros_like(input_ids)
     packed = batch.pack(input_ids), batch.pack(positions), batch.pack(types)
-    if family_of(config).relative_bias is None or batch.index is None:
+    if batch.index is None or not family_of(config).kind(config).reads_places:
         return batch, packed
     return batch, (*packed, (batch.index % seqlen).int())
 

@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from pruned_ops.models.disentangled import relative_norm
 from pruned_ops.models.encoder import PRUNED_ENCODERS, PrunedBertModel
 from pruned_ops.models.families.description import LayerNames
 from pruned_ops.models.families.known import STOCK_ENCODERS, family_of, stock_encoder
@@ -176,8 +177,9 @@ def projection_of(encoder: Any) -> Any:
 
 def hidden_norms(encoder: Any) -> list[Any]:
     """The LayerNorms whose outputs are hidden states: one after the embeddings, unless a projection makes the
-    hidden states of them, and two in each layer."""
+    hidden states of them, one after embeddings of distances, and two in each layer."""
     family = family_of(encoder.config)
     first = [encoder.embeddings.get_submodule(family.embeddings.norm)]
     norms = [] if projection_of(encoder) is not None else first
+    norms += [norm for norm in (relative_norm(encoder),) if norm is not None]
     return norms + [norm for layer in layers_of(encoder) for norm in (layer.attention_norm, layer.ffn_norm)]

@@ -43,6 +43,53 @@ def check_position_bias(op: str, position_bias: Tensor, num_heads: int) -> None:
     )
 
 
+def check_relative(
+    op: str,
+    rows: list[tuple[str, Tensor | None]],
+    distance_rows: Tensor | None,
+    shape: tuple[int | None, ...],
+) -> None:
+    """Some of the tensors by distance, all of one shape, in which None may be any size; and with them, and
+    only with them, int32 (2 * reach + 1,)."""
+    names = " or ".join(name for name, _ in rows)
+    torch._check(
+        any(tensor is not None for _, tensor in rows) == (distance_rows is not None),
+        lambda: f"{op}: distance_rows goes with {names}, and {names} with it",
+    )
+    first: tuple[int, ...] | None = None
+    for name, tensor in rows:
+        if tensor is not None:
+            first = tuple(tensor.shape) if first is None else first
+            _check_rows(op, name, tensor, first, shape)
+    if distance_rows is not None:
+        kind, size = distance_rows.dtype, tuple(distance_rows.shape)
+        torch._check(
+            kind == torch.int32 and len(size) == 1 and size[0] % 2 == 1,
+            lambda: f"{op}: distance_rows is {kind} {size}, int32 (2 * reach + 1,) is needed",
+        )
+
+
+def _check_rows(
+    op: str, name: str, tensor: Tensor, first: tuple[int, ...], shape: tuple[int | None, ...]
+) -> None:
+    found, wanted = tuple(tensor.shape), tuple("rows" if size is None else size for size in shape)
+    fits = len(found) == len(shape) and all(
+        size is None or size == own for size, own in zip(shape, found, strict=True)
+    )
+    torch._check(
+        fits and found == first, lambda: f"{op}: {name} has shape {found}, {wanted} is needed, one for all"
+    )
+
+
+def check_distance_rows(op: str, distance_rows: Tensor | None, rows: int) -> None:
+    """The values of distance_rows, where there are any, lie in [0, rows) and never fall."""
+    if distance_rows is None or distance_rows.numel() == 0:
+        return
+    lowest, highest = int(distance_rows[0]), int(distance_rows[-1])
+    if lowest < 0 or highest >= rows or bool((distance_rows.diff() < 0).any()):
+        raise RuntimeError(f"{op}: distance_rows must lie between 0 and {rows - 1}, and never fall")
+
+
 def check_bounds(op: str, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     """The values of cu_seqlens rise from 0 to the rows in steps of at most max_seqlen."""
     check_matrix(op, {"attention": "qkv", "encoder": "x"}[op], rows)

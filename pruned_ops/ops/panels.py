@@ -83,6 +83,17 @@ def to_panels(weight: Tensor) -> Tensor:
     return rows.view(rows.size(0) // PANEL, PANEL, weight.size(1)).transpose(1, 2).contiguous()
 
 
+def to_head_panels(rows: Tensor) -> Tensor:
+    """Lay each head's rows (heads, rows, head_dim) out as panels (heads, ceil(rows / 32), head_dim, 32)."""
+    rows = F.pad(rows, (0, 0, 0, -rows.size(1) % PANEL))
+    return rows.unflatten(1, (rows.size(1) // PANEL, PANEL)).transpose(2, 3).contiguous()
+
+
+def from_head_panels(panels: Tensor) -> Tensor:
+    """The rows (heads, rows, head_dim) that these panels hold, with those that fill the last one up."""
+    return panels.transpose(2, 3).flatten(1, 2)
+
+
 def from_panels(panels: Tensor, out: int) -> Tensor:
     """A contiguous copy of the weight (out, in) that these fp32 panels hold."""
     rows = panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)

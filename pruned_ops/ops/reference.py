@@ -6,7 +6,8 @@ data-dependent control flow. The checks of shapes follow each op; those of value
 tokens: the rows of a packed batch, all sequences back to back. Weights are laid out as torch.nn.Linear has
 them, unless an op says otherwise.
 Sources: attention, Vaswani et al. 2017; erf-GELU, Hendrycks and Gimpel 2016; LayerNorm, Ba et al. 2016; the
-post-LN layer they form, Devlin et al. 2018; rotary positions, Su et al. 2021; GEGLU, Shazeer 2020.
+post-LN layer they form, Devlin et al. 2018; rotary positions, Su et al. 2021; GEGLU, Shazeer 2020;
+disentangled attention, He et al. 2021.
 """
 
 from typing import Any
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from pruned_ops.ops.checks import (
     check_bounds,
+    check_distance_rows,
     check_matrix,
     check_position_bias,
     check_positions,
+    check_relative,
     check_rising,
     check_vector,
 )
@@ -34,14 +37,18 @@ def attention(
     rotary: Tensor | None = None,
     window: int | None = None,
     position_bias: Tensor | None = None,
+    position_key: Tensor | None = None,
+    position_query: Tensor | None = None,
+    distance_rows: Tensor | None = None,
 ) -> Tensor:
     """Compute softmax attention within each sequence of a packed batch.
 
     qkv (tokens, 3 * num_heads * head_dim), laid out q|k|v. cu_seqlens int32 (batch + 1,): sequence i holds
     the rows cu_seqlens[i] to cu_seqlens[i + 1]. max_seqlen: no sequence is longer. Returns (tokens,
     num_heads * head_dim).
-    The scale is 1 / sqrt(head_dim). 0 heads, 0 tokens and empty sequences are allowed. Rows that belong to no
-    sequence, where a backend does not check cu_seqlens, hold undefined values.
+    The scale is 1 / sqrt(head_dim * products), of which there is one without position_key and position_query.
+    0 heads, 0 tokens and empty sequences are allowed. Rows that belong to no sequence, where a backend does
+    not check cu_seqlens, hold undefined values.
 
     positions int32 (tokens,): each token's place in its sequence, rising within it; by default 0, 1, 2 and so
     on. The rest depends on them alone:
@@ -50,8 +57,14 @@ def attention(
     window: the largest distance of a key from its query, None for any.
     position_bias (num_heads, 2 * reach + 1): what is added to the scaled scores, by the key's position less
     the query's, from -reach to reach; farther keys take the outermost columns.
+    position_key, position_query (num_heads, rows, head_dim): by what each query, and each key, is multiplied
+    besides, in the row of their distance (He et al. 2021); the products are added. distance_rows int32
+    (2 * reach + 1,): the row, by the key's position less the query's as above; it never falls.
     """
-    check_attention(qkv, cu_seqlens, max_seqlen, head_dim, positions, rotary, window, position_bias)
+    check_attention(
+        *(qkv, cu_seqlens, max_seqlen, head_dim, positions, rotary, window, position_bias),
+        *(position_key, position_query, distance_rows),
+    )
     tokens, width = qkv.size(0), qkv.size(1) // 3
     num_heads, batch = width // head_dim, cu_seqlens.size(0) - 1
     # While this is traced the number of tokens may be unknown; the shape returned is the same without this.
@@ -74,8 +87,19 @@ def attention(
     real = column < lengths[:, None]
     padded = qkv[rows].view(batch, max_seqlen, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
     query, key, value = padded[0], padded[1], padded[2]
-    scores = query @ key.transpose(-1, -2) * head_dim**-0.5
     distance = position[rows][:, None, :] - position[rows][:, :, None]
+    scores, products = query @ key.transpose(-1, -2), 1
+    if distance_rows is not None:
+        reach = distance_rows.size(0) // 2
+        row = distance_rows.long()[distance.clamp(-reach, reach) + reach][:, None].expand(scores.shape)
+        if position_key is not None:
+            products += 1
+            scores = scores + (query @ position_key.transpose(1, 2).to(query.dtype)).gather(-1, row)
+        if position_query is not None:
+            products += 1
+            of_keys = key @ position_query.transpose(1, 2).to(key.dtype)
+            scores = scores + of_keys.gather(-1, row.transpose(-1, -2)).transpose(-1, -2)
+    scores = scores * (head_dim * products) ** -0.5
     if position_bias is not None:
         reach = position_bias.size(1) // 2
         bias = position_bias[:, distance.clamp(-reach, reach) + reach].transpose(0, 1)
@@ -107,6 +131,9 @@ def check_attention(
     rotary: Tensor | None = None,
     window: int | None = None,
     position_bias: Tensor | None = None,
+    position_key: Tensor | None = None,
+    position_query: Tensor | None = None,
+    distance_rows: Tensor | None = None,
 ) -> None:
     """Raise RuntimeError, naming the argument, unless shapes and sizes are those of `attention`."""
     check_matrix("attention", "qkv", qkv)
@@ -133,8 +160,11 @@ def check_attention(
         check_vector("attention", "rotary", rotary, head_dim // 2)
     if window is not None:
         torch._check(window >= 0, lambda: f"attention: window is {window}, at least 0 is needed")
+    num_heads = qkv.size(1) // (3 * head_dim)
     if position_bias is not None:
-        check_position_bias("attention", position_bias, qkv.size(1) // (3 * head_dim))
+        check_position_bias("attention", position_bias, num_heads)
+    by_distance = [("position_key", position_key), ("position_query", position_query)]
+    check_relative("attention", by_distance, distance_rows, (num_heads, None, head_dim))
 
 
 def check_attention_values(
@@ -143,12 +173,20 @@ def check_attention_values(
     max_seqlen: int,
     head_dim: int,
     positions: Tensor | None = None,
-    *_: object,
+    rotary: Tensor | None = None,
+    window: int | None = None,
+    position_bias: Tensor | None = None,
+    position_key: Tensor | None = None,
+    position_query: Tensor | None = None,
+    distance_rows: Tensor | None = None,
 ) -> None:
-    """Raise RuntimeError unless cu_seqlens rises from 0 to the tokens in steps of at most max_seqlen, and
-    positions rise within each sequence."""
+    """Raise RuntimeError unless cu_seqlens rises from 0 to the tokens in steps of at most max_seqlen,
+    positions rise within each sequence, and distance_rows are rows that never fall."""
     check_bounds("attention", qkv, cu_seqlens, max_seqlen)
     check_rising("attention", cu_seqlens, positions)
+    for rows in (position_key, position_query):
+        if rows is not None:
+            check_distance_rows("attention", distance_rows, rows.size(1))
 
 
 def with_longest(rows: Tensor, cu_seqlens: Tensor, max_seqlen: int, *others: Any) -> tuple[Any, ...]:

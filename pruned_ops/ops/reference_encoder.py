@@ -8,9 +8,11 @@ from torch import Tensor
 
 from pruned_ops.ops.checks import (
     check_bounds,
+    check_distance_rows,
     check_matrix,
     check_position_bias,
     check_positions,
+    check_relative,
     check_rising,
     check_vector,
 )
@@ -20,6 +22,7 @@ from pruned_ops.ops.panels import (
     PANEL,
     PART_TENSORS,
     bf16_linear,
+    from_head_panels,
     from_panels,
     gated_out,
     inner_width,
@@ -45,6 +48,9 @@ def encoder(
     windows: Sequence[int] | None = None,
     position_bias: Tensor | None = None,
     final_norm: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    distance_rows: Tensor | None = None,
 ) -> Tensor:
     """Run a stack of parts, attentions and FFNs in any order. (tokens, hidden) -> (tokens, hidden).
 
@@ -61,14 +67,20 @@ def encoder(
     rotary (parts, head_dim / 2): the inverse frequencies of each attention; a row of zeros rotates nothing.
     windows: the window of each attention, -1 for none. position_bias (heads, 2 * reach + 1): the rows of all
     attentions, one after the other. The entries of FFNs among rotary and windows are not read.
+    position_keys, position_queries (heads, panels, head_dim, 32): `attention`'s, of all attentions, with the
+    rows of each head as fp32 panels. distance_rows: as in `attention`, for all of them.
     """
-    check_encoder(x, weights, widths, head_dim, positions, rotary, windows, position_bias, final_norm)
+    check_encoder(
+        *(x, weights, widths, head_dim, positions, rotary, windows, position_bias, final_norm),
+        *(position_keys, position_queries, distance_rows),
+    )
     heads = 0  # of the attentions so far
     for i, part in enumerate(widths):
         first, first_bias, second, second_bias, *norm = weights[PART_TENSORS * i : PART_TENSORS * (i + 1)]
         inner = inner_width(part, head_dim)
         taken = _layer_norm(x, norm[0], norm[1], eps) if norm_first and norm[0].numel() else x
         if is_attention(part):
+            own = slice(heads, heads + part)
             qkv = _panel_linear("first", taken, first, first_bias, 3 * inner)
             middle = attention(
                 qkv,
@@ -78,7 +90,10 @@ def encoder(
                 positions,
                 None if rotary is None else rotary[i],
                 None if windows is None or windows[i] < 0 else windows[i],
-                None if position_bias is None else position_bias[heads : heads + part],
+                None if position_bias is None else position_bias[own],
+                None if position_keys is None else from_head_panels(position_keys[own]),
+                None if position_queries is None else from_head_panels(position_queries[own]),
+                distance_rows,
             )
             heads += part
         elif gated:
@@ -107,6 +122,9 @@ def check_encoder(
     windows: Sequence[int] | None = None,
     position_bias: Tensor | None = None,
     final_norm: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    distance_rows: Tensor | None = None,
 ) -> None:
     """Raise RuntimeError, naming the argument, unless there is for each part what `encoder` reads."""
     check_matrix("encoder", "x", x)
@@ -130,9 +148,11 @@ def check_encoder(
             len(windows) == parts,
             lambda: f"encoder: windows has {len(windows)} numbers, one for each of {parts} parts is needed",
         )
+    heads = sum(part for part in widths if is_attention(part))
     if position_bias is not None:
-        heads = sum(part for part in widths if is_attention(part))
         check_position_bias("encoder", position_bias, heads)
+    by_distance = [("position_keys", position_keys), ("position_queries", position_queries)]
+    check_relative("encoder", by_distance, distance_rows, (heads, None, head_dim, PANEL))
     if final_norm is not None:
         torch._check(
             tuple(final_norm.shape) == (2, x.size(1)),
@@ -179,8 +199,17 @@ def check_encoder_values(
     norm_first: bool = False,
     gated: bool = False,
     positions: Tensor | None = None,
-    *_: object,
+    rotary: Tensor | None = None,
+    windows: Sequence[int] | None = None,
+    position_bias: Tensor | None = None,
+    final_norm: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    distance_rows: Tensor | None = None,
 ) -> None:
-    """Raise RuntimeError unless cu_seqlens and positions are as `attention` takes them."""
+    """Raise RuntimeError unless cu_seqlens, positions and distance_rows are as `attention` takes them."""
     check_bounds("encoder", x, cu_seqlens, max_seqlen)
     check_rising("encoder", cu_seqlens, positions)
+    for panels in (position_keys, position_queries):
+        if panels is not None:
+            check_distance_rows("encoder", distance_rows, panels.size(1) * PANEL)

@@ -23,6 +23,7 @@ from pruned_ops.layers.int8 import SCALE, Int8Linear
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, Rows, free, placeholder, seal, unseal
+from pruned_ops.models.disentangled import by_distance, relative_states
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence, packed_inputs, returned
 from pruned_ops.models.relative_bias import bias_by_distance, heads_of_layers
@@ -320,6 +321,7 @@ def _laid_out(
                 seen[key] = nn.Parameter(values, requires_grad=False)
             setattr(module, name, seen[key])
     _set_biases(stack, original)
+    _set_relative(stack, original)
     stack.pack(False, stack.linear_names if int8 is None else int8, bfloat16, keep_fp32)
     return stack.eval()
 
@@ -340,6 +342,23 @@ def _set_biases(stack: PrunedEncoder, original: Any) -> None:
     for layer, heads in zip(stack.layers, heads_of_layers(original.config), strict=True):
         rows = by_distance.detach()[heads].contiguous()
         layer.attention.position_bias = nn.Parameter(rows, requires_grad=False)
+
+
+def _set_relative(stack: PrunedEncoder, original: Any) -> None:
+    """Give the attention of every layer what its linears make of embeddings of distances, where the encoder
+    has such embeddings. Errors: ValueError on a GPU."""
+    with torch.no_grad():
+        relative, kind = relative_states(original), stack.kind.disentangled
+        if relative is None or kind is None:
+            return
+        if relative.device.type == "cuda":
+            raise ValueError(BIAS_ON_GPU)
+        for layer, own in zip(stack.layers, layers_of(original), strict=True):
+            made = by_distance(kind, relative, own.query, own.key, stack.head_dim)
+            for name, rows in zip(("position_key", "position_query"), made, strict=True):
+                if rows is not None:
+                    parameter = nn.Parameter(rows.contiguous(), requires_grad=False)
+                    setattr(layer.attention, name, parameter)
 
 
 def _sources(packed: Any, stock: LayerParts) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

@@ -27,7 +27,7 @@ from pruned_ops.models.stock import (
 # The number of a layer and, after it, the name of a module in it.
 _IN_A_LAYER = re.compile(r"(?:\w+\.)*layers?\.(\d+)(?:\.(.+))?")
 BIAS_ON_GPU = (
-    "its attention has a bias by relative position, which no kernel for a GPU computes: keep it on the CPU"
+    "its attention depends on relative positions, which no kernel for a GPU computes: keep it on the CPU"
 )
 _CAPTURING = "transformers.utils.output_capturing"
 # Attributes of modules that change nothing in inference, or that are looked at elsewhere.
@@ -86,7 +86,7 @@ def _refuse_mixture(encoder: Any) -> str | None:
 
 
 def _refuse_bias(encoder: Any) -> str | None:
-    has_bias = family_of(encoder.config).relative_bias is not None
+    has_bias = family_of(encoder.config).kind(encoder.config).reads_places
     return BIAS_ON_GPU if has_bias and encoder.device.type == "cuda" else None
 
 

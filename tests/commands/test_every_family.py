@@ -36,8 +36,10 @@ CLOSE = 3e-5
 # BERT and RoBERTa go these ways in the tests of each.
 NEW = [kind for kind in PRUNED_TYPES if kind not in ("pruned_bert", "pruned_roberta")]
 TYPES = pytest.mark.parametrize("pruned_type", NEW)
-# Those whose layers are BERT's; test_modernbert.py has what ModernBERT refuses.
-OF_BERTS_KIND = pytest.mark.parametrize("pruned_type", [kind for kind in NEW if kind != "pruned_modernbert"])
+# Those that are not imported; test_modernbert.py has what else ModernBERT refuses.
+OTHERS = ("pruned_modernbert", "pruned_deberta_v2")
+IMPORTED = pytest.mark.parametrize("pruned_type", [kind for kind in NEW if kind not in OTHERS])
+EXPORTED = pytest.mark.parametrize("pruned_type", [kind for kind in NEW if kind != "pruned_modernbert"])
 # So many tokens of words, and of bytes, hold a question and some of a text.
 CUT = 40
 
@@ -61,7 +63,7 @@ def reader(pruned_type: str, tmp_path: Path) -> Path:
     return saved(pruned_type, ANSWERS, tmp_path / "reader")
 
 
-@OF_BERTS_KIND
+@IMPORTED
 def test_checked_imported_asked(reader: Path, pruned_type: str, tmp_path: Path) -> None:
     assert main(["check", str(reader), "--device", "cpu", "--backends", "reference"]) == 0
     assert main(["import", str(reader), str(tmp_path / "imported")]) == 0
@@ -75,7 +77,7 @@ def test_checked_imported_asked(reader: Path, pruned_type: str, tmp_path: Path) 
     assert all(one.answer == text[one.start : one.end] for one in found)
 
 
-@pytest.mark.parametrize("pruned_type", ["pruned_modernbert"])
+@pytest.mark.parametrize("pruned_type", OTHERS)
 def test_checked_asked(reader: Path, pruned_type: str) -> None:
     assert main(["check", str(reader), "--device", "cpu", "--backends", "reference"]) == 0
     source, text = load_model(str(reader)), words(20)
@@ -86,7 +88,7 @@ def test_checked_asked(reader: Path, pruned_type: str) -> None:
     assert all(one.answer == text[one.start : one.end] for one in found)
 
 
-@OF_BERTS_KIND
+@EXPORTED
 @pytest.mark.parametrize("head", ["", ANSWERS, TEXTS, TOKENS])
 def test_exported(pruned_type: str, head: str, tmp_path: Path) -> None:
     """Stock, and pruned to odd shapes: ONNX Runtime computes what the model does."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from by_position import with_gaps
 from inputs import READY, cu_seqlens, randn
 from pruned_ops import LayerShape, ModelShape, PrunedEncoder
-from pruned_ops.layers.kinds import ByPosition, StackKind
+from pruned_ops.layers.kinds import ByPosition, Disentangled, StackKind
 from pruned_ops.ops.backends.cpu import bf16_capability
 from pruned_ops.ops.registry import record, use_backend
 
@@ -32,6 +32,7 @@ KINDS = {
     "modern": MODERN,
     "biased": StackKind(norm_first=True, final_norm=True, gated=True, by_position=MODERN.by_position),
     "mpnet": StackKind(bias_reach=6),
+    "deberta": StackKind(disentangled=Disentangled(True, True, 8, 16)),
     "gated": StackKind(gated=True),
     "first": StackKind(norm_first=True),
 }
@@ -82,6 +83,11 @@ def _context(qkv: Tensor, attention: Any, place: Tensor) -> Tensor:
     if attention.position_bias is not None:
         reach = attention.position_bias.size(1) // 2
         mask = mask + attention.position_bias[:, away.clamp(-reach, reach) + reach]
+    if attention.kind.disentangled is not None:
+        row = attention.kind.disentangled.distance_rows.long()[away.clamp(-16, 16) + 16]
+        added = torch.einsum("hqd,hqkd->hqk", query, attention.position_key[:, row])
+        added = added + torch.einsum("hkd,hqkd->hqk", key, attention.position_query[:, row])
+        query, mask = query / 3**0.5, mask + added / (3 * 16) ** 0.5
     return F.scaled_dot_product_attention(query, key, value, mask).transpose(0, 1).flatten(1)
 
 

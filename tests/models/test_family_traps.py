@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 import pruned_ops
 from family_models import (
     ANSWERS,
     TEXTS,
+    TOKENS,
     batch,
     family_named,
     fields,
@@ -23,11 +25,13 @@ from family_models import (
     pruned,
     stock,
 )
+from pruned_ops.layers.kinds import Disentangled
+from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.relative_bias import bucket_of_distance
 from pruned_ops.models.stock import model_shape
-from pruned_trainer import SizeBudget, Target, attached, compact, decide
+from pruned_trainer import SizeBudget, Target, attach, attached, compact, decide
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 
@@ -250,8 +254,82 @@ def test_mpnets_padding_in_the_midst_of_a_text() -> None:
     assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
 
 
-def test_mpnets_bias_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = stock("MPNet", "")
+@pytest.mark.parametrize("stem", ["MPNet", "DebertaV2"])
+def test_relative_positions_are_refused_on_a_gpu(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stock(stem, "")
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    with pytest.raises(ValueError, match="which no kernel for a GPU computes: keep it on the CPU"):
+    with pytest.raises(ValueError, match="relative positions, which no kernel for a GPU computes"):
         pruned_ops.optimize(model)
+
+
+@pytest.mark.parametrize(("buckets", "farthest"), [(256, 512), (0, 40), (4, 9), (256, 300), (64, 2048)])
+def test_debertas_distances_share_the_publishers_rows(buckets: int, farthest: int) -> None:
+    """Ours count from the other end, by the key's distance from the query."""
+    kind, away = Disentangled(True, True, buckets, farthest), torch.arange(-3 * farthest, 3 * farthest + 1)
+    bucket = make_log_bucket_position(-away, buckets, farthest).long() if buckets else -away
+    expected = (bucket + kind.span).clamp(0, kind.rows - 1)
+    rows = kind.distance_rows.long()[away.clamp(-farthest, farthest) + farthest]
+    assert torch.equal(kind.rows - 1 - rows, expected)
+
+
+DEBERTAS: dict[str, dict[str, Any]] = {
+    "positions and types": {"position_biased_input": True, "type_vocab_size": 2},
+    "content to position": {"pos_att_type": "c2p"},
+    "position to content": {"pos_att_type": ["p2c"], "norm_rel_ebd": "none"},
+    "a row for each distance": {"position_buckets": -1, "max_relative_positions": 7},
+    "as far as positions": {"max_relative_positions": -1, "position_buckets": 256, "vocab_size": 100,
+                            "max_position_embeddings": 300},
+    "no relative attention": {"relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none",
+                              "position_biased_input": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", DEBERTAS)
+def test_debertas_options(variant: str) -> None:
+    """Packed, and in our own padded class, whose parameters are the publisher's."""
+    model, inputs = stock("DebertaV2", ANSWERS, **DEBERTAS[variant]), batch("holes", (60, 33, 4))
+    inputs = typed(inputs) if "types" in variant else inputs
+    expected = outputs(model, inputs)
+    config = PRUNED_CONFIGS["pruned_deberta_v2"](**model.config.to_dict())
+    ours = AutoModelForQuestionAnswering.from_config(config).eval()
+    ours.load_state_dict(model.state_dict())
+    assert largest_difference(outputs(ours, inputs), expected) <= 2e-5
+    assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"conv_kernel_size": 3}, "conv_kernel_size is 3, and convolutions are not computed"),
+        ({"share_att_key": False}, "share_att_key is False, only True is computed"),
+        ({"pos_att_type": "p2p"}, r"pos_att_type is \['p2p'\], c2p or p2c is needed"),
+        ({"relative_attention": False}, "pos_att_type is given without relative_attention"),
+        ({"position_buckets": 7}, "position_buckets is 7, an even number from 4 on is needed"),
+        ({"position_buckets": 32}, "position_buckets is 32, half of which has to be less than the farthest"),
+        ({"embedding_size": 32}, "embedding_size is 32, only that of hidden_size"),
+        ({"attention_head_size": 8}, "attention_head_size is 8, only hidden_size / num_attention_heads"),
+        ({"pooler_hidden_act": "relu"}, "pooler_hidden_act is 'relu', only 'gelu' is computed"),
+    ],
+)
+def test_debertas_that_are_not_computed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pruned_ops.optimize(stock("DebertaV2", ANSWERS, **fields))
+
+
+def test_debertas_texts_may_be_longer_than_its_positions() -> None:
+    """Where there is no table of positions, nothing ends them; position_ids are not looked at."""
+    model, inputs = stock("DebertaV2", TOKENS), batch("right", (130, 7))
+    expected = outputs(model, inputs)
+    inputs["position_ids"] = torch.full((2, 130), 999)
+    assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
+
+
+def test_debertas_head_for_words_that_is_not_legacy() -> None:
+    model, inputs = stock("DebertaV2", "MaskedLM", legacy=False), batch("holes")
+    expected = outputs(model, inputs)
+    assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
+
+
+def test_debertas_hidden_dimensions_need_a_norm_of_distances() -> None:
+    with pytest.raises(ValueError, match="no LayerNorm makes its embeddings of distances; prune heads and"):
+        attach(stock("DebertaV2", ANSWERS, norm_rel_ebd="none"), parts=["hidden"])

@@ -83,6 +83,45 @@ def test_rotary_window_and_bias_are_their_definitions(backend: str, head_dim: in
         torch.testing.assert_close(found.double(), expected, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize(("head_dim", "longest"), [(16, 600), (6, 130), (64, 130)])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_disentangled_attention_is_its_definition(
+    backend: str, head_dim: int, longest: int, gaps: bool
+) -> None:
+    """For each pair of tokens the row of their distance is looked up: in tables that rise by 1 at most, and
+    in steps; with either product, and with both, beside a window and a bias."""
+    lengths, heads, reach = (5, 0, longest, 1, 49), 2, 70
+    qkv, *others = attention_arguments(lengths, heads, head_dim)
+    positions, distance = with_gaps(lengths) if gaps else in_order(lengths), torch.arange(-reach, reach + 1)
+    keys, queries = (randn(i, heads, 100, head_dim) for i in (1, 2))
+    gradual = distance.sign() * distance.abs().clamp_max(20).add(distance.abs() // 3) + 50
+    steep = (distance > -60).int() * 40 + (distance > 3).int() * 59
+    bias = randn(3, heads, 2 * 20 + 1)
+    for rows in (gradual.int().cummax(0)[0], steep):
+        for key, query, more in ((keys, queries, (33, bias)), (keys, None, (None, None)),
+                                 (None, queries, (None, None))):  # fmt: skip
+            with use_backend(backend):
+                given = (positions if gaps else None, None, *more, key, query, rows)
+                found = pruned_ops.ops.attention(qkv, *others, *given)
+            expected = []
+            for part, place in zip(qkv.double().split(lengths), positions.split(lengths), strict=True):
+                q, k, v = part.view(len(part), 3, heads, head_dim).permute(1, 2, 0, 3)
+                away = place[None, :].long() - place[:, None].long()
+                row = rows[away.clamp(-reach, reach) + reach].long()
+                scores = q @ k.transpose(1, 2)
+                if key is not None:
+                    scores = scores + torch.einsum("hqd,hqkd->hqk", q, key.double()[:, row])
+                if query is not None:
+                    scores = scores + torch.einsum("hkd,hqkd->hqk", k, query.double()[:, row])
+                scores = scores / (head_dim * (1 + (key is not None) + (query is not None))) ** 0.5
+                if more[0] is not None:
+                    scores = scores + bias.double()[:, away.clamp(-20, 20) + 20]
+                    scores = scores.masked_fill(away.abs() > more[0], -torch.inf)
+                expected.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+            torch.testing.assert_close(found.double(), torch.cat(expected), atol=3e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("window", [0, 1, 15, 47, 130, 513, 10**18])
 @pytest.mark.parametrize("backend", READY)
 def test_windows_at_the_edges_of_blocks(backend: str, window: int) -> None:
@@ -173,7 +212,7 @@ def test_mpnets_bias_is_a_table_of_its_diagonals(heads: tuple[int, ...]) -> None
 @pytest.mark.parametrize("backend", KERNELS)
 def test_wrong_positions_are_refused_by_name(backend: str) -> None:
     good = attention_arguments((5, 3), 2, 16)
-    places = in_order((5, 3))
+    places, rows = in_order((5, 3)), torch.tensor([0, 1, 2], dtype=torch.int32)
     cases: list[tuple[list[Any], str]] = [
         ([places.long()], "positions is"),
         ([places[:-1]], "positions has shape"),
@@ -186,6 +225,13 @@ def test_wrong_positions_are_refused_by_name(backend: str) -> None:
         ([None, None, -1], "window is -1"),
         ([None, None, None, randn(0, 3, 5)], "position_bias has shape"),
         ([None, None, None, randn(0, 2, 4)], "position_bias has shape"),
+        ([None] * 4 + [randn(0, 2, 9, 16)], "distance_rows goes with position"),
+        ([None] * 6 + [rows], "distance_rows goes with position"),
+        ([None] * 4 + [randn(0, 3, 9, 16), None, rows], "position_key has shape"),
+        ([None] * 4 + [randn(0, 2, 9, 16), randn(0, 2, 9, 8), rows], "position_query has shape"),
+        ([None] * 4 + [randn(0, 2, 9, 16), None, rows.long()], "distance_rows is"),
+        ([None] * 4 + [randn(0, 2, 2, 16), None, rows], "distance_rows must lie between 0 and 1, and never"),
+        ([None] * 4 + [randn(0, 2, 9, 16), None, rows.flip(0)], "distance_rows must lie between 0 and 8"),
     ]
     with use_backend(backend):
         for bad, named in cases:

@@ -28,6 +28,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Data2VecText": {"type_vocab_size": 1},
     "Electra": {"embedding_size": 48},
     "MPNet": {},
+    "DebertaV2": {  # texts are longer than the single distances
+        "type_vocab_size": 0,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "max_relative_positions": 16,
+        "pos_att_type": "p2c|c2p",
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+    },
     "ModernBert": {  # the second layer is local, and texts are longer than its window
         "local_attention": 8,
         "bos_token_id": None,

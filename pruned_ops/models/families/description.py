@@ -82,6 +82,19 @@ class RelativeBias:
 
 
 @dataclass(frozen=True)
+class RelativeEmbeddings:
+    """A table of embeddings of distances, which every layer turns into keys and queries by its own linears
+    (see `models.disentangled`); it is there where the stack's kind is disentangled.
+
+    table: its name, from the encoder on. norm: that of the LayerNorm after it. normed: whether a config has
+    that one."""
+
+    table: str
+    norm: str
+    normed: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
 class TextHeadNames:
     """The head that labels a text: a linear on its first token, an activation, and a linear.
 
@@ -131,7 +144,10 @@ class Family:
     positions_from_padding: whether real tokens alone are counted, from the place after the padding's id.
     hands_on: whether the publisher's heads hand what they do not know on to their encoder.
     has_pooler: whether the encoder's class can make a pooler (`add_pooling_layer`).
+    positions_field: the config's field that says whether there is a table of positions, where one may say so.
+    may_lack_types: whether a config may have a type_vocab_size of 0.
     relative_bias: the table of what is added to the scores of attention by relative position.
+    relative_embeddings: the table of what queries and keys are multiplied by for their distance.
     projection: the name of a linear between embeddings and layers, which is there where they differ in width.
     final_norm: the name of a LayerNorm after the last layer. answers_head: that of the linear that finds
     answers. prediction_head: what all heads have before their last linear, and None in most families.
@@ -154,7 +170,10 @@ class Family:
     positions_from_padding: bool = False
     hands_on: bool = True
     has_pooler: bool = True
+    positions_field: str | None = None
+    may_lack_types: bool = False
     relative_bias: RelativeBias | None = None
+    relative_embeddings: RelativeEmbeddings | None = None
     projection: str | None = None
     final_norm: str | None = None
     answers_head: str = "qa_outputs"
@@ -184,9 +203,11 @@ class Family:
         """The publisher's name of a config's field, from BERT's."""
         return self.fields.get(name, name)
 
-    def value(self, config: Any, name: str) -> Any:
-        """The value of a config's field, stock or pruned, by BERT's name for it."""
-        return self.constants[name] if name in self.constants else getattr(config, self.own_name(name))
+    def value(self, config: Any, name: str, *default: Any) -> Any:
+        """The value of a config's field, stock or pruned, by BERT's name for it. default: as getattr's."""
+        if name in self.constants:
+            return self.constants[name]
+        return getattr(config, self.own_name(name), *default)
 
     def first_position(self, config: Any) -> int:
         """The number of the first real token's position."""
@@ -195,6 +216,11 @@ class Family:
     def embedding_size(self, config: Any) -> int:
         """The width of the embedding's tables."""
         return config.hidden_size if self.projection is None else config.embedding_size
+
+    def has_positions(self, config: Any) -> bool:
+        """Whether the embedding has a table of positions."""
+        said = self.positions_field is None or bool(getattr(config, self.positions_field))
+        return said and self.embeddings.positions is not None
 
     def has_token_types(self, config: Any) -> bool:
         """Whether the embedding has a table of token types."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from pruned_ops.models.families.bert import BERT
 from pruned_ops.models.families.data2vec_text import DATA2VEC_TEXT
+from pruned_ops.models.families.deberta_v2 import DEBERTA_V2
 from pruned_ops.models.families.description import STOCK_HEADS, Family
 from pruned_ops.models.families.distilbert import DISTILBERT
 from pruned_ops.models.families.electra import ELECTRA
@@ -17,7 +18,7 @@ from pruned_ops.models.families.modernbert import MODERNBERT
 from pruned_ops.models.families.mpnet import MPNET
 from pruned_ops.models.families.roberta import ROBERTA
 
-FAMILIES = (BERT, ROBERTA, DISTILBERT, ERNIE, DATA2VEC_TEXT, ELECTRA, MPNET, MODERNBERT)
+FAMILIES = (BERT, ROBERTA, DISTILBERT, ERNIE, DATA2VEC_TEXT, ELECTRA, MPNET, MODERNBERT, DEBERTA_V2)
 # By the model type of a stock or pruned config.
 BY_TYPE: dict[str, Family] = {kind: family for family in FAMILIES for kind in family.model_types}
 # The names of the publishers' encoder classes.

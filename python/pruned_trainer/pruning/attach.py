@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruned_ops.models.disentangled import relative_norm, relative_states
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import find_encoder, hidden_norms, layers_of, model_shape, projection_of
 from pruned_trainer.pruning.gates import Gates
@@ -61,6 +62,11 @@ def refuse_hidden(encoder: Any) -> None:
         raise ValueError(
             f"hidden dimensions of a {family.name} are not pruned: its LayerNorms come first, and none makes "
             "the hidden states; prune heads and ffn (parts)"
+        )
+    if relative_states(encoder) is not None and relative_norm(encoder) is None:
+        raise ValueError(
+            f"hidden dimensions of this {family.name} are not pruned: no LayerNorm makes its embeddings of "
+            "distances; prune heads and ffn (parts)"
         )
 
 

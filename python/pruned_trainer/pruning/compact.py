@@ -254,7 +254,9 @@ def _slice_hidden(state: dict[str, Tensor], hidden: Kept, family: Family, others
     """Slice every tensor's hidden dimension, in place; an open gate scales the output of each LayerNorm, and
     of the projection of the embeddings. others: modules without a hidden dimension."""
     names = family.layer
-    scaled = (f"embeddings.{family.embeddings.norm}", names.attention_norm, names.ffn_norm)
+    scaled: tuple[str, ...] = (f"embeddings.{family.embeddings.norm}", names.attention_norm, names.ffn_norm)
+    if family.relative_embeddings is not None:
+        scaled = (*scaled, family.relative_embeddings.norm)
     for name, tensor in state.items():
         module = name.rpartition(".")[0]
         if module in others:
