@@ -76,9 +76,15 @@ class Results:
         newest = next(iter(self.timings.values()), [])
         return timed(newest, letter, newest[0]["workload"]) if newest else []
 
-    def missing(self) -> list[str]:
-        """The names of the pieces of work that are not finished."""
-        return [row["unit"] for row in self.rows if row["finished"] == "False"]
+    def missing(self) -> dict[str, dict[str, int]]:
+        """The number of pieces of work that are not finished, by part and by seed."""
+        counts: dict[str, dict[str, int]] = {}
+        for row in self.rows:
+            if row["finished"] == "False":
+                of_part = counts.setdefault(row["part"], {})
+                seed = row["unit"].rpartition("seed")[2]
+                of_part[seed] = of_part.get(seed, 0) + 1
+        return counts
 
 
 def dense_score(points: dict[float, list[Row]], score: str) -> float:

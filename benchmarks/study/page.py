@@ -385,5 +385,9 @@ def _origin_text(results: Results) -> list[str]:
     ]
     missing = results.missing()
     if missing:
-        text += [f"Not finished, and so missing above: {', '.join(missing)}.", ""]
+        parts = [
+            f"{part}, {', '.join(f'{number} of seed {seed}' for seed, number in seeds.items())}"
+            for part, seeds in missing.items()
+        ]
+        text += [f"Not finished, and so missing above, are pieces of these parts: {'; '.join(parts)}.", ""]
     return text

@@ -110,7 +110,8 @@ def curve_row(
 def test_an_order_is_stated_only_where_the_interval_allows(tmp_path: Path) -> None:
     rows = [curve_row("l0", 0, 0), curve_row("gain", 3, 2), curve_row("leave-one-out", 1, 2)]
     rows += [curve_row("random", -4, 2), curve_row("random", -2, 2, seed=1)]
-    rows.append({"unit": "row-g-seed0", "finished": False, "profile": "cpu"})
+    for name in ("row-g-seed0", "row-f-seed0", "row-g-seed1"):
+        rows.append({"part": "rows", "unit": name, "finished": False, "profile": "cpu"})
     harness.write_rows(tmp_path / "study-cpu-x.csv", rows)
     text = "\n".join(section(Results(tmp_path / "study-cpu-x.csv")))
     assert "L0 against gain: in span F1 ahead at 50%. In F1 ahead at 50%." in text
@@ -126,4 +127,4 @@ def test_an_order_is_stated_only_where_the_interval_allows(tmp_path: Path) -> No
     assert "without 50%: F1 lost -2.0 (-2.0 to -2.0); span F1 lost +10.0 (+10.0 to +10.0)" in text
     assert "not retrained | shown at F1; the opposite at span F1 |" in text
     assert "L0 removes none of the shares tried for less than 5 points of both" in text
-    assert "Not finished, and so missing above: row-g-seed0." in text
+    assert "missing above, are pieces of these parts: rows, 2 of seed 0, 1 of seed 1." in text
