@@ -203,7 +203,10 @@ def train_jointly(job: Job, folder: Path, steps: int) -> Log:
     earlier = job.earlier
     student = copy.deepcopy(job.dense) if earlier is None else expanded(job.dense, *earlier)
     prepare_student(student, settings.dropout, settings.train_embeddings)
-    with attached(student, settings.seed, settings.parts) as gates, running(job.teacher) as teacher:
+    with (
+        attached(student, settings.seed, settings.parts) as gates,
+        running(job.teacher, job.teacher_dtype) as teacher,
+    ):
         if earlier is not None:
             close(gates, earlier.decision)
         phase = announced(gate_phase_for(job, gates), steps)
@@ -251,7 +254,10 @@ def paper_gates(job: Job, folder: Path, part: str, steps: int) -> tuple[list[Sco
     settings = job.settings
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, False)
-    with attached(student, settings.seed, [part]) as gates, running(job.teacher) as teacher:
+    with (
+        attached(student, settings.seed, [part]) as gates,
+        running(job.teacher, job.teacher_dtype) as teacher,
+    ):
         freeze_for(job, student, gates)
         phase = gate_phase_for(job, gates)
         held = ", ".join(f"{share:.3f}" for share in getattr(phase, "fractions", ()))

@@ -131,6 +131,14 @@ class Job:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @property
+    def teacher_dtype(self) -> str | None:
+        """The dtype in which the teacher's encoder runs: bfloat16 where the student trains in that on a CPU
+        and there are kernels for it; None for its own."""
+        if self.settings.precision != "bf16" or self.device.type != "cpu":
+            return None
+        return None if refuse_encoder(running_encoder(self.teacher), bfloat16=True) else "bfloat16"
+
+    @property
     def device(self) -> torch.device:
         """Where the models are."""
         return running_encoder(self.dense).device
@@ -227,11 +235,11 @@ def check_signal(job: Job) -> None:
 
 
 @contextmanager
-def running(model: nn.Module) -> Iterator[Any]:
+def running(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
     """The model inside the block as it runs fastest: packed, or (with a line that says why) as it is where
-    `optimize` does not take it; in evaluation mode."""
+    `optimize` does not take it; in evaluation mode. dtype: as for `optimize`."""
     try:
-        fast = None if packed_encoders(model) else optimize(model)
+        fast = None if packed_encoders(model) else optimize(model, dtype=dtype)
     except ValueError as refusal:
         say(f"the {type(model).__name__} runs as it is, because {refusal}")
         fast, training = None, model.training

@@ -189,7 +189,10 @@ def _step_seconds(job: Job) -> tuple[float, float]:
         gate = _score_seconds(job, len(importance.left_out(job.budget.dense, settings.parts)))
     student = copy.deepcopy(job.dense)
     prepare_student(student, settings.dropout, settings.train_embeddings)
-    with attached(student, settings.seed, settings.parts) as gates, running(job.teacher) as teacher:
+    with (
+        attached(student, settings.seed, settings.parts) as gates,
+        running(job.teacher, job.teacher_dtype) as teacher,
+    ):
         narrow = compact(student, _any_decision(job, gates))
         if settings.trains_gates:
             phase = gate_phase_for(job, gates)

@@ -300,7 +300,7 @@ def retrain(job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decisio
     if hidden is not None and job.teacher is not job.dense:
         hidden = None  # nothing is known about which of another teacher's dimensions they stand for
     average = WeightAverage(steps - round(steps * job.settings.average_steps))
-    with running(job.teacher) as teacher:
+    with running(job.teacher, job.teacher_dtype) as teacher:
         trainer = build_trainer(
             job, narrow, teacher, folder, steps, None, kept_hidden=hidden, average=average
         )

@@ -129,7 +129,7 @@ class Teaching:
         questions = self.without_labels(inputs)
         if not as_one:
             questions = accepted(self.teacher, questions)
-        # The teacher runs in its own precision, also where the student runs under autocast.
+        # The teacher runs as it was made, also where the student runs under autocast.
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
             outputs, states = run_model(self.teacher, questions, hidden, as_one=as_one)
         taught = comparable_outputs(outputs, config_of(self.teacher), mask, self.distillation.pooling)
