@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs import job_settings
 from matching import trained_model
+from pruned_ops.models.stock import find_encoder
+from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.jobs import plan as plan_module
-from pruned_trainer.jobs.job import Job, start
+from pruned_trainer.jobs.job import Job, running, start
 from pruned_trainer.jobs.plan import STEPS_TO_COMPARE, make_plan
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.tasks.task import without_labels
 from pruned_trainer.training.batches import pad_batch
 
 
@@ -90,3 +94,20 @@ def test_the_run_trains_in_it(
     shapes = [pad_batch(rows, 0, 32, limit)["input_ids"].shape for limit in (None, 64, 50, 40, 33)]
     assert [longest for _, longest in shapes] == [64, 64, 50, 40, 40]
     assert pad_batch(rows, 0)["input_ids"].size(1) == 40
+
+
+def test_the_teacher_runs_in_bfloat16_where_there_are_kernels_for_it(job: Job) -> None:
+    def dtype(precision: str) -> str | None:
+        return replace(job, settings=replace(job.settings, precision=precision)).teacher_dtype
+
+    can = refuse_encoder(find_encoder(job.teacher), bfloat16=True) is None
+    assert dtype("fp32") is None and dtype("bf16") == ("bfloat16" if can else None)
+    before = {name: tensor.clone() for name, tensor in job.teacher.state_dict().items()}
+    batch = without_labels(job.batch(job.train[:2]))
+    exact = job.teacher(**batch).start_logits
+    with running(job.teacher, dtype("bf16")) as teacher, torch.no_grad():
+        taught = teacher(**batch).start_logits
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(taught[mask], exact[mask], atol=0.05, rtol=0.05)
+    assert (taught[mask] != exact[mask]).any() or not can
+    assert all(torch.equal(tensor, before[name]) for name, tensor in job.teacher.state_dict().items())
