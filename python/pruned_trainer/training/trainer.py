@@ -200,7 +200,8 @@ class PruningTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's step, forward and backward."""
-        with AttentionInFp32() if self.args.bf16 and not self.args.torch_compile else nullcontext():
+        slow = self.args.bf16 and self.args.device.type == "cpu" and not self.args.torch_compile
+        with AttentionInFp32() if slow else nullcontext():
             return super().training_step(*args, **kwargs)
 
     def compute_loss(
