@@ -107,33 +107,34 @@ def test_what_textpruner_made(even: bool, tmp_path: Path) -> None:
 
 CROSSING = """
 import sys, torch, transformers
+from pathlib import Path
 from inputs import logits, padded_batch
 from transformers import AutoModelForQuestionAnswering
 import pruned_ops
 assert int(transformers.__version__.split(".")[0]) == 5
-here, there, said = sys.argv[1:]
-model = AutoModelForQuestionAnswering.from_pretrained(here).eval()
-batch = padded_batch(pad_token_id=model.config.pad_token_id)
-torch.save([logits(model, batch), logits(pruned_ops.optimize(model), batch)], said)
-pruned_ops.restore(model).save_pretrained(there)
+for folder in map(Path, sys.argv[1:]):
+    model = AutoModelForQuestionAnswering.from_pretrained(folder / "from4").eval()
+    batch = padded_batch(pad_token_id=model.config.pad_token_id)
+    torch.save([logits(model, batch), logits(pruned_ops.optimize(model), batch)], folder / "said.pt")
+    pruned_ops.restore(model).save_pretrained(folder / "from5")
 """
 
 
 @pytest.mark.skipif(OTHER is None, reason="PRUNED_OPS_TRANSFORMERS5 names no other Python")
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_checkpoints_cross_to_transformers_5_and_back(kind: str, tmp_path: Path) -> None:
-    model = pruned_model(kind)
-    batch = padded_batch(pad_token_id=model.config.pad_token_id)
-    model.save_pretrained(tmp_path / "from4")
-    here, there, said = tmp_path / "from4", tmp_path / "from5", tmp_path / "said.pt"
+def test_checkpoints_cross_to_transformers_5_and_back(tmp_path: Path) -> None:
+    models = {tmp_path / kind: pruned_model(kind) for kind in ("bert", "roberta")}
+    for folder, model in models.items():
+        model.save_pretrained(folder / "from4")
     path = os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "tests" / "support")))
     done = subprocess.run(
-        [str(OTHER), "-c", CROSSING, here, there, said], capture_output=True, text=True,
+        [str(OTHER), "-c", CROSSING, *models], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    padded, fast = torch.load(said)
-    assert torch.equal(padded, logits(model, batch))
-    again = AutoModelForQuestionAnswering.from_pretrained(there).eval()
-    assert torch.equal(logits(again, batch), padded)
-    torch.testing.assert_close(logits(pruned_ops.optimize(again), batch), fast, rtol=0, atol=0)
+    for folder, model in models.items():
+        batch = padded_batch(pad_token_id=model.config.pad_token_id)
+        padded, fast = torch.load(folder / "said.pt")
+        assert torch.equal(padded, logits(model, batch))
+        again = AutoModelForQuestionAnswering.from_pretrained(folder / "from5").eval()
+        assert torch.equal(logits(again, batch), padded)
+        torch.testing.assert_close(logits(pruned_ops.optimize(again), batch), fast, rtol=0, atol=0)
