@@ -24,6 +24,7 @@ from family_models import (
     pruned,
     stock,
 )
+from jobs import quick_reports as quick_reports  # of the jobs below
 from matching import squad_file
 from pruned_ops import QuestionAnswerer
 from pruned_ops.checkpoints.loading import load_any_head, load_model, load_tokenizer
