@@ -19,6 +19,8 @@ LENGTHS = (1, 63, 64, 65, 128, 129, 300, 384, 0, 17)
 # head_dim and heads; hidden size and FFN width: BERT-large's, pruned ones, and odd ones.
 HEADS = ((64, 16), (64, 5), (32, 12), (128, 2))
 WIDTHS = ((1024, 4096), (1024, 1168), (384, 1843), (90, 72))
+# ModernBERT's window to either side, and the distance from which on MPNet's bias stays the same.
+WINDOW, REACH = 64, 128
 TINY_HEADS, TINY_WIDTHS = ((16, 2),), ((32, 40),)
 
 
@@ -45,6 +47,8 @@ def _problems(place: Place, tiny: bool) -> Iterator[tuple[str, str, list[Any]]]:
     for head_dim, heads in TINY_HEADS if tiny else HEADS:
         qkv = place.tensor(tokens, 3 * heads * head_dim)
         yield "attention", f"{heads}x{head_dim}", [qkv, bounds, max(LENGTHS), head_dim]
+    for head_dim, heads in TINY_HEADS if tiny else HEADS[:3]:
+        yield from _attentions_by_position(place, bounds, head_dim, heads)
     for hidden, width in TINY_WIDTHS if tiny else WIDTHS:
         x, residual = place.tensor(tokens, hidden), place.tensor(tokens, hidden)
         norm = [place.tensor(hidden), place.tensor(hidden), EPS]
@@ -58,6 +62,23 @@ def _problems(place: Place, tiny: bool) -> Iterator[tuple[str, str, list[Any]]]:
         sizes = (3000, 512, 2)
         ids = [torch.randint(size, (tokens,), device=place.device) for size in sizes]
         yield "embed_layer_norm", f"{hidden}", [*ids, *(place.tensor(size, hidden) for size in sizes), *norm]
+
+
+def _attentions_by_position(
+    place: Place, bounds: Tensor, head_dim: int, heads: int
+) -> Iterator[tuple[str, str, list[Any]]]:
+    """Attention as ModernBERT has it, in layers with a window and without, and MPNet with its bias, whose
+    positions begin anywhere, as after padding on the left."""
+    places = torch.cat([torch.arange(n, dtype=torch.int32) + n % 7 for n in LENGTHS]).to(place.device)
+    frequencies = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=place.device) / head_dim)
+    bias = place.tensor(heads, 2 * REACH + 1)
+    for name, by_position in (
+        ("rotary", [places, frequencies, None, None]),
+        ("rotary, window", [places, frequencies, WINDOW, None]),
+        ("bias", [places, None, None, bias]),
+    ):
+        qkv = place.tensor(sum(LENGTHS), 3 * heads * head_dim)
+        yield "attention", f"{heads}x{head_dim} {name}", [qkv, bounds, max(LENGTHS), head_dim, *by_position]
 
 
 def _budget(op: str, arguments: list[Any]) -> tuple[Tensor, float]:

@@ -43,7 +43,8 @@ class Backend:
     missing: None if it can run here, else the reason why it cannot and the command that would help.
     on_demand: it runs only where it is asked for by name (an interpreter, say).
     tune: times its kernels on a GPU for the shapes of a model and remembers the fastest; (ModelShape, batches
-    of lengths, dtype, device) -> the number of shapes that it timed.
+    of lengths, dtype, device, gated=, norm_first=) -> the number of shapes that it timed. gated, norm_first:
+    whether the model's FFNs are gated, and whether its LayerNorms come first.
     """
 
     name: str

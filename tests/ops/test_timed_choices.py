@@ -69,6 +69,9 @@ def test_every_shape_of_the_model_is_timed_once() -> None:
     asked = clock.asked
     assert timing.tune(SHAPE, BATCHES, torch.float16, CPU, clock) == 0 and clock.asked == asked
     assert timing.tune(SHAPE, [(300,)], torch.float16, CPU, clock) == 8
+    # Of layers that norm first and have gated FFNs: two counts of heads, one width, and the embedding's norm.
+    assert timing.tune(SHAPE, [(99,)], torch.float16, CPU, clock, gated=True, norm_first=True) == 4
+    assert Problem("linear_geglu", "torch.float16", 128, 24, 32) in tuning.known(CPU)
 
 
 def test_the_fastest_runs_and_another_process_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import pruned_ops
+from by_position import frequencies, with_gaps
 from inputs import arguments_for, attention_arguments, cu_seqlens, moved_to, randn
-from numerics import within_budget
+from numerics import assert_within_budget, within_budget
 from pruned_ops.ops.backends import triton as triton_backend
 from pruned_ops.ops.registry import BACKENDS, OPS, given_up, record, use_backend
 
@@ -36,6 +37,7 @@ if MISSING is None:
     from pruned_ops.ops.backends.triton.configs import GemmConfig
     from pruned_ops.ops.backends.triton.graph_inputs import load_graph_inputs
     from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
+    from pruned_ops.ops.backends.triton.linear_geglu import launch_linear_geglu
     from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
     from pruned_ops.ops.backends.triton.tiles import gelu
 
@@ -100,7 +102,51 @@ def test_every_attention_configuration(config: Any, head_dim: int, dtype: torch.
     within_budget("attention", launch_attention(*arguments, config), arguments)
 
 
-def gemm_configs() -> list[Any]:
+BY_POSITION = {"window": (9, False), "bias": (None, True), "both": (40, True)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", BY_POSITION)
+def test_every_attention_configuration_by_position(given: str, dtype: torch.dtype) -> None:
+    """A window and a bias for each head, by places and by positions with gaps, at the edges of tiles."""
+    window, has_bias = BY_POSITION[given]
+    known, short = configs.BY_POSITION[dtype.itemsize], configs.SHORT[dtype.itemsize]
+    for config, head_dim in [(known[64], 64), *((one, 32) for one in short.values())]:
+        longest = config.block_m // config.sequences if config.sequences else config.block_m + 9
+        lengths = (longest, 1, longest // 2 + 1)
+        arguments = moved(attention_arguments(lengths, 2, head_dim), dtype)
+        bias = (randn(1, 2, 25) * 3).to(DEVICE, dtype) if has_bias else None
+        for positions in (None, with_gaps(lengths).to(DEVICE)):
+            output = launch_attention(*arguments, config, positions, window, bias)
+            within_budget("attention", output, [*arguments, positions, None, window, bias])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_query_and_key_are_rotated_in_place_where_they_are_given_up(dtype: torch.dtype) -> None:
+    """Else in a copy. Frequencies are in fp32, and values stay as they are."""
+    arguments = moved(attention_arguments((5, 0, 40), 3, 32), dtype)
+    qkv = arguments[0].clone()
+    more = [with_gaps((5, 0, 40)).to(DEVICE), frequencies(32).to(DEVICE), 16]
+    expected = assert_within_budget(pruned_ops.ops.attention, "triton", [*arguments, *more])
+    assert torch.equal(arguments[0], qkv)
+    with use_backend("triton"), given_up(arguments[0]):
+        found = pruned_ops.ops.attention(*arguments, *more)
+    assert torch.equal(found, expected)
+    assert torch.equal(arguments[0][:, 192:], qkv[:, 192:]) and not torch.equal(arguments[0], qkv)
+
+
+def test_keys_beyond_every_window_are_not_read() -> None:
+    """Not even NaN comes from them; all that a block of queries can see lies in as many blocks of keys."""
+    arguments = moved(attention_arguments((300,), 1, 32), torch.float32)
+    arguments[0][200:, 64:] = torch.nan  # values
+    with use_backend("triton"):
+        context = pruned_ops.ops.attention(*arguments, None, None, 20)
+    block = configs.ATTENTION[4][32][0].block_m
+    assert context[: 200 - 20 - 2 * block].isfinite().all() and context[200 - 20 :].isnan().all()
+
+
+def gemm_configs(known: str) -> list[Any]:
+    """Those of a table of configs.py, with the dtypes that they are for."""
     if MISSING is not None:
         return []
     return [
@@ -110,11 +156,23 @@ def gemm_configs() -> list[Any]:
         for name, size in SIZES.items()
         for dtype in DTYPES
         if dtype.itemsize == size
-        for i, config in enumerate(configs.LINEAR_GELU[size])
+        for i, config in enumerate(getattr(configs, known)[size])
     ]
 
 
-@pytest.mark.parametrize(("config", "dtype"), gemm_configs())
+@pytest.mark.parametrize(("config", "dtype"), gemm_configs("LINEAR_GEGLU"))
+def test_every_geglu_configuration(config: Any, dtype: torch.dtype) -> None:
+    """Units at the edge of a tile, and an odd number of them, in whole blocks of columns and not."""
+    for tokens, hidden, width in (
+        (config.block_m + 3, 2 * config.block_k, config.block_n // 2 + 5),
+        (5, 72, 3),
+    ):
+        weight, bias = randn(1, 2 * width, hidden) / hidden**0.5, randn(2, 2 * width)
+        arguments = moved([randn(0, tokens, hidden), weight, bias], dtype)
+        within_budget("linear_geglu", launch_linear_geglu(*arguments, config), arguments)
+
+
+@pytest.mark.parametrize(("config", "dtype"), gemm_configs("LINEAR_GELU"))
 def test_every_gemm_configuration(config: Any, dtype: torch.dtype) -> None:
     """A whole number of blocks of columns, and not; more tiles than programs where it is persistent."""
     for tokens, hidden, width in ((config.block_m + 3, 2 * config.block_k, config.block_n + 8), (5, 72, 24)):
@@ -249,12 +307,15 @@ def test_every_launch_asks_for_fused_products(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(kind, "run", seen)
     with use_backend("triton"):
         for op in TRITON_OPS:
-            OPS[op](*moved(arguments_for(op), torch.float16))
+            OPS[op](*moved(arguments_for(op, 9), torch.float16))
         for longest in (16, 65):
-            pruned_ops.ops.attention(*moved(attention_arguments((longest,), 1, 32), torch.float16))
+            more = (None, frequencies(32).to(DEVICE)) if longest == 16 else ()
+            pruned_ops.ops.attention(*moved(attention_arguments((longest,), 1, 32), torch.float16), *more)
     arguments = moved(arguments_for("linear_gelu"), torch.float16)
     launch_linear_gelu(*arguments, GemmConfig(16, 32, 32, 4, 2, split_k=2))
     launch_linear_gelu(*arguments, GemmConfig(16, 32, 32, 4, 2))
+    arguments = moved(arguments_for("linear_geglu", 5, 40, 8), torch.float16)
+    launch_linear_geglu(*arguments, GemmConfig(16, 32, 32, 4, 2, split_k=2))
     arguments = moved(arguments_for("linear_add_layer_norm"), torch.float16)
     launch_linear_add_layer_norm(*arguments, tuning.fused_configs(arguments[1].size(0), torch.float16)[0])
     ids, bounds = [torch.ones(5, dtype=torch.int64, device=DEVICE)] * 3, cu_seqlens((5,)).to(DEVICE)
@@ -276,7 +337,11 @@ def test_wrong_values_never_lead_outside() -> None:
     """cu_seqlens and ids that a check would refuse are clamped by the kernels."""
     qkv, _, _, head_dim = moved(attention_arguments((40,), 1, 32), torch.float32)
     with use_backend("triton"):
-        pruned_ops.ops.attention(qkv, cu_seqlens((20, 900)).to(DEVICE), 64, head_dim)
+        wrong = cu_seqlens((20, 900)).to(DEVICE)
+        pruned_ops.ops.attention(qkv, wrong, 64, head_dim)
+        places = torch.tensor([0, -(2**31), 2**31 - 1, -7] * 10, dtype=torch.int32, device=DEVICE)
+        more = (places, frequencies(head_dim).to(DEVICE), 5, randn(1, 1, 9).to(DEVICE))
+        assert pruned_ops.ops.attention(qkv, wrong, 64, head_dim, *more).isfinite().all()
         arguments = moved(arguments_for("embed_layer_norm", 9, 48), torch.float32)
         arguments[0] = arguments[0] + 10_000
         expected = list(arguments)

@@ -39,8 +39,10 @@ def made() -> list[dict[str, Any]]:
 def test_triton_kernels_are_all_compiled(made: list[dict[str, Any]]) -> None:
     kernels = {one["kernel"] for one in made}
     assert kernels == {
-        "linear_gelu_kernel", "partial_linear_kernel", "bias_gelu_kernel", "linear_add_layer_norm_kernel",
-        "attention_kernel", "short_attention_kernel", "add_layer_norm_kernel", "embed_layer_norm_kernel",
+        "linear_gelu_kernel", "linear_geglu_kernel", "bias_geglu_kernel", "partial_linear_kernel",
+        "bias_gelu_kernel", "linear_add_layer_norm_kernel",
+        "attention_kernel", "short_attention_kernel", "rotate_kernel",
+        "add_layer_norm_kernel", "embed_layer_norm_kernel",
     }  # fmt: skip
     assert {(one["dtype"], one["target"]) for one in made} >= {("fp16", 80), ("fp16", 90), ("fp32", 80)}
 
@@ -86,13 +88,25 @@ def test_an_activation_takes_few_instructions(made: list[dict[str, Any]]) -> Non
     assert found and all(instructions <= 21 * numbers for instructions, numbers in found), found
 
 
+def test_a_gated_activation_takes_few_instructions(made: list[dict[str, Any]]) -> None:
+    """A thread holds both products of a unit: no exchange between threads comes before the activation."""
+    found = [
+        (one["epilogue"], one["constants"]["BLOCK_M"] * one["constants"]["BLOCK_N"] // (64 * one["warps"]))
+        for one in made
+        if one["kernel"] == "linear_geglu_kernel" and one["target"] == 90 and one["dtype"] != "fp32"
+        and one["constants"]["BLOCK_N"] == 128
+    ]  # fmt: skip
+    assert found and all(instructions <= 27 * units for instructions, units in found), found
+
+
 def test_attention_loads_all_keys_ahead(made: list[dict[str, Any]]) -> None:
     """By cp.async (LDGSTS), the last block's too. Only cu_seqlens' two numbers and the queries, 16 bytes a
     thread, are waited for."""
     found = [one for one in made if one["kernel"] == "attention_kernel" and one["dtype"] != "fp32"]
     for one in found:
         queries = one["constants"]["BLOCK_M"] * one["constants"]["HEAD_DIM"] * 2 // 16 // (32 * one["warps"])
-        assert one["instructions"]["LDG"] <= 2 + max(queries, 1) and one["instructions"]["LDGSTS"], one
+        waited = one["instructions"]["LDG"] <= 2 + max(queries, 1)
+        assert one["instructions"]["LDGSTS"] and (waited or one["constants"]["POSITIONS"]), one
     assert {one["target"] for one in found} >= {80, 90}
 
 

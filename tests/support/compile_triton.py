@@ -21,6 +21,7 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
 from pruned_ops.ops.backends.triton import ahead_of_time, configs  # noqa: E402
 from pruned_ops.ops.backends.triton.ahead_of_time import Case  # noqa: E402
 
+NOT_BERTS = ("linear_geglu_kernel", "bias_geglu_kernel", "rotate_kernel")
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -29,6 +30,9 @@ def cases_of(dtype: str) -> Iterator[Case]:
     size = SIZES[dtype]
     for gemm in configs.LINEAR_GELU[size]:
         yield ahead_of_time.gemm_case(gemm, dtype)
+    for gemm in configs.LINEAR_GEGLU[size]:
+        if gemm.split_k == 1:
+            yield ahead_of_time.geglu_case(gemm, dtype)
     for block, fused in configs.FUSED_NORM[size].items():
         for gemm in fused:
             yield ahead_of_time.fused_case(replace(gemm, block_n=block), dtype)
@@ -36,17 +40,22 @@ def cases_of(dtype: str) -> Iterator[Case]:
         short = configs.SHORT[size].values() if size == 2 or head_dim <= 32 else ()  # else never chosen
         for config in (*known, *short):
             yield ahead_of_time.attention_case(config, head_dim, dtype)
+        for config in (configs.BY_POSITION[size][head_dim], *short):
+            for bias in (False, True):
+                yield ahead_of_time.attention_case(config, head_dim, dtype, window=True, bias=bias)
+        yield ahead_of_time.rotate_case(head_dim, dtype)
     for block in (1024, 8192):
         for rows in configs.row_configs(block):
             yield ahead_of_time.add_layer_norm_case(rows, block, dtype)
             yield ahead_of_time.embed_layer_norm_case(rows, block, dtype)
-    yield ahead_of_time.bias_gelu_case(dtype)
+    yield from ahead_of_time.split_cases(dtype)
 
 
 def cases(everything: bool) -> Iterator[tuple[Case, int]]:
     """Of fp16 for sm_90, a kernel's first configuration of each number of warps, of programs a
-    multiprocessor, and with TMA and without; for sm_80, in fp16 and fp32, its first. `everything`: all of
-    them, in every dtype."""
+    multiprocessor, and with TMA and without (linear_geglu's, which are linear_gelu's: of each number of
+    warps; attention's with a window or a bias: the first); for sm_80, in fp16 and fp32, the first of a kernel
+    that BERT has. `everything`: all of them, in every dtype."""
     if everything:
         wanted = [(dtype, target) for dtype in SIZES for target in (80, 90)]
     else:
@@ -54,10 +63,23 @@ def cases(everything: bool) -> Iterator[tuple[Case, int]]:
     for dtype, target in wanted:
         seen = set()
         for case in cases_of(dtype):
-            kind = (case.kernel.__name__, *((case.warps, case.programs, case.tma) if target >= 90 else ()))
+            kind = _kind(case, target)
+            if not everything and target < 90 and case.kernel.__name__ in NOT_BERTS:
+                continue
             if (target >= 90 or not case.tma) and (everything or kind not in seen):
                 seen.add(kind)
                 yield case, target
+
+
+def _kind(case: Case, target: int) -> tuple[object, ...]:
+    """Where not all cases are compiled, the first of each kind is."""
+    name = case.kernel.__name__
+    if target < 90:
+        return (name,)
+    if case.constants.get("POSITIONS"):
+        return name, case.constants["BIAS"]
+    programs = 0 if name == "linear_geglu_kernel" else case.programs
+    return name, case.warps, programs, case.tma
 
 
 def main() -> None:

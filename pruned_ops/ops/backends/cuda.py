@@ -14,7 +14,7 @@ from torch import Tensor
 from pruned_ops import ops
 from pruned_ops.ops.backends.cpu import BACKEND as CPU
 from pruned_ops.ops.backends.cpu import extension
-from pruned_ops.ops.backends.gpu import is_there, refuse_by_position, refuse_hidden, refuse_tensors
+from pruned_ops.ops.backends.gpu import is_there, refuse_by_distance, refuse_hidden, refuse_tensors
 from pruned_ops.ops.registry import Backend, Op, add_backend, register
 
 BUILD_COMMAND = "PRUNED_OPS_BUILD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -40,7 +40,22 @@ def _refuse_attention(
 ) -> str | None:
     if head_dim not in HEAD_DIMS:
         return f"head_dim is {head_dim}, the kernel takes {', '.join(map(str, HEAD_DIMS))}"
-    return refuse_by_position(*by_position) or refuse_tensors((qkv, cu_seqlens), HALVES)
+    refusal = refuse_by_distance(*by_position[4:]) or _refuse_by_position(*by_position[:4])
+    return refusal or refuse_tensors((qkv, cu_seqlens), HALVES)
+
+
+def _refuse_by_position(
+    positions: object = None, rotary: object = None, window: object = None, position_bias: object = None
+) -> str | None:
+    """The reason why the attention kernel does not take these arguments of `attention`; None if they are not
+    given."""
+    arguments = (
+        ("positions", positions), ("rotary", rotary), ("window", window), ("position_bias", position_bias),
+    )  # fmt: skip
+    given = [name for name, value in arguments if value is not None]
+    if given:
+        return f"{' and '.join(given)} given; the kernel knows no positions, Triton's do: pip install triton"
+    return None
 
 
 def _refuse_linear_gelu(*args: Any) -> str | None:

@@ -52,19 +52,12 @@ def refuse_tensors(
     return None
 
 
-def refuse_by_position(
-    positions: object = None,
-    rotary: object = None,
-    window: object = None,
-    position_bias: object = None,
-    position_key: object = None,
-    position_query: object = None,
-    distance_rows: object = None,
+def refuse_by_distance(
+    position_key: object = None, position_query: object = None, distance_rows: object = None
 ) -> str | None:
     """The reason why the attention kernels do not take these arguments of `attention`; None if they are not
     given."""
     arguments = (
-        ("positions", positions), ("rotary", rotary), ("window", window), ("position_bias", position_bias),
         ("position_key", position_key), ("position_query", position_query), ("distance_rows", distance_rows),
     )  # fmt: skip
     given = [name for name, value in arguments if value is not None]

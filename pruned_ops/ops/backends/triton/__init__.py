@@ -9,10 +9,10 @@ from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.registry import Backend, add_backend
 
 
-def _tune(*args: Any) -> int:
+def _tune(*args: Any, **kind: bool) -> int:
     from pruned_ops.ops.backends.triton import timing  # needs Triton
 
-    return timing.tune(*args)
+    return timing.tune(*args, **kind)
 
 
 _missing = launch.missing()
@@ -29,6 +29,7 @@ if _missing is None:  # the kernels need Triton to be imported at all
         attention,
         embed_layer_norm,
         linear_add_layer_norm,
+        linear_geglu,
         linear_gelu,
     )
     from pruned_ops.ops.registry import register
@@ -36,6 +37,7 @@ if _missing is None:  # the kernels need Triton to be imported at all
     for op, launcher, refuse in (
         (ops.attention, attention.attention, attention.refuse),
         (ops.linear_gelu, linear_gelu.linear_gelu, launch.refuse),
+        (ops.linear_geglu, linear_geglu.linear_geglu, launch.refuse),
         (ops.add_layer_norm, add_layer_norm.add_layer_norm, add_layer_norm.refuse),
         (
             ops.linear_add_layer_norm,

@@ -17,13 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pruned_ops.ops.backends.triton import launch
+from pruned_ops.ops.backends.triton import launch, rotary
 from pruned_ops.ops.backends.triton.add_layer_norm import add_layer_norm_kernel
 from pruned_ops.ops.backends.triton.attention import attention_kernel, short_attention_kernel
 from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, AttentionConfig, GemmConfig, RowConfig
 from pruned_ops.ops.backends.triton.embed_layer_norm import embed_layer_norm_kernel
 from pruned_ops.ops.backends.triton.linear import meta, partial_linear_kernel
 from pruned_ops.ops.backends.triton.linear_add_layer_norm import linear_add_layer_norm_kernel
+from pruned_ops.ops.backends.triton.linear_geglu import bias_geglu_kernel, linear_geglu_kernel
 from pruned_ops.ops.backends.triton.linear_gelu import bias_gelu_kernel, linear_gelu_kernel
 
 # The limits of a multiprocessor, equal on sm_80 and sm_90 (CUDA programming guide, technical specifications).
@@ -92,6 +93,15 @@ def gemm_case(config: GemmConfig, dtype: str) -> Case:
     return Case(linear_gelu_kernel, types, constants, *shared, tma=config.tma, programs=config.programs)
 
 
+def geglu_case(config: GemmConfig, dtype: str) -> Case:
+    """linear_geglu without split_k, whose GEMM is linear_gelu's."""
+    types = _pointers("x weight bias out", dtype)
+    types |= _integers("tokens width hidden stride_x stride_w stride_out")
+    shared = (config.warps, config.stages, dtype, str(config), config.block_m)
+    constants = _gemm_constants(config)
+    return Case(linear_geglu_kernel, types, constants, *shared, programs=config.programs)
+
+
 def fused_case(config: GemmConfig, dtype: str) -> Case:
     """linear_add_layer_norm in one kernel."""
     types = _pointers("x weight bias residual norm_weight norm_bias out", dtype)
@@ -101,11 +111,19 @@ def fused_case(config: GemmConfig, dtype: str) -> Case:
     return Case(linear_add_layer_norm_kernel, types, _gemm_constants(config), *shared)
 
 
-def attention_case(config: AttentionConfig, head_dim: int, dtype: str) -> Case:
-    """attention, for long sequences or for several short ones per program."""
+def attention_case(
+    config: AttentionConfig, head_dim: int, dtype: str, window: bool = False, bias: bool = False
+) -> Case:
+    """attention, for long sequences or for several short ones per program. window, bias: with such, by given
+    positions; a bias is within a window."""
     types = _pointers("qkv", dtype) | {"cu_seqlens": "*i32"} | _pointers("out", dtype)
-    types |= _integers("tokens batch width") | {"scale": "fp32"} | _integers("stride_qkv stride_out")
+    types |= _integers("tokens batch width") | {"scale": "fp32"}
+    types |= _integers("window reach stride_qkv stride_out")
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "PRECISION": "ieee", "UPCAST": False}
+    constants |= {"POSITIONS": window, "WINDOW": window, "BIAS": bias}
+    given = {"positions": "*i32" if window else None, "bias": f"*{dtype}" if bias else None}
+    types |= {name: kind for name, kind in given.items() if kind is not None}
+    constants |= {name: None for name, kind in given.items() if kind is None}
     shared = (config.warps, config.stages, dtype, f"head_dim {head_dim}, {config}", config.block_m)
     if config.sequences:
         segment = config.block_m // config.sequences
@@ -114,6 +132,14 @@ def attention_case(config: AttentionConfig, head_dim: int, dtype: str) -> Case:
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     types |= _integers("tiles")
     return Case(attention_kernel, types, constants, *shared, programs=config.programs)
+
+
+def rotate_case(head_dim: int, dtype: str) -> Case:
+    """The kernel that rotates query and key before attention."""
+    types = _pointers("qkv", dtype) | {"positions": "*i32", "rotary": "*fp32"} | _pointers("out", dtype)
+    types |= _integers("tokens heads stride_qkv stride_out")
+    constants = {"HALF": head_dim // 2, "ROWS": rotary.ROWS, "HEADS": rotary.HEADS}
+    return Case(rotary.rotate_kernel, types, constants, rotary.WARPS, 2, dtype, f"head_dim {head_dim}")
 
 
 def add_layer_norm_case(config: RowConfig, block: int, dtype: str) -> Case:
@@ -132,10 +158,13 @@ def embed_layer_norm_case(config: RowConfig, block: int, dtype: str) -> Case:
     return Case(embed_layer_norm_kernel, types, constants, config.warps, 2, dtype, f"{config}, block {block}")
 
 
-def bias_gelu_case(dtype: str) -> Case:
-    """The kernel that follows a GEMM with split_k = 4."""
+def split_cases(dtype: str) -> list[Case]:
+    """The kernels that follow a GEMM with split_k = 4."""
     types = {"partials": "*fp32"} | _pointers("bias out", dtype) | _integers("tokens width")
-    return Case(bias_gelu_kernel, types, {"SPLIT": 4, "BLOCK": 512}, 4, 2, dtype, "split 4")
+    return [
+        Case(kernel, types, {"SPLIT": 4, "BLOCK": 512}, 4, 2, dtype, "split 4")
+        for kernel in (bias_gelu_kernel, bias_geglu_kernel)
+    ]
 
 
 def kernel_of(case: Case, target: int) -> Any:

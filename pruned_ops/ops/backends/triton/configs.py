@@ -101,6 +101,12 @@ LINEAR_GELU: dict[int, tuple[GemmConfig, ...]] = {
     ),
     4: (*_SINGLE, replace(_SINGLE[0], persistent=True), replace(_SINGLE[1], split_k=2)),
 }
+# Those whose operands are read through pointers: a descriptor cannot read a unit's two rows one after the
+# other. Their block_n counts rows of weights.
+LINEAR_GEGLU: dict[int, tuple[GemmConfig, ...]] = {
+    size: tuple(config for config in known if not config.tma and not config.persistent)
+    for size, known in LINEAR_GELU.items()
+}
 # Item size -> the largest block_n, which is the next power of 2 of the hidden size -> configurations for it.
 FUSED_NORM: dict[int, dict[int, tuple[GemmConfig, ...]]] = {
     2: {
@@ -137,6 +143,17 @@ ATTENTION: dict[int, dict[int, tuple[AttentionConfig, ...]]] = {
         128: (AttentionConfig(32, 16, 8, 2),),
     },
 }
+# Item size -> head_dim -> the configuration with a window, or a bias by position. Positions and biases take
+# registers of their own: with 32 keys at a time a multiprocessor holds as many programs as without them.
+BY_POSITION: dict[int, dict[int, AttentionConfig]] = {
+    2: {
+        16: AttentionConfig(64, 32, 4, 3, programs=5),
+        32: AttentionConfig(64, 32, 4, 3, programs=5),
+        64: AttentionConfig(64, 32, 4, 3, programs=4),
+        128: AttentionConfig(64, 32, 8, 3, programs=2),
+    },
+    4: {head_dim: known[0] for head_dim, known in ATTENTION[4].items()},
+}
 # Item size -> segment length -> the configuration in which several whole sequences share a program. It has 64
 # rows in fp16, and 32 in fp32, whose exact products use no tensor cores and keep their operands in registers.
 SHORT: dict[int, dict[int, AttentionConfig]] = {
@@ -160,15 +177,27 @@ def attention_config(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> Atte
     Among the others, what counts most is how many warps a multiprocessor holds: while one program waits for
     its products, the others compute their softmax. Then, how few rows lie beyond the longest sequence. Last,
     how tall a tile is, because it reads the keys once."""
-    segment = max(next_power_of_2(max_seqlen), 16)
-    if segment in SHORT[dtype.itemsize] and (dtype.itemsize == 2 or head_dim <= 32):
-        return SHORT[dtype.itemsize][segment]
+    short = short_config(max_seqlen, head_dim, dtype)
+    if short is not None:
+        return short
 
     def worth(config: AttentionConfig) -> tuple[int, int, int]:
         rows = -(-max_seqlen // config.block_m) * config.block_m
         return config.programs * config.warps, -rows, config.block_m
 
     return max(ATTENTION[dtype.itemsize][head_dim], key=worth)
+
+
+def short_config(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig | None:
+    """The configuration in which sequences of at most this length share a program; None if they are long."""
+    segment = max(next_power_of_2(max_seqlen), 16)
+    takes = dtype.itemsize == 2 or head_dim <= 32
+    return SHORT[dtype.itemsize].get(segment) if takes else None
+
+
+def by_position_config(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
+    """The configuration with a window or a bias by position."""
+    return short_config(max_seqlen, head_dim, dtype) or BY_POSITION[dtype.itemsize][head_dim]
 
 
 def row_configs(hidden: int) -> list[RowConfig]:

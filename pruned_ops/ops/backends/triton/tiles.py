@@ -33,12 +33,15 @@ def matrix_tile(
     x, weight, row, column, tokens, width, begin, end, stride_x, stride_w,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WHOLE_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PAIRED: tl.constexpr = False,
 ):  # fmt: skip
     """The tile of x weight^T that begins at (row, column), summed over the columns from begin to end: fp32
     (BLOCK_M, BLOCK_N).
 
     x (tokens, k) and weight (width, k) are pointers to rows, or descriptors (TMA). What lies beyond tokens
     and width is undefined (the last row again, or zeros), and the caller does not store it.
+    PAIRED: weight (2 * width, k) has the rows i and width + i for unit i. The tile begins at a unit, and the
+    products of its two rows lie side by side: without TMA, which reads consecutive rows.
     """
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
@@ -48,7 +51,11 @@ def matrix_tile(
             accumulator = product(a, b, accumulator, PRECISION, UPCAST)
     else:
         ms = tl.minimum(row + tl.arange(0, BLOCK_M), tokens - 1).to(tl.int64)
-        ns = tl.minimum(column + tl.arange(0, BLOCK_N), width - 1).to(tl.int64)
+        if PAIRED:
+            unit = tl.minimum(column + tl.arange(0, BLOCK_N) // 2, width - 1)
+            ns = (unit + tl.arange(0, BLOCK_N) % 2 * width).to(tl.int64)
+        else:
+            ns = tl.minimum(column + tl.arange(0, BLOCK_N), width - 1).to(tl.int64)
         ks = tl.arange(0, BLOCK_K)
         a_pointers = x + ms[:, None] * stride_x + begin + ks[None, :]
         b_pointers = weight + ns[None, :] * stride_w + begin + ks[:, None]

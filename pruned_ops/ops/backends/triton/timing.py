@@ -19,6 +19,7 @@ from pruned_ops.ops.backends.triton.attention import HEAD_DIMS, launch_attention
 from pruned_ops.ops.backends.triton.configs import AttentionConfig, GemmConfig, RowConfig
 from pruned_ops.ops.backends.triton.embed_layer_norm import launch_embed_layer_norm
 from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
+from pruned_ops.ops.backends.triton.linear_geglu import launch_linear_geglu
 from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
 from pruned_ops.ops.backends.triton.tuning import Config, Problem
 from pruned_ops.ops.registry import given_up
@@ -77,13 +78,18 @@ def tune(
     dtype: torch.dtype,
     device: torch.device,
     timer: Timer = graph_ms,
+    *,
+    gated: bool = False,
+    norm_first: bool = False,
 ) -> int:
     """Choose the configurations for a model of this shape at these batches (lengths of their sequences).
 
-    Returns the number of problems (ops at a shape) that were timed; those known already are not timed again.
+    gated, norm_first: as `problems` takes them. Returns the number of problems (ops at a shape) that were
+    timed; those known already are not timed again.
     """
     known = tuning.known(device)
-    new = [problem for problem in dict.fromkeys(problems(shape, batches, dtype)) if problem not in known]
+    wanted = dict.fromkeys(problems(shape, batches, dtype, gated, norm_first))
+    new = [problem for problem in wanted if problem not in known]
     if not new:
         return 0
     progress = tqdm(new, desc=f"timing kernels on {device}", unit="shape", disable=len(new) < 2)
@@ -94,21 +100,31 @@ def tune(
     return len(new)
 
 
-def problems(shape: ModelShape, batches: Iterable[Sequence[int]], dtype: torch.dtype) -> list[Problem]:
-    """The problems for which a forward pass of this model needs a configuration."""
+def problems(
+    shape: ModelShape,
+    batches: Iterable[Sequence[int]],
+    dtype: torch.dtype,
+    gated: bool = False,
+    norm_first: bool = False,
+) -> list[Problem]:
+    """The problems for which a forward pass of this model needs a configuration.
+
+    gated: its FFNs are `linear_geglu`'s. norm_first: its LayerNorms are torch's, but for the embedding's."""
+    activated = "linear_geglu" if gated else "linear_gelu"
     needed, name, hidden, head_dim = [], str(dtype), shape.hidden_size, shape.head_dim
     exact = dtype == torch.float32 and launch.precision(dtype) == "ieee"
     for lengths in batches:
         tokens, longest = tuning.bucket(sum(lengths)), tuning.length_bucket(max(lengths))
         # First, because linear_add_layer_norm is timed with the norm that was chosen here.
-        needed += [Problem(op, name, tokens, hidden, 0) for op in ("add_layer_norm", "embed_layer_norm")]
+        norms = ("embed_layer_norm",) if norm_first else ("add_layer_norm", "embed_layer_norm")
+        needed += [Problem(op, name, tokens, hidden, 0) for op in norms]
         for layer in shape.layers:
             if layer.num_heads and head_dim in HEAD_DIMS:
                 needed.append(Problem("attention", name, tokens, layer.num_heads, head_dim, longest))
             if layer.ffn_width and not exact:
-                needed.append(Problem("linear_gelu", name, tokens, layer.ffn_width, hidden))
+                needed.append(Problem(activated, name, tokens, layer.ffn_width, hidden))
             for inner in (layer.num_heads * head_dim, layer.ffn_width):
-                if inner and dtype != torch.float32:
+                if inner and dtype != torch.float32 and not norm_first:
                     needed.append(Problem("linear_add_layer_norm", name, tokens, hidden, inner))
     return needed
 
@@ -145,8 +161,9 @@ def _operands(problem: Problem, device: torch.device) -> list[Tensor]:
         ids = torch.randint(ROWS, (tokens,), device=device)
         return [ids, numbers(ROWS, outputs), numbers(outputs)]
     x = numbers(tokens, inner or outputs)
-    if problem.op == "linear_gelu":
-        return [x, numbers(outputs, inner), numbers(outputs)]
+    if problem.op in ("linear_gelu", "linear_geglu"):
+        rows = outputs if problem.op == "linear_gelu" else 2 * outputs
+        return [x, numbers(rows, inner), numbers(rows)]
     if problem.op == "linear_add_layer_norm":
         return [x, numbers(outputs, inner), numbers(outputs), numbers(tokens, outputs)]
     return [x, numbers(outputs), numbers(tokens, outputs)]
@@ -166,6 +183,8 @@ def _work(problem: Problem, config: Config | None, operands: list[Tensor]) -> Ca
     if problem.op == "linear_add_layer_norm":
         return lambda: _linear_add_layer_norm(operands, config)
     x, weight, bias = operands
+    if problem.op == "linear_geglu":
+        return lambda: launch_linear_geglu(x, weight, bias, config)
     if config is None:
         return lambda: F.gelu(F.linear(x, weight, bias))
     return lambda: launch_linear_gelu(x, weight, bias, config)

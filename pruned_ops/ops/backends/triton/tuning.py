@@ -29,9 +29,9 @@ from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.backends.triton.configs import (
     ATTENTION,
     FUSED_NORM,
+    LINEAR_GEGLU,
     LINEAR_GELU,
     MAX_FUSED_HIDDEN,
-    SHORT,
     AttentionConfig,
     GemmConfig,
     RowConfig,
@@ -62,7 +62,7 @@ class Problem:
     """An op at a shape, for which a configuration is chosen.
 
     tokens and longest are rounded up to their buckets (`bucket`, `length_bucket`). What the others mean:
-    linear_gelu: outputs is the FFN width, inner is hidden_size.
+    linear_gelu, linear_geglu: outputs is the FFN width, inner is hidden_size.
     linear_add_layer_norm: outputs is hidden_size, inner is the width of the context or of the FFN.
     attention: outputs is the number of heads, inner is head_dim, longest is the longest sequence's length.
     add_layer_norm, embed_layer_norm: outputs is hidden_size, inner is 0.
@@ -100,10 +100,19 @@ class Chip:
 def linear_gelu_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
     """The configuration for x (tokens, hidden) and weight (width, hidden); None stands for torch's GEMM and
     GELU. Batches whose tokens lie in one bucket share a choice."""
+    return _activated_config("linear_gelu", x, weight.size(0), launch.tma_takes(x, weight))
+
+
+def linear_geglu_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
+    """The configuration for x (tokens, hidden) and weight (2 * width, hidden); None stands for torch's GEMM
+    and GEGLU."""
+    return _activated_config("linear_geglu", x, weight.size(0) // 2, False)
+
+
+def _activated_config(op: str, x: Tensor, width: int, tma: bool) -> GemmConfig | None:
     if x.dtype == torch.float32 and launch.precision(x.dtype) == "ieee":
         return None
-    problem = Problem("linear_gelu", str(x.dtype), bucket(x.size(0)), weight.size(0), x.size(1))
-    config = _chosen(problem, launch.tma_takes(x, weight), x.device)
+    config = _chosen(Problem(op, str(x.dtype), bucket(x.size(0)), width, x.size(1)), tma, x.device)
     return config if isinstance(config, GemmConfig) else None
 
 
@@ -182,14 +191,14 @@ def candidates(problem: Problem, tma: bool, chip: Chip) -> list[Config]:
     dtype = problem.torch_dtype
     tokens, outputs, inner, size = problem.tokens, problem.outputs, problem.inner, dtype.itemsize
     if problem.op == "attention":
-        segment = max(next_power_of_2(problem.longest), 16)
-        short = [SHORT[size][segment]] if segment in SHORT[size] and (size == 2 or inner <= 32) else []
         best = attention_config(problem.longest, inner, dtype)
-        return [best, *(config for config in (*short, *ATTENTION[size][inner]) if config != best)]
+        return [best, *(config for config in ATTENTION[size][inner] if config != best)]
     if problem.op in ("add_layer_norm", "embed_layer_norm"):
         return [*row_configs(outputs)]
     if problem.op == "linear_gelu":
         return [*fitting(LINEAR_GELU[size], tokens, outputs, inner, size, tma, chip)]
+    if problem.op == "linear_geglu":  # of a unit's two products one is activated: counted as if both were
+        return [*fitting(LINEAR_GEGLU[size], tokens, 2 * outputs, inner, size, False, chip)]
     split = [config for config in LINEAR_GELU[size] if config.split_k > 1]
     both = [*fused_configs(outputs, dtype), *split]
     return [*fitting(both, tokens, outputs, inner, size, False, chip)]
