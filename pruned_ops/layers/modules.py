@@ -196,7 +196,8 @@ class PrunedEncoder(nn.Module):
     def _lay_out(self, layout: Layout) -> PanelWeights | AlignedWeights | None:
         if PanelWeights.refuse(self.parts) is None:
             return self._panels(layout)
-        return AlignedWeights(self.parts) if AlignedWeights.refuse(self.parts) is None else None
+        refusal = AlignedWeights.refuse(self.parts)
+        return AlignedWeights(self.parts, self.final_norm) if refusal is None else None
 
     def _panels(self, layout: Layout) -> PanelWeights:
         quantised = {id(self.get_submodule(name)) for name in layout.int8}

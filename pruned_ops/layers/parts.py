@@ -6,6 +6,7 @@ The linear and norm modules inside hold the parameters; the ops compute.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pruned_ops import ops
 from pruned_ops.files import shown
 from pruned_ops.layers.kinds import BERT_KIND, PLAIN, ByPosition, StackKind
 from pruned_ops.ops.panels import attention_part, ffn_part
+from pruned_ops.ops.registry import given_up, is_given_up
 
 # The activations that the runtime computes besides the exact GELU, which is fused into an op.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -59,8 +61,11 @@ class _Part(nn.Module):
         return F.layer_norm(x, (x.size(-1),), self.norm.weight, self.norm.bias, self.norm.eps)
 
     def _added(self, inner: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        """The part's output: the second linear of the inner rows, added to its input x."""
+        """The part's output: the second linear of the inner rows, added to its input x (into x where the
+        caller has given it up)."""
         if self.kind.norm_first:
+            if bias is None and not torch.compiler.is_compiling() and is_given_up(x):
+                return x.addmm_(inner, weight.t())
             return x + F.linear(inner, weight, bias)
         assert self.norm is not None and bias is not None  # `PrunedEncoder` sees to that
         return ops.linear_add_layer_norm(
@@ -78,6 +83,7 @@ class PrunedAttention(_Part):
     """
 
     hidden_act: str | None = None
+    rotary: Tensor | None
 
     def __init__(
         self,
@@ -101,6 +107,8 @@ class PrunedAttention(_Part):
             self.position_key = nn.Parameter(torch.zeros(num_heads, terms.rows, head_dim))
         if terms is not None and terms.to_content:
             self.position_query = nn.Parameter(torch.zeros(num_heads, terms.rows, head_dim))
+        # In fp32, whatever dtype the weights have.
+        self.register_buffer("rotary", by_position.frequencies(head_dim), persistent=False)
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
@@ -131,20 +139,36 @@ class PrunedAttention(_Part):
         """The forward pass on weights that do not lie in the linears. positions int32 (tokens,): see
         `ops.attention`."""
         qkv = F.linear(self._taken(x), first_weight, first_bias)
-        context = ops.attention(qkv, cu_seqlens, max_seqlen, self.head_dim, *self.given_positions(positions))
+        # Nobody reads q|k|v again: query and key may be rotated in it. Traced code keeps to the op's schema.
+        is_ours = self.rotary is not None and not torch.compiler.is_compiling()
+        with given_up(qkv) if is_ours else nullcontext():
+            context = ops.attention(
+                qkv, cu_seqlens, max_seqlen, self.head_dim, *self.given_positions(positions)
+            )
         return self._added(context, second_weight, self.output.bias, x)
 
     def given_positions(self, positions: Tensor | None) -> tuple[Any, ...]:
         """The arguments of `ops.attention` for what depends on positions; none where nothing does."""
         if not self.kind.reads_positions:
             return ()
-        rotary, terms = self.by_position.frequencies(self.head_dim), self.kind.disentangled
-        device = self.qkv.weight.device
-        turned = None if rotary is None else rotary.to(device)
-        given = positions, turned, self.by_position.window, self.position_bias
+        self.place_rotary()
+        given = positions, self.rotary, self.by_position.window, self.position_bias
+        terms = self.kind.disentangled
         if terms is None:
             return given
-        return *given, self.position_key, self.position_query, terms.distance_rows.to(device)
+        return *given, self.position_key, self.position_query, terms.distance_rows.to(self.qkv.weight.device)
+
+    def place_rotary(self) -> None:
+        """Move the frequencies to where the weights are, which may have been set after the module was made:
+        a CUDA graph must not copy them from the host."""
+        if self.rotary is not None and self.rotary.device != self.qkv.weight.device:
+            self.rotary = self.rotary.to(self.qkv.weight.device)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PrunedAttention:
+        super()._apply(*args, **kwargs)
+        self.rotary = self.by_position.frequencies(self.head_dim)  # exact, where the others were cast
+        self.place_rotary()
+        return self
 
 
 class PrunedFFN(_Part):

@@ -286,42 +286,51 @@ class AlignedWeights:
 
     Every matrix and every row of it begins at a multiple of ALIGNMENT bytes; FFN widths in between are filled
     up with zero channels, which add exactly 0. A weight that lies so already is not copied.
+    final_norm: the LayerNorm after the last part.
     """
 
     can_run_preferred = True  # every backend's ops take these weights
 
-    def __init__(self, parts: Sequence[LayerPart]) -> None:
+    def __init__(self, parts: Sequence[LayerPart], final_norm: nn.LayerNorm | None = None) -> None:
         self.parts = parts
+        self._final_norm = final_norm
         self.weights: list[tuple[Tensor, Tensor]] = []
-        self.biases: list[Tensor] = []
+        self.biases: list[Tensor | None] = []
         for part in parts:
             first, second = part.linears
             fill = 0 if part.hidden_act is None else -second.in_features % _channels(second.weight)
-            self.biases.append(F.pad(first.bias.detach(), (0, fill)) if fill else first.bias.detach())
-            self.weights.append(
-                (_aligned(first.weight.detach(), rows=fill), _aligned(second.weight.detach(), columns=fill))
-            )
+            # A gated FFN's units have a row in each half.
+            halves = 2 if _is_gated(part) else 1
+            bias = None if first.bias is None else _filled(first.bias.detach(), halves, fill)
+            self.biases.append(bias)
+            first_weight = _filled(first.weight.detach(), halves, fill)
+            self.weights.append((_aligned(first_weight), _aligned(second.weight.detach(), columns=fill)))
 
     @staticmethod
     def refuse(parts: Sequence[LayerPart]) -> str | None:
         """The reason why these parts' weights stay as they are; None if aligning them helps."""
         if not parts or parts[0].linears[1].weight.device.type != "cuda":
             return "only a GPU's kernels ask for aligned weights"
-        if any(part.kind != BERT_KIND for part in parts):
-            return "its layers are not BERT's"
         return None
 
     def weight_of(self, part: int, linear: int) -> Tensor:
-        """The weight (out, in) of one of a part's two linears, without the channels that fill it up."""
+        """The weight (out, in) of one of a part's two linears, without the channels that fill it up; a copy
+        where they lie between others."""
         first, second = self.parts[part].linears
         aligned = self.weights[part][linear]
-        return aligned[:, : second.in_features] if linear else aligned[: first.out_features]
+        if linear:
+            return aligned[:, : second.in_features]
+        if not _is_gated(self.parts[part]) or aligned.size(0) == first.out_features:
+            return aligned[: first.out_features]
+        return torch.cat([half[: second.in_features] for half in aligned.chunk(2)])
 
     def read(self, part: int, linear: int, name: str) -> Tensor:
         """The tensor in which a linear's weight or bias is read, as `name` says."""
         if name == "weight":
             return self.weights[part][linear]
-        return self.parts[part].linears[1].bias if linear else self.biases[part]
+        bias = self.parts[part].linears[1].bias if linear else self.biases[part]
+        assert bias is not None  # nobody reads a bias that is not there
+        return bias
 
     def holds_alone(self, part: int, linear: int) -> bool:
         """Whether the weight of a linear lies here as a copy."""
@@ -336,16 +345,23 @@ class AlignedWeights:
         last: int | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """(tokens, hidden_size) -> the same, through the parts from `first` to before `last`. positions are
-        not used; the signature is PanelWeights'."""
+        """(tokens, hidden_size) -> the same, through the parts from `first` to before `last`, and after the
+        very last part through the final norm. positions: as `ops.attention` takes them."""
         last = len(self.parts) if last is None else last
         for i in range(first, last):
             weights = self.weights[i]
             # What an earlier part computed is read by this one alone. Traced code keeps to the ops' schemas.
             is_ours = i > first and not torch.compiler.is_compiling()
             with given_up(x) if is_ours else nullcontext():
-                x = self.parts[i].compute(x, cu_seqlens, max_seqlen, weights[0], self.biases[i], weights[1])
-        return x
+                x = self.parts[i].compute(
+                    x, cu_seqlens, max_seqlen, weights[0], self.biases[i], weights[1], positions
+                )
+        return x if self._final_norm is None or last < len(self.parts) else self._final_norm(x)
+
+
+def _is_gated(part: LayerPart) -> bool:
+    """Whether a part is an FFN with two rows of its first linear for each unit."""
+    return part.kind.gated and part.hidden_act is not None
 
 
 def _channels(weight: Tensor) -> int:
@@ -356,10 +372,18 @@ def _channels(weight: Tensor) -> int:
     return 64 if weight.element_size() == 2 else 16
 
 
-def _aligned(weight: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
-    """The weight with so many zero rows and columns appended; the weight itself if it is aligned already."""
-    if rows or columns:
-        return F.pad(weight, (0, columns, 0, rows))
+def _filled(rows: Tensor, halves: int, fill: int) -> Tensor:
+    """Rows of a weight or numbers of a bias, with `fill` zeros appended to each half, or to the only one."""
+    if not fill:
+        return rows
+    zeros = rows.new_zeros(fill, *rows.shape[1:])
+    return torch.cat([part for half in rows.chunk(halves) for part in (half, zeros)])
+
+
+def _aligned(weight: Tensor, columns: int = 0) -> Tensor:
+    """The weight with so many zero columns appended; the weight itself if it is aligned already."""
+    if columns:
+        return F.pad(weight, (0, columns))
     return weight.clone() if weight.data_ptr() % ALIGNMENT else weight
 
 

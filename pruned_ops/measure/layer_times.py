@@ -244,12 +244,14 @@ def _chain(
             return next(next_row).panels(linear.in_features, out)
 
         stack = PanelWeights(chain, head_dim, lay_out, keep_fp32=False, kind=kind)
-        return lambda batch: stack(batch["x"], batch["cu_seqlens"], int(batch["max_seqlen"]))
+        return lambda batch: stack(
+            batch["x"], batch["cu_seqlens"], int(batch["max_seqlen"]), positions=batch["positions"]
+        )
 
     def run(batch: dict[str, Tensor]) -> Tensor:
-        x, lengths = batch["x"], (batch["cu_seqlens"], int(batch["max_seqlen"]))
+        x, where = batch["x"], (batch["cu_seqlens"], int(batch["max_seqlen"]), batch["positions"])
         for part in chain:
-            x = part(x, *lengths) if isinstance(part, PrunedAttention) else part(x)
+            x = part(x, *where) if isinstance(part, PrunedAttention) else part(x)
         return x
 
     return run
@@ -305,14 +307,15 @@ def chosen_batches(workload: Workload) -> Workload:
 
 
 def part_inputs(config: Any, chosen: Workload, device: torch.device | str) -> list[dict[str, Tensor]]:
-    """The inputs of each batch: padded ids and mask for the base, and packed rows x (tokens, hidden_size) for
-    the parts."""
+    """The inputs of each batch: padded ids and mask for the base, and packed rows x (tokens, hidden_size)
+    with their positions for the parts."""
     generator = torch.Generator().manual_seed(0)
     batches = chosen.inputs(config.vocab_size, config.pad_token_id, device)
     for batch in batches:
         mask = batch["attention_mask"]
         packed = PackedBatch.from_mask(mask, mask.size(0), mask.size(1), torch.device(device))
         batch["x"] = torch.randn(packed.tokens, config.hidden_size, generator=generator).to(device)
+        batch["positions"] = packed.pack(torch.arange(mask.size(1), device=device).expand(mask.shape)).int()
         batch["cu_seqlens"], batch["max_seqlen"] = packed.cu_seqlens, torch.tensor(packed.max_seqlen)
     return batches
 

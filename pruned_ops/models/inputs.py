@@ -96,7 +96,7 @@ def packed_inputs(
 
     batch: where the real tokens are, from a caller that knows it; by default the attention_mask tells it.
     Returns the batch, and the ids, positions and types of its real tokens, (tokens,) each; where attention
-    depends on them also their places in the padded batch, int32 (tokens,), if anything is padded.
+    depends on them also their places in the padded batch, if anything is padded.
     Errors: those of `check_inputs`, `default_position_ids` and `PackedBatch.from_mask`.
     """
     check_inputs(config, input_ids, None, position_ids, token_type_ids)
@@ -115,7 +115,7 @@ def packed_inputs(
     packed = batch.pack(input_ids), batch.pack(positions), batch.pack(types)
     if batch.index is None or not family_of(config).kind(config).reads_places:
         return batch, packed
-    return batch, (*packed, (batch.index % seqlen).int())
+    return batch, (*packed, batch.index % seqlen)
 
 
 def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -142,7 +142,7 @@ class Graphable(Protocol):
 class Weights:
     """The weights that a graph reads, and the addresses at which it reads them.
 
-    slots: where to find each weight again, as a module's parameters and a name in them.
+    slots: where to find each weight again, as a module's parameters or buffers and a name in them.
     held: keeps their memory until the graph is gone, even where the model has moved its weights meanwhile.
     laid_out, linears: the encoder's layout and the head's linears, either of which may be replaced."""
 
@@ -157,12 +157,13 @@ class Weights:
         linears = () if head is None else head.linears
         modules = dict.fromkeys(module for root in (encoder, *linears) for module in root.modules())
         slots = [
-            (module._parameters, name)
+            (tensors, name)
             for module in modules
-            for name, parameter in module._parameters.items()
-            if parameter is not None
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
         ]
-        held = [parameters[name].detach() for parameters, name in slots]
+        held = [tensors[name].detach() for tensors, name in slots]
         addresses = [weight.data_ptr() for weight in held]
         return cls(slots, addresses, held, encoder.encoder.laid_out, linears)
 
@@ -172,7 +173,7 @@ class Weights:
             return True
         if head is not None and head.linears != self.linears:
             return True
-        return [parameters[name].data_ptr() for parameters, name in self.slots] != self.addresses
+        return [tensors[name].data_ptr() for tensors, name in self.slots] != self.addresses
 
 
 @dataclass
@@ -279,9 +280,9 @@ class Engine:
         head: PackedHead | None = None,
         collect: list[Tensor] | None = None,
     ) -> Outputs:
-        """The head's outputs, or the last hidden states, for packed ids, positions and types, int64 (tokens,)
-        each. The tensors are the caller's own, whatever runs later. collect: as PackedEncoder.compute's; with
-        it the batch runs eagerly."""
+        """The head's outputs, or the last hidden states, for packed ids, positions and types, and the places
+        that a bias by position reads, int64 (tokens,) each. The tensors are the caller's own, whatever runs
+        later. collect: as PackedEncoder.compute's; with it the batch runs eagerly."""
         if not self.serves or collect is not None or batch.tokens == 0:
             if not torch.compiler.is_compiling() and self._has_recorder:
                 with self._lock:
@@ -399,7 +400,7 @@ class Engine:
             self._recorder = CudaGraphs(device, self._streams[device])
         weights = Weights.of(self._encoder, head)
         # What is recorded does not depend on what the buffers hold.
-        inputs = GraphInputs(bucket, device)
+        inputs = GraphInputs(bucket, device, 4 if self._encoder.encoder.kind.reads_places else 3)
         ran: dict[str, Counter[str]] = {}
 
         def work() -> Outputs:

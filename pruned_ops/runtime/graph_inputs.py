@@ -56,13 +56,14 @@ def _rounded_sequences(number: int) -> int:
 class GraphInputs:
     """The buffers of a graph's inputs, of a bucket's size.
 
-    ids: ids, positions and types, int64 (tokens,) each. cu_seqlens: int32 (batch + 1,). Both are at the same
-    place whatever is loaded, and hold filling rows alone at first.
+    ids: ids, positions and types, int64 (tokens,) each, and a fourth row where `rows` is 4: the places in the
+    padded batch. cu_seqlens: int32 (batch + 1,). All are at the same place whatever is loaded, and hold
+    filling rows alone at first.
     """
 
-    def __init__(self, bucket: Bucket, device: torch.device) -> None:
+    def __init__(self, bucket: Bucket, device: torch.device, rows: int = 3) -> None:
         self.bucket = bucket
-        self._rows = torch.zeros(3, _rounded(bucket.tokens, ROW_STEP), dtype=torch.int64, device=device)
+        self._rows = torch.zeros(rows, _rounded(bucket.tokens, ROW_STEP), dtype=torch.int64, device=device)
         self._kernel = _loading_kernel(device)
         # Where sequences of filling rows end, counted from the first filling row.
         self._fillers = (
@@ -74,8 +75,8 @@ class GraphInputs:
         self.load([row[:0] for row in self.ids], torch.zeros(1, dtype=torch.int32, device=device))
 
     def load(self, ids: Sequence[Tensor], cu_seqlens: Tensor) -> None:
-        """Copy a packed batch's ids, positions and types and its cu_seqlens into the buffers, and let the
-        filling rows be sequences after the batch's own. Nothing is waited for."""
+        """Copy a packed batch's ids, positions and types (and places) and its cu_seqlens into the buffers,
+        and let the filling rows be sequences after the batch's own. Nothing is waited for."""
         if self._kernel is None:
             self.load_by_torch(ids, cu_seqlens)
         else:

@@ -302,9 +302,16 @@ def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
         reasons = "; ".join(f"{backend.name}: {backend.missing}" for backend in tuners)
         raise BackendError(f"no backend can be tuned here: {reasons}")
     return sum(
-        tune_backend(encoder.encoder.running_shape, batches, encoder.dtype, encoder.device)
+        tune_backend(
+            packed.encoder.running_shape,
+            batches,
+            packed.dtype,
+            packed.device,
+            gated=packed.encoder.kind.gated,
+            norm_first=packed.encoder.kind.norm_first,
+        )
         for tune_backend in available
-        for encoder in encoders
+        for packed in encoders
     )
 
 

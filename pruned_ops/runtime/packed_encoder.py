@@ -31,7 +31,7 @@ from pruned_ops.models.stock import LayerParts, encoder_class, encoder_shape, la
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
-from pruned_ops.runtime.refusals import BIAS_ON_GPU
+from pruned_ops.runtime.refusals import DISTANCES_ON_GPU
 from pruned_ops.runtime.replaced import forwards_of, give_back, raise_on_change, replace
 
 # Held while an encoder is optimised, moved or restored, in any thread. Forwards do not take it.
@@ -229,6 +229,8 @@ class PackedEncoder(nn.Module):
     ) -> Outputs:
         """`compute` by the engine's graphs, where there may be any: on a GPU."""
         if self.engine is not None and (self.device.type == "cuda" or self.engine.recorder is not None):
+            if self.encoder.kind.reads_places and len(inputs) == 3:  # a graph reads them in any case
+                inputs = (*inputs, torch.arange(batch.tokens, device=self.device) % max(batch.seqlen, 1))
             if head is None or head.in_graph:
                 return self.engine.run(inputs, batch, head, collect)
             rows = self.engine.run(inputs, batch, None, collect).rows
@@ -253,8 +255,10 @@ class PackedEncoder(nn.Module):
         embedded = self._embed(ids)
         if collect is not None:
             collect.append(embedded)
-        positions = inputs[1].int() if self._reads_positions else None
-        x = self.encoder.run(embedded, cu_seqlens, max_seqlen, collect, places[0] if places else positions)
+        positions = None
+        if places or self._reads_positions:
+            positions = (places[0] if places else inputs[1]).int()
+        x = self.encoder.run(embedded, cu_seqlens, max_seqlen, collect, positions)
         if self.watch is not None:
             self.watch.look(self.encoder, embedded, cu_seqlens)
         return Outputs(x, None) if head is None else head(x, cu_seqlens)
@@ -322,6 +326,8 @@ def _laid_out(
             setattr(module, name, seen[key])
     _set_biases(stack, original)
     _set_relative(stack, original)
+    for layer in stack.layers:
+        layer.attention.place_rotary()
     stack.pack(False, stack.linear_names if int8 is None else int8, bfloat16, keep_fp32)
     return stack.eval()
 
@@ -332,13 +338,10 @@ def _layers(stack: PrunedEncoder, original: Any) -> Iterator[tuple[Any, LayerPar
 
 
 def _set_biases(stack: PrunedEncoder, original: Any) -> None:
-    """Give the attention of every layer its heads' biases by position, where the encoder has such biases.
-    Errors: ValueError on a GPU."""
+    """Give the attention of every layer its heads' biases by position, where the encoder has such biases."""
     by_distance = bias_by_distance(original)
     if by_distance is None:
         return
-    if by_distance.device.type == "cuda":
-        raise ValueError(BIAS_ON_GPU)
     for layer, heads in zip(stack.layers, heads_of_layers(original.config), strict=True):
         rows = by_distance.detach()[heads].contiguous()
         layer.attention.position_bias = nn.Parameter(rows, requires_grad=False)
@@ -352,7 +355,7 @@ def _set_relative(stack: PrunedEncoder, original: Any) -> None:
         if relative is None or kind is None:
             return
         if relative.device.type == "cuda":
-            raise ValueError(BIAS_ON_GPU)
+            raise ValueError(DISTANCES_ON_GPU)
         for layer, own in zip(stack.layers, layers_of(original), strict=True):
             made = by_distance(kind, relative, own.query, own.key, stack.head_dim)
             for name, rows in zip(("position_key", "position_query"), made, strict=True):

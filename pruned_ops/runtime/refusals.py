@@ -26,8 +26,8 @@ from pruned_ops.models.stock import (
 
 # The number of a layer and, after it, the name of a module in it.
 _IN_A_LAYER = re.compile(r"(?:\w+\.)*layers?\.(\d+)(?:\.(.+))?")
-BIAS_ON_GPU = (
-    "its attention depends on relative positions, which no kernel for a GPU computes: keep it on the CPU"
+DISTANCES_ON_GPU = (
+    "its attention multiplies by embeddings of distances, which no kernel for a GPU does: keep it on the CPU"
 )
 _CAPTURING = "transformers.utils.output_capturing"
 # Attributes of modules that change nothing in inference, or that are looked at elsewhere.
@@ -45,7 +45,7 @@ def refuse_encoder(encoder: Any, int8: bool = False, bfloat16: bool = False) -> 
         or _refuse_modules(encoder)
         or _refuse_parameters(encoder)
         or _refuse_mixture(encoder)
-        or _refuse_bias(encoder)
+        or _refuse_disentangled(encoder)
         or (_refuse_int8(encoder) if int8 else None)
         or (_refuse_bfloat16(encoder) if bfloat16 else None)
     )
@@ -85,9 +85,9 @@ def _refuse_mixture(encoder: Any) -> str | None:
     return None
 
 
-def _refuse_bias(encoder: Any) -> str | None:
-    has_bias = family_of(encoder.config).kind(encoder.config).reads_places
-    return BIAS_ON_GPU if has_bias and encoder.device.type == "cuda" else None
+def _refuse_disentangled(encoder: Any) -> str | None:
+    has_terms = family_of(encoder.config).kind(encoder.config).disentangled is not None
+    return DISTANCES_ON_GPU if has_terms and encoder.device.type == "cuda" else None
 
 
 def _refuse_config(config: Any) -> str | None:

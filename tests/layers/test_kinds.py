@@ -13,6 +13,7 @@ from by_position import with_gaps
 from inputs import READY, cu_seqlens, randn
 from pruned_ops import LayerShape, ModelShape, PrunedEncoder
 from pruned_ops.layers.kinds import ByPosition, Disentangled, StackKind
+from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.ops.backends.cpu import bf16_capability
 from pruned_ops.ops.registry import record, use_backend
 
@@ -95,28 +96,47 @@ def arguments() -> tuple[Any, ...]:
     return randn(1, sum(LENGTHS), 48), cu_seqlens(LENGTHS), max(LENGTHS)
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout that weights get on a GPU."""
+    monkeypatch.setattr(AlignedWeights, "refuse", staticmethod(lambda parts: None))
+    monkeypatch.setattr(PanelWeights, "refuse", staticmethod(lambda parts: "not now"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["one call", "layer by layer", "op by op", "reference"])
-def test_every_kind_is_its_definition(how: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    "how", ["one call", "layer by layer", "op by op", "reference", "aligned", "aligned layer by layer"]
+)
+def test_every_kind_is_its_definition(how: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, positions = stack(KINDS[kind]), arguments(), with_gaps(LENGTHS)
     expected = by_definition(model, x[0], positions)
+    if "aligned" in how:
+        as_on_a_gpu(monkeypatch)
     if how != "op by op":
         model.pack()
-    collect: list[Tensor] | None = [] if how == "layer by layer" else None
+    given = x[0].clone()
+    collect: list[Tensor] | None = [] if "layer by layer" in how else None
     backend = "reference" if how == "reference" else None
     with record() as ran, use_backend(backend) if backend else torch.no_grad():
         found = model.run(*x, collect, positions)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert torch.equal(x[0], given)
+    if "aligned" in how:
+        assert [layer.ffn_width for layer in model.running_shape.layers] == [32, 32, 0, 48]
+        assert "encoder" not in ran
     if how == "one call" and "cpu" in READY:
         assert ran == {"encoder": {"cpu": 1}}
     if collect is not None:
         assert len(collect) == 4 and torch.equal(collect[-1], found)
 
 
-@needs_extension
 @pytest.mark.parametrize("kind", KINDS)
-def test_released_weights_come_back(kind: str) -> None:
+@pytest.mark.parametrize(
+    "layout", [pytest.param("panels", marks=needs_extension), "aligned, with filled-up widths"]
+)
+def test_released_weights_come_back(layout: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the panels, in which the rows of a gated FFN lie in another order."""
+    if layout != "panels":
+        as_on_a_gpu(monkeypatch)
     model = stack(KINDS[kind])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.pack(keep_weights=False)
@@ -141,6 +161,14 @@ def test_narrow_weights_of_every_kind(kind: str, dtype: str) -> None:
     assert not torch.equal(found, exact)
     least = 0.999 if dtype == "int8" else 0.9999
     assert F.cosine_similarity(found, exact, dim=1).mean() > least
+
+
+def test_frequencies_stay_exact_where_weights_are_cast() -> None:
+    model = stack(MODERN)
+    exact = model.layers[0].attention.rotary.clone()
+    rotary = model.half().layers[0].attention.rotary
+    assert rotary.dtype == torch.float32 and torch.equal(rotary, exact)
+    assert not any("rotary" in name for name in model.state_dict())
 
 
 def test_other_activations_run_layer_by_layer() -> None:

@@ -25,12 +25,15 @@ from family_models import (
     pruned,
     stock,
 )
+from inputs import READY
 from pruned_ops.layers.kinds import Disentangled
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.relative_bias import bucket_of_distance
 from pruned_ops.models.stock import model_shape
+from pruned_ops.ops.registry import record
+from pruned_ops.runtime.optimize import optimized
 from pruned_trainer import SizeBudget, Target, attach, attached, compact, decide
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
@@ -254,11 +257,23 @@ def test_mpnets_padding_in_the_midst_of_a_text() -> None:
     assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
 
 
-@pytest.mark.parametrize("stem", ["MPNet", "DebertaV2"])
-def test_relative_positions_are_refused_on_a_gpu(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = stock(stem, "")
+@pytest.mark.skipif("triton" not in READY, reason="Triton's interpreter is off")
+@pytest.mark.parametrize("stem", ["MPNet", "ModernBert"])
+def test_families_by_position_run_on_triton(stem: str) -> None:
+    """A text with holes in its mask, which is longer than a window; all ops are Triton's."""
+    for model in (stock(stem, ANSWERS), pruned(family_named(stem).pruned_type, ANSWERS)):
+        inputs = batch("holes", (9,))
+        expected = outputs(model, inputs)
+        with optimized(model) as fast, pruned_ops.use_backend("triton"), record() as ran:
+            assert largest_difference(outputs(fast, inputs), expected) <= 2e-5
+        assert {name for counts in ran.values() for name in counts} == {"triton"}
+        assert ran["attention"]["triton"] == model.config.num_hidden_layers
+
+
+def test_debertas_products_by_distance_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stock("DebertaV2", "")
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    with pytest.raises(ValueError, match="relative positions, which no kernel for a GPU computes"):
+    with pytest.raises(ValueError, match="embeddings of distances, which no kernel for a GPU does"):
         pruned_ops.optimize(model)
 
 

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pruned_ops
+from family_models import ANSWERS, batch, largest_difference, outputs, stock
 from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops.layers.packing import PackedBatch
+from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.runtime.engine import Engine, pieces
 from stand_in_graphs import StandIn, ids_of, with_engine
 
@@ -47,6 +49,23 @@ def test_every_model_runs_by_graphs(model: Any) -> None:
     fast, engine = with_engine(model)
     same(fast(**batch), expected)
     assert engine.stats.replays == 1
+
+
+@pytest.mark.parametrize("stem", ["MPNet", "ModernBert"])
+def test_positions_and_places_are_in_the_graph(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches padded anywhere and not at all share it, whatever places its filling rows have kept, which no
+    kernel for GPUs checks. Layers lie as on a GPU, and run op by op."""
+    monkeypatch.setattr(AlignedWeights, "refuse", staticmethod(lambda parts: None))
+    monkeypatch.setattr(PanelWeights, "refuse", staticmethod(lambda parts: "not now"))
+    monkeypatch.setattr(pruned_ops.ops.attention, "kernels", {})
+    monkeypatch.setattr(pruned_ops.ops.attention, "check_values", None)
+    model = stock(stem, ANSWERS)
+    batches = [batch(kind, (14, 18, 2)) for kind in ("left", "holes", "right")] + [ids_of([17, 17])]
+    eager = [outputs(pruned_ops.optimize(model), inputs) for inputs in batches]
+    fast, engine = with_engine(model)
+    for inputs, expected in [*zip(batches, eager, strict=True)] * 2:
+        assert largest_difference(outputs(fast, inputs), expected) <= 2e-5
+    assert engine.stats.replays == 8 and engine.stats.eager == engine.stats.invalidated == 0
 
 
 @pytest.mark.parametrize("first", [True, False])

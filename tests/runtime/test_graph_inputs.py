@@ -48,8 +48,8 @@ def test_mixed_lengths_get_an_eighth_more_sequences_at_most() -> None:
     assert Bucket.of(sum(SPREAD), 32, 384, STEP).batch == 36  # one of filling rows, and three of none
 
 
-def ids_of(tokens: int) -> list[Tensor]:
-    return list(torch.randint(1, 100, (3, tokens)))
+def ids_of(tokens: int, rows: int = 3) -> list[Tensor]:
+    return list(torch.randint(1, 100, (rows, tokens)))
 
 
 def bounds_of(lengths: tuple[int, ...]) -> Tensor:
@@ -74,17 +74,20 @@ def test_rows_of_every_size_begin_where_one_kernel_takes_them() -> None:
 
 @pytest.mark.skipif(BACKENDS["triton"].missing is not None, reason=f"triton: {BACKENDS['triton'].missing}")
 @settings(deadline=None, max_examples=25)
-@given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=40), seed=st.integers(0, 9))
-def test_one_kernel_loads_what_torch_loads(lengths: list[int], seed: int) -> None:
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=40), seed=st.integers(0, 9),
+    rows=st.sampled_from([3, 4]),
+)  # fmt: skip
+def test_one_kernel_loads_what_torch_loads(lengths: list[int], seed: int, rows: int) -> None:
     from pruned_ops.ops.backends.triton.graph_inputs import load_graph_inputs
 
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = sum(lengths)
     bucket = Bucket.of(max(tokens, 1), len(lengths), max(*lengths, 1), 0.2)
-    ids, bounds = [row.to(device) for row in ids_of(tokens + 1)], bounds_of(tuple(lengths)).to(device)
+    ids, bounds = [row.to(device) for row in ids_of(tokens + 1, rows)], bounds_of(tuple(lengths)).to(device)
     ids = [row[1:] for row in ids]  # begins at no multiple of 16 bytes
-    by_torch, by_kernel = (GraphInputs(bucket, torch.device(device)) for _ in range(2))
+    by_torch, by_kernel = (GraphInputs(bucket, torch.device(device), rows) for _ in range(2))
     by_torch.load_by_torch(ids, bounds)
     load_graph_inputs(ids, bounds, by_kernel._rows, by_kernel.cu_seqlens, bucket.tokens, bucket.max_seqlen)
     assert torch.equal(by_kernel.cu_seqlens, by_torch.cu_seqlens)

@@ -9,7 +9,7 @@ from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.registry import Backend, add_backend
 
 
-def _tune(*args: Any, **kind: bool) -> int:
+def _tune(*args: Any, **kind: Any) -> int:
     from pruned_ops.ops.backends.triton import timing  # needs Triton
 
     return timing.tune(*args, **kind)
