@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pruned_ops
+from by_position import frequencies
 from inputs import attention_arguments, randn
-from pruned_ops.ops.registry import BACKENDS
+from pruned_ops.ops.registry import BACKENDS, use_backend
 
 MISSING = BACKENDS["triton"].missing
 if MISSING is not None:
@@ -23,6 +25,7 @@ from pruned_ops.ops.backends.triton import configs, launch, tuning  # noqa: E402
 from pruned_ops.ops.backends.triton.attention import launch_attention  # noqa: E402
 from pruned_ops.ops.backends.triton.configs import GemmConfig  # noqa: E402
 from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm  # noqa: E402
+from pruned_ops.ops.backends.triton.linear_geglu import launch_linear_geglu  # noqa: E402
 from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu  # noqa: E402
 from pruned_ops.ops.backends.triton.tuning import Problem  # noqa: E402
 
@@ -82,9 +85,14 @@ def test_what_each_configuration_launches(monkeypatch: pytest.MonkeyPatch) -> No
     for config in (SINGLE, SPLIT):
         work = lambda c=config: launch_linear_gelu(X, WEIGHT, VECTOR, c)  # noqa: E731
         assert launches(monkeypatch, work) == gelu_kernels(config)
+        work = lambda c=config: launch_linear_geglu(X, WEIGHT, VECTOR, c)  # noqa: E731
+        assert launches(monkeypatch, work) == gelu_kernels(config)
     arguments = attention_arguments((9, 3), 2, 32)
     best = configs.attention_config(9, 32, torch.float32)
     assert launches(monkeypatch, lambda: launch_attention(*arguments, best)) == 1
+    more = [torch.arange(12, dtype=torch.int32), frequencies(32), 4, randn(3, 2, 7)]
+    with use_backend("triton"):  # query and key are rotated beforehand
+        assert launches(monkeypatch, lambda: pruned_ops.ops.attention(*arguments, *more)) == 2
 
 
 @pytest.mark.parametrize("hidden", [384, 768, 1024])

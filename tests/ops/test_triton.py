@@ -39,12 +39,19 @@ if MISSING is None:
     from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
     from pruned_ops.ops.backends.triton.linear_geglu import launch_linear_geglu
     from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
-    from pruned_ops.ops.backends.triton.tiles import gelu
+    from pruned_ops.ops.backends.triton.tiles import cos_sin, gelu
 
     @triton.jit
     def gelu_kernel(x, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         tl.store(out + places, gelu(tl.load(x + places)))
+
+    @triton.jit
+    def cos_sin_kernel(x, cos, sin, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        found = cos_sin(tl.load(x + places))
+        tl.store(cos + places, found[0])
+        tl.store(sin + places, found[1])
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,6 +205,15 @@ def test_gelu_is_exact_to_rounding() -> None:
     assert x.numel() == 2**21 and float(error.max()) <= 3.5e-7
     small = x.abs() < 0.1  # relatively, too, where fp16 has many numbers
     assert float((error[small] / truth[small].abs().clamp(min=1e-30)).max()) <= 1e-6
+
+
+@pytest.mark.parametrize(("farthest", "allowed"), [(1.0, 1.2e-7), (12_000.0, 2e-7), (100_000.0, 4e-6)])
+def test_cosine_and_sine_of_angles_of_all_sizes(farthest: float, allowed: float) -> None:
+    angles = torch.linspace(0, farthest, 2**16).to(DEVICE)
+    cos, sin = torch.empty_like(angles), torch.empty_like(angles)
+    cos_sin_kernel[(2**6,)](angles, cos, sin, BLOCK=2**10)
+    for found, expected in ((cos, angles.double().cos()), (sin, angles.double().sin())):
+        assert float((found.double() - expected).abs().max()) <= allowed
 
 
 def test_gelu_of_what_is_hardly_a_number() -> None:

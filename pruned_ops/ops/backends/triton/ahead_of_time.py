@@ -136,9 +136,9 @@ def attention_case(
 
 def rotate_case(head_dim: int, dtype: str) -> Case:
     """The kernel that rotates query and key before attention."""
-    types = _pointers("qkv", dtype) | {"positions": "*i32", "rotary": "*fp32"} | _pointers("out", dtype)
-    types |= _integers("tokens heads stride_qkv stride_out")
-    constants = {"HALF": head_dim // 2, "ROWS": rotary.ROWS, "HEADS": rotary.HEADS}
+    types = _pointers("qkv", dtype) | {"positions": "*i32", "rotary": "*fp32"}
+    types |= _integers("tokens width stride_qkv")
+    constants = {"HALF": head_dim // 2, "ROWS": rotary.ROWS}
     return Case(rotary.rotate_kernel, types, constants, rotary.WARPS, 2, dtype, f"head_dim {head_dim}")
 
 

@@ -32,7 +32,9 @@ from pruned_ops.ops.registry import is_given_up
 
 HEAD_DIMS = (16, 32, 64, 128)
 # The largest window, which holds all keys of sequences whose positions end before it.
-FARTHEST = 1 << 28
+FARTHEST = 1 << 27
+# What lies between the positions of sequences that share a program, so that none is in another's window.
+APART = tl.constexpr(1 << 29)
 # The position of a key that is none: outside of every window.
 NOWHERE = tl.constexpr(-(1 << 31))
 LOG2_E = 1.4426950408889634
@@ -164,9 +166,12 @@ def short_attention_kernel(
             position = tl.load(positions + rows, mask=inside, other=0)
         if BIAS:
             bias += tl.program_id(1) * (2 * reach + 1)
-        scores = _by_position(scores, position, position, bias, window, reach, HEAD_DIM, BIAS)
-    own = (lanes // SEGMENT)[:, None] == (lanes // SEGMENT)[None, :]
-    scores = tl.where(own & inside[None, :], scores, float("-inf"))
+        position += lanes // SEGMENT * APART
+        key_position = tl.where(inside, position, NOWHERE)
+        scores = _by_position(scores, position, key_position, bias, window, reach, HEAD_DIM, BIAS)
+    else:
+        own = (lanes // SEGMENT)[:, None] == (lanes // SEGMENT)[None, :]
+        scores = tl.where(own & inside[None, :], scores, float("-inf"))
     value = tl.load(across + 2 * width, mask=inside[:, None], other=0.0)
     highest = tl.maximum(tl.max(scores, 1), LOWEST)
     weights = tl.exp2((scores - highest[:, None]) * scale)

@@ -1,7 +1,7 @@
 """Rotates query and key of a packed batch by their positions, before `attention` reads them.
 
-A program owns ROWS tokens and HEADS heads of q|k. It computes the cosine and sine of each token's angles
-once, keeps them in registers, and turns one head after the other, in fp32, rounding each number once.
+A program owns the query and the key of one head of ROWS tokens. It computes the cosine and sine of each
+token's angles, keeps them in registers, and turns both, in fp32, rounding each number once.
 
 It is a kernel of its own because keys that are turned where attention loads them pass through registers, and
 every block of queries turns them again: compiled so for sm_90, attention over heads of 64 took 130 registers
@@ -16,31 +16,30 @@ import triton.language as tl
 from torch import Tensor
 
 from pruned_ops.ops.backends.triton import launch
+from pruned_ops.ops.backends.triton.tiles import cos_sin
 
-ROWS, HEADS, WARPS = 16, 4, 4
+ROWS, WARPS = 16, 4
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@triton.jit(do_not_specialize=["tokens"])
 def rotate_kernel(
-    qkv, positions, rotary, out, tokens, heads, stride_qkv, stride_out,
-    HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    qkv, positions, rotary, tokens, width, stride_qkv,
+    HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """heads: those of q|k, from the first column on. HALF: half a head's channels, and its frequencies."""
+    """HALF: half of a head's channels, and the number of its frequencies."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < tokens
+    inside = (rows < tokens)[:, None]
     channels = tl.arange(0, HALF)
-    position = tl.load(positions + rows, mask=inside, other=0).to(tl.float32)
-    angle = position[:, None] * tl.load(rotary + channels).to(tl.float32)[None, :]
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    row = rows.to(tl.int64)[:, None]
-    for i in tl.static_range(HEADS):
-        columns = (tl.program_id(1) * HEADS + i) * (2 * HALF) + channels[None, :]
-        mask = inside[:, None] & (columns < heads * 2 * HALF)
-        read, write = qkv + row * stride_qkv + columns, out + row * stride_out + columns
-        first = tl.load(read, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(read + HALF, mask=mask, other=0.0).to(tl.float32)
-        tl.store(write, (first * cos - second * sin).to(out.dtype.element_ty), mask=mask)
-        tl.store(write + HALF, (second * cos + first * sin).to(out.dtype.element_ty), mask=mask)
+    position = tl.load(positions + rows, mask=rows < tokens, other=0).to(tl.float32)
+    cos, sin = cos_sin(position[:, None] * tl.load(rotary + channels).to(tl.float32)[None, :])
+    row, columns = rows.to(tl.int64)[:, None], tl.program_id(1) * 2 * HALF + channels[None, :]
+    pointers = qkv + row * stride_qkv + columns
+    for _ in tl.static_range(2):
+        first = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(pointers + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(pointers, (first * cos - second * sin).to(qkv.dtype.element_ty), mask=inside)
+        tl.store(pointers + HALF, (second * cos + first * sin).to(qkv.dtype.element_ty), mask=inside)
+        pointers += width
 
 
 def rotated(
@@ -50,14 +49,12 @@ def rotated(
     memory where `in_place`, else in a copy. rotary (head_dim / 2,)."""
     qkv = launch.rows(qkv)
     out = qkv if in_place else qkv.clone()
-    tokens, half = qkv.size(0), rotary.size(0)
-    heads = qkv.size(1) // (3 * half)  # of q and k: two thirds of the heads of 2 * half channels
+    tokens, width, half = qkv.size(0), qkv.size(1) // 3, rotary.size(0)
     if positions is None:
         positions = _places(cu_seqlens, tokens)
-    grid = (triton.cdiv(tokens, ROWS), triton.cdiv(heads, HEADS))
-    rotate_kernel[grid](
-        out, positions.contiguous(), rotary.contiguous(), out, tokens, heads, out.stride(0), out.stride(0),
-        HALF=half, ROWS=ROWS, HEADS=HEADS, num_warps=WARPS, **launch.OPTIONS,
+    rotate_kernel[(triton.cdiv(tokens, ROWS), width // (2 * half))](
+        out, positions.contiguous(), rotary.contiguous(), tokens, width, out.stride(0),
+        HALF=half, ROWS=ROWS, num_warps=WARPS, **launch.OPTIONS,
     )  # fmt: skip
     return out
 
