@@ -109,6 +109,8 @@ class RelativeTerms {
 
  private:
   static constexpr int64_t kLine = 16;
+  // Keys whose products are brought into L1 ahead: they lie too far apart for the processor to guess.
+  static constexpr int64_t kKeysAhead = 8;
   static constexpr int64_t kTileRows = (kRegisterRows + kLanes - 1) / kLanes * kLanes;
   static constexpr int64_t kTile = kLanes * kTileRows;
 
@@ -177,7 +179,10 @@ class RelativeTerms {
     for (int64_t key = 0; key < block.keys; key += kLanes) {
       const int64_t count = std::min(kLanes, block.keys - key);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = block.key + key + i;
+        const int64_t at = block.key + key + i, ahead = std::min(at + kKeysAhead, length_ - 1);
+        const float* const next = of_keys_ + ahead * stride_ + *rows_from(ahead, last_query);
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + block.rows - 1);
         const int32_t* const rows = rows_from(at, last_query);
         for (int64_t row = 0; row < block.rows; row += kLanes) {
           read(of_keys_ + at * stride_, rows + row).store(tile_ + i * kTileRows + row);

@@ -161,11 +161,6 @@ def open_source(folder: Path) -> Source:
     config = read_config(folder)
     kind = _checked_kind(folder, config)
     family = BY_TYPE[kind]
-    if family.stack_kind is not None and family.relative_bias is None:
-        raise ValueError(
-            f"{folder} is a {family.name}, of which no other tool's checkpoints are known: a dense one needs "
-            "no import, and is pruned and optimised as it is"
-        )
     prefix, words = f"{family.prefix}.", tuple(f"{name}." for name in family.words_head)
     tensors: Tensors = {}
     for name, tensor in read_tensors(folder).items():
@@ -221,6 +216,11 @@ def _checked_kind(folder: Path, config: dict[str, Any]) -> str:
     if not isinstance(kind, str) or kind not in _STOCK:
         raise ValueError(f"{folder} is a {shown(kind)} model; {', '.join(_STOCK)} can be imported")
     family = BY_TYPE[kind]
+    if family.stack_kind is not None and family.relative_bias is None:
+        raise ValueError(
+            f"{folder} is a {family.name}, of which no other tool's checkpoints are known: a dense one needs "
+            "no import, and is pruned and optimised as it is"
+        )
     norm, positions = config.get("layer_norm_type"), config.get("position_embedding_type")
     if norm not in (None, "layer_norm"):
         raise ValueError(f"{folder} has {str(norm)[:60]} in place of LayerNorm: not supported")

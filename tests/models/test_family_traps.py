@@ -339,10 +339,19 @@ def test_debertas_texts_may_be_longer_than_its_positions() -> None:
     assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 ties its dense layer to the words"
+)
 def test_debertas_head_for_words_that_is_not_legacy() -> None:
     model, inputs = stock("DebertaV2", "MaskedLM", legacy=False), batch("holes")
     expected = outputs(model, inputs)
     assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
+
+
+def test_debertas_are_not_imported(tmp_path: Path) -> None:
+    stock("DebertaV2", ANSWERS).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a DeBERTa, of which no other tool's checkpoints are known"):
+        pruned_ops.import_checkpoint(tmp_path)
 
 
 def test_debertas_hidden_dimensions_need_a_norm_of_distances() -> None:
