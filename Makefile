@@ -52,8 +52,9 @@ $(VENV)/.extension: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
+# What most processes of tests import is imported, and so compiled, once before they begin beside each other.
 $(STAMP): $(VENV)/.libraries $(VENV)/.extension
-	$(BIN)/python -c "import torch, pruned_ops._C"
+	$(BIN)/python -c "import torch, pruned_ops._C, pruned_trainer.jobs.prune"
 	touch $@
 
 demo: $(STAMP)
