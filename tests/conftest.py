@@ -35,7 +35,8 @@ assert all(path.exists() for path in LONGEST), "a file of tests has another name
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A process that only hands tests out to others does without what takes seconds to import."""
+    """A process that only hands tests out to others does without what takes seconds to import. The other
+    folders' conftest.py may be read before this is called, and so import none of it either."""
     hands_out = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
     if not hands_out:
         config.pluginmanager.import_plugin("environment")

@@ -24,13 +24,13 @@ from family_models import (
     pruned,
     stock,
 )
-from jobs import quick_reports as quick_reports  # of the jobs below
 from matching import squad_file
 from pruned_ops import QuestionAnswerer
 from pruned_ops.checkpoints.loading import load_any_head, load_model, load_tokenizer
 from pruned_ops.cli import main
 from pruned_ops.models.heads import load_natural_questions, with_answer_types
 from pruned_trainer.cli import main as trainer_main
+from quick_reports import quick_reports as quick_reports  # of the jobs below
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 
 CLOSE = 3e-5

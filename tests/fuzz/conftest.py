@@ -1,4 +1,7 @@
-"""Shares the time of `make fuzz` among the attacks, and says how many cases of each ran."""
+"""Shares the time of `make fuzz` among the attacks, and says how many cases of each ran.
+
+fuzzing brings in torch, and so is imported where it is used: tests/conftest.py says why.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from typing import Any
 
 import pytest
 
-import fuzzing
-
 HERE = Path(__file__).parent
 
 
@@ -18,12 +19,16 @@ MEMORY = 24 << 30
 
 
 def pytest_sessionstart() -> None:
+    import fuzzing
+
     if fuzzing.MINUTES:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 @pytest.hookimpl(trylast=True)  # after what -k leaves out is gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import fuzzing
+
     attacks = [
         item
         for item in items
@@ -33,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    import fuzzing
+
     if fuzzing.MINUTES and fuzzing.ran:
         terminalreporter.section("cases")
         for name, count in fuzzing.ran.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,10 @@ from safetensors.torch import load_file
 from transformers import BertForQuestionAnswering, TrainerCallback
 
 from matching import save_checkpoint, squad_file
-from pruned_ops.measure import timing
 from pruned_trainer import Target
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.report import figures
-from pruned_trainer.report.figures import Drawing
 from pruned_trainer.training.trainer import PruningTrainer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_reports() -> Iterator[None]:
-    """Reports without what takes as long as a training here: matplotlib's part, which is tested in
-    tests/trainer/report and tests/trainer/test_cli.py, and timing until the speed-up settles, which is in
-    tests/measure/test_latency.py. The pages around the figures are written as always."""
-
-    def draw(name: str, alt: str, height: float, fill: Any) -> Drawing:
-        return Drawing(name, alt, "<svg></svg>", b"\x89PNG")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw", draw)
-        patch.setattr(timing, "MOST_ROUNDS", 1)
-        yield
 
 
 def job_settings(folder: Path, model: BertForQuestionAnswering) -> PruneSettings:

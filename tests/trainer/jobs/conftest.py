@@ -1,5 +1,5 @@
 """Every job here reports quickly."""
 
-from jobs import quick_reports
+from quick_reports import quick_reports
 
 __all__ = ["quick_reports"]
