@@ -27,6 +27,7 @@ from pruned_ops.qa.decoding import Decoded, decode
 from pruned_ops.qa.logits import predict_logits
 from pruned_ops.qa.windows import RefusedQuestion, cut_each, windows
 from real_data import real_data
+from thorough import EVERYTHING
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 
 HUNG = 300  # seconds after which a thread or a child is taken to hang
@@ -356,7 +357,8 @@ def test_f1_on_real_questions_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -
     from pruned_trainer.tasks.squad.sources import read_examples
     from pruned_trainer.tasks.squad.task import THRESHOLD, Questions
 
-    examples = read_examples(str(real_data("data/squad2/eval.json")), "validation")[:150]
+    examples = read_examples(str(real_data("data/squad2/eval.json")), "validation")
+    examples = examples[: 150 if EVERYTHING else 50]
     folder = str(real_data("models/minilm-l6-squad2"))
     threshold = 0.7
     prepared = Questions.cut(examples, load_tokenizer(folder), 384, 128)
