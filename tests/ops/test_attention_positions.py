@@ -245,3 +245,14 @@ def test_cuda_kernels_refuse_positions_by_name() -> None:
     assert "rotary and window given; the kernel knows no positions, Triton's do" in refusal
     with pytest.raises(BackendError), use_backend("cuda"):
         pruned_ops.ops.attention(*arguments)
+
+
+@pytest.mark.skipif("triton" not in READY, reason="Triton's interpreter is off")
+def test_triton_refuses_products_by_distance_by_name() -> None:
+    rows = torch.zeros(9, dtype=torch.int32)
+    more = [None, None, None, None, torch.zeros(1, 4, 32), None, rows]
+    with (
+        pytest.raises(BackendError, match="position_key and distance_rows given; .* only those of the cpu"),
+        use_backend("triton"),
+    ):
+        pruned_ops.ops.attention(*attention_arguments((5,), 1, 32), *more)

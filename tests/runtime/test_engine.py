@@ -66,6 +66,7 @@ def test_positions_and_places_are_in_the_graph(stem: str, monkeypatch: pytest.Mo
     for inputs, expected in [*zip(batches, eager, strict=True)] * 2:
         assert largest_difference(outputs(fast, inputs), expected) <= 2e-5
     assert engine.stats.replays == 8 and engine.stats.eager == engine.stats.invalidated == 0
+    assert bool(engine.stats.outside) == (stem == "MPNet")  # its forward hands nothing on to the encoder
 
 
 @pytest.mark.parametrize("first", [True, False])
