@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -28,6 +29,7 @@ from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence, packed_inputs, returned
 from pruned_ops.models.relative_bias import bias_by_distance, heads_of_layers
 from pruned_ops.models.stock import LayerParts, encoder_class, encoder_shape, layers_of, projection_of
+from pruned_ops.ops.panels import quantize
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
@@ -325,10 +327,11 @@ def _laid_out(
                 seen[key] = nn.Parameter(values, requires_grad=False)
             setattr(module, name, seen[key])
     _set_biases(stack, original)
-    _set_relative(stack, original)
+    names = stack.linear_names if int8 is None else int8
+    _set_relative(stack, original, names)
     for layer in stack.layers:
         layer.attention.place_rotary()
-    stack.pack(False, stack.linear_names if int8 is None else int8, bfloat16, keep_fp32)
+    stack.pack(False, names, bfloat16, keep_fp32)
     return stack.eval()
 
 
@@ -347,21 +350,33 @@ def _set_biases(stack: PrunedEncoder, original: Any) -> None:
         layer.attention.position_bias = nn.Parameter(rows, requires_grad=False)
 
 
-def _set_relative(stack: PrunedEncoder, original: Any) -> None:
+def _set_relative(stack: PrunedEncoder, original: Any, int8: Sequence[str]) -> None:
     """Give the attention of every layer what its linears make of embeddings of distances, where the encoder
-    has such embeddings. Errors: ValueError on a GPU."""
+    has such embeddings. int8: the linears whose weights are rounded for it, so that a checkpoint of those
+    gives the same. Errors: ValueError on a GPU."""
     with torch.no_grad():
         relative, kind = relative_states(original), stack.kind.disentangled
         if relative is None or kind is None:
             return
         if relative.device.type == "cuda":
             raise ValueError(DISTANCES_ON_GPU)
-        for layer, own in zip(stack.layers, layers_of(original), strict=True):
-            made = by_distance(kind, relative, own.query, own.key, stack.head_dim)
+        for i, (layer, own) in enumerate(zip(stack.layers, layers_of(original), strict=True)):
+            query, key = own.query, own.key
+            if f"layers.{i}.attention.qkv" in int8:
+                query, key = _in_int8(query), _in_int8(key)
+            made = by_distance(kind, relative, query, key, stack.head_dim)
             for name, rows in zip(("position_key", "position_query"), made, strict=True):
                 if rows is not None:
                     parameter = nn.Parameter(rows.contiguous(), requires_grad=False)
                     setattr(layer.attention, name, parameter)
+
+
+def _in_int8(linear: Any) -> Any:
+    """What a linear computes with its weight rounded to int8; the linear itself where it is stored so."""
+    if isinstance(linear, Int8Linear):
+        return linear
+    values, scales = quantize(linear.weight.detach())
+    return partial(F.linear, weight=values * scales, bias=linear.bias)
 
 
 def _sources(packed: Any, stock: LayerParts) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

@@ -26,6 +26,7 @@ from family_models import (
     stock,
 )
 from inputs import READY
+from pruned_ops.cli import main
 from pruned_ops.layers.kinds import Disentangled
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.families.known import family_of
@@ -36,6 +37,7 @@ from pruned_ops.ops.registry import record
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer import SizeBudget, Target, attach, attached, compact, decide
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
+from tiny_tokenizers import word_tokenizer, words
 
 
 def typed(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -346,6 +348,15 @@ def test_debertas_head_for_words_that_is_not_legacy() -> None:
     model, inputs = stock("DebertaV2", "MaskedLM", legacy=False), batch("holes")
     expected = outputs(model, inputs)
     assert largest_difference(outputs(pruned_ops.optimize(model), inputs), expected) <= 2e-5
+
+
+def test_debertas_int8_checkpoint_gives_what_ran(tmp_path: Path) -> None:
+    """The keys and queries of distances are made of int8 weights, too: the command compares all bits."""
+    stock("DebertaV2", ANSWERS, pad_token_id=0, vocab_size=300).save_pretrained(tmp_path / "dense")
+    word_tokenizer(24).save_pretrained(tmp_path / "dense")
+    (tmp_path / "texts.txt").write_text("\n".join(words(number) for number in range(3, 12)))
+    texts = ["--texts", str(tmp_path / "texts.txt"), "--tolerance", "0.9"]
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "int8"), *texts]) == 0
 
 
 def test_debertas_are_not_imported(tmp_path: Path) -> None:
