@@ -196,8 +196,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--random", choices=tuple(SIZES),
-        help="random weights of this size, dense and half of it, instead of checkpoints, because speed does "
-        "not depend on the weights (with --data, the tokenizer of --dense is still read)",
+        help="random weights of this size of BERT, or of this family in its base size, dense and half of it, "
+        "instead of checkpoints, because speed does not depend on the weights (with --data, the tokenizer of "
+        "--dense is still read)",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, help="SQuAD file for real lengths (default: fixed lengths only)")
     parser.add_argument("--cache", type=Path, help="folder to keep exported models in, for a later run")

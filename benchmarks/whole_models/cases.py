@@ -12,23 +12,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, BertConfig, BertForQuestionAnswering
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForQuestionAnswering
 
-import pruned_ops
 from pruned_ops import LayerShape
 from pruned_ops.checkpoints import export
 from pruned_ops.measure.timing import Workload
+from pruned_ops.models.configuration import PRUNED_CONFIGS
+from pruned_ops.models.families.known import family_of
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
 from rivals.rival import Batch, Logits, Run
 
-# BertConfig's fields for --random: MiniLM-L6, BERT-base and BERT-large.
+# Fields of the configs for --random: MiniLM-L6, BERT-base and BERT-large, and the base sizes of families
+# whose layers are not BERT's, by their model types. (Their vocabularies are BERT's: words cost no time.)
 _FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SIZES: dict[str, dict[str, Any]] = {
     "minilm": dict(zip(_FIELDS, (384, 6, 12, 1536), strict=True)),
     "base": dict(zip(_FIELDS, (768, 12, 12, 3072), strict=True)),
     "large": dict(zip(_FIELDS, (1024, 24, 16, 4096), strict=True)),
+    "mpnet": dict(zip(_FIELDS, (768, 12, 12, 3072), strict=True)) | {"max_position_embeddings": 514},
+    "modernbert": dict(zip(_FIELDS, (768, 22, 12, 1152), strict=True))
+    | {"vocab_size": 30522, "pad_token_id": 0, "cls_token_id": 101, "sep_token_id": 102}
+    | {"bos_token_id": 101, "eos_token_id": 102},
+    "deberta-v2": dict(zip(_FIELDS, (768, 12, 12, 3072), strict=True))
+    | {"vocab_size": 30522, "relative_attention": True, "position_buckets": 256, "share_att_key": True}
+    | {"pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm", "position_biased_input": False},
 }
 # The share of the FFN units that the pruned twin keeps, where it is not half. It keeps half of the heads.
 FFN_KEPT = {"large": 0.45}
@@ -59,7 +68,7 @@ class Source:
     def config(self) -> Any:
         """The dense model's config."""
         return (
-            BertConfig(**SIZES[self.random])
+            random_config(self.random)
             if self.random
             else AutoConfig.from_pretrained(self.dense, trust_remote_code=False)
         )
@@ -69,8 +78,7 @@ class Source:
         if self.random is None:
             model: Any = load_model({"dense": self.dense, "pruned": self.pruned}[name])
         else:
-            kept = FFN_KEPT.get(self.random, 0.5)
-            model = random_model(SIZES[self.random], pruned=name == "pruned", ffn_kept=kept)
+            model = random_model(self.random, pruned=name == "pruned")
         return nn.Module.to(model, device)
 
 
@@ -90,16 +98,26 @@ def half_shapes(layers: int, heads: int, ffn: int, ffn_kept: float = 0.5) -> lis
     return shapes
 
 
-def random_model(sizes: dict[str, Any], pruned: bool, ffn_kept: float = 0.5) -> Any:
-    """A randomly initialised question-answering BERT, or one with half its heads and this share of its FFN
-    units."""
+def random_config(name: str) -> Any:
+    """The config of a name of SIZES, which is a model type or else a size of BERT."""
+    return AutoConfig.for_model(name if name in CONFIG_MAPPING else "bert", **SIZES[name])
+
+
+def random_model(name: str, pruned: bool) -> Any:
+    """A randomly initialised question-answering model of a name of SIZES, or one with half its heads and a
+    share of its FFN units (FFN_KEPT)."""
     torch.manual_seed(0)
+    config, sizes = random_config(name), SIZES[name]
     if not pruned:
-        return BertForQuestionAnswering(BertConfig(**sizes)).eval()
+        return AutoModelForQuestionAnswering.from_config(config).eval()
     names = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
-    shapes = half_shapes(*(sizes[name] for name in names), ffn_kept)
-    config = pruned_ops.PrunedBertConfig(layer_shapes=shapes, **sizes)
-    return pruned_ops.PrunedBertForQuestionAnswering(config).eval()
+    shapes = half_shapes(*(sizes[each] for each in names), FFN_KEPT.get(name, 0.5))
+    family = family_of(config)
+    more: dict[str, Any] = {}
+    if family.relative_bias is not None:
+        more["head_indices"] = [list(range(shape.num_heads)) for shape in shapes]
+    narrow = PRUNED_CONFIGS[config.model_type](layer_shapes=shapes, **more, **sizes)
+    return AutoModelForQuestionAnswering.from_config(narrow).eval()
 
 
 def arrival_lengths(data: Path, tokenizer: str) -> list[int]:

@@ -13,8 +13,10 @@ import torch
 
 import bench_models
 import harness
+import pruned_ops
 from inputs import MODELS, logits, padded_batch, stock_model
 from pruned_ops.measure.timing import Timing, Workload
+from pruned_ops.models.stock import model_shape
 from rivals.cpu import CPU_RIVALS, build_cpu_rival
 from rivals.rival import Batch, Logits, NotInstalled, Refused, compare_logits, forward
 from thorough import EVERYTHING
@@ -101,6 +103,22 @@ def test_the_random_twin_is_half_of_the_dense_model(name: str) -> None:
     assert sum(shape.num_heads for shape in shapes) * 2 == layers * heads
     assert sum(shape.ffn_width for shape in shapes) * 2 == layers * ffn
     assert len(set(shapes)) == 6
+
+
+@pytest.mark.parametrize("name", ["mpnet", "modernbert", "deberta-v2"])
+def test_other_families_have_random_twins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cases.SIZES, name, cases.SIZES[name] | TINY)
+    source = cases.Source("", "none", name)
+    dense, narrow = (model_shape(source.load(each, "cpu")) for each in source.names)
+    assert [sum(layer.num_heads for layer in shape.layers) for shape in (dense, narrow)] == [12, 6]
+    for each in source.names:
+        model = source.load(each, "cpu")
+        exact = [forward(model)(batch) for batch in SAMPLES]
+        fast = forward(pruned_ops.optimize(model))
+        for batch, wanted in zip(SAMPLES, exact, strict=True):
+            real = batch["attention_mask"].bool()
+            for logit, expected in zip(fast(batch), wanted, strict=True):
+                torch.testing.assert_close(logit[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
 def test_the_best_rival_is_chosen_by_the_median_and_compared_round_by_round() -> None:
