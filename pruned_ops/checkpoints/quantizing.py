@@ -19,8 +19,9 @@ from pruned_ops.files import read_json
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import find_encoder
+from pruned_ops.runtime.encoder_weights import int8_sources, is_stored_in_int8
 from pruned_ops.runtime.optimize import optimize
-from pruned_ops.runtime.packed_encoder import int8_sources, is_stored_in_int8, optimised_encoders
+from pruned_ops.runtime.packed_encoder import optimised_encoders
 from pruned_ops.runtime.saving import measured
 from pruned_ops.runtime.texts import text_batches, text_model, text_outputs
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pruned_ops.models.stock import is_encoder
 from pruned_ops.ops.backends.cpu import slow_int8
 from pruned_ops.ops.registry import BACKENDS, BackendError
+from pruned_ops.runtime.encoder_weights import is_stored_in_int8
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import above_limit, told
 from pruned_ops.runtime.packed_encoder import (
@@ -27,7 +28,6 @@ from pruned_ops.runtime.packed_encoder import (
     OptimisedEncoder,
     PackedEncoder,
     install,
-    is_stored_in_int8,
     optimised_encoders,
     packed_encoders,
     remove,

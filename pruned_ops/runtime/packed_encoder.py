@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any
 
@@ -20,20 +19,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from pruned_ops import ops
-from pruned_ops.layers.int8 import SCALE, Int8Linear
-from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.layers.released import ReleasedParameter, Rows, free, placeholder, seal, unseal
-from pruned_ops.models.disentangled import by_distance, relative_states
+from pruned_ops.layers.released import ReleasedParameter, free, placeholder, seal, unseal
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence, packed_inputs, returned
-from pruned_ops.models.relative_bias import bias_by_distance, heads_of_layers
-from pruned_ops.models.stock import LayerParts, encoder_class, encoder_shape, layers_of, projection_of
-from pruned_ops.ops.panels import quantize
+from pruned_ops.models.stock import encoder_class, projection_of
+from pruned_ops.runtime.encoder_weights import is_stored_in_int8, laid_out, taken_weights
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
-from pruned_ops.runtime.refusals import DISTANCES_ON_GPU
 from pruned_ops.runtime.replaced import forwards_of, give_back, raise_on_change, replace
 
 # Held while an encoder is optimised, moved or restored, in any thread. Forwards do not take it.
@@ -83,7 +77,7 @@ class PackedEncoder(nn.Module):
         self.pooler = getattr(original, "pooler", None)
         self._set_zeros()
         chosen = None if self.int8 and not self.stored_int8 else ()
-        self.encoder = _laid_out(original, chosen, self.linear_dtype == "bfloat16", keep_fp32)
+        self.encoder = laid_out(original, chosen, self.linear_dtype == "bfloat16", keep_fp32)
         self._reads_positions = self.encoder.kind.by_position is not None
         self._forwards = forwards_of(original)
         self._waiting: list[tuple[nn.Parameter, Tensor]] = []
@@ -105,16 +99,13 @@ class PackedEncoder(nn.Module):
         """Make a new stack, of the weights that the encoder has now."""
         stack = self.encoder
         self._set_zeros()
-        self.encoder = _laid_out(
-            original, sorted(stack.int8_linears), stack.runs_in_bfloat16, self._keep_fp32
-        )
+        self.encoder = laid_out(original, sorted(stack.int8_linears), stack.runs_in_bfloat16, self._keep_fp32)
 
     def release(self, original: Any) -> None:
         """Give up the memory of the encoder's own weights that lie in the stack. An error leaves them all as
         they are."""
-        taken = {
-            parameter: (rows, placeholder(parameter)) for parameter, rows in _taken(original, self.encoder)
-        }
+        weights = taken_weights(original, self.encoder)
+        taken = {parameter: (rows, placeholder(parameter)) for parameter, rows in weights}
         held = [(parameter, parameter.data) for parameter in taken]
         try:
             for parameter, (rows, nothing) in taken.items():
@@ -300,143 +291,6 @@ def _without_size(arguments: dict[str, Any], input_ids: Tensor | None) -> dict[s
     if not size or input_ids is None or tuple(size.values()) != tuple(input_ids.shape):
         return arguments
     return {name: value for name, value in arguments.items() if name not in size}
-
-
-def _laid_out(
-    original: Any, int8: Sequence[str] | None, bfloat16: bool = False, keep_fp32: bool = True
-) -> PrunedEncoder:
-    """The layers of an encoder, with its weights in the layout of their device. The encoder keeps its own.
-
-    int8: the names of the linears that run in int8; None for all of them. bfloat16, keep_fp32: see
-    `PrunedEncoder.pack`."""
-    with torch.device("meta"):
-        family, config = family_of(original.config), original.config
-        eps, activation = (family.value(config, name) for name in ("layer_norm_eps", "hidden_act"))
-        stack = PrunedEncoder(encoder_shape(original), eps, activation, family.kind(config))
-    seen: dict[tuple[int, ...], nn.Parameter] = {}
-    modules = [pair for packed, stock in _layers(stack, original) for pair in _sources(packed, stock)]
-    if stack.final_norm is not None:
-        modules.append((stack.final_norm, [original.get_submodule(family.final_norm)]))
-    for module, sources in modules:
-        for name in _parameter_names(sources):
-            parameters = [source.get_parameter(name) for source in sources]
-            key = tuple(map(id, parameters))
-            if key not in seen:  # layers may share weights
-                rows = [parameter.detach() for parameter in parameters]
-                values = torch.cat(rows) if len(rows) > 1 else rows[0]
-                seen[key] = nn.Parameter(values, requires_grad=False)
-            setattr(module, name, seen[key])
-    _set_biases(stack, original)
-    names = stack.linear_names if int8 is None else int8
-    _set_relative(stack, original, names)
-    for layer in stack.layers:
-        layer.attention.place_rotary()
-    stack.pack(False, names, bfloat16, keep_fp32)
-    return stack.eval()
-
-
-def _layers(stack: PrunedEncoder, original: Any) -> Iterator[tuple[Any, LayerParts]]:
-    """Each packed layer, and the parts of the encoder's own."""
-    yield from zip(stack.layers, layers_of(original), strict=True)
-
-
-def _set_biases(stack: PrunedEncoder, original: Any) -> None:
-    """Give the attention of every layer its heads' biases by position, where the encoder has such biases."""
-    by_distance = bias_by_distance(original)
-    if by_distance is None:
-        return
-    for layer, heads in zip(stack.layers, heads_of_layers(original.config), strict=True):
-        rows = by_distance.detach()[heads].contiguous()
-        layer.attention.position_bias = nn.Parameter(rows, requires_grad=False)
-
-
-def _set_relative(stack: PrunedEncoder, original: Any, int8: Sequence[str]) -> None:
-    """Give the attention of every layer what its linears make of embeddings of distances, where the encoder
-    has such embeddings. int8: the linears whose weights are rounded for it, so that a checkpoint of those
-    gives the same. Errors: ValueError on a GPU."""
-    with torch.no_grad():
-        relative, kind = relative_states(original), stack.kind.disentangled
-        if relative is None or kind is None:
-            return
-        if relative.device.type == "cuda":
-            raise ValueError(DISTANCES_ON_GPU)
-        for i, (layer, own) in enumerate(zip(stack.layers, layers_of(original), strict=True)):
-            query, key = own.query, own.key
-            if f"layers.{i}.attention.qkv" in int8:
-                query, key = _in_int8(query), _in_int8(key)
-            made = by_distance(kind, relative, query, key, stack.head_dim)
-            for name, rows in zip(("position_key", "position_query"), made, strict=True):
-                if rows is not None:
-                    parameter = nn.Parameter(rows.contiguous(), requires_grad=False)
-                    setattr(layer.attention, name, parameter)
-
-
-def _in_int8(linear: Any) -> Any:
-    """What a linear computes with its weight rounded to int8; the linear itself where it is stored so."""
-    if isinstance(linear, Int8Linear):
-        return linear
-    values, scales = quantize(linear.weight.detach())
-    return partial(F.linear, weight=values * scales, bias=linear.bias)
-
-
-def _sources(packed: Any, stock: LayerParts) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """Each linear and LayerNorm of a packed layer, and the stock modules whose rows are its rows."""
-    yield packed.attention.qkv, [*stock.qkv]
-    yield packed.attention.output, [stock.attention_output]
-    if packed.attention.norm is not None:
-        yield packed.attention.norm, [stock.attention_norm]
-    yield packed.ffn.up, [stock.up]
-    yield packed.ffn.down, [stock.down]
-    yield packed.ffn.norm, [stock.ffn_norm]
-
-
-def _parameter_names(sources: Sequence[nn.Module]) -> tuple[str, ...]:
-    names = ("weight", "bias", SCALE) if isinstance(sources[0], Int8Linear) else ("weight", "bias")
-    return tuple(name for name in names if getattr(sources[0], name) is not None)
-
-
-def is_stored_in_int8(encoder: nn.Module) -> bool:
-    """Whether some of an encoder's own weights are int8, as a checkpoint of them is loaded."""
-    return any(isinstance(module, Int8Linear) for module in encoder.modules())
-
-
-def int8_sources(encoder: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What an optimised encoder runs in int8: the name of each linear of its own, with the int8 weight
-    (out, in) and the scales (out,) that the kernels read."""
-    names = {module: name for name, module in encoder.named_modules()}
-    stack = encoder.packed.encoder
-    for i, (packed, stock) in enumerate(zip(stack.layers, layers_of(encoder), strict=True)):
-        sources = dict(_sources(packed, stock))
-        for part in (2 * i, 2 * i + 1):
-            for linear, module in enumerate(stack.parts[part].linears):
-                scales = stack.laid_out.scales_of(part, linear) if stack.runs_in_one_call else None
-                if scales is None:
-                    continue
-                sizes = [source.out_features for source in sources[module]]
-                weights = stack.laid_out.weight_of(part, linear).split(sizes)
-                for source, *tensors in zip(sources[module], weights, scales.split(sizes), strict=True):
-                    weight, scale = (tensor.clone() for tensor in tensors)
-                    yield names[source], weight, scale
-
-
-def _taken(original: Any, stack: PrunedEncoder) -> Iterator[tuple[nn.Parameter, Rows]]:
-    """The encoder's own parameters that the kernels do not read, and where the stack has their values."""
-    for i, (packed, stock) in enumerate(zip(stack.layers, layers_of(original), strict=True)):
-        sources = dict(_sources(packed, stock))
-        linears = [(part, linear) for part in (0, 1) for linear in (0, 1)]
-        for part, linear in linears:
-            module = stack.parts[2 * i + part].linears[linear]
-            for name in _parameter_names(sources[module]):
-                first = 0
-                for source in sources[module]:
-                    own, held = source.get_parameter(name), module.get_parameter(name)
-                    last = first + own.size(0)
-                    address = own.data_ptr()
-                    if type(own) is nn.Parameter and not (
-                        address == held.data_ptr() == stack.read(2 * i + part, linear, name).data_ptr()
-                    ):
-                        yield own, Rows(stack, 2 * i + part, linear, name, first, last)
-                    first = last
 
 
 class OptimisedEncoder(nn.Module):

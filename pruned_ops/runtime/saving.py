@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from pruned_ops.layers.int8 import SCALE
 from pruned_ops.models.int8_checkpoints import Int8Config, halved
-from pruned_ops.runtime.packed_encoder import CHANGING, OptimisedEncoder, int8_sources
+from pruned_ops.runtime.encoder_weights import int8_sources
+from pruned_ops.runtime.packed_encoder import CHANGING, OptimisedEncoder
 
 _SAVE = "save_pretrained"
 _MEASURED = "_pruned_ops_int8_measured"
