@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -105,6 +105,12 @@ class StackKind:
     by_position: tuple[ByPosition, ...] | None = None
     bias_reach: int | None = None
     disentangled: Disentangled | None = None
+    # Whether an attention depends on its tokens' places in a padded batch, whatever their positions are.
+    reads_places: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        places = self.bias_reach is not None or self.disentangled is not None
+        object.__setattr__(self, "reads_places", places)  # once, because every forward asks
 
     @property
     def has_biases(self) -> bool:
@@ -115,11 +121,6 @@ class StackKind:
     def reads_positions(self) -> bool:
         """Whether an attention depends on its tokens' positions."""
         return self.by_position is not None or self.reads_places
-
-    @property
-    def reads_places(self) -> bool:
-        """Whether it depends on their places in a padded batch, whatever their positions are."""
-        return self.bias_reach is not None or self.disentangled is not None
 
     @property
     def windows(self) -> tuple[int | None, ...]:

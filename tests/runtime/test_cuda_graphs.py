@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from pruned_ops.layers.kinds import BERT_KIND
 from pruned_ops.runtime.engine import CudaGraphs, Engine
 from pruned_ops.runtime.packed_heads import Outputs
 
@@ -130,7 +131,7 @@ def test_an_engine_keeps_its_stream_when_weights_move(
 ) -> None:
     encoder: Any = SimpleNamespace(
         device=GPU,
-        encoder=SimpleNamespace(laid_out=None),
+        encoder=SimpleNamespace(laid_out=None, kind=BERT_KIND),
         modules=lambda: iter(()),
         compute=lambda *_: Outputs(None, None),
         around=[],

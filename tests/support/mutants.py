@@ -91,7 +91,8 @@ MUTANTS = [
     Mutant("pruning/attach.py", "centred = (x - mean) * is_open", "centred = x - mean"),
     Mutant("pruning/attach.py", "number = is_open.sum(-1, keepdim=True).clamp(min=1)", "number = x.size(-1)"),
     # Budgets and decisions.
-    Mutant("pruning/budget.py", "empty + heads * head + units * unit", "heads * head + units * unit"),
+    Mutant("pruning/budget.py", "return empty + open_heads", "return open_heads"),
+    Mutant("pruning/budget.py", "fraction(layer, LayerShape(1, 0))", "fraction(0, LayerShape(1, 0))"),
     Mutant("pruning/budget.py", "place = (counts.hidden.sum() - 1)", "place = counts.hidden.sum()"),
     Mutant("pruning/budget.py", "fits = float(self.expected(counts)) <= fraction",
            "fits = float(self.expected(counts)) <= 1 - fraction"),
