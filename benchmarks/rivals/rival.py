@@ -84,4 +84,9 @@ def package(name: str, remedy: str = 'pip install -e ".[bench]"') -> Any:
 
 def onnx_graph(model: Any, folder: Path) -> str:
     """The path of the model's exported graph in the folder, where it is made once."""
-    return str(folder / GRAPH if (folder / GRAPH).exists() else export_onnx(model, folder, overwrite=True))
+    if (folder / GRAPH).exists():
+        return str(folder / GRAPH)
+    try:
+        return str(export_onnx(model, folder, overwrite=True))
+    except ValueError as reason:
+        raise Refused(str(reason)) from None

@@ -18,7 +18,7 @@ from inputs import MODELS, logits, padded_batch, stock_model
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from rivals.cpu import CPU_RIVALS, build_cpu_rival
-from rivals.rival import Batch, Logits, NotInstalled, Refused, compare_logits, forward
+from rivals.rival import Batch, Logits, NotInstalled, Refused, compare_logits, forward, onnx_graph
 from thorough import EVERYTHING
 from whole_models import cases, memory
 
@@ -119,6 +119,15 @@ def test_other_families_have_random_twins(name: str, monkeypatch: pytest.MonkeyP
             real = batch["attention_mask"].bool()
             for logit, expected in zip(fast(batch), wanted, strict=True):
                 torch.testing.assert_close(logit[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+def test_a_rival_that_reads_graphs_refuses_what_is_not_exported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(cases.SIZES, "modernbert", cases.SIZES["modernbert"] | TINY)
+    model = cases.Source("", "none", "modernbert").load("dense", "cpu")
+    with pytest.raises(Refused, match="ModernBertForQuestionAnswering cannot be exported"):
+        onnx_graph(model, tmp_path)
 
 
 def test_the_best_rival_is_chosen_by_the_median_and_compared_round_by_round() -> None:
