@@ -21,6 +21,7 @@ from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
 from pruned_ops.runtime.packed_heads import mean_rows
 from pruned_trainer import Decision, attached, compact
+from pruned_trainer.jobs.job import budget_for
 from pruned_trainer.pruning.compensate import compensate
 from pruned_trainer.pruning.decision import Kept, LayerDecision
 
@@ -211,8 +212,12 @@ def test_what_follows_from_the_rest_is_compensated(biases: bool, layer_by_layer:
     else:
         done = compensate(compact(model, decision), model, decision, batches)
         assert set(done.methods.values()) == {"least-squares"}
-        with pytest.raises(ValueError, match="of heads and ffn have no bias in this ModernBertModel"):
+        refused = "of heads and ffn have no bias in this ModernBertModel"
+        with pytest.raises(ValueError, match=refused):
             compact(model, decision, batches, "bias")
+        settings: Any = SimpleNamespace(parts=("heads", "ffn"), compensation="bias", targets=())
+        with pytest.raises(ValueError, match=refused):  # before any training
+            budget_for(settings, model, [5], None)
 
 
 def test_a_unit_counts_three_rows() -> None:

@@ -12,6 +12,7 @@ import torch
 from jobs import job_settings
 from matching import trained_model
 from pruned_ops.models.stock import find_encoder
+from pruned_ops.runtime.optimize import optimize
 from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.jobs import plan as plan_module
 from pruned_trainer.jobs.job import Job, running, start
@@ -19,6 +20,7 @@ from pruned_trainer.jobs.plan import STEPS_TO_COMPARE, make_plan
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.task import without_labels
+from pruned_trainer.training.attention_precision import AttentionInFp32
 from pruned_trainer.training.batches import pad_batch
 
 
@@ -82,7 +84,23 @@ def test_the_run_trains_in_it(
             f"pruned_trainer.jobs.{module}.build_trainer",
             lambda *args, **kwargs: built.append(original(*args, **kwargs)) or built[-1],
         )
+    entered, dtypes = list[str](), set[Any]()
+
+    class Watched(AttentionInFp32):
+        def __enter__(self) -> Any:
+            entered.append("a step")
+            return super().__enter__()
+
+    def optimized(model: Any, dtype: str | None = None) -> Any:
+        dtypes.add(dtype)
+        return optimize(model, dtype=dtype)
+
+    monkeypatch.setattr("pruned_trainer.training.trainer.AttentionInFp32", Watched)
+    monkeypatch.setattr("pruned_trainer.jobs.job.optimize", optimized)
     report = prune(replace(settings, out=tmp_path / "out", gate_steps=2, retrain_steps=2))
+    assert len(entered) == 4 and all(trainer.optimizer.defaults["fused"] for trainer in built)
+    can = refuse_encoder(find_encoder(built[-1].model), bfloat16=True) is None
+    assert ("bfloat16" in dtypes) is can
     assert [trainer.args.bf16 for trainer in built] == [True, True]
     assert report["plan"]["precision"] == "bf16"
     # Few lengths, because each is compiled for; but none that the model does not take.

@@ -33,7 +33,8 @@ from pruned_ops.ops.registry import is_given_up
 HEAD_DIMS = (16, 32, 64, 128)
 # The largest window, which holds all keys of sequences whose positions end before it.
 FARTHEST = 1 << 27
-# What lies between the positions of sequences that share a program, so that none is in another's window.
+# What lies between the positions of sequences that share a program (four at most, see configs.SHORT), so that
+# none is in another's window.
 APART = tl.constexpr(1 << 29)
 # The position of a key that is none: outside of every window.
 NOWHERE = tl.constexpr(-(1 << 31))
