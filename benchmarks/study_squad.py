@@ -6,7 +6,8 @@ cross-entropy, as in the paper, and with distillation, beside a dense control of
 half the layers. The scores of every question lie in an npz beside the CSV.
 
 A study that was stopped (Ctrl-C, SIGTERM, --max-minutes) goes on with the same command: finished pieces are
-on disk, and a training goes on from its last checkpoint.
+on disk, and a training goes on from its last checkpoint. On another machine it goes on from the results: what
+they have is not done again.
 Usage: python benchmarks/study_squad.py --profile cpu --data SQUAD_FOLDER --model TEACHER
 """
 
@@ -92,6 +93,9 @@ def run(
     no piece begins after this time (of time.monotonic)."""
     if set(parts) == {"timings"}:
         return [_time(study, results, command)]
+    adopted = study.adopt(_path(results, study))
+    if adopted:
+        print(f"{adopted} finished pieces are those of {results}", flush=True)
     written = [_write(study, results, command)]
     for part, name, work in units(study):
         if part not in parts or study.finished(name):
@@ -107,20 +111,13 @@ def run(
 
 
 def _write(study: Study, results: Path, command: str) -> Path:
-    """Write all finished rows, and a line for each unfinished piece. ValueError where the CSV has rows that
-    this study's folder lacks, because they would be lost."""
+    """Write all finished rows, and a line for each unfinished piece."""
     rows: list[Row] = []
     for part, name, _ in units(study):
         record = study.finished(name)
         about = {"part": part, "unit": name, "finished": record is not None, **study.profile.seen()}
         rows += [{**about, **row, **_stamp(record)} for row in record["rows"]] if record else [about]
-    path = _path(results, "study", study)
-    kept = {row["unit"] for row in read_rows(path) if row["finished"] == "True"} if path.is_file() else set()
-    lost = sorted(kept - {row["unit"] for row in rows if row["finished"]})
-    if lost:
-        raise ValueError(
-            f"{path} has {lost[0]}, which {study.work} does not; give that study's --work, or other --results"
-        )
+    path = _path(results, study)
     harness.write_rows(
         path, [{**row, "command": command, "model": Path(study.job.settings.model).name} for row in rows]
     )
@@ -132,20 +129,20 @@ def _stamp(record: Row) -> Row:
     return {key: value for key, value in record.items() if key != "rows"}
 
 
-def _path(results: Path, kind: str, study: Study) -> Path:
-    return results / harness.result_path(f"{kind}-{study.profile.name}").name
+def _path(results: Path, study: Study) -> Path:
+    """One file for all machines, because what a training loses does not depend on where it ran."""
+    return results / f"study-{study.profile.name}.csv"
 
 
 def _time(study: Study, results: Path, command: str) -> Path:
-    """Time the models of all finished rows anew, of which only the shapes are needed: of rows that were made
-    on this machine, or else on another. ValueError where there are none."""
-    paths = [_path(results, "study", study), *sorted(results.glob(f"study-{study.profile.name}-*.csv"))]
-    source = next((path for path in paths if path.is_file()), paths[0])
+    """Time the models of all finished rows anew, of which only the shapes are needed. ValueError where there
+    are none."""
+    source = _path(results, study)
     rows = [row for row in read_rows(source) if "layers" in row] if source.is_file() else []
     if not rows:
         raise ValueError(f"{source} has no model to time yet")
     origin = {"study": source.name, **harness.stamp(), "note": study.note, "command": command}
-    path = _path(results, "study-timings", study)
+    path = results / harness.result_path(f"study-timings-{study.profile.name}").name
     harness.write_rows(path, [{**row, **origin} for size in TIMED for row in timings(study, rows, size)])
     return path
 

@@ -26,7 +26,7 @@ from typing import Any
 from transformers.utils import logging
 
 import harness
-from harness import Row
+from harness import Row, read_rows
 from presentation import table
 from pruned_ops import optimize
 from pruned_ops.files import write_whole
@@ -270,8 +270,13 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
 
 
 def write(rows: Sequence[Row], path: Path, command: str) -> None:
-    """The CSV, and the page beside it."""
-    harness.write_rows(path, [{**row, "command": command} for row in rows])
+    """The CSV, and the page beside it. What the file has of other cases stays."""
+    done = {row["case"] for row in rows}
+    earlier = [row for row in read_rows(path) if row["case"] not in done] if path.is_file() else []
+    order = [case.name for case in CASES]
+    new = [{**row, "command": command} for row in rows]
+    rows = sorted([*earlier, *new], key=lambda row: order.index(row["case"]))
+    harness.write_rows(path, rows)
     words = (
         "Points of the score that pruning lost, with 95% intervals over the examples, of one training. The "
         "control is the dense model, trained on for the same minutes with the same teacher; a model without "

@@ -74,7 +74,7 @@ def section(results: Results) -> list[str]:
     first = rows[0]
     seeds = sorted({row["seed"] for row in rows if "seed" in row})
     text = [
-        f"### Profile {first['profile']}: {machine_of(first)}",
+        f"### Profile {first['profile']}: {'; '.join(dict.fromkeys(map(machine_of, rows)))}",
         "",
         f"Teacher {first['model']}; {'seed' if len(seeds) == 1 else 'seeds'} "
         f"{', '.join(map(str, seeds))}. Intervals are 95%, bootstrapped over the questions; "
@@ -373,7 +373,10 @@ def _joint_text(row: Row) -> str:
 def _origin_text(results: Results) -> list[str]:
     rows = [row for row in results.rows if row["finished"] == "True"]
     dates = sorted({row["date"] for row in rows})
-    versions = ", ".join(f"{name} {rows[0][f'version_{name}']}" for name in ("torch", "transformers"))
+    versions = ", ".join(
+        f"{name} {' and '.join(dict.fromkeys(str(row[f'version_{name}']) for row in rows))}"
+        for name in ("torch", "transformers")
+    )
     notes = sorted({row["note"] for row in rows if "note" in row})
     scores = results.path.with_suffix(".npz")  # of every question
     files = [results.path, *([scores] if scores.is_file() else []), *results.timings]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import harness
-from harness import Row
+from harness import Row, read_rows
 from pruned_ops.files import write_json
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.settings import PruneSettings
@@ -23,6 +23,8 @@ from pruned_trainer.tasks.squad.metrics import EvaluationResult, FloatArray
 from pruned_trainer.tasks.squad.task import Questions
 
 FILES = ("train.json", "validation.json", "eval.json")
+# What the fields of a record begin with that say when, where and beside what it was made.
+STAMP = ("date", "machine_", "version_", "note")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,46 @@ class Study:
         path = self.work / "records" / f"{name}.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
+    def adopt(self, path: Path) -> int:
+        """Take over the pieces that a CSV of this study has and this folder lacks, with the scores of the
+        questions beside it, whichever machine made them. Returns their number; 0 where there is no such file.
+
+        Errors: ValueError where the CSV is of another profile or teacher.
+        """
+        if not path.is_file():
+            return 0
+        pieces: dict[str, list[Row]] = {}
+        for row in read_rows(path):
+            if row["finished"] == "True":
+                pieces.setdefault(row["unit"], []).append(row)
+        about = {**self.profile.seen(), "model": Path(self.job.settings.model).name}
+        for row in (row for rows in pieces.values() for row in rows):
+            other = next((name for name, value in about.items() if row.get(name) != value), None)
+            if other is not None:
+                raise ValueError(
+                    f"{path} is of another study: {other} is {row.get(other)} there and {about[other]} here; "
+                    "give other --results"
+                )
+        lacking = {unit: rows for unit, rows in pieces.items() if self.finished(unit) is None}
+        beside = {"part", "unit", "finished", "command", *about}
+        for unit, rows in lacking.items():
+            stamp = {key: value for key, value in rows[0].items() if key.startswith(STAMP)}
+            own = [{k: v for k, v in row.items() if k not in beside and k not in stamp} for row in rows]
+            write_json(self.work / "records" / f"{unit}.json", {"rows": own, **stamp})
+        self._adopt_scores(path.with_suffix(".npz"))
+        return len(lacking)
+
+    def _adopt_scores(self, path: Path) -> None:
+        """Take over the questions' scores of models that were not judged here."""
+        arrays = dict(np.load(path)) if path.is_file() else {}
+        for name in {key.rpartition("/")[0] for key in arrays}:
+            target = self.work / "scored" / f"{name}.json"
+            if target.is_file():
+                continue
+            f1, span = (arrays[f"{name}/{score}"].astype(np.float64) for score in ("f1", "f1_span"))
+            result = {"metrics": {"f1": f1.mean()}, "f1_span": span.mean() if len(span) else None}
+            write_json(target, {**result, "question_f1": f1.tolist(), "question_span_f1": span.tolist()})
+
     def scores(self, name: str, work: Callable[[], Scores]) -> Scores:
         """The gates' or importance scores of this name: from disk, or computed by `work` now."""
         path = self.work / "scores" / f"{name}.pt"
@@ -113,13 +155,13 @@ class Study:
         return EvaluationResult(**{**loaded, **arrays, "predictions": {}})
 
     def scored(self) -> dict[str, FloatArray]:
-        """The score of every question under every model that was judged, in percent: arrays of half
-        precision by MODEL/f1, (questions,), and MODEL/f1_span, (answerable questions,)."""
+        """The score of every question under every model that was judged, in percent: arrays of fp32 by
+        MODEL/f1, (questions,), and MODEL/f1_span, (answerable questions,)."""
         arrays = {}
         for path in sorted((self.work / "scored").glob("*.json")):
             result = self.result(path.stem, partial(missing, path.stem))
-            arrays[f"{path.stem}/f1"] = result.question_f1.astype(np.float16)
-            arrays[f"{path.stem}/f1_span"] = result.question_span_f1.astype(np.float16)
+            arrays[f"{path.stem}/f1"] = result.question_f1.astype(np.float32)
+            arrays[f"{path.stem}/f1_span"] = result.question_span_f1.astype(np.float32)
         return arrays
 
 

@@ -224,6 +224,11 @@ def _add_recipe(options: Options) -> None:
         "train the narrow model also on questions with the text of another window, which only the teacher "
         "judges: so many for each training window",
     )
+    for name, change in (
+        ("masked_texts", "15%% of the tokens masked"),
+        ("shuffled_texts", "the tokens of each text shuffled"),
+    ):
+        options.add(name, f"the same on copies of the training windows with {change}")
     sizes = f"{BATCH_SIZE}; paper: {PAPER_BATCH_SIZE}"
     options.add("batch_size", f"examples in a step, over all processes (default: {sizes})", type=int)
     options.add("learning_rate", "highest rate of the weights, while gates train")

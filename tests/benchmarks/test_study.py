@@ -51,8 +51,8 @@ def test_the_study_stops_and_goes_on(
     _check_curves([row for row in whole if row.get("kind") == "curve" and row["on"] != "hidden"])
     _check_rows([row for row in whole if "row" in row])
 
-    _check_page(next((tmp_path / "whole").glob("study-tiny-*.csv")))
-    _check_scores(whole, next((tmp_path / "whole").glob("study-tiny-*.npz")))
+    _check_page(tmp_path / "whole/study-tiny.csv")
+    _check_scores(whole, tmp_path / "whole/study-tiny.npz")
 
     # Stopped in the middle of row e's retraining, then gone on with: the same numbers.
     retrain = study_rows.retrain
@@ -61,7 +61,7 @@ def test_the_study_stops_and_goes_on(
         with pytest.raises(KeyboardInterrupt):
             _run(sources, tmp_path / "stopped", tmp_path, ("rows",))
     assert study_rows.retrain is retrain
-    between = read_rows(next((tmp_path / "stopped").glob("study-tiny-*.csv")))
+    between = read_rows(tmp_path / "stopped/study-tiny.csv")
     states = {row["unit"]: row["finished"] for row in between}
     assert states["row-a-seed0"] == "True" and states["row-control-distilled-seed0"] == "False"
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "stopped-work" / "records").iterdir()}
@@ -71,19 +71,48 @@ def test_the_study_stops_and_goes_on(
     assert rows[0] == rows[1] and len(rows[0]) == 1 + 2 * 4
     assert {row["part"] for row in again if row["finished"] == "False"} == {"curves", "recipes", "hidden"}
 
-    # Another folder does not wipe out what these results have.
+    _goes_on_elsewhere(sources, tmp_path, monkeypatch, again)
+
+
+def _goes_on_elsewhere(
+    sources: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[Row]
+) -> None:
+    """A study in an empty folder does nothing again that its results have, times their models by their
+    shapes, and compares new rows with their controls."""
     other = open_study(TINY, *sources, tmp_path / "other-work")
-    with pytest.raises(ValueError, match="row-a-seed0, which .*other-work does not"):
-        study_squad.run(other, tmp_path / "stopped", ("rows",))
-    # Yet it can time their models, by their shapes.
     (timed,) = study_squad.run(other, tmp_path / "stopped", ("timings",))
     assert [row["row"] for row in read_rows(timed)] == ["a", "half", "e", "b"]
+    with np.load(tmp_path / "stopped/study-tiny.npz") as arrays:
+        scores = dict(arrays)
+    monkeypatch.setattr(study_squad, "TABLE", {"e": (0.5, 0.65), "b": (0.5, 0.0), "c": (0.0, 0.5)})
+    monkeypatch.setattr(study_rows, "TABLE", study_squad.TABLE)
+    stamp = study_squad.harness.stamp()
+    monkeypatch.setattr(study_squad.harness, "stamp", lambda: {**stamp, "machine_processor": "another"})
+    after = _run(sources, tmp_path / "stopped", tmp_path, ("rows",), "other-work")
+    done = {row["unit"]: row for row in before if row["finished"] == "True"}
+    kept = [row for row in after if row["unit"] in done]
+    assert kept == list(done.values()) and not any(row["machine_processor"] == "another" for row in kept)
+    new = [row for row in after if row["finished"] == "True" and row["unit"] not in done]
+    assert {row["row"] for row in new} == {"c"} and len(new) == 2
+    with np.load(tmp_path / "stopped/study-tiny.npz") as arrays:
+        assert all(np.array_equal(arrays[name], score) for name, score in scores.items())
+        assert len(arrays.files) > len(scores)
+    for row in new:
+        (control,) = (r for r in kept if r["unit"] == row["unit"].replace("row-c", "row-control"))
+        assert row["f1_span_loss_control"] == pytest.approx(control["f1_span"] - row["f1_span"], abs=1e-4)
+        assert row["machine_processor"] == "another"
+    title = study_page.section(study_figures.Results(tmp_path / "stopped/study-tiny.csv"))[0]
+    assert "; another, " in title
 
 
 def _run(
-    sources: tuple[str, Path], results: Path, tmp_path: Path, parts: tuple[str, ...] = study_squad.PARTS
+    sources: tuple[str, Path],
+    results: Path,
+    tmp_path: Path,
+    parts: tuple[str, ...] = study_squad.PARTS,
+    folder: str = "",
 ) -> list[Row]:
-    work = tmp_path / f"{results.name}-work"
+    work = tmp_path / (folder or f"{results.name}-work")
     study = open_study(TINY, sources[0], sources[1], work, note="a test")
     written = study_squad.run(study, results, parts, "python study")
     if "timings" in parts:
@@ -202,6 +231,16 @@ def test_another_study_is_refused(sources: tuple[str, Path], tmp_path: Path) -> 
     open_study(TINY, *sources, tmp_path)
     with pytest.raises(ValueError, match="holds a study of another profile"):
         open_study(replace(TINY, gate_steps=7), *sources, tmp_path)
+
+
+def test_results_of_another_study_are_not_gone_on_with(sources: tuple[str, Path], tmp_path: Path) -> None:
+    study_squad.run(open_study(TINY, *sources, tmp_path / "one"), tmp_path, ())
+    path = tmp_path / "study-tiny.csv"
+    rows = [{**row, "finished": "True"} for row in read_rows(path)]
+    study_squad.harness.write_rows(path, rows)
+    other = open_study(replace(TINY, gate_steps=7), *sources, tmp_path / "other")
+    with pytest.raises(ValueError, match="is of another study: windows_l0 is 192 there and 56 here"):
+        study_squad.run(other, tmp_path, ())
 
 
 def test_time_is_that_of_all_steps(tmp_path: Path) -> None:

@@ -71,8 +71,12 @@ def test_each_case_has_a_row_with_its_control_and_int8(study: Study, tmp_path: P
 
     study_tasks.write(rows, tmp_path / "tasks.csv", "python study")
     assert [row["case"] for row in read_rows(tmp_path / "tasks.csv")] == ["classes", "vectors"]
+    study_tasks.write([{**classes, "dense": 12.5}], tmp_path / "tasks.csv", "python study --only classes")
+    classes_again, vectors_as_before = read_rows(tmp_path / "tasks.csv")
+    assert classes_again["dense"] == 12.5 and vectors_as_before["command"] == "python study"
     page = (tmp_path / "tasks.md").read_text()
-    assert "| classes: accuracy |" in page and "| 2.00x |" in page and "| - |" in page
+    assert "| vectors: spearman |" in page and "| classes: accuracy | 12.5 |" in page
+    assert "| 2.00x |" in page and "| - |" in page
     assert str(tmp_path) not in page
 
 

@@ -37,9 +37,11 @@ from pruned_trainer.pruning.compensate import refuse_compensation
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import BY_LABELS
 from pruned_trainer.tasks.task import Prepared, Task, is_labelled, without_labels
+from pruned_trainer.training.altered_windows import AlteredWindows
 from pruned_trainer.training.batches import (
     GROUP,
     NUMBER,
+    Both,
     Collate,
     Features,
     Numbered,
@@ -47,7 +49,7 @@ from pruned_trainer.training.batches import (
     lengths_of,
     pad_batch,
 )
-from pruned_trainer.training.cross_pairs import Both, CrossPairs
+from pruned_trainer.training.cross_pairs import CrossPairs
 from pruned_trainer.training.teacher_cache import TeacherCache, fingerprint
 from pruned_trainer.training.teaching import TaskLoss
 
@@ -87,9 +89,9 @@ class Job:
     workload: the batches that are timed. table: how long each part of a layer takes, where a target is a
     time. collate: makes a padded batch of windows. arguments: the caller's own training arguments, whose
     steps, rates and folders the run sets. task_loss: as for `PruningTrainer`. has_own_loss: whether the model
-    or `task_loss` makes a loss of the windows, whatever their labels are called. pairs: unlabelled windows
-    for the retraining alone. earlier: the narrow model of a larger target, which the gates' training begins
-    with.
+    or `task_loss` makes a loss of the windows, whatever their labels are called. retrain_windows: what the
+    narrow model is trained on, where it is more than `train`. earlier: the narrow model of a larger target,
+    which the gates' training begins with.
     """
 
     settings: PruneSettings
@@ -110,13 +112,13 @@ class Job:
     arguments: TrainingArguments | None = None
     task_loss: TaskLoss | None = None
     has_own_loss: bool = False
-    pairs: Features | None = None
+    retrain_windows: Features | None = None
     earlier: Narrow | None = None
 
     @property
     def retrain_data(self) -> Features:
-        """What the narrow model is trained on: the training windows, and the pairs where there are such."""
-        return self.train if self.pairs is None else Both(self.train, self.pairs)
+        """What the narrow model is trained on: the training windows, and unlabelled ones where there are."""
+        return self.train if self.retrain_windows is None else self.retrain_windows
 
     def batch(self, windows: Any) -> dict[str, Tensor]:
         """These windows as a padded batch for a model, on its device."""
@@ -186,11 +188,7 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
     if settings.cache_teacher is not None:
         features = Numbered(features)
         cache = open_cache(settings.cache_teacher, teacher, features)
-    pairs, share = None, settings.gate_fraction
-    if settings.cross_pairs:
-        separator, size = tokenizer.sep_token_id, settings.max_length
-        pairs = CrossPairs(features, settings.cross_pairs, separator, size, settings.seed)
-        pairs.check_batches(settings.train_batch)
+    share = settings.gate_fraction
     return Job(
         settings=settings,
         clock=clock,
@@ -209,8 +207,32 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
         collate=partial(
             pad_batch, pad_token_id=dense.config.pad_token_id, limit=longest_sequence(dense.config)
         ),
-        pairs=pairs,
+        retrain_windows=_with_unlabelled(settings, features, tokenizer),
     )
+
+
+def _with_unlabelled(settings: PruneSettings, features: Features, tokenizer: Any) -> Both | None:
+    """The training windows with those that are made of them; None where none are asked for."""
+    seed = settings.seed
+    made: list[Features] = []
+    if settings.cross_pairs:
+        separator, size = tokenizer.sep_token_id, settings.max_length
+        made.append(CrossPairs(features, settings.cross_pairs, separator, size, seed))
+    named = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    bounds = {getattr(tokenizer, name) for name in named} - {None}
+    if settings.masked_texts:
+        if tokenizer.mask_token_id is None:
+            raise ValueError(
+                "the tokenizer has no mask token: masked_texts needs one (shuffled_texts does not)"
+            )
+        made.append(AlteredWindows(features, settings.masked_texts, bounds, tokenizer.mask_token_id, seed))
+    if settings.shuffled_texts:
+        made.append(AlteredWindows(features, settings.shuffled_texts, bounds, seed=seed))
+    if not made:
+        return None
+    windows = Both(features, *made)
+    windows.check_batches(settings.train_batch)
+    return windows
 
 
 def check_signal(job: Job) -> None:

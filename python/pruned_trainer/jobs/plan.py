@@ -183,7 +183,7 @@ def _step_seconds(job: Job) -> tuple[float, float]:
     thrown away."""
     settings = job.settings
     spanning = _spanning_batches(job)
-    timed = replace(job, train=spanning, gate_train=spanning, cache=None, pairs=None)
+    timed = replace(job, train=spanning, gate_train=spanning, cache=None, retrain_windows=None)
     gate = 0.0
     if settings.recipe in UNTRAINED and settings.decision is None:
         gate = _score_seconds(job, len(importance.left_out(job.budget.dense, settings.parts)))

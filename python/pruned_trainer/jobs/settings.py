@@ -44,6 +44,8 @@ BATCH_SIZE, PAPER_BATCH_SIZE = 16, 24
 SCORE_STEPS = {"fast": 8, "gain": 64, "leave-one-out": 8, "random": 1}
 # FFN widths and the hidden size are rounded up to a multiple of this, where no latency table says another.
 WIDTH_ALIGN = 8
+# Shares of windows that are made for the retraining, and that only the teacher judges.
+UNLABELLED = ("cross_pairs", "masked_texts", "shuffled_texts")
 # The phases in which the teacher teaches.
 DISTIL_IN = ("gates", "retrain", "both", "none")
 
@@ -60,10 +62,11 @@ class PruneSettings:
     what stays, in the place of targets. batch_size: counts the examples of all processes together.
     save_steps: the steps from one checkpoint to the next. gate_fraction: the share of the training windows
     that gates are trained on. average_steps: the share of the retraining's steps, the last ones, whose mean
-    weights are tried. cross_pairs: unlabelled pairs for each training window. gradual: whether each target of
-    a sweep begins with the model of the one before. precision: "auto" for bf16 where it is measured to be
-    faster. dtype, threads: what the pruned model will be served in, and on how many threads (None: torch's
-    own): the latency table, the decision, the timings and the pruned model's scores are of that.
+    weights are tried. cross_pairs, masked_texts, shuffled_texts: unlabelled windows for each training one,
+    in the retraining. gradual: whether each target of a sweep begins with the model of the one before.
+    precision: "auto" for bf16 where it is measured to be faster. dtype, threads: what the pruned model will
+    be served in, and on how many threads (None: torch's own): the latency table, the decision, the timings
+    and the pruned model's scores are of that.
     command: the command line that gave all this, for the report.
     """
 
@@ -102,6 +105,8 @@ class PruneSettings:
     retrain_steps: int | None = None
     average_steps: float = 0.0
     cross_pairs: float = 0.0
+    masked_texts: float = 0.0
+    shuffled_texts: float = 0.0
     batch_size: int | None = None
     learning_rate: float = 1e-4
     gate_learning_rate: float = 0.1
@@ -212,8 +217,9 @@ class PruneSettings:
         weights = self.distillation
         if self.cache_teacher is not None and self.task in TEXT_COLUMNS:
             raise ValueError(f"cache_teacher keeps start and end logits, which {self.task} has none of")
-        if self.cross_pairs and not self.distillation_in("retrain").needs_teacher:
-            raise ValueError("cross_pairs have no labels, and no teacher teaches in the retrain phase")
+        for name in UNLABELLED:
+            if getattr(self, name) and not self.distillation_in("retrain").needs_teacher:
+                raise ValueError(f"{name} have no labels, and no teacher teaches in the retrain phase")
         if self.cross_pairs and self.task not in PAIRED:
             raise ValueError(f"cross_pairs are of a question and a text: for {', '.join(PAIRED)}")
         if not weights.hidden and (weights.projection or weights.layers):
@@ -231,13 +237,11 @@ class PruneSettings:
         for name in ("learning_rate", "gate_learning_rate", "retrain_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
-        for name in ("lambda_attention", "lambda_ffn", "lambda_hidden"):
+        for name in ("lambda_attention", "lambda_ffn", "lambda_hidden", *UNLABELLED):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
         if not 0 < self.gate_fraction <= 1:
             raise ValueError(f"gate_fraction is {self.gate_fraction}: it must lie in (0, 1]")
-        if not self.cross_pairs >= 0:
-            raise ValueError(f"cross_pairs is {self.cross_pairs}: it must not be negative")
         if not 0 <= self.average_steps <= 1:
             raise ValueError(f"average_steps is {self.average_steps}: it must lie in [0, 1]")
         if not 0 <= self.dropout < 1:
@@ -343,19 +347,6 @@ class PruneSettings:
             elif isinstance(known[name], dict) and isinstance(places[name], dict):
                 places[name] = {**known[name], **places[name]}
         return sorted(name for name in {*current, *places} if current.get(name) != places.get(name))
-
-    def from_old_record(self, recorded: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-        """The settings that an earlier version recorded, in today's form.
-
-        That version kept one `target` in the settings, and the texts of all targets beside them. A text has
-        too few digits to make its target again, so recorded targets that agree with the ones of these
-        settings become those; others stay texts, which differ from any target.
-        """
-        current, first = self.to_json()["targets"], recorded["target"]
-        agree = [str(target) for target in self.targets] == list(targets)
-        agree = agree and (first in current if current else first is None)
-        others = {name: value for name, value in recorded.items() if name != "target"}
-        return {**others, "targets": current if agree else list(targets)}
 
 
 @dataclass(frozen=True)

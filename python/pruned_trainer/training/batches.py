@@ -71,6 +71,38 @@ class Share(Sequence[dict[str, Any]]):
         return self._features[self._rows[number]]
 
 
+class Both(Sequence[dict[str, Any]]):
+    """The training windows, then unlabelled ones. Each batch of the trainer's is of one kind: `kinds` says
+    which (0 or 1) each window is."""
+
+    def __init__(self, windows: Features, *unlabelled: Features) -> None:
+        self._parts = (windows, *unlabelled)
+        self.lengths = [length for part in self._parts for length in lengths_of(part)]
+        self.kinds = [0] * len(windows) + [1] * (len(self.lengths) - len(windows))
+
+    def check_batches(self, size: int) -> None:
+        """ValueError unless there is a batch of so many windows of each kind."""
+        windows, unlabelled = self.kinds.count(0), self.kinds.count(1)
+        if min(windows, unlabelled) < size:
+            raise ValueError(
+                f"{windows} windows and {unlabelled} unlabelled ones made of them: a batch of {size} of each "
+                "is needed (--cross-pairs, --masked-texts, --shuffled-texts, --batch-size)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        place = range(len(self))[number]
+        for part in self._parts:
+            if place < len(part):
+                return part[place]
+            place -= len(part)
+        raise AssertionError("the parts are as long as their lengths")
+
+
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     """Indices of which each `batch_size` consecutive ones are of like lengths.
 

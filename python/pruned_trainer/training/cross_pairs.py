@@ -36,14 +36,6 @@ class CrossPairs(Sequence[dict[str, Any]]):
         if number:
             _parts(features[0]["input_ids"], separator)
 
-    def check_batches(self, size: int) -> None:
-        """ValueError unless there is a batch of so many windows, and one of so many pairs."""
-        if min(len(self), len(self.features)) < size:
-            raise ValueError(
-                f"{len(self.features)} windows and {len(self)} pairs of them: a batch of {size} of each is "
-                "needed (--cross-pairs, --batch-size)"
-            )
-
     def __len__(self) -> int:
         return len(self.first)
 
@@ -62,26 +54,6 @@ class CrossPairs(Sequence[dict[str, Any]]):
                 kept[-1] = whole[-1]
                 pair[name] = kept
         return pair
-
-
-class Both(Sequence[dict[str, Any]]):
-    """Labelled windows, then unlabelled ones. Each batch of the trainer's is of one kind: `kinds` says which
-    (0 or 1) each window is."""
-
-    def __init__(self, labelled: Features, unlabelled: Features) -> None:
-        self.labelled, self.unlabelled = labelled, unlabelled
-        self.lengths = [*lengths_of(labelled), *lengths_of(unlabelled)]
-        self.kinds = [0] * len(labelled) + [1] * len(unlabelled)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        place = range(len(self))[number]
-        size = len(self.labelled)
-        return self.labelled[place] if place < size else self.unlabelled[place - size]
 
 
 def _parts(ids: Any, separator: int) -> int:

@@ -13,8 +13,8 @@ from matching import trained_model
 from pruned_trainer.jobs.job import start
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.training.batches import LengthGroupedSampler
-from pruned_trainer.training.cross_pairs import Both, CrossPairs
+from pruned_trainer.training.batches import Both, LengthGroupedSampler
+from pruned_trainer.training.cross_pairs import CrossPairs
 from pruned_trainer.training.distillation import Distillation
 
 CLS, SEP = 101, 102
@@ -93,8 +93,13 @@ def test_a_job_trains_on_them(settings: PruneSettings) -> None:
     ("changes", "message"),
     [
         ({"cross_pairs": -1.0}, "cross_pairs is -1.0"),
+        ({"shuffled_texts": -1.0}, "shuffled_texts is -1.0"),
         ({"distil_in": "gates"}, "no teacher teaches in the retrain phase"),
-        ({"distillation": Distillation.none()}, "no teacher teaches in the retrain phase"),
+        (
+            {"distillation": Distillation.none()},
+            "cross_pairs have no labels, and no teacher teaches",
+        ),
+        ({"cross_pairs": 0.0, "masked_texts": 1.0, "distil_in": "none"}, "masked_texts have no labels"),
         ({"task": "text-classification"}, "cross_pairs are of a question and a text: for squad"),
     ],
 )
@@ -104,5 +109,5 @@ def test_refusals(settings: PruneSettings, changes: dict[str, object], message: 
 
 
 def test_too_few_for_a_batch(settings: PruneSettings, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="600 windows and 6 pairs of them: a batch of 32 of each is needed"):
+    with pytest.raises(ValueError, match="600 windows and 6 unlabelled ones made of them: a batch of 32"):
         start(replace(settings, cross_pairs=0.01))
