@@ -188,7 +188,8 @@ def fingerprint(model: Any) -> str:
     runs."""
     digest = hashlib.sha256(torch.__version__.encode())
     exporter = Path(export.__file__)
-    for path in (exporter, exporter.with_name("onnx_graph.py")):  # which needs onnx, where it is imported
+    graph = sorted(exporter.parent.glob("onnx_*.py"))  # which need onnx, where they are imported
+    for path in (exporter, *graph):
         digest.update(path.read_bytes())
     digest.update(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in model.state_dict().items():

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from pruned_ops.checkpoints.loading import (
     load_any_head,
     load_tokenizer,
 )
-from pruned_ops.layers.kinds import BERT_KIND
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import is_encoder
 from pruned_ops.runtime.optimize import restore
@@ -131,9 +129,6 @@ def _original(model: Any) -> Any:
             "classification can, and encoders without a head"
         )
     encoder = model.base_model
-    kind = family_of(encoder.config).kind(encoder.config) if is_encoder(encoder) else BERT_KIND
-    if replace(kind, bias_reach=None, disentangled=None) != BERT_KIND:
-        raise ValueError(f"this {name} cannot be exported: its layers are not of BERT's kind")
     reason = refuse_encoder(encoder) if is_encoder(encoder) else f"its encoder is a {type(encoder).__name__}"
     reason = reason or _refuse_head(model, head)
     others = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
@@ -156,6 +151,8 @@ def _refuse_head(model: Any, head: PackedHead | None) -> str | None:
         linears = head.linears
         if not linears:
             return "its head is another one than its class makes"
+        if not head.predicts():
+            return "what comes before its last linear is not what its class makes"
     names = {module: name for name, module in model.named_modules()}
     for linear in linears:
         if type(linear) is not nn.Linear:

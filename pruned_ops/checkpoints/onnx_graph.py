@@ -10,66 +10,31 @@ that were pruned away.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from onnx import TensorProto, helper
+from torch import nn
 
-from pruned_ops.models.disentangled import by_distance, relative_states
+from pruned_ops.checkpoints.onnx_nodes import Nodes
+from pruned_ops.checkpoints.onnx_positions import (
+    Relative,
+    Rotation,
+    added_to_scores,
+    places,
+    relative_products,
+    rotations,
+)
+from pruned_ops.layers.kinds import StackKind
 from pruned_ops.models.families.known import family_of
-from pruned_ops.models.relative_bias import bias_by_distance, heads_of_layers
 from pruned_ops.models.stock import layers_of, model_shape, projection_of
 from pruned_ops.runtime.packed_heads import SpanAndTypeHead, SpanHead, TextHead, packed_head, reads_place_0
+from pruned_ops.shape import LayerShape
 from pruned_ops.version import __version__
 
 # The fusions of ONNX Runtime and OpenVINO know the operators of set 17 best, the first with
 # LayerNormalization. IR 8 is as old, so that runtimes of that time read the file.
 OPSET, IR = 17, 8
-
-
-class _Nodes:
-    """The nodes and constants of a graph in the making. Every value has a name, which methods take and
-    return."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.constants: dict[str, Any] = {}
-
-    def add(self, operator: str, *inputs: str, called: str | None = None, **attributes: Any) -> str:
-        """Add a node with one output; returns the output's name."""
-        name = called or f"{operator}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
-        return name
-
-    def _keep(self, name: str, array: Any) -> str:
-        self.constants[name] = numpy_helper.from_array(array, name)
-        return name
-
-    def constant(self, value: float) -> str:
-        """Add one number, as int64 or fp32."""
-        dtype = np.int64 if isinstance(value, int) else np.float32
-        return self._keep(f"constant_{value}", np.array(value, dtype))
-
-    def vector(self, *values: int) -> str:
-        """Add axes or sizes, as int64."""
-        return self._keep(f"vector_{'_'.join(map(str, values))}", np.array(values, np.int64))
-
-    def weight(self, name: str, tensor: Tensor) -> str:
-        """Add a tensor, under its own name."""
-        return self._keep(name, np.ascontiguousarray(tensor.detach().cpu().numpy()))
-
-    def linear(self, x: str, name: str, module: Any, called: str | None = None) -> str:
-        """Add a Linear with its weights."""
-        product = self.add("MatMul", x, self.weight(f"{name}.weight", module.weight.T))
-        return self.add("Add", product, self.weight(f"{name}.bias", module.bias), called=called)
-
-    def norm(self, x: str, name: str, module: Any) -> str:
-        """Add a LayerNorm with its weights."""
-        weights = (self.weight(f"{name}.{part}", getattr(module, part)) for part in ("weight", "bias"))
-        return self.add("LayerNormalization", x, *weights, axis=-1, epsilon=module.eps)
 
 
 def plain_graph(model: Any, token_types: bool) -> Any:
@@ -82,7 +47,7 @@ def plain_graph(model: Any, token_types: bool) -> Any:
     Questions model. For labels: logits (batch, labels) of texts or (batch, seqlen, labels) of tokens. Without
     a head: last_hidden_state (batch, seqlen, hidden_size), and pooler_output (batch, width) with a pooler.
     """
-    nodes = _Nodes()
+    nodes = Nodes()
     inputs = [
         _value(name, "batch", "seqlen", kind=TensorProto.INT64)
         for name in ("input_ids", "attention_mask", *(["token_type_ids"] if token_types else []))
@@ -98,7 +63,7 @@ def plain_graph(model: Any, token_types: bool) -> Any:
     )
 
 
-def _outputs(nodes: _Nodes, x: str, model: Any) -> list[Any]:
+def _outputs(nodes: Nodes, x: str, model: Any) -> list[Any]:
     """The outputs of a model's head, of the last hidden state x."""
     head, real = packed_head(model), TensorProto.FLOAT
     if head is None:
@@ -107,15 +72,17 @@ def _outputs(nodes: _Nodes, x: str, model: Any) -> list[Any]:
     linears = [(names[linear], linear) for linear in head.linears]
     width = linears[-1][1].out_features
     if isinstance(head, TextHead):
-        # The stock classifiers read place 0, ours the first real token.
-        first = _place_0(nodes, x) if reads_place_0(model) else _first(nodes, x)
-        inner = _ACTIVATIONS[head.names.activation](nodes, nodes.linear(first, *linears[0]))
+        pooled = _pooled(nodes, x, model)
+        if family_of(model.config).prediction_head is None:
+            inner = nodes.activation(head.names.activation, nodes.linear(pooled, *linears[0]))
+        else:
+            inner = _predicted(nodes, pooled, model)
         nodes.linear(inner, *linears[1], called="logits")
         return [_value("logits", "batch", width, kind=real)]
     if not isinstance(head, SpanHead):
-        nodes.linear(x, *linears[0], called="logits")
+        nodes.linear(_predicted(nodes, x, model), *linears[0], called="logits")
         return [_value("logits", "batch", "seqlen", width, kind=real)]
-    both, spans = nodes.linear(x, *linears[0]), ("start_logits", "end_logits")
+    both, spans = nodes.linear(_predicted(nodes, x, model), *linears[0]), ("start_logits", "end_logits")
     for index, name in enumerate(spans):
         nodes.add("Gather", both, nodes.constant(index), called=name, axis=2)
     outputs = [_value(name, "batch", "seqlen", kind=real) for name in spans]
@@ -125,7 +92,26 @@ def _outputs(nodes: _Nodes, x: str, model: Any) -> list[Any]:
     return outputs
 
 
-def _bare_outputs(nodes: _Nodes, x: str, encoder: Any) -> list[Any]:
+def _predicted(nodes: Nodes, x: str, model: Any) -> str:
+    """What the last linear of a head takes of hidden states: what `Family.predicted` computes."""
+    names = family_of(model.config).prediction_head
+    if names is None:
+        return x
+    head = model.get_submodule(names.module)
+    inner = nodes.linear(x, f"{names.module}.dense", head.dense)
+    inner = nodes.activation(model.config.classifier_activation, inner)
+    return nodes.norm(inner, f"{names.module}.norm", head.norm)
+
+
+def _pooled(nodes: Nodes, x: str, model: Any) -> str:
+    """(batch, seqlen, hidden) -> (batch, hidden): what a text's label is read from."""
+    if family_of(model.config).pools_mean(model.config):
+        return _mean(nodes, x)
+    # The stock classifiers read place 0, ours the first real token.
+    return _place_0(nodes, x) if reads_place_0(model) else _first(nodes, x)
+
+
+def _bare_outputs(nodes: Nodes, x: str, encoder: Any) -> list[Any]:
     """The outputs of an encoder without a head."""
     hidden, real = encoder.config.hidden_size, TensorProto.FLOAT
     nodes.add("Identity", x, called="last_hidden_state")
@@ -141,103 +127,26 @@ def _value(name: str, *sizes: str | int, kind: int) -> Any:
     return helper.make_tensor_value_info(name, kind, sizes)
 
 
-def _encode(nodes: _Nodes, encoder: Any, typed: bool) -> str:
+def _encode(nodes: Nodes, encoder: Any, typed: bool) -> str:
     """The last hidden state, (batch, seqlen, hidden_size)."""
-    x, shape = _embed(nodes, encoder, typed), model_shape(encoder)
-    row = nodes.add("Unsqueeze", "attention_mask", nodes.vector(1))
-    mask = nodes.add("Cast", nodes.add("Unsqueeze", row, nodes.vector(2)), to=TensorProto.FLOAT)
-    # -10000 closes a key as surely as the lowest float does: exp(-10000) is 0.
-    closed = nodes.add("Mul", nodes.add("Sub", nodes.constant(1.0), mask), nodes.constant(-10000.0))
-    activation = family_of(encoder.config).value(encoder.config, "hidden_act")
+    x, shape, config = _embed(nodes, encoder, typed), model_shape(encoder), encoder.config
+    family, layers = family_of(config), layers_of(encoder)
+    kind, activation = family.kind(config), family.value(config, "hidden_act")
     names = {module: name for name, module in encoder.named_modules()}
-    biases = _biases(nodes, encoder, closed)
-    relative = _relative(nodes, encoder, shape.head_dim)
-    for number, (layer, sizes) in enumerate(zip(layers_of(encoder), shape.layers, strict=True)):
-        named = {part: (names[module], module) for part, module in vars(layer).items()}
+    added = added_to_scores(nodes, encoder)
+    relative = relative_products(nodes, encoder, shape.head_dim)
+    rotated = rotations(nodes, kind, len(layers), shape.head_dim)
+    for number, (parts, sizes) in enumerate(zip(layers, shape.layers, strict=True)):
+        named = {part: (names[module], module) for part, module in vars(parts).items()}
         products = None if relative is None else relative[number]
-        x = _attention(nodes, x, biases[number], named, sizes.num_heads, shape.head_dim, products)
-        x = _ffn(nodes, x, named, sizes.ffn_width, activation)
-    return x
+        positions = added[number], products, rotated[number]
+        x = _layer(nodes, x, _Layer(named, sizes, shape.head_dim, kind, activation, *positions))
+    if family.final_norm is None:
+        return x
+    return nodes.norm(x, family.final_norm, encoder.get_submodule(family.final_norm))
 
 
-def _biases(nodes: _Nodes, encoder: Any, closed: str) -> list[str]:
-    """What each layer adds to its scores, (batch, heads or 1, seqlen or 1, seqlen): `closed`, and a bias by
-    relative position where the encoder has one."""
-    heads, table = heads_of_layers(encoder.config), bias_by_distance(encoder)
-    if table is None:
-        return [closed] * len(heads)
-    column = _distances(nodes, table.size(1) // 2)
-    added = []
-    for number, kept in enumerate(heads):
-        rows = nodes.weight(f"layer.{number}.position_bias", table[kept])
-        bias = nodes.add("Transpose", nodes.add("Gather", rows, column, axis=1), perm=[1, 0, 2, 3])
-        added.append(nodes.add("Add", bias, closed) if kept else closed)
-    return added
-
-
-def _distances(nodes: _Nodes, reach: int) -> str:
-    """The place of a key less that of its query, at most `reach` either way, plus reach: int64 (batch,
-    seqlen, seqlen)."""
-    place = _places(nodes)
-    keys, queries = (nodes.add("Unsqueeze", place, nodes.vector(axis)) for axis in (1, 2))
-    limits = nodes.constant(-reach), nodes.constant(reach)
-    away = nodes.add("Clip", nodes.add("Sub", keys, queries), *limits)
-    return nodes.add("Add", away, nodes.constant(reach))
-
-
-@dataclass(frozen=True)
-class _Relative:
-    """What a layer's queries and keys are multiplied by for their distance: the values that hold the keys
-    (heads, head_dim, rows) and the queries (heads, rows, head_dim), "" for none, and the row of each query
-    and key, (batch, 1, seqlen, seqlen)."""
-
-    keys: str
-    queries: str
-    rows: str
-
-    def products(self, nodes: _Nodes, query: str, key: str, num_heads: int) -> list[str]:
-        """The products of query (batch, heads, seqlen, head_dim) and key (batch, heads, head_dim, seqlen),
-        (batch, heads, seqlen, seqlen) each."""
-        rows, found = nodes.add("Expand", self.rows, nodes.vector(1, num_heads, 1, 1)), []
-        if self.keys:
-            found.append(nodes.add("GatherElements", nodes.add("MatMul", query, self.keys), rows, axis=3))
-        if self.queries:
-            found.append(nodes.add("GatherElements", nodes.add("MatMul", self.queries, key), rows, axis=2))
-        return found
-
-
-def _relative(nodes: _Nodes, encoder: Any, head_dim: int) -> list[_Relative] | None:
-    """The products by distance of each layer; None for an encoder without them."""
-    states, kind = relative_states(encoder), family_of(encoder.config).kind(encoder.config).disentangled
-    if states is None or kind is None:
-        return None
-    table = nodes.weight("distance_rows", kind.distance_rows.long())
-    rows = nodes.add("Gather", table, _distances(nodes, kind.farthest))
-    rows, layers = nodes.add("Unsqueeze", rows, nodes.vector(1)), []
-    for number, layer in enumerate(layers_of(encoder)):
-        if layer.query.out_features == 0:
-            layers.append(_Relative("", "", rows))
-            continue
-        keys, queries = by_distance(kind, states, layer.query, layer.key, head_dim)
-        named = f"layer.{number}.position"
-        layers.append(
-            _Relative(
-                "" if keys is None else nodes.weight(f"{named}_key", keys.transpose(1, 2)),
-                "" if queries is None else nodes.weight(f"{named}_query", queries),
-                rows,
-            )
-        )
-    return layers
-
-
-def _places(nodes: _Nodes) -> str:
-    """0, 1, 2, ... in each row (batch, seqlen), by counting ids: runtimes would not know that a range has the
-    shape of the ids."""
-    ones = nodes.add("Cast", nodes.add("Equal", "input_ids", "input_ids"), to=TensorProto.INT64)
-    return nodes.add("CumSum", ones, nodes.constant(1), exclusive=1)
-
-
-def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
+def _embed(nodes: Nodes, encoder: Any, typed: bool) -> str:
     """The normalised sum of the embeddings, and what a projection makes of it: (batch, seqlen, hidden)."""
     tables, config, family = encoder.embeddings, encoder.config, family_of(encoder.config)
 
@@ -257,98 +166,122 @@ def _embed(nodes: _Nodes, encoder: Any, typed: bool) -> str:
     return x if projection is None else nodes.linear(x, str(family.projection), projection)
 
 
-def _position_ids(nodes: _Nodes, config: Any) -> str:
+def _position_ids(nodes: Nodes, config: Any) -> str:
     """The positions of all ids, (batch, seqlen)."""
     family = family_of(config)
     if not family.positions_from_padding:
-        return _places(nodes)
+        return places(nodes)
     # The real tokens are counted, from the place after that of padding.
     padding = nodes.constant(family.first_position(config) - 1)
-    real = nodes.add("Not", nodes.add("Equal", "input_ids", padding))
-    real = nodes.add("Cast", real, to=TensorProto.INT64)
+    real = nodes.whole(nodes.add("Not", nodes.add("Equal", "input_ids", padding)))
     counted = nodes.add("CumSum", real, nodes.constant(1))
     return nodes.add("Add", nodes.add("Mul", counted, real), padding)
 
 
-def _attention(
-    nodes: _Nodes,
-    x: str,
-    closed: str,
-    named: dict[str, Any],
-    num_heads: int,
-    head_dim: int,
-    relative: _Relative | None = None,
-) -> str:
-    """A layer's attention, added to x and normalised. With 0 heads only the output's bias is added."""
-    output, norm = named["attention_output"], named["attention_norm"]
-    if num_heads == 0:
-        return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), norm)
+@dataclass(frozen=True)
+class _Layer:
+    """One layer: the name and the module of each part by its role, its sizes, and the values that its
+    attention takes: what is added to its scores, its products by distance, and its rotation."""
+
+    parts: dict[str, tuple[str, Any]]
+    sizes: LayerShape
+    head_dim: int
+    kind: StackKind
+    activation: str
+    added: str
+    relative: Relative | None
+    rotation: Rotation | None
+
+
+def _layer(nodes: Nodes, x: str, layer: _Layer) -> str:
+    """A layer's attention and FFN, added to what they took, with their LayerNorms before or after."""
+    x = _joined(nodes, x, layer, "attention")
+    return _joined(nodes, x, layer, "ffn")
+
+
+def _joined(nodes: Nodes, x: str, layer: _Layer, which: str) -> str:
+    """x and what the attention or the FFN of a layer makes of it, normalised before or after. Without heads
+    or units that is the bias of its output, if it has one."""
+    is_attention = which == "attention"
+    output, norm = layer.parts["attention_output" if is_attention else "down"], layer.parts[f"{which}_norm"]
+    size, part = (layer.sizes.num_heads, _attention) if is_attention else (layer.sizes.ffn_width, _ffn)
+    normed = x
+    if size and layer.kind.norm_first and not isinstance(norm[1], nn.Identity):
+        normed = nodes.norm(x, *norm)
+    if size:
+        x = nodes.add("Add", nodes.linear(part(nodes, normed, layer), *output), x)
+    elif output[1].bias is not None:
+        x = nodes.add("Add", nodes.weight(f"{output[0]}.bias", output[1].bias), x)
+    return x if layer.kind.norm_first else nodes.norm(x, *norm)
+
+
+def _attention(nodes: Nodes, x: str, layer: _Layer) -> str:
+    """The context of a layer's heads, (batch, seqlen, num_heads * head_dim)."""
+    num_heads, head_dim, rotation = layer.sizes.num_heads, layer.head_dim, layer.rotation
     # In a Reshape, 0 keeps the input's size.
     split = nodes.vector(0, 0, num_heads, head_dim)
 
     def heads(part: str, order: list[int]) -> str:
-        linear = nodes.linear(x, *named[part])
-        return nodes.add("Transpose", nodes.add("Reshape", linear, split), perm=order)
+        made = nodes.add("Reshape", _projected(nodes, x, layer, part), split)
+        if rotation is not None and part != "value":
+            made = rotation.turned(nodes, made)
+        return nodes.add("Transpose", made, perm=order)
 
     query, key, value = heads("query", [0, 2, 1, 3]), heads("key", [0, 2, 3, 1]), heads("value", [0, 2, 1, 3])
     scores, products = nodes.add("MatMul", query, key), 1
-    for product in [] if relative is None else relative.products(nodes, query, key, num_heads):
+    for product in [] if layer.relative is None else layer.relative.products(nodes, query, key, num_heads):
         scores, products = nodes.add("Add", scores, product), products + 1
     scores = nodes.add("Div", scores, nodes.constant(math.sqrt(head_dim * products)))
-    weights = nodes.add("Softmax", nodes.add("Add", scores, closed), axis=-1)
+    weights = nodes.add("Softmax", nodes.add("Add", scores, layer.added), axis=-1)
     context = nodes.add("Transpose", nodes.add("MatMul", weights, value), perm=[0, 2, 1, 3])
-    context = nodes.add("Reshape", context, nodes.vector(0, 0, num_heads * head_dim))
-    return _joined(nodes, x, nodes.linear(context, *output), norm)
+    return nodes.add("Reshape", context, nodes.vector(0, 0, num_heads * head_dim))
 
 
-def _ffn(nodes: _Nodes, x: str, named: dict[str, Any], ffn_width: int, activation: str) -> str:
-    """A layer's FFN, added to x and normalised. With width 0 only the output's bias is added."""
-    output, norm = named["down"], named["ffn_norm"]
-    if ffn_width == 0:
-        return _joined(nodes, x, nodes.weight(f"{output[0]}.bias", output[1].bias), norm)
-    inner = _ACTIVATIONS[activation](nodes, nodes.linear(x, *named["up"]))
-    return _joined(nodes, x, nodes.linear(inner, *output), norm)
+def _projected(nodes: Nodes, x: str, layer: _Layer, part: str) -> str:
+    """The query, key or value of all heads."""
+    name, linear = layer.parts[part]
+    roles = [role for role in ("query", "key", "value") if layer.parts[role][1] is linear]
+    return nodes.linear(x, name, linear) if len(roles) == 1 else _one_of(nodes, x, name, linear, roles, part)
 
 
-def _joined(nodes: _Nodes, x: str, added: str, norm: tuple[str, Any]) -> str:
-    return nodes.norm(nodes.add("Add", added, x), *norm)
+def _one_of(nodes: Nodes, x: str, name: str, linear: Any, roles: list[str], role: str) -> str:
+    """One of the products that a linear makes at once, whose rows lie one after the other."""
+    number, at = len(roles), roles.index(role)
+    bias = None if linear.bias is None else linear.bias.chunk(number)[at]
+    return nodes.product(x, f"{name}.{role}", linear.weight.chunk(number)[at], bias)
 
 
-def _gelu(nodes: _Nodes, x: str) -> str:
-    erf = nodes.add("Erf", nodes.add("Div", x, nodes.constant(math.sqrt(2.0))))
-    return nodes.add(
-        "Mul", nodes.add("Mul", x, nodes.add("Add", erf, nodes.constant(1.0))), nodes.constant(0.5)
-    )
+def _ffn(nodes: Nodes, x: str, layer: _Layer) -> str:
+    """The activations of a layer's FFN, (batch, seqlen, ffn_width)."""
+    name, linear = layer.parts["up"]
+    if not layer.kind.gated:
+        return nodes.activation(layer.activation, nodes.linear(x, name, linear))
+    roles = ["gate", "up"]
+    gate, up = (_one_of(nodes, x, name, linear, roles, role) for role in roles)
+    return nodes.add("Mul", nodes.activation(layer.activation, gate), up)
 
 
-def _gelu_new(nodes: _Nodes, x: str) -> str:
-    cubed = nodes.add("Mul", nodes.add("Pow", x, nodes.constant(3.0)), nodes.constant(0.044715))
-    inner = nodes.add("Mul", nodes.add("Add", x, cubed), nodes.constant(math.sqrt(2.0 / math.pi)))
-    tanh = nodes.add("Add", nodes.add("Tanh", inner), nodes.constant(1.0))
-    return nodes.add("Mul", nodes.add("Mul", x, nodes.constant(0.5)), tanh)
-
-
-# The activations that `optimize` takes, and those of heads, by the config's names.
-_ACTIVATIONS: dict[str, Callable[[_Nodes, str], str]] = {
-    "gelu": _gelu,
-    "gelu_new": _gelu_new,
-    "relu": lambda nodes, x: nodes.add("Relu", x),
-    "silu": lambda nodes, x: nodes.add("Mul", x, nodes.add("Sigmoid", x)),
-    "tanh": lambda nodes, x: nodes.add("Tanh", x),
-}
-
-
-def _first(nodes: _Nodes, x: str) -> str:
+def _first(nodes: Nodes, x: str) -> str:
     """(batch, seqlen, hidden) -> (batch, hidden): each row's first real token; zeros where it has none.
 
     This is a product with a row of zeros and a one, because runtimes differ in how they index, not in how
     they multiply."""
     first = nodes.add("Equal", nodes.add("CumSum", "attention_mask", nodes.constant(1)), nodes.constant(1))
-    first = nodes.add("Mul", nodes.add("Cast", first, to=TensorProto.INT64), "attention_mask")
-    row = nodes.add("Unsqueeze", nodes.add("Cast", first, to=TensorProto.FLOAT), nodes.vector(1))
+    first = nodes.add("Mul", nodes.whole(first), "attention_mask")
+    row = nodes.add("Unsqueeze", nodes.real(first), nodes.vector(1))
     return nodes.add("Squeeze", nodes.add("MatMul", row, x), nodes.vector(1))
 
 
-def _place_0(nodes: _Nodes, x: str) -> str:
+def _mean(nodes: Nodes, x: str) -> str:
+    """(batch, seqlen, hidden) -> (batch, hidden): the mean over each row's real tokens; zeros where it has
+    none."""
+    real = nodes.real("attention_mask")
+    sums = nodes.add("MatMul", nodes.add("Unsqueeze", real, nodes.vector(1)), x)
+    number = nodes.add("ReduceSum", real, nodes.vector(1), keepdims=1)
+    number = nodes.add("Max", number, nodes.constant(1.0))
+    return nodes.add("Div", nodes.add("Squeeze", sums, nodes.vector(1)), number)
+
+
+def _place_0(nodes: Nodes, x: str) -> str:
     """(batch, seqlen, hidden) -> (batch, hidden): each row's first place, padding or not."""
     return nodes.add("Gather", x, nodes.constant(0), axis=1)

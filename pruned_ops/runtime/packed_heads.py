@@ -72,9 +72,9 @@ class PackedHead:
                 if dropout is not None and dropout.training:
                     return False
         linears = all(type(linear) is nn.Linear and not _is_hooked(linear) for linear in self.linears)
-        return linears and self._predicts()
+        return linears and self.predicts()
 
-    def _predicts(self) -> bool:
+    def predicts(self) -> bool:
         """Whether what comes before the last linear, where the family has that, is what the class makes."""
         names = family_of(self.module.config).prediction_head
         if names is None:

@@ -40,7 +40,6 @@ TYPES = pytest.mark.parametrize("pruned_type", NEW)
 # Those that are not imported; test_modernbert.py has what else ModernBERT refuses.
 OTHERS = ("pruned_modernbert", "pruned_deberta_v2")
 IMPORTED = pytest.mark.parametrize("pruned_type", [kind for kind in NEW if kind not in OTHERS])
-EXPORTED = pytest.mark.parametrize("pruned_type", [kind for kind in NEW if kind != "pruned_modernbert"])
 # So many tokens of words, and of bytes, hold a question and some of a text.
 CUT = 40
 
@@ -89,7 +88,7 @@ def test_checked_asked(reader: Path, pruned_type: str) -> None:
     assert all(one.answer == text[one.start : one.end] for one in found)
 
 
-@EXPORTED
+@TYPES
 @pytest.mark.parametrize("head", ["", ANSWERS, TEXTS, TOKENS])
 def test_exported(pruned_type: str, head: str, tmp_path: Path) -> None:
     """Stock, and pruned to odd shapes: ONNX Runtime computes what the model does."""
@@ -101,13 +100,13 @@ def test_exported(pruned_type: str, head: str, tmp_path: Path) -> None:
     ):
         path = pruned_ops.export_onnx(model, tmp_path / name, token_types=False)
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        inputs = batch("holes")
-        given = {name: tensor.numpy() for name, tensor in inputs.items()}
-        names, real = [one.name for one in session.get_outputs()], inputs["attention_mask"].bool()
-        found = dict(zip(names, map(torch.from_numpy, session.run(names, given)), strict=True))
-        for name, expected in outputs(model, inputs).items():
-            ours = found[name][real] if found[name].shape[:2] == real.shape else found[name]
-            torch.testing.assert_close(ours, expected, atol=CLOSE, rtol=CLOSE)
+        for inputs in (batch("holes"), batch("right", (33, 40, 1))):
+            given = {name: tensor.numpy() for name, tensor in inputs.items()}
+            names, real = [one.name for one in session.get_outputs()], inputs["attention_mask"].bool()
+            found = dict(zip(names, map(torch.from_numpy, session.run(names, given)), strict=True))
+            for name, expected in outputs(model, inputs).items():
+                ours = found[name][real] if found[name].shape[:2] == real.shape else found[name]
+                torch.testing.assert_close(ours, expected, atol=CLOSE, rtol=CLOSE)
 
 
 @TYPES

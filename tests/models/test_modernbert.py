@@ -14,7 +14,6 @@ from transformers import ModernBertConfig, ModernBertModel
 import pruned_ops
 from family_models import ANSWERS, TEXTS, WORDS, batch, fields, largest_difference, outputs, pruned, stock
 from inputs import shake
-from pruned_ops.checkpoints.export import export_onnx
 from pruned_ops.layers.kinds import ByPosition
 from pruned_ops.models.families.modernbert import GLOBAL, LOCAL, MODERNBERT
 from pruned_ops.models.stock import model_shape
@@ -165,8 +164,6 @@ def test_what_is_refused() -> None:
         fast(**inputs, position_ids=places)
     with pytest.raises(ValueError, match="position_ids were given"):
         pruned("pruned_modernbert", "")(**inputs, position_ids=places)
-    with pytest.raises(ValueError, match="cannot be exported: its layers are not of BERT's kind"):
-        export_onnx(stock("ModernBert", ANSWERS), "never-made")
 
 
 def test_what_is_not_imported(tmp_path: Path) -> None:
