@@ -48,11 +48,11 @@ _SIZES = {
     "num_hidden_layers": MAX_LAYERS, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 24,
     "type_vocab_size": MAX_WIDTH,
 }  # fmt: skip
-# The fields of a foreign config that describe the model, by BERT's names; the others are that tool's own.
+# The fields of a foreign config that describe the model, by BERT's names, beside those of dropout; the others
+# are that tool's own.
 _FIELDS = (
-    *_SIZES, "model_type", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "layer_norm_eps", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "id2label",
-    "label2id", "problem_type", "classifier_dropout", "embedding_size",
+    *_SIZES, "model_type", "hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id",
+    "bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type", "embedding_size",
 )  # fmt: skip
 # The publishers' models that can be imported, by model type.
 _STOCK = {each.model_type: each for family in FAMILIES for each in family.stock}
@@ -127,7 +127,7 @@ class Source:
     def fields(self) -> dict[str, Any]:
         """The config's fields that describe the model, and the tokenizer's class, by which the files beside
         it load under the new model type."""
-        names = [*map(self.family.own_name, _FIELDS), *self.family.fixed]
+        names = [*map(self.family.own_name, _FIELDS), *self.family.dropout_fields, *self.family.fixed]
         kept = {name: self.config[name] for name in names if name in self.config}
         tokenizer = self.config.get("tokenizer_class") or _STOCK[self.kind].tokenizer
         return {**kept, "tokenizer_class": tokenizer}
@@ -230,7 +230,7 @@ def _checked_kind(folder: Path, config: dict[str, Any]) -> str:
         if name not in family.constants:
             name = family.own_name(name)
             checked_int(f"{folder}: {name}", config.get(name), 1, high)
-    for name in map(family.own_name, ("hidden_dropout_prob", "attention_probs_dropout_prob")):
+    for name in family.dropout_fields:
         if not isinstance(config.get(name), (float, int, NoneType)):
             raise ValueError(f"{folder}: {name} is {shown(config[name])}: a number is needed")
     pruned = config.get("pruned_heads") or {}

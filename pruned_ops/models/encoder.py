@@ -25,7 +25,7 @@ from pruned_ops.models.families.description import Family
 from pruned_ops.models.families.known import FAMILIES
 from pruned_ops.models.inputs import check_inputs, check_positions, default_position_ids, returned
 from pruned_ops.models.model_card import write_model_card
-from pruned_ops.models.modules import put
+from pruned_ops.models.modules import dropout_of, put
 from pruned_ops.models.norm_first import NormFirstLayer
 from pruned_ops.models.norm_last import NormLastLayer
 from pruned_ops.models.relative_bias import scores_of_layers
@@ -49,7 +49,7 @@ class PrunedEmbeddings(nn.Module):
             put(self, names.token_types, nn.Embedding(config.type_vocab_size, width))
         bias = family.kind(config).norm_bias
         put(self, names.norm, nn.LayerNorm(width, family.value(config, "layer_norm_eps"), bias=bias))
-        self.dropout = nn.Dropout(family.value(config, "hidden_dropout_prob"))
+        self.dropout = dropout_of(config, family.embeddings_dropout)
 
     def forward(
         self,

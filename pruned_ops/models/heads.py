@@ -41,7 +41,7 @@ from pruned_ops.models.encoder import (
 from pruned_ops.models.families.description import TextHeadNames
 from pruned_ops.models.families.known import BY_TYPE, FAMILIES, family_of, stock_head
 from pruned_ops.models.inputs import first_tokens, mean_states, returned
-from pruned_ops.models.modules import put
+from pruned_ops.models.modules import dropout_of, put
 
 
 class _WithEncoder(PrunedPreTrainedModel):
@@ -82,8 +82,7 @@ class PrunedBertForQuestionAnswering(_WithEncoder):
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
-        dropout = config.family.answers_dropout
-        self.dropout = None if dropout is None else nn.Dropout(getattr(config, dropout))
+        self.dropout = dropout_of(config, config.family.answers_dropout)
         add_prediction_head(self, config)
         put(self, config.family.answers_head, nn.Linear(config.hidden_size, 2))
         self.post_init()
@@ -116,10 +115,8 @@ class PrunedBertForQuestionAnswering(_WithEncoder):
         return returned(output, self.config, return_dict)
 
     def _span_logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        if self.dropout is not None:
-            states = self.dropout(states)
         family = family_of(self.config)
-        logits = self.get_submodule(family.answers_head)(family.predicted(self, states))
+        logits = self.get_submodule(family.answers_head)(self.dropout(family.predicted(self, states)))
         start, end = (part.contiguous() for part in logits.unbind(-1))
         return start, end
 
@@ -241,9 +238,7 @@ class _Classifier(_WithEncoder):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
-        dropout = config.family.value(config, self._dropout_field(config), None)
-        otherwise = config.family.value(config, "hidden_dropout_prob")
-        self.dropout = nn.Dropout(otherwise if dropout is None else dropout)
+        self.dropout = dropout_of(config, self._dropout_field(config))
         self._add_head(config)
         self.post_init()
 
@@ -298,6 +293,7 @@ class PrunedBertForSequenceClassification(_Classifier):
 
     def _add_head(self, config: PrunedConfig) -> None:
         names, width = config.family.text_head, config.pooled_width
+        self.input_dropout = dropout_of(config, names.input_dropout)
         if config.family.prediction_head is not None:
             add_prediction_head(self, config)
             put(self, names.last, nn.Linear(config.hidden_size, self.num_labels))
@@ -315,8 +311,7 @@ class PrunedBertForSequenceClassification(_Classifier):
             means = family.pools_mean(self.config)
             pooled = mean_states(states, attention_mask) if means else first_tokens(states, attention_mask)
             return last(self.dropout(family.predicted(self, pooled)))
-        x = first_tokens(states, attention_mask)
-        x = self.activation(first(self.dropout(x) if names.drops_input else x))
+        x = self.activation(first(self.input_dropout(first_tokens(states, attention_mask))))
         return last(self.dropout(x))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -14,3 +16,9 @@ def put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
         root = root.get_submodule(part)
     root.add_module(last, module)
     return module
+
+
+def dropout_of(config: Any, name: str | None) -> nn.Module:
+    """The dropout of which a config's field, by BERT's name for it, says how much; nothing where the family
+    has no such field."""
+    return nn.Identity() if name is None else nn.Dropout(config.family.dropout(config, name))

@@ -35,6 +35,7 @@ class NormLastLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[family.value(config, "hidden_act")]
         self.attention_dropout = nn.Dropout(family.value(config, "attention_probs_dropout_prob"))
         self.dropout = nn.Dropout(family.value(config, "hidden_dropout_prob"))
+        self.drops_context = family.drops_context
 
     def forward(self, x: Tensor, additive_mask: Tensor | None) -> Tensor:
         """additive_mask: what is added to the scores, (batch or 1, heads or 1, seqlen or 1, seqlen)."""
@@ -43,8 +44,8 @@ class NormLastLayer(GradientCheckpointingLayer):
     def _after_attention(self, x: Tensor, context: Tensor) -> Tensor:
         """The rest of the layer, from its input and the context of its heads on."""
         names, part = self.names, self.get_submodule
-        attended = self.dropout(part(names.attention_output)(context))
-        x = part(names.attention_norm)(attended + x)
+        attended = part(names.attention_output)(context)
+        x = part(names.attention_norm)((self.dropout(attended) if self.drops_context else attended) + x)
         inner = self.activation(part(names.up)(x))
         return part(names.ffn_norm)(self.dropout(part(names.down)(inner)) + x)
 

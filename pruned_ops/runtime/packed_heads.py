@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -66,10 +67,10 @@ class PackedHead:
         replaced, hooked, or put into training mode at any time."""
         if "forward" in self.module.__dict__:
             return False
-        for owner in (self.module, getattr(self.module, "classifier", None)):
-            for name in ("dropout", "drop"):
+        for owner in (self.module, *(getattr(self.module, name, None) for name in ("classifier", "pooler"))):
+            for name in ("dropout", "drop", "input_dropout"):
                 dropout = getattr(owner, name, None)
-                if dropout is not None and dropout.training:
+                if not isinstance(dropout, (NoneType, nn.Identity)) and dropout.training:
                     return False
         linears = all(type(linear) is nn.Linear and not _is_hooked(linear) for linear in self.linears)
         return linears and self.predicts()

@@ -375,6 +375,7 @@ QUERY = "bert.encoder.layer.1.attention.self.query.bias"
         ({"layer_norm_eps": "small"}, "layer_norm_eps"),
         ({"layer_norm_eps": float("nan")}, "'NaN' is no finite number: line 1 column"),
         ({"hidden_dropout_prob": []}, "hidden_dropout_prob"),
+        ({"classifier_dropout": "much"}, "classifier_dropout is 'much': a number is needed"),
         ({"pad_token_id": 1.5}, "pad_token_id"),
     ],
 )

@@ -79,7 +79,9 @@ DEBERTA_V2 = Family(
         key="attention.self.key_proj",
         value="attention.self.value_proj",
     ),
-    text_head=TextHeadNames("pooler.dense", "classifier", "gelu", dropout="cls_dropout"),
+    text_head=TextHeadNames(
+        "pooler.dense", "classifier", "gelu", dropout="cls_dropout", input_dropout="pooler_dropout"
+    ),
     words_head=BERT.words_head,
     words_rows=BERT.words_rows,
     hands_on=False,

@@ -99,14 +99,15 @@ class TextHeadNames:
     """The head that labels a text: a linear on its first token, an activation, and a linear.
 
     first, last: the linears' names in the model; first is None where it is the encoder's pooler.
-    activation: by the name that transformers has for it. drops_input: whether dropout, in training, comes
-    before the first linear too. dropout: the field of the config that says how much."""
+    activation: by the name that transformers has for it. dropout, input_dropout: the fields of the config
+    that say how much dropout, in training, comes before the last linear, and before the first one; None
+    where there is none."""
 
     first: str | None
     last: str
     activation: str = "tanh"
-    drops_input: bool = False
     dropout: str = "classifier_dropout"
+    input_dropout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,10 @@ class Family:
     prefix: the encoder's name inside a model with a head. layers: the name of the list of layers, from the
     encoder on; layer, embeddings: what lies in them. text_head: the head that labels texts. words_head: the
     modules that score the words of the vocabulary, one after the other; words_rows: those that have a row
-    for each word. answers_dropout: the config's field for dropout, in training, before the head for answers.
+    for each word.
+    embeddings_dropout, answers_dropout: the config's fields for dropout, in training, after the embeddings
+    and before the linear that finds answers, with None where there is none. drops_context: whether there is
+    dropout after the linear that ends attention.
     positions_from_padding: whether real tokens alone are counted, from the place after the padding's id.
     hands_on: whether the publisher's heads hand what they do not know on to their encoder.
     has_pooler: whether the encoder's class can make a pooler (`add_pooling_layer`).
@@ -165,7 +169,9 @@ class Family:
     text_head: TextHeadNames
     words_head: tuple[str, ...]
     words_rows: tuple[str, ...]
+    embeddings_dropout: str = "hidden_dropout_prob"
     answers_dropout: str | None = None
+    drops_context: bool = True
     embeddings: EmbeddingNames = EmbeddingNames()
     positions_from_padding: bool = False
     hands_on: bool = True
@@ -208,6 +214,23 @@ class Family:
         if name in self.constants:
             return self.constants[name]
         return getattr(config, self.own_name(name), *default)
+
+    def dropout(self, config: Any, name: str) -> Any:
+        """How much dropout a config's field says, by BERT's name for it; as much as in the layers where it is
+        None."""
+        value = self.value(config, name, None)
+        return self.value(config, "hidden_dropout_prob") if value is None else value
+
+    @property
+    def dropout_fields(self) -> tuple[str, ...]:
+        """The publisher's names of all fields that say how much dropout there is."""
+        names = (
+            *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+            *(self.embeddings_dropout, self.answers_dropout),
+            *(self.text_head.dropout, self.text_head.input_dropout),
+        )
+        unique = dict.fromkeys(name for name in names if name is not None and name not in self.constants)
+        return tuple(map(self.own_name, unique))
 
     def first_position(self, config: Any) -> int:
         """The number of the first real token's position."""

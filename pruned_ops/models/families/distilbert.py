@@ -23,6 +23,7 @@ DISTILBERT = Family(
     words_head=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
     words_rows=("vocab_projector",),
     answers_dropout="qa_dropout",
+    drops_context=False,
     has_pooler=False,
     fields={
         "hidden_size": "dim",

@@ -12,7 +12,9 @@ ELECTRA = replace(
     name="ELECTRA",
     stock=(Stock("Electra", "electra", "ElectraTokenizerFast"),),
     prefix="electra",
-    text_head=TextHeadNames("classifier.dense", "classifier.out_proj", "gelu", drops_input=True),
+    text_head=TextHeadNames(
+        "classifier.dense", "classifier.out_proj", "gelu", input_dropout="classifier_dropout"
+    ),
     words_head=("generator_predictions", "generator_lm_head"),
     words_rows=("generator_lm_head",),
     has_pooler=False,

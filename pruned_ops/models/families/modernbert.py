@@ -89,6 +89,8 @@ MODERNBERT = Family(
     final_norm="final_norm",
     embeddings=EmbeddingNames(words="tok_embeddings", positions=None, norm="norm"),
     text_head=TextHeadNames(first="head.dense", last="classifier"),
+    embeddings_dropout="embedding_dropout",
+    answers_dropout="classifier_dropout",
     answers_head="classifier",
     prediction_head=PredictionHeadNames("head", "classifier_pooling"),
     words_head=("head", "decoder"),

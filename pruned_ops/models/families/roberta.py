@@ -17,7 +17,7 @@ ROBERTA = replace(
         Stock("Camembert", "camembert", "CamembertTokenizerFast"),
     ),
     prefix="roberta",
-    text_head=TextHeadNames(first="classifier.dense", last="classifier.out_proj", drops_input=True),
+    text_head=TextHeadNames("classifier.dense", "classifier.out_proj", input_dropout="classifier_dropout"),
     words_head=("lm_head",),
     words_rows=("lm_head", "lm_head.decoder"),
     positions_from_padding=True,

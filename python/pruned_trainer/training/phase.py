@@ -95,6 +95,8 @@ def prepare_student(model: nn.Module, dropout: float, train_embeddings: bool) ->
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
+        elif isinstance(vars(module).get("attention_dropout"), (float, int)):  # as ModernBERT's attention has
+            module.attention_dropout = dropout  # type: ignore[assignment]
     encoder = find_encoder(model)
     words_of(encoder).weight.requires_grad_(train_embeddings)
     if encoder is model and getattr(encoder, "pooler", None) is not None:
