@@ -1,9 +1,10 @@
 """Whole models, dense and pruned: our runtime beside those that a user could take instead.
 
 The workloads are real lengths in arrival order at batch 1, 8 and 32 (a SQuAD file's questions, shuffled), and
-lengths of 128 or 384. Every runner has the same weights, and its logits are compared with Hugging Face's
-before it is timed; all are timed in one process, batch by batch in turn, with a short rest between. The
-result is a CSV with a row for each, a Markdown table and a figure.
+lengths of 128 or 384, and of 4,096 where the model takes texts as long. Every runner has the same weights,
+and its logits are compared with Hugging Face's before it is timed; all are timed in one process, batch by
+batch in turn, with a short rest between. The result is a CSV with a row for each, a Markdown table and a
+figure.
 With --device cuda it is the benchmark of the GPU's goals instead, in fp16 with other rivals
 (whole_models/goals.py); --goals runs that on the CPU, in fp32, where most rivals refuse.
 Usage: python benchmarks/bench_models.py --dense TEACHER --pruned OUT --data SQUAD/eval.json --rivals all
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +151,15 @@ def row_facts(timings: dict[str, Timing], entries: list[Contender], peak: float)
 
 
 def measure(
-    source: Source, names: Sequence[str], chosen: list[Workload], arguments: argparse.Namespace, folder: Path
+    source: Source,
+    names: Sequence[str],
+    chosen: list[Workload],
+    arguments: argparse.Namespace,
+    folder: Path,
+    keep: Callable[[list[Row]], None],
 ) -> list[Row]:
-    """All rows, shown as they come: those that were timed on each workload, then the refused runners."""
+    """All rows, shown as they come: those that were timed on each workload, then the refused runners. keep:
+    is given the rows so far after each workload, for a run that stops early."""
     console, device = Console(), arguments.device
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
     peak = harness.ceilings(torch.float32, device, clock)["flops"]
@@ -159,6 +167,8 @@ def measure(
     able, refused = contenders(source, names, device, folder, arguments.cache is not None)
     for row in refused:
         console.print(f"{row['runner']} is left out: {row['refused']}", markup=False, highlight=False)
+    left_out = [{"workload": "all", **row, **harness.stamp()} for row in refused]
+    how = {"device": device, **({"clock": "cpu"} if arguments.cpu_time else {})}
     timed: list[Row] = []
     for workload in chosen:
         entries = [e for e in able if e.runtime != PADDED or workload.name.startswith("arrival")]
@@ -171,9 +181,8 @@ def measure(
         rows = harness.rows(timings, first, row_facts(timings, entries, peak))
         console.print(screen_table(workload, rows))
         timed += rows
-    left_out = [{"workload": "all", **row, **harness.stamp()} for row in refused]
-    # Timed rows first: the header takes its order from them.
-    how = {"device": device, **({"clock": "cpu"} if arguments.cpu_time else {})}
+        # Timed rows first: the header takes its order from them.
+        keep([row | how for row in (*timed, *left_out)])
     return [row | how for row in (*timed, *left_out)]
 
 
@@ -267,7 +276,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         lengths = arrival_lengths(arguments.data, arguments.dense)
     else:
         print("arrival order is left out: its lengths come from --data")
-    chosen = (goal_workloads if arguments.goals else workloads)(lengths, arguments.quick, arguments.workloads)
+    if arguments.goals:
+        chosen = goal_workloads(lengths, arguments.quick, arguments.workloads)
+    else:
+        longest = source.config.max_position_embeddings
+        chosen = workloads(lengths, arguments.quick, arguments.workloads, longest)
     if arguments.memory:
         report_memory(source, chosen[0], arguments.device)
         return
@@ -282,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             if "hf" in names and any(workload.name.startswith("arrival") for workload in chosen):
                 names = [*names, PADDED]
-            rows = measure(source, names, chosen, arguments, folder)
+            rows = measure(source, names, chosen, arguments, folder, partial(write_report, out))
     write_report(out, rows)
     print(f"written to {out}, {out.with_suffix('.md').name} and {out.with_suffix('.png').name}")
 

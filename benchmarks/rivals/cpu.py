@@ -23,7 +23,19 @@ import torch
 from transformers import BertForQuestionAnswering, BertModel
 
 from pruned_ops.models.stock import model_shape
-from rivals.rival import Batch, Logits, Make, Refused, Rival, Run, forward, hugging_face, onnx_graph, package
+from rivals.rival import (
+    Batch,
+    Logits,
+    Make,
+    Refused,
+    Rival,
+    Run,
+    forward,
+    hugging_face,
+    hugging_face_eager,
+    onnx_graph,
+    package,
+)
 
 WORKER = Path(__file__).with_name("ctranslate2_worker.py")
 
@@ -254,6 +266,7 @@ def _ctranslate2_saved(model: Any, folder: Path) -> Path:
 
 CPU_RIVALS = {
     "hf": Rival(hugging_face),
+    "hf-eager": Rival(hugging_face_eager),
     "hf-bfloat16": Rival(hugging_face_bfloat16, "bfloat16"),
     "compile": Rival(compiled),
     "zentorch": Rival(zentorch),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,15 @@ def forward(model: Any) -> Run:
 def hugging_face(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
     """Hugging Face's forward as it is: eager PyTorch on padded batches, scaled_dot_product_attention."""
     return forward(model)
+
+
+def hugging_face_eager(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
+    """Hugging Face's forward with attention in plain products and a softmax, which hold all scores."""
+    if not model._can_set_attn_implementation():
+        raise Refused(f"a {type(model).__name__} has one attention, that of hf")
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    return forward(eager)
 
 
 def compare_logits(run: Run, reference: Run, samples: Sequence[Batch], precision: str) -> dict[str, float]:

@@ -46,6 +46,7 @@ FFN_UNIT = 16
 # Sequences a round: enough batches for a stable sum, few enough for a round of seconds.
 SEQUENCES = {1: 48, 8: 128, 32: 256}
 FIXED = {1: (128,), 8: (128, 384), 32: ()}
+LONG = 4096
 # Where no file is given: lengths of eight windows of a SQuAD file in arrival order, mean 175.
 SQUAD_LIKE = (63, 118, 131, 149, 164, 187, 222, 366)
 # A batch of several lengths and one of one: every runner's logits are checked on them before it is timed.
@@ -125,9 +126,9 @@ def arrival_lengths(data: Path, tokenizer: str) -> list[int]:
     return Questions.cut(load_squad(data).examples, load_tokenizer(tokenizer), 384, 128).arrival_lengths()
 
 
-def workloads(lengths: list[int] | None, quick: bool, patterns: list[str]) -> list[Workload]:
+def workloads(lengths: list[int] | None, quick: bool, patterns: list[str], longest: int) -> list[Workload]:
     """The workloads whose names match a pattern, of these: arrival order where lengths are given, and fixed
-    lengths.
+    lengths, with one text of LONG tokens for a model that takes up to `longest`.
 
     Errors: ValueError for a pattern that matches none."""
     known = []
@@ -136,6 +137,8 @@ def workloads(lengths: list[int] | None, quick: bool, patterns: list[str]) -> li
         if lengths is not None:
             known.append(Workload.arrival_order(lengths, batch_size, batches))
         known += [Workload.fixed(length, batch_size, max(1, batches // 4)) for length in FIXED[batch_size]]
+    if longest >= LONG:
+        known.append(Workload.fixed(LONG, 1, 1))
     return matching(known, patterns)
 
 
