@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
@@ -65,10 +66,10 @@ class Nodes:
         return self.product(x, name, module.weight, module.bias, called)
 
     def norm(self, x: str, name: str, module: Any) -> str:
-        """Add a LayerNorm with its weights."""
-        weights = [self.weight(f"{name}.weight", module.weight)]
-        if module.bias is not None:
-            weights.append(self.weight(f"{name}.bias", module.bias))
+        """Add a LayerNorm with its weights. A bias that it lacks is 0, because ONNX Runtime's optimizer reads
+        one."""
+        bias = torch.zeros_like(module.weight) if module.bias is None else module.bias
+        weights = self.weight(f"{name}.weight", module.weight), self.weight(f"{name}.bias", bias)
         return self.add("LayerNormalization", x, *weights, axis=-1, epsilon=module.eps)
 
     def activation(self, name: str, x: str) -> str:

@@ -3,6 +3,7 @@ head before the last linear."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,23 @@ def test_other_activations(activation: str, tmp_path: Path) -> None:
     more = {"hidden_activation": activation, "classifier_activation": activation}
     model = stock("ModernBert", ANSWERS, **more)
     check(ort_run(pruned_ops.export_onnx(model, tmp_path / "out")), model, BATCHES[:1])
+
+
+@pytest.mark.parametrize("make", [stock, pruned])
+def test_the_transformer_optimizer_takes_it(make: Any, tmp_path: Path) -> None:
+    """It fuses LayerNorms with the sums before them, and leaves attention as it is."""
+    optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
+    model = make("ModernBert" if make is stock else "pruned_modernbert", ANSWERS)
+    logging.disable(logging.WARNING)
+    try:
+        path = pruned_ops.export_onnx(model, tmp_path / "out")
+        fused = optimizer.optimize_model(str(path), model_type="bert", opt_level=0)
+    finally:
+        logging.disable(logging.NOTSET)
+    fused.save_model_to_file(str(tmp_path / "fused.onnx"))
+    kinds = {node.op_type for node in fused.model.graph.node}
+    assert "SkipLayerNormalization" in kinds and "Softmax" in kinds
+    check(ort_run(tmp_path / "fused.onnx"), model, BATCHES)
 
 
 def test_what_comes_before_the_last_linear_is_plain_or_refused(tmp_path: Path) -> None:
