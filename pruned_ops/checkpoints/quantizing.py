@@ -20,6 +20,7 @@ from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.encoder_weights import int8_sources, is_stored_in_int8
+from pruned_ops.runtime.int8_choice import outputs_of, relative_error
 from pruned_ops.runtime.optimize import optimize
 from pruned_ops.runtime.packed_encoder import optimised_encoders
 from pruned_ops.runtime.saving import measured
@@ -44,7 +45,8 @@ _HEADS = {
 class Measured:
     """What int8 changed on the texts that the linears were not chosen by.
 
-    error: the outputs' relative error in the L2 norm. cosine: the lowest of a text's outputs to fp32.
+    error: of the outputs, relative to how much they vary from text to text (see `relative_error`). cosine:
+    the lowest of a text's outputs to fp32.
     linears: how many of the encoder's run in int8, of `of_linears`; fp32_linears: the others' names.
     megabytes, fp32_megabytes: the bytes of the weights in the file, and of the model's in fp32, / 10^6."""
 
@@ -70,7 +72,7 @@ def quantize(
     """Write the model of a folder or a hub name to `out` with int8 weights.
 
     texts: at least 8, of the kind that the model will read. Every second one is for choosing the linears that
-    stay fp32, and the others decide. tolerance: the largest relative error of the outputs there.
+    stay fp32, and the others decide. tolerance: the largest error of the outputs there (see `Measured`).
     round_tables: keep the embeddings in fp16; the error includes that.
     The folder loads as the model that it was made of did, after `import pruned_ops`; its config.json has what
     is returned. Errors: GateNotMet; ValueError for too few texts, for a model that `optimize` does not take,
@@ -87,17 +89,15 @@ def quantize(
         if is_stored_in_int8(model):
             raise ValueError(f"{name} is stored in int8 already")
         batches = _batches(model, tokenizer, held_out)
-        exact = _by_text(model, batches)
+        exact, exact_outputs = _by_text(model, batches), outputs_of(model, batches)
         fp32_bytes = _bytes(model.state_dict())
         if round_tables:
             _round_tables(model)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # it is held against the tolerance below
+            warnings.simplefilter("ignore", RuntimeWarning)  # what stays fp32 is in the report
             chosen_by = _batches(model, tokenizer, calibration)
             optimize(model, dtype="int8", calibration=chosen_by, tolerance=fraction * tolerance)
-        rounded = _by_text(model, batches)
-        difference, norm = torch.cat(rounded) - torch.cat(exact), torch.cat(exact).norm()
-        error = float(difference.norm() / norm.clamp_min(1e-30))
+        rounded, error = _by_text(model, batches), relative_error(outputs_of(model, batches), exact_outputs)
         if error <= tolerance:
             break
     else:

@@ -48,7 +48,8 @@ def add_command(commands: Any) -> None:
         "--tolerance",
         type=float,
         metavar="X",
-        help="how far --dtype's logits may be off, as a share of the saved model's (L2 norm; default: 0.02)",
+        help="how far --dtype's outputs may be off, as a share of how much the saved model's vary (L2 norm; "
+        "default: 0.15)",
     )
     parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
 
@@ -154,7 +155,7 @@ def show(report: Report) -> None:
 
 def _show_narrow(finding: Finding, tolerance: float, is_faulty: bool) -> None:
     """Print how far a narrow dtype is off, and what helps where that is too far."""
-    statement = f"{finding.name} is off by {finding.relative:.4f} of the saved model's logits (L2 norm)"
+    statement = f"{finding.name} is off by {finding.relative:.4f} of what the saved model's outputs vary by"
     if is_faulty:
         way_out = "run it in float32"
         if finding.name == "int8":

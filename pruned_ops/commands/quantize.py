@@ -35,9 +35,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=0.05,
         metavar="X",
-        help="the largest relative error of the outputs, in the L2 norm",
+        help="how far the outputs may be off, as a share of how much they vary from text to text (L2 norm; "
+        "default: 0.15)",
     )
     parser.add_argument(
         "--limit", type=int, default=512, metavar="N", help="how many of the texts are used, at most"
@@ -51,12 +51,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the checkpoint and print what was measured."""
     from pruned_ops.checkpoints.loading import only_errors
     from pruned_ops.checkpoints.quantizing import quantize
+    from pruned_ops.runtime.int8_choice import TOLERANCE
 
     only_errors()
+    tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
     texts = read_texts(arguments.texts, arguments.limit)
-    report = quantize(
-        arguments.model, arguments.out, texts, arguments.tolerance, not arguments.fp32_embeddings
-    )
+    report = quantize(arguments.model, arguments.out, texts, tolerance, not arguments.fp32_embeddings)
     show(report)
     print(f"written to {arguments.out}")
 
@@ -78,8 +78,9 @@ def read_texts(path: Path, limit: int) -> list[Text]:
 def show(report: Measured) -> None:
     """Print what was measured."""
     print(
-        f"on {report.texts} texts that nothing was chosen by, the outputs change by {report.error:.4f} "
-        f"(tolerance {report.tolerance}); the lowest cosine of a text's outputs is {report.cosine:.5f}"
+        f"on {report.texts} texts that nothing was chosen by, the outputs are off by {report.error:.4f} of "
+        f"what they vary by (tolerance {report.tolerance}); the lowest cosine of a text's outputs is "
+        f"{report.cosine:.5f}"
     )
     stay = f"; in fp32 stay {', '.join(report.fp32_linears)}" if report.fp32_linears else ""
     print(f"{report.linears} of {report.of_linears} linear layers are int8{stay}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.ops.registry import BackendError, record, use_backend
@@ -23,6 +24,7 @@ from pruned_ops.qa.decoding import Logits, decode
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.qa.questions import Question, answer_scores
 from pruned_ops.qa.windows import RefusedQuestion, Window, windows
+from pruned_ops.runtime.int8_choice import TOLERANCE, relative_error
 from pruned_ops.runtime.optimize import optimized
 from pruned_ops.runtime.packed_heads import gives_answers, gives_labels
 from pruned_ops.runtime.streaming import padded
@@ -33,8 +35,6 @@ BATCH_SIZE, MAX_LENGTH = 8, 384
 # An op of a backend may err twice as much as plain torch does, plus SLACK. The errors of a model's ops add
 # up, in each backend in another way: twice that is allowed. A fault is hundreds of times as large.
 TIMES, SLACK = 4, 1e-5
-# Such a dtype may be off by this share of the saved model's logits, as `optimize` allows int8.
-TOLERANCE = 0.02
 # The texts where none are given. Their lengths differ, so that batches are padded.
 SAMPLE = (
     Question("Who wrote the first program?", "Ada Lovelace wrote it."),
@@ -78,7 +78,7 @@ class Finding:
     """How one way of running the model did.
 
     error: the largest difference from the fp64 model's outputs. difference: the largest from the saved
-    model's. relative: that difference in the L2 norm, as a share of the saved model's outputs. f1: in
+    model's. relative: all differences together, relative to how much the saved model's outputs vary. f1: in
     percent, where the right answers are known. changed: how many questions got another answer than from the
     saved model, or how many windows another label; None where the model says neither. ran: op -> the backends
     that ran it, with how often.
@@ -96,7 +96,7 @@ class Finding:
 @dataclass(frozen=True)
 class Report:
     """The findings, the saved model's first. refused: the ways that could not run, with the reasons. allowed:
-    the largest error that counts as rounding. tolerance: the largest relative difference of NARROW ones."""
+    the largest error that counts as rounding. tolerance: the largest `relative` of NARROW ones."""
 
     findings: tuple[Finding, ...]
     refused: Mapping[str, str]
@@ -170,7 +170,9 @@ def check(
         if answers is not None and others is not None:
             f1 = _f1(model, others, material)
             changed = sum(answer != other for answer, other in zip(answers, others, strict=True))
-        findings.append(Finding(name, error, difference, _relative(logits, saved), f1, changed, ran))
+        findings.append(
+            Finding(name, error, difference, _relative(material, logits, saved), f1, changed, ran)
+        )
     return Report(tuple(findings), refused, TIMES * own_error + SLACK, tolerance)
 
 
@@ -220,14 +222,20 @@ def _said(model: Any, material: Material, logits: list[Logits]) -> list[str] | N
     return [str(window[0].argmax(-1).tolist()) for window in logits]
 
 
-def _relative(logits: list[Logits], expected: list[Logits]) -> float:
-    """The difference of two runs' logits in the L2 norm, as a share of the second's."""
-    flat, flat_expected = (
-        np.concatenate([np.ravel(array).astype(np.float64) for window in run for array in window])
-        for run in (logits, expected)
-    )
-    norm = float(np.linalg.norm(flat_expected))
-    return float(np.linalg.norm(flat - flat_expected)) / max(norm, 1e-30)
+def _relative(material: Material, logits: list[Logits], expected: list[Logits]) -> float:
+    """How far two runs' logits are apart, as `optimize` judges int8 (see `relative_error`)."""
+    lengths = list(map(len, material.windows))
+
+    def rows(run: list[Logits]) -> list[Tensor]:
+        """Each output of all windows, a row for each token, or for each window."""
+        outputs = []
+        for arrays in zip(*run, strict=True):
+            of_tokens = [len(array) for array in arrays] == lengths
+            rows = [array.reshape(len(array) if of_tokens else 1, -1) for array in arrays]
+            outputs.append(torch.from_numpy(np.concatenate(rows).astype(np.float64)))
+        return outputs
+
+    return relative_error(rows(logits), rows(expected))
 
 
 def _answers(config: Any, material: Material, logits: list[Logits]) -> list[str]:

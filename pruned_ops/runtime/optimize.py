@@ -8,21 +8,20 @@ kept twice: what the kernels read is what `state_dict` and `restore` give back.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pruned_ops.models.stock import is_encoder
 from pruned_ops.ops.backends.cpu import slow_int8
 from pruned_ops.ops.registry import BACKENDS, BackendError
 from pruned_ops.runtime.encoder_weights import is_stored_in_int8
 from pruned_ops.runtime.engine import Engine
-from pruned_ops.runtime.int8_losses import above_limit, told
+from pruned_ops.runtime.int8_choice import TOLERANCE, Batch, choose_int8, leave_out_outliers
 from pruned_ops.runtime.packed_encoder import (
     CHANGING,
     OptimisedEncoder,
@@ -36,9 +35,7 @@ from pruned_ops.runtime.packed_heads import hook_head
 from pruned_ops.runtime.refusals import refuse_encoder, refuse_model
 from pruned_ops.runtime.saving import hook_saving, unhook_saving
 from pruned_ops.runtime.streaming import encode_many, serves
-from pruned_ops.runtime.texts import hook_texts, text_batches, text_model, text_outputs, unhook_texts
-
-Batch = Mapping[str, Any]  # a model's arguments, or the features of a model of sentence-transformers
+from pruned_ops.runtime.texts import hook_texts, unhook_texts
 
 DTYPES = (None, "bfloat16", "int8")  # of the linears
 
@@ -51,7 +48,7 @@ def optimize(
     model: nn.Module,
     dtype: str | None = None,
     calibration: Iterable[Batch | str | Sequence[str]] | None = None,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     graphs: bool = True,
     keep_fp32: bool = True,
 ) -> Any:
@@ -71,12 +68,13 @@ def optimize(
     `save_pretrained` writes the int8 ones. A model that was loaded from such a checkpoint runs in int8. A
     warning tells where int8 is not faster than fp32 on this processor. All else stays in fp32.
     calibration: with int8, batches of real text; for a model of sentence-transformers, a list of texts (of
-    pairs for a CrossEncoder). The linears that hurt the outputs most stay fp32, until the
-    relative error is expected to be within `tolerance` (see `choose_int8`); `model.int8_errors` has each
-    linear's, and a warning tells where the outputs are further off. Without it all linears are int8, but for
-    those that lose more than a tenth of their outputs on random tokens, which a warning names;
-    `model.int8_losses` has each linear's. In both cases some of the text that is run is compared with fp32,
-    and a warning tells where a linear loses more than a tenth.
+    pairs for a CrossEncoder). The outputs decide: they are measured in int8 against fp32, relative to how
+    much they vary from text to text. Linears that put them off by more than `tolerance`, or alone by more
+    than half of it, stay fp32, as few as it takes (see `choose_int8`), and a warning names them;
+    `model.int8_errors` has each linear's error. Without calibration all linears are int8, but for those that
+    lose more than a tenth of their outputs on random tokens, which a warning names; `model.int8_losses` has
+    each linear's. In both cases some of the text that is run is compared with fp32, and a warning tells where
+    a linear loses more than a tenth.
     keep_fp32: with bfloat16, whether the fp32 weights are kept beside the rounded ones, where these differ,
     so that `restore`, `state_dict` and `save_pretrained` give them back. False takes the rounded weights for
     the model's own for good, in half the memory of fp32.
@@ -313,133 +311,3 @@ def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
         for tune_backend in available
         for packed in encoders
     )
-
-
-def leave_out_outliers(model: nn.Module) -> dict[str, float]:
-    """Leave in fp32 the linears of an optimised model that would lose too much in int8 (see `int8_losses`),
-    because some of their inputs or weights are many times as large as the rest.
-
-    Returns every linear's loss on random tokens by its name, which `model.int8_losses` holds too. Warns where
-    a linear is left out.
-    """
-    losses: dict[str, float] = {}
-    for prefix, packed in _packed_by_name(model).items():
-        if packed.stored_int8:  # there is nothing else to run
-            continue
-        own_losses = packed.losses_on_random_tokens()
-        high = above_limit(own_losses)
-        if high:
-            packed.encoder.pack(False, packed.encoder.int8_linears - set(high))
-        losses.update({f"{prefix}.{name}": loss for name, loss in own_losses.items()})
-    model.__dict__["int8_losses"] = losses
-    if high := above_limit(losses):
-        warnings.warn(
-            f"{len(high)} of {len(losses)} linears stay in float32, because int8 would lose {told(high)}: "
-            "some of their inputs or weights are many times as large as the rest; with calibration=batches "
-            "of real text, int8 is judged by the model's outputs instead",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    return losses
-
-
-def _packed_by_name(model: nn.Module) -> dict[str, PackedEncoder]:
-    """What computes the model's encoders, by the names of their stacks of layers."""
-    return {
-        f"{name}.encoder".removeprefix("."): module.packed
-        for name, module in model.named_modules()
-        if isinstance(module, OptimisedEncoder)
-    }
-
-
-def choose_int8(model: nn.Module, calibration: Iterable[Any], tolerance: float) -> dict[str, float]:
-    """Leave in fp32 the linears of an optimised model that hurt its outputs most.
-
-    calibration: batches of the model's arguments, from real text, or texts (see `optimize`). A linear's error
-    is that of the model's outputs at real tokens, relative in the L2 norm, with this linear alone in int8. As
-    squared errors nearly add up, the linears with the largest errors go back to fp32 until the others'
-    squared errors sum to at most tolerance squared. Returns every linear's error by its name, which
-    `model.int8_errors` holds too. Warns where the outputs with all that stay in int8 are off by more than the
-    tolerance.
-    Errors: ValueError for no batch, or a tolerance below 0.
-    """
-    batches = _batches(model, calibration)
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance is {tolerance}; 0 or more is needed")
-    encoders = {prefix: packed.encoder for prefix, packed in _packed_by_name(model).items()}
-    linears = [
-        (prefix, name) for prefix, encoder in encoders.items() for name in sorted(encoder.int8_linears)
-    ]
-
-    def run_in_int8(chosen: Sequence[tuple[str, str]], keep_weights: bool = True) -> None:
-        for prefix, encoder in encoders.items():
-            encoder.pack(keep_weights, [name for owner, name in chosen if owner == prefix])
-
-    run_in_int8([])
-    exact = _outputs(model, batches)
-
-    def error_of(chosen: Sequence[tuple[str, str]], keep_weights: bool = True) -> float:
-        run_in_int8(chosen, keep_weights)
-        return float((_outputs(model, batches) - exact).norm() / exact.norm().clamp_min(1e-30))
-
-    errors = {linear: error_of([linear]) for linear in linears}
-    by_error = sorted(linears, key=errors.__getitem__)
-    totals = accumulate(errors[linear] ** 2 for linear in by_error)
-    chosen = [linear for linear, total in zip(by_error, totals, strict=True) if total <= tolerance**2]
-    reached = error_of(chosen, keep_weights=False)
-    if not reached <= tolerance:
-        warnings.warn(
-            f"with {len(chosen)} of {len(linears)} linears in int8 the outputs are off by {reached:.4f}, "
-            f"more than the tolerance of {tolerance}: ask for a smaller one, and see model.int8_errors",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    by_name = {".".join(linear): error for linear, error in errors.items()}
-    model.__dict__["int8_errors"] = by_name
-    return by_name
-
-
-def _batches(model: nn.Module, calibration: Iterable[Any]) -> list[Batch]:
-    """The batches of a calibration. Errors: ValueError for no batch, and for texts to a model without a
-    tokenizer."""
-    if isinstance(calibration, (str, Mapping)):
-        raise ValueError(
-            f"calibration is a {type(calibration).__name__}; a list of batches or texts is needed"
-        )
-    given = list(calibration)
-    if not given:
-        raise ValueError("calibration has no batch")
-    return list(given) if isinstance(given[0], Mapping) else list(text_batches(model, given))
-
-
-@contextmanager
-def _unwatched(model: nn.Module) -> Iterator[None]:
-    """Runs that measure int8 themselves are not looked at by `Int8Watch`."""
-    watches = [(packed, packed.watch) for packed in packed_encoders(model)]
-    for packed, _ in watches:
-        packed.watch = None
-    try:
-        yield
-    finally:
-        for packed, watch in watches:
-            packed.watch = watch
-
-
-def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """The model's outputs at the real tokens of all batches, as one vector. Of a model of
-    sentence-transformers they are what its `encode` or `predict` reads."""
-    vectors = []
-    is_text_model = text_model(model) is not None
-    with torch.no_grad(), _unwatched(model):
-        for batch in batches:
-            if is_text_model:
-                vectors += [tensor.flatten() for tensor in text_outputs(model, batch)]
-                continue
-            output: Any = model(**batch)
-            mask = batch.get("attention_mask")
-            for tensor in output if isinstance(output, tuple) else output.to_tuple():
-                if isinstance(tensor, Tensor):
-                    if mask is not None and tensor.shape[:2] == mask.shape:  # one row for each token
-                        tensor = tensor[mask.bool()]
-                    vectors.append(tensor.flatten())
-    return torch.cat(vectors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruned_ops.checkpoints.loading import (
     checked_device,
@@ -62,20 +62,22 @@ class Loading:
         """The device. Errors: ValueError for one that cannot be used here."""
         return checked_device(default_device() if self.device is None else self.device)
 
-    def prepare(self, model: Any, encoder: TextEncoder) -> None:
-        """Put a model on its device and, unless it is to be plain, optimise it in place."""
+    def prepare(self, model: Any, encoder: TextEncoder, pad: int) -> None:
+        """Put a model on its device and, unless it is to be plain, optimise it in place. Where there are
+        calibration texts, what the model puts out for them decides what runs in int8. pad: the padding's id.
+        """
         model.to(self.place).eval()
         if not self.plain:
-            batches = list(self._batches(model, encoder)) if self.calibration else None
+            batches = list(self._batches(encoder, pad)) if self.calibration else None
             # Nobody saves what is served: bfloat16 need not keep what it rounds.
             keep = self.dtype != "bfloat16"
             optimize(model, dtype=self.dtype, calibration=batches, keep_fp32=keep)
 
-    def _batches(self, model: Any, encoder: TextEncoder) -> Iterator[Tensors]:
+    def _batches(self, encoder: TextEncoder, pad: int) -> Iterator[Tensors]:
         """The calibration texts as a model's arguments."""
         sequences = encoder.encode(self.calibration, cut=True)
         for places in token_batches(sequences, _CALIBRATION_TOKENS):
-            inputs = padded([sequences[place] for place in places], _pad(model))
+            inputs = padded([sequences[place] for place in places], pad)
             yield {name: tensor.to(self.place) for name, tensor in inputs.items()}
 
 
@@ -169,29 +171,52 @@ def _loaded(auto_class: Any, folder: Path) -> Any:
     return model if getattr(model, "is_quantized", False) else model.float()
 
 
+class _Pooled(nn.Module):
+    """An encoder and its pooling: tokens -> embeddings (texts, dimensions)."""
+
+    def __init__(self, encoder: Any, pooling: str) -> None:
+        super().__init__()
+        self.encoder, self._pooling = encoder, pooling
+
+    def forward(self, **inputs: Any) -> Tensor:
+        hidden = self.encoder(**inputs).last_hidden_state
+        if self._pooling == "cls":
+            return hidden[:, 0]
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+
+class _Chain(nn.Module):
+    """The modules of a model of sentence-transformers, but for a normalisation at the end."""
+
+    def __init__(self, modules: list[Any]) -> None:
+        super().__init__()
+        while type(modules[-1]).__name__ == "Normalize":
+            modules.pop()
+        self.chain = nn.ModuleList(modules)
+
+    def forward(self, **inputs: Any) -> Tensor:
+        features: dict[str, Any] = dict(inputs)
+        for module in self.chain:
+            features = module(features)
+        embedding = features["sentence_embedding"]
+        return embedding.to_dense() if embedding.is_sparse else embedding
+
+
 def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
     """An encoder whose pooling is computed here."""
     from transformers import AutoModel
 
     model, tokenizer = _loaded(AutoModel, folder), load_tokenizer(str(folder))
     limit = _length(tokenizer, model.config, contents.max_tokens)
-    encoder = TextEncoder(tokenizer, limit, contents.lower_case)
-    loading.prepare(model, encoder)
-
-    def mean(**inputs: Any) -> Tensor:
-        hidden = model(**inputs).last_hidden_state
-        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1)
-
-    def cls(**inputs: Any) -> Tensor:
-        return model(**inputs).last_hidden_state[:, 0]
-
+    encoder, pooled = TextEncoder(tokenizer, limit, contents.lower_case), _Pooled(model, contents.pooling)
+    loading.prepare(pooled, encoder, _pad(model))
     return Served(
         name,
         source,
         "embedder",
         encoder,
-        BatchRunner({"mean": mean, "cls": cls}[contents.pooling], _pad(model), loading.place, _rows),
+        BatchRunner(pooled, _pad(model), loading.place, _rows),
         dimension=model.config.hidden_size,
         pooling=contents.pooling,
         prompts=contents.prompts,
@@ -204,7 +229,7 @@ def _classifier(folder: Path, source: str, name: str, loading: Loading, contents
 
     model, tokenizer = _loaded(AutoModelForSequenceClassification, folder), load_tokenizer(str(folder))
     encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
-    loading.prepare(model, encoder)
+    loading.prepare(model, encoder, _pad(model))
     return Served(
         name,
         source,
@@ -219,7 +244,7 @@ def _classifier(folder: Path, source: str, name: str, loading: Loading, contents
 def _question_answering(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
     model, tokenizer = load_model(str(folder), takes_int8=True), load_tokenizer(str(folder))
     encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
-    loading.prepare(model, encoder)
+    loading.prepare(model, encoder, _pad(model))
     answerer = QuestionAnswerer(model, tokenizer, dtype=loading.dtype)
     if loading.plain:
         restore(model)
@@ -239,7 +264,8 @@ def _of_library(folder: Path, source: str, name: str, loading: Loading, contents
     inner, tokenizer = model[0].auto_model, model.tokenizer
     limit = _length(tokenizer, inner.config, model.max_seq_length)
     encoder = TextEncoder(tokenizer, limit, bool(getattr(model[0], "do_lower_case", False)))
-    loading.prepare(inner, encoder)
+    embedder = _Chain(list(model))
+    loading.prepare(embedder, encoder, _pad(inner))
     # The name of this method is another one before sentence-transformers 5.4.
     dimension = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
     return Served(
@@ -247,26 +273,11 @@ def _of_library(folder: Path, source: str, name: str, loading: Loading, contents
         source,
         contents.kind,
         encoder,
-        BatchRunner(_through(list(model)), _pad(inner), loading.place, _rows),
+        BatchRunner(embedder, _pad(inner), loading.place, _rows),
         dimension=int(dimension()),
         pooling=contents.pooling or "the library's own",
         prompts=contents.prompts,
     )
-
-
-def _through(modules: list[Any]) -> Callable[..., Tensor]:
-    """A call of the modules one after another, but for a normalisation at the end."""
-    while type(modules[-1]).__name__ == "Normalize":
-        modules.pop()
-
-    def call(**inputs: Any) -> Tensor:
-        features: dict[str, Any] = dict(inputs)
-        for module in modules:
-            features = module(features)
-        embedding = features["sentence_embedding"]
-        return embedding.to_dense() if embedding.is_sparse else embedding
-
-    return call
 
 
 _MAKERS = {

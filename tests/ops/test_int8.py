@@ -30,7 +30,7 @@ from int8_cases import (
 )
 from pruned_ops.ops.panels import from_int8_panels, quantize, to_int8_panels
 from pruned_ops.ops.registry import OPS, record, use_backend
-from pruned_ops.runtime.optimize import choose_int8
+from pruned_ops.runtime.int8_choice import choose_int8
 
 needs_extension = pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
 
@@ -100,14 +100,16 @@ def test_calibration_keeps_in_fp32_what_hurts() -> None:
     def error(tolerance: float) -> tuple[float, int]:
         fast = pruned_ops.optimize(pruned_model(), dtype="int8", calibration=batches, tolerance=tolerance)
         found = torch.cat([logits(fast, batch)[batch["attention_mask"].bool()] for batch in batches])
-        return float((found - exact).norm() / exact.norm()), len(fast.base_model.packed.encoder.int8_linears)
+        off, varies = (found - exact).norm(dim=0), (exact - exact.mean(0)).norm(dim=0)
+        share = off / torch.maximum(varies, exact.norm(dim=0) / 4)  # of the start logits, and of the end's
+        return float(share.max()), len(fast.base_model.packed.encoder.int8_linears)
 
-    none, some, every = error(0.0), error(0.004), error(1.0)
+    none, some, every = error(0.0), error(0.04), error(1.0)
     assert none[0] < 1e-5 and every[1] == len(
         pruned_ops.optimize(model).base_model.packed.encoder.linear_names
     )
     assert none[1] < some[1] < every[1] and none[0] < some[0] < every[0]
-    assert some[0] < 2 * 0.004  # errors add up nearly
+    assert some[0] <= 0.04
 
 
 @needs_extension

