@@ -7,6 +7,8 @@ the Python of an environment of their own, in processes that wait while others r
 one of two batch sizes for each kind of texts; plain torch has sentence-transformers' default, and ours none.
 Usage: python benchmarks/bench_sentence_transformers.py --data DATA
        python benchmarks/bench_sentence_transformers.py --data DATA --python RIVALS/bin/python --rivals onnx
+       python benchmarks/bench_sentence_transformers.py --data DATA --llama-python LLAMA/bin/python \\
+           --rivals llama.cpp llama.cpp-q8
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from presentation import table
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.refusals import refuse_encoder
 from rivals.rival import Refused
-from rivals.worker import BATCH_SIZES, Worker
+from rivals.worker import Worker
 
 # The shapes, as sentence-transformers' page has them; only "minilm" has real weights, of a package.
 SHAPES = ("minilm", "bert-base", "bert-large", "xlm-r-base")
@@ -63,6 +65,9 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 # Our runners, with the dtype that optimize takes; the last one keeps in fp32 what its calibration finds.
 OURS = {"ours": None, "ours-bf16": "bfloat16", "ours-int8": "int8", "ours-int8-calibrated": "int8"}
 BACKENDS = ("onnx", "onnx-int8", "openvino", "openvino-bf16", "openvino-int8")
+# Rival -> the type of its matrices.
+LLAMA_CPP = {"llama.cpp": "f32", "llama.cpp-f16": "f16", "llama.cpp-q8": "q8_0"}
+LLAMA_CPP_BATCH_SIZES = (1, 4)
 BASELINE = "torch"
 # Texts that OpenVINO's quantisation looks at: its default for the real model, few where weights are random.
 SAMPLES, FEW_SAMPLES = 300, 4
@@ -144,6 +149,13 @@ class Runners:
                 [self._graph_alone(), threads],
                 threads,
             )
+        if name in LLAMA_CPP:
+            if self._arguments.llama_python is None or self._shape.startswith("xlm"):
+                raise Refused("it needs a BERT, and --llama-python of an environment with llama-cpp-python")
+            return Worker(
+                self._arguments.llama_python, "llama_cpp_worker.py",
+                [self._folder, LLAMA_CPP[name], threads, self.longest], threads, LLAMA_CPP_BATCH_SIZES,
+            )  # fmt: skip
         if self._arguments.python is None:
             raise Refused("it needs --python, of an environment with sentence-transformers[onnx,openvino]")
         texts = self._arguments.folder / "calibration"
@@ -186,7 +198,7 @@ def seconds_of(model: Any, texts: Sequence[str], clock: str) -> float:
 def choose_batch_size(model: Worker, texts: Sequence[str], clock: str) -> None:
     """Set the batch size with which the rival is faster on these texts, after a few of them."""
     seconds = {}
-    for size in BATCH_SIZES:
+    for size in model.batch_sizes:
         model.batch_size = size
         model.encode(texts[:8])
         seconds[size] = seconds_of(model, texts, clock)
@@ -262,6 +274,8 @@ def measure(arguments: argparse.Namespace, out: Path) -> list[Row]:
                 keep(speed_rows(shape, kind, runners, texts[kind], arguments.rounds, arguments.clock))
             for task in arguments.quality if shape == "minilm" else ():
                 for name, model in runners.models.items():
+                    if arguments.scored is not None and name not in arguments.scored:
+                        continue
                     value = round(TASKS[task](model, arguments.data, arguments.documents), 3)
                     print(f"{shape} {name}: {task} {value}", flush=True)
                     searched = arguments.documents if task == "scifact" else ""
@@ -298,7 +312,7 @@ def page(rows: Sequence[Row]) -> str:
         second = "CPU second" if speeds[0]["clock"] == "cpu" else "second"
         lines += [
             f"Texts a {second}, and times as fast as plain torch in the same rounds, with "
-            f"{speeds[0]['machine_threads']} threads. Only minilm has real weights.",
+            f"{_counted(speeds[0]['machine_threads'], 'thread')}. Only minilm has real weights.",
             "",
         ]
         cells = []
@@ -318,12 +332,12 @@ def page(rows: Sequence[Row]) -> str:
     scores = [row for row in rows if "score" in row]
     if scores:
         documents = max((row.get("documents") or 0) for row in scores)
-        lines += [
-            "Scores x 100 of minilm. stsb: Spearman's correlation on half of the STS-B test pairs. scifact: "
-            f"nDCG@10 of the evaluation claims over {documents} abstracts.",
-            "",
-        ]
         tasks = list(dict.fromkeys(row["texts"] for row in scores))
+        said = {
+            "stsb": "stsb: Spearman's correlation on half of the STS-B test pairs.",
+            "scifact": f"scifact: nDCG@10 of the evaluation claims over {documents} abstracts.",
+        }
+        lines += [" ".join(["Scores x 100 of minilm.", *(said[task] for task in tasks)]), ""]
         of = {(row["runner"], row["texts"]): row["score"] for row in scores}
         cells = [
             [name, *(f"{of[name, task]:.2f}" if (name, task) in of else "" for task in tasks)]
@@ -332,6 +346,10 @@ def page(rows: Sequence[Row]) -> str:
         ]
         lines += table(["runner", *tasks], cells)
     return "\n".join(lines)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if int(number) == 1 else f"{number} {what}s"
 
 
 def parsed() -> argparse.Namespace:
@@ -349,12 +367,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--rivals",
         nargs="*",
-        choices=[*BACKENDS, "fastembed"],
+        choices=[*BACKENDS, "fastembed", *LLAMA_CPP],
         default=[],
         help="what runs in another Python",
     )
     parser.add_argument("--python", help="Python of an environment with sentence-transformers[onnx,openvino]")
     parser.add_argument("--fastembed-python", help="Python of an environment with fastembed")
+    parser.add_argument("--llama-python", help="Python of an environment with llama-cpp-python and gguf")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/sentence-transformers"),
         help="where models are made, exported and kept for the next run (default: %(default)s)",
@@ -363,6 +382,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds that are timed")
     parser.add_argument(
         "--quality", nargs="*", choices=TASKS, default=list(TASKS), help="tasks that are scored"
+    )
+    parser.add_argument(
+        "--scored", nargs="+", metavar="RUNNER", help="runners whose quality is scored (default: all)"
     )
     parser.add_argument(
         "--documents",

@@ -19,12 +19,19 @@ BATCH_SIZES = (8, 32)
 class Worker:
     """Texts to vectors, computed by a script of this folder in another Python.
 
-    versions: of the packages that run there. batch_size: of the rival's `encode`. Errors: Refused where it
-    does not start, with the last line of what it said."""
+    versions: of the packages that run there. batch_size: of the rival's `encode`, the faster one of
+    batch_sizes. Errors: Refused where it does not start, with the last line of what it said."""
 
-    def __init__(self, python: str, script: str, arguments: Sequence[Any], threads: int) -> None:
+    def __init__(
+        self,
+        python: str,
+        script: str,
+        arguments: Sequence[Any],
+        threads: int,
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+    ) -> None:
         path = Path(__file__).with_name(script)
-        self.batch_size = BATCH_SIZES[-1]
+        self.batch_sizes, self.batch_size = batch_sizes, batch_sizes[-1]
         self._said = tempfile.TemporaryFile()  # a pipe that nobody reads would stop it
         self._process = subprocess.Popen(
             [python, "-P", str(path), *map(str, arguments)],
