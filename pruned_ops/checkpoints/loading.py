@@ -130,9 +130,9 @@ def load_model(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
     config describes, and for whatever else keeps it from loading.
     """
     check_source(name_or_path)
-    with _explained(name_or_path, name_or_path), warnings.catch_warnings():
+    with explained(name_or_path, name_or_path), warnings.catch_warnings():
         warnings.simplefilter("ignore", NewHeadWarning)  # refused below
-        config = _supported_config(name_or_path)
+        config = supported_config(name_or_path)
         if not takes_int8:
             _check_not_quantised(config)
         # Auto classes know no Natural Questions models: the config names the class that was saved.
@@ -144,8 +144,7 @@ def load_model(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
         )
         _check_tensors(info["missing_keys"], info["unexpected_keys"])
         check_weights(model.named_parameters())
-    # transformers refuses `float` on int8 weights, whose others are fp32 already.
-    return (model if getattr(model, "is_quantized", False) else model.float()).eval()
+    return _in_fp32(model).eval()
 
 
 def head_of(config: PretrainedConfig) -> str:
@@ -159,17 +158,18 @@ def head_of(config: PretrainedConfig) -> str:
     raise ValueError(f"its config says that it is {shown(name) if name else 'no class'}; known are {heads}")
 
 
-def load_any_head(name_or_path: str) -> PreTrainedModel:
+def load_any_head(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
     """The model, stock or pruned, of a folder or a hub name, with the head that it was saved with,
     in evaluation mode. An encoder without a head has a pooler where the checkpoint has one.
 
-    Errors: as `load_model`'s, and ValueError for a head that is not known.
+    takes_int8, errors: as `load_model`'s, and ValueError for a head that is not known.
     """
     check_source(name_or_path)
-    with _explained(name_or_path, name_or_path), warnings.catch_warnings():
+    with explained(name_or_path, name_or_path), warnings.catch_warnings():
         warnings.simplefilter("ignore", NewHeadWarning)  # refused below
-        config = _supported_config(name_or_path)
-        _check_not_quantised(config)
+        config = supported_config(name_or_path)
+        if not takes_int8:
+            _check_not_quantised(config)
         head = head_of(config)
         model_class = AUTO_CLASSES.get(head) or natural_questions_class(config.model_type)
         settings: Any = {"output_loading_info": True, "trust_remote_code": False}
@@ -181,7 +181,13 @@ def load_any_head(name_or_path: str) -> PreTrainedModel:
             model, info = model_class.from_pretrained(name_or_path, **settings, add_pooling_layer=True)
         _check_tensors(info["missing_keys"], info["unexpected_keys"], "checkpoint of its class")
         check_weights(model.named_parameters())
-    return model.float().eval()
+    return _in_fp32(model).eval()
+
+
+def _in_fp32(model: Any) -> Any:
+    """The model with fp32 weights; one of int8 weights, whose others are fp32 already, as it is: transformers
+    refuses `float` there."""
+    return model if getattr(model, "is_quantized", False) else model.float()
 
 
 def load_to_fine_tune(
@@ -196,8 +202,8 @@ def load_to_fine_tune(
     check_source(name_or_path)
     if head == "ForQuestionAnswering":
         of_the_config = {"num_labels": 2, **of_the_config}
-    with _explained(name_or_path, name_or_path):
-        config = _supported_config(name_or_path)
+    with explained(name_or_path, name_or_path):
+        config = supported_config(name_or_path)
         _check_not_quantised(config)
         # A head for other labels has tensors of other shapes; an encoder's shapes are its own config's.
         others = {"ignore_mismatched_sizes": True} if of_the_config.get("num_labels") else {}
@@ -215,7 +221,7 @@ def load_to_fine_tune(
     return model
 
 
-def _supported_config(name_or_path: str) -> PretrainedConfig:
+def supported_config(name_or_path: str) -> PretrainedConfig:
     """The config of a model that can be pruned. What the small files in a folder show is refused before any
     library reads them."""
     folder = Path(name_or_path)
@@ -260,7 +266,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARY_FILES):
         # Without any of them an empty tokenizer would be made.
         raise FileNotFoundError(f"{folder} holds no tokenizer: {' or '.join(VOCABULARY_FILES)} is needed")
-    with _explained(f"the tokenizer of {name_or_path}", name_or_path):
+    with explained(f"the tokenizer of {name_or_path}", name_or_path):
         tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path} has no fast tokenizer, and answers need its character offsets")
@@ -287,7 +293,7 @@ def _check_place(name_or_path: str) -> None:
 
 
 @contextmanager
-def _explained(what: str, name_or_path: str) -> Iterator[None]:
+def explained(what: str, name_or_path: str) -> Iterator[None]:
     """Load from a folder or a hub name inside the block. Each library on the way raises errors of its own
     kind, which become ValueErrors that name `what`. Errors: `_check_place`'s, before the hub is asked."""
     _check_place(name_or_path)

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoModelForMaskedLM
 
-from pruned_ops.checkpoints.loading import check_source, load_model
+from pruned_ops.checkpoints.loading import (
+    check_source,
+    explained,
+    load_any_head,
+    load_tokenizer,
+    supported_config,
+)
 from pruned_ops.files import read_json
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
@@ -33,12 +38,6 @@ Text = str | tuple[str, str]
 _FRACTIONS = (0.8, 0.4, 0.2)
 _TEXTS_AT_ONCE = 16
 _MODULES = "modules.json"  # a folder of sentence-transformers has it
-# The end of a class's name in config.json -> the Auto class that loads it. Answering models have a loader.
-_HEADS = {
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-}
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,15 @@ def load(name: str) -> tuple[Any, Any]:
     check_source(name)
     folder = Path(name)
     if (folder / _MODULES).is_file():
-        return _load_text_model(folder), None
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    architecture = (config.architectures or [""])[0]
-    if architecture.endswith(("ForQuestionAnswering", "ForNaturalQuestions")):
-        return load_model(name, takes_int8=True), tokenizer
-    auto = next((kind for end, kind in _HEADS.items() if architecture.endswith(end)), "AutoModel")
-    model = getattr(transformers, auto).from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+        with explained(name, name):
+            return _load_text_model(folder), None
+    tokenizer = load_tokenizer(name)
+    with explained(name, name):
+        config = supported_config(name)
+    if not (config.architectures or [""])[0].endswith("ForMaskedLM"):
+        return load_any_head(name, takes_int8=True), tokenizer
+    with explained(name, name):
+        model: Any = AutoModelForMaskedLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     return model.eval(), tokenizer
 
 

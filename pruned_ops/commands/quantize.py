@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pruned_ops.command_line import check_counts
 from pruned_ops.files import read_text
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     from pruned_ops.checkpoints.quantizing import quantize
     from pruned_ops.runtime.int8_choice import TOLERANCE
 
+    check_counts(arguments, "limit")
     only_errors()
     tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
     texts = read_texts(arguments.texts, arguments.limit)
@@ -71,7 +73,7 @@ def read_texts(path: Path, limit: int) -> list[Text]:
             raise ValueError(f"line {number} of {path} has {len(others)} tabs; a text, or two, are needed")
         if line.strip():
             texts.append((first, others[0]) if others else first)
-    step = max(1, len(texts) // max(1, limit))
+    step = max(1, len(texts) // limit)
     return texts[::step][:limit]
 
 

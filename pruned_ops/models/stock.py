@@ -35,6 +35,8 @@ def encoder_class(name: str) -> type[Any] | None:
     return next((kind for kind in PRUNED_ENCODERS.values() if kind.__name__ == name), None)
 
 
+# The attribute of an encoder's class that says that the encoder is optimised.
+OPTIMISED = "is_optimised"
 # Where a model with several encoders keeps the name of the one that is meant.
 _CHOSEN = "_pruned_ops_encoder"
 
@@ -82,9 +84,32 @@ def find_encoder(model: nn.Module) -> Any:
             "that is meant (encoder=...)"
         )
     if not encoders:
-        known = ", ".join(ENCODER_NAMES)
-        raise ValueError(f"{type(model).__name__} contains no encoder; one of {known} is needed")
+        raise ValueError(_refuse_without(model))
     return next(iter(encoders.values()))
+
+
+def _refuse_without(model: nn.Module) -> str:
+    """Why there is no encoder to be found in a model."""
+    name = type(model).__name__
+    if any(getattr(type(module), OPTIMISED, False) for module in model.modules()):
+        return f"the encoder of this {name} is optimised: pruned_ops.restore(model) makes it what it was"
+    return refuse_subclass(model) or (
+        f"{name} contains no encoder; one of {', '.join(ENCODER_NAMES)} is needed"
+    )
+
+
+def refuse_subclass(model: nn.Module) -> str | None:
+    """Why an encoder inside `model` that is of a subclass of a known one is not taken; None where there is no
+    such."""
+    for name, module in model.named_modules():
+        base = next(filter(is_encoder_class, type(module).__mro__), None)
+        if base is not None and not is_encoder(module):
+            return (
+                f"{f'{name}, ' if name else ''}a {type(module).__name__}, is a subclass of {base.__name__}, "
+                "and what it changes would not be computed: if it changes nothing in the forward, set its "
+                f"__class__ to {base.__name__} first"
+            )
+    return None
 
 
 def running_encoder(model: nn.Module) -> Any:

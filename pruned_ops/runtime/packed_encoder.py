@@ -298,6 +298,7 @@ class OptimisedEncoder(nn.Module):
 
     packed: what computes it. It is no child of the encoder, which keeps its own modules and their names."""
 
+    is_optimised = True  # see stock.OPTIMISED
     packed: PackedEncoder
     required_grad: list[nn.Parameter]
     modes: list[tuple[nn.Module, bool]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import (
     ENCODER_NAMES,
     is_encoder,
-    is_encoder_class,
     layer_list,
     layers_of,
+    refuse_subclass,
     words_of,
 )
 
@@ -42,8 +42,8 @@ def refuse_encoder(encoder: Any, int8: bool = False, bfloat16: bool = False) -> 
     return (
         _refuse_config(config)
         or _refuse_changed_forward(encoder)
-        or _refuse_modules(encoder)
-        or _refuse_parameters(encoder)
+        or refuse_modules(encoder)
+        or refuse_parameters(encoder)
         or _refuse_mixture(encoder)
         or _refuse_disentangled(encoder)
         or (_refuse_int8(encoder) if int8 else None)
@@ -126,8 +126,9 @@ def _is_patched(kind: type[Any]) -> bool:
     return getattr(kind.forward, "__module__", None) not in {base.__module__ for base in kind.__mro__}
 
 
-def _refuse_modules(encoder: Any) -> str | None:
-    """Refuse modules that are not those which the encoder's class makes for its config."""
+def refuse_modules(encoder: Any, beside: Collection[str] = ()) -> str | None:
+    """Refuse modules that are not those which the encoder's class makes for its config. beside: names of
+    modules of the encoder that are not looked at."""
     family = family_of(encoder.config)
     pooler = {"add_pooling_layer": False} if family.has_pooler else {}
     try:
@@ -144,6 +145,8 @@ def _refuse_modules(encoder: Any) -> str | None:
         )
     known = dict(_computed(described))
     for name, module in _computed(encoder):
+        if name.partition(".")[0] in beside:
+            continue
         if name not in known:
             return f"{_place(name)} is a {type(module).__name__} that the config does not describe"
         refusal = _refuse_module(name, module, known.pop(name))
@@ -217,7 +220,7 @@ def _way_out(module: nn.Module) -> str:
     return ": what it computes is not known here"
 
 
-def _refuse_parameters(encoder: Any) -> str | None:
+def refuse_parameters(encoder: Any) -> str | None:
     """Refuse parameters that are not all of one kind, in one place."""
     first = words_of(encoder).weight
     for name, module in _computed(encoder):
@@ -250,17 +253,10 @@ def refuse_model(model: Any) -> str | None:
     modules = list(model.modules())
     if any(map(is_encoder, modules)):
         return None
-    for name, module in model.named_modules():
-        base = next(filter(is_encoder_class, type(module).__mro__), None)
-        if base is not None:
-            return (
-                f"{f'{name}, ' if name else ''}a {type(module).__name__}, is a subclass of {base.__name__}, "
-                "and what it changes would not be computed: if it changes nothing in the forward, set its "
-                f"__class__ to {base.__name__} first"
-            )
-    name = type(model).__name__
-    known = ", ".join(ENCODER_NAMES)
-    return f"no encoder that is known here found in {name}; optimize takes models that contain one of {known}"
+    name, known = type(model).__name__, ", ".join(ENCODER_NAMES)
+    return refuse_subclass(model) or (
+        f"no encoder that is known here found in {name}; optimize takes models that contain one of {known}"
+    )
 
 
 def _refuse_other(model: Any) -> str:

@@ -232,3 +232,39 @@ def test_quantize_takes_a_folder_of_sentence_transformers(tmp_path: Path) -> Non
     plain, fast = (st.SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("fp32", "int8"))
     found, expected = pruned_ops.optimize(fast).encode(texts), plain.encode(texts)
     assert ((found - expected) ** 2).sum() <= 0.2**2 * (expected**2).sum()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("weights", "cannot be loaded: "),
+        ("config", "it is a 'gpt2' model"),
+        ("head", "it is 'BertForMultipleChoice'; known are"),
+        ("tokenizer", "holds no tokenizer"),
+        ("limit", "--limit is 0: at least 1"),
+    ],
+)
+def test_what_quantize_cannot_read_is_one_line(
+    fault: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a library says of a broken file; and a head that would be lost is no bare encoder."""
+    folder = tmp_path / "model"
+    stock("bert", "sequence").save_pretrained(folder)
+    word_tokenizer(90).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    changes: dict[str, dict[str, Any]] = {
+        "config": {"model_type": "gpt2"}, "head": {"architectures": ["BertForMultipleChoice"]},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**config, **changes.get(fault, {})}))
+    if fault == "weights":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-99])
+    if fault == "tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    (tmp_path / "texts.txt").write_text("\n".join(["w1 w2"] * 9))
+    more = ["--limit", "0"] if fault == "limit" else []
+    out = tmp_path / "out"
+    assert main(["quantize", str(folder), str(out), "--texts", str(tmp_path / "texts.txt"), *more]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not out.exists()

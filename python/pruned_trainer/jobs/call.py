@@ -4,7 +4,9 @@ and training arguments; the engine is the command line's."""
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +21,14 @@ from transformers.utils.generic import find_labels
 
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.stock import choose_encoder, config_of, find_encoder
+from pruned_ops.models.stock import (
+    OPTIMISED,
+    choose_encoder,
+    config_of,
+    encoders_of,
+    find_encoder,
+    running_encoder,
+)
 from pruned_trainer.distributed import say, state, world_size
 from pruned_trainer.jobs.examples import DatasetExamples, DatasetTask, Metrics
 from pruned_trainer.jobs.job import (
@@ -33,16 +42,20 @@ from pruned_trainer.jobs.job import (
 )
 from pruned_trainer.jobs.plan import GATE_SHARE
 from pruned_trainer.jobs.prune import finished, run_for_one
-from pruned_trainer.jobs.rows import Rows, as_batch, check_labels, check_rows, columns_of, default_collate
+from pruned_trainer.jobs.row_checks import Expected, check_rows, first_batch, said
+from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
 from pruned_trainer.jobs.settings import OWN_TASK, SCORE_STEPS, PruneSettings
+from pruned_trainer.pruning.attach import HALVES, HOOKS
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import Target
-from pruned_trainer.tasks.output_kinds import OutputKind, Outputs, check_comparable, comparable_outputs
+from pruned_trainer.tasks.output_kinds import Outputs, check_comparable, comparable_outputs
 from pruned_trainer.tasks.task import HELD_OUT, without_labels
 from pruned_trainer.training.batches import GROUP, Collate, Share
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.encoder_states import accepted
-from pruned_trainer.training.teaching import TaskLoss, loss_of
+from pruned_trainer.training.encoder_states import accepted, is_of_a_library
+from pruned_trainer.training.phase import InterruptedTraining
+from pruned_trainer.training.teaching import TaskLoss, logits_config, loss_of
+from pruned_trainer.training.trainer import check_arguments
 
 # The examples in an evaluation batch where the caller's arguments name no other number.
 _EVAL_BATCH = 32
@@ -53,6 +66,8 @@ _OPTIONS = frozenset(
     "train_embeddings align compensate save_steps latency_table overwrite resume decision "
     "average_steps dtype threads".split()
 )
+# Those of them that name a file.
+_PATHS = frozenset(("decision", "latency_table"))
 
 
 @dataclass(frozen=True)
@@ -112,24 +127,90 @@ def prune(
         raise ValueError(
             f"prune has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(_OPTIONS))}"
         )
+    _check_kinds(target, data_collator, compute_metrics, args, distillation, loss, workload)
     if distillation is not None:
         options["distillation"] = distillation
-    dense = copy.deepcopy(model).eval()
+    options |= {name: _path(name, options[name]) for name in _PATHS if options.get(name) is not None}
+    dense = _copied(model, "model")
     if encoder is not None:
         choose_encoder(dense, encoder)
     find_encoder(dense)
+    if isinstance(dense, nn.Sequential):
+        raise ValueError(
+            f"a {type(dense).__name__} takes its inputs as one dictionary: prune it in its own trainer, by "
+            "the GatingTrainerMixin, or from the command line"
+        )
+    teacher = None if teacher is None else _copied(teacher, "teacher")
     call = _Call(dense, teacher, data_collator, compute_metrics, args, loss, workload)
     rows = call.rows(train_dataset, "training dataset")
     judged = call.rows(eval_dataset, "evaluation dataset") if eval_dataset is not None else None
     if judged is None:
         rows, judged = _held_out(rows, call.seed)
+    if out is None and options.get("resume"):
+        raise ValueError("resume goes on in the folder out, and none is given")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(out) if out is not None else Path(scratch) / "out"
+        folder = _path("out", out) if out is not None else Path(scratch) / "out"
         settings = call.settings(target, len(rows), recipe, folder, options)
-        pruned = finished(settings, dense) or run_for_one(
-            settings, lambda settings, table: call.begin(settings, table, rows, judged), page=out is not None
-        )
+        try:
+            pruned = finished(settings, dense) or run_for_one(
+                settings,
+                lambda settings, table: call.begin(settings, table, rows, judged),
+                page=out is not None,
+            )
+        except InterruptedTraining:
+            if out is not None:
+                raise
+            raise InterruptedTraining(
+                "stopped, and nothing is kept: with out= the same call would go on (resume=True)"
+            ) from None
     return PruneResult(pruned.model, pruned.decision, pruned.report)
+
+
+def _check_kinds(
+    target: Any, collator: Any, metrics: Any, args: Any, distillation: Any, loss: Any, workload: Any
+) -> None:
+    """Errors: ValueError for an argument that is something else than what it stands for."""
+    for name, value, kind in (
+        ("target", target, Target), ("args", args, TrainingArguments),
+        ("distillation", distillation, Distillation), ("workload", workload, Workload),
+    ):  # fmt: skip
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} is a {type(value).__name__}, and a {kind.__name__} is needed")
+    for name, value in (("data_collator", collator), ("compute_metrics", metrics), ("loss", loss)):
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} is a {type(value).__name__}, and a function is needed")
+
+
+def _path(name: str, value: Any) -> Path:
+    """The path that an option holds. Errors: ValueError where it holds none."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise ValueError(f"{name} is {value!r}, and a path is needed")
+    return Path(value)
+
+
+def _copied(model: Any, whose: str) -> Any:
+    """A copy of the caller's model to work on, in evaluation mode and at least in float32. Errors: ValueError
+    where it is no model that can be copied and run."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"the {whose} is {kind}: a model is needed, loaded (of a pipeline its .model)")
+    inner = getattr(model, "_orig_mod", model.module if isinstance(model, nn.DataParallel) else None)
+    if inner is not None:  # what torch.compile, or DataParallel, put around it
+        kind, plain = type(model).__name__, type(inner).__name__
+        raise ValueError(f"the {whose} is a {kind}: give the {plain} inside it")
+    if hasattr(model, HOOKS):
+        raise ValueError(f"gates are attached to the {whose} already: detach(model) first")
+    if not any(getattr(type(module), OPTIMISED, False) for module in model.modules()):
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            if tensor.is_meta:
+                raise ValueError(f"the {whose}'s {name} is on the meta device, without values: load them")
+    with said(f"the {whose} cannot be copied"):
+        copied = copy.deepcopy(model).eval()
+    halves = {p.dtype for p in copied.parameters()} & {*HALVES}
+    if halves:
+        say(f"the {whose}'s weights are {', '.join(map(str, halves))}: float32 is what it is used in here")
+        nn.Module.float(copied)
+    return copied
 
 
 def _held_out(rows: Rows, seed: int) -> tuple[Rows, Rows]:
@@ -175,7 +256,8 @@ class _Call:
     def rows(self, data: Iterable[Any], name: str) -> Rows:
         """The data, with the columns that the model takes (all of them, where the caller said so)."""
         keeps_all = self.args is not None and not self.args.remove_unused_columns
-        return Rows(data, name, None if keeps_all else columns_of(self.dense, self.label_names))
+        columns = None if keeps_all else columns_of(self.dense, self.label_names)
+        return Rows(data, name, columns, renames=self.collator is None)
 
     def settings(
         self, target: Target | None, rows: int, recipe: str, out: Path, options: dict[str, Any]
@@ -183,6 +265,11 @@ class _Call:
         """The run's settings: the options, and what the training arguments say."""
         args = self.args
         if args is not None:
+            check_arguments(args)
+            if args.dataloader_drop_last and rows < args.train_batch_size * world_size():
+                raise ValueError(
+                    f"dataloader_drop_last leaves no batch of {args.train_batch_size} of the {rows} rows"
+                )
             batch = args.train_batch_size * args.gradient_accumulation_steps * world_size()
             precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
             rates = {"learning_rate": args.learning_rate, "retrain_learning_rate": args.learning_rate}
@@ -193,7 +280,7 @@ class _Call:
             options = {**given, **options}
         known = {field.name for field in fields(CallSettings)}
         assert options.keys() <= known
-        return CallSettings(
+        return _settings(
             model=_name_of(self.dense),
             train_file=Path("train_dataset"),
             eval_file=Path("eval_dataset"),
@@ -208,27 +295,41 @@ class _Call:
     def begin(self, settings: PruneSettings, table_file: Path | None, rows: Rows, judged: Rows) -> Job:
         """Check everything, and make the job."""
         clock, dense = Clock(), self.dense
-        tokenizer = getattr(self.collator, "tokenizer", None)
-        specials = set(tokenizer.all_special_ids) if tokenizer is not None else set()
-        for data in (rows, judged):
-            check_rows(data, self.collate, self.collator is not None, specials)
-            _check_length(data, dense)
-        teacher = dense if self.teacher is None else copy.deepcopy(self.teacher).eval()
+        teacher = dense if self.teacher is None else self.teacher
         for model in (dense, teacher):
             nn.Module.to(model, state().device)
         check_phases(settings, dense, teacher)
+        tokenizer = getattr(self.collator, "tokenizer", None)
+        configs = {"model": find_encoder(dense).config}
+        if teacher is not dense:
+            configs |= _known_config("teacher", teacher)
+        own_collator = self.collator is not None
+        first, _ = (first_batch(data, self.collate, own_collator, configs) for data in (rows, judged))
+        weights = settings.distillation
+        outputs = self._outputs(dense, "model", first, weights.pooling)
+        if teacher is not dense and weights.needs_teacher:
+            check_comparable(outputs, self._outputs(teacher, "teacher", first, weights.pooling))
+        expected = Expected(
+            configs=configs,
+            specials=frozenset(getattr(tokenizer, "all_special_ids", [config_of(dense).pad_token_id])),
+            kind=outputs.kind,
+            width=next(iter(outputs.values.values())).size(-1),
+            label_names=self.label_names,
+            is_strict=self.loss is None and is_of_a_library(dense),
+        )
+        for data in (rows, judged):
+            check_rows(data, self.collate, own_collator, expected)
+        has_own_loss = self._check_loss(first, weights.task)
         examples = DatasetExamples(
             judged, self.collate, self.label_names, self.metrics,
             self.args.eval_batch_size if self.args is not None else _EVAL_BATCH,
-            settings.distillation.pooling, teacher,
+            settings.distillation.pooling, teacher, dense,
         )  # fmt: skip
+        examples.check_metrics()
         lengths = examples.arrival_lengths()
         workload = self.workload or Workload.arrival_order(
             lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES
         )
-        kind, has_own_loss = self._check_signals(settings, rows, teacher)
-        for data in (rows, judged):
-            check_labels(data, kind, config_of(dense))
         table = latency_table(settings, dense, workload, table_file) if settings.is_timed else None
         share = settings.gate_fraction
         return Job(
@@ -252,49 +353,60 @@ class _Call:
             has_own_loss=has_own_loss,
         )
 
-    def _check_signals(self, settings: PruneSettings, rows: Rows, teacher: Any) -> tuple[OutputKind, bool]:
-        """The kind of the model's outputs, and whether they come with a loss. Errors: ValueError for a loss
-        without a gradient, and for a teacher whose outputs are of another kind."""
-        weights, device = settings.distillation, state().device
-        batch = {name: value.to(device) for name, value in self.collate(rows[:2]).items() if name != GROUP}
+    def _outputs(self, model: nn.Module, whose: str, batch: Mapping[str, Tensor], pooling: str) -> Outputs:
+        """What a model says of a batch without labels. Errors: ValueError where it fails, or says nothing
+        that can be compared with a teacher's."""
+        labels = {*self.label_names, GROUP}
+        asked = {k: v.to(state().device) for k, v in without_labels(batch).items() if k not in labels}
+        with torch.no_grad(), said(f"the {whose} fails on the first rows, without labels"):
+            outputs = model(**accepted(model, asked))
+        config, mask = logits_config(model, self.dense), asked["attention_mask"]
+        found = comparable_outputs(outputs, config, mask, pooling)
+        if any(bool(values.isnan().any()) for values in found.values.values()):
+            raise ValueError(f"the {whose} gives NaN for the first rows: it cannot be pruned, or teach")
+        return found
+
+    def _check_loss(self, batch: Mapping[str, Tensor], weight: float) -> bool:
+        """Whether there is a loss beside the teacher's, for the first rows. weight: that of the loss. Errors:
+        ValueError for a loss that is needed and is none, or has no gradient."""
+        batch = {name: value.to(state().device) for name, value in batch.items() if name != GROUP}
         labelled = any(name in batch for name in self.label_names)
-        with torch.enable_grad():
+        name = f"the {type(self.dense).__name__}" if self.loss is None else "the function loss"
+        with torch.enable_grad(), said(f"{name} fails on the first rows"):
             outputs = self.dense(**batch)
-        if weights.task > 0 and (self.loss is not None or labelled):
-            _check_loss(self.dense, self.loss(outputs, batch) if self.loss else loss_of(outputs))
-        own = self._comparable(self.dense, outputs, batch, weights.pooling)
-        if teacher is not self.dense and weights.needs_teacher:
-            asked = {k: v for k, v in without_labels(batch).items() if k not in self.label_names}
-            with torch.no_grad():
-                taught = teacher(**accepted(teacher, asked))
-            check_comparable(own, self._comparable(teacher, taught, batch, weights.pooling))
-        return own.kind, self.loss is not None or loss_of(outputs) is not None
-
-    @staticmethod
-    def _comparable(model: Any, outputs: Any, batch: Mapping[str, Tensor], pooling: str) -> Outputs:
-        return comparable_outputs(outputs, config_of(model), batch["attention_mask"], pooling)
+            loss = loss_of(outputs) if self.loss is None else self.loss(outputs, batch)
+        if weight > 0 and labelled:
+            _check_loss(name, loss)
+        elif weight > 0 and self.loss is not None and loss is not None:
+            _check_loss(name, loss)
+        return loss is not None
 
 
-def _check_loss(model: nn.Module, loss: Any) -> None:
-    name = type(model).__name__
+def _settings(**values: Any) -> CallSettings:
+    """The settings with these values. Errors: ValueError, also for a value of another type."""
+    try:
+        return CallSettings(**values)
+    except TypeError as error:
+        raise ValueError(f"an option is of another type than it can be ({error})") from error
+
+
+def _known_config(whose: str, model: nn.Module) -> dict[str, Any]:
+    """The config of a model's encoder, where it has one that is known."""
+    return {whose: running_encoder(model).config} if encoders_of(model) else {}
+
+
+def _check_loss(name: str, loss: Any) -> None:
     if loss is None:
         raise ValueError(
-            f"the {name} returns no loss for a batch with labels: give loss=, a function of outputs and "
+            f"{name} returns no loss for a batch with labels: give loss=, a function of outputs and "
             "batch, or leave the labels out"
         )
     if not isinstance(loss, Tensor) or loss.dim():
-        raise ValueError(f"the loss of the {name} is no scalar tensor")
+        raise ValueError(f"the loss of {name} is no scalar tensor")
     if not loss.requires_grad:
-        raise ValueError(f"the loss of the {name} has no gradient: it was computed without one, or detached")
-
-
-def _check_length(rows: Rows, model: nn.Module) -> None:
-    longest, limit = max(rows.lengths), longest_sequence(config_of(model))
-    if longest > limit:
-        raise ValueError(
-            f"row {rows.lengths.index(longest)} of the {rows.name} has {longest} tokens; the model's "
-            f"position table allows {limit}"
-        )
+        raise ValueError(f"the loss of {name} has no gradient: it was computed without one, or detached")
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"the loss of {name} is {float(loss.detach())} on the first rows")
 
 
 def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options: Mapping[str, Any]) -> Any:

@@ -17,15 +17,17 @@ from transformers import EvalPrediction
 
 from pruned_ops.models.stock import config_of
 from pruned_ops.qa.questions import arrival_lengths
-from pruned_trainer.distributed import shared
+from pruned_trainer.distributed import say, shared
 from pruned_trainer.jobs.job import running
-from pruned_trainer.jobs.rows import Rows
+from pruned_trainer.jobs.row_checks import said
+from pruned_trainer.jobs.rows import Rows, label_of
 from pruned_trainer.tasks.faults import DataFaults
 from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind, comparable_outputs
 from pruned_trainer.tasks.resampling import interval, samples
 from pruned_trainer.tasks.task import Score, without_labels
 from pruned_trainer.training.batches import GROUP, NUMBER, Collate
 from pruned_trainer.training.encoder_states import accepted
+from pruned_trainer.training.teaching import logits_config
 
 Metrics = Callable[[EvalPrediction], Mapping[str, float]]
 # What a model says of one example: arrays by name, without padding.
@@ -49,7 +51,8 @@ class DatasetExamples:
 
     label_names: the entries of a batch that are labels. compute_metrics: as for transformers' Trainer; None
     for accuracy or Spearman's correlation with the labels, where there are such. teacher: what models are
-    compared with, once it is known. pooling: as for `comparable_outputs`.
+    compared with, once it is known. dense: the model before pruning, which stays as it is. pooling: as for
+    `comparable_outputs`.
     """
 
     rows: Rows
@@ -59,8 +62,9 @@ class DatasetExamples:
     batch_size: int
     pooling: str
     teacher: nn.Module | None = None
+    dense: nn.Module | None = None
     kind: OutputKind = OutputKind.CLASSES
-    _taught: list[RowOutputs] | None = None
+    _known: dict[int, list[RowOutputs]] = field(default_factory=dict)
     _names: tuple[str, ...] = ()
 
     noun, metric_digits = "examples", 4
@@ -98,10 +102,22 @@ class DatasetExamples:
         self._names = tuple(name for name in result.scores() if name != "metrics")
         return result
 
+    def check_metrics(self) -> None:
+        """Compute the caller's metrics once, of the model before pruning. Errors: ValueError where they fail
+        on these rows."""
+        if self.compute_metrics is None:
+            return
+        if self.gold() is None:
+            say(f"the {self.rows.name} has no labels: compute_metrics has nothing to measure")
+            return
+        result = DatasetResult(self, self._outputs(self.dense), None)
+        with said(f"compute_metrics fails on the {self.rows.name}"):
+            result.scores()
+
     def _outputs(self, model: Any) -> list[RowOutputs]:
-        """What the model says of each row; the teacher is asked once."""
-        if model is self.teacher and self._taught is not None:
-            return self._taught
+        """What the model says of each row; the teacher, and the model before pruning, are asked once."""
+        if id(model) in self._known:
+            return self._known[id(model)]
         order = sorted(range(len(self.rows)), key=self.rows.lengths.__getitem__)
         groups = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         with running(model) as fast, torch.no_grad():
@@ -110,8 +126,8 @@ class DatasetExamples:
         for group, values in zip(groups, by_group, strict=True):
             for number, value in zip(group, values, strict=True):
                 outputs[number] = value
-        if model is self.teacher:
-            self._taught = outputs
+        if model is self.teacher or model is self.dense:
+            self._known[id(model)] = outputs
         return outputs
 
     def _outputs_of_groups(self, model: Any, groups: Sequence[list[int]]) -> list[list[RowOutputs]]:
@@ -123,7 +139,8 @@ class DatasetExamples:
         mask = batch["attention_mask"]
         beside = (*self.label_names, NUMBER, GROUP)
         asked = {k: v for k, v in without_labels(batch).items() if k not in beside}
-        outputs = comparable_outputs(model(**accepted(model, asked)), config_of(model), mask, self.pooling)
+        config = config_of(model) if self.dense is None else logits_config(model, self.dense)
+        outputs = comparable_outputs(model(**accepted(model, asked)), config, mask, self.pooling)
         self.kind = outputs.kind
         of_tokens = outputs.kind in (OutputKind.TOKENS, OutputKind.SPANS)
         return [
@@ -140,8 +157,8 @@ class DatasetExamples:
     def gold(self) -> Any:
         """The labels of all rows as transformers' Trainer gives them to a metric; None where there are
         none."""
-        names = [name for name in self.label_names if name in self.rows[0]]
-        columns = [_stacked([np.asarray(row[name]) for row in self.rows]) for name in names]
+        names = [name for name in self.label_names if label_of(self.rows[0], name) is not None]
+        columns = [_stacked([np.asarray(label_of(row, name)) for row in self.rows]) for name in names]
         return None if not columns else columns[0] if len(columns) == 1 else tuple(columns)
 
 
@@ -208,11 +225,10 @@ class DatasetResult:
             outputs = tuple(values[rows] for values in self._stacked_outputs)
             predictions: Any = outputs[0] if len(outputs) == 1 else outputs
             computed = examples.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
-            metrics = {
-                name: float(value)
-                for name, value in computed.items()
-                if np.ndim(value) == 0 and _is_number(value)
-            }
+            if not isinstance(computed, Mapping):
+                kind = type(computed).__name__
+                raise TypeError(f"it gives a {kind}, and a dictionary of numbers is needed")
+            metrics = {name: float(value) for name, value in computed.items() if _is_number(value)}
         elif isinstance(gold, np.ndarray):
             metrics = self._against_labels(gold, rows)
         if self.taught is not None:
@@ -259,6 +275,8 @@ def _spearman(pairs: NDArray[Any]) -> float:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 

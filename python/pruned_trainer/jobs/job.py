@@ -32,7 +32,7 @@ from pruned_trainer.distributed import once, per_process, say, state
 from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
-from pruned_trainer.pruning.compact import check_parts_of
+from pruned_trainer.pruning.compact import check_prunable
 from pruned_trainer.pruning.compensate import refuse_compensation
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import BY_LABELS
@@ -238,7 +238,7 @@ def _with_unlabelled(settings: PruneSettings, features: Features, tokenizer: Any
 def check_signal(job: Job) -> None:
     """ValueError where a phase would have nothing to learn from, or its scores need labels that there are
     not."""
-    settings, labelled = job.settings, is_labelled(job.train[0])
+    settings, labelled = job.settings, is_labelled(job.collate([job.train[0]]))
     scores_by_loss = settings.recipe in BY_LABELS
     if scores_by_loss and (not labelled or job.task_loss is not None):
         raise ValueError(
@@ -396,7 +396,7 @@ def budget_for(
 ) -> Budget:
     """The budget in the targets' unit (MACs where there is no target); ValueError for a target out of
     reach, and for parts or a compensation that the model does not allow."""
-    check_parts_of(dense, settings.parts)
+    check_prunable(dense, settings.parts)
     refuse_compensation(dense, settings.compensation)
     shape = model_shape(dense)
     if not settings.targets:

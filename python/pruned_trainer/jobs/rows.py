@@ -1,5 +1,5 @@
-"""The data of a caller's own: rows with the columns that a model takes, and what is wrong with them, found
-before any training."""
+"""The data of a caller's own: rows with the columns that a model takes, and the batches made of them;
+`row_checks` finds what is wrong with them."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind
 from pruned_trainer.training.batches import GROUP, Collate, pad_batch
 
 # The names that data sets give their labels, beside the one of the models' argument.
 _LABEL_NAMES = ("label", "label_ids")
-# Rows of which a batch is made to learn their lengths, where only the collator knows them.
-_AT_ONCE = 64
 
 
 class Rows(Sequence[dict[str, Any]]):
     """The rows of a dataset, or of any iterable of dictionaries, under the models' argument names.
 
-    name: what the dataset is called in messages. columns: those that are kept, None for all. Errors:
-    ValueError for data without rows, or with a row that is no dictionary.
+    name: what the dataset is called in messages. columns: those that are kept, None for all. renames: whether
+    a data set's own name of the labels becomes the models'; a collator of the caller's does that itself.
+    Errors: ValueError for data without rows, or with a row that is no dictionary.
     """
 
-    def __init__(self, data: Iterable[Any], name: str, columns: Collection[str] | None = None) -> None:
-        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, Mapping):
-            if isinstance(data, (str, bytes, Mapping)):
-                raise ValueError(
-                    f"the {name} is a {type(data).__name__}: rows that are dictionaries are needed"
-                )
+    def __init__(
+        self, data: Iterable[Any], name: str, columns: Collection[str] | None = None, renames: bool = True
+    ) -> None:
+        is_table = hasattr(data, "to_dict") and hasattr(data, "columns")  # pandas' and its like
+        if is_table or isinstance(data, (str, bytes, Mapping)) or not _is_iterable(data):
+            remedy = ' (to_dict("records") makes them)' if is_table else ""
+            raise ValueError(
+                f"the {name} is a {type(data).__name__}: rows that are dictionaries are needed{remedy}"
+            )
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             data = list(data)
         self.data: Any = data
-        self.name, self.columns, self.lengths = name, columns, list[int]()
+        self.name, self.columns, self.renames, self.lengths = name, columns, renames, list[int]()
         if len(self) == 0:
             raise ValueError(f"the {name} has no rows")
 
@@ -49,14 +50,38 @@ class Rows(Sequence[dict[str, Any]]):
             raise ValueError(
                 f"row {number} of the {self.name} is a {type(row).__name__}: a dictionary is needed"
             )
-        named = {"labels" if name in _LABEL_NAMES else name: value for name, value in row.items()}
-        if self.columns is None:
-            return named
-        return {name: value for name, value in named.items() if name in self.columns}
+        named = {name: value for name, value in row.items() if self._keeps(name)}
+        other = _label_name(named)
+        if self.renames and other in _LABEL_NAMES:
+            named["labels"] = named[other]
+        return {k: v for k, v in named.items() if k not in _LABEL_NAMES} if self.renames else named
+
+    def _keeps(self, column: str) -> bool:
+        return self.columns is None or column in self.columns or column in _LABEL_NAMES
 
     def part(self, numbers: Sequence[int]) -> Rows:
         """The rows of these numbers alone."""
-        return Rows([self.data[number] for number in numbers], self.name, self.columns)
+        return Rows([self.data[number] for number in numbers], self.name, self.columns, self.renames)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The columns of the first row that are not kept."""
+        return [name for name in self.data[0] if not self._keeps(name)]
+
+
+def _label_name(row: Mapping[str, Any]) -> str | None:
+    """What a row calls its labels: as the models do, where it has more than one such name."""
+    return next((name for name in ("labels", *_LABEL_NAMES) if name in row), None)
+
+
+def label_of(row: Mapping[str, Any], name: str) -> Any:
+    """The labels of a row, by the models' name for them; None where it has none."""
+    own = _label_name(row) if name == "labels" else name
+    return None if own is None else row.get(own)
+
+
+def _is_iterable(data: Any) -> bool:
+    return hasattr(data, "__iter__") or hasattr(data, "__getitem__")
 
 
 def columns_of(model: nn.Module, more: Collection[str] = ()) -> set[str] | None:
@@ -84,74 +109,9 @@ def as_batch(collate: Callable[[Any], Mapping[str, Any]]) -> Collate:
     """The batches of the caller's own collator, as plain dictionaries of tensors."""
 
     def batch(features: Any, multiple: int = 1) -> dict[str, Tensor]:
-        return {name: value for name, value in collate(list(features)).items() if isinstance(value, Tensor)}
+        made = collate(list(features))
+        if not isinstance(made, Mapping):
+            raise TypeError(f"it gives a {type(made).__name__}, and a dictionary of tensors is needed")
+        return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
     return batch
-
-
-def check_rows(rows: Rows, collate: Collate, own_collator: bool, specials: Collection[int]) -> None:
-    """Read all rows once, and note their lengths in tokens.
-
-    own_collator: whether the caller gave the collator, which may then make ids of other columns. specials:
-    ids of tokens that are no text. Errors: ValueError for a missing column, a collator without a mask, and
-    an empty text, with the row.
-    """
-    _check_batch(rows, collate, own_collator)
-    if "input_ids" in rows[0]:
-        for number, row in enumerate(rows):
-            ids = row.get("input_ids")
-            if ids is None:
-                raise ValueError(f"row {number} of the {rows.name} has no input_ids")
-            rows.lengths.append(len(ids))
-            _check_not_empty(rows, number, ids, specials)
-        return
-    for start in range(0, len(rows), _AT_ONCE):
-        batch = collate(rows[start : start + _AT_ONCE])
-        for place, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
-            real = ids[mask.bool()]
-            rows.lengths.append(len(real))
-            _check_not_empty(rows, start + place, real.tolist(), specials)
-
-
-def _check_batch(rows: Rows, collate: Collate, own_collator: bool) -> None:
-    if not own_collator and "input_ids" not in rows[0]:
-        has = ", ".join(rows.data[0])
-        raise ValueError(
-            f"the {rows.name} has no column input_ids (it has {has or 'none'}): tokenise it first, or give a "
-            "data_collator that does"
-        )
-    batch = collate(rows[:2])
-    for name in ("input_ids", "attention_mask"):
-        if name not in batch:
-            raise ValueError(
-                f"the data collator gives no {name} (it gives {', '.join(batch) or 'nothing'}): without it "
-                "padding cannot be told from text"
-            )
-
-
-def _check_not_empty(rows: Rows, number: int, ids: Any, specials: Collection[int]) -> None:
-    if not len(ids) or all(int(token) in specials for token in ids):
-        raise ValueError(f"row {number} of the {rows.name} is an empty text: leave it out")
-
-
-def check_labels(rows: Rows, kind: OutputKind, config: Any) -> None:
-    """ValueError for a label that the model's config does not have, with the row."""
-    number = getattr(config, "num_labels", None)
-    if number is None or kind not in (OutputKind.CLASSES, OutputKind.TOKENS) or "labels" not in rows[0]:
-        return
-    for place, row in enumerate(rows):
-        label = row["labels"]
-        values = torch.as_tensor(label) if not isinstance(label, str) else None
-        if values is None or values.is_floating_point():
-            raise ValueError(
-                f"row {place} of the {rows.name} has the label {label!r}: a number from 0 to {number - 1} is "
-                "needed"
-            )
-        wrong = values[(values != IGNORED) & ((values < 0) | (values >= number))]
-        if kind is OutputKind.CLASSES and wrong.numel() == 0:
-            wrong = values[values == IGNORED]
-        if wrong.numel():
-            raise ValueError(
-                f"row {place} of the {rows.name} has the label {int(wrong.flatten()[0])}, and the model's "
-                f"config has {number} labels (0 to {number - 1})"
-            )

@@ -17,6 +17,7 @@ from pruned_trainer.pruning.options import DEFAULT_PARTS
 
 _NAME = "pruning_gates"
 HOOKS = "_pruning_gate_hooks"
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS) -> Gates:
@@ -27,11 +28,15 @@ def attach(model: nn.Module, seed: int = 0, parts: Sequence[str] = DEFAULT_PARTS
     attention output projection (all head_dim columns of a head by one gate) and of each FFN output
     projection. Hidden gates multiply the output of every LayerNorm, and of the projection of the embeddings
     where there is one; a closed dimension leaves the LayerNorm's statistics. The gates follow the model's
-    train/eval mode. Errors: ValueError if gates are attached already.
+    train/eval mode. Errors: ValueError if gates are attached already, and for weights of half precision.
     """
     if hasattr(model, HOOKS):
         raise ValueError("gates are attached to this model already; detach(model) first")
     encoder = find_encoder(model)
+    if encoder.dtype in HALVES:
+        raise ValueError(
+            f"the encoder's weights are {encoder.dtype}, and gates train in float32: call model.float() first"
+        )
     if "hidden" in parts:
         refuse_hidden(encoder)
     shape = model_shape(encoder)
@@ -101,7 +106,7 @@ def gated_layer_norm(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps:
 
     x: (..., hidden). gate: (hidden,) or (..., hidden). Closed dimensions come out as 0.
     """
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # as torch's own under autocast
+    x = x.float() if x.dtype in HALVES else x  # as torch's own under autocast
     is_open = (gate > 0).to(x.dtype)
     number = is_open.sum(-1, keepdim=True).clamp(min=1)
     mean = (x * is_open).sum(-1, keepdim=True) / number

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruned_ops import ModelShape
+from pruned_ops.layers.int8 import Int8Linear
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.encoder import PRUNED_ENCODERS
 from pruned_ops.models.families.description import Family, LayerNames
@@ -19,6 +20,7 @@ from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import pruned_counterpart
 from pruned_ops.models.relative_bias import heads_of_layers
 from pruned_ops.models.stock import encoder_shape, find_encoder, projection_of
+from pruned_ops.runtime.refusals import refuse_modules, refuse_parameters
 from pruned_trainer.pruning.attach import HOOKS, refuse_hidden
 from pruned_trainer.pruning.compensate import compensate as compensate_narrow
 from pruned_trainer.pruning.compensate import text_batches
@@ -63,6 +65,7 @@ def compact(
 def _narrow(model: Any, decision: Decision) -> Any:
     """The model without the closed parts."""
     encoder = find_encoder(model)
+    _check_described(encoder)
     _check_fits(decision, encoder_shape(encoder))
     around = _known_around(model, encoder)
     if decision.hidden is not None:
@@ -72,12 +75,30 @@ def _narrow(model: Any, decision: Decision) -> Any:
     return new if old is model else _copied_around(model, old, new)
 
 
-def check_parts_of(model: nn.Module, parts: Sequence[str]) -> None:
-    """ValueError where hidden dimensions are to be pruned under a head that cannot lose its own."""
+def check_prunable(model: nn.Module, parts: Sequence[str]) -> None:
+    """ValueError where the encoder in `model` is not what its config describes, or cannot be trained; and
+    where hidden dimensions are to be pruned under a head that cannot lose its own."""
+    encoder = find_encoder(model)
+    _check_described(encoder)
+    if any(isinstance(module, Int8Linear) for module in encoder.modules()):
+        raise ValueError(
+            "the encoder's weights are stored in int8, and cannot be trained: give the fp32 checkpoint that "
+            "they were made from"
+        )
+    refusal = refuse_parameters(encoder)
+    if refusal is not None:
+        raise ValueError(f"the {type(encoder).__name__} cannot be pruned, because {refusal}")
     if "hidden" in parts:
-        encoder = find_encoder(model)
         refuse_hidden(encoder)
         _check_hidden(model, encoder, _known_around(model, encoder))
+
+
+def _check_described(encoder: Any) -> None:
+    """ValueError for an encoder with modules that its config does not describe, which its pruned class would
+    be without."""
+    refusal = refuse_modules(encoder, _ONLY_IN_TRAINING)
+    if refusal is not None:
+        raise ValueError(f"the {type(encoder).__name__} cannot be pruned, because {refusal}")
 
 
 def _known_around(model: nn.Module, encoder: Any) -> Any:

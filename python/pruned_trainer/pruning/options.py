@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 # What gates can be put on. Every layer has its own heads and FFN units; all layers share the hidden
 # dimensions.
@@ -51,7 +52,10 @@ class Target:
             raise ValueError(
                 f"exactly one target of {', '.join(UNITS)} is needed; got {', '.join(given) or 'none'}"
             )
-        unit, value = given[0], self.value
+        unit, number = given[0], getattr(self, given[0])
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise ValueError(f"target {unit} is {number!r}: a number is needed")
+        value = self.value
         if unit in ("params", "macs") and not 0 < value < 1:
             raise ValueError(f"target {unit} is {value}: a fraction kept between 0 and 1 is needed")
         if unit == "speedup" and not 1 < value < float("inf"):
@@ -88,6 +92,8 @@ class Target:
 
 def check_parts(parts: Sequence[str]) -> None:
     """ValueError unless these are one or more of PARTS."""
+    if isinstance(parts, str):
+        raise ValueError(f"parts are {parts!r}: a list of one or more of {', '.join(PARTS)} is needed")
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(
             f"parts are {', '.join(parts) or 'none'}: one or more of {', '.join(PARTS)} is needed"

@@ -37,6 +37,11 @@ def lengths_of(features: Features) -> list[int]:
     return list(known) if known is not None else [len(feature["input_ids"]) for feature in features]
 
 
+def entries(value: Any) -> int | None:
+    """How many entries a list, an array or a tensor has; None for a single number."""
+    return len(value) if hasattr(value, "__len__") and getattr(value, "ndim", True) else None
+
+
 class Numbered(Sequence[dict[str, Any]]):
     """The same windows, each with its position among all of them as NUMBER."""
 
@@ -158,17 +163,20 @@ def pad_batch(
     rounded = -(-longest // multiple) * multiple
     longest = max(longest, rounded if limit is None else min(rounded, limit))
     batch = {}
-    for name, first in features[0].items():
-        values = [feature[name] for feature in features]
-        of_tokens = hasattr(first, "__len__") and all(
-            len(value) == len(feature["input_ids"]) for value, feature in zip(values, features, strict=True)
+    for name in features[0]:
+        values = [torch.as_tensor(feature[name]) for feature in features]
+        # Labels that are no whole numbers are of the text, and not of its tokens.
+        of_tokens = not (name == "labels" and values[0].is_floating_point()) and all(
+            value.dim() == 1 and len(value) == len(feature["input_ids"])
+            for value, feature in zip(values, features, strict=True)
         )
         if not of_tokens:
-            batch[name] = torch.stack([torch.as_tensor(value) for value in values])
+            batch[name] = torch.stack(values)
             continue
         fill = {"input_ids": pad_token_id, "labels": IGNORED}.get(name, 0)
-        padded = torch.full((len(features), longest), fill, dtype=torch.long)
+        dtype = values[0].dtype if values[0].is_floating_point() else torch.long
+        padded = torch.full((len(features), longest), fill, dtype=dtype)
         for row, value in enumerate(values):
-            padded[row, : len(value)] = torch.as_tensor(value)
+            padded[row, : len(value)] = value
         batch[name] = padded
     return batch

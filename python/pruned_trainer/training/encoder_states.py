@@ -118,14 +118,15 @@ def run_model(
             return model(dict(inputs)), states
     if not with_states:
         return model(**inputs), []
-    if _is_of_a_library(own):
+    if is_of_a_library(own):
         outputs = model(**inputs, output_hidden_states=True)
         return outputs, [States(outputs.hidden_states, inputs["attention_mask"])]
     with capturing(own) as states:
         return model(**inputs), states
 
 
-def _is_of_a_library(model: nn.Module) -> bool:
+def is_of_a_library(model: nn.Module) -> bool:
+    """Whether the model's class is one of transformers or of pruned_ops, and no subclass of the caller's."""
     return type(model).__module__.partition(".")[0] in ("transformers", "pruned_ops")
 
 

@@ -3,6 +3,8 @@ subclass."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.stock import choose_encoder, config_of, find_encoder, model_shape
+from pruned_ops.shape import checked_int
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget, make_budget
-from pruned_trainer.pruning.compact import check_parts_of
+from pruned_trainer.pruning.compact import check_prunable
 from pruned_trainer.pruning.decision import Decision, decide
 from pruned_trainer.pruning.gate_phase import SETTLING_STEPS, HoldTarget
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target
@@ -51,7 +54,7 @@ class Gating:
         self.model, self.budget, self.target, self.phase = model, budget, target, phase
         self.teaching, self.steps, self.align = teaching, steps, align
         self.done = 0
-        self._states = states
+        self._states, self._is_priced = states, False
         self._optimizer = torch.optim.AdamW([phase.group(steps)])
         warm = max(1, steps // 20)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -86,6 +89,7 @@ class Gating:
         if not self.model.training:
             return torch.zeros((), device=self._device)
         price, self.facts = self.phase.loss(self.done / self.steps)
+        self._is_priced = True
         return price
 
     def taught(self, call: Call, groups: Tensor | None = None) -> Tensor:
@@ -100,7 +104,21 @@ class Gating:
 
     def step(self) -> None:
         """Move the gates by the gradients that the caller's backward pass left; once for every step of the
-        caller's optimiser."""
+        caller's optimiser.
+
+        Errors: ValueError where it left none, because gates would stay open as they are.
+        """
+        if not self._is_priced:
+            raise ValueError(
+                "gates have no price in this step: gates.loss(outputs, batch) was not computed, or the model "
+                "is in evaluation mode (model.train())"
+            )
+        if all(gate.grad is None for gate in self.phase.gates.locations()):
+            raise ValueError(
+                "no gradient reached the gates: add gates.loss(outputs, batch) to the loss, give the "
+                "optimiser gates.parameters(), and clear gradients by optimizer.zero_grad()"
+            )
+        self._is_priced = False
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._scheduler.step()
@@ -152,16 +170,24 @@ def gating(
     of the model. distillation: the weights of what it teaches; by default its outputs and no hidden states.
     lengths: the texts' lengths in tokens, for a target in MACs. workload: the batches that a target in time
     is for; how long each part of a layer takes with them is measured first. encoder: the name of the one that
-    is pruned, where the model has several. Errors: ValueError for a target out of reach, and as for `attach`.
+    is pruned, where the model has several. Errors: ValueError for a target out of reach, a teacher that has
+    the model's own weights, and as for `attach`.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}: gates need one step or more")
+    if not isinstance(target, Target):
+        raise ValueError(f"target is a {type(target).__name__}, and a Target is needed: Target(speedup=2.0)")
+    checked_int("steps", steps, 1)
+    if align is not None:
+        checked_int("align", align, 1)
+    if teacher is not None and {*map(id, teacher.parameters())} & {*map(id, model.parameters())}:
+        raise ValueError(
+            "the teacher has the model's own weights, which the gates will change: give copy.deepcopy(model)"
+        )
     weights = distillation or (Distillation.none() if teacher is None else Distillation(task=1.0, hidden=0.0))
     if teacher is None and weights.needs_teacher:
         raise ValueError("the distillation losses need a teacher")
     if encoder is not None:
         choose_encoder(model, encoder)
-    check_parts_of(model, parts)
+    check_prunable(model, parts)
     budget, table_align = _budget(model, target, lengths, workload)
     align = align or table_align
     budget.check_reachable(target, parts, align)
@@ -189,6 +215,10 @@ def _budget(
     return make_budget(target, model_shape(model), lengths, table), table.align
 
 
+# What `gating` takes, but for what a Trainer knows itself.
+_OPTIONS = frozenset(inspect.signature(gating).parameters) - {"model", "steps"}
+
+
 class GatingTrainerMixin:
     """Prunes inside a Trainer: `class MyTrainer(GatingTrainerMixin, Trainer)`.
 
@@ -206,16 +236,26 @@ class GatingTrainerMixin:
             raise ValueError("several GPUs in one process are not supported: start a process each (torchrun)")
         if self.args.fp16:  # type: ignore[attr-defined]
             raise ValueError("gates do not train in fp16, whose gradients are scaled: bf16 and fp32 work")
+        if self.args.load_best_model_at_end:  # type: ignore[attr-defined]
+            raise ValueError(
+                "load_best_model_at_end would take a step before the gates came to the target: leave it out"
+            )
+        unknown = sorted({*gating} - _OPTIONS)
+        if unknown or "target" not in gating:
+            fault = f"has no option {', '.join(unknown)}" if unknown else "needs a target"
+            raise ValueError(f"gating {fault}; its options are {', '.join(sorted(_OPTIONS))}")
         self._gating_options = dict(gating)
         self._gating: Gating | None = None
         self.decision: Decision | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train with gates, and decide at the end."""
-        with gating(self.model, steps=self._planned_steps(), **self._gating_options) as self._gating:  # type: ignore[attr-defined]
-            result = super().train(*args, **kwargs)  # type: ignore[misc]
-            self.decision = self._gating.decide()
-        self._gating = None
+        try:
+            with gating(self.model, steps=self._planned_steps(), **self._gating_options) as self._gating:  # type: ignore[attr-defined]
+                result = super().train(*args, **kwargs)  # type: ignore[misc]
+                self.decision = self._gating.decide()
+        finally:
+            self._gating = None
         return result
 
     def _planned_steps(self) -> int:
@@ -224,8 +264,8 @@ class GatingTrainerMixin:
         if arguments.max_steps > 0:
             return int(arguments.max_steps)
         batches = len(self.get_train_dataloader())  # type: ignore[attr-defined]
-        each = max(batches // arguments.gradient_accumulation_steps, 1)
-        return max(1, int(each * arguments.num_train_epochs))
+        each = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+        return max(1, math.ceil(each * arguments.num_train_epochs))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

@@ -132,11 +132,19 @@ class Teaching:
         # The teacher runs as it was made, also where the student runs under autocast.
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
             outputs, states = run_model(self.teacher, questions, hidden, as_one=as_one)
-        taught = comparable_outputs(outputs, config_of(self.teacher), mask, self.distillation.pooling)
+        config = logits_config(self.teacher, self.student)
+        taught = comparable_outputs(outputs, config, mask, self.distillation.pooling)
         if self.cache is not None and numbers is not None:
             start, end, *types = (logits.cpu() for logits in taught.values.values())
             self.cache.store(numbers.cpu(), start, end, mask.cpu(), *types)
         return taught, states
+
+
+def logits_config(model: nn.Module, beside: nn.Module) -> Any:
+    """The config that says what a model's logits are: its own, or where that does not say, that of the model
+    `beside` it, which transformers may have told by the labels that it was given."""
+    config = getattr(model, "config", None)
+    return config_of(beside) if getattr(config, "problem_type", None) is None else config
 
 
 def loss_of(outputs: Any) -> Tensor | None:

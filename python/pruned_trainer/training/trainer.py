@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
 
 from pruned_trainer.distributed import on_any
 from pruned_trainer.pruning.gate_phase import GatePhase
@@ -32,6 +33,19 @@ from pruned_trainer.training.teacher_cache import TeacherCache
 from pruned_trainer.training.teaching import TaskLoss, Teaching
 
 _SAVING = "saving"
+# The optimiser of weights and gates, by transformers' names for it.
+_OPTIMISERS = ("adamw_torch", "adamw_torch_fused")
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """ValueError for training arguments that would be without effect here."""
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor is not applied to the losses here: leave it out, or give your own loss"
+        )
+    if args.optim not in _OPTIMISERS:
+        name, known = OptimizerNames(args.optim).value, ", ".join(_OPTIMISERS)
+        raise ValueError(f"optim is {name}: weights and gates are trained by AdamW ({known})")
 
 
 class PruningTrainer(Trainer):
@@ -65,6 +79,7 @@ class PruningTrainer(Trainer):
                 "several GPUs in one process are not supported: start a process each (torchrun, "
                 "accelerate launch), or choose one with CUDA_VISIBLE_DEVICES"
             )
+        check_arguments(args)
         if args.device.type == "cpu":
             keep_freed_memory()
         self.teaching = Teaching(model, teacher, distillation, kept_hidden, cache, task_loss)

@@ -24,7 +24,7 @@ from inputs import padded_batch, shake
 from pruned_ops.models.stock import choose_encoder, find_encoder
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer import Decision, SizeBudget, Target, attached, compact, decide
-from pruned_trainer.pruning.compact import check_parts_of
+from pruned_trainer.pruning.compact import check_prunable
 from tiny_tokenizers import word_tokenizer, words
 
 BATCH = padded_batch((20, 3, 11), pad_token_id=1)
@@ -180,7 +180,7 @@ def test_hidden_dimensions_stay_under_other_heads() -> None:
     torch.manual_seed(0)
     for model in (TwoTowersOnOne(), BertModel(dense_config()).eval()):
         with pytest.raises(ValueError, match="hidden dimensions cannot be pruned under the head of this"):
-            check_parts_of(model, ["hidden"])
+            check_prunable(model, ["hidden"])
         with pytest.raises(ValueError, match="hidden dimensions cannot be pruned under the head of this"):
             decided(model, lambda m: m(**BATCH), hidden=True)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
+import pruned_ops
 from head_models import SIZES, stock
 from inputs import padded_batch
 from pruned_trainer import Distillation, GatingTrainerMixin, Target, compact, gating
@@ -61,8 +62,84 @@ def test_hidden_states_teach_in_a_loop_too() -> None:
         pass
 
 
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no target": ({"target": 0.5}, "target is a float, and a Target is needed"),
+    "no steps": ({"steps": 0}, "steps is 0: at least 1"),
+    "half a step": ({"steps": 2.5}, "steps is 2.5: an integer"),
+    "no multiple": ({"align": 0}, "align is 0: at least 1"),
+    "itself": ({"teacher": "itself"}, "teacher has the model's own weights"),
+    "half precision": ({"model": lambda: stock("bert", "sequence").bfloat16()}, "gates train in float32"),
+    "optimised": ({"model": lambda: pruned_ops.optimize(stock("bert", "sequence"))}, "is optimised: prun"),
+    "no weights": ({"model": lambda: stock("bert", "sequence").to("meta")}, "on the meta device"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_gated_is_refused(name: str) -> None:
+    changes, message = REFUSED[name]
+    call: dict[str, Any] = {
+        "model": lambda: stock("bert", "sequence"),
+        "target": Target(params=0.5),
+        **changes,
+    }
+    call["model"] = call["model"]()
+    if call.get("teacher") == "itself":
+        call["teacher"] = call["model"]
+    with pytest.raises(ValueError, match=message), gating(**call):
+        pass
+    assert not hasattr(call["model"], "pruning_gates")
+
+
+def test_a_step_that_leaves_the_gates_as_they_are_is_an_error() -> None:
+    """Gates of a model in evaluation mode have no price, and a model's own zero_grad clears theirs."""
+    model = stock("bert", "sequence")
+    with gating(model, Target(params=0.5), 2) as gates:
+        outputs = model(**BATCH)
+        (outputs.loss + gates.loss(outputs, BATCH)).backward()
+        with pytest.raises(ValueError, match="in evaluation mode"):
+            gates.step()
+        model.train()
+        outputs = model(**BATCH)
+        (outputs.loss + gates.loss(outputs, BATCH)).backward()
+        model.zero_grad()
+        with pytest.raises(ValueError, match="no gradient reached the gates"):
+            gates.step()
+        outputs = model(**BATCH)
+        (outputs.loss + gates.loss(outputs, BATCH)).backward()
+        gates.step()
+
+
 class Pruner(GatingTrainerMixin, Trainer):
     pass
+
+
+def test_the_mixin_refuses_before_it_trains(tmp_path: Path) -> None:
+    def pruner(gating: dict[str, Any], **more: Any) -> Any:
+        args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, **more)
+        return Pruner(stock("bert", "sequence"), args, train_dataset=[BATCH], gating=gating)
+
+    target = {"target": Target(params=0.5)}
+    with pytest.raises(ValueError, match="gating has no option steps, teachers; its options are align"):
+        pruner({**target, "teachers": None, "steps": 3})
+    with pytest.raises(ValueError, match="gating needs a target"):
+        pruner({})
+    with pytest.raises(ValueError, match="load_best_model_at_end would take a step"):
+        pruner(target, load_best_model_at_end=True, eval_strategy="no", save_strategy="no")
+
+
+def test_the_gates_of_a_trainer_have_all_its_steps(tmp_path: Path) -> None:
+    """Of batches that gradient accumulation does not divide, the last ones are a step, too."""
+    data = [{name: tensor[i] for name, tensor in BATCH.items()} for i in range(3)] * 4
+    args = TrainingArguments(
+        str(tmp_path), num_train_epochs=1.5, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Pruner(
+        stock("bert", "sequence"), args, train_dataset=data, gating={"target": Target(params=0.5)}
+    )
+    planned = trainer._planned_steps()
+    trainer.train()
+    assert planned == trainer.state.global_step == 3
 
 
 def test_the_mixin_prunes_in_a_trainer(tmp_path: Path) -> None:
