@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -172,6 +172,14 @@ def row(server: str, phase: str, load: Load, each: int, **more: Any) -> harness.
     }
 
 
+def _version(package: str) -> str:
+    """The version of a package; nothing where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 class Bench:
     """The servers, and what was measured of them. The files are written after each measurement, so that a
     run which is ended early leaves what it has."""
@@ -183,7 +191,10 @@ class Bench:
             "texts_per_request": arguments.texts_per_request,
             "model": arguments.model.name,
             **harness.stamp(),
-            **{f"version_{package}": version(package) for package in ("fastapi", "uvicorn", "h11")},
+            **{
+                f"version_{package}": _version(package)
+                for package in ("fastapi", "uvicorn", "httptools", "orjson")
+            },
         }
         self.texts = texts_of(arguments.model)
         self.targets: dict[str, Target] = {}

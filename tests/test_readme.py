@@ -115,7 +115,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @contextlib.contextmanager
 def server_of(models: dict[str, Path]) -> Iterator[str]:
     """The address of a server of what the page on serving serves."""
-    for package in ("fastapi", "prometheus_client"):
+    for package in ("fastapi", "orjson", "prometheus_client"):
         pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
     from pruned_ops.serving.models import Loading, load_all
     from served import served

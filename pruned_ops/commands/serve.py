@@ -13,7 +13,7 @@ from pruned_ops.serving.limits import Limits
 if TYPE_CHECKING:
     from pruned_ops.serving.models import Loading, Served
 
-MISSING = 'the server needs FastAPI, uvicorn and prometheus-client: pip install "pruned_ops[serve]"'
+MISSING = 'the server needs FastAPI, uvicorn, orjson and prometheus-client: pip install "pruned_ops[serve]"'
 # The fields of Limits that options set, with what each is in the help.
 _COUNTS = {
     "body_bytes": "bytes of a request at most",

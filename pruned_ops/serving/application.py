@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -23,6 +23,7 @@ from pruned_ops.serving.refusals import Refusal
 from pruned_ops.serving.service import ClientGone, Service, as_json
 
 Route = Callable[[Service, Request], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 POSTED: dict[str, Route] = {
     "/embed": tei.embed,
@@ -56,22 +57,42 @@ class Access:
 def application(service: Service, access: Access) -> Any:
     """The server as an ASGI application."""
     app = FastAPI(title="pruned-ops serve", docs_url=None, redoc_url=None, openapi_url=None)
-    for path, route in POSTED.items():
-        app.router.add_route(path, _endpoint(service, route), methods=["POST"])
-    app.router.add_route("/", _endpoint(service, _default_route(service)), methods=["POST"])
+    posted = {path: _endpoint(service, route) for path, route in POSTED.items()}
+    posted["/"] = _endpoint(service, _default_route(service))
+    for path, endpoint in posted.items():
+        app.router.add_route(path, endpoint, methods=["POST"])
     _add_information(app, service)
     app.add_exception_handler(HTTPException, _unrouted)
+    routed: Any = Posted(app, posted)
     if access.origins:
-        app.add_middleware(
-            CORSMiddleware,
+        routed = CORSMiddleware(
+            routed,
             allow_origins=list(access.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    return Guard(app, service, access.hosts, access.keys, {*POSTED, *GOT})
+    return Guard(routed, service, access.hosts, access.keys, {*POSTED, *GOT})
 
 
-def _endpoint(service: Service, route: Route) -> Callable[[Request], Awaitable[Response]]:
+class Posted:
+    """An application around another: what is posted to a known path goes to its endpoint at once, without
+    FastAPI's layers and its search through all routes."""
+
+    def __init__(self, application: Any, endpoints: Mapping[str, Endpoint]) -> None:
+        self._application, self._endpoints = application, endpoints
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        endpoint = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self._endpoints.get(scope["path"])
+        if endpoint is None:
+            await self._application(scope, receive, send)
+            return
+        response = await endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+
+def _endpoint(service: Service, route: Route) -> Endpoint:
     """The route with its refusals said in the words of its API."""
 
     async def endpoint(request: Request) -> Response:

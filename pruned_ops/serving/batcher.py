@@ -139,17 +139,27 @@ class Batcher:
 
     async def run(self, model: Computes, sequences: list[Any], arrival: Arrival | None = None) -> list[Any]:
         """The results of the sequences. Where the caller is cancelled, what was not begun is dropped.
-        arrival: the request whose texts these are. Errors: Refusal where too much waits, the server ends, or
-        the model fails."""
+        arrival, and errors: as `begin`'s; Refusal where the model fails."""
+        job = self.begin(model, sequences, arrival)
+        try:
+            return await job.done
+        finally:
+            self.forget(job)
+
+    def begin(self, model: Computes, sequences: list[Any], arrival: Arrival | None = None) -> Job:
+        """A job of the sequences, whose `done` will have their results; `forget` has to be called after that,
+        or earlier. arrival: the request whose texts these are. Errors: Refusal where too much waits, or the
+        server ends."""
         job = Job.of(model, sequences, asyncio.get_running_loop())
         self._add(job)
         if arrival is not None:
             arrival.is_over()
-        try:
-            return await job.done
-        finally:
-            self._under_way.discard(job)
-            self._drop(job)
+        return job
+
+    def forget(self, job: Job) -> None:
+        """Nobody waits for the job any more: what of it was not begun is dropped."""
+        self._under_way.discard(job)
+        self._drop(job)
 
     def _add(self, job: Job) -> None:
         if self._ends:
@@ -174,6 +184,8 @@ class Batcher:
 
     def _drop(self, job: Job) -> None:
         """Let what is left of a job not be computed."""
+        if not job.left:
+            return
         with self._changed:
             if not job.left:
                 return
@@ -286,18 +298,23 @@ def _not_finite(model: Computes, part: Part) -> Refusal:
 
 
 def _settle(ended: list[tuple[Job, Refusal | None]]) -> None:
-    """Hand jobs that ended to their callers, with their results or what went wrong."""
+    """Hand jobs that ended to their callers, with their results or what went wrong; all at once, because each
+    call into a loop wakes it."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Refusal | None]]] = {}
     for job, refusal in ended:
+        by_loop.setdefault(job.done.get_loop(), []).append((job, refusal))
+    for loop, jobs in by_loop.items():
         try:
-            job.done.get_loop().call_soon_threadsafe(_hand_over, job, refusal)
+            loop.call_soon_threadsafe(_hand_over, jobs)
         except RuntimeError:
             pass  # the loop was closed meanwhile
 
 
-def _hand_over(job: Job, refusal: Refusal | None) -> None:
-    if job.done.done():
-        return
-    if refusal is None:
-        job.done.set_result(job.results)
-    else:
-        job.done.set_exception(refusal)
+def _hand_over(ended: list[tuple[Job, Refusal | None]]) -> None:
+    for job, refusal in ended:
+        if job.done.done():
+            continue
+        if refusal is None:
+            job.done.set_result(job.results)
+        else:
+            job.done.set_exception(refusal)

@@ -15,15 +15,21 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pruned_ops.serving.limits import Limits
+
+try:
+    from pruned_ops.serving.reading import HttpProtocol
+except ModuleNotFoundError:  # without httptools h11 reads the same, in Python, which takes longer
+    from uvicorn.protocols.http.h11_impl import H11Protocol as HttpProtocol  # type: ignore[assignment]
 
 # Seconds that a connection may lie idle between two requests. Clients keep theirs for a minute or less.
 _IDLE = 75
 # Seconds that connections have to close once nothing is under way any more.
 _LAST_WORDS = 2.0
 _EVERY_ADDRESS = ("", "0.0.0.0", "::")
+# Bytes of a request's head. httptools has no limit of its own; h11's is the same.
+_HEAD_BYTES = 1 << 16
 
 
 class Hosts:
@@ -105,12 +111,14 @@ class Joined:
             self._transport.write(b"".join(parts))
 
 
-class _Impatient(H11Protocol):
-    """Drops a client that does not send a whole request, or does not take its answer, in time."""
+class _Impatient(HttpProtocol):
+    """Drops a client that does not send a whole request, or does not take its answer, in time, or whose
+    request has no end of its head."""
 
     patience: float
     sending: asyncio.TimerHandle | None = None
     taking: asyncio.TimerHandle | None = None
+    head_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -121,6 +129,10 @@ class _Impatient(H11Protocol):
     def data_received(self, data: bytes) -> None:
         self._wait_for_request()
         super().data_received(data)
+        is_head = self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)
+        self.head_bytes = self.head_bytes + len(data) if is_head else 0
+        if self.head_bytes > _HEAD_BYTES:
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         self._cancel_sending()

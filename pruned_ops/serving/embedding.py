@@ -40,7 +40,7 @@ async def embeddings(
         if not 1 <= dimensions <= served.dimension:
             sentence = f"{served.name} has {served.dimension} dimensions; {dimensions} cannot be had"
             raise Refusal("invalid", sentence, "dimensions")
-        vectors = vectors[:, :dimensions]
+        vectors = np.ascontiguousarray(vectors[:, :dimensions])
     return normalised(vectors) if normalise else vectors, sum(map(len, sequences))
 
 

@@ -39,7 +39,7 @@ async def create_embeddings(service: Service, request: Request) -> Response:
 
 def _written(vectors: FloatArray, encoding: str) -> list[Any]:
     if encoding == "float":
-        return vectors.tolist()
+        return list(vectors)
     return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in np.asarray(vectors)]
 
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
-from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 
 from pruned_ops.files import parse_json, shown
@@ -171,16 +171,18 @@ class Service:
     async def computed(self, request: Request, served: Served, sequences: list[Any]) -> list[Any]:
         """The model's result for each sequence. Where the client leaves meanwhile, the work is dropped.
         Errors: Refusal; ClientGone."""
-        answered = asyncio.ensure_future(self.batcher.run(served, sequences, request.state.arrival))
+        job = self.batcher.begin(served, sequences, request.state.arrival)
         left = asyncio.ensure_future(_left(request))
+        left.add_done_callback(lambda _: job.done.cancel())
         try:
-            await asyncio.wait((answered, left), return_when=asyncio.FIRST_COMPLETED)
-            if not answered.done():
-                raise ClientGone
-            return answered.result()
+            return await job.done
+        except asyncio.CancelledError:
+            if left.done():
+                raise ClientGone from None
+            raise
         finally:
             left.cancel()
-            answered.cancel()
+            self.batcher.forget(job)
 
 
 async def _left(request: Request) -> None:
@@ -204,5 +206,7 @@ def characters(texts: Iterable[str]) -> int:
 
 
 def as_json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with this value."""
-    return Response(to_json(value), status, headers, "application/json")
+    """A response with this value, in which numpy's arrays are lists; a float32 has as few digits as tell it
+    from others."""
+    content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(content, status, headers, "application/json")

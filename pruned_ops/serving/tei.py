@@ -94,7 +94,7 @@ async def embedded(service: Service, request: Request, form: EmbedRequest) -> Re
         cut=_cuts(service, form), side=_side(form), prompt_name=form.prompt_name, dimensions=form.dimensions,
         normalise=form.normalize is not False,
     )  # fmt: skip
-    return as_json(vectors.tolist(), headers=_computed(tokens))
+    return as_json(vectors, headers=_computed(tokens))
 
 
 async def embed_sparse(service: Service, request: Request) -> Response:
@@ -198,7 +198,7 @@ async def compared(service: Service, request: Request, form: SimilarityRequest) 
     vectors, tokens = await embeddings(
         service, request, served, texts, "inputs", cut=_cuts(service, form.parameters)
     )
-    return as_json((vectors[1:] @ vectors[0]).tolist(), headers=_computed(tokens))
+    return as_json(vectors[1:] @ vectors[0], headers=_computed(tokens))
 
 
 def _computed(tokens: int) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-for package in ("fastapi", "prometheus_client"):
+for package in ("fastapi", "orjson", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
 from pruned_ops.serving.limits import Limits  # noqa: E402

@@ -144,7 +144,7 @@ def test_sentence_transformers(pruned_type: str, kind: str, head: str, tmp_path:
 
 @TYPES
 def test_served(reader: Path, pruned_type: str, tmp_path: Path) -> None:
-    for package in ("fastapi", "prometheus_client"):
+    for package in ("fastapi", "orjson", "prometheus_client"):
         pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
     from pruned_ops.serving.models import Loading, load
 

@@ -114,7 +114,7 @@ BODIES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    for package in ("fastapi", "prometheus_client"):
+    for package in ("fastapi", "orjson", "prometheus_client"):
         pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
     from fastapi.testclient import TestClient
 

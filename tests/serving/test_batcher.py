@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-for package in ("fastapi", "prometheus_client"):
+for package in ("fastapi", "orjson", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
 from pruned_ops.runtime.streaming import TOKENS_ON_A_CPU  # noqa: E402

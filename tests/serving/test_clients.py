@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-for package in ("fastapi", "prometheus_client"):
+for package in ("fastapi", "orjson", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
 from pruned_ops.serving.models import Served  # noqa: E402

@@ -20,7 +20,7 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-for package in ("fastapi", "prometheus_client"):
+for package in ("fastapi", "orjson", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
 import numpy as np  # noqa: E402
@@ -204,6 +204,40 @@ def test_a_client_that_sends_a_byte_at_a_time_is_dropped(slow: Slow) -> None:
                     client.sendall(b" ")
                     time.sleep(0.01)
         assert lives(url)
+
+
+def test_a_client_whose_head_has_no_end_is_dropped(slow: Slow) -> None:
+    with served({"slow": slow}) as (url, *_):
+        with begun(url, b"GET /health HTTP/1.1\r\nHost: localhost\r\n") as client:
+            with pytest.raises(ConnectionError):
+                for number in range(10_000):
+                    client.sendall(b"X-%d: %s\r\n" % (number, b"a" * 1000))
+        assert lives(url)
+
+
+def test_a_large_body_that_is_refused_unread_is_no_head(slow: Slow) -> None:
+    """Its sender gets to read the refusal, and may go on."""
+    body = json.dumps({"inputs": "w" * 300_000}).encode()
+    with served({"slow": slow}, Limits(requests=1)) as (url, *_), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(asked, url)
+        assert slow.is_asked.wait(HUNG)
+        with begun(url, whole(body)[:1000]) as client:
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 429")
+            client.sendall(whole(body)[1000:])
+            slow.may_answer.set()
+            assert first.result(HUNG)[0] == 200
+            client.sendall(whole())
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+def test_an_upgrade_that_is_not_to_be_had_is_answered_without(slow: Slow) -> None:
+    """As Java's HttpClient asks for it, with a body, and on the same connection again."""
+    slow.may_answer.set()
+    upgrade = HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEA\r\n"
+    with served({"slow": slow}) as (url, *_), begun(url, b"") as client:
+        for _ in range(2):
+            client.sendall(upgrade + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 def test_a_client_that_does_not_take_its_answer_is_dropped(slow: Slow) -> None:

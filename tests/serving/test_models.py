@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, BertForMaskedLM
 
-for package in ("fastapi", "prometheus_client"):
+for package in ("fastapi", "orjson", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
 import pruned_ops  # noqa: E402

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-for package in ("fastapi", "prometheus_client"):
+for package in ("fastapi", "orjson", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
 from fastapi.testclient import TestClient  # noqa: E402
