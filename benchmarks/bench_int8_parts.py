@@ -1,12 +1,13 @@
-"""Where the time of an int8 encoder goes: products, quantising, GELU, LayerNorm, attention, waiting.
+"""Where the time of an encoder goes: products, quantising, GELU, LayerNorm, attention, waiting.
 
 A child process runs `ops.encoder` on random weights under `perf record`; every sample's address is looked up
 among the inlined functions of the extension, which says what part of a layer it belongs to. Milliseconds are
 of processor time, of all threads together, so that other work on the machine is not counted. With
 --instructions the child runs under callgrind instead, which counts instructions; valgrind has no AVX-512, so
-these are the AVX2 kernels'. Needs `perf` or `valgrind`, binutils, and an extension with line numbers:
-`PRUNED_OPS_BUILD_LINES=1 python setup.py build_ext --inplace`.
-Usage: python benchmarks/bench_int8_parts.py [--threads 1] [--seconds 4] [--save NAME]
+these are the AVX2 kernels'. Beside the parts stands what torch's own fp32 product of two large matrices
+reaches here: the peak of a core, for all that is known of it without its clock. Needs `perf` or `valgrind`,
+binutils, and an extension with line numbers: `PRUNED_OPS_BUILD_LINES=1 python setup.py build_ext --inplace`.
+Usage: python benchmarks/bench_int8_parts.py [--threads 1] [--dtypes int8 float32] [--seconds 4] [--save NAME]
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ import harness
 from harness import Row
 from pruned_ops import ops
 from pruned_ops.ops.backends.cpu import extension
-from pruned_ops.ops.panels import attention_part, ffn_part, inner_width, is_attention, to_int8_panels
+from pruned_ops.ops.panels import (
+    attention_part,
+    ffn_part,
+    inner_width,
+    is_attention,
+    to_int8_panels,
+    to_panels,
+)
 
 # Hidden size, FFN width, layers, heads. BERT-base's layers are alike: a third of them tells the same.
 MODELS = {"MiniLM-L6": (384, 1536, 6, 12), "BERT-base, 4 layers": (768, 3072, 4, 12)}
@@ -51,10 +59,12 @@ PARTS = (
     ("scales and bias", r"tile_kernel\.h|linear_kernel\.h"),
 )  # fmt: skip
 REST = "rest"
+DTYPES = ("int8", "float32")
+SQUARE = 1024  # rows and columns of the matrices whose product shows the peak
 
 
-def arguments(model: str, batch: int, length: int) -> list[object]:
-    """`ops.encoder`'s arguments for a dense model of this shape with random int8 weights."""
+def arguments(model: str, dtype: str, batch: int, length: int) -> list[object]:
+    """`ops.encoder`'s arguments for a dense model of this shape with random weights of `dtype`."""
     hidden, width, layers, heads = MODELS[model]
     torch.manual_seed(0)
     weights: list[Tensor] = []
@@ -63,8 +73,12 @@ def arguments(model: str, batch: int, length: int) -> list[object]:
     for part in widths:
         inner = inner_width(part, head_dim)
         for out, inputs in ((3 * inner if is_attention(part) else inner, hidden), (hidden, inner)):
-            panels, scales = to_int8_panels(torch.randn(out, inputs) / inputs**0.5)
-            weights += [panels, torch.stack([torch.zeros(out), scales])]
+            weight = torch.randn(out, inputs) / inputs**0.5
+            if dtype == "int8":
+                panels, scales = to_int8_panels(weight)
+                weights += [panels, torch.stack([torch.zeros(out), scales])]
+            else:
+                weights += [to_panels(weight), torch.zeros(out)]
         weights += [torch.ones(hidden), torch.zeros(hidden)]
     bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
     return [torch.randn(batch * length, hidden), bounds, length, weights, widths, head_dim, 1e-12]
@@ -76,11 +90,22 @@ def multiply_adds(model: str, tokens: int) -> int:
     return tokens * layers * hidden * (4 * hidden + 2 * width)
 
 
-def child(model: str, batch: int, length: int, threads: int, seconds: float) -> None:
+def sgemm() -> float:
+    """The most billions of multiply-adds a second of torch's fp32 product, in ten tries."""
+    left, right = torch.randn(SQUARE, SQUARE), torch.randn(SQUARE, SQUARE)
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        best = max(best, SQUARE**3 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def child(model: str, dtype: str, batch: int, length: int, threads: int, seconds: float) -> None:
     """Run the encoder for so long, three times at least, and print what the parent has to know: how often it
-    ran in all, and the milliseconds of a run between `start` and `end`."""
+    ran in all, the milliseconds of a run between `start` and `end`, and the peak."""
     torch.set_num_threads(threads)
-    given = arguments(model, batch, length)
+    given = arguments(model, dtype, batch, length)
     calls, used = 0, 0.0
     with torch.inference_mode():
         for _ in range(3):
@@ -94,11 +119,12 @@ def child(model: str, batch: int, length: int, threads: int, seconds: float) -> 
     bases = {line.split()[-1]: line.split("-")[0] for line in reversed(maps) if " 00000000 " in line}
     base = int(bases[os.path.realpath(extension.__file__)], 16)  # type: ignore[union-attr]
     facts = {"base": base, "start": start, "end": end, "ms": 1e3 * used / calls, "calls": calls + 3}
+    facts["peak"] = sgemm() if seconds else 0.0
     print(json.dumps(facts))
 
 
-def child_command(model: str, batch: int, length: int, threads: int, seconds: float) -> list[str]:
-    run = [model, batch, length, threads, seconds]
+def child_command(model: str, dtype: str, batch: int, length: int, threads: int, seconds: float) -> list[str]:
+    run = [model, dtype, batch, length, threads, seconds]
     return [sys.executable, str(Path(__file__).resolve()), "--child", *map(str, run)]
 
 
@@ -188,8 +214,10 @@ def part_of(functions: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, functions)), REST)
 
 
-def measure(model: str, batch: int, length: int, options: argparse.Namespace) -> list[Row]:
-    run = child_command(model, batch, length, options.threads, 0 if options.instructions else options.seconds)
+def measure(model: str, dtype: str, batch: int, length: int, options: argparse.Namespace) -> list[Row]:
+    seconds = 0 if options.instructions else options.seconds
+    run = child_command(model, dtype, batch, length, options.threads, seconds)
+    kernels = extension.int8_capability() if dtype == "int8" else extension.cpu_capability()  # type: ignore
     with tempfile.TemporaryDirectory() as folder:
         facts, found = (instructions if options.instructions else samples)(run, Path(folder))
     counted = parts(found)
@@ -197,14 +225,18 @@ def measure(model: str, batch: int, length: int, options: argparse.Namespace) ->
     return [
         {
             "model": model,
+            "dtype": dtype,
             "batch": f"{batch}x{length}",
-            "int8_kernels": "AVX2" if options.instructions else extension.int8_capability(),  # type: ignore
+            "kernels": "AVX2" if options.instructions else kernels,
             "part": part,
             "share": round(count / total, 4),
             **(
                 {"million_instructions": round(count / 1e6, 2)}
                 if options.instructions
-                else {"cpu_ms": round(facts["ms"] * count / total, 3)}
+                else {
+                    "cpu_ms": round(facts["ms"] * count / total, 3),
+                    "sgemm_gmacs": round(facts["peak"], 1),
+                }
             ),
             "linear_multiply_adds": multiply_adds(model, batch * length),
             **harness.stamp(),
@@ -215,10 +247,10 @@ def measure(model: str, batch: int, length: int, options: argparse.Namespace) ->
 
 def show(rows: list[Row], console: Console, column: str) -> None:
     """Print a table of the parts, a column for each batch of a model."""
-    for model in dict.fromkeys(row["model"] for row in rows):
-        of_model = [row for row in rows if row["model"] == model]
+    for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
+        of_model = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
         batches = list(dict.fromkeys(row["batch"] for row in of_model))
-        table = Table("part", *batches, title=f"{model}: {column.replace('_', ' ')}")
+        table = Table("part", *batches, title=f"{model}, {dtype}: {column.replace('_', ' ')}")
         for name in [part for part, _ in PARTS] + [REST]:
             cells = {row["batch"]: row for row in of_model if row["part"] == name}
             if cells:
@@ -231,13 +263,18 @@ def show(rows: list[Row], console: Console, column: str) -> None:
                 )
         sums = [sum(row[column] for row in of_model if row["batch"] == b) for b in batches]
         table.add_row("in all", *(f"{value:.2f}" for value in sums))
+        if column == "cpu_ms":
+            products = [row for row in of_model if row["part"] == "products"]
+            speeds = [row["linear_multiply_adds"] / row["cpu_ms"] / 1e6 for row in products]
+            table.add_row("products, billion a second", *(f"{speed:.1f}" for speed in speeds))
+            table.add_row("torch's fp32 product", *(f"{row['sgemm_gmacs']:.1f}" for row in products))
         console.print(table)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        model, batch, length, threads, seconds = sys.argv[2:]
-        return child(model, int(batch), int(length), int(threads), float(seconds))
+        model, dtype, batch, length, threads, seconds = sys.argv[2:]
+        return child(model, dtype, int(batch), int(length), int(threads), float(seconds))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -246,6 +283,7 @@ def main() -> None:
         "--seconds", type=float, default=4, help="that each batch runs (default: %(default)s)"
     )
     parser.add_argument("--instructions", action="store_true", help="count instructions of the AVX2 kernels")
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--save", metavar="NAME", help="write results/NAME-MACHINE.csv")
     options = parser.parse_args()
@@ -253,8 +291,9 @@ def main() -> None:
     rows = [
         row
         for model in options.models
+        for dtype in options.dtypes
         for batch, length in (BATCHES[:1] if options.instructions else BATCHES)
-        for row in measure(model, batch, length, options)
+        for row in measure(model, dtype, batch, length, options)
     ]
     show(rows, Console(width=110), "million_instructions" if options.instructions else "cpu_ms")
     if options.save:

@@ -14,6 +14,7 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
+#include "cpu/shares.h"
 #include "rows.h"
 
 namespace pruned_ops::cpu {
@@ -24,6 +25,10 @@ constexpr const char* kOp = "attention";
 
 // Waking the other threads costs some microseconds: about this many multiply-adds of one core.
 constexpr int64_t kWorthAThread = 1 << 17;
+
+// Pieces of a thread's share. A piece that begins within a head lays out its keys again: with three, heads
+// are seldom cut where a model has 12.
+constexpr int64_t kPieces = 3;
 
 // Numbers to rotate that are worth one.
 constexpr int64_t kRotatedByAThread = 1 << 15;
@@ -57,20 +62,26 @@ std::optional<at::Tensor> in_panels(const char* name, const std::optional<at::Te
 
 }  // namespace
 
-// Splits the work evenly although lengths are unequal: parallel_for cuts an axis of cost, on which a query
-// row is as long as its sequence has keys, and a task belongs to the thread whose share holds its start. The
-// cut decides which thread computes a row, never how, so the result does not depend on the number of threads.
+// Splits the work evenly although lengths are unequal: the pieces cut an axis of cost, on which a query row
+// is as long as its sequence has keys, and a task belongs to the piece that holds its start. The cut decides
+// which thread computes a row, never how, so the result does not depend on the number of threads.
 void run_attention(const AttentionKernel& kernel, const AttentionArgs& args) {
   int64_t cost = 0;
   for (int64_t i = 0; i < args.batch; ++i) {
     const int64_t seqlen = args.cu_seqlens[i + 1] - args.cu_seqlens[i];
     cost += args.num_heads * seqlen * row_cost(args, seqlen);
   }
-  const size_t scratch_bytes = static_cast<size_t>(kernel.scratch(args)) * sizeof(float);
+  if (cost == 0) return;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / args.head_dim);
-  at::parallel_for(0, cost, grain, [&](int64_t begin, int64_t end) {
-    const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);  // 64-byte aligned
-    kernel.run(args, begin, end, static_cast<float*>(scratch.get()));
+  const int64_t shares = std::clamp<int64_t>((cost + grain - 1) / grain, 1, at::get_num_threads());
+  const int64_t pieces = shares == 1 ? 1 : kPieces;
+  const int64_t stride = (kernel.scratch(args) + 15) / 16 * 16;
+  const at::DataPtr scratch =  // 64-byte aligned
+      c10::GetCPUAllocator()->allocate(static_cast<size_t>(shares * stride) * sizeof(float));
+  float* first_scratch = static_cast<float*>(scratch.get());
+  for_each_piece(shares, pieces, [&](int64_t thread, int64_t share, int64_t piece) {
+    const int64_t number = share * pieces + piece, count = shares * pieces;
+    kernel.run(args, cost * number / count, cost * (number + 1) / count, first_scratch + thread * stride);
   });
 }
 

@@ -18,6 +18,7 @@
 #include "cpu/encoder_parts.h"
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
+#include "cpu/shares.h"
 
 namespace pruned_ops::cpu {
 
@@ -45,26 +46,23 @@ int64_t scratch_stride(int64_t columns) {
   return ((columns + 15) / 16 | 1) * 16;
 }
 
-// Calls run(begin, end, scratch) for the rows of a batch: every thread takes an even share of them, in chunks
+// Calls run(begin, end, scratch) for the rows of a batch: every thread has an even share of them, in chunks
 // of at most chunk_rows. scratch: scratch_floats floats of this thread's own, aligned to 64 bytes.
 template <typename Run>
 void for_each_chunk(int64_t rows, int64_t chunk_rows, int64_t scratch_floats, const Run& run) {
   if (rows == 0) return;
   const int64_t shares = std::clamp<int64_t>(rows / kLeastRows, 1, at::get_num_threads());
+  const int64_t largest = (rows + shares - 1) / shares;
+  const int64_t chunks = (largest + chunk_rows - 1) / chunk_rows;
   const int64_t stride = (scratch_floats + 15) / 16 * 16;
   const at::DataPtr scratch =
       c10::GetCPUAllocator()->allocate(static_cast<size_t>(shares * stride) * sizeof(float));
   float* first_scratch = static_cast<float*>(scratch.get());
-  at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
-    for (int64_t share = from; share < to; ++share) {
-      const int64_t begin = rows * share / shares;
-      const int64_t count = rows * (share + 1) / shares - begin;
-      const int64_t chunks = (count + chunk_rows - 1) / chunk_rows;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        run(begin + count * chunk / chunks, begin + count * (chunk + 1) / chunks,
-            first_scratch + share * stride);
-      }
-    }
+  for_each_piece(shares, chunks, [&](int64_t thread, int64_t share, int64_t chunk) {
+    const int64_t begin = rows * share / shares;
+    const int64_t count = rows * (share + 1) / shares - begin;
+    run(begin + count * chunk / chunks, begin + count * (chunk + 1) / chunks,
+        first_scratch + thread * stride);
   });
 }
 

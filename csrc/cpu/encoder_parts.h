@@ -23,9 +23,11 @@ constexpr const char* kOp = "encoder";
 constexpr int64_t kTensors = 6;  // of one part
 constexpr int64_t kFloatBytes = sizeof(float);
 
-// The floats in whose place so many quantised values of a row fit.
+// The floats in whose place a quantised row of so many values fits.
 inline int64_t floats_of(int64_t values) {
-  return (values * int8_kernels().quantized_bytes + kFloatBytes - 1) / kFloatBytes;
+  const int64_t filled_up = (values + kStoredValues - 1) / kStoredValues * kStoredValues;
+  const int64_t bytes = filled_up * int8_kernels().quantized_bytes + int8_kernels().tail_bytes;
+  return (bytes + kFloatBytes - 1) / kFloatBytes;
 }
 
 struct Linear {

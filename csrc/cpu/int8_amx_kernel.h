@@ -13,6 +13,7 @@
 namespace pruned_ops::CPU_CAPABILITY {
 
 constexpr int64_t kQuantizedBytes = 1;  // of a value of x
+constexpr int64_t kTailBytes = 0;       // after a row
 
 inline float quantize_row(const float* x, int64_t in, float top, uint8_t* bytes) {
   return quantize_row_adding<0>(x, in, top, bytes);

@@ -12,6 +12,7 @@ extern const Int8Kernels int8_table;
 const Int8Kernels int8_table = {PRUNED_OPS_STRING(CPU_CAPABILITY),
                                 kInt8ChunkRows,
                                 kQuantizedBytes,
+                                kTailBytes,
                                 quantize_rows,
                                 int8_linear,
                                 int8_linear_gelu,

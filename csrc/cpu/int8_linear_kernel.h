@@ -32,7 +32,13 @@ inline void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_
 #if defined(__AMX_INT8__)
 constexpr int64_t kInt8ChunkRows = kAmxChunkRows;
 #else
+#if defined(CPU_CAPABILITY_AVX2)
+// Processors whose widest vectors are these have 256 or 512 KB of L2: with 96 rows, int8 takes a tenth more
+// time on MiniLM with 8 sequences, and as long on BERT-base.
+constexpr int64_t kInt8ChunkRows = kChunkRows / 2;
+#else
 constexpr int64_t kInt8ChunkRows = kChunkRows;
+#endif
 
 // Picks the instance for a number of rows known when it runs: 1 <= rows <= kRows.
 template <int kRows = kNarrowRows>

@@ -15,6 +15,7 @@ namespace pruned_ops::CPU_CAPABILITY {
 
 constexpr int kNarrowRows = kRegisterRows;  // of a tile
 constexpr int64_t kQuantizedBytes = 1;      // of a value of x
+constexpr int64_t kTailBytes = 0;           // after a row
 
 // The largest magnitude of a row; not a number where one of its values is none.
 inline float top_of(const float* x, int64_t in) {

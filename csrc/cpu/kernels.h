@@ -89,7 +89,7 @@ struct AttentionKernel {
 struct Kernels {
   const char* capability;
   AttentionKernel attention;
-  // out = finish(x weight^T) for some rows, at best kChunkRows or fewer.
+  // out = finish(x weight^T) for at most kChunkRows rows.
   void (*linear)(const LinearArgs& args, const float* x, int64_t x_stride, int64_t rows, Finish finish,
                  float* out, int64_t out_stride);
   // out = LayerNorm(first + second + third); third may be null, or both. out may be one of them.
@@ -100,6 +100,9 @@ struct Kernels {
   // Rotates the heads of a row in place. cos_sin: head_dim / 2 cosines, then as many sines.
   void (*rotate_row)(float* row, int64_t heads, int64_t head_dim, const float* cos_sin);
 };
+
+// Values of a quantised row that a kernel writes at once, at most; the row has room for as many as it fills.
+constexpr int64_t kStoredValues = 32;
 
 // Rows for a narrow linear, `stride` bytes apart (a multiple of 64 that a row fits into). Rounded to bf16
 // they are filled up with zeros to whole pairs. Quantised they have a scale each; how the values lie is
@@ -125,6 +128,7 @@ struct Int8Kernels {
   const char* capability;
   int64_t chunk_rows;       // the most rows of a call
   int64_t quantized_bytes;  // of a quantised value
+  int64_t tail_bytes;       // of a quantised row besides
   // Quantises rows of x to whole numbers of at most 127, and a scale per row.
   void (*quantize)(const float* x, int64_t x_stride, int64_t rows, int64_t in, const NarrowRows& out);
   // As Kernels::linear, on at most chunk_rows quantised rows. What lies where further rows would, up to a

@@ -42,6 +42,34 @@ inline void for_each_tile(const void* panels, int64_t panel_bytes, int64_t steps
   }
 }
 
+// Calls visit(tile, first, depth) for all tiles of an fp32 weight and even blocks of their depth, which are
+// the inputs from `first` on: of each panel, the blocks of its depth one after the other, each over all rows.
+// What lies ahead is the next block.
+template <typename Visit>
+inline void for_each_deep_tile(const float* panels, int64_t in, int64_t most_depth, int64_t out, int64_t rows,
+                               const Visit& visit) {
+  const int64_t blocks = (rows + kRegisterRows - 1) / kRegisterRows;
+  const int64_t count = (out + kWeightPanel - 1) / kWeightPanel;
+  const int64_t depths = std::max<int64_t>(1, (in + most_depth - 1) / most_depth);
+  // Bytes of the next block for each depth step of each half of a tile.
+  const int64_t dose = blocks > 0 ? kStepBytes / 2 / blocks + 1 : 0;
+  for (int64_t panel = 0; panel < count; ++panel) {
+    const int64_t column = panel * kWeightPanel;
+    for (int64_t part = 0; part < depths; ++part) {
+      const int64_t first = in * part / depths, depth = in * (part + 1) / depths - first;
+      const bool is_last = panel + 1 == count && part + 1 == depths;
+      const char* const next =
+          reinterpret_cast<const char*>(panels) + (panel * in + first + (is_last ? 0 : depth)) * kStepBytes;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = rows * block / blocks;
+        visit(Tile{panel, column, std::min(out - column, kWeightPanel), begin,
+                   rows * (block + 1) / blocks - begin, Ahead{next + 2 * block * dose * depth, dose}},
+              first, depth);
+      }
+    }
+  }
+}
+
 inline void store_lanes(const Vec& value, int64_t lanes, float* to) {
   if (lanes == kLanes) {
     value.store(to);

@@ -8,6 +8,7 @@ import torch
 import pruned_ops
 from inputs import READY, arguments_for, cu_seqlens, randn
 from numerics import assert_within_budget
+from pruned_ops.ops.panels import PART_TENSORS, is_attention
 from pruned_ops.ops.registry import OPS, use_backend
 
 needs_extension = pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
@@ -20,6 +21,18 @@ def test_encoder(hidden: int, width: int) -> None:
     """In one call: heads, no heads, an FFN, none; rows around the sizes of blocks and chunks."""
     for tokens in (0, 1, 7, 16, 37, 193, 230):
         assert_within_budget(OPS["encoder"], "cpu", arguments_for("encoder", tokens, hidden, width))
+
+
+@needs_extension
+@pytest.mark.parametrize("depth", [127, 128, 129, 257, 386])
+def test_encoder_multiplies_deep_weights(depth: int) -> None:
+    """Depths around the blocks that products take of them, with rows around those of a call."""
+    for rows, width in ((1, 130), (47, 129), (48, 300), (49, 17), (97, 257)):
+        x, bounds, longest, weights, widths, *rest = arguments_for("encoder", rows, depth, width)
+        ffn = len(widths) - 1
+        assert not is_attention(widths[ffn])
+        alone = [x, bounds, longest, weights[PART_TENSORS * ffn :], widths[ffn:], *rest]
+        assert_within_budget(OPS["encoder"], "cpu", alone)
 
 
 @needs_extension
