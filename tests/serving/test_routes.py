@@ -20,7 +20,7 @@ from pruned_ops.serving.connections import Hosts  # noqa: E402
 from pruned_ops.serving.guard import Keys  # noqa: E402
 from pruned_ops.serving.limits import Limits  # noqa: E402
 from pruned_ops.serving.models import Served  # noqa: E402
-from pruned_ops.serving.service import Service  # noqa: E402
+from pruned_ops.serving.service import Service, as_json  # noqa: E402
 from served import BROKEN, LABELS, loaded  # noqa: E402
 from tiny_tokenizers import words  # noqa: E402
 
@@ -58,6 +58,13 @@ def test_tei_embeds(client: Any, models: dict[str, Served]) -> None:
     same = client.post("/embed", json={"inputs": words(78)}).json()
     np.testing.assert_allclose(right.json(), same, rtol=1e-4, atol=1e-5)
     assert not np.allclose(left.json(), same, atol=1e-2)
+
+
+def test_numbers_have_the_digits_that_float32_has() -> None:
+    numbers = np.array([[0.1, -2.0], [1e-8, 1 / 3]], dtype=np.float32)
+    body = bytes(as_json(numbers).body)
+    assert body == b"[[0.1,-2.0],[1e-8,0.33333334]]"
+    np.testing.assert_array_equal(np.array(json.loads(body), dtype=np.float32), numbers)
 
 
 def test_tei_reranks(client: Any) -> None:
