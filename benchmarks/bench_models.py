@@ -177,7 +177,7 @@ def measure(
         timings = harness.interleaved(
             runners, workload, inputs, arguments.rounds, cpu_time=arguments.cpu_time
         )
-        first = "hf dense" if "hf" in names else "ours dense"
+        first = f"{'hf' if 'hf' in names else OURS} {source.names[0]}"
         rows = harness.rows(timings, first, row_facts(timings, entries, peak))
         console.print(screen_table(workload, rows))
         timed += rows
@@ -208,6 +208,10 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         help="random weights of this size of BERT, or of this family in its base size, dense and half of it, "
         "instead of checkpoints, because speed does not depend on the weights (with --data, the tokenizer of "
         "--dense is still read)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--models", nargs="+", choices=("dense", "pruned"), default=["dense", "pruned"],
+        help="which of the two (default: both)",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, help="SQuAD file for real lengths (default: fixed lengths only)")
     parser.add_argument("--cache", type=Path, help="folder to keep exported models in, for a later run")
@@ -270,7 +274,7 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parsed(argv)
     logging.set_verbosity_error()
-    source = Source(arguments.dense, arguments.pruned, arguments.random)
+    source = Source(arguments.dense, arguments.pruned, arguments.random, tuple(arguments.models))
     lengths = None
     if arguments.data is not None:
         lengths = arrival_lengths(arguments.data, arguments.dense)

@@ -55,15 +55,17 @@ SAMPLES = Workload("samples", ((37, 128, 5, 90), (64,)))
 
 @dataclass(frozen=True)
 class Source:
-    """Where the models come from: checkpoints, or a name of SIZES."""
+    """Where the models come from: checkpoints, or a name of SIZES; and which of the two are wanted."""
 
     dense: str
     pruned: str
     random: str | None = None
+    wanted: tuple[str, ...] = ("dense", "pruned")
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("dense", "pruned") if self.random or self.pruned != "none" else ("dense",)
+        there = ("dense", "pruned") if self.random or self.pruned != "none" else ("dense",)
+        return tuple(name for name in there if name in self.wanted)
 
     @property
     def config(self) -> Any:

@@ -203,9 +203,13 @@ def test_what_was_measured_is_kept_where_the_rest_is_not(
     monkeypatch.setattr(harness, "interleaved", until_the_second)
     out = tmp_path / "models.csv"
     arguments = ["--random", "minilm", "--rivals", "hf", "--workloads", "fixed128-*", "--rounds", "1"]
+    arguments += ["--models", "pruned"]
     with pytest.raises(KeyboardInterrupt):
         bench_models.main([*arguments, "--out", str(out)])
-    assert {row["workload"] for row in harness.read_rows(out) if "refused" not in row} == {"fixed128-b1"}
+    rows = [row for row in harness.read_rows(out) if "refused" not in row]
+    assert {(row["workload"], row["model"], row["rival"]) for row in rows} == {
+        ("fixed128-b1", "pruned", "hf pruned")
+    }
 
 
 def test_long_texts_are_for_models_that_take_them() -> None:
