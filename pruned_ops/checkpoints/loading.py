@@ -140,8 +140,9 @@ def load_model(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
         if is_natural_questions(config):
             model_class = natural_questions_class(config.model_type)
         model, info = model_class.from_pretrained(
-            name_or_path, output_loading_info=True, trust_remote_code=False
+            name_or_path, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True
         )
+        _check_shapes(info)
         _check_tensors(info["missing_keys"], info["unexpected_keys"])
         check_weights(model.named_parameters())
     return _in_fp32(model).eval()
@@ -172,13 +173,16 @@ def load_any_head(name_or_path: str, takes_int8: bool = False) -> PreTrainedMode
             _check_not_quantised(config)
         head = head_of(config)
         model_class = AUTO_CLASSES.get(head) or natural_questions_class(config.model_type)
-        settings: Any = {"output_loading_info": True, "trust_remote_code": False}
+        settings: Any = {
+            "output_loading_info": True, "trust_remote_code": False, "ignore_mismatched_sizes": True,
+        }  # fmt: skip
         # Embedders may be saved without the pooler, which they do not use: then none is made up.
         has_pooler = AUTO_CLASSES.get(head) is AutoModel and family_of(config).has_pooler
         pooler = {"add_pooling_layer": False} if has_pooler else {}
         model, info = model_class.from_pretrained(name_or_path, **settings, **pooler)
         if pooler and any("pooler." in name for name in info["unexpected_keys"]):
             model, info = model_class.from_pretrained(name_or_path, **settings, add_pooling_layer=True)
+        _check_shapes(info)
         _check_tensors(info["missing_keys"], info["unexpected_keys"], "checkpoint of its class")
         check_weights(model.named_parameters())
     return _in_fp32(model).eval()
@@ -242,6 +246,14 @@ def _check_not_quantised(config: Any) -> None:
 def _check_type(model_type: object) -> None:
     if not isinstance(model_type, str) or model_type not in PRUNED_CONFIGS:
         raise ValueError(f"it is a {shown(model_type)} model; only {', '.join(PRUNED_CONFIGS)} are supported")
+
+
+def _check_shapes(info: Any) -> None:
+    """ValueError for tensors that have other shapes in the checkpoint than its config says; transformers' own
+    error names none of them."""
+    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+    if names:
+        raise ValueError(f"its tensors have other shapes than its config says: {', '.join(names[:4])}")
 
 
 def _check_tensors(

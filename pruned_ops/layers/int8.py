@@ -14,19 +14,19 @@ class Int8Linear(nn.Module):
 
     The weight lies as on any machine, not as one machine's kernels want it: `optimize` lays it out. By itself
     this multiplies the input, as it is, by weight * scale, so that it runs anywhere; optimised, the input is
-    quantised too."""
+    quantised too. bias: whether there is one."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.int8), False)
         self.weight_scale = nn.Parameter(torch.ones(out_features), False)
-        self.bias = nn.Parameter(torch.zeros(out_features), False)
+        self.bias = nn.Parameter(torch.zeros(out_features), False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)[:, None]
-        return F.linear(x, weight, self.bias.to(x.dtype))
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -59,20 +59,21 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **settings: Any) -> Any:
         """Put an empty `Int8Linear` in the place of every linear that the config names.
 
-        Errors: ValueError for a name that is no linear with a bias of this model."""
+        Errors: ValueError for a name that is no linear of this model."""
         encoder = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
         for name in self.quantization_config.linears:  # type: ignore[attr-defined]
             try:
                 linear = encoder.get_submodule(name)
             except AttributeError:
                 linear = None
-            if not isinstance(linear, nn.Linear) or linear.bias is None:
+            if not isinstance(linear, nn.Linear):
                 raise ValueError(
                     f"config.json says that {shown(name)} is stored in int8, and {type(model).__name__} has "
                     "no such linear"
                 )
             with torch.device(linear.weight.device):
-                encoder.set_submodule(name, Int8Linear(linear.in_features, linear.out_features))
+                has_bias = linear.bias is not None
+                encoder.set_submodule(name, Int8Linear(linear.in_features, linear.out_features, has_bias))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, *arguments: Any, **settings: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pruned_ops.checkpoints.loading import check_source, read_config
+from pruned_ops.checkpoints.loading import check_source, explained, read_config
 from pruned_ops.files import read_json, shown
 
 Kind = Literal["embedder", "sparse embedder", "reranker", "classifier", "question answering"]
@@ -44,7 +44,10 @@ def folder_of(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    return Path(snapshot_download(source, allow_patterns=[*patterns, *(f"*/{each}" for each in patterns)]))
+    with explained(source, source):
+        return Path(
+            snapshot_download(source, allow_patterns=[*patterns, *(f"*/{each}" for each in patterns)])
+        )
 
 
 def contents_of(folder: Path) -> Contents:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
+import family_models
 import pruned_ops
 from head_models import stock
 from inputs import logits, padded_batch, pruned_model, stock_model
@@ -183,6 +184,24 @@ def test_what_needs_fp32_refuses_int8(tmp_path: Path) -> None:
     assert answer.answer in "w2 w3 w4"
 
 
+@pytest.mark.parametrize("head", ["", "SequenceClassification"])
+def test_linears_without_a_bias_are_stored_too(head: str, tmp_path: Path) -> None:
+    """ModernBERT's, stock and pruned: loaded and optimised they say the same bit for bit."""
+    for name, model in (
+        ("stock", family_models.stock("ModernBert", head)),
+        ("pruned", family_models.pruned("pruned_modernbert", head)),
+    ):
+        inputs = family_models.batch("right")
+        fast = saved(model, tmp_path / name)
+        expected = family_models.outputs(fast, inputs)
+        again = type(pruned_ops.restore(fast)).from_pretrained(tmp_path / name).eval()
+        assert any(isinstance(module, Int8Linear) and module.bias is None for module in again.modules())
+        padded = family_models.outputs(again, inputs)
+        assert family_models.cosine(padded, expected) > 0.99
+        found = family_models.outputs(pruned_ops.optimize(again), inputs)
+        assert family_models.largest_difference(found, expected) == 0
+
+
 def test_matrices_that_fp16_holds_exactly_take_half_the_bytes() -> None:
     exact, other, vector = torch.randn(3, 4).half().float(), torch.randn(3, 4), torch.ones(3)
     found = halved({"exact": exact, "other": other, "vector": vector})
@@ -239,6 +258,10 @@ def test_quantize_takes_a_folder_of_sentence_transformers(tmp_path: Path) -> Non
     [
         ("weights", "cannot be loaded: "),
         ("config", "it is a 'gpt2' model"),
+        (
+            "shapes",
+            "its tensors have other shapes than its config says: bert.embeddings.word_embeddings.weight",
+        ),
         ("head", "it is 'BertForMultipleChoice'; known are"),
         ("tokenizer", "holds no tokenizer"),
         ("limit", "--limit is 0: at least 1"),
@@ -253,7 +276,8 @@ def test_what_quantize_cannot_read_is_one_line(
     word_tokenizer(90).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     changes: dict[str, dict[str, Any]] = {
-        "config": {"model_type": "gpt2"}, "head": {"architectures": ["BertForMultipleChoice"]},
+        "config": {"model_type": "gpt2"}, "shapes": {"vocab_size": 120},
+        "head": {"architectures": ["BertForMultipleChoice"]},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps({**config, **changes.get(fault, {})}))
     if fault == "weights":
