@@ -112,7 +112,7 @@ def test_a_loaded_model_is_saved_copied_and_pickled(tmp_path: Path) -> None:
 def test_linears_that_stay_fp32_are_saved_so(tmp_path: Path) -> None:
     batches = [padded_batch((9, 4, 1), seed=seed) for seed in range(2)]
     model = stock_model()
-    fast = pruned_ops.optimize(model, dtype="int8", calibration=batches, tolerance=0.02)
+    fast = pruned_ops.optimize(model, dtype="int8", calibration=batches, tolerance=0.06)
     names = fast.bert.packed.encoder.int8_linears
     assert 0 < len(names) < 12
     fast.save_pretrained(tmp_path)
