@@ -252,6 +252,23 @@ def test_inputs_are_never_replaced(folder: Path, tmp_path: Path, capsys: pytest.
     assert sorted(path.name for path in same.iterdir()) == sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (".", "which is needed; give another --out"),
+        ("..", "which is needed; give another --out"),
+        ("/", "/ cannot be replaced; give another --out"),
+        ("train.json/out", "train.json is a file; --out names a folder"),
+        ("train.json/deep/out", "train.json is a file; --out names a folder"),
+    ],
+)
+def test_outputs_that_no_folder_can_be(
+    folder: Path, out: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    refused(capsys, arguments(folder, Path(out), "--macs", "0.5", "--overwrite"), message)
+
+
 def test_a_neighbour_called_old_is_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out.old").mkdir()
     (tmp_path / "out.old" / "mine").write_text("keep me")

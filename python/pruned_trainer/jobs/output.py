@@ -147,12 +147,12 @@ class OutputFolder:
     @staticmethod
     def partial_of(path: Path) -> Path:
         """The folder that a run works in until its output is whole."""
-        return path.with_name(path.name + ".partial")
+        return _beside(path, "{}.partial")
 
     @staticmethod
     def _replaced(path: Path) -> Path:
         """Where the folder that a new one replaces stands while that one gets its name."""
-        return path.with_name(f".{path.name}.replaced")
+        return _beside(path, ".{}.replaced")
 
     @classmethod
     def check(
@@ -170,8 +170,9 @@ class OutputFolder:
                     raise FileExistsError(
                         f"{folder} is or holds {needed}, which is needed; give another --out"
                     )
-            if folder.is_file():
-                raise FileExistsError(f"{folder} is a file; --out names a folder")
+        for place in (partial, path, *path.parents):
+            if place.is_file():
+                raise FileExistsError(f"{place} is a file; --out names a folder")
         if (partial / LOCK).exists():
             os.close(_take_lock(partial))
         if path.is_dir() and any(path.iterdir()) and not overwrite:
@@ -210,6 +211,14 @@ class OutputFolder:
         self.is_published = True
         if os.path.lexists(replaced):
             _remove(replaced)
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The folder beside this one that is called so, after it. ValueError for the root of all folders."""
+    named = path if path.name not in ("", "..") else path.resolve()
+    if not named.name:
+        raise ValueError(f"{path} cannot be replaced; give another --out")
+    return named.with_name(name.format(named.name))
 
 
 def _remove_left_lock(path: Path) -> None:
