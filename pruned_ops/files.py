@@ -11,8 +11,11 @@ import os
 import re
 import reprlib
 import secrets
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,6 +63,35 @@ def write_json(path: Path, value: Any) -> None:
     A number that is not finite, such as the loss of a training that diverged, becomes null: JSON has no word
     for it, and `read_json` takes none."""
     write_whole(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_new_folder(path: Path) -> None:
+    """OSError where there cannot be a new folder at `path`: asked before the work whose result is to be
+    written. An empty folder is as good as none."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already; give another folder")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be made: {above} is a file")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{path} cannot be made: nothing may be written into {above}")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that is called `path` when the block has ended well. Until then it lies beside that under
+    another name, and nothing is left of it where the block fails. Errors: as `check_new_folder`'s."""
+    check_new_folder(path)
+    whole = path.resolve()
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{whole.name}-", dir=whole.parent))
+    try:
+        stage.chmod(0o755)  # as a folder that is made in the usual way, and not its maker's alone
+        yield stage
+        os.replace(stage, whole)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
 
 
 def check_writable(path: Path, name: str, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pruned_ops.files import write_json, write_whole
+from pruned_ops.files import new_folder, write_json, write_whole
 
 LARGE = 1_000_000
 
@@ -64,3 +64,36 @@ def test_the_mode_of_a_file_is_that_of_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     write_json(tmp_path / "written", {})
     assert (tmp_path / "written").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_new_folder_is_whole_or_not_there(is_there: bool, tmp_path: Path) -> None:
+    out = tmp_path / "above" / "new"
+    if is_there:
+        out.mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt), new_folder(out) as stage:
+        (stage / "half").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(out.parent) == ["new"] * is_there and not (is_there and os.listdir(out))
+    with new_folder(out) as stage:
+        (stage / "whole").touch()
+        assert not (out / "whole").exists()
+    assert os.listdir(out.parent) == ["new"] and os.listdir(out) == ["whole"]
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_that_cannot_be_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        (".", "is there already; give another folder"),
+        ("file", "file is there already; give another folder"),
+        ("file/new", "cannot be made: .*file is a file"),
+        ("file/deep/new", "cannot be made: .*file is a file"),
+    ):
+        with pytest.raises(OSError, match=message), new_folder(Path(name)):
+            raise AssertionError("the work began")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match="nothing may be written into"), new_folder(Path("new")):
+        raise AssertionError("the work began")
+    assert os.listdir(tmp_path) == ["file"]

@@ -20,7 +20,7 @@ from pruned_ops.checkpoints.loading import (
     load_tokenizer,
     supported_config,
 )
-from pruned_ops.files import read_json
+from pruned_ops.files import check_new_folder, new_folder, read_json
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import find_encoder
@@ -75,9 +75,8 @@ def quantize(
     round_tables: keep the embeddings in fp16; the error includes that.
     The folder loads as the model that it was made of did, after `import pruned_ops`; its config.json has what
     is returned. Errors: GateNotMet; ValueError for too few texts, for a model that `optimize` does not take,
-    and where int8 cannot run here; FileExistsError where `out` is there."""
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already; give another OUT")
+    and where int8 cannot run here; OSError where `out` is there, or cannot be made."""
+    check_new_folder(out)
     if len(texts) < 8:
         raise ValueError(f"there are {len(texts)} texts; at least 8 are needed, and some hundreds are better")
     if not 0 < tolerance < 1:
@@ -110,7 +109,8 @@ def quantize(
         len(held_out), len(calibration), tolerance, error, cosine, len(running), len(names),
         tuple(name for name in names if name not in running), 0.0, fp32_bytes / 1e6,
     )  # fmt: skip
-    return _write(model, tokenizer, out, report, batches, rounded)
+    with new_folder(out) as stage:
+        return _write(model, tokenizer, stage, report, batches, rounded)
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -217,22 +217,22 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 def _write(
     model: Any,
     tokenizer: Any,
-    out: Path,
+    folder: Path,
     report: Measured,
     batches: Sequence[Mapping[str, Any]],
     found: Sequence[Tensor],
 ) -> Measured:
     """Save the model with what was measured, load it again, and hold its outputs against those measured."""
     measured(model, asdict(report))
-    model.save_pretrained(str(out))
+    model.save_pretrained(str(folder))
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(out))
-    megabytes = sum(path.stat().st_size for path in _weight_files(out)) / 1e6
+        tokenizer.save_pretrained(str(folder))
+    megabytes = sum(path.stat().st_size for path in _weight_files(folder)) / 1e6
     report = Measured(**{**asdict(report), "megabytes": megabytes})
-    _note(out, asdict(report))
-    again = optimize(load(str(out))[0])
+    _note(folder, asdict(report))
+    again = optimize(load(str(folder))[0])
     if not all(torch.equal(*pair) for pair in zip(_by_text(again, batches), found, strict=True)):
-        raise RuntimeError(f"{out} was written, and gives other outputs when it is loaded: do not use it")
+        raise RuntimeError("the int8 model gives other outputs when it is loaded again: nothing was written")
     return report
 
 

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +24,7 @@ from pruned_ops.checkpoints.loading import (
 )
 from pruned_ops.checkpoints.tensors import Tensors, read_tensors
 from pruned_ops.checkpoints.vocabulary import Trimmed, Vocabulary
-from pruned_ops.files import read_json, read_text, shown, write_json
+from pruned_ops.files import check_new_folder, new_folder, read_json, read_text, shown, write_json
 from pruned_ops.models.families.description import Family
 from pruned_ops.models.families.known import BY_TYPE
 from pruned_ops.shape import checked_int
@@ -99,18 +97,11 @@ def trim_vocabulary(
     wanted = sorted(counts.keys() - always, key=lambda piece: (-counts[piece], piece))[:keep]
     trimmed = source.vocabulary.trim(wanted, always, source.padding)
     source.check_positions(trimmed)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.absolute().parent))
-    try:
-        stage.chmod(0o755)
+    with new_folder(target) as stage:
         parameters = source.write(stage, trimmed)
         compare = _Comparison(source, trimmed, stage / source.inner)
         seen = compare(texts)
         unseen = None if held_out is None else compare(held_out)
-        os.replace(stage, target)
-    except BaseException:
-        shutil.rmtree(stage)
-        raise
     rows = source.rows, len(trimmed.old_ids)
     return Trimming(rows, parameters, seen, unseen, tuple(source.left_out()))
 
@@ -126,8 +117,7 @@ def _check_arguments(
             raise ValueError(
                 f"the texts are a {type(given).__name__}; a list, or what can be read twice, is needed"
             )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already; another folder is needed")
+    check_new_folder(target)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pruned_ops.files import check_new_folder, new_folder
+
 
 def add_command(commands: Any) -> None:
     """Add both commands and their options to the parser's commands."""
@@ -47,12 +49,12 @@ def import_foreign(arguments: argparse.Namespace) -> None:
     from pruned_ops.checkpoints.importing import read_foreign
 
     out: Path = arguments.out
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already; give another OUT")
+    check_new_folder(out)
     model, notes = read_foreign(arguments.folder, arguments.head_dim)
-    model.save_pretrained(out)
-    for path in _tokenizer_files(arguments.folder):
-        shutil.copyfile(path, out / path.name)
+    with new_folder(out) as stage:
+        model.save_pretrained(stage)
+        for path in _tokenizer_files(arguments.folder):
+            shutil.copyfile(path, stage / path.name)
     for note in notes:
         print(f"  {note}")
     shapes = ", ".join(f"{s['num_heads']}/{s['ffn_width']}" for s in model.config.layer_shapes)
