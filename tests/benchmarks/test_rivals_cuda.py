@@ -256,7 +256,7 @@ def test_the_goals_models_and_workloads() -> None:
 
 def test_names_of_the_other_benchmark_are_refused(capsys: Any) -> None:
     for arguments, message in (
-        (["--rivals", "varlen"], "--rivals varlen: here there are hf, hf-bfloat16, compile"),
+        (["--rivals", "varlen"], "--rivals varlen: here there are hf, hf-eager, hf-bfloat16, compile"),
         (["--goals", "--rivals", "ort"], "--rivals ort: here there are hf, hf-graphed, varlen"),
         (["--minutes", "3"], "--minutes goes with --device cuda or --goals"),
     ):

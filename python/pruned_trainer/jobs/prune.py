@@ -207,6 +207,8 @@ def _recorded_plan(partial: Path, settings: PruneSettings) -> Plan:
         for name in ("gate_steps", "retrain_steps"):
             checked_int(f"{record}: plan.{name}", getattr(plan, name), 0)
         known: Mapping[str, Any] = dict(recorded["settings"])
+        if "targets" not in known:
+            raise KeyError("targets")
     except KeyError as error:
         reason = f"{record} has no {error}"
     except (TypeError, AttributeError):

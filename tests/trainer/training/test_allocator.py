@@ -80,7 +80,9 @@ def test_training_on_a_cpu_begins_with_it(device: str, monkeypatch: pytest.Monke
         raise Kept
 
     monkeypatch.setattr(trainer, "keep_freed_memory", kept)
-    settings: Any = SimpleNamespace(n_gpu=0, device=torch.device(device))
+    settings: Any = SimpleNamespace(
+        n_gpu=0, device=torch.device(device), label_smoothing_factor=0.0, optim="adamw_torch"
+    )
     # On a GPU it goes on, to where the stand-in for a model is missed.
     with pytest.raises(Kept if device == "cpu" else AttributeError):
         trainer.PruningTrainer(cast(Any, None), settings, Distillation.none())
