@@ -142,10 +142,12 @@ def batches_of(model: nn.Module, calibration: Iterable[Any]) -> list[Batch]:
         raise ValueError(
             f"calibration is a {type(calibration).__name__}; a list of batches or texts is needed"
         )
-    given = list(calibration)
-    if not given:
+    batches_or_texts = list(calibration)
+    if not batches_or_texts:
         raise ValueError("calibration has no batch")
-    return list(given) if isinstance(given[0], Mapping) else list(text_batches(model, given))
+    if isinstance(batches_or_texts[0], Mapping):
+        return batches_or_texts
+    return list(text_batches(model, batches_or_texts))
 
 
 @contextmanager
@@ -174,9 +176,9 @@ def _outputs_of(model: Any, batch: Batch) -> list[Tensor]:
         values = [value.to_dense() if value.is_sparse else value for value in text_outputs(model, batch)]
     else:
         output, mask = model(**batch), batch.get("attention_mask")
-        given = (output,) if isinstance(output, Tensor) else output
-        given = given if isinstance(given, tuple) else given.to_tuple()
-        values = [value for value in given if isinstance(value, Tensor)]
+        outputs = (output,) if isinstance(output, Tensor) else output
+        outputs = outputs if isinstance(outputs, tuple) else outputs.to_tuple()
+        values = [value for value in outputs if isinstance(value, Tensor)]
         if mask is not None:
             real = mask.bool()
             values = [value[real] if value.shape[:2] == mask.shape else value for value in values]

@@ -164,15 +164,15 @@ class OutputFolder:
         if resume and not partial.is_dir():
             finished = f"; the run into {path} came to its end" if path.is_dir() else ""
             raise FileNotFoundError(f"nothing to resume: there is no {partial}{finished}")
+        for place in (partial, path, *path.parents):
+            if place.is_file():
+                raise FileExistsError(f"{place} is a file; --out names a folder")
         for folder in (path, partial):
             for needed in (Path.cwd(), *(Path(i).resolve() for i in inputs if i is not None and i != "")):
                 if needed.exists() and needed.is_relative_to(folder.resolve()):
                     raise FileExistsError(
                         f"{folder} is or holds {needed}, which is needed; give another --out"
                     )
-        for place in (partial, path, *path.parents):
-            if place.is_file():
-                raise FileExistsError(f"{place} is a file; --out names a folder")
         if (partial / LOCK).exists():
             os.close(_take_lock(partial))
         if path.is_dir() and any(path.iterdir()) and not overwrite:
