@@ -238,6 +238,12 @@ def supported_config(name_or_path: str) -> PretrainedConfig:
     return config
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether the config in a checkpoint's folder says that its weights are quantised. Errors:
+    `checkpoint_folder`'s and `read_config`'s."""
+    return read_config(checkpoint_folder(folder)).get("quantization_config") is not None
+
+
 def _check_not_quantised(config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("its weights are quantised, and can only be run: give the fp32 checkpoint")
@@ -321,16 +327,17 @@ def explained(what: str, name_or_path: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
-def load_folder(folder: Path, device: torch.device | str | None) -> PreTrainedModel:
+def load_folder(folder: Path, device: torch.device | str | None, takes_int8: bool = False) -> PreTrainedModel:
     """The model in a checkpoint's folder, in fp32, on this device (default: `default_device`).
 
-    From here on transformers prints nothing but errors. Errors: `checkpoint_folder`'s, `checked_device`'s and
-    `load_any_head`'s.
+    takes_int8: as for `load_any_head`. From here on transformers prints nothing but errors. Errors:
+    `checkpoint_folder`'s, `checked_device`'s and `load_any_head`'s.
     """
     checkpoint_folder(folder)
     only_errors()
-    place = checked_device(default_device() if device is None else device)
-    return load_any_head(str(folder)).to(place)  # type: ignore[arg-type]
+    asked = None if device is None else checked_device(device)
+    model = load_any_head(str(folder), takes_int8)
+    return model.to(default_device(model) if asked is None else asked)  # type: ignore[arg-type]
 
 
 def only_errors() -> None:
@@ -339,9 +346,11 @@ def only_errors() -> None:
     logging.disable_progress_bar()
 
 
-def default_device() -> str:
-    """Where a model runs unless something else is asked for: on the GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def default_device(model: Any = None) -> str:
+    """Where a model runs unless something else is asked for: on the GPU where there is one, and on the CPU
+    where its weights are quantised."""
+    is_quantised = getattr(model, "is_quantized", False)
+    return "cuda" if torch.cuda.is_available() and not is_quantised else "cpu"
 
 
 def checked_device(device: torch.device | str) -> torch.device:

@@ -77,7 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
     folders = {"pruned": arguments.folder, "dense": arguments.dense}
     if arguments.dense is None:
         folders = {"model": arguments.folder}
-    models = {name: load_folder(folder, arguments.device) for name, folder in folders.items()}
+    models = {
+        name: load_folder(folder, arguments.device, takes_int8=True) for name, folder in folders.items()
+    }
     workload = make_workload(arguments)
     with _threads(arguments.threads):
         benchmark = compare(

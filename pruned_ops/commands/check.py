@@ -22,7 +22,8 @@ def add_command(commands: Any) -> None:
         help="compare the optimised model with the saved one on your own text",
         description="Run the saved model (padded, plain torch), the optimised one and each backend on the "
         "same text, in fp32, and compare their outputs at real tokens; with right answers in --questions, F1 "
-        "too. The exit status is 1 where one errs by more than rounding, --dtype by more than --tolerance.",
+        "too. The exit status is 1 where one errs by more than rounding, --dtype by more than --tolerance. A "
+        "checkpoint of int8 weights is held against these weights in fp32, and runs in int8, too.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint with its tokenizer")
@@ -57,19 +58,19 @@ def add_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check the model and print what came out; the exit status is 1 where something errs by more than
     rounding."""
-    from pruned_ops.checkpoints.loading import load_folder, load_tokenizer
+    from pruned_ops.checkpoints.loading import is_quantised, load_folder, load_tokenizer
     from pruned_ops.qa.agreement import BATCH_SIZE, TOLERANCE, check, cut_material
 
     check_counts(arguments, "limit")
     tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
-    if arguments.tolerance is not None and dtype_of(arguments) is None:
-        raise ValueError("--tolerance goes with --dtype")
+    if arguments.tolerance is not None and dtype_of(arguments) is None and not is_quantised(arguments.folder):
+        raise ValueError("--tolerance goes with --dtype, or with a checkpoint of int8 weights")
     if not tolerance >= 0:
         raise ValueError(f"--tolerance is {tolerance}; 0 or more is needed")
     backends = _backends(arguments.backends)
     skipped: list[str] | None = [] if arguments.skip_bad else None
     name, questions = _questions(arguments, skipped)
-    model = load_folder(arguments.folder, arguments.device)
+    model = load_folder(arguments.folder, arguments.device, takes_int8=True)
     tokenizer = load_tokenizer(str(arguments.folder))
     material = cut_material(tokenizer, model.config, name, questions, skipped)
     say_skipped(skipped)
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         "to their longest"
     )
     show(report)
-    return 1 if report.faulty else 0
+    return 1 if report.faulty or report.same_weights is False else 0
 
 
 def _backends(names: Sequence[str] | None) -> list[str]:
@@ -149,6 +150,12 @@ def show(report: Report) -> None:
         print(f"FAILED: {', '.join(faulty)} err by more than {rule}")
     else:
         print(f"passed: every error {f'but that of {narrow.name} ' if narrow else ''}is at most {rule}")
+    if report.same_weights is not None:
+        print(
+            "passed: the int8 weights that run are those of the file, bit for bit"
+            if report.same_weights
+            else "FAILED: the int8 weights that run are not those of the file"
+        )
     if narrow is not None:
         _show_narrow(narrow, report.tolerance, narrow.name in report.faulty)
 

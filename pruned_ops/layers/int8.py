@@ -28,5 +28,14 @@ class Int8Linear(nn.Module):
         weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)[:, None]
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
+    def to_linear(self) -> nn.Linear:
+        """A plain linear in fp32 with the weight that this one stands for: weight * scale."""
+        linear = nn.Linear(1, 1, self.bias is not None)  # nothing large is initialised in vain
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight = nn.Parameter(self.weight.float() * self.weight_scale[:, None], requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return linear
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

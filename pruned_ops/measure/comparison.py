@@ -13,9 +13,11 @@ from torch import Tensor
 from pruned_ops.measure.launch_bound import HALF, TWIN, LaunchBound, half_of, tiny_twin
 from pruned_ops.measure.timing import Runner, Timing, Workload, interleave, machine, versions
 from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.int8_checkpoints import dequantised
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.runtime.optimize import optimize
+from pruned_ops.runtime.packed_encoder import packed_encoders
 
 OURS, THEIRS = "pruned_ops", "Hugging Face"
 
@@ -43,24 +45,28 @@ class Row:
 @dataclass(frozen=True)
 class Benchmark:
     """The rows, two for each model. against_dense: our time of the dense model over our time of the pruned
-    one, where both were measured."""
+    one, where both were measured. stored_int8: the models whose weights are stored in int8."""
 
     title: str
     rows: tuple[Row, ...]
     against_dense: float | None
     launch_bound: LaunchBound
+    stored_int8: tuple[str, ...] = ()
 
     @property
     def sentences(self) -> list[str]:
         """What the times mean, in words."""
-        if self.against_dense is None:
-            return [self.launch_bound.sentence]
-        macs = {row.model: row.macs for row in self.rows}
-        faster = (
-            f"the pruned model is {self.against_dense:.2f} times as fast as the dense one, both in our "
-            f"runtime, with {macs['pruned'] / max(1, macs['dense']):.3f} of its multiply-accumulates"
-        )
-        return [faster, self.launch_bound.sentence]
+        sentences = [
+            f"the weights of the {name} are stored in int8; Hugging Face's runtime has them in fp32"
+            for name in (name if name == "model" else f"{name} model" for name in self.stored_int8)
+        ]
+        if self.against_dense is not None:
+            macs = {row.model: row.macs for row in self.rows}
+            sentences.append(
+                f"the pruned model is {self.against_dense:.2f} times as fast as the dense one, both in our "
+                f"runtime, with {macs['pruned'] / max(1, macs['dense']):.3f} of its multiply-accumulates"
+            )
+        return [*sentences, self.launch_bound.sentence]
 
 
 def compare(
@@ -69,19 +75,24 @@ def compare(
     """Time saved models, each in both runtimes, and test whether the first one is launch-bound.
 
     models: "pruned" and "dense", or one model under any name. dtype: "fp32", "bfloat16" or "int8", of
-    our runtime's linears. fixed: whether every batch is padded to the longest sequence of all.
+    our runtime's linears. A model that was loaded from int8 weights runs in int8; Hugging Face's runtime,
+    which has no kernels for them, gets them in fp32. fixed: whether every batch is padded to the longest
+    sequence of all.
     Errors: ValueError for models that cannot take the same inputs; `optimize`'s.
     """
     inputs = _inputs(list(models.values()), workload, fixed)
     kind = None if dtype == "fp32" else dtype
     optimised = {name: optimize(copy.deepcopy(model), dtype=kind) for name, model in models.items()}
+    kinds = {name: packed_encoders(model)[0].linear_dtype for name, model in optimised.items()}
+    given, models = models, {name: dequantised(model) for name, model in models.items()}
+    stored = tuple(name for name, model in models.items() if model is not given[name])
     first = next(iter(models))
     runners: dict[str, Runner] = {}
     for name, model in models.items():
         runners[f"{OURS} {name}"] = _runner(optimised[name])
         runners[f"{THEIRS} {name}"] = _runner(model)
     runners[HALF] = lambda batch: optimised[first](**half_of(batch))
-    runners[TWIN] = _runner(optimize(tiny_twin(models[first]), dtype=kind))
+    runners[TWIN] = _runner(optimize(tiny_twin(models[first]), dtype=kinds[first]))
     backends = {name: backends_of(partial(model, **inputs[0])) for name, model in optimised.items()}
     timings = interleave(runners, workload, inputs, rounds, warmup=2)
     rows = []
@@ -90,13 +101,13 @@ def compare(
         macs = sum(shape.macs(batch) for batch in workload.batches) / len(workload.batches)
         ours, theirs = timings[f"{OURS} {name}"], timings[f"{THEIRS} {name}"]
         rows += [
-            _row(name, OURS, dtype, ours, theirs, macs, backends[name]),
+            _row(name, OURS, kinds[name] or "fp32", ours, theirs, macs, backends[name]),
             _row(name, THEIRS, "fp32", theirs, theirs, macs, {}),
         ]
     whole = timings[f"{OURS} {first}"]
     against = whole.speedup_over(timings[f"{OURS} dense"]) if "dense" in models else None
     bound = LaunchBound.of(models[first], workload, whole, timings[HALF], timings[TWIN])
-    return Benchmark(_title(workload, inputs, fixed), tuple(rows), against, bound)
+    return Benchmark(_title(workload, inputs, fixed), tuple(rows), against, bound, stored)
 
 
 def _inputs(models: Sequence[Any], workload: Workload, fixed: bool) -> list[dict[str, Tensor]]:

@@ -7,6 +7,7 @@ never made.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,9 +80,22 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, *arguments: Any, **settings: Any) -> Any:
         return model
 
+    def _dequantize(self, model: Any, *arguments: Any, **settings: Any) -> Any:
+        """Put a plain linear in the place of every `Int8Linear`; `model.dequantize()` calls it."""
+        for name, module in [*model.named_modules()]:
+            if isinstance(module, Int8Linear):
+                model.set_submodule(name, module.to_linear())
+        return model
+
     def get_state_dict_and_metadata(self, model: Any, *arguments: Any, **settings: Any) -> Any:
         """What `save_pretrained` writes of a model that was loaded from such a checkpoint."""
         return halved(model.state_dict()), {}
+
+
+def dequantised(model: Any) -> Any:
+    """A copy, with plain fp32 linears, of a model that was loaded from int8 weights: it computes what the
+    file says, without rounding activations. Any other model is returned as it is."""
+    return copy.deepcopy(model).dequantize() if getattr(model, "is_quantized", False) else model
 
 
 def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

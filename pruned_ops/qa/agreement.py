@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.int8_checkpoints import dequantised
 from pruned_ops.ops.registry import BackendError, record, use_backend
 from pruned_ops.qa.decoding import Logits, decode
 from pruned_ops.qa.logits import batch_logits
@@ -96,12 +97,15 @@ class Finding:
 @dataclass(frozen=True)
 class Report:
     """The findings, the saved model's first. refused: the ways that could not run, with the reasons. allowed:
-    the largest error that counts as rounding. tolerance: the largest `relative` of NARROW ones."""
+    the largest error that counts as rounding. tolerance: the largest `relative` of NARROW ones. same_weights:
+    of a model that was loaded from int8 weights, whether what the kernels read is what was loaded, bit for
+    bit; None for any other."""
 
     findings: tuple[Finding, ...]
     refused: Mapping[str, str]
     allowed: float
     tolerance: float = TOLERANCE
+    same_weights: bool | None = None
 
     @property
     def faulty(self) -> list[str]:
@@ -145,8 +149,14 @@ def check(
     """Run `model`, a saved one, in every way; it is as before afterwards.
 
     must_run: a backend that refuses is an error (ValueError), not a line of the report. dtype: run the
-    optimised model with all linears in this one, too (see `optimize`). Errors: ValueError where it cannot.
+    optimised model with all linears in this one, too (see `optimize`). A model that was loaded from int8
+    weights is held against these weights in fp32, and runs in int8, too. Errors: ValueError where it cannot.
     """
+    loaded, model, same_weights = model, dequantised(model), None
+    if loaded is not model:
+        if dtype not in (None, "int8"):
+            raise ValueError(f"the model's weights are stored in int8: it runs in int8, and not in {dtype}")
+        dtype, same_weights = "int8", _keeps_weights(loaded)
     saved, _ = logits_of(model, material)
     truth, _ = logits_of(copy.deepcopy(model).double(), material)
     own_error = _largest(saved, truth)
@@ -157,7 +167,8 @@ def check(
             with ExitStack() as stack:
                 if name in backends:
                     stack.enter_context(use_backend(name))
-                fast = stack.enter_context(optimized(model, dtype if name == dtype else None))
+                narrow = name == dtype
+                fast = stack.enter_context(optimized(loaded if narrow else model, dtype if narrow else None))
                 logits, ran = logits_of(fast, material)
         except BackendError as reason:
             if must_run:
@@ -173,7 +184,15 @@ def check(
         findings.append(
             Finding(name, error, difference, _relative(material, logits, saved), f1, changed, ran)
         )
-    return Report(tuple(findings), refused, TIMES * own_error + SLACK, tolerance)
+    return Report(tuple(findings), refused, TIMES * own_error + SLACK, tolerance, same_weights)
+
+
+def _keeps_weights(model: Any) -> bool:
+    """Whether a model has the same weights, bit for bit, when kernels have laid them out."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with optimized(model) as fast:
+        after = fast.state_dict()
+        return all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def logits_of(model: Any, material: Material) -> tuple[list[Logits], dict[str, dict[str, int]]]:

@@ -99,7 +99,7 @@ class QuestionAnswerer:
         if isinstance(model, (str, PathLike)):
             tokenizer = load_tokenizer(str(model)) if tokenizer is None else tokenizer
             model = load_model(str(model), takes_int8=True)
-            device = default_device() if device is None else device
+            device = default_device(model) if device is None else device
         elif tokenizer is None:
             raise ValueError(f"a {type(model).__name__} has no tokenizer with it: pass its tokenizer too")
         _check_kind(model)

@@ -208,12 +208,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise ValueError("--teacher is for --texts: labels are what models are scored by")
         files = [file for file in (arguments.eval_file, arguments.validation_file) if file is not None]
         examples = [task.read(file, "validation") for file in files]
-    model, tokenizer, teacher = task.load_model(arguments.model), load_tokenizer(arguments.model), None
+    model, tokenizer = task.load_model(arguments.model, takes_int8=True), load_tokenizer(arguments.model)
+    dtype, teacher = dtype_of(arguments), None
     if arguments.teacher is not None:
         teacher = load_teacher(arguments.teacher, arguments.model, model, tokenizer, task)
-    prepared = [task.prepare(found, tokenizer, model, teacher) for found in examples]
-    if (dtype := dtype_of(arguments)) is not None:
+    stored_int8 = getattr(model, "is_quantized", False)  # scored as it is served, or not at all
+    if dtype is not None or stored_int8:
         optimize(model, dtype=dtype)
+    prepared = [task.prepare(found, tokenizer, model, teacher) for found in examples]
     thresholds = prepared[1].best_thresholds(model) if len(prepared) == 2 else own_thresholds(model, task)
     result = prepared[0].evaluate(model, thresholds)
     terminal.print_scores(result.scores(), thresholds, prepared[0].metric_digits)

@@ -102,9 +102,9 @@ class Task(Protocol):
         """A model to fine-tune on these examples from an encoder, with a new head where the encoder has none
         that fits them."""
 
-    def load_model(self, source: str) -> PreTrainedModel:
+    def load_model(self, source: str, takes_int8: bool = False) -> PreTrainedModel:
         """The model of a folder or a hub name, in evaluation mode; ValueError where it is not for this
-        task."""
+        task. takes_int8: int8 weights are taken, for what only runs the model."""
 
     def read(self, source: Path | str, split: str) -> Any:
         """The examples of a file, to judge models on."""

@@ -178,8 +178,8 @@ class NaturalQuestionsTask:
             return load_natural_questions(source)
         return with_answer_types(load_to_fine_tune(source))
 
-    def load_model(self, source: str) -> PreTrainedModel:
-        model = load_model(source)
+    def load_model(self, source: str, takes_int8: bool = False) -> PreTrainedModel:
+        model = load_model(source, takes_int8)
         self.check_model(model)
         return model
 

@@ -176,8 +176,8 @@ class SquadTask:
     def start_model(self, source: str, examples: Sequence[Example]) -> PreTrainedModel:
         return load_to_fine_tune(source)
 
-    def load_model(self, source: str) -> PreTrainedModel:
-        model = load_model(source)
+    def load_model(self, source: str, takes_int8: bool = False) -> PreTrainedModel:
+        model = load_model(source, takes_int8)
         self.check_model(model)
         return model
 

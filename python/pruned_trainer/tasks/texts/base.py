@@ -44,9 +44,9 @@ class TextTask:
 
     # -- models ------------------------------------------------------------------------------------------
 
-    def load_model(self, source: str) -> PreTrainedModel:
+    def load_model(self, source: str, takes_int8: bool = False) -> PreTrainedModel:
         """The model, with the task's head; ValueError, with what makes the right one, for any other."""
-        model = load_any_head(source)
+        model = load_any_head(source, takes_int8)
         if head_of(model.config) != self.head:
             found, task = type(model).__name__, self.options.task
             raise ValueError(
