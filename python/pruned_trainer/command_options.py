@@ -310,14 +310,11 @@ def _add_output(options: Options, required: bool) -> None:
     options.add("out", text, type=Path, metavar="DIR", required=required)
     options.add("overwrite", "replace what is in --out")
     options.add("seed", "seed of everything that is drawn")
-    if options.settings is PruneSettings:
-        text = (
-            "autocast while training; auto takes bf16 where the processor has instructions for it and a step "
-            "is measured to be faster, else fp32"
-        )
-        options.add("precision", text, choices=PRECISIONS)
-    else:
-        options.add("precision", "autocast while training", choices=PRECISIONS[1:])
+    text = (
+        "autocast while training; auto takes bf16 where the processor has instructions for it and a step "
+        "is measured to be faster, else fp32"
+    )
+    options.add("precision", text, choices=PRECISIONS)
 
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from pruned_ops.checkpoints.loading import check_source
@@ -17,8 +19,18 @@ from pruned_ops.models.stock import find_encoder
 from pruned_trainer.distributed import is_main, once, per_process, say
 from pruned_trainer.jobs.job import check_length
 from pruned_trainer.jobs.output import OutputFolder, explained_when_full, load_tokenizer, save_checkpoint
+from pruned_trainer.jobs.precision import (
+    COMPARED,
+    faster,
+    is_worth_comparing,
+    timed_seconds,
+    timing_batches,
+    timing_steps,
+)
 from pruned_trainer.jobs.settings import FineTuneSettings
+from pruned_trainer.jobs.trainers import TIMING
 from pruned_trainer.training.batches import BF16_LENGTHS, Features, pad_batch
+from pruned_trainer.training.callbacks import StepClock
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.phase import run, training_arguments
 from pruned_trainer.training.trainer import PruningTrainer
@@ -54,8 +66,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
             batch_size=settings.batch_size,
             rate=settings.learning_rate,
             seed=settings.seed,
-            bf16=settings.precision == "bf16",
-            fp16=settings.precision == "fp16",
+            precision=settings.precision,
         )
         if is_main():
             save_checkpoint(model, folder.partial, settings.model, tokenizer)
@@ -70,16 +81,51 @@ def train(
     batch_size: int,
     rate: float,
     seed: int,
-    **more: Any,
+    precision: str = "fp32",
 ) -> None:
-    """Train a model with a config on the task's own loss, in place. more: fields of TrainingArguments."""
-    config: Any = model.config
+    """Train a model with a config on the task's own loss, in place. precision: as in `FineTuneSettings`."""
     logging.set_verbosity_error()
-    rounds = more.get("bf16") and not torch.cuda.is_available()
+    if precision == "auto":
+        precision = _fastest(model, features, steps, batch_size, seed)
     say(f"fine-tuning: {steps} steps of {batch_size} windows")
-    trainer = PruningTrainer(
+    arguments = _arguments(folder, steps, batch_size, rate, seed, precision)
+    run(_trainer(model, features, arguments), "teacher", resumable=False)
+
+
+def _fastest(model: nn.Module, features: Features, steps: int, batch_size: int, seed: int) -> str:
+    """The precision in which these steps take the least time, measured on copies of the model."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not is_worth_comparing(steps, device):
+        return "fp32"
+    seconds = {each: _step_seconds(model, features, batch_size, seed, each) for each in COMPARED}
+    ratio = once(lambda: seconds["bf16"] / seconds["fp32"])  # the main process's times are everyone's
+    return faster(ratio)
+
+
+def _step_seconds(model: nn.Module, features: Features, batch_size: int, seed: int, precision: str) -> float:
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = timing_steps(precision)
+        arguments = _arguments(Path(folder), steps, batch_size, 0.0, seed, precision, **TIMING)
+        trainer = _trainer(copy.deepcopy(model), timing_batches(features, batch_size, precision), arguments)
+        trainer.add_callback(clock)
+        trainer.train()
+    return timed_seconds(clock)
+
+
+def _arguments(
+    folder: Path, steps: int, batch_size: int, rate: float, seed: int, precision: str, **more: Any
+) -> TrainingArguments:
+    half = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+    return training_arguments(folder, steps, per_process(batch_size), rate, seed, **half, **more)
+
+
+def _trainer(model: nn.Module, features: Features, arguments: TrainingArguments) -> PruningTrainer:
+    config: Any = model.config
+    rounds = arguments.bf16 and not torch.cuda.is_available()
+    return PruningTrainer(
         model,
-        training_arguments(folder, steps, per_process(batch_size), rate, seed, **more),
+        arguments,
         Distillation.none(),
         train_dataset=features,
         data_collator=partial(
@@ -89,4 +135,3 @@ def train(
             limit=longest_sequence(config),
         ),
     )
-    run(trainer, "teacher", resumable=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,14 @@ from transformers import PreTrainedModel
 from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import ROUNDS, freeze_for, gate_phase_for
 from pruned_trainer.jobs.job import Job, running
+from pruned_trainer.jobs.precision import (
+    COMPARED,
+    faster,
+    is_worth_comparing,
+    timed_seconds,
+    timing_batches,
+    timing_steps,
+)
 from pruned_trainer.jobs.settings import SCORE_STEPS
 from pruned_trainer.jobs.trainers import build_trainer
 from pruned_trainer.pruning import importance, surgeon
@@ -26,23 +33,16 @@ from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.gates import Gates
 from pruned_trainer.pruning.options import UNTRAINED
-from pruned_trainer.training.batches import Features, lengths_of
+from pruned_trainer.training.batches import Features
 from pruned_trainer.training.callbacks import StepClock
 from pruned_trainer.training.phase import prepare_student
 
 # The part of the training time that goes to the gates. The rest trains the narrow model, which learns more in
 # a minute.
 GATE_SHARE = 0.25
-# The steps that are run to learn how long a step takes: the first ones warm up, the others span the lengths
-# of the windows.
-WARMUP_STEPS, TIMED_STEPS = 2, 8
 # The part of --max-minutes that is kept back for the decision, compaction, checkpoints and the unevenness of
 # shared machines.
 RESERVE = 0.05
-# Precisions are compared where at least so many steps are to come: the comparison takes 52.
-STEPS_TO_COMPARE = 400
-# bf16 is taken where its steps take at most this part of the time of fp32's.
-BF16_PAYS = 0.95
 # The usual number of choices that are timed before one meets a target in time.
 TIMED_CHOICES = 3
 
@@ -121,26 +121,19 @@ def _fastest(job: Job, counted: Plan | None) -> tuple[str, tuple[float, float] |
 
     counted: the steps that are to come, where time does not decide that."""
     models = max(len(job.settings.targets), 1)
-    few = counted is not None and counted.gate_steps + models * counted.retrain_steps < STEPS_TO_COMPARE
-    if few or job.device.type != "cpu" or not has_bf16():
+    steps = None if counted is None else counted.gate_steps + models * counted.retrain_steps
+    if not is_worth_comparing(steps, job.device):
         return "fp32", None
-    say("measuring how long a training step takes in fp32 and in bf16, which this processor computes")
     taken = {
         precision: _step_seconds(replace(job, settings=replace(job.settings, precision=precision)))
-        for precision in ("fp32", "bf16")
+        for precision in COMPARED
     }
     (gate, retrain), (gate_bf16, retrain_bf16) = taken["fp32"], taken["bf16"]
     ratio = retrain_bf16 / retrain
     if job.settings.trains_gates:
         ratio = GATE_SHARE * gate_bf16 / gate + (1 - GATE_SHARE) * ratio
-    chosen = "bf16" if ratio <= BF16_PAYS else "fp32"
-    say(f"a step in bf16 takes {ratio:.2f} of the time of one in fp32: training in {chosen} (--precision)")
+    chosen = faster(ratio)
     return chosen, taken[chosen]
-
-
-def has_bf16() -> bool:
-    """Whether this processor multiplies bf16 matrices (AVX512_BF16, or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -> Plan:
@@ -245,28 +238,15 @@ def _score_seconds(job: Job, choices: int) -> float:
 
 
 def _spanning_batches(job: Job) -> list[dict[str, Any]]:
-    """Features for TIMED_STEPS batches and those before them. Each batch is of like lengths, and the timed
-    ones span all lengths in even steps."""
-    size = job.settings.train_batch
-    lengths = lengths_of(job.train)
-    ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
-    last = max(len(ordered) - size, 0)
-    places = [round(last * (i + 0.5) / TIMED_STEPS) for i in range(TIMED_STEPS)]
-    warmup = places if _compiles(job) else [places[TIMED_STEPS // 2]] * WARMUP_STEPS
-    return [job.train[row] for place in warmup + places for row in ordered[place : place + size]]
-
-
-def _compiles(job: Job) -> bool:
-    """Whether the first step of each length compiles kernels for it, which a whole run hardly notices."""
-    return job.settings.precision == "bf16"
+    return timing_batches(job.train, job.settings.train_batch, job.settings.precision)
 
 
 def _time_steps(job: Job, model: PreTrainedModel, teacher: PreTrainedModel, phase: GatePhase | None) -> float:
-    """Mean seconds of the last TIMED_STEPS steps over the job's windows, in their order."""
+    """Mean seconds of a step over the job's windows, in their order; the first ones warm up."""
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
-        steps = TIMED_STEPS + (TIMED_STEPS if _compiles(job) else WARMUP_STEPS)
+        steps = timing_steps(job.settings.precision)
         trainer = build_trainer(job, model, teacher, Path(folder), steps, phase, timing=True)
         trainer.add_callback(clock)
         trainer.train()
-    return statistics.mean(clock.seconds[-TIMED_STEPS:])
+    return timed_seconds(clock)

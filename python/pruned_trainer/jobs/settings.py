@@ -149,7 +149,8 @@ class PruneSettings:
             )
         if not self.has_labels:
             self._check_without_labels()
-        if self.eval_file and self.validation_file and same_file(self.eval_file, self.validation_file):
+        files = [path.resolve() for path in (self.eval_file, self.validation_file) if path]
+        if len(set(files)) < len(files):
             raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
 
     def _check_without_labels(self) -> None:
@@ -166,7 +167,7 @@ class PruneSettings:
 
     def _check_choices(self) -> None:
         for name, known in (
-            ("recipe", RECIPES), ("penalty", PENALTIES), ("precision", PRECISIONS),
+            ("recipe", RECIPES), ("penalty", PENALTIES),
             ("distil_in", (*DISTIL_IN, None)), ("compensate", (*COMPENSATIONS, None)), ("dtype", DTYPES),
         ):  # fmt: skip
             if getattr(self, name) not in known:
@@ -174,11 +175,7 @@ class PruneSettings:
         check_parts(self.parts)
         if len(set(self.parts)) != len(self.parts):
             raise ValueError(f"parts are {', '.join(self.parts)}: each is said once")
-        if self.precision == "fp16":
-            import torch  # slow to import, and needed for this question alone
-
-            if not torch.cuda.is_available():
-                raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run anywhere")
+        _check_precision(self.precision)
 
     def _check_targets(self) -> None:
         if self.decision is not None:
@@ -367,7 +364,7 @@ class FineTuneSettings:
     max_length: int = 384
     stride: int = 128
     seed: int = 0
-    precision: str = "fp32"
+    precision: str = "auto"
     null_rate: float = NULL_RATE
     num_proc: int = 1
     skip_bad: bool = False
@@ -384,6 +381,7 @@ class FineTuneSettings:
                 f"epochs ({self.epochs}), learning_rate ({self.learning_rate}) and batch_size "
                 f"({self.batch_size}) must be positive"
             )
+        _check_precision(self.precision)
         TaskOptions.of(self)  # which checks them
 
     def make_task(self) -> Task:
@@ -411,9 +409,14 @@ def make_task(options: TaskOptions) -> Task:
     return text_task(options)
 
 
-def same_file(first: Path, second: Path) -> bool:
-    """Whether both paths lead to one file."""
-    return first.resolve() == second.resolve()
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; one of {PRECISIONS} is needed")
+    if precision == "fp16":
+        import torch  # slow to import, and needed for this question alone
+
+        if not torch.cuda.is_available():
+            raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run anywhere")
 
 
 def _in_order(targets: Sequence[Target]) -> tuple[Target, ...]:

@@ -18,6 +18,7 @@ from matching import WORDS, save_checkpoint, squad_file
 from nq_pages import matching_file
 from pruned_ops.models.encoder import NewHeadWarning
 from pruned_trainer.cli import main
+from pruned_trainer.jobs.settings import FineTuneSettings
 
 CUT = ("--max-length", "24", "--stride", "4", "--epochs", "0.1")
 SIZES = {
@@ -65,3 +66,13 @@ def test_prune_refuses_what_has_no_answers(tmp_path: Path, capsys: pytest.Captur
     assert main(["prune", *argv, "--macs", "0.5", *CUT[:4]]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("pruned-trainer prune: ") and "lacks qa_outputs" in error
+
+
+@pytest.mark.parametrize(
+    ("precision", "error"), [("int4", "precision is 'int4'; one of"), ("fp16", "precision fp16 needs a GPU")]
+)
+def test_a_precision_that_cannot_be_is_refused(precision: str, error: str, tmp_path: Path) -> None:
+    if precision == "fp16" and torch.cuda.is_available():
+        pytest.skip("fp16 trains on a GPU")
+    with pytest.raises(ValueError, match=error):
+        FineTuneSettings("model", tmp_path / "train.json", tmp_path / "out", precision=precision)

@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from jobs import job_settings
 from matching import trained_model
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.optimize import optimize
 from pruned_ops.runtime.refusals import refuse_encoder
+from pruned_trainer.cli import main
+from pruned_trainer.jobs import finetune as finetune_module
 from pruned_trainer.jobs import plan as plan_module
+from pruned_trainer.jobs import precision as precision_module
 from pruned_trainer.jobs.job import Job, running, start
-from pruned_trainer.jobs.plan import STEPS_TO_COMPARE, make_plan
+from pruned_trainer.jobs.plan import make_plan
+from pruned_trainer.jobs.precision import STEPS_TO_COMPARE, TIMED_STEPS, WARMUP_STEPS
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.task import without_labels
@@ -44,7 +49,7 @@ def times(monkeypatch: pytest.MonkeyPatch, bf16: tuple[float, float], can: bool 
         return bf16 if job.settings.precision == "bf16" else (1.0, 1.0)
 
     monkeypatch.setattr(plan_module, "_step_seconds", seconds)
-    monkeypatch.setattr(plan_module, "has_bf16", lambda: can)
+    monkeypatch.setattr(precision_module, "has_bf16", lambda: can)
     return seen
 
 
@@ -76,7 +81,7 @@ def test_the_run_trains_in_it(
     settings: PruneSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     times(monkeypatch, (0.5, 0.5))
-    monkeypatch.setattr(plan_module, "STEPS_TO_COMPARE", 1)
+    monkeypatch.setattr(precision_module, "STEPS_TO_COMPARE", 1)
     built: list[Any] = []
     original = plan_module.build_trainer
     for module in ("choice", "prune"):
@@ -112,6 +117,34 @@ def test_the_run_trains_in_it(
     shapes = [pad_batch(rows, 0, 32, limit)["input_ids"].shape for limit in (None, 64, 50, 40, 33)]
     assert [longest for _, longest in shapes] == [64, 64, 50, 40, 40]
     assert pad_batch(rows, 0)["input_ids"].size(1) == 40
+
+
+@pytest.mark.parametrize(("ratio", "chosen"), [(0.5, "bf16"), (2.0, "fp32")])
+def test_fine_tuning_times_its_steps_too(
+    ratio: float, chosen: str, settings: PruneSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Both precisions run the steps of a timing on copies; the training is as with that precision given."""
+    monkeypatch.setattr(precision_module, "has_bf16", lambda: True)
+    monkeypatch.setattr(precision_module, "STEPS_TO_COMPARE", 1)
+    built: list[Any] = []
+    original = finetune_module._trainer
+    monkeypatch.setattr(finetune_module, "_trainer", lambda *args: built.append(original(*args)) or built[-1])
+    monkeypatch.setattr(finetune_module, "timed_seconds", lambda clock: ratio if built[-1].args.bf16 else 1.0)
+    argv = ["finetune", "--model", settings.model, "--train-file", str(settings.train_file)]
+    argv += ["--max-length", "24", "--stride", "4", "--epochs", "0.1"]
+    assert main([*argv, "--out", str(tmp_path / "auto")]) == 0
+    assert f"training in {chosen} (--precision)" in capsys.readouterr().out
+    fp32, bf16, real = built
+    assert [trainer.args.bf16 for trainer in built] == [False, True, chosen == "bf16"]
+    assert fp32.state.global_step == WARMUP_STEPS + TIMED_STEPS and bf16.state.global_step == 2 * TIMED_STEPS
+    monkeypatch.setattr(precision_module, "has_bf16", lambda: False)
+    assert main([*argv, "--precision", chosen, "--out", str(tmp_path / "given")]) == 0
+    assert len(built) == 4 and built[-1].state.global_step == real.state.global_step
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("auto", "given")]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+    assert main([*argv, "--out", str(tmp_path / "again")]) == 0  # no bf16 here: fp32, and nothing is timed
+    assert len(built) == 5 and not built[-1].args.bf16
 
 
 def test_the_teacher_runs_in_bfloat16_where_there_are_kernels_for_it(job: Job) -> None:
