@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pruned_ops.shape import checked_int
@@ -19,6 +21,15 @@ class CommandParser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", _Help)
         super().__init__(*arguments, **settings)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's own; paths that begin with ~ lie in the home folder, which a shell says for those
+        alone that stand at the beginning of a word."""
+        arguments = super().parse_args(args, namespace)
+        for name, value in vars(arguments).items():
+            if isinstance(value, Path):
+                setattr(arguments, name, Path(os.path.expanduser(value)))
+        return arguments
+
     @classmethod
     def of_program(cls, name: str, description: str) -> CommandParser:
         """The parser of a whole program: its commands are added by `add_subparsers`."""
@@ -32,6 +43,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or action.default is False or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
+
+
+def model_place(text: str) -> str:
+    """A folder or a hub name, out of an argument; ~ is the home folder."""
+    return os.path.expanduser(text)
 
 
 def add_dtype(parser: Any, help_text: str) -> None:

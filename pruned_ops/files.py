@@ -67,14 +67,29 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_new_folder(path: Path) -> None:
     """OSError where there cannot be a new folder at `path`: asked before the work whose result is to be
-    written. An empty folder is as good as none."""
+    written. An empty folder is as good as none. ValueError for a name that libraries cannot write to."""
+    check_name(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} is there already; give another folder")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """OSError where nothing can be made at `path`: what is above it is a file, or may not be written to."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"{path} cannot be made: {above} is a file")
     if not os.access(above, os.W_OK):
         raise PermissionError(f"{path} cannot be made: nothing may be written into {above}")
+
+
+def check_name(path: Path) -> None:
+    """ValueError for a folder whose name is no text in UTF-8: libraries that are written in Rust, as those of
+    tensors and tokenizers are, write nothing into it."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!a} is no name in UTF-8; give another folder") from None
 
 
 @contextmanager
@@ -117,6 +132,14 @@ def read_text(path: Path) -> str:
         return _decoded(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Each line of a file in UTF-8 that holds more than spaces, with its number. Only a line feed ends a
+    line: texts have other separators in them. Errors: as `read_text`'s."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
 
 
 def read_json(path: Path, what: str = "JSON", max_bytes: int | None = MAX_RECORD) -> Any:

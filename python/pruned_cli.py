@@ -7,6 +7,7 @@ once the arguments are read. --help, --version and a mistyped option are answere
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
@@ -25,6 +26,8 @@ def trainer() -> int:
 
 def _run(*packages: str) -> int:
     """Run the command line of the last package, `PACKAGE.cli`, which imports nothing heavy to parse."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a file may hold what no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")
     modules = [_without_init(package) for package in packages]
     cli = import_module(f"{packages[-1]}.cli")
     arguments = cli.parse(sys.argv[1:])

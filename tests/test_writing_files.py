@@ -93,6 +93,8 @@ def test_a_folder_that_cannot_be_new(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(OSError, match=message), new_folder(Path(name)):
             raise AssertionError("the work began")
+    with pytest.raises(ValueError, match="is no name in UTF-8"), new_folder(Path("raw\udcff")):
+        raise AssertionError("the work began")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(PermissionError, match="nothing may be written into"), new_folder(Path("new")):
         raise AssertionError("the work began")

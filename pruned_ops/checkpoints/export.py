@@ -100,6 +100,7 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
         raise NotADirectoryError(f"{out} is a file; a folder is needed")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out.parent} is no folder; {out.name} is made in it")
+    out = out.resolve()  # a symlink stays one
     is_new = not out.exists()
     if not is_new and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; --overwrite (overwrite=True) replaces an export in it")

@@ -159,6 +159,10 @@ def open_source(folder: Path) -> Source:
     ValueError for a model that cannot be imported."""
     checkpoint_folder(folder)
     config = read_config(folder)
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder}: its weights are quantised, and can only be run: give the fp32 checkpoint"
+        )
     kind = _checked_kind(folder, config)
     family = BY_TYPE[kind]
     prefix, words = f"{family.prefix}.", tuple(f"{name}." for name in family.words_head)

@@ -279,7 +279,8 @@ def _check_tensors(
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """The fast tokenizer beside a model, of a folder or a hub name; OSError or ValueError where there is none
-    (answers need its character offsets)."""
+    (answers need its character offsets). Beside a model with one type of tokens it gives no types: BERT's
+    tokenizer is found beside a RoBERTa."""
     folder = Path(name_or_path)
     if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARY_FILES):
         # Without any of them an empty tokenizer would be made.
@@ -288,7 +289,19 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path} has no fast tokenizer, and answers need its character offsets")
+    if "token_type_ids" in tokenizer.model_input_names and _has_one_type(name_or_path):
+        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
     return tokenizer
+
+
+def _has_one_type(name_or_path: str) -> bool:
+    """Whether there is a config of a known model that has one type of tokens."""
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        types: Any = family_of(config).value(config, "type_vocab_size")
+    except Exception:  # whoever loads the model says what is wrong with its config
+        return False
+    return types == 1
 
 
 def check_source(name_or_path: str) -> None:

@@ -25,7 +25,7 @@ from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.encoder_weights import int8_sources, is_stored_in_int8
-from pruned_ops.runtime.int8_choice import outputs_of, relative_error
+from pruned_ops.runtime.int8_choice import named_outputs, outputs_of, real_rows, relative_error
 from pruned_ops.runtime.optimize import optimize
 from pruned_ops.runtime.packed_encoder import optimised_encoders
 from pruned_ops.runtime.saving import measured
@@ -175,12 +175,9 @@ def _by_text(model: Any, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
                 (rows,) = text_outputs(model, batch)
                 vectors += [row.flatten().clone() for row in (rows.to_dense() if rows.is_sparse else rows)]
                 continue
-            mask = batch["attention_mask"].bool()
-            tensors = [value for value in model(**batch).to_tuple() if isinstance(value, Tensor)]
-            for row, real in enumerate(mask):
-                parts = [
-                    value[row][real] if value.shape[:2] == mask.shape else value[row] for value in tensors
-                ]
+            mask, named = batch["attention_mask"], named_outputs(model(**batch))
+            for row in map(slice, range(len(mask)), range(1, len(mask) + 1)):
+                parts = [real_rows(name, value[row], mask[row]) for name, value in named]
                 vectors.append(torch.cat([part.flatten() for part in parts]))
     return vectors
 

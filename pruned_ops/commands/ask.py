@@ -40,7 +40,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint with its tokenizer")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--question", nargs="+", metavar="TEXT", help="questions to ask of --context-file")
-    source.add_argument("--questions", metavar="FILE", help="JSON lines; - for standard input")
+    source.add_argument(
+        "--questions", type=os.path.expanduser, metavar="FILE", help="JSON lines; - for standard input"
+    )
     parser.add_argument("--context-file", type=Path, metavar="FILE", help="the text, in UTF-8")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where the answers go (default: standard output)"
@@ -70,8 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             lines = iter(stack.enter_context(open(arguments.questions, "rb")))
         answerer = _load(arguments.folder, arguments)
-        out: IO[bytes] = sys.stdout.buffer
-        if arguments.out is not None:
+        out: IO[bytes]
+        if arguments.out is None:
+            out = sys.stdout.buffer
+        else:
             out = stack.enter_context(open(arguments.out, "wb"))
         try:
             source = "" if arguments.questions in (None, "-") else f"{arguments.questions}: "

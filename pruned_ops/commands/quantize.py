@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import check_counts
-from pruned_ops.files import read_text
+from pruned_ops.command_line import check_counts, model_place
+from pruned_ops.files import read_lines
 
 if TYPE_CHECKING:
     from pruned_ops.checkpoints.quantizing import Measured, Text
@@ -24,7 +24,9 @@ def add_command(commands: Any) -> None:
         "runs on a CPU that has int8.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or its name on the hub")
+    parser.add_argument(
+        "model", type=model_place, metavar="MODEL", help="folder of a checkpoint, or its name on the hub"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the int8 checkpoint")
     parser.add_argument(
         "--texts",
@@ -67,12 +69,11 @@ def read_texts(path: Path, limit: int) -> list[Text]:
     """The texts of a file, or `limit` of them spread over it. Errors: ValueError for a line with more than
     one tab."""
     texts: list[Text] = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in read_lines(path):
         first, *others = line.split("\t")
         if len(others) > 1:
             raise ValueError(f"line {number} of {path} has {len(others)} tabs; a text, or two, are needed")
-        if line.strip():
-            texts.append((first, others[0]) if others else first)
+        texts.append((first, others[0]) if others else first)
     step = max(1, len(texts) // limit)
     return texts[::step][:limit]
 

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import add_dtype, check_counts, dtype_of
-from pruned_ops.files import read_text
+from pruned_ops.command_line import add_dtype, check_counts, dtype_of, model_place
+from pruned_ops.files import read_lines
 from pruned_ops.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -40,7 +40,11 @@ def add_command(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="folder or hub name of a model; NAME=MODEL calls it NAME"
+        "models",
+        nargs="+",
+        type=model_place,
+        metavar="MODEL",
+        help="folder or hub name of a model; NAME=MODEL calls it NAME",
     )
     _add_access(parser)
     _add_loading(parser)
@@ -148,7 +152,7 @@ def _loading(arguments: argparse.Namespace) -> Loading:
         torch.set_num_threads(arguments.threads)
     texts: tuple[str, ...] = ()
     if arguments.texts_file is not None:
-        texts = tuple(line for line in read_text(arguments.texts_file).splitlines() if line.strip())
+        texts = tuple(line for _, line in read_lines(arguments.texts_file))
         if not texts:
             raise ValueError(f"{arguments.texts_file} holds no text")
     return Loading(arguments.device, dtype_of(arguments), texts, arguments.plain)

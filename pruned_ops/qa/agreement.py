@@ -182,7 +182,7 @@ def check(
             f1 = _f1(model, others, material)
             changed = sum(answer != other for answer, other in zip(answers, others, strict=True))
         findings.append(
-            Finding(name, error, difference, _relative(material, logits, saved), f1, changed, ran)
+            Finding(name, error, difference, _relative(logits, saved, gives_answers(model)), f1, changed, ran)
         )
     return Report(tuple(findings), refused, TIMES * own_error + SLACK, tolerance, same_weights)
 
@@ -241,15 +241,15 @@ def _said(model: Any, material: Material, logits: list[Logits]) -> list[str] | N
     return [str(window[0].argmax(-1).tolist()) for window in logits]
 
 
-def _relative(material: Material, logits: list[Logits], expected: list[Logits]) -> float:
-    """How far two runs' logits are apart, as `optimize` judges int8 (see `relative_error`)."""
-    lengths = list(map(len, material.windows))
+def _relative(logits: list[Logits], expected: list[Logits], have_spans: bool) -> float:
+    """How far two runs' logits are apart, as `optimize` judges int8 (see `relative_error`). have_spans:
+    whether the first two outputs are scores of a start and an end, a number for each token."""
 
     def rows(run: list[Logits]) -> list[Tensor]:
         """Each output of all windows, a row for each token, or for each window."""
         outputs = []
-        for arrays in zip(*run, strict=True):
-            of_tokens = [len(array) for array in arrays] == lengths
+        for place, arrays in enumerate(zip(*run, strict=True)):
+            of_tokens = arrays[0].ndim > 1 or (have_spans and place < 2)
             rows = [array.reshape(len(array) if of_tokens else 1, -1) for array in arrays]
             outputs.append(torch.from_numpy(np.concatenate(rows).astype(np.float64)))
         return outputs

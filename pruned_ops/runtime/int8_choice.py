@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pruned_ops.runtime.int8_losses import FLOOR, above_limit, told
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder, PackedEncoder, packed_encoders
+from pruned_ops.runtime.streaming import is_per_text
 from pruned_ops.runtime.texts import text_batches, text_model, text_outputs
 
 Batch = Mapping[str, Any]  # a model's arguments, or the features of a model of sentence-transformers
@@ -175,14 +176,23 @@ def _outputs_of(model: Any, batch: Batch) -> list[Tensor]:
     if text_model(model) is not None:
         values = [value.to_dense() if value.is_sparse else value for value in text_outputs(model, batch)]
     else:
-        output, mask = model(**batch), batch.get("attention_mask")
-        outputs = (output,) if isinstance(output, Tensor) else output
-        outputs = outputs if isinstance(outputs, tuple) else outputs.to_tuple()
-        values = [value for value in outputs if isinstance(value, Tensor)]
-        if mask is not None:
-            real = mask.bool()
-            values = [value[real] if value.shape[:2] == mask.shape else value for value in values]
+        named, mask = named_outputs(model(**batch)), batch.get("attention_mask")
+        values = [value if mask is None else real_rows(name, value, mask) for name, value in named]
     return [value.reshape(len(value), -1) for value in values]
+
+
+def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of what a model returned, with their names; "" where they have none."""
+    if isinstance(output, Mapping):
+        named = list(output.items())
+    else:
+        named = [("", value) for value in ([output] if isinstance(output, Tensor) else output)]
+    return [(name, value) for name, value in named if isinstance(value, Tensor)]
+
+
+def real_rows(name: str, value: Tensor, mask: Tensor) -> Tensor:
+    """The rows of the real tokens (tokens, ...), of an output for tokens; one for texts as it is."""
+    return value if is_per_text(name, value) or value.shape[:2] != mask.shape else value[mask.bool()]
 
 
 def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

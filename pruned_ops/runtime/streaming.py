@@ -373,6 +373,12 @@ class _TextStream:
                 yield _Text(index, torch.empty(1), None, refused)
 
 
+def is_per_text(name: str, values: Tensor) -> bool:
+    """Whether an output of this name has a row for each text, and none for each token, however many columns
+    it has."""
+    return name in _PER_TEXT or (name == "logits" and values.dim() < 3)
+
+
 class _OutputSplitter:
     """Splits a model's outputs: `select` returns a batch's tensors, and `of_text` the outputs of one text."""
 
@@ -392,8 +398,8 @@ class _OutputSplitter:
             )
         tensors = {name: value for name, value in output.items() if value is not None}
         for name, value in tensors.items():
-            known = name in (*_PER_TOKEN, *_PER_TEXT) or (name == "logits" and value.dim() <= 3)
-            if not isinstance(value, Tensor) or not known:
+            known = name in (*_PER_TOKEN, *_PER_TEXT, "logits")
+            if not isinstance(value, Tensor) or not known or value.dim() > 3:
                 raise ValueError(f"encode_many does not know how {name} belongs to the texts of a batch")
         return tensors
 
@@ -401,8 +407,7 @@ class _OutputSplitter:
         """The outputs of the text in this row, as copies that do not keep the whole batch in memory."""
         fields = {}
         for name, values in tensors.items():
-            per_token = name in _PER_TOKEN or (name == "logits" and values.dim() == 3)
-            fields[name] = (values[row, :tokens] if per_token else values[row]).clone()
+            fields[name] = (values[row] if is_per_text(name, values) else values[row, :tokens]).clone()
         return fields["logits"] if self._kind is None else self._kind(**fields)
 
 

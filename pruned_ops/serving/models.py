@@ -22,6 +22,7 @@ from pruned_ops.checkpoints.loading import (
     only_errors,
 )
 from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.int8_checkpoints import dequantised
 from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.logits import select_logits, split_logits
 from pruned_ops.runtime.optimize import optimize, restore
@@ -243,6 +244,8 @@ def _classifier(folder: Path, source: str, name: str, loading: Loading, contents
 
 def _question_answering(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
     model, tokenizer = load_model(str(folder), takes_int8=True), load_tokenizer(str(folder))
+    if loading.plain:  # transformers has no kernels for int8 weights
+        model = dequantised(model)
     encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
     loading.prepare(model, encoder, _pad(model))
     answerer = QuestionAnswerer(model, tokenizer, dtype=loading.dtype)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pruned_ops.command_line import CommandParser, dtype_of
-from pruned_ops.files import check_writable, write_json
+from pruned_ops.files import check_writable, read_lines, write_json
 from pruned_trainer.command_options import (
     DEMO_MACS,
     add_compact,
@@ -18,7 +18,7 @@ from pruned_trainer.command_options import (
     add_prune,
     add_report,
 )
-from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings, make_task
+from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings, make_task, same_file
 from pruned_trainer.pruning.options import UNITS, Target
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.training.distillation import Distillation
@@ -172,14 +172,14 @@ def _compact(arguments: argparse.Namespace) -> None:
     from pruned_trainer.pruning.compact import compact
     from pruned_trainer.pruning.decision import Decision
 
-    inputs = (arguments.model, arguments.decision)
+    inputs = (arguments.model, arguments.decision, arguments.calibration)
     OutputFolder.check(arguments.out, arguments.overwrite, inputs)
-    model, tokenizer = load_any_head(arguments.model), load_tokenizer(arguments.model)
-    texts = None
+    decision, texts = Decision.load(arguments.decision), None
     if arguments.calibration is not None:
-        lines = arguments.calibration.read_text(encoding="utf-8").splitlines()
-        texts = [line for line in lines if line.strip()]
-    decision = Decision.load(arguments.decision)
+        texts = [line for _, line in read_lines(arguments.calibration)]
+        if not texts:
+            raise ValueError(f"{arguments.calibration} holds no text")
+    model, tokenizer = load_any_head(arguments.model), load_tokenizer(arguments.model)
     narrow = compact(model, decision, texts, arguments.compensate, arguments.layer_by_layer)
     with (
         explained_when_full(arguments.out),
@@ -198,6 +198,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from pruned_trainer.tasks.task import own_thresholds
 
     if arguments.predictions is not None:
+        read = (arguments.eval_file, arguments.validation_file, arguments.texts, arguments.corpus)
+        for file in (*read, arguments.queries):
+            if file is not None and same_file(arguments.predictions, file):
+                raise FileExistsError(f"{arguments.predictions} is what is read; give another --predictions")
         check_writable(arguments.predictions, "--predictions", overwrite=True)
     task = make_task(TaskOptions.of(arguments))
     if arguments.texts is not None:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pruned_ops.command_line import add_dtype
+from pruned_ops.command_line import add_dtype, model_place
 from pruned_trainer.jobs.settings import (
     BATCH_SIZE,
     DISTIL_IN,
@@ -27,7 +27,7 @@ from pruned_trainer.tasks.options import TASKS
 from pruned_trainer.training.distillation import Distillation
 
 # The names that stand for values of these types on a help page.
-METAVARS: dict[type, str] = {int: "N", float: "N", Path: "FILE", str: "MODEL"}
+METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "FILE", model_place: "MODEL"}
 # The size of the demo's model, where no other target is given.
 DEMO_MACS = 0.45
 
@@ -60,7 +60,9 @@ class Options:
         if isinstance(default, bool):
             more["action"] = "store_true"
         else:
-            more.setdefault("type", str if default is None or "nargs" in more else type(default))
+            is_model = name in ("model", "teacher")
+            kind = model_place if is_model else str if default is None or "nargs" in more else type(default)
+            more.setdefault("type", kind)
             if "choices" not in more:
                 more.setdefault("metavar", METAVARS.get(more["type"]))
         option = f"--{self.prefix}{name}".replace("_", "-")
@@ -333,7 +335,11 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
 
 def add_compact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="MODEL", required=True, help="checkpoint that the decision was made for"
+        "--model",
+        type=model_place,
+        metavar="MODEL",
+        required=True,
+        help="checkpoint that the decision was made for",
     )
     parser.add_argument(
         "--decision", type=Path, metavar="FILE", required=True, help="decision.json of a pruning run"

@@ -288,6 +288,13 @@ def test_the_command_writes_a_folder_that_is_usable(
     assert pruned_ops.PrunedBertForQuestionAnswering.from_pretrained(checkpoint)
 
 
+def test_a_symlink_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    path = pruned_ops.export_onnx(stock_model(), tmp_path / "link")
+    assert path == tmp_path / "link" / "model.onnx" and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "model.onnx").is_file()
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

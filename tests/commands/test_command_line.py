@@ -12,6 +12,7 @@ import pytest
 
 import pruned_ops
 from pruned_ops import cli
+from pruned_trainer import cli as trainer_cli
 
 ROOT = Path(pruned_ops.__file__).parents[1]
 COMMANDS = (
@@ -92,6 +93,33 @@ def test_every_option_has_a_sentence_and_its_default_once(command: str) -> None:
         has_default = action.default not in (None, False, argparse.SUPPRESS)
         assert said.count("(default: ") == 1 if has_default else said.count("(default: ") <= 1, said
         assert "None" not in said and "[" not in said
+
+
+def test_a_path_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell that has --out=~/new in one word leaves the ~ to the program."""
+    monkeypatch.setenv("HOME", "/home/me")
+    said = cli.parse(["bench", "~/model", "--dense=~/dense", "--html=~/page.html"])
+    assert [said.folder, said.dense, said.html] == [
+        Path(f"/home/me/{name}") for name in ("model", "dense", "page.html")
+    ]
+    assert said.command_line == "pruned-ops bench '~/model' '--dense=~/dense' '--html=~/page.html'"
+    said = cli.parse(["quantize", "~/model", "~/new", "--texts=~/texts.txt"])
+    assert (said.model, said.out) == ("/home/me/model", Path("/home/me/new"))
+    assert cli.parse(["serve", "~/model", "owner/name"]).models == ["/home/me/model", "owner/name"]
+    assert cli.parse(["ask", "model", "--questions=~/asked.jsonl"]).questions == "/home/me/asked.jsonl"
+    said = trainer_cli.parse(
+        [
+            "prune",
+            "--model=~/model",
+            "--teacher=~/teacher",
+            "--train-file=~/train.json",
+            "--out=~/new",
+            "--macs=0.5",
+        ]
+    )
+    assert (said.model, said.teacher) == ("/home/me/model", "/home/me/teacher")
+    assert (said.train_file, said.out) == (Path("/home/me/train.json"), Path("/home/me/new"))
+    assert trainer_cli.parse(["evaluate", "--model=owner/name", "--eval-file=x"]).model == "owner/name"
 
 
 @pytest.mark.parametrize("command", ["latency-table", "import", "export", "ask", "check", "bench"])

@@ -13,7 +13,6 @@ import torch
 import pruned_ops
 from family_models import (
     ANSWERS,
-    FAMILIES,
     PRUNED_TYPES,
     TEXTS,
     TOKENS,
@@ -22,6 +21,7 @@ from family_models import (
     largest_difference,
     outputs,
     pruned,
+    saved,
     stock,
 )
 from matching import squad_file
@@ -31,7 +31,7 @@ from pruned_ops.cli import main
 from pruned_ops.models.heads import load_natural_questions, with_answer_types
 from pruned_trainer.cli import main as trainer_main
 from quick_reports import quick_reports as quick_reports  # of the jobs below
-from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
+from tiny_tokenizers import words
 
 CLOSE = 3e-5
 # BERT and RoBERTa go these ways in the tests of each.
@@ -42,19 +42,6 @@ OTHERS = ("pruned_modernbert", "pruned_deberta_v2")
 IMPORTED = pytest.mark.parametrize("pruned_type", [kind for kind in NEW if kind not in OTHERS])
 # So many tokens of words, and of bytes, hold a question and some of a text.
 CUT = 40
-
-
-def saved(pruned_type: str, head: str, folder: Path, **fields: Any) -> Path:
-    """The folder of a stock model with a tokenizer: of words, with types of tokens; or where the model has
-    one type only, of bytes without types."""
-    stem = PRUNED_TYPES[pruned_type]
-    if FAMILIES[stem].get("type_vocab_size") == 1:
-        stock(stem, head, vocab_size=300, **fields).save_pretrained(folder)
-        byte_tokenizer().save_pretrained(folder)
-    else:
-        stock(stem, head, pad_token_id=0, **fields).save_pretrained(folder)
-        word_tokenizer(24).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

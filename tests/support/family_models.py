@@ -6,6 +6,7 @@ A new family is a row in FAMILIES.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from inputs import ODD_SHAPES, generator, shake
 from pruned_ops.models.families.description import STOCK_HEADS, Family
 from pruned_ops.models.families.known import FAMILIES as KNOWN
 from pruned_ops.models.heads import pruned_class
+from tiny_tokenizers import byte_tokenizer, word_tokenizer
 
 # With what the names of the publisher's classes begin -> fields of its config beside SIZES.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -98,6 +100,20 @@ def pruned(pruned_type: str, head: str, **more: Any) -> Any:
         **fields(stem, **sizes), head_dim=16, layer_shapes=list(ODD_SHAPES), num_labels=3
     )
     return shake(model_class(config).eval(), 0)
+
+
+def saved(pruned_type: str, head: str, folder: Path, **fields: Any) -> Path:
+    """The folder of a stock model with a tokenizer: of words, with types of tokens; or where the model has
+    one type only, of bytes without types."""
+    stem = PRUNED_TYPES[pruned_type]
+    if FAMILIES[stem].get("type_vocab_size") == 1:
+        tokenizer = byte_tokenizer()
+        stock(stem, head, **{"vocab_size": 300, **fields}).save_pretrained(folder)
+    else:
+        tokenizer = word_tokenizer(24)
+        stock(stem, head, pad_token_id=0, **fields).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def batch(kind: str, lengths: Sequence[int] = (20, 3, 11, 7)) -> dict[str, Tensor]:

@@ -483,3 +483,15 @@ def test_a_folder_that_is_not_there(
     error = capsys.readouterr().err
     assert error.startswith(f"pruned-trainer {command}: ") and missing in error and error.count("\n") == 1
     assert "hub" not in error and not Path(new).exists()
+
+
+def test_predictions_do_not_replace_what_is_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "link.json"
+    link.symlink_to(folder / "eval.json")
+    argv = ["evaluate", "--model", str(folder / "model"), "--eval-file", str(folder / "eval.json")]
+    before = (folder / "eval.json").read_bytes()
+    for out in (folder / "eval.json", link):
+        refused(capsys, [*argv, "--predictions", str(out)], "is what is read; give another --predictions")
+    assert (folder / "eval.json").read_bytes() == before

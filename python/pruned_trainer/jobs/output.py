@@ -20,7 +20,7 @@ from pruned_ops.checkpoints.loading import TOKENIZER_FILES
 from pruned_ops.checkpoints.loading import load_any_head as load_any_head
 from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
-from pruned_ops.files import read_json
+from pruned_ops.files import check_name, check_place, read_json
 from pruned_ops.models.model_card import WEIGHTS
 
 # sentence-transformers' own files beside an encoder.
@@ -116,14 +116,15 @@ class OutputFolder:
     partial folder that is there.
     Errors: FileExistsError where the folder, or an earlier run's partial one, holds files and `overwrite` is
     False; and always where it holds one of the run's own `inputs`, or the current folder, or where another
-    run works in it. FileNotFoundError where there is nothing to resume.
+    run works in it. PermissionError where nothing may be made beside it. FileNotFoundError where there is
+    nothing to resume. ValueError for a name that is not in UTF-8.
     """
 
     def __init__(
         self, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = (), resume: bool = False
     ) -> None:
         self.check(path, overwrite, inputs, resume)
-        self.path, self.is_published = path, False
+        self.path, self.is_published = _real(path), False
         self.partial = self.partial_of(path)
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _take_lock(self.partial)
@@ -159,6 +160,7 @@ class OutputFolder:
         cls, path: Path, overwrite: bool, inputs: Sequence[Path | str | None] = (), resume: bool = False
     ) -> None:
         """Raise as the constructor does, without making anything, after `end_publishing`."""
+        check_name(path)
         partial = cls.partial_of(path)
         cls.end_publishing(path)
         if resume and not partial.is_dir():
@@ -167,6 +169,7 @@ class OutputFolder:
         for place in (partial, path, *path.parents):
             if place.is_file():
                 raise FileExistsError(f"{place} is a file; --out names a folder")
+        check_place(partial)
         for folder in (path, partial):
             for needed in (Path.cwd(), *(Path(i).resolve() for i in inputs if i is not None and i != "")):
                 if needed.exists() and needed.is_relative_to(folder.resolve()):
@@ -189,6 +192,7 @@ class OutputFolder:
 
         Where the folder that was to be replaced stands aside, the partial one was whole.
         """
+        path = _real(path)
         partial, replaced = cls.partial_of(path), cls._replaced(path)
         _remove_left_lock(path)
         if not os.path.lexists(replaced):
@@ -213,9 +217,14 @@ class OutputFolder:
             _remove(replaced)
 
 
+def _real(path: Path) -> Path:
+    """The path itself, or what it leads to where it is a symlink: the folder there is made and replaced."""
+    return path.resolve() if path.is_symlink() else path
+
+
 def _beside(path: Path, name: str) -> Path:
     """The folder beside this one that is called so, after it. ValueError for the root of all folders."""
-    named = path if path.name not in ("", "..") else path.resolve()
+    named = _real(path) if path.name not in ("", "..") else path.resolve()
     if not named.name:
         raise ValueError(f"{path} cannot be replaced; give another --out")
     return named.with_name(name.format(named.name))

@@ -10,9 +10,11 @@ import csv
 import gzip
 import io
 import re
+import sys
 import tempfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -171,7 +173,8 @@ def _separated(path: Path, separator: str) -> Source:
         with _open(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             reader = csv.reader(text, delimiter=separator, strict=True)
-            columns, *lines = [row for row in reader if row] or [[]]
+            with _long_fields():
+                columns, *lines = [row for row in reader if row] or [[]]
     except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise FormatError(f"{path}: not {suffix_of(path)} in UTF-8: {error}") from None
     for number, line in enumerate(lines):
@@ -180,6 +183,16 @@ def _separated(path: Path, separator: str) -> Source:
                 f"{path}, row {number}: {len(line)} values, and the first line names {len(columns)} columns"
             )
     return Source(str(path), tuple(columns), [dict(zip(columns, line, strict=True)) for line in lines])
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let csv read texts of any length inside the block; by itself it stops at 131,072 characters."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _arrow_table(path: Path, suffix: str) -> Any:

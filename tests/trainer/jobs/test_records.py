@@ -92,6 +92,32 @@ def test_a_choice_of_something_else(record: Any, tmp_path: Path) -> None:
     assert _recorded(file) == ([{"loss": None}], 2)
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"raw\\udcff' is no name in UTF-8; give another folder"):
+        OutputFolder.check(tmp_path / "raw\udcff", False)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match=f"cannot be made: nothing may be written into {tmp_path}"):
+        OutputFolder.check(tmp_path / "new" / "out", False)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_symlink_stays_and_its_folder_is_made(is_there: bool, tmp_path: Path) -> None:
+    """Whoever links --out to another disk wants the result, and what is written until then, on that disk."""
+    target, link = tmp_path / "disk" / "target", tmp_path / "out"
+    target.mkdir(parents=True)
+    if is_there:
+        (target / "earlier").touch()
+    link.symlink_to(target)
+    with OutputFolder(link, overwrite=is_there) as folder:
+        assert folder.partial == target.with_name("target.partial")
+        (folder.partial / "whole").touch()
+        folder.publish()
+    assert link.is_symlink() and os.listdir(target) == ["whole"]
+    assert os.listdir(target.parent) == ["target"] and sorted(os.listdir(tmp_path)) == ["disk", "out"]
+
+
 def test_a_lock_that_a_killed_process_left_in_its_output_goes(tmp_path: Path) -> None:
     """It was killed between the renaming of its folder and the removal of its lock."""
     out = tmp_path / "out"

@@ -15,8 +15,10 @@ import pytest
 
 from matching import squad_file
 from pruned_trainer.tasks.faults import Skipped
+from pruned_trainer.tasks.sources import read_rows
 from pruned_trainer.tasks.squad.examples import Example, SquadFormatError, load_squad
 from pruned_trainer.tasks.squad.sources import read_examples
+from text_files import write_rows
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -362,3 +364,10 @@ for source in (".", "me/cats", "q.parquet"):
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("me/cats: no such file here, and the hub could not be asked: ")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json"])
+def test_a_text_may_have_any_length(suffix: str, tmp_path: Path) -> None:
+    row = {"text": "long " * 100_000, "label": "yes"}
+    path = write_rows(tmp_path / f"rows.{suffix}", [row])
+    assert [read for _, read in read_rows(path, "train").placed()] == [row]

@@ -1,0 +1,49 @@
+"""What of a model's outputs belongs to tokens, and what to texts, where the two numbers are equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import family_models
+from head_models import natural_questions
+from int8_anywhere import int8_anywhere
+from pruned_ops import optimize
+from pruned_ops.checkpoints.quantizing import _by_text
+from pruned_ops.runtime.int8_choice import outputs_of
+
+
+def batch(tokens: int, texts: int = 3) -> dict[str, Any]:
+    """Inputs of which each text but the first has one token less."""
+    mask = torch.ones(texts, tokens, dtype=torch.long)
+    mask[1:, -1] = 0
+    ids = torch.randint(5, 100, (texts, tokens), generator=torch.Generator().manual_seed(tokens))
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("make", "labels"),
+    [
+        (lambda: family_models.stock("Bert", family_models.TEXTS), 3),
+        (natural_questions, 5),
+        (lambda: family_models.stock("Bert", ""), 64),
+    ],
+    ids=["classes", "answer types", "pooler"],
+)
+def test_as_many_tokens_as_labels(make: Any, labels: int) -> None:
+    """A text's labels stay whole in a batch of texts of so many tokens, and beside other batches."""
+    model, batches = make(), [batch(labels), batch(9)]
+    found = outputs_of(model, batches)
+    assert found[-1].shape == (6, labels)
+    by_text = _by_text(model, batches[:1])
+    with torch.no_grad():
+        whole = list(model(**batches[0]).values())[-1]
+    assert all(torch.equal(vector[-labels:], row) for vector, row in zip(by_text, whole, strict=True))
+
+
+def test_such_a_batch_calibrates() -> None:
+    with int8_anywhere():
+        model = optimize(natural_questions(), dtype="int8", calibration=[batch(5), batch(9)], tolerance=0.9)
+    assert len(model.int8_errors) > 0
