@@ -20,7 +20,9 @@ from pruned_ops.checkpoints.loading import load_any_head, load_model
 from pruned_ops.cli import main
 from pruned_ops.layers.int8 import Int8Linear
 from pruned_ops.qa import agreement
+from pruned_trainer import compact
 from pruned_trainer.cli import main as trainer_main
+from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 from text_files import classified, write_rows
 from tiny_tokenizers import word_tokenizer
 
@@ -108,6 +110,11 @@ def test_what_cannot_be_done(folder: Path, tmp_path: Path, capsys: pytest.Captur
         assert status == 2 and stored in error.splitlines()[-1]
     status, _, error = run(capsys, "export", folder, "--onnx", tmp_path / "onnx")
     assert status == 2 and "its weights are quantised, and can only be run" in error
+    status, _, error = run(capsys, "import", folder, tmp_path / "imported")
+    assert status == 2 and "its weights are quantised, and can only be run" in error
+    nothing = LayerDecision(Kept((), ()), Kept((), ()))
+    with pytest.raises(ValueError, match="stored in int8, and are neither trained nor cut"):
+        compact(load_model(str(folder), takes_int8=True), Decision((nothing,) * 5, 1, {}, {}))
     fp32 = save_checkpoint(pruned_model(), tmp_path / "fp32")
     status, _, error = run(capsys, "check", fp32, "--tolerance", 0.1)
     assert status == 2 and "--tolerance goes with --dtype, or with a checkpoint of int8 weights" in error

@@ -179,6 +179,10 @@ def test_what_pruning_refuses() -> None:
         attached(model, parts=["hidden"]),
     ):
         pass
+    half = Kept(tuple(range(32)), (1.0,) * 32)  # a decision that another model's gates made
+    every = LayerDecision(Kept(tuple(range(4)), (1.0,) * 4), Kept(tuple(range(96)), (1.0,) * 96))
+    with pytest.raises(ValueError, match="hidden dimensions of a ModernBERT are not pruned"):
+        compact(model, Decision((every,) * 2, 1, {}, {}, hidden=half))
 
 
 @pytest.mark.parametrize("layer_by_layer", [False, True])

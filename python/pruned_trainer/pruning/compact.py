@@ -69,6 +69,7 @@ def _narrow(model: Any, decision: Decision) -> Any:
     _check_fits(decision, encoder_shape(encoder))
     around = _known_around(model, encoder)
     if decision.hidden is not None:
+        refuse_hidden(encoder)
         _check_hidden(model, encoder, around)
     old = encoder if around is None else around
     new = _narrow_known(old, encoder, decision)
@@ -80,11 +81,6 @@ def check_prunable(model: nn.Module, parts: Sequence[str]) -> None:
     where hidden dimensions are to be pruned under a head that cannot lose its own."""
     encoder = find_encoder(model)
     _check_described(encoder)
-    if any(isinstance(module, Int8Linear) for module in encoder.modules()):
-        raise ValueError(
-            "the encoder's weights are stored in int8, and cannot be trained: give the fp32 checkpoint that "
-            "they were made from"
-        )
     refusal = refuse_parameters(encoder)
     if refusal is not None:
         raise ValueError(f"the {type(encoder).__name__} cannot be pruned, because {refusal}")
@@ -95,7 +91,12 @@ def check_prunable(model: nn.Module, parts: Sequence[str]) -> None:
 
 def _check_described(encoder: Any) -> None:
     """ValueError for an encoder with modules that its config does not describe, which its pruned class would
-    be without."""
+    be without, and for one of int8 weights."""
+    if any(isinstance(module, Int8Linear) for module in encoder.modules()):
+        raise ValueError(
+            "the encoder's weights are stored in int8, and are neither trained nor cut: give the fp32 "
+            "checkpoint that they were made from"
+        )
     refusal = refuse_modules(encoder, _ONLY_IN_TRAINING)
     if refusal is not None:
         raise ValueError(f"the {type(encoder).__name__} cannot be pruned, because {refusal}")
