@@ -14,7 +14,7 @@ import secrets
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ MAX_RECORD = 1 << 28
 MAX_DEPTH = 64
 _DEEP = f"it is nested more than {MAX_DEPTH} deep"
 
+_NOT_UTF8 = "it is UTF-16 or UTF-32 text, and UTF-8 is needed"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's mark begins with one of them
 _LONG_NUMBER = re.compile(r"[0-9]{309}")  # no shorter integer is beyond every float
 # An escape in a JSON text. Group 1: half of a surrogate pair without its other half.
@@ -134,14 +135,6 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from None
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Each line of a file in UTF-8 that holds more than spaces, with its number. Only a line feed ends a
-    line: texts have other separators in them. Errors: as `read_text`'s."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield number, line.removesuffix("\r")
-
-
 def read_json(path: Path, what: str = "JSON", max_bytes: int | None = MAX_RECORD) -> Any:
     """The value in a JSON file, as `parse_json` reads it. what: the kind of file, for errors.
 
@@ -200,7 +193,7 @@ def _finite(value: Any) -> Any:
 def _decoded(content: bytes) -> str:
     """The text, without a byte order mark; ValueError, without the bytes in it, for another encoding."""
     if content.startswith(_UTF16):
-        raise ValueError("it is UTF-16 or UTF-32 text, and UTF-8 is needed")
+        raise ValueError(_NOT_UTF8)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -211,33 +204,41 @@ def _decoded(content: bytes) -> str:
 class TextFile:
     """The texts in a file, which is read anew whenever they are gone through.
 
-    Each line of a file in UTF-8 is a text; in a file that ends in .jsonl, all strings in the value of a line
-    are texts, or those in these columns of it. Either may end in .gz. Texts without any character but spaces
-    are passed over. Errors: OSError where there is no file; ValueError that names the line for one that
-    cannot be read or lacks a column, and for columns of a file that is no .jsonl.
+    Each line of a file in UTF-8 is a text, which may hold any separator but a line feed; in a file that ends
+    in .jsonl, all strings in the value of a line are texts, or those in these columns of it. Either may end
+    in .gz. Texts without any character but spaces are passed over. Errors: OSError where there is no file;
+    ValueError that names the line for one that cannot be read or lacks a column, and for columns of a file
+    that is no .jsonl.
     """
 
     def __init__(self, path: Path, columns: Sequence[str] | None = None) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is no file; a file of texts is needed")
         self.path, self.columns = path, columns
-        self._is_json = path.name.removesuffix(".gz").endswith(".jsonl")
-        if columns is not None and not self._is_json:
+        self.is_json = path.name.removesuffix(".gz").endswith(".jsonl")
+        if columns is not None and not self.is_json:
             raise ValueError(f"{path} has no columns: only a .jsonl file has")
 
     def __iter__(self) -> Iterator[str]:
+        for _, texts in self.lines():
+            yield from texts
+
+    def lines(self) -> Iterator[tuple[int, list[str]]]:
+        """The texts of each line that has any, with its number."""
         try:
             with (gzip.open if self.path.suffix == ".gz" else open)(self.path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     try:
-                        texts = self._texts(line) if self._is_json and line.strip() else [_decoded(line)]
-                        yield from (text.rstrip("\r\n") for text in texts if text.strip())
+                        texts = self._texts(line) if self.is_json and line.strip() else [_one_line(line)]
+                        texts = [text.rstrip("\r\n") for text in texts if text.strip()]
                     except ValueError as error:
                         raise ValueError(f"{self.path}, line {number}: {error}") from None
+                    if texts:
+                        yield number, texts
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{self.path} is no whole gzip file: {error}") from None
 
-    def _texts(self, line: bytes) -> Iterator[str]:
+    def _texts(self, line: bytes) -> Iterable[str]:
         """The texts in the JSON of a line."""
         value = parse_json(line)
         if self.columns is not None:
@@ -248,6 +249,13 @@ class TextFile:
                 raise ValueError(f"there is no column {shown(lacking[0])}; there are {shown(list(value))}")
             value = [value[name] for name in self.columns]
         return _strings(value)
+
+
+def _one_line(content: bytes) -> str:
+    """The text of a line; ValueError, without the bytes in it, for another encoding."""
+    if content.startswith(_UTF16):
+        raise ValueError(_NOT_UTF8)
+    return content.decode("utf-8-sig")
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruned_ops.files import MAX_DEPTH, parse_json, read_json, read_lines, read_text, shown, write_json
+from pruned_ops.files import MAX_DEPTH, TextFile, parse_json, read_json, read_text, shown, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -88,7 +88,15 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     """What Unicode calls a separator, and str.splitlines an end, is part of a text."""
     path, odd = tmp_path / "text.txt", "a\u2028b\x85c\x0bd\x0ce\x1cf\rg"
     path.write_bytes(f"\ufeff{odd}\r\n\n \t\n\u200b\nlast".encode())
-    assert list(read_lines(path)) == [(1, odd), (4, "\u200b"), (5, "last")]
+    assert list(TextFile(path).lines()) == [(1, [odd]), (4, ["\u200b"]), (5, ["last"])]
+    assert list(TextFile(path)) == [odd, "\u200b", "last"]
+    for content, message in (
+        ("a\nsecret Å".encode("latin1"), r"line 2: .*0xc5 in position 7: [a-z ]*$"),
+        ("a".encode("utf-16"), "line 1: it is UTF-16"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            list(TextFile(path))
 
 
 def test_values_are_quoted_short() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruned_ops.command_line import check_counts, model_place
-from pruned_ops.files import read_lines
+from pruned_ops.files import TextFile
 
 if TYPE_CHECKING:
     from pruned_ops.checkpoints.quantizing import Measured, Text
@@ -33,7 +34,14 @@ def add_command(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="texts like those that it will read, in UTF-8, one on a line; a tab separates the two of a pair",
+        help="texts like those that it will read, in UTF-8, one on a line (a tab separates the two of a "
+        "pair); or .jsonl; .gz too",
+    )
+    parser.add_argument(
+        "--text-columns",
+        nargs="+",
+        metavar="NAME",
+        help="of .jsonl, the column that holds the text, or the two of a pair (default: the only string)",
     )
     parser.add_argument(
         "--tolerance",
@@ -59,21 +67,25 @@ def run(arguments: argparse.Namespace) -> None:
     check_counts(arguments, "limit")
     only_errors()
     tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
-    texts = read_texts(arguments.texts, arguments.limit)
+    texts = read_texts(arguments.texts, arguments.limit, arguments.text_columns)
     report = quantize(arguments.model, arguments.out, texts, tolerance, not arguments.fp32_embeddings)
     show(report)
     print(f"written to {arguments.out}")
 
 
-def read_texts(path: Path, limit: int) -> list[Text]:
-    """The texts of a file, or `limit` of them spread over it. Errors: ValueError for a line with more than
-    one tab."""
+def read_texts(path: Path, limit: int, columns: Sequence[str] | None = None) -> list[Text]:
+    """The texts of a file, or `limit` of them spread over it. Errors: `TextFile`'s; ValueError for a line
+    with more than a pair."""
     texts: list[Text] = []
-    for number, line in read_lines(path):
-        first, *others = line.split("\t")
-        if len(others) > 1:
-            raise ValueError(f"line {number} of {path} has {len(others)} tabs; a text, or two, are needed")
-        texts.append((first, others[0]) if others else first)
+    file = TextFile(path, columns)
+    for number, parts in file.lines():
+        if not file.is_json:
+            parts = parts[0].split("\t")
+        elif columns is None and len(parts) > 1:  # the others may be labels
+            raise ValueError(f"line {number} of {path} has {len(parts)} strings: name --text-columns")
+        if len(parts) > 2:
+            raise ValueError(f"line {number} of {path} has {len(parts)} texts; a text, or two, are needed")
+        texts.append((parts[0], parts[1]) if len(parts) > 1 else parts[0])
     step = max(1, len(texts) // limit)
     return texts[::step][:limit]
 

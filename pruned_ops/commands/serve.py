@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruned_ops.command_line import add_dtype, check_counts, dtype_of, model_place
-from pruned_ops.files import read_lines
+from pruned_ops.files import TextFile
 from pruned_ops.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _loading(arguments: argparse.Namespace) -> Loading:
         torch.set_num_threads(arguments.threads)
     texts: tuple[str, ...] = ()
     if arguments.texts_file is not None:
-        texts = tuple(line for _, line in read_lines(arguments.texts_file))
+        texts = tuple(TextFile(arguments.texts_file))
         if not texts:
             raise ValueError(f"{arguments.texts_file} holds no text")
     return Loading(arguments.device, dtype_of(arguments), texts, arguments.plain)

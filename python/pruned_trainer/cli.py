@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pruned_ops.command_line import CommandParser, dtype_of
-from pruned_ops.files import check_writable, read_lines, write_json
+from pruned_ops.files import TextFile, check_writable, write_json
 from pruned_trainer.command_options import (
     DEMO_MACS,
     add_compact,
@@ -176,7 +176,7 @@ def _compact(arguments: argparse.Namespace) -> None:
     OutputFolder.check(arguments.out, arguments.overwrite, inputs)
     decision, texts = Decision.load(arguments.decision), None
     if arguments.calibration is not None:
-        texts = [line for _, line in read_lines(arguments.calibration)]
+        texts = list(TextFile(arguments.calibration))
         if not texts:
             raise ValueError(f"{arguments.calibration} holds no text")
     model, tokenizer = load_any_head(arguments.model), load_tokenizer(arguments.model)

@@ -22,6 +22,7 @@ from int8_anywhere import int8_anywhere
 from pruned_ops.checkpoints.loading import load_model
 from pruned_ops.checkpoints.quantizing import GateNotMet, quantize
 from pruned_ops.cli import main
+from pruned_ops.commands.quantize import read_texts
 from pruned_ops.layers.int8 import Int8Linear
 from pruned_ops.models.int8_checkpoints import Int8Config, halved
 from text_models import sentences, text_folder
@@ -225,6 +226,21 @@ def test_quantize_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capture
     assert told["texts"] == 12 and 0 < told["error"] <= 0.2 and told["megabytes"] == sizes[1] / 1e6
     pruned_ops.optimize(AutoModelForSequenceClassification.from_pretrained(out))
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_texts_and_pairs_to_quantize_by(tmp_path: Path) -> None:
+    """Lines, and JSON lines as other commands read them; a label is not the second of a pair."""
+    lines, rows = tmp_path / "texts.txt", tmp_path / "rows.jsonl"
+    lines.write_bytes("a\u2028b\r\n\n \t \nc\td\ne\t\n".encode())
+    assert read_texts(lines, 9) == ["a\u2028b", ("c", "d"), ("e", "")]
+    rows.write_text("".join(json.dumps({"q": f"q{i}", "n": i, "p": f"p{i}"}) + "\n" for i in range(3)))
+    assert read_texts(rows, 9, ["p"]) == ["p0", "p1", "p2"]
+    assert read_texts(rows, 9, ["q", "p"]) == [("q0", "p0"), ("q1", "p1"), ("q2", "p2")]
+    with pytest.raises(ValueError, match=r"line 1 of .*rows.jsonl has 2 strings: name --text-columns"):
+        read_texts(rows, 9)
+    lines.write_text("a\nb\tc\td")
+    with pytest.raises(ValueError, match=r"line 2 of .*texts.txt has 3 texts; a text, or two, are needed"):
+        read_texts(lines, 9)
 
 
 def test_quantize_refuses_what_changes_too_much(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pruned_ops.files import read_lines, shown
+from pruned_ops.files import TextFile, shown
 from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
 from pruned_trainer.tasks.sources import READ, find, read_rows, suffix_of
 from pruned_trainer.tasks.task import HELD_OUT
@@ -111,7 +111,7 @@ def read_unlabelled(
 
 def _lines(path: Path) -> Iterator[Example]:
     try:
-        for number, line in read_lines(path):
+        for number, (line,) in TextFile(path).lines():
             yield Example((line.strip(),), f"{path}, line {number}")
     except ValueError as error:
         raise FormatError(str(error)) from None
