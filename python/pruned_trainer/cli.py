@@ -18,7 +18,7 @@ from pruned_trainer.command_options import (
     add_prune,
     add_report,
 )
-from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings, make_task, same_file
+from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings, make_task
 from pruned_trainer.pruning.options import UNITS, Target
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.training.distillation import Distillation
@@ -200,7 +200,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.predictions is not None:
         read = (arguments.eval_file, arguments.validation_file, arguments.texts, arguments.corpus)
         for file in (*read, arguments.queries):
-            if file is not None and same_file(arguments.predictions, file):
+            if file is not None and arguments.predictions.resolve() == file.resolve():
                 raise FileExistsError(f"{arguments.predictions} is what is read; give another --predictions")
         check_writable(arguments.predictions, "--predictions", overwrite=True)
     task = make_task(TaskOptions.of(arguments))
