@@ -1,5 +1,5 @@
-# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | tsan | fuzz | soak | bench | results | mutants | overhead | aot |
-# cuda-compile | gpu. The first call sets up .venv; what is there already is used.
+# make demo | test | test-all | test-transformers4 | lint | docs | ci | asan | tsan | arm | fuzz | soak | bench | results | mutants | overhead |
+# aot | cuda-compile | gpu. The first call sets up .venv; what is there already is used.
 PYTHON ?= python3
 # Which torch to install where PYTHON has none of at least 2.11. For one without CUDA libraries give its index or file
 # to pip in the usual ways (PIP_INDEX_URL, PIP_FIND_LINKS).
@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 PIP := -m pip install -q --no-compile
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-transformers4 lint docs ci asan tsan fuzz soak bench results mutants overhead aot cuda-compile gpu gpu-ready gpu-first \
+.PHONY: demo test test-all test-transformers4 lint docs ci asan tsan arm fuzz soak bench results mutants overhead aot cuda-compile gpu gpu-ready gpu-first \
 	gpu-second gpu-tests gpu-ops gpu-models gpu-train gpu-study clean
 .DEFAULT_GOAL := test
 
@@ -143,6 +143,25 @@ tsan: $(STAMP)
 		|| { cat build/tsan.log; exit 1; }
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
 	PYTHONPATH=build/tsan/lib setarch -R $(BIN)/python tests/tsan/drive.py
+
+# The CPU kernels for 64-bit ARM, cross-compiled, and their tests on emulated processors: one with SMMLA, one with SDOT
+# alone, one with neither. That shows what is right, and nothing of speed. It takes root, and Debian's packages debootstrap,
+# g++-aarch64-linux-gnu and qemu-user-static.
+ARM := $(abspath build/arm)
+ARM_PACKAGES := ^(numpy|pytest|hypothesis|safetensors|tqdm|transformers|jinja2)\b[^-]*$$
+ARM_CPUS := max,pauth-impdef=on neoverse-n1 cortex-a72
+$(ARM)/.prepared: $(VENV)/.torch tests/arm/prepare.sh pyproject.toml
+	{ $(LIBRARIES) project dev | grep -E '$(ARM_PACKAGES)'; \
+		printf '%s\n' filelock fsspec networkx "setuptools>=77" sympy typing-extensions; } \
+		| PYTHON=$(BIN)/python tests/arm/prepare.sh $(ARM) torch==$$($(BIN)/python -c "import torch; print(torch.__version__.partition('+')[0])")
+	touch $@
+
+arm: $(ARM)/.prepared
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/arm/build.py $(ARM) >build/arm.log 2>&1 || { cat build/arm.log; exit 1; }
+	for cpu in $(ARM_CPUS); do ARM=$(ARM) CPU=$$cpu $(abspath tests/arm/python) -m pytest -q -p no:cacheprovider \
+		tests/ops/test_int8.py -k "not optimize" || exit 1; done
+	ARM=$(ARM) CPU=$(firstword $(ARM_CPUS)) $(abspath tests/arm/python) -m pytest -q -p no:cacheprovider \
+		-k "not compiles_whole and not reference" tests/ops/test_ops.py tests/ops/test_encoder.py tests/ops/test_attention_positions.py
 
 # Readers, checkpoints, ops and requests under attack for so many minutes; `make test` has seconds of it. A failure is kept
 # in tests/fuzz/cases, or printed to be kept as an @example.

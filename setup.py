@@ -101,6 +101,13 @@ KERNELS = "csrc/cpu/kernels.cpp"
 # shared with files that run on other processors.
 INT8_KERNELS = "csrc/cpu/int8_kernels.cpp"
 INT8_FLAGS = {name: flags for name, flags in CAPABILITY_FLAGS.items() if name != "AVX512"}
+if platform.machine().lower() in ("aarch64", "arm64"):
+    # Every one has NEON, which DEFAULT uses; products of bytes came later.
+    NEON_FLAGS = {
+        "NEON_DOTPROD": ["-march=armv8.2-a+dotprod"],
+        "NEON_I8MM": ["-march=armv8.2-a+dotprod+i8mm"],
+    }
+    INT8_FLAGS |= {name: flags for name, flags in NEON_FLAGS.items() if knows(flags)}
 # bf16 has kernels for two instruction sets alone, under names of their own too.
 BF16_KERNELS = "csrc/cpu/bf16_kernels.cpp"
 BF16_FLAGS: dict[str, list[str]] = {}
@@ -236,8 +243,8 @@ def make_build_extension() -> type:
 
             def compiled(capability: str) -> list[str]:
                 sources = [source for source, known in files.items() if capability in known]
-                # ATen's headers know AVX512, not what a processor may have besides.
-                vectors = capability if capability in CAPABILITY_FLAGS else "AVX512"
+                # ATen's headers know its own capabilities, not what a processor may have besides.
+                vectors = capability if capability in CAPABILITY_FLAGS else list(CAPABILITY_FLAGS)[-1]
                 macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{vectors}"]
                 flags = files[sources[0]][capability]
                 return self.compiler.compile(

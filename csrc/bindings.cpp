@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/arm_features.h"
 #include "cpu/attention.h"
 #include "cpu/encoder.h"
 #include "cpu/kernels.h"
@@ -92,6 +93,12 @@ pybind11::dict build_info() {
 #ifdef PRUNED_OPS_HAVE_AMX_INT8
   capabilities.emplace_back("AMX_INT8");
 #endif
+#ifdef PRUNED_OPS_HAVE_NEON_DOTPROD
+  capabilities.emplace_back("NEON_DOTPROD");
+#endif
+#ifdef PRUNED_OPS_HAVE_NEON_I8MM
+  capabilities.emplace_back("NEON_I8MM");
+#endif
 #ifdef PRUNED_OPS_HAVE_AVX512_BF16
   capabilities.emplace_back("AVX512_BF16");
 #endif
@@ -117,26 +124,27 @@ pybind11::dict build_info() {
   return info;
 }
 
+// Those of the other architecture are false.
 std::map<std::string, bool> cpu_features() {
+  const pruned_ops::ArmFeatures arm = pruned_ops::arm_features();
+  std::map<std::string, bool> features = {
+      {"avx2", false},        {"fma", false},      {"avx512f", false},  {"avx512_vnni", false},
+      {"avx512_bf16", false}, {"amx_bf16", false}, {"amx_int8", false}, {"neon_dotprod", arm.dotprod},
+      {"neon_i8mm", arm.i8mm}};
 #ifdef __x86_64__
   __builtin_cpu_init();
-  std::map<std::string, bool> features = {
-      {"avx2", __builtin_cpu_supports("avx2") != 0},
-      {"fma", __builtin_cpu_supports("fma") != 0},
-      {"avx512f", __builtin_cpu_supports("avx512f") != 0},
-      {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},
-      {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
-  };
+  features["avx2"] = __builtin_cpu_supports("avx2") != 0;
+  features["fma"] = __builtin_cpu_supports("fma") != 0;
+  features["avx512f"] = __builtin_cpu_supports("avx512f") != 0;
+  features["avx512_vnni"] = __builtin_cpu_supports("avx512vnni") != 0;
+  features["avx512_bf16"] = __builtin_cpu_supports("avx512bf16") != 0;
   // Older compilers do not know AMX by name; it is in edx of leaf 7.
   unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
   __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
   features["amx_bf16"] = (edx >> 22 & 1) != 0;
   features["amx_int8"] = (edx >> 25 & 1) != 0;
-  return features;
-#else
-  return {{"avx2", false},        {"fma", false},      {"avx512f", false}, {"avx512_vnni", false},
-          {"avx512_bf16", false}, {"amx_bf16", false}, {"amx_int8", false}};
 #endif
+  return features;
 }
 
 }  // namespace
@@ -150,11 +158,11 @@ PYBIND11_MODULE(_C, m) {
         "cuda: None, or version and architectures");
   m.def(
       "cpu_capability", [] { return pruned_ops::kernels().capability; },
-      "the capability that runs: DEFAULT, AVX2 or AVX512; obeys ATEN_CPU_CAPABILITY");
+      "the capability that runs: DEFAULT (on ARM, NEON), AVX2 or AVX512; obeys ATEN_CPU_CAPABILITY");
   m.def(
       "int8_capability", [] { return pruned_ops::int8_kernels().capability; },
-      "the capability that int8 weights run with: DEFAULT, AVX2, AVX512_VNNI or AMX_INT8; obeys "
-      "ATEN_CPU_CAPABILITY");
+      "the capability that int8 weights run with: DEFAULT, AVX2, AVX512_VNNI, AMX_INT8, NEON_DOTPROD or "
+      "NEON_I8MM; obeys ATEN_CPU_CAPABILITY");
   m.def(
       "bf16_capability",
       [] {

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cpu/amx_permission.h"
+#include "cpu/arm_features.h"
 #include "cpu/kernels.h"
 
 namespace pruned_ops {
@@ -30,6 +31,16 @@ extern const Int8Kernels int8_table;
 #endif
 #ifdef PRUNED_OPS_HAVE_AMX_INT8
 namespace AMX_INT8 {
+extern const Int8Kernels int8_table;
+}
+#endif
+#ifdef PRUNED_OPS_HAVE_NEON_DOTPROD
+namespace NEON_DOTPROD {
+extern const Int8Kernels int8_table;
+}
+#endif
+#ifdef PRUNED_OPS_HAVE_NEON_I8MM
+namespace NEON_I8MM {
 extern const Int8Kernels int8_table;
 }
 #endif
@@ -69,6 +80,12 @@ const Int8Kernels& choose_int8() {
 #endif
 #ifdef PRUNED_OPS_HAVE_AVX2
   if (capability == "AVX512" || capability == "AVX2") return AVX2::int8_table;
+#endif
+#ifdef PRUNED_OPS_HAVE_NEON_I8MM
+  if (usable_arm_features().i8mm) return NEON_I8MM::int8_table;
+#endif
+#ifdef PRUNED_OPS_HAVE_NEON_DOTPROD
+  if (usable_arm_features().dotprod) return NEON_DOTPROD::int8_table;
 #endif
   return DEFAULT::int8_table;
 }

@@ -1,6 +1,6 @@
-// Compiled by setup.py for plain C++, for AVX2, for AVX-512 with VNNI and for AMX, each time with those flags
-// and CPU_CAPABILITY set to its name. That of VNNI is AVX512_VNNI and that of AMX is AMX_INT8, so that the
-// linker takes no inline function in here for one of another copy.
+// Compiled by setup.py for plain C++, for AVX2, for AVX-512 with VNNI and for AMX, or for plain C++ and ARM's
+// two products of bytes, each time with those flags and CPU_CAPABILITY set to its name. Names that ATen has
+// not, such as AVX512_VNNI, keep the linker from taking an inline function in here for one of another copy.
 #include "cpu/int8_linear_kernel.h"
 
 #define PRUNED_OPS_STRING_OF(name) #name

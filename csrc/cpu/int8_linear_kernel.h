@@ -16,6 +16,10 @@
 #include "cpu/int8_vnni_kernel.h"
 #elif defined(CPU_CAPABILITY_AVX2)
 #include "cpu/int8_avx2_kernel.h"
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#include "cpu/int8_i8mm_kernel.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "cpu/int8_dotprod_kernel.h"
 #else
 #include "cpu/int8_plain_kernel.h"
 #endif

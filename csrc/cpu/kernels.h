@@ -146,7 +146,7 @@ struct Int8Kernels {
 };
 
 // The fastest that this processor has, or less where ATEN_CPU_CAPABILITY asks for less. `avx512` leaves out
-// AMX.
+// AMX, and `default` all of ARM's products of bytes.
 const Int8Kernels& int8_kernels();
 
 // x weight^T + bias, both rounded to bf16, with fp32 sums.

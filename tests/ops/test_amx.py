@@ -1,11 +1,8 @@
-"""AMX: when it runs, that it sums as AVX-512 does, and that it shares a thread's tiles with torch's own."""
+"""AMX: when it runs, and that it shares a thread's tiles with torch's own. test_int8.py has what it sums."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +11,10 @@ import torch.nn.functional as F
 import pruned_ops  # noqa: F401 (registers the ops)
 from bf16_cases import in_bf16
 from inputs import encoder_arguments, randn
-from int8_cases import edge_arguments, in_int8
+from int8_cases import in_int8
 from pruned_ops.ops.backends.cpu import extension
 from pruned_ops.ops.registry import OPS, use_backend
 
-SUPPORT = str(Path(__file__).resolve().parents[1] / "support")
 CAPABILITIES = () if extension is None else (extension.int8_capability(), extension.bf16_capability())
 needs_amx = pytest.mark.skipif("AMX_INT8" not in CAPABILITIES, reason="int8 does not run by AMX here")
 
@@ -32,32 +28,6 @@ def test_amx_runs_where_it_is() -> None:
         compiled = name in extension.build_info()["capabilities"]
         expected = compiled and extension.cpu_features()[name.lower()] and not asked
         assert (found == name) == expected
-
-
-SUMS_SCRIPT = """
-import sys
-sys.path.insert(0, {support!r})
-import torch
-from int8_cases import edge_arguments
-from pruned_ops.ops.backends.cpu import extension
-from pruned_ops.ops.registry import OPS, use_backend
-assert extension.int8_capability() == "AVX512_VNNI", extension.int8_capability()
-with use_backend("cpu"):
-    torch.save([OPS["encoder"](*arguments) for arguments in edge_arguments()], {out!r})
-"""
-
-
-@needs_amx
-def test_int8_has_the_bits_of_vnni(tmp_path: Path) -> None:
-    """Sums are exact, and what is done with them is the same code."""
-    out = tmp_path / "vnni.pt"
-    script = SUMS_SCRIPT.format(support=SUPPORT, out=str(out))
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx512"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with use_backend("cpu"):
-        for arguments, expected in zip(edge_arguments(), torch.load(out), strict=True):
-            assert torch.equal(OPS["encoder"](*arguments), expected)
 
 
 @needs_amx

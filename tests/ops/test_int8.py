@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from torch import Tensor
 import pruned_ops
 from inputs import (
     READY,
+    SUPPORT,
     cu_seqlens,
     encoder_arguments,
     logits,
@@ -26,8 +31,10 @@ from int8_cases import (
     check_gelu,
     check_layers,
     check_values_that_are_no_numbers,
+    edge_arguments,
     in_int8,
 )
+from pruned_ops.ops.backends.cpu import extension, int8_capability
 from pruned_ops.ops.panels import from_int8_panels, quantize, to_int8_panels
 from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.runtime.int8_choice import choose_int8
@@ -71,6 +78,54 @@ def test_attention_behind_int8() -> None:
 @needs_extension
 def test_what_is_not_a_number_stays_in_its_token() -> None:
     check_values_that_are_no_numbers()
+
+
+@pytest.mark.skipif(extension is None, reason="pruned_ops._C is not built")
+def test_the_products_of_arm_run_where_they_are() -> None:
+    assert extension is not None
+    asked = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    best = [
+        name
+        for name in ("NEON_I8MM", "NEON_DOTPROD")
+        if name in extension.build_info()["capabilities"] and extension.cpu_features()[name.lower()]
+    ]
+    expected = best[0] if best and asked != "default" else None
+    found = extension.int8_capability()
+    assert (found if found.startswith("NEON") else None) == expected
+
+
+# What ATEN_CPU_CAPABILITY asks for where the int8 kernels of a capability are compared with lesser ones, and
+# the capability of those. Their fp32 kernels are the same.
+LESSER = {
+    "AMX_INT8": ("avx512", "AVX512_VNNI"),
+    "NEON_I8MM": ("default", "DEFAULT"),
+    "NEON_DOTPROD": ("default", "DEFAULT"),
+}
+LESSER_SCRIPT = """
+import sys
+sys.path.insert(0, {support!r})
+import torch
+from int8_cases import edge_arguments
+from pruned_ops.ops.backends.cpu import extension
+from pruned_ops.ops.registry import OPS, use_backend
+assert extension.int8_capability() == {capability!r}, extension.int8_capability()
+with use_backend("cpu"):
+    torch.save([OPS["encoder"](*arguments) for arguments in edge_arguments()], {out!r})
+"""
+
+
+@pytest.mark.skipif(int8_capability() not in LESSER, reason="int8 runs by neither AMX, SDOT nor SMMLA here")
+def test_int8_has_the_bits_of_lesser_kernels(tmp_path: Path) -> None:
+    """Sums are exact, and what is done with them is the same code."""
+    asked, capability = LESSER[str(int8_capability())]
+    out = tmp_path / "lesser.pt"
+    script = LESSER_SCRIPT.format(support=SUPPORT, capability=capability, out=str(out))
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": asked}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with use_backend("cpu"):
+        for arguments, expected in zip(edge_arguments(), torch.load(out), strict=True):
+            assert torch.equal(OPS["encoder"](*arguments), expected)
 
 
 @needs_extension

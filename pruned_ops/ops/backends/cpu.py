@@ -1,8 +1,9 @@
 """Backend "cpu": the C++ extension's kernels (csrc/cpu), for float32, with weights in float32, bfloat16 or
 int8.
 
-They are compiled for AVX-512, for AVX2 and for neither, and the processor decides when they run. A single
-linear runs on torch's GEMM, which takes plain weights; `encoder` has weights in panels and a GEMM of its own.
+They are compiled for AVX-512, for AVX2 and for neither (on ARM for NEON, which every such processor has),
+and the processor decides when they run. A single linear runs on torch's GEMM, which takes plain weights;
+`encoder` has weights in panels and a GEMM of its own.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ extension, _missing = _load()
 # them for ever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
-BACKEND = add_backend(Backend("cpu", _missing, "C++ kernels with AVX-512 and AVX2 paths"))
+BACKEND = add_backend(Backend("cpu", _missing, "C++ kernels with AVX-512, AVX2 and NEON paths"))
 
 
 def int8_capability() -> str | None:
-    """The capability that int8 weights run with: DEFAULT, AVX2, AVX512_VNNI or AMX_INT8. None where the
-    extension was built before int8 ran everywhere, or is not there."""
+    """The capability that int8 weights run with: DEFAULT, AVX2, AVX512_VNNI, AMX_INT8, NEON_DOTPROD or
+    NEON_I8MM. None where the extension was built before int8 ran everywhere, or is not there."""
     return extension.int8_capability() if hasattr(extension, "int8_capability") else None  # type: ignore
 
 
@@ -56,7 +57,10 @@ def slow_int8() -> str | None:
         return None
     capability = int8_capability()
     if capability == "DEFAULT":
-        return "this processor has no AVX2, so that int8 runs in plain C++, slower than float32"
+        return (
+            "this processor has neither AVX2 nor ARM's SDOT, so that int8 runs in plain C++, slower than "
+            "float32"
+        )
     if capability == "AVX2" and extension.cpu_capability() == "AVX512":
         return (
             "this processor has AVX-512 without VNNI, so that int8 runs by AVX2, which multiplies fewer "
