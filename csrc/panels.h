@@ -11,8 +11,8 @@
 // int8 values are -127 to 127: AVX2 multiplies by their opposites. Each bracket is a step of 128 bytes.
 // `start` holds the values at which the channels' sums start where 128 is added to the activations: -128
 // times the sum of the channel's weights. VNNI needs that, because its instruction multiplies unsigned bytes
-// by signed ones; other kernels pass `start` over. A tile of AMX is 16 channels of 16 steps, and a register of
-// NEON four channels of one.
+// by signed ones; other kernels pass `start` over. A tile of AMX is 16 channels of 16 steps, and a register
+// of NEON four channels of one.
 #pragma once
 
 #include <cstdint>

@@ -35,8 +35,8 @@ template <int kSteps, int kPairs>
   }
 }
 
-// sums (kRows, 8) = x times eight channels, whose first step lies at `panel`. The last of an odd number of rows
-// is a pair with itself.
+// sums (kRows, 8) = x times eight channels, whose first step lies at `panel`. The last of an odd number of
+// rows is a pair with itself.
 template <int kRows, typename Next>
 void multiply_int8_part(const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t steps, Next next,
                         int32_t* sums) {

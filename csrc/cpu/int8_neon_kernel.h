@@ -66,8 +66,8 @@ template <int kRows, typename Next>
 void multiply_int8_part(const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t steps, Next next,
                         int32_t* sums);
 
-// sums (kRows, 32) = x times the panel, for its first `columns` channels, by parts. Only the first part brings
-// the next panel nearer.
+// sums (kRows, 32) = x times the panel, for its first `columns` channels, by parts. Only the first part
+// brings the next panel nearer.
 template <int kRows>
 void multiply_int8(const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t steps, int64_t columns,
                    Ahead ahead, int32_t* sums) {
