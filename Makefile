@@ -122,7 +122,8 @@ test-transformers4: $(STAMP) $(VENV4)/.installed
 
 # The extension's own tests with every access and operation of it checked. A second build, beside the first: the
 # package in build/asan comes before the checkout's. Leaks are not looked for, Python's and torch's would be found.
-ASAN_TESTS := tests/ops/test_bf16.py tests/ops/test_encoder.py tests/ops/test_int8.py tests/ops/test_ops.py
+EXTENSION_TESTS := -k "(cpu or encoder or int8 or bf16) and not compiles_whole and not reference and not triton" \
+	tests/ops/test_bf16.py tests/ops/test_encoder.py tests/ops/test_int8.py tests/ops/test_ops.py
 ASAN_BUILT := build/asan/.built
 $(ASAN_BUILT): $(VENV)/.torch $(SOURCES) $(shell find pruned_ops python -name '*.py')
 	mkdir -p build/asan
@@ -133,8 +134,7 @@ $(ASAN_BUILT): $(VENV)/.torch $(SOURCES) $(shell find pruned_ops python -name '*
 asan: $(STAMP) $(ASAN_BUILT)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n auto --dist worksteal \
-		-k "(cpu or encoder or int8 or bf16) and not compiles_whole and not reference and not triton" $(ASAN_TESTS)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n auto --dist worksteal $(EXTENSION_TESTS)
 
 # The extension's threads, with every access to memory watched: a third build, whose at::parallel_for makes threads that
 # ThreadSanitizer knows (tests/tsan). setarch: it wants memory where it looks for it.
@@ -144,24 +144,26 @@ tsan: $(STAMP)
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
 	PYTHONPATH=build/tsan/lib setarch -R $(BIN)/python tests/tsan/drive.py
 
-# The CPU kernels for 64-bit ARM, cross-compiled, and their tests on emulated processors: one with SMMLA, one with SDOT
-# alone, one with neither. That shows what is right, and nothing of speed. It takes root, and Debian's packages debootstrap,
-# g++-aarch64-linux-gnu and qemu-user-static.
+# The same tests of a build for 64-bit ARM, cross-compiled, on emulated processors: one with SMMLA, and those of int8 on one
+# with SDOT alone and on one with neither. It shows what is right, and nothing of speed; starting torch takes a minute. It
+# takes root, and Debian's packages debootstrap, g++-aarch64-linux-gnu and qemu-user-static. tests/ops/test_arm.py takes the
+# last two alone, and seconds.
 ARM := $(abspath build/arm)
-ARM_PACKAGES := ^(numpy|pytest|hypothesis|safetensors|tqdm|transformers|jinja2)\b[^-]*$$
-ARM_CPUS := max,pauth-impdef=on neoverse-n1 cortex-a72
+ARM_PYTEST := $(abspath tests/arm/python) -m pytest -q -p no:cacheprovider
+ARM_PACKAGES := ^(hypothesis|jinja2|numpy|pytest|safetensors|tqdm|transformers)\b[^-]*$$
 $(ARM)/.prepared: $(VENV)/.torch tests/arm/prepare.sh pyproject.toml
 	{ $(LIBRARIES) project dev | grep -E '$(ARM_PACKAGES)'; \
 		printf '%s\n' filelock fsspec networkx "setuptools>=77" sympy typing-extensions; } \
-		| PYTHON=$(BIN)/python tests/arm/prepare.sh $(ARM) torch==$$($(BIN)/python -c "import torch; print(torch.__version__.partition('+')[0])")
+		| PYTHON=$(BIN)/python tests/arm/prepare.sh $(ARM) \
+			torch==$$($(BIN)/python -c "import torch; print(torch.__version__.partition('+')[0])")
 	touch $@
 
 arm: $(ARM)/.prepared
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/arm/build.py $(ARM) >build/arm.log 2>&1 || { cat build/arm.log; exit 1; }
-	for cpu in $(ARM_CPUS); do ARM=$(ARM) CPU=$$cpu $(abspath tests/arm/python) -m pytest -q -p no:cacheprovider \
-		tests/ops/test_int8.py -k "not optimize" || exit 1; done
-	ARM=$(ARM) CPU=$(firstword $(ARM_CPUS)) $(abspath tests/arm/python) -m pytest -q -p no:cacheprovider \
-		-k "not compiles_whole and not reference" tests/ops/test_ops.py tests/ops/test_encoder.py tests/ops/test_attention_positions.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/arm/build.py $(ARM) >build/arm.log 2>&1 \
+		|| { cat build/arm.log; exit 1; }
+	ARM=$(ARM) CPU=max,pauth-impdef=on $(ARM_PYTEST) $(EXTENSION_TESTS)
+	ARM=$(ARM) CPU=neoverse-n1 $(ARM_PYTEST) tests/ops/test_int8.py
+	ARM=$(ARM) CPU=cortex-a72 $(ARM_PYTEST) tests/ops/test_int8.py
 
 # Readers, checkpoints, ops and requests under attack for so many minutes; `make test` has seconds of it. A failure is kept
 # in tests/fuzz/cases, or printed to be kept as an @example.
