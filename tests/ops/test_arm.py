@@ -99,7 +99,8 @@ def test_kernels(program: Path, processor: str, asked: str, expected: list[str])
 
 
 def loops(object_file: Path) -> Iterator[list[tuple[str, str]]]:
-    """The innermost loops of an object: for each, its instructions with their operands."""
+    """The innermost loops of an object: for each, its instructions with their operands. A jump back over the
+    end of a function is none."""
     text = subprocess.run(
         [f"{TRIPLET}-objdump", "-d", "--no-show-raw-insn", object_file],
         check=True,
@@ -115,8 +116,10 @@ def loops(object_file: Path) -> Iterator[list[tuple[str, str]]]:
             if name.startswith(("b", "cb", "tb")) and goal and place.get(goal[1], number) < number:
                 ends.append((place[goal[1]], number))
         for first, last in ends:
-            if not any(first <= begin and end < last for begin, end in ends):
-                yield [line[1:] for line in lines[first : last + 1]]
+            loop = [line[1:] for line in lines[first : last + 1]]
+            is_innermost = not any(first <= begin and end < last for begin, end in ends)
+            if is_innermost and all(name != "ret" for name, _ in loop):
+                yield loop
 
 
 def test_tiles_stay_in_registers(objects: list[Path]) -> None:
