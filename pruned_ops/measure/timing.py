@@ -226,16 +226,21 @@ def machine() -> dict[str, Any]:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            fields = dict(
-                line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line
-            )
+            return processor_of(file.read())
     except OSError:
         return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
+
+
+def processor_of(cpuinfo: str) -> str:
+    """The first processor of /proc/cpuinfo; ARM's have numbers instead of names."""
+    first = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in first.items()}
     name = fields.get("model name", platform.machine())
-    return (
-        f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
-    )
+    if "cpu family" in fields:
+        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
+    if "CPU part" in fields:
+        return f"{name} (implementer {fields['CPU implementer']}, part {fields['CPU part']})"
+    return name
 
 
 def versions() -> dict[str, str | None]:

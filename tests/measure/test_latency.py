@@ -31,7 +31,16 @@ from pruned_ops.measure.layer_times import (
     head_counts,
     measure_table,
 )
-from pruned_ops.measure.timing import SETTLED, Timing, Workload, interleave, machine, threads, versions
+from pruned_ops.measure.timing import (
+    SETTLED,
+    Timing,
+    Workload,
+    interleave,
+    machine,
+    processor_of,
+    threads,
+    versions,
+)
 from pruned_ops.ops.panels import PART_TENSORS
 from pruned_ops.qa.questions import arrival_lengths, window_lengths
 from pruned_ops.qa.windows import windows
@@ -152,6 +161,15 @@ def test_refuse_names_what_differs() -> None:
     both = table(hidden_size=64, dtype="bfloat16").refuse(SHAPE, "gelu")
     assert both == "it was made with dtype bfloat16, here is float32; with hidden_size 64, here is 32"
     assert "device cpu, here is cuda" in (made.refuse(SHAPE, "gelu", device="cuda") or "")
+
+
+def test_processors_of_arm_differ() -> None:
+    """They have no name, and a table of one is refused on another."""
+    one = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\nprocessor\t: 1\n"
+    assert processor_of(one).endswith(" (implementer 0x41, part 0xd0c)")
+    assert processor_of(one) != processor_of(one.replace("0xd0c", "0xd40"))
+    x86 = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\n"
+    assert processor_of(x86) == "AMD EPYC (family 25, model 17)"
 
 
 def test_remake_command() -> None:
