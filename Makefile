@@ -147,7 +147,7 @@ tsan: $(STAMP)
 # The same tests of a build for 64-bit ARM, cross-compiled, on emulated processors: one with SMMLA, and those of int8 on one
 # with SDOT alone and on one with neither. It shows what is right, and nothing of speed; starting torch takes a minute. It
 # takes root, and Debian's packages debootstrap, g++-aarch64-linux-gnu and qemu-user-static. tests/ops/test_arm.py takes the
-# last two alone, and seconds.
+# last two alone, and some two minutes.
 ARM := $(abspath build/arm)
 ARM_PYTEST := $(abspath tests/arm/python) -m pytest -q -p no:cacheprovider
 ARM_PACKAGES := ^(hypothesis|jinja2|numpy|pytest|safetensors|tqdm|transformers)\b[^-]*$$
