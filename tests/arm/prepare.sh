@@ -39,7 +39,7 @@ cd "$libraries"
 {
 	echo .text
 	aarch64-linux-gnu-nm -D --undefined-only ./*.so | sed -n 's/^ *U \([^@]*\).*/\1/p' |
-		grep -E '^(__cuda|cu|nccl|nvrtc|nvshmem|nvtx)' | sort -u | sed 's/.*/.globl &\n&:/'
+		grep -E '^(__cuda|cu|nccl|nv)' | sort -u | sed 's/.*/.globl &\n&:/'
 	echo 'mov w0, 100'
 	echo 'ret'
 } >no_device.s
