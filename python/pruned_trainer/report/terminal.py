@@ -43,7 +43,7 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     if "against_hugging_face" in speed:
         stock = f"{speed['against_hugging_face']:.2f}x as fast as Hugging Face's dense model"
         faster += f" in {speed['dtype']}, {stock}"
-    console.print(f"{faster}; {', '.join(changes)}.")
+    console.print(f"{'; '.join([faster, ', '.join(changes)] if changes else [faster])}.")
     _print_targets(report, console)
 
 

@@ -66,13 +66,9 @@ class ClassificationTask(TextTask):
         )
 
     def check_model(self, model: PreTrainedModel, source: str) -> None:
-        labels, wants_scores = len(Labels.of(model.config).names), self.options.scores is not None
-        if wants_scores != (labels == 1):
-            has = "one score" if labels == 1 else f"{labels} classes"
-            remedy = (
-                "say which column has them with --scores" if labels == 1 else "which --scores has no use for"
-            )
-            raise ValueError(f"{source} gives {has}: {remedy}")
+        labels = len(Labels.of(model.config).names)
+        if self.options.scores is not None and labels > 1:
+            raise ValueError(f"{source} gives {labels} classes: which --scores has no use for")
         if model.config.problem_type == "multi_label_classification" and labels > 1:
             raise ValueError(
                 f"{source} gives several labels at once; {self.options.task} has one for each text"
@@ -98,8 +94,8 @@ class ClassificationTask(TextTask):
         model: PreTrainedModel,
         teacher: PreTrainedModel | None = None,
     ) -> PreparedTexts:
-        scored = self.options.scores is not None
         names = Labels.of(model.config).names
+        scored = len(names) == 1
         rows, gold = self._with_labels(examples, model)
         prepared = PreparedTexts(
             noun=self.noun,
@@ -137,6 +133,10 @@ class ClassificationTask(TextTask):
         if self.options.scores is not None:
             return examples.rows, [float(row.label) for row in examples.rows]
         labels, rows, numbers = Labels.of(model.config), [], []
+        if len(labels.names) == 1:
+            raise ValueError(
+                f"{examples.where}: the model gives one score: say which column has them with --scores"
+            )
         with self.skipping_bad() as skipped:
             for row in examples.rows:
                 with skipping(skipped):
