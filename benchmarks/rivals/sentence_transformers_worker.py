@@ -15,14 +15,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# The file that each backend runs, and the format's own folder below the model's.
+# The file that each backend runs, in the format's own folder below the model's. {}: the quantisation.
 FILES = {
     "onnx": "onnx/model_O3.onnx",
-    "onnx-int8": "onnx/model_qint8_avx512_vnni.onnx",
+    "onnx-int8": "onnx/model_{}.onnx",
     "openvino": "openvino/openvino_model.xml",
     "openvino-bf16": "openvino/openvino_model.xml",
     "openvino-int8": "openvino/openvino_model_qint8_quantized.xml",
 }
+# The quantisation of "onnx-int8", as sentence-transformers names it: with VNNI, and without, where products of
+# signed and unsigned bytes would saturate.
+VNNI, AVX2 = ("qint8", "avx512_vnni"), ("quint8", "avx2")
 PACKAGES = (
     "sentence-transformers",
     "transformers",
@@ -44,6 +47,18 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def quantisation() -> tuple[str, str]:
+    """The type of the weights and the configuration that suit this processor."""
+    import torch
+
+    return VNNI if torch.cpu._is_vnni_supported() else AVX2
+
+
+def file_of(backend: str) -> str:
+    """The file that the backend runs, below the model's folder."""
+    return FILES[backend].format("_".join(quantisation()))
+
+
 def exported(folder: Path, backend: str, samples: int, calibration: Path) -> None:
     """Write the file that the backend runs, as its own documentation says, unless it is there.
 
@@ -51,14 +66,14 @@ def exported(folder: Path, backend: str, samples: int, calibration: Path) -> Non
     from sentence_transformers import SentenceTransformer
     from sentence_transformers import backend as make
 
-    if (folder / FILES[backend]).is_file():
+    if (folder / file_of(backend)).is_file():
         return
     library = backend.partition("-")[0]
     model = SentenceTransformer(str(folder), device="cpu", backend=library, model_kwargs={"export": True})
     if backend == "onnx":
         make.export_optimized_onnx_model(model, "O3", str(folder))
     elif backend == "onnx-int8":
-        make.export_dynamic_quantized_onnx_model(model, "avx512_vnni", str(folder))
+        make.export_dynamic_quantized_onnx_model(model, quantisation()[1], str(folder))
     elif backend in ("openvino", "openvino-bf16"):
         model.save_pretrained(str(folder))
     else:
@@ -74,7 +89,7 @@ def loaded(folder: Path, backend: str, threads: int, longest: int) -> Any:
     """The model on this backend, which takes at most `longest` tokens of a text."""
     from sentence_transformers import SentenceTransformer
 
-    settings: dict[str, Any] = {"file_name": FILES[backend]}
+    settings: dict[str, Any] = {"file_name": file_of(backend)}
     if backend.startswith("onnx"):
         import onnxruntime
 
