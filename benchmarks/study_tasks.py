@@ -93,12 +93,22 @@ CASES = (
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study's data and folders are. minutes: of each training."""
+    """Where a study's data and folders are. minutes: of each training. speedups: what is asked for, in place of
+    what the cases say."""
 
     data: Path
     model: str
     work: Path
     minutes: float
+    speedups: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the encoder is called in the results."""
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+
+    def asked(self, case: Case) -> tuple[float, ...]:
+        return self.speedups or case.speedups
 
     def file(self, case: Case, split: str) -> Path:
         """A file of a case, or its part that is scored; FileNotFoundError where it is missing."""
@@ -165,7 +175,7 @@ def train(study: Study, case: Case) -> None:
         start = ("--model", study.model, "--epochs", f"{case.epochs:g}", *data)
         run("finetune", *study.options(case), *start, "--out", study.dense(case))
     common = ("--model", study.dense(case), *study.options(case), *data, *judged, *minutes)
-    for speedup in case.speedups:
+    for speedup in study.asked(case):
         target = ("--recipe", "fast", "--speedup", f"{speedup:g}")
         run("prune", *common, *target, "--out", str(study.folder(case, f"pruned-{speedup:g}")))
     if case.epochs is not None:
@@ -211,11 +221,11 @@ def score(study: Study, case: Case) -> list[Row]:
         low, high = lost.get(f"{key}_interval") or (None, None)
         return {f"{name}_loss": lost[key], f"{name}_loss_low": low, f"{name}_loss_high": high}
 
-    about = {"case": case.name, "score": case.score, "dense": dense.scores()[case.score]}
+    about = {"model": study.name, "case": case.name, "score": case.score, "dense": dense.scores()[case.score]}
     about |= {"examples": len(examples), "minutes": study.minutes}
     if case.epochs is not None:
         about |= losses("control", result_of(str(study.folder(case, "control"))))
-    for speedup in case.speedups:
+    for speedup in study.asked(case):
         folder = study.folder(case, f"pruned-{speedup:g}")
         row = {**about, "asked": speedup, **losses("pruned", result_of(str(folder)))}
         row |= {**losses("int8", result_of(str(folder), "int8")), **speeds(study, case, folder)}
@@ -258,24 +268,25 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
 
     cells = [
         [
-            f"{row['case']}: {row['score']}", f"{row['dense']:.1f}", f"{row['against_our_dense']:.2f}x",
+            row["model"], f"{row['case']}: {row['score']}", f"{row['dense']:.1f}", f"{row['against_our_dense']:.2f}x",
             lost(row, "pruned"), lost(row, "control"), f"{row['fp32_against_hugging_face']:.1f}x",
             lost(row, "int8"), f"{row['int8_against_hugging_face']:.1f}x",
         ]
         for row in rows
     ]  # fmt: skip
-    header = ["task: score", "dense", "faster than our dense", "lost", "lost by the dense control"]
+    header = ["model", "task: score", "dense", "faster than our dense", "lost", "lost by the dense control"]
     header += ["faster than Hugging Face", "lost in int8", "faster than Hugging Face in int8"]
     return table(header, cells)
 
 
 def write(rows: Sequence[Row], path: Path, command: str) -> None:
-    """The CSV, and the page beside it. What the file has of other cases stays."""
-    done = {row["case"] for row in rows}
-    earlier = [row for row in read_rows(path) if row["case"] not in done] if path.is_file() else []
+    """The CSV, and the page beside it. What the file has of other cases and models stays."""
+    done = {(row["model"], row["case"]) for row in rows}
+    earlier = read_rows(path) if path.is_file() else []
+    kept = [row for row in earlier if (row["model"], row["case"]) not in done]
     order = [case.name for case in CASES]
     new = [{**row, "command": command} for row in rows]
-    rows = sorted([*earlier, *new], key=lambda row: order.index(row["case"]))
+    rows = sorted([*kept, *new], key=lambda row: order.index(row["case"]))
     harness.write_rows(path, rows)
     words = (
         "Points of the score that pruning lost, with 95% intervals over the examples, of one training. The "
@@ -293,12 +304,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each case")
     parser.add_argument("--model", required=True, help="the encoder that is fine-tuned: a folder or hub name")
     parser.add_argument("--minutes", type=float, default=30.0, help="of each training")
+    parser.add_argument(
+        "--speedups", type=float, nargs="+", default=(), metavar="N", help="asked for (default: the case's)"
+    )
     parser.add_argument("--only", nargs="+", metavar="FOLDER", help="cases to do (default: all)")
     parser.add_argument("--work", type=Path, default=Path("build/study-tasks"), help="folder of its state")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the CSV")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    study = Study(arguments.data, arguments.model, arguments.work, arguments.minutes)
+    speedups = tuple(arguments.speedups)
+    study = Study(arguments.data, arguments.model, arguments.work, arguments.minutes, speedups)
     command = f"python benchmarks/study_tasks.py --data DATA --model ENCODER --minutes {study.minutes:g}"
     path, rows = arguments.results / harness.result_path("tasks", "cpu").name, []
     for case in CASES:

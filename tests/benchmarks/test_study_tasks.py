@@ -74,8 +74,12 @@ def test_each_case_has_a_row_with_its_control_and_int8(study: Study, tmp_path: P
     study_tasks.write([{**classes, "dense": 12.5}], tmp_path / "tasks.csv", "python study --only classes")
     classes_again, vectors_as_before = read_rows(tmp_path / "tasks.csv")
     assert classes_again["dense"] == 12.5 and vectors_as_before["command"] == "python study"
+    assert classes_again["model"] == "start"
+    study_tasks.write([{**classes, "model": "other", "dense": 7.0}], tmp_path / "tasks.csv", "python study")
+    assert [row["dense"] for row in read_rows(tmp_path / "tasks.csv")][:2] == [12.5, 7.0]
     page = (tmp_path / "tasks.md").read_text()
-    assert "| vectors: spearman |" in page and "| classes: accuracy | 12.5 |" in page
+    assert "| start | vectors: spearman |" in page and "| start | classes: accuracy | 12.5 |" in page
+    assert "| other | classes: accuracy | 7.0 |" in page
     assert "| 2.00x |" in page and "| - |" in page
     assert str(tmp_path) not in page
 
