@@ -1,7 +1,9 @@
-// Which of ARM's products of bytes this processor has. ATen asks ARM processors for SVE alone.
+// Which of ARM's products of bytes this processor has, as Linux says; on other systems none of them. ATen asks
+// ARM processors for SVE alone.
 #pragma once
 
-#ifdef __aarch64__
+#if defined(__aarch64__) && defined(__linux__)
+#define PRUNED_OPS_ASKS_LINUX
 #include <sys/auxv.h>
 #endif
 
@@ -16,7 +18,7 @@ struct ArmFeatures {
 };
 
 inline ArmFeatures arm_features() {
-#ifdef __aarch64__
+#ifdef PRUNED_OPS_ASKS_LINUX
   // As in Linux's asm/hwcap.h; older C libraries do not know the second.
   constexpr unsigned long kDotprod = 1ul << 20;  // HWCAP_ASIMDDP
   constexpr unsigned long kI8mm = 1ul << 13;     // HWCAP2_I8MM
