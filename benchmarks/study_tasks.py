@@ -93,8 +93,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study's data and folders are. minutes: of each training. speedups: what is asked for, in place of
-    what the cases say."""
+    """Where a study's data and folders are. minutes: of each training. speedups: what is asked for, in place
+    of what the cases say."""
 
     data: Path
     model: str
@@ -268,7 +268,8 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
 
     cells = [
         [
-            row["model"], f"{row['case']}: {row['score']}", f"{row['dense']:.1f}", f"{row['against_our_dense']:.2f}x",
+            row["model"], f"{row['case']}: {row['score']}", f"{row['dense']:.1f}",
+            f"{row['against_our_dense']:.2f}x",
             lost(row, "pruned"), lost(row, "control"), f"{row['fp32_against_hugging_face']:.1f}x",
             lost(row, "int8"), f"{row['int8_against_hugging_face']:.1f}x",
         ]

@@ -23,8 +23,8 @@ FILES = {
     "openvino-bf16": "openvino/openvino_model.xml",
     "openvino-int8": "openvino/openvino_model_qint8_quantized.xml",
 }
-# The quantisation of "onnx-int8", as sentence-transformers names it: with VNNI, and without, where products of
-# signed and unsigned bytes would saturate.
+# The quantisation of "onnx-int8", as sentence-transformers names it: with VNNI, and without, where products
+# of signed and unsigned bytes would saturate.
 VNNI, AVX2 = ("qint8", "avx512_vnni"), ("quint8", "avx2")
 PACKAGES = (
     "sentence-transformers",
