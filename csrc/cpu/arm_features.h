@@ -1,5 +1,5 @@
-// Which of ARM's products of bytes this processor has, as Linux says; on other systems none of them. ATen asks
-// ARM processors for SVE alone.
+// Which of ARM's products of bytes this processor has, as Linux says; on other systems none of them. ATen
+// asks ARM processors for SVE alone.
 #pragma once
 
 #if defined(__aarch64__) && defined(__linux__)
