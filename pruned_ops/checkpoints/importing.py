@@ -159,7 +159,7 @@ def open_source(folder: Path) -> Source:
     ValueError for a model that cannot be imported."""
     checkpoint_folder(folder)
     config = read_config(folder)
-    if config.get("quantization_config") is not None:
+    if config.get("quantization_config"):
         raise ValueError(
             f"{folder}: its weights are quantised, and can only be run: give the fp32 checkpoint"
         )

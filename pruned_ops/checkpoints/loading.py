@@ -241,7 +241,7 @@ def supported_config(name_or_path: str) -> PretrainedConfig:
 def is_quantised(folder: Path) -> bool:
     """Whether the config in a checkpoint's folder says that its weights are quantised. Errors:
     `checkpoint_folder`'s and `read_config`'s."""
-    return read_config(checkpoint_folder(folder)).get("quantization_config") is not None
+    return bool(read_config(checkpoint_folder(folder)).get("quantization_config"))
 
 
 def _check_not_quantised(config: Any) -> None:

@@ -162,6 +162,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 
 def _compact(arguments: argparse.Namespace) -> None:
+    from pruned_ops.checkpoints.loading import check_source
     from pruned_trainer.jobs.output import (
         OutputFolder,
         explained_when_full,
@@ -174,6 +175,7 @@ def _compact(arguments: argparse.Namespace) -> None:
 
     inputs = (arguments.model, arguments.decision, arguments.calibration)
     OutputFolder.check(arguments.out, arguments.overwrite, inputs)
+    check_source(arguments.model)
     decision, texts = Decision.load(arguments.decision), None
     if arguments.calibration is not None:
         texts = list(TextFile(arguments.calibration))
