@@ -26,7 +26,6 @@ MAX_RECORD = 1 << 28
 MAX_DEPTH = 64
 _DEEP = f"it is nested more than {MAX_DEPTH} deep"
 
-_NOT_UTF8 = "it is UTF-16 or UTF-32 text, and UTF-8 is needed"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's mark begins with one of them
 _LONG_NUMBER = re.compile(r"[0-9]{309}")  # no shorter integer is beyond every float
 # An escape in a JSON text. Group 1: half of a surrogate pair without its other half.
@@ -192,10 +191,8 @@ def _finite(value: Any) -> Any:
 
 def _decoded(content: bytes) -> str:
     """The text, without a byte order mark; ValueError, without the bytes in it, for another encoding."""
-    if content.startswith(_UTF16):
-        raise ValueError(_NOT_UTF8)
     try:
-        return content.decode("utf-8-sig")
+        return _one_line(content)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{error} (line {line})") from None
@@ -254,7 +251,7 @@ class TextFile:
 def _one_line(content: bytes) -> str:
     """The text of a line; ValueError, without the bytes in it, for another encoding."""
     if content.startswith(_UTF16):
-        raise ValueError(_NOT_UTF8)
+        raise ValueError("it is UTF-16 or UTF-32 text, and UTF-8 is needed")
     return content.decode("utf-8-sig")
 
 

@@ -22,6 +22,7 @@ from pruned_ops.checkpoints.loading import (
     load_any_head,
     load_tokenizer,
 )
+from pruned_ops.files import check_place
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import is_encoder
 from pruned_ops.runtime.optimize import restore
@@ -102,6 +103,7 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
         raise FileNotFoundError(f"{out.parent} is no folder; {out.name} is made in it")
     out = out.resolve()  # a symlink stays one
     is_new = not out.exists()
+    check_place(out if is_new else out / GRAPH)
     if not is_new and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; --overwrite (overwrite=True) replaces an export in it")
     out.mkdir(exist_ok=True)

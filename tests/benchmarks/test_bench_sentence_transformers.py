@@ -12,6 +12,7 @@ import pytest
 
 import bench_sentence_transformers as bench
 import harness
+from rivals import sentence_transformers_worker
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 
@@ -61,3 +62,11 @@ def test_rows_have_speed_and_quality(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert row["score"] > 80 if row["texts"] == "stsb" else row["score"] == 100
     page = out.with_suffix(".md").read_text()
     assert "| minilm, mixed |" in page and "| runner | stsb | scifact |" in page
+
+
+def test_int8_of_onnx_is_made_for_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rival is not run with products that saturate, nor without VNNI where there is one."""
+    for has_vnni, name in ((True, "model_qint8_avx512_vnni"), (False, "model_quint8_avx2")):
+        monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda found=has_vnni: found)
+        assert sentence_transformers_worker.file_of("onnx-int8") == f"onnx/{name}.onnx"
+    assert sentence_transformers_worker.file_of("onnx") == "onnx/model_O3.onnx"

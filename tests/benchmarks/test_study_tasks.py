@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,14 @@ def test_finished_steps_are_not_done_again_and_interrupted_ones_go_on(
         ("prune", "--resume"),
         ("prune", "--overwrite"),
     ]
+
+
+def test_other_speedups_may_be_asked_for(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(study_tasks.subprocess, "run", lambda argv, check: commands.append(argv[3:]))
+    study_tasks.train(replace(study, speedups=(1.5, 3.0)), VECTORS)
+    asked = [command[command.index("--speedup") + 1] for command in commands]
+    assert asked == ["1.5", "3"] and commands[0][-1] == str(study.folder(VECTORS, "pruned-1.5"))
 
 
 def test_an_embedder_of_documents_learns_from_them(study: Study) -> None:

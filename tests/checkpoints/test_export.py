@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from collections import Counter
@@ -371,3 +372,14 @@ def test_without_onnx_the_command_says_what_to_install(
     monkeypatch.delitem(sys.modules, "pruned_ops.checkpoints.onnx_graph", raising=False)
     assert main(["export", str(checkpoint), "--onnx", str(tmp_path / "out")]) == 2
     assert "pip install onnx" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_refused_first(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    for out, above in ((tmp_path / "new", tmp_path), (tmp_path / "empty", tmp_path / "empty")):
+        with pytest.raises(PermissionError, match=f"nothing may be written into {above}$"):
+            pruned_ops.export_onnx(checkpoint, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,12 @@ from pruned_trainer.jobs.precision import (
     COMPARED,
     faster,
     is_worth_comparing,
-    timed_seconds,
+    step_seconds,
     timing_batches,
-    timing_steps,
 )
 from pruned_trainer.jobs.settings import FineTuneSettings
 from pruned_trainer.jobs.trainers import TIMING
 from pruned_trainer.training.batches import BF16_LENGTHS, Features, pad_batch
-from pruned_trainer.training.callbacks import StepClock
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.phase import run, training_arguments
 from pruned_trainer.training.trainer import PruningTrainer
@@ -103,14 +100,11 @@ def _fastest(model: nn.Module, features: Features, steps: int, batch_size: int, 
 
 
 def _step_seconds(model: nn.Module, features: Features, batch_size: int, seed: int, precision: str) -> float:
-    clock = StepClock()
-    with tempfile.TemporaryDirectory() as folder:
-        steps = timing_steps(precision)
-        arguments = _arguments(Path(folder), steps, batch_size, 0.0, seed, precision, **TIMING)
-        trainer = _trainer(copy.deepcopy(model), timing_batches(features, batch_size, precision), arguments)
-        trainer.add_callback(clock)
-        trainer.train()
-    return timed_seconds(clock)
+    def build(folder: Path, steps: int) -> PruningTrainer:
+        arguments = _arguments(folder, steps, batch_size, 0.0, seed, precision, **TIMING)
+        return _trainer(copy.deepcopy(model), timing_batches(features, batch_size, precision), arguments)
+
+    return step_seconds(precision, build)
 
 
 def _arguments(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +18,8 @@ from pruned_trainer.jobs.precision import (
     COMPARED,
     faster,
     is_worth_comparing,
-    timed_seconds,
+    step_seconds,
     timing_batches,
-    timing_steps,
 )
 from pruned_trainer.jobs.settings import SCORE_STEPS
 from pruned_trainer.jobs.trainers import build_trainer
@@ -34,7 +31,6 @@ from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.gates import Gates
 from pruned_trainer.pruning.options import UNTRAINED
 from pruned_trainer.training.batches import Features
-from pruned_trainer.training.callbacks import StepClock
 from pruned_trainer.training.phase import prepare_student
 
 # The part of the training time that goes to the gates. The rest trains the narrow model, which learns more in
@@ -243,10 +239,7 @@ def _spanning_batches(job: Job) -> list[dict[str, Any]]:
 
 def _time_steps(job: Job, model: PreTrainedModel, teacher: PreTrainedModel, phase: GatePhase | None) -> float:
     """Mean seconds of a step over the job's windows, in their order; the first ones warm up."""
-    clock = StepClock()
-    with tempfile.TemporaryDirectory() as folder:
-        steps = timing_steps(job.settings.precision)
-        trainer = build_trainer(job, model, teacher, Path(folder), steps, phase, timing=True)
-        trainer.add_callback(clock)
-        trainer.train()
-    return timed_seconds(clock)
+    return step_seconds(
+        job.settings.precision,
+        lambda folder, steps: build_trainer(job, model, teacher, folder, steps, phase, timing=True),
+    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ import torch
 from pruned_trainer.distributed import say
 from pruned_trainer.training.batches import Features, lengths_of
 from pruned_trainer.training.callbacks import StepClock
+from pruned_trainer.training.trainer import PruningTrainer
 
 # The steps that are run to learn how long a step takes: the first ones warm up, the others span the lengths
 # of the windows.
@@ -59,6 +63,16 @@ def timing_batches(features: Features, batch_size: int, precision: str) -> list[
     return [features[row] for place in warmup + places for row in ordered[place : place + batch_size]]
 
 
-def timed_seconds(clock: StepClock) -> float:
-    """The mean seconds of a step, without the warm-up."""
+def step_seconds(precision: str, build: Callable[[Path, int], PruningTrainer]) -> float:
+    """The mean seconds of a step, without the warm-up. build: makes a trainer for a folder, which is thrown
+    away, and so many steps; it trains on `timing_batches` in their order."""
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(Path(folder), timing_steps(precision))
+        trainer.add_callback(clock)
+        trainer.train()
+    return mean_seconds(clock)
+
+
+def mean_seconds(clock: StepClock) -> float:
     return statistics.mean(clock.seconds[-TIMED_STEPS:])

@@ -130,7 +130,7 @@ def test_fine_tuning_times_its_steps_too(
     built: list[Any] = []
     original = finetune_module._trainer
     monkeypatch.setattr(finetune_module, "_trainer", lambda *args: built.append(original(*args)) or built[-1])
-    monkeypatch.setattr(finetune_module, "timed_seconds", lambda clock: ratio if built[-1].args.bf16 else 1.0)
+    monkeypatch.setattr(precision_module, "mean_seconds", lambda clock: ratio if built[-1].args.bf16 else 1.0)
     argv = ["finetune", "--model", settings.model, "--train-file", str(settings.train_file)]
     argv += ["--max-length", "24", "--stride", "4", "--epochs", "0.1"]
     assert main([*argv, "--out", str(tmp_path / "auto")]) == 0
