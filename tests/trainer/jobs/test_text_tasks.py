@@ -204,11 +204,11 @@ def test_options_that_do_not_go_together(
 
 
 def test_the_commands_on_the_page_of_other_tasks_parse() -> None:
-    page = Path(__file__).resolve().parents[3] / "docs" / "prune.md"
+    page = Path(__file__).resolve().parents[3] / "docs" / "other_tasks.md"
     if not page.exists():
         pytest.skip("installed without the checkout")
-    section = page.read_text(encoding="utf-8").split("## Other tasks")[1].split("\n## ")[0]
-    lines = [block.replace("\\\n", " ").strip() for block in section.split("```")[1::2]]
+    text = page.read_text(encoding="utf-8")
+    lines = [block.replace("\\\n", " ").strip() for block in text.split("```")[1::2]]
     parsed = [parse(shlex.split(line)[1:]) for line in lines]
     assert len(lines) >= 7 and {one.task for one in parsed} == set(TEXT_COLUMNS)
     for one in parsed:
