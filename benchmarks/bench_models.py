@@ -87,6 +87,8 @@ def contenders(
         samples = SAMPLES.inputs(model.config.vocab_size, model.config.pad_token_id, device)
         narrow = OURS_NARROW if device == "cpu" else ()
         for runtime in (OURS, *narrow, *(name for name in names if name != PADDED or model_name == "dense")):
+            # An export or a calibration of a base size takes minutes.
+            print(f"preparing {runtime} {model_name}", flush=True)
             try:
                 able.append(_contender(runtime, model_name, model, samples, files))
             except Refused as reason:

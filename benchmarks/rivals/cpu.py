@@ -22,6 +22,7 @@ import numpy
 import torch
 from transformers import BertForQuestionAnswering, BertModel
 
+from pruned_ops.checkpoints.export import GRAPH
 from pruned_ops.models.stock import model_shape
 from rivals.rival import (
     Batch,
@@ -33,6 +34,7 @@ from rivals.rival import (
     forward,
     hugging_face,
     hugging_face_eager,
+    made_once,
     onnx_graph,
     package,
 )
@@ -153,14 +155,17 @@ def ort_fused(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
 
 def ort_int8(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
     """ONNX Runtime with int8 weights, a scale a channel, and activations quantised as they come."""
-    quantization, path = package("onnxruntime.quantization"), str(folder / "int8.onnx")
-    weights = quantization.QuantType.QInt8
-    # reduce_range would give away a bit that only processors without VNNI need.
-    with _quiet():
+    quantization, version = package("onnxruntime.quantization"), package("onnxruntime").__version__
+
+    def quantise(partial: Path) -> None:
+        # reduce_range would give away a bit that only processors without VNNI need.
         quantization.quantize_dynamic(
-            onnx_graph(model, folder), path, per_channel=True, reduce_range=False, weight_type=weights
-        )
-    return _ort_session(path)
+            onnx_graph(model, folder), str(partial / GRAPH), per_channel=True, reduce_range=False,
+            weight_type=quantization.QuantType.QInt8,
+        )  # fmt: skip
+
+    with _quiet():
+        return _ort_session(str(made_once(folder / f"ort-int8-{version}", quantise) / GRAPH))
 
 
 def _openvino_read(model: Any, folder: Path) -> Any:
@@ -207,10 +212,17 @@ def openvino_int8_static(model: Any, samples: Sequence[Batch], folder: Path) -> 
 
     These are random ids: the time is that of real questions, the accuracy on them is not known.
     """
-    nncf, network = _nncf(), _openvino_read(model, folder)
-    names, kind = [port.any_name for port in network.inputs], nncf.ModelType.TRANSFORMER
-    data = nncf.Dataset([_arrays(batch, names) for batch in samples])
-    return _openvino_compiled(nncf.quantize(network, data, model_type=kind, subset_size=len(samples)))
+    nncf, core = _nncf(), package("openvino")
+
+    def calibrate(partial: Path) -> None:
+        network = _openvino_read(model, folder)
+        names, kind = [port.any_name for port in network.inputs], nncf.ModelType.TRANSFORMER
+        data = nncf.Dataset([_arrays(batch, names) for batch in samples])
+        quantised = nncf.quantize(network, data, model_type=kind, subset_size=len(samples))
+        core.save_model(quantised, partial / "model.xml", compress_to_fp16=False)
+
+    made = made_once(folder / f"openvino-int8-static-nncf-{nncf.__version__}", calibrate)
+    return _openvino_compiled(core.Core().read_model(made / "model.xml"))
 
 
 def _ctranslate2(compute_type: str) -> Make:
@@ -241,27 +253,25 @@ def _ctranslate2_saved(model: Any, folder: Path) -> Path:
             f"CTranslate2 has one head count for all layers of an encoder, and its converter takes stock "
             f"BERT alone: a {type(model).__name__} does not load"
         )
-    path = folder / "ctranslate2"
-    if path.exists():
-        return path
-    loader = package("ctranslate2.converters.transformers").BertLoader()
     # The converter needs a pooler, which a question-answering model lacks: it gets a random one, which costs
     # one product a sequence.
-    config = copy.deepcopy(model.config)
-    config.position_embedding_type = "absolute"  # a field that transformers 5 dropped
-    encoder = BertModel(config).eval()
-    missing, _ = encoder.load_state_dict(model.base_model.state_dict(), strict=False)
-    assert all(name.startswith("pooler.") for name in missing), missing
-    spec = loader.get_model_spec(encoder)
-    spec.register_vocabulary([str(number) for number in range(model.config.vocab_size)])
-    spec.config.unk_token, spec.config.layer_norm_epsilon = "0", model.config.layer_norm_eps
-    spec.validate()
-    spec.optimize(quantization=None)
-    partial = folder / "ctranslate2.partial"
-    partial.mkdir(exist_ok=True)
-    spec.save(str(partial))
-    numpy.savez(partial / "head.npz", **{n: t.numpy() for n, t in model.qa_outputs.state_dict().items()})
-    return partial.rename(path)
+    loader = package("ctranslate2.converters.transformers").BertLoader()
+
+    def convert(partial: Path) -> None:
+        config = copy.deepcopy(model.config)
+        config.position_embedding_type = "absolute"  # a field that transformers 5 dropped
+        encoder = BertModel(config).eval()
+        missing, _ = encoder.load_state_dict(model.base_model.state_dict(), strict=False)
+        assert all(name.startswith("pooler.") for name in missing), missing
+        spec = loader.get_model_spec(encoder)
+        spec.register_vocabulary([str(number) for number in range(model.config.vocab_size)])
+        spec.config.unk_token, spec.config.layer_norm_epsilon = "0", model.config.layer_norm_eps
+        spec.validate()
+        spec.optimize(quantization=None)
+        spec.save(str(partial))
+        numpy.savez(partial / "head.npz", **{n: t.numpy() for n, t in model.qa_outputs.state_dict().items()})
+
+    return made_once(folder / "ctranslate2", convert)
 
 
 CPU_RIVALS = {

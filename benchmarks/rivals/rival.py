@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,3 +101,15 @@ def onnx_graph(model: Any, folder: Path) -> str:
         return str(export_onnx(model, folder, overwrite=True))
     except ValueError as reason:
         raise Refused(str(reason)) from None
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, which `make` fills under another name if it is not there, so that one made in part is made
+    anew."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        make(partial)
+        partial.rename(folder)
+    return folder

@@ -18,7 +18,7 @@ from inputs import MODELS, logits, padded_batch, stock_model
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from rivals.cpu import CPU_RIVALS, build_cpu_rival
-from rivals.rival import Batch, Logits, NotInstalled, Refused, compare_logits, forward, onnx_graph
+from rivals.rival import Batch, Logits, NotInstalled, Refused, compare_logits, forward, made_once, onnx_graph
 from thorough import EVERYTHING
 from whole_models import cases, memory
 
@@ -73,6 +73,24 @@ def test_a_runner_with_other_logits_is_refused() -> None:
 
     with pytest.raises(ValueError, match="differ from Hugging Face's by 1.00e-02"):
         compare_logits(other, hf, SAMPLES, "fp32")
+
+
+def test_what_a_rival_makes_is_kept_and_what_was_made_in_part_is_made_anew(tmp_path: Path) -> None:
+    made: list[list[str]] = []
+
+    def make(partial: Path) -> None:
+        made.append([path.name for path in partial.iterdir()])
+        (partial / "graph").touch()
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made_once(tmp_path / "int8", make)
+    assert not (tmp_path / "int8").exists()
+    for _ in range(2):
+        folder = made_once(tmp_path / "int8", make)
+        assert [path.name for path in folder.iterdir()] == ["graph"]
+    assert made == [[], []]
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
