@@ -31,8 +31,10 @@ from pruned_ops.shape import LayerShape, checked_int
 
 # The modules of a chain. They hold as many weights as a small encoder, which so come from memory as its do.
 CHAIN = 6
-# The batches that are timed take half a minute to a minute for a small encoder on two cores.
 TIMED_BATCHES = 4
+# Batches are left out until all rounds take at most so long, which a small encoder on two cores does with all
+# of them: more rounds of one batch say more than fewer of four.
+MOST_SECONDS = 90.0
 ALIGNMENTS = (8, 16, 32, 64, 128)
 _LINE = 64  # bytes; where allocations begin, and so every matrix
 
@@ -52,7 +54,8 @@ def measure_table(
     dtype: of the linears, as `optimize` takes it: None for fp32, "bfloat16", "int8".
     config: an encoder's, stock or pruned (then sizes go up to its widest layer). Each part is timed
     as a chain of up to 6 distinct modules over packed batches. At most 4 batches are timed, evenly spread
-    over the workload's in order of their tokens; their times are scaled by tokens to its mean batch. Every
+    over the workload's in order of their tokens, and as few as one where all rounds of more would take longer
+    than MOST_SECONDS; their times are scaled by tokens to its mean batch. Every
     round sees every size, in an order shuffled each time; medians over rounds are kept. Isotonic regression
     makes the curves rise: noise must never make a wider part cheaper (a pruner would be paid for it), and a
     running maximum would keep one slow measurement.
@@ -71,7 +74,13 @@ def measure_table(
     inputs = part_inputs(empty, chosen, device)
     densest = ("base", f"attention {dense.num_heads}", f"ffn {dense.ffn_width}")  # what `refuse` compares
     backends = backends_of(lambda: [runners[name](inputs[0]) for name in densest])
-    ms = time_parts(runners, inputs, rounds, progress, clock or default_clock(torch.device(device)))
+    clock = clock or default_clock(torch.device(device))
+    # This turn is not counted: work that is done once (threads, buffers, the clock's rise) is over after it.
+    first = time_parts(runners, inputs[:1], 1, progress=False, clock=clock)
+    seconds = sum(milliseconds for name, milliseconds in first.items() if name != "base") / 1000
+    kept = spread(len(inputs), affordable(chosen, seconds, rounds))
+    chosen = Workload(chosen.name, tuple(chosen.batches[i] for i in kept))
+    ms = time_parts(runners, [inputs[i] for i in kept], rounds, progress, clock)
     # To the workload's mean batch.
     scale = workload.tokens / len(workload.batches) / (chosen.tokens / len(chosen.batches))
     base, attention, ffn, alignment = _curves(
@@ -300,10 +309,20 @@ def chosen_batches(workload: Workload) -> Workload:
     if not workload.batches or not all(map(sum, workload.batches)):
         raise ValueError(f"workload {workload.name} has no batch, or one without tokens")
     ordered = sorted(workload.batches, key=sum)
-    count = min(TIMED_BATCHES, len(ordered))
-    return Workload(
-        workload.name, tuple(ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count))
-    )
+    return Workload(workload.name, tuple(ordered[i] for i in spread(len(ordered), TIMED_BATCHES)))
+
+
+def spread(number: int, most: int) -> list[int]:
+    """At most so many places out of `number`, evenly spread: the middle ones of equal parts."""
+    count = min(most, number)
+    return [(2 * i + 1) * number // (2 * count) for i in range(count)]
+
+
+def affordable(chosen: Workload, seconds: float, rounds: int) -> int:
+    """How many of these batches, at least one, all rounds can time in MOST_SECONDS, where a round of the
+    first one takes so many seconds."""
+    mean = seconds * chosen.tokens / len(chosen.batches) / sum(chosen.batches[0])
+    return max(1, int(min(len(chosen.batches), MOST_SECONDS / (rounds * mean))))
 
 
 def part_inputs(config: Any, chosen: Workload, device: torch.device | str) -> list[dict[str, Tensor]]:
@@ -335,16 +354,12 @@ def time_parts(
     """The milliseconds of each runner: the mean over the batches of the median over rounds."""
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in inputs] for name in runners}
     order, shuffler = list(runners), random.Random(0)
-    # The first batch is not timed: work that is done once (threads, buffers, the clock's rise) is over then.
-    turns = [None, *(i for _ in range(rounds) for i in range(len(inputs)))]
+    turns = [i for _ in range(rounds) for i in range(len(inputs))]
     with torch.inference_mode():
-        for turn in tqdm(turns, desc="latency table", unit=" batches", disable=not progress):
+        for i in tqdm(turns, desc="latency table", unit=" batches", disable=not progress):
             shuffler.shuffle(order)  # no runner always finds the caches as the same other one leaves them
-            i = turn or 0
             for name in order:
-                took = clock.seconds(name, runners[name], inputs[i])
-                if turn is not None:
-                    seconds[name][i].append(took)
+                seconds[name][i].append(clock.seconds(name, runners[name], inputs[i]))
     return {
         name: 1000 * statistics.fmean(map(statistics.median, batches)) for name, batches in seconds.items()
     }

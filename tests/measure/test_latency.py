@@ -3,6 +3,7 @@ Nothing here asserts a speed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AlbertConfig, BertConfig, RobertaConfig
 
 from inputs import pruned_model, stock_model
@@ -19,6 +21,7 @@ from pruned_ops import LayerShape, ModelShape, record
 from pruned_ops.cli import main
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.weights import PanelWeights
+from pruned_ops.measure.graph_timing import HostClock
 from pruned_ops.measure.latency import LatencyTable, layer_backends
 from pruned_ops.measure.layer_times import (
     _alignment,
@@ -33,6 +36,7 @@ from pruned_ops.measure.layer_times import (
 )
 from pruned_ops.measure.timing import (
     SETTLED,
+    Runner,
     Timing,
     Workload,
     interleave,
@@ -207,6 +211,29 @@ def test_chosen_batches() -> None:
     chosen = chosen_batches(workload)
     assert chosen.batches == ((3,), (7,), (11,), (15,))
     assert chosen_batches(WORKLOAD) == WORKLOAD
+
+
+@pytest.mark.parametrize(("seconds", "batches"), [(0.9, [3, 7, 11, 15]), (7.0, [7, 15]), (1e3, [11])])
+def test_a_slow_machine_times_fewer_batches(seconds: float, batches: list[int]) -> None:
+    """All rounds fit into MOST_SECONDS, or time one batch; the table is of the workload's mean batch."""
+    workload = Workload("w", tuple((tokens,) for tokens in range(1, 17)))
+    rounds, timed = 5, list[int]()
+
+    class Clock(HostClock):
+        """The time goes by tokens; a round of a mean batch (8.5 tokens) takes so many seconds."""
+
+        def seconds(self, name: str, runner: Runner, batch: dict[str, Tensor]) -> float:
+            timed.append(int(batch["attention_mask"].sum()))
+            return seconds / parts * timed[-1] / 8.5
+
+    aligned = itertools.chain(*aligned_widths(40).values())
+    parts = len(head_counts(4)) + len({*ffn_widths(40), *aligned})
+    table = measure_table(config(), workload, rounds, progress=False, clock=Clock())
+    per_turn = parts + 1  # and the model with empty layers
+    assert sorted(set(timed[per_turn:])) == batches
+    assert len(timed) == per_turn * (1 + rounds * len(batches))
+    assert table.workload == workload
+    assert table.ffn_ms(40) == pytest.approx(1000 * seconds / parts / 2)  # a mean batch's, of two layers
 
 
 @pytest.mark.parametrize("kind", ["bert", "pruned-roberta", "empty"])

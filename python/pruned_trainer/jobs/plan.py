@@ -68,6 +68,8 @@ def make_plan(job: Job) -> Plan:
     so that the same seed, steps, precision and data give the same result.
     """
     settings, minutes = job.settings, job.settings.max_minutes
+    if minutes is not None and _left(job, minutes) <= 0:  # said before the steps are timed
+        raise _too_little(job, minutes, 0)
     counted = _from_settings(job) if minutes is None else None
     precision, seconds = settings.precision, None
     if precision == "auto":
@@ -145,7 +147,7 @@ def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -
         gate_seconds *= len(settings.parts)  # each part's gates train apart
 
     def fit() -> Plan:
-        left = minutes * 60 * (1 - RESERVE) - job.clock.seconds() - _deciding_seconds(job)
+        left = _left(job, minutes)
         gate_steps, retrain_steps = gate, retrain
         if gate_steps is None:  # all that the other phase leaves, where that one is given
             share = left * GATE_SHARE if retrain is None else left - retrain * retrain_seconds * models
@@ -159,12 +161,19 @@ def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -
         steps = (20 if gate is None else gate) * gate_seconds + (
             20 if retrain is None else retrain
         ) * models * retrain_seconds
-        needed = job.clock.seconds() + _deciding_seconds(job) + steps
-        raise ValueError(
-            f"--max-minutes {minutes:g} is too little here: at least "
-            f"{needed / 60 / (1 - RESERVE):.1f} are needed"
-        )
+        raise _too_little(job, minutes, steps)
     return plan
+
+
+def _left(job: Job, minutes: float) -> float:
+    """The seconds of these minutes that are left for steps."""
+    return minutes * 60 * (1 - RESERVE) - job.clock.seconds() - _deciding_seconds(job)
+
+
+def _too_little(job: Job, minutes: float, steps: float) -> ValueError:
+    """The refusal of minutes in which steps of so many seconds do not fit."""
+    needed = (job.clock.seconds() + _deciding_seconds(job) + steps) / 60 / (1 - RESERVE)
+    return ValueError(f"--max-minutes {minutes:g} is too little here: at least {needed:.1f} are needed")
 
 
 def _step_seconds(job: Job) -> tuple[float, float]:

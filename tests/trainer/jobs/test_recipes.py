@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from pruned_trainer import (
     attached,
 )
 from pruned_trainer.cli import main
+from pruned_trainer.jobs import plan as planning
 from pruned_trainer.jobs.job import Job, start
-from pruned_trainer.jobs.plan import GATE_SHARE, make_plan
+from pruned_trainer.jobs.plan import GATE_SHARE, RESERVE, make_plan
 from pruned_trainer.jobs.prune import prune, sweep
 from pruned_trainer.jobs.settings import RECIPES, PruneSettings
 from pruned_trainer.training.teacher_cache import TeacherCache
@@ -238,9 +240,14 @@ def test_minutes_are_shared_out_in_every_recipe(recipe: str, settings: PruneSett
         job = replace(job, settings=replace(job.settings, retrain_steps=10))
         gates, again = planned(job)
         assert 600 < gates + again <= 1200 and again < 100
-    late = replace(job, clock=replace(job.clock, earlier=1300.0))
-    with pytest.raises(ValueError, match=r"--max-minutes 20 is too little here: at least \d"):
-        make_plan(late)
+    for earlier, timed in ((1300.0, False), (60 * 20 * (1 - RESERVE) - job.clock.seconds() - 0.2, True)):
+        late = replace(job, clock=replace(job.clock, earlier=earlier))
+        with (
+            pytest.raises(ValueError, match=r"--max-minutes 20 is too little here: at least \d"),
+            patch.object(planning, "_step_seconds", Mock(return_value=(10.0, 10.0))) as step_seconds,
+        ):
+            make_plan(late)
+        assert step_seconds.called == timed  # what cannot fit is refused before any step is timed
 
 
 def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
