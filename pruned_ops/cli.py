@@ -1,4 +1,4 @@
-"""pruned-ops: run, time, check and convert checkpoints of pruned encoders."""
+"""pruned-ops: run, time, check and convert encoders, stock or pruned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pruned_ops.commands import (
     trim_vocabulary,
 )
 
-COMMANDS = (info, latency_table, convert, trim_vocabulary, quantize, ask, serve, check, bench)
+# In the order of their help: what most people need comes first.
+COMMANDS = (info, check, bench, quantize, serve, ask, convert, trim_vocabulary, latency_table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,8 @@ class CommandParser(argparse.ArgumentParser):
     @classmethod
     def of_program(cls, name: str, description: str) -> CommandParser:
         """The parser of a whole program: its commands are added by `add_subparsers`."""
-        parser = cls(prog=name, description=description)
+        epilog = f"{name} COMMAND --help shows a command's options, those that most people need first."
+        parser = cls(prog=name, description=description, epilog=epilog)
         parser.add_argument("--version", action="version", version=f"{name} {__version__}")
         return parser
 
@@ -48,6 +49,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def model_place(text: str) -> str:
     """A folder or a hub name, out of an argument; ~ is the home folder."""
     return os.path.expanduser(text)
+
+
+def add_device(parser: Any) -> None:
+    """Add --device, the place where a model runs."""
+    parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
 
 
 def add_dtype(parser: Any, help_text: str) -> None:

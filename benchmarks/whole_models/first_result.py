@@ -95,7 +95,7 @@ def lines(result: FirstResult) -> list[str]:
     text = (
         f"Every row ran the same {first['documents']} documents (about {_tokens(first):,} tokens each, in "
         f"overlapping windows) on {first['machine_threads']} cores of an {first['machine_processor']}, "
-        f"{first['date']}; \"times as fast\" compares it with Hugging Face's SDPA row. "
+        f'{first["date"]}; "times as fast" compares it with Hugging Face\'s SDPA row. '
         f"The pruned model keeps {100 * result.macs_kept:.0f}% of the encoder's multiply-accumulates. "
         f"Pruning changed the F1 of long answers by {result.change('long')}. It changed the F1 of short "
         f"answers by {result.change('short')}. The intervals are over the documents, of one training. The "

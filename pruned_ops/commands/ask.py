@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pruned_ops.command_line import add_dtype, check_counts, dtype_of
+from pruned_ops.command_line import add_device, add_dtype, check_counts, dtype_of
 from pruned_ops.files import check_writable, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -38,27 +38,30 @@ def add_command(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint with its tokenizer")
-    source = parser.add_mutually_exclusive_group(required=True)
+    questions = parser.add_argument_group("questions")
+    source = questions.add_mutually_exclusive_group(required=True)
     source.add_argument("--question", nargs="+", metavar="TEXT", help="questions to ask of --context-file")
     source.add_argument(
         "--questions", type=os.path.expanduser, metavar="FILE", help="JSON lines; - for standard input"
     )
-    parser.add_argument("--context-file", type=Path, metavar="FILE", help="the text, in UTF-8")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where the answers go (default: standard output)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the file --out")
-    parser.add_argument(
-        "--top-k", type=int, metavar="N", help="give a list of at most N answers to each question"
-    )
-    parser.add_argument(
-        "--always-answer", action="store_true", help='give the best span, "" only where there is none'
-    )
-    parser.add_argument(
+    questions.add_argument("--context-file", type=Path, metavar="FILE", help="the text, in UTF-8")
+    questions.add_argument(
         "--skip-bad", action="store_true", help="name, skip and count lines that cannot be asked"
     )
-    parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
-    add_dtype(parser, "dtype of the linears, on a CPU")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--always-answer", action="store_true", help='give the best span, "" only where there is none'
+    )
+    answers.add_argument(
+        "--top-k", type=int, metavar="N", help="give a list of at most N answers to each question"
+    )
+    answers.add_argument(
+        "--out", type=Path, metavar="FILE", help="where the answers go (default: standard output)"
+    )
+    answers.add_argument("--overwrite", action="store_true", help="replace the file --out")
+    running = parser.add_argument_group("how the model runs")
+    add_dtype(running, "dtype of the linear layers, on a CPU")
+    add_device(running)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -35,19 +35,22 @@ def add_command(commands: Any) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint")
     parser.add_argument("--dense", type=Path, metavar="DIR2", help="folder of the checkpoint before pruning")
     _add_workload(parser)
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="how often each batch is timed")
-    add_dtype(parser, "dtype of our runtime's linears, on a CPU")
-    parser.add_argument(
+    running = parser.add_argument_group("how the models run")
+    add_dtype(running, "dtype of our runtime's linear layers, on a CPU")
+    running.add_argument(
         "--threads", type=int, metavar="N", help="threads of the CPU (default: torch's number)"
     )
-    parser.add_argument("--device", help="where the models run (default: a GPU where there is one)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="draw the times, as a page of its own")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file of --html")
+    running.add_argument("--device", help="where the models run (default: a GPU where there is one)")
+    running.add_argument("--rounds", type=int, default=9, metavar="N", help="how often each batch is timed")
+    output = parser.add_argument_group("output")
+    output.add_argument("--html", type=Path, metavar="FILE", help="draw the times, as a page of its own")
+    output.add_argument("--overwrite", action="store_true", help="replace the file of --html")
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what is timed."""
-    lengths = parser.add_mutually_exclusive_group()
+    workload = parser.add_argument_group("what is timed")
+    lengths = workload.add_mutually_exclusive_group()
     lengths.add_argument(
         "--lengths", "--length", type=int, nargs="+", default=[128], metavar="N",
         help="tokens of a sequence; several are mixed in the batches (default: 128)",
@@ -55,17 +58,17 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument(
         "--data", type=Path, metavar="FILE", help="SQuAD-format JSON, or .jsonl, that gives the lengths"
     )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="skip and count questions of --data that cannot be cut"
-    )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a batch")
-    parser.add_argument(
+    workload.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a batch")
+    workload.add_argument(
         "--batches", type=int, default=4, metavar="N", help="how many different batches there are"
     )
-    parser.add_argument(
+    workload.add_argument(
         "--padding", choices=["longest", "fixed"], default="longest",
         help="batches are as long as their longest sequence, or all as the longest of all",
     )  # fmt: skip
+    workload.add_argument(
+        "--skip-bad", action="store_true", help="skip and count questions of --data that cannot be cut"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

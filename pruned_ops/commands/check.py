@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import add_dtype, check_counts, dtype_of, say_skipped
+from pruned_ops.command_line import add_device, add_dtype, check_counts, dtype_of, say_skipped
 from pruned_ops.files import read_text
 
 if TYPE_CHECKING:
@@ -27,32 +27,34 @@ def add_command(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint with its tokenizer")
-    text = parser.add_mutually_exclusive_group()
+    texts = parser.add_argument_group("text")
+    text = texts.add_mutually_exclusive_group()
+    text.add_argument("--questions", type=Path, metavar="FILE", help="SQuAD-format JSON, or .jsonl")
     text.add_argument(
         "--text-file", type=Path, metavar="FILE", help="text in UTF-8 (default: a short sample)"
     )
-    text.add_argument("--questions", type=Path, metavar="FILE", help="SQuAD-format JSON, or .jsonl")
-    parser.add_argument(
+    texts.add_argument(
         "--limit", type=int, default=200, metavar="N", help="how many of --questions are asked, at most"
     )
-    parser.add_argument(
+    texts.add_argument(
         "--skip-bad", action="store_true", help="skip and count questions that cannot be read or cut"
     )
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        metavar="NAME",
-        help="these backends must run (default: those that can here, Triton's interpreter left out)",
-    )
-    add_dtype(parser, "run the optimised model with its linears in this dtype too, on a CPU")
-    parser.add_argument(
+    running = parser.add_argument_group("what is compared")
+    add_dtype(running, "run the optimised model with its linear layers in this dtype too, on a CPU")
+    running.add_argument(
         "--tolerance",
         type=float,
         metavar="X",
         help="how far --dtype's outputs may be off, as a share of how much the saved model's vary (L2 norm; "
         "default: 0.15)",
     )
-    parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
+    running.add_argument(
+        "--backends",
+        nargs="+",
+        metavar="NAME",
+        help="these backends must run (default: those that can here, Triton's interpreter left out)",
+    )
+    add_device(running)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,18 @@ from pruned_ops.files import check_new_folder, new_folder
 def add_command(commands: Any) -> None:
     """Add both commands and their options to the parser's commands."""
     parser = commands.add_parser(
+        "export",
+        help="write a checkpoint as ONNX, for ONNX Runtime, OpenVINO and others",
+        description="Write the checkpoint in DIR as OUT/model.onnx, its config.json and tokenizer beside it. "
+        "Inputs: input_ids, attention_mask and, where model and tokenizer have token types, token_type_ids, "
+        "int64 (batch, seqlen). Outputs, by the model's head: start_logits and end_logits; logits; or "
+        "last_hidden_state. At padding they mean nothing. Needs the package onnx.",
+    )
+    parser.set_defaults(run=export)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint")
+    parser.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="folder for the ONNX model")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an export left in OUT")
+    parser = commands.add_parser(
         "import",
         help="take in a checkpoint that another tool pruned",
         description="Write the checkpoint in DIR, which another tool pruned, to OUT as a pruned_ops "
@@ -30,18 +42,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--head-dim", type=int, metavar="N", help="a head's width (default: hidden_size / heads)"
     )
-    parser = commands.add_parser(
-        "export",
-        help="write a checkpoint as ONNX, for ONNX Runtime, OpenVINO and others",
-        description="Write the checkpoint in DIR as OUT/model.onnx, its config.json and tokenizer beside it. "
-        "Inputs: input_ids, attention_mask and, where model and tokenizer have token types, token_type_ids, "
-        "int64 (batch, seqlen). Outputs, by the model's head: start_logits and end_logits; logits; or "
-        "last_hidden_state. At padding they mean nothing. Needs the package onnx.",
-    )
-    parser.set_defaults(run=export)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint")
-    parser.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="folder for the ONNX model")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an export left in OUT")
 
 
 def import_foreign(arguments: argparse.Namespace) -> None:

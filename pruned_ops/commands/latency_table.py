@@ -27,7 +27,8 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("file", type=Path, metavar="FILE", help="where the table is written, as JSON")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of a checkpoint")
-    lengths = parser.add_mutually_exclusive_group(required=True)
+    workload = parser.add_argument_group("workload")
+    lengths = workload.add_mutually_exclusive_group(required=True)
     lengths.add_argument(
         "--data",
         type=Path,
@@ -37,21 +38,22 @@ def add_command(commands: Any) -> None:
     lengths.add_argument(
         "--length", type=int, metavar="N", help="tokens of every sequence, in place of --data"
     )
-    parser.add_argument("--device", help="where the model will run (default: a GPU where there is one)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a batch")
-    parser.add_argument("--batches", type=int, default=16, metavar="N", help="batches of the workload")
-    parser.add_argument(
+    workload.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a batch")
+    workload.add_argument("--batches", type=int, default=16, metavar="N", help="batches of the workload")
+    workload.add_argument(
         "--max-length", type=int, default=384, metavar="N", help="tokens of a window of --data, at most"
     )
-    parser.add_argument(
+    workload.add_argument(
         "--stride", type=int, default=128, metavar="N", help="tokens that two windows of --data share"
     )
-    parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="how often each size is timed; medians are kept"
-    )
-    add_dtype(parser, "of the linears; bfloat16 and int8 run on a CPU")
-    parser.add_argument(
+    running = parser.add_argument_group("how the model will run")
+    add_dtype(running, "dtype of the linear layers; bfloat16 and int8 run on a CPU")
+    running.add_argument(
         "--threads", type=int, metavar="N", help="threads that the model will run on (default: torch's own)"
+    )
+    running.add_argument("--device", help="where the model will run (default: a GPU where there is one)")
+    running.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="how often each size is timed; medians are kept"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the latency table that is in FILE")
 

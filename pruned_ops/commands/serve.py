@@ -83,12 +83,12 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how models run."""
     loading = parser.add_argument_group("how models run")
     loading.add_argument("--device", help="where they run (default: a GPU where there is one)")
-    add_dtype(loading, "dtype of the linears, on a CPU")
+    add_dtype(loading, "dtype of the linear layers, on a CPU")
     loading.add_argument(
         "--texts-file",
         type=Path,
         metavar="FILE",
-        help="with --dtype int8: texts, one a line, by which the linears that have to stay fp32 are found",
+        help="with --dtype int8: texts, one a line, by which the linear layers that stay fp32 are found",
     )
     loading.add_argument("--threads", type=int, metavar="N", help="threads of a model (default: all cores)")
     loading.add_argument(

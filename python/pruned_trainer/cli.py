@@ -74,15 +74,15 @@ def build_parser() -> CommandParser:
         return added
 
     add_prune(command("prune", _prune, "prune a model for its task, and train what is left"))
+    add_evaluate(command("evaluate", _evaluate, "score a checkpoint by the task's official metric"))
+    add_report(command("report", _report, "write the page of a finished run, and its figures as PNG"))
+    add_demo(command("demo", _demo, "fine-tune, prune and measure a small model, offline, in minutes"))
+    add_finetune(command("finetune", _finetune, "make a dense model for a task, to be pruned"))
     add_prune(
         command("sweep", _sweep, "make a family of pruned models, one for each target"),
         several=True,
     )
-    add_demo(command("demo", _demo, "fine-tune, prune and measure a small model, offline, in minutes"))
-    add_finetune(command("finetune", _finetune, "make a dense model for a task, to be pruned"))
     add_compact(command("compact", _compact, "make the narrow model of a decision, without training"))
-    add_evaluate(command("evaluate", _evaluate, "score a checkpoint by the task's official metric"))
-    add_report(command("report", _report, "write the page of a finished run, and its figures as PNG"))
     return parser
 
 

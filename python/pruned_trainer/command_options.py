@@ -28,6 +28,8 @@ from pruned_trainer.training.distillation import Distillation
 
 # The names that stand for values of these types on a help page.
 METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "FILE", model_place: "MODEL"}
+# The title of the options that come first on a help page.
+COMMON = "what most runs need"
 # The size of the demo's model, where no other target is given.
 DEMO_MACS = 0.45
 
@@ -70,47 +72,61 @@ class Options:
 
 
 def add_prune(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    options = Options.titled(parser, "model and data", PruneSettings)
+    options = Options.titled(parser, COMMON, PruneSettings)
     options.add("model", "fine-tuned encoder to prune: a folder or a hub name", required=True)
     _add_train_file(options, required=False, default=" (default: --texts takes its place)")
+    _add_validation(options)
+    _add_task(options)
+    _add_recipe(options)
+    _add_out(options)
+    text = "TARGET is one of these"
+    text += ", each with one number or more" if several else "; --recipe paper and --decision need none"
+    _add_target(Options.titled(parser, "target", PruneSettings, text), several)
+    _add_serving(parser)
+    options = Options.titled(parser, "data", PruneSettings)
     options.add(
         "texts",
         "instead of a training file: texts without labels, one a line, or rows with columns of texts; the "
         "teacher's outputs are then all that is learned (default: the training file, with labels)",
         type=Path,
     )
-    _add_data(options)
-    text = "TARGET is one of the first four options"
-    text += ", each with one number or more" if several else "; --recipe paper and --decision need none"
-    _add_target(Options.titled(parser, "target", PruneSettings, text), several)
-    recipe = Options.titled(parser, "recipe", PruneSettings)
-    _add_recipe(recipe)
+    _add_columns(options)
+    _add_windows(options)
+    _add_natural_questions(options)
+    _add_length(parser)
+    options = _add_choice(parser)
     if not several:
-        recipe.add(
+        options.add(
             "decision",
             "decision.json of an earlier run on this model: what it says stays, and is trained on, without a "
             "target and without gates (default: this run decides)",
             type=Path,
         )
     else:
-        recipe.add(
+        options.add(
             "gradual",
             "each target begins with the trained model of the one before it, and trains the gates anew "
             "(default: one training of the gates passes them all)",
         )
+    _add_weights(parser)
     _add_distillation(parser)
     _add_running(Options.titled(parser, "running", PruneSettings))
     parser.usage = "%(prog)s --model MODEL (--train-file FILE | --texts FILE) --out DIR TARGET [options]"
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    options = Options.titled(parser, "model and data", PruneSettings)
+    options = Options.titled(parser, COMMON, PruneSettings)
     options.add("model", "encoder to fine-tune and prune (default: all-MiniLM-L6-v2, from its pip package)")
     _add_train_file(options, required=False, default=" (default: generated questions)")
     _add_validation(options)
-    _add_windows(options)
+    _add_recipe(options)
+    _add_out(options, default="build/demo")
     _add_target(Options.titled(parser, "target", PruneSettings), several=False, default_macs=DEMO_MACS)
-    _add_recipe(Options.titled(parser, "recipe", PruneSettings))
+    _add_serving(parser)
+    _add_windows(Options.titled(parser, "data", PruneSettings))
+    _add_length(parser)
+    _add_choice(parser)
+    _add_weights(parser)
     _add_distillation(parser)
     _add_running(Options.titled(parser, "running", PruneSettings), resumable=False)
     parser.usage = "%(prog)s [options]"
@@ -126,12 +142,6 @@ def _add_train_file(options: Options, required: bool = True, default: str = "") 
     options.add("train_file", text + default, type=Path, required=required)
 
 
-def _add_data(options: Options) -> None:
-    _add_validation(options)
-    _add_task(options)
-    _add_windows(options)
-
-
 def _add_validation(options: Options) -> None:
     options.add(
         "validation_file",
@@ -141,8 +151,28 @@ def _add_validation(options: Options) -> None:
     options.add("eval_file", "examples for the results only (default: those of the validation)", type=Path)
 
 
-def _add_task(options: Options, training: bool = True) -> None:
+def _add_task(options: Options) -> None:
     options.add("task", "the data's format, and the metrics that go with it", choices=TASKS)
+
+
+def _add_recipe(options: Options) -> None:
+    options.add(
+        "recipe",
+        "joint trains gates and weights together, held to the target; fast trains nothing and takes minutes, "
+        "by what would be missed once the rest stands in for it; paper trains each part's gates alone, on "
+        "frozen weights, at a price or held to a target; the others train no gates, and score what stays",
+        choices=RECIPES,
+    )
+    options.add("max_minutes", "fit the training into this time (default: it takes its epochs)", type=float)
+
+
+def _add_out(options: Options, default: str | None = None) -> None:
+    """default: the folder's name where there need be no other."""
+    text = "folder that is made" + ("" if default is None else f" (default: {default})")
+    options.add("out", text, type=Path, metavar="DIR", required=default is None)
+
+
+def _add_columns(options: Options) -> None:
     options.add(
         "text_columns",
         "tasks on rows of texts: their columns (default: text; text_a text_b; tokens; query passage)",
@@ -152,7 +182,7 @@ def _add_task(options: Options, training: bool = True) -> None:
     options.add("label_column", "the column of the labels (default: label; tags; relevant)", metavar="COLUMN")
     options.add(
         "scores",
-        "the column of numbers that a model of one output is for (default: there are labels; of embedding, "
+        "the column of numbers that a model of one output is for (default: there are labels; for embedding, "
         "score)",
         metavar="COLUMN",
     )
@@ -164,9 +194,6 @@ def _add_task(options: Options, training: bool = True) -> None:
         type=Path,
     )
     options.add("skip_bad", "leave out what cannot be read, asked or labelled, and count it")
-    if training:
-        options.add("null_rate", "natural_questions: share of the windows without an answer to train on")
-        options.add("num_proc", "natural_questions: processes that read and tokenise")
 
 
 def _add_windows(options: Options) -> None:
@@ -174,19 +201,35 @@ def _add_windows(options: Options) -> None:
     options.add("stride", "tokens that two neighbouring windows share")
 
 
+def _add_natural_questions(options: Options) -> None:
+    options.add("null_rate", "natural_questions: share of the windows without an answer to train on")
+    options.add("num_proc", "natural_questions: processes that read and tokenise")
+
+
 def _add_target(options: Options, several: bool, default_macs: float | None = None) -> None:
     texts = {
         "speedup": "times as fast as the dense model, measured",
         "latency_ms": "milliseconds for a batch of the workload, measured",
-        "params": "fraction of the encoder's parameters to keep",
         "macs": "fraction of the encoder's multiply-accumulates to keep",
+        "params": "fraction of the encoder's parameters to keep",
     }
     if default_macs is not None:
         texts["macs"] += f" (default: {default_macs}, unless there is another target)"
     one_of = options.group.add_mutually_exclusive_group(required=several)
-    for name in ("speedup", "latency_ms", "params", "macs"):
+    for name, text in texts.items():
         option = f"--{name.replace('_', '-')}"
-        one_of.add_argument(option, type=float, metavar="N", help=texts[name], nargs="+" if several else None)
+        one_of.add_argument(option, type=float, metavar="N", help=text, nargs="+" if several else None)
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    options = Options.titled(parser, "how the pruned model will be served", PruneSettings)
+    options.add(
+        "dtype",
+        "dtype of its linear layers: the latency table, the decision, the timings and its scores are of that; "
+        "it trains in --precision",
+        choices=DTYPES,
+    )
+    options.add("threads", "threads that it will be served on (default: torch's own)", type=int)
     options.add(
         "latency_table",
         "file of pruned-ops latency-table, whose workload a target in time is then for (default: one is "
@@ -195,30 +238,58 @@ def _add_target(options: Options, several: bool, default_macs: float | None = No
     )
 
 
-def _add_recipe(options: Options) -> None:
+def _add_length(parser: argparse.ArgumentParser) -> None:
+    options = Options.titled(parser, "how long it trains", PruneSettings)
+    options.add("gate_epochs", "epochs of the gates' training (default: 1)", type=float)
+    scores = ", ".join(f"{recipe}: {steps}" for recipe, steps in SCORE_STEPS.items())
     options.add(
-        "recipe",
-        "joint trains gates and weights together, held to the target; paper trains each part's gates alone, "
-        "on frozen weights, at a price or held to a target; the others train no gates, and score what "
-        "stays: fast by what would be missed once the rest stands in for it, in minutes, with no training",
-        choices=RECIPES,
+        "gate_steps",
+        f"steps of the gates' training, or minibatches scored (default: its epochs; {scores})",
+        type=int,
     )
+    options.add("retrain_epochs", "epochs of the narrow model's training (default: 1; fast: 0)", type=float)
+    options.add("retrain_steps", "steps of the narrow model's training (default: its epochs)", type=int)
+    sizes = f"{BATCH_SIZE}; paper: {PAPER_BATCH_SIZE}"
+    options.add("batch_size", f"examples in a step, over all processes (default: {sizes})", type=int)
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> Options:
+    options = Options.titled(parser, "how parts are chosen and cut out", PruneSettings)
     options.add("parts", f"what is pruned (default: {' '.join(DEFAULT_PARTS)})", nargs="+", choices=PARTS)
+    options.add(
+        "compensate",
+        "how compaction makes up for what it removes: by the output biases, by least squares on the output "
+        "matrices, by whichever is best on validation windows, or not at all (default: none; fast: auto)",
+        choices=COMPENSATIONS,
+    )
+    options.add(
+        "align",
+        f"round FFN widths and the hidden size up to a multiple of this (default: {WIDTH_ALIGN}, or the "
+        "latency table's)",
+        type=int,
+    )
+    options.add("gate_fraction", "share of the training windows that gates are trained on")
+    options.add(
+        "gate_learning_rate", f"highest rate of the gates; up to {MAX_PACE:g} times that in short runs"
+    )
     options.add("penalty", "a gate counts by P(gate = 1), or by P(gate > 0)", choices=PENALTIES)
     for part, name in zip(PARTS, ("attention", "ffn", "hidden"), strict=True):
         options.add(
-            f"lambda_{name}", f"paper, no target: price of a gate on {part}, in multiples of the paper's"
+            f"lambda_{name}",
+            f"recipe paper without a target: price of a gate on {part}, in multiples of the paper's",
         )
-    options.add("max_minutes", "fit the training into this time (default: it takes its epochs)", type=float)
-    options.add("gate_epochs", "epochs of the gates' training (default: 1)", type=float)
-    scores = ", ".join(f"{recipe}: {steps}" for recipe, steps in SCORE_STEPS.items())
-    options.add("gate_steps", f"steps of it, or minibatches scored (default: its epochs; {scores})", type=int)
-    options.add("gate_fraction", "share of the training windows that gates are trained on")
-    options.add("retrain_epochs", "epochs of the narrow model's training (default: 1; fast: 0)", type=float)
-    options.add("retrain_steps", "steps of its training (default: those of its epochs)", type=int)
+    return options
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    options = Options.titled(parser, "how the weights are trained", PruneSettings)
+    options.add("learning_rate", "highest rate of the weights, while gates train")
+    options.add("retrain_learning_rate", "highest rate of the narrow model's weights")
+    options.add("dropout", "dropout of both trainings")
+    options.add("train_embeddings", "train the word embeddings too")
     options.add(
         "average_steps",
-        "share of these steps, the last ones, whose mean weights are tried beside the last weights on "
+        "share of the narrow model's last steps whose mean weights are tried beside the last weights, on "
         "validation examples; the better ones stay",
     )
     options.add(
@@ -230,34 +301,21 @@ def _add_recipe(options: Options) -> None:
         ("masked_texts", "15%% of the tokens masked"),
         ("shuffled_texts", "the tokens of each text shuffled"),
     ):
-        options.add(name, f"the same on copies of the training windows with {change}")
-    sizes = f"{BATCH_SIZE}; paper: {PAPER_BATCH_SIZE}"
-    options.add("batch_size", f"examples in a step, over all processes (default: {sizes})", type=int)
-    options.add("learning_rate", "highest rate of the weights, while gates train")
-    options.add(
-        "gate_learning_rate", f"highest rate of the gates; up to {MAX_PACE:g} times that in short runs"
-    )
-    options.add("retrain_learning_rate", "highest rate of the narrow model's weights")
-    options.add("dropout", "dropout of both trainings")
-    options.add("train_embeddings", "train the word embeddings too")
-    options.add(
-        "align",
-        f"round FFN widths and the hidden size up to a multiple of this (default: {WIDTH_ALIGN}, or the "
-        "latency table's)",
-        type=int,
-    )
-
-    options.add(
-        "compensate",
-        "how compaction makes up for what it removes: by the output biases, by least squares on the output "
-        "matrices, by whichever is best on validation windows, or not at all (default: none; fast: auto)",
-        choices=COMPENSATIONS,
-    )
+        options.add(
+            name,
+            f"train the narrow model also on copies of the training windows with {change}, which only the "
+            "teacher judges: so many for each",
+        )
 
 
 def _add_distillation(parser: argparse.ArgumentParser) -> None:
     options = Options.titled(parser, "distillation", PruneSettings)
     options.add("teacher", "checkpoint that teaches (default: the model itself, before pruning)")
+    options.add(
+        "distil_in",
+        "phases with a teacher (default: both; with --recipe paper: retrain, or none without a target)",
+        choices=DISTIL_IN,
+    )
     weights = Options(options.group, Distillation, prefix="distil_")
     weights.add("task", "weight of the loss on the gold answers or labels")
     weights.add("logits", "weight of the loss towards the teacher's outputs")
@@ -270,11 +328,6 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="STUDENT:TEACHER",
         type=_layer_pair,
-    )
-    options.add(
-        "distil_in",
-        "phases with a teacher (default: both; with --recipe paper: retrain, or none without a target)",
-        choices=DISTIL_IN,
     )
     options.add(
         "cache_teacher",
@@ -291,25 +344,16 @@ def _layer_pair(text: str) -> tuple[int, int]:
 
 
 def _add_running(options: Options, resumable: bool = True) -> None:
-    """resumable: False for the demo, which runs in one go, into a folder that it has a name for."""
-    _add_output(options, required=resumable)
-    options.add(
-        "dtype",
-        "what the linears of the pruned model will be served in: the latency table, the decision, the "
-        "timings and its scores are of that; it trains in --precision",
-        choices=DTYPES,
-    )
-    options.add("threads", "threads that it will be served on (default: torch's own)", type=int)
+    """resumable: False for the demo, which runs in one go."""
     if resumable:
         options.add("resume", "go on with the run that was interrupted, in --out.partial")
+    _add_run(options)
     options.add("save_steps", "steps from one checkpoint to the next")
-    options.add("compile", "torch.compile the narrow model while it trains")
     options.add("tensorboard", "write loss parts, budget and open gates to --out/tensorboard")
+    options.add("compile", "torch.compile the narrow model while it trains")
 
 
-def _add_output(options: Options, required: bool) -> None:
-    text = "folder that is made" if required else "folder that is made (default: build/demo)"
-    options.add("out", text, type=Path, metavar="DIR", required=required)
+def _add_run(options: Options) -> None:
     options.add("overwrite", "replace what is in --out")
     options.add("seed", "seed of everything that is drawn")
     text = (
@@ -320,16 +364,20 @@ def _add_output(options: Options, required: bool) -> None:
 
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:
-    options = Options.titled(parser, "model and data", FineTuneSettings)
+    options = Options.titled(parser, COMMON, FineTuneSettings)
     options.add("model", "encoder or checkpoint to train: a folder or a hub name", required=True)
     _add_train_file(options)
     _add_task(options)
-    _add_windows(options)
-    options = Options.titled(parser, "training", FineTuneSettings)
     options.add("epochs", "how often the training file is seen")
+    _add_out(options)
+    options = Options.titled(parser, "data", FineTuneSettings)
+    _add_columns(options)
+    _add_windows(options)
+    _add_natural_questions(options)
+    options = Options.titled(parser, "running", FineTuneSettings)
     options.add("batch_size", "examples in a step, over all processes")
     options.add("learning_rate", "highest rate of all weights")
-    _add_output(Options.titled(parser, "running", FineTuneSettings), required=True)
+    _add_run(options)
     parser.usage = "%(prog)s --model MODEL --train-file FILE --out DIR [options]"
 
 
@@ -361,7 +409,7 @@ def add_compact(parser: argparse.ArgumentParser) -> None:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    options = Options.titled(parser, "model and data", PruneSettings)
+    options = Options.titled(parser, COMMON, PruneSettings)
     options.add("model", "checkpoint to score: a folder or a hub name", required=True)
     one_of = Options(options.group.add_mutually_exclusive_group(required=True), PruneSettings)
     one_of.add("eval_file", "examples to score it on (default: --texts takes its place)", type=Path)
@@ -371,19 +419,22 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "agrees with the --teacher (default: the evaluation file, with labels)",
         type=Path,
     )
+    _add_task(options)
+    add_dtype(options.group, "dtype of the linear layers while the model is scored; on a CPU")
+    options.add("predictions", "file for the predictions (default: they are not written)", type=Path)
     options.add(
         "teacher",
         "checkpoint that it is compared with, such as its dense model (default: none; --texts needs one)",
     )
+    options = Options.titled(parser, "data", PruneSettings)
     options.add(
         "validation_file",
         "examples on which the score thresholds are chosen, where the task has some (default: the config's)",
         type=Path,
     )
-    _add_task(options, training=False)
+    _add_columns(options)
     _add_windows(options)
-    add_dtype(options.group, "dtype of the linears while the model is scored; on a CPU")
-    options.add("predictions", "file for the predictions (default: they are not written)", type=Path)
+    parser.usage = "%(prog)s --model MODEL (--eval-file FILE | --texts FILE --teacher MODEL) [options]"
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:

@@ -17,15 +17,15 @@ from pruned_trainer import cli as trainer_cli
 ROOT = Path(pruned_ops.__file__).parents[1]
 COMMANDS = (
     "info",
-    "latency-table",
-    "import",
-    "export",
-    "trim-vocabulary",
-    "quantize",
-    "ask",
-    "serve",
     "check",
     "bench",
+    "quantize",
+    "serve",
+    "ask",
+    "export",
+    "import",
+    "trim-vocabulary",
+    "latency-table",
 )
 # The installed script's way in, with modules that cannot be imported.
 START = """

@@ -371,7 +371,7 @@ import pruned_cli
 sys.argv = ["pruned-trainer", *{argv!r}]
 sys.exit(pruned_cli.trainer())
 """
-COMMANDS = ("prune", "sweep", "demo", "finetune", "compact", "evaluate", "report")
+COMMANDS = ("prune", "evaluate", "report", "demo", "finetune", "sweep", "compact")
 
 
 @pytest.mark.parametrize(
@@ -438,8 +438,30 @@ def test_the_demo_lists_no_option_that_it_refuses() -> None:
 
 
 def test_the_help_of_prune_comes_in_groups() -> None:
-    titles = [group.title for group in parsers()["prune"]._action_groups[2:]]
-    assert titles == ["model and data", "target", "recipe", "distillation", "running"]
+    groups = [group for group in parsers()["prune"]._action_groups[2:] if group._group_actions]
+    assert [group.title for group in groups] == [
+        "what most runs need",
+        "target",
+        "how the pruned model will be served",
+        "data",
+        "how long it trains",
+        "how parts are chosen and cut out",
+        "how the weights are trained",
+        "distillation",
+        "running",
+    ]
+    first = [action.option_strings[0] for action in groups[0]._group_actions]
+    assert first[:2] == ["--model", "--train-file"] and {"--recipe", "--max-minutes", "--out"} <= set(first)
+    assert len(first) <= 8
+
+
+@pytest.mark.parametrize("command", ["prune", "sweep", "demo", "finetune", "evaluate"])
+def test_every_option_of_a_long_help_is_in_a_group_and_what_is_required_comes_first(command: str) -> None:
+    plain, *groups = parsers()[command]._action_groups[1:]
+    assert plain.title == "options" and [action.dest for action in plain._group_actions] == ["help"]
+    assert all(group.title for group in groups)
+    later = [action.dest for group in groups[1:] for action in group._group_actions if action.required]
+    assert groups[0].title == "what most runs need" and later == []
 
 
 def test_the_defaults_are_those_of_the_settings() -> None:
