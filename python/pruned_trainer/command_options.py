@@ -225,8 +225,8 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     options = Options.titled(parser, "how the pruned model will be served", PruneSettings)
     options.add(
         "dtype",
-        "dtype of its linear layers: the latency table, the decision, the timings and its scores are of that; "
-        "it trains in --precision",
+        "dtype of its linear layers: the latency table, the decision, the timings and its scores are of "
+        "that; it trains in --precision",
         choices=DTYPES,
     )
     options.add("threads", "threads that it will be served on (default: torch's own)", type=int)
