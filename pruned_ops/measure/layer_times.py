@@ -19,7 +19,7 @@ from pruned_ops.layers.parts import PrunedAttention, PrunedFFN
 from pruned_ops.layers.weights import PanelWeights
 from pruned_ops.measure.graph_timing import GraphClock, HostClock
 from pruned_ops.measure.latency import LatencyTable, Points
-from pruned_ops.measure.timing import Runner, Workload, machine, versions
+from pruned_ops.measure.timing import Runner, Workload, machine, spread, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedConfig
 from pruned_ops.models.heads import pruned_class
 from pruned_ops.models.inputs import default_position_ids
@@ -82,7 +82,7 @@ def measure_table(
     chosen = Workload(chosen.name, tuple(chosen.batches[i] for i in kept))
     ms = time_parts(runners, [inputs[i] for i in kept], rounds, progress, clock)
     # To the workload's mean batch.
-    scale = workload.tokens / len(workload.batches) / (chosen.tokens / len(chosen.batches))
+    scale = workload.mean_tokens / chosen.mean_tokens
     base, attention, ffn, alignment = _curves(
         empty, dense, {name: milliseconds * scale for name, milliseconds in ms.items()}
     )
@@ -308,20 +308,13 @@ def chosen_batches(workload: Workload) -> Workload:
     ValueError for an empty batch."""
     if not workload.batches or not all(map(sum, workload.batches)):
         raise ValueError(f"workload {workload.name} has no batch, or one without tokens")
-    ordered = sorted(workload.batches, key=sum)
-    return Workload(workload.name, tuple(ordered[i] for i in spread(len(ordered), TIMED_BATCHES)))
-
-
-def spread(number: int, most: int) -> list[int]:
-    """At most so many places out of `number`, evenly spread: the middle ones of equal parts."""
-    count = min(most, number)
-    return [(2 * i + 1) * number // (2 * count) for i in range(count)]
+    return workload.spread(TIMED_BATCHES)
 
 
 def affordable(chosen: Workload, seconds: float, rounds: int) -> int:
     """How many of these batches, at least one, all rounds can time in MOST_SECONDS, where a round of the
     first one takes so many seconds."""
-    mean = seconds * chosen.tokens / len(chosen.batches) / sum(chosen.batches[0])
+    mean = seconds * chosen.mean_tokens / sum(chosen.batches[0])
     return max(1, int(min(len(chosen.batches), MOST_SECONDS / (rounds * mean))))
 
 

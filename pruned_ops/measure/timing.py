@@ -54,6 +54,11 @@ class Workload:
         """Batches of sequences of one length, where there is no padding to save."""
         return cls(f"fixed{length}-b{batch_size}", ((length,) * batch_size,) * batches)
 
+    def spread(self, most: int) -> Workload:
+        """At most so many of its batches, evenly spread in order of their tokens."""
+        ordered = sorted(self.batches, key=sum)
+        return Workload(self.name, tuple(ordered[i] for i in spread(len(ordered), most)))
+
     @property
     def sequences(self) -> int:
         return sum(len(batch) for batch in self.batches)
@@ -61,6 +66,11 @@ class Workload:
     @property
     def tokens(self) -> int:
         return sum(map(sum, self.batches))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a batch in the mean."""
+        return self.tokens / len(self.batches)
 
     def inputs(
         self,
@@ -80,6 +90,12 @@ class Workload:
             padded = {"input_ids": ids.masked_fill(~mask, pad_token_id), "attention_mask": mask.long()}
             inputs.append({name: tensor.to(device) for name, tensor in padded.items()})
         return inputs
+
+
+def spread(number: int, most: int) -> list[int]:
+    """At most so many places out of `number`, evenly spread: the middle ones of equal parts."""
+    count = min(most, number)
+    return [(2 * i + 1) * number // (2 * count) for i in range(count)]
 
 
 @dataclass(frozen=True)

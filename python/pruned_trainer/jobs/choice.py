@@ -1,5 +1,5 @@
 """The choice: gates trained by a recipe, or importance scores; then a decision and a narrow model for each
-target, held to measured time where the target is a time."""
+target."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 
-from pruned_ops import ModelShape
 from pruned_ops.files import read_json, write_json
-from pruned_ops.measure.timing import interleave, threads
 from pruned_ops.models.model_card import WEIGHTS
-from pruned_ops.models.stock import config_of
-from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import is_main, once, say, state
-from pruned_trainer.jobs.job import Job, running, timed_part
+from pruned_trainer.jobs.job import Job, running
+from pruned_trainer.jobs.timed_choice import decide_in_time
 from pruned_trainer.jobs.trainers import build_trainer
 from pruned_trainer.pruning import importance, surgeon
 from pruned_trainer.pruning.attach import attached
@@ -36,13 +33,6 @@ from pruned_trainer.pruning.gates import Gates, PerGate, Scores
 from pruned_trainer.pruning.options import Target
 from pruned_trainer.training.phase import Log, prepare_student, run
 
-# A choice meets a target in time when the time that it takes lies between these parts of the time allowed:
-# within 3% of it, a little below, because the next measurement of the same models may differ by a percent.
-MEETS = (0.97, 1.0)
-AIM = 0.99
-# The number of choices that are made and timed before the best so far is taken, and the rounds of each
-# timing.
-ATTEMPTS, ROUNDS = 8, 5
 # Windows that a compensation is solved on, and validation windows that choose the way.
 CALIBRATION_WINDOWS, CHOOSING_WINDOWS = 128, 64
 # The paper does not state its threshold: gates whose deterministic value is at least 1/2 stay.
@@ -381,64 +371,3 @@ def tokens_of(window: Any) -> int:
     """The length of a window, an object with a length or a dictionary of ids; 0 where a caller's collator
     makes the ids."""
     return len(window.get("input_ids", ())) if isinstance(window, Mapping) else len(window)
-
-
-def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: Target) -> Decision:
-    """The best-ranking choice whose measured time meets the target.
-
-    It decides by the table, times the narrow model against the dense one, corrects the fraction of the dense
-    time that it asks the table for, and decides again. Errors: ValueError, with the fastest time that was
-    measured, where none of ATTEMPTS choices meets the target.
-    """
-    allowed = job.budget.wanted(target)
-    fraction = allowed * AIM
-    best: Decision | None = None
-    timed: dict[ModelShape, float] = {}
-    # The largest fraction asked of the table that met the target, and the smallest that did not.
-    low, high = 0.0, 1.0
-    for _ in range(ATTEMPTS):
-        try:
-            decision = decide(scores, job.budget, target, job.align, fraction)
-        except ValueError:  # no choice is that small
-            low, fraction = max(low, fraction), (max(low, fraction) + high) / 2
-            continue
-        shape = decision.shape(job.budget.dense)
-        if shape in timed:
-            break
-        measured = timed[shape] = measured_fraction(job, compact(student, decision), target)
-        say(
-            f"a choice that the table puts at {job.budget.fraction(shape):.3f} of the dense time takes "
-            f"{measured:.3f} of it ({allowed:.3f} asked)"
-        )
-        if allowed * MEETS[0] <= measured <= allowed * MEETS[1]:
-            return decision
-        if measured < allowed:
-            low, best = fraction, decision
-        else:
-            high = fraction
-        corrected = fraction * allowed * AIM / measured
-        fraction = corrected if low < corrected < high else (low + high) / 2
-    if best is None:
-        fastest = f"the fastest took {min(timed.values()):.3f}" if timed else "the smallest is larger"
-        raise ValueError(f"no choice took at most {allowed:.3f} of the dense time; {fastest}")
-    return best
-
-
-def measured_fraction(job: Job, narrow: PreTrainedModel, target: Target) -> float:
-    """The narrow model's time on the workload over the dense model's (or over the table's time of the dense
-    model, for a target in milliseconds), both as the pruned model will be served, measured interleaved until
-    the ratio is settled."""
-    config, settings = config_of(job.dense), job.settings
-    dense_part, narrow_part = timed_part(job.dense), timed_part(narrow.eval())
-    inputs = job.workload.inputs(config.vocab_size, config.pad_token_id, job.device)
-    dtype = settings.served_dtype
-    with (
-        threads(settings.threads),
-        optimized(dense_part, dtype) as dense,
-        optimized(narrow_part, dtype) as fast,
-    ):
-        runners = {"dense": lambda batch: dense(**batch), "narrow": lambda batch: fast(**batch)}
-        timings = interleave(runners, job.workload, inputs, ROUNDS, settle=("narrow", "dense"))
-    if target.unit == "latency_ms":
-        return timings["narrow"].ms(50) / job.budget.total
-    return 1 / timings["narrow"].speedup_over(timings["dense"])

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pruned_trainer.distributed import once, say
-from pruned_trainer.jobs.choice import ROUNDS, freeze_for, gate_phase_for
+from pruned_trainer.jobs.choice import freeze_for, gate_phase_for
 from pruned_trainer.jobs.job import Job, running
 from pruned_trainer.jobs.precision import (
     COMPARED,
@@ -22,6 +22,7 @@ from pruned_trainer.jobs.precision import (
     timing_batches,
 )
 from pruned_trainer.jobs.settings import SCORE_STEPS
+from pruned_trainer.jobs.timed_choice import ROUNDS, choice_workload, round_seconds
 from pruned_trainer.jobs.trainers import build_trainer
 from pruned_trainer.pruning import importance, surgeon
 from pruned_trainer.pruning.attach import attached
@@ -219,9 +220,8 @@ def _deciding_seconds(job: Job) -> float:
     if job.table is None:  # no target in time
         return 0.0
     targets = job.settings.targets
-    batches = len(job.workload.batches) * (ROUNDS + 1)
-    both = job.budget.total * (1 + job.budget.wanted(targets[-1])) / 1000
-    return TIMED_CHOICES * len(targets) * batches * both
+    batches = len(choice_workload(job, targets[-1]).batches) * (ROUNDS + 1)
+    return TIMED_CHOICES * len(targets) * batches * round_seconds(job, targets[-1])
 
 
 def _score_seconds(job: Job, choices: int) -> float:

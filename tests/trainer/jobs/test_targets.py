@@ -17,14 +17,15 @@ from matching import save_checkpoint, trained_model
 from pruned_ops import LayerShape
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.layer_times import measure_table
-from pruned_ops.measure.timing import Workload
+from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_trainer import LatencyBudget, PerGate, Target, attached
-from pruned_trainer.jobs import choice, evaluation
-from pruned_trainer.jobs.choice import MEETS
+from pruned_trainer.jobs import evaluation, timed_choice
+from pruned_trainer.jobs import plan as planning
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.jobs.timed_choice import MEETS
 from pruned_trainer.pruning import importance
 
 
@@ -46,7 +47,7 @@ def timed(settings: PruneSettings) -> Path:
     one = variant(settings, "timed", targets=(target,), model=str(wide), align=8)
     with pytest.MonkeyPatch.context() as patch:  # a clock that agrees with the table, on any machine
         patch.setattr(
-            choice, "measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
+            timed_choice, "measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
         )
         prune(replace(one, gate_steps=10, retrain_steps=5))
     return one.out
@@ -84,7 +85,7 @@ def test_milliseconds(timed: Path, settings: PruneSettings, monkeypatch: pytest.
     asked = Target(latency_ms=0.8 * dense)
     one = replace(of_wide(settings, timed, "ms", asked), gate_steps=5, retrain_steps=0, align=8)
     monkeypatch.setattr(
-        choice, "measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
+        timed_choice, "measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
     )
     report = prune(one)
     assert report["target"]["asked"] == {"latency_ms": asked.value} and report["speedup"]["asked"] is None
@@ -97,7 +98,35 @@ def test_milliseconds(timed: Path, settings: PruneSettings, monkeypatch: pytest.
 def test_the_clock_s_fraction(timed: Path, settings: PruneSettings) -> None:
     """The dense model against itself: a positive number, whatever the machine."""
     job = start(of_wide(settings, timed, "clock", Target(speedup=1.01)))
-    assert choice.measured_fraction(job, copy.deepcopy(job.dense), job.settings.targets[0]) > 0
+    assert timed_choice.measured_fraction(job, copy.deepcopy(job.dense), job.settings.targets[0]) > 0
+
+
+@pytest.mark.parametrize("target", [Target(speedup=1.5), Target(latency_ms=80.0)])
+def test_a_slow_machine_times_choices_on_fewer_batches(
+    target: Target, timed: Path, settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured on an evenly spread part of the batches is of the whole workload's mean batch, and the
+    plan knows how long it takes."""
+    job = start(of_wide(settings, timed, f"few-{target.unit}", Target(speedup=1.01)))
+    workload = Workload("w", tuple((tokens,) for tokens in range(1, 17)))
+    job = replace(job, workload=workload, settings=replace(job.settings, targets=(target,)))
+    job.budget.total = 100.0  # milliseconds of a batch
+
+    def by_tokens(runners: Any, workload: Workload, *_: Any, **__: Any) -> dict[str, Timing]:
+        seen.append(workload)
+        seconds = {"dense": 0.1 * workload.tokens / 8.5, "narrow": 0.06 * workload.tokens / 8.5}
+        return {name: Timing(workload, (seconds[name],)) for name in runners}
+
+    seen: list[Workload] = []
+    monkeypatch.setattr(timed_choice, "interleave", by_tokens)
+    both = 100 * (1 + job.budget.wanted(target)) / 1000
+    for batches, most in ((16, 1e3), (4, 4.5 * (timed_choice.ROUNDS + 1) * both), (1, 1e-3)):
+        monkeypatch.setattr(timed_choice, "MOST_SECONDS", most)
+        assert timed_choice.measured_fraction(job, copy.deepcopy(job.dense), target) == pytest.approx(0.6)
+        assert len(seen[-1].batches) == batches
+        expected = planning.TIMED_CHOICES * batches * (timed_choice.ROUNDS + 1) * both
+        assert planning._deciding_seconds(job) == pytest.approx(expected)
+    assert seen[1].batches == ((3,), (7,), (11,), (15,))
 
 
 def test_what_is_served_in_int8_is_measured_in_int8(
@@ -110,7 +139,7 @@ def test_what_is_served_in_int8_is_measured_in_int8(
         runs.append((job.settings.served_dtype, torch.get_num_threads()))
         return job.budget.fraction(narrow.config.shape)
 
-    monkeypatch.setattr(choice, "measured_fraction", seen)
+    monkeypatch.setattr(timed_choice, "measured_fraction", seen)
     judged: list[tuple[str, frozenset[str]]] = []
     score = evaluation.Judged
 
@@ -240,10 +269,10 @@ def test_a_choice_is_corrected_until_its_measured_time_meets_the_target(
         asked.append(job.budget.fraction(narrow.config.shape))
         return asked[-1] * 1.2
 
-    monkeypatch.setattr(choice, "measured_fraction", clock)
-    decision = choice.decide_in_time(job, job.dense, scores, target)
+    monkeypatch.setattr(timed_choice, "measured_fraction", clock)
+    decision = timed_choice.decide_in_time(job, job.dense, scores, target)
     reached = 1.2 * job.budget.fraction(decision.shape(job.budget.dense))
-    assert 1 / 1.3 * MEETS[0] <= reached <= 1 / 1.3 and 2 <= len(asked) <= choice.ATTEMPTS
-    monkeypatch.setattr(choice, "measured_fraction", lambda *_: 0.9)
+    assert 1 / 1.3 * MEETS[0] <= reached <= 1 / 1.3 and 2 <= len(asked) <= timed_choice.ATTEMPTS
+    monkeypatch.setattr(timed_choice, "measured_fraction", lambda *_: 0.9)
     with pytest.raises(ValueError, match="no choice took at most 0.769 .* the fastest took 0.900"):
-        choice.decide_in_time(job, job.dense, scores, target)
+        timed_choice.decide_in_time(job, job.dense, scores, target)
