@@ -37,6 +37,7 @@ from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import make_task
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.task import Task
+from pruned_trainer.tasks.texts.retrieval import Retrieval
 
 ROUNDS = 9  # of the timing
 CUT = ("--max-length", "256")
@@ -51,7 +52,7 @@ class Case:
     command takes. score: the key of its score. epochs: of the fine-tuning; None for a model that is pruned as
     it comes, on texts without labels. speedups: what is asked for, a row each. models: the folder of the case
     whose models are scored here, where this one trains none. every: one in so many questions of a SQuAD file
-    is scored."""
+    is scored. documents: how many of a corpus are searched, those that answer a question among them."""
 
     name: str
     folder: str
@@ -62,6 +63,7 @@ class Case:
     speedups: tuple[float, ...] = (2.0,)
     models: str | None = None
     every: int = 1
+    documents: int | None = None
 
     @property
     def trained_in(self) -> str:
@@ -81,8 +83,8 @@ CASES = (
         speedups=(2.0, 3.0),
     ),
     Case(
-        "retrieval (SciFact), no labels", "scifact", "jsonl.gz",
-        ("--task", "embedding", "--corpus", CORPUS), "ndcg", speedups=(2.0, 3.0),
+        "retrieval (SciFact, 1,500 abstracts), no labels", "scifact", "jsonl.gz",
+        ("--task", "embedding", "--corpus", CORPUS), "ndcg", speedups=(2.0, 3.0), documents=1500,
     ),
     Case(
         "retrieval (SciFact) by the model of STS-B", "scifact", "jsonl.gz",
@@ -126,7 +128,27 @@ class Study:
     def options(self, case: Case) -> tuple[str, ...]:
         """The case's options, with the file beside its data that they name."""
         beside = self.data / case.folder
-        return (*(str(beside / word) if (beside / word).is_file() else word for word in case.options), *CUT)
+        files = {word: beside / word for word in case.options if (beside / word).is_file()}
+        if case.documents is not None:
+            files[CORPUS] = self.fewer_documents(case, case.documents)
+        return (*(str(files.get(word, word)) for word in case.options), *CUT)
+
+    def fewer_documents(self, case: Case, most: int) -> Path:
+        """A corpus of so many of the case's documents: those that answer a question that is scored, and
+        evenly spread others."""
+        path = self.work / case.folder / CORPUS
+        if not path.is_file():
+            rows = rows_of(self.data / case.folder / CORPUS)
+            judged = [row for split in ("validation", "eval") for row in rows_of(self.file(case, split))]
+            answers = {name for row in judged for name in row["relevant"]}
+            number = {row["id"]: place for place, row in enumerate(rows)}
+            search = Retrieval(
+                "", (), (tuple(number[name] for name in answers),), tuple(map(json.dumps, rows))
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with gzip.open(path, "wt", encoding="utf-8") as file:
+                file.writelines(f"{document}\n" for document in search.on_fewer(most).documents)
+        return path
 
     def folder(self, case: Case, step: str) -> Path:
         return self.work / case.trained_in / step
@@ -134,6 +156,12 @@ class Study:
     def dense(self, case: Case) -> str:
         """The folder or name of the model that is pruned."""
         return self.model if case.epochs is None else str(self.folder(case, "dense"))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl.gz."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return list(map(json.loads, lines))
 
 
 def one_in(every: int, squad: dict[str, Any]) -> dict[str, Any]:
@@ -192,10 +220,9 @@ def texts_of(study: Study, case: Case) -> Path:
         files = [searched, study.file(case, "train")] if searched.is_file() else []
         texts: dict[str, None] = {}
         for file in files or sorted(study.data.glob("*/train.jsonl.gz")):
-            with gzip.open(file, "rt", encoding="utf-8") as lines:
-                for row in map(json.loads, lines):
-                    parts = [[row[name] for name in names if name in row] for names in TEXTS]
-                    texts |= {" ".join(" ".join(part).split()): None for part in parts}
+            for row in rows_of(file):
+                parts = [[row[name] for name in names if name in row] for names in TEXTS]
+                texts |= {" ".join(" ".join(part).split()): None for part in parts}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "\n".join(text for text in texts if text) + "\n")
     return path

@@ -304,7 +304,7 @@ def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
     evaluation = validation
     if settings.eval_file is not None:
         evaluation = task.read(settings.eval_file, "validation")
-    return train, validation, evaluation
+    return train, task.to_choose_on(validation), evaluation
 
 
 def _load_models(

@@ -117,6 +117,10 @@ class Task(Protocol):
         """As `read_training`, of a file of texts without labels. ValueError where the task has no such
         form."""
 
+    def to_choose_on(self, examples: Any) -> Any:
+        """The part of validation examples that a run chooses between models on, where all of them would take
+        too long."""
+
     def describe(self, examples: Any) -> str:
         """How many examples there are, and of what."""
 

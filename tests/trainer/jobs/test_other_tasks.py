@@ -20,10 +20,13 @@ from transformers import (
 from matching import squad_file
 from pruned_ops.checkpoints.loading import load_any_head
 from pruned_trainer.cli import main
+from pruned_trainer.tasks.texts import embedding
 from pruned_trainer.tasks.texts.embedding import pooling_of
 from pruned_trainer.tasks.texts.encoding import Encoded
+from pruned_trainer.tasks.texts.examples import Example
 from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
 from pruned_trainer.tasks.texts.reranking import squad_pairs
+from pruned_trainer.tasks.texts.retrieval import Retrieval
 from pruned_trainer.training.batches import pad_batch
 from text_files import CUT, checkpoint, ranked, scored, tagged, write_rows
 
@@ -165,6 +168,32 @@ def test_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*argv, str(tmp_path / "trained"), *CUT]) == 0  # each query finds its document in the batch
     bad = write_rows(tmp_path / "bad.jsonl", [{"text": "w1", "relevant": ["12"]}])
     assert "row 0: document '12' is not in the corpus" in refused(task, folder, bad, capsys)
+
+
+def test_models_are_chosen_between_on_fewer_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All queries, and all documents that answer one; the evaluation searches the whole corpus."""
+    texts = tuple(f"w{i} w{i + 1}" for i in range(20))
+    queries = tuple(Example((texts[i],), f"row {i}") for i in (3, 3, 18))
+    search = Retrieval("eval", queries, ((3, 4), (3,), (18,)), texts)
+    fewer = search.on_fewer(7)
+    assert fewer.queries == queries and fewer.documents == tuple(texts[i] for i in (0, 3, 4, 6, 10, 14, 18))
+    found = [[fewer.documents[number] for number in each] for each in fewer.relevant]
+    assert found == [[texts[3], texts[4]], [texts[3]], [texts[18]]]
+    assert search.on_fewer(2).documents == (texts[3], texts[4], texts[18])
+    assert search.on_fewer(20) == search == search.on_fewer(99)
+
+    monkeypatch.setattr(embedding, "CHOOSING_DOCUMENTS", 7)
+    corpus = write_rows(tmp_path / "corpus.jsonl", [{"_id": str(i), "text": t} for i, t in enumerate(texts)])
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": texts[i], "relevant": [i]} for i in range(5)])
+    argv = ["prune", "--task", "embedding", "--model", str(checkpoint(tmp_path / "model", BertModel)), *CUT]
+    argv += ["--corpus", str(corpus), "--macs", "0.7", "--gate-steps", "1", "--retrain-steps", "1"]
+    for name in ("train", "validation", "eval"):
+        argv += [f"--{name}-file", str(rows)]
+    assert main([*argv, "--recipe", "fast", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "validation: 5 queries on 7 documents; evaluation: 5 queries on 20 documents" in said
 
 
 def test_an_embedder_learns_the_scores_of_pairs(tmp_path: Path) -> None:

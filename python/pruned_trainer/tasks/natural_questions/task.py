@@ -205,6 +205,10 @@ class NaturalQuestionsTask:
             "natural_questions has no form without answers: --texts is for the tasks on rows of texts"
         )
 
+    def to_choose_on(self, examples: NqFiles) -> NqFiles:
+        """All of them."""
+        return examples
+
     def describe(self, examples: NqFiles) -> str:
         names = ", ".join(path.name for path in examples.files)
         share = examples.fraction if examples.held_out else 1 - examples.fraction

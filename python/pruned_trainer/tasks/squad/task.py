@@ -204,6 +204,10 @@ class SquadTask:
     def read_texts(self, source: Path, has_validation: bool) -> tuple[Any, Any]:
         raise ValueError("squad has no form without answers: --texts is for the tasks on rows of texts")
 
+    def to_choose_on(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """All of them."""
+        return examples
+
     def describe(self, examples: Sequence[Example]) -> str:
         return f"{len(examples)} questions"
 

@@ -80,6 +80,10 @@ class TextTask:
             texts = self.of_texts(read_unlabelled(source, "train", self.columns, skipped))
         return (texts, None) if has_validation else texts.split(self.options.seed)
 
+    def to_choose_on(self, examples: Any) -> Any:
+        """All of them."""
+        return examples
+
     def of_texts(self, texts: Examples) -> Examples:
         """The task's examples of texts without labels."""
         return texts

@@ -33,6 +33,8 @@ from pruned_trainer.tasks.texts.retrieval import Retrieval, read_retrieval
 HEAD = "Model"
 PAIR, SCORE = ("text_a", "text_b"), "score"
 TEXT, ID, TITLE, RELEVANT = "text", "id", "title", "relevant"
+# The documents that are searched where models are chosen between.
+CHOOSING_DOCUMENTS = 1000
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class EmbeddingTask(TextTask):
                 raise FormatError(f"{source}: pairs are needed: --text-columns names two columns")
             label = self.options.scores or self.options.label_column or SCORE
             return read_labelled(source, split, columns, label, read_score, skipped)
+
+    def to_choose_on(self, examples: Examples | Retrieval) -> Examples | Retrieval:
+        """Of a search all queries, on fewer documents: each model has to embed them all."""
+        return examples.on_fewer(CHOOSING_DOCUMENTS) if isinstance(examples, Retrieval) else examples
 
     @property
     def columns(self) -> tuple[str, ...]:

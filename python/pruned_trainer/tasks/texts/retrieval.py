@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,20 @@ class Retrieval:
             for part in rows.split(seed)
         )
         return train, held_out
+
+    def on_fewer(self, most: int) -> Retrieval:
+        """The same queries, searched among the documents that are relevant to any of them and so many evenly
+        spread others that there are `most`."""
+        answers = set(chain.from_iterable(self.relevant))
+        others = [number for number in range(len(self.documents)) if number not in answers]
+        room = min(max(most - len(answers), 0), len(others))
+        kept = sorted(answers | {others[place * len(others) // room] for place in range(room)})
+        place = {number: here for here, number in enumerate(kept)}
+        return replace(
+            self,
+            documents=tuple(self.documents[number] for number in kept),
+            relevant=tuple(tuple(place[number] for number in each) for each in self.relevant),
+        )
 
 
 def read_retrieval(
