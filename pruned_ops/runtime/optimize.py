@@ -64,8 +64,8 @@ def optimize(
     end. Any error leaves the model as it was. Threads may call this while others run the model.
     dtype: None keeps the weights' own. "bfloat16" rounds the weights and the inputs of the linears to
     bfloat16 and sums in fp32, on a CPU with AVX512_BF16 or AMX. "int8" runs the linears in int8, with a scale
-    for each channel of the weights and each token of the activations, on a CPU; the fp32 weights are kept, and
-    `save_pretrained` writes the int8 ones. A model that was loaded from such a checkpoint runs in int8. A
+    for each channel of the weights and each token of the activations, on a CPU; the fp32 weights are kept,
+    and `save_pretrained` writes the int8 ones. A model that was loaded from such a checkpoint runs in int8. A
     warning tells where int8 is not faster than fp32 on this processor. All else stays in fp32.
     calibration: with int8, batches of real text; for a model of sentence-transformers, a list of texts (of
     pairs for a CrossEncoder). The outputs decide: they are measured in int8 against fp32, relative to how

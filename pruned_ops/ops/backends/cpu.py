@@ -84,7 +84,8 @@ def _refuse_encoder(*args: Any) -> str | None:
             return f"a weight is bfloat16, and pruned_ops._C is of before it; build it again: {BUILD_COMMAND}"
         return (
             "bfloat16 needs a processor with AVX512_BF16 or AMX, and this one has none (or "
-            'ATEN_CPU_CAPABILITY forbids it): leave dtype out, or take dtype="int8", which runs on every processor'
+            'ATEN_CPU_CAPABILITY forbids it): leave dtype out, or take dtype="int8", which runs on every '
+            "processor"
         )
     return _refuse(*others)
 
