@@ -95,6 +95,12 @@ def test_every_option_has_a_sentence_and_its_default_once(command: str) -> None:
         assert "None" not in said and "[" not in said
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_long_help_comes_in_groups(command: str) -> None:
+    plain = commands()[command]._action_groups[1]
+    assert plain.title == "options" and len(plain._group_actions) <= 6
+
+
 def test_a_path_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell that has --out=~/new in one word leaves the ~ to the program."""
     monkeypatch.setenv("HOME", "/home/me")
