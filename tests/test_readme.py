@@ -234,6 +234,13 @@ def test_the_api_page_has_every_public_name() -> None:
     assert public - set(shown) == {"pruned_ops.__version__", "pruned_ops.ops"}
 
 
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"README.md", "docs/api.md", "docs/index.md"}))
+def test_a_page_says_first_whom_it_is_for_and_what_to_type(page: str) -> None:
+    first = PAGES[page].splitlines()[:20]
+    assert "This page is for anybody" in " ".join(first)
+    assert any(line.startswith("```") for line in first)
+
+
 def test_the_site_has_every_page() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page for page in PAGES if f": {page}\n" not in navigation] == []
