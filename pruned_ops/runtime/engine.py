@@ -144,18 +144,18 @@ class Weights:
 
     slots: where to find each weight again, as a module's parameters or buffers and a name in them.
     held: keeps their memory until the graph is gone, even where the model has moved its weights meanwhile.
-    laid_out, linears: the encoder's layout and the head's linears, either of which may be replaced."""
+    laid_out, of_head: the encoder's layout and the modules that the head reads, which may be replaced."""
 
     slots: list[tuple[dict[str, Any], str]]
     addresses: list[int]
     held: list[Tensor]
     laid_out: PanelWeights | AlignedWeights | None
-    linears: tuple[nn.Module, ...]
+    of_head: tuple[nn.Module, ...]
 
     @classmethod
     def of(cls, encoder: Graphable, head: PackedHead | None) -> Weights:
-        linears = () if head is None else head.linears
-        modules = dict.fromkeys(module for root in (encoder, *linears) for module in root.modules())
+        of_head = () if head is None else head.read
+        modules = dict.fromkeys(module for root in (encoder, *of_head) for module in root.modules())
         slots = [
             (tensors, name)
             for module in modules
@@ -165,13 +165,13 @@ class Weights:
         ]
         held = [tensors[name].detach() for tensors, name in slots]
         addresses = [weight.data_ptr() for weight in held]
-        return cls(slots, addresses, held, encoder.encoder.laid_out, linears)
+        return cls(slots, addresses, held, encoder.encoder.laid_out, of_head)
 
     def moved(self, encoder: Graphable, head: PackedHead | None) -> bool:
         """Whether one of the weights is elsewhere now, or another one is in its place."""
         if encoder.encoder.laid_out is not self.laid_out:
             return True
-        if head is not None and head.linears != self.linears:
+        if head is not None and head.read != self.of_head:
             return True
         return [tensors[name].data_ptr() for tensors, name in self.slots] != self.addresses
 

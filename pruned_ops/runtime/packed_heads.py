@@ -62,6 +62,13 @@ class PackedHead:
         """The modules that it computes with. Each has to be a plain Linear."""
         raise NotImplementedError
 
+    @property
+    def read(self) -> tuple[Any, ...]:
+        """All modules whose weights it reads: the linears, and those of a prediction head before the last."""
+        names = family_of(self.module.config).prediction_head
+        before = () if names is None else self.module.get_submodule(names.module).modules()
+        return tuple(dict.fromkeys((*before, *self.linears)))
+
     def computes(self) -> bool:
         """Whether this computes what the model would. It is asked at every call, because a part may be
         replaced, hooked, or put into training mode at any time."""
@@ -343,12 +350,14 @@ def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def mean_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(tokens, hidden) -> (batch, hidden): the mean over the tokens of each sequence; zeros where it has
-    none."""
-    lengths = cu_seqlens.diff().long()
+    none. Halves are added in fp32: in bf16 a sum stands still at some 256 times a number, and fp16 ends at
+    65,504."""
+    lengths, wide = cu_seqlens.diff().long(), torch.promote_types(states.dtype, torch.float32)
     token = torch.arange(states.size(0), device=states.device)
     sequence = torch.bucketize(token, cu_seqlens[1:].long(), right=True)
-    sums = states.new_zeros(lengths.size(0), states.size(1)).index_add_(0, sequence, states)
-    return sums / lengths.clamp(min=1)[:, None]
+    sums = states.new_zeros(lengths.size(0), states.size(1), dtype=wide)
+    means = sums.index_add_(0, sequence, states.to(wide)) / lengths.clamp(min=1)[:, None]
+    return means.to(states.dtype)
 
 
 def _is_hooked(module: Any) -> bool:

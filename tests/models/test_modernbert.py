@@ -105,6 +105,14 @@ def test_means_of_rows() -> None:
     assert mean_rows(states, bounds).tolist() == [[1.0, 2.0], [0.0, 0.0], [7.0, 8.0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_many_rows_of_halves(dtype: torch.dtype) -> None:
+    """Sums that a half cannot hold, and sums that would not grow any more."""
+    states = torch.tensor([[40.0, 1.0]], dtype=dtype).expand(8000, 2)
+    found = mean_rows(states, torch.tensor([0, 8000], dtype=torch.int32))
+    assert found.dtype == dtype and found.tolist() == [[40.0, 1.0]]
+
+
 def test_tied_words_stay_tied() -> None:
     model, inputs = stock("ModernBert", WORDS), batch("right")
     assert model.decoder.weight is model.model.embeddings.tok_embeddings.weight

@@ -51,14 +51,19 @@ def test_every_model_runs_by_graphs(model: Any) -> None:
     assert engine.stats.replays == 1
 
 
-@pytest.mark.parametrize("stem", ["MPNet", "ModernBert"])
-def test_positions_and_places_are_in_the_graph(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches padded anywhere and not at all share it, whatever places its filling rows have kept, which no
-    kernel for GPUs checks. Layers lie as on a GPU, and run op by op."""
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers lie as on a GPU, and run op by op; no positions are checked, such as those of filling rows."""
     monkeypatch.setattr(AlignedWeights, "refuse", staticmethod(lambda parts: None))
     monkeypatch.setattr(PanelWeights, "refuse", staticmethod(lambda parts: "not now"))
     monkeypatch.setattr(pruned_ops.ops.attention, "kernels", {})
     monkeypatch.setattr(pruned_ops.ops.attention, "check_values", None)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("stem", ["MPNet", "ModernBert"])
+def test_positions_and_places_are_in_the_graph(stem: str) -> None:
+    """Batches padded anywhere and not at all share it, whatever places its filling rows have kept."""
     model = stock(stem, ANSWERS)
     batches = [batch(kind, (14, 18, 2)) for kind in ("left", "holes", "right")] + [ids_of([17, 17])]
     eager = [outputs(pruned_ops.optimize(model), inputs) for inputs in batches]
@@ -144,6 +149,20 @@ def test_moved_cast_and_replaced_weights_are_never_read_at_their_old_place() -> 
     assert torch.equal(fast(**batch).start_logits, first) and engine.stats.invalidated == 3
     fast.base_model.packed.encoder.layers[0].ffn.norm.double().float()  # a part of it
     fast.base_model.packed.encoder.pack(keep_weights=True)  # in another layout
+    assert torch.equal(fast(**batch).start_logits, first) and engine.stats.invalidated == 4
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_all_that_a_head_reads_is_looked_at() -> None:
+    """Also what comes before its last linear, which a graph would go on reading at its old place."""
+    fast, engine = with_engine(stock("ModernBert", ANSWERS))
+    batch = ids_of([12, 5])
+    first = fast(**batch).start_logits
+    for count, module in enumerate((fast.head.dense, fast.head.norm, fast.classifier), start=1):
+        module.weight.data = module.weight.data.clone()
+        assert torch.equal(fast(**batch).start_logits, first) and engine.stats.invalidated == count
+    fast.head.norm = copy.deepcopy(fast.head.norm)
+    assert torch.equal(fast(**batch).start_logits, first) and engine.stats.invalidated == 4
     assert torch.equal(fast(**batch).start_logits, first) and engine.stats.invalidated == 4
 
 
