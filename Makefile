@@ -210,7 +210,7 @@ cuda-compile: $(STAMP)
 # interrupted after that; what was measured by then is written.
 OUT ?= build/gpu
 GPU_TESTS := $(addprefix tests/,ops/test_triton.py ops/test_cuda.py ops/test_cuda_refusals.py runtime/test_graph_inputs.py \
-	runtime/test_engine_gpu.py runtime/test_optimize.py)
+	runtime/test_engine_gpu.py runtime/test_optimize.py::test_packed_is_padded_on_a_gpu)
 WITH_PACKAGES := PYTHONPATH=.:python
 gpu: $(addprefix gpu-,$(if $(filter all,$(PART)),first second,$(PART)))
 

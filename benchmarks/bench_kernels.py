@@ -1,9 +1,9 @@
 """Whether every kernel is right on real sizes, in fp16 and bf16, and how fast each of its configurations is.
 
 Usage: python benchmarks/bench_kernels.py --out FOLDER [--minutes 3]
-A line begins with right, refused, WRONG, FAILED or timed. All lines are in FOLDER/kernels.jsonl at once, and
-in FOLDER/kernels.csv at the end. Nothing here stops at a failure. --device cpu is a dry run on tiny sizes,
-whose times mean nothing.
+A line begins with right, refused, WRONG, FAILED or timed. All lines are in FOLDER/kernels.jsonl at once,
+behind one that says when, where and how they were found. Nothing here stops at a failure. --device cpu is a
+dry run on tiny sizes, whose times mean nothing.
 """
 
 from __future__ import annotations

@@ -17,14 +17,14 @@ WRONG, FAILED = "WRONG", "FAILED"
 
 
 class Journal:
-    """Rows with a verdict, printed and appended to FOLDER/NAME.jsonl at once, and written to FOLDER/NAME.csv
-    at the end. It also knows when time is up."""
+    """Rows with a verdict, printed and appended to FOLDER/NAME.jsonl at once. The first one, which is not
+    printed, says when, where and how they were found. It also knows when time is up."""
 
     def __init__(self, folder: Path, name: str, minutes: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[Row] = []
-        self._path = folder / f"{name}.jsonl"
-        self._file = self._path.open("w", encoding="utf-8")
+        self._file = (folder / f"{name}.jsonl").open("w", encoding="utf-8")
+        self._write({"verdict": "stamp", **harness.stamp()})
         self._end = time.monotonic() + 60 * minutes
 
     def left(self) -> float:
@@ -38,7 +38,10 @@ class Journal:
             f"{name} {value:.3g}" if isinstance(value, float) else str(value) for name, value in facts.items()
         ]
         print(verdict, *shown, sep="  ", flush=True)
-        self._file.write(json.dumps(self.rows[-1]) + "\n")
+        self._write(self.rows[-1])
+
+    def _write(self, row: Row) -> None:
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
     def failed(self, error: Exception, **facts: Any) -> None:
@@ -53,6 +56,3 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        if self.rows:
-            origin = harness.stamp()
-            harness.write_rows(self._path.with_suffix(".csv"), [row | origin for row in self.rows])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import csv
 import json
 import sys
 import time
@@ -27,19 +26,21 @@ def test_the_first_dry_run_goes_through_all_parts(tmp_path: Path, capfd: pytest.
     assert first_contact.main(["first", "--device", "cpu", "--out", str(tmp_path)]) == 0
     first = tmp_path / "first"
     names = {path.name for path in first.iterdir()}
-    files = {"load.txt", "tests.txt", "tests.xml", "kernels.jsonl", "kernels.csv", "models.csv", "models.md"}
-    assert names >= files | {"summary.txt", "failed-tests.txt"}
+    files = {"log.txt", "tests.xml", "kernels.jsonl", "models.csv", "models.md"}
+    files |= {"models.png", "summary.txt", "failed-tests.txt"}
+    assert names | {"models.png"} == files and len(files) <= first_contact.MOST_FILES
     text = (first / "summary.txt").read_text("utf-8")
     assert [line.split(":")[0] for line in text.splitlines()[1:]] == ["load", "tests", "kernels", "models"]
     printed = capfd.readouterr().out
     assert "[kernels] right" in printed and "[load] " in printed and "files in" in printed
+    log = (first / "log.txt").read_text("utf-8").splitlines()
+    assert log == [line for line in printed.splitlines() if line.startswith("[")]
 
-    rows = [json.loads(line) for line in (first / "kernels.jsonl").read_text("utf-8").splitlines()]
+    stamp, *rows = [json.loads(line) for line in (first / "kernels.jsonl").read_text("utf-8").splitlines()]
+    assert stamp["verdict"] == "stamp" and {"command", "machine_processor", "version_torch"} <= stamp.keys()
     assert {row["op"] for row in rows if row["verdict"] == "right"} == {*OPS} - {"encoder"}
     timed = {row["problem"].split()[0] for row in rows if row["verdict"] == "timed"}
     assert timed == {"ceiling", "attention", "linear_gelu", "add_layer_norm", "linear"}
-    with (first / "kernels.csv").open(encoding="utf-8") as file:
-        assert len(list(csv.DictReader(file))) == len(rows)
     assert printed.count("[kernels] ") == len(rows)
 
 
@@ -49,7 +50,7 @@ def test_the_second_dry_run_repeats_what_failed(tmp_path: Path) -> None:
     failed = "tests/benchmarks/test_op_report.py::test_shares_and_ratios\n"
     (tmp_path / "first" / "failed-tests.txt").write_text(failed)
     assert first_contact.main(["second", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    assert "1 passed" in (tmp_path / "second" / "tests.txt").read_text("utf-8")
+    assert "[tests] 1 passed" in (tmp_path / "second" / "log.txt").read_text("utf-8")
     assert "right" not in (tmp_path / "second" / "kernels.jsonl").read_text("utf-8")  # times alone
 
 
@@ -61,7 +62,7 @@ def test_a_part_that_hangs_is_interrupted_and_keeps_what_it_said(tmp_path: Path)
     start = time.monotonic()
     outcome = run_part(python(code), tmp_path, 3)
     assert time.monotonic() - start < 12 and outcome.status.startswith("interrupted after")
-    assert outcome.faults == ["WRONG  so far"] and "begun" in (tmp_path / "part.txt").read_text("utf-8")
+    assert outcome.faults == ["WRONG  so far"] and "[part] begun" in (tmp_path / "log.txt").read_text("utf-8")
 
 
 def test_a_part_that_takes_no_interrupt_is_killed_with_its_children(
@@ -78,10 +79,37 @@ def test_a_part_that_takes_no_interrupt_is_killed_with_its_children(
     assert time.monotonic() - start < 12  # the child holds the pipe, and would keep it for a minute
 
 
+def test_lines_are_not_cut_at_a_terminals_width(tmp_path: Path) -> None:
+    """pytest's last lines name a test and the reason of its failure."""
+    test = tmp_path / "test_it.py"
+    test.write_text(f"def test_{'a' * 90}():\n    assert 1 == 2, 'because of a reason'\n")
+    command = [PYTHON, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-c", "/dev/null", str(test)]
+    outcome = run_part(Part("part", command, 60), tmp_path, 60)
+    assert len(outcome.faults) == 1 and "because of a reason" in outcome.faults[0]
+
+
+def test_a_list_of_failed_tests_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """Else other tests would run in their place."""
+    with pytest.raises(SystemExit):
+        first_contact.main(["second", "--out", str(tmp_path), "--failed", str(tmp_path / "none")])
+    assert not (tmp_path / "second").exists()
+
+
 def test_parts_that_fail_or_cannot_start_say_so(tmp_path: Path) -> None:
     assert run_part(python("raise SystemExit(3)"), tmp_path, 30).status == "exit status 3"
     nothing = run_part(Part("none", ["no-such-program"], 5), tmp_path, 5)
     assert nothing.status.startswith("cannot be started")
+
+
+def test_the_tests_that_are_named_are_there() -> None:
+    """pytest runs nothing at all where one of the names is wrong."""
+    root = Path(first_contact.__file__).parents[1]
+    makefile = (root / "Makefile").read_text("utf-8")
+    names = (*first_contact.GPU_TESTS, *first_contact.MOST_TELLING_TESTS, first_contact.SANITIZED_TEST[0])
+    for name in names:
+        path, _, function = name.partition("::")
+        assert f"def {function}(" in (root / path).read_text("utf-8") if function else (root / path).exists()
+        assert name.removeprefix("tests/") in makefile
 
 
 def test_what_was_wrong_comes_first() -> None:
