@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_ops import ALL, CUDA_OPS, HALVES, NORMS, SKIPPED, arguments_of, moved, native
+from cuda_ops import ALL, CUDA_OPS, HALVES, NORMS, SKIPPED, OnGpu, arguments_of, moved, native
 from inputs import arguments_for, attention_arguments, moved_to, randn
 from pruned_ops.ops.backends import cuda, gpu
 from pruned_ops.ops.registry import BACKENDS, OPS, Backend, Kernel
@@ -19,21 +19,6 @@ from pruned_ops.ops.registry import BACKENDS, OPS, Backend, Kernel
 @pytest.fixture(autouse=True)
 def _a_chip_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "capability", lambda device: (8, 0))
-
-
-class OnGpu(Tensor):
-    """A tensor's shape and dtype on a device that need not be here. It has no memory and runs nothing; a fake
-    tensor would start the device up wherever torch sees a GPU."""
-
-    @staticmethod
-    def __new__(cls, like: Tensor, device: str) -> OnGpu:
-        made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)  # type: ignore[attr-defined]
-        assert isinstance(made, OnGpu)
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
-        raise AssertionError(f"{function} was called on a tensor that is not there")
 
 
 def on_gpu(op: str, dtype: torch.dtype, device: str = "cuda:0", **sizes: int) -> list[Any]:

@@ -42,7 +42,7 @@ def test_triton_kernels_are_all_compiled(made: list[dict[str, Any]]) -> None:
         "linear_gelu_kernel", "linear_geglu_kernel", "bias_geglu_kernel", "partial_linear_kernel",
         "bias_gelu_kernel", "linear_add_layer_norm_kernel",
         "attention_kernel", "short_attention_kernel", "rotate_kernel",
-        "add_layer_norm_kernel", "embed_layer_norm_kernel",
+        "add_layer_norm_kernel", "embed_layer_norm_kernel", "load_graph_inputs_kernel",
     }  # fmt: skip
     assert {(one["dtype"], one["target"]) for one in made} >= {("fp16", 80), ("fp16", 90), ("fp32", 80)}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cuda_ops import OnGpu
+from pruned_ops.ops.backends.triton.launch import on_its_device
 from pruned_ops.ops.registry import BACKENDS
 from pruned_ops.runtime.graph_inputs import Bucket, GraphInputs
 
@@ -92,3 +96,17 @@ def test_one_kernel_loads_what_torch_loads(lengths: list[int], seed: int, rows: 
     load_graph_inputs(ids, bounds, by_kernel._rows, by_kernel.cu_seqlens, bucket.tokens, bucket.max_seqlen)
     assert torch.equal(by_kernel.cu_seqlens, by_torch.cu_seqlens)
     assert torch.equal(by_kernel._rows, by_torch._rows)
+
+
+def test_a_batch_is_loaded_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, whichever the tensors are on; a batch's ids are in a list."""
+    current: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: current.append(device) or nullcontext())
+    load = on_its_device(lambda *_: len(current))
+    ids = [OnGpu(torch.zeros(3), "cuda:1")] * 3
+    assert load(ids, torch.zeros(3)) == 1 and current == [torch.device("cuda", 1)]
+    assert load(ids_of(3), torch.zeros(3)) == 1
+    if BACKENDS["triton"].missing is None:
+        from pruned_ops.ops.backends.triton.graph_inputs import load_graph_inputs
+
+        assert hasattr(load_graph_inputs, "__wrapped__")

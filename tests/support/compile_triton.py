@@ -49,6 +49,8 @@ def cases_of(dtype: str) -> Iterator[Case]:
             yield ahead_of_time.add_layer_norm_case(rows, block, dtype)
             yield ahead_of_time.embed_layer_norm_case(rows, block, dtype)
     yield from ahead_of_time.split_cases(dtype)
+    for places in (True, False):
+        yield ahead_of_time.loading_case(dtype, places)
 
 
 def cases(everything: bool) -> Iterator[tuple[Case, int]]:

@@ -32,6 +32,21 @@ NORMS = ["add_layer_norm", "embed_layer_norm"]
 CUDA_OPS = ["attention", *GEMMS, *NORMS]
 
 
+class OnGpu(Tensor):
+    """A tensor's shape and dtype on a device that need not be here. It has no memory and runs nothing; a fake
+    tensor would start the device up wherever torch sees a GPU."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: str) -> OnGpu:
+        made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)  # type: ignore[attr-defined]
+        assert isinstance(made, OnGpu)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
+        raise AssertionError(f"{function} was called on a tensor that is not there")
+
+
 def native() -> Any:
     """The namespace in which bindings.cpp, or its stand-in for the host, registers the ops."""
     if ON_GPU:

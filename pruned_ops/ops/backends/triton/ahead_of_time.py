@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pruned_ops.ops.backends.triton import launch, rotary
+from pruned_ops.ops.backends.triton import graph_inputs, launch, rotary
 from pruned_ops.ops.backends.triton.add_layer_norm import add_layer_norm_kernel
 from pruned_ops.ops.backends.triton.attention import attention_kernel, short_attention_kernel
 from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, AttentionConfig, GemmConfig, RowConfig
@@ -158,6 +158,18 @@ def embed_layer_norm_case(config: RowConfig, block: int, dtype: str) -> Case:
     return Case(embed_layer_norm_kernel, types, constants, config.warps, 2, dtype, f"{config}, block {block}")
 
 
+def loading_case(dtype: str, places: bool) -> Case:
+    """The kernel that loads a graph's buffers, which hold integers, whatever the model's dtype. places: also
+    those that a bias by position reads."""
+    types = dict.fromkeys(("ids", "positions", "types", "rows"), "*i64")
+    types |= dict.fromkeys(("cu_seqlens", "bounds"), "*i32")
+    types |= _integers("tokens batch room_tokens room_batch row_stride longest")
+    constants: dict[str, Any] = {"PLACES": places, "BLOCK": graph_inputs.BLOCK}
+    (types if places else constants)["places"] = "*i64" if places else None
+    kernel = graph_inputs.load_graph_inputs_kernel
+    return Case(kernel, types, constants, graph_inputs.WARPS, 2, dtype, f"places: {places}")
+
+
 def split_cases(dtype: str) -> list[Case]:
     """The kernels that follow a GEMM with split_k = 4."""
     types = {"partials": "*fp32"} | _pointers("bias out", dtype) | _integers("tokens width")
@@ -169,13 +181,15 @@ def split_cases(dtype: str) -> list[Case]:
 
 def kernel_of(case: Case, target: int) -> Any:
     """Triton's kernel for sm_`target`. Pointers, and the sizes that strides come from, are taken to be
-    multiples of 16, as `optimize` lays weights out."""
+    multiples of 16, as `optimize` lays weights out, but for those that the kernel is not specialised on."""
     signature = {**case.types, **dict.fromkeys(case.constants, "constexpr")}
     arguments = list(case.kernel.arg_names)
+    general = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
     aligned = [
         name
         for name, kind in case.types.items()
-        if kind.startswith("*") or name.startswith("stride") or name in ("width", "hidden", "inner")
+        if name not in general
+        and (kind.startswith("*") or name.startswith("stride") or name in ("width", "hidden", "inner"))
     ]
     source = ASTSource(
         case.kernel,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pruned_ops.ops.backends.triton import launch
 
-BLOCK = 512
+BLOCK, WARPS = 512, 4
 _ARGUMENTS = [
     *("ids", "positions", "types", "places", "cu_seqlens", "rows", "bounds"),
     *("tokens", "batch", "room_tokens", "room_batch", "row_stride", "longest"),
@@ -41,6 +41,7 @@ def load_graph_inputs_kernel(
     tl.store(bounds + place, tl.where(known, own, tl.minimum(filling, room_tokens)), mask=place <= room_batch)
 
 
+@launch.on_its_device
 def load_graph_inputs(
     ids: Sequence[Tensor], cu_seqlens: Tensor, rows: Tensor, bounds: Tensor, room_tokens: int, longest: int
 ) -> None:
@@ -56,5 +57,5 @@ def load_graph_inputs(
         *own[:3], places, cu_seqlens.contiguous(), rows, bounds,
         tokens, batch, room_tokens, room_batch, rows.stride(0), longest,
         PLACES=places is not None, BLOCK=BLOCK,
-        num_warps=4, **launch.OPTIONS,
+        num_warps=WARPS, **launch.OPTIONS,
     )  # fmt: skip

@@ -7,15 +7,16 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pruned_ops.ops.backends.gpu import capability, is_there, refuse_tensors
 from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, GemmConfig
-from pruned_ops.ops.registry import KernelError
+from pruned_ops.ops.registry import KernelError, tensors_of
 
+T = TypeVar("T")
 Launcher = Callable[..., Tensor]
 
 # With TRITON_INTERPRET=1 the kernels run on the CPU, in numpy: for tests, not for speed.
@@ -142,14 +143,15 @@ def guarded(launcher: Launcher) -> Launcher:
     return launched
 
 
-def on_its_device(launcher: Launcher) -> Launcher:
+def on_its_device(launcher: Callable[..., T]) -> Callable[..., T]:
     """Make the device of the first tensor the current one, where Triton launches whatever the tensors'."""
 
     @functools.wraps(launcher)
-    def launched(*args: Any) -> Tensor:
-        if not args[0].is_cuda:
+    def launched(*args: Any) -> T:
+        first = next(tensors_of(args))
+        if not first.is_cuda:
             return launcher(*args)
-        with torch.cuda.device(args[0].device):
+        with torch.cuda.device(first.device):
             return launcher(*args)
 
     return launched
