@@ -41,7 +41,8 @@ _CALIBRATION_TOKENS = 2048
 class Loading:
     """How models are loaded.
 
-    device: where they run; by default on the GPU where there is one. dtype: None, "bfloat16" or "int8".
+    device: where they run; by default on the GPU where there is one, and on the CPU where a model's weights
+    are quantised. dtype: None, "bfloat16" or "int8".
     calibration: texts with which int8 chooses the linears that stay in fp32 (see `pruned_ops.optimize`).
     plain: run the models as transformers runs them, to compare with.
     Errors: ValueError for what does not go together.
@@ -58,28 +59,29 @@ class Loading:
         if self.plain and self.dtype is not None:
             raise ValueError(f"a plain model runs in its own dtype, not in {self.dtype}")
 
-    @property
-    def place(self) -> torch.device:
-        """The device. Errors: ValueError for one that cannot be used here."""
-        return checked_device(default_device() if self.device is None else self.device)
-
-    def prepare(self, model: Any, encoder: TextEncoder, pad: int) -> None:
+    def prepare(self, model: Any, encoder: TextEncoder, pad: int) -> torch.device:
         """Put a model on its device and, unless it is to be plain, optimise it in place. Where there are
         calibration texts, what the model puts out for them decides what runs in int8. pad: the padding's id.
-        """
-        model.to(self.place).eval()
+        Returns the device. Errors: ValueError for one that cannot be used here."""
+        device = self.device
+        if device is None:
+            quantised = (each for each in model.modules() if getattr(each, "is_quantized", False))
+            device = default_device(next(quantised, None))
+        place = checked_device(device)
+        model.to(place).eval()
         if not self.plain:
-            batches = list(self._batches(encoder, pad)) if self.calibration else None
+            batches = list(self._batches(encoder, pad, place)) if self.calibration else None
             # Nobody saves what is served: bfloat16 need not keep what it rounds.
             keep = self.dtype != "bfloat16"
             optimize(model, dtype=self.dtype, calibration=batches, keep_fp32=keep)
+        return place
 
-    def _batches(self, encoder: TextEncoder, pad: int) -> Iterator[Tensors]:
+    def _batches(self, encoder: TextEncoder, pad: int, place: torch.device) -> Iterator[Tensors]:
         """The calibration texts as a model's arguments."""
         sequences = encoder.encode(self.calibration, cut=True)
         for places in token_batches(sequences, _CALIBRATION_TOKENS):
             inputs = padded([sequences[place] for place in places], pad)
-            yield {name: tensor.to(self.place) for name, tensor in inputs.items()}
+            yield {name: tensor.to(place) for name, tensor in inputs.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,13 +213,13 @@ def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: 
     model, tokenizer = _loaded(AutoModel, folder), load_tokenizer(str(folder))
     limit = _length(tokenizer, model.config, contents.max_tokens)
     encoder, pooled = TextEncoder(tokenizer, limit, contents.lower_case), _Pooled(model, contents.pooling)
-    loading.prepare(pooled, encoder, _pad(model))
+    place = loading.prepare(pooled, encoder, _pad(model))
     return Served(
         name,
         source,
         "embedder",
         encoder,
-        BatchRunner(pooled, _pad(model), loading.place, _rows),
+        BatchRunner(pooled, _pad(model), place, _rows),
         dimension=model.config.hidden_size,
         pooling=contents.pooling,
         prompts=contents.prompts,
@@ -230,13 +232,13 @@ def _classifier(folder: Path, source: str, name: str, loading: Loading, contents
 
     model, tokenizer = _loaded(AutoModelForSequenceClassification, folder), load_tokenizer(str(folder))
     encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
-    loading.prepare(model, encoder, _pad(model))
+    place = loading.prepare(model, encoder, _pad(model))
     return Served(
         name,
         source,
         contents.kind,
         encoder,
-        BatchRunner(model, _pad(model), loading.place, lambda output: _rows(output.logits)),
+        BatchRunner(model, _pad(model), place, lambda output: _rows(output.logits)),
         labels=tuple(str(model.config.id2label[place]) for place in range(model.config.num_labels)),
         multi_label=model.config.problem_type == "multi_label_classification",
     )
@@ -247,11 +249,11 @@ def _question_answering(folder: Path, source: str, name: str, loading: Loading, 
     if loading.plain:  # transformers has no kernels for int8 weights
         model = dequantised(model)
     encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
-    loading.prepare(model, encoder, _pad(model))
+    place = loading.prepare(model, encoder, _pad(model))
     answerer = QuestionAnswerer(model, tokenizer, dtype=loading.dtype)
     if loading.plain:
         restore(model)
-    runner = BatchRunner(model, _pad(model), loading.place, select_logits)
+    runner = BatchRunner(model, _pad(model), place, select_logits)
     return Served(name, source, contents.kind, encoder, runner, answerer=answerer)
 
 
@@ -263,12 +265,12 @@ def _of_library(folder: Path, source: str, name: str, loading: Loading, contents
     except ImportError as error:
         raise ImportError(_MISSING) from error
     library_class = getattr(sentence_transformers, contents.library)
-    model = library_class(str(folder), device="cpu", trust_remote_code=False).to(loading.place)
+    model = library_class(str(folder), device="cpu", trust_remote_code=False)
     inner, tokenizer = model[0].auto_model, model.tokenizer
     limit = _length(tokenizer, inner.config, model.max_seq_length)
     encoder = TextEncoder(tokenizer, limit, bool(getattr(model[0], "do_lower_case", False)))
     embedder = _Chain(list(model))
-    loading.prepare(embedder, encoder, _pad(inner))
+    place = loading.prepare(embedder, encoder, _pad(inner))
     # The name of this method is another one before sentence-transformers 5.4.
     dimension = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
     return Served(
@@ -276,7 +278,7 @@ def _of_library(folder: Path, source: str, name: str, loading: Loading, contents
         source,
         contents.kind,
         encoder,
-        BatchRunner(embedder, _pad(inner), loading.place, _rows),
+        BatchRunner(embedder, _pad(inner), place, _rows),
         dimension=int(dimension()),
         pooling=contents.pooling or "the library's own",
         prompts=contents.prompts,

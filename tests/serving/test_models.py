@@ -18,6 +18,7 @@ from inputs import READY, stock_model  # noqa: E402
 from matching import save_checkpoint  # noqa: E402
 from pruned_ops.cli import main  # noqa: E402
 from pruned_ops.runtime.packed_encoder import packed_encoders  # noqa: E402
+from pruned_ops.serving import models as loading  # noqa: E402
 from pruned_ops.serving.folders import contents_of  # noqa: E402
 from pruned_ops.serving.models import Loading, load, load_all  # noqa: E402
 from pruned_ops.serving.refusals import Refusal  # noqa: E402
@@ -122,7 +123,7 @@ def test_int8_with_calibration_texts(tmp_path: Path) -> None:
     assert np.linalg.norm(found - expected) <= 0.05 * np.linalg.norm(expected)
 
 
-def test_a_checkpoint_in_int8(tmp_path: Path) -> None:
+def test_a_checkpoint_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is served as it is, bit for bit what `dtype="int8"` makes of the fp32 one."""
     if "cpu" not in READY:
         pytest.skip("pruned_ops._C is not built")
@@ -133,6 +134,10 @@ def test_a_checkpoint_in_int8(tmp_path: Path) -> None:
     made = load(folder, "b", Loading(device="cpu", dtype="int8"))
     sequences = stored.encoder.encode(TEXTS, cut=True)
     assert (np.stack(stored.compute(sequences)) == np.stack(made.compute(sequences))).all()
+    # Where there is a GPU, which would be the default for others.
+    monkeypatch.setattr(loading, "default_device", lambda model=None: "meta" if model is None else "cpu")
+    again = load(str(tmp_path / "int8"), "c", Loading())
+    assert (np.stack(again.compute(sequences)) == np.stack(made.compute(sequences))).all()
 
 
 def test_texts_are_cut_or_refused(tmp_path: Path) -> None:

@@ -318,6 +318,9 @@ def _load_models(
         teacher = load_teacher(settings.teacher, settings.model, dense, tokenizer, task)
     for model in (dense, teacher):
         nn.Module.to(model, state().device)
+    refusal = refuse_encoder(running_encoder(dense))
+    if refusal is not None:
+        raise ValueError(f"{settings.model} cannot be scored and timed on {dense.device}: {refusal}")
     check_phases(settings, dense, teacher)
     return dense, tokenizer, teacher
 

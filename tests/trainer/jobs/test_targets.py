@@ -20,7 +20,7 @@ from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_trainer import LatencyBudget, PerGate, Target, attached
-from pruned_trainer.jobs import evaluation, timed_choice
+from pruned_trainer.jobs import evaluation, job, timed_choice
 from pruned_trainer.jobs import plan as planning
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.prune import prune
@@ -171,6 +171,15 @@ def test_what_cannot_be_served_is_refused_first(settings: PruneSettings, tmp_pat
     for wrong, message in (({"dtype": "fp8"}, "dtype is 'fp8'"), ({"threads": 0}, "threads is 0")):
         with pytest.raises(ValueError, match=message):
             variant(settings, "wrong", **wrong)
+
+
+def test_what_no_kernel_here_computes_is_refused_first(
+    settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeBERTa on a GPU, which could be trained there, and not scored."""
+    monkeypatch.setattr(job, "refuse_encoder", lambda *_: "no kernel for a GPU does that")
+    with pytest.raises(ValueError, match="cannot be scored and timed on cpu: no kernel for a GPU does that"):
+        prune(variant(settings, "refused"))
 
 
 def test_a_last_timing_that_falls_short_is_said(capsys: pytest.CaptureFixture[str]) -> None:
