@@ -165,7 +165,10 @@ def loading_case(dtype: str, places: bool) -> Case:
     types |= dict.fromkeys(("cu_seqlens", "bounds"), "*i32")
     types |= _integers("tokens batch room_tokens room_batch row_stride longest")
     constants: dict[str, Any] = {"PLACES": places, "BLOCK": graph_inputs.BLOCK}
-    (types if places else constants)["places"] = "*i64" if places else None
+    if places:
+        types["places"] = "*i64"
+    else:
+        constants["places"] = None
     kernel = graph_inputs.load_graph_inputs_kernel
     return Case(kernel, types, constants, graph_inputs.WARPS, 2, dtype, f"places: {places}")
 
