@@ -126,6 +126,23 @@ def test_an_embedder_of_documents_learns_from_them(study: Study) -> None:
     assert study_tasks.texts_of(study, case).read_text().splitlines() == ["a b c", "d", "e"]
 
 
+def test_a_part_of_a_corpus_answers_every_question(study: Study) -> None:
+    folder = study.data / "search"
+    folder.mkdir()
+    documents = [{"id": f"d{number}", "title": "", "text": f"é {number}"} for number in range(20)]
+    write_rows(folder / "corpus.jsonl.gz", documents)
+    for split, answer in (("validation", "d3"), ("eval", "d4")):
+        write_rows(folder / f"{split}.jsonl.gz", [{"id": "0", "text": "e", "relevant": [answer, "d18"]}])
+    options = ("--task", "embedding", "--corpus", "corpus.jsonl.gz")
+    case = Case("search", "search", "jsonl.gz", options, "ndcg", documents=7)
+    for _ in range(2):  # it is made once
+        where = Path(study.options(case)[3])
+        assert where != folder / "corpus.jsonl.gz"
+        assert study_tasks.rows_of(where) == [documents[number] for number in (0, 3, 4, 6, 10, 14, 18)]
+    whole = replace(case, documents=None)
+    assert study.options(whole)[3] == str(folder / "corpus.jsonl.gz")
+
+
 def test_files_that_are_missing_are_named(study: Study) -> None:
     lost = Case("lost", "lost", "jsonl.gz", ("--task", "embedding"), "spearman")
     with pytest.raises(FileNotFoundError, match=r"lost needs .*lost/validation\.jsonl\.gz"):

@@ -186,13 +186,13 @@ def test_models_are_chosen_between_on_fewer_documents(
 
     monkeypatch.setattr(embedding, "CHOOSING_DOCUMENTS", 7)
     corpus = write_rows(tmp_path / "corpus.jsonl", [{"_id": str(i), "text": t} for i, t in enumerate(texts)])
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": texts[i], "relevant": [i]} for i in range(5)])
+    rows = [{"text": texts[i], "relevant": [i]} for i in range(5)]
     argv = ["prune", "--task", "embedding", "--model", str(checkpoint(tmp_path / "model", BertModel)), *CUT]
     argv += ["--corpus", str(corpus), "--macs", "0.7", "--gate-steps", "1", "--retrain-steps", "1"]
     for name in ("train", "validation", "eval"):
-        argv += [f"--{name}-file", str(rows)]
+        argv += [f"--{name}-file", str(write_rows(tmp_path / f"{name}.jsonl", rows))]
     assert main([*argv, "--recipe", "fast", "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().err
+    said = " ".join(capsys.readouterr().out.split())
     assert "validation: 5 queries on 7 documents; evaluation: 5 queries on 20 documents" in said
 
 
