@@ -29,6 +29,8 @@ Runner = Callable[[dict[str, Tensor]], Any]
 SETTLED = 0.02
 # The rounds of a ratio that does not settle, as multiples of those that were asked for.
 MOST_ROUNDS = 4
+# No round is added to those that were asked for once all have taken so many seconds.
+SETTLING_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,9 @@ def interleave(
     """Time every runner on every batch, batch by batch in turn, for `rounds` rounds after `warmup` untimed
     ones. seconds: a function that runs a call and returns how long it took; by default `host_seconds`.
 
-    settle: two runners, of which the second is the slower one; rounds go on, up to MOST_ROUNDS times as many,
-    until the 95% interval of their ratio lies within SETTLED of it."""
+    settle: two runners, of which the second is the slower one; rounds go on, up to MOST_ROUNDS times as many
+    or until all have taken SETTLING_SECONDS, while the 95% interval of their ratio reaches further than
+    SETTLED of it."""
     seconds = host_seconds if seconds is None else seconds
     names = list(runners)
     calls: dict[str, list[float]] = {name: [] for name in names}
@@ -167,6 +170,8 @@ def interleave(
         if done < rounds:
             return False
         if settle is None or done >= MOST_ROUNDS * rounds:
+            return True
+        if sum(map(sum, calls.values())) >= SETTLING_SECONDS:
             return True
         own, slower = (_timing(workload, tuple(calls[name]), len(inputs)) for name in settle)
         return is_settled(own.speedup_over(slower), own.speedup_interval(slower))

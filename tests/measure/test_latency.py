@@ -302,15 +302,19 @@ def test_a_ratio_has_an_interval() -> None:
     assert (low, high) == (41.0, 60.0)  # the interval of a median by the binomial distribution
 
 
-@pytest.mark.parametrize(("noise", "rounds"), [(0.0, 5), (2 * SETTLED, 20)])
-def test_timing_goes_on_until_a_ratio_is_settled(noise: float, rounds: int) -> None:
-    """Without noise the rounds that were asked for are enough; with too much of it there is an end."""
+@pytest.mark.parametrize(
+    ("noise", "second", "rounds"),
+    [(0.0, 1.0, 5), (2 * SETTLED, 1.0, 20), (2 * SETTLED, 5.0, 8), (2 * SETTLED, 50.0, 5)],
+)
+def test_timing_goes_on_until_a_ratio_is_settled(noise: float, second: float, rounds: int) -> None:
+    """Without noise the rounds that were asked for are enough; with too much of it there is an end, sooner
+    where a round takes long."""
     calls = {"own": 0, "slower": 0}
 
     def seconds(call: Any) -> float:
         name = call()
         calls[name] += 1
-        return 1.0 if name == "own" else 2.0 * (1 + noise * (-1) ** calls[name])
+        return second * (1.0 if name == "own" else 2.0 * (1 + noise * (-1) ** calls[name]))
 
     runners = {name: (lambda batch, name=name: name) for name in calls}
     workload = Workload("one", ((1,),))
