@@ -16,7 +16,7 @@ from torch import Tensor
 import pruned_ops
 from inputs import randn
 from pruned_ops import LayerShape, ModelShape
-from pruned_ops.ops.registry import BACKENDS, use_backend
+from pruned_ops.ops.registry import BACKENDS, KernelError, use_backend
 
 pytestmark = pytest.mark.skipif(
     BACKENDS["triton"].missing is not None or torch.cuda.is_available(), reason="Triton's interpreter is off"
@@ -72,6 +72,30 @@ def test_every_shape_of_the_model_is_timed_once() -> None:
     # Of layers that norm first and have gated FFNs: two counts of heads, one width, and the embedding's norm.
     assert timing.tune(SHAPE, [(99,)], torch.float16, CPU, clock, gated=True, norm_first=True) == 4
     assert Problem("linear_geglu", "torch.float16", 128, 24, 32) in tuning.known(CPU)
+
+
+def test_what_cannot_be_compiled_is_left_out() -> None:
+    """As where a configuration needs more shared memory than the GPU has: another one is chosen."""
+    from triton.errors import TritonError
+
+    problem = Problem("attention", "torch.float16", 16, 2, 16, 16)
+    first, second, *_ = tuning.candidates(problem, True, tuning.Chip.of(CPU))
+
+    def clock(works: Sequence[Callable[[], Tensor]]) -> float:
+        asked.append(works)
+        if len(asked) == 1:
+            raise TritonError("out of resource: shared memory")
+        return float(len(asked))
+
+    asked: list[Any] = []
+    with pytest.warns(RuntimeWarning, match="attention is tuned without .*: TritonError: out of resource"):
+        assert timing.fastest(problem, CPU, clock) == second != first
+
+    def nothing_runs(works: Sequence[Callable[[], Tensor]]) -> float:
+        raise TritonError("no")
+
+    with pytest.warns(RuntimeWarning), pytest.raises(KernelError, match="TritonError: no"):
+        timing.fastest(problem, CPU, nothing_runs)
 
 
 def test_the_fastest_runs_and_another_process_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from pruned_ops.ops.backends.triton.configs import SHARED_MEMORY, GemmConfig
 from pruned_ops.ops.registry import KernelError, tensors_of
 
 T = TypeVar("T")
-Launcher = Callable[..., Tensor]
 
 # With TRITON_INTERPRET=1 the kernels run on the CPU, in numpy: for tests, not for speed.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -127,12 +126,12 @@ def shared_memory(device: torch.device) -> int:
     return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
-def guarded(launcher: Launcher) -> Launcher:
+def guarded(launcher: Callable[..., T]) -> Callable[..., T]:
     """Make the launcher raise KernelError where Triton cannot compile a kernel for this GPU, or load it.
     Nothing has been computed at that point, so another backend may run the op."""
 
     @functools.wraps(launcher)
-    def launched(*args: Any) -> Tensor:
+    def launched(*args: Any) -> T:
         from triton.errors import TritonError
 
         try:

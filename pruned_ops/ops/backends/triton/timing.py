@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
@@ -22,7 +23,7 @@ from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_a
 from pruned_ops.ops.backends.triton.linear_geglu import launch_linear_geglu
 from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
 from pruned_ops.ops.backends.triton.tuning import Config, Problem
-from pruned_ops.ops.registry import given_up
+from pruned_ops.ops.registry import KernelError, given_up
 from pruned_ops.shape import ModelShape
 
 Works = Sequence[Callable[[], Tensor]]
@@ -130,7 +131,8 @@ def problems(
 
 
 def fastest(problem: Problem, device: torch.device, timer: Timer) -> Config | None:
-    """The configuration that takes the least time; None if torch's own kernels do."""
+    """The configuration that takes the least time; None if torch's own kernels do. One that cannot be
+    compiled for this GPU, or loaded, is warned of and left out. Errors: KernelError where none can."""
     tma = problem.inner * problem.torch_dtype.itemsize % launch.ALIGNMENT == 0
     promising: list[Config | None] = [*tuning.candidates(problem, tma, tuning.Chip.of(device))[:TIMED]]
     if problem.op.startswith("linear"):
@@ -140,10 +142,15 @@ def fastest(problem: Problem, device: torch.device, timer: Timer) -> Config | No
     sets = min(MOST_SETS, 1 + L2_SIZES * launch.l2_bytes(device) // size)
     operands += [_operands(problem, device) for _ in range(sets - 1)]
 
-    def time_of(config: Config | None) -> float:
-        return timer([_work(problem, config, tensors) for tensors in operands])
-
-    return min(promising, key=time_of)
+    times: dict[Config | None, float] = {}
+    for config in promising:
+        try:
+            times[config] = launch.guarded(timer)([_work(problem, config, tensors) for tensors in operands])
+        except KernelError as error:
+            if not times and config == promising[-1]:
+                raise
+            warnings.warn(f"{problem.op} is tuned without {config}: {error}", RuntimeWarning, stacklevel=2)
+    return min(times, key=times.__getitem__)
 
 
 def _operands(problem: Problem, device: torch.device) -> list[Tensor]:
