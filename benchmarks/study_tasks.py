@@ -323,7 +323,8 @@ def write(rows: Sequence[Row], path: Path, command: str) -> None:
         "control is the dense model, trained on for the same minutes with the same teacher; a model without "
         "labels is its own teacher and has none."
     )
-    page = ["# What pruning loses on other tasks", "", words, "", *lines_of(rows), f"`{command}`"]
+    commands = {f"- {row['case']}: `{row['command']}`": None for row in rows}
+    page = ["# What pruning loses on other tasks", "", words, "", *lines_of(rows), *commands]
     write_whole(path.with_suffix(".md"), "\n".join(page) + "\n")
 
 
