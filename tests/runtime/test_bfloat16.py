@@ -135,7 +135,7 @@ def test_other_refusals() -> None:
 def test_a_processor_without_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "bf16_capability", lambda: None)
     model = stock_model()
-    with pytest.raises(ValueError, match="a processor with AVX512_BF16, and this one has none"):
+    with pytest.raises(ValueError, match="a processor with AVX512_BF16 or AMX, and this one has none"):
         pruned_ops.optimize(model, dtype="bfloat16")
     assert type(model.bert).__name__ == "BertModel" and not hasattr(model.bert, "packed")
     with use_backend("cpu"), pytest.raises(BackendError, match="AVX512_BF16"):
