@@ -37,6 +37,9 @@ AUTO_CLASSES: dict[str, Any] = {
     "ForTokenClassification": AutoModelForTokenClassification,
     "Model": AutoModel,
 }
+# Embedders are often saved without a head under the name of the language model that they were made of, as
+# all-mpnet-base-v2 and all-distilroberta-v1 are.
+LANGUAGE_MODELS = ("ForMaskedLM", "ForPreTraining")
 # The files that a tokenizer may consist of. A checkpoint rarely has them all.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -150,11 +153,14 @@ def load_model(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
 
 def head_of(config: PretrainedConfig) -> str:
     """The key of AUTO_CLASSES for the model that was saved with this config, "ForNaturalQuestions" for one of
-    those. Errors: ValueError where it names no class, or one whose head is not known."""
+    those; "Model" for a language model, of which the encoder is taken. Errors: ValueError where it names no
+    class, or one whose head is not known."""
     name = next(iter(config.architectures or ()), "")
     for ending in (*AUTO_CLASSES, "ForNaturalQuestions"):
         if name.endswith(ending):
             return ending
+    if name.endswith(LANGUAGE_MODELS):
+        return "Model"
     heads = ", ".join(ending.removeprefix("For") for ending in AUTO_CLASSES)
     raise ValueError(f"its config says that it is {shown(name) if name else 'no class'}; known are {heads}")
 
@@ -183,6 +189,7 @@ def load_any_head(name_or_path: str, takes_int8: bool = False) -> PreTrainedMode
         if pooler and any("pooler." in name for name in info["unexpected_keys"]):
             model, info = model_class.from_pretrained(name_or_path, **settings, add_pooling_layer=True)
         _check_shapes(info)
+        _refuse_language_head(config, info["unexpected_keys"])
         _check_tensors(info["missing_keys"], info["unexpected_keys"], "checkpoint of its class")
         check_weights(model.named_parameters())
     return _in_fp32(model).eval()
@@ -275,6 +282,18 @@ def _check_tensors(
     extra = sorted(name for name in unexpected if "pooler." not in name and "position_ids" not in name)
     if extra:
         raise ValueError(f"it holds tensors that its config does not describe: {', '.join(extra[:4])}")
+
+
+def _refuse_language_head(config: Any, unexpected: Iterable[str]) -> None:
+    """ValueError for a language model that has its head: only its encoder is run here, and would silently be
+    another model."""
+    name = next(iter(config.architectures or ()), "")
+    head = sorted(key for key in unexpected if "pooler." not in key and "position_ids" not in key)
+    if name.endswith(LANGUAGE_MODELS) and head:
+        raise ValueError(
+            f"it is a {shown(name)} with its head ({head[0]}), which does not run here: AutoModel loads and "
+            "saves its encoder alone"
+        )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:

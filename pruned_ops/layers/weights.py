@@ -192,12 +192,12 @@ class PanelWeights:
 @dataclass(frozen=True)
 class OfParts:
     """What the attentions among some parts do with positions, as `ops.encoder` takes it: its `rotary` and
-    `windows`, the rows of `position_bias` of each part, its `position_keys`, `position_queries` and
-    `distance_rows`, and the number of heads before each part."""
+    `windows`, the rows of `position_bias` of each part (None of an FFN), its `position_keys`,
+    `position_queries` and `distance_rows`, and the number of heads before each part."""
 
     rotary: Tensor | None
     windows: list[int]
-    biases: list[Tensor] | None
+    biases: list[Tensor | None]
     keys: Tensor | None
     queries: Tensor | None
     distance_rows: Tensor | None
@@ -206,7 +206,8 @@ class OfParts:
     @classmethod
     def made(cls, parts: Sequence[Any], head_dim: int) -> OfParts:
         """Of attentions and FFNs."""
-        rotary, windows, biases = torch.zeros(len(parts), head_dim // 2), [-1] * len(parts), []
+        rotary, windows = torch.zeros(len(parts), head_dim // 2), [-1] * len(parts)
+        biases: list[Tensor | None] = [None] * len(parts)
         heads = [part.encoder_part if part.hidden_act is None else 0 for part in parts]
         attentions = [part for part in parts if part.hidden_act is None]
         for i, part in enumerate(parts):
@@ -218,12 +219,12 @@ class OfParts:
             window = part.by_position.window
             windows[i] = -1 if window is None else window
             if part.position_bias is not None:
-                biases.append(part.position_bias.detach())
+                biases[i] = part.position_bias.detach()
         terms = attentions[0].kind.disentangled if attentions else None
         return cls(
             rotary if bool(rotary.any()) else None,
             windows,
-            biases or None,
+            biases,
             _panels_of_heads([part.position_key for part in attentions]),
             _panels_of_heads([part.position_query for part in attentions]),
             None if terms is None else terms.distance_rows,
@@ -231,11 +232,9 @@ class OfParts:
         )
 
     def between(self, first: int, last: int) -> tuple[Tensor | None, list[int], Tensor | None]:
-        """For the parts from `first` to before `last`, where attentions and FFNs take turns."""
+        """For the parts from `first` to before `last`."""
         rotary = None if self.rotary is None else self.rotary[first:last]
-        if self.biases is None:
-            return rotary, self.windows[first:last], None
-        biases = self.biases[(first + 1) // 2 : (last + 1) // 2]
+        biases = [bias for bias in self.biases[first:last] if bias is not None]
         return rotary, self.windows[first:last], torch.cat(biases) if biases else None
 
     def relative_between(self, first: int, last: int) -> tuple[Tensor | None, ...]:

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM
 
+import family_models
 from head_models import MODELS as HEAD_MODELS
 from head_models import pruned, stock
 from inputs import pruned_model, stock_model
-from pruned_ops.checkpoints.loading import load_any_head, load_config, load_model, load_tokenizer
+from pruned_ops.checkpoints.loading import head_of, load_any_head, load_config, load_model, load_tokenizer
 from pruned_ops.models.heads import load_natural_questions
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.tasks.squad.task import SquadTask
@@ -159,13 +161,31 @@ def test_an_encoder_without_a_head(make: Callable[[str, str], Any], pooled: bool
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("kind", ["Bert", "MPNet", "Roberta", "DistilBert", "Electra"])
+def test_an_embedder_under_the_name_of_a_language_model(kind: str, tmp_path: Path) -> None:
+    """As all-mpnet-base-v2 is saved: without the head that its config names. With the head it is refused."""
+    model = family_models.stock(kind, "")
+    model.save_pretrained(tmp_path / "encoder")
+    path = tmp_path / "encoder" / "config.json"
+    whole = AutoModelForMaskedLM.from_config(model.config)
+    name = type(whole).__name__
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [name]}))
+    loaded = load_any_head(str(tmp_path / "encoder"))
+    assert type(loaded) is type(model) and head_of(loaded.config) == "Model"
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match=f"it is a '{name}' with its head .*AutoModel loads and saves its"):
+        load_any_head(str(tmp_path / "whole"))
+
+
 def test_a_head_that_is_not_known_is_refused(tmp_path: Path) -> None:
     model = stock("bert", "sequence")
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
-    with pytest.raises(ValueError, match="it is 'BertForMaskedLM'; known are Question"):
+    path.write_text(json.dumps(config | {"architectures": ["BertForMultipleChoice"]}))
+    with pytest.raises(ValueError, match="it is 'BertForMultipleChoice'; known are Question"):
         load_any_head(str(tmp_path))
     path.write_text(json.dumps(config | {"architectures": ["BertForTokenClassification"]}))
     with pytest.raises(ValueError, match="holds tensors|lacks|describes"):

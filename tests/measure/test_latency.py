@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AlbertConfig, BertConfig, RobertaConfig
 
+from family_models import PRUNED_TYPES, stock
 from inputs import pruned_model, stock_model
 from matching import squad_file
 from pruned_ops import LayerShape, ModelShape, record
@@ -262,6 +263,17 @@ def test_measure(kind: str) -> None:
     head_dim = 8 if kind == "bert" else 16
     shape = ModelShape((LayerShape(heads, width),) * 2, made.hidden_size, head_dim)
     assert made.refuse(shape, made_config.hidden_act) is None
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("stem", PRUNED_TYPES.values())
+def test_measure_every_family(stem: str, dtype: str | None) -> None:
+    """Chains of attentions alone and of FFNs alone, in the one call that the family's models are."""
+    dense = stock(stem, "").config
+    with record() as ran:
+        made = measure_table(dense, WORKLOAD, 1, progress=False, dtype=dtype)
+    assert [n for n, _ in made.attention] == [0, 1, 2, 3, 4] and made.ffn[-1][0] == 96
+    assert "encoder" in ran and made.hidden_size == 64
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
