@@ -184,42 +184,44 @@ def removal_rises(
     penalty = ridge * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
     inverse = torch.linalg.inv(covariance + penalty * torch.eye(width).to(covariance))
     rises, least = torch.zeros(number).to(matrix), torch.zeros(()).to(matrix)
+    weighed = curvature @ matrix  # solved anew as the matrix is, because that multiplies from the right
     while len(names):
-        each = _block_rises(matrix, inverse, curvature, len(names), size)
+        each = _block_rises(matrix, weighed, inverse, len(names), size)
         values, going = each.topk(min(at_a_time, len(names)), largest=False, sorted=True)
         columns = (going[:, None] * size + torch.arange(size).to(going)).flatten()
-        together = _together(matrix, inverse, curvature, columns)
+        together = _together(matrix, weighed, inverse, columns)
         shares = values * (together / values.sum().clamp(min=torch.finfo(torch.float64).tiny))
         for name, share in zip(names[going], shares, strict=True):
             least = torch.maximum(least, share)
             rises[name] = least
-        matrix, inverse = _without(matrix, inverse, columns)
+        matrix, weighed, inverse = _without(matrix, weighed, inverse, columns)
         names = names[_others(len(names), going)]
     return rises / 2
 
 
-def _block_rises(matrix: Tensor, inverse: Tensor, curvature: Tensor, number: int, size: int) -> Tensor:
-    """Twice the rise of the loss for each block alone: (number,)."""
+def _block_rises(matrix: Tensor, weighed: Tensor, inverse: Tensor, number: int, size: int) -> Tensor:
+    """Twice the rise of the loss for each block alone: (number,). weighed: curvature @ matrix."""
     every = torch.arange(number, device=matrix.device)
     own = inverse.view(number, size, number, size)[every, :, every]
-    blocks = matrix.view(-1, number, size).transpose(0, 1)
-    weighed = blocks.transpose(1, 2) @ curvature @ blocks
-    return (torch.linalg.inv(own) * weighed).sum((1, 2)).clamp(min=0.0)
+    blocks, products = (each.view(-1, number, size).permute(1, 2, 0) for each in (matrix, weighed))
+    return (torch.linalg.inv(own) * (blocks @ products.mT)).sum((1, 2)).clamp(min=0.0)
 
 
-def _together(matrix: Tensor, inverse: Tensor, curvature: Tensor, columns: Tensor) -> Tensor:
+def _together(matrix: Tensor, weighed: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
     """Twice the rise of the loss when all these columns go."""
     own = torch.linalg.inv(inverse[columns][:, columns])
-    left = matrix[:, columns]
-    return (own * (left.T @ curvature @ left)).sum().clamp(min=0.0)
+    return (own * (matrix[:, columns].T @ weighed[:, columns])).sum().clamp(min=0.0)
 
 
-def _without(matrix: Tensor, inverse: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix, solved anew, and the inverse covariance, both without these columns."""
+def _without(
+    matrix: Tensor, weighed: Tensor, inverse: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrix and curvature @ matrix, solved anew, and the inverse covariance, all without these
+    columns."""
     stay = _others(matrix.shape[1], columns)
     step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns][:, stay])
-    solved = matrix[:, stay] - matrix[:, columns] @ step
-    return solved, inverse[stay][:, stay] - inverse[stay][:, columns] @ step
+    solved = (each[:, stay] - each[:, columns] @ step for each in (matrix, weighed))
+    return *solved, inverse[stay][:, stay] - inverse[stay][:, columns] @ step
 
 
 def _others(number: int, chosen: Tensor) -> Tensor:
