@@ -182,50 +182,45 @@ def removal_rises(
     width = matrix.shape[1]
     size, names = width // number, torch.arange(number, device=matrix.device)
     penalty = ridge * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+    matrix = matrix.clone()
     inverse = torch.linalg.inv(covariance + penalty * torch.eye(width).to(covariance))
     rises, least = torch.zeros(number).to(matrix), torch.zeros(()).to(matrix)
-    weighed = curvature @ matrix  # solved anew as the matrix is, because that multiplies from the right
+    # Solved anew as the matrix is, because that multiplies from the right.
+    weighed = curvature @ matrix
+    stays = torch.ones(number, dtype=torch.bool, device=matrix.device)
     while len(names):
-        each = _block_rises(matrix, weighed, inverse, len(names), size)
-        values, going = each.topk(min(at_a_time, len(names)), largest=False, sorted=True)
-        columns = (going[:, None] * size + torch.arange(size).to(going)).flatten()
-        together = _together(matrix, weighed, inverse, columns)
+        each = _block_rises(matrix, weighed, inverse, size, stays)
+        values, going = each.topk(min(at_a_time, int(stays.sum())), largest=False, sorted=True)
+        columns = _columns(going, size)
+        own = torch.linalg.inv(inverse[columns][:, columns])
+        together = (own * (matrix[:, columns].T @ weighed[:, columns])).sum().clamp(min=0.0)
         shares = values * (together / values.sum().clamp(min=torch.finfo(torch.float64).tiny))
         for name, share in zip(names[going], shares, strict=True):
             least = torch.maximum(least, share)
             rises[name] = least
-        matrix, weighed, inverse = _without(matrix, weighed, inverse, columns)
-        names = names[_others(len(names), going)]
+        stays[going] = False
+        step = own @ inverse[columns]
+        for every in (matrix, weighed, inverse):  # in place; what goes becomes 0
+            every.addmm_(every[:, columns], step, alpha=-1)
+        if 2 * int(stays.sum()) <= len(stays):  # not each time: a copy takes longer than a step
+            kept = stays.nonzero().flatten()
+            names, stays, columns = names[kept], stays[kept], _columns(kept, size)
+            matrix, weighed, inverse = matrix[:, columns], weighed[:, columns], inverse[columns][:, columns]
     return rises / 2
 
 
-def _block_rises(matrix: Tensor, weighed: Tensor, inverse: Tensor, number: int, size: int) -> Tensor:
-    """Twice the rise of the loss for each block alone: (number,). weighed: curvature @ matrix."""
+def _block_rises(matrix: Tensor, weighed: Tensor, inverse: Tensor, size: int, stays: Tensor) -> Tensor:
+    """Twice the rise of the loss for each block alone, infinite where it does not stay: (number,).
+    weighed: curvature @ matrix."""
+    number = len(stays)
     every = torch.arange(number, device=matrix.device)
     own = inverse.view(number, size, number, size)[every, :, every]
+    own[~stays] = torch.eye(size).to(own)
     blocks, products = (each.view(-1, number, size).permute(1, 2, 0) for each in (matrix, weighed))
-    return (torch.linalg.inv(own) * (blocks @ products.mT)).sum((1, 2)).clamp(min=0.0)
+    rises = (torch.linalg.inv(own) * (blocks @ products.mT)).sum((1, 2)).clamp(min=0.0)
+    return rises.masked_fill(~stays, math.inf)
 
 
-def _together(matrix: Tensor, weighed: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
-    """Twice the rise of the loss when all these columns go."""
-    own = torch.linalg.inv(inverse[columns][:, columns])
-    return (own * (matrix[:, columns].T @ weighed[:, columns])).sum().clamp(min=0.0)
-
-
-def _without(
-    matrix: Tensor, weighed: Tensor, inverse: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrix and curvature @ matrix, solved anew, and the inverse covariance, all without these
-    columns."""
-    stay = _others(matrix.shape[1], columns)
-    step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns][:, stay])
-    solved = (each[:, stay] - each[:, columns] @ step for each in (matrix, weighed))
-    return *solved, inverse[stay][:, stay] - inverse[stay][:, columns] @ step
-
-
-def _others(number: int, chosen: Tensor) -> Tensor:
-    """A mask of all but the chosen of so many: (number,)."""
-    mask = torch.ones(number, dtype=torch.bool, device=chosen.device)
-    mask[chosen] = False
-    return mask
+def _columns(blocks: Tensor, size: int) -> Tensor:
+    """The columns of these blocks."""
+    return (blocks[:, None] * size + torch.arange(size).to(blocks)).flatten()
