@@ -147,8 +147,7 @@ class Study:
                 "", (), (tuple(number[name] for name in answers),), tuple(map(json.dumps, rows))
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            with gzip.open(path, "wt", encoding="utf-8") as file:
-                file.writelines(f"{document}\n" for document in search.on_fewer(most).documents)
+            write_whole(path, gzip.compress("\n".join(search.on_fewer(most).documents).encode()))
         return path
 
     def folder(self, case: Case, step: str) -> Path:

@@ -221,8 +221,8 @@ def openvino_int8_static(model: Any, samples: Sequence[Batch], folder: Path) -> 
         quantised = nncf.quantize(network, data, model_type=kind, subset_size=len(samples))
         core.save_model(quantised, partial / "model.xml", compress_to_fp16=False)
 
-    made = made_once(folder / f"openvino-int8-static-nncf-{nncf.__version__}", calibrate)
-    return _openvino_compiled(core.Core().read_model(made / "model.xml"))
+    calibrated = made_once(folder / f"openvino-int8-static-nncf-{nncf.__version__}", calibrate)
+    return _openvino_compiled(core.Core().read_model(calibrated / "model.xml"))
 
 
 def _ctranslate2(compute_type: str) -> Make:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruned_ops.checkpoints.export import GRAPH, export_onnx
+from pruned_ops.files import new_folder
 
 # Right-padded input_ids and attention_mask (batch, seqlen) -> start and end logits (batch, seqlen).
 Batch = dict[str, Tensor]
@@ -104,12 +104,8 @@ def onnx_graph(model: Any, folder: Path) -> str:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """The folder, which `make` fills under another name if it is not there, so that one made in part is made
-    anew."""
+    """The folder, which `make` fills if it is not there. Nothing is left of one that was made in part."""
     if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        make(partial)
-        partial.rename(folder)
+        with new_folder(folder) as stage:
+            make(stage)
     return folder

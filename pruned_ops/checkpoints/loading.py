@@ -279,16 +279,21 @@ def _check_tensors(
     lacking = sorted(missing)
     if lacking:
         raise ValueError(f"it is no {what}: it lacks {', '.join(lacking[:4])}")
-    extra = sorted(name for name in unexpected if "pooler." not in name and "position_ids" not in name)
+    extra = _not_described(unexpected)
     if extra:
         raise ValueError(f"it holds tensors that its config does not describe: {', '.join(extra[:4])}")
+
+
+def _not_described(unexpected: Iterable[str]) -> list[str]:
+    """The tensors of a checkpoint that its model does not have, but for those that old versions wrote."""
+    return sorted(name for name in unexpected if "pooler." not in name and "position_ids" not in name)
 
 
 def _refuse_language_head(config: Any, unexpected: Iterable[str]) -> None:
     """ValueError for a language model that has its head: only its encoder is run here, and would silently be
     another model."""
     name = next(iter(config.architectures or ()), "")
-    head = sorted(key for key in unexpected if "pooler." not in key and "position_ids" not in key)
+    head = _not_described(unexpected)
     if name.endswith(LANGUAGE_MODELS) and head:
         raise ValueError(
             f"it is a {shown(name)} with its head ({head[0]}), which does not run here: AutoModel loads and "

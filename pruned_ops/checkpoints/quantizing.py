@@ -129,7 +129,12 @@ def load(name: str) -> tuple[Any, Any]:
     if not (config.architectures or [""])[0].endswith("ForMaskedLM"):
         return load_any_head(name, takes_int8=True), tokenizer
     with explained(name, name):
-        model: Any = AutoModelForMaskedLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+        model: Any
+        model, info = AutoModelForMaskedLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    if info["missing_keys"]:  # an embedder that was saved without the head that its config names
+        return load_any_head(name, takes_int8=True), tokenizer
     return model.eval(), tokenizer
 
 

@@ -18,6 +18,7 @@ import family_models
 from head_models import MODELS as HEAD_MODELS
 from head_models import pruned, stock
 from inputs import pruned_model, stock_model
+from pruned_ops.checkpoints import quantizing
 from pruned_ops.checkpoints.loading import head_of, load_any_head, load_config, load_model, load_tokenizer
 from pruned_ops.models.heads import load_natural_questions
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
@@ -174,7 +175,11 @@ def test_an_embedder_under_the_name_of_a_language_model(kind: str, tmp_path: Pat
     assert type(loaded) is type(model) and head_of(loaded.config) == "Model"
     for key, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
+    word_tokenizer().save_pretrained(tmp_path / "encoder")
+    assert type(quantizing.load(str(tmp_path / "encoder"))[0]) is type(model)  # and no head of random weights
     whole.save_pretrained(tmp_path / "whole")
+    word_tokenizer().save_pretrained(tmp_path / "whole")
+    assert type(quantizing.load(str(tmp_path / "whole"))[0]) is type(whole)
     with pytest.raises(ValueError, match=f"it is a '{name}' with its head .*AutoModel loads and saves its"):
         load_any_head(str(tmp_path / "whole"))
 

@@ -182,7 +182,7 @@ def removal_rises(
     width = matrix.shape[1]
     size, names = width // number, torch.arange(number, device=matrix.device)
     penalty = ridge * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
-    matrix = matrix.clone()
+    matrix = matrix.clone()  # the caller's stays as it is
     inverse = torch.linalg.inv(covariance + penalty * torch.eye(width).to(covariance))
     rises, least = torch.zeros(number).to(matrix), torch.zeros(()).to(matrix)
     # Solved anew as the matrix is, because that multiplies from the right.

@@ -71,6 +71,32 @@ def test_the_least_goes_first_and_the_rise_is_that_of_the_matrix_solved_anew(siz
     assert int(found.argsort()[1]) == second
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_every_removal_is_that_of_a_search_from_the_beginning(size: int) -> None:
+    """Through all halvings of what is kept; the caller's matrix is not written to."""
+    matrix, covariance, curvature = a_problem(9 * size)
+    before = matrix.clone()
+    found = surgeon.removal_rises(matrix, covariance, curvature, 9, ridge=0.0)
+    assert torch.equal(matrix, before)
+    removed: list[int] = []
+    total = least = 0.0
+    while len(removed) < 9:
+        rises = {
+            name: rise_without(
+                [each * size + i for each in (*removed, name) for i in range(size)],
+                matrix,
+                covariance,
+                curvature,
+            )
+            for name in range(9)
+            if name not in removed
+        }
+        name = min(rises, key=rises.__getitem__)
+        least, total = max(least, rises[name] - total), rises[name]
+        removed.append(name)
+        assert float(found[name]) == pytest.approx(least, rel=1e-6)
+
+
 def test_several_at_a_time_share_what_they_cost_together() -> None:
     matrix, covariance, curvature = a_problem(8)
     found = surgeon.removal_rises(matrix, covariance, curvature, 8, at_a_time=8, ridge=0.0)
