@@ -34,6 +34,17 @@ COMMANDS = {
     "--data SQUAD",
 }
 FIGURE_BYTES = 200_000
+# The sections of what other benchmarks wrote for readers themselves, and what their files' names begin with:
+# a file goes to the first that fits.
+OTHERS = {
+    "Whole models in bfloat16": ("bfloat16-",),
+    "sentence-transformers": ("sentence-transformers-",),
+    "Servers": ("serve-",),
+    "Other tasks": ("tasks-",),
+    "Natural Questions": ("natural-questions-",),
+    "Where the time of a layer goes": ("avx2-", "parts-"),
+    "More": ("",),
+}
 
 
 def take(out: Path, results: Path, title: str) -> Path:
@@ -116,19 +127,36 @@ def with_first_result(readme: str, results: Path) -> str:
 
 def page(results: Path) -> str:
     """The whole page."""
-    lines = [
-        "# Results",
-        "",
-        "Made by `make results` from the files in [results](results), never edited. Each benchmark keeps its "
-        "newest numbers for each kind of machine, losses included.",
-        "",
+    sections = [
         *_pruned(results),
         *_studies(results),
         *_models(results),
         *_int8(results),
         *_others(results),
     ]
+    lines = [
+        "# Results",
+        "",
+        "This page is for anybody who wants to check a number: each table names its machine, date, command "
+        "and [files](results). Each benchmark keeps its newest numbers for each kind of machine, losses "
+        "included. `make results` makes the page from the files; it is never edited.",
+        "",
+        *contents(sections),
+        "",
+        *sections,
+    ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def contents(sections: Sequence[str]) -> list[str]:
+    """A link to each section, in their order."""
+    titles = [line.removeprefix("## ") for line in sections if line.startswith("## ")]
+    return [f"- [{title}](#{anchor(title)})" for title in titles]
+
+
+def anchor(title: str) -> str:
+    """What a link to this heading ends with, after #."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _pruned(results: Path) -> list[str]:
@@ -265,15 +293,16 @@ def _int8(results: Path) -> list[str]:
 def _others(results: Path) -> list[str]:
     """The files of other benchmarks, with the pages that they wrote for readers themselves."""
     shown = ("study", "models", "int8", "answers", "prune")
-    lines = []
+    sections: dict[str, list[str]] = {title: [] for title in OTHERS}
     for path in sorted(results.glob("*.csv")):
         if path.name.split("-")[0] in shown:
             continue
-        lines += [f"### {path.stem}", "", _source(path, read_rows(path)[0]), ""]
+        lines = [f"### {path.stem}", "", _source(path, read_rows(path)[0]), ""]
         if path.with_suffix(".md").is_file():
             text = path.with_suffix(".md").read_text(encoding="utf-8")
             lines += [re.sub(r"^#", "####", text, flags=re.M).rstrip(), ""]
-    return ["## More", "", *lines] if lines else []
+        sections[next(title for title, begins in OTHERS.items() if path.name.startswith(begins))] += lines
+    return [line for title, lines in sections.items() if lines for line in (f"## {title}", "", *lines)]
 
 
 def draw_figures(results: Path) -> list[Path]:

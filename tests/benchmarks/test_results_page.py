@@ -1,4 +1,4 @@
-"""The results page and the README's table are what the files in benchmarks/results/ say."""
+"""The results page and the README's first result are what the files in benchmarks/results/ say."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_readmes_first_result_is_what_the_files_say() -> None:
         results_page.with_first_result(text.replace(results_page.BEGIN, ""), harness.RESULTS)
 
 
-def test_the_readmes_picture_shows_the_tables_numbers() -> None:
+def test_the_readmes_picture_shows_the_files_numbers() -> None:
     result = FirstResult.read(harness.RESULTS)
     path = ROOT / first_result.PICTURE
     with Image.open(path) as picture:
@@ -64,6 +64,20 @@ def test_every_result_is_on_the_page() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for path in harness.RESULTS.iterdir():
         assert f"](results/{path.name})" in text or path.name.startswith("."), path.name
+
+
+def test_the_page_begins_with_links_to_its_sections() -> None:
+    """Each result is found from the top, in the section of its kind."""
+    text = PAGE.read_text(encoding="utf-8")
+    head, *sections = re.split(r"^## ", text, flags=re.M)
+    titles = [section.split("\n", 1)[0] for section in sections]
+    assert re.findall(r"^- \[(.+)\]\(#(.+)\)$", head, re.M) == [
+        (title, results_page.anchor(title)) for title in titles
+    ]
+    servers = sections[titles.index("Servers")]
+    assert re.findall(r"^### (.*)$", servers, re.M) == [
+        path.stem for path in sorted(harness.RESULTS.glob("serve-*.csv"))
+    ]
 
 
 def test_a_benchmark_without_a_table_here_brings_its_own(tmp_path: Path) -> None:
