@@ -25,9 +25,10 @@ from pruned_ops.checkpoints.loading import (
 from pruned_ops.files import check_place
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import is_encoder
+from pruned_ops.runtime.known_heads import packed_head
 from pruned_ops.runtime.optimize import restore
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder
-from pruned_ops.runtime.packed_heads import PackedHead, packed_head
+from pruned_ops.runtime.packed_heads import PackedHead
 from pruned_ops.runtime.refusals import refuse_encoder
 
 GRAPH = "model.onnx"

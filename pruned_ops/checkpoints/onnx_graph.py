@@ -28,7 +28,8 @@ from pruned_ops.checkpoints.onnx_positions import (
 from pruned_ops.layers.kinds import StackKind
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import layers_of, model_shape, projection_of
-from pruned_ops.runtime.packed_heads import SpanAndTypeHead, SpanHead, TextHead, packed_head, reads_place_0
+from pruned_ops.runtime.known_heads import packed_head, reads_place_0
+from pruned_ops.runtime.packed_heads import SpanAndTypeHead, SpanHead, TextHead
 from pruned_ops.shape import LayerShape
 from pruned_ops.version import __version__
 
@@ -38,7 +39,7 @@ OPSET, IR = 17, 8
 
 
 def plain_graph(model: Any, token_types: bool) -> Any:
-    """The model (an encoder, stock or pruned, under a head that `packed_heads.packed_head` finds or without
+    """The model (an encoder, stock or pruned, under a head that `known_heads.packed_head` finds or without
     one, in fp32) as an ONNX ModelProto.
 
     Inputs, int64 (batch, seqlen): input_ids; attention_mask, of ones and zeros, padded on any side; with

@@ -1,4 +1,5 @@
-"""Parameters whose values lie in a stack's layout: they read as those values, and refuse to be written to."""
+"""Parameters that a stack computes with in its own layout: they read as they were, and refuse to be written
+to, which would change nothing there."""
 
 from __future__ import annotations
 
@@ -50,12 +51,13 @@ class Rows:
 
 
 class ReleasedParameter(nn.Parameter):
-    """A parameter that a stack has taken over: it has a shape and no memory, until it is given back.
+    """A parameter that a stack has taken over.
 
-    Reading it makes a copy of its values, which is right and slow. Errors: RuntimeError where it is written
-    to."""
+    rows: where the stack has its values; until it is given back it has a shape then and no memory, and
+    reading it makes a copy of its values, which is right and slow. None where it keeps its memory, because
+    the stack reads the same or has made something else of it. Errors: RuntimeError where it is written to."""
 
-    rows: Rows
+    rows: Rows | None
 
     @classmethod
     def __torch_function__(
@@ -79,15 +81,22 @@ class ReleasedParameter(nn.Parameter):
             if is_property and name == "data":
                 # What is written to `data` would be lost: torch refuses to write to an inference tensor.
                 with torch.inference_mode():
-                    return func(*_with_values(args))
+                    return func(*_with_values(args)).clone()
             return func(*_with_values(args), **_with_values(kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReleasedParameter:
         if id(self) not in memo:
-            memo[id(self)] = _released(copy.deepcopy(self.rows, memo), *_state(self))
+            rows = self.rows
+            memo[id(self)] = (
+                _kept(_memory(self).clone(), self.requires_grad)
+                if rows is None
+                else _released(copy.deepcopy(rows, memo), *_state(self))
+            )
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.rows is None:
+            return _kept, (_memory(self), self.requires_grad)
         return _released, (self.rows, *_state(self))
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -123,6 +132,19 @@ def _released(rows: Rows, shape: Any, dtype: Any, device: Any, requires_grad: bo
     return parameter
 
 
+def _kept(values: Tensor, requires_grad: bool) -> ReleasedParameter:
+    """A new sealed parameter with memory of its own, for copies and pickles."""
+    parameter: Any = nn.Parameter(values, requires_grad)
+    seal(parameter, None)
+    return parameter
+
+
+def _memory(parameter: nn.Parameter) -> Tensor:
+    """The memory of a sealed parameter that keeps it, as a plain tensor."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return parameter.detach()
+
+
 def _nothing(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of this shape that holds one number that no weight has: NaN, or the lowest integer."""
     number = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
@@ -137,8 +159,9 @@ def placeholder(parameter: Tensor) -> Tensor | None:
         return _nothing(parameter.shape, parameter.dtype, parameter.device)
 
 
-def seal(parameter: nn.Parameter, rows: Rows) -> None:
-    """Let the parameter read as `rows` from now on. Its memory stays until `free` is called."""
+def seal(parameter: nn.Parameter, rows: Rows | None) -> None:
+    """Let the parameter refuse writes, and read as `rows` from now on, or as itself where that is None. Its
+    memory stays until `free` is called."""
     parameter.rows = rows  # type: ignore[attr-defined]
     parameter.__class__ = ReleasedParameter
 
@@ -162,3 +185,11 @@ def unseal(parameter: nn.Parameter, values: Tensor | None) -> None:
             parameter.data = values
         parameter.__class__ = nn.Parameter
         parameter.__dict__.pop("rows", None)
+
+
+def freed_values(parameter: ReleasedParameter) -> Tensor | None:
+    """The values that a freed parameter has to be given back; None for one that keeps its memory."""
+    if parameter.rows is None:
+        return None
+    with torch.inference_mode(parameter.is_inference()):  # `data` must not change that
+        return parameter.rows.values()

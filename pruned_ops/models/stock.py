@@ -184,11 +184,6 @@ def layers_of(encoder: Any) -> list[LayerParts]:
     ]
 
 
-def stack_of(encoder: Any) -> Any:
-    """The module that holds the list of an encoder's layers and runs them."""
-    return encoder.get_submodule(family_of(encoder.config).layers.rpartition(".")[0])
-
-
 def words_of(encoder: Any) -> Any:
     """The table of the words' embeddings."""
     return encoder.embeddings.get_submodule(family_of(encoder.config).embeddings.words)

@@ -22,6 +22,7 @@ from pruned_ops.ops.registry import BACKENDS, BackendError
 from pruned_ops.runtime.encoder_weights import is_stored_in_int8
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_choice import TOLERANCE, Batch, choose_int8, leave_out_outliers
+from pruned_ops.runtime.known_heads import hook_head
 from pruned_ops.runtime.packed_encoder import (
     CHANGING,
     OptimisedEncoder,
@@ -31,7 +32,6 @@ from pruned_ops.runtime.packed_encoder import (
     packed_encoders,
     remove,
 )
-from pruned_ops.runtime.packed_heads import hook_head
 from pruned_ops.runtime.refusals import refuse_encoder, refuse_model
 from pruned_ops.runtime.saving import hook_saving, unhook_saving
 from pruned_ops.runtime.streaming import encode_many, serves
@@ -81,18 +81,26 @@ def optimize(
     graphs: on a GPU, run batches by CUDA graphs. `model.engine` (see `engine.Engine`) has its `stats`, and
     `warm_up(batches)` captures the graphs beforehand. Nothing changes on a CPU.
     Errors: ValueError for a model without such an encoder, or with one that would not be computed as it is,
-    for a dtype that cannot run here, and for a model that is optimised already in another dtype.
+    for a dtype that cannot run here, and for a model that is optimised already in another dtype, or without
+    what is asked for now.
     """
     if dtype not in DTYPES:
         raise ValueError(f'dtype is {dtype!r}; None, "bfloat16" or "int8" is needed')
     if calibration is not None and dtype != "int8":
         raise ValueError("calibration is for dtype='int8'")
+    if calibration is None and tolerance != TOLERANCE:
+        raise ValueError("tolerance is for calibration, which judges int8 by it")
     if not keep_fp32 and dtype != "bfloat16":
         raise ValueError("keep_fp32=False is for dtype='bfloat16'")
     # What is made here outlives the caller's inference mode.
     with CHANGING, torch.inference_mode(False), torch.no_grad():
         if not isinstance(model, nn.Module) or not _is_optimised(model, dtype):
             _optimize(model, dtype, calibration, tolerance, graphs, keep_fp32)
+        elif calibration is not None or (not keep_fp32 and any(p.keeps_fp32 for p in packed_encoders(model))):
+            raise ValueError(
+                "this model is optimised already, and calibration and keep_fp32=False are for laying its "
+                "weights out: pruned_ops.restore(model) first"
+            )
     return model
 
 

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from pruned_ops import ops
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.layers.released import ReleasedParameter, free, placeholder, seal, unseal
+from pruned_ops.layers.released import ReleasedParameter, free, freed_values, placeholder, seal, unseal
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence, packed_inputs, returned
 from pruned_ops.models.stock import encoder_class, projection_of
@@ -28,7 +28,13 @@ from pruned_ops.runtime.encoder_weights import is_stored_in_int8, laid_out, take
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
-from pruned_ops.runtime.replaced import forwards_of, give_back, raise_on_change, replace
+from pruned_ops.runtime.replaced import (
+    forwards_of,
+    give_back,
+    raise_on_change,
+    replace,
+    replaced_parameters,
+)
 
 # Held while an encoder is optimised, moved or restored, in any thread. Forwards do not take it.
 CHANGING = RLock()
@@ -66,7 +72,7 @@ class PackedEncoder(nn.Module):
         self.config = original.config
         self.stored_int8 = is_stored_in_int8(original)
         self.linear_dtype = "int8" if self.stored_int8 else linear_dtype
-        self.int8, self._keep_fp32 = self.linear_dtype == "int8", keep_fp32
+        self.int8, self.keeps_fp32 = self.linear_dtype == "int8", keep_fp32
         self.watch = Int8Watch() if self.int8 else None
         names = family_of(self.config).embeddings
         self.words, self.norm = map(original.embeddings.get_submodule, (names.words, names.norm))
@@ -99,15 +105,18 @@ class PackedEncoder(nn.Module):
         """Make a new stack, of the weights that the encoder has now."""
         stack = self.encoder
         self._set_zeros()
-        self.encoder = laid_out(original, sorted(stack.int8_linears), stack.runs_in_bfloat16, self._keep_fp32)
+        self.encoder = laid_out(original, sorted(stack.int8_linears), stack.runs_in_bfloat16, self.keeps_fp32)
 
     def release(self, original: Any) -> None:
-        """Give up the memory of the encoder's own weights that lie in the stack. An error leaves them all as
-        they are."""
+        """Give up the memory of the encoder's own weights that lie in the stack, and refuse writes to all
+        that it does not read any more. An error leaves them all as they are."""
         weights = taken_weights(original, self.encoder)
         taken = {parameter: (rows, placeholder(parameter)) for parameter, rows in weights}
-        held = [(parameter, parameter.data) for parameter in taken]
+        kept = [p for p in replaced_parameters(original) if type(p) is nn.Parameter and p not in taken]
+        held = [(parameter, parameter.data) for parameter in (*taken, *kept)]
         try:
+            for parameter in kept:
+                seal(parameter, None)
             for parameter, (rows, nothing) in taken.items():
                 seal(parameter, rows)
                 if nothing is not None and not free(parameter, nothing):
@@ -329,21 +338,12 @@ class OptimisedEncoder(nn.Module):
         """Move or cast the weights, and lay them out again. An error leaves the plain encoder behind."""
         with CHANGING:
             packed = self.packed
-            if packed.linear_dtype is not None and (
-                fn(torch.empty(0)).dtype,
-                fn(torch.empty(0)).device.type,
-            ) != (
-                torch.float32,
-                "cpu",
-            ):
-                raise RuntimeError(
-                    f"this model runs in {packed.linear_dtype}, on a CPU, beside float32 weights: "
-                    + (
-                        "load it again and move or cast it before pruned_ops.optimize"
-                        if packed.stored_int8
-                        else "call pruned_ops.restore(model) before moving or casting it"
-                    )
-                )
+            dtype, moved = packed.linear_dtype, fn(torch.empty(0))
+            if dtype is not None and (moved.dtype, moved.device.type) != (torch.float32, "cpu"):
+                way_out = "call pruned_ops.restore(model) before moving or casting it"
+                if packed.stored_int8:
+                    way_out = "load it again and move or cast it before pruned_ops.optimize"
+                raise RuntimeError(f"this model runs in {dtype}, on a CPU, beside float32 weights: {way_out}")
             if packed.engine is not None:
                 packed.engine.invalidate()  # its graphs read the weights at their old place, and hold memory
             _give_back(self)
@@ -439,13 +439,8 @@ def _give_back(encoder: Any) -> None:
     """Give an optimised encoder's parameters their values again. All of them are made before the first is."""
     waiting = {parameter for parameter, _ in encoder.packed._waiting}
     released = [parameter for parameter in encoder.parameters() if isinstance(parameter, ReleasedParameter)]
-    values = [None if parameter in waiting else _values(parameter) for parameter in released]
+    values = [None if parameter in waiting else freed_values(parameter) for parameter in released]
     for parameter, value in zip(released, values, strict=True):
         unseal(parameter, value)
     give_back(encoder)
     encoder.packed._waiting = []
-
-
-def _values(parameter: ReleasedParameter) -> Tensor:
-    with torch.inference_mode(parameter.is_inference()):  # `data` must not change that
-        return parameter.rows.values()

@@ -13,10 +13,8 @@ moved to the packed rows inside that call, in four steps:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -27,15 +25,8 @@ from transformers.activations import ACT2FN
 
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.encoder import PrunedPooler, PrunedPreTrainedModel
-from pruned_ops.models.families.description import ANSWERS, TEXT_LABELS, TOKEN_LABELS, WORDS
-from pruned_ops.models.families.known import family_of, stock_head
-from pruned_ops.models.heads import (
-    PrunedBertForNaturalQuestions,
-    PrunedBertForQuestionAnswering,
-    PrunedBertForSequenceClassification,
-    PrunedBertForTokenClassification,
-    text_linears,
-)
+from pruned_ops.models.families.known import family_of
+from pruned_ops.models.heads import text_linears
 
 
 class Outputs(NamedTuple):
@@ -264,78 +255,11 @@ class VocabularyHead(PackedHead):
         return {"logits": batch.unpack(outputs.rows)}
 
 
-# By the head's name in the publishers' classes, and by our own classes.
-_OF_STOCK: dict[str, type[PackedHead]] = {
-    ANSWERS: SpanHead,
-    TEXT_LABELS: TextHead,
-    TOKEN_LABELS: TokenHead,
-    WORDS: VocabularyHead,
-}
-_OF_OURS: dict[type[Any], type[PackedHead]] = {
-    PrunedBertForNaturalQuestions: SpanAndTypeHead,
-    PrunedBertForQuestionAnswering: SpanHead,
-    PrunedBertForSequenceClassification: TextHead,
-    PrunedBertForTokenClassification: TokenHead,
-}
-
-
-def known_head(kind: type[Any]) -> tuple[type[PackedHead], type[Any]] | None:
-    """The packed head of a class of models, and the class among its bases that is known to have it; None for
-    a class without one."""
-    for base in kind.__mro__:
-        if base in _OF_OURS:
-            return _OF_OURS[base], base
-        of_stock = stock_head(base)
-        if of_stock is not None:
-            return _OF_STOCK[of_stock[1]], base
-    return None
-
-
 def are_known(modules: Iterable[nn.Module], known: type[Any]) -> bool:
     """Whether all these modules are torch's, or of the file that a model's known class is from, and without
     hooks."""
     libraries = ("torch.nn.modules.", "transformers.activations", known.__module__)
     return all(type(one).__module__.startswith(libraries) and not _is_hooked(one) for one in modules)
-
-
-def reads_place_0(model: Any) -> bool:
-    """Whether this is a model of a known class that reads a text's label from position 0, padding or not;
-    ours read it from the first real token, and some the mean over all real ones."""
-    known = known_head(type(model))
-    if known is None or known[0] is not TextHead or isinstance(model, PrunedPreTrainedModel):
-        return False
-    return not family_of(model.config).pools_mean(model.config)
-
-
-def gives_answers(model: nn.Module) -> bool:
-    """Whether this is a model of a known class that gives start and end logits."""
-    known = known_head(type(model))
-    return known is not None and issubclass(known[0], SpanHead)
-
-
-def gives_labels(model: nn.Module) -> bool:
-    """Whether this is a model of a known class that gives labels of texts or of tokens."""
-    known = known_head(type(model))
-    return known is not None and issubclass(known[0], (TextHead, TokenHead))
-
-
-def packed_head(module: nn.Module) -> PackedHead | None:
-    """The packed head of a model whose forward is that of a known class, for answers or labels; None for
-    another model."""
-    head = _any_packed_head(module)
-    return None if isinstance(head, VocabularyHead) else head
-
-
-def _any_packed_head(module: nn.Module) -> PackedHead | None:
-    known = known_head(type(module))
-    if known is None:
-        return None
-    # The pruned classifiers share one forward, and differ in the `classified` that it calls.
-    is_changed = any(
-        getattr(type(module), name, None) is not getattr(known[1], name, None)
-        for name in ("forward", "classified")
-    )
-    return None if is_changed else known[0](module, known[1])
 
 
 def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -370,30 +294,7 @@ Arguments = dict[str, Any]
 _LABELS = ("labels", "start_positions", "end_positions", "answer_types")
 
 
-def hook_head(module: nn.Module) -> tuple[PackedHead | None, bool]:
-    """Register the hooks that a model of a known class needs around its packed encoder. They do nothing while
-    its encoder is not packed.
-
-    Returns the head that is computed on packed rows, or None where it cannot be, and whether the model is of
-    a known class."""
-    known = known_head(type(module))
-    if known is None:
-        return None, False
-    parameters = inspect.signature(type(module).forward).parameters
-    names = tuple(parameters)[1:]
-    # transformers 4's forwards do not hand keyword arguments on to the encoder.
-    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if stock_head(known[1]) is not None:
-        hands_on &= family_of(module.config).hands_on
-    head = _any_packed_head(module) if hands_on else None
-    after = _after_answering if issubclass(known[0], SpanHead) else _after_classifying
-    before = partial(_before, names, head, reads_place_0(module))
-    module.register_forward_pre_hook(before, with_kwargs=True)
-    module.register_forward_hook(partial(after, names), with_kwargs=True)
-    return head, True
-
-
-def _before(
+def before(
     names: ArgumentNames,
     head: PackedHead | None,
     at_place_0: bool,
@@ -449,7 +350,7 @@ def _is_packed(module: Any) -> bool:
     return "packed" in module.base_model.__dict__
 
 
-def _after_answering(names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], *others: Any) -> Any:
+def after_answering(names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], *others: Any) -> Any:
     """Step 4 for answers. Where the model's own head ran on padded states, its logits at padded positions
     become the dtype's minimum, so that no answer is found there."""
     kwargs, output = _kwargs_and_output(others)
@@ -459,18 +360,30 @@ def _after_answering(names: ArgumentNames, module: nn.Module, args: tuple[Any, .
     if not _is_packed(module):
         return output
     attention_mask = _by_name(names, args, kwargs).get("attention_mask")
-    if attention_mask is None:
-        return output
-    start, end = output[:2] if isinstance(output, tuple) else (output.start_logits, output.end_logits)
-    is_padding = (attention_mask == 0).to(start.device)
-    start, end = (logits.masked_fill(is_padding, torch.finfo(start.dtype).min) for logits in (start, end))
-    if isinstance(output, tuple):
-        return (start, end, *output[2:])
-    output.start_logits, output.end_logits = start, end
+    return output if attention_mask is None else _masked(output, attention_mask == 0)
+
+
+def _masked(output: Any, is_padding: Tensor) -> Any:
+    """An output with masked start and end logits. That of a subclass's own forward may be anything, and what
+    is no logits (batch, seqlen) stays."""
+
+    def masked(logits: Any) -> Any:
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            return logits
+        if logits.shape != is_padding.shape:
+            return logits
+        return logits.masked_fill(is_padding.to(logits.device), torch.finfo(logits.dtype).min)
+
+    if type(output) is tuple:
+        return (*map(masked, output[:2]), *output[2:])
+    if isinstance(output, dict):
+        for name in ("start_logits", "end_logits"):
+            if name in output:
+                output[name] = masked(output[name])
     return output
 
 
-def _after_classifying(names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], *others: Any) -> Any:
+def after_classifying(names: ArgumentNames, module: nn.Module, args: tuple[Any, ...], *others: Any) -> Any:
     """Step 4 for labels and words."""
     kwargs, output = _kwargs_and_output(others)
     head_run = kwargs.get("head_run")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from pruned_ops.models.stock import stack_of
+from pruned_ops.models.stock import projection_of
 from pruned_ops.runtime.refusals import WITHOUT_EFFECT, is_harmless
 
 _MISSING = object()
@@ -74,7 +74,7 @@ class ReplacedModule(nn.Module):
 
 
 def _is_read(module: nn.Module) -> bool:
-    """Whether this is one of the embeddings, whose parameters and settings are read at every forward."""
+    """Whether this is one of `_read_modules`, whose settings are read at every forward, too."""
     return not isinstance(module._parameters, _Entries)
 
 
@@ -146,12 +146,28 @@ def replaced_modules(encoder: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def _read_modules(encoder: Any) -> set[nn.Module]:
+    """The modules of an encoder whose parameters are read at every forward while it is optimised."""
+    roots = (encoder.embeddings, projection_of(encoder), getattr(encoder, "pooler", None))
+    return {module for root in roots if root is not None for module in root.modules()}
+
+
+def replaced_parameters(encoder: nn.Module) -> list[nn.Parameter]:
+    """The parameters of an encoder that are not read while it is optimised, each once: its stack has their
+    values, or what it has made of them."""
+    read = _read_modules(encoder)
+    alive = {parameter for module in read for parameter in module._parameters.values()}
+    computed = (module for module in replaced_modules(encoder) if module not in read)
+    parameters = (parameter for module in computed for parameter in module._parameters.values())
+    return list(dict.fromkeys(p for p in parameters if p is not None and p not in alive))
+
+
 def replace(encoder: nn.Module) -> None:
     """Refuse changes of the encoder's modules from now on."""
-    inside = set(stack_of(encoder).modules())
+    read = _read_modules(encoder)
     for module in replaced_modules(encoder):
         if not isinstance(module, ReplacedModule):
-            if module in inside:
+            if module not in read:
                 for name in _DICTIONARIES:
                     module.__dict__[name] = _Entries(module.__dict__[name], type(module))
             module.__class__ = _replaced(type(module))

@@ -194,6 +194,10 @@ def test_refusals() -> None:
         pruned_ops.optimize(stock_model(hidden_act="relu"), dtype="int8")
     with pytest.raises(ValueError, match="optimised already, in another dtype"):
         pruned_ops.optimize(pruned_ops.optimize(stock_model()), dtype="int8")
+    fast = pruned_ops.optimize(stock_model(), dtype="int8")
+    assert pruned_ops.optimize(fast, dtype="int8") is fast
+    with pytest.raises(ValueError, match="optimised already, and calibration"):
+        pruned_ops.optimize(fast, dtype="int8", calibration=[padded_batch()])
     encoder = pruned_ops.optimize(stock_model()).bert.packed.encoder
     with pytest.raises(ValueError, match="there is no linear layers.9.ffn.up"):
         encoder.pack(int8=["layers.9.ffn.up"])

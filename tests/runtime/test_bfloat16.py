@@ -115,6 +115,11 @@ def test_refusals() -> None:
         pruned_ops.optimize(stock_model(hidden_act="relu"), dtype="bfloat16")
     fast = pruned_ops.optimize(stock_model(), dtype="bfloat16")
     assert pruned_ops.optimize(fast, dtype="bfloat16") is fast
+    with pytest.raises(ValueError, match="optimised already, and calibration and keep_fp32=False"):
+        pruned_ops.optimize(fast, dtype="bfloat16", keep_fp32=False)
+    rounded = pruned_ops.optimize(stock_model(), dtype="bfloat16", keep_fp32=False)
+    for keep in (False, True):  # serving asks for the first, and what it is built of for the second
+        assert pruned_ops.optimize(rounded, dtype="bfloat16", keep_fp32=keep) is rounded
     for other in (None, "int8"):
         with pytest.raises(ValueError, match="optimised already, in another dtype"):
             pruned_ops.optimize(fast, dtype=other)
@@ -129,6 +134,8 @@ def test_other_refusals() -> None:
         pruned_ops.optimize(stock_model(), dtype="float16")
     with pytest.raises(ValueError, match="keep_fp32=False is for dtype='bfloat16'"):
         pruned_ops.optimize(stock_model(), dtype="int8", keep_fp32=False)
+    with pytest.raises(ValueError, match="tolerance is for calibration"):
+        pruned_ops.optimize(stock_model(), dtype="int8", tolerance=0.01)
 
 
 @pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")

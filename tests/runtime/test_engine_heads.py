@@ -15,8 +15,9 @@ from head_models import MODELS, fields, stock
 from inputs import padded_batch, stock_model
 from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.runtime.engine import Engine
+from pruned_ops.runtime.known_heads import packed_head
 from pruned_ops.runtime.packed_encoder import PackedEncoder
-from pruned_ops.runtime.packed_heads import SpanHead, packed_head
+from pruned_ops.runtime.packed_heads import SpanHead
 from stand_in_graphs import StandIn, ids_of, with_engine
 
 

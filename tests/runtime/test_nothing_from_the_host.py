@@ -18,8 +18,8 @@ from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights
 from pruned_ops.models.inputs import packed_inputs
 from pruned_ops.models.stock import find_encoder
+from pruned_ops.runtime.known_heads import hook_head
 from pruned_ops.runtime.packed_encoder import PackedEncoder
-from pruned_ops.runtime.packed_heads import hook_head
 
 # Its attention is computed on a CPU alone.
 NOT_ON_A_GPU = ("DebertaV2", "pruned_deberta_v2")

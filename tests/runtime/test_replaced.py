@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import pruned_ops
+from family_models import FAMILIES, batch, largest_difference, outputs, stock
 from inputs import MODELS, logits, padded_batch, stock_model
 from pruned_ops.runtime.replaced import ReplacedModule
 
@@ -83,6 +84,39 @@ def test_a_change_that_would_be_ignored_is_refused(change: str) -> None:
     assert torch.equal(logits(model, batch), expected)
     after = pruned_ops.restore(model).state_dict()
     assert [type(module) for module in model.modules()] == [type(m) for m in stock_model().modules()]
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+WRITES: dict[str, Callable[[nn.Parameter], Any]] = {
+    "in place": lambda parameter: parameter.mul_(1.5),
+    "other data": lambda parameter: setattr(parameter, "data", parameter.detach() * 1.5),
+    "to its data": lambda parameter: parameter.data.mul_(1.5),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("stem", FAMILIES)
+def test_no_write_to_a_weight_is_ignored(stem: str, write: str) -> None:
+    """It is refused; or the outputs are those of a plain model with this weight, as of the embeddings."""
+    fast, inputs = pruned_ops.optimize(stock(stem, "")), batch("right")
+    before = {name: tensor.clone() for name, tensor in fast.state_dict().items()}
+    taken = []
+    for name, parameter in fast.named_parameters():
+        with torch.no_grad():
+            try:
+                WRITES[write](parameter)
+            except RuntimeError as refusal:
+                assert "restore" in str(refusal) or "inference tensor" in str(refusal)
+                continue
+            plain = stock(stem, "")
+            plain.get_parameter(name).mul_(1.5)
+        assert largest_difference(outputs(fast, inputs), outputs(plain, inputs)) < 1e-4, name
+        with torch.no_grad():
+            parameter.copy_(before[name])
+        taken.append(name)
+    assert taken and all(name.startswith(("embeddings", "pooler")) for name in taken)
+    after = pruned_ops.restore(fast).state_dict()
+    assert all(type(parameter) is nn.Parameter for parameter in fast.parameters())
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
@@ -169,6 +203,7 @@ def test_copies_refuse_and_are_restored_too(kind: str, copied: Callable[[Any], A
     assert len(modules) > 10
     with pytest.raises(RuntimeError, match="restore"):
         modules[-1].register_forward_hook(hook)
+    assert [type(p) for p in twin.parameters()] == [type(p) for p in model.parameters()]
     plain = pruned_ops.restore(twin)
     assert not any(isinstance(module, ReplacedModule) for module in plain.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())

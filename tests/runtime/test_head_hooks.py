@@ -1,0 +1,60 @@
+"""The hooks around a model's forward, where that is another one than its known class has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertForQuestionAnswering
+
+import pruned_ops
+from inputs import padded_batch, stock_model
+
+
+class Both(NamedTuple):
+    start: Tensor
+    end: Tensor
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "a tensor": lambda logits: logits,
+    "a dictionary": lambda logits: {"scores": logits},
+    "a dictionary of logits": lambda logits: {"start_logits": logits[..., 0], "end_logits": logits[..., 1]},
+    "a tuple": lambda logits: (logits.mean(), logits),
+    "a named tuple": lambda logits: Both(logits[..., 0], logits[..., 1]),
+    "places": lambda logits: {"start_logits": logits[..., 0].long(), "end_logits": logits[..., 1].argmax(-1)},
+}
+
+
+class Another(BertForQuestionAnswering):
+    """A subclass whose forward puts out what it likes."""
+
+    made: Callable[[Tensor], Any]
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **others: Any) -> Any:
+        states = self.bert(input_ids, attention_mask=attention_mask, **others).last_hidden_state
+        logits = self.qa_outputs(states)
+        if attention_mask is not None:
+            logits = (
+                logits * attention_mask[..., None]
+            )  # what an optimised encoder puts at padding is its own
+        return type(self).made(logits)
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_a_subclass_may_put_out_anything(kind: str) -> None:
+    model, batch = stock_model(), padded_batch()
+    model.__class__ = type("Mine", (Another,), {"made": staticmethod(OUTPUTS[kind])})
+    with torch.no_grad():
+        expected = model(**batch)
+        found = pruned_ops.optimize(model)(**batch)
+    assert type(found) is type(expected)
+    padding = batch["attention_mask"] == 0
+    if kind == "a dictionary of logits":
+        for logits in found.values():
+            assert bool((logits[padding] == torch.finfo(logits.dtype).min).all())
+            logits.masked_fill_(padding, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
