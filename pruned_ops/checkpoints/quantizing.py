@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
+from transformers.utils import cached_file
 
 from pruned_ops.checkpoints.loading import (
     check_source,
@@ -119,10 +120,9 @@ def load(name: str) -> tuple[Any, Any]:
 
     Errors: ImportError where sentence-transformers is needed and not there; else as `load_model`'s."""
     check_source(name)
-    folder = Path(name)
-    if (folder / _MODULES).is_file():
-        with explained(name, name):
-            return _load_text_model(folder), None
+    with explained(name, name):
+        if _beside(name, _MODULES) is not None:
+            return _load_text_model(name), None
     tokenizer = load_tokenizer(name)
     with explained(name, name):
         config = supported_config(name)
@@ -138,18 +138,28 @@ def load(name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _load_text_model(folder: Path) -> Any:
-    """A model of sentence-transformers, of the class that its folder names."""
+def _beside(name: str, file: str) -> Path | None:
+    """A file of the model of a folder or a hub name; None where it has no such file."""
+    if Path(name).is_dir():
+        found = Path(name) / file
+        return found if found.is_file() else None
+    unless = ("missing_entries", "connection_errors")  # without a connection what is cached is all there is
+    cached = cached_file(name, file, **{f"_raise_exceptions_for_{reason}": False for reason in unless})
+    return None if cached is None else Path(cached)
+
+
+def _load_text_model(name: str) -> Any:
+    """A model of sentence-transformers, of the class that its own files name."""
     try:
         import sentence_transformers
     except ImportError:
         raise ImportError(
-            f"{folder} is a model of sentence-transformers: pip install sentence-transformers"
+            f"{name} is a model of sentence-transformers: pip install sentence-transformers"
         ) from None
-    saved = folder / "config_sentence_transformers.json"
-    model_type = read_json(saved).get("model_type") if saved.is_file() else None
+    saved = _beside(name, "config_sentence_transformers.json")
+    model_type = None if saved is None else read_json(saved).get("model_type")
     kind = model_type if model_type in ("SparseEncoder", "CrossEncoder") else "SentenceTransformer"
-    return getattr(sentence_transformers, kind)(str(folder), device="cpu").eval()
+    return getattr(sentence_transformers, kind)(name, device="cpu").eval()
 
 
 def _batches(model: Any, tokenizer: Any, texts: Sequence[Text]) -> list[dict[str, Any]]:

@@ -166,4 +166,6 @@ def described(served: Served) -> str:
     if served.labels:
         facts.append(f"labels {', '.join(served.labels[:8])}{' ...' if len(served.labels) > 8 else ''}")
     facts.append(f"at most {served.encoder.max_tokens} tokens")
+    if served.dtype != "float32":
+        facts.append(f"linear layers in {served.dtype}")
     return f"{served.name}: {', '.join(facts)}{''.join(f' ({note})' for note in served.notes)}"

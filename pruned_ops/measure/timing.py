@@ -81,14 +81,15 @@ class Workload:
         device: torch.device | str = "cpu",
         pad_to: int | None = None,
     ) -> list[dict[str, Tensor]]:
-        """Padded model inputs of these lengths, with seeded random ids: the time does not depend on them.
-        pad_to: the length of every batch; by default that of its longest sequence."""
+        """Padded model inputs of these lengths, with seeded random ids other than the padding's: the time does
+        not depend on them. pad_to: the length of every batch; by default that of its longest sequence."""
         generator = torch.Generator().manual_seed(0)
         inputs = []
         for batch in self.batches:
             lengths = torch.tensor(batch)
             mask = torch.arange(pad_to or max(batch)) < lengths[:, None]
-            ids = torch.randint(pad_token_id + 1, vocab_size, mask.shape, generator=generator)
+            ids = torch.randint(vocab_size - 1, mask.shape, generator=generator)
+            ids += ids >= pad_token_id  # over the padding's, wherever that is
             padded = {"input_ids": ids.masked_fill(~mask, pad_token_id), "attention_mask": mask.long()}
             inputs.append({name: tensor.to(device) for name, tensor in padded.items()})
         return inputs

@@ -14,6 +14,10 @@ from pruned_ops.models.families.known import family_of
 Output = TypeVar("Output", bound=ModelOutput)
 
 
+class IdOutsideTable(IndexError, ValueError):
+    """An id that has no row in its table, as those of another model's tokenizer."""
+
+
 def longest_sequence(config: Any) -> int:
     """The number of tokens in the longest sequence that the model's table of positions allows."""
     return config.max_position_embeddings - family_of(config).first_position(config)
@@ -50,8 +54,8 @@ def check_inputs(
     """Refuse ids that would read outside their table. They are looked at on a CPU only, where that makes
     nobody wait.
 
-    Errors: ValueError unless exactly one of input_ids and inputs_embeds is given; IndexError that names the
-    ids and the value."""
+    Errors: ValueError unless exactly one of input_ids and inputs_embeds is given; IdOutsideTable that names
+    the ids and the value."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds is needed")
     # Without a table of token types, the stock models do not look at any that are given.
@@ -68,7 +72,7 @@ def check_inputs(
             continue
         low, high = (int(value) for value in torch.aminmax(ids))
         if low < 0 or high >= rows:
-            raise IndexError(
+            raise IdOutsideTable(
                 f"{name} holds {low if low < 0 else high}; its table has {rows} rows (0 to {rows - 1})"
             )
 
@@ -140,7 +144,10 @@ def mean_states(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None or states.size(0) == 0:
         return states.mean(1)
     real = (attention_mask != 0).to(states)[:, :, None]
-    return (states * real).sum(1) / real.sum(1).clamp(min=1)
+    # In fp32, as `states.mean` adds up halves: fp16 ends at 65,504, and bf16 rounds the number of tokens.
+    wide = torch.promote_types(states.dtype, torch.float32)
+    means = (states * real).sum(1, dtype=wide) / real.sum(1, dtype=wide).clamp(min=1)
+    return means.to(states.dtype)
 
 
 def returned(output: Output, config: Any, return_dict: bool | None) -> Output | tuple[Any, ...]:

@@ -29,8 +29,11 @@ class AnswerRequest(Form):
 
 
 class PipelineParameters(Form):
-    top_k: int = Field(default=1, ge=1, le=MOST_ANSWERS)
-    handle_impossible_answer: bool = False
+    """max_answer_len: tokens of the longest answer."""
+
+    top_k: int | None = Field(default=None, ge=1, le=MOST_ANSWERS)
+    handle_impossible_answer: bool | None = None
+    max_answer_len: int | None = Field(default=None, ge=1)
 
 
 class PipelineRequest(Form):
@@ -46,7 +49,7 @@ async def answer(service: Service, request: Request) -> Response:
     start = time.perf_counter()
     form = await service.read(request, AnswerRequest)
     served = service.pick(form.model, "question answering")
-    ranked = await _answers(service, request, served, form, max(2, form.top_k))
+    ranked = await _answers(service, request, served, form, max(2, form.top_k), None)
     span = next((each for each in ranked if each.answer), None)
     return as_json(
         {
@@ -63,24 +66,31 @@ async def pipeline(service: Service, request: Request) -> Response:
     """POST / for question answering, in the pipelines' form: one answer, or top_k of them."""
     form = await service.read(request, PipelineRequest)
     served = service.pick(form.inputs.model, "question answering")
-    top_k = form.parameters.top_k
-    asked = form.inputs.model_copy(update={"allow_none": form.parameters.handle_impossible_answer})
-    ranked = await _answers(service, request, served, asked, top_k)
+    top_k = form.parameters.top_k or 1
+    asked = form.inputs.model_copy(update={"allow_none": bool(form.parameters.handle_impossible_answer)})
+    ranked = await _answers(service, request, served, asked, top_k, form.parameters.max_answer_len)
     answers = [vars(each) for each in ranked[:top_k]]
     return as_json(answers[0] if top_k == 1 else answers)
 
 
 async def _answers(
-    service: Service, request: Request, served: Served, form: AnswerRequest, top_k: int
+    service: Service,
+    request: Request,
+    served: Served,
+    form: AnswerRequest,
+    top_k: int,
+    max_answer_tokens: int | None,
 ) -> list[Answer]:
-    """What `QuestionAnswerer.answer` gives, with windows that share batches with other requests'."""
+    """What `QuestionAnswerer.answer` gives, with windows that share batches with other requests'.
+    max_answer_tokens: by default the answerer's."""
     answerer = served.answerer
     assert answerer is not None
     size = len(form.question) + len(form.context)
     windows = await service.tokenised(size, lambda: _windows(answerer, form.question, form.context))
     logits = await service.computed(request, served, windows)
     reading = answerer.reading
-    best = Candidates(form.context, max(reading.n_best, top_k), reading.max_answer_tokens)
+    longest = max_answer_tokens or reading.max_answer_tokens
+    best = Candidates(form.context, max(reading.n_best, top_k), longest)
     for window, pair in zip(windows, logits, strict=True):
         best.add(window, pair, "a window")
     decoded = best.decoded()

@@ -88,7 +88,7 @@ def _of_library(folder: Path) -> Contents | None:
         return None
     prompts = settings.get("prompts")
     prompts = prompts if isinstance(prompts, dict) else {}
-    named = {str(name): text for name, text in prompts.items() if isinstance(text, str) and text}
+    named = {str(name): text for name, text in prompts.items() if isinstance(text, str)}
     if settings.get("model_type") == "SparseEncoder" or any("sparse_encoder" in kind for kind in kinds):
         return Contents("sparse embedder", library="SparseEncoder", pooling="splade", prompts=named)
     pooling = _pooling(folder, listed)

@@ -26,6 +26,7 @@ from pruned_ops.models.int8_checkpoints import dequantised
 from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.logits import select_logits, split_logits
 from pruned_ops.runtime.optimize import optimize, restore
+from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_ops.runtime.streaming import BatchRunner, Tensors, padded, token_batches
 from pruned_ops.serving.folders import Contents, Kind, contents_of, folder_of
 from pruned_ops.serving.texts import TextEncoder
@@ -89,9 +90,10 @@ class Served:
     """One model that a server holds.
 
     name: what requests call it. source: where it came from; requests may call it that, too. runner: computes
-    batches. dimension: numbers of an embedding, 0 for other kinds. labels: of a classifier or reranker.
-    multi_label: whether several of them may hold. pooling: of an embedder. prompts: texts to be put before
-    others, by name. notes: what a user should know. answerer: reads questions, of a model that answers them.
+    batches. dtype: of its linear layers. dimension: numbers of an embedding, 0 for other kinds. labels: of a
+    classifier or reranker. multi_label: whether several of them may hold. pooling: of an embedder. prompts:
+    texts to be put before others, by name. notes: what a user should know. answerer: reads questions, of a
+    model that answers them.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Served:
     kind: Kind
     encoder: TextEncoder
     runner: BatchRunner
+    dtype: str
     dimension: int = 0
     labels: tuple[str, ...] = ()
     multi_label: bool = False
@@ -128,9 +131,9 @@ def load(source: str, name: str, loading: Loading) -> Served:
     """
     only_errors()
     folder = checkpoint_folder(folder_of(source))
-    contents = contents_of(folder)
-    make = _of_library if contents.library else _MAKERS[contents.kind]
     try:
+        contents = contents_of(folder)
+        make = _of_library if contents.library else _MAKERS[contents.kind]
         return make(folder, source, name, loading, contents)
     except (OSError, ValueError, ImportError):
         raise
@@ -156,6 +159,11 @@ def load_all(sources: Sequence[str], loading: Loading) -> dict[str, Served]:
 def _rows(output: Any) -> Tensors:
     """What of a model's output is copied to the host: (batch, numbers) in fp32."""
     return {"values": output.float()}
+
+
+def _dtype(model: nn.Module) -> str:
+    """The dtype that the linear layers of a model run in, which has fp32 weights or is optimised."""
+    return next((packed.linear_dtype for packed in packed_encoders(model)), None) or "float32"
 
 
 def _pad(model: Any) -> int:
@@ -220,6 +228,7 @@ def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: 
         "embedder",
         encoder,
         BatchRunner(pooled, _pad(model), place, _rows),
+        _dtype(pooled),
         dimension=model.config.hidden_size,
         pooling=contents.pooling,
         prompts=contents.prompts,
@@ -239,6 +248,7 @@ def _classifier(folder: Path, source: str, name: str, loading: Loading, contents
         contents.kind,
         encoder,
         BatchRunner(model, _pad(model), place, lambda output: _rows(output.logits)),
+        _dtype(model),
         labels=tuple(str(model.config.id2label[place]) for place in range(model.config.num_labels)),
         multi_label=model.config.problem_type == "multi_label_classification",
     )
@@ -254,7 +264,7 @@ def _question_answering(folder: Path, source: str, name: str, loading: Loading, 
     if loading.plain:
         restore(model)
     runner = BatchRunner(model, _pad(model), place, select_logits)
-    return Served(name, source, contents.kind, encoder, runner, answerer=answerer)
+    return Served(name, source, contents.kind, encoder, runner, _dtype(model), answerer=answerer)
 
 
 def _of_library(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
@@ -279,6 +289,7 @@ def _of_library(folder: Path, source: str, name: str, loading: Loading, contents
         contents.kind,
         encoder,
         BatchRunner(embedder, _pad(inner), place, _rows),
+        _dtype(embedder),
         dimension=int(dimension()),
         pooling=contents.pooling or "the library's own",
         prompts=contents.prompts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -9,7 +10,16 @@ from fastapi import Request, Response
 from pydantic import BeforeValidator, Field
 
 from pruned_ops.serving.embedding import embeddings, tokens_of
-from pruned_ops.serving.forms import Form, TextOrTexts, Texts, TextsOrIds, as_list, sigmoid, softmax
+from pruned_ops.serving.forms import (
+    FloatArray,
+    Form,
+    TextOrTexts,
+    Texts,
+    TextsOrIds,
+    as_list,
+    sigmoid,
+    softmax,
+)
 from pruned_ops.serving.models import Served
 from pruned_ops.serving.refusals import Refusal
 from pruned_ops.serving.service import Service, as_json, characters
@@ -17,6 +27,12 @@ from pruned_ops.serving.texts import Text
 from pruned_ops.version import __version__
 
 Direction = Literal["left", "right", "Left", "Right"]
+# What makes scores of logits, by the names of the pipelines.
+_FUNCTIONS: dict[str, Callable[[FloatArray], FloatArray]] = {
+    "sigmoid": sigmoid,
+    "softmax": softmax,
+    "none": lambda logits: logits,
+}
 
 
 class _Cut(Form):
@@ -57,10 +73,17 @@ def _predicted(value: Any) -> Any:
     raise ValueError("a text, a pair of texts, or a list of lists of one or two texts is needed")
 
 
+class PredictParameters(Form):
+    """Of the pipelines' form, which InferenceClient has."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    function_to_apply: Literal["default", "sigmoid", "softmax", "none"] | None = None
+
+
 class PredictRequest(_Cut):
     inputs: Annotated[Any, BeforeValidator(_predicted)]
     raw_scores: bool = False
-    parameters: dict[str, Any] | None = None  # of the pipelines' form, which InferenceClient has
+    parameters: PredictParameters | None = None
 
 
 class SimilarityInputs(Form):
@@ -149,17 +172,18 @@ async def predicted(service: Service, request: Request, form: PredictRequest) ->
     logits, tokens = await logits_of(
         service, request, served, texts, _cuts(service, form), _side(form), field="inputs"
     )
-    predictions = [_labelled(served, row, form.raw_scores) for row in logits]
+    asked = form.parameters or PredictParameters()
+    function = asked.function_to_apply or "default"
+    if function == "default":
+        is_alone = len(served.labels) == 1 or served.multi_label
+        function = "none" if form.raw_scores else "sigmoid" if is_alone else "softmax"
+    predictions = [_labelled(served, _FUNCTIONS[function](row))[: asked.top_k] for row in logits]
     # The pipelines' form has a list for each text, also for a single one.
     is_flat = is_one and form.parameters is None
-    if form.parameters is not None and type(form.parameters.get("top_k")) is int:
-        predictions = [row[: form.parameters["top_k"]] for row in predictions]
     return as_json(predictions[0] if is_flat else predictions, headers=_computed(tokens))
 
 
-def _labelled(served: Served, logits: Any, raw_scores: bool) -> list[dict[str, Any]]:
-    is_alone = len(served.labels) == 1 or served.multi_label
-    scores = logits if raw_scores else sigmoid(logits) if is_alone else softmax(logits)
+def _labelled(served: Served, scores: FloatArray) -> list[dict[str, Any]]:
     order = np.argsort(-scores, kind="stable")
     return [{"score": float(scores[place]), "label": served.labels[place]} for place in order]
 
@@ -211,7 +235,7 @@ def info(service: Service) -> dict[str, Any]:
     return {
         "model_id": first.name,
         "model_sha": None,
-        "model_dtype": "float32",
+        "model_dtype": first.dtype,
         "model_type": _model_type(first),
         "max_concurrent_requests": limits.requests,
         "max_input_length": first.encoder.max_tokens,
@@ -227,6 +251,7 @@ def info(service: Service) -> dict[str, Any]:
             {
                 "name": served.name,
                 "kind": served.kind,
+                "dtype": served.dtype,
                 "max_input_length": served.encoder.max_tokens,
                 "dimension": served.dimension or None,
                 "pooling": served.pooling or None,

@@ -19,6 +19,7 @@ import pruned_ops
 from head_models import stock
 from inputs import logits, padded_batch, pruned_model, stock_model
 from int8_anywhere import int8_anywhere
+from pruned_ops.checkpoints import quantizing
 from pruned_ops.checkpoints.loading import load_model
 from pruned_ops.checkpoints.quantizing import GateNotMet, quantize
 from pruned_ops.cli import main
@@ -267,6 +268,21 @@ def test_quantize_takes_a_folder_of_sentence_transformers(tmp_path: Path) -> Non
     plain, fast = (st.SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("fp32", "int8"))
     found, expected = pruned_ops.optimize(fast).encode(texts), plain.encode(texts)
     assert ((found - expected) ** 2).sum() <= 0.2**2 * (expected**2).sum()
+
+
+def test_an_embedder_on_the_hub_keeps_its_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded as sentence-transformers loads it; a bare encoder would have another pooling."""
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    model = st.SentenceTransformer(text_folder(tmp_path / "bare"), device="cpu")
+    model.save_pretrained(str(tmp_path / "on the hub"))
+
+    def on_the_hub(name: str, file: str, **_: Any) -> str | None:
+        path = tmp_path / "on the hub" / file
+        return str(path) if name == "publisher/embedder" and path.is_file() else None
+
+    monkeypatch.setattr(quantizing, "cached_file", on_the_hub)
+    monkeypatch.setattr(st, "SentenceTransformer", lambda name, device: model if "/" in name else None)
+    assert quantizing.load("publisher/embedder") == (model, None)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from inputs import stock_model
 from matching import save_checkpoint
 from pruned_ops import QuestionAnswerer
 from pruned_ops.cli import main
-from tiny_tokenizers import words
+from tiny_tokenizers import word_tokenizer, words
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,17 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, list[di
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return status, [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+
+def test_a_tokenizer_of_another_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stock_model().save_pretrained(tmp_path / "model")
+    word_tokenizer(200).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("w1 w150 w2")
+    status, _, error = run(
+        capsys, tmp_path / "model", "--question", "w1", "--context-file", tmp_path / "text"
+    )
+    assert status == 2 and error.count("\n") == 1
+    assert "input_ids holds 154; its table has 100 rows" in error
 
 
 def test_json_lines(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

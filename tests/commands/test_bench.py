@@ -208,6 +208,15 @@ def test_half_of_a_batch(lengths: tuple[int, ...]) -> None:
     assert half["input_ids"].shape == half["attention_mask"].shape
 
 
+@pytest.mark.parametrize("padding", [0, 5, 49])
+def test_random_ids_are_all_but_the_paddings(padding: int) -> None:
+    """Also where the padding has the last one."""
+    (batch,) = Workload("one", ((400, 300),)).inputs(50, padding)
+    real = batch["attention_mask"].bool()
+    assert set(batch["input_ids"][real].tolist()) == set(range(50)) - {padding}
+    assert set(batch["input_ids"][~real].tolist()) == {padding}
+
+
 def test_the_twin_launches_what_the_model_does(model: Any) -> None:
     batch = Workload("one", ((6, 3),)).inputs(50, model.config.pad_token_id)[0]
     ran = []

@@ -16,6 +16,7 @@ from family_models import ANSWERS, TEXTS, WORDS, batch, fields, largest_differen
 from inputs import shake
 from pruned_ops.layers.kinds import ByPosition
 from pruned_ops.models.families.modernbert import GLOBAL, LOCAL, MODERNBERT
+from pruned_ops.models.inputs import mean_states
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import record
 from pruned_ops.runtime.packed_heads import mean_rows
@@ -111,6 +112,14 @@ def test_means_of_many_rows_of_halves(dtype: torch.dtype) -> None:
     states = torch.tensor([[40.0, 1.0]], dtype=dtype).expand(8000, 2)
     found = mean_rows(states, torch.tensor([0, 8000], dtype=torch.int32))
     assert found.dtype == dtype and found.tolist() == [[40.0, 1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_many_padded_states_of_halves(dtype: torch.dtype) -> None:
+    """The same, in the padded model."""
+    states = torch.tensor([40.0, 1.0], dtype=dtype).expand(1, 8000, 2)
+    mask = (torch.arange(8000) < 7001).long()[None]
+    assert mean_states(states, mask).dtype == dtype and mean_states(states, mask).tolist() == [[40.0, 1.0]]
 
 
 def test_tied_words_stay_tied() -> None:

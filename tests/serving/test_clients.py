@@ -117,6 +117,15 @@ def test_hugging_face(address: str, models: dict[str, Served]) -> None:
     shares, order = torch.tensor(rows(models["classifier"], TEXTS[1:2]))[0].softmax(0).sort(descending=True)
     assert [each.label for each in found] == [LABELS[place] for place in order.tolist()]
     close([each.score for each in found], shares)
+    for function in ("none", "sigmoid"):
+        found = client.text_classification(
+            TEXTS[1],
+            model=f"{address}/predict",
+            top_k=2,
+            function_to_apply=function,  # type: ignore[arg-type]
+        )
+        best = torch.tensor(rows(models["classifier"], TEXTS[1:2]))[0].topk(2).values
+        close([each.score for each in found], best.sigmoid() if function == "sigmoid" else best)
 
 
 def test_hugging_face_question_answering(models: dict[str, Served]) -> None:
@@ -126,9 +135,13 @@ def test_hugging_face_question_answering(models: dict[str, Served]) -> None:
     assert answerer is not None
     with served({"reader": models["reader"]}) as (url, *_):
         found = InferenceClient(url).question_answering(question=QUERY, context=words(100))
+        most = InferenceClient(url).question_answering(
+            question=QUERY, context=words(100), max_answer_len=2, top_k=3
+        )
     expected = answerer.answer(QUERY, words(100), allow_none=False)
     assert (found.answer, found.start, found.end) == (expected.answer, expected.start, expected.end)
     assert found.score == pytest.approx(expected.score, rel=1e-4)
+    assert isinstance(most, list) and [len(each.answer.split()) <= 2 for each in most] == [True] * 3
 
 
 def test_langchain(address: str, models: dict[str, Served]) -> None:

@@ -64,7 +64,7 @@ def test_sentence_transformers_folders(tmp_path: Path, pooling: str) -> None:
     found = np.stack(served.compute(served.encoder.encode(TEXTS, cut=True)))
     found /= np.linalg.norm(found, axis=1, keepdims=True)
     np.testing.assert_allclose(found, model.encode(TEXTS), rtol=1e-4, atol=1e-5)
-    assert served.prompts == {"query": "w9 w8 "}
+    assert served.prompts == model.prompts and served.prompts["query"] == "w9 w8 "
 
 
 def test_a_cross_encoder_and_a_sparse_encoder(tmp_path: Path) -> None:

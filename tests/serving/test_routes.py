@@ -235,6 +235,8 @@ def test_numbers_that_cannot_be(client: Any) -> None:
         ("/v1/embeddings", {"input": "w1"}, "model: Field required"),
         ("/embed", {"inputs": "w1", "prompt_name": "query"}, "has no prompt 'query'; it has none"),
         ("/embed", {"inputs": "w1", "truncate": "yes"}, "truncate"),
+        ("/predict", {"inputs": "w1", "parameters": {"top_k": 0}}, "top_k"),
+        ("/predict", {"inputs": "w1", "parameters": {"function_to_apply": "tanh"}}, "function_to_apply"),
         ("/v1/rerank", {"query": "w1", "documents": ["w1"], "top_n": 0}, "top_n"),
         ("/v1/qa", {"question": "w1 " * 90, "context": "w1"}, "the question is too long"),
         ("/v1/qa", {"question": "w1 " * 400, "context": "w1"}, "at most 1000 characters"),

@@ -71,7 +71,7 @@ def loaded(folder: Path, *names: str, loading: Loading | None = None) -> dict[st
 class Slow:
     """Stands in for an embedder that computes for as long as it is told to."""
 
-    name, kind, source, prompts, dimension = "slow", "embedder", "slow", {}, 2
+    name, kind, source, prompts, dimension, dtype = "slow", "embedder", "slow", {}, 2, "float32"
     pooling, labels, notes = "mean", (), ()
 
     def __init__(self) -> None:
