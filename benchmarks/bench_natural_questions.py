@@ -32,7 +32,8 @@ from harness import Row
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.families.known import family_of
-from pruned_ops.models.heads import NaturalQuestionsOutput, load_natural_questions
+from pruned_ops.models.heads import NaturalQuestionsOutput
+from pruned_ops.models.natural_questions import load_natural_questions
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents

@@ -23,7 +23,7 @@ from inputs import stock_model
 from matching import save_checkpoint
 from pruned_ops import Answer
 from pruned_ops.cli import main as pruned_ops_main
-from pruned_ops.models.heads import with_answer_types
+from pruned_ops.models.natural_questions import with_answer_types
 from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.cli import main as pruned_trainer_main
 

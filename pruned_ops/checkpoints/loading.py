@@ -28,7 +28,7 @@ from pruned_ops.files import read_json, shown
 from pruned_ops.models.configuration import PRUNED_CONFIGS, check_labels
 from pruned_ops.models.encoder import NewHeadWarning
 from pruned_ops.models.families.known import family_of
-from pruned_ops.models.heads import is_natural_questions, natural_questions_class
+from pruned_ops.models.natural_questions import is_natural_questions, natural_questions_class
 
 # The end of the name of a class -> what loads a model with that head. A bare encoder's name ends in Model.
 AUTO_CLASSES: dict[str, Any] = {

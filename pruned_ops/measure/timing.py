@@ -81,7 +81,7 @@ class Workload:
         device: torch.device | str = "cpu",
         pad_to: int | None = None,
     ) -> list[dict[str, Tensor]]:
-        """Padded model inputs of these lengths, with seeded random ids other than the padding's: the time does
+        """Padded model inputs of these lengths, with seeded random ids, all but the padding's: the time does
         not depend on them. pad_to: the length of every batch; by default that of its longest sequence."""
         generator = torch.Generator().manual_seed(0)
         inputs = []

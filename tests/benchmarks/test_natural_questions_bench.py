@@ -11,7 +11,7 @@ import torch
 import bench_natural_questions as bench
 from inputs import padded_batch, pruned_model, stock_model
 from nq_pages import matching_file
-from pruned_ops.models.heads import with_answer_types
+from pruned_ops.models.natural_questions import with_answer_types
 from tiny_tokenizers import word_tokenizer
 
 

@@ -23,7 +23,7 @@ from inputs import logits, padded_batch, pruned_model, shake, stock_model
 from matching import save_checkpoint
 from pruned_ops.cli import main
 from pruned_ops.models.encoder import PrunedBertModel
-from pruned_ops.models.heads import with_answer_types
+from pruned_ops.models.natural_questions import with_answer_types
 from pruned_ops.models.stock import model_shape
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder
 from tiny_tokenizers import byte_tokenizer

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import pruned_ops
 from family_models import ANSWERS, TEXTS, TOKENS, batch, pruned, stock
 from pruned_ops.cli import main
-from pruned_ops.models.heads import with_answer_types
+from pruned_ops.models.natural_questions import with_answer_types
 from tiny_tokenizers import byte_tokenizer
 
 onnx = pytest.importorskip("onnx", reason='needs the extra "onnx"')

@@ -20,7 +20,7 @@ from head_models import pruned, stock
 from inputs import pruned_model, stock_model
 from pruned_ops.checkpoints import quantizing
 from pruned_ops.checkpoints.loading import head_of, load_any_head, load_config, load_model, load_tokenizer
-from pruned_ops.models.heads import load_natural_questions
+from pruned_ops.models.natural_questions import load_natural_questions
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.tasks.squad.task import SquadTask
 from tiny_tokenizers import word_tokenizer

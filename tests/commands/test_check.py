@@ -16,7 +16,7 @@ from inputs import READY, logits, padded_batch, pruned_model, stock_model
 from matching import save_checkpoint, squad_file
 from pruned_ops import QuestionAnswerer
 from pruned_ops.cli import main
-from pruned_ops.models.heads import with_answer_types
+from pruned_ops.models.natural_questions import with_answer_types
 from pruned_ops.ops.registry import BACKENDS, OPS, Backend
 from pruned_ops.qa.agreement import SAMPLE, check, cut_material
 from pruned_ops.qa.questions import Question, answer_scores, read_questions

@@ -28,7 +28,7 @@ from matching import squad_file
 from pruned_ops import QuestionAnswerer
 from pruned_ops.checkpoints.loading import load_any_head, load_model, load_tokenizer
 from pruned_ops.cli import main
-from pruned_ops.models.heads import load_natural_questions, with_answer_types
+from pruned_ops.models.natural_questions import load_natural_questions, with_answer_types
 from pruned_trainer.cli import main as trainer_main
 from quick_reports import quick_reports as quick_reports  # of the jobs below
 from tiny_tokenizers import words

@@ -12,7 +12,8 @@ from transformers import AutoModelForQuestionAnswering
 
 import pruned_ops
 from inputs import logits, padded_batch, pruned_model, stock_model
-from pruned_ops.models.heads import AnswerType, load_natural_questions, with_answer_types
+from pruned_ops.models.heads import AnswerType
+from pruned_ops.models.natural_questions import load_natural_questions, with_answer_types
 from pruned_trainer import SizeBudget, Target, attached, compact, decide
 
 MAKERS = {

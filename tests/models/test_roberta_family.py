@@ -28,8 +28,8 @@ from pruned_ops.cli import main
 from pruned_ops.measure.launch_bound import tiny_twin
 from pruned_ops.measure.layer_times import empty_config
 from pruned_ops.models.families.known import BY_TYPE
-from pruned_ops.models.heads import load_natural_questions, with_answer_types
 from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.natural_questions import load_natural_questions, with_answer_types
 from pruned_trainer import SizeBudget, Target, attached, compact, decide
 from pruned_trainer.cli import main as trainer_main
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask

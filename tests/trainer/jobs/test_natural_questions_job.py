@@ -21,7 +21,7 @@ from pruned_ops import (
     PrunedBertForNaturalQuestions,
     PrunedBertForQuestionAnswering,
 )
-from pruned_ops.models.heads import load_natural_questions, with_answer_types
+from pruned_ops.models.natural_questions import load_natural_questions, with_answer_types
 from pruned_trainer import Target
 from pruned_trainer.cli import main
 from pruned_trainer.jobs.job import start

@@ -15,7 +15,7 @@ import pruned_ops
 from inputs import logits, padded_batch, stock_model
 from nq_pages import matching_file
 from pruned_ops import QuestionAnswerer
-from pruned_ops.models.heads import load_natural_questions
+from pruned_ops.models.natural_questions import load_natural_questions
 from pruned_trainer.cli import main
 from real_data import real_data
 

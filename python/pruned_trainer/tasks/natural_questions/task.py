@@ -13,7 +13,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops import PrunedBertForNaturalQuestions
 from pruned_ops.checkpoints.loading import load_model, load_to_fine_tune
-from pruned_ops.models.heads import is_natural_questions, load_natural_questions, with_answer_types
+from pruned_ops.models.natural_questions import (
+    is_natural_questions,
+    load_natural_questions,
+    with_answer_types,
+)
 from pruned_ops.qa.questions import arrival_lengths
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import shared
