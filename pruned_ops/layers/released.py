@@ -69,7 +69,10 @@ class ReleasedParameter(nn.Parameter):
         if is_property:
             name, sets = getattr(func.__self__, "__name__", ""), name != "__get__"  # type: ignore[attr-defined]
         else:
-            sets = name in _WRITING or _is_in_place(name) or isinstance(kwargs.get("out"), cls)
+            written = [kwargs.get("out")]
+            if name in _WRITING or _is_in_place(name):  # the others are read
+                written.append(args[0] if args else kwargs)
+            sets = any(map(_holds_one, written))
         with torch._C.DisableTorchFunctionSubclass():
             if name in _METADATA:
                 return func(*args, **kwargs)
@@ -101,6 +104,15 @@ class ReleasedParameter(nn.Parameter):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ReleasedParameter(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _holds_one(argument: Any) -> bool:
+    """Whether a released parameter is this argument of an op, or is in it."""
+    if isinstance(argument, dict):
+        argument = [*argument.values()]
+    return isinstance(argument, ReleasedParameter) or (
+        isinstance(argument, (tuple, list)) and any(map(_holds_one, argument))
+    )
 
 
 def _is_in_place(name: str) -> bool:

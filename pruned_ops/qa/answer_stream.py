@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from pruned_ops.models.configuration import SCORED
 from pruned_ops.qa.decoding import Candidates, Decoded
 from pruned_ops.qa.logits import select_logits, split_logits
 from pruned_ops.qa.windows import RefusedQuestion, Window, cut_each
-from pruned_ops.runtime.arrivals import Arrivals, blocks_of, in_one_process
+from pruned_ops.runtime.arrivals import Arrivals, ForkLock, blocks_of, in_one_process
 from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, Tensors
 from pruned_ops.shape import checked_int
 
@@ -78,7 +77,7 @@ class AnswerStream:
         records: Iterable[Any],
         are_there: bool,
         reading: Reading,
-        lock: AbstractContextManager[Any],
+        lock: ForkLock,
     ) -> None:
         self._tokenizer, self._reading, self._lock = tokenizer, reading, lock
         device = next(model.parameters()).device

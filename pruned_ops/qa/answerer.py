@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
 from typing import Any, overload
@@ -89,7 +88,7 @@ class QuestionAnswerer:
             model = model.to(checked_device(device))
         self.model, self.tokenizer = optimize(model, dtype=dtype), tokenizer
         # Held while the tokenizer works: it takes no two callers at once.
-        self.lock: AbstractContextManager[Any] = ForkLock()
+        self.lock = ForkLock()
 
     @overload
     def answer(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too

@@ -184,6 +184,11 @@ class ForkLock:
         self._lock = Lock()
         self._all.add(self)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody holds it now."""
+        return self._lock.locked()
+
     def __enter__(self) -> None:
         self._lock.acquire()
 

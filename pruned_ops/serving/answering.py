@@ -86,17 +86,23 @@ async def _answers(
     answerer = served.answerer
     assert answerer is not None
     size = len(form.question) + len(form.context)
-    windows = await service.tokenised(size, lambda: _windows(answerer, form.question, form.context))
+    windows = await service.beside(
+        size, lambda: _windows(answerer, form.question, form.context), may_wait=answerer.lock.is_held
+    )
     logits = await service.computed(request, served, windows)
-    reading = answerer.reading
-    longest = max_answer_tokens or reading.max_answer_tokens
-    best = Candidates(form.context, max(reading.n_best, top_k), longest)
-    for window, pair in zip(windows, logits, strict=True):
-        best.add(window, pair, "a window")
-    decoded = best.decoded()
-    assert decoded is not None  # a question has a window, whatever its text
-    threshold = answerer.null_score_threshold
-    return decoded.ranked(threshold, answerer.calibration, form.allow_none)
+
+    def ranked() -> list[Answer]:
+        reading = answerer.reading
+        longest = max_answer_tokens or reading.max_answer_tokens
+        best = Candidates(form.context, max(reading.n_best, top_k), longest)
+        for window, pair in zip(windows, logits, strict=True):
+            best.add(window, pair, "a window")
+        decoded = best.decoded()
+        assert decoded is not None  # a question has a window, whatever its text
+        threshold = answerer.null_score_threshold
+        return decoded.ranked(threshold, answerer.calibration, form.allow_none)
+
+    return await service.beside(size, ranked)
 
 
 def _windows(answerer: QuestionAnswerer, question: str, context: str) -> list[Window]:

@@ -62,7 +62,7 @@ async def tokens_of(
             raise Refusal("empty", f"{field} {place} is empty: it has no text", field)
     if prompt:
         texts = [prompt + text for text in texts]
-    return await service.tokenised(characters(texts), lambda: served.encoder.encode(texts, cut, side))
+    return await service.beside(characters(texts), lambda: served.encoder.encode(texts, cut, side))
 
 
 def _prompt(served: Served, name: str | None) -> str:

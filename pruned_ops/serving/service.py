@@ -41,14 +41,14 @@ class ClientGone(Exception):
 
 
 class Service:
-    """The models of one server, with the thread that computes them and the one that tokenises."""
+    """The models of one server, with the thread that computes them and the one for long texts."""
 
     def __init__(self, models: Mapping[str, Served], limits: Limits) -> None:
         self.models, self.limits, self.metrics = models, limits, Metrics()
         self.batcher = Batcher(limits, self.metrics)
         self.metrics.watch(self.batcher)
         # One thread: more would take the models' cores.
-        self._tokenising = ThreadPoolExecutor(1, "pruned_ops-tokenizer")
+        self._beside = ThreadPoolExecutor(1, "pruned_ops-texts")
         self._aliases = {served.source: served for served in models.values()} | dict(models)
         self._body_bytes = 0  # of the requests under way
 
@@ -162,11 +162,12 @@ class Service:
                 field,
             )  # fmt: skip
 
-    async def tokenised(self, size: int, work: Callable[[], T]) -> T:
-        """What a tokenizer makes of texts of so many characters. Long ones do not hold up the server."""
-        if size <= _AT_ONCE:
+    async def beside(self, size: int, work: Callable[[], T], may_wait: bool = False) -> T:
+        """What is made of texts of so many characters, by their tokenizer for example. Long ones do not hold
+        up the server, nor does work that may have to wait for others'."""
+        if size <= _AT_ONCE and not may_wait:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._tokenising, work)
+        return await asyncio.get_running_loop().run_in_executor(self._beside, work)
 
     async def computed(self, request: Request, served: Served, sequences: list[Any]) -> list[Any]:
         """The model's result for each sequence. Where the client leaves meanwhile, the work is dropped.

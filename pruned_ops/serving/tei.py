@@ -205,7 +205,7 @@ async def logits_of(
             sentence = "the query is empty" if isinstance(text, tuple) else f"{field} {place} is empty"
             raise Refusal("empty", f"{sentence}: it has no text", field)
     size = sum(len(text) if isinstance(text, str) else characters(text) for text in texts)
-    sequences = await service.tokenised(size, lambda: served.encoder.encode(texts, cut, side))
+    sequences = await service.beside(size, lambda: served.encoder.encode(texts, cut, side))
     return np.stack(await service.computed(request, served, sequences)), sum(map(len, sequences))
 
 

@@ -318,6 +318,12 @@ def test_released_weights_read_as_they_are_and_refuse_writes() -> None:
         ):
             with pytest.raises(RuntimeError, match="restore|inference tensor"):
                 write()
+        with pytest.raises(RuntimeError, match="restore"):
+            torch._foreach_mul_([torch.ones(1), weight], 2)
+        mean, values = torch.ones(64, 64), weight.clone()
+        mean.mul_(0.5).add_(weight)  # others are written to, as a mean over models is
+        assert torch.equal(mean, values + 0.5) and torch.equal(mean.copy_(weight), values)
+        assert torch.equal(torch.add(weight, 1, out=mean), values + 1)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in stock_model().parameters())
 
 

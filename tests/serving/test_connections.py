@@ -94,6 +94,24 @@ def test_it_answers_while_a_model_computes(slow: Slow) -> None:
         assert answer.result(HUNG)[0] == 200
 
 
+def test_a_question_waits_for_a_long_text_and_nobody_else_does(tmp_path: Path) -> None:
+    """The tokenizer is somebody else's, as while a book is cut."""
+    models = loaded(tmp_path, "reader")
+    answerer = models["reader"].answerer
+    assert answerer is not None
+    question = {"question": "w1", "context": "w2 w3"}
+    with served(models) as (url, *_), ThreadPoolExecutor(1) as pool:
+        with answerer.lock:
+            answer = pool.submit(asked, url, "/v1/qa", question)
+            for _ in range(20):
+                health = HTTPConnection("127.0.0.1", port_of(url), timeout=HUNG)
+                health.request("GET", "/health")
+                assert health.getresponse().status == 200
+                health.close()
+            assert not answer.done()
+        assert answer.result(HUNG)[0] == 200
+
+
 def test_answers_are_sent_at_once(slow: Slow) -> None:
     """Without the 40 ms that TCP would wait between their head and their body."""
     with served({"slow": slow}) as (url, _, server), begun(url, b"GET"):
