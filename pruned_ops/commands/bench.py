@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pruned_ops.measure.comparison import Benchmark
     from pruned_ops.measure.timing import Workload
 
-WINDOW = 384  # tokens of a window of --data, at most
+WINDOW = 384  # tokens of a window of --data, at most; fewer where a model takes fewer
 
 
 def add_command(commands: Any) -> None:
@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Time the models, print the times, and draw them where that is asked for."""
     from pruned_ops.checkpoints.loading import load_folder
     from pruned_ops.measure.comparison import compare
+    from pruned_ops.models.inputs import longest_sequence
 
     check_arguments(arguments)
     folders = {"pruned": arguments.folder, "dense": arguments.dense}
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     models = {
         name: load_folder(folder, arguments.device, takes_int8=True) for name, folder in folders.items()
     }
-    workload = make_workload(arguments)
+    workload = make_workload(arguments, min(longest_sequence(model.config) for model in models.values()))
     with _threads(arguments.threads):
         benchmark = compare(
             models, workload, arguments.rounds, arguments.dtype, fixed=arguments.padding == "fixed"
@@ -105,8 +106,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         check_writable(arguments.html, "--html", arguments.overwrite)
 
 
-def make_workload(arguments: argparse.Namespace) -> Workload:
-    """Batches of the lengths of a file's questions in arrival order, or of those given, mixed (seed 0)."""
+def make_workload(arguments: argparse.Namespace, longest: int = WINDOW) -> Workload:
+    """Batches of the lengths of a file's questions in arrival order, or of those given, mixed (seed 0).
+    longest: tokens that the models take."""
     from pruned_ops.checkpoints.loading import load_tokenizer
     from pruned_ops.measure.timing import Workload
     from pruned_ops.qa.questions import window_lengths
@@ -115,7 +117,10 @@ def make_workload(arguments: argparse.Namespace) -> Workload:
     if arguments.data is not None:
         tokenizer = load_tokenizer(str(arguments.folder))
         skipped: list[str] | None = [] if arguments.skip_bad else None
-        lengths = window_lengths(arguments.data, tokenizer, WINDOW, needed=size * batches, skipped=skipped)
+        window = min(WINDOW, longest)
+        lengths = window_lengths(
+            arguments.data, tokenizer, window, window // 3, needed=size * batches, skipped=skipped
+        )
         say_skipped(skipped)
         return Workload.arrival_order(lengths, size, batches)
     choices: list[int] = arguments.lengths

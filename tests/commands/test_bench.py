@@ -147,6 +147,16 @@ def test_workloads(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert real.name == "arrival-b4" and {n for batch in real.batches for n in batch} == {14}
 
 
+def test_windows_of_a_file_are_no_longer_than_the_model_takes(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"question": "w1", "context": words(200)}))
+    small = ("--batch-size", 2, "--batches", 1, "--rounds", 1)
+    status, screen, error = run(capsys, folders[1], "--data", path, *small)
+    assert (status, error) == (0, "") and "1 batches, 160 tokens" in screen
+
+
 def test_bad_questions_are_skipped_where_that_is_asked(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
