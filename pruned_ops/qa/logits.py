@@ -54,7 +54,6 @@ def predict_logits(
     windows: Sequence[Any],
     batch_size: int = 32,
     pad_token_id: int = 0,
-    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> list[Any]:
     """The start and end logits of every window, in the order given: fp32, (tokens,) each, without padding.
@@ -64,10 +63,10 @@ def predict_logits(
 
     The model runs in inference mode and without dropout; afterwards its training mode is as before. Batches
     hold windows of like length, longest first, so that there is little padding and too large a batch fails at
-    once. device: where the model's inputs go; by default where its first parameter is.
+    once. Inputs go where the model's first parameter is.
     """
     checked_int("batch_size", batch_size, 1)
-    place = torch.device(device) if device is not None else next(model.parameters()).device
+    place = next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
     logits: dict[int, Any] = {}
     was_training = model.training

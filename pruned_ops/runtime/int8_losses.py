@@ -31,6 +31,7 @@ FLOOR = 0.25
 # An output's variation over fewer tokens than this says little; over more than that it says little more, and
 # a look would take as long as half a batch.
 _LEAST_TOKENS, _MOST_TOKENS = 8, 64
+_TOLD = 4  # linears that a warning names
 
 
 @torch.no_grad()
@@ -148,8 +149,9 @@ def above_limit(losses: dict[str, float]) -> dict[str, float]:
     return {name: losses[name] for name in worst if losses[name] > LIMIT}
 
 
-def told(losses: dict[str, float], most: int = 4) -> str:
-    """Linears and their losses in words, `most` of them by name."""
-    named = ", ".join(f"{loss:.0%} of the output of {name}" for name, loss in list(losses.items())[:most])
-    more = len(losses) - most
+def told(losses: dict[str, float]) -> str:
+    """Linears and their losses in words, the first of them by name."""
+    first = list(losses.items())[:_TOLD]
+    named = ", ".join(f"{loss:.0%} of the output of {name}" for name, loss in first)
+    more = len(losses) - _TOLD
     return f"{named} and more than {LIMIT:.0%} of {more} others" if more > 0 else named
