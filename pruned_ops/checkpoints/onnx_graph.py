@@ -26,6 +26,7 @@ from pruned_ops.checkpoints.onnx_positions import (
     rotations,
 )
 from pruned_ops.layers.kinds import StackKind
+from pruned_ops.models.encoder import PrunedPreTrainedModel
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import layers_of, model_shape, projection_of
 from pruned_ops.runtime.known_heads import packed_head, reads_place_0
@@ -118,8 +119,9 @@ def _bare_outputs(nodes: Nodes, x: str, encoder: Any) -> list[Any]:
     nodes.add("Identity", x, called="last_hidden_state")
     outputs = [_value("last_hidden_state", "batch", "seqlen", hidden, kind=real)]
     if getattr(encoder, "pooler", None) is not None:
-        dense = encoder.pooler.dense
-        nodes.add("Tanh", nodes.linear(_place_0(nodes, x), "pooler.dense", dense), called="pooler_output")
+        dense, is_ours = encoder.pooler.dense, isinstance(encoder, PrunedPreTrainedModel)
+        first = _first(nodes, x) if is_ours else _place_0(nodes, x)  # as `inputs.pooled` has it, or the stock
+        nodes.add("Tanh", nodes.linear(first, "pooler.dense", dense), called="pooler_output")
         outputs.append(_value("pooler_output", "batch", dense.out_features, kind=real))
     return outputs
 

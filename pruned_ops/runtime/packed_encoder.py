@@ -22,7 +22,7 @@ from pruned_ops import ops
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, free, freed_values, placeholder, seal, unseal
 from pruned_ops.models.families.known import family_of
-from pruned_ops.models.inputs import longest_sequence, packed_inputs, returned
+from pruned_ops.models.inputs import longest_sequence, packed_inputs, pooled, returned
 from pruned_ops.models.stock import encoder_class, projection_of
 from pruned_ops.runtime.encoder_weights import is_stored_in_int8, laid_out, taken_weights
 from pruned_ops.runtime.engine import Engine
@@ -174,9 +174,10 @@ class PackedEncoder(nn.Module):
         )
         with torch.no_grad():
             last = self._last_states(inputs, batch, head_run, collect)
+        mask = attention_mask if packed_batch is None else None  # such a batch is padded on the right
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
-            pooler_output=self.pooler(last) if self.pooler is not None else None,
+            pooler_output=pooled(self.pooler, last, mask) if self.pooler is not None else None,
             hidden_states=tuple(batch.unpack(state) for state in collect) if collect else None,
         )
         return returned(output, self.config, return_dict)

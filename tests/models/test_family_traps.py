@@ -15,6 +15,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 import pruned_ops
 from family_models import (
     ANSWERS,
+    PRUNED_TYPES,
+    SIZES,
     TEXTS,
     TOKENS,
     batch,
@@ -25,7 +27,7 @@ from family_models import (
     pruned,
     stock,
 )
-from inputs import READY
+from inputs import READY, shake
 from pruned_ops.cli import main
 from pruned_ops.layers.kinds import Disentangled
 from pruned_ops.models.configuration import PRUNED_CONFIGS
@@ -65,6 +67,33 @@ def test_distilbert_takes_its_own_order_of_arguments() -> None:
     assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="does not take (inputs_embeds|head_mask)"):
         model(None, inputs["attention_mask"], torch.zeros(4, 20, 64))
+
+
+@pytest.mark.parametrize("kind", ["left", "holes", "right"])
+@pytest.mark.parametrize("stem", ["Bert", "Roberta", "MPNet", "pruned_bert", "pruned_roberta"])
+def test_a_pooler_reads_the_first_real_token(stem: str, kind: str) -> None:
+    """On whichever side the padding is, padded and packed: as of each text alone."""
+    if stem in PRUNED_TYPES:
+        model = pruned(stem, "")
+        torch.manual_seed(0)
+        model = shake(type(model)(model.config, add_pooling_layer=True).eval(), 0)
+    else:
+        model = stock(stem, "")
+    inputs = batch(kind)
+    real = inputs["attention_mask"].bool()
+    if not family_of(model.config).positions_from_padding:
+        inputs["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
+    inputs["input_ids"][~real] = SIZES["pad_token_id"]
+    with torch.no_grad():
+        texts = [ids[own][None] for ids, own in zip(inputs["input_ids"], real, strict=True)]
+        expected = torch.cat([model(input_ids=ids).pooler_output for ids in texts])
+        padded = model(**inputs).pooler_output
+        found = pruned_ops.optimize(model)(**inputs).pooler_output
+    if stem == "MPNet" and kind == "holes":
+        expected = padded  # its biases go by places in the batch
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    if stem in PRUNED_TYPES or kind != "left":
+        torch.testing.assert_close(padded, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_distilbert_has_no_pooler(tmp_path: Path) -> None:
