@@ -28,13 +28,7 @@ from pruned_ops.runtime.encoder_weights import is_stored_in_int8, laid_out, take
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
 from pruned_ops.runtime.packed_heads import HeadRun, Outputs, PackedHead
-from pruned_ops.runtime.replaced import (
-    forwards_of,
-    give_back,
-    raise_on_change,
-    replace,
-    replaced_parameters,
-)
+from pruned_ops.runtime.replaced import forwards_of, give_back, raise_on_change, replace, replaced_parameters
 
 # Held while an encoder is optimised, moved or restored, in any thread. Forwards do not take it.
 CHANGING = RLock()
@@ -339,12 +333,13 @@ class OptimisedEncoder(nn.Module):
         """Move or cast the weights, and lay them out again. An error leaves the plain encoder behind."""
         with CHANGING:
             packed = self.packed
-            dtype, moved = packed.linear_dtype, fn(torch.empty(0))
-            if dtype is not None and (moved.dtype, moved.device.type) != (torch.float32, "cpu"):
+            if packed.linear_dtype is not None and not _stays(fn(torch.empty(0))):
                 way_out = "call pruned_ops.restore(model) before moving or casting it"
                 if packed.stored_int8:
                     way_out = "load it again and move or cast it before pruned_ops.optimize"
-                raise RuntimeError(f"this model runs in {dtype}, on a CPU, beside float32 weights: {way_out}")
+                raise RuntimeError(
+                    f"this model runs in {packed.linear_dtype}, on a CPU, beside float32 weights: {way_out}"
+                )
             if packed.engine is not None:
                 packed.engine.invalidate()  # its graphs read the weights at their old place, and hold memory
             _give_back(self)
@@ -357,6 +352,10 @@ class OptimisedEncoder(nn.Module):
                 remove(self)
                 raise
         return self
+
+
+def _stays(moved: Tensor) -> bool:
+    return moved.dtype == torch.float32 and moved.device.type == "cpu"
 
 
 _OPTIMISED: dict[type[Any], type[Any]] = {}
