@@ -138,17 +138,23 @@ def first_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     return states[rows, at].masked_fill(~real.any(1)[:, None], 0.0)
 
 
+def begins_padded(attention_mask: Tensor | None) -> bool:
+    """Whether a row of the mask has padding at position 0. On a GPU this waits; traced code cannot look, and
+    is told that there may be some."""
+    if attention_mask is None or attention_mask.size(1) == 0:
+        return False
+    return torch.compiler.is_compiling() or bool((attention_mask[:, 0] == 0).any())
+
+
 def pooled(pooler: Any, states: Tensor, attention_mask: Tensor | None) -> Tensor:
     """What an encoder's pooler makes of hidden states (batch, seqlen, hidden).
 
     The publishers' poolers and ours read position 0. Where that is padding, they get the first real token's
-    state there, which is CLS on whichever side the padding is; another pooler gets the states as they are."""
-    ours = type(pooler).__module__.startswith(("transformers.models.", "pruned_ops."))
-    if attention_mask is None or not ours or states.size(0) == 0 or states.size(1) == 0:
+    state there, which is CLS on whichever side the padding is; another pooler gets the states as they are.
+    attention_mask: None, too, where it is known that nothing is padded there."""
+    reads_0 = type(pooler).__module__.startswith(("transformers.models.", "pruned_ops."))
+    if attention_mask is None or not reads_0 or states.size(0) == 0:
         return pooler(states)
-    at_0 = attention_mask[:, 0] != 0
-    if states.device.type == "cpu" and not torch.compiler.is_compiling() and bool(at_0.all()):
-        return pooler(states)  # elsewhere it is not known without waiting
     return pooler(torch.cat([first_tokens(states, attention_mask)[:, None], states[:, 1:]], 1))
 
 

@@ -22,7 +22,7 @@ from pruned_ops import ops
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, free, freed_values, placeholder, seal, unseal
 from pruned_ops.models.families.known import family_of
-from pruned_ops.models.inputs import longest_sequence, packed_inputs, pooled, returned
+from pruned_ops.models.inputs import begins_padded, longest_sequence, packed_inputs, pooled, returned
 from pruned_ops.models.stock import encoder_class, projection_of
 from pruned_ops.runtime.encoder_weights import is_stored_in_int8, laid_out, taken_weights
 from pruned_ops.runtime.engine import Engine
@@ -166,9 +166,13 @@ class PackedEncoder(nn.Module):
         batch, inputs = packed_inputs(
             self.config, self.device, input_ids, attention_mask, token_type_ids, position_ids, packed_batch
         )
+        # A caller's own batch is padded on the right, and a head pools by itself.
+        is_pooled = self.pooler is not None and head_run is None and packed_batch is None
+        mask = None
+        if is_pooled and batch.index is not None and begins_padded(attention_mask):
+            mask = attention_mask
         with torch.no_grad():
             last = self._last_states(inputs, batch, head_run, collect)
-        mask = attention_mask if packed_batch is None else None  # such a batch is padded on the right
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=pooled(self.pooler, last, mask) if self.pooler is not None else None,
