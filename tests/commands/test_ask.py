@@ -54,6 +54,7 @@ def test_a_tokenizer_of_another_model_is_one_line(tmp_path: Path, capsys: pytest
     stock_model().save_pretrained(tmp_path / "model")
     word_tokenizer(200).save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text("w1 w150 w2")
+    capsys.readouterr()  # what saving says
     status, _, error = run(
         capsys, tmp_path / "model", "--question", "w1", "--context-file", tmp_path / "text"
     )
