@@ -211,7 +211,8 @@ cuda-compile: $(STAMP)
 OUT ?= build/gpu
 GPU_TESTS := $(addprefix tests/,ops/test_triton.py ops/test_cuda.py ops/test_cuda_refusals.py runtime/test_graph_inputs.py \
 	runtime/test_engine_gpu.py runtime/test_optimize.py::test_packed_is_padded_on_a_gpu)
-WITH_PACKAGES := PYTHONPATH=.:python
+# Behind ours, packages that were brought along.
+WITH_PACKAGES := PYTHONPATH=.:python$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: $(addprefix gpu-,$(if $(filter all,$(PART)),first second,$(PART)))
 
 # They build what they need by themselves.
@@ -225,11 +226,12 @@ gpu-ready:
 	PRUNED_OPS_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") \
 		$(PYTHON) setup.py -q build_ext --inplace
 
-# -s INT: pytest then still prints what failed. The leading "-" lets make go on. Tests with a time limit run alone.
+# -s INT: pytest then still prints what failed. The leading "-" lets make go on. Tests with a time limit run alone. A
+# process of tests that hangs or loses the GPU ends, and another takes its place (tests/support/gpu_watch.py).
 SPREAD := $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8 --dist worksteal)
 SANITIZED := $(WITH_PACKAGES) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -s INT -k 20 110 compute-sanitizer --error-exitcode 1 --tool
 gpu-tests: gpu-ready
-	-$(WITH_PACKAGES) timeout -s INT -k 20 300 $(PYTHON) -m pytest -q -rfE -m "not alone" $(SPREAD) $(GPU_TESTS)
+	-$(WITH_PACKAGES) PRUNED_OPS_TEST_SECONDS=45 timeout -s INT -k 20 300 $(PYTHON) -m pytest -q -rfE -m "not alone" $(SPREAD) $(GPU_TESTS)
 	-$(WITH_PACKAGES) timeout -s INT -k 20 60 $(PYTHON) -m pytest -q -rfE -m alone $(GPU_TESTS)
 	-! command -v compute-sanitizer >/dev/null || { \
 		$(SANITIZED) memcheck $(PYTHON) -m pytest -q -x -k "edges and 64" tests/ops/test_cuda.py && \

@@ -2,26 +2,26 @@
 
 Usage: python benchmarks/bench_kernels.py --out FOLDER [--minutes 3]
 A line begins with right, refused, WRONG, FAILED or timed. All lines are in FOLDER/kernels.jsonl at once,
-behind one that says when, where and how they were found. Nothing here stops at a failure. --device cpu is a
-dry run on tiny sizes, whose times mean nothing.
+behind one that says when, where and how they were found. Nothing here stops at a failure: a kernel that
+crashes, hangs or loses the GPU ends a process, and another goes on with the next. --device cpu is a dry run
+on tiny sizes, whose times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
+from kernels.journal import FAILED, WRONG, Facts, rows_in
+from kernels.watch import run_watched
 
-from kernels.cases import Place
-from kernels.journal import FAILED, WRONG, Journal
-from kernels.right import check_all
-from kernels.sweep import SECTIONS, Sweep
-from pruned_ops.ops.registry import BACKENDS
-
-DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
+# Seconds that an attempt may take, its compilation and the import of torch included. A CPU that does other
+# things besides is no failure.
+ATTEMPT = {"cuda": 45, "cpu": 360}
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,25 +37,27 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def work(
+    arguments: argparse.Namespace,
+    path: Path,
+    end: float,
+    tell: Callable[[Facts], None],
+    done: Collection[Facts],
+) -> None:
+    """What the watched process does. It alone imports torch."""
+    from kernels.worker import check_and_time
+
+    check_and_time(arguments, path, end, tell, done)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status is 1 where a kernel was wrong or failed."""
     arguments = parsed(argv)
-    tiny = arguments.device == "cpu"
-    torch.manual_seed(0)
-    with Journal(arguments.out, "kernels", arguments.minutes) as journal, torch.inference_mode():
-        gpu = "none" if tiny else torch.cuda.get_device_name()
-        backends = {name: backend.missing or "ready" for name, backend in BACKENDS.items()}
-        journal.note("runs on", gpu=gpu, torch=torch.__version__, **backends)
-        dtypes = DTYPES[arguments.device]
-        for dtype in () if arguments.only_times else dtypes:
-            check_all(journal, Place(dtype, arguments.device), tiny)
-        sweep = Sweep(journal, Place(dtypes[0], arguments.device), tiny)
-        for section in SECTIONS:
-            try:
-                section(sweep)
-            except Exception as error:  # the next section may run
-                journal.failed(error, section=section.__name__)
-        return int(any(row["verdict"] in (WRONG, FAILED) for row in journal.rows))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path, end = arguments.out / "kernels.jsonl", time.monotonic() + 60 * arguments.minutes
+    path.write_text("", "utf-8")
+    run_watched(partial(work, arguments, path, end), path, ATTEMPT[arguments.device])
+    return int(any(row["verdict"] in (WRONG, FAILED) for row in rows_in(path)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from transformers.utils import logging
 import harness
 import pruned_ops
 from harness import Row
+from kernels.journal import FAILED
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import backends_of
@@ -273,7 +275,8 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status is 1 where ours was wrong or failed."""
     arguments = parsed(argv)
     logging.set_verbosity_error()
     source = Source(arguments.dense, arguments.pruned, arguments.random, tuple(arguments.models))
@@ -289,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = workloads(lengths, arguments.quick, arguments.workloads, longest)
     if arguments.memory:
         report_memory(source, chosen[0], arguments.device)
-        return
+        return 0
     names = arguments.rivals
     kind = "goals" if arguments.goals and arguments.device == "cpu" else "models"
     stem = f"{kind}-random-{arguments.random}" if arguments.random else kind
@@ -304,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = measure(source, names, chosen, arguments, folder, partial(write_report, out))
     write_report(out, rows)
     print(f"written to {out}, {out.with_suffix('.md').name} and {out.with_suffix('.png').name}")
+    return int(any("fault" in row or row.get("without_graph") for row in rows))
 
 
 def shown_and_kept(out: Path) -> Callable[[Workload, list[Row]], None]:
@@ -318,12 +322,21 @@ def shown_and_kept(out: Path) -> Callable[[Workload, list[Row]], None]:
             console.print(screen_table(workload, timed))
             write_report(out, sorted(sum(kept.values(), []), key=lambda row: "refused" in row))
         for row in rows:
-            if "refused" in row:
-                text = f"{row['runner']} is left out: {row['refused']}"
-                console.print(text, markup=False, highlight=False)
+            if reason := why_left_out(row):
+                console.print(reason, markup=False, highlight=False, soft_wrap=True)
 
     return show
 
 
+def why_left_out(row: Row) -> str | None:
+    """The line on a row that is not as it should be. Where ours is at fault, it begins WRONG or FAILED."""
+    if "fault" in row:
+        return f"{row['fault']}  {row['workload']}  {row['runner']}: {row['refused']}"
+    if row.get("without_graph"):
+        batches = row["without_graph"]
+        return f"{FAILED}  {row['workload']}  {row['runner']}: {batches} batches ran without a graph"
+    return f"{row['runner']} is left out: {row['refused']}" if "refused" in row else None
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,18 +29,27 @@ ROOT = Path(__file__).resolve().parent.parent
 TOTAL = {"first": 540, "second": 240}
 # A dry run may take so many times as long: it shows that every part works, on whatever else the CPU does.
 PATIENCE = 8
+# Seconds that a test may take. Then its process ends, and another goes on with the next
+# (tests/support/gpu_watch.py).
+LONGEST_TEST = 45
+# Seconds in which torch and the package are imported, on a machine that has just started.
+IMPORT = 120
 # Seconds in which a part that was interrupted may print what it has, before it is killed.
 GRACE = 15
 # The share of a part's time that its first command gets, where another runs behind it.
 BEFORE_AFTER = 0.8
 # pytest's exit status where no test was chosen.
 NO_TESTS = 5
+# Seconds in which a part's last lines are read. A process that it left behind may hold the pipe open.
+SETTLE = 2
 # Into a pipe, lines and tables would be cut after 80 columns: pytest's, before the reason of a failure.
 COLUMNS = "200"
 # Lines that begin so go into the summary.
 FAULTS = ("WRONG", "FAILED", "ERROR")
 FAILED_TESTS, LOG = "failed-tests.txt", "log.txt"
 MOST_FILES = 8
+# Faults that are printed at the end, where a machine that is lent may give back the last lines alone.
+MOST_PRINTED = 40
 # Files, and of one that is about much else its one test on a GPU.
 GPU_TESTS = (
     *("tests/ops/test_triton.py", "tests/ops/test_cuda.py", "tests/runtime/test_graph_inputs.py"),
@@ -50,14 +59,21 @@ GPU_TESTS = (
 # Run by the second call where no list of failed tests is there.
 MOST_TELLING_TESTS = ("tests/runtime/test_engine_gpu.py",)
 SANITIZED_TEST = ("tests/ops/test_cuda.py", "-k", "attention_at_the_edges and 64 and float16")
+# Of whole models, which take milliseconds; as many as fit into the time.
+ROUNDS = "15"
 DRY_TESTS = ("tests/benchmarks/test_op_report.py",)
-BUILD = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
-LOADED = (
-    "import torch, pruned_ops._C\n"
+# Prints the GPU's capability, if torch can use it, and then fails where the package has no kernels for it.
+PROBE = (
+    "import torch\n"
+    "print('%d.%d' % torch.cuda.get_device_capability(), flush=True)\n"
+    "import pruned_ops._C\n"
     "from pruned_ops.ops.registry import BACKENDS\n"
-    "assert torch.cuda.is_available(), 'torch sees no GPU'\n"
     "assert BACKENDS['cuda'].missing is None, BACKENDS['cuda'].missing\n"
 )
+
+
+class NoGpu(Exception):
+    """torch cannot use a GPU here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -98,36 +114,54 @@ def run_part(part: Part, folder: Path, seconds: float) -> Outcome:
 
 
 def _run(command: list[str], part: Part, seconds: float, log: TextIO, faults: list[str]) -> str:
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "PYTHONUNBUFFERED": "1", "COLUMNS": COLUMNS,
-    }  # fmt: skip
-    start = time.monotonic()  # before the timers', so that a part that they end took at least its time
+    start = time.monotonic()
     try:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment | part.environment, text=True, errors="replace",
+            command, cwd=ROOT, env=environment() | part.environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=_take_interrupts,
         )  # fmt: skip
     except OSError as error:
         return f"cannot be started: {error}"
-    assert process.stdout is not None
-    timers = [
-        threading.Timer(max(seconds, 1), process.send_signal, [signal.SIGINT]),
-        threading.Timer(max(seconds, 1) + GRACE, _kill, [process]),
-    ]
-    for timer in timers:
-        timer.start()
-    for line in process.stdout:
-        for file in (sys.stdout, log):
-            print(f"[{part.name}] {line}", end="", file=file, flush=True)
-        if line.startswith(FAULTS):
-            faults.append(line.strip())
-    code = process.wait()
-    for timer in timers:
-        timer.cancel()
+    # A thread of its own: a process that waits for a broken driver cannot be killed, and holds the pipe.
+    reader = threading.Thread(target=_pass_on, args=(process, part.name, log, faults), daemon=True)
+    reader.start()
+    if not _ends(process, max(seconds, 1)):
+        process.send_signal(signal.SIGINT)
+        _ends(process, GRACE)
+    reader.join(SETTLE)
+    _kill(process)
+    reader.join(SETTLE)
     if time.monotonic() - start >= seconds:
         return f"interrupted after {seconds:.0f} s"
+    code = process.wait()
     return "ok" if code == 0 or (code == NO_TESTS and "pytest" in command) else f"exit status {code}"
+
+
+def environment() -> dict[str, str]:
+    """The parts' environment. Packages that were brought along are still found."""
+    packages = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"PYTHONPATH": os.pathsep.join(packages), "PYTHONUNBUFFERED": "1", "COLUMNS": COLUMNS}
+    return os.environ | own
+
+
+def _pass_on(process: subprocess.Popen[str], name: str, log: TextIO, faults: list[str]) -> None:
+    """Print a part's lines, and keep those that are faults."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        for file in (sys.stdout, log):
+            print(f"[{name}] {line}", end="", file=file, flush=True)
+        if line.startswith(FAULTS):
+            faults.append(line.strip())
+
+
+def _ends(process: subprocess.Popen[str], seconds: float) -> bool:
+    """Whether the process ends within so many seconds."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _take_interrupts() -> None:
@@ -143,33 +177,44 @@ def _kill(process: subprocess.Popen[str]) -> None:
         pass
 
 
-def loads(python: str) -> bool:
-    """Whether the package loads with CUDA kernels that were built before."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
-    return (
-        subprocess.run([python, "-c", LOADED], cwd=ROOT, env=environment, capture_output=True).returncode == 0
+def probed(python: str) -> tuple[str, str | None]:
+    """The GPU's capability, and why the package does not load with kernels for it, None where it does.
+
+    Errors: NoGpu; subprocess.TimeoutExpired after IMPORT seconds."""
+    done = subprocess.run(
+        [python, "-c", PROBE], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=IMPORT
     )
-
-
-def build_environment(python: str) -> dict[str, str]:
-    """Settings for a build for this GPU alone, which fails where CUDA's compiler is missing."""
-    capability = subprocess.run([python, "-c", BUILD], capture_output=True, text=True).stdout.strip()
-    return {"PRUNED_OPS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability or "9.0"}
+    reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+    if not done.stdout.strip():
+        raise NoGpu(reason[0])
+    return done.stdout.strip(), reason[0] if done.returncode else None
 
 
 def loading(python: str, dry: bool) -> list[Part]:
-    """Shows what loads; before it, the build, where no extension is there that loads."""
+    """Shows what loads; before it, the build for this GPU alone, where no extension is there that loads.
+
+    Errors: NoGpu."""
     info = Part("load", [python, "-m", "pruned_ops.cli", "info"], 60 * (PATIENCE if dry else 1))
-    if dry or loads(python):
+    if dry:
         return [info]
+    try:
+        capability, reason = probed(python)
+    except subprocess.TimeoutExpired as error:
+        print(f"--- what loads is not known: {error}", flush=True)
+        return [info]
+    if reason is None:
+        return [info]
+    print(f"--- the extension is built, because none loads here: {reason}", flush=True)
+    # Without CUDA's compiler it fails, where a build by itself would leave the kernels out.
+    settings = {"PRUNED_OPS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
-    return [Part("build", build, 120, environment=build_environment(python)), info]
+    return [Part("build", build, 120, environment=settings), info]
 
 
 def tests(python: str, dry: bool, names: Sequence[str], seconds: float, out: Path) -> Part:
     """pytest on all cores, where pytest-xdist is there; tests with a time limit after that, alone. The few of
-    a dry run are on one core."""
-    pytest = [python, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *names]
+    a dry run are on one core. CUDA kernels that were not built are skipped."""
+    pytest = [python, "-m", "pytest", "-q", "-rfEs", "--tb=short", "-p", "no:cacheprovider", *names]
     workers = 1 if dry else min(8, os.cpu_count() or 1)
     spread = ["-n", str(workers), "--dist", "worksteal"] if find_spec("xdist") else []
     report = f"--junitxml={out / 'tests.xml'}"
@@ -178,6 +223,10 @@ def tests(python: str, dry: bool, names: Sequence[str], seconds: float, out: Pat
         [*pytest, *spread, report, "-m", "not alone"],
         seconds,
         after=[*pytest, "-m", "alone"],
+        environment={
+            "PRUNED_OPS_TEST_SECONDS": str(LONGEST_TEST * (PATIENCE if dry else 1)),
+            "PRUNED_OPS_TEST_EMULATOR": "0",  # what passes there says nothing of a GPU
+        },
     )
 
 
@@ -198,7 +247,7 @@ def models(
         command += ["--goals", "--random", "minilm", "--quick", "--rounds", "5", "--rivals", "none"]
         workloads = ["fixed128-b1"]
     else:
-        command += ["--device", "cuda", "--random", "large", "--rivals", *rivals]
+        command += ["--device", "cuda", "--random", "large", "--rounds", ROUNDS, "--rivals", *rivals]
     command += ["--minutes", f"{minutes:.2f}", "--workloads", *workloads]
     return Part("models", command, 60 * minutes + 30)
 
@@ -210,8 +259,9 @@ def sanitized(python: str) -> Part:
     return Part("memcheck", [*command, *pytest], 60, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def first(python: str, dry: bool, out: Path) -> list[Part]:
-    device, times = ("cpu", PATIENCE) if dry else ("cuda", 1)
+def first(python: str, dry: bool, out: Path, share: float = 1.0) -> list[Part]:
+    """share: of the whole time, the part that is used."""
+    device, times = ("cpu", PATIENCE * share) if dry else ("cuda", share)
     return [
         *loading(python, dry),
         tests(python, dry, DRY_TESTS if dry else GPU_TESTS, 130 * times, out),
@@ -224,12 +274,13 @@ def first(python: str, dry: bool, out: Path) -> list[Part]:
     ]  # fmt: skip
 
 
-def second(python: str, dry: bool, out: Path, failed: Path | None) -> list[Part]:
-    """failed: a file with names of tests, one a line; by default the one that the first call wrote."""
+def second(python: str, dry: bool, out: Path, failed: Path | None, share: float = 1.0) -> list[Part]:
+    """failed: a file with names of tests, one a line; by default the one that the first call wrote. share: as
+    of `first`."""
     failed = failed or out.parent / "first" / FAILED_TESTS
     names = failed.read_text("utf-8").split("\n") if failed.exists() else []
     names = [name for name in names if name] or list(DRY_TESTS if dry else MOST_TELLING_TESTS)
-    device, times = ("cpu", PATIENCE) if dry else ("cuda", 1)
+    device, times = ("cpu", PATIENCE * share) if dry else ("cuda", share)
     parts = [
         *loading(python, dry),
         tests(python, dry, names, 60 * times, out),
@@ -242,11 +293,13 @@ def second(python: str, dry: bool, out: Path, failed: Path | None) -> list[Part]
     return parts if dry or shutil.which("compute-sanitizer") is None else [*parts, sanitized(python)]
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """Faults first, then how every part ended."""
+def summary(outcomes: Sequence[Outcome], most: int | None = None) -> str:
+    """Faults first, at most so many of them, then how every part ended."""
     faults = [f"{fault}  [{outcome.name}]" for outcome in outcomes for fault in outcome.faults]
     faults.sort(key=lambda fault: not fault.startswith("WRONG"))
-    lines = [f"--- summary: {len(faults)} lines say that something is wrong or failed", *faults]
+    lines = [f"--- summary: {len(faults)} lines say that something is wrong or failed", *faults[:most]]
+    if most is not None and len(faults) > most:
+        lines.append(f"{len(faults) - most} more are in summary.txt")
     lines += [f"{o.name}: {o.status}, {o.seconds:.0f} s, {len(o.faults)} faults" for o in outcomes]
     return "\n".join(lines)
 
@@ -265,6 +318,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--failed", type=Path, help="second: tests, one a line (default: what failed)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run")
+    parser.add_argument(
+        "--minutes", type=float, help="of the whole call, shared among its parts (default: first 9, second 4)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.failed is not None and not arguments.failed.is_file():
         parser.error(f"--failed {arguments.failed}: there is no such file")
@@ -278,10 +334,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / LOG).write_text("", "utf-8")
     dry = arguments.device == "cpu"
-    total = TOTAL[arguments.part] * (PATIENCE if dry else 1)
-    parts = (
-        first(python, dry, out) if arguments.part == "first" else second(python, dry, out, arguments.failed)
-    )
+    whole = TOTAL[arguments.part]
+    share = 1.0 if arguments.minutes is None else 60 * arguments.minutes / whole
+    total = whole * share * (PATIENCE if dry else 1)
+    try:
+        parts = (
+            first(python, dry, out, share)
+            if arguments.part == "first"
+            else second(python, dry, out, arguments.failed, share)
+        )
+    except NoGpu as error:
+        print(f"FAILED: nothing is begun, because torch can use no GPU here: {error}", flush=True)
+        return 1
     outcomes: list[Outcome] = []
     for part in parts:
         left = total - GRACE - (time.monotonic() - start)
@@ -296,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = failed_tests(outcomes[-1])
             (out / FAILED_TESTS).write_text("".join(f"{name}\n" for name in names), "utf-8")
     text = summary(outcomes)
-    print(text, flush=True)
+    print(summary(outcomes, MOST_PRINTED), flush=True)
     (out / "summary.txt").write_text(text + "\n", "utf-8")
     files = ", ".join(sorted(path.name for path in out.iterdir()))
     print(f"{time.monotonic() - start:.0f} s in all; files in {out}: {files}", flush=True)

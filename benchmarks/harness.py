@@ -89,6 +89,18 @@ def thread_seconds(call: Callable[[], Any]) -> float:
     return time.thread_time() - start
 
 
+def gpu_is_lost() -> bool:
+    """Whether an error, as an illegal access is one, has left this process's GPU of no use: every later call
+    fails, and only another process can use the GPU. It waits for what the GPU is at."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def rows(
     timings: Mapping[str, Timing], first_rival: str, extra: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:

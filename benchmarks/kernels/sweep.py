@@ -81,16 +81,13 @@ class Sweep:
     ) -> None:
         """Time a call on random tensors of these shapes; a line with its microseconds and rates."""
         facts = {"problem": problem, "name": name}
-        if self.journal.left() < 0:
-            self.journal.note("left out", **facts, reason="no time was left")
-            return
-        try:
+
+        def measure() -> None:
             seconds = self._seconds(shapes, call, nbytes)
-        except Exception as error:  # whatever a kernel raises; the next one may run
-            self.journal.failed(error, **facts)
-            return
-        rates = {"tflops": flops / seconds / 1e12, "tb_per_s": nbytes / seconds / 1e12}
-        self.journal.note("timed", **facts, us=1e6 * seconds, **rates)
+            rates = {"tflops": flops / seconds / 1e12, "tb_per_s": nbytes / seconds / 1e12}
+            self.journal.note("timed", **facts, us=1e6 * seconds, **rates)
+
+        self.journal.attempt(measure, **facts)
 
     def _seconds(self, shapes: Sequence[tuple[int, ...]], call: Callable[..., Any], nbytes: float) -> float:
         """The median of one call."""
@@ -131,7 +128,7 @@ def _attentions(
 ) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
     """The ways to compute attention over packed qkv (tokens, 3 * heads * head_dim)."""
     longest = max(lengths)
-    backends = ready_backends("attention")
+    backends = ready_backends("attention", place.device)
     if "triton" in backends:
         from pruned_ops.ops.backends.triton import configs
         from pruned_ops.ops.backends.triton.attention import launch_attention
@@ -173,7 +170,7 @@ def _linear_gelus(
     """The ways to compute linear_gelu."""
     yield "cuBLAS linear alone", F.linear
     yield "cuBLAS linear, gelu", lambda x, weight, bias: F.gelu(F.linear(x, weight, bias))
-    backends = ready_backends("linear_gelu")
+    backends = ready_backends("linear_gelu", place.device)
     if "triton" in backends:
         from pruned_ops.ops.backends.triton.linear_gelu import launch_linear_gelu
 
@@ -211,16 +208,16 @@ def norms(sweep: Sweep) -> None:
     for tokens, hidden in sweep.sizes(NORMS, (20, 64)):
         bias, scale, shift = (sweep.place.tensor(hidden) for _ in range(3))
         nbytes = sweep.place.dtype.itemsize * 3.0 * tokens * hidden
-        for name, call in _add_layer_norms(bias, scale, shift):
+        for name, call in _add_layer_norms(sweep.place, bias, scale, shift):
             problem = add_layer_norm_name(tokens, hidden)
             sweep.time(problem, name, [(tokens, hidden)] * 2, call, 0.0, nbytes)
 
 
 def _add_layer_norms(
-    bias: Tensor, scale: Tensor, shift: Tensor
+    place: Place, bias: Tensor, scale: Tensor, shift: Tensor
 ) -> Iterator[tuple[str, Callable[[Tensor, Tensor], Any]]]:
     """The ways to compute add_layer_norm of x and a residual."""
-    backends = ready_backends("add_layer_norm")
+    backends = ready_backends("add_layer_norm", place.device)
     if "triton" in backends:
         from pruned_ops.ops.backends.triton import configs
         from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm

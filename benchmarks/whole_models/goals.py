@@ -19,6 +19,7 @@ import torch
 import harness
 import pruned_ops
 from harness import Row
+from kernels.journal import FAILED, WRONG
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import backends_of
@@ -58,7 +59,7 @@ class Deadline:
 @dataclass
 class Runner:
     """A runtime on a model. run: made by `make` when it is first needed. facts: fields of its rows.
-    optimised: our optimised model, where the runtime is ours."""
+    optimised: our optimised model, where the runtime is ours and was made."""
 
     runtime: str
     model_name: str
@@ -78,14 +79,20 @@ class Runner:
         return model_shape(self.model)
 
 
-def ours(model: Any) -> Run:
-    """Our optimised model as a runner, which passes it the lengths that the host knows."""
+def ours(model: Any, model_name: str) -> Runner:
+    """Our runtime on a model, to which it passes the lengths that the host knows."""
 
-    def run(batch: Batch) -> Logits:
-        output = model(**batch, packed_batch=packed_batch(batch))
-        return output.start_logits, output.end_logits
+    def make() -> Run:
+        fast = runner.optimised = pruned_ops.optimize(copy.deepcopy(model))
 
-    return run
+        def run(batch: Batch) -> Logits:
+            output = fast(**batch, packed_batch=packed_batch(batch))
+            return output.start_logits, output.end_logits
+
+        return run
+
+    runner = Runner(OURS, model_name, make, model)
+    return runner
 
 
 def all_runners(
@@ -95,9 +102,8 @@ def all_runners(
     runners = []
     for model_name in source.names:
         model = source.load(model_name, device).to(dtype)
-        fast = pruned_ops.optimize(copy.deepcopy(model))
         files = folder / model_name
-        runners.append(Runner(OURS, model_name, partial(ours, fast), model, optimised=fast))
+        runners.append(ours(model, model_name))
         for name in names:
             make = partial(build_cuda_rival, name, model, [], files)
             runners.append(Runner(name, model_name, make, model))
@@ -108,25 +114,27 @@ def prepared(
     runners: list[Runner], workload: Workload, inputs: list[Batch], deadline: Deadline
 ) -> tuple[list[Runner], list[Row]]:
     """The runners whose logits on the workload are right, with every size compiled and captured; and for each
-    other runner a row that says why not."""
+    other runner a row that says why not. Where that is ours, which has to run, the row has a field `fault`,
+    WRONG or FAILED."""
     ready, refused = [], []
     truth = Truth(inputs)
     for runner in runners:
-        reason = runner.refused or deadline.refuse(runner.runtime)
+        reason, fault = runner.refused or deadline.refuse(runner.runtime), None
         if reason is None:
             try:
-                reason = _check(runner, inputs, truth)
+                reason, fault = _check(runner, inputs, truth), WRONG
             except Refused as error:
                 reason = runner.refused = str(error)
-            except Exception as error:  # whatever a rival's own code raises
-                if runner.runtime == OURS:
-                    raise
+            except Exception as error:  # the other runners may run
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                fault = FAILED
         if reason is None:
             ready.append(runner)
         else:
             row = {"runner": runner.name, "runtime": runner.runtime, "model": runner.model_name}
             refused.append({"workload": workload.name, **row, "refused": reason})
+            if fault is not None and runner.runtime == OURS:
+                refused[-1]["fault"] = fault
     return ready, refused
 
 
@@ -165,6 +173,8 @@ def _check(runner: Runner, inputs: list[Batch], truth: Truth) -> str | None:
         return f"its logits are off by {error:.2e}, more than {allowed:.2e}"
     shown = "; ".join(f"{op}: {backend}" for op, backend in backends.items()) or "its own"
     runner.facts |= {"error": error, "allowed_error": allowed, "backends": shown}
+    if runner.optimised is not None:
+        runner.facts["without_graph"] = runner.optimised.engine.stats.eager
     return None
 
 

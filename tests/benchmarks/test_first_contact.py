@@ -6,13 +6,15 @@ import ast
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import first_contact
 from first_contact import Outcome, Part, failed_tests, run_part, summary
-from pruned_ops.ops.registry import OPS
+from pruned_ops.ops.registry import BACKENDS, OPS
 from thorough import only_in_test_all
 
 PYTHON = sys.executable
@@ -79,6 +81,68 @@ def test_a_part_that_takes_no_interrupt_is_killed_with_its_children(
     assert time.monotonic() - start < 12  # the child holds the pipe, and would keep it for a minute
 
 
+def test_a_process_that_cannot_be_killed_stops_no_other_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that waits for a driver: it keeps the pipe open for as long as it is there."""
+    left: list[Any] = []
+    for name in ("GRACE", "SETTLE"):
+        monkeypatch.setattr(first_contact, name, 1)
+    monkeypatch.setattr(first_contact, "_kill", left.append)
+    code = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    start = time.monotonic()
+    assert run_part(python(code), tmp_path, 2).status == "interrupted after 2 s"
+    assert time.monotonic() - start < 12
+    left[0].kill()
+
+
+GPU = "print('9.0', flush=True)\n"
+
+
+def test_what_does_not_load_is_built_and_the_reason_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(first_contact, "PROBE", GPU)
+    assert [part.name for part in first_contact.loading(PYTHON, False)] == ["load"]
+    monkeypatch.setattr(first_contact, "PROBE", GPU + "raise ImportError('GLIBCXX_3.4.32 not found')")
+    build, load = first_contact.loading(PYTHON, False)
+    assert (build.name, build.environment["TORCH_CUDA_ARCH_LIST"], load.name) == ("build", "9.0", "load")
+    assert "none loads here: ImportError: GLIBCXX_3.4.32 not found" in capsys.readouterr().out
+
+
+def test_without_a_gpu_nothing_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would take the whole call, on the CPU."""
+    monkeypatch.setattr(first_contact, "PROBE", "raise RuntimeError('no NVIDIA driver')")
+    assert first_contact.main(["first", "--out", str(tmp_path)]) == 1
+    assert "torch can use no GPU here: RuntimeError: no NVIDIA driver" in capsys.readouterr().out
+
+
+def test_a_probe_that_hangs_takes_its_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_contact, "PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(first_contact, "IMPORT", 1)
+    assert [part.name for part in first_contact.loading(PYTHON, False)] == ["load"]
+
+
+def test_kernels_that_were_not_built_are_skipped(tmp_path: Path) -> None:
+    """In the emulator they would pass."""
+    if BACKENDS["cuda"].missing is None:
+        pytest.skip("there is a GPU")
+    names = ["tests/ops/test_cuda.py::test_cuda_starts_nothing_for_nothing"]
+    part = first_contact.tests(PYTHON, True, names, 200, tmp_path)
+    run_part(replace(part, after=None), tmp_path, 200)
+    log = (tmp_path / "log.txt").read_text("utf-8")
+    assert "emulated: it is switched off" in log and " 2 skipped" in log
+
+
+def test_packages_that_were_brought_along_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brought_along.py").write_text("print('found')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run_part(python("import brought_along, pruned_cli"), tmp_path, 30).status == "ok"
+    assert "[part] found" in (tmp_path / "log.txt").read_text("utf-8")
+
+
 def test_lines_are_not_cut_at_a_terminals_width(tmp_path: Path) -> None:
     """pytest's last lines name a test and the reason of its failure."""
     test = tmp_path / "test_it.py"
@@ -121,6 +185,8 @@ def test_what_was_wrong_comes_first() -> None:
     assert lines[0].startswith("--- summary: 3 lines")
     assert lines[1] == "WRONG  attention  16x64  [kernels]" and lines[2].startswith("FAILED tests/a.py")
     assert lines[-1] == "kernels: exit status 1, 180 s, 2 faults"
+    shown = summary(outcomes, most=1).splitlines()
+    assert shown[:3] == [*lines[:2], "2 more are in summary.txt"] and shown[3:] == lines[4:]
     assert failed_tests(outcomes[0]) == ["tests/a.py::test_b[c]"]
 
 
@@ -143,8 +209,7 @@ def test_what_a_gpu_machine_may_lack_is_not_imported_at_once() -> None:
 
 def test_both_calls_fit_into_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a build, and with memcheck."""
-    monkeypatch.setattr(first_contact, "loads", lambda python: False)
-    monkeypatch.setattr(first_contact, "build_environment", lambda python: {})
+    monkeypatch.setattr(first_contact, "probed", lambda python: ("9.0", "none is there"))
     monkeypatch.setattr(first_contact.shutil, "which", lambda name: name)
     parts = first_contact.first(PYTHON, False, tmp_path)
     assert [part.name for part in parts] == ["build", "load", "tests", "kernels", "models"]
@@ -152,7 +217,21 @@ def test_both_calls_fit_into_their_time(tmp_path: Path, monkeypatch: pytest.Monk
     assert sum(min(part.seconds, expected[part.name]) for part in parts) <= first_contact.TOTAL["first"]
     parts = first_contact.second(PYTHON, False, tmp_path / "second", None)
     assert [part.name for part in parts] == ["build", "load", "tests", "kernels", "models", "memcheck"]
-    monkeypatch.setattr(first_contact, "loads", lambda python: True)
+    monkeypatch.setattr(first_contact, "probed", lambda python: ("9.0", None))
     parts = first_contact.second(PYTHON, False, tmp_path / "second", None)
     expected |= {"tests": 30, "kernels": 70, "models": 78}
     assert sum(expected.get(part.name, 45) for part in parts) <= first_contact.TOTAL["second"]
+
+
+def test_a_call_of_fewer_minutes_has_shorter_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, instead of the first ones alone."""
+    monkeypatch.setattr(first_contact, "probed", lambda python: ("9.0", None))
+    monkeypatch.setattr(first_contact.shutil, "which", lambda name: None)
+    for call, make in (("first", first_contact.first), ("second", first_contact.second)):
+        more = (None,) if call == "second" else ()
+        parts = make(PYTHON, False, tmp_path / call, *more, share=0.6)  # type: ignore[operator]
+        assert [part.name for part in parts] == ["load", "tests", "kernels", "models"]
+        expected = {"load": 10, **{part.name: part.seconds for part in parts[1:]}}
+        expected["models"] -= 30  # in which a workload that was begun comes to its end
+        assert sum(expected.values()) <= 0.6 * first_contact.TOTAL[call]
+    assert first_contact.parsed(["second", "--out", "x", "--minutes", "2.5"]).minutes == 2.5

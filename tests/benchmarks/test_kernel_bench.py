@@ -4,8 +4,10 @@ stop nothing, and results that are there case by case."""
 from __future__ import annotations
 
 import csv
-import json
+import math
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import torch
 
 import bench_kernels
 import bench_ops
+import dying_work
 import torch_ways
 from kernels import right, sweep
 from kernels.cases import Model, Place, cases
-from kernels.journal import Journal
+from kernels.journal import GpuLost, Journal, rows_in
 from kernels.rotation import L2, MOST_SETS, input_sets, rotated
+from kernels.watch import run_watched
 from pruned_ops.ops.registry import OPS
 
 SMALL = Model("small", 32, 2, 16, 40)
@@ -127,10 +131,11 @@ def test_wrong_and_failing_kernels_are_lines_of_their_own(
     monkeypatch.setitem(
         OPS["linear_gelu"].kernels, "cpu", replace(OPS["linear_gelu"].kernels["cpu"], launch=no_memory)
     )
-    monkeypatch.setattr(right, "ready_backends", lambda op: ["cpu"])
-    monkeypatch.setattr(sweep, "ready_backends", lambda op: ["cpu"])
-    assert bench_kernels.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "5"]) == 1
-    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text("utf-8").splitlines()]
+    monkeypatch.setattr(right, "ready_backends", lambda op, device: ["cpu"])
+    monkeypatch.setattr(sweep, "ready_backends", lambda op, device: ["cpu"])
+    arguments = bench_kernels.parsed(["--device", "cpu", "--out", str(tmp_path)])
+    bench_kernels.work(arguments, tmp_path / "kernels.jsonl", math.inf, lambda facts: None, [])
+    rows = rows_in(tmp_path / "kernels.jsonl")
     assert [row["op"] for row in rows if row["verdict"] == "WRONG"] == ["add_layer_norm"]
     failed = [row for row in rows if row["verdict"] == "FAILED"]
     assert {row.get("op", row.get("problem")) for row in failed} == {"linear_gelu", "linear_gelu 20x64->72"}
@@ -138,7 +143,59 @@ def test_wrong_and_failing_kernels_are_lines_of_their_own(
 
 
 def test_what_no_time_is_left_for_is_named(tmp_path: Path) -> None:
-    with Journal(tmp_path, "kernels", 0.0) as journal:
+    with Journal(tmp_path / "kernels.jsonl", end=0.0) as journal:
         right.check_all(journal, Place(torch.float32, "cpu"), tiny=True)
         sweep.ceilings(sweep.Sweep(journal, Place(torch.float32, "cpu"), True))
-    assert {row["verdict"] for row in journal.rows} == {"left out"} and len(journal.rows) >= 7
+    rows = rows_in(tmp_path / "kernels.jsonl")
+    assert {row["verdict"] for row in rows} == {"left out"} and len(rows) >= 7
+
+
+def test_on_a_gpu_no_kernel_of_the_cpus_is_asked() -> None:
+    """Of linear_gelu it would be cuBLAS's product, under the name of the CPU."""
+    assert all("cpu" not in right.ready_backends(op, "cuda") for op in OPS)
+    assert right.ready_backends("linear_gelu", "cpu")[0] == "cpu"
+
+
+def test_what_an_earlier_process_did_is_not_done_again(tmp_path: Path) -> None:
+    """And an error after which the GPU is lost ends this one."""
+    told: list[Any] = []
+    made: list[str] = []
+
+    def fails() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with Journal(
+        tmp_path / "a", done=[{"op": "first"}], tell=told.append, is_lost=lambda: "last" in made
+    ) as journal:
+        journal.attempt(lambda: made.append("first"), op="first")
+        journal.attempt(lambda: made.append("second"), op="second")
+        journal.attempt(fails, op="third")  # an error that loses nothing
+        journal.attempt(lambda: made.append("last"), op="last")
+        with pytest.raises(GpuLost):
+            journal.attempt(fails, op="lost")
+    assert made == ["second", "last"]
+    assert [facts.get("op") for facts in told] == ["second", None, "third", None, "last", None, "lost"]
+    assert [(row["verdict"], row["op"]) for row in rows_in(tmp_path / "a")] == [
+        ("FAILED", "third"), ("FAILED", "lost"),
+    ]  # fmt: skip
+
+
+def test_the_process_that_watches_does_without_torch() -> None:
+    """Its import takes seconds, and what is broken may be torch."""
+    code = "import sys, bench_kernels; assert 'torch' not in sys.modules"
+    folder = Path(bench_kernels.__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+
+
+def test_another_process_goes_on_behind_one_that_ends(tmp_path: Path) -> None:
+    """It crashes, hangs, loses its GPU, or fails outside of an attempt; then none is begun in vain."""
+    path = tmp_path / "kernels.jsonl"
+    run_watched(partial(dying_work.work, str(path)), path, 10)
+    rows = [(row["verdict"], row.get("name"), row.get("error", "")) for row in rows_in(path)]
+    expected = [
+        ("right", "plain", ""), ("FAILED", "crash", "the process was ended: status -11"),
+        ("FAILED", "hang", "the process was ended: nothing came for 10 s"),
+        ("FAILED", "lost", "RuntimeError: an illegal memory access"),
+        ("right", "last", ""), *[("FAILED", None, "the process was ended: status 1")] * 2,
+    ]  # fmt: skip
+    assert rows == expected

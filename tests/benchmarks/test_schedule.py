@@ -107,7 +107,7 @@ def test_real_kernels_have_their_products_and_limits() -> None:
 
 def test_measured_times_are_found_by_their_names(tmp_path: Path) -> None:
     problem = add_layer_norm_name(12288, 1024)
-    with Journal(tmp_path, "kernels", 1) as journal:
+    with Journal(tmp_path / "kernels.jsonl") as journal:
         journal.note("timed", problem=problem, name="triton rows 1 warps 1", us=20.0)
         journal.note("timed", problem=problem, name="cuda", us=19.0)
         journal.note("left out", problem=problem, name="triton y", reason="no time")

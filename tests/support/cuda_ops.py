@@ -1,8 +1,10 @@
 """The CUDA backend's ops for tests: on a GPU if the extension has its kernels; else by csrc/cuda/ops.cpp,
-compiled for CPU tensors and emulated kernels."""
+compiled for CPU tensors and emulated kernels. PRUNED_OPS_TEST_EMULATOR=0 does without the latter, where what
+passes is to be of the GPU."""
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -20,8 +22,11 @@ ON_GPU = MISSING is None
 DEVICE = "cuda" if ON_GPU else "cpu"
 moved = partial(moved_to, DEVICE)
 
+NOT_EMULATED = (
+    "it is switched off" if os.environ.get("PRUNED_OPS_TEST_EMULATOR") == "0" else emulator_missing()
+)
 SKIPPED = pytest.mark.skipif(
-    not ON_GPU and emulator_missing() is not None, reason=f"cuda: {MISSING}; emulated: {emulator_missing()}"
+    not ON_GPU and NOT_EMULATED is not None, reason=f"cuda: {MISSING}; emulated: {NOT_EMULATED}"
 )
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason=f"cuda: {MISSING}")
 

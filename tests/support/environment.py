@@ -28,7 +28,15 @@ hypothesis.settings.load_profile("untimed")
 # What this user's GPU was tuned to is neither read nor changed by a test.
 os.environ["PRUNED_OPS_CACHE"] = tempfile.mkdtemp(prefix="pruned_ops_cache_")
 
+import harness  # noqa: E402
+from gpu_watch import GpuWatch  # noqa: E402
 from inputs import MODELS  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """PRUNED_OPS_TEST_SECONDS: the most that a test may take on a GPU that is there for minutes."""
+    if seconds := os.environ.get("PRUNED_OPS_TEST_SECONDS"):
+        config.pluginmanager.register(GpuWatch(float(seconds), harness.gpu_is_lost))
 
 
 @pytest.fixture(params=MODELS)
