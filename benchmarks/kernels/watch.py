@@ -55,7 +55,7 @@ def _followed(connection: Connection, done: list[Facts], seconds: float) -> tupl
     while connection.poll(seconds):
         try:
             at = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the latter where it was killed in the middle of a word
             return True, at
         if at:
             done.append(at)
