@@ -51,41 +51,35 @@ inline void vector(const char* op, const char* name, const at::Tensor& tensor, i
               ", [", size, "] is needed");
 }
 
-// A weight (out, in) as fp32 panels (ceil(out / 32), in, 32); see panels.h.
-inline void panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
-  constexpr int64_t width = kWeightPanel;
-  taken(op, name, tensor, {});
-  const int64_t needed = (out + width - 1) / width;
-  TORCH_CHECK(
-      tensor.dim() == 3 && tensor.size(0) == needed && tensor.size(1) == in && tensor.size(2) == width, op,
-      ": ", name, " has shape ", tensor.sizes(), ", panels [", needed, ", ", in, ", ", width,
-      "] of a weight [", out, ", ", in, "] are needed");
-  TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
-}
-
-// A weight (out, in) as int8 panels (ceil(out / 32), 1 + ceil(in / 4), 128); see panels.h.
-inline void int8_panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
+// A weight (out, in) in panels of so many steps, as panels.h draws them; kind: their dtype in words.
+inline void in_panels(const char* op, const char* name, const at::Tensor& tensor, const char* kind,
+                      int64_t steps, int64_t width, int64_t in, int64_t out) {
   on(op, name, tensor, at::kCPU);
   const int64_t panels = (out + kWeightPanel - 1) / kWeightPanel;
-  const int64_t steps = 1 + (in + kInt8Group - 1) / kInt8Group;
-  TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == panels && tensor.size(1) == steps &&
-                  tensor.size(2) == kStepBytes,
-              op, ": ", name, " has shape ", tensor.sizes(), ", int8 panels [", panels, ", ", steps, ", ",
-              kStepBytes, "] of a weight [", out, ", ", in, "] are needed");
-  TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
-}
-
-// A weight (out, in) as bf16 panels (ceil(out / 32), ceil(in / 2), 64); see panels.h.
-inline void bf16_panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
-  on(op, name, tensor, at::kCPU);
-  constexpr int64_t width = kWeightPanel * kBf16Group;
-  const int64_t panels = (out + kWeightPanel - 1) / kWeightPanel;
-  const int64_t steps = (in + kBf16Group - 1) / kBf16Group;
   TORCH_CHECK(
       tensor.dim() == 3 && tensor.size(0) == panels && tensor.size(1) == steps && tensor.size(2) == width, op,
-      ": ", name, " has shape ", tensor.sizes(), ", bf16 panels [", panels, ", ", steps, ", ", width,
+      ": ", name, " has shape ", tensor.sizes(), ", ", kind, "panels [", panels, ", ", steps, ", ", width,
       "] of a weight [", out, ", ", in, "] are needed");
   TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous; panels must be");
+}
+
+// fp32 panels (ceil(out / 32), in, 32).
+inline void panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
+  taken(op, name, tensor, {});
+  in_panels(op, name, tensor, "", in, kWeightPanel, in, out);
+}
+
+// int8 panels (ceil(out / 32), 1 + ceil(in / 4), 128).
+inline void int8_panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
+  TORCH_CHECK(in <= kMostInt8Inputs, op, ": ", name, " has ", in, " inputs, and sums in int8 hold ",
+              kMostInt8Inputs, ": keep it in float32");
+  in_panels(op, name, tensor, "int8 ", 1 + (in + kInt8Group - 1) / kInt8Group, kStepBytes, in, out);
+}
+
+// bf16 panels (ceil(out / 32), ceil(in / 2), 64).
+inline void bf16_panels(const char* op, const char* name, const at::Tensor& tensor, int64_t in, int64_t out) {
+  in_panels(op, name, tensor, "bf16 ", (in + kBf16Group - 1) / kBf16Group, kWeightPanel * kBf16Group, in,
+            out);
 }
 
 // Checks a q|k|v (tokens, 3 * num_heads * head_dim); returns num_heads.
@@ -124,7 +118,7 @@ inline int64_t seqlens(const char* op, const int32_t* bounds, int64_t batch, int
   return longest;
 }
 
-// positions: null, or int32 (tokens,), rising from at least 0 within each of the sequences of these bounds.
+// Contiguous int32 (tokens,), rising from at least 0 within each of the sequences of these bounds.
 inline void positions(const char* op, const at::Tensor& tensor, const int32_t* bounds, int64_t batch,
                       int64_t tokens) {
   on(op, "positions", tensor, at::kCPU);
@@ -134,13 +128,12 @@ inline void positions(const char* op, const at::Tensor& tensor, const int32_t* b
               ", [", tokens, "] is needed");
   const int32_t* const values = tensor.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < batch; ++i) {
-    int32_t least = 0;
+    int64_t least = 0;
     for (int64_t token = bounds[i]; token < bounds[i + 1]; ++token) {
       TORCH_CHECK(values[token] >= least, op,
-                  ": positions must be at least 0 and rise within each sequence; "
-                  "that of token ",
-                  token, " is ", values[token]);
-      least = values[token] + (values[token] < std::numeric_limits<int32_t>::max());
+                  ": positions must be at least 0 and rise within each sequence; that of token ", token,
+                  " is ", values[token]);
+      least = int64_t{values[token]} + 1;
     }
   }
 }
@@ -161,7 +154,8 @@ inline int64_t distance_rows(const char* op, const at::Tensor& tensor, int64_t r
   TORCH_CHECK(tensor.scalar_type() == at::kInt && tensor.dim() == 1 && tensor.size(0) % 2 == 1, op,
               ": distance_rows is ", tensor.scalar_type(), " ", tensor.sizes(),
               ", Int (int32) [2 * reach + 1] is needed");
-  const int32_t* const values = tensor.const_data_ptr<int32_t>();
+  const at::Tensor contiguous = tensor.contiguous();
+  const int32_t* const values = contiguous.const_data_ptr<int32_t>();
   TORCH_CHECK(
       values[0] >= 0 && values[tensor.size(0) - 1] < rows && std::is_sorted(values, values + tensor.size(0)),
       op, ": distance_rows must lie between 0 and ", rows - 1, ", and never fall");

@@ -8,7 +8,7 @@
 //   bf16: panel = [ inputs 0 and 1: 32 channels x 2 bfloat16 ][ inputs 2 and 3 ] ...
 //   int8: panel = [ start: 32 int32 ][ inputs 0 to 3: 32 channels x 4 int8 ][ inputs 4 to 7 ] ...
 //
-// int8 values are -127 to 127: AVX2 multiplies by their opposites. Each bracket is a step of 128 bytes.
+// int8 values are -127 to 127, so that each has its opposite. Each bracket is a step of 128 bytes.
 // `start` holds the values at which the channels' sums start where 128 is added to the activations: -128
 // times the sum of the channel's weights. VNNI needs that, because its instruction multiplies unsigned bytes
 // by signed ones; other kernels pass `start` over. A tile of AMX is 16 channels of 16 steps, and a register
@@ -24,6 +24,8 @@ constexpr int64_t kGatedUnits = 16;   // of a panel whose channels are 16 gates 
 constexpr int64_t kStepBytes = 128;   // 32 channels of one input in fp32, of two in bf16, of four in int8
 constexpr int64_t kBf16Group = 2;     // inputs that one AVX512_BF16 instruction multiplies and adds
 constexpr int64_t kInt8Group = 4;     // inputs that one VNNI instruction multiplies and adds
+// Inputs whose products fit into a sum of 32 bits, whatever they are.
+constexpr int64_t kMostInt8Inputs = 2147483647 / (127 * 127);
 
 // One integer says what a part is: the number of heads of an attention, or -1 - the width of an FFN.
 // `static`, because files compiled for other processors must not share inline functions with the rest.

@@ -35,7 +35,7 @@ constexpr int64_t kRotatedByAThread = 1 << 15;
 
 // A copy of q|k|v with query and key rotated.
 at::Tensor rotated(const at::Tensor& qkv, int64_t num_heads, int64_t head_dim, const at::Tensor& angles) {
-  at::Tensor rows = qkv.contiguous().clone();
+  at::Tensor rows = qkv.clone(at::MemoryFormat::Contiguous);
   float* const data = rows.mutable_data_ptr<float>();
   const float* const turns = angles.const_data_ptr<float>();
   const int64_t width = rows.size(1);

@@ -219,6 +219,11 @@ def test_wrong_positions_are_refused_by_name(backend: str) -> None:
             "positions must be at least 0 and rise",
         ),
         ([places - 1], "positions must be at least 0 and rise"),
+        # The largest number twice, and as far from the first as if all rose by 1.
+        (
+            [torch.tensor([0, 1, 2, 3, 4, *(2**31 - n for n in (3, 1, 1))], dtype=torch.int32)],
+            "positions must be at least 0 and rise",
+        ),
         ([None, frequencies(32)], "rotary has shape"),
         ([None, None, -1], "window is -1"),
         ([None, None, None, randn(0, 3, 5)], "position_bias has shape"),
@@ -237,6 +242,29 @@ def test_wrong_positions_are_refused_by_name(backend: str) -> None:
                 pruned_ops.ops.attention(*good, *bad)
         with pytest.raises(RuntimeError, match="head_dim is 15, and rotary takes channels in pairs"):
             pruned_ops.ops.attention(*attention_arguments((5,), 1, 15), None, torch.ones(7))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_integers_are_taken_in_any_layout(backend: str) -> None:
+    """Every second number of a longer tensor, and one number that stands for all."""
+    lengths, heads, head_dim = (5, 3), 2, 16
+    qkv, bounds, *sizes = attention_arguments(lengths, heads, head_dim)
+    key, places = randn(0, heads, 9, head_dim), with_gaps(lengths)
+    rows = torch.tensor([0, 0, 4, 8, 8], dtype=torch.int32)
+    spread = [torch.full((2 * len(each),), 10_000, dtype=torch.int32)[::2] for each in (bounds, places, rows)]
+    for view, each in zip(spread, (bounds, places, rows), strict=True):
+        view.copy_(each)
+    one = torch.full((1,), 3, dtype=torch.int32).expand(5)
+    with use_backend(backend):
+        for laid_out, plain in (
+            (spread, (bounds, places, rows)),
+            ((bounds, places, one), (bounds, places, one.clone())),
+        ):
+            found, expected = (
+                pruned_ops.ops.attention(qkv, own, *sizes, place, *[None] * 3, key, None, distances)
+                for own, place, distances in (laid_out, plain)
+            )
+            assert torch.equal(found, expected)
 
 
 def test_cuda_kernels_refuse_positions_by_name() -> None:
