@@ -219,9 +219,13 @@ __global__ void __launch_bounds__(kThreads, Memory<T, HEAD_DIM>::kBlocks)
 
 template <class T, int HEAD_DIM>
 const char* start(const Attention& a, void* stream) {
-  const int tiles = (a.max_seqlen + kQueries - 1) / kQueries;
-  const Grid grid = {static_cast<unsigned>(tiles) * static_cast<unsigned>(a.batch),
-                     static_cast<unsigned>(a.num_heads)};
+  const int tiles = static_cast<int>((int64_t{a.max_seqlen} + kQueries - 1) / kQueries);
+  const int64_t blocks = int64_t{tiles} * a.batch;
+  if (blocks > kMostBlocks) {
+    return "a launch has not so many blocks: give the longest sequence's length as max_seqlen, or fewer "
+           "sequences at once";
+  }
+  const Grid grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(a.num_heads)};
   const float scale =
       1.4426950408889634f / std::sqrt(static_cast<float>(HEAD_DIM));  // log2(e) / sqrt(head_dim)
   return launch(attention_kernel<T, HEAD_DIM>, grid, kThreads, Memory<T, HEAD_DIM>::kBytes, stream,

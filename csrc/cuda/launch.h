@@ -11,6 +11,10 @@ struct Grid {
   unsigned x = 1, y = 1, z = 1;
 };
 
+namespace pruned_ops::cuda {
+constexpr int64_t kMostBlocks = 2147483647;  // of a grid along x
+}
+
 #ifdef __CUDACC__
 
 #include <cstdio>

@@ -156,6 +156,11 @@ def test_what_the_cuda_ops_refuse() -> None:
     refused_natively("attention", [qkv, bounds, -1, 32], "max_seqlen is -1")
     far = qkv[:1].expand(2**31, 192)
     refused_natively("attention", [far, bounds, longest, 32], "the number of tokens is 2147483648")
+    # Of 2^16 blocks each, as if one held all tokens: 2^32, which is 0 in 32 bits.
+    many = torch.zeros(2**16 + 1, dtype=torch.int32, device=qkv.device)
+    refused_natively(
+        "attention", [qkv[:1].expand(2**22, 192), many, 2**22, 32], "a launch has not so many blocks"
+    )
     x, weight, bias = moved([randn(0, 5, 8), randn(1, 6, 8), randn(2, 6)], torch.bfloat16)
     for given, match in (
         ([x.double(), weight, bias], "the tensors are Double"),
