@@ -21,8 +21,11 @@ void for_each_piece(int64_t shares, int64_t pieces, const Run& run) {
       for (int64_t other = 0; other < shares; ++other) {
         const int64_t share = (thread + other) % shares;
         std::atomic<int64_t>& next = begun[static_cast<size_t>(share)];
-        for (int64_t piece = next.fetch_add(1); piece < pieces; piece = next.fetch_add(1)) {
-          run(thread, share, piece);
+        // Looked at before it is counted up: of a share that is done all threads only read, and do not wait
+        // for each other's writes.
+        while (next.load(std::memory_order_relaxed) < pieces) {
+          const int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
+          if (piece < pieces) run(thread, share, piece);
         }
       }
     }
