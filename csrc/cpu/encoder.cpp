@@ -188,7 +188,7 @@ class Run {
                     scratch.middle);
     }
     if (first.is_int8 && second.is_int8) {
-      int8_kernels().linear_gelu(first.int8, narrow_x(first, count, scratch), count, activation,
+      int8_kernels().linear_gelu(first.int8, narrow_x(first, count, scratch), count, activation, part.width,
                                  scratch.inner, inner_stride_, scratch.middle);
     } else if (first.is_bf16() && second.is_bf16()) {
       bf16_kernels()->linear_bf16(first.bf16, narrow_x(first, count, scratch), count, activation,

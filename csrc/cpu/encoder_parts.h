@@ -62,7 +62,7 @@ struct Stack {
   bool norm_first, gated;
 };
 
-// What attentions may have beside q|k|v, as reference.encoder describes it.
+// What attentions may have beside q|k|v, as reference_encoder.encoder describes it.
 struct ByPosition {
   at::Tensor positions;  // int32 (tokens,)
   const std::optional<at::Tensor>& rotary;

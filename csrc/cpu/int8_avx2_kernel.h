@@ -57,7 +57,7 @@ inline __m256i rounded(const float* x, int64_t count, __m256 inverse) {
 // Quantises a row whose largest magnitude is `top`; returns its scale. Groups of 32 values are written at
 // once. Where `top` is no finite number the scale says so, and all values become 0.
 inline float quantize_row(const float* x, int64_t in, float top, uint8_t* bytes) {
-  const __m256 inverse = _mm256_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+  const __m256 inverse = _mm256_set1_ps(quantizing_factor(top));
   const bool is_finite = top <= std::numeric_limits<float>::max();
   const __m256i kept = _mm256_set1_epi32(is_finite ? -1 : 0);
   const __m256i zero = _mm256_setzero_si256();

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "cpu/kernels.h"
 #include "cpu/multiply_kernel.h"
 
 namespace pruned_ops::CPU_CAPABILITY {
@@ -40,7 +41,7 @@ inline __m512i rounded(const float* x, int64_t count, __m512 inverse) {
 template <int kAdded>
 inline float quantize_row_adding(const float* x, int64_t in, float top, uint8_t* bytes) {
   const bool finite = top <= std::numeric_limits<float>::max();
-  const __m512 inverse = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+  const __m512 inverse = _mm512_set1_ps(quantizing_factor(top));
   // Packing takes quarters of vectors in turn.
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   const __m512i middle = _mm512_set1_epi8(static_cast<char>(kAdded));

@@ -114,13 +114,15 @@ constexpr auto kInt8LinearBf16 = nullptr;
 
 // GELU or GEGLU of x weight^T + bias, quantised. The tiles keep the largest magnitudes of each row's lanes,
 // so that the second pass knows the row's scale. GEGLU's GELU is the exact one: its errors are multiplied.
+// Units that fill a panel up are 0, and no part of the row that is quantised: a kernel may end it with a sum.
 inline void int8_linear_gelu(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish,
-                             float* inner, int64_t inner_stride, const NarrowRows& out) {
+                             int64_t width, float* inner, int64_t inner_stride, const NarrowRows& out) {
   if (rows > kChunkRows) {
     // In halves: `inner` of more rows leaves too little of L2 to the weights.
     const int64_t first = round_up(rows / 2, 16);
-    int8_linear_gelu(args, x, first, finish, inner, inner_stride, out);
-    return int8_linear_gelu(args, x.from(first), rows - first, finish, inner, inner_stride, out.from(first));
+    int8_linear_gelu(args, x, first, finish, width, inner, inner_stride, out);
+    return int8_linear_gelu(args, x.from(first), rows - first, finish, width, inner, inner_stride,
+                            out.from(first));
   }
   const bool gated = finish == Finish::kBiasGeglu;
   alignas(64) int32_t tops[kChunkRows * kLanes];
@@ -139,7 +141,6 @@ inline void int8_linear_gelu(const Int8LinearArgs& args, const NarrowRows& x, in
                   at::vec::maximum(Bits::loadu(top), bits).store(top);
                 });
   });
-  const int64_t width = gated ? args.out / 2 : args.out;  // units that fill a panel up are 0
   for (int64_t row = 0; row < rows; ++row) {
     const int32_t* lanes = tops + row * kLanes;
     const float top = std::bit_cast<float>(*std::max_element(lanes, lanes + kLanes));

@@ -47,7 +47,7 @@ inline int16x8_t rounded(const float* x, int64_t count, float inverse) {
 // Quantises a row whose largest magnitude is `top`; returns its scale. Groups of 16 values are written at
 // once. Where `top` is no finite number the scale says so, and all values become 0, times an inverse of 0.
 inline float quantize_row(const float* x, int64_t in, float top, uint8_t* bytes) {
-  const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+  const float inverse = quantizing_factor(top);
   constexpr int64_t kStored = 16;
   static_assert(kStored <= kStoredValues);
   for (int64_t i = 0; i < in; i += kStored) {

@@ -30,7 +30,7 @@ inline float top_of(const float* x, int64_t in) {
 
 // Quantises a row whose largest magnitude is `top`; returns its scale.
 inline float quantize_row(const float* x, int64_t in, float top, uint8_t* bytes) {
-  const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+  const float inverse = quantizing_factor(top);
   for (int64_t i = 0; i < in; ++i) {
     // Where the row holds an infinity or what is not a number, its scale says so.
     const float rounded = std::nearbyint(x[i] * inverse);

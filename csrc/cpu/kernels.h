@@ -2,7 +2,9 @@
 // No torch header here: the files compiled with AVX flags must not share inline functions with the rest.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "panels.h"
 
@@ -104,6 +106,13 @@ struct Kernels {
 // Values of a quantised row that a kernel writes at once, at most; the row has room for as many as it fills.
 constexpr int64_t kStoredValues = 32;
 
+// What a row whose largest magnitude is `top` is multiplied by to become whole numbers of at most 127; its
+// scale is top / 127. 0 where `top` is no finite number. The least numbers have no such factor, and get the
+// largest that there is.
+static inline float quantizing_factor(float top) {
+  return top > 0.0f ? std::min(127.0f / top, std::numeric_limits<float>::max()) : 0.0f;
+}
+
 // Rows for a narrow linear, `stride` bytes apart (a multiple of 64 that a row fits into). Rounded to bf16
 // they are filled up with zeros to whole pairs. Quantised they have a scale each; how the values lie is
 // between the functions of one Int8Kernels, and what fills a row up to whole groups adds nothing.
@@ -135,10 +144,10 @@ struct Int8Kernels {
   // whole number of 16, may be read; so in the next two.
   void (*linear)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish, float* out,
                  int64_t out_stride);
-  // finish(x weight^T), which ends in GELU or GEGLU, of at most chunk_rows rows, quantised. inner: room for
-  // it in float.
+  // finish(x weight^T), which ends in GELU or GEGLU, of at most chunk_rows rows, quantised. width: the
+  // numbers of a row of it, without those by which GEGLU fills a panel up. inner: room for it in float.
   void (*linear_gelu)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, Finish finish,
-                      float* inner, int64_t inner_stride, const NarrowRows& out);
+                      int64_t width, float* inner, int64_t inner_stride, const NarrowRows& out);
   // x weight^T + bias as bfloat16, for Bf16Kernels' attention: `out` of args is a multiple of 16. Null where
   // the processor has no such attention.
   void (*linear_bf16)(const Int8LinearArgs& args, const NarrowRows& x, int64_t rows, uint16_t* out,

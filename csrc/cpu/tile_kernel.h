@@ -1,4 +1,4 @@
-// The order in which a product with a weight in panels is computed, in fp32 or int8, and how a tile of it
+// The order in which a product with a weight in panels is computed, in any dtype, and how a tile of it
 // becomes output. The panels of the weight come one after the other, each over blocks of rows; the next panel
 // is brought into L2 meanwhile.
 #pragma once

@@ -162,7 +162,8 @@ def from_int8_panels(panels: Tensor, out: int, inputs: int) -> Tensor:
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise rows (rows, columns) to whole numbers from -127 to 127, in x's dtype, and scales (rows, 1)."""
     top = x.abs().amax(1, keepdim=True) if x.size(1) else x.new_zeros(x.size(0), 1)
-    inverse = torch.where(top > 0, LEVELS / top, torch.zeros_like(top))
+    # The least numbers have no such factor, and get the largest that there is.
+    inverse = torch.where(top > 0, (LEVELS / top).clamp(max=torch.finfo(x.dtype).max), torch.zeros_like(top))
     return torch.round(x * inverse), top / LEVELS
 
 

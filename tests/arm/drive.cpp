@@ -138,7 +138,7 @@ class Int8Case {
     std::memset(bytes.data(), 0xaa, static_cast<size_t>(stored * stride));
     kernels.quantize(x_.data(), in_, rows_, in_, x);
     kernels.linear(args, x, rows_, Finish::kBias, linear.data(), out_);
-    kernels.linear_gelu(args, x, rows_, Finish::kBiasGelu, inner.data(), inner_stride, gelu);
+    kernels.linear_gelu(args, x, rows_, Finish::kBiasGelu, out_, inner.data(), inner_stride, gelu);
     if (check_sums) check(x, linear.data());
     Int8Result result;
     result.linear.assign(linear.data(), linear.data() + rows_ * out_);

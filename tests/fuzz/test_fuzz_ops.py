@@ -11,8 +11,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from by_position import stack_arguments
 from fuzzing import NUMBERS, fuzzed, guarded, guarded_all, in_child
 from inputs import READY, arguments_for, attention_arguments, cu_seqlens
+from int8_cases import in_int8
 from numerics import assert_within_budget
 from pruned_ops.ops.registry import OPS, use_backend
 
@@ -59,6 +61,27 @@ def test_ops_on_legal_arguments(op: str, data: st.DataObject) -> None:
     if op == "attention":
         arguments[0] *= data.draw(st.sampled_from([1.0, 1.0, 1e-20]))
     assert_within_budget(OPS[op], "cpu", guarded_all(arguments, data.draw(st.booleans())))
+
+
+@fuzzed(25, data=st.data())
+def test_stacks_on_legal_arguments(data: st.DataObject) -> None:
+    """Stacks other than BERT's, of any sizes: within the error budget in fp32, and in int8 the same bits
+    whatever lies beside the arguments."""
+    arguments = stack_arguments(
+        data.draw(LENGTHS),
+        hidden=data.draw(st.integers(8, 100)),
+        head_dim=data.draw(st.sampled_from([2, 16, 20, 32])),
+        norm_first=data.draw(st.booleans()),
+        gated=data.draw(st.booleans()),
+        heads=data.draw(st.lists(st.integers(0, 3), max_size=3)),
+        width=data.draw(st.integers(0, 70)),
+        seed=data.draw(st.integers(0, 1000)),
+    )
+    at_end = data.draw(st.booleans())
+    assert_within_budget(OPS["encoder"], "cpu", guarded_all(arguments, at_end))
+    narrow = in_int8(arguments)
+    with use_backend("cpu"):
+        assert torch.equal(OPS["encoder"](*guarded_all(narrow, at_end)), OPS["encoder"](*narrow))
 
 
 @pytest.mark.parametrize(

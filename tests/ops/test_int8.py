@@ -26,8 +26,10 @@ from inputs import (
     stock_model,
 )
 from int8_cases import (
+    bare_part,
     check_attention,
     check_extremes,
+    check_gated,
     check_gelu,
     check_layers,
     check_values_that_are_no_numbers,
@@ -35,11 +37,20 @@ from int8_cases import (
     in_int8,
 )
 from pruned_ops.ops.backends.cpu import extension, int8_capability
-from pruned_ops.ops.panels import from_int8_panels, quantize, to_int8_panels
+from pruned_ops.ops.panels import (
+    GROUP,
+    LEVELS,
+    PANEL,
+    ffn_part,
+    from_int8_panels,
+    quantize,
+    to_int8_panels,
+)
 from pruned_ops.ops.registry import OPS, record, use_backend
 from pruned_ops.runtime.int8_choice import choose_int8
 
 needs_extension = pytest.mark.skipif("cpu" not in READY, reason="pruned_ops._C is not built")
+READY_FOR_INT8 = [backend for backend in ("reference", "cpu") if backend in READY]
 
 
 @pytest.mark.parametrize(("out", "inputs"), [(64, 32), (70, 50), (1, 1), (33, 4), (0, 8), (8, 0)])
@@ -68,6 +79,11 @@ def test_the_largest_sums_do_not_overflow_or_saturate() -> None:
 @needs_extension
 def test_gelu_is_as_exact_as_int8_needs_it() -> None:
     check_gelu()
+
+
+@needs_extension
+def test_gated_units_of_any_number() -> None:
+    check_gated()
 
 
 @needs_extension
@@ -227,9 +243,39 @@ def test_wrong_panels_are_refused_by_name() -> None:
     ):
         weights: list[Tensor] = [*good[3]]
         weights[place] = bad
-        for backend in ("reference", *(["cpu"] if "cpu" in READY else [])):
+        for backend in READY_FOR_INT8:
             with use_backend(backend), pytest.raises(RuntimeError, match=f"encoder: ({named})"):
                 OPS["encoder"](*good[:3], weights, *good[4:])
+
+
+@pytest.mark.parametrize("backend", READY_FOR_INT8)
+def test_rows_of_the_least_numbers(backend: str) -> None:
+    """What they would be multiplied by is no number; they weigh as little as they are."""
+    x = torch.zeros(5, 8)
+    x[0, 0], x[1, 3], x[1, 5], x[2] = 1e-45, 1e-38, -1e-39, -4e-38
+    values, scales = quantize(x)
+    assert bool((values.abs() <= LEVELS).all()) and (values * scales - x).abs().max() < 1e-36
+    first, bias = randn(0, 8, 8), torch.full((8,), 3.0)
+    with use_backend(backend):
+        found = OPS["encoder"](*bare_part(ffn_part(8), first, bias, x, 16, [5]))
+    assert bool(torch.isfinite(found).all()) and (found - found[4]).abs().max() < 1e-30
+
+
+@needs_extension
+def test_more_inputs_than_sums_hold_are_refused() -> None:
+    """At their ends, 133145 products are more than 32 bits hold."""
+    most = (2**31 - 1) // LEVELS**2
+    for width in (most, most + 1):
+        first = torch.zeros(-(-width // PANEL), 1 + 4, PANEL * GROUP, dtype=torch.int8)
+        second = torch.zeros(1, 1 + -(-width // GROUP), PANEL * GROUP, dtype=torch.int8)
+        weights = [first, torch.zeros(2, width), second, torch.zeros(2, 16), torch.ones(16), torch.zeros(16)]
+        arguments = [torch.zeros(1, 16), cu_seqlens((1,)), 1, weights, [ffn_part(width)], 16, 1e-5]
+        with use_backend("cpu"):
+            if width == most:
+                assert torch.equal(OPS["encoder"](*arguments), torch.zeros(1, 16))
+                continue
+            with pytest.raises(RuntimeError, match=f"second weight has {width} inputs, .* hold {most}: keep"):
+                OPS["encoder"](*arguments)
 
 
 def test_rounding_is_to_the_nearest_of_255() -> None:

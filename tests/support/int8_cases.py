@@ -24,10 +24,12 @@ from pruned_ops.ops.panels import (
     ffn_part,
     from_int8_panels,
     from_panels,
+    gated_rows,
     inner_width,
     int8_linear,
     to_int8_panels,
     to_panels,
+    ungated,
 )
 from pruned_ops.ops.registry import OPS, use_backend
 
@@ -178,6 +180,33 @@ def check_gelu() -> None:
         assert error.abs().max() <= step / 2 + min(2e-4, step / 20)
 
 
+def check_gated() -> None:
+    """Gated units of any number, all of them below 0, are quantised and multiplied as they are: a value that
+    moves to the next one is all that differs. Channels whose scales differ, and no LayerNorm, show what all
+    channels have too much or too little."""
+    hidden = 33
+    for place, width in enumerate((*range(1, 18), 20, 31, 40, 63, 72)):
+        rows = ROWS[place % len(ROWS)]
+        x, weight = randn(place, rows, hidden), randn(1, 2 * width, hidden) / hidden
+        bias = torch.cat([torch.full((width,), 6.0), torch.full((width,), -6.0)])
+        first, first_scales = to_int8_panels(gated_rows(weight))
+        first_bias = torch.stack([gated_rows(bias), first_scales])
+        rising = torch.logspace(-2, 2, hidden)[:, None]
+        second, second_scales = to_int8_panels(randn(2, hidden, width) * rising)
+        second_bias = torch.stack([torch.zeros(hidden), second_scales])
+        weights = [first, first_bias, second, second_bias, torch.empty(0), torch.empty(0)]
+        with use_backend("cpu"):
+            found = OPS["encoder"](
+                x, cu_seqlens((rows,)), rows, weights, [ffn_part(width)], 16, 1e-5, True, True
+            )
+        gate, up = ungated(int8_linear(x, first, first_bias), width)
+        units = F.gelu(gate) * up
+        assert bool((units < 0).all())
+        step = units.abs().amax(1, keepdim=True) / LEVELS * (second_scales * LEVELS)
+        error = (found - x - int8_linear(units, second, second_bias)).abs()
+        assert bool((error <= 1.01 * step + 1e-5).all()), f"{width} units"
+
+
 def check_attention() -> None:
     """Attention behind an int8 linear, at all sizes of heads and blocks. Where it runs in bfloat16, q, k, v
     and the softmax's weights are rounded to it, and nothing else; a value of v in the middle of two may go to
@@ -231,4 +260,5 @@ def check_int8() -> None:
         check_layers(linears)
     check_values_that_are_no_numbers()
     check_gelu()
+    check_gated()
     check_attention()
