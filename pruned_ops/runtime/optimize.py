@@ -273,8 +273,11 @@ def _restore(model: nn.Module) -> Any:
 def optimized(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
     """`with optimized(model) as fast:` runs packed inside the block. After it the model is as before.
 
-    dtype, and errors: as for `optimize`. A model that is optimised already stays as it is."""
+    dtype, and errors: as for `optimize`. A model that is optimised already stays as it is, in its own dtype
+    where None is asked for."""
     if packed_encoders(model):
+        if dtype is not None:
+            _is_optimised(model, dtype)  # refuses another dtype
         yield model  # whoever optimised it will restore it
         return
     fast = optimize(model, dtype)

@@ -193,6 +193,16 @@ def test_optimized_is_a_block(model: Any) -> None:
     assert not isinstance(model.base_model, OptimisedEncoder) and not model.training
 
 
+def test_a_block_in_another_dtype_is_refused_and_one_in_none_stays_as_it_is(model: Any) -> None:
+    with optimized(model):
+        with pytest.raises(ValueError, match="optimised already, in another dtype"), optimized(model, "int8"):
+            pass
+        with optimized(model) as fast:
+            assert fast is model
+        assert isinstance(model.base_model, OptimisedEncoder)
+    assert not isinstance(model.base_model, OptimisedEncoder)
+
+
 def test_no_weight_is_kept_twice(model: Any) -> None:
     """What the runtime's layout holds, the model's own weights hold no more, and read as it all the same;
     `restore` gives them back."""

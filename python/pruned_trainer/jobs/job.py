@@ -278,6 +278,21 @@ def running(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
             restore(fast)
 
 
+@contextmanager
+def paused(model: nn.Module, dtype: str | None) -> Iterator[None]:
+    """Inside the block the model is as it was before `running` where that runs it in another dtype than this
+    one: a teacher can then be timed as it would be served, while it teaches."""
+    others = {packed.linear_dtype for packed in packed_encoders(model)} - {dtype}
+    if not others:
+        yield
+        return
+    restore(model)
+    try:
+        yield
+    finally:
+        optimize(model, dtype=others.pop())
+
+
 def timed_part(model: Any) -> Any:
     """What is timed of a model: itself, or its encoder where its forward takes other inputs than token ids
     and a mask."""
@@ -300,7 +315,8 @@ def _read_data(settings: PruneSettings, task: Task) -> tuple[Any, Any, Any]:
     if settings.validation_file is not None:
         validation = task.read(settings.validation_file, "validation")
     else:
-        say(f"no validation file: held out for it, of the training file: {task.describe(validation)}")
+        of = "training file" if settings.texts is None else "texts"
+        say(f"no validation file: held out for it, of the {of}: {task.describe(validation)}")
     evaluation = validation
     if settings.eval_file is not None:
         evaluation = task.read(settings.eval_file, "validation")

@@ -10,7 +10,7 @@ from pruned_ops.measure.timing import Workload, interleave, threads
 from pruned_ops.models.stock import config_of
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import say
-from pruned_trainer.jobs.job import Job, timed_part
+from pruned_trainer.jobs.job import Job, paused, timed_part
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide
 from pruned_trainer.pruning.gates import Scores
@@ -49,18 +49,19 @@ def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: T
         shape = decision.shape(job.budget.dense)
         if shape in timed:
             break
+        table = job.budget.fraction(shape)
         measured = timed[shape] = measured_fraction(job, compact(student, decision), target)
         say(
-            f"a choice that the table puts at {job.budget.fraction(shape):.3f} of the dense time takes "
-            f"{measured:.3f} of it ({allowed:.3f} asked)"
+            f"a choice that the table puts at {table:.3f} of the dense time takes {measured:.3f} of it "
+            f"({allowed:.3f} asked)"
         )
         if allowed * MEETS[0] <= measured <= allowed * MEETS[1]:
             return decision
         if measured < allowed:
-            low, best = fraction, decision
+            low, best, base = fraction, decision, fraction
         else:
-            high = fraction
-        corrected = fraction * allowed * AIM / measured
+            high = base = table  # anything above it, and up to what was asked, would give the same choice
+        corrected = base * allowed * AIM / measured
         fraction = corrected if low < corrected < high else (low + high) / 2
     if best is None:
         fastest = f"the fastest took {min(timed.values()):.3f}" if timed else "the smallest is larger"
@@ -79,6 +80,7 @@ def measured_fraction(job: Job, narrow: PreTrainedModel, target: Target) -> floa
     dtype = settings.served_dtype
     with (
         threads(settings.threads),
+        paused(job.dense, dtype),  # which may be the teacher of the gates' training, in a dtype of its own
         optimized(dense_part, dtype) as dense,
         optimized(narrow_part, dtype) as fast,
     ):

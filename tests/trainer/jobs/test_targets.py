@@ -22,7 +22,7 @@ from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_trainer import LatencyBudget, PerGate, Target, attached
 from pruned_trainer.jobs import evaluation, job, timed_choice
 from pruned_trainer.jobs import plan as planning
-from pruned_trainer.jobs.job import Job, start
+from pruned_trainer.jobs.job import Job, running, start
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.jobs.timed_choice import MEETS
@@ -163,6 +163,29 @@ def test_what_is_served_in_int8_is_measured_in_int8(
     assert not nothing and len(quantised) > 0
 
 
+def test_the_dense_model_is_timed_as_it_would_be_served_while_it_teaches(
+    timed: Path, settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training of gates runs it in a dtype of its own, which it has again after the timing."""
+    target = Target(speedup=1.01)
+    job = start(of_wide(settings, timed, "taught", target))
+    narrow, seen = copy.deepcopy(job.dense), list[list[str | None]]()
+
+    def dtypes(runners: Any, workload: Workload, *_: Any, **__: Any) -> dict[str, Timing]:
+        both = [*packed_encoders(job.dense), *packed_encoders(narrow)]
+        seen.append([packed.linear_dtype for packed in both])
+        return {name: Timing(workload, (0.1,)) for name in runners}
+
+    monkeypatch.setattr(timed_choice, "interleave", dtypes)
+    with running(job.teacher) as teacher:
+        assert teacher is job.dense
+        for dtype in ("int8", "fp32"):
+            served = replace(job, settings=replace(job.settings, dtype=dtype))
+            timed_choice.measured_fraction(served, narrow, target)
+            assert [packed.linear_dtype for packed in packed_encoders(job.dense)] == [None]
+    assert seen == [["int8", "int8"], [None, None]] and not packed_encoders(job.dense)
+
+
 def test_what_cannot_be_served_is_refused_first(settings: PruneSettings, tmp_path: Path) -> None:
     relu = save_checkpoint(trained_model(steps=1, hidden_act="relu"), tmp_path / "relu")
     one = variant(settings, "relu", targets=(Target(speedup=1.1),), dtype="int8", model=str(relu))
@@ -285,3 +308,25 @@ def test_a_choice_is_corrected_until_its_measured_time_meets_the_target(
     monkeypatch.setattr(timed_choice, "measured_fraction", lambda *_: 0.9)
     with pytest.raises(ValueError, match="no choice took at most 0.769 .* the fastest took 0.900"):
         timed_choice.decide_in_time(job, job.dense, scores, target)
+
+
+def test_a_choice_that_is_too_slow_is_not_made_again(
+    settings: PruneSettings, timed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads alone, of which each is 5% of the time: what is asked of the table lies between two choices."""
+    file = settings.out.with_name("heads.json")
+    replace(LatencyTable.load(timed / "latency.json"), **POINTS).save(file)
+    target = Target(speedup=1 / 0.9)
+    one = variant(settings, "heads", targets=(target,), latency_table=file, align=1, parts=("heads",))
+    job = start(one)
+    scores = importance.score("random", job.dense, [], job.budget, ["heads"])
+    asked = list[float]()
+
+    def clock(_: Any, narrow: Any, __: Any) -> float:
+        asked.append(job.budget.fraction(narrow.config.shape))
+        return asked[-1] * 1.07
+
+    monkeypatch.setattr(timed_choice, "measured_fraction", clock)
+    decision = timed_choice.decide_in_time(job, job.dense, scores, target)
+    assert job.budget.fraction(decision.shape(job.budget.dense)) == pytest.approx(0.8)
+    assert asked == pytest.approx([0.85, 0.8])
