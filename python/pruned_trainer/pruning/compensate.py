@@ -300,7 +300,8 @@ def _loss_on(narrow: PreTrainedModel, reference: PreTrainedModel, batches: Batch
     def loss() -> float:
         outputs = [_outputs(narrow, batch) for batch in batches]
         if labelled:
-            each = [label_losses(own, batch) for own, batch in zip(outputs, batches, strict=True)]
+            config = config_of(narrow)
+            each = [label_losses(own, batch, config) for own, batch in zip(outputs, batches, strict=True)]
         else:
             each = [
                 divergences(own, wanted, batch["attention_mask"])

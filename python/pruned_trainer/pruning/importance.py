@@ -69,7 +69,7 @@ def score(
 
 def example_losses(output: Any, batch: dict[str, Tensor], config: Any = None) -> Tensor:
     """The loss of each example on its labels, (batch,), as `label_losses` has it for this kind of output."""
-    return label_losses(comparable_outputs(output, config, batch.get("attention_mask")), batch)
+    return label_losses(comparable_outputs(output, config, batch.get("attention_mask")), batch, config)
 
 
 def _random(shape: ModelShape, seed: int) -> PerGate:

@@ -56,7 +56,8 @@ class TaskOptions:
             raise ValueError("null_rate and num_proc are for --task natural_questions")
         if not 0 <= self.null_rate <= 1:
             raise ValueError(f"null_rate is {self.null_rate}: it must lie in [0, 1]")
-        checked_int("num_proc", self.num_proc, 1)
+        for name, least in (("num_proc", 1), ("max_length", 1), ("stride", 0)):
+            checked_int(name, getattr(self, name), least)
         for name in ("text_columns", "label_column", "scores", "corpus", "queries"):
             if self.task not in TEXT_COLUMNS and getattr(self, name) is not None:
                 raise ValueError(
@@ -79,6 +80,13 @@ class TaskOptions:
             raise ValueError("a corpus is for --task embedding, which is then judged by retrieval")
         if self.queries is not None and self.corpus is None:
             raise ValueError("queries go with a corpus")
+        if self.corpus is not None and (self.scores is not None or len(self.text_columns or ()) == 2):
+            raise ValueError(
+                "a corpus is searched by queries of one column, without scores of pairs: name one of "
+                "text_columns, and no scores"
+            )
+        if self.queries is not None and self.label_column is not None:
+            raise ValueError("queries go with files of query-id, corpus-id and score: leave label_column out")
 
     @classmethod
     def of(cls, settings: Any) -> TaskOptions:

@@ -19,6 +19,8 @@ _EMBEDDINGS = (
     "sentence_embedding", "sentence_embeddings", "embedding", "embeddings", "text_embeds", "sparse_embedding",
 )  # fmt: skip
 POOLINGS = ("mean", "cls")
+# A config's problem_type where each logit is a label of its own, in transformers' words.
+MULTI_LABEL = "multi_label_classification"
 
 
 class OutputKind(StrEnum):
@@ -117,7 +119,7 @@ def _logits(logits: Tensor, config: Any) -> Outputs:
     kind = OutputKind.CLASSES
     if logits.size(1) == 1 or problem == "regression":
         kind = OutputKind.SCORES
-    elif problem == "multi_label_classification":
+    elif problem == MULTI_LABEL:
         kind = OutputKind.LABELS
     return Outputs(kind, {"logits": logits})
 
@@ -295,11 +297,12 @@ def drawn_losses(outputs: Outputs, mask: Tensor, generator: torch.Generator | No
 # -- from labels -------------------------------------------------------------------------------------------
 
 
-def label_losses(student: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+def label_losses(student: Outputs, batch: Mapping[str, Tensor], config: Any = None) -> Tensor:
     """The loss of each example on its labels: (batch,).
 
     spans: cross-entropy, averaged over start, end and answer type. classes, tokens: cross-entropy, of tokens
-    the mean over those that have a label. labels: binary cross-entropy. scores: squared difference. Errors:
+    the mean over those that have a label. labels: binary cross-entropy. scores: squared difference, or binary
+    cross-entropy where the model's config says that they are logits of labels, as a reranker's does. Errors:
     ValueError for embeddings, whose loss is between texts.
     """
     if student.kind is OutputKind.SPANS:
@@ -321,6 +324,7 @@ def label_losses(student: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
     if student.kind is OutputKind.CLASSES:
         return F.cross_entropy(logits, labels.flatten(), reduction="none")
     targets = labels.reshape(logits.shape).to(logits)
-    if student.kind is OutputKind.LABELS:
+    is_of_labels = getattr(config, "problem_type", None) == MULTI_LABEL
+    if student.kind is OutputKind.LABELS or is_of_labels:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
     return (logits - targets).square().mean(-1)

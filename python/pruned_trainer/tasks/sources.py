@@ -117,11 +117,11 @@ def _read_file(path: Path, wanted: Collection[str] | None, skipped: Skipped | No
         rows_of_batches = (row for batch in chosen.to_batches() for row in batch.to_pylist())
         return Source(str(path), tuple(table.column_names), rows_of_batches)
     if suffix in SEPARATED:
-        return _separated(path, SEPARATED[suffix])
+        return _separated(path, SEPARATED[suffix], skipped)
     if suffix in JSON_LINES:
         rows = _json_lines(path, skipped)
     elif suffix == ".json":
-        rows = _json_rows(path)
+        rows = _json_rows(path, skipped)
     else:
         raise FormatError(f"{path}: rows are read from {', '.join(READ)}, not from {suffix or 'such a file'}")
     return Source(str(path), tuple(dict.fromkeys(key for row in rows for key in row)), rows)
@@ -154,20 +154,26 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _json_rows(path: Path) -> list[dict[str, Any]]:
+def _json_rows(path: Path, skipped: Skipped | None) -> list[dict[str, Any]]:
     """The objects in a .json file's list."""
     try:
         with _open(path) as file:
             rows = parse_json(file.read())
     except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise FormatError(f"{path} is no JSON: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        kind = "a list of other things" if isinstance(rows, list) else f"one {type(rows).__name__}"
-        raise FormatError(f"{path}: a list of objects, one for each row, is needed; it holds {kind}")
-    return rows
+    if not isinstance(rows, list):
+        kind = type(rows).__name__
+        raise FormatError(f"{path}: a list of objects, one for each row, is needed; it holds one {kind}")
+    objects = []
+    for number, row in enumerate(rows):
+        with skipping(skipped):
+            if not isinstance(row, dict):
+                raise FormatError(f"{path}, row {number}: an object is needed, not {type(row).__name__}")
+            objects.append(row)
+    return objects
 
 
-def _separated(path: Path, separator: str) -> Source:
+def _separated(path: Path, separator: str, skipped: Skipped | None) -> Source:
     """A .csv or .tsv file, whose first line names the columns; every value is a text."""
     try:
         with _open(path) as file:
@@ -177,12 +183,14 @@ def _separated(path: Path, separator: str) -> Source:
                 columns, *lines = [row for row in reader if row] or [[]]
     except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise FormatError(f"{path}: not {suffix_of(path)} in UTF-8: {error}") from None
+    rows = []
     for number, line in enumerate(lines):
-        if len(line) != len(columns):
-            raise FormatError(
-                f"{path}, row {number}: {len(line)} values, and the first line names {len(columns)} columns"
-            )
-    return Source(str(path), tuple(columns), [dict(zip(columns, line, strict=True)) for line in lines])
+        with skipping(skipped):
+            if len(line) != len(columns):
+                named = f"the first line names {len(columns)} columns"
+                raise FormatError(f"{path}, row {number}: {len(line)} values, and {named}")
+            rows.append(dict(zip(columns, line, strict=True)))
+    return Source(str(path), tuple(columns), rows)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Losses that draw a student towards its teacher: what the outputs say, and hidden states layer by layer."""
+"""The loss that draws a student's hidden states towards its teacher's, layer by layer; what their outputs say
+is compared by `tasks.output_kinds.divergences`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pruned_ops.models.stock import config_of
 from pruned_trainer.pruning.attach import holder_of
-from pruned_trainer.tasks.output_kinds import comparable_outputs, divergences
 from pruned_trainer.training.distillation import Distillation
 
 _NAME = "distillation_projection"
@@ -62,18 +61,6 @@ class HiddenProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.matrix is None else F.linear(x, self.matrix)
-
-
-def logits_loss(
-    student: Any, teacher: Any, real: Tensor, temperature: float, config: Any = None, pooling: str = "mean"
-) -> Tensor:
-    """The mean over the batch of `divergences` between two models' outputs.
-
-    student, teacher, pooling: as `comparable_outputs` takes them. real: (batch, seqlen), True at tokens that
-    are not padding. config: the student's.
-    """
-    own, wanted = (comparable_outputs(outputs, config, real, pooling) for outputs in (student, teacher))
-    return divergences(own, wanted, real, temperature).mean()
 
 
 def hidden_loss(

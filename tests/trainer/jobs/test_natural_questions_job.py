@@ -30,9 +30,9 @@ from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.importance import example_losses
 from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
+from pruned_trainer.tasks.output_kinds import Outputs, comparable_outputs, divergences
 from pruned_trainer.training.batches import Share, lengths_of
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.distillation_losses import logits_loss
 from pruned_trainer.training.teacher_cache import TeacherCache
 from tiny_tokenizers import byte_tokenizer, word_tokenizer
 
@@ -240,8 +240,9 @@ def test_answer_types_take_part_in_the_losses() -> None:
         (b.answer_type_logits / 2).softmax(-1)
         * ((b.answer_type_logits / 2).log_softmax(-1) - (a.answer_type_logits / 2).log_softmax(-1))
     ]
-    spans = logits_loss(a, {"start_logits": b.start_logits, "end_logits": b.end_logits}, real, 2.0)
-    every = logits_loss(a, b, real, 2.0)
+    own, wanted = (comparable_outputs(outputs, None, real) for outputs in (a, b))
+    starts_and_ends = Outputs(own.kind, {k: v for k, v in wanted.values.items() if k != "answer_type_logits"})
+    spans, every = (divergences(own, taught, real, 2.0).mean() for taught in (starts_and_ends, wanted))
     expected = (2 * spans + 4 * by_hand[0].sum(-1).mean()) / 3
     torch.testing.assert_close(every, expected)
 

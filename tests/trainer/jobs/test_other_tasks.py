@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForTokenClassification,
     BertForSequenceClassification,
@@ -18,16 +19,18 @@ from transformers import (
 )
 
 from matching import squad_file
-from pruned_ops.checkpoints.loading import load_any_head
+from pruned_ops.checkpoints.loading import load_any_head, load_tokenizer
 from pruned_trainer.cli import main
+from pruned_trainer.pruning.importance import example_losses
+from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.texts import embedding
 from pruned_trainer.tasks.texts.embedding import pooling_of
 from pruned_trainer.tasks.texts.encoding import Encoded
 from pruned_trainer.tasks.texts.examples import Example
 from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
-from pruned_trainer.tasks.texts.reranking import squad_pairs
+from pruned_trainer.tasks.texts.reranking import RerankingTask, squad_pairs
 from pruned_trainer.tasks.texts.retrieval import Retrieval
-from pruned_trainer.training.batches import pad_batch
+from pruned_trainer.training.batches import GROUP, pad_batch
 from text_files import CUT, checkpoint, ranked, scored, tagged, write_rows
 
 
@@ -103,6 +106,21 @@ def test_rankings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no passage is relevant" in refused(task, tmp_path / "model", irrelevant, capsys)
     classes = checkpoint(tmp_path / "classes", BertForSequenceClassification, num_labels=3)
     assert "gives 3 classes, and reranking needs one score" in refused(task, classes, judged, capsys)
+
+
+def test_a_reranker_of_others_learns_what_is_relevant(tmp_path: Path) -> None:
+    """Its config names no loss, and transformers would then take the squared difference to the labels."""
+    folder = checkpoint(tmp_path / "model", BertForSequenceClassification, num_labels=1)
+    task = RerankingTask(TaskOptions(task="reranking", max_length=24))
+    model = task.load_model(str(folder))
+    examples = task.read(write_rows(tmp_path / "train.jsonl", ranked(3, 3)), "train")
+    batch = pad_batch(task.features(examples, load_tokenizer(str(folder)), model), 0)
+    asked = {name: tensor for name, tensor in batch.items() if name != GROUP}
+    with torch.no_grad():
+        outputs = model(**asked)
+    expected = F.binary_cross_entropy_with_logits(outputs.logits, batch["labels"])
+    torch.testing.assert_close(outputs.loss, expected)
+    torch.testing.assert_close(example_losses(outputs, batch, model.config).mean(), expected)
 
 
 def test_squad_as_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,6 +242,9 @@ def test_pairs_are_taken_apart_again(tmp_path: Path) -> None:
         cosine = torch.cosine_similarity(torch.stack(vectors)[::2], torch.stack(vectors)[1::2])
         batch = pad_batch(pair_features([(windows[0], windows[1]), (windows[2], windows[3])], [1.0, 4.0]), 0)
         loss = PairTraining(encoder, "mean")(**batch).loss
+        alone = pad_batch(pair_features([(windows[0], windows[1])], None), 0)
+        with pytest.raises(ValueError, match="a batch of one pair has no other text"):
+            PairTraining(encoder, "mean")(**alone)
     torch.testing.assert_close(loss, (cosine - torch.tensor([0.25, 1.0])).square().mean())
 
 

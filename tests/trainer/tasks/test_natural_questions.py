@@ -25,8 +25,8 @@ from pruned_trainer.tasks.natural_questions.documents import (
 from pruned_trainer.tasks.natural_questions.metrics import (
     _bests,
     best_f1_loss_interval,
-    best_threshold,
     f1_loss_interval,
+    kind_metrics,
     mean_threshold,
     nq_metrics,
     parse_predictions,
@@ -48,6 +48,10 @@ def test_metric_is_the_official_evaluator_s() -> None:
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-9), name
+
+
+def best_threshold(stats: Any) -> float:
+    return kind_metrics(stats, "")["best-threshold"]
 
 
 def test_f1_at_a_threshold_and_its_interval() -> None:

@@ -119,6 +119,10 @@ def test_losses_on_labels_are_those_of_transformers() -> None:
             OutputKind.LABELS: F.binary_cross_entropy_with_logits,
         }[kind](said.only, labels)  # fmt: skip
         torch.testing.assert_close(label_losses(said, {"labels": labels}).mean(), expected)
+    said, labels = outputs(OutputKind.SCORES, 0), torch.tensor([[1.0], [0.25]])
+    ranker = BertConfig(num_labels=1, problem_type="multi_label_classification")
+    expected = F.binary_cross_entropy_with_logits(said.only, labels)
+    torch.testing.assert_close(label_losses(said, {"labels": labels}, ranker).mean(), expected)
     tokens = outputs(OutputKind.TOKENS, 0)
     labels = torch.tensor([[0, 1, 2, -100], [-100, -100, -100, -100]])
     found = label_losses(tokens, {"labels": labels})

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from matching import squad_file
-from pruned_trainer.tasks.faults import Skipped
+from pruned_trainer.tasks.faults import FormatError, Skipped
 from pruned_trainer.tasks.sources import read_rows
 from pruned_trainer.tasks.squad.examples import Example, SquadFormatError, load_squad
 from pruned_trainer.tasks.squad.sources import read_examples
@@ -294,6 +294,21 @@ def test_bad_rows_are_skipped_and_answers_moved_where_that_is_asked_for(tmp_path
     assert len(skipped) == 4 and "half a surrogate pair" in skipped.faults[0]
     with pytest.raises(SquadFormatError, match="is not at 5"):
         read_examples(json_lines(tmp_path / "one.jsonl", [moved]), "train")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.json"])
+def test_bad_rows_of_every_format_are_skipped_where_that_is_asked_for(name: str, tmp_path: Path) -> None:
+    """The others are read, and those after them, too."""
+    path, between = tmp_path / name, "," if name == "rows.csv" else "\t"
+    path.write_text("text label\na 1\nb\nc 2 3\nd 4\n".replace(" ", between))
+    if name == "rows.json":
+        path.write_text('[{"text": "a", "label": "1"}, 3, null, {"text": "d", "label": "4"}]')
+    skipped = Skipped()
+    rows = read_rows(path, "train", None, skipped).rows
+    assert list(rows) == [{"text": "a", "label": "1"}, {"text": "d", "label": "4"}] and len(skipped) == 2
+    assert skipped.faults[0].startswith(f"{path}, row 1: ")
+    with pytest.raises(FormatError, match="row 1: "):
+        read_rows(path, "train")
 
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,9 @@ from pruned_trainer import (
 )
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.tasks.output_kinds import comparable_outputs, divergences
 from pruned_trainer.training.batches import pad_batch
-from pruned_trainer.training.distillation_losses import HiddenProjection, hidden_loss, logits_loss
+from pruned_trainer.training.distillation_losses import HiddenProjection, hidden_loss
 from pruned_trainer.training.phase import prepare_student, training_arguments
 
 HEADS, FFN = 4, 48  # of the trained model
@@ -139,6 +140,11 @@ def test_the_lagrangian_follows_its_target(tmp_path: Path) -> None:
     assert logged[0] == pytest.approx(start, abs=0.02) and logged[-1] == pytest.approx(0.5)
     assert logged == sorted(logged, reverse=True)
     assert at_the_end(trainer) == pytest.approx(0.5, abs=0.01)
+
+
+def logits_loss(student: Any, teacher: Any, real: torch.Tensor, temperature: float) -> torch.Tensor:
+    own, wanted = (comparable_outputs(outputs, None, real) for outputs in (student, teacher))
+    return divergences(own, wanted, real, temperature).mean()
 
 
 def test_distillation_losses() -> None:

@@ -192,14 +192,6 @@ def curve(stats: AnswerStats) -> tuple[FloatArray, FloatArray, FloatArray]:
     return score[last], precision[last], recall[last]
 
 
-def best_threshold(stats: AnswerStats) -> float:
-    """The threshold with the best F1, the highest of equally good ones; 0 where every F1 is 0."""
-    threshold, precision, recall = curve(stats)
-    f1 = _harmonic(precision, recall)
-    best = int(np.argmax(f1))
-    return float(threshold[best]) if f1[best] > 0 else 0.0
-
-
 def mean_threshold(stats: AnswerStats, resamples: int = 200, seed: int = 0) -> float:
     """The mean, over resamples of the documents, of the threshold that is best on each; 0 where every F1 is
     0. On other documents it does better than the one threshold that is best here."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pruned_ops.runtime.optimize import optimized
 from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import is_main, shared
+from pruned_trainer.tasks.faults import FormatError
 
 BATCH_SIZE = 32
 # What is read of a model's outputs for a batch: (batch, ...), or (batch, seqlen, ...); mask: (batch, seqlen).
@@ -45,9 +46,12 @@ def encode(
 ) -> list[Encoded]:
     """Each text, or pair, as a window of at most max_length tokens; of a pair the longer text is cut first.
 
-    The number of texts that were cut is printed."""
+    The number of texts that were cut is printed. Errors: FormatError where max_length leaves no room."""
     if not texts:
         return []
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=len(texts[0]) > 1)
+    if room < len(texts[0]):
+        raise FormatError(f"max_length {max_length} leaves no room for a text beside the special tokens")
     columns = [list(column) for column in zip(*texts, strict=True)]
     rows = tokenizer(
         *columns, truncation=True, max_length=max_length, padding=False, return_overflowing_tokens=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pruned_ops.files import shown
@@ -42,6 +43,11 @@ class Labels:
         """Whether somebody named them."""
         return not all(_DEFAULT.fullmatch(name) for name in self.names)
 
+    @cached_property
+    def are_numbers(self) -> bool:
+        """Whether any of the names is a whole number."""
+        return any(_NUMBER.fullmatch(name) for name in self.names)
+
     def to_config(self) -> dict[str, Any]:
         """The config's fields of these labels."""
         return {
@@ -51,19 +57,21 @@ class Labels:
         }
 
     def number(self, value: str | int, where: str, names: Sequence[str] = ()) -> int:
-        """The number of a row's label: by its name; by the name that the source gives to its number; else by
-        the number itself. Errors: FormatError, with the place, for a label that the model does not have."""
+        """The number of a row's label: by the name that the source gives to its number; by its name, which
+        may be a number; else by the number itself. Errors: FormatError, with the place, for a label that the
+        model does not have."""
         name = value
         is_number = isinstance(value, int) or (
             value not in self.names and _NUMBER.fullmatch(value) is not None
         )
         if is_number and names and 0 <= int(value) < len(names):
             name = names[int(value)]
-        if name in self.names:
+        if str(name) in self.names:
             return self.names.index(str(name))
         # Names of the source that the model does not know are no names of other labels, unless nobody named
-        # the model's.
-        if is_number and 0 <= int(value) < len(self.names) and not (names and self.are_named):
+        # the model's; and where names are numbers themselves, any other number is none.
+        is_place = is_number and not self.are_numbers and not (names and self.are_named)
+        if is_place and 0 <= int(value) < len(self.names):
             return int(value)
         listed = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
         raise FormatError(f"{where}: label {shown(name)} is none of the model's: {listed}")

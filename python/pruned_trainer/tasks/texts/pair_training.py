@@ -80,5 +80,7 @@ class PairTraining(nn.Module):
         left, right = vectors.chunk(2)
         if labels is not None:
             return ModelOutput(loss=F.mse_loss((left * right).sum(-1), labels.to(vectors)))
+        if len(left) < 2:
+            raise ValueError("a batch of one pair has no other text to tell its second from: --batch-size 2")
         own = torch.arange(len(left), device=left.device)
         return ModelOutput(loss=F.cross_entropy(SCALE * left @ right.T, own))

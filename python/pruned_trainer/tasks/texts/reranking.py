@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from pruned_ops.checkpoints.loading import load_to_fine_tune
 from pruned_ops.files import read_json
 from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
+from pruned_trainer.tasks.output_kinds import MULTI_LABEL
 from pruned_trainer.tasks.sources import read_rows, suffix_of
 from pruned_trainer.tasks.squad.examples import Example as SquadExample
 from pruned_trainer.tasks.squad.examples import load_squad
@@ -54,8 +55,7 @@ class RerankingTask(TextTask):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         known = (config.architectures or [""])[0].endswith(HEAD) and config.num_labels == 1
         fields = {} if known else {"num_labels": 1}
-        # transformers' name for a binary cross-entropy; with one label there is one question.
-        return load_to_fine_tune(source, HEAD, **fields, problem_type="multi_label_classification")
+        return load_to_fine_tune(source, HEAD, **fields, problem_type=MULTI_LABEL)
 
     def check_model(self, model: PreTrainedModel, source: str) -> None:
         if model.config.num_labels != 1:
@@ -63,6 +63,9 @@ class RerankingTask(TextTask):
                 f"{source} gives {model.config.num_labels} classes, and reranking needs one score: "
                 "pruned-trainer finetune --task reranking makes such a model"
             )
+        # The binary cross-entropy of being relevant, also where the config does not say so: transformers
+        # takes the squared difference of logit and label there.
+        model.config.problem_type = MULTI_LABEL
 
     # -- data --------------------------------------------------------------------------------------------
 

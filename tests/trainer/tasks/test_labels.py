@@ -1,0 +1,41 @@
+"""Labels of rows among a model's: by name, by number, and by names that are numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from pruned_trainer.tasks.faults import FormatError
+from pruned_trainer.tasks.texts.labels import Labels
+
+
+@pytest.mark.parametrize(
+    "values", [[-1, 0, 1], ["-1", "0", "1"], [1, 2, "other"], ["low", "high"], [0, 2], ["3", 1, "1"]]
+)
+def test_labels_that_are_found_are_each_row_s_own(values: list[str | int]) -> None:
+    """Whatever their type: a new head tells all of them apart, and as the file has them."""
+    labels = Labels.found_in(values)
+    numbers = {str(value): labels.number(value, "row") for value in values}
+    assert len(set(numbers.values())) == len(numbers) and labels.fit(values)
+    if labels.are_named:
+        assert all(labels.names[number] == name for name, number in numbers.items())
+    else:
+        assert all(number == int(name) for name, number in numbers.items())
+
+
+def test_a_name_that_is_a_number_is_no_place() -> None:
+    """Text and number of a CSV and a JSON file are the same label."""
+    stars = Labels(("1", "2", "3"))
+    assert [stars.number(value, "row") for value in (1, "1", 3, "3")] == [0, 0, 2, 2]
+    for value in (0, "0", 4):
+        with pytest.raises(FormatError, match="row: label .* is none of the model's: 1, 2, 3"):
+            stars.number(value, "row")
+
+
+def test_numbers_are_places_where_no_name_is_one() -> None:
+    for labels in (Labels(("LABEL_0", "LABEL_1")), Labels(("low", "high"))):
+        assert [labels.number(value, "row") for value in (0, "1", 1)] == [0, 1, 1]
+    named = Labels(("low", "high"))
+    assert named.number(0, "row", ["high", "low"]) == 1  # by the name that the source gives to it
+    with pytest.raises(FormatError, match="label 'warm' is none"):
+        named.number(0, "row", ["warm", "cold"])
+    assert Labels(("LABEL_0", "LABEL_1")).number(1, "row", ["warm", "cold"]) == 1
