@@ -117,6 +117,7 @@ class HoldTarget(GatePhase):
         self.budget, self.fractions = budget, list(fractions)
         if not self.fractions or self.fractions != sorted(self.fractions, reverse=True):
             raise ValueError(f"fractions are {self.fractions}: one or more that fall are needed")
+        self.followed: float | None = None  # the progress at which the multiplier last followed the gap
         with torch.no_grad():
             self.start = float(budget.expected(gates.probabilities(penalty)))
         gates.add_module("lagrangian", Lagrangian().to(gates.draws.device))
@@ -137,11 +138,14 @@ class HoldTarget(GatePhase):
         return before + (self.fractions[stage] - before) * min((place - stage) / RAMP, 1.0)
 
     def loss(self, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """The term for one step of training; the multiplier follows the gap."""
+        """The term for one step of training; the multiplier follows the gap, once for all minibatches of a
+        step, which have the same progress."""
         wanted = self.target_at(progress)
         expected = self.budget.expected(self.gates.probabilities(self.penalty))
         gap = expected - wanted
-        self.lagrangian.follow(gap, MULTIPLIER_RATE)
+        if progress != self.followed:
+            self.lagrangian.follow(gap, MULTIPLIER_RATE)
+            self.followed = progress
         facts = {"expected": float(expected.detach()), "wanted": wanted}
         return self.lagrangian(gap), facts | {"multiplier": float(self.lagrangian.multiplier)}
 

@@ -113,9 +113,10 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 
     Their order depends on seed and epoch alone, so that it is the same on every process and in a resumed run.
     There are only full batches, so that processes share each evenly: some examples are left out, others in
-    each epoch. A data set smaller than a batch is one batch. epoch: called at each start, because loaders
-    that skip what a resumed run has seen do not pass the epoch on. kinds: a number for each example; those of
-    a batch have the same one, and of each number there must be a batch.
+    each epoch. A data set smaller than a batch is one batch. steps: the batches that the training has had,
+    asked for at each start, because loaders that skip what a resumed run has seen do not pass the epoch on.
+    kinds: a number for each example; those of a batch have the same one, and of each number there must be a
+    batch.
     """
 
     def __init__(
@@ -123,22 +124,28 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
         lengths: Sequence[int],
         batch_size: int,
         seed: int,
-        epoch: Callable[[], int] = lambda: 0,
+        steps: Callable[[], int] = lambda: 0,
         kinds: Sequence[int] | None = None,
     ) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, epoch
+        self.lengths, self.batch_size, self.seed, self.steps = list(lengths), batch_size, seed, steps
         kinds = kinds or [0] * len(self.lengths)
         self._kinds = [[i for i, kind in enumerate(kinds) if kind == one] for one in sorted({*kinds})]
 
     def __len__(self) -> int:
         return sum(self._full(len(rows)) for rows in self._kinds)
 
+    @property
+    def batches(self) -> int:
+        """The batches of an epoch."""
+        return sum(max(len(rows) // self.batch_size, 1) for rows in self._kinds)
+
     def _full(self, number: int) -> int:
         """The examples in full batches of so many, or all where there are fewer than a batch."""
         return number - number % self.batch_size if number > self.batch_size else number
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
+        epoch = self.steps() // self.batches
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         batches: list[list[int]] = []
         for rows in self._kinds:
             lengths = [self.lengths[row] for row in rows]

@@ -136,6 +136,7 @@ class Gating:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.phase.gates.load_state_dict(state["gates"])
+        self.phase.followed = None
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self.done = state["done"]
@@ -292,24 +293,38 @@ class GatingTrainerMixin:
         return optimizer
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """The Trainer's loss, with what `Gating.loss` adds while gates train."""
+        kwargs["num_items_in_batch"] = num_items_in_batch
         if self._gating is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
         gating, groups = self._gating, inputs.pop(GROUP, None)
         gating.done = self.state.global_step  # type: ignore[attr-defined]
         with recording(gating.model, gating.teaching.distillation.hidden > 0) as calls:
-            result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
+            result = super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
         loss = result[0] if return_outputs else result
         added = gating.price()
         for call in calls:
             added = added + gating.taught(call, groups) / len(calls)
-        if self.model_accepts_loss_kwargs:  # type: ignore[attr-defined]
-            # The Trainer then takes the minibatches' losses as parts of a sum, and does not average them.
-            added = added / self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        if self._adds_minibatches_up(num_items_in_batch):
+            added = added / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         loss = loss + added.to(loss.device)
         return (loss, result[1]) if return_outputs else loss
+
+    def _adds_minibatches_up(self, number: Any) -> bool:
+        """Whether the Trainer takes the losses of a step's minibatches as parts of a sum, by its own rule, and
+        does not average them. number: of the labels in all of them, where it has counted these."""
+        known = getattr(self, "loss_is_scaled_for_ga", None)
+        if known is not None:
+            return bool(known)
+        counted = self.model_accepts_loss_kwargs and number is not None  # type: ignore[attr-defined]
+        return bool(counted) or self.compute_loss_func is not None  # type: ignore[attr-defined]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's step, and the gates' after every step of the optimiser."""

@@ -98,7 +98,7 @@ class PruningTrainer(Trainer):
         self.teaching.labels |= set(self.label_names)
         if teacher is not None:
             teacher.to(self.args.device)
-        self.loss_is_scaled_for_ga = False  # compute_loss returns a mean over its minibatch
+        self.model_accepts_loss_kwargs = False  # compute_loss returns its minibatch's mean, not a part
         self._parts: dict[str, float] = {}
         self._counted = 0
         self._saving = False
@@ -153,13 +153,11 @@ class PruningTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         # A batch of all processes together.
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        lengths = lengths_of(dataset)
-        epoch_steps = max(len(lengths) // batch_size, 1)
         return LengthGroupedSampler(
-            lengths,
+            lengths_of(dataset),
             batch_size,
             self.args.seed,
-            lambda: self.state.global_step // epoch_steps,
+            lambda: self.state.global_step,
             getattr(dataset, "kinds", None),
         )
 

@@ -176,3 +176,14 @@ def test_scores_are_read_as_they_were_saved(tmp_path: Path) -> None:
             for one, other in zip(getattr(read, kind).of(part), getattr(scores, kind).of(part), strict=True):
                 assert torch.equal(one, other)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.pt"]
+
+
+def test_the_multiplier_follows_once_for_all_minibatches_of_a_step() -> None:
+    """However many a step has, the price is that of a step of one."""
+    multipliers = []
+    for minibatches in (1, 4):
+        phase = HoldTarget(Gates(SHAPE), SizeBudget(SHAPE, "params"), [0.5])
+        for step in range(3):
+            facts = [phase.loss(step / 3)[1] for _ in range(minibatches)]
+        multipliers.append(facts[-1]["multiplier"])
+    assert multipliers[0] > 0 and multipliers[1] == pytest.approx(multipliers[0])

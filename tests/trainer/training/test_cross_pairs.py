@@ -67,6 +67,17 @@ def test_a_batch_is_of_one_kind() -> None:
     assert sorted(map(tuple, batches)) == [(0,)] * 5 + [(1,)] * 2
 
 
+def test_each_epoch_has_its_own_order_which_a_resumed_run_finds_again() -> None:
+    """Full batches of either kind: 1 and 1 of 15 and 15 windows, and not 3 of 30."""
+    steps = [0]
+    sampler = LengthGroupedSampler([9] * 30, 10, 0, lambda: steps[0], kinds=[0] * 15 + [1] * 15)
+    orders = []
+    for step in range(4):
+        steps[0] = step
+        orders.append(list(sampler))
+    assert sampler.batches == 2 and orders[0] == orders[1] != orders[2] == orders[3]
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
     one = job_settings(tmp_path_factory.mktemp("pairs"), trained_model(steps=1))

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
 import pruned_ops
 from head_models import SIZES, stock
-from inputs import padded_batch
+from inputs import padded_batch, stock_model
 from pruned_trainer import Distillation, GatingTrainerMixin, Target, compact, gating
 from pruned_trainer.pruning.budget import SizeBudget
+from pruned_trainer.training.gating import Gating
 from tiny_tokenizers import word_tokenizer, words
 
 BATCH = {**padded_batch((9, 3, 5), pad_token_id=1), "labels": torch.tensor([0, 2, 1])}
@@ -109,6 +111,19 @@ def test_a_step_that_leaves_the_gates_as_they_are_is_an_error() -> None:
         gates.step()
 
 
+def test_gates_that_go_back_to_a_state_go_on_as_from_it() -> None:
+    """Also to the step that was the last one."""
+    model = stock("bert", "sequence").train()
+    with gating(model, Target(params=0.5), 4) as gates:
+        gates.done, multipliers = 2, list[float]()
+        state = copy.deepcopy(gates.state_dict())
+        for _ in range(2):
+            gates.load_state_dict(copy.deepcopy(state))
+            gates.price()
+            multipliers.append(gates.facts["multiplier"])
+    assert multipliers[0] != 0 and multipliers[1] == multipliers[0]
+
+
 class Pruner(GatingTrainerMixin, Trainer):
     pass
 
@@ -161,6 +176,45 @@ def test_the_mixin_prunes_in_a_trainer(tmp_path: Path) -> None:
     assert "forward" not in vars(model) and not hasattr(model, "pruning_gates")
     assert trainer.evaluate()["eval_loss"] != before
     assert compact(model, trainer.decision)(**BATCH).loss is not None
+
+
+@pytest.mark.parametrize("head", ["classes", "answers", "own loss"])
+def test_what_is_added_weighs_the_same_however_many_minibatches_a_step_has(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the Trainer averages their losses, as those of answers, whose labels it does not count, or adds
+    them up; and in the last step of an epoch, which has fewer."""
+    price = Gating.price
+
+    def hundred(self: Gating) -> torch.Tensor:
+        term = price(self)
+        return 100.0 + term - term.detach()
+
+    monkeypatch.setattr(Gating, "price", hundred)
+    rows: list[dict[str, Any]] = [{name: t[i] for name, t in BATCH.items()} for i in range(3)] * 4
+    model, more = stock("bert", "sequence"), dict[str, Any]()
+    if head == "answers":
+        model, places = stock_model(), {"start_positions": torch.tensor(1), "end_positions": torch.tensor(2)}
+        rows = [{**{name: t for name, t in row.items() if name != "labels"}, **places} for row in rows]
+    if head == "own loss":
+        more["compute_loss_func"] = lambda outputs, labels, num_items_in_batch=None: (
+            F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+        )
+    args = TrainingArguments(
+        str(tmp_path), num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    steps: dict[int, float] = {}
+
+    class Watching(Pruner):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            step = self.state.global_step
+            steps[step] = steps.get(step, 0.0) + float(loss)
+            return loss
+
+    Watching(model, args, train_dataset=rows, gating={"target": Target(params=0.5)}, **more).train()
+    assert len(steps) == 2 and all(100 < loss < 110 for loss in steps.values()), steps
 
 
 def test_the_mixin_resumes_with_its_gates(tmp_path: Path) -> None:

@@ -30,12 +30,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
 
 def test_the_sampler_s_order_is_its_seed_and_epoch() -> None:
     lengths = [5 + (7 * i) % 40 for i in range(103)]
-    epoch = [0]
-    sampler = LengthGroupedSampler(lengths, 8, 1, lambda: epoch[0])
+    steps = [0]
+    sampler = LengthGroupedSampler(lengths, 8, 1, lambda: steps[0])
     first = list(sampler)
     assert first == list(sampler) and len(set(first)) == len(first) == len(sampler) == 96
     assert max(lengths) in [lengths[i] for i in first[:8]] and set(first) <= set(range(103))
-    epoch[0] = 1
+    steps[0] = 11  # of 12
+    assert list(sampler) == first
+    steps[0] = 12
     assert list(sampler) != first
     assert first != list(LengthGroupedSampler(lengths, 8, seed=2))
     groups = [[lengths[j] for j in first[i : i + 8]] for i in range(0, 96, 8)]
