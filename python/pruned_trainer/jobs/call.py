@@ -47,7 +47,7 @@ from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
 from pruned_trainer.jobs.settings import OWN_TASK, SCORE_STEPS, PruneSettings
 from pruned_trainer.pruning.attach import HALVES, HOOKS
 from pruned_trainer.pruning.decision import Decision
-from pruned_trainer.pruning.options import Target
+from pruned_trainer.pruning.options import DEFAULT_PARTS, Target
 from pruned_trainer.tasks.output_kinds import Outputs, check_comparable, comparable_outputs
 from pruned_trainer.tasks.task import HELD_OUT, without_labels
 from pruned_trainer.training.batches import GROUP, Collate, Share
@@ -128,9 +128,11 @@ def prune(
             f"prune has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(_OPTIONS))}"
         )
     _check_kinds(target, data_collator, compute_metrics, args, distillation, loss, workload)
+    # None stands for the default, as everywhere.
+    options = {name: value for name, value in options.items() if value is not None}
     if distillation is not None:
         options["distillation"] = distillation
-    options |= {name: _path(name, options[name]) for name in _PATHS if options.get(name) is not None}
+    options |= {name: _path(name, options[name]) for name in _PATHS & options.keys()}
     dense = _copied(model, "model")
     if encoder is not None:
         choose_encoder(dense, encoder)
@@ -150,7 +152,8 @@ def prune(
         raise ValueError("resume goes on in the folder out, and none is given")
     with tempfile.TemporaryDirectory() as scratch:
         folder = _path("out", out) if out is not None else Path(scratch) / "out"
-        settings = call.settings(target, len(rows), recipe, folder, options)
+        held_out = eval_dataset is None
+        settings = call.settings(target, len(rows), held_out, recipe, folder, options)
         try:
             pruned = finished(settings, dense) or run_for_one(
                 settings,
@@ -260,9 +263,16 @@ class _Call:
         return Rows(data, name, columns, renames=self.collator is None)
 
     def settings(
-        self, target: Target | None, rows: int, recipe: str, out: Path, options: dict[str, Any]
+        self,
+        target: Target | None,
+        rows: int,
+        held_out: bool,
+        recipe: str,
+        out: Path,
+        options: dict[str, Any],
     ) -> CallSettings:
-        """The run's settings: the options, and what the training arguments say."""
+        """The run's settings: the options, and what the training arguments say. rows: the number of training
+        rows. held_out: whether models are judged on rows of the training dataset."""
         args = self.args
         if args is not None:
             check_arguments(args)
@@ -283,7 +293,7 @@ class _Call:
         return _settings(
             model=_name_of(self.dense),
             train_file=Path("train_dataset"),
-            eval_file=Path("eval_dataset"),
+            eval_file=None if held_out else Path("eval_dataset"),
             out=out,
             targets=() if target is None else (target,),
             task=OWN_TASK,
@@ -410,12 +420,15 @@ def _check_loss(name: str, loss: Any) -> None:
 
 
 def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options: Mapping[str, Any]) -> Any:
-    """The steps of both phases: a quarter of the arguments' to the gates, as the plan shares time out."""
+    """The steps of both phases: a quarter of the arguments' to the gates, as the plan shares time out; in the
+    paper's recipe each part's gates train apart, on a part of that quarter."""
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * rows / batch)
     if options.get("decision") is not None:
         return {} if "retrain_epochs" in options else {"retrain_steps": total}
-    gates = options.get("gate_steps") or SCORE_STEPS.get(recipe) or max(1, round(GATE_SHARE * total))
-    used = 0 if recipe in SCORE_STEPS else gates
+    trainings = len(options.get("parts", DEFAULT_PARTS)) if recipe == "paper" else 1
+    share = max(1, round(GATE_SHARE * total / trainings))
+    gates = options.get("gate_steps") or SCORE_STEPS.get(recipe) or share
+    used = 0 if recipe in SCORE_STEPS else gates * trainings
     steps = {}
     if "gate_epochs" not in options:
         steps["gate_steps"] = gates

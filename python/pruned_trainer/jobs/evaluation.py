@@ -21,6 +21,7 @@ from pruned_ops.models.stock import config_of, model_shape, running_encoder
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import Chosen
+from pruned_trainer.jobs.examples import AGREEMENT
 from pruned_trainer.jobs.job import TIMED_ROUNDS, Job, timed_part
 from pruned_trainer.report.published import data_set_of
 from pruned_trainer.tasks.task import Result
@@ -105,10 +106,12 @@ def judge(
 
 def validation_score(job: Job, model: PreTrainedModel) -> float:
     """One number by which to choose between models: the mean of the scores on the validation examples, at the
-    thresholds that are best there."""
+    thresholds that are best there; the agreement with the teacher alone where there is one, because of a
+    caller's own metrics nobody knows whether more is better."""
     prepared = job.validation
     scores = prepared.evaluate(model, prepared.best_thresholds(model)).scores()
-    values = [scores[line.key] for line in prepared.score_lines if line.has_loss]
+    keys = [line.key for line in prepared.score_lines if line.has_loss]
+    values = [scores[key] for key in ([AGREEMENT] if AGREEMENT in scores else keys)]
     return statistics.fmean([value for value in values if value is not None] or [0.0])
 
 
@@ -207,13 +210,14 @@ def _circumstances(job: Job) -> dict[str, Any]:
     """The data, the machine, the versions and the command that the numbers come from."""
     settings = job.settings
     noun = job.evaluation.noun
-    judged_on = Path(settings.eval_file).name if settings.eval_file else f"held-out validation {noun}"
+    file = settings.eval_file or settings.validation_file
+    judged_on = Path(file).name if file else f"held-out validation {noun}"
     return {
         "evaluated_on": {
             "file": judged_on,
             "noun": noun,
             noun: len(job.evaluation),
-            "threshold_chosen_on_these": settings.eval_file is None,
+            "threshold_chosen_on_these": settings.eval_file is None and bool(job.task.thresholds),
         },
         "data_faults": job.task.faults.to_json(),
         "task": settings.task,

@@ -25,12 +25,12 @@ from pruned_trainer.jobs.job import Job, Narrow, check_signal, running, start
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.jobs.trainers import build_trainer
+from pruned_trainer.jobs.trainers import build_trainer, seconds_taken
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training.averaging import WeightAverage
-from pruned_trainer.training.phase import InterruptedTraining, Log, prepare_student, run
+from pruned_trainer.training.phase import InterruptedTraining, Log, run, trained_as
 
 _TABLE = "latency.json"
 # The folders of a gradual sweep's choices, by the targets' numbers.
@@ -179,7 +179,9 @@ def open_run(settings: PruneSettings, begin: Begin = start) -> Iterator[Run]:
     recorded = once(lambda: _recorded_plan(partial, settings)) if settings.resume else None
     set_seed(settings.seed)
     table_file = partial / _TABLE if recorded and (partial / _TABLE).is_file() else None
+    earlier = seconds_taken(partial) if recorded is not None else 0.0
     job = begin(settings, table_file)
+    job = replace(job, clock=replace(job.clock, earlier=earlier))
     check_signal(job)
     plan = recorded or make_plan(job)
     if settings.precision == "auto":
@@ -294,17 +296,20 @@ def _measure(opened: Run, trained: Trained, dense: Judged, gate_log: Log) -> dic
 
 def retrain(job: Job, narrow: PreTrainedModel, folder: Path, steps: int, decision: Decision) -> Log:
     """Train the narrow model on, in place, distilled from the teacher; returns the log."""
-    set_seed(job.settings.seed)
-    prepare_student(narrow, job.settings.dropout, job.settings.train_embeddings)
+    settings = job.settings
+    set_seed(settings.seed)
     hidden = decision.hidden.indices if decision.hidden is not None else None
     if hidden is not None and job.teacher is not job.dense:
         hidden = None  # nothing is known about which of another teacher's dimensions they stand for
-    average = WeightAverage(steps - round(steps * job.settings.average_steps))
-    with running(job.teacher, job.teacher_dtype) as teacher:
+    average = WeightAverage(steps - round(steps * settings.average_steps))
+    with (
+        trained_as(narrow, settings.dropout, settings.train_embeddings),
+        running(job.teacher, job.teacher_dtype) as teacher,
+    ):
         trainer = build_trainer(
             job, narrow, teacher, folder, steps, None, kept_hidden=hidden, average=average
         )
-        log = run(trainer, "retrain", job.settings.resumable)
+        log = run(trainer, "retrain", settings.resumable)
     narrow.eval()
     if average.start < steps - 1:
         _keep_better(job, narrow, average)

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from pruned_ops.files import read_json, write_json
 from pruned_trainer.distributed import is_main, per_process
-from pruned_trainer.jobs.job import Job
+from pruned_trainer.jobs.job import Clock, Job
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import BF16_LENGTHS
@@ -22,11 +23,14 @@ from pruned_trainer.training.trainer import PruningTrainer
 # The training arguments of a trainer whose steps are only timed.
 TIMING: dict[str, Any] = {"train_sampling_strategy": "sequential", "save_strategy": "no"}
 # What a run decides itself, whatever the caller's training arguments say: it evaluates at its end, trains on
-# batches that have their columns, and keeps the last checkpoint of a phase until its output is whole.
+# batches that have their columns, and keeps the last checkpoint of a phase, whole, until its output is whole.
 OWN_ARGUMENTS: dict[str, Any] = {
-    "eval_strategy": "no", "do_eval": False, "load_best_model_at_end": False, "push_to_hub": False,
-    "remove_unused_columns": False, "resume_from_checkpoint": None, "save_total_limit": None,
+    "eval_strategy": "no", "do_eval": False, "eval_on_start": False, "load_best_model_at_end": False,
+    "push_to_hub": False, "remove_unused_columns": False, "resume_from_checkpoint": None,
+    "save_total_limit": None, "save_only_model": False, "ignore_data_skip": False,
 }  # fmt: skip
+# Beside a phase's checkpoints: the seconds that the run had taken at the last of them.
+_SECONDS = "seconds.json"
 
 
 def build_trainer(
@@ -63,9 +67,35 @@ def build_trainer(
         train_dataset=job.gate_train if phase else job.retrain_data,
         data_collator=partial(job.collate, multiple=BF16_LENGTHS) if rounds else job.collate,
     )
+    if not timing:
+        trainer.add_callback(_KeepTime(job.clock, folder / _SECONDS))
     if settings.tensorboard and not timing and is_main():
         trainer.add_callback(tensorboard_writer(folder.parent / "tensorboard" / folder.name))
     return trainer
+
+
+class _KeepTime(TrainerCallback):
+    """Writes the seconds that the run has taken, with each checkpoint."""
+
+    def __init__(self, clock: Clock, file: Path) -> None:
+        self.clock, self.file = clock, file
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(self.file, {"seconds": self.clock.seconds()})
+
+
+def seconds_taken(partial: Path) -> float:
+    """The seconds that an interrupted run had taken at its last checkpoint, by what is in its folder; 0 where
+    there is none. Errors: ValueError for a file that says something else."""
+    latest = 0.0
+    for file in partial.rglob(_SECONDS):
+        recorded = read_json(file, "record of a run's time")
+        seconds = recorded.get("seconds") if isinstance(recorded, dict) else None
+        if not isinstance(seconds, (int, float)):
+            raise ValueError(f"{file} is no record of a run's time; --resume goes on without it")
+        latest = max(latest, float(seconds))
+    return latest
 
 
 def _arguments(

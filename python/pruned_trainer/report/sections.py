@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from pruned_trainer.pruning.options import UNTRAINED
 from pruned_trainer.report import figures
@@ -119,7 +120,10 @@ def training_section(report: Fields, models: Sequence[Fields]) -> Section:
         section.notes.append("Expected number of open gates in each layer, as a share of the dense layer's.")
         section.drawings.append(openness)
     held_apart = report.text("recipe") == "paper" and any("wanted" in entry for entry in log)
-    target = None if held_apart else _target(log, models)
+    anew = not held_apart and _begins_anew(log)  # as in a gradual sweep
+    if anew:
+        section.notes.append("The gates trained anew for each target; the first training is drawn.")
+    target = None if held_apart else _target(log, models[:1] if anew else models)
     if target:
         section.drawings.append(target)
     elif held_apart:
@@ -173,6 +177,12 @@ def _over_steps(log: Iterable[Fields], names: Sequence[str]) -> tuple[list[float
             for curve, value in zip(curves, values, strict=True):
                 curve.append(value)
     return (steps, curves) if steps else None
+
+
+def _begins_anew(log: Sequence[Fields]) -> bool:
+    """Whether gates that were held to a target were trained more than once, one training after another."""
+    steps = [step for entry in log if "wanted" in entry and (step := entry.number("step")) is not None]
+    return any(later <= before for before, later in pairwise(steps))
 
 
 def _target(log: Sequence[Fields], models: Sequence[Fields]) -> Drawing | None:

@@ -3,6 +3,8 @@ itself."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,22 @@ def training_arguments(
     return TrainingArguments(**{**values, **more})
 
 
+@contextmanager
+def trained_as(model: nn.Module, dropout: float, train_embeddings: bool) -> Iterator[None]:
+    """Inside the block the model is as `prepare_student` makes it. After it, its dropout and what of it
+    trains are as before, for whoever trains it next."""
+    dropouts = [(module, field, getattr(module, field)) for module, field in _dropouts(model)]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    prepare_student(model, dropout, train_embeddings)
+    try:
+        yield
+    finally:
+        for module, field, before in dropouts:
+            setattr(module, field, before)
+        for parameter, did_train in trains:
+            parameter.requires_grad_(did_train)
+
+
 def prepare_student(model: nn.Module, dropout: float, train_embeddings: bool) -> None:
     """Set every dropout of `model`, and freeze its word embeddings unless they are to be trained, and the
     pooler of a bare encoder, which nothing reads.
@@ -92,12 +110,18 @@ def prepare_student(model: nn.Module, dropout: float, train_embeddings: bool) ->
     Dropout is off by default: the teacher's soft targets regularise already, and on a CPU dropout rules out
     the fused attention, which is 3 times as fast.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-        elif isinstance(vars(module).get("attention_dropout"), (float, int)):  # as ModernBERT's attention has
-            module.attention_dropout = dropout  # type: ignore[assignment]
+    for module, field in _dropouts(model):
+        setattr(module, field, dropout)
     encoder = find_encoder(model)
     words_of(encoder).weight.requires_grad_(train_embeddings)
     if encoder is model and getattr(encoder, "pooler", None) is not None:
         encoder.pooler.requires_grad_(False)
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Each module with a dropout, and the name of the field that holds it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            yield module, "p"
+        elif isinstance(vars(module).get("attention_dropout"), (float, int)):  # as ModernBERT's attention has
+            yield module, "attention_dropout"

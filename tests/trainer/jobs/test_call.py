@@ -26,6 +26,7 @@ import pruned_ops
 import pruned_trainer
 from head_models import SIZES
 from pruned_trainer import Decision, Distillation, PruneResult, Target
+from pruned_trainer.jobs import call as call_module
 from pruned_trainer.training.trainer import PruningTrainer
 from tiny_tokenizers import word_tokenizer
 
@@ -69,7 +70,7 @@ def accuracy(predicted: Any) -> dict[str, float]:
 
 
 def test_a_classifier_is_pruned_in_one_call(tmp_path: Path) -> None:
-    model = classifier()
+    model = classifier(hidden_dropout_prob=0.1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     out = tmp_path / "out"
     result = pruned_trainer.prune(
@@ -91,9 +92,43 @@ def test_a_classifier_is_pruned_in_one_call(tmp_path: Path) -> None:
     assert report["dense"]["agreement"] == 100 and 0 <= report["pruned"]["agreement"] <= 100
     assert report["speedup"]["reached"] > 0
     again = type(result.model).from_pretrained(out).eval()
+    # What its own training needed is gone: it trains on as any other model.
+    dropouts = []
+    for one in (result.model, again):
+        assert all(parameter.requires_grad for parameter in one.parameters())
+        dropouts.append([module.p for module in one.modules() if isinstance(module, nn.Dropout)])
+    assert dropouts[0] == dropouts[1] and 0.1 in dropouts[0]
     batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, result.model.eval()(**batch).logits)
+
+
+def test_the_report_says_whose_rows_were_judged_on(tmp_path: Path) -> None:
+    """Those of the evaluation dataset, or some that were held out of the training dataset; nobody chose a
+    threshold on them."""
+    for judged, name in ((rows(16, 1), "eval_dataset"), (None, "held-out validation examples")):
+        result = pruned_trainer.prune(
+            classifier(), HALF, rows(40), judged, recipe="random", gate_steps=1, retrain_steps=0
+        )
+        about = result.report["evaluated_on"]
+        assert about["file"] == name and about["threshold_chosen_on_these"] is False
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "gates", "again"),
+    [
+        ("joint", {}, 25, 75),
+        ("paper", {}, 12, 76),  # of either part
+        ("paper", {"parts": ["ffn"]}, 25, 75),
+        ("random", {}, 1, 100),
+        ("joint", {"gate_steps": 40}, 40, 60),
+    ],
+)
+def test_the_steps_of_the_arguments_are_those_of_all_trainings(
+    recipe: str, more: dict[str, Any], gates: int, again: int, tmp_path: Path
+) -> None:
+    steps = call_module._steps(arguments(tmp_path, 100), 64, 8, recipe, more)
+    assert steps == {"gate_steps": gates, "retrain_steps": again}
 
 
 class Embedder(nn.Module):

@@ -178,6 +178,22 @@ def test_what_an_interrupted_run_took_and_logged_is_reported(
     assert losses(training["gates"]) == losses(uninterrupted["gates"]) and training["minutes"] > 10
 
 
+@pytest.mark.parametrize("phase", ["gates", "retrain"])
+def test_the_time_until_the_last_checkpoint_is_counted(
+    phase: str, settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of either phase; what has another form is refused by name."""
+    one = variant(settings, f"timed-{phase}", save_steps=2)
+    killed(one, phase, 5, monkeypatch)
+    record = one.out.with_name(f"{one.out.name}.partial") / phase / "seconds.json"
+    seconds = json.loads(record.read_text())["seconds"]
+    record.write_text("[]")
+    with pytest.raises(ValueError, match="seconds.json is no record of a run's time"):
+        prune(replace(one, resume=True))
+    record.write_text(json.dumps({"seconds": seconds + 600}))
+    assert 0 < seconds < 600 < 60 * prune(replace(one, resume=True))["training"]["minutes"]
+
+
 def test_a_sweep_resumes(settings: PruneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while the second model trains: the first is not trained again, and the end is the same."""
     targets = (Target(macs=0.7), Target(macs=0.5))

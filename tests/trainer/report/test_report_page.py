@@ -13,7 +13,7 @@ import pytest
 from pruned_trainer.cli import main
 from pruned_trainer.jobs.prune import _draw
 from pruned_trainer.report.published import data_set_of
-from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, put
+from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, gate_log, put
 
 pytest.importorskip("matplotlib")
 
@@ -251,6 +251,9 @@ def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
     parsed = page(put(tmp_path / "held", held))
     assert "held to its share of the target" in parsed.texts["training"]
     assert "figure-report-target" not in parsed.ids
+    parsed = page(put(tmp_path / "again", a_report(training={"gates": gate_log(3) * 2, "retrain": []})))
+    assert "trained anew for each target; the first training is drawn" in parsed.texts["training"]
+    assert "figure-report-target" in parsed.ids
     training = {"gates": [], "retrain": []}
     parsed = page(put(tmp_path / "gain", a_report(training=training, recipe="gain")))
     assert "The recipe gain trains no gates" in parsed.texts["training"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from jobs import job_settings, killed, same_end, variant
 from matching import batch_of, trained_model
 from pruned_trainer import Distillation, PruningTrainer
 from pruned_trainer.jobs import prune as prune_module
+from pruned_trainer.jobs.evaluation import validation_score
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.tasks.task import Score
 from pruned_trainer.training.averaging import FILE, WeightAverage
 from pruned_trainer.training.batches import pad_batch
 from pruned_trainer.training.phase import training_arguments
@@ -113,3 +116,18 @@ def test_none_is_taken_where_none_is_asked_for(
     prune(variant(settings, "without", average_steps=0.0))
     with pytest.raises(ValueError, match="average_steps is 1.5: it must lie in"):
         variant(settings, "refused", average_steps=1.5)
+
+
+def test_models_of_a_call_are_chosen_between_by_their_agreement() -> None:
+    """Of a caller's own metrics nobody knows whether more is better; a task's own ones count all."""
+
+    def scored(**scores: float) -> float:
+        prepared = SimpleNamespace(
+            best_thresholds=lambda model: {}, score_lines=tuple(Score(name, name) for name in scores),
+            evaluate=lambda model, thresholds: SimpleNamespace(scores=lambda: scores),
+        )  # fmt: skip
+        job: Any = SimpleNamespace(validation=prepared)
+        return validation_score(job, cast(Any, None))
+
+    assert scored(mse=0.5, agreement=90.0) > scored(mse=40.0, agreement=80.0)
+    assert scored(accuracy=80.0, f1=70.0) == 75.0
