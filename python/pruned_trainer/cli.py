@@ -18,7 +18,7 @@ from pruned_trainer.command_options import (
     add_prune,
     add_report,
 )
-from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings, make_task
+from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings, check_apart, make_task
 from pruned_trainer.pruning.options import UNITS, Target
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.training.distillation import Distillation
@@ -194,7 +194,7 @@ def _compact(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from pruned_ops import optimize
-    from pruned_trainer.jobs.job import load_teacher
+    from pruned_trainer.jobs.job import check_length, load_teacher
     from pruned_trainer.jobs.output import load_tokenizer
     from pruned_trainer.report import terminal
     from pruned_trainer.tasks.task import own_thresholds
@@ -213,6 +213,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if arguments.teacher is not None:
             raise ValueError("--teacher is for --texts: labels are what models are scored by")
         files = [file for file in (arguments.eval_file, arguments.validation_file) if file is not None]
+        check_apart(*files)
         examples = [task.read(file, "validation") for file in files]
     model, tokenizer = task.load_model(arguments.model, takes_int8=True), load_tokenizer(arguments.model)
     dtype, teacher = dtype_of(arguments), None
@@ -221,6 +222,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     stored_int8 = getattr(model, "is_quantized", False)  # scored as it is served, or not at all
     if dtype is not None or stored_int8:
         optimize(model, dtype=dtype)
+    check_length(arguments.max_length, model.config)
     prepared = [task.prepare(found, tokenizer, model, teacher) for found in examples]
     thresholds = prepared[1].best_thresholds(model) if len(prepared) == 2 else own_thresholds(model, task)
     result = prepared[0].evaluate(model, thresholds)

@@ -146,8 +146,9 @@ def test_served(reader: Path, pruned_type: str, tmp_path: Path) -> None:
 
 @TYPES
 def test_pruned_by_a_job_and_timed(reader: Path, pruned_type: str, tmp_path: Path) -> None:
-    train, out = squad_file(tmp_path / "train.json", 24, 1), tmp_path / "out"
-    argv = ["prune", "--model", reader, "--train-file", train, "--eval-file", train, "--out", out]
+    train, judged = (squad_file(tmp_path / f"{n}.json", 24, n) for n in (1, 2))
+    out = tmp_path / "out"
+    argv = ["prune", "--model", reader, "--train-file", train, "--eval-file", judged, "--out", out]
     argv += ["--macs", "0.6", "--gate-steps", 2, "--retrain-steps", 2, "--max-length", CUT, "--stride", 4]
     assert trainer_main([*map(str, argv)]) == 0
     narrow = load_model(str(out))

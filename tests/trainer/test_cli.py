@@ -249,6 +249,10 @@ def test_inputs_are_never_replaced(folder: Path, tmp_path: Path, capsys: pytest.
     one_file = arguments(same, tmp_path / "out", "--macs", "0.5")
     one_file[one_file.index("--validation-file") + 1] = str(same / "eval.json")
     refused(capsys, one_file, "the evaluation file is never for choices")
+    for judged in ("eval", "validation"):
+        one_file = arguments(same, tmp_path / "out", "--macs", "0.5")
+        one_file[one_file.index(f"--{judged}-file") + 1] = str(same / "train.json")
+        refused(capsys, one_file, f"the {judged}_file is the train_file, and models know what they were tra")
     assert sorted(path.name for path in same.iterdir()) == sorted(path.name for path in folder.iterdir())
 
 
@@ -267,6 +271,44 @@ def test_outputs_that_no_folder_can_be(
 ) -> None:
     monkeypatch.chdir(folder)
     refused(capsys, arguments(folder, Path(out), "--macs", "0.5", "--overwrite"), message)
+
+
+def test_two_splits_of_one_name_are_two_files(tmp_path: Path) -> None:
+    """Not so two times the same split, or a folder of Natural Questions, which have no splits."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for task, train, judged, same in (
+        ("squad", str(folder), str(folder), False),
+        ("squad", "a/b", "a/b", False),
+        ("squad", "a/b:train", "a/b:train", True),
+        ("squad", "a/b:train", "a/b:validation", False),
+        ("natural_questions", str(folder), str(folder), True),
+    ):
+        argv = ["prune", "--model", "m", "--out", "o", "--macs", "0.5", "--task", task]
+        argv += ["--train-file", train, "--eval-file", judged]
+        if same:
+            with pytest.raises(ValueError, match="the eval_file is the train_file"):
+                settings_of(parse(argv))
+        else:
+            assert settings_of(parse(argv))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max-length", "0"], "max_length is 0: at least 1"),
+        (["--stride", "-1"], "stride is -1: at least 0"),
+        (["--max-length", "384"], "max_length is 384; the model's position table allows"),
+        (["--validation-file", "eval.json"], "the evaluation file is never for choices"),
+    ],
+)
+def test_evaluate_refuses_what_prune_does(
+    more: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    argv = ["evaluate", "--model", "model", "--eval-file", "eval.json", "--max-length", "24", "--stride", "4"]
+    refused(capsys, [*argv, *more], message)
 
 
 def test_a_neighbour_called_old_is_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -354,6 +396,27 @@ def test_the_demo_refuses_bad_files_before_it_trains(
     files = ["--train-file", str(folder / "train.json"), "--eval-file", str(tmp_path / "bad.json")]
     refused(capsys, [*argv, *files], "not JSON")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.json"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "steps"),
+    [
+        ("joint", [], (demo_run.GATE_STEPS, demo_run.RETRAIN_STEPS)),
+        ("fast", [], (None, None)),
+        ("fast", ["--retrain-steps", "7"], (None, 7)),
+        ("gain", ["--gate-steps", "5"], (5, demo_run.RETRAIN_STEPS)),
+        ("leave-one-out", [], (None, demo_run.RETRAIN_STEPS)),
+    ],
+)
+def test_the_demo_has_steps_of_its_own_for_what_the_recipe_trains(
+    recipe: str, more: list[str], steps: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = dict.fromkeys(("train", "validation", "evaluation"), Path("generated.json"))
+    files["train"], files["validation"] = Path("train.json"), Path("validation.json")
+    monkeypatch.setattr(demo_run, "write_demo_set", lambda folder: files)
+    settings = settings_of(parse(["demo", "--recipe", recipe, *more]), default=Target(macs=0.5))
+    made = demo_run._with_generated_files(settings)
+    assert (made.gate_steps, made.retrain_steps) == steps
 
 
 def test_the_demo_on_files_of_ones_own(folder: Path, tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def _check(settings: PruneSettings, generated: bool) -> None:
 
 
 def _with_generated_files(settings: PruneSettings) -> PruneSettings:
-    """Write the demo's questions; the settings with their files, and with steps if they set no duration."""
+    """Write the demo's questions; the settings with their files, and with steps of what the recipe trains, if
+    they set no duration."""
     folder = _beside(settings.out, "data")
     files = write_demo_set(folder)
     say(f"questions made from the demo's own templates: {folder}")
@@ -92,9 +93,12 @@ def _with_generated_files(settings: PruneSettings) -> PruneSettings:
     )
     if settings.max_minutes or settings.gate_epochs or settings.retrain_epochs:
         return settings
-    gate_steps = GATE_STEPS if settings.gate_steps is None else settings.gate_steps
-    retrain_steps = RETRAIN_STEPS if settings.retrain_steps is None else settings.retrain_steps
-    return replace(settings, gate_steps=gate_steps, retrain_steps=retrain_steps)
+    steps: dict[str, Any] = {}
+    if settings.trains_gates and settings.gate_steps is None:
+        steps["gate_steps"] = GATE_STEPS
+    if settings.default_retrain_epochs and settings.retrain_steps is None:
+        steps["retrain_steps"] = RETRAIN_STEPS
+    return replace(settings, **steps)
 
 
 def _beside(out: Path, name: str) -> Path:

@@ -6,12 +6,14 @@ This module imports neither torch nor transformers, so that the command line can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruned_ops.shape import checked_int
+from pruned_trainer.jobs.effects import UNLABELLED, check_effects
 from pruned_trainer.pruning.options import (
     BY_LABELS,
     COMPENSATIONS,
@@ -22,7 +24,7 @@ from pruned_trainer.pruning.options import (
     Target,
     check_parts,
 )
-from pruned_trainer.tasks.options import NULL_RATE, PAIRED, TEXT_COLUMNS, TaskOptions
+from pruned_trainer.tasks.options import NULL_RATE, TaskOptions
 from pruned_trainer.training.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -44,8 +46,6 @@ BATCH_SIZE, PAPER_BATCH_SIZE = 16, 24
 SCORE_STEPS = {"fast": 8, "gain": 64, "leave-one-out": 8, "random": 1}
 # FFN widths and the hidden size are rounded up to a multiple of this, where no latency table says another.
 WIDTH_ALIGN = 8
-# Shares of windows that are made for the retraining, and that only the teacher judges.
-UNLABELLED = ("cross_pairs", "masked_texts", "shuffled_texts")
 # The phases in which the teacher teaches.
 DISTIL_IN = ("gates", "retrain", "both", "none")
 
@@ -136,7 +136,7 @@ class PruneSettings:
         self.check_task()
         self._check_choices()
         self._check_targets()
-        self._check_unused()
+        check_effects(self)
         self._check_numbers()
         self._check_steps()
 
@@ -149,9 +149,13 @@ class PruneSettings:
             )
         if not self.has_labels:
             self._check_without_labels()
-        files = [path.resolve() for path in (self.eval_file, self.validation_file) if path]
-        if len(set(files)) < len(files):
-            raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
+        check_apart(self.eval_file, self.validation_file)
+        for name in ("eval_file", "validation_file"):
+            if _are_the_same(self.task, self.train_file, getattr(self, name)):
+                raise ValueError(
+                    f"the {name} is the train_file, and models know what they were trained on: name another, "
+                    "or leave it out, so that a part of the train_file is held out"
+                )
 
     def _check_without_labels(self) -> None:
         """Refuse what needs labels, where only the teacher teaches."""
@@ -178,9 +182,7 @@ class PruneSettings:
         _check_precision(self.precision)
 
     def _check_targets(self) -> None:
-        if self.decision is not None:
-            self._check_decided()
-        elif not self.targets and self.recipe != "paper":
+        if self.decision is None and not self.targets and self.recipe != "paper":
             raise ValueError("a target is needed: how fast, or how small (only the paper's recipe has none)")
         if self.is_timed and "hidden" in self.parts:
             raise ValueError(
@@ -189,45 +191,8 @@ class PruneSettings:
         if self.latency_table is not None and not self.is_timed:
             raise ValueError("a latency table is for the targets speedup and latency_ms")
 
-    def _check_decided(self) -> None:
-        """Refuse what a decision that is made already leaves without effect."""
-        if self.targets:
-            raise ValueError("a decision has met its target: give one of the two")
-        if self.recipe != "joint" or self.gate_steps is not None or self.gate_epochs is not None:
-            raise ValueError("a decision is made already: no recipe and no steps of gates go with it")
-
-    def _check_unused(self) -> None:
-        """Refuse settings that the other settings leave without effect."""
-        lambdas = (self.lambda_attention, self.lambda_ffn, self.lambda_hidden)
-        if self.recipe != "paper" and set(lambdas) != {1.0}:
-            raise ValueError("the lambda multiples are prices of the paper's recipe: --recipe paper")
-        if self.targets and set(lambdas) != {1.0}:
-            raise ValueError("a target holds the gates to a share: the lambda multiples are for runs without")
-        if self.recipe in UNTRAINED and self.penalty != "one":
-            raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
-        if self.gradual and (self.recipe != "joint" or "hidden" in self.parts):
-            raise ValueError("gradual trains gates on heads and ffn anew for each target: --recipe joint")
-        if self.gradual and len(self.targets) < 2:
-            raise ValueError("gradual goes from each target to the next: name two or more")
-        if self.recipe == "fast" and "hidden" in self.parts:
-            raise ValueError("recipe fast scores heads and FFN units: leave hidden out of the parts")
-        weights = self.distillation
-        if self.cache_teacher is not None and self.task in TEXT_COLUMNS:
-            raise ValueError(f"cache_teacher keeps start and end logits, which {self.task} has none of")
-        for name in UNLABELLED:
-            if getattr(self, name) and not self.distillation_in("retrain").needs_teacher:
-                raise ValueError(f"{name} have no labels, and no teacher teaches in the retrain phase")
-        if self.cross_pairs and self.task not in PAIRED:
-            raise ValueError(f"cross_pairs are of a question and a text: for {', '.join(PAIRED)}")
-        if not weights.hidden and (weights.projection or weights.layers):
-            raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")
-        if self.cache_teacher is not None and (weights.hidden > 0 or not weights.logits):
-            raise ValueError(
-                "cache_teacher keeps the teacher's logits only, and its hidden states are asked for too: "
-                "set --distil-hidden 0 (and a --distil-logits above 0)"
-            )
-
     def _check_numbers(self) -> None:
+        _check_finite(self)
         for name in ("batch_size", "align", "max_length", "save_steps", "threads"):
             if getattr(self, name) is not None:
                 checked_int(name, getattr(self, name), 1)
@@ -280,6 +245,14 @@ class PruneSettings:
     def trains_gates(self) -> bool:
         """Whether a phase of gates comes before the retraining."""
         return self.decision is None and self.recipe not in UNTRAINED
+
+    @property
+    def retrains(self) -> bool:
+        """Whether the narrow model is trained on."""
+        if self.retrain_steps is not None:
+            return self.retrain_steps > 0
+        epochs = self.default_retrain_epochs if self.retrain_epochs is None else self.retrain_epochs
+        return self.max_minutes is not None or epochs > 0
 
     @property
     def served_dtype(self) -> str | None:
@@ -376,6 +349,7 @@ class FineTuneSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         if not (self.epochs > 0 and self.learning_rate > 0 and self.batch_size > 0):
             raise ValueError(
                 f"epochs ({self.epochs}), learning_rate ({self.learning_rate}) and batch_size "
@@ -407,6 +381,28 @@ def make_task(options: TaskOptions) -> Task:
     from pruned_trainer.tasks.texts.tasks import text_task
 
     return text_task(options)
+
+
+def check_apart(evaluation: Path | None, validation: Path | None = None) -> None:
+    """ValueError where one file is for the results and for choices."""
+    if evaluation and validation and evaluation.resolve() == validation.resolve():
+        raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
+
+
+def _check_finite(settings: Any) -> None:
+    for name in (known.name for known in fields(settings)):
+        value = getattr(settings, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: a finite number is needed")
+
+
+def _are_the_same(task: str, train: Path | None, other: Path | None) -> bool:
+    """Whether both name the same examples. Of a folder or a hub name without a split, two splits are read,
+    but for Natural Questions, which have none."""
+    if train is None or other is None or train.resolve() != other.resolve():
+        return False
+    has_split = ":" in str(train) and not train.exists()
+    return train.is_file() or has_split or task == "natural_questions"
 
 
 def _check_precision(precision: str) -> None:

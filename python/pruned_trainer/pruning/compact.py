@@ -51,11 +51,12 @@ def compact(
     made for other shapes or for hidden dimensions that the head cannot lose, and for a compensation that
     lacks its calibration.
     """
+    if calibration is None and compensate not in ("auto", "none"):
+        raise ValueError(f"compensation by {compensate} needs a calibration: texts, or batches of inputs")
+    if layer_by_layer and (calibration is None or compensate == "none"):
+        raise ValueError("layer by layer is a way to compensate: give a calibration, and a compensation")
     narrow = _narrow(model, decision)
-    if calibration is None:
-        if compensate not in ("auto", "none"):
-            raise ValueError(f"compensation by {compensate} needs a calibration: texts, or batches of inputs")
-    elif compensate != "none":
+    if calibration is not None and compensate != "none":
         texts = [text for text in calibration if isinstance(text, str)]
         batches = [batch for batch in calibration if not isinstance(batch, str)] + text_batches(model, texts)
         compensate_narrow(narrow, model, decision, batches, compensate, layer_by_layer=layer_by_layer)

@@ -5,6 +5,7 @@ This module imports neither torch nor transformers, so that the command line can
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -36,6 +37,9 @@ class Distillation:
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
+        for name in ("task", "logits", "hidden", "temperature"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}: a finite number is needed")
         if min(self.task, self.logits, self.hidden) < 0 or self.task + self.logits + self.hidden == 0:
             raise ValueError("the weights of the losses must not be negative, nor all zero")
         if self.temperature <= 0:

@@ -27,7 +27,7 @@ from pruned_trainer.jobs import plan as planning
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.plan import GATE_SHARE, RESERVE, make_plan
 from pruned_trainer.jobs.prune import prune, sweep
-from pruned_trainer.jobs.settings import RECIPES, PruneSettings
+from pruned_trainer.jobs.settings import RECIPES, FineTuneSettings, PruneSettings
 from pruned_trainer.training.teacher_cache import TeacherCache
 from thorough import EVERYTHING
 
@@ -258,6 +258,35 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         ({"compensate": "magic"}, "compensate is 'magic'"),
         ({"distillation": Distillation(hidden=0.0, projection=True)}, "whose weight is 0"),
         ({"parts": ("heads", "heads")}, "each is said once"),
+        ({"recipe": "fast", "retrain_steps": None, "average_steps": 0.5}, "average_steps: for the narrow"),
+        ({"retrain_steps": 0, "masked_texts": 1.0, "compile": True}, "masked_texts, compile: for the narrow"),
+        ({"retrain_steps": None, "retrain_epochs": 0.0, "compile": True}, "which has no steps here"),
+        ({"distil_in": "none", "teacher": "t"}, "teacher is given, and no teacher teaches in any phase"),
+        ({"recipe": "random", "retrain_steps": 0, "teacher": "t"}, "no teacher teaches in any phase"),
+        ({"recipe": "random", "distil_in": "gates", "teacher": "t"}, "no teacher teaches in any phase"),
+        ({"recipe": "paper", "targets": (), "teacher": "t"}, "no teacher teaches in any phase"),
+        (
+            {"distil_in": "none", "cache_teacher": Path("c"), "distillation": Distillation(hidden=0.0)},
+            "cache_teacher is given, and no teacher",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             replace(settings, **changes)  # type: ignore[arg-type]
+    for effective in (
+        {"recipe": "fast", "retrain_steps": None, "max_minutes": 5.0, "average_steps": 0.5},
+        {"recipe": "fast", "retrain_steps": None, "retrain_epochs": 1.0, "teacher": "t"},
+        {"recipe": "random", "retrain_steps": 0, "teacher": "t", "texts": Path("t.txt"), "train_file": None,
+         "task": "text-classification"},  # where it is what models are compared with
+    ):  # fmt: skip
+        assert replace(settings, **effective)  # type: ignore[arg-type]
+
+
+def test_numbers_that_are_none_are_refused(settings: PruneSettings) -> None:
+    for name in ("max_minutes", "retrain_epochs", "learning_rate", "cross_pairs", "dropout"):
+        steps = {"retrain_steps": None, name: float("nan")}
+        with pytest.raises(ValueError, match=f"{name} is nan: a finite number is needed"):
+            replace(settings, **steps)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="logits is inf: a finite number is needed"):
+        Distillation(logits=float("inf"))
+    with pytest.raises(ValueError, match="epochs is inf: a finite number is needed"):
+        FineTuneSettings("m", Path("t"), Path("o"), epochs=float("inf"))

@@ -141,6 +141,14 @@ def test_a_decision_is_trained_on(settings: PruneSettings, capsys: pytest.Captur
         ),
         ({"decision": Path("d.json")}, "a decision has met its target: give one of the two"),
         ({"decision": Path("d.json"), "targets": ()}, "no recipe and no steps of gates go with it"),
+        (
+            {"decision": Path("d.json"), "targets": (), "gate_steps": None, "align": 4},
+            "no parts, no align and no penalty go with it",
+        ),
+        (
+            {"decision": Path("d.json"), "targets": (), "gate_steps": None, "parts": ("ffn",)},
+            "no parts, no align and no penalty go with it",
+        ),
     ],
 )
 def test_refusals(settings: PruneSettings, changes: dict[str, Any], message: str) -> None:

@@ -164,6 +164,9 @@ def test_none_is_plain_compaction(model: Any) -> None:
         assert all(torch.equal(tensor, plain[name]) for name, tensor in narrow.state_dict().items())
     with pytest.raises(ValueError, match="compensation by bias needs a calibration"):
         compact(model, decision, compensate="bias")
+    for given, method in ((None, "auto"), (batches, "none")):
+        with pytest.raises(ValueError, match="layer by layer is a way to compensate: give a calibration"):
+            compact(model, decision, given, method, layer_by_layer=True)
     with pytest.raises(ValueError, match="one of auto, bias, least-squares, none"):
         compact(model, decision, batches, "magic")
     with pytest.raises(ValueError, match="1 calibration batches: auto needs 2"):
