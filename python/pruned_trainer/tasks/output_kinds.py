@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ _EMBEDDINGS = (
 )  # fmt: skip
 POOLINGS = ("mean", "cls")
 # A config's problem_type where each logit is a label of its own, in transformers' words.
-MULTI_LABEL = "multi_label_classification"
+MULTI_LABEL: Final = "multi_label_classification"
 
 
 class OutputKind(StrEnum):

@@ -318,8 +318,8 @@ class GatingTrainerMixin:
         return (loss, result[1]) if return_outputs else loss
 
     def _adds_minibatches_up(self, number: Any) -> bool:
-        """Whether the Trainer takes the losses of a step's minibatches as parts of a sum, by its own rule, and
-        does not average them. number: of the labels in all of them, where it has counted these."""
+        """Whether the Trainer takes the losses of a step's minibatches as parts of a sum, by its own rule,
+        and does not average them. number: of the labels in all of them, where it has counted these."""
         known = getattr(self, "loss_is_scaled_for_ga", None)
         if known is not None:
             return bool(known)
