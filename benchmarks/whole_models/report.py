@@ -28,8 +28,11 @@ def write_report(out: Path, rows: Sequence[Row]) -> None:
 
 
 def spread(row: Row) -> str:
-    """Milliseconds a batch: the median of the rounds, and their 20th to 80th percentile."""
-    return f"{row['ms_p50']:.1f} ({row['ms_p20']:.1f}-{row['ms_p80']:.1f})"
+    """Milliseconds a batch: the median of the rounds, and their 20th to 80th percentile. A GPU may take less
+    than one."""
+    digits = 3 if row.get("device") == "cuda" else 1
+    middle, low, high = (f"{row[f'ms_p{p}']:.{digits}f}" for p in (50, 20, 80))
+    return f"{middle} ({low}-{high})"
 
 
 def against(row: Row | None) -> str:

@@ -23,6 +23,7 @@ from pruned_ops.measure.timing import Workload
 from rivals import cuda
 from rivals.rival import Batch, Logits, NotInstalled, Refused, Run, compare_logits, forward
 from whole_models import cases, goals
+from whole_models.report import spread
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 24}
 
@@ -267,6 +268,13 @@ def test_batches_that_ran_without_a_graph_are_a_fault() -> None:
     assert bench_models.why_left_out(row | {"without_graph": 0}) is None
     found = bench_models.why_left_out(row | {"without_graph": 3})
     assert found == "FAILED  one  ours dense: 3 batches ran without a graph"
+
+
+def test_a_gpus_milliseconds_are_shown_with_their_fractions() -> None:
+    """Two runtimes that take 0.75 and 0.85 ms are not alike."""
+    row = {"ms_p20": 0.747, "ms_p50": 0.751, "ms_p80": 0.8}
+    assert spread(row | {"device": "cuda"}) == "0.751 (0.747-0.800)"
+    assert spread(row | {"device": "cpu"}) == "0.8 (0.7-0.8)"
 
 
 def test_the_goals_models_and_workloads() -> None:
