@@ -18,7 +18,9 @@ from pruned_trainer.command_options import (
     add_prune,
     add_report,
 )
-from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings, check_apart, make_task
+from pruned_trainer.jobs.finetune_settings import FineTuneSettings
+from pruned_trainer.jobs.settings import PruneSettings, make_task
+from pruned_trainer.jobs.settings_checks import check_apart
 from pruned_trainer.pruning.options import UNITS, Target
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.training.distillation import Distillation

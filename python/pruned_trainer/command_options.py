@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pruned_ops.command_line import add_dtype, model_place
+from pruned_trainer.jobs.finetune_settings import FineTuneSettings
 from pruned_trainer.jobs.settings import (
     BATCH_SIZE,
     DISTIL_IN,
     DTYPES,
     PAPER_BATCH_SIZE,
-    PRECISIONS,
     RECIPES,
     SCORE_STEPS,
     WIDTH_ALIGN,
-    FineTuneSettings,
     PruneSettings,
 )
+from pruned_trainer.jobs.settings_checks import PRECISIONS
 from pruned_trainer.pruning.options import COMPENSATIONS, DEFAULT_PARTS, MAX_PACE, PARTS, PENALTIES
 from pruned_trainer.tasks.options import TASKS
 from pruned_trainer.training.distillation import Distillation

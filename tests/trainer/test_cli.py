@@ -23,8 +23,9 @@ from pruned_ops import __version__
 from pruned_trainer import Target
 from pruned_trainer.cli import build_parser, main, parse, settings_of
 from pruned_trainer.demo import run as demo_run
+from pruned_trainer.jobs.finetune_settings import FineTuneSettings
 from pruned_trainer.jobs.output import OutputFolder
-from pruned_trainer.jobs.settings import FineTuneSettings, PruneSettings
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.options import UNITS
 from pruned_trainer.training.callbacks import StopOnInterrupt
 

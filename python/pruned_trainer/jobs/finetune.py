@@ -16,6 +16,7 @@ from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import find_encoder
 from pruned_trainer.distributed import is_main, once, per_process, say
+from pruned_trainer.jobs.finetune_settings import FineTuneSettings
 from pruned_trainer.jobs.job import check_length
 from pruned_trainer.jobs.output import OutputFolder, explained_when_full, load_tokenizer, save_checkpoint
 from pruned_trainer.jobs.precision import (
@@ -25,7 +26,6 @@ from pruned_trainer.jobs.precision import (
     step_seconds,
     timing_batches,
 )
-from pruned_trainer.jobs.settings import FineTuneSettings
 from pruned_trainer.jobs.trainers import TIMING
 from pruned_trainer.training.batches import BF16_LENGTHS, Features, pad_batch
 from pruned_trainer.training.distillation import Distillation

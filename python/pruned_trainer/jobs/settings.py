@@ -1,19 +1,17 @@
-"""The settings of a pruning run and of a fine-tuning: every option with its default, checked before anything
-is loaded.
+"""The settings of a pruning run: every option with its default, checked before anything is loaded.
 
 This module imports neither torch nor transformers, so that the command line can show its help at once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruned_ops.shape import checked_int
-from pruned_trainer.jobs.effects import UNLABELLED, check_effects
+from pruned_trainer.jobs.settings_checks import are_the_same, check_apart, check_finite, check_precision
 from pruned_trainer.pruning.options import (
     BY_LABELS,
     COMPENSATIONS,
@@ -24,7 +22,7 @@ from pruned_trainer.pruning.options import (
     Target,
     check_parts,
 )
-from pruned_trainer.tasks.options import NULL_RATE, TaskOptions
+from pruned_trainer.tasks.options import NULL_RATE, PAIRED, TEXT_COLUMNS, TaskOptions
 from pruned_trainer.training.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 RECIPES = ("joint", "paper", *UNTRAINED)
 # The name of the task of a call from Python.
 OWN_TASK = "own"
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # What the linears of the model that is served run in.
 DTYPES = ("fp32", "bfloat16", "int8")
 # Examples in a training step, and the paper's own number in its recipe.
@@ -46,6 +43,8 @@ BATCH_SIZE, PAPER_BATCH_SIZE = 16, 24
 SCORE_STEPS = {"fast": 8, "gain": 64, "leave-one-out": 8, "random": 1}
 # FFN widths and the hidden size are rounded up to a multiple of this, where no latency table says another.
 WIDTH_ALIGN = 8
+# Shares of windows that are made for the retraining, and that only the teacher judges.
+UNLABELLED = ("cross_pairs", "masked_texts", "shuffled_texts")
 # The phases in which the teacher teaches.
 DISTIL_IN = ("gates", "retrain", "both", "none")
 
@@ -136,7 +135,7 @@ class PruneSettings:
         self.check_task()
         self._check_choices()
         self._check_targets()
-        check_effects(self)
+        self._check_effects()
         self._check_numbers()
         self._check_steps()
 
@@ -151,7 +150,7 @@ class PruneSettings:
             self._check_without_labels()
         check_apart(self.eval_file, self.validation_file)
         for name in ("eval_file", "validation_file"):
-            if _are_the_same(self.task, self.train_file, getattr(self, name)):
+            if are_the_same(self.task, self.train_file, getattr(self, name)):
                 raise ValueError(
                     f"the {name} is the train_file, and models know what they were trained on: name another, "
                     "or leave it out, so that a part of the train_file is held out"
@@ -179,7 +178,7 @@ class PruneSettings:
         check_parts(self.parts)
         if len(set(self.parts)) != len(self.parts):
             raise ValueError(f"parts are {', '.join(self.parts)}: each is said once")
-        _check_precision(self.precision)
+        check_precision(self.precision)
 
     def _check_targets(self) -> None:
         if self.decision is None and not self.targets and self.recipe != "paper":
@@ -191,8 +190,78 @@ class PruneSettings:
         if self.latency_table is not None and not self.is_timed:
             raise ValueError("a latency table is for the targets speedup and latency_ms")
 
+    def _check_effects(self) -> None:
+        """Refuse settings that the other settings leave without effect: what is asked for is obeyed, or said
+        to be impossible."""
+        if self.decision is not None:
+            self._check_decided()
+        self._check_recipe()
+        self._check_teaching()
+        self._check_phases()
+
+    def _check_decided(self) -> None:
+        """Refuse what a decision that is made already has no use for."""
+        if self.targets:
+            raise ValueError("a decision has met its target: give one of the two")
+        if self.recipe != "joint" or self.gate_steps is not None or self.gate_epochs is not None:
+            raise ValueError("a decision is made already: no recipe and no steps of gates go with it")
+        if tuple(self.parts) != DEFAULT_PARTS or self.align is not None or self.penalty != "one":
+            raise ValueError("a decision is made already: no parts, no align and no penalty go with it")
+
+    def _check_recipe(self) -> None:
+        """Refuse what the recipe has no use for."""
+        lambdas = (self.lambda_attention, self.lambda_ffn, self.lambda_hidden)
+        if self.recipe != "paper" and set(lambdas) != {1.0}:
+            raise ValueError("the lambda multiples are prices of the paper's recipe: --recipe paper")
+        if self.targets and set(lambdas) != {1.0}:
+            raise ValueError("a target holds the gates to a share: the lambda multiples are for runs without")
+        if self.recipe in UNTRAINED and self.penalty != "one":
+            raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
+        if self.gradual and (self.recipe != "joint" or "hidden" in self.parts):
+            raise ValueError("gradual trains gates on heads and ffn anew for each target: --recipe joint")
+        if self.gradual and len(self.targets) < 2:
+            raise ValueError("gradual goes from each target to the next: name two or more")
+        if self.recipe == "fast" and "hidden" in self.parts:
+            raise ValueError("recipe fast scores heads and FFN units: leave hidden out of the parts")
+
+    def _check_teaching(self) -> None:
+        """Refuse what the task, or the weights of the losses, have no use for."""
+        weights = self.distillation
+        if self.cache_teacher is not None and self.task in TEXT_COLUMNS:
+            raise ValueError(f"cache_teacher keeps start and end logits, which {self.task} has none of")
+        for name in UNLABELLED:
+            if getattr(self, name) and not self.distillation_in("retrain").needs_teacher:
+                raise ValueError(f"{name} have no labels, and no teacher teaches in the retrain phase")
+        if self.cross_pairs and self.task not in PAIRED:
+            raise ValueError(f"cross_pairs are of a question and a text: for {', '.join(PAIRED)}")
+        if not weights.hidden and (weights.projection or weights.layers):
+            raise ValueError("a projection and a layer map are for hidden states, whose weight is 0")
+        if self.cache_teacher is not None and (weights.hidden > 0 or not weights.logits):
+            raise ValueError(
+                "cache_teacher keeps the teacher's logits only, and its hidden states are asked for too: "
+                "set --distil-hidden 0 (and a --distil-logits above 0)"
+            )
+
+    def _check_phases(self) -> None:
+        """Refuse what is for a training that this run does not have."""
+        idle = [name for name in ("average_steps", *UNLABELLED, "compile") if getattr(self, name)]
+        if idle and not self.retrains:
+            raise ValueError(
+                f"{', '.join(idle)}: for the narrow model's training, which has no steps here: give "
+                "retrain_steps or retrain_epochs"
+            )
+        phases = (("gates", self.trains_gates), ("retrain", self.retrains))
+        taught = any(trains and self.distillation_in(phase).needs_teacher for phase, trains in phases)
+        for name in ("teacher", "cache_teacher"):
+            judges = name == "teacher" and not self.has_labels
+            if getattr(self, name) is not None and not taught and not judges:
+                raise ValueError(
+                    f"{name} is given, and no teacher teaches in any phase that this run trains in: leave it "
+                    "out, or see distil_in, retrain_steps and retrain_epochs"
+                )
+
     def _check_numbers(self) -> None:
-        _check_finite(self)
+        check_finite(self)
         for name in ("batch_size", "align", "max_length", "save_steps", "threads"):
             if getattr(self, name) is not None:
                 checked_int(name, getattr(self, name), 1)
@@ -319,50 +388,6 @@ class PruneSettings:
         return sorted(name for name in {*current, *places} if current.get(name) != places.get(name))
 
 
-@dataclass(frozen=True)
-class FineTuneSettings:
-    """Everything that decides what a fine-tuning does.
-
-    model: an encoder or a checkpoint with a head, a folder or a hub name. batch_size: counts the
-    examples of all processes together. The other fields are as in `PruneSettings`.
-    """
-
-    model: str
-    train_file: Path
-    out: Path
-    task: str = "squad"
-    epochs: float = 2.0
-    batch_size: int = 16
-    learning_rate: float = 5e-5
-    max_length: int = 384
-    stride: int = 128
-    seed: int = 0
-    precision: str = "auto"
-    null_rate: float = NULL_RATE
-    num_proc: int = 1
-    skip_bad: bool = False
-    text_columns: tuple[str, ...] | None = None
-    label_column: str | None = None
-    scores: str | None = None
-    corpus: Path | None = None
-    queries: Path | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        _check_finite(self)
-        if not (self.epochs > 0 and self.learning_rate > 0 and self.batch_size > 0):
-            raise ValueError(
-                f"epochs ({self.epochs}), learning_rate ({self.learning_rate}) and batch_size "
-                f"({self.batch_size}) must be positive"
-            )
-        _check_precision(self.precision)
-        TaskOptions.of(self)  # which checks them
-
-    def make_task(self) -> Task:
-        """The task, with the options that these settings have for it."""
-        return make_task(TaskOptions.of(self))
-
-
 def make_task(options: TaskOptions) -> Task:
     """The task of these options."""
     if options.task == "squad":
@@ -381,38 +406,6 @@ def make_task(options: TaskOptions) -> Task:
     from pruned_trainer.tasks.texts.tasks import text_task
 
     return text_task(options)
-
-
-def check_apart(evaluation: Path | None, validation: Path | None = None) -> None:
-    """ValueError where one file is for the results and for choices."""
-    if evaluation and validation and evaluation.resolve() == validation.resolve():
-        raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
-
-
-def _check_finite(settings: Any) -> None:
-    for name in (known.name for known in fields(settings)):
-        value = getattr(settings, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: a finite number is needed")
-
-
-def _are_the_same(task: str, train: Path | None, other: Path | None) -> bool:
-    """Whether both name the same examples. Of a folder or a hub name without a split, two splits are read,
-    but for Natural Questions, which have none."""
-    if train is None or other is None or train.resolve() != other.resolve():
-        return False
-    has_split = ":" in str(train) and not train.exists()
-    return train.is_file() or has_split or task == "natural_questions"
-
-
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; one of {PRECISIONS} is needed")
-    if precision == "fp16":
-        import torch  # slow to import, and needed for this question alone
-
-        if not torch.cuda.is_available():
-            raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run anywhere")
 
 
 def _in_order(targets: Sequence[Target]) -> tuple[Target, ...]:

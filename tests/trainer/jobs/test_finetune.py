@@ -18,7 +18,7 @@ from matching import WORDS, save_checkpoint, squad_file
 from nq_pages import matching_file
 from pruned_ops.models.encoder import NewHeadWarning
 from pruned_trainer.cli import main
-from pruned_trainer.jobs.settings import FineTuneSettings
+from pruned_trainer.jobs.finetune_settings import FineTuneSettings
 
 CUT = ("--max-length", "24", "--stride", "4", "--epochs", "0.1")
 SIZES = {

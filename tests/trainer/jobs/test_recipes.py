@@ -24,10 +24,11 @@ from pruned_trainer import (
 )
 from pruned_trainer.cli import main
 from pruned_trainer.jobs import plan as planning
+from pruned_trainer.jobs.finetune_settings import FineTuneSettings
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.plan import GATE_SHARE, RESERVE, make_plan
 from pruned_trainer.jobs.prune import prune, sweep
-from pruned_trainer.jobs.settings import RECIPES, FineTuneSettings, PruneSettings
+from pruned_trainer.jobs.settings import RECIPES, PruneSettings
 from pruned_trainer.training.teacher_cache import TeacherCache
 from thorough import EVERYTHING
 

@@ -1,0 +1,47 @@
+"""Checks that more than one kind of settings, or more than one command, makes.
+
+This module imports neither torch nor transformers, so that the command line can show its help at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def check_apart(evaluation: Path | None, validation: Path | None = None) -> None:
+    """ValueError where one file is for the results and for choices."""
+    if evaluation and validation and evaluation.resolve() == validation.resolve():
+        raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
+
+
+def check_finite(settings: Any) -> None:
+    """ValueError for a field of these settings, a dataclass, that is no finite number."""
+    for name in (known.name for known in fields(settings)):
+        value = getattr(settings, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: a finite number is needed")
+
+
+def are_the_same(task: str, train: Path | None, other: Path | None) -> bool:
+    """Whether both name the same examples. Of a folder or a hub name without a split, two splits are read,
+    but for Natural Questions, which have none."""
+    if train is None or other is None or train.resolve() != other.resolve():
+        return False
+    has_split = ":" in str(train) and not train.exists()
+    return train.is_file() or has_split or task == "natural_questions"
+
+
+def check_precision(precision: str) -> None:
+    """ValueError for a precision of the training that is unknown, or that nothing here can train in."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; one of {PRECISIONS} is needed")
+    if precision == "fp16":
+        import torch  # slow to import, and needed for this question alone
+
+        if not torch.cuda.is_available():
+            raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run anywhere")
