@@ -150,15 +150,16 @@ def dense_scores(study: Study, curve: bool) -> EvaluationResult:
     return study.result(f"dense-{'curve' if curve else 'row'}", lambda: scored(job.dense, held, questions))
 
 
-def numbers(result: EvaluationResult, dense: EvaluationResult) -> Row:
-    """F1 and span F1, and the points lost against the dense model, with 95% intervals over the questions."""
-    row: Row = {"f1": result.f1, "f1_span": result.f1_span}
+def numbers(result: EvaluationResult, dense: EvaluationResult, when: str = "") -> Row:
+    """F1 and span F1, and the points lost against the dense model, with 95% intervals over the questions.
+    when: ends the fields' names, but for the intervals' own ends."""
+    row: Row = {f"f1{when}": result.f1, f"f1_span{when}": result.f1_span}
     for name, value in dense.losses(result).items():
         if name.endswith("_interval"):
-            loss = name.removesuffix("_interval")
+            loss = name.removesuffix("_interval") + when
             row[f"{loss}_low"], row[f"{loss}_high"] = value or (None, None)
         else:
-            row[name] = value
+            row[f"{name}{when}"] = value
     return row
 
 
@@ -198,7 +199,7 @@ def _compensated(study: Study, seed: int, name: str, decision: Decision, dense: 
 
     result = study.result(f"{name}-compensated", work)
     record = study.once(f"compensation-{name}", lambda: {"kind": "compensation", "ways": ways})
-    scores = {f"{key}_compensated": value for key, value in numbers(result, dense).items()}
+    scores = numbers(result, dense, "_compensated")
     return scores | {"compensation": ", ".join(f"{part} {way}" for part, way in record["ways"].items())}
 
 
@@ -294,7 +295,7 @@ def _against_control(study: Study, name: str, letter: str, retraining: str, seed
         return {}
     study.once(control, partial(table_row, study, seed, "control", retraining))
     both = [study.result(each, partial(missing, each)) for each in (name, control)]
-    return {f"{key}_control": value for key, value in numbers(*both).items() if "loss" in key}
+    return {key: value for key, value in numbers(*both, "_control").items() if "loss" in key}
 
 
 def _train_on(
@@ -311,7 +312,7 @@ def _train_on(
     _, seconds = timed_training(folder, steps, lambda: retrain(job, narrow, folder, steps, whole))
     after = study.result(name, lambda: scored(narrow, job.validation, job.evaluation))
     shutil.rmtree(folder, ignore_errors=True)
-    first = {f"{key}_before": value for key, value in numbers(before, dense).items()}
+    first = numbers(before, dense, "_before")
     training = {"retrain_steps": steps, "retrain_seconds": seconds}
     return facts(study, narrow) | first | numbers(after, dense) | training
 

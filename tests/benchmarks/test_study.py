@@ -15,6 +15,7 @@ import study_squad
 from harness import Row, read_rows
 from matching import save_checkpoint, squad_file, trained_model
 from pruned_trainer.tasks.squad.metrics import bootstrap_interval
+from study import claims as study_claims
 from study import figures as study_figures
 from study import page as study_page
 from study import rows as study_rows
@@ -219,7 +220,9 @@ def _check_claims(results: study_figures.Results, text: str) -> None:
     won = plain["f1_span"] - plain["f1_span_before"]
     (line,) = [each for each in text.splitlines() if "wins back what pruning lost" in each]
     assert f"row e {won:+.1f} (" in line
-    assert f"control: row e {plain['f1_loss_control']:+.1f} (" in text and "arrives as speed" in text
+    lost = tuple(plain[f"f1_loss_control{end}"] for end in ("", "_low", "_high"))
+    assert lost[1] <= lost[0] <= lost[2] and f"control: row e {study_claims.points(lost)}" in text
+    assert "arrives as speed" in text
 
 
 def _lasting(row: Row) -> Row:
