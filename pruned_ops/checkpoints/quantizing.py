@@ -141,8 +141,8 @@ def load(name: str) -> tuple[Any, Any]:
 def _beside(name: str, file: str) -> Path | None:
     """A file of the model of a folder or a hub name; None where it has no such file."""
     if Path(name).is_dir():
-        found = Path(name) / file
-        return found if found.is_file() else None
+        path = Path(name) / file
+        return path if path.is_file() else None
     unless = ("missing_entries", "connection_errors")  # without a connection what is cached is all there is
     cached = cached_file(name, file, **{f"_raise_exceptions_for_{reason}": False for reason in unless})
     return None if cached is None else Path(cached)

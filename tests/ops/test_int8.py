@@ -257,8 +257,8 @@ def test_rows_of_the_least_numbers(backend: str) -> None:
     assert bool((values.abs() <= LEVELS).all()) and (values * scales - x).abs().max() < 1e-36
     first, bias = randn(0, 8, 8), torch.full((8,), 3.0)
     with use_backend(backend):
-        found = OPS["encoder"](*bare_part(ffn_part(8), first, bias, x, 16, [5]))
-    assert bool(torch.isfinite(found).all()) and (found - found[4]).abs().max() < 1e-30
+        rows = OPS["encoder"](*bare_part(ffn_part(8), first, bias, x, 16, [5]))
+    assert bool(torch.isfinite(rows).all()) and (rows - rows[4]).abs().max() < 1e-30
 
 
 @needs_extension

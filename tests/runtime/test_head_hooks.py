@@ -50,11 +50,11 @@ def test_a_subclass_may_put_out_anything(kind: str) -> None:
     model.__class__ = type("Mine", (Another,), {"made": staticmethod(OUTPUTS[kind])})
     with torch.no_grad():
         expected = model(**batch)
-        found = pruned_ops.optimize(model)(**batch)
-    assert type(found) is type(expected)
+        output = pruned_ops.optimize(model)(**batch)
+    assert type(output) is type(expected)
     padding = batch["attention_mask"] == 0
     if kind == "a dictionary of logits":
-        for logits in found.values():
+        for logits in output.values():
             assert bool((logits[padding] == torch.finfo(logits.dtype).min).all())
             logits.masked_fill_(padding, 0)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=2e-5)
