@@ -129,11 +129,13 @@ def _retrained(results: Results) -> Iterator[Finding]:
         if loss is not None:
             kept[f"row {letter}"] = (loss, _below(loss, PAPERS_LOSSES[letter]))
     if kept:
-        said = ", ".join(f"{PAPERS_LOSSES[letter]:g}" for letter in letters)
+        said = ", ".join(f"{row} loses {PAPERS_LOSSES[row[-1]]:g}" for row in kept)
+        windows = results.row(next(iter(kept))[-1], "cross-entropy")[0]["windows_retrained"]
         yield Finding(
-            f"after retraining with cross-entropy, rows {', '.join(letters)} lose {said} F1",
+            f"after retraining with cross-entropy for an epoch, {said} F1",
             together({row: judged(margin) for row, (_, margin) in kept.items()}),
-            "F1 lost against the control: " + "; ".join(f"{row} {points(x)}" for row, (x, _) in kept.items()),
+            f"here after {windows:,} windows, F1 lost against the control: "
+            + "; ".join(f"{row} {points(x)}" for row, (x, _) in kept.items()),
         )
     better = _differences(scores, results, letters, ("distilled", ""), ("cross-entropy", ""))
     yield from _finding("distillation is better than cross-entropy to retrain with", better)
