@@ -181,9 +181,14 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
     )
     lengths = validation.arrival_lengths()
     workload = Workload.arrival_order(lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES)
+    # Measuring a table takes minutes, and bad rows are refused before it; else a target that is out of reach
+    # is refused before a large file is tokenised.
+    measures = settings.is_timed and settings.latency_table is None and table_file is None
+    features = task.features(train, tokenizer, dense) if measures else None
     table = latency_table(settings, dense, workload, table_file) if settings.is_timed else None
     budget = budget_for(settings, dense, lengths, table)
-    features = task.features(train, tokenizer, dense)
+    if features is None:
+        features = task.features(train, tokenizer, dense)
     cache = None
     if settings.cache_teacher is not None:
         features = Numbered(features)
@@ -345,7 +350,10 @@ def check_length(max_length: int, config: PreTrainedConfig) -> None:
     """ValueError where windows of this many tokens are longer than the model takes."""
     longest = longest_sequence(config)
     if max_length > longest:
-        raise ValueError(f"max_length is {max_length}; the model's position table allows {longest} tokens")
+        raise ValueError(
+            f"max_length is {max_length}; the model's position table allows {longest} tokens: give "
+            f"--max-length {longest}, or less"
+        )
 
 
 def load_teacher(

@@ -87,6 +87,18 @@ def test_bad_sentences(
     assert message in refused(["--task", "token-classification"], model, file, capsys)
 
 
+def test_where_all_sentences_are_bad_the_first_fault_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"id2label": {0: "B-a", 1: "O"}, "label2id": {"B-a": 0, "O": 1}}
+    model = checkpoint(tmp_path / "model", BertForTokenClassification, **names)
+    file = write_rows(tmp_path / "eval.jsonl", [{"tokens": ["w1", "w2"], "tags": ["B-c", "O"]}])
+    said = refused(["--task", "token-classification", "--skip-bad"], model, file, capsys)
+    assert said.endswith(
+        f"(1 were skipped; the first: {file}, row 0: label 'B-c' is none of the model's: B-a, O)"
+    )
+
+
 def test_rankings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = ["--task", "reranking"]
     start = checkpoint(tmp_path / "start", BertModel)

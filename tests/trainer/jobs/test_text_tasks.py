@@ -151,6 +151,60 @@ def test_bad_rows_are_left_out_and_counted(
     assert "total  10" in printed
 
 
+def test_whoever_forgets_the_task_is_told_of_it(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --task the files are SQuAD's, and texts alone are of no use."""
+    model = ["--model", str(classifier / "model")]
+    for name in ("validation.csv", "eval.jsonl"):
+        argv = ["evaluate", *model, "--eval-file", str(classifier / name)]
+        refused(capsys, argv, "; --task reads the rows of other tasks")
+    argv = ["prune", *model, "--texts", str(tmp_path), "--macs", "0.5", "--out", str(tmp_path / "out")]
+    refused(
+        capsys,
+        argv,
+        "squad has no form without answers: --texts is for the tasks on rows of texts (--task)",
+    )
+
+
+def test_rows_that_are_held_out_are_named_so(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of twenty rows is held out, and one row has one class: the file itself has two."""
+    train = write_rows(tmp_path / "train.csv", classified(20, 1))
+    argv = arguments(classifier, tmp_path / "out")
+    argv[argv.index("--train-file") + 1] = str(train)
+    place = argv.index("--validation-file")
+    del argv[place : place + 2]
+    refused(capsys, argv, "train.csv, held out for want of a validation file: all 1 rows have the label ")
+
+
+def test_where_all_rows_are_bad_the_first_fault_is_said(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels of another model are no single label; nor does a row that is left out count as one."""
+    others = [{"text": "w1", "label": label} for label in ("good", "bad")]
+    argv = ["evaluate", "--task", "text-classification", "--model", str(classifier / "model"), *CUT]
+    argv += ["--skip-bad", "--eval-file", str(write_rows(tmp_path / "eval.jsonl", others))]
+    first = "eval.jsonl, row 0: label 'good' is none of the model's: high, low"
+    refused(capsys, argv, f"no rows at all (2 were skipped; the first: {tmp_path / first})")
+    write_rows(tmp_path / "eval.jsonl", [*others, {"text": "w1", "label": "low"}])
+    refused(capsys, argv, "eval.jsonl: all 1 rows have the label 'low'")
+
+
+def test_bad_rows_are_refused_before_a_latency_table_is_measured(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring one takes minutes."""
+    monkeypatch.setattr("pruned_trainer.jobs.job.measure_table", lambda *_, **__: pytest.fail("measured"))
+    rows = [*classified(20, 1), {"text": "w1", "label": "middle"}]
+    argv = arguments(classifier, tmp_path / "out")
+    argv[argv.index("--train-file") + 1] = str(write_rows(tmp_path / "train.jsonl", rows))
+    place = argv.index("--macs")
+    argv[place : place + 2] = ["--speedup", "1.5"]
+    refused(capsys, argv, "row 20: label 'middle' is none of the model's: high, low")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -31,11 +31,13 @@ def read_examples(
     default_split: str,
     skipped: Skipped | None = None,
     repaired: list[str] | None = None,
+    hint: str = "",
 ) -> list[Example]:
     """The questions of a file, a folder or a data set of the hub, checked as `load_squad` checks.
 
     source: .parquet, .jsonl or .arrow with SQuAD's columns, any other file as SQuAD's JSON; a folder or a hub
-    name, and default_split, as for `read_rows`. skipped, repaired: as for `parse_squad`.
+    name, and default_split, as for `read_rows`. skipped, repaired: as for `parse_squad`. hint: what ends an
+    error that a file of rows with other columns gives.
 
     Errors name the source, split, row (from 0) and question: `read_rows`'s, and SquadFormatError (a
     ValueError) for everything that is not SQuAD.
@@ -44,13 +46,13 @@ def read_examples(
     if Path(source).is_file() and suffix in SEPARATED:
         raise SquadFormatError(
             f"{source}: a {suffix} file has no nested columns, and answers are nested: "
-            f"write it as {', '.join((*JSON_LINES[:1], *ARROW))} or SQuAD's .json"
+            f"write it as {', '.join((*JSON_LINES[:1], *ARROW))} or SQuAD's .json{hint}"
         )
     if Path(source).is_file() and suffix not in (*JSON_LINES, *ARROW):
         return list(load_squad(source, "raise", skipped, repaired).examples)
     try:
         rows = read_rows(source, default_split, NEEDED + OPTIONAL, skipped)
-        rows.need(NEEDED)
+        rows.need(NEEDED, hint)
     except FormatError as error:
         raise SquadFormatError(str(error)) from None
     placed = _placed_examples(rows, skipped)

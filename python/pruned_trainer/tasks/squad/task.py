@@ -187,7 +187,7 @@ class SquadTask:
 
     def read(self, source: Path | str, split: str) -> Sequence[Example]:
         skipped, repaired = self._skipped(), list[str]()
-        examples = read_examples(source, split, skipped, repaired)
+        examples = read_examples(source, split, skipped, repaired, "; --task reads the rows of other tasks")
         self.faults.add(skipped, repaired)
         return examples
 
@@ -202,7 +202,9 @@ class SquadTask:
         return (train, None) if has_validation else split_articles(train, seed=self.seed)
 
     def read_texts(self, source: Path, has_validation: bool) -> tuple[Any, Any]:
-        raise ValueError("squad has no form without answers: --texts is for the tasks on rows of texts")
+        raise ValueError(
+            "squad has no form without answers: --texts is for the tasks on rows of texts (--task)"
+        )
 
     def to_choose_on(self, examples: Sequence[Example]) -> Sequence[Example]:
         """All of them."""

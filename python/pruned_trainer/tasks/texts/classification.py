@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pruned_trainer.tasks.texts.examples import (
     read_class,
     read_labelled,
     read_score,
+    some,
 )
 from pruned_trainer.tasks.texts.labels import Labels
 from pruned_trainer.tasks.texts.prepared import PreparedTexts
@@ -142,8 +143,9 @@ class ClassificationTask(TextTask):
                 with skipping(skipped):
                     numbers.append(labels.number(row.label, row.where, examples.names))
                     rows.append(row)
+        left = some(replace(examples, rows=tuple(rows)), skipped)
         if len(set(numbers)) < 2:
-            raise FormatError(one_class(examples, labels.names[numbers[0]] if numbers else "none"))
+            raise FormatError(one_class(left, labels.names[numbers[0]]))
         return rows, numbers
 
     def _encode(self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:

@@ -55,7 +55,8 @@ class Examples:
             raise FormatError(
                 f"{self.where}: {len(self)} rows are too few to hold some out: give a validation file"
             )
-        return replace(self, rows=train), replace(self, rows=held_out)
+        of_held_out = f"{self.where}, held out for want of a validation file"
+        return replace(self, rows=train), replace(self, where=of_held_out, rows=held_out)
 
 
 def read_labelled(

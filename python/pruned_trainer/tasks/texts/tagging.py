@@ -139,9 +139,10 @@ class TaggingTask(TextTask):
                 with skipping(skipped):
                     numbers.append([labels.number(value, row.where, examples.names) for value in row.label])
                     rows.append(row)
+        left = some(replace(examples, rows=tuple(rows)), skipped)
         labels_seen = {number for of_row in numbers for number in of_row}
         if len(labels_seen) < 2:
-            raise FormatError(_one_label(examples, labels.names[min(labels_seen)] if labels_seen else "none"))
+            raise FormatError(_one_label(left, labels.names[min(labels_seen)]))
         return rows, numbers
 
     def _encode(self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Sentence]:
