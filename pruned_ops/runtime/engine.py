@@ -85,6 +85,8 @@ class CudaGraphs:
             current = torch.cuda.current_stream()
             try:
                 self._stream.wait_stream(current)
+                # A graph that still runs, on any stream, uses the workspace that cuBLAS has for this one.
+                self._stream.wait_event(self._finished)
                 with torch.cuda.stream(self._stream):
                     work()
                 current.wait_stream(self._stream)

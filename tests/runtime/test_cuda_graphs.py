@@ -25,11 +25,16 @@ class FakeCuda:
 
     def __init__(self, fail: Exception | None = None) -> None:
         self.fail, self.made, self.capturing, self.captured_on = fail, 0, 0, list[Any]()
+        self.did = list[str]()
         self._here = threading.local()
 
     def stream_made(self, device: Any = None) -> Any:
         self.made += 1
-        return SimpleNamespace(number=self.made, wait_stream=lambda other: None)
+        return SimpleNamespace(
+            number=self.made,
+            wait_stream=lambda other: None,
+            wait_event=lambda event: self.did.append("waits"),
+        )
 
     def current(self, device: Any = None) -> Any:
         return getattr(self._here, "stream", None) or DEFAULT
@@ -88,6 +93,12 @@ def test_warm_up_and_captures_share_the_recorders_one_stream(fake: FakeCuda) -> 
     for _ in range(3):
         recorder.record(lambda: ran_on.append(torch.cuda.current_stream()))
     assert fake.made == 1 and {stream.number for stream in (*ran_on, *fake.captured_on)} == {1}
+
+
+def test_a_warm_up_waits_for_the_graphs_that_still_run(fake: FakeCuda) -> None:
+    """On other streams, too: they use the workspace of cuBLAS that belongs to the recorder's stream."""
+    CudaGraphs(GPU).record(lambda: fake.did.append("works"))
+    assert fake.did == ["waits", "works", "works"]
 
 
 def test_two_models_in_two_threads_capture_one_after_the_other(fake: FakeCuda) -> None:
