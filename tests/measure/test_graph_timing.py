@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from pruned_ops.measure.graph_timing import CALLS, GraphClock, replay_seconds
+from pruned_ops.measure.graph_timing import CALLS, WARM_UP, GraphClock, replay_seconds
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
 
@@ -54,6 +54,18 @@ def test_a_graph_holds_many_calls_on_inputs_in_turn() -> None:
     assert ran == [*range(5)] * repeats  # recorded in turn, and not run again
     assert seconds == (50.0 / (5 * repeats),) * 4
     assert len(clocked) == 5 and recorder.launched == 5 and recorder.recorded == 1  # one is not counted
+
+
+def test_a_gpu_is_busy_for_a_while_before_it_is_timed() -> None:
+    """Its clock is low while a kernel is compiled, and takes a while to rise."""
+    worked = [0.0]
+
+    def clock(call: Callable[[], Any]) -> float:
+        took = 0.0024 if worked[0] > WARM_UP / 2 else 0.0072
+        worked[0] += took
+        return took
+
+    assert replay_seconds([lambda: None], 3, Recorder(), clock) == pytest.approx((1e-4,) * 3)
 
 
 def test_the_hosts_time_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,11 +175,12 @@ def test_the_rows_of_a_norm_are_chosen_by_timing_too(monkeypatch: pytest.MonkeyP
 
 
 class Gpu:
-    """torch.cuda as timing sees it, with a clock: a launch takes the host 100 us, and the GPU 10."""
+    """torch.cuda as timing sees it, with a clock: a launch takes the host 100 us, that of a graph 50, and the
+    GPU 10; or 30 until it has been busy for 20 ms."""
 
     def __init__(self) -> None:
         self.now, self.captured, self.capturing = 0.0, 0, False
-        self.streams = 0
+        self.streams, self.is_idle, self.worked = 0, True, 0.0
 
     def launch(self) -> Tensor:
         self.now += 0.1
@@ -197,19 +198,22 @@ class Gpu:
                 self.at = gpu.now
 
             def synchronize(self) -> None:
-                pass
+                gpu.is_idle = True
 
             def elapsed_time(self, end: Event) -> float:
                 return end.at - self.at
 
         class Graph:
             def replay(self) -> None:
-                gpu.now += 0.01 * gpu.captured
+                work = (0.01 if gpu.worked >= 20 else 0.03) * gpu.captured
+                gpu.now += work + (0.05 if gpu.is_idle else 0.0)
+                gpu.worked += work
+                gpu.is_idle = False
 
         @contextmanager
         def graph(_: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
             assert capture_error_mode == "thread_local"
-            gpu.capturing, gpu.captured = True, 0
+            gpu.capturing, gpu.captured, gpu.worked = True, 0, 0.0
             yield
             gpu.capturing = False
 
