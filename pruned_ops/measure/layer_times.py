@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from pruned_ops.layers.kinds import StackKind
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.parts import PrunedAttention, PrunedFFN
-from pruned_ops.layers.weights import PanelWeights
+from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.measure.graph_timing import GraphClock, HostClock
 from pruned_ops.measure.latency import LatencyTable, Points
 from pruned_ops.measure.timing import Runner, Workload, machine, spread, versions
@@ -244,6 +244,7 @@ def _chain(
         part.load_state_dict(state, assign=True)
         chain.append(part.requires_grad_(False).eval())
         rows.append(_Row(values))
+    stack: PanelWeights | AlignedWeights | None = None
     if one_call:
         next_row = iter(row for row in rows for _ in range(2))
         gated = {part.linears[0] for part in chain if kind.gated and isinstance(part, PrunedFFN)}
@@ -253,14 +254,15 @@ def _chain(
             return next(next_row).panels(linear.in_features, out)
 
         stack = PanelWeights(chain, head_dim, lay_out, keep_fp32=False, kind=kind)
-        return lambda batch: stack(
-            batch["x"], batch["cu_seqlens"], int(batch["max_seqlen"]), positions=batch["positions"]
-        )
+    elif AlignedWeights.refuse(chain) is None:
+        stack = AlignedWeights(chain)
 
     def run(batch: dict[str, Tensor]) -> Tensor:
-        x, where = batch["x"], (batch["cu_seqlens"], int(batch["max_seqlen"]), batch["positions"])
+        x, where = batch["x"], (batch["cu_seqlens"], int(batch["max_seqlen"]))
+        if stack is not None:
+            return stack(x, *where, positions=batch["positions"])
         for part in chain:
-            x = part(x, *where) if isinstance(part, PrunedAttention) else part(x)
+            x = part(x, *where, batch["positions"]) if isinstance(part, PrunedAttention) else part(x)
         return x
 
     return run

@@ -5,15 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import BertConfig
 
+from pruned_ops import ops
+from pruned_ops.layers import parts
+from pruned_ops.measure import layer_times
 from pruned_ops.measure.graph_timing import CALLS, WARM_UP, GraphClock, replay_seconds
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
+from pruned_ops.ops.registry import is_given_up
 
 
 class Recorder:
@@ -111,3 +117,29 @@ def test_a_latency_table_is_measured_by_graphs() -> None:
     assert recorder.recorded >= 2 * (len(table.attention) + len(table.ffn))
     assert recorder.recorded <= 2 * (parts + 10) and len(alone) == 1 + 3 * 2
     assert {ms for _, ms in table.attention} == {0.5}  # two parts a chain
+
+
+def test_parts_are_timed_on_weights_that_lie_as_an_optimised_models_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU FFN widths are filled up, and what an earlier part computed is added to in its own memory."""
+    seen = list[tuple[int, bool]]()
+
+    def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        seen.append((weight.size(0), is_given_up(x)))
+        return ops.linear_gelu.reference(x, weight, bias)
+
+    monkeypatch.setattr(layer_times.PanelWeights, "refuse", lambda parts: "as on a GPU")
+    monkeypatch.setattr(layer_times.AlignedWeights, "refuse", lambda parts: None)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40, vocab_size=50
+    )
+    empty, dense = layer_times.empty_config(config)
+    runners = layer_times.part_runners(empty, dense, "cpu")
+    (batch,) = layer_times.part_inputs(empty, Workload("tiny", ((5, 3),)), "cpu")
+    x = batch["x"].clone()
+    with monkeypatch.context() as patch, torch.inference_mode():
+        patch.setattr(parts, "ops", SimpleNamespace(**vars(ops) | {"linear_gelu": linear_gelu}))
+        for name in ("ffn 24", "attention 2"):
+            assert runners[name](batch).shape == x.shape
+    assert seen == [(32, False), (32, True), (32, True)] and torch.equal(batch["x"], x)
