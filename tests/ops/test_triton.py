@@ -33,7 +33,7 @@ if MISSING is None:
     import triton.language as tl
     from triton.runtime.errors import OutOfResources
 
-    from pruned_ops.ops.backends.triton import add_layer_norm, configs, linear_add_layer_norm, tuning
+    from pruned_ops.ops.backends.triton import add_layer_norm, configs, launch, linear_add_layer_norm, tuning
     from pruned_ops.ops.backends.triton.add_layer_norm import launch_add_layer_norm
     from pruned_ops.ops.backends.triton.attention import launch_attention
     from pruned_ops.ops.backends.triton.configs import GemmConfig
@@ -179,9 +179,9 @@ def gemm_configs(known: str) -> list[Any]:
 
 @pytest.mark.parametrize(("config", "dtype"), gemm_configs("LINEAR_GEGLU"))
 def test_every_geglu_configuration(config: Any, dtype: torch.dtype) -> None:
-    """Units at the edge of a tile, and an odd number of them, in whole blocks of columns and not."""
+    """Units beyond a tile, in whole blocks of columns, and an odd number of them, and not."""
     for tokens, hidden, width in (
-        (config.block_m + 3, 2 * config.block_k, config.block_n // 2 + 5),
+        (config.block_m + 3, 2 * config.block_k, config.block_n // 2 + 16),
         (5, 72, 3),
     ):
         weight, bias = randn(1, 2 * width, hidden) / hidden**0.5, randn(2, 2 * width)
@@ -190,9 +190,11 @@ def test_every_geglu_configuration(config: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("config", "dtype"), gemm_configs("LINEAR_GELU"))
-def test_every_gemm_configuration(config: Any, dtype: torch.dtype) -> None:
-    """A whole number of blocks of columns, and not; more tiles than programs where it is persistent."""
-    for tokens, hidden, width in ((config.block_m + 3, 2 * config.block_k, config.block_n + 8), (5, 72, 24)):
+def test_every_gemm_configuration(config: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole number of blocks of columns, and not; sizes by which a kernel writes 16 bytes at once, and not;
+    more tiles than programs where it is persistent, on whatever GPU."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
+    for tokens, hidden, width in ((config.block_m + 3, 2 * config.block_k, config.block_n + 16), (5, 72, 24)):
         arguments = moved([randn(0, tokens, hidden), randn(1, width, hidden), randn(2, width)], dtype)
         if config.persistent:
             arguments[0] = torch.cat([arguments[0]] * 3)
