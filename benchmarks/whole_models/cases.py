@@ -166,13 +166,16 @@ def goal_workloads(lengths: list[int] | None, quick: bool, patterns: list[str]) 
 
 
 def matching(known: list[Workload], patterns: list[str]) -> list[Workload]:
-    """The workloads whose name matches one of the patterns. Errors: ValueError for a pattern that matches
-    none."""
+    """The workloads whose name matches one of the patterns, in the order of the patterns: time may run out.
+    Errors: ValueError for a pattern that matches none."""
+    chosen: dict[str, Workload] = {}
     for pattern in patterns:
-        if not any(fnmatch.fnmatch(workload.name, pattern) for workload in known):
+        found = {w.name: w for w in known if fnmatch.fnmatch(w.name, pattern)}
+        if not found:
             names = ", ".join(workload.name for workload in known)
             raise ValueError(f"there is no workload {pattern!r}; there are: {names}")
-    return [w for w in known if any(fnmatch.fnmatch(w.name, pattern) for pattern in patterns)]
+        chosen |= found  # one that was there keeps its place
+    return list(chosen.values())
 
 
 def padded_to(run: Run, length: int, pad_token_id: int) -> Run:

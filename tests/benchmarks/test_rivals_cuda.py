@@ -291,6 +291,13 @@ def test_the_goals_models_and_workloads() -> None:
     assert lengths == sorted(lengths, reverse=True) and len(lengths) == 512
 
 
+def test_workloads_come_in_the_order_in_which_they_are_asked_for() -> None:
+    """Time may run out before the last."""
+    chosen = cases.goal_workloads(None, False, ["fixed384-b32", "fixed*-b1", "fixed384-*"])
+    names = ["fixed384-b32", "fixed128-b1", "fixed384-b1", "fixed384-b8", "fixed384-b128"]
+    assert [workload.name for workload in chosen] == names
+
+
 def test_names_of_the_other_benchmark_are_refused(capsys: Any) -> None:
     for arguments, message in (
         (["--rivals", "varlen"], "--rivals varlen: here there are hf, hf-eager, hf-bfloat16, compile"),
