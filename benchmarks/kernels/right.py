@@ -96,10 +96,12 @@ def _budget(op: str, arguments: list[Any]) -> tuple[Tensor, float]:
             for argument in arguments
         )
     )
-    return exact, 2 * _relative(reference(*arguments), exact) + 1e-5
+    return exact, 2 * relative(reference(*arguments), exact) + 1e-5
 
 
-def _relative(output: Tensor, exact: Tensor) -> float:
+def relative(output: Tensor, exact: Tensor) -> float:
+    """The relative error in norm."""
+    exact = exact.double()
     return float((output.double() - exact).norm() / exact.norm())
 
 
@@ -112,6 +114,6 @@ def _compare(
         journal.note("refused", **facts, reason=reason)
         return
     expected, allowed = expectation()
-    error = _relative(kernel.launch(*arguments), expected)
+    error = relative(kernel.launch(*arguments), expected)
     verdict = "right" if error <= allowed else WRONG  # NaN is not allowed either
     journal.note(verdict, **facts, error=error, allowed=allowed)

@@ -1,11 +1,12 @@
 """The time of every configuration of a kernel at the shapes of the goals, beside what it has to beat: cuBLAS,
-torch's attention and flash attention, copying."""
+torch's attention and flash attention, copying. One that computes something else than the op is not timed."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cases import EPS, Place
-from kernels.journal import Journal
+from kernels.journal import WRONG, Journal
 from kernels.names import add_layer_norm_name, attention_name, described, linear_gelu_name
-from kernels.right import ready_backends
+from kernels.right import ready_backends, relative
 from kernels.rotation import input_sets, rotated
 from pruned_ops.measure.graph_timing import replay_seconds
 from pruned_ops.measure.timing import host_seconds
@@ -55,6 +56,9 @@ NORMS = ((12288, 1024), (49152, 1024), (12288, 384))
 MORE_ROWS = ((2, 4), (8, 8))
 # Rounds of a graph; each is launched twice.
 ROUNDS = 6
+# The relative error in norm against the op's reference in the same dtype, from which on a kernel is wrong.
+# Ways to round in fp16 differ by a thousandth; one wrong tile of the 3,072 of (12288, 4096) is 2 hundredths.
+WRONG_FROM = 0.01
 # Configurations of a GEMM that are timed without TMA: the most promising ones by the formula.
 PLAIN_GEMMS = 4
 
@@ -78,11 +82,19 @@ class Sweep:
         call: Callable[..., Any],
         flops: float,
         nbytes: float,
+        expected: Callable[..., Tensor] | None = None,
     ) -> None:
-        """Time a call on random tensors of these shapes; a line with its microseconds and rates."""
+        """Time a call on random tensors of these shapes; a line with its microseconds and rates. expected:
+        computes what the call has to."""
         facts = {"problem": problem, "name": name}
 
         def measure() -> None:
+            if expected is not None:
+                inputs = self._inputs(shapes)
+                error = relative(call(*inputs), expected(*inputs))
+                if not error < WRONG_FROM:
+                    self.journal.note(WRONG, **facts, error=error, allowed=WRONG_FROM)
+                    return
             seconds = self._seconds(shapes, call, nbytes)
             rates = {"tflops": flops / seconds / 1e12, "tb_per_s": nbytes / seconds / 1e12}
             self.journal.note("timed", **facts, us=1e6 * seconds, **rates)
@@ -91,14 +103,14 @@ class Sweep:
 
     def _seconds(self, shapes: Sequence[tuple[int, ...]], call: Callable[..., Any], nbytes: float) -> float:
         """The median of one call."""
-
-        def inputs() -> list[Tensor]:
-            return [self.place.tensor(*shape) for shape in shapes]
-
+        make = partial(self._inputs, shapes)
         if self.place.device != "cuda":
-            return host_seconds(rotated(inputs, call, 1)[0])
-        times = sorted(replay_seconds(rotated(inputs, call, input_sets(nbytes)), ROUNDS))
+            return host_seconds(rotated(make, call, 1)[0])
+        times = sorted(replay_seconds(rotated(make, call, input_sets(nbytes)), ROUNDS))
         return times[len(times) // 2]
+
+    def _inputs(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        return [self.place.tensor(*shape) for shape in shapes]
 
 
 def ceilings(sweep: Sweep) -> None:
@@ -119,8 +131,11 @@ def attention(sweep: Sweep) -> None:
         flops = 4.0 * width * sum(length * length for length in lengths)
         nbytes = sweep.place.dtype.itemsize * 4.0 * tokens * width
         problem = attention_name(heads, head_dim, lengths)
+        sizes = {"cu_seqlens": bounds, "max_seqlen": max(lengths), "head_dim": head_dim}
+        exact = partial(OPS["attention"].reference, **sizes)
         for name, call in _attentions(sweep.place, head_dim, heads, lengths, bounds):
-            sweep.time(problem, name, [(tokens, 3 * width)], call, flops, nbytes)
+            expected = None if name.startswith("torch") else exact
+            sweep.time(problem, name, [(tokens, 3 * width)], call, flops, nbytes, expected)
 
 
 def _attentions(
@@ -160,8 +175,10 @@ def linear_gelu(sweep: Sweep) -> None:
         shapes = [(tokens, hidden), (width, hidden), (width,)]
         flops = 2.0 * tokens * hidden * width
         nbytes = sweep.place.dtype.itemsize * (tokens * (hidden + width) + hidden * width)
+        problem = linear_gelu_name(tokens, hidden, width)
         for name, call in _linear_gelus(sweep.place, tokens, hidden, width):
-            sweep.time(linear_gelu_name(tokens, hidden, width), name, shapes, call, flops, nbytes)
+            expected = None if name.startswith("cuBLAS") else OPS["linear_gelu"].reference
+            sweep.time(problem, name, shapes, call, flops, nbytes, expected)
 
 
 def _linear_gelus(
@@ -208,9 +225,16 @@ def norms(sweep: Sweep) -> None:
     for tokens, hidden in sweep.sizes(NORMS, (20, 64)):
         bias, scale, shift = (sweep.place.tensor(hidden) for _ in range(3))
         nbytes = sweep.place.dtype.itemsize * 3.0 * tokens * hidden
+        problem = add_layer_norm_name(tokens, hidden)
+        vectors = {"bias": bias, "norm_weight": scale, "norm_bias": shift}
+        exact = partial(_exact_norm, vectors)
         for name, call in _add_layer_norms(sweep.place, bias, scale, shift):
-            problem = add_layer_norm_name(tokens, hidden)
-            sweep.time(problem, name, [(tokens, hidden)] * 2, call, 0.0, nbytes)
+            expected = None if name.startswith("torch") else exact
+            sweep.time(problem, name, [(tokens, hidden)] * 2, call, 0.0, nbytes, expected)
+
+
+def _exact_norm(vectors: dict[str, Tensor], x: Tensor, residual: Tensor) -> Tensor:
+    return OPS["add_layer_norm"].reference(x, residual=residual, eps=EPS, **vectors)
 
 
 def _add_layer_norms(
