@@ -147,6 +147,10 @@ def load_model(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
         )
         _check_shapes(info)
         _check_tensors(info["missing_keys"], info["unexpected_keys"])
+        # A classifier of ModernBERT has tensors of the same names: only the config tells what they are for.
+        saved = next(iter(config.architectures or ()), "")
+        if saved.endswith(("ForSequenceClassification", "ForTokenClassification")):
+            raise ValueError(f"it is a {shown(saved)}, and no fine-tuned question-answering checkpoint")
         check_weights(model.named_parameters())
     return _in_fp32(model).eval()
 

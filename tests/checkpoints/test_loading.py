@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
@@ -194,4 +195,17 @@ def test_a_head_that_is_not_known_is_refused(tmp_path: Path) -> None:
         load_any_head(str(tmp_path))
     path.write_text(json.dumps(config | {"architectures": ["BertForTokenClassification"]}))
     with pytest.raises(ValueError, match="holds tensors|lacks|describes"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_a_classifier_of_modernbert_answers_no_questions(head: str, tmp_path: Path) -> None:
+    """Its tensors have the names of a question-answering head's."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "pad_token_id": 0, "num_labels": 2,
+    }  # fmt: skip
+    model_class: Any = getattr(transformers, f"ModernBertFor{head}")
+    model_class(transformers.ModernBertConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"it is a 'ModernBertFor{head}', and no fine-tuned question-answer"):
         load_model(str(tmp_path))
