@@ -89,7 +89,7 @@ def result_table(kept: dict[str, Any]) -> list[str]:
     def scores(label: str, key: str, first: bool) -> str:
         low, high = kept[f"{key}_loss_interval"]
         words = "95% interval: " if first else ""
-        change = f"{-kept[f'{key}_loss']:+.2f} ({words}{-high:+.2f} to {-low:+.2f})"
+        change = f"{-kept[f'{key}_loss']:+z.2f} ({words}{-high:+z.2f} to {-low:+z.2f})"
         return f"| {label} | {dense[key]:.2f} | {pruned[key]:.2f} | {change} |"
 
     batch = kept["workload"].rpartition("-b")[2]

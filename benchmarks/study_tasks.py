@@ -291,8 +291,8 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
     def lost(row: Row, name: str) -> str:
         if row.get(f"{name}_loss") is None:
             return "-"
-        interval = f" ({row[f'{name}_loss_low']:+.1f} to {row[f'{name}_loss_high']:+.1f})"
-        return f"{row[f'{name}_loss']:+.2f}" + (interval if row.get(f"{name}_loss_low") is not None else "")
+        interval = f" ({row[f'{name}_loss_low']:+z.1f} to {row[f'{name}_loss_high']:+z.1f})"
+        return f"{row[f'{name}_loss']:+z.2f}" + (interval if row.get(f"{name}_loss_low") is not None else "")
 
     cells = [
         [

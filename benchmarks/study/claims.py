@@ -70,7 +70,7 @@ def together(verdicts: Mapping[str, str]) -> str:
 
 
 def points(difference: Interval) -> str:
-    return f"{difference[0]:+.1f} ({difference[1]:+.1f} to {difference[2]:+.1f})"
+    return f"{difference[0]:+z.1f} ({difference[1]:+z.1f} to {difference[2]:+z.1f})"
 
 
 def _finding(claim: str, differences: Mapping[str, Interval]) -> Iterator[Finding]:

@@ -40,7 +40,7 @@ def change(rows: Sequence[Row], loss: str) -> str:
     value, low, high = interval
     if low == high == 0:  # the dense model itself
         return "-"
-    return f"{-value:+.2f} ({-high:+.2f} to {-low:+.2f})"
+    return f"{-value:+z.2f} ({-high:+z.2f} to {-low:+z.2f})"
 
 
 def papers(letter: str) -> list[str]:

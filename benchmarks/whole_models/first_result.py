@@ -71,7 +71,7 @@ class FirstResult:
     def change(self, answers: str) -> str:
         """What pruning changed in the F1 of long or short answers, with its 95% interval."""
         loss, low, high = (self.pruned[f"{answers}_f1_loss{end}"] for end in ("", "_low", "_high"))
-        return f"{-loss:+.2f} (95% interval {-high:+.2f} to {-low:+.2f})"
+        return f"{-loss:+z.2f} (95% interval {-high:+z.2f} to {-low:+z.2f})"
 
 
 def _newest(paths: Iterable[Path]) -> list[Row]:

@@ -362,7 +362,7 @@ def explained(what: str, name_or_path: str) -> Iterator[None]:
         if Path(name_or_path).is_dir():
             raise
         raise FileNotFoundError(
-            f"there is no folder {name_or_path}, and no such model on the hub: {first_line(error)}"
+            f"there is no folder {name_or_path}, and the hub gave no such model: {first_line(error)}"
         ) from error
     except Exception as error:
         raise ValueError(f"{what} cannot be loaded: {first_line(error)}") from error

@@ -158,4 +158,4 @@ def change(report: Fields, score: Score) -> tuple[float, float, float] | None:
 def change_text(report: Fields, score: Score) -> str:
     """`change` as a table's cell."""
     gained = change(report, score)
-    return "-" if gained is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*gained)
+    return "-" if gained is None else "{:+z.2f} ({:+z.2f} to {:+z.2f})".format(*gained)

@@ -81,7 +81,7 @@ def _headline(report: Fields) -> list[tuple[str, str]]:
     for score in scores_of(report):
         gained = change(report, score) if score.has_loss else None
         if gained:
-            headline.append((f"{gained[0]:+.2f}", f"{score.label} ({gained[1]:+.2f} to {gained[2]:+.2f})"))
+            headline.append((f"{gained[0]:+z.2f}", f"{score.label} ({gained[1]:+z.2f} to {gained[2]:+z.2f})"))
     full, left = dense.number("macs"), pruned.number("macs")
     if full and left is not None:
         headline.append((f"{left / full:.0%}", "of the encoder's MACs left"))

@@ -307,7 +307,7 @@ def workloads_section(report: Fields) -> Section:
     table = report.part("latency_table")
     errors = [(name, error) for name in MODELS if (error := table.part(name).number("error")) is not None]
     if errors:
-        listed = ", ".join(f"{name} {100 * error:+.1f}%" for name, error in errors)
+        listed = ", ".join(f"{name} {100 * error:+z.1f}%" for name, error in errors)
         predicted = shown(table.number("predicted_speedup"), "{:.2f}x")
         section.notes.append(f"The latency table predicted {predicted}; its times are off by {listed}.")
     return section

@@ -53,7 +53,7 @@ def _print_targets(report: Mapping[str, Any], console: Console) -> None:
         console.print(f"target {unit}: asked {asked:g}, reached {report['target']['reached'][unit]:.4g}.")
     if "latency_table" in report:
         table = report["latency_table"]
-        errors = ", ".join(f"{name} {100 * table[name]['error']:+.1f}%" for name in ("dense", "pruned"))
+        errors = ", ".join(f"{name} {100 * table[name]['error']:+z.1f}%" for name in ("dense", "pruned"))
         console.print(
             f"latency table: predicted {table['predicted_speedup']:.2f}x; its times are off by {errors}."
         )
@@ -61,7 +61,7 @@ def _print_targets(report: Mapping[str, Any], console: Console) -> None:
 
 def _change(report: Mapping[str, Any], name: str, loss: str) -> str:
     low, high = report[f"{loss}_interval"]
-    return f"{name} [bold]{-report[loss]:+.2f}[/] points (95% interval {-high:+.2f} to {-low:+.2f})"
+    return f"{name} [bold]{-report[loss]:+z.2f}[/] points (95% interval {-high:+z.2f} to {-low:+z.2f})"
 
 
 def _result_table(report: Mapping[str, Any]) -> Table:
@@ -76,7 +76,7 @@ def _result_table(report: Mapping[str, Any]) -> Table:
     ) -> None:
         full, left = value_of(dense), value_of(pruned)
         if full is not None and left is not None:
-            compared = f"{left / full:.3f}" if ratio and full else f"{left - full:+.2f}"
+            compared = f"{left / full:.3f}" if ratio and full else f"{left - full:+z.2f}"
             table.add_row(name, form.format(full), form.format(left), compared)
 
     for score in _score_lines(report):

@@ -13,6 +13,7 @@ import pytest
 from pruned_trainer.cli import main
 from pruned_trainer.jobs.prune import _draw
 from pruned_trainer.report.published import data_set_of
+from pruned_trainer.report.terminal import _change
 from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, gate_log, put
 
 pytest.importorskip("matplotlib")
@@ -93,6 +94,13 @@ def test_every_part_of_a_pruned_model_s_page(tmp_path: Path) -> None:
     }.items():
         for text in texts:
             assert text in parsed.texts[section].replace("\u00a0", " "), (section, text)
+
+
+def test_nothing_lost_is_written_without_a_minus(tmp_path: Path) -> None:
+    report = a_report() | {"f1_loss": 0.0, "f1_loss_interval": [0.0, 0.004]}
+    wanted = "+0.00 (+0.00 to +0.00)"
+    assert wanted in page(put(tmp_path / "out", report)).texts["scores"]
+    assert _change(report, "F1", "f1_loss") == "F1 [bold]+0.00[/] points (95% interval +0.00 to +0.00)"
 
 
 @pytest.mark.parametrize("kind", ["prune", "sweep"])
