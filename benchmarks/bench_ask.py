@@ -1,8 +1,9 @@
 """What QuestionAnswerer costs around the model, and what it gains over a plain loop around the dense model.
 
-Three runners get the same questions, drawn from a file, in rounds: `answer` on the texts; the optimised model
-alone on the same windows, sorted into batches of as many tokens; and a plain loop around the dense model with
-Hugging Face alone, which tokenizes but does not decode, in padded batches of 8 as they come.
+Three runners get the same questions, drawn from a file, in rounds after one that is not timed: `answer` on
+the texts; the optimised model alone on the same windows, sorted into batches of as many tokens; and a plain
+loop around the dense model with Hugging Face alone, which tokenizes but does not decode, in padded batches of
+8 as they come.
 Usage: python benchmarks/bench_ask.py DENSE PRUNED --data SQUAD/eval.json
 """
 
@@ -10,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
+import harness
+from presentation import counted
 from pruned_ops import QuestionAnswerer
 from pruned_ops.checkpoints.loading import load_model, load_tokenizer
-from pruned_ops.measure.timing import machine, versions
+from pruned_ops.measure.timing import Runner, Workload, machine, versions
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.qa.windows import Window, windows
 from pruned_ops.runtime.streaming import token_batches
@@ -66,17 +67,6 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rounds_of(runners: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of every runner in every round, in which each takes its turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(rounds):
-        for name, run in runners.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     arguments = parsed()
     logging.set_verbosity_error()
@@ -87,22 +77,21 @@ def main() -> None:
     answerer = QuestionAnswerer(arguments.pruned, device="cpu")
     cut = windows(answerer.tokenizer, questions, contexts)
     dense, tokenizer = load_model(arguments.dense), load_tokenizer(arguments.dense)
-    seconds = rounds_of(
-        {
-            "pruned model alone": lambda: bare(answerer, cut),
-            "QuestionAnswerer, pruned": lambda: answerer.answer(questions, contexts),
-            "plain loop, dense": lambda: plain_loop(dense, tokenizer, questions, contexts),
-        },
-        arguments.rounds,
-    )
+    runners: dict[str, Runner] = {
+        "pruned model alone": lambda _: bare(answerer, cut),
+        "QuestionAnswerer, pruned": lambda _: answerer.answer(questions, contexts),
+        "plain loop, dense": lambda _: plain_loop(dense, tokenizer, questions, contexts),
+    }
+    workload = Workload("questions", (tuple(map(len, cut)),))
+    timings = harness.interleaved(runners, workload, [{}], arguments.rounds)
     print(", ".join(f"{k}: {v}" for k, v in {**machine(), **versions()}.items()))
-    print(f"{len(questions)} questions, {len(cut)} windows, {torch.get_num_threads()} threads")
-    ours = seconds["QuestionAnswerer, pruned"]
-    for name, taken in seconds.items():
-        ratio = statistics.median(other / own for other, own in zip(taken, ours, strict=True))
-        rate = len(cut) / statistics.median(taken)
+    threads = counted(torch.get_num_threads(), "thread")
+    print(f"{len(questions)} questions, {len(cut)} windows, {threads}")
+    ours = timings["QuestionAnswerer, pruned"]
+    for name, timing in timings.items():
+        rate, ratio = timing.sequences_per_s, ours.speedup_over(timing)
         print(f"{name:>26}  {rate:8.1f} windows/s; QuestionAnswerer is {ratio:.3f} times as fast")
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

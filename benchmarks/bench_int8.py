@@ -1,8 +1,9 @@
 """What int8 and bfloat16 cost in answers: F1 and span F1 of a checkpoint, and how near the logits stay.
 
 Our runtime runs in fp32, in bfloat16 where the processor has it, and in int8 with every linear layer in it,
-and with those that a calibration on training questions leaves in it. Rivals' int8 is judged by its logits on
-the same real batches. The null threshold is chosen on the validation file, in fp32, or given.
+and with those that a calibration on training questions leaves in it. Rivals' int8 is calibrated on the same
+questions, and judged by its logits on evaluation questions, as ours is. The null threshold is chosen on the
+validation file, in fp32, or given.
 Usage: python benchmarks/bench_int8.py CHECKPOINT ... --data SQUAD_FOLDER
 """
 
@@ -23,10 +24,11 @@ from transformers.utils import logging
 import harness
 import pruned_ops
 from harness import Row
+from pruned_ops.checkpoints.loading import check_source
+from pruned_ops.runtime.streaming import padded
 from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import THRESHOLD, Questions
-from pruned_trainer.training.batches import pad_batch
 from rivals.cpu import build_cpu_rival
 from rivals.rival import Batch, Refused, Run, compare_logits, forward
 
@@ -53,11 +55,12 @@ def batches(source: Questions, model: Any, count: int) -> list[Batch]:
     """`count` batches of 8 windows, which are spread evenly over the source."""
     step = max(1, len(source.windows) // (8 * count))
     chosen = source.windows[::step][: 8 * count]
-    features = [
-        {"input_ids": w.input_ids, "token_type_ids": w.token_type_ids, "attention_mask": [1] * len(w)}
-        for w in chosen
-    ]
-    return [pad_batch(features[i : i + 8], model.config.pad_token_id) for i in range(0, len(chosen), 8)]
+    return [padded(chosen[i : i + 8], model.config.pad_token_id) for i in range(0, len(chosen), 8)]
+
+
+def without_types(whole: list[Batch]) -> list[Batch]:
+    """The batches as the rivals' graph takes them, which knows one token type alone."""
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in whole]
 
 
 def measure(checkpoint: str, arguments: argparse.Namespace) -> list[Row]:
@@ -68,23 +71,22 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> list[Row]:
     if arguments.threshold is None:
         fast = pruned_ops.optimize(copy.deepcopy(model))
         thresholds = prepared(data / "validation.json", checkpoint, questions).best_thresholds(fast)
-    # The rivals' graph knows one token type alone.
-    real = [
-        {name: batch[name] for name in ("input_ids", "attention_mask")}
-        for batch in batches(evaluation, model, COMPARED)
-    ]
+    real, calibration = without_types(batches(evaluation, model, COMPARED)), list[Batch]()
+    if arguments.rivals or "int8, calibrated" in arguments.precisions:
+        calibration = batches(prepared(data / "train.json", checkpoint, 2000), model, CALIBRATION)
 
     def row(runner: str, run: Run, facts: Row) -> Row:
         errors = compare_logits(run, forward(model), real, "int8")
         origin = {"questions": len(evaluation.examples), **harness.stamp()}
         return {"checkpoint": Path(checkpoint).name, "runner": runner, **errors, **facts, **origin}
 
-    runs = ours(model, checkpoint, data, evaluation, thresholds, arguments.precisions)
+    runs = ours(model, evaluation, thresholds, arguments.precisions, calibration)
     rows = [row(runner, run, facts) for runner, run, facts in runs]
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.rivals:
             try:
-                rows.append(row(name, build_cpu_rival(name, model, real, Path(folder)), {}))
+                run = build_cpu_rival(name, model, without_types(calibration), Path(folder))
+                rows.append(row(name, run, {}))
             except Refused as reason:
                 print(f"{name} is left out: {reason}")
     return rows
@@ -92,18 +94,16 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> list[Row]:
 
 def ours(
     model: Any,
-    checkpoint: str,
-    data: Path,
     evaluation: Questions,
     thresholds: dict[str, float],
     precisions: list[str],
+    calibration: list[Batch],
 ) -> Iterator[tuple[str, Run, Row]]:
     """Name, runner and scores of our runtime in each of these precisions."""
     for precision in precisions:
         arguments, runner = dict(PRECISIONS[precision]), f"ours {precision}"
         if precision == "int8, calibrated":
-            training = prepared(data / "train.json", checkpoint, 2000)
-            arguments["calibration"] = batches(training, model, CALIBRATION)
+            arguments["calibration"] = calibration
         try:
             fast = pruned_ops.optimize(copy.deepcopy(model), **arguments)
         except ValueError as reason:
@@ -145,7 +145,10 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parsed()
+    out = harness.out_path(arguments.out, "int8", "cpu")
     logging.set_verbosity_error()
+    for checkpoint in arguments.checkpoints:
+        check_source(checkpoint)
     rows = [row for checkpoint in arguments.checkpoints for row in measure(checkpoint, arguments)]
     table = Table("checkpoint", "runner", "F1", "span F1", "int8 linears", "cosine to fp32")
     for row in rows:
@@ -153,10 +156,9 @@ def main() -> None:
         linears = f"{row['int8_linears']} of {row['linears']}" if "linears" in row else "-"
         table.add_row(row["checkpoint"], row["runner"], *scores, linears, f"{row['cosine']:.6f}")
     Console().print(table)
-    out = arguments.out or harness.result_path("int8", "cpu")
     harness.write_rows(out, rows)
     print(f"written to {out}")
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

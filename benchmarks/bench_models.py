@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -165,7 +164,7 @@ def measure(
     """All rows, shown as they come: those that were timed on each workload, then the refused runners. keep:
     is given the rows so far after each workload, for a run that stops early."""
     console, device = Console(), arguments.device
-    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     peak = harness.ceilings(torch.float32, device, clock)["flops"]
     console.print(f"ceiling here: {peak / 1e9:.0f} GFLOP/s in torch's fp32 products")
     able, refused = contenders(source, names, device, folder, arguments.cache is not None)
@@ -267,6 +266,9 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
         parser.error("--minutes goes with --device cuda or --goals")
     if arguments.cpu_time and (arguments.goals or torch.get_num_threads() != 1):
         parser.error("--cpu-time counts one thread of this process alone: set OMP_NUM_THREADS=1")
+    apart = [name for name in arguments.rivals if name == "all" or name.startswith("ctranslate2")]
+    if arguments.cpu_time and apart:
+        parser.error("--cpu-time does not count what ctranslate2 computes, in a process of its own")
     known = CUDA_RIVALS if arguments.goals else CPU_RIVALS
     for name in arguments.rivals:
         if name not in (*known, "all", "none"):
@@ -296,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = arguments.rivals
     kind = "goals" if arguments.goals and arguments.device == "cpu" else "models"
     stem = f"{kind}-random-{arguments.random}" if arguments.random else kind
-    out = arguments.out or harness.result_path(stem, arguments.device)
+    out = harness.out_path(arguments.out, stem, arguments.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.cache or Path(temporary)
         if arguments.goals:
@@ -339,4 +341,4 @@ def why_left_out(row: Row) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.run(main)

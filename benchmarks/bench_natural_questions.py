@@ -29,6 +29,7 @@ from transformers.utils import logging
 import harness
 import pruned_ops
 from harness import Row
+from presentation import counted
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.families.known import family_of
@@ -36,10 +37,10 @@ from pruned_ops.models.heads import NaturalQuestionsOutput
 from pruned_ops.models.natural_questions import load_natural_questions
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.runtime.refusals import refuse_encoder
+from pruned_ops.runtime.streaming import padded
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
 from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut_document, located, with_markers
-from pruned_trainer.training.batches import pad_batch
 from rivals.rival import Run, compare_logits, forward
 from whole_models.memory import megabytes
 
@@ -100,14 +101,7 @@ class Pages:
 
     def inputs(self, pad_token_id: int) -> list[dict[str, Tensor]]:
         """A padded batch for each document."""
-        features = [
-            [
-                {"input_ids": w.input_ids, "token_type_ids": w.token_type_ids, "attention_mask": [1] * len(w)}
-                for w in windows
-            ]
-            for windows in self.windows
-        ]
-        return [pad_batch(windows, pad_token_id) for windows in features]
+        return [padded(windows, pad_token_id) for windows in self.windows]
 
 
 def load(checkpoint: str, runtime: str) -> Any:
@@ -163,7 +157,6 @@ def decoding_seconds(pages: Pages, model: Any) -> float:
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """A row for each runner."""
     checkpoints = {"dense": arguments.dense, "pruned": arguments.pruned}
-    pages = Pages.read(arguments.data, arguments.dense, arguments.documents)
     models = {
         f"{runtime} {name}": load(checkpoint, runtime)
         for name, checkpoint in checkpoints.items()
@@ -172,6 +165,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         or refuse_encoder(load_natural_questions(checkpoint).base_model, int8=True) is None
     }
     runners = {name: forward(model) for name, model in models.items()}
+    pages = Pages.read(arguments.data, arguments.dense, arguments.documents)
     inputs = pages.inputs(models["ours dense"].config.pad_token_id)
     facts = {name: checked(name, runners, inputs) for name in runners}
     for name in runners:
@@ -219,7 +213,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
         f"document's in a batch: {first['real_tokens']:,} tokens a round, {padded:.2f}x with padding. The "
         f"model alone: tokenising and cutting a document takes {first['cutting_ms']} ms, decoding "
         f"its answer {first['decoding_ms']} ms. Ratios are medians over {first['rounds']} rounds.", "",
-        f"Machine: {first['machine_processor']}, {first['machine_threads']} threads, "
+        f"Machine: {first['machine_processor']}, {counted(first['machine_threads'], 'thread')}, "
         f"{first['machine_cpu_capability']}; torch {first['version_torch']}, transformers "
         f"{first['version_transformers']}; {first['date']}. `{first['command']}`",
     ]  # fmt: skip
@@ -246,8 +240,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parsed(argv)
+    out = harness.out_path(arguments.out, "natural-questions-speed", "cpu")
     rows = measure(arguments)
-    out = arguments.out or harness.result_path("natural-questions-speed", "cpu")
     harness.write_rows(out, rows)
     text = "\n".join(lines(rows))
     out.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
@@ -255,4 +249,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

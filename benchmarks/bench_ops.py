@@ -131,11 +131,11 @@ def main() -> None:
     if on_gpu and not torch.cuda.is_available():
         print_bounds(console, arguments.measured)
         return
+    out = harness.out_path(arguments.out, "ops", arguments.device)
     place = Place(torch.float16 if on_gpu else torch.float32, arguments.device, on_gpu and arguments.compile)
     many = 8 if on_gpu else 1
     peak = harness.ceilings(place.dtype, arguments.device)
     console.print(f"ceilings here: {peak['flops'] / 1e9:.0f} GFLOP/s, {peak['bytes'] / 1e9:.1f} GB/s copied")
-    out = arguments.out or harness.result_path("ops", arguments.device)
     rows: list[Row] = []
     left_out: list[str] = []
     # The sizes and lengths that goals are stated for come first: time may run out.
@@ -201,4 +201,4 @@ def measured(
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

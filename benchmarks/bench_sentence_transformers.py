@@ -3,8 +3,8 @@
 After the efficiency page of sentence-transformers: short, middle, long and mixed texts, whole calls of
 `encode` from text to vectors, all runners on the same texts in turn, on the same number of threads. Quality,
 for the real model: Spearman's correlation on STS-B, and nDCG@10 on SciFact. Backends of older packages run in
-the Python of an environment of their own, in processes that wait while others run. A rival takes the faster
-one of two batch sizes for each kind of texts; plain torch has sentence-transformers' default, and ours none.
+the Python of an environment of their own, in processes that wait while others run. Plain torch and each rival
+take the faster one of two batch sizes for each kind of texts; ours has none.
 Usage: python benchmarks/bench_sentence_transformers.py --data DATA
        python benchmarks/bench_sentence_transformers.py --data DATA --python RIVALS/bin/python --rivals onnx
        python benchmarks/bench_sentence_transformers.py --data DATA --llama-python LLAMA/bin/python \\
@@ -36,11 +36,11 @@ import harness
 import pruned_ops
 from embedding_tasks import TASKS, TEXTS, calibration_of, normalised, texts_of
 from harness import Row
-from presentation import table
+from presentation import counted, table
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.refusals import refuse_encoder
 from rivals.rival import Refused
-from rivals.worker import Worker
+from rivals.worker import BATCH_SIZES, Worker
 
 # The shapes, as sentence-transformers' page has them; only "minilm" has real weights, of a package.
 SHAPES = ("minilm", "bert-base", "bert-large", "xlm-r-base")
@@ -69,6 +69,7 @@ BACKENDS = ("onnx", "onnx-int8", "openvino", "openvino-bf16", "openvino-int8")
 LLAMA_CPP = {"llama.cpp": "f32", "llama.cpp-f16": "f16", "llama.cpp-q8": "q8_0"}
 LLAMA_CPP_BATCH_SIZES = (1, 4)
 BASELINE = "torch"
+RIVALS = (*BACKENDS, "fastembed", *LLAMA_CPP)
 # Texts that OpenVINO's quantisation looks at: its default for the real model, few where weights are random.
 SAMPLES, FEW_SAMPLES = 300, 4
 
@@ -101,6 +102,19 @@ def made_folder(shape: str, folder: Path) -> Path:
     return place
 
 
+class Plain:
+    """sentence-transformers' own `encode`. batch_size: the faster one of batch_sizes, as a Worker's."""
+
+    batch_sizes = BATCH_SIZES
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.batch_size = model, self.batch_sizes[-1]
+
+    def encode(self, texts: Sequence[str], show_progress_bar: bool = False) -> Any:
+        """The vectors (texts, dimensions)."""
+        return self.model.encode(texts, batch_size=self.batch_size, show_progress_bar=show_progress_bar)
+
+
 class Runners:
     """The models of one shape: what runs here, and the workers. Use it as a context manager."""
 
@@ -113,7 +127,7 @@ class Runners:
         self.longest = LONGEST.get(shape, 512)
         self.plain = SentenceTransformer(str(self._folder), device="cpu")
         self.plain.max_seq_length = self.longest
-        self.models: dict[str, Any] = {BASELINE: self.plain}
+        self.models: dict[str, Any] = {BASELINE: Plain(self.plain)}
 
     def __enter__(self) -> Runners:
         for name in [*self._arguments.runners, *self._arguments.rivals]:
@@ -195,8 +209,8 @@ def seconds_of(model: Any, texts: Sequence[str], clock: str) -> float:
     return (time.perf_counter() if clock == "wall" else harness.cpu_seconds(process)) - start
 
 
-def choose_batch_size(model: Worker, texts: Sequence[str], clock: str) -> None:
-    """Set the batch size with which the rival is faster on these texts, after a few of them."""
+def choose_batch_size(model: Plain | Worker, texts: Sequence[str], clock: str) -> None:
+    """Set the batch size with which the model is faster on these texts, after a few of them."""
     seconds = {}
     for size in model.batch_sizes:
         model.batch_size = size
@@ -210,7 +224,7 @@ def timed(models: Mapping[str, Any], texts: Sequence[str], rounds: int, clock: s
     is not counted."""
     names, seconds = list(models), {name: [] for name in models}
     for model in models.values():
-        if isinstance(model, Worker):
+        if isinstance(model, Plain | Worker):
             choose_batch_size(model, texts, clock)
     for number in range(-1, rounds):
         turn = number % len(names)
@@ -242,7 +256,7 @@ def speed_rows(
                 "texts_per_s": round(len(texts) / median, 2), "tokens_per_s": round(tokens / median, 1),
                 "rival": BASELINE, "speedup_vs_rival": round(statistics.median(ratios), 3),
                 "lowest_cosine": round(float(cosines.min()), 6), "rounds": rounds, "clock": clock,
-                "batch_size": model.batch_size if isinstance(model, Worker) else "",
+                "batch_size": model.batch_size if isinstance(model, Plain | Worker) else "",
                 "runs_on": _versions(model),
             }
         )  # fmt: skip
@@ -309,10 +323,10 @@ def page(rows: Sequence[Row]) -> str:
     lines = ["# encode of sentence-transformers", ""]
     speeds = [row for row in rows if "texts_per_s" in row]
     if speeds:
-        second = "CPU second" if speeds[0]["clock"] == "cpu" else "second"
+        second = "CPU second" if speeds[0].get("clock") == "cpu" else "second"
         lines += [
             f"Texts a {second}, and times as fast as plain torch in the same rounds, with "
-            f"{_counted(speeds[0]['machine_threads'], 'thread')}. Only minilm has real weights.",
+            f"{counted(speeds[0]['machine_threads'], 'thread')}. Only minilm has real weights.",
             "",
         ]
         cells = []
@@ -328,10 +342,10 @@ def page(rows: Sequence[Row]) -> str:
                 for name in names
             ]
             cells.append([f"{shape}, {kind}", str(first["number"]), tokens, *values])
-        lines += [*table(["model, texts", "texts", "tokens a text", *names], cells), ""]
+        lines += [*table(["model, texts", "texts", "tokens a text", *names], cells)]
     scores = [row for row in rows if "score" in row]
     if scores:
-        documents = max((row.get("documents") or 0) for row in scores)
+        documents = max(row.get("documents") or 0 for row in scores)
         tasks = list(dict.fromkeys(row["texts"] for row in scores))
         said = {
             "stsb": "stsb: Spearman's correlation on half of the STS-B test pairs.",
@@ -346,10 +360,6 @@ def page(rows: Sequence[Row]) -> str:
         ]
         lines += table(["runner", *tasks], cells)
     return "\n".join(lines)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if int(number) == 1 else f"{number} {what}s"
 
 
 def parsed() -> argparse.Namespace:
@@ -367,7 +377,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--rivals",
         nargs="*",
-        choices=[*BACKENDS, "fastembed", *LLAMA_CPP],
+        choices=RIVALS,
         default=[],
         help="what runs in another Python",
     )
@@ -384,7 +394,11 @@ def parsed() -> argparse.Namespace:
         "--quality", nargs="*", choices=TASKS, default=list(TASKS), help="tasks that are scored"
     )
     parser.add_argument(
-        "--scored", nargs="+", metavar="RUNNER", help="runners whose quality is scored (default: all)"
+        "--scored",
+        nargs="+",
+        choices=(BASELINE, *OURS, *RIVALS),
+        metavar="RUNNER",
+        help="runners whose quality is scored (default: all)",
     )
     parser.add_argument(
         "--documents",
@@ -414,7 +428,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    out = arguments.out or harness.result_path("sentence-transformers", "cpu")
+    out = harness.out_path(arguments.out, "sentence-transformers", "cpu")
     rows = measure(arguments, out)
     shown = Table("model", "texts", "runner", "texts/s", "times as fast", "score")
     for row in rows:
@@ -427,4 +441,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -47,6 +47,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--servers", nargs="*", choices=SERVERS, default=list(SERVERS), help="default: all")
     parser.add_argument(
         "--rival",
+        type=rival,
         action="append",
         default=[],
         metavar="NAME=URL[,PID]",
@@ -75,11 +76,24 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def rival(text: str) -> tuple[str, Target]:
+    """The name and the server of one --rival."""
+    name, _, place = text.partition("=")
+    url, _, process = place.partition(",")
+    if not name or urlsplit(url).scheme != "http" or not (process or "0").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=http://HOST:PORT/PATH[,PID]")
+    return name, Target(url, urlsplit(url).path or "/v1/embeddings", int(process) if process else None)
+
+
 def texts_of(model: Path) -> list[str]:
-    """Texts of words that the model's tokenizer has whole, of many lengths; always the same."""
+    """Texts of words that the model's tokenizer has whole, of many lengths; always the same. ValueError where
+    its vocabulary is no mapping with such words."""
     choose = random.Random(0)
     listed = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    vocabulary = sorted(word for word in listed if re.fullmatch("[a-z]{2,}", word))
+    words = listed if isinstance(listed, dict) else {}
+    vocabulary = sorted(word for word in words if re.fullmatch("[a-z]{2,}", word))
+    if not vocabulary:
+        raise ValueError(f"the vocabulary of {model} has no words to make texts of")
     lengths = (math.exp(choose.gauss(math.log(MEDIAN), SPREAD)) for _ in range(TEXTS))
     sizes = [min(LONGEST, max(SHORTEST, round(length))) for length in lengths]
     return [" ".join(choose.choices(vocabulary, k=size)) for size in sizes]
@@ -95,10 +109,8 @@ def started(model: Path, options: Sequence[str]) -> Iterator[tuple[str, int, flo
         try:
             url = next((line.split()[0] for line in process.stdout if line.startswith("http")), None)
             if url is None:
-                raise RuntimeError(f"the server did not start: {' '.join(command)}")
-            target = Target(url, "/embed")
-            answer = closed_loop(target, [target.request(b'{"inputs": "first"}')], 1, 0.001)
-            assert answer.statuses[200], "the first request was not answered"
+                raise ValueError(f"the server did not start: {' '.join(command)}")
+            check_answer(Target(url, "/embed"), "")
             yield url, process.pid, time.perf_counter() - start
         finally:
             process.terminate()
@@ -112,6 +124,16 @@ def requests_of(target: Target, texts: Sequence[str], each: int, model: str) -> 
         return [target.request(json.dumps({"inputs": group, "truncate": True}).encode()) for group in groups]
     bodies = [{"model": model, "input": group, "encoding_format": "base64"} for group in groups]
     return [target.request(json.dumps(body).encode()) for body in bodies]
+
+
+def check_answer(target: Target, model: str) -> None:
+    """ValueError where a server does not answer a request for one text."""
+    answer = closed_loop(target, requests_of(target, ["first"], 1, model), 1, 0.001)
+    if not answer.statuses[200]:
+        raise ValueError(
+            f"http://{target.host}:{target.port}{target.path} does not answer a request for an embedding: "
+            + (f"status {max(answer.statuses)}" if any(answer.statuses) else "no server is there")
+        )
 
 
 def bare(model: Path, options: Sequence[str], texts: Sequence[str], seconds: float) -> float:
@@ -185,7 +207,7 @@ class Bench:
     run which is ended early leaves what it has."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.out = arguments, arguments.out or harness.result_path("serve", "cpu")
+        self.arguments, self.out = arguments, harness.out_path(arguments.out, "serve", "cpu")
         self.rows = harness.read_rows(self.out) if arguments.add and self.out.exists() else []
         self.origin = {
             "texts_per_request": arguments.texts_per_request,
@@ -239,6 +261,8 @@ class Bench:
 def main() -> None:
     arguments = parsed()
     bench = Bench(arguments)
+    for _, target in arguments.rival:
+        check_answer(target, arguments.rival_model)
     threads = ["--threads", str(arguments.threads)] if arguments.threads else []
     for name in arguments.servers:
         rate = bare(arguments.model, [*SERVERS[name], *threads], bench.texts, arguments.seconds)
@@ -249,11 +273,8 @@ def main() -> None:
             url, process, first = stack.enter_context(served)
             bench.keep({"server": name, "phase": "start", "seconds": round(first, 2)})
             bench.add(name, Target(url, "/embed", process), "model")
-        for rival in arguments.rival:
-            name, _, place = rival.partition("=")
-            url, _, process = place.partition(",")
-            path = urlsplit(url).path or "/v1/embeddings"
-            bench.add(name, Target(url, path, int(process) if process else None), arguments.rival_model)
+        for name, target in arguments.rival:
+            bench.add(name, target, arguments.rival_model)
         bench.measure()
     print(bench.out)
 
@@ -262,4 +283,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--alone"]:
         alone(*sys.argv[2:])
     else:
-        main()
+        harness.run(main)

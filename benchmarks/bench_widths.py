@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 import harness
+from presentation import counted
 from pruned_ops import ops
 from pruned_ops.measure.timing import Runner, Workload, interleave
 from pruned_ops.ops.panels import ffn_part, to_panels
@@ -47,7 +48,9 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     stamp = harness.stamp()
-    console.print(f"{stamp['machine_processor']}, {stamp['machine_threads']} threads, {stamp['date']}")
+    console.print(
+        f"{stamp['machine_processor']}, {counted(stamp['machine_threads'], 'thread')}, {stamp['date']}"
+    )
     for lengths in ((LENGTH,), (LENGTH,) * 8):
         runners = {
             str(arguments.around + offset): runner(arguments.around + offset, arguments.hidden, lengths)
@@ -67,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

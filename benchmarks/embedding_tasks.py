@@ -26,16 +26,20 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def texts_of(data: Path, number: int) -> dict[str, list[str]]:
-    """`number` texts of each kind, drawn with seed 0; of long ones a quarter of it."""
+    """`number` texts of each kind, drawn with seed 0; of long ones a quarter of it. ValueError where the data
+    have fewer."""
     rng = random.Random(0)
     pairs = list(records(data / "stsb" / "eval.jsonl.gz"))
-    short = rng.sample([pair[side] for pair in pairs for side in ("text_a", "text_b")], number)
+    sentences = [pair[side] for pair in pairs for side in ("text_a", "text_b")]
     abstracts = [row["text"] for row in records(data / "scifact" / "corpus.jsonl.gz")]
-    chosen = rng.sample(abstracts, number)
+    most = min(len(sentences), len(abstracts))
+    if number > most:
+        raise ValueError(f"{number} texts of each kind are too many: {data} has {most}")
+    short, chosen = rng.sample(sentences, number), rng.sample(abstracts, number)
     middle = []
     for text in chosen:
-        sentences = text.split(". ")
-        middle.append(". ".join(sentences[: rng.randint(1, len(sentences))]))
+        parts = text.split(". ")
+        middle.append(". ".join(parts[: rng.randint(1, len(parts))]))
     long = [" ".join([text] * 4) for text in chosen[: max(1, number // 4)]]
     mixed = rng.sample([*short[: number // 2], *middle[: number - number // 2]], number)
     return {"short": short, "middle": middle, "long": long, "mixed": mixed}

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import csv
 import datetime
-import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -71,22 +71,22 @@ def interleaved(
     cpu_time: bool = False,
 ) -> dict[str, Timing]:
     """pruned_ops.measure.interleave with an untimed rest of REST seconds after each runner; on a GPU without
-    a rest, and timed by the GPU's events. cpu_time: count what this thread computes, not what passes."""
+    a rest, and timed by the GPU's events. cpu_time: count what this process computes, not what passes."""
     if device == "cuda":
         return interleave(runners, workload, inputs, rounds, warmup=3, seconds=event_seconds)
     spaced: dict[str, Runner] = {}
     for name, runner in runners.items():
         spaced |= {name: runner, f"rest after {name}": lambda batch: time.sleep(REST)}
-    timings = interleave(spaced, workload, inputs, rounds, seconds=thread_seconds if cpu_time else None)
+    timings = interleave(spaced, workload, inputs, rounds, seconds=process_seconds if cpu_time else None)
     return {name: timings[name] for name in runners}
 
 
-def thread_seconds(call: Callable[[], Any]) -> float:
-    """How long this thread computes for a call: other work on the machine counts little. It is the whole only
-    with one thread."""
-    start = time.thread_time()
+def process_seconds(call: Callable[[], Any]) -> float:
+    """How long the threads of this process compute for a call, those of a rival's own among them: other work
+    on the machine counts little."""
+    start = time.process_time()
     call()
-    return time.thread_time() - start
+    return time.process_time() - start
 
 
 def gpu_is_lost() -> bool:
@@ -134,10 +134,9 @@ def rows(
 
 
 def cpu_seconds(process: int) -> float:
-    """The seconds that the threads of a process, and its children that ended, have computed so far; in
-    hundredths, as the kernel counts them."""
-    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    """The seconds that the threads of a process have computed so far, by the kernel's own clock of it: /proc
+    counts in hundredths, of which short texts take a few."""
+    return time.clock_gettime((~process << 3) | 2)  # as clock_getcpuclockid(3) numbers these clocks
 
 
 def stamp() -> Row:
@@ -168,6 +167,27 @@ def best_rival(timings: Mapping[str, Timing], name: str, others: Sequence[str]) 
         return {}
     best = min(others, key=lambda other: timings[other].ms(50))
     return {"best_rival": best, "speedup_vs_best_rival": round(timings[name].speedup_over(timings[best]), 3)}
+
+
+def out_path(given: Path | None, benchmark: str, device: str = "cuda") -> Path:
+    """The CSV that a benchmark will write: `given`, or `result_path`. OSError where it cannot be written,
+    which is better known before the measurement than after it."""
+    path = given or result_path(benchmark, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; a CSV is written")
+    with tempfile.TemporaryFile(dir=path.parent):
+        return path
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """End the script with main's exit status. What the user can mend, as a file that is not there, is one
+    line on stderr and status 2, as in our commands, and not a traceback."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{Path(sys.argv[0]).stem}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def result_path(benchmark: str, device: str = "cuda") -> Path:

@@ -13,6 +13,11 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, marks, *lines)] + [""]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: 1 thread, 2 threads."""
+    return f"{number} {noun}" + "s" * (int(number) != 1)
+
+
 def save_figure(
     path: Path,
     size: tuple[float, float],

@@ -16,7 +16,7 @@ from typing import Any
 
 import harness
 from harness import Row, read_rows
-from presentation import table
+from presentation import counted, table
 from pruned_ops.files import write_json
 from study.figures import Results, figures
 from study.page import mean, section
@@ -204,18 +204,18 @@ def study_files(results: Path) -> list[Path]:
 
 def _machine(row: Row) -> str:
     device = row.get("machine_accelerator") if row.get("device") == "cuda" else None
-    return f"{device or row['machine_processor']}, {row['machine_threads']} thread" + "s" * (
-        row["machine_threads"] != 1
-    )
+    return f"{device or row['machine_processor']}, {counted(row['machine_threads'], 'thread')}"
 
 
-def _source(path: Path, row: Row) -> str:
-    """Where a file's numbers come from: machine, torch, date, command, and the files themselves."""
-    command = row.get("command") or _command_in(path.with_suffix(".md")) or COMMANDS.get(path.name)
+def _source(path: Path, rows: Sequence[Row]) -> str:
+    """Where a file's numbers come from: machine, torch, date, commands, and the files themselves."""
+    first, commands = rows[0], list(dict.fromkeys(row["command"] for row in rows if "command" in row))
+    earlier = _command_in(path.with_suffix(".md")) or COMMANDS.get(path.name)
+    shown = [f"`{command}`" for command in commands or ([earlier] if earlier else [])]
     files = [path.with_suffix(kind) for kind in (".csv", ".md", ".png")]
     links = [f"[{file.name}](results/{file.name})" for file in files if file.is_file()]
-    shown = f"; `{command}`" if command else ""
-    return f"{_machine(row)}; torch {row['version_torch']}; {row['date']}{shown}: {', '.join(links)}."
+    about = "; ".join([_machine(first), f"torch {first['version_torch']}", str(first["date"]), *shown])
+    return f"{about}: {', '.join(links)}."
 
 
 def _command_in(page: Path) -> str | None:
@@ -235,7 +235,7 @@ def _models(results: Path) -> list[str]:
     for path in sorted(results.glob("models-*.csv")):
         rows = read_rows(path)
         timed = [row for row in rows if "ms_p50" in row]
-        lines += [_source(path, rows[0]), ""]
+        lines += [_source(path, rows), ""]
         lines += (
             _against_rivals(timed) if any("best_rival" in row for row in timed) else _against_first(timed)
         )
@@ -286,7 +286,7 @@ def _int8(results: Path) -> list[str]:
             for row in rows
         ]
         header = ["checkpoint", "runner", "F1", "span F1", "cosine to fp32"]
-        lines += [_source(path, rows[0]), "", *table(header, cells)]
+        lines += [_source(path, rows), "", *table(header, cells)]
     return ["## int8 and bfloat16: what they cost in answers", "", *lines] if lines else []
 
 
@@ -297,7 +297,7 @@ def _others(results: Path) -> list[str]:
     for path in sorted(results.glob("*.csv")):
         if path.name.split("-")[0] in shown:
             continue
-        lines = [f"### {path.stem}", "", _source(path, read_rows(path)[0]), ""]
+        lines = [f"### {path.stem}", "", _source(path, read_rows(path)), ""]
         if path.with_suffix(".md").is_file():
             text = path.with_suffix(".md").read_text(encoding="utf-8")
             lines += [re.sub(r"^#", "####", text, flags=re.M).rstrip(), ""]
@@ -344,4 +344,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

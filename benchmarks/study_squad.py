@@ -34,8 +34,9 @@ PARTS = ("curves", "rows", "recipes", "hidden", "timings")
 # The batch sizes that are timed: the default workload's and the paper's.
 TIMED = (8, 1)
 PROFILES = {
-    # About five hours of one core. Windows of gates and of retraining are a percent of the paper's, and fewer
-    # to a step (its 24 would take six times as long); the rate of the gates, and what they pay, are its own.
+    # A seed takes some four hours of one core. Windows of gates and of retraining are a percent of the
+    # paper's, and fewer to a step (its 24 would take six times as long); the rate of the gates, and what they
+    # pay, are its own.
     "cpu": Profile(
         name="cpu", seeds=(0, 1, 2), train_every=4, judged_every=3, curve_every=2,
         fractions=(0.25, 0.5, 0.7, 0.85), held=(0.5, 0.85), hidden_fractions=(0.1, 0.25),

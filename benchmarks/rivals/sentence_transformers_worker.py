@@ -95,6 +95,8 @@ def loaded(folder: Path, backend: str, threads: int, longest: int) -> Any:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Else its threads spin on, on cores that the runner that is next needs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         settings |= {"provider": "CPUExecutionProvider", "session_options": options}
     else:
         settings["ov_config"] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}

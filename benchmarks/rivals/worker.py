@@ -33,13 +33,16 @@ class Worker:
         path = Path(__file__).with_name(script)
         self.batch_sizes, self.batch_size = batch_sizes, batch_sizes[-1]
         self._said = tempfile.TemporaryFile()  # a pipe that nobody reads would stop it
-        self._process = subprocess.Popen(
-            [python, "-P", str(path), *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)},
-        )
+        try:
+            self._process = subprocess.Popen(
+                [python, "-P", str(path), *map(str, arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)},
+            )
+        except OSError as error:
+            raise Refused(f"its Python does not start: {error}") from None
         try:
             self.versions: dict[str, str] = self._answer()
         except EOFError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from presentation import table
+from presentation import counted, table
 
 Row = dict[str, Any]
 
@@ -22,8 +22,9 @@ def page(rows: Sequence[Row]) -> str:
         [
             "# Servers of one embedder over loopback",
             "",
-            f"{rows[0]['texts_per_request']} text a request, {rows[0]['machine_threads']} threads. Clients "
-            "and servers share the cores; one server is asked at a time.",
+            f"{counted(rows[0]['texts_per_request'], 'text')} a request, "
+            f"{counted(rows[0]['machine_threads'], 'thread')}. Clients and servers share the cores; one "
+            "server is asked at a time.",
             "",
             *table(["phase", *servers], cells),
         ]
@@ -38,7 +39,7 @@ def _cell(row: Row) -> tuple[str, str]:
     if phase == "start":
         return "first answer after the start, s", f"{row['seconds']:.1f}"
     if phase == "closed":
-        name = f"{row['clients']} clients, texts/s (p50, p99 in ms; CPU ms a request)"
+        name = f"{counted(row['clients'], 'client')}, texts/s (p50, p99 in ms; CPU ms a request)"
         cpu = f"; {row['cpu_ms']:.1f}" if "cpu_ms" in row else ""
         return name, f"{row['texts_per_s']:.0f} ({row['ms_p50']:.0f}, {row['ms_p99']:.0f}{cpu})"
     if phase == "overload":

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import Row
-from presentation import table
+from presentation import counted, table
 from pruned_trainer.pruning.options import MAX_PACE
 from study.claims import claims, kept_by_layer, thirds
 from study.figures import NAMES, PARTS, SCORES, Results, dense_score, timed
@@ -54,8 +54,7 @@ def machine_of(row: Row) -> str:
     """The accelerator that a row names, else the processor with its threads."""
     if row.get("machine_accelerator"):
         return str(row["machine_accelerator"])
-    threads = row["machine_threads"]
-    return f"{row['machine_processor']}, {threads} thread{'' if threads == 1 else 's'}"
+    return f"{row['machine_processor']}, {counted(row['machine_threads'], 'thread')}"
 
 
 # The columns that `_quality` and `_scores` fill.

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForQuestionAnsweri
 
 from pruned_ops import LayerShape
 from pruned_ops.checkpoints import export
+from pruned_ops.checkpoints.loading import check_source, supported_config
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.families.known import family_of
@@ -62,6 +63,15 @@ class Source:
     random: str | None = None
     wanted: tuple[str, ...] = ("dense", "pruned")
 
+    def __post_init__(self) -> None:
+        """OSError where a checkpoint is not there, before minutes go into the other one."""
+        for name in self.names if self.random is None else ():
+            check_source(self.checkpoint(name))
+
+    def checkpoint(self, name: str) -> str:
+        """The folder or hub name of one of `names`."""
+        return {"dense": self.dense, "pruned": self.pruned}[name]
+
     @property
     def names(self) -> tuple[str, ...]:
         there = ("dense", "pruned") if self.random or self.pruned != "none" else ("dense",)
@@ -70,16 +80,12 @@ class Source:
     @property
     def config(self) -> Any:
         """The dense model's config."""
-        return (
-            random_config(self.random)
-            if self.random
-            else AutoConfig.from_pretrained(self.dense, trust_remote_code=False)
-        )
+        return random_config(self.random) if self.random else supported_config(self.dense)
 
     def load(self, name: str, device: str) -> Any:
         """The model of one of `names`, in evaluation mode."""
         if self.random is None:
-            model: Any = load_model({"dense": self.dense, "pruned": self.pruned}[name])
+            model: Any = load_model(self.checkpoint(name))
         else:
             model = random_model(self.random, pruned=name == "pruned")
         return nn.Module.to(model, device)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 import harness
 from harness import Row
-from presentation import save_figure
+from presentation import counted, save_figure
 from pruned_ops.measure.timing import Workload
 
 CEILINGS_NOTE = "Of the ceilings: of torch's products, and of copying, which all weights once would take."
@@ -134,7 +134,7 @@ def _origin(row: Row) -> list[str]:
     versions = [(key[8:], value) for key, value in row.items() if key.startswith("version_") and value]
     return [
         f"Machine: {row['machine_accelerator'] if row['device'] == 'cuda' else row['machine_processor']}, "
-        f"{row['machine_threads']} threads, {row['machine_cpu_capability']}; "
+        f"{counted(row['machine_threads'], 'thread')}, {row['machine_cpu_capability']}; "
         f"{row['peak_gflops']:.0f} GFLOP/s in torch's {row['precision']} products.\n",
         f"Versions: {', '.join(f'{name} {value}' for name, value in versions)}.\n",
         f"{row['date']}, {row['rounds']} rounds: `{row['command']}`",

@@ -7,12 +7,17 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import bench_sentence_transformers as bench
 import harness
+from embedding_tasks import texts_of
 from rivals import sentence_transformers_worker
+from rivals.rival import Refused
+from rivals.worker import Worker
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 
@@ -58,10 +63,52 @@ def test_rows_have_speed_and_quality(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert row["version_sentence-transformers"] and row["machine_threads"]
         if row["texts"] in ("short", "mixed"):
             assert row["lowest_cosine"] > 0.99999 and row["texts_per_s"] > 0
+            assert (row.get("batch_size") in (8, 32)) == (row["runner"] == "torch")
         else:
             assert row["score"] > 80 if row["texts"] == "stsb" else row["score"] == 100
     page = out.with_suffix(".md").read_text()
     assert "| minilm, mixed |" in page and "| runner | stsb | scifact |" in page
+
+
+def test_a_rival_whose_python_is_missing_is_left_out() -> None:
+    with pytest.raises(Refused, match="its Python does not start: .*no/such/python"):
+        Worker("no/such/python", "fastembed_worker.py", [], 1)
+
+
+def test_onnx_runtime_leaves_the_cores_to_the_next_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    given: dict[str, Any] = {}
+
+    def model(folder: str, device: str, backend: str, model_kwargs: dict[str, Any]) -> Any:
+        given.update(model_kwargs, backend=backend)
+        return SimpleNamespace()
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", model)
+    assert sentence_transformers_worker.loaded(Path("m"), "onnx-int8", 2, 256).max_seq_length == 256
+    options = given["session_options"]
+    assert given["backend"] == "onnx" and options.intra_op_num_threads == 2
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_more_texts_than_there_are_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "stsb" / "eval.jsonl.gz", [{"text_a": "a", "text_b": "b", "score": 1}])
+    write(tmp_path / "scifact" / "corpus.jsonl.gz", [{"id": "0", "title": "", "text": "c. d"}] * 3)
+    assert texts_of(tmp_path, 2)["long"] == ["c. d c. d c. d c. d"]
+    with pytest.raises(ValueError, match=r"3 texts of each kind are too many: .* has 2"):
+        texts_of(tmp_path, 3)
+
+
+def test_plain_torch_has_its_faster_batch_size_as_rivals_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted texts in batches of 32 are padded to 1.4 times their tokens where there are 128 of them."""
+    seconds = {8: 1.0, 32: 3.0}
+    asked: list[int] = []
+    encoder = SimpleNamespace(encode=lambda texts, batch_size, show_progress_bar: asked.append(batch_size))
+    plain = bench.Plain(encoder)
+    monkeypatch.setattr(bench, "seconds_of", lambda model, *_: seconds[model.batch_size])
+    assert bench.timed({"torch": plain}, ["a"] * 20, 1, "wall") == {"torch": [1.0]}
+    assert (plain.batch_size, asked) == (8, [8, 32])
+    seconds[8] = 9.0
+    assert bench.timed({"torch": plain}, ["a"] * 20, 1, "wall") == {"torch": [3.0]}
 
 
 def test_int8_of_onnx_is_made_for_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+import bench_natural_questions
+import bench_sentence_transformers
 import harness
 import results_page
 from reports import a_report, put
+from serving.page import page as servers_page
 from study.figures import Results
 from study.page import section
 from whole_models import first_result
 from whole_models.first_result import FirstResult
+from whole_models.report import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "benchmarks" / "README.md"
@@ -24,6 +29,30 @@ README = ROOT / "README.md"
 
 def test_the_page_is_what_the_files_say() -> None:
     assert PAGE.read_text(encoding="utf-8") == results_page.page(harness.RESULTS), "make results"
+
+
+# What a file's name begins with -> the page that its benchmark writes beside it.
+OWN_PAGES: dict[str, Callable[[list[harness.Row]], str]] = {
+    "sentence-transformers-": bench_sentence_transformers.page,
+    "serve-": servers_page,
+    "bfloat16-": markdown,
+    "models-random-": markdown,
+    "natural-questions-speed-": lambda rows: "\n".join(bench_natural_questions.lines(rows)) + "\n",
+}
+
+
+@pytest.mark.parametrize("begins", OWN_PAGES)
+def test_a_benchmarks_own_page_is_what_its_rows_say(begins: str) -> None:
+    for path in harness.RESULTS.glob(f"{begins}*.csv"):
+        rows = harness.read_rows(path)
+        if "command" in rows[0]:  # two files are from before rows named theirs
+            assert path.with_suffix(".md").read_text(encoding="utf-8") == OWN_PAGES[begins](rows), path.name
+
+
+def test_every_command_that_made_a_file_stands_beside_it(tmp_path: Path) -> None:
+    rows = [{"runner": "a", **harness.stamp(), "command": f"python bench.py {how}"} for how in "xyx"]
+    harness.write_rows(tmp_path / "new-x.csv", rows)
+    assert "; `python bench.py x`; `python bench.py y`: [new-x.csv]" in results_page.page(tmp_path)
 
 
 def test_the_readmes_first_result_is_what_the_files_say() -> None:

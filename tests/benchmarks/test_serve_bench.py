@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -33,6 +34,40 @@ def test_the_loops_count_what_is_answered_and_refused() -> None:
 def test_who_is_not_answered_is_lost() -> None:
     load = closed_loop(Target("http://127.0.0.1:9", "/embed"), [b""], 1, 0.01)
     assert set(load.statuses) == {0}
+
+
+def test_a_rival_is_a_name_and_the_address_of_a_server() -> None:
+    from bench_serve import rival
+
+    name, target = rival("TEI on 2=http://localhost:81/embed,7")
+    assert (name, target.host, target.port) == ("TEI on 2", "localhost", 81)
+    assert (target.path, target.process) == ("/embed", 7)
+    assert rival("a=http://localhost:81")[1].path == "/v1/embeddings"
+    for wrong in ("a", "a=localhost:81/embed", "=http://localhost:81", "a=http://localhost:81,PID"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not NAME=http://HOST:PORT"):
+            rival(wrong)
+
+
+def test_a_server_that_does_not_answer_is_refused() -> None:
+    from bench_serve import check_answer
+
+    with pytest.raises(ValueError, match="127.0.0.1:9/embed .*: no server is there"):
+        check_answer(Target("http://127.0.0.1:9", "/embed"), "")
+    slow = Slow()
+    slow.may_answer.set()
+    with served({"slow": slow}, Limits()) as (url, *_):
+        check_answer(Target(url, "/embed"), "")
+        with pytest.raises(ValueError, match="status 404"):
+            check_answer(Target(url, "/embedings"), "")
+
+
+def test_a_vocabulary_without_words_is_refused(tmp_path: Path) -> None:
+    from bench_serve import texts_of
+
+    for vocabulary in ({"[CLS]": 0}, [["\u2581the", -3.5]]):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+        with pytest.raises(ValueError, match="no words to make texts of"):
+            texts_of(tmp_path)
 
 
 def test_texts_and_rows(tmp_path: Path) -> None:
