@@ -26,11 +26,12 @@ from typing import Any
 from transformers.utils import logging
 
 import harness
+from embedding_tasks import records
 from harness import Row, read_rows
 from presentation import table
 from pruned_ops import optimize
 from pruned_ops.files import write_whole
-from pruned_ops.measure.comparison import OURS, THEIRS, compare
+from pruned_ops.measure.comparison import compare
 from pruned_ops.measure.latency import LatencyTable
 from pruned_trainer.cli import parse
 from pruned_trainer.jobs.output import load_tokenizer
@@ -38,6 +39,7 @@ from pruned_trainer.jobs.settings import make_task
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.task import Task
 from pruned_trainer.tasks.texts.retrieval import Retrieval
+from study.records import one_in
 
 # Of the timing, on evenly spread ones of the batches that a model was pruned for.
 ROUNDS, BATCHES = 9, 4
@@ -139,8 +141,8 @@ class Study:
         evenly spread others."""
         path = self.work / case.folder / CORPUS
         if not path.is_file():
-            rows = rows_of(self.data / case.folder / CORPUS)
-            judged = [row for split in ("validation", "eval") for row in rows_of(self.file(case, split))]
+            rows = list(records(self.data / case.folder / CORPUS))
+            judged = [row for split in ("validation", "eval") for row in records(self.file(case, split))]
             answers = {name for row in judged for name in row["relevant"]}
             number = {row["id"]: place for place, row in enumerate(rows)}
             search = Retrieval(
@@ -156,23 +158,6 @@ class Study:
     def dense(self, case: Case) -> str:
         """The folder or name of the model that is pruned."""
         return self.model if case.epochs is None else str(self.folder(case, "dense"))
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl.gz."""
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return list(map(json.loads, lines))
-
-
-def one_in(every: int, squad: dict[str, Any]) -> dict[str, Any]:
-    """A SQuAD file with one in so many of its questions, and all of its paragraphs."""
-    number = 0
-    for article in squad["data"]:
-        for paragraph in article["paragraphs"]:
-            questions = paragraph["qas"]
-            paragraph["qas"] = [qa for place, qa in enumerate(questions, start=number) if place % every == 0]
-            number += len(questions)
-    return squad
 
 
 def run(command: str, *options: str) -> None:
@@ -220,7 +205,7 @@ def texts_of(study: Study, case: Case) -> Path:
         files = [searched, study.file(case, "train")] if searched.is_file() else []
         texts: dict[str, None] = {}
         for file in files or sorted(study.data.glob("*/train.jsonl.gz")):
-            for row in rows_of(file):
+            for row in records(file):
                 parts = [[row[name] for name in names if name in row] for names in TEXTS]
                 texts |= {" ".join(" ".join(part).split()): None for part in parts}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,8 +254,7 @@ def speeds(study: Study, case: Case, folder: Path) -> Row:
     row: Row = {"workload": workload.name}
     for dtype in ("fp32", "int8"):
         benchmark = compare(models, workload, ROUNDS, dtype)
-        ms = {(line.model, line.runtime): line.p50_ms for line in benchmark.rows}
-        row[f"{dtype}_against_hugging_face"] = ms["dense", THEIRS] / ms["pruned", OURS]
+        row[f"{dtype}_against_hugging_face"] = benchmark.against_their_dense
         if dtype == "fp32":
             row["against_our_dense"] = benchmark.against_dense
     return row
@@ -327,7 +311,17 @@ def write(rows: Sequence[Row], path: Path, command: str) -> None:
     write_whole(path.with_suffix(".md"), "\n".join(page) + "\n")
 
 
-def main() -> None:
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command, without this machine's paths, so that it can be repeated elsewhere."""
+    words = ["python", "benchmarks/study_tasks.py", "--data", "DATA", "--model", "ENCODER"]
+    words += ["--minutes", f"{arguments.minutes:g}"]
+    speedups = [f"{speedup:g}" for speedup in arguments.speedups]
+    for option, values in (("--speedups", speedups), ("--only", arguments.only)):
+        words += [option, *values] if values else []
+    return shlex.join(words)
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -337,23 +331,32 @@ def main() -> None:
     parser.add_argument(
         "--speedups", type=float, nargs="+", default=(), metavar="N", help="asked for (default: the case's)"
     )
-    parser.add_argument("--only", nargs="+", metavar="FOLDER", help="cases to do (default: all)")
+    folders = list(dict.fromkeys(case.folder for case in CASES))
+    parser.add_argument(
+        "--only", nargs="+", choices=folders, default=(), help="folders of cases to do (default: all)"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/study-tasks"), help="folder of its state")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the CSV")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
     logging.set_verbosity_error()
     speedups = tuple(arguments.speedups)
     study = Study(arguments.data, arguments.model, arguments.work, arguments.minutes, speedups)
-    command = f"python benchmarks/study_tasks.py --data DATA --model ENCODER --minutes {study.minutes:g}"
-    path, rows = arguments.results / harness.result_path("tasks", "cpu").name, []
-    for case in CASES:
-        if arguments.only and case.folder not in arguments.only:
-            continue
+    path = harness.out_path(arguments.results / harness.result_path("tasks", "cpu").name, "tasks")
+    chosen = [case for case in CASES if not arguments.only or case.folder in arguments.only]
+    for case in chosen:  # before the first of them is trained
+        for split in ("train", "validation", "eval"):
+            study.file(case, split)
+    rows: list[Row] = []
+    for case in chosen:
         train(study, case)
         rows += score(study, case)
-        write(rows, path, command)
+        write(rows, path, command_of(arguments))
         print(f"written: {path}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -207,18 +207,24 @@ def every_nth(source: Path, every: int, folder: Path) -> Path:
     """A SQuAD file in `folder` of every n-th question of `source`; the source itself where n is 1."""
     if every == 1:
         return source
-    parsed = load_squad(source).parsed
-    seen = 0
+    parsed = one_in(every, load_squad(source).parsed)
     for article in parsed["data"]:
-        for paragraph in article["paragraphs"]:
-            number = len(paragraph["qas"])
-            paragraph["qas"] = [qa for i, qa in enumerate(paragraph["qas"]) if (seen + i) % every == 0]
-            seen += number
         article["paragraphs"] = [paragraph for paragraph in article["paragraphs"] if paragraph["qas"]]
     parsed["data"] = [article for article in parsed["data"] if article["paragraphs"]]
     path = folder / source.name
     path.write_text(json.dumps(parsed), encoding="utf-8")
     return path
+
+
+def one_in(every: int, squad: dict[str, Any]) -> dict[str, Any]:
+    """A SQuAD file with one in so many of its questions, and all of its paragraphs."""
+    number = 0
+    for article in squad["data"]:
+        for paragraph in article["paragraphs"]:
+            questions = paragraph["qas"]
+            paragraph["qas"] = [qa for place, qa in enumerate(questions, start=number) if place % every == 0]
+            number += len(questions)
+    return squad
 
 
 def over_seeds(rows: Sequence[Row], value: str) -> tuple[float, float, float] | None:

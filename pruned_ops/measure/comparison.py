@@ -45,11 +45,13 @@ class Row:
 @dataclass(frozen=True)
 class Benchmark:
     """The rows, two for each model. against_dense: our time of the dense model over our time of the pruned
-    one, where both were measured. stored_int8: the models whose weights are stored in int8."""
+    one, where both were measured; against_their_dense: Hugging Face's time of it. stored_int8: the models
+    whose weights are stored in int8."""
 
     title: str
     rows: tuple[Row, ...]
     against_dense: float | None
+    against_their_dense: float | None
     launch_bound: LaunchBound
     stored_int8: tuple[str, ...] = ()
 
@@ -105,9 +107,12 @@ def compare(
             _row(name, THEIRS, "fp32", theirs, theirs, macs, {}),
         ]
     whole = timings[f"{OURS} {first}"]
-    against = whole.speedup_over(timings[f"{OURS} dense"]) if "dense" in models else None
+    against, against_theirs = (
+        whole.speedup_over(timings[f"{runtime} dense"]) if "dense" in models else None
+        for runtime in (OURS, THEIRS)
+    )
     bound = LaunchBound.of(models[first], workload, whole, timings[HALF], timings[TWIN])
-    return Benchmark(_title(workload, inputs, fixed), tuple(rows), against, bound, stored)
+    return Benchmark(_title(workload, inputs, fixed), tuple(rows), against, against_theirs, bound, stored)
 
 
 def _inputs(models: Sequence[Any], workload: Workload, fixed: bool) -> list[dict[str, Tensor]]:

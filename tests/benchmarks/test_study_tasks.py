@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,15 @@ from transformers import BertModel
 
 import study_tasks
 from harness import read_rows
+from pruned_ops.measure.timing import Workload
 from pruned_trainer.cli import main
-from study_tasks import Case, Study, one_in
+from study.records import one_in
+from study_tasks import Case, Study
 from text_files import CUT, checkpoint, classified, scored, write_rows
 
 CLASSES = Case("classes", "classes", "jsonl.gz", ("--task", "text-classification"), "accuracy", 2.0)
 VECTORS = Case("vectors", "vectors", "jsonl.gz", ("--task", "embedding"), "spearman")
+SPEEDS_OF = study_tasks.speeds
 SPEEDS = {"workload": "w", "against_our_dense": 2.0}
 SPEEDS |= {"fp32_against_hugging_face": 4.0, "int8_against_hugging_face": 8.0}
 
@@ -85,6 +89,27 @@ def test_each_case_has_a_row_with_its_control_and_int8(study: Study, tmp_path: P
     assert str(tmp_path) not in page
 
 
+def test_speeds_are_ratios_of_the_same_rounds(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], str]] = []
+
+    def compare(models: dict[str, Any], workload: Workload, rounds: int, dtype: str) -> Any:
+        asked.append((list(models), dtype))
+        return SimpleNamespace(against_dense=2.0, against_their_dense=3.0 if dtype == "fp32" else 5.0)
+
+    table = SimpleNamespace(workload=Workload.fixed(8, 2, 9))
+    task = SimpleNamespace(load_model=str)
+    monkeypatch.setattr(study_tasks.LatencyTable, "load", lambda path: table)
+    monkeypatch.setattr(study_tasks, "task_of", lambda *_: task)
+    monkeypatch.setattr(study_tasks, "compare", compare)
+    assert SPEEDS_OF(study, VECTORS, study.folder(VECTORS, "pruned-2")) == {
+        "workload": "fixed8-b2",
+        "fp32_against_hugging_face": 3.0,
+        "against_our_dense": 2.0,
+        "int8_against_hugging_face": 5.0,
+    }
+    assert asked == [(["pruned", "dense"], "fp32"), (["pruned", "dense"], "int8")]
+
+
 def test_finished_steps_are_not_done_again_and_interrupted_ones_go_on(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,15 +163,29 @@ def test_a_part_of_a_corpus_answers_every_question(study: Study) -> None:
     for _ in range(2):  # it is made once
         where = Path(study.options(case)[3])
         assert where != folder / "corpus.jsonl.gz"
-        assert study_tasks.rows_of(where) == [documents[number] for number in (0, 3, 4, 6, 10, 14, 18)]
+        assert list(study_tasks.records(where)) == [documents[number] for number in (0, 3, 4, 6, 10, 14, 18)]
     whole = replace(case, documents=None)
     assert study.options(whole)[3] == str(folder / "corpus.jsonl.gz")
 
 
-def test_files_that_are_missing_are_named(study: Study) -> None:
+def test_files_that_are_missing_are_named_before_anything_is_trained(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lost = Case("lost", "lost", "jsonl.gz", ("--task", "embedding"), "spearman")
-    with pytest.raises(FileNotFoundError, match=r"lost needs .*lost/validation\.jsonl\.gz"):
-        study_tasks.train(study, lost)
+    monkeypatch.setattr(study_tasks, "CASES", (CLASSES, lost))
+    monkeypatch.setattr(study_tasks, "train", lambda *_: pytest.fail("it trains"))
+    given = ["--data", str(study.data), "--model", study.model, "--work", str(study.work)]
+    monkeypatch.setattr("sys.argv", ["study_tasks.py", *given, "--results", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"lost needs .*lost/train\.jsonl\.gz"):
+        study_tasks.main()
+
+
+def test_the_command_that_is_kept_has_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = "python benchmarks/study_tasks.py --data DATA --model ENCODER --minutes 6"
+    for more in ("", " --speedups 1.5 2 --only stsb sst2"):
+        given = (whole + more).replace("DATA", "/a/b").replace("ENCODER", "/c").split()[1:]
+        monkeypatch.setattr("sys.argv", given)
+        assert study_tasks.command_of(study_tasks.parsed()) == whole + more
 
 
 def test_a_part_of_the_questions_keeps_every_paragraph(study: Study) -> None:

@@ -18,6 +18,7 @@ from inputs import MODELS, READY, pruned_model, stock_model
 from matching import save_checkpoint, squad_file
 from pruned_ops.cli import main
 from pruned_ops.commands.bench import make_workload
+from pruned_ops.measure import comparison
 from pruned_ops.measure.comparison import Benchmark, compare
 from pruned_ops.measure.launch_bound import LaunchBound, half_lengths, half_of, tiny_twin
 from pruned_ops.measure.timing import Timing, Workload, interleave
@@ -130,6 +131,23 @@ def test_int8() -> None:
     found = compare({"model": stock_model()}, Workload.fixed(6, 2, 1), 1, "int8")
     assert [row.dtype for row in found.rows] == ["int8", "fp32"] and found.against_dense is None
     assert found.rows[0].backends["encoder"] == "cpu"
+
+
+def test_ratios_are_medians_over_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole rounds, not of the batch in the middle."""
+    seconds = {
+        "pruned_ops pruned": (1.0, 1.0, 2.0),
+        "pruned_ops dense": (2.0, 3.0, 4.0),
+        "Hugging Face dense": (9.0, 4.0, 4.0),
+    }
+    others = (1.0, 1.0, 1.0)
+
+    def timed(runners: Any, workload: Workload, *_: Any, **__: Any) -> dict[str, Timing]:
+        return {name: Timing(workload, seconds.get(name, others), others) for name in runners}
+
+    monkeypatch.setattr(comparison, "interleave", timed)
+    found = compare({"pruned": pruned_model(), "dense": stock_model()}, Workload.fixed(6, 2, 1), 3)
+    assert (found.against_dense, found.against_their_dense) == (2.0, 4.0)
 
 
 def arguments(**given: Any) -> argparse.Namespace:
