@@ -14,6 +14,8 @@ import pytest
 
 import bench_models
 import harness
+from inputs import stock_model
+from matching import save_checkpoint
 from presentation import counted
 
 
@@ -42,14 +44,16 @@ def test_what_the_user_can_mend_is_one_line(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_a_checkpoint_that_is_missing_is_named_before_the_other_one_is_prepared(tmp_path: Path) -> None:
-    for given in (["--dense", "no/such"], ["--dense", str(tmp_path), "--pruned", "no/such"]):
-        with pytest.raises(OSError, match="no/such"):
-            bench_models.main([*given, "--out", str(tmp_path / "rows.csv")])
+    here = str(save_checkpoint(stock_model(), tmp_path / "here"))
+    missing = str(tmp_path / "missing")
+    for dense, pruned in ((missing, here), (here, missing)):
+        with pytest.raises(OSError, match="there is no folder .*missing"):
+            bench_models.main(["--dense", dense, "--pruned", pruned, "--out", str(tmp_path / "rows.csv")])
 
 
 def test_processor_time_has_no_steps_of_a_hundredth() -> None:
     """Short texts take a few hundredths of a second, which was all that /proc counts."""
-    begun, before = time.process_time(), harness.cpu_seconds(os.getpid())
+    before, begun = harness.cpu_seconds(os.getpid()), time.process_time()
     while time.process_time() < begun + 0.003:
         pass
     assert 0.003 <= harness.cpu_seconds(os.getpid()) - before < 0.02
