@@ -55,8 +55,8 @@ class Case:
 @dataclass(frozen=True)
 class Compiled:
     """What a compiled kernel takes: registers and spilled bytes per thread, bytes of shared memory per
-    program; whether it multiplies by wgmma; how many instructions follow the last product; and how many there
-    are of each kind (LDGSTS, say, which is cp.async)."""
+    program; whether it multiplies by wgmma. Where they were counted: how many instructions follow the last
+    product, and how many there are of each kind (LDGSTS, say, which is cp.async)."""
 
     registers: int
     spilled: int
@@ -204,11 +204,12 @@ def kernel_of(case: Case, target: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
-def compiled(case: Case, target: int) -> Compiled:
-    """Compile a case for sm_`target`, and count what the kernel takes."""
+def compiled(case: Case, target: int, counts: bool = False) -> Compiled:
+    """Compile a case for sm_`target`, and read what the kernel takes. counts: whether its instructions are
+    counted, too; to disassemble a kernel takes about half a second."""
     kernel = kernel_of(case, target)
     taken = _resources(kernel.asm["cubin"])
-    kinds = _instructions(kernel.asm["cubin"])
+    kinds = _instructions(kernel.asm["cubin"]) if counts else []
     products = [place for place, kind in enumerate(kinds) if kind in ("HGMMA", "HMMA")]
     return Compiled(
         taken["REG"], taken["STACK"] + taken["LOCAL"], kernel.metadata.shared, "wgmma" in kernel.asm["ptx"],
