@@ -212,16 +212,23 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(
     killed(job, "gates", 3, monkeypatch)
     checkpoint = last_checkpoint(tmp_path / "out.partial" / "gates")
     assert checkpoint is not None
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"):
-        content = (checkpoint / name).read_bytes()
-        for spoil in (content[: len(content) // 2], None):
-            (checkpoint / name).unlink()
-            if spoil is not None:
-                (checkpoint / name).write_bytes(spoil)
-            message = f"checkpoint-2 cannot be resumed: {name} is missing or broken"
-            with pytest.raises(ValueError, match=message):
-                prune(replace(job, resume=True))
-        (checkpoint / name).write_bytes(content)
+    parts = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    contents = {name: (checkpoint / name).read_bytes() for name in parts}
+
+    def refused(*spoilt: str) -> None:
+        message = f"checkpoint-2 cannot be resumed: {', '.join(spoilt)} is missing or broken"
+        with pytest.raises(ValueError, match=message):
+            prune(replace(job, resume=True))
+
+    for name, content in contents.items():
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
+    refused(*parts)
+    for name in parts:
+        (checkpoint / name).unlink()
+    refused(*parts)
+    for name in set(parts) - {"optimizer.pt"}:
+        (checkpoint / name).write_bytes(contents[name])
+    refused("optimizer.pt")
     shutil.rmtree(checkpoint)
     prune(replace(job, resume=True))
     same_end(job.out, whole)
