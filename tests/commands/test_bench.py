@@ -204,6 +204,23 @@ def test_percentiles_are_over_the_calls() -> None:
     assert made.call_ms(50) == pytest.approx(5) and made.call_ms(90) == pytest.approx(9)
 
 
+def test_numbers_are_those_of_a_batch_and_of_a_second() -> None:
+    timing = Timing(Workload.fixed(5, 4, 2), (0.6, 0.2, 0.4))
+    assert [timing.ms(percentile) for percentile in (20, 50, 80)] == pytest.approx([140, 200, 260])
+    assert timing.sequences_per_s == pytest.approx(8 / 0.4)
+
+
+def test_runners_are_the_first_in_turn() -> None:
+    """Each as often as the others: whoever comes first finds the caches as another one left them."""
+    called: list[str] = []
+    runners = {name: (lambda batch, name=name: called.append(name)) for name in "abc"}
+    workload = Workload.fixed(1, 1, 2)
+    interleave(runners, workload, workload.inputs(9, 0), rounds=3, warmup=0)
+    turns = [called[first : first + 3] for first in range(0, len(called), 3)]
+    assert [sorted(turn) for turn in turns] == [["a", "b", "c"]] * 6
+    assert sorted(turn[0] for turn in turns) == ["a", "a", "b", "b", "c", "c"]
+
+
 def timed(workload: Workload, *seconds: float) -> Timing:
     return Timing(workload, seconds)
 

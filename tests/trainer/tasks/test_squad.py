@@ -154,6 +154,7 @@ LINES = "Åsa and Örjan live in Örebro.\nThey own a boat.\nIt is called Älva.
         ("lens", 8, "the old lens", ("lens", 8)),
         ("lens", 7, "the old lens", ("lens", 8)),  # a blank before the context was stripped
         ("lens", 12, "the old lens", ("lens", 8)),
+        ("lens", 3, "the old lens", ("lens", 8)),  # as far as it may be
         ("5 km long", 3, "is 5\u00a0km\u202flong.", ("5\u00a0km\u202flong", 3)),
         ("5\u00a0km", 3, "is 5 km long.", ("5 km", 3)),
         ("Älva", len(LINES[: LINES.index("Älva")].encode()), LINES, ("Älva", LINES.index("Älva"))),

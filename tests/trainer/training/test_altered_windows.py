@@ -96,7 +96,7 @@ def test_a_job_trains_on_them(settings: PruneSettings) -> None:
     # Some steps have no loss on labels: the mean is below that of the same run without them.
     log = report["training"]["retrain"]
     assert min(entry["loss_task"] for entry in log if "loss_task" in entry) == 0
-    assert all(entry["loss_logits"] > 0 for entry in log if "loss_logits" in entry)
+    assert min(entry["loss_logits"] for entry in log if "loss_task" in entry) > 0
 
 
 def test_a_tokenizer_without_a_mask_token(settings: PruneSettings) -> None:

@@ -32,6 +32,7 @@ from pruned_trainer import (
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.output_kinds import comparable_outputs, divergences
+from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.batches import pad_batch
 from pruned_trainer.training.distillation_losses import HiddenProjection, hidden_loss
 from pruned_trainer.training.phase import prepare_student, training_arguments
@@ -210,9 +211,20 @@ def settings(trained: BertForQuestionAnswering, tmp_path_factory: pytest.TempPat
     return job_settings(tmp_path_factory.mktemp("job"), trained)
 
 
-def test_the_whole_job(settings: PruneSettings) -> None:
-    """From gates to a published folder, and what is on disk is what was measured."""
+def test_the_whole_job(settings: PruneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From gates to a published folder, and what is on disk is what was measured. Thresholds are chosen on
+    the 60 validation questions, and never on the 100 that judge the models."""
+    chosen_on: list[int] = []
+    for name in ("best_thresholds", "best_fields"):
+        original = getattr(Questions, name)
+
+        def counted(self: Questions, model: Any, original: Any = original) -> Any:
+            chosen_on.append(len(self))
+            return original(self, model)
+
+        monkeypatch.setattr(Questions, name, counted)
     report = prune(settings)
+    assert chosen_on == [60, 60]  # of the dense model, and of the pruned one
     out = settings.out
     written = json.loads((out / "report.json").read_text())
     for name in ("dense", "pruned"):
@@ -268,5 +280,7 @@ def test_without_files_of_its_own_the_training_file_serves(settings: PruneSettin
         retrain_steps=2,
     )
     report = prune(one)
-    assert report["evaluated_on"]["file"] == "held-out validation questions"
+    about = report["evaluated_on"]
+    assert about["file"] == "held-out validation questions"
+    assert about["questions"] == 600 // 8  # one of the articles, of which all are larger than 5% of the file
     set_seed(0)
