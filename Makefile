@@ -123,7 +123,8 @@ test-transformers4: $(STAMP) $(VENV4)/.installed
 # The extension's own tests with every access and operation of it checked. A second build, beside the first: the
 # package in build/asan comes before the checkout's. Leaks are not looked for, Python's and torch's would be found.
 EXTENSION_TESTS := -k "(cpu or encoder or int8 or bf16) and not compiles_whole and not reference and not triton" \
-	tests/ops/test_bf16.py tests/ops/test_encoder.py tests/ops/test_int8.py tests/ops/test_ops.py
+	tests/ops/test_bf16.py tests/ops/test_encoder.py tests/ops/test_int8.py tests/ops/test_op_manners.py \
+	tests/ops/test_ops.py
 ASAN_BUILT := build/asan/.built
 $(ASAN_BUILT): $(VENV)/.torch $(SOURCES) $(shell find pruned_ops python -name '*.py')
 	mkdir -p build/asan

@@ -14,6 +14,7 @@ LONGEST = [
         "benchmarks/test_first_contact.py",
         "trainer/jobs/test_resume.py",
         "ops/test_ops.py",
+        "ops/test_op_manners.py",
         "trainer/jobs/test_nothing_is_lost.py",
         "runtime/test_optimize.py",
         "trainer/test_cli.py",

@@ -16,6 +16,7 @@ import pytest
 
 from inputs import stock_model
 from matching import save_checkpoint
+from processes import with_sources
 from pruned_ops import QuestionAnswerer
 from tiny_tokenizers import words
 
@@ -42,9 +43,8 @@ def written(path: Path, records: Sequence[Any]) -> Path:
 
 
 def command(*argv: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
     return subprocess.Popen(
-        [sys.executable, str(EXAMPLE), *map(str, argv)], text=True, env=environment,
+        [sys.executable, str(EXAMPLE), *map(str, argv)], text=True, env=with_sources(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import pruned_ops
+from processes import with_sources
 from pruned_ops import cli
 from pruned_trainer import cli as trainer_cli
 
-ROOT = Path(pruned_ops.__file__).parents[1]
 COMMANDS = (
     "info",
     "check",
@@ -39,13 +38,12 @@ sys.exit(pruned_cli.ops())
 
 def started(*argv: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """`pruned-ops ARGV` in a process of its own, outside the checkout."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", START.format(argv=argv, blocked=blocked)],
         capture_output=True,
         text=True,
         cwd="/",
-        env={**os.environ, "PYTHONPATH": path},
+        env=with_sources(),
     )
 
 

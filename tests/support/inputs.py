@@ -36,6 +36,8 @@ READY = [
         if backend.missing is None and (name not in ("triton", "cuda") or backend.on_demand)
     ),
 ]
+# Of these, the ones whose rows are interpreted, one after another.
+INTERPRETED = [name for name in READY if name in BACKENDS and BACKENDS[name].on_demand]
 
 # Lengths around the block sizes of kernels, empty and single ones included.
 LENGTHS = [(1,), (5, 3, 9), (15, 16, 17), (0, 7, 0), (63, 64, 65), (130, 1, 257), (511,), (0,), ()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +13,12 @@ from safetensors.torch import load_file
 
 from jobs import command, job_settings, killed, losses, variant
 from matching import trained_model
+from processes import with_sources
 from pruned_trainer import Decision
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.batches import LengthGroupedSampler
 from thorough import EVERYTHING
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +63,8 @@ RECIPES = {"joint": "gates", **({"random": "retrain"} if EVERYTHING else {})}
 
 def in_two_processes(script: Path, jobs: list[list[str]]) -> str:
     """What the jobs print on two gloo processes; a hang is an error after some minutes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-    path = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    environment = {**with_sources(), **more}
     script.write_text(IN_TURN)
     launcher = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
