@@ -25,8 +25,6 @@ from numerics import assert_within_budget
 from pruned_ops.ops.registry import OPS, record, use_backend
 
 OP_NAMES = sorted(OPS)
-
-
 # Every op on every backend that has it; `encoder` is one call where a backend can, and its parts elsewhere.
 OP_ON_BACKEND = [
     pytest.param(backend, op, id=f"{backend}-{op}")
