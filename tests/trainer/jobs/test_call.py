@@ -193,7 +193,7 @@ def test_a_loss_and_a_collator_of_ones_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     result = pruned_trainer.prune(
         Silent(config(vocab_size=100)), HALF, texts, data_collator=collate,
-        args=arguments(tmp_path, 4, label_names=["gold"], remove_unused_columns=False),
+        args=arguments(tmp_path, 4, label_names=["gold"], remove_unused_columns=False, logging_steps=1),
         distillation=Distillation(task=1.0, hidden=0.0), gate_steps=2, retrain_steps=2,
         loss=lambda outputs, batch: F.cross_entropy(outputs["logits"], batch["gold"]),
     )  # fmt: skip
