@@ -43,7 +43,10 @@ def against(row: Row | None) -> str:
 
 def screen_table(workload: Workload, rows: Sequence[Row]) -> Table:
     """One workload's rows."""
-    title = f"{workload.name}: {workload.sequences} sequences, {workload.tokens} tokens a round"
+    title = (
+        f"{workload.name}: {workload.sequences} sequences, {workload.tokens} tokens a round; "
+        f"peak: {rows[0]['peak_gflops']:.0f} GFLOP/s, of torch's products"
+    )
     table = Table(title=title)
     table.add_column("")
     for column in ("ms/batch p50 (p20-p80)", "sequences/s", "GFLOP/s (of peak)", f"vs {rows[0]['rival']}"):
@@ -99,7 +102,7 @@ def markdown(rows: Sequence[Row]) -> str:
     cosines = {row["runner"]: row["cosine"] for row in timed if row["precision"] in ("bfloat16", "int8")}
     lines += ["", *(f"- {name}: cosine of its logits with hf's {c:.5f}" for name, c in cosines.items())]
     lines += _left_out(rows)
-    return "\n".join([*lines, "", *_origin(timed[0])]) + "\n"
+    return "\n".join([*lines, "", *_origin(timed[0], max(row["peak_gflops"] for row in timed))]) + "\n"
 
 
 def _beside(cells: dict[tuple[Any, Any, Any], Row], workload: str, model: str, name: str) -> str:
@@ -129,13 +132,13 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _origin(row: Row) -> list[str]:
+def _origin(row: Row, peak: float) -> list[str]:
     """The machine with its peak, the versions, and the command: a line each."""
     versions = [(key[8:], value) for key, value in row.items() if key.startswith("version_") and value]
     return [
         f"Machine: {row['machine_accelerator'] if row['device'] == 'cuda' else row['machine_processor']}, "
         f"{counted(row['machine_threads'], 'thread')}, {row['machine_cpu_capability']}; "
-        f"{row['peak_gflops']:.0f} GFLOP/s in torch's {row['precision']} products.\n",
+        f"{peak:.0f} GFLOP/s in torch's {row['precision']} products.\n",
         f"Versions: {', '.join(f'{name} {value}' for name, value in versions)}.\n",
         f"{row['date']}, {row['rounds']} rounds: `{row['command']}`",
     ]
