@@ -71,6 +71,11 @@ class Results:
         rows = [row for row in self.rows if row.get("row") == letter]
         return [row for row in rows if row.get("retraining", retraining) in ways]
 
+    def models(self, letter: str) -> list[Row]:
+        """The rows of a letter, of all seeds, that were trained on in the first way that has any: all have
+        the same sizes."""
+        return self.row(letter) or self.row(letter, "cross-entropy")
+
     def timed(self, letter: str) -> list[Row]:
         """The newest timings of a letter on their first workload, of all seeds."""
         newest = next(iter(self.timings.values()), [])

@@ -262,7 +262,7 @@ def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str
         header += [f"ms, {workload}", "speed-up", "of the cut arrives"]
     lines = []
     for letter in letters:
-        rows = results.row(letter)
+        rows = results.models(letter)
         cells = [letter, mean(rows, "mib", "{:.1f}"), mean(rows, "macs_cut", "{:.2f}x")]
         for workload in workloads:
             timing = timed(timings, letter, workload)
@@ -290,7 +290,7 @@ def _layers_text(results: Results) -> list[str]:
     text = ["#### Which layers keep what", "", *image(results, "layers", "Heads and FFN width left in row e")]
     lines, shares, totals = [], [], {}
     for letter in [x for x in results.letters() if x in PAPERS and x != "a"]:
-        lines.append([letter, *results.row(letter)[0]["layers"].split()])
+        lines.append([letter, *results.models(letter)[0]["layers"].split()])
     number = len(lines[0]) - 1
     text += table(["row", *(f"layer {i}" for i in range(number))], lines)
     for column, part in enumerate(("heads", "FFN units")):

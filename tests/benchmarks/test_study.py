@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import study_squad
-from harness import Row, read_rows
+from harness import Row, read_rows, write_rows
 from matching import save_checkpoint, squad_file, trained_model
 from pruned_trainer.tasks.squad.metrics import bootstrap_interval
 from study import claims as study_claims
@@ -53,6 +53,7 @@ def test_the_study_stops_and_goes_on(
     _check_rows([row for row in whole if "row" in row])
 
     _check_page(tmp_path / "whole/study-tiny.csv")
+    _check_unfinished(tmp_path / "whole/study-tiny.csv")
     _check_scores(whole, tmp_path / "whole/study-tiny.npz")
 
     # Stopped in the middle of row e's retraining, then gone on with: the same numbers.
@@ -206,6 +207,18 @@ def _check_page(path: Path) -> None:
     assert all(f"{row['speedup']:.2f}x" in text for row in speeds if row["row"] in "aeb")
     assert "heads removed, compensated" in text and "those held at 50%" in text
     assert "8 windows a step (the paper: 24) at a rate of 0.1" in text and "(control)" in text
+
+
+def _check_unfinished(path: Path) -> None:
+    """The page can be made after any piece of work."""
+    rows = read_rows(path)
+    units = list(dict.fromkeys(row["unit"] for row in rows))
+    so_far = path.parent / "unfinished" / path.name
+    for done in range(1, len(units)):
+        left = [{"part": "rows", "unit": unit, "finished": False, "seed": 0} for unit in units[done:]]
+        write_rows(so_far, [row for row in rows if row["unit"] in units[:done]] + left)
+        text = "\n".join(study_page.section(study_figures.Results(so_far)))
+        assert "Not finished" in text
 
 
 def _check_claims(results: study_figures.Results, text: str) -> None:
