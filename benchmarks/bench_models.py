@@ -173,7 +173,7 @@ def measure(
     timed: list[Row] = []
     peak = 0.0
     for workload in chosen:
-        # The largest so far: one that was measured while something else ran would be passed by what it bounds.
+        # The largest so far: one that was measured while something else ran is too low to bound anything.
         peak = max(peak, harness.ceilings(torch.float32, device, clock)["flops"])
         entries = [e for e in able if e.runtime != PADDED or workload.name.startswith("arrival")]
         inputs = workload.inputs(source.config.vocab_size, source.config.pad_token_id, device)
