@@ -245,6 +245,8 @@ def _train_on(opened: Run, chosen: Chosen, folder: Path) -> Trained:
     job, steps, decision = opened.job, opened.plan.retrain_steps, chosen.decision
     kept = ", ".join(f"{d.shape.num_heads}/{d.shape.ffn_width}" for d in decision.layers)
     say(f"decided, heads/FFN width a layer: {kept}; {_reached(job, decision)}")
+    if not any(d.shape.num_heads or d.shape.ffn_width for d in decision.layers):
+        say("warning: no head and no FFN unit is left, so that no token sees another; ask for less")
     narrow = chosen.load(job.dense)
     nn.Module.to(narrow, job.device)
     log: Log = []

@@ -54,7 +54,9 @@ class Compensation:
 
     def __str__(self) -> str:
         done = ", ".join(f"{method} on {part}" for part, method in self.methods.items() if method != "none")
-        losses = "" if self.loss_before is None else f"; loss {self.loss_before:.4f} to {self.loss_after:.4f}"
+        losses = (
+            "" if self.loss_before is None else f"; loss {self.loss_before:z.4f} to {self.loss_after:z.4f}"
+        )
         return (done or "none") + losses
 
 

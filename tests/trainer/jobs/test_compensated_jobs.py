@@ -16,6 +16,7 @@ from pruned_trainer.cli import main
 from pruned_trainer.jobs.job import start
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.pruning.options import Target
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,16 @@ def test_a_job_compensates_as_it_is_told(settings: PruneSettings, capsys: pytest
     chosen = re.findall(r"compensated: .*; loss ([0-9.]+) to ([0-9.]+)", capsys.readouterr().out)
     assert len(chosen) == 1  # `auto` alone measures what it chooses by
     assert float(chosen[0][1]) < float(chosen[0][0]) - 1
+
+
+def test_a_model_of_which_nothing_is_left_is_warned_of(
+    settings: PruneSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warned = {}
+    for name, left in (("nothing", 1e-9), ("half", 0.5)):
+        prune(variant(settings, name, compensate="none", targets=(Target(macs=left),)))
+        warned[name] = "no head and no FFN unit is left" in capsys.readouterr().out
+    assert warned == {"nothing": True, "half": False}
 
 
 def test_the_compact_command_compensates(settings: PruneSettings, tmp_path: Path) -> None:
