@@ -241,7 +241,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="an eighth of the batches: a look, not a result")
     parser.add_argument(
         "--cpu-time", action="store_true",
-        help="time what one thread computes (OMP_NUM_THREADS=1), beside other work on the machine",
+        help="time what this process computes, with one thread (OMP_NUM_THREADS=1), beside other work",
     )  # fmt: skip
     parser.add_argument(
         "--minutes", type=float,

@@ -176,11 +176,11 @@ def matching(known: list[Workload], patterns: list[str]) -> list[Workload]:
     Errors: ValueError for a pattern that matches none."""
     chosen: dict[str, Workload] = {}
     for pattern in patterns:
-        found = {w.name: w for w in known if fnmatch.fnmatch(w.name, pattern)}
-        if not found:
+        named = {w.name: w for w in known if fnmatch.fnmatch(w.name, pattern)}
+        if not named:
             names = ", ".join(workload.name for workload in known)
             raise ValueError(f"there is no workload {pattern!r}; there are: {names}")
-        chosen |= found  # one that was there keeps its place
+        chosen |= named  # one that was there keeps its place
     return list(chosen.values())
 
 

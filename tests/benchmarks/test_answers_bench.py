@@ -34,8 +34,8 @@ def test_the_runners_of_questions_take_turns_after_a_round_that_is_not_timed(
         bench_ask.QuestionAnswerer, "answer", lambda *given: (ran.append("ours"), answer(*given))
     )
     data = squad_file(tmp_path / "eval.json", 5, 0)
-    given = [str(checkpoint)] * 2 + ["--data", str(data), "--questions", "3", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", ["bench_ask.py", *given])
+    options = [str(checkpoint)] * 2 + ["--data", str(data), "--questions", "3", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["bench_ask.py", *options])
     bench_ask.main()
     shown = capsys.readouterr().out
     assert "3 questions, 3 windows" in shown and "QuestionAnswerer is 1.000 times as fast" in shown
@@ -62,8 +62,8 @@ def test_rivals_are_calibrated_on_training_questions_and_judged_on_others(
 
     monkeypatch.setattr(bench_int8, "build_cpu_rival", rival)
     out = tmp_path / "rows.csv"
-    given = [str(checkpoint), "--data", str(tmp_path), "--rivals", "openvino-int8", "openvino-int8-static"]
-    monkeypatch.setattr(sys, "argv", ["bench_int8.py", *given, "--out", str(out)])
+    options = [str(checkpoint), "--data", str(tmp_path), "--rivals", "openvino-int8", "openvino-int8-static"]
+    monkeypatch.setattr(sys, "argv", ["bench_int8.py", *options, "--out", str(out)])
     bench_int8.main()
     rows = harness.read_rows(out)
     names = ["ours fp32", "ours int8", "ours int8, calibrated", "openvino-int8-static"]

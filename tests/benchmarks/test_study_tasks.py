@@ -174,8 +174,8 @@ def test_files_that_are_missing_are_named_before_anything_is_trained(
     lost = Case("lost", "lost", "jsonl.gz", ("--task", "embedding"), "spearman")
     monkeypatch.setattr(study_tasks, "CASES", (CLASSES, lost))
     monkeypatch.setattr(study_tasks, "train", lambda *_: pytest.fail("it trains"))
-    given = ["--data", str(study.data), "--model", study.model, "--work", str(study.work)]
-    monkeypatch.setattr("sys.argv", ["study_tasks.py", *given, "--results", str(tmp_path)])
+    options = ["--data", str(study.data), "--model", study.model, "--work", str(study.work)]
+    monkeypatch.setattr("sys.argv", ["study_tasks.py", *options, "--results", str(tmp_path)])
     with pytest.raises(FileNotFoundError, match=r"lost needs .*lost/train\.jsonl\.gz"):
         study_tasks.main()
 
@@ -183,8 +183,8 @@ def test_files_that_are_missing_are_named_before_anything_is_trained(
 def test_the_command_that_is_kept_has_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = "python benchmarks/study_tasks.py --data DATA --model ENCODER --minutes 6"
     for more in ("", " --speedups 1.5 2 --only stsb sst2"):
-        given = (whole + more).replace("DATA", "/a/b").replace("ENCODER", "/c").split()[1:]
-        monkeypatch.setattr("sys.argv", given)
+        options = (whole + more).replace("DATA", "/a/b").replace("ENCODER", "/c").split()[1:]
+        monkeypatch.setattr("sys.argv", options)
         assert study_tasks.command_of(study_tasks.parsed()) == whole + more
 
 

@@ -146,8 +146,8 @@ def test_ratios_are_medians_over_the_rounds(monkeypatch: pytest.MonkeyPatch) -> 
         return {name: Timing(workload, seconds.get(name, others), others) for name in runners}
 
     monkeypatch.setattr(comparison, "interleave", timed)
-    found = compare({"pruned": pruned_model(), "dense": stock_model()}, Workload.fixed(6, 2, 1), 3)
-    assert (found.against_dense, found.against_their_dense) == (2.0, 4.0)
+    benchmark = compare({"pruned": pruned_model(), "dense": stock_model()}, Workload.fixed(6, 2, 1), 3)
+    assert (benchmark.against_dense, benchmark.against_their_dense) == (2.0, 4.0)
 
 
 def arguments(**given: Any) -> argparse.Namespace:
@@ -278,6 +278,7 @@ def test_the_twin_launches_what_the_model_does(model: Any) -> None:
 def test_refusals(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = save_checkpoint(MODELS["stock-roberta"](), tmp_path / "roberta")
     pruned, _ = folders
+    capsys.readouterr()  # of the saving
     cases: list[tuple[tuple[Any, ...], str]] = [
         ((tmp_path,), "holds no config.json"),
         ((pruned, "--dense", tmp_path), "holds no config.json"),
