@@ -40,7 +40,7 @@ async def embeddings(
         if not 1 <= dimensions <= served.dimension:
             sentence = f"{served.name} has {served.dimension} dimensions; {dimensions} cannot be had"
             raise Refusal("invalid", sentence, "dimensions")
-        vectors = np.ascontiguousarray(vectors[:, :dimensions])
+    vectors = np.ascontiguousarray(vectors[:, : dimensions or served.dimension])
     return normalised(vectors) if normalise else vectors, sum(map(len, sequences))
 
 
@@ -66,6 +66,7 @@ async def tokens_of(
 
 
 def _prompt(served: Served, name: str | None) -> str:
+    name = served.default_prompt if name is None else name
     if name is None:
         return ""
     if name not in served.prompts:

@@ -12,6 +12,8 @@ from pruned_ops.files import read_json, shown
 Kind = Literal["embedder", "sparse embedder", "reranker", "classifier", "question answering"]
 
 _MEAN = "an encoder without a pooling of its own: an embedding is the mean of its tokens"
+_DEFAULT = "the prompt {!r} is put before texts unless a request names another"
+_NO_PROMPTS = "its prompts are not served, because its pooling leaves their tokens out"
 # The poolings that are computed here. Whatever else a folder asks for is left to sentence-transformers.
 _POOLINGS = {"mean": "mean", "cls": "cls"}
 _OLD_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -23,7 +25,9 @@ class Contents:
 
     library: the class of sentence-transformers that has to load it, "" where none has to. pooling: of an
     embedder that is computed without that library. max_tokens: what its publisher set, if anything. prompts:
-    texts to be put before others, by name. notes: what a user should know.
+    texts to be put before others, by name. default_prompt: the name of the one for requests that name none.
+    dimension: how many numbers of an embedding its publisher keeps, if not all. notes: what a user should
+    know.
     """
 
     kind: Kind
@@ -32,6 +36,8 @@ class Contents:
     max_tokens: int | None = None
     lower_case: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    dimension: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -85,43 +91,66 @@ def _of_library(folder: Path) -> Contents | None:
     settings = _settings(folder / "config_sentence_transformers.json")
     kinds = [str(module.get("type", "")) for module in listed]
     if settings.get("model_type") == "CrossEncoder" or any("cross_encoder" in kind for kind in kinds):
+        if settings.get("default_prompt_name") is not None:
+            raise ValueError(f"{folder} is a CrossEncoder with a default prompt, which is not served")
         return None
-    prompts = settings.get("prompts")
-    prompts = prompts if isinstance(prompts, dict) else {}
-    named = {str(name): text for name, text in prompts.items() if isinstance(text, str)}
+    prompts, default = _prompts(folder, settings)
+    notes = () if default is None else (_DEFAULT.format(default),)
     if settings.get("model_type") == "SparseEncoder" or any("sparse_encoder" in kind for kind in kinds):
-        return Contents("sparse embedder", library="SparseEncoder", pooling="splade", prompts=named)
-    pooling = _pooling(folder, listed)
-    if pooling is None:
-        return Contents("embedder", library="SentenceTransformer", prompts=named)
+        return Contents(
+            "sparse embedder", "SparseEncoder", "splade", prompts=prompts, default_prompt=default, notes=notes
+        )
+    pooling = next((module for module in listed if _class_name(module) == "Pooling"), {})
+    config = _settings(folder / str(pooling.get("path", "")) / "config.json")
+    if prompts and config.get("include_prompt", True) is not True:
+        if default is not None:
+            raise ValueError(f"{folder}: its default prompt {default!r} cannot be served: {_NO_PROMPTS}")
+        prompts, notes = {}, (_NO_PROMPTS,)
     encoder = _settings(folder / "sentence_bert_config.json")
-    longest = encoder.get("max_seq_length")
+    longest, dimension = encoder.get("max_seq_length"), settings.get("truncate_dim")
+    computed_here = _pooling(listed, config)
     return Contents(
         "embedder",
-        pooling=pooling,
+        library="" if computed_here else "SentenceTransformer",
+        pooling=computed_here,
         max_tokens=longest if isinstance(longest, int) else None,
         lower_case=bool(encoder.get("do_lower_case")),
-        prompts=named,
+        prompts=prompts,
+        default_prompt=default,
+        dimension=dimension if isinstance(dimension, int) and dimension > 0 else None,
+        notes=notes,
     )
 
 
-def _pooling(folder: Path, listed: list[dict[str, Any]]) -> str | None:
-    """The pooling of a model that is an encoder, a pooling that is computed here and, it may be, a
-    normalisation; None for any other."""
-    names = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
+def _prompts(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, str], str | None]:
+    """The prompts by name, and the name of the one that sentence-transformers uses where none is named."""
+    saved, default = settings.get("prompts"), settings.get("default_prompt_name")
+    saved = saved if isinstance(saved, dict) else {}
+    prompts = {str(name): text for name, text in saved.items() if isinstance(text, str)}
+    if default is not None and default not in prompts:
+        known = ", ".join(prompts) or "none"
+        raise ValueError(f"{folder} has no prompt {shown(default)}, which is its default; it has {known}")
+    return prompts, default
+
+
+def _class_name(module: dict[str, Any]) -> str:
+    return str(module.get("type", "")).rpartition(".")[2]
+
+
+def _pooling(listed: list[dict[str, Any]], config: dict[str, Any]) -> str:
+    """The pooling of a model that is an encoder, a pooling that is computed here (of this config) and, it may
+    be, a normalisation; "" for any other."""
+    names = [_class_name(module) for module in listed]
     if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
-        return None
+        return ""
     if listed[0].get("path"):  # its files lie elsewhere
-        return None
-    config = _settings(folder / str(listed[1].get("path", "")) / "config.json")
-    if config.get("include_prompt", True) is not True:
-        return None
+        return ""
     mode = config.get("pooling_mode")
     modes = [mode] if mode is not None else [
         _OLD_POOLINGS.get(name) for name, is_on in config.items()
         if name.startswith("pooling_mode_") and is_on
     ]  # fmt: skip
-    return _POOLINGS.get(modes[0]) if len(modes) == 1 and isinstance(modes[0], str) else None
+    return _POOLINGS.get(modes[0], "") if len(modes) == 1 and isinstance(modes[0], str) else ""
 
 
 def _settings(path: Path) -> dict[str, Any]:

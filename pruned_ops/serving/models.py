@@ -92,8 +92,8 @@ class Served:
     name: what requests call it. source: where it came from; requests may call it that, too. runner: computes
     batches. dtype: of its linear layers. dimension: numbers of an embedding, 0 for other kinds. labels: of a
     classifier or reranker. multi_label: whether several of them may hold. pooling: of an embedder. prompts:
-    texts to be put before others, by name. notes: what a user should know. answerer: reads questions, of a
-    model that answers them.
+    texts to be put before others, by name. default_prompt: the name of the one for requests that name none.
+    notes: what a user should know. answerer: reads questions, of a model that answers them.
     """
 
     name: str
@@ -107,6 +107,7 @@ class Served:
     multi_label: bool = False
     pooling: str = ""
     prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
     notes: tuple[str, ...] = ()
     answerer: QuestionAnswerer | None = None
 
@@ -219,7 +220,7 @@ def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: 
     from transformers import AutoModel
 
     model, tokenizer = _loaded(AutoModel, folder), load_tokenizer(str(folder))
-    limit = _length(tokenizer, model.config, contents.max_tokens)
+    limit, hidden = _length(tokenizer, model.config, contents.max_tokens), model.config.hidden_size
     encoder, pooled = TextEncoder(tokenizer, limit, contents.lower_case), _Pooled(model, contents.pooling)
     place = loading.prepare(pooled, encoder, _pad(model))
     return Served(
@@ -229,9 +230,10 @@ def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: 
         encoder,
         BatchRunner(pooled, _pad(model), place, _rows),
         _dtype(pooled),
-        dimension=model.config.hidden_size,
+        dimension=min(contents.dimension or hidden, hidden),
         pooling=contents.pooling,
         prompts=contents.prompts,
+        default_prompt=contents.default_prompt,
         notes=contents.notes,
     )
 
@@ -293,6 +295,8 @@ def _of_library(folder: Path, source: str, name: str, loading: Loading, contents
         dimension=int(dimension()),
         pooling=contents.pooling or "the library's own",
         prompts=contents.prompts,
+        default_prompt=contents.default_prompt,
+        notes=contents.notes,
     )
 
 

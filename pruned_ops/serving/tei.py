@@ -257,6 +257,7 @@ def info(service: Service) -> dict[str, Any]:
                 "pooling": served.pooling or None,
                 "labels": list(served.labels),
                 "prompts": served.prompts,
+                "default_prompt": served.default_prompt,
                 "notes": list(served.notes),
             }
             for served in service.models.values()

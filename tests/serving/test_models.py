@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,22 @@ from transformers import AutoModel, BertForMaskedLM
 for package in ("fastapi", "orjson", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
+from fastapi.testclient import TestClient  # noqa: E402
+
 import pruned_ops  # noqa: E402
 from inputs import READY, stock_model  # noqa: E402
 from matching import save_checkpoint  # noqa: E402
 from pruned_ops.cli import main  # noqa: E402
+from pruned_ops.commands.serve import described  # noqa: E402
 from pruned_ops.runtime.packed_encoder import packed_encoders  # noqa: E402
 from pruned_ops.serving import models as loading  # noqa: E402
+from pruned_ops.serving.application import Access, application  # noqa: E402
+from pruned_ops.serving.connections import Hosts  # noqa: E402
 from pruned_ops.serving.folders import contents_of  # noqa: E402
+from pruned_ops.serving.limits import Limits  # noqa: E402
 from pruned_ops.serving.models import Loading, load, load_all  # noqa: E402
 from pruned_ops.serving.refusals import Refusal  # noqa: E402
+from pruned_ops.serving.service import Service  # noqa: E402
 from served import loaded, saved  # noqa: E402
 from tiny_tokenizers import word_tokenizer, words  # noqa: E402
 
@@ -45,19 +53,24 @@ def test_plain_and_packed_agree(tmp_path: Path) -> None:
     np.testing.assert_allclose(packed.compute(sequences), plain.compute(sequences), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
-def test_sentence_transformers_folders(tmp_path: Path, pooling: str) -> None:
-    """Usual poolings are computed here, others by the library; a normalisation is left to the routes."""
+def sentence_transformer(tmp_path: Path, pooling: dict[str, Any], **settings: Any) -> Any:
+    """A model of sentence-transformers; it is saved in the folder `whole`."""
     library: Any = pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
     (folder,) = saved(tmp_path, "embedder")
     try:
         from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     except ImportError:  # before 5.4
         from sentence_transformers.models import Normalize, Pooling, Transformer
-    inner = Transformer(folder, max_seq_length=32)
-    modules = [inner, Pooling(64, pooling_mode=pooling), Normalize()]
-    model = library.SentenceTransformer(modules=modules, prompts={"query": "w9 w8 "}, device="cpu")
+    modules = [Transformer(folder, max_seq_length=32), Pooling(64, **pooling), Normalize()]
+    model = library.SentenceTransformer(modules=modules, device="cpu", **settings)
     model.save_pretrained(str(tmp_path / "whole"))
+    return model
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+def test_sentence_transformers_folders(tmp_path: Path, pooling: str) -> None:
+    """Usual poolings are computed here, others by the library; a normalisation is left to the routes."""
+    model = sentence_transformer(tmp_path, {"pooling_mode": pooling}, prompts={"query": "w9 w8 "})
     served = load(str(tmp_path / "whole"), "whole", HERE)
     assert (served.kind, served.encoder.max_tokens, served.dimension) == ("embedder", 32, 64)
     assert contents_of(tmp_path / "whole").library == ("SentenceTransformer" if pooling == "max" else "")
@@ -65,6 +78,41 @@ def test_sentence_transformers_folders(tmp_path: Path, pooling: str) -> None:
     found /= np.linalg.norm(found, axis=1, keepdims=True)
     np.testing.assert_allclose(found, model.encode(TEXTS), rtol=1e-4, atol=1e-5)
     assert served.prompts == model.prompts and served.prompts["query"] == "w9 w8 "
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_a_publisher_s_prompt_and_dimensions_are_used_as_encode_does(tmp_path: Path, pooling: str) -> None:
+    prompts = {"query": "w9 w8 ", "document": "w7 "}
+    model = sentence_transformer(
+        tmp_path, {"pooling_mode": pooling}, prompts=prompts, default_prompt_name="query", truncate_dim=24
+    )
+    served = load(str(tmp_path / "whole"), "whole", HERE)
+    assert served.dimension == 24 and "'query' is put before texts" in described(served)
+    with TestClient(application(Service({"whole": served}, Limits()), Access(Hosts("testserver")))) as client:
+        for name in (None, "document"):
+            found = client.post("/embed", json={"inputs": TEXTS, "prompt_name": name, "truncate": True})
+            expected = model.encode(TEXTS, prompt_name=name, normalize_embeddings=True)
+            np.testing.assert_allclose(found.json(), expected, rtol=1e-4, atol=1e-5)
+        assert client.get("/info").json()["models"][0]["default_prompt"] == "query"
+
+
+def test_prompts_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
+    """A pooling that leaves a prompt's tokens out would need to know which they are."""
+    prompts, folder = {"query": "w9 w8 "}, tmp_path / "whole"
+    sentence_transformer(tmp_path, {"pooling_mode": "mean", "include_prompt": False}, prompts=prompts)
+    served = load(str(folder), "whole", HERE)
+    assert not served.prompts and "its prompts are not served" in described(served)
+    for default, message in (
+        ("query", "default prompt 'query' cannot be served"),
+        ("other", "no prompt 'other'"),
+    ):
+        path = folder / "config_sentence_transformers.json"
+        path.write_text(json.dumps({"prompts": prompts, "default_prompt_name": default}))
+        with pytest.raises(ValueError, match=message):
+            load(str(folder), "whole", HERE)
+    path.write_text(json.dumps({"model_type": "CrossEncoder", "default_prompt_name": "query"}))
+    with pytest.raises(ValueError, match="a CrossEncoder with a default prompt"):
+        load(str(folder), "whole", HERE)
 
 
 def test_a_cross_encoder_and_a_sparse_encoder(tmp_path: Path) -> None:
