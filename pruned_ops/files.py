@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -124,6 +125,23 @@ def check_writable(path: Path, name: str, overwrite: bool) -> None:
         raise PermissionError(f"{path} cannot be written: nothing may be written into {folder}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; --overwrite replaces it")
+
+
+def digest(path: Path, pattern: str = "**/*") -> str:
+    """The SHA-256 of a file's content, or of a folder's files of this pattern and their names.
+
+    What says nothing of data or weights does not count: hidden files, Markdown, and what `datasets` caches
+    beside its files. OSError where a file cannot be read."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    inside = sorted(
+        each
+        for each in path.glob(pattern)
+        if each.is_file() and each.suffix != ".md" and not each.name.startswith((".", "cache-"))
+    )
+    lines = [f"{digest(each)} {each.relative_to(path)}\n" for each in inside]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_text(path: Path) -> str:

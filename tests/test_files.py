@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruned_ops.files import MAX_DEPTH, TextFile, parse_json, read_json, read_text, shown, write_json
+from pruned_ops.files import MAX_DEPTH, TextFile, digest, parse_json, read_json, read_text, shown, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -113,3 +113,20 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None
     path, inf = tmp_path / "log.json", float("inf")
     write_json(path, {"log": [{"loss": float("nan"), "norm": inf, "step": 3}, (1.5, -inf)]})
     assert read_json(path) == {"log": [{"loss": None, "norm": None, "step": 3}, [1.5, None]]}
+
+
+def test_a_digest_is_of_contents_and_names(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "rows.jsonl").write_text("{}\n")
+    (folder / "config.json").write_text("{}")
+    whole, direct = digest(folder), digest(folder, "*.*")
+    for name in ("README.md", ".lock", "cache-1.arrow"):
+        (folder / name).write_text("not data")
+    assert (digest(folder), digest(folder, "*.*")) == (whole, direct)
+    (folder / "inner" / "rows.jsonl").write_text("{ }\n")
+    assert digest(folder) != whole and digest(folder, "*.*") == direct
+    (folder / "inner" / "rows.jsonl").write_text("{}\n")
+    assert digest(folder) == whole
+    (folder / "inner" / "rows.jsonl").rename(folder / "rows.jsonl")
+    assert digest(folder) != whole != digest(folder / "rows.jsonl")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from pruned_ops.files import read_json, write_json
+from pruned_ops.files import digest, read_json, write_json
 from pruned_ops.models.encoder import PrunedPreTrainedModel
 from pruned_ops.models.model_card import REPORT, write_model_card
 from pruned_ops.runtime.optimize import optimized
@@ -177,6 +177,9 @@ def open_run(settings: PruneSettings, begin: Begin = start) -> Iterator[Run]:
     if settings.decision is not None:
         Decision.load(settings.decision)  # refuses what is none
     recorded = once(lambda: _recorded_plan(partial, settings)) if settings.resume else None
+    digests = once(lambda: _digests(settings)) if settings.resumable else {}
+    if recorded is not None:
+        once(lambda: _check_unchanged(partial, digests))
     set_seed(settings.seed)
     table_file = partial / _TABLE if recorded and (partial / _TABLE).is_file() else None
     earlier = seconds_taken(partial) if recorded is not None else 0.0
@@ -194,7 +197,8 @@ def open_run(settings: PruneSettings, begin: Begin = start) -> Iterator[Run]:
     with once(make_folder) as folder:
         if is_main():
             if settings.resumable:
-                write_json(folder.partial / RUN, {"settings": settings.to_json(), "plan": plan.to_json()})
+                record = {"settings": settings.to_json(), "plan": plan.to_json(), "inputs": digests}
+                write_json(folder.partial / RUN, record)
             if job.table is not None:
                 job.table.save(folder.partial / _TABLE)
         yield Run(job, plan, folder)
@@ -226,6 +230,30 @@ def _recorded_plan(partial: Path, settings: PruneSettings) -> Plan:
             "--resume, or --overwrite to start anew"
         )
     return plan
+
+
+def _digests(settings: PruneSettings) -> dict[str, str]:
+    """The digests of the files and folders that a run reads, by their paths; of a checkpoint's folder, of the
+    files that lie in it directly."""
+    checkpoints = (settings.model, settings.teacher)
+    digests = {}
+    for each in settings.inputs:
+        if each is None or each == settings.cache_teacher or not Path(each).exists():  # the hub's, or written
+            continue
+        digests[str(Path(each).resolve())] = digest(Path(each), "*.*" if each in checkpoints else "**/*")
+    return digests
+
+
+def _check_unchanged(partial: Path, digests: Mapping[str, str]) -> None:
+    """Refuse to go on with other data or weights than the interrupted run began with."""
+    known = read_json(partial / RUN, "record of a run").get("inputs")
+    known = known if isinstance(known, dict) else {}  # earlier versions recorded none
+    changed = [path for path, found in digests.items() if known.get(path, found) != found]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} changed since {partial} was started: put back what was there to --resume, "
+            "or give --overwrite to start anew"
+        )
 
 
 def _choose(opened: Run, folder: Path | None = None) -> tuple[Run, Choices]:

@@ -116,6 +116,14 @@ def test_resuming_what_cannot_be_resumed(settings: PruneSettings, monkeypatch: p
     with pytest.raises(ValueError, match="started with other settings: gate_learning_rate, target"):
         prune(replace(one, resume=True, targets=(Target(macs=0.6),), gate_learning_rate=0.2))
     partial = one.out.with_name("other.partial")
+    for path in (Path(one.train_file), Path(one.model) / "model.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        with pytest.raises(
+            ValueError, match=rf"{path.parent.name}.* changed since .*: put back what was there"
+        ):
+            prune(replace(one, resume=True))
+        path.write_bytes(content)
     (partial / "run.json").write_text("{")
     with pytest.raises(ValueError, match="holds no run that can be resumed"):
         prune(replace(one, resume=True))
