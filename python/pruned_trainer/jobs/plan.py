@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -49,7 +50,8 @@ class Plan:
     """Steps of both phases, and the seconds of a step that they were worked out from (None where they do not
     come from a time).
 
-    retrain_steps: the steps of each narrow model, where a run makes several. precision: that of the training.
+    retrain_steps: the steps of each narrow model, where a run makes several; a step of theirs takes
+    retrain_step_seconds on average. precision: that of the training.
     """
 
     gate_steps: int
@@ -178,8 +180,8 @@ def _too_little(job: Job, minutes: float, steps: float) -> ValueError:
 
 
 def _step_seconds(job: Job) -> tuple[float, float]:
-    """Seconds of a step with gates, and of a step of a model of the smallest target's size; the models are
-    thrown away."""
+    """Seconds of a step with gates, and of a step of a narrow model: the mean over models of each target's
+    size. The models are thrown away."""
     settings = job.settings
     spanning = _spanning_batches(job)
     timed = replace(job, train=spanning, gate_train=spanning, cache=None, retrain_windows=None)
@@ -192,27 +194,35 @@ def _step_seconds(job: Job) -> tuple[float, float]:
         attached(student, settings.seed, settings.parts) as gates,
         running(job.teacher, job.teacher_dtype) as teacher,
     ):
-        narrow = compact(student, _any_decision(job, gates))
+        decisions = _any_decisions(job, gates)
+        retrain = statistics.mean(_narrow_seconds(timed, student, teacher, each) for each in decisions)
         if settings.trains_gates:
             phase = gate_phase_for(job, gates)
             freeze_for(job, student, gates)
             gate = _time_steps(timed, student, teacher, phase)
-        prepare_student(narrow, settings.dropout, settings.train_embeddings)
-        retrain = _time_steps(timed, narrow, teacher, None)
     return once(lambda: (gate, retrain))  # the main process's times are everyone's
 
 
-def _any_decision(job: Job, gates: Gates) -> Decision:
-    """The decision that is given; or a choice of the smallest target's size, of gates that a little seeded
+def _narrow_seconds(
+    job: Job, student: PreTrainedModel, teacher: PreTrainedModel, decision: Decision
+) -> float:
+    """Seconds of a step of the narrow model of a decision."""
+    narrow = compact(student, decision)
+    prepare_student(narrow, job.settings.dropout, job.settings.train_embeddings)
+    return _time_steps(job, narrow, teacher, None)
+
+
+def _any_decisions(job: Job, gates: Gates) -> list[Decision]:
+    """The decision that is given; or for each target a choice of its size, of gates that a little seeded
     noise tells apart."""
     if job.settings.decision is not None:
-        return Decision.load(job.settings.decision)
+        return [Decision.load(job.settings.decision)]
     for i, log_alpha in enumerate(gates.locations()):
         noise = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(i))
         log_alpha.data += 0.01 * noise.to(log_alpha)
     if not job.settings.targets:
-        return decide_at(gates.scores(), job.budget, 0.0, job.align)
-    return decide(gates.scores(), job.budget, job.settings.targets[-1], job.align)
+        return [decide_at(gates.scores(), job.budget, 0.0, job.align)]
+    return [decide(gates.scores(), job.budget, target, job.align) for target in job.settings.targets]
 
 
 def _deciding_seconds(job: Job) -> float:

@@ -11,7 +11,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 from jobs import job_settings, variant
 from matching import save_checkpoint, trained_model
@@ -29,6 +29,7 @@ from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.plan import GATE_SHARE, RESERVE, make_plan
 from pruned_trainer.jobs.prune import prune, sweep
 from pruned_trainer.jobs.settings import RECIPES, PruneSettings
+from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.training.teacher_cache import TeacherCache
 from thorough import EVERYTHING
 
@@ -249,6 +250,22 @@ def test_minutes_are_shared_out_in_every_recipe(recipe: str, settings: PruneSett
         ):
             make_plan(late)
         assert step_seconds.called == timed  # what cannot fit is refused before any step is timed
+
+
+def test_the_models_of_a_sweep_take_their_own_time(settings: PruneSettings) -> None:
+    """A step of a larger one takes longer, and all of them have to fit into the minutes."""
+    job = start(variant(settings, "sizes", targets=targets_of(0.8, 0.2)))
+    sizes = []
+
+    def seconds(job: Job, model: PreTrainedModel, teacher: PreTrainedModel, phase: GatePhase | None) -> float:
+        if phase is not None:
+            return 7.0
+        sizes.append(model.num_parameters())
+        return 10.0 * len(sizes)
+
+    with patch.object(planning, "_time_steps", seconds):
+        assert planning._step_seconds(job) == (7.0, 15.0)
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 2
 
 
 def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
