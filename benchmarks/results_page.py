@@ -37,6 +37,7 @@ FIGURE_BYTES = 200_000
 # The sections of what other benchmarks wrote for readers themselves, and what their files' names begin with:
 # a file goes to the first that fits.
 OTHERS = {
+    "A family of pruned models": ("family-",),
     "Whole models in bfloat16": ("bfloat16-",),
     "sentence-transformers": ("sentence-transformers-",),
     "Servers": ("serve-",),
