@@ -152,7 +152,12 @@ BY_POSITION: dict[int, dict[int, AttentionConfig]] = {
         64: AttentionConfig(64, 32, 4, 3, programs=4),
         128: AttentionConfig(64, 32, 8, 3, programs=2),
     },
-    4: {head_dim: known[0] for head_dim, known in ATTENTION[4].items()},
+    4: {
+        16: AttentionConfig(64, 32, 4, 2),
+        32: AttentionConfig(32, 32, 4, 2),
+        64: AttentionConfig(32, 16, 8, 2),
+        128: AttentionConfig(16, 32, 8, 2),  # 32 rows spill with a bias, by Triton 3.6 for sm_90
+    },
 }
 # Item size -> segment length -> the configuration in which several whole sequences share a program. It has 64
 # rows in fp16, and 32 in fp32, whose exact products use no tensor cores and keep their operands in registers.
