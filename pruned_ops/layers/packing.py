@@ -92,29 +92,32 @@ class PackedBatch:
         if attention_mask is None:
             return cls._unpadded(batch_size, seqlen, device)
         _check_shape(attention_mask, batch_size, seqlen)
+        if torch.compiler.is_compiling():
+            return cls._traced(attention_mask.to(device))
+        if lengths is not None and set(lengths) <= {seqlen}:
+            return cls._unpadded(batch_size, seqlen, device)
         attention_mask = attention_mask.to(device)
         real = attention_mask != 0
         counts = real.sum(1, dtype=torch.int32)
-        if torch.compiler.is_compiling():
-            return cls._traced(real, counts, _is_wrong(attention_mask))
         if lengths is None:
             # One copy to the host holds the lengths and the check, so that a GPU is waited for once.
             *copied, wrong = torch.cat([counts, _is_wrong(attention_mask)[None].int()]).tolist()
             if wrong:
                 raise ValueError(NO_MASK)
             lengths = tuple(copied)
-        if all(length == seqlen for length in lengths):
-            return cls._unpadded(batch_size, seqlen, device)
+            if set(lengths) <= {seqlen}:
+                return cls._unpadded(batch_size, seqlen, device)
         index = torch.nonzero_static(real.flatten(), size=sum(lengths)).flatten()
         return cls(_bounds(counts), max(lengths), index, batch_size, seqlen, lengths)
 
     @classmethod
-    def _traced(cls, real: Tensor, lengths: Tensor, wrong: Tensor) -> PackedBatch:
+    def _traced(cls, attention_mask: Tensor) -> PackedBatch:
         """Make the batch in code that is being traced, where no length may be copied to the host. Its
         max_seqlen is the padded batch's seqlen, and its number of tokens is known only when the code runs."""
-        torch._assert_async(~wrong, NO_MASK)
-        index = real.flatten().nonzero().flatten()
-        return cls(_bounds(lengths), real.size(1), index, real.size(0), real.size(1))
+        torch._assert_async(~_is_wrong(attention_mask), NO_MASK)
+        real = attention_mask != 0
+        bounds, index = _bounds(real.sum(1, dtype=torch.int32)), real.flatten().nonzero().flatten()
+        return cls(bounds, real.size(1), index, real.size(0), real.size(1))
 
     @classmethod
     def _unpadded(cls, batch_size: int, seqlen: int, device: torch.device) -> PackedBatch:
