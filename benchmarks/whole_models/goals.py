@@ -126,16 +126,23 @@ def prepared(
             except Refused as error:
                 reason = runner.refused = str(error)
             except Exception as error:  # the other runners may run
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                fault = FAILED
+                reason, fault = _in_a_line(error), FAILED
         if reason is None:
             ready.append(runner)
         else:
-            row = {"runner": runner.name, "runtime": runner.runtime, "model": runner.model_name}
-            refused.append({"workload": workload.name, **row, "refused": reason})
-            if fault is not None and runner.runtime == OURS:
-                refused[-1]["fault"] = fault
+            refused.append(left_out(runner, workload, reason, fault))
     return ready, refused
+
+
+def left_out(runner: Runner, workload: Workload, reason: str, fault: str | None) -> Row:
+    """The row of a runner that is not timed. Only ours is at fault."""
+    row = {"runner": runner.name, "runtime": runner.runtime, "model": runner.model_name}
+    at_fault = {} if fault is None or not runner.runtime.startswith(OURS) else {"fault": fault}
+    return {"workload": workload.name, **row, "refused": reason, **at_fault}
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 class Truth:
@@ -285,7 +292,10 @@ def measure_goals(
                 refused = [row for row in refused if row["runtime"] in SLOW]
                 measured = rows_of[workload.name]
             else:
-                measured = _measured(ready, workload, inputs, arguments.rounds, deadline, device, peak, dtype)
+                measured, failed = _measured(
+                    ready, workload, inputs, arguments.rounds, deadline, device, peak, dtype
+                )
+                refused += failed
             measured = measured + [row | harness.stamp() for row in refused]
             rows_of[workload.name] = [row | {"device": device} for row in measured]
             show(workload, rows_of[workload.name])
@@ -301,14 +311,22 @@ def _measured(
     device: str,
     peak: dict[str, float],
     dtype: torch.dtype,
-) -> list[Row]:
-    """A workload's rows; none where no runner is ready."""
+) -> tuple[list[Row], list[Row]]:
+    """A workload's rows, none where no runner is ready; and those of what failed."""
     if not ready:
-        return []
-    timings = timed(ready, workload, inputs, rounds, deadline, device)
+        return [], []
+    try:
+        timings = timed(ready, workload, inputs, rounds, deadline, device)
+    except Exception as error:  # the next workload may run
+        return [], [left_out(runner, workload, _in_a_line(error), FAILED) for runner in ready]
+    failed = list[Row]()
     if workload.name.startswith("offline"):
         for own in [runner for runner in ready if runner.runtime == OURS]:
             many = Runner(OURS_MANY, own.model_name, own.make, own.model, facts=own.facts)
-            timings[many.name] = encoded_many(own, workload, inputs, len(timings[own.name].seconds))
-            ready = [*ready, many]
-    return rows(timings, ready, peak, dtype)
+            try:
+                timings[many.name] = encoded_many(own, workload, inputs, len(timings[own.name].seconds))
+            except Exception as error:  # the others were timed
+                failed.append(left_out(many, workload, _in_a_line(error), FAILED))
+            else:
+                ready = [*ready, many]
+    return rows(timings, ready, peak, dtype), failed

@@ -262,6 +262,54 @@ def test_ours_that_fails_or_errs_is_a_fault_and_stops_no_rival(
     assert any(line.startswith("WRONG  fixed128-b1  ours dense: its logits are off by") for line in printed)
 
 
+def test_what_else_is_ours_is_reported_where_the_dense_model_or_encode_many_fails(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing that was timed is lost, nor are the workloads behind."""
+    plain = pruned_ops.optimize
+
+    def optimize(model: Any) -> Any:
+        if model.config.model_type == "bert":
+            raise RuntimeError("an illegal memory access")
+        fast = plain(model)
+        fast.encode_many = lambda *_: 1 / 0
+        return fast
+
+    monkeypatch.setattr(pruned_ops, "optimize", optimize)
+    order = ("offline*", "fixed128-b1")
+    rows, table = measured(tmp_path, "--rivals", "hf", "--workloads", *order, status=1)
+    timed = {(row["workload"], row["runner"]) for row in rows if not row["refused"]}
+    assert timed == {
+        (workload, name)
+        for workload in ("offline-sorted-b32", "fixed128-b1")
+        for name in ("hf dense", "hf pruned", "ours pruned")
+    }
+    faults = {(row["runner"], row["refused"]) for row in rows if row["fault"]}
+    assert faults == {
+        ("ours dense", "RuntimeError: an illegal memory access"),
+        ("ours-encode-many pruned", "ZeroDivisionError: division by zero"),
+    }
+    assert "| fixed128-b1 | pruned |" in table
+
+
+def test_a_failure_while_a_workload_is_timed_leaves_the_next_one(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = goals.timed
+
+    def timed(ready: Any, workload: Workload, *others: Any) -> Any:
+        if workload.name == "fixed384-b1":
+            raise RuntimeError("an illegal memory access\nand more")
+        return plain(ready, workload, *others)
+
+    monkeypatch.setattr(goals, "timed", timed)
+    rows, _ = measured(tmp_path, "--rivals", "hf", "--workloads", "fixed384-b1", "fixed128-b1", status=1)
+    assert {row["workload"] for row in rows if not row["refused"]} == {"fixed128-b1"}
+    failed = {row["runner"]: row["refused"] for row in rows if row["refused"]}
+    assert set(failed) == {f"{name} {model}" for name in ("hf", "ours") for model in ("dense", "pruned")}
+    assert set(failed.values()) == {"RuntimeError: an illegal memory access"}
+
+
 def test_batches_that_ran_without_a_graph_are_a_fault() -> None:
     """They are timed, but not as what they are to be."""
     row = {"workload": "one", "runner": "ours dense"}
