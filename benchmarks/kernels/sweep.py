@@ -32,6 +32,8 @@ ATTENTION = (
     (64, 16, (512,) * 24),
     (64, 8, (384,) * 32),
     (32, 12, (128,) * 96),
+    (64, 16, (32,) * 384),
+    (64, 16, (16,) * 768),
 )
 # tokens, hidden size, FFN width.
 LINEAR_GELU = (
@@ -51,6 +53,8 @@ LINEARS = (
     (12288, 1152, 1024),
     (12288, 512, 1024),
 )
+# The same with the norm behind it, for so few tokens that the inner dimension is split over programs.
+FEW = ((128, 1024, 1024), (128, 4096, 1024), (384, 1024, 1024), (384, 4096, 1024))
 NORMS = ((12288, 1024), (49152, 1024), (12288, 384))
 # Rows and warps of a program of the LayerNorm kernels, beside those that `tune` knows.
 MORE_ROWS = ((2, 4), (8, 8))
@@ -148,7 +152,8 @@ def _attentions(
         from pruned_ops.ops.backends.triton import configs
         from pruned_ops.ops.backends.triton.attention import launch_attention
 
-        for config in configs.ATTENTION[place.dtype.itemsize][head_dim]:
+        short = configs.short_config(longest, head_dim, place.dtype)
+        for config in (*configs.ATTENTION[place.dtype.itemsize][head_dim], *([short] if short else [])):
             yield (
                 f"triton {described(config)}",
                 lambda qkv, config=config: launch_attention(qkv, bounds, longest, head_dim, config),
@@ -267,4 +272,51 @@ def _add_layer_norms(
     )
 
 
-SECTIONS: tuple[Callable[[Sweep], None], ...] = (ceilings, attention, linear_gelu, norms, linears)
+def linear_add_layer_norms(sweep: Sweep) -> None:
+    """A product and the norm behind it: split over programs, or cuBLAS's."""
+    for tokens, inner, outputs in sweep.sizes(FEW, (20, 64, 72)):
+        bias, scale, shift = (sweep.place.tensor(outputs) for _ in range(3))
+        shapes = [(tokens, inner), (outputs, inner), (tokens, outputs)]
+        nbytes = sweep.place.dtype.itemsize * (tokens * (inner + 2.0 * outputs) + inner * outputs)
+        problem = f"linear_add_layer_norm {tokens}x{inner}->{outputs}"
+        flops = 2.0 * tokens * inner * outputs
+        exact = partial(_normed, OPS["linear_add_layer_norm"].reference, (bias, scale, shift))
+        for name, launch in _linear_add_layer_norms(sweep.place):
+            expected = None if name.startswith("torch") else exact
+            call = partial(_normed, launch, (bias, scale, shift))
+            sweep.time(problem, name, shapes, call, flops, nbytes, expected)
+
+
+def _normed(
+    launch: Callable[..., Tensor], vectors: Sequence[Tensor], x: Tensor, weight: Tensor, residual: Tensor
+) -> Tensor:
+    """A linear_add_layer_norm by its own three arguments."""
+    bias, scale, shift = vectors
+    return launch(x, weight, bias, residual, scale, shift, EPS)
+
+
+def _linear_add_layer_norms(place: Place) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """The ways to compute linear_add_layer_norm of few tokens, as functions of the op's arguments."""
+    backends = ready_backends("linear_add_layer_norm", place.device)
+    if "triton" in backends:
+        from pruned_ops.ops.backends.triton import configs
+        from pruned_ops.ops.backends.triton.linear_add_layer_norm import launch_linear_add_layer_norm
+
+        yield "cuBLAS, then the norm", partial(launch_linear_add_layer_norm, config=None)
+        for config in configs.LINEAR_GELU[place.dtype.itemsize]:
+            if config.split_k > 1:
+                yield f"triton {described(config)}", partial(launch_linear_add_layer_norm, config=config)
+    kernels = OPS["linear_add_layer_norm"].kernels
+    yield from ((name, kernels[name].launch) for name in backends if name != "triton")
+    yield (
+        "torch linear, layer_norm of a sum",
+        lambda x, weight, bias, residual, scale, shift, eps: F.layer_norm(
+            F.linear(x, weight, bias) + residual, scale.shape, scale, shift, eps
+        ),
+    )
+
+
+SECTIONS: tuple[Callable[[Sweep], None], ...] = (
+    *(ceilings, attention, linear_gelu, norms, linears),
+    linear_add_layer_norms,
+)

@@ -140,6 +140,7 @@ def test_wrong_and_failing_kernels_are_lines_of_their_own(
     assert wrong == ["add_layer_norm", "add_layer_norm 20x64"]  # the latter is not timed
     timed = [(row["problem"], row["name"]) for row in rows if row["verdict"] == "timed"]
     assert ("add_layer_norm 20x64", "cpu") not in timed and ("attention 2x16, 2 of 9 to 17", "cpu") in timed
+    assert ("linear_add_layer_norm 20x64->72", "cpu") in timed
     failed = [row for row in rows if row["verdict"] == "FAILED"]
     assert {row.get("op", row.get("problem")) for row in failed} == {"linear_gelu", "linear_gelu 20x64->72"}
     assert failed[0]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
