@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pruned_ops.ops.backends.triton.launch import cannot_start
 from pruned_ops.ops.registry import BACKENDS
 
 # Tokens. A program of the attention kernel has at least so many query rows, and one that begins beyond its
@@ -94,8 +95,8 @@ class GraphInputs:
 
 
 def _loading_kernel(device: torch.device) -> Callable[..., None] | None:
-    """The launcher of one kernel that does what `load_by_torch` does; None where there is no Triton."""
-    if device.type != "cuda" or BACKENDS["triton"].missing is not None:
+    """The launcher of one kernel that does what `load_by_torch` does; None where Triton starts none."""
+    if device.type != "cuda" or BACKENDS["triton"].missing is not None or cannot_start() is not None:
         return None
     from pruned_ops.ops.backends.triton.graph_inputs import load_graph_inputs
 

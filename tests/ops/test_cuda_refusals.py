@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from subprocess import CalledProcessError
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,9 @@ from torch import Tensor
 from cuda_ops import ALL, CUDA_OPS, HALVES, NORMS, SKIPPED, OnGpu, arguments_of, moved, native
 from inputs import arguments_for, attention_arguments, moved_to, randn
 from pruned_ops.ops.backends import cuda, gpu
+from pruned_ops.ops.backends.triton import launch
 from pruned_ops.ops.registry import BACKENDS, OPS, Backend, Kernel
+from pruned_ops.runtime import graph_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +94,31 @@ def test_cuda_runs_where_triton_does_not(op: str, monkeypatch: pytest.MonkeyPatc
         assert selected is not None and selected.backend.name == chosen
     unwilling = on_gpu(op, torch.float64)
     assert OPS[op].select(*unwilling) is None
+
+
+def test_triton_refuses_where_it_cannot_start_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without a C compiler or Python's headers: CUDA's kernels run then, and torch's load the graphs."""
+    runtime = pytest.importorskip("triton.runtime")
+
+    class Driver:
+        asked = 0
+
+        @property
+        def active(self) -> Any:
+            self.asked += 1
+            raise CalledProcessError(1, ["gcc"])
+
+    driver = Driver()
+    monkeypatch.setattr(runtime, "driver", driver)
+    monkeypatch.setattr(launch, "INTERPRETING", False)
+    once = functools.lru_cache(launch.cannot_start.__wrapped__)
+    for module in (launch, graph_inputs):
+        monkeypatch.setattr(module, "cannot_start", once)
+    arguments = on_gpu("linear_gelu", torch.float16)
+    for _ in range(2):
+        assert "'gcc'" in str(launch.refuse(*arguments)) and "apt install gcc" in str(once())
+    monkeypatch.setitem(BACKENDS, "triton", Backend("triton", None, ""))
+    assert graph_inputs._loading_kernel(torch.device("cuda", 0)) is None and driver.asked == 1
 
 
 def test_why_cuda_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

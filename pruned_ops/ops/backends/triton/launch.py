@@ -55,9 +55,27 @@ def _interpreter_fault() -> str | None:
     return None
 
 
+@functools.lru_cache
+def cannot_start() -> str | None:
+    """The reason why Triton can start no kernel here, and what would help; None if it can. The first call
+    starts Triton's driver, which needs a C compiler and Python's headers, and CUDA's library."""
+    if INTERPRETING:
+        return None
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # of the compiler, of the search for the library, or of Triton itself
+        return (
+            f"triton cannot start kernels here ({type(error).__name__}: {error}); it needs gcc and Python's "
+            "headers: apt install gcc python3-dev"
+        )
+    return None
+
+
 def refuse(*args: Any) -> str | None:
     """The reason why the kernels do not take these arguments; None if they do."""
-    return refuse_tensors(args, DTYPES, "cpu" if INTERPRETING else "cuda")
+    return refuse_tensors(args, DTYPES, "cpu" if INTERPRETING else "cuda") or cannot_start()
 
 
 def rows(x: Tensor) -> Tensor:
