@@ -21,7 +21,7 @@ from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.heads import PrunedBertForQuestionAnswering
 from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.models.stock import layers_of, model_shape
-from pruned_ops.runtime.engine import CudaGraphs, Recorder
+from pruned_ops.runtime.cuda_graphs import CudaGraphs, Recorder
 from rivals.rival import Batch, Logits, Make, Refused, Rival, Run, hugging_face, onnx_graph, package
 from torch_ways import compile_each_size, packed_flash_attention
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pruned_ops.measure.timing import Runner, event_seconds, host_seconds
-from pruned_ops.runtime.engine import CudaGraphs, Recorder
+from pruned_ops.runtime.cuda_graphs import CudaGraphs, Recorder
 
 Clock = Callable[[Callable[[], Any]], float]
 # A graph holds at least so many calls, so that the pause between two graphs is a small share of its time.

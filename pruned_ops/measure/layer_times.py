@@ -25,7 +25,7 @@ from pruned_ops.models.heads import pruned_class
 from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.ops.panels import GROUP, LEVELS, PAIR, PANEL, gated_out
 from pruned_ops.ops.registry import backends_of
-from pruned_ops.runtime.engine import CudaGraphs
+from pruned_ops.runtime.cuda_graphs import CudaGraphs
 from pruned_ops.runtime.optimize import optimize
 from pruned_ops.shape import LayerShape, checked_int
 

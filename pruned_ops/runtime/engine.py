@@ -10,10 +10,9 @@ from __future__ import annotations
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.ops.registry import is_watched, record, replayed
 from pruned_ops.runtime.arrivals import ForkLock
+from pruned_ops.runtime.cuda_graphs import CAPTURE, CudaGraphs, Recorder, capture_stream
 from pruned_ops.runtime.graph_inputs import Bucket, GraphInputs
 from pruned_ops.runtime.packed_heads import Outputs, PackedHead
 from pruned_ops.shape import checked_int
@@ -42,80 +42,6 @@ def pieces(lengths: Sequence[int], max_tokens: int) -> Iterator[tuple[int, list[
         tokens += length
     if piece:
         yield first, piece
-
-
-T = TypeVar("T")
-
-
-class Recorder(Protocol):
-    """Records work on a device."""
-
-    def record(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Record `work`. The result launches it again, on the same memory, and returns the same tensors."""
-
-    def ordered(self) -> AbstractContextManager[None]:
-        """A context whose work runs after that of all earlier such contexts, on whatever streams."""
-
-    def wait(self) -> None:
-        """Wait until the work of all such contexts has ended."""
-
-
-# torch captures one graph at a time in a process, whatever the threads, devices and models.
-_CAPTURE = ForkLock()
-
-
-class CudaGraphs:
-    """The Recorder of one GPU. Its graphs share a pool of memory, so only one of them may run at a time.
-
-    stream: what all are captured on, by default one of the recorder's own. cuBLAS keeps a workspace (32 MiB
-    on an H200) for each stream that it has seen, for good, and graphs that may run at once must not share
-    one.
-    """
-
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device) if stream is None else stream
-        self._finished = torch.cuda.Event()
-
-    def record(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Record `work` after one run beside the current stream, which compiles kernels and sets up
-        libraries. The thread is on the stream that it was on before, whether or not this succeeds."""
-        with _CAPTURE, torch.cuda.device(self._device):
-            current = torch.cuda.current_stream()
-            try:
-                self._stream.wait_stream(current)
-                # A graph that still runs, on any stream, uses the workspace that cuBLAS has for this one.
-                self._stream.wait_event(self._finished)
-                with torch.cuda.stream(self._stream):
-                    work()
-                current.wait_stream(self._stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    output = work()
-            finally:
-                torch.cuda.set_stream(current)  # where the end of a capture raises, torch does not go back
-
-        def replay() -> T:
-            graph.replay()
-            return output
-
-        return replay
-
-    @contextmanager
-    def ordered(self) -> Iterator[None]:
-        with torch.cuda.device(self._device):
-            current = torch.cuda.current_stream()
-            current.wait_event(self._finished)
-            try:
-                yield
-            finally:
-                self._finished.record(current)
-
-    def wait(self) -> None:
-        self._finished.synchronize()
 
 
 class Graphable(Protocol):
@@ -398,11 +324,13 @@ class Engine:
         device = self._encoder.device
         if self._recorder is None:
             if device not in self._streams:
-                self._streams[device] = torch.cuda.Stream(device)
+                self._streams[device] = capture_stream(device)
             self._recorder = CudaGraphs(device, self._streams[device])
         weights = Weights.of(self._encoder, head)
         # What is recorded does not depend on what the buffers hold.
-        inputs = GraphInputs(bucket, device, 4 if self._encoder.encoder.kind.reads_places else 3)
+        rows = 4 if self._encoder.encoder.kind.reads_places else 3
+        with CAPTURE:  # it starts a kernel: of two threads that do so first, Triton may give one none
+            inputs = GraphInputs(bucket, device, rows)
         ran: dict[str, Counter[str]] = {}
 
         def work() -> Outputs:

@@ -217,7 +217,8 @@ class Gpu:
             yield
             gpu.capturing = False
 
-        def stream(_: int) -> SimpleNamespace:
+        def stream(_: int, priority: int) -> SimpleNamespace:
+            assert priority < 0
             gpu.streams += 1
             return SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
 

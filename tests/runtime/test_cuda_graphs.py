@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pruned_ops.layers.kinds import BERT_KIND
-from pruned_ops.runtime.engine import CudaGraphs, Engine
+from pruned_ops.runtime.cuda_graphs import CAPTURE, CudaGraphs
+from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.packed_heads import Outputs
 
 GPU = torch.device("cuda", 0)
@@ -28,10 +29,11 @@ class FakeCuda:
         self.did = list[str]()
         self._here = threading.local()
 
-    def stream_made(self, device: Any = None) -> Any:
+    def stream_made(self, device: Any = None, priority: int = 0) -> Any:
         self.made += 1
         return SimpleNamespace(
             number=self.made,
+            priority=priority,
             wait_stream=lambda other: None,
             wait_event=lambda event: self.did.append("waits"),
         )
@@ -95,6 +97,14 @@ def test_warm_up_and_captures_share_the_recorders_one_stream(fake: FakeCuda) -> 
     assert fake.made == 1 and {stream.number for stream in (*ran_on, *fake.captured_on)} == {1}
 
 
+def test_no_stream_of_a_callers_is_one_that_captures(fake: FakeCuda) -> None:
+    """torch gives the same 32 streams of a priority out again and again, so that another thread may work on
+    one by this number while it captures."""
+    CudaGraphs(GPU).record(lambda: None)
+    assert torch.cuda.Stream(GPU).priority == 0
+    assert all(stream.priority < 0 for stream in fake.captured_on)
+
+
 def test_a_warm_up_waits_for_the_graphs_that_still_run(fake: FakeCuda) -> None:
     """On other streams, too: they use the workspace of cuBLAS that belongs to the recorder's stream."""
     CudaGraphs(GPU).record(lambda: fake.did.append("works"))
@@ -148,12 +158,16 @@ def test_an_engine_keeps_its_stream_when_weights_move(
         around=[],
     )
     engine = Engine(encoder)
-    monkeypatch.setattr(
-        "pruned_ops.runtime.engine.GraphInputs", lambda *_: SimpleNamespace(ids=[], cu_seqlens=None)
-    )
+
+    def inputs(*_: Any) -> Any:
+        assert CAPTURE.is_held  # by which no two threads start a kernel for the first time
+        return SimpleNamespace(ids=[], cu_seqlens=None)
+
+    monkeypatch.setattr("pruned_ops.runtime.engine.GraphInputs", inputs)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     encoder.heads = []
     for _ in range(40):
         engine.warm_up([(10,)])
         engine.invalidate()
     assert fake.made == 1 and engine.stats.captures == 40
+    assert all(stream.priority < 0 for stream in fake.captured_on)

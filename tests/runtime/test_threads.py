@@ -15,7 +15,7 @@ from torch import Tensor
 import pruned_ops
 from inputs import READY, encoder_arguments, logits, padded_batch, stock_model
 from pruned_ops.ops.registry import OPS, use_backend
-from pruned_ops.runtime import engine as engine_module
+from pruned_ops.runtime.cuda_graphs import CAPTURE
 from stand_in_graphs import with_engine
 
 HUNG = 300  # seconds after which a child is taken to hang
@@ -132,13 +132,13 @@ def test_a_fork_while_a_thread_runs_by_graphs() -> None:
     held, ended = Event(), Event()
 
     def hold() -> None:
-        with engine._lock, engine_module._CAPTURE:
+        with engine._lock, CAPTURE:
             held.set()
             ended.wait(HUNG)
 
     def answer() -> None:
         fast(**batch)
-        with engine_module._CAPTURE:
+        with CAPTURE:
             os._exit(0 if engine.stats.replays == 2 else 1)
 
     thread = Thread(target=hold)

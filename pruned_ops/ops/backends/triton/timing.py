@@ -77,8 +77,9 @@ def graph_ms(works: Works) -> float:
 
 @functools.lru_cache
 def _stream(device: int) -> torch.cuda.Stream:
-    """The stream for timing. There is one, because torch keeps a cuBLAS workspace for each that it sees."""
-    return torch.cuda.Stream(device)
+    """The stream for timing. There is one, because torch keeps a cuBLAS workspace for each that it sees. Its
+    priority is not that of a caller's streams, so that it is none of those (torch has 32 of each)."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def tune(
