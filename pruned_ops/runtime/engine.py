@@ -2,7 +2,7 @@
 
 A pruned layer's kernels are shorter than their launches, and a graph costs one launch for all of them. There
 is a graph for each bucket of sizes: sizes are rounded up to the bucket's (tokens by at most `waste`), inputs
-are copied into its buffers, and results out of them.
+are copied into its buffers, and results out of them. Once there are many, batches share them.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ class _Graph:
 class Engine:
     """Runs a PackedEncoder's batches by CUDA graphs on a GPU, and eagerly where that cannot be.
 
-    waste: the share of rows that a bucket may add. max_tokens: a larger batch is split between sequences.
-    max_graphs: the number of graphs that are kept, those used last. recorder: a stand-in for CUDA graphs, for
-    tests.
+    waste: the share of rows that a bucket may add; twice that once there are max_graphs (see `_bucket`).
+    max_tokens: a larger batch is split between sequences. max_graphs: the number of graphs that are kept,
+    those used last. recorder: a stand-in for CUDA graphs, for tests.
     The known heads run inside the graph; `stats.outside` counts the others. Results are the caller's own.
     Several threads and streams may use it: one graph runs at a time. The GPU is waited for only by captures
     and where graphs are dropped.
@@ -152,7 +152,7 @@ class Engine:
         encoder: Graphable,
         waste: float = 0.05,
         max_tokens: int = 1 << 16,
-        max_graphs: int = 64,
+        max_graphs: int = 128,
         recorder: Recorder | None = None,
     ) -> None:
         if not 0 <= waste < 1:
@@ -239,13 +239,21 @@ class Engine:
             head if head.computes() and head.in_graph else None for head in self._encoder.heads
         ] or [None]
         for lengths in batches:
-            for _, piece in pieces(lengths, self.max_tokens):
-                if sum(piece):
-                    bucket = Bucket.of(sum(piece), len(piece), max(piece), self.waste)
-                    with self._lock:
-                        for head in heads:
-                            self._graph(bucket, head)
+            for sizes in self._sizes(lengths):
+                with self._lock:
+                    for head in heads:
+                        self._graph(*sizes, head)
         return self.stats.captures - before
+
+    def lengths_of_graphs(self, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+        """The lengths in which a batch of these lengths runs, as one graph or several."""
+        return [Bucket.of(*sizes, self.waste).lengths for sizes in self._sizes(lengths)]
+
+    def _sizes(self, lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """Tokens, sequences and the longest length of each piece of a batch that runs as a graph."""
+        for _, piece in pieces(lengths, self.max_tokens):
+            if sum(piece):
+                yield sum(piece), len(piece), max(piece)
 
     def invalidate(self) -> None:
         """Drop all graphs, and the memory that they hold."""
@@ -261,10 +269,9 @@ class Engine:
         head: PackedHead | None,
     ) -> Outputs:
         tokens = inputs[0].size(0)
-        bucket = Bucket.of(tokens, batch, max_seqlen, self.waste)
         while True:
             with self._lock:
-                graph = self._graph(bucket, head)
+                graph = self._graph(tokens, batch, max_seqlen, head)
                 if graph is None:
                     self.stats.eager += 1
                     break
@@ -276,7 +283,7 @@ class Engine:
                     continue
                 self.stats.replays += 1
                 self.stats.tokens += tokens
-                self.stats.wasted += bucket.tokens - tokens
+                self.stats.wasted += graph.inputs.bucket.tokens - tokens
                 if head is None and self._encoder.around:
                     self.stats.outside[" or ".join(self._encoder.around)] += 1
             replayed(graph.ran)
@@ -294,20 +301,36 @@ class Engine:
                 None if firsts is None else firsts[:batch].clone(),
             )
 
-    def _graph(self, bucket: Bucket, head: PackedHead | None) -> _Graph | None:
-        """The bucket's graph, captured now if it is new; None where it cannot be."""
+    def _bucket(self, tokens: int, batch: int, max_seqlen: int, head: PackedHead | None) -> Bucket:
+        """The size of the graph that is to run a batch: the batch's own, as long as there is room for another
+        graph. After that it is the smallest that holds the batch, or else a new and coarse one: of batches of
+        all sizes, as a server's are, nearly each would have a graph recorded for it, and another dropped."""
+        own = Bucket.of(tokens, batch, max_seqlen, self.waste)
+        if (own, id(head)) in self._graphs or len(self._graphs) < self.max_graphs:
+            return own
+        most = 2 * self.waste
+        holding = (
+            kept
+            for kept, of_head in self._graphs
+            if of_head == id(head) and kept.holds(tokens, batch, max_seqlen, most)
+        )
+        return min(holding, key=lambda kept: (kept.tokens, kept.batch), default=own.coarser())
+
+    def _graph(self, tokens: int, batch: int, max_seqlen: int, head: PackedHead | None) -> _Graph | None:
+        """The graph that runs a batch, captured now if it is new; None where it cannot be."""
+        bucket = self._bucket(tokens, batch, max_seqlen, head)
         graph = self._graphs.get((bucket, id(head)))
         if graph is None:
             if self._unable:  # since `serves` was asked, another thread or an earlier piece has failed
                 return None
+            failure = None
             try:
                 graph = self._captured(bucket, head)
             except Exception as error:  # no memory, or a kernel that cannot be compiled or captured
-                self._drop()
-                self._unable = f"no graph of {bucket} could be captured ({error})"
-                text = f"{self._unable}: this model runs without graphs from now on"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-                return None
+                failure = error.with_traceback(None)  # which would hold what was recorded so far
+            if graph is None:
+                again = self._gives_way(bucket, failure)
+                return self._graph(tokens, batch, max_seqlen, head) if again else None
             self.stats.captures += 1
             self._graphs[bucket, id(head)] = graph
         self._graphs.move_to_end((bucket, id(head)))
@@ -316,6 +339,20 @@ class Engine:
             self._graphs.popitem(last=False)
             self.stats.evicted += 1
         return graph
+
+    def _gives_way(self, bucket: Bucket, failure: Exception | None) -> bool:
+        """Drop all graphs after a capture that failed. Returns whether another may succeed: where the memory
+        for so many graphs was lacking, half of them are kept from now on. Else nothing is captured any more,
+        which a warning says."""
+        held = len(self._graphs)
+        self._drop()
+        if held and isinstance(failure, torch.OutOfMemoryError):
+            self.max_graphs = max(held // 2, 1)
+            return True
+        self._unable = f"no graph of {bucket} could be captured ({failure})"
+        text = f"{self._unable}: this model runs without graphs from now on"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return False
 
     # Not in the caller's inference mode: callers outside of it could not write to the buffers made here.
     @torch.inference_mode(False)

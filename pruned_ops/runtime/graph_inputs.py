@@ -13,10 +13,14 @@ from pruned_ops.ops.backends.triton.launch import cannot_start
 from pruned_ops.ops.registry import BACKENDS
 
 # Tokens. A program of the attention kernel has at least so many query rows, and one that begins beyond its
-# sequence's end stops at once, so that rounding lengths up by less costs nothing.
-LENGTH_STEP = 64
+# sequence's end stops at once, so that rounding lengths up by less costs nothing. But several sequences of at
+# most SHORT tokens share a program, and those of at most half of it twice as many.
+LENGTH_STEP, SHORT = 64, 32
 # The number of sequences is rounded up to a multiple of this share of a power of 2: by at most an eighth.
 SEQUENCE_STEPS = 8
+# How many times the programs of attention that a batch needs its graph may have, where it is not the batch's
+# own. Those beyond the sequences end at once.
+LOOSE = 4
 # Numbers. Rows of the buffers begin at multiples of it, because a kernel whose ids begin elsewhere is another
 # one, which would be compiled when an odd size first comes.
 ROW_STEP = 16
@@ -34,20 +38,45 @@ class Bucket:
     def of(cls, tokens: int, batch: int, max_seqlen: int, waste: float) -> Bucket:
         """The smallest bucket for a batch.
 
-        Tokens go in steps of a power of 2, at most `waste` of them; lengths in steps of LENGTH_STEP. The
-        filling rows make sequences of their own, for which the bucket has room: none where the tokens fill
-        the bucket, else as many as the most filling rows need, so that few buckets serve many sizes. The
-        sequences that are left are empty.
+        Tokens go in steps of a power of 2, at most `waste` of them; lengths in steps of LENGTH_STEP, or to
+        SHORT or half of it. The filling rows make sequences of their own, for which the bucket has room: none
+        where the tokens fill the bucket, else as many as the most filling rows need, so that few buckets
+        serve many sizes. The sequences that are left are empty.
         """
         step = 1 << max(int(waste * tokens), 1).bit_length() - 1
-        longest = _rounded(max_seqlen, LENGTH_STEP)
+        longest = _rounded(max_seqlen, SHORT // 2 if max_seqlen <= SHORT else LENGTH_STEP)
         fillers = -(-(step - 1) // longest) if tokens % step else 0
         return cls(_rounded(tokens, step), _rounded_sequences(batch + fillers), longest)
+
+    def holds(self, tokens: int, batch: int, max_seqlen: int, waste: float) -> bool:
+        """Whether a batch can run as this one, with at most this share of filling rows and LOOSE times the
+        programs of attention."""
+        filling = self.tokens - tokens
+        return (
+            0 <= filling <= waste * tokens
+            and max_seqlen <= self.max_seqlen
+            and batch - (-filling // self.max_seqlen) <= self.batch
+            and self.batch * self.max_seqlen <= LOOSE * batch * max(max_seqlen, LENGTH_STEP)
+        )
+
+    def coarser(self) -> Bucket:
+        """One of as many tokens that holds more batches: its sequences and their lengths are powers of 2."""
+        return Bucket(self.tokens, _power_of_2(self.batch), _power_of_2(self.max_seqlen))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of sequences that fill the bucket, as long as they may be."""
+        whole, rest = divmod(self.tokens, self.max_seqlen)
+        return (self.max_seqlen,) * whole + (rest,) * bool(rest)
 
 
 def _rounded(number: int, step: int) -> int:
     """The number, rounded up to a multiple of the step."""
     return -(-number // step) * step
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _rounded_sequences(number: int) -> int:

@@ -291,9 +291,10 @@ def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
     """Time the GPU kernels' configurations on this optimised model's shapes and these batches.
 
     The fastest configurations are kept, on disk too, and later runs with batches of about these sizes use
-    them. Without it a model of the kernels' time chooses.
-    batches: the lengths, in tokens, of the sequences of each batch. Returns how many shapes were timed; known
-    shapes are not timed again.
+    them. Without it a model of the kernels' time chooses. Graphs that were recorded before are dropped where
+    a shape was timed.
+    batches: the lengths, in tokens, of the sequences of each batch. They are timed in the sizes in which they
+    run: as graphs, which round them up. Returns how many shapes were timed; known shapes are not timed again.
     Errors: ValueError where `model` is not optimised or not on a GPU, or a batch is empty; BackendError where
     no backend can be tuned.
     """
@@ -310,10 +311,10 @@ def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
     if not available:
         reasons = "; ".join(f"{backend.name}: {backend.missing}" for backend in tuners)
         raise BackendError(f"no backend can be tuned here: {reasons}")
-    return sum(
+    timed = sum(
         tune_backend(
             packed.encoder.running_shape,
-            batches,
+            _as_run(packed, batches),
             packed.dtype,
             packed.device,
             gated=packed.encoder.kind.gated,
@@ -322,3 +323,14 @@ def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
         for tune_backend in available
         for packed in encoders
     )
+    for packed in encoders if timed else ():
+        if packed.engine is not None:
+            packed.engine.invalidate()
+    return timed
+
+
+def _as_run(packed: PackedEncoder, batches: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """Batches of the sizes in which these run: as graphs, if there are any."""
+    if packed.engine is None:
+        return batches
+    return [size for lengths in batches for size in packed.engine.lengths_of_graphs(lengths)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,9 @@ from family_models import ANSWERS, batch, largest_difference, outputs, stock
 from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights, PanelWeights
+from pruned_ops.ops.registry import BACKENDS, Backend
 from pruned_ops.runtime.engine import Engine, pieces
+from pruned_ops.runtime.packed_encoder import PackedEncoder
 from stand_in_graphs import StandIn, ids_of, with_engine
 
 STEP = 0.05
@@ -124,6 +128,32 @@ def test_graphs_used_longest_ago_go() -> None:
     assert engine._recorder.waited == 2
 
 
+def test_where_all_graphs_are_taken_a_batch_shares_one_that_holds_it() -> None:
+    fast, engine = with_engine(stock_model(), max_graphs=1)
+    batches = [ids_of(lengths, sum(lengths)) for lengths in ((20, 12, 10), (25, 14), (40, 35))]
+    eager = [pruned_ops.optimize(stock_model())(**inputs) for inputs in batches]
+    for i in (0, 1, 0, 2, 0):
+        same(fast(**batches[i]), eager[i])
+    # 39 tokens ran as 42. 75 made room for themselves, as 76, and so did 42 after them.
+    assert engine.stats.captures == 3 and engine.stats.evicted == 2 and engine.stats.wasted == 3 + 1
+
+
+def test_batches_of_all_sizes_record_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server has them. If each size had its own graph, 71% would record one."""
+    _, engine = with_engine(stock_model())
+    graph = lambda bucket, _: SimpleNamespace(inputs=SimpleNamespace(bucket=bucket))  # noqa: E731
+    monkeypatch.setattr(engine, "_captured", graph)
+    chance = random.Random(0)
+    for _ in range(2):  # a first half in which most sizes are new
+        before, tokens, rows = engine.stats.captures, 0, 0
+        for _ in range(1500):
+            lengths = [min(int(chance.lognormvariate(4, 0.6)) + 3, 512) for _ in range(chance.randint(1, 8))]
+            found: Any = engine._graph(sum(lengths), len(lengths), max(lengths), None)
+            tokens, rows = tokens + sum(lengths), rows + found.inputs.bucket.tokens
+    assert engine.stats.captures - before < 0.1 * 1500 and rows < 1.04 * tokens
+    assert len(engine) == engine.max_graphs
+
+
 def test_warm_up_captures_what_then_only_runs() -> None:
     fast, engine = with_engine(stock_model())
     assert engine.warm_up([(10, 7), (30,), (10, 7)]) == 2
@@ -132,6 +162,27 @@ def test_warm_up_captures_what_then_only_runs() -> None:
     assert engine.stats.captures == 2 and engine.stats.replays == 2
     with pytest.raises(RuntimeError, match="do not run by CUDA graphs here"):
         pruned_ops.optimize(stock_model()).engine.warm_up([(3,)])
+
+
+def test_tuning_is_of_the_sizes_that_graphs_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice for another number of tokens would never be found. Graphs from before have other kernels."""
+    fast, engine = with_engine(stock_model(), max_tokens=6000)
+    fast(**ids_of([9, 3]))
+    timed: list[tuple[int, ...]] = []
+
+    def tune(shape: Any, batches: Any, *_: Any, **kind: Any) -> int:
+        timed.extend(batches)
+        return len(batches)
+
+    monkeypatch.setitem(BACKENDS, "triton", Backend("triton", None, "", tune=tune))
+    monkeypatch.setattr(PackedEncoder, "device", torch.device("cuda", 0))
+    asked = [(300,) * 17 + (100,), (12,) * 9 + (1,), (4000, 4000)]
+    assert pruned_ops.tune(fast, asked) == 4
+    assert [sum(lengths) for lengths in timed] == [5376, 112, 4096, 4096]  # of 5,200, 109, and twice 4,000
+    assert [max(lengths) for lengths in timed] == [320, 16, 4032, 4032]
+    assert len(engine) == 0 and engine.stats.invalidated == 1
+    fast.base_model.packed.engine = None
+    assert pruned_ops.tune(fast, asked) == 3 and timed[4:] == asked
 
 
 def test_moved_cast_and_replaced_weights_are_never_read_at_their_old_place() -> None:
@@ -196,6 +247,25 @@ def test_what_cannot_be_captured_leaves_a_model_that_works(error: Exception) -> 
     assert engine.stats.replays == 1 and engine.stats.eager == 3 and len(engine) == 0
     with pytest.raises(RuntimeError, match="could be captured"):
         engine.warm_up([(3,)])
+
+
+def test_graphs_that_do_not_fit_into_memory_give_way_to_fewer() -> None:
+    """Those of today's batches, and not those of the first, are what a server needs."""
+
+    class Small(StandIn):
+        def record(self, work: Any) -> Any:
+            if len(engine) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().record(work)
+
+    model = stock_model()
+    batches = [ids_of([10 * (i + 1)], i) for i in range(7)]
+    expected = [pruned_ops.optimize(model)(**inputs) for inputs in batches]
+    fast, engine = with_engine(model, recorder=Small())
+    for inputs, one in zip(batches, expected, strict=True):
+        same(fast(**inputs), one)
+    assert engine.stats.replays == 7 and engine.stats.eager == 0
+    assert engine.max_graphs == len(engine) == 2 and engine.stats.invalidated == 1
 
 
 def test_eight_threads_get_their_own_answers() -> None:

@@ -56,6 +56,18 @@ def test_graphs_are_as_exact_as_eager(kind: str) -> None:
     assert bool(fast.engine.stats.outside) == (kind == "MPNet")  # its forward hands nothing on to the encoder
 
 
+def test_two_graphs_that_are_shared_and_dropped_serve_all_sizes() -> None:
+    """Graphs of one pool of memory, whose place others take."""
+    eager, fast = on_gpu("question-answering", graphs=False), on_gpu("question-answering")
+    exact = pruned_ops.optimize(MADE["question-answering"]().cuda(), graphs=False)
+    fast.engine.max_graphs = 2
+    for i in range(20):
+        batch = batch_of((2 + 7 * i % 30, 40 - i, 1 + 11 * i % 17)[: 1 + i % 3], i)
+        nearly_as_exact(fast(**batch), eager(**batch), exact(**batch))
+    stats = fast.engine.stats
+    assert stats.replays == 20 and stats.evicted == stats.captures - 2 > 0 and len(fast.engine) == 2
+
+
 def test_threads_and_streams_get_their_own_answers() -> None:
     eager, fast = on_gpu("question-answering", graphs=False), on_gpu("question-answering")
     batches = [batch_of((3 + i, 20 - i), i) for i in range(16)]

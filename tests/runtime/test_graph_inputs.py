@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cuda_ops import OnGpu
+from pruned_ops.ops.backends.triton.configs import short_config
 from pruned_ops.ops.backends.triton.launch import on_its_device
 from pruned_ops.ops.registry import BACKENDS
 from pruned_ops.runtime.graph_inputs import Bucket, GraphInputs
@@ -35,12 +36,41 @@ def test_buckets_hold_their_batches_and_waste_little(
     assert bucket.tokens - tokens <= waste * tokens
     filling = bucket.tokens - tokens
     assert (bucket.batch - batch) * bucket.max_seqlen >= filling and bucket.max_seqlen - longest < 64
-    assert bucket.batch <= 1.125 * (batch + 1 + waste * tokens / 64)
+    assert bucket.batch <= 1.125 * (batch + 1 + waste * tokens / min(64, bucket.max_seqlen))
+    assert sum(bucket.lengths) == bucket.tokens
+    assert max(bucket.lengths) == min(bucket.max_seqlen, bucket.tokens)
+
+
+SIZES = st.tuples(st.integers(1, 300), st.integers(1, 40), st.integers(1, 200))
+
+
+@settings(deadline=None, max_examples=500)
+@given(own=SIZES, other=SIZES)
+def test_a_bucket_holds_batches_whose_filling_rows_have_room(
+    own: tuple[int, int, int], other: tuple[int, int, int]
+) -> None:
+    bucket = Bucket.of(*own, STEP)
+    assert Bucket.of(*own, STEP).holds(*own, STEP)
+    for held in (bucket, bucket.coarser()):
+        tokens, batch, longest = other
+        if held.holds(tokens, batch, longest, 2 * STEP):
+            assert 0 <= held.tokens - tokens <= (held.batch - batch) * held.max_seqlen
+            assert held.tokens <= (1 + 2 * STEP) * tokens and longest <= held.max_seqlen
+    coarse = bucket.coarser()
+    assert coarse.tokens == bucket.tokens and bucket.batch <= coarse.batch < 2 * bucket.batch
+    assert bucket.max_seqlen <= coarse.max_seqlen < 2 * bucket.max_seqlen
 
 
 def test_few_buckets_serve_many_sizes() -> None:
     sizes = {Bucket.of(tokens, 8, 128, STEP) for tokens in range(1000, 2000)}
     assert len(sizes) < 60
+
+
+def test_short_sequences_share_programs_in_graphs_as_without() -> None:
+    for longest in range(1, 200):
+        bucket = Bucket.of(10_000, 10_000 // longest, longest, STEP)
+        for length in (longest, bucket.max_seqlen):
+            assert short_config(length, 64, torch.float16) == short_config(longest, 64, torch.float16)
 
 
 @pytest.mark.parametrize(("length", "batch"), GOALS)
