@@ -100,7 +100,7 @@ def _of_library(folder: Path) -> Contents | None:
         return Contents(
             "sparse embedder", "SparseEncoder", "splade", prompts=prompts, default_prompt=default, notes=notes
         )
-    pooling = next((module for module in listed if _class_name(module) == "Pooling"), {})
+    pooling: dict[str, Any] = next((module for module in listed if _class_name(module) == "Pooling"), {})
     config = _settings(folder / str(pooling.get("path", "")) / "config.json")
     if prompts and config.get("include_prompt", True) is not True:
         if default is not None:
