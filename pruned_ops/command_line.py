@@ -56,9 +56,11 @@ def add_device(parser: Any) -> None:
     parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
 
 
-def add_dtype(parser: Any, help_text: str) -> None:
-    """Add --dtype, whose values are fp32 and the dtypes that `optimize` has beside it."""
-    parser.add_argument("--dtype", choices=["fp32", "bfloat16", "int8"], default="fp32", help=help_text)
+def add_dtype(parser: Any, help_text: str, float16: bool = False) -> None:
+    """Add --dtype, whose values are fp32 and the dtypes that `optimize` has beside it. float16: also that,
+    in which a GPU may compute a whole model."""
+    choices = ["fp32", *(["float16"] if float16 else []), "bfloat16", "int8"]
+    parser.add_argument("--dtype", choices=choices, default="fp32", help=help_text)
 
 
 def dtype_of(arguments: argparse.Namespace) -> str | None:

@@ -55,6 +55,8 @@ VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 # The square of a larger number is beyond fp32, and so is what a model computes of it.
 MAX_WEIGHT = 1e18
 # NAME or OWNER/NAME. Whatever else is no folder is a mistyped path.
+# The dtypes that a GPU computes a whole model in.
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -392,6 +394,17 @@ def default_device(model: Any = None) -> str:
     where its weights are quantised."""
     is_quantised = getattr(model, "is_quantized", False)
     return "cuda" if torch.cuda.is_available() and not is_quantised else "cpu"
+
+
+def cast_and_dtype(dtype: str | None, place: torch.device) -> tuple[torch.dtype | None, str | None]:
+    """How a model runs in this dtype on this device: what its weights are cast to, None for nothing, and the
+    dtype of `optimize`. On a GPU all of a model runs in float16 or bfloat16. ValueError for float16 on a
+    CPU."""
+    if dtype in HALVES and place.type != "cpu":
+        return HALVES[dtype], None
+    if dtype == "float16":
+        raise ValueError("float16 is for a GPU; on a CPU there are bfloat16 and int8")
+    return None, dtype
 
 
 def checked_device(device: torch.device | str) -> torch.device:

@@ -60,7 +60,7 @@ def add_command(commands: Any) -> None:
     )
     answers.add_argument("--overwrite", action="store_true", help="replace the file --out")
     running = parser.add_argument_group("how the model runs")
-    add_dtype(running, "dtype of the linear layers, on a CPU")
+    add_dtype(running, "dtype of the linear layers on a CPU, of all of a model on a GPU", float16=True)
     add_device(running)
 
 

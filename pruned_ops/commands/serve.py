@@ -83,7 +83,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how models run."""
     loading = parser.add_argument_group("how models run")
     loading.add_argument("--device", help="where they run (default: a GPU where there is one)")
-    add_dtype(loading, "dtype of the linear layers, on a CPU")
+    add_dtype(loading, "dtype of the linear layers on a CPU, of all of a model on a GPU", float16=True)
     loading.add_argument(
         "--texts-file",
         type=Path,

@@ -10,7 +10,14 @@ from typing import Any, overload
 
 import torch
 
-from pruned_ops.checkpoints.loading import checked_device, default_device, load_model, load_tokenizer
+from pruned_ops.checkpoints.loading import (
+    HALVES,
+    cast_and_dtype,
+    checked_device,
+    default_device,
+    load_model,
+    load_tokenizer,
+)
 from pruned_ops.models.configuration import ScoreCalibration
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import is_encoder_class
@@ -37,7 +44,8 @@ class QuestionAnswerer:
     optimised in place and stays so until `pruned_ops.restore(model)`.
     tokenizer: the fast tokenizer beside the model; needed with a model that is passed in.
     device: where the model runs; by default a checkpoint goes to the GPU where there is one, and a model
-    passed in stays where it is. dtype: None, or "bfloat16" or "int8" on a CPU (see `optimize`).
+    passed in stays where it is. dtype: None, or "bfloat16" or "int8" on a CPU (see `optimize`); on a GPU
+    "float16" or "bfloat16", in which all of a checkpoint runs then (cast a model that is passed in yourself).
     max_length, stride: tokens of a window, and tokens that two neighbouring windows of a text share; by
     default 384 (less where the model takes less) and a third of it. max_answer_tokens: tokens of the longest
     answer. null_score_threshold: the answer is "" where the score of "no answer" exceeds the best span's by
@@ -66,7 +74,8 @@ class QuestionAnswerer:
         null_score_threshold: float | None = None,
         tokens_per_batch: int = 4096,
     ) -> None:
-        if isinstance(model, (str, PathLike)):
+        is_loaded = isinstance(model, (str, PathLike))
+        if is_loaded:
             tokenizer = load_tokenizer(str(model)) if tokenizer is None else tokenizer
             model = load_model(str(model), takes_int8=True)
             device = default_device(model) if device is None else device
@@ -86,6 +95,9 @@ class QuestionAnswerer:
         self.calibration = ScoreCalibration() if stored is None else ScoreCalibration.parse(stored)
         if device is not None:
             model = model.to(checked_device(device))
+        if dtype in HALVES and is_loaded:
+            cast, dtype = cast_and_dtype(dtype, model.device)
+            model = model.to(cast or model.dtype)
         self.model, self.tokenizer = optimize(model, dtype=dtype), tokenizer
         # Held while the tokenizer works: it takes no two callers at once.
         self.lock = ForkLock()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pruned_ops.checkpoints.loading import (
+    cast_and_dtype,
     checked_device,
     checkpoint_folder,
     default_device,
@@ -43,7 +44,7 @@ class Loading:
     """How models are loaded.
 
     device: where they run; by default on the GPU where there is one, and on the CPU where a model's weights
-    are quantised. dtype: None, "bfloat16" or "int8".
+    are quantised. dtype: None, "bfloat16" or "int8"; on a GPU None, "float16" or "bfloat16".
     calibration: texts with which int8 chooses the linears that stay in fp32 (see `pruned_ops.optimize`).
     plain: run the models as transformers runs them, to compare with.
     Errors: ValueError for what does not go together.
@@ -69,12 +70,12 @@ class Loading:
             quantised = (each for each in model.modules() if getattr(each, "is_quantized", False))
             device = default_device(next(quantised, None))
         place = checked_device(device)
-        model.to(place).eval()
+        cast, dtype = cast_and_dtype(self.dtype, place)
+        model.to(place, cast).eval()
         if not self.plain:
             batches = list(self._batches(encoder, pad, place)) if self.calibration else None
             # Nobody saves what is served: bfloat16 need not keep what it rounds.
-            keep = self.dtype != "bfloat16"
-            optimize(model, dtype=self.dtype, calibration=batches, keep_fp32=keep)
+            optimize(model, dtype=dtype, calibration=batches, keep_fp32=dtype != "bfloat16")
         return place
 
     def _batches(self, encoder: TextEncoder, pad: int, place: torch.device) -> Iterator[Tensors]:
@@ -164,7 +165,9 @@ def _rows(output: Any) -> Tensors:
 
 def _dtype(model: nn.Module) -> str:
     """The dtype that the linear layers of a model run in, which has fp32 weights or is optimised."""
-    return next((packed.linear_dtype for packed in packed_encoders(model)), None) or "float32"
+    for packed in packed_encoders(model):
+        return packed.linear_dtype or str(packed.dtype).removeprefix("torch.")
+    return "float32"
 
 
 def _pad(model: Any) -> int:
@@ -191,7 +194,7 @@ class _Pooled(nn.Module):
         self.encoder, self._pooling = encoder, pooling
 
     def forward(self, **inputs: Any) -> Tensor:
-        hidden = self.encoder(**inputs).last_hidden_state
+        hidden = self.encoder(**inputs).last_hidden_state.float()  # sums of halves are beyond float16
         if self._pooling == "cls":
             return hidden[:, 0]
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
@@ -262,7 +265,7 @@ def _question_answering(folder: Path, source: str, name: str, loading: Loading, 
         model = dequantised(model)
     encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
     place = loading.prepare(model, encoder, _pad(model))
-    answerer = QuestionAnswerer(model, tokenizer, dtype=loading.dtype)
+    answerer = QuestionAnswerer(model, tokenizer, dtype=cast_and_dtype(loading.dtype, place)[1])
     if loading.plain:
         restore(model)
     runner = BatchRunner(model, _pad(model), place, select_logits)

@@ -20,7 +20,14 @@ from head_models import MODELS as HEAD_MODELS
 from head_models import pruned, stock
 from inputs import pruned_model, stock_model
 from pruned_ops.checkpoints import quantizing
-from pruned_ops.checkpoints.loading import head_of, load_any_head, load_config, load_model, load_tokenizer
+from pruned_ops.checkpoints.loading import (
+    cast_and_dtype,
+    head_of,
+    load_any_head,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from pruned_ops.models.natural_questions import load_natural_questions
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.tasks.squad.task import SquadTask
@@ -209,3 +216,15 @@ def test_a_classifier_of_modernbert_answers_no_questions(head: str, tmp_path: Pa
     model_class(transformers.ModernBertConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"it is a 'ModernBertFor{head}', and no fine-tuned question-answer"):
         load_model(str(tmp_path))
+
+
+def test_a_gpu_computes_all_of_a_model_in_a_half() -> None:
+    """A CPU has dtypes of the linears, and no float16."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert cast_and_dtype("float16", gpu) == (torch.float16, None)
+    assert cast_and_dtype("bfloat16", gpu) == (torch.bfloat16, None)
+    assert cast_and_dtype("bfloat16", cpu) == (None, "bfloat16")
+    for dtype in (None, "int8"):
+        assert cast_and_dtype(dtype, gpu) == cast_and_dtype(dtype, cpu) == (None, dtype)
+    with pytest.raises(ValueError, match="float16 is for a GPU; on a CPU there are bfloat16 and int8"):
+        cast_and_dtype("float16", cpu)

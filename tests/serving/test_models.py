@@ -21,6 +21,8 @@ from inputs import READY, stock_model  # noqa: E402
 from matching import save_checkpoint  # noqa: E402
 from pruned_ops.cli import main  # noqa: E402
 from pruned_ops.commands.serve import described  # noqa: E402
+from pruned_ops.qa import answerer as answerer_module  # noqa: E402
+from pruned_ops.qa.answerer import QuestionAnswerer  # noqa: E402
 from pruned_ops.runtime.packed_encoder import packed_encoders  # noqa: E402
 from pruned_ops.serving import models as loading  # noqa: E402
 from pruned_ops.serving.application import Access, application  # noqa: E402
@@ -65,6 +67,34 @@ def sentence_transformer(tmp_path: Path, pooling: dict[str, Any], **settings: An
     model = library.SentenceTransformer(modules=modules, device="cpu", **settings)
     model.save_pretrained(str(tmp_path / "whole"))
     return model
+
+
+def test_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a model is cast where a GPU runs it, which is played here; what it puts out is near fp32's."""
+    names = ("embedder", "classifier", "reader")
+    folders = dict(zip(names, saved(tmp_path, *names), strict=True))
+    exact = {name: load(folder, name, HERE) for name, folder in folders.items()}
+    with pytest.raises(ValueError, match="float16 is for a GPU"):
+        load(folders["embedder"], "a", Loading(device="cpu", dtype="float16"))
+    for module in (loading, answerer_module):
+        monkeypatch.setattr(module, "cast_and_dtype", lambda dtype, place: (getattr(torch, dtype), None))
+    for dtype in ("float16", "bfloat16"):
+        for name, folder in folders.items():
+            served = load(folder, name, Loading(device="cpu", dtype=dtype))
+            assert served.dtype == dtype and f"linear layers in {dtype}" in described(served)
+            sequences = served.encoder.encode(TEXTS, cut=True)
+            for found, expected in zip(
+                served.compute(sequences), exact[name].compute(sequences), strict=True
+            ):
+                np.testing.assert_allclose(found, expected, atol=0.1)
+                assert all(part.dtype == np.float32 for part in found)
+    answerer = QuestionAnswerer(folders["reader"], device="cpu", dtype="float16")
+    assert next(answerer.model.parameters()).dtype == torch.float16
+    both = (answerer, QuestionAnswerer(folders["reader"], device="cpu"))
+    answer, expected = (each.answer("w1 w2", words(9), allow_none=False) for each in both)
+    assert (answer.answer, answer.score) == (expected.answer, pytest.approx(expected.score, abs=0.02))
+    with pytest.raises(ValueError, match="dtype is 'float16'"):
+        QuestionAnswerer(stock_model(), word_tokenizer(96), dtype="float16")  # a caller's own is not cast
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
