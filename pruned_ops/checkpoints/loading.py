@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from pruned_ops.files import read_json, shown
 from pruned_ops.models.configuration import PRUNED_CONFIGS, check_labels
@@ -214,7 +214,7 @@ def load_to_fine_tune(
     one where the checkpoint has none or one for other labels.
 
     of_the_config: fields of the config that are set, such as num_labels; 2 labels for question answering.
-    Errors: as `load_model`'s.
+    The weights are fp32, whatever they are stored in. Errors: as `load_model`'s.
     """
     check_source(name_or_path)
     if head == "ForQuestionAnswering":
@@ -235,7 +235,18 @@ def load_to_fine_tune(
                 f"the tensors of its {config.model_type} encoder are not what its config says: {faults[0]}"
             )
         check_weights(model.named_parameters())
-    return model
+    return _in_fp32(model)  # halves would lose most of each step
+
+
+def file_beside(name_or_path: str, file: str) -> Path | None:
+    """A file of the model of a folder or a hub name, by its path there; None where it has no such file."""
+    if Path(name_or_path).is_dir():
+        path = Path(name_or_path) / file
+        return path if path.is_file() else None
+    unless = ("missing_entries", "connection_errors")  # without a connection what is cached is all there is
+    silent = {f"_raise_exceptions_for_{reason}": False for reason in unless}
+    cached = cached_file(name_or_path, file, **silent)
+    return None if cached is None else Path(cached)
 
 
 def supported_config(name_or_path: str) -> PretrainedConfig:

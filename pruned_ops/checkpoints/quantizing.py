@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
-from transformers.utils import cached_file
 
 from pruned_ops.checkpoints.loading import (
     check_source,
     explained,
+    file_beside,
     load_any_head,
     load_tokenizer,
     supported_config,
@@ -121,7 +121,7 @@ def load(name: str) -> tuple[Any, Any]:
     Errors: ImportError where sentence-transformers is needed and not there; else as `load_model`'s."""
     check_source(name)
     with explained(name, name):
-        if _beside(name, _MODULES) is not None:
+        if file_beside(name, _MODULES) is not None:
             return _load_text_model(name), None
     tokenizer = load_tokenizer(name)
     with explained(name, name):
@@ -138,16 +138,6 @@ def load(name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _beside(name: str, file: str) -> Path | None:
-    """A file of the model of a folder or a hub name; None where it has no such file."""
-    if Path(name).is_dir():
-        path = Path(name) / file
-        return path if path.is_file() else None
-    unless = ("missing_entries", "connection_errors")  # without a connection what is cached is all there is
-    cached = cached_file(name, file, **{f"_raise_exceptions_for_{reason}": False for reason in unless})
-    return None if cached is None else Path(cached)
-
-
 def _load_text_model(name: str) -> Any:
     """A model of sentence-transformers, of the class that its own files name."""
     try:
@@ -156,7 +146,7 @@ def _load_text_model(name: str) -> Any:
         raise ImportError(
             f"{name} is a model of sentence-transformers: pip install sentence-transformers"
         ) from None
-    saved = _beside(name, "config_sentence_transformers.json")
+    saved = file_beside(name, "config_sentence_transformers.json")
     model_type = None if saved is None else read_json(saved).get("model_type")
     kind = model_type if model_type in ("SparseEncoder", "CrossEncoder") else "SentenceTransformer"
     return getattr(sentence_transformers, kind)(name, device="cpu").eval()

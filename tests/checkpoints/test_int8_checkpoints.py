@@ -19,7 +19,7 @@ import pruned_ops
 from head_models import stock
 from inputs import logits, padded_batch, pruned_model, stock_model
 from int8_anywhere import int8_anywhere
-from pruned_ops.checkpoints import quantizing
+from pruned_ops.checkpoints import loading, quantizing
 from pruned_ops.checkpoints.loading import load_model
 from pruned_ops.checkpoints.quantizing import GateNotMet, quantize
 from pruned_ops.cli import main
@@ -280,7 +280,7 @@ def test_an_embedder_on_the_hub_keeps_its_modules(tmp_path: Path, monkeypatch: p
         path = tmp_path / "on the hub" / file
         return str(path) if name == "publisher/embedder" and path.is_file() else None
 
-    monkeypatch.setattr(quantizing, "cached_file", on_the_hub)
+    monkeypatch.setattr(loading, "cached_file", on_the_hub)
     monkeypatch.setattr(st, "SentenceTransformer", lambda name, device: model if "/" in name else None)
     assert quantizing.load("publisher/embedder") == (model, None)
 

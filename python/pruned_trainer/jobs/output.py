@@ -16,15 +16,16 @@ from safetensors.torch import save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from pruned_ops.checkpoints.loading import TOKENIZER_FILES
+from pruned_ops.checkpoints.loading import TOKENIZER_FILES, file_beside
 from pruned_ops.checkpoints.loading import load_any_head as load_any_head
 from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
 from pruned_ops.files import check_name, check_place, read_json
 from pruned_ops.models.model_card import WEIGHTS
 
-# sentence-transformers' own files beside an encoder.
+# sentence-transformers' own files beside an encoder, and those of a module that follows it.
 _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+_MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 # What a run that can be resumed keeps in its partial folder: its settings and its plan.
 RUN = "run.json"
 # What a run holds a lock on, in its partial folder.
@@ -48,21 +49,29 @@ def save_checkpoint(model: Any, folder: Path, source: str, tokenizer: PreTrained
     if not files and tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if type(model).__name__.endswith("Model"):  # a bare encoder
-        _copy_modules(Path(source), folder)
+        _copy_modules(source, folder)
 
 
-def _copy_modules(source: Path, folder: Path) -> None:
+def _copy_modules(source: str, folder: Path) -> None:
     """Copy what sentence-transformers keeps beside an encoder, which says how its states become embeddings:
-    its own files, and the small folders of the modules that follow."""
-    if not (source / "modules.json").is_file():
+    its own files, and the small folders of the modules that follow. source: a folder or a hub name."""
+    listed = file_beside(source, _SENTENCE_FILES[0])
+    if listed is None:
         return
-    for name in _SENTENCE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    for module in read_json(source / "modules.json"):
+    wanted = [*_SENTENCE_FILES]
+    for module in read_json(listed):
         path = str(module.get("path") or "")
-        if path and "/" not in path and (source / path).is_dir():  # "" is the encoder itself
-            shutil.copytree(source / path, folder / path, dirs_exist_ok=True)
+        if not path.strip(".") or "/" in path:  # "" is the encoder itself
+            continue
+        if (Path(source) / path).is_dir():
+            shutil.copytree(Path(source) / path, folder / path, dirs_exist_ok=True)
+        else:
+            wanted += [f"{path}/{name}" for name in _MODULE_FILES]
+    for name in wanted:
+        file = file_beside(source, name)
+        if file is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
 
 
 class DiskFull(OSError):

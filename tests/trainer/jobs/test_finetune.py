@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForQuestionAnswering,
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
 )
@@ -17,8 +19,10 @@ from head_models import pruned
 from matching import WORDS, save_checkpoint, squad_file
 from nq_pages import matching_file
 from pruned_ops.models.encoder import NewHeadWarning
+from pruned_ops.models.natural_questions import with_answer_types
 from pruned_trainer.cli import main
 from pruned_trainer.jobs.finetune_settings import FineTuneSettings
+from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask, NqFiles
 
 CUT = ("--max-length", "24", "--stride", "4", "--epochs", "0.1")
 SIZES = {
@@ -57,6 +61,20 @@ def test_a_pruned_classifier_gives_its_encoder(tmp_path: Path) -> None:
     with pytest.warns(NewHeadWarning, match="qa_outputs"):
         assert main(["finetune", *argv, *CUT]) == 0
     assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out").qa_outputs.out_features == 2
+
+
+def test_weights_stored_in_halves_are_trained_in_fp32(tmp_path: Path) -> None:
+    """transformers loads them as they are stored, and a step is less than what a half can tell apart."""
+    source = BertForQuestionAnswering(BertConfig(**SIZES))
+    model = save_checkpoint(source.bfloat16(), tmp_path / "halves")
+    train = squad_file(tmp_path / "train.json", 40, 1)
+    argv = ["--model", str(model), "--train-file", str(train), "--out", str(tmp_path / "out")]
+    assert main(["finetune", *argv, *CUT]) == 0
+    for folder, dtype in ((model, torch.bfloat16), (tmp_path / "out", torch.float32)):
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
+    typed = save_checkpoint(with_answer_types(source.float()).bfloat16(), tmp_path / "typed")
+    started = NaturalQuestionsTask().start_model(str(typed), NqFiles(()))
+    assert {parameter.dtype for parameter in started.parameters()} == {torch.float32}
 
 
 def test_prune_refuses_what_has_no_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from matching import squad_file
+from pruned_ops.checkpoints import loading
 from pruned_ops.checkpoints.loading import load_any_head, load_tokenizer
 from pruned_trainer.cli import main
+from pruned_trainer.jobs import output
 from pruned_trainer.pruning.importance import example_losses
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.texts import embedding
@@ -284,6 +286,33 @@ def test_pooling_is_what_sentence_transformers_wrote(tmp_path: Path) -> None:
                 pooling_of(str(folder), config)
         else:
             assert pooling_of(str(folder), config) == pooling
+
+
+def test_an_embedder_of_the_hub_is_pooled_as_its_files_say_and_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, out = tmp_path / "on the hub", tmp_path / "out"
+    files = {
+        "modules.json": [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": ".."}],
+        "config_sentence_transformers.json": {"prompts": {}},
+        "1_Pooling/config.json": {"pooling_mode_cls_token": True},
+        "2_Dense/config.json": {"in_features": 32},
+        "2_Dense/model.safetensors": {},
+    }
+    for name, content in files.items():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text(json.dumps(content))
+
+    def on_the_hub(name: str, file: str, **_: Any) -> str | None:
+        path = there / file
+        return str(path) if name == "publisher/embedder" and path.is_file() else None
+
+    monkeypatch.setattr(loading, "cached_file", on_the_hub)
+    model = BertModel.from_pretrained(checkpoint(tmp_path / "model", BertModel))
+    assert pooling_of("publisher/embedder", model.config) == "cls"
+    output.save_checkpoint(model, out, "publisher/embedder", None)
+    for name in files:
+        assert (out / name).read_text() == (there / name).read_text()
 
 
 def test_ranking_measures_are_scikit_learn_s_and_know_ties() -> None:

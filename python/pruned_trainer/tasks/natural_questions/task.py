@@ -179,7 +179,7 @@ class NaturalQuestionsTask:
 
     def start_model(self, source: str, examples: NqFiles) -> PreTrainedModel:
         if is_natural_questions(AutoConfig.from_pretrained(source, trust_remote_code=False)):
-            return load_natural_questions(source)
+            return load_natural_questions(source).float()
         return with_answer_types(load_to_fine_tune(source))
 
     def load_model(self, source: str, takes_int8: bool = False) -> PreTrainedModel:

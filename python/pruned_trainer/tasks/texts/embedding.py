@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.checkpoints.loading import load_to_fine_tune
+from pruned_ops.checkpoints.loading import file_beside, load_to_fine_tune
 from pruned_ops.files import read_json
 from pruned_trainer.tasks.faults import FormatError
 from pruned_trainer.tasks.task import Score
@@ -204,8 +204,8 @@ def pooling_of(source: str, config: Any) -> str:
     known = getattr(config, "pooling", None)
     if known is not None:
         return str(known)
-    file = Path(source) / "1_Pooling" / "config.json"
-    if not file.is_file():
+    file = file_beside(source, "1_Pooling/config.json")
+    if file is None:
         return "mean"
     written = read_json(file)
     chosen = [name for name, value in written.items() if name.startswith("pooling_mode") and value is True]
