@@ -164,7 +164,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 
 def _compact(arguments: argparse.Namespace) -> None:
-    from pruned_ops.checkpoints.loading import check_source
+    from pruned_ops.checkpoints.loading import check_source, head_of
     from pruned_trainer.jobs.output import (
         OutputFolder,
         explained_when_full,
@@ -174,6 +174,8 @@ def _compact(arguments: argparse.Namespace) -> None:
     )
     from pruned_trainer.pruning.compact import compact
     from pruned_trainer.pruning.decision import Decision
+    from pruned_trainer.tasks.texts.embedding import HEAD as EMBEDDER
+    from pruned_trainer.tasks.texts.embedding import pooling_of
 
     inputs = (arguments.model, arguments.decision, arguments.calibration)
     OutputFolder.check(arguments.out, arguments.overwrite, inputs)
@@ -184,6 +186,8 @@ def _compact(arguments: argparse.Namespace) -> None:
         if not texts:
             raise ValueError(f"{arguments.calibration} holds no text")
     model, tokenizer = load_any_head(arguments.model), load_tokenizer(arguments.model)
+    if texts and arguments.compensate == "auto" and head_of(model.config) == EMBEDDER:
+        model.config.pooling = pooling_of(arguments.model, model.config)  # embeddings are compared
     narrow = compact(model, decision, texts, arguments.compensate, arguments.layer_by_layer)
     with (
         explained_when_full(arguments.out),

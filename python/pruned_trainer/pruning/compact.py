@@ -19,7 +19,7 @@ from pruned_ops.models.families.description import Family, LayerNames
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import pruned_counterpart
 from pruned_ops.models.relative_bias import heads_of_layers
-from pruned_ops.models.stock import encoder_shape, find_encoder, projection_of
+from pruned_ops.models.stock import config_of, encoder_shape, find_encoder, projection_of
 from pruned_ops.runtime.refusals import refuse_modules, refuse_parameters
 from pruned_trainer.pruning.attach import HOOKS, refuse_hidden
 from pruned_trainer.pruning.compensate import compensate as compensate_narrow
@@ -59,7 +59,10 @@ def compact(
     if calibration is not None and compensate != "none":
         texts = [text for text in calibration if isinstance(text, str)]
         batches = [batch for batch in calibration if not isinstance(batch, str)] + text_batches(model, texts)
-        compensate_narrow(narrow, model, decision, batches, compensate, layer_by_layer=layer_by_layer)
+        pooling = getattr(config_of(model), "pooling", "mean")  # an embedder's, where its config says it
+        compensate_narrow(
+            narrow, model, decision, batches, compensate, layer_by_layer=layer_by_layer, pooling=pooling
+        )
     return narrow
 
 

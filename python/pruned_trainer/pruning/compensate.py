@@ -229,6 +229,7 @@ def compensate(
     reference: PreTrainedModel | None = None,
     layer_by_layer: bool = False,
     ridge: float = RIDGE,
+    pooling: str = "mean",
 ) -> Compensation:
     """Compensate `narrow`, in place, for what `decision` removed from `model`.
 
@@ -238,8 +239,8 @@ def compensate(
     which then serves for nothing else). The loss is the batches' own where they have the task's LABELS, else
     the divergence from `reference` (default: the model). layer_by_layer: each layer is solved on the outputs
     of the compensated layers before it, which takes two passes over the calibration for every part of every
-    layer instead of one for all. Errors: ValueError for an unknown method, too few batches, and for bias
-    where a projection has none (auto leaves that out there).
+    layer instead of one for all. pooling: as for `comparable_outputs`. Errors: ValueError for an unknown
+    method, too few batches, and for bias where a projection has none (auto leaves that out there).
     """
     _check(method, calibration, validation)
     refuse_compensation(model, method)
@@ -264,7 +265,8 @@ def compensate(
             build(methods)
             return Compensation(methods)
         assert validation is not None
-        return _best(build, _loss_on(narrow, reference or model, validation), compensator.methods_for)
+        loss = _loss_on(narrow, reference or model, validation, pooling)
+        return _best(build, loss, compensator.methods_for)
 
 
 def _check(method: str, calibration: Batches, validation: Batches | None) -> None:
@@ -294,13 +296,15 @@ def _best(
     return Compensation(methods, before, least)
 
 
-def _loss_on(narrow: PreTrainedModel, reference: PreTrainedModel, batches: Batches) -> Callable[[], float]:
+def _loss_on(
+    narrow: PreTrainedModel, reference: PreTrainedModel, batches: Batches, pooling: str
+) -> Callable[[], float]:
     """A function of no arguments, the mean loss of `narrow` as it is when that is called."""
     labelled = all(is_labelled(batch) for batch in batches)
-    expected = [] if labelled else [_outputs(reference, batch) for batch in batches]
+    expected = [] if labelled else [_outputs(reference, batch, pooling) for batch in batches]
 
     def loss() -> float:
-        outputs = [_outputs(narrow, batch) for batch in batches]
+        outputs = [_outputs(narrow, batch, pooling) for batch in batches]
         if labelled:
             config = config_of(narrow)
             each = [label_losses(own, batch, config) for own, batch in zip(outputs, batches, strict=True)]
@@ -314,8 +318,9 @@ def _loss_on(narrow: PreTrainedModel, reference: PreTrainedModel, batches: Batch
     return loss
 
 
-def _outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Outputs:
-    return comparable_outputs(model(**without_labels(batch)), config_of(model), batch["attention_mask"])
+def _outputs(model: PreTrainedModel, batch: dict[str, Tensor], pooling: str) -> Outputs:
+    outputs, mask = model(**without_labels(batch)), batch["attention_mask"]
+    return comparable_outputs(outputs, config_of(model), mask, pooling)
 
 
 def text_batches(model: PreTrainedModel, texts: Sequence[str]) -> list[dict[str, Tensor]]:

@@ -60,10 +60,11 @@ class Moments:
         self.drawn += len(gradients)
         self.gradients = _sum(self.gradients, (gradients.T @ gradients).double())
 
-    def covariance(self) -> Tensor:
-        """The covariance of the inputs: (width, width)."""
+    def covariance(self, has_bias: bool = True) -> Tensor:
+        """The covariance of the inputs: (width, width). Without a bias, which would make up for their means,
+        it is their second moment."""
         assert self.inputs is not None and self.products is not None
-        mean = self.inputs / self.tokens
+        mean = self.inputs / self.tokens * has_bias
         return self.products / self.tokens - torch.outer(mean, mean)
 
     def curvature(self) -> Tensor:
@@ -111,9 +112,10 @@ def worth(
         number = len(worths.of(part)[i])
         if number == 0:
             continue
-        matrix = getattr(layers[i], PROJECTIONS[part]).weight.detach()
+        projection = getattr(layers[i], PROJECTIONS[part])
+        covariance = at_place.covariance(projection.bias is not None)
         rises = removal_rises(
-            matrix.double(), at_place.covariance(), at_place.curvature(), number,
+            projection.weight.detach().double(), covariance, at_place.curvature(), number,
             UNITS_AT_A_TIME if part == "ffn" else 1,
         )  # fmt: skip
         worths.of(part)[i].copy_(rises.float())

@@ -24,6 +24,8 @@ from pruned_ops.checkpoints import loading
 from pruned_ops.checkpoints.loading import load_any_head, load_tokenizer
 from pruned_trainer.cli import main
 from pruned_trainer.jobs import output
+from pruned_trainer.pruning import compensate
+from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 from pruned_trainer.pruning.importance import example_losses
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.texts import embedding
@@ -286,6 +288,36 @@ def test_pooling_is_what_sentence_transformers_wrote(tmp_path: Path) -> None:
                 pooling_of(str(folder), config)
         else:
             assert pooling_of(str(folder), config) == pooling
+
+
+def test_compensations_of_an_embedder_are_compared_as_it_is_pooled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the narrow embedder's config says so; `prune` compares them so, too."""
+    folder, out = checkpoint(tmp_path / "model", BertModel), tmp_path / "out"
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    heads, units = Kept((0, 2), (1.0,) * 2), Kept(tuple(range(20)), (1.0,) * 20)
+    Decision((LayerDecision(heads, units),) * 2, 1, {}, {}).save(tmp_path / "decision.json")
+    (tmp_path / "texts.txt").write_text("".join(f"w{i % 20} w{i % 7} w{i % 3}\n" for i in range(40)))
+    seen = set[str]()
+    compared = compensate.comparable_outputs
+
+    def watched(outputs: Any, config: Any, mask: Any, pooling: str = "mean") -> Any:
+        seen.add(pooling)
+        return compared(outputs, config, mask, pooling)
+
+    monkeypatch.setattr(compensate, "comparable_outputs", watched)
+    argv = ["compact", "--model", str(folder), "--decision", str(tmp_path / "decision.json")]
+    assert main([*argv, "--calibration", str(tmp_path / "texts.txt"), "--out", str(out)]) == 0
+    assert seen == {"cls"} and json.loads((out / "config.json").read_text())["pooling"] == "cls"
+
+    seen.clear()
+    monkeypatch.setattr("pruned_trainer.jobs.prune._draw", lambda folder: None)  # another test's, and slow
+    rows = write_rows(tmp_path / "train.jsonl", scored(80, 1))
+    argv = ["prune", "--task", "embedding", "--recipe", "fast", "--model", str(folder), "--macs", "0.7", *CUT]
+    assert main([*argv, "--train-file", str(rows), "--out", str(tmp_path / "pruned")]) == 0
+    assert seen == {"cls"}
 
 
 def test_an_embedder_of_the_hub_is_pooled_as_its_files_say_and_keeps_them(

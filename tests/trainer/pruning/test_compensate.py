@@ -264,3 +264,29 @@ def test_texts_are_a_calibration(trained: Any, tmp_path: Any) -> None:
     assert not torch.equal(
         narrow.bert.encoder.layer[0].output.dense.bias, plain.bert.encoder.layer[0].output.dense.bias
     )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_embeddings_are_compared_as_they_are_pooled(pooling: str) -> None:
+    """By the config of a bare encoder, or as the caller says: the loss is that of the pooled states."""
+    model: Any = trained_model(steps=1).bert
+    model.config.pooling = pooling
+    drawn = [batch_of(16, torch.Generator().manual_seed(i)) for i in range(6)]
+    decision, batches = halved(model), [importance.without_labels(batch) for batch in drawn]
+    batches[4]["attention_mask"][:4, -3:] = 0
+    narrow = compact(model, decision)
+    done = compensate(narrow, model, decision, batches[:4], "auto", batches[4:], pooling=pooling)
+    losses = []
+    with torch.no_grad():
+        for batch in batches[4:]:
+            mask = batch["attention_mask"][:, :, None].float()
+            states = [each(**batch).last_hidden_state for each in (compact(model, decision), model)]
+            own, wanted = (x[:, 0] if pooling == "cls" else (x * mask).sum(1) / mask.sum(1) for x in states)
+            away = 1 - torch.cosine_similarity(own, wanted)
+            losses.append(away + (own - wanted).square().sum(1) / wanted.square().sum(1))
+    assert done.loss_before == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+    by_config = compact(model, decision, [*batches[:3], batches[4]], "auto")
+    asked = compact(model, decision)
+    compensate(asked, model, decision, [*batches[:3], batches[4]], "auto", pooling=pooling)
+    for name, tensor in by_config.state_dict().items():
+        assert torch.equal(tensor, asked.state_dict()[name])

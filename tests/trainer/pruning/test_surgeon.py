@@ -183,3 +183,17 @@ def test_parts_that_no_projection_has_are_refused_and_empty_layers_are_none(
     narrow = compact(trained, decide(scores, budget, Target(macs=0.8), align=1))
     again = surgeon.score(narrow, batches(1), SizeBudget(model_shape(narrow), "macs", [14]), ("ffn",))
     assert [len(x) for x in again.rank.ffn] == [layer.ffn_width for layer in model_shape(narrow).layers]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_constant_unit_is_free_where_a_bias_can_take_its_mean(has_bias: bool) -> None:
+    """And only there: without a bias its mean is lost with it."""
+    model: Any = trained_model(steps=1)
+    layer = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        layer.intermediate.dense.weight[0] = 0
+        layer.intermediate.dense.bias[0] = 2.0
+    if not has_bias:
+        layer.output.dense.bias = None
+    worths = surgeon.worth(model, batches(2), ("ffn",)).ffn[0]
+    assert int(worths.argmin()) == 0 if has_bias else float(worths[0]) > float(worths[1:].median())
