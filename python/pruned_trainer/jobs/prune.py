@@ -152,7 +152,8 @@ def _gradually(opened: Run) -> tuple[Run, list[Trained], Log]:
     targets, steps = job.settings.targets, opened.plan.gate_steps
     for number, target in enumerate(targets):
         earlier = Narrow(trained[-1].model, trained[-1].chosen.decision) if trained else None
-        settings = replace(job.settings, targets=(target,), gradual=False)
+        seed = job.settings.seed + 2 * number  # so that no training begins with windows of one before it
+        settings = replace(job.settings, targets=(target,), gradual=False, seed=seed)
         folder = opened.folder.partial / f"{_STAGE}{number}"
         folder.mkdir(exist_ok=True)
         share = round(steps * (number + 1) / len(targets)) - round(steps * number / len(targets))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from pruned_ops.files import read_json, write_json
 from pruned_trainer.distributed import is_main, per_process
 from pruned_trainer.jobs.job import Clock, Job
+from pruned_trainer.jobs.output import OutputFolder
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import BF16_LENGTHS
@@ -70,7 +71,9 @@ def build_trainer(
     if not timing:
         trainer.add_callback(_KeepTime(job.clock, folder / _SECONDS))
     if settings.tensorboard and not timing and is_main():
-        trainer.add_callback(tensorboard_writer(folder.parent / "tensorboard" / folder.name))
+        partial_folder = OutputFolder.partial_of(settings.out)
+        place = folder.relative_to(partial_folder)  # of a gradual sweep's gates: in their stage's folder
+        trainer.add_callback(tensorboard_writer(partial_folder / "tensorboard" / place))
     return trainer
 
 
@@ -105,15 +108,20 @@ def _arguments(
     rate and folder."""
     settings = job.settings
     more: dict[str, Any] = TIMING if timing else {"save_strategy": "steps", "save_steps": settings.save_steps}
+    # With the gates' seed the retraining would begin with the windows that they have had, in the same order.
+    seed = settings.seed if phase else settings.seed + 1
     if job.arguments is not None:
-        own = {"max_steps": steps, "learning_rate": rate, "output_dir": str(folder), **OWN_ARGUMENTS, **more}
+        own: dict[str, Any] = {
+            "max_steps": steps, "learning_rate": rate, "seed": seed, "output_dir": str(folder),
+            **OWN_ARGUMENTS, **more,
+        }  # fmt: skip
         return replace(job.arguments, **own)
     return training_arguments(
         folder,
         steps,
         per_process(settings.train_batch),
         rate,
-        settings.seed,
+        seed,
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
         torch_compile=settings.compile and phase is None,

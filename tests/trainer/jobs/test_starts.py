@@ -74,7 +74,7 @@ def kept(out: Path) -> set[tuple[int, str, int]]:
 def test_a_gradual_sweep_goes_from_model_to_model_and_resumes(
     settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = variant(settings, "gradual", targets=TARGETS, gradual=True, align=1)
+    one = variant(settings, "gradual", targets=TARGETS, gradual=True, align=1, tensorboard=True)
     starts: list[Any] = []
     original = prune_module.choose
 
@@ -93,6 +93,8 @@ def test_a_gradual_sweep_goes_from_model_to_model_and_resumes(
     trained = AutoModelForQuestionAnswering.from_pretrained(large).state_dict()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in second.model.state_dict().items())
     assert not list(one.out.glob("stage-*"))
+    boards = {file.parent.relative_to(one.out / "tensorboard") for file in one.out.rglob("events.out.*")}
+    assert {*map(str, boards)} == {"stage-0/gates", "stage-1/gates", "retrain-macs-0.7", "retrain-macs-0.45"}
     assert len(json.loads((small / "report.json").read_text())["training"]["gates"]) > 20  # of both stages
 
     killed = replace(one, out=one.out.with_name("gradual-killed"))
