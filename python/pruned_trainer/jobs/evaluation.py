@@ -187,7 +187,8 @@ def _prediction_errors(
 
 
 def _shapes(dense: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Any]:
-    """The pruned model's layers and hidden size, and the dense model's widest layer."""
+    """The pruned model's layers and hidden size; the dense model's, which may have been pruned before, and
+    its widest layer."""
     shape, dense_shape = model_shape(pruned), model_shape(dense)
     return {
         "shape": shape.to_json(),
@@ -196,6 +197,7 @@ def _shapes(dense: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Any]:
             "num_heads": max(layer.num_heads for layer in dense_shape.layers),
             "ffn_width": max(layer.ffn_width for layer in dense_shape.layers),
             "hidden_size": dense_shape.hidden_size,
+            "layers": dense_shape.to_json(),
         },
     }
 

@@ -6,7 +6,7 @@ A report of an earlier version may lack any field; a field that is there must ha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,18 @@ def noun_of(report: Fields) -> str:
 
 def shapes(report: Fields) -> list[tuple[int, int]]:
     """The (heads, FFN width) that each layer keeps, without layers of which one number is missing."""
-    counts = [(layer.count("num_heads"), layer.count("ffn_width")) for layer in report.parts("shape")]
+    return _counts(report.parts("shape"))
+
+
+def dense_shapes(report: Fields) -> list[tuple[int, int]]:
+    """The (heads, FFN width) of each layer of the dense model; all as wide as the widest one in reports of
+    earlier versions, which have that alone. Empty where the report has neither."""
+    dense = report.part("dense_shape")
+    return _counts(dense.parts("layers")) or _counts([dense]) * len(shapes(report))
+
+
+def _counts(layers: Iterable[Fields]) -> list[tuple[int, int]]:
+    counts = [(layer.count("num_heads"), layer.count("ffn_width")) for layer in layers]
     return [(heads, ffn) for heads, ffn in counts if heads is not None and ffn is not None]
 
 

@@ -135,23 +135,24 @@ def _inline(svg: str, name: str) -> str:
     return svg
 
 
-def layers(name: str, kept: Sequence[tuple[int, int]], heads: int, ffn: int) -> Drawing:
+def layers(name: str, kept: Sequence[tuple[int, int]], dense: Sequence[tuple[int, int]]) -> Drawing:
     """The heads and the FFN width that each layer keeps, on bars as long as the dense model's.
 
-    kept: (heads, FFN width) of each layer. heads, ffn: the same of a dense layer.
+    kept, dense: (heads, FFN width) of each layer.
     """
+    heads, ffn = (max(layer[column] for layer in dense) for column in (0, 1))
 
     def fill(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         panels = (left, "heads", heads, "first"), (right, "FFN width", ffn, "second")
         for column, (axes, what, full, colour) in enumerate(panels):
-            values = [layer[column] for layer in kept]
+            values, tracks = ([layer[column] for layer in layers] for layers in (kept, dense))
             rows = range(len(kept))
-            axes.barh(rows, [full] * len(kept), color=LIGHT["track"], height=0.72)
+            axes.barh(rows, tracks, color=LIGHT["track"], height=0.72)
             axes.barh(rows, values, color=LIGHT[colour], height=0.72)
             for row, value in zip(rows, values, strict=True):
                 axes.text(full * 1.04, row, str(value), va="center", fontsize=8.5)
-            axes.set_title(f"{what}: {sum(values)} of {full * len(kept)}")
+            axes.set_title(f"{what}: {sum(values)} of {sum(tracks)}")
             axes.set_xlim(0, max(full, 1) * 1.3)
             axes.set_xticks([0, full])
             axes.spines["left"].set_visible(False)

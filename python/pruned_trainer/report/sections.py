@@ -6,8 +6,8 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
 from pruned_trainer.pruning.options import UNTRAINED
 from pruned_trainer.report import figures
@@ -15,6 +15,7 @@ from pruned_trainer.report.fields import (
     Fields,
     change,
     change_text,
+    dense_shapes,
     noun_of,
     scores_of,
     shapes,
@@ -78,29 +79,28 @@ def scores_and_sizes(report: Fields) -> Section:
 
 def _kept(report: Fields) -> list[tuple[str, int, int]]:
     """(name, dense, pruned) of the numbers of heads, the FFN widths and the hidden size."""
-    dense, left = report.part("dense_shape"), shapes(report)
+    dense, left = dense_shapes(report), shapes(report)
     counts = []
-    columns = (("heads", "num_heads"), ("FFN widths, together", "ffn_width")) if left else ()
-    for column, (label, key) in enumerate(columns):
-        full = dense.count(key)
-        if full is not None:
-            counts.append((label, full * len(left), sum(layer[column] for layer in left)))
-    full, hidden = dense.count("hidden_size"), report.count("hidden_size")
-    if full is not None and hidden is not None:
-        counts.append(("hidden size", full, hidden))
+    for column, label in enumerate(("heads", "FFN widths, together") if dense and left else ()):
+        full, kept = (sum(layer[column] for layer in layers) for layers in (dense, left))
+        counts.append((label, full, kept))
+    size, hidden = report.part("dense_shape").count("hidden_size"), report.count("hidden_size")
+    if size is not None and hidden is not None:
+        counts.append(("hidden size", size, hidden))
     return counts
 
 
 def layers_section(report: Fields) -> Section:
     """The heads and the FFN width that each layer keeps, as bars."""
     section = Section("layers", "What is left of each layer")
-    dense, left = report.part("dense_shape"), shapes(report)
-    heads, ffn = dense.count("num_heads"), dense.count("ffn_width")
-    if left and heads is not None and ffn is not None:
+    dense, left = dense_shapes(report), shapes(report)
+    if left and len(dense) == len(left):
+        heads, ffn = (max(layer[column] for layer in dense) for column in (0, 1))
+        which = "A dense layer has" if len({*dense}) == 1 else "The widest dense layers have"
         section.notes.append(
-            f"A dense layer has {heads} heads and an FFN width of {ffn}; layer 0 follows the embedding."
+            f"{which} {heads} heads and an FFN width of {ffn}; layer 0 follows the embedding."
         )
-        section.drawings.append(figures.layers("report-layers", left, heads, ffn))
+        section.drawings.append(figures.layers("report-layers", left, dense))
     return section
 
 
@@ -115,15 +115,20 @@ def training_section(report: Fields, models: Sequence[Fields]) -> Section:
         recipe, without = report.text("recipe"), "This report has no log of gates."
         section.notes.append(f"The recipe {recipe} trains no gates." if recipe in UNTRAINED else without)
         return section
+    held_apart = report.text("recipe") == "paper" and any("wanted" in entry for entry in log)
+    trainings = [log] if held_apart else _trainings(log)
+    if len(trainings) > 1:  # in a gradual sweep
+        models = models[:1]
+        log = min(trainings, key=lambda training: _distance(training, models[0]))
+        section.notes.append(
+            f"The gates trained anew for each target; the training towards {_wanted(log)[-1]:.3f} of the "
+            "dense cost is drawn."
+        )
     openness = _openness(log, report)
     if openness:
         section.notes.append("Expected number of open gates in each layer, as a share of the dense layer's.")
         section.drawings.append(openness)
-    held_apart = report.text("recipe") == "paper" and any("wanted" in entry for entry in log)
-    anew = not held_apart and _begins_anew(log)  # as in a gradual sweep
-    if anew:
-        section.notes.append("The gates trained anew for each target; the first training is drawn.")
-    target = None if held_apart else _target(log, models[:1] if anew else models)
+    target = None if held_apart else _target(log, models)
     if target:
         section.drawings.append(target)
     elif held_apart:
@@ -179,10 +184,36 @@ def _over_steps(log: Iterable[Fields], names: Sequence[str]) -> tuple[list[float
     return (steps, curves) if steps else None
 
 
-def _begins_anew(log: Sequence[Fields]) -> bool:
-    """Whether gates that were held to a target were trained more than once, one training after another."""
-    steps = [step for entry in log if "wanted" in entry and (step := entry.number("step")) is not None]
-    return any(later <= before for before, later in pairwise(steps))
+def _trainings(log: Sequence[Fields]) -> list[list[Fields]]:
+    """The entries of each training of gates that were held to a target: one begins where the step does not
+    rise."""
+    trainings: list[list[Fields]] = [[]]
+    before = -math.inf
+    for entry in log:
+        step = entry.number("step")
+        if entry.number("wanted") is not None and step is not None:
+            if step <= before:
+                trainings.append([])
+            before = step
+        trainings[-1].append(entry)
+    return trainings
+
+
+def _wanted(log: Sequence[Fields]) -> list[float]:
+    """The costs that were wanted of the gates, in the order of the log."""
+    return [wanted for entry in log if (wanted := entry.number("wanted")) is not None]
+
+
+def _distance(training: Sequence[Fields], model: Fields) -> float:
+    """How far the cost that a training wanted at its end is from the model's."""
+    cost = _share(model, _unit([model]))
+    return 0.0 if cost is None else abs(_wanted(training)[-1] - cost)
+
+
+def _unit(models: Sequence[Fields]) -> str | None:
+    """The unit among _COSTS that the models' targets are in; None for a time."""
+    units = [unit for model in models for unit in model.part("target").part("reached")]
+    return next((unit for unit in units if unit in _COSTS), None)
 
 
 def _target(log: Sequence[Fields], models: Sequence[Fields]) -> Drawing | None:
@@ -190,8 +221,7 @@ def _target(log: Sequence[Fields], models: Sequence[Fields]) -> Drawing | None:
     if not curves:
         return None
     steps, (wanted, expected) = curves
-    units = [unit for model in models for unit in model.part("target").part("reached")]
-    unit = next((unit for unit in units if unit in _COSTS), None)
+    unit = _unit(models)
     decided = [_share(model, unit) for model in models]
     return figures.target(
         "report-target",

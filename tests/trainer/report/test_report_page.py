@@ -259,13 +259,40 @@ def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
     parsed = page(put(tmp_path / "held", held))
     assert "held to its share of the target" in parsed.texts["training"]
     assert "figure-report-target" not in parsed.ids
-    parsed = page(put(tmp_path / "again", a_report(training={"gates": gate_log(3) * 2, "retrain": []})))
-    assert "trained anew for each target; the first training is drawn" in parsed.texts["training"]
-    assert "figure-report-target" in parsed.ids
     training = {"gates": [], "retrain": []}
     parsed = page(put(tmp_path / "gain", a_report(training=training, recipe="gain")))
     assert "The recipe gain trains no gates" in parsed.texts["training"]
     assert not (tmp_path / "gain" / "report-gates.png").exists()
+
+
+def test_a_gradual_sweep_s_pages_draw_the_training_of_their_model(tmp_path: Path) -> None:
+    """The log has that of every target; a family's page draws the largest model's."""
+    second = [{**e, "wanted": e["wanted"] / 2, "expected": 0.3} if "wanted" in e else e for e in gate_log(3)]
+    training = {"gates": gate_log(3) + second, "retrain": []}
+    family = a_sweep(folders=("macs-0.5", "macs-0.25"))
+    for cost, number in ((0.499, 0), (0.249, 1)):
+        target = {"asked": {"macs": cost}, "reached": {"macs": cost}}
+        family["points"][number]["target"] = target
+        folder = tmp_path / "family" / family["points"][number]["folder"]
+        parsed = page(put(folder, a_report(training=training, target=target)))
+        wanted = ("0.500", "0.250")[number]
+        assert f"trained anew for each target; the training towards {wanted}" in parsed.texts["training"]
+        assert f"{wanted} wanted" in parsed.source and f"decided: {cost}" in parsed.texts["training"]
+    parsed = page(put(tmp_path / "family", family, "sweep.json"))
+    assert "the training towards 0.500" in parsed.texts["training"]
+    assert "decided: 0.499" in parsed.texts["training"] and "0.249" not in parsed.texts["training"]
+
+
+def test_a_dense_model_that_was_pruned_before_is_counted_as_it_is(tmp_path: Path) -> None:
+    report = a_report()
+    heads, widths = (2, 12, 5), (96, 1536, 400)
+    report["dense_shape"]["layers"] = [
+        {"num_heads": h, "ffn_width": w} for h, w in zip(heads, widths, strict=True)
+    ]
+    parsed = page(put(tmp_path / "out", report))
+    assert "heads: 3 of 19" in parsed.texts["layers"] and "FFN width: 300 of 2032" in parsed.texts["layers"]
+    assert "The widest dense layers have 12 heads" in parsed.texts["layers"]
+    assert "heads 19 3 0.158 of dense" in " ".join(parsed.texts["scores"].split())
 
 
 @pytest.mark.parametrize(
