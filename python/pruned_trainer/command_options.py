@@ -17,12 +17,18 @@ from pruned_trainer.jobs.settings import (
     DTYPES,
     PAPER_BATCH_SIZE,
     RECIPES,
-    SCORE_STEPS,
     WIDTH_ALIGN,
     PruneSettings,
 )
 from pruned_trainer.jobs.settings_checks import PRECISIONS
-from pruned_trainer.pruning.options import COMPENSATIONS, DEFAULT_PARTS, MAX_PACE, PARTS, PENALTIES
+from pruned_trainer.pruning.options import (
+    COMPENSATIONS,
+    DEFAULT_PARTS,
+    MAX_PACE,
+    PARTS,
+    PENALTIES,
+    SCORE_WINDOWS,
+)
 from pruned_trainer.tasks.options import TASKS
 from pruned_trainer.training.distillation import Distillation
 
@@ -241,7 +247,8 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 def _add_length(parser: argparse.ArgumentParser) -> None:
     options = Options.titled(parser, "how long it trains", PruneSettings)
     options.add("gate_epochs", "epochs of the gates' training (default: 1)", type=float)
-    scores = ", ".join(f"{recipe}: {steps}" for recipe, steps in SCORE_STEPS.items())
+    scored = {recipe: windows for recipe, windows in SCORE_WINDOWS.items() if windows > 1}
+    scores = ", ".join(f"{recipe}: {windows} windows" for recipe, windows in scored.items())
     options.add(
         "gate_steps",
         f"steps of the gates' training, or minibatches scored (default: its epochs; {scores})",

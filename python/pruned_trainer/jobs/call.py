@@ -44,10 +44,10 @@ from pruned_trainer.jobs.plan import GATE_SHARE
 from pruned_trainer.jobs.prune import finished, run_for_one
 from pruned_trainer.jobs.row_checks import Expected, check_rows, first_batch, said
 from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
-from pruned_trainer.jobs.settings import OWN_TASK, SCORE_STEPS, PruneSettings
+from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
 from pruned_trainer.pruning.attach import HALVES, HOOKS
 from pruned_trainer.pruning.decision import Decision
-from pruned_trainer.pruning.options import DEFAULT_PARTS, Target
+from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, score_steps
 from pruned_trainer.tasks.output_kinds import Outputs, check_comparable, comparable_outputs
 from pruned_trainer.tasks.task import HELD_OUT, without_labels
 from pruned_trainer.training.batches import GROUP, Collate, Share
@@ -427,8 +427,9 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
         return {} if "retrain_epochs" in options else {"retrain_steps": total}
     trainings = len(options.get("parts", DEFAULT_PARTS)) if recipe == "paper" else 1
     share = max(1, round(GATE_SHARE * total / trainings))
-    gates = options.get("gate_steps") or SCORE_STEPS.get(recipe) or share
-    used = 0 if recipe in SCORE_STEPS else gates * trainings
+    scored = score_steps(recipe, batch)
+    gates = options.get("gate_steps") or scored or share
+    used = 0 if scored else gates * trainings
     steps = {}
     if "gate_epochs" not in options:
         steps["gate_steps"] = gates

@@ -22,7 +22,6 @@ from pruned_trainer.jobs.precision import (
     step_seconds,
     timing_batches,
 )
-from pruned_trainer.jobs.settings import SCORE_STEPS
 from pruned_trainer.jobs.timed_choice import ROUNDS, choice_workload, round_seconds
 from pruned_trainer.jobs.trainers import build_trainer
 from pruned_trainer.pruning import importance, surgeon
@@ -31,7 +30,7 @@ from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.gates import Gates
-from pruned_trainer.pruning.options import UNTRAINED
+from pruned_trainer.pruning.options import UNTRAINED, score_steps
 from pruned_trainer.training.batches import Features
 from pruned_trainer.training.phase import prepare_student
 
@@ -102,7 +101,7 @@ def _given_gate_steps(job: Job) -> int | None:
         return settings.gate_steps
     if settings.gate_epochs is not None:
         return math.ceil(_epoch(job, job.gate_train) * settings.gate_epochs)
-    return SCORE_STEPS.get(settings.recipe)
+    return score_steps(settings.recipe, settings.train_batch)
 
 
 def _from_settings(job: Job) -> Plan:
@@ -229,9 +228,11 @@ def _deciding_seconds(job: Job) -> float:
     """Seconds that timing the choices will take: both models, TIMED_CHOICES times for each target in time."""
     if job.table is None:  # no target in time
         return 0.0
-    targets = job.settings.targets
-    batches = len(choice_workload(job, targets[-1]).batches) * (ROUNDS + 1)
-    return TIMED_CHOICES * len(targets) * batches * round_seconds(job, targets[-1])
+    rounds = TIMED_CHOICES * (ROUNDS + 1)
+    return sum(
+        rounds * len(choice_workload(job, target).batches) * round_seconds(job, target)
+        for target in job.settings.targets
+    )
 
 
 def _score_seconds(job: Job, choices: int) -> float:

@@ -38,9 +38,6 @@ OWN_TASK = "own"
 DTYPES = ("fp32", "bfloat16", "int8")
 # Examples in a training step, and the paper's own number in its recipe.
 BATCH_SIZE, PAPER_BATCH_SIZE = 16, 24
-# The minibatches that importance scores are taken over by default. Leave-one-out passes over them again for
-# every head and group.
-SCORE_STEPS = {"fast": 8, "gain": 64, "leave-one-out": 8, "random": 1}
 # FFN widths and the hidden size are rounded up to a multiple of this, where no latency table says another.
 WIDTH_ALIGN = 8
 # Shares of windows that are made for the retraining, and that only the teacher judges.

@@ -25,6 +25,9 @@ METHODS = ("gain", "leave-one-out", "random")
 BY_LABELS = ("gain", "leave-one-out")
 # The recipes that train no gates: these ways, and the surgeon's (`surgeon.score`).
 UNTRAINED = ("fast", *METHODS)
+# The windows that they score by, where nothing else is asked for. Leave-one-out passes over them again for
+# every head and group.
+SCORE_WINDOWS = {"fast": 128, "gain": 1024, "leave-one-out": 128, "random": 1}
 # How compaction makes up for what it removes (`compensate.compensate`): in one of the ways that are made, in
 # whichever is best for each part, or not at all.
 COMPENSATIONS_MADE = ("bias", "least-squares")
@@ -98,3 +101,9 @@ def check_parts(parts: Sequence[str]) -> None:
         raise ValueError(
             f"parts are {', '.join(parts) or 'none'}: one or more of {', '.join(PARTS)} is needed"
         )
+
+
+def score_steps(recipe: str, batch_size: int) -> int | None:
+    """The minibatches of so many examples that hold a recipe's SCORE_WINDOWS; None where it has none."""
+    windows = SCORE_WINDOWS.get(recipe)
+    return None if windows is None else -(-windows // batch_size)
