@@ -54,7 +54,7 @@ from pruned_trainer.training.batches import GROUP, Collate, Share
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.encoder_states import accepted, is_of_a_library
 from pruned_trainer.training.phase import InterruptedTraining
-from pruned_trainer.training.teaching import TaskLoss, logits_config, loss_of
+from pruned_trainer.training.teaching import TaskLoss, logits_config, loss_of, other_meaning
 from pruned_trainer.training.trainer import check_arguments
 
 # The examples in an evaluation batch where the caller's arguments name no other number.
@@ -319,6 +319,9 @@ class _Call:
         outputs = self._outputs(dense, "model", first, weights.pooling)
         if teacher is not dense and weights.needs_teacher:
             check_comparable(outputs, self._outputs(teacher, "teacher", first, weights.pooling))
+            fault = other_meaning(teacher, dense)
+            if fault is not None:
+                raise ValueError(f"the teacher cannot teach the model: {fault}")
         expected = Expected(
             configs=configs,
             specials=frozenset(getattr(tokenizer, "all_special_ids", [config_of(dense).pad_token_id])),

@@ -51,7 +51,7 @@ from pruned_trainer.training.batches import (
 )
 from pruned_trainer.training.cross_pairs import CrossPairs
 from pruned_trainer.training.teacher_cache import TeacherCache, fingerprint
-from pruned_trainer.training.teaching import TaskLoss
+from pruned_trainer.training.teaching import TaskLoss, other_meaning
 
 # Batches per round and rounds of the timing: about a minute for a small encoder on two cores.
 TIMED_BATCHES, TIMED_ROUNDS = 16, 7
@@ -370,6 +370,7 @@ def load_teacher(
     limits = longest_sequence(teacher.config), longest_sequence(dense.config)
     if limits[0] != limits[1]:
         faults.append(f"it takes {limits[0]} tokens, the student {limits[1]}")
+    faults += filter(None, [other_meaning(teacher, dense)])
     if faults:
         raise ValueError(f"{source} cannot teach {name}: {'; '.join(faults)}")
     return teacher

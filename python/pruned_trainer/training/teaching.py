@@ -140,6 +140,20 @@ class Teaching:
         return taught, states
 
 
+def other_meaning(teacher: nn.Module, student: nn.Module) -> str | None:
+    """Why numbers of the teacher's mean something else than the student's at the same place, where their
+    configs tell; None where they do not."""
+    configs = [getattr(model, "config", None) for model in (teacher, student)]
+    labels = [getattr(config, "id2label", None) or {} for config in configs]
+    names = [[str(each[number]).casefold() for number in sorted(each)] for each in labels]
+    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        return f"its labels are {', '.join(names[0])}, in another order than the student's"
+    poolings = [getattr(config, "pooling", None) for config in configs]
+    if None not in poolings and poolings[0] != poolings[1]:
+        return f"its embeddings are pooled by {poolings[0]}, and the student's by {poolings[1]}"
+    return None
+
+
 def logits_config(model: nn.Module, beside: nn.Module) -> Any:
     """The config that says what a model's logits are: its own, or where that does not say, that of the model
     `beside` it, which transformers may have told by the labels that it was given."""

@@ -133,6 +133,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another head": (
         {"teacher": lambda: classifier(num_labels=5)}, "logits have a width of 5, and the student's of 3",
     ),
+    "another order": (
+        {"teacher": lambda: classifier(id2label={0: "LABEL_1", 1: "LABEL_0", 2: "LABEL_2"})},
+        "its labels are label_1, label_0, label_2, in another order than the student's",
+    ),
     "another kind": (
         {"teacher": lambda: BertForTokenClassification(config())}, "teacher gives tokens, and the student cl",
     ),

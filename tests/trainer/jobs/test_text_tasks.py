@@ -395,6 +395,11 @@ def test_evaluate_says_how_far_a_checkpoint_agrees_with_its_teacher(
         (classifier / "opposite" / file).write_bytes((classifier / "model" / file).read_bytes())
     assert main([*argv, "--teacher", str(classifier / "opposite")]) == 0
     assert "agreement  0.00" in capsys.readouterr().out
+    other.config.id2label = dict(enumerate(reversed(other.config.id2label.values())))
+    other.save_pretrained(classifier / "opposite")
+    refused(
+        capsys, [*argv, "--teacher", str(classifier / "opposite")], "its labels are low, high, in another"
+    )
     refused(capsys, argv, "texts without labels are judged beside a teacher: name it with --teacher")
     refused(
         capsys,

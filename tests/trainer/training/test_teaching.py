@@ -18,7 +18,7 @@ from pruned_trainer import Distillation, HoldTarget, PruningTrainer, SizeBudget,
 from pruned_trainer.training.batches import pad_batch
 from pruned_trainer.training.encoder_states import capturing, run_model
 from pruned_trainer.training.phase import training_arguments
-from pruned_trainer.training.teaching import Teaching
+from pruned_trainer.training.teaching import Teaching, other_meaning
 
 BATCH = padded_batch((6, 3), pad_token_id=1)
 
@@ -146,3 +146,24 @@ def test_rank_scores_learn_margins_where_the_query_is_known() -> None:
     own, wanted = outputs.logits[:, 0], teacher(**BATCH).logits[:, 0]
     torch.testing.assert_close(alone, F.mse_loss(own, wanted))
     torch.testing.assert_close(ranked - alone, ((own[0] - own[1]) - (wanted[0] - wanted[1])) ** 2)
+
+
+def test_a_teacher_whose_numbers_mean_something_else_is_known_by_its_config() -> None:
+    """Only where that is sure: other names may say the same, and what no config tells may be so."""
+    student, teacher = stock("bert", "sequence"), stock("bert", "sequence")
+    names = ("no", "perhaps", "yes")
+    for order, fault in (
+        (("NO", "Perhaps", "YES"), None),
+        (("contradiction", "neutral", "entailment"), None),
+        (("yes", "perhaps", "no"), "its labels are yes, perhaps, no, in another order"),
+    ):
+        student.config.id2label, teacher.config.id2label = dict(enumerate(names)), dict(enumerate(order))
+        found = other_meaning(teacher, student)
+        assert found is None if fault is None else str(found).startswith(fault)
+    assert other_meaning(Pooled(), student) is None
+    encoders = [model.bert for model in (teacher, student)]
+    teacher.config.id2label = student.config.id2label
+    encoders[0].config.pooling = "cls"
+    assert other_meaning(*encoders) is None
+    encoders[1].config.pooling = "mean"
+    assert other_meaning(*encoders) == "its embeddings are pooled by cls, and the student's by mean"
