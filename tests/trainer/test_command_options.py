@@ -39,6 +39,17 @@ def test_two_splits_of_one_name_are_two_files(tmp_path: Path) -> None:
             assert settings_of(parse(argv))
 
 
+def test_texts_that_models_are_judged_on_are_not_trained_on(tmp_path: Path) -> None:
+    """Also without their labels: what a model was taught about them is in its scores."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}")
+    argv = ["prune", "--model", "m", "--out", "o", "--macs", "0.5", "--task", "text-classification"]
+    assert settings_of(parse([*argv, "--texts", str(file), "--eval-file", str(tmp_path / "other.jsonl")]))
+    for name in ("eval", "validation"):
+        with pytest.raises(ValueError, match=f"the {name}_file is the texts, and models know"):
+            settings_of(parse([*argv, "--texts", str(file), f"--{name}-file", str(file)]))
+
+
 @pytest.mark.parametrize(
     ("recipe", "more", "steps"),
     [

@@ -146,11 +146,12 @@ class PruneSettings:
         if not self.has_labels:
             self._check_without_labels()
         check_apart(self.eval_file, self.validation_file)
+        source = "texts" if self.train_file is None else "train_file"
         for name in ("eval_file", "validation_file"):
-            if are_the_same(self.task, self.train_file, getattr(self, name)):
+            if are_the_same(self.task, getattr(self, source), getattr(self, name)):
                 raise ValueError(
-                    f"the {name} is the train_file, and models know what they were trained on: name another, "
-                    "or leave it out, so that a part of the train_file is held out"
+                    f"the {name} is the {source}, and models know what they were trained on: name another, "
+                    f"or leave it out, so that a part of the {source} is held out"
                 )
 
     def _check_without_labels(self) -> None:
