@@ -103,14 +103,6 @@ class ModelShape:
         parsed = tuple(LayerShape.parse(layer, f"layer_shapes[{i}]") for i, layer in enumerate(layers))
         return cls(parsed, hidden_size, head_dim, gated, biases, windows)
 
-    @classmethod
-    def dense(
-        cls, num_layers: int, num_heads: int, ffn_width: int, hidden_size: int, head_dim: int
-    ) -> ModelShape:
-        """Make the shape of a model before pruning, in which all layers are alike."""
-        checked_int("num_hidden_layers", num_layers, 0, MAX_LAYERS)
-        return cls((LayerShape(num_heads, ffn_width),) * num_layers, hidden_size, head_dim)
-
     def to_json(self) -> list[dict[str, Any]]:
         """The JSON form of the layers; hidden_size and head_dim are fields of their own in config.json."""
         return [asdict(layer) for layer in self.layers]

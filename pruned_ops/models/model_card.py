@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pruned_ops.files import read_json, write_whole
-from pruned_ops.shape import ModelShape
+from pruned_ops.shape import LayerShape, ModelShape
 from pruned_ops.version import __version__
 
 CARD, REPORT, WEIGHTS = "README.md", "report.json", "model.safetensors"
@@ -108,7 +109,9 @@ def _loading(loader: str, kind: str) -> Iterator[str]:
 def _shapes(config: Any) -> Iterator[str]:
     shape: ModelShape = config.shape
     heads, width = config.num_attention_heads, config.intermediate_size
-    dense = ModelShape.dense(len(shape.layers), heads, width, shape.hidden_size, shape.head_dim)
+    # A stock model is as wide as its heads together; a pruned one may have lost some of that.
+    hidden = max(shape.hidden_size, heads * shape.head_dim)
+    dense = replace(shape, layers=(LayerShape(heads, width),) * len(shape.layers), hidden_size=hidden)
     kept = f"{shape.parameters():,} of {dense.parameters():,}"
     yield from (
         "## What is left",

@@ -16,12 +16,16 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.utils import hub
 
+import family_models
 import pruned_ops
 from inputs import logits, padded_batch, pruned_model
 from matching import save_checkpoint
 from pruned_ops import LayerShape
 from pruned_ops.models.heads import PrunedBertForNaturalQuestions
 from pruned_ops.models.model_card import MARKER
+from pruned_ops.models.stock import model_shape
+from pruned_trainer import Decision, compact
+from pruned_trainer.pruning.decision import Kept, LayerDecision
 from tiny_tokenizers import word_tokenizer
 
 REPORT = {
@@ -54,6 +58,23 @@ def test_shapes_and_task(kind: str, tmp_path: Path) -> None:
     assert shapes == list(model.config.shape.layers)
     assert f"{model.config.shape.parameters():,} of " in card.text
     assert "Not known of this checkpoint." in card.text and "`trust_remote_code` is not needed" in card.text
+
+
+@pytest.mark.parametrize(("stem", "hidden"), [("Bert", None), ("Bert", 24), ("ModernBert", None)])
+def test_parameters_are_counted_beside_the_dense_model_s_own(
+    stem: str, hidden: int | None, tmp_path: Path
+) -> None:
+    """Which may have no biases, gated FFNs, and more hidden dimensions."""
+    dense = family_models.stock(stem, family_models.ANSWERS)
+
+    def kept(number: int) -> Kept:
+        return Kept(tuple(range(number)), (1.0,) * number)
+
+    decision = Decision((LayerDecision(kept(2), kept(40)),) * 2, 1, {}, {}, kept(hidden) if hidden else None)
+    narrow = compact(dense, decision)
+    narrow.save_pretrained(tmp_path)
+    counts = [f"{model_shape(model).parameters():,}" for model in (narrow, dense)]
+    assert f"{counts[0]} of {counts[1]} parameters in layers" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("natural_questions", [False, True])

@@ -141,7 +141,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
 def test_any_stock_config_is_a_dense_pruned_one(kind: str) -> None:
     stock = stock_model(kind).config
     config = CLASSES[kind][0](**stock.to_dict())
-    assert config.shape == ModelShape.dense(3, 4, 96, 64, 16)
+    assert config.shape == ModelShape((LayerShape(4, 96),) * 3, 64, 16)
     assert config.model_type == f"pruned_{kind}"
 
 
