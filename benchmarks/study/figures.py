@@ -105,10 +105,8 @@ def figures(results: Results) -> list[Drawing]:
     if parts:
         drawn.append(curves_figure(results, parts))
     if results.row("e") and results.row("a"):
-        layer_sizes = (layer.split("/") for layer in results.row("e")[0]["layers"].split())
-        kept = [(int(heads_left), int(width)) for heads_left, width in layer_sizes]
-        heads, ffn = map(int, results.row("a")[0]["layers"].split()[0].split("/"))
-        drawn.append(layers(f"{results.stem}-layers", kept, heads, ffn))
+        kept, dense = (_layer_sizes(results.row(row)[0]["layers"]) for row in ("e", "a"))
+        drawn.append(layers(f"{results.stem}-layers", kept, dense))
     if results.timings and len(results.letters()) > 1:
         drawn.append(speed_figure(results))
     return drawn
@@ -180,3 +178,9 @@ def speed_figure(results: Results) -> Drawing:
     label = f"F1 in the paper: {paper.model}, {paper.data},\n{paper.hardware}"
     lines.append(Line(label, [(1.0, 0.0), *paper.changes], own=False))
     return against_speed(f"{results.stem}-speed", "points against dense", lines, joined=False)
+
+
+def _layer_sizes(text: str) -> list[tuple[int, int]]:
+    """The (heads, FFN width) of each layer, out of "12/1536 8/640"."""
+    sizes = (layer.split("/") for layer in text.split())
+    return [(int(heads), int(width)) for heads, width in sizes]

@@ -72,6 +72,7 @@ class Slow:
     """Stands in for an embedder that computes for as long as it is told to."""
 
     name, kind, source, prompts, dimension, dtype = "slow", "embedder", "slow", {}, 2, "float32"
+    default_prompt = None
     pooling, labels, notes = "mean", (), ()
 
     def __init__(self) -> None:
