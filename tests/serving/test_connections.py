@@ -260,6 +260,7 @@ def test_an_upgrade_that_is_not_to_be_had_is_answered_without(slow: Slow) -> Non
 
 def test_a_client_that_does_not_take_its_answer_is_dropped(slow: Slow) -> None:
     slow.may_answer.set()
+    slow.dimension = 20_000
     slow.compute = lambda texts: [np.ones(20_000, dtype=np.float32)] * len(texts)  # type: ignore[method-assign]
     body = json.dumps({"inputs": ["w1"] * 50}).encode()  # of which 20 MB are made, more than sockets buffer
     with served({"slow": slow}, Limits(patience=0.5)) as (url, _, server):
