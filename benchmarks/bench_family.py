@@ -9,6 +9,7 @@ Usage: python benchmarks/bench_family.py FAMILY --dense TEACHER --data SQUAD_FOL
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,24 @@ from transformers.utils import logging
 
 import harness
 import pruned_ops
+from bench_int8 import prepared
 from harness import Row
 from presentation import table
 from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.files import read_json, write_whole
 from pruned_ops.models.model_card import REPORT
-from pruned_trainer.jobs.output import load_model, load_tokenizer
-from pruned_trainer.tasks.squad.examples import load_squad
+from pruned_trainer.jobs.output import load_model
 from pruned_trainer.tasks.squad.metrics import EvaluationResult
-from pruned_trainer.tasks.squad.task import Questions
 
 SCORES = {"f1": "F1", "f1_span": "span F1"}
 DENSE, CONTROL = "dense", "control"
 
 
 def scored(checkpoint: str, data: Path, questions: int | None = None) -> EvaluationResult:
-    """What a checkpoint reaches on the evaluation questions, or on the first `questions` of them."""
-    tokenizer, model = load_tokenizer(checkpoint), pruned_ops.optimize(load_model(checkpoint))
+    """What a checkpoint reaches on the evaluation questions, or on so many of them, drawn with seed 0."""
+    model = pruned_ops.optimize(load_model(checkpoint))
     validation, evaluation = (
-        Questions.cut(load_squad(data / name).examples[:questions], tokenizer, 384, 128)
-        for name in ("validation.json", "eval.json")
+        prepared(data / name, checkpoint, questions) for name in ("validation.json", "eval.json")
     )
     return evaluation.evaluate(model, validation.best_thresholds(model))
 
@@ -51,17 +50,23 @@ def facts(report: dict[str, Any]) -> Row:
         "macs": round(report["pruned"]["macs"] / report["dense"]["macs"], 4),
         "layers": " ".join(f"{layer['num_heads']}/{layer['ffn_width']}" for layer in report["shape"]),
         "gate_steps": plan["gate_steps"], "retrain_steps": plan["retrain_steps"],
-        "minutes": round(report["training"]["minutes"], 1), "run": report["command"],
+        "minutes": round(report["training"]["minutes"], 1), "run": without_folders(report["command"]),
     }  # fmt: skip
+
+
+def without_folders(command: str) -> str:
+    """A command with the names alone of files and folders whose place on this machine it tells."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in shlex.split(command)]
+    return shlex.join(words)
 
 
 def losses(model: EvaluationResult, other: EvaluationResult, against: str) -> Row:
     """The points that a model has lost against another."""
     row: Row = {}
-    found = other.losses(model)
+    lost_points = other.losses(model)
     for score in SCORES:
-        low, high = found[f"{score}_loss_interval"]
-        values = {"": found[f"{score}_loss"], "_low": low, "_high": high}
+        low, high = lost_points[f"{score}_loss_interval"]
+        values = {"": lost_points[f"{score}_loss"], "_low": low, "_high": high}
         row |= {f"{score}_lost_to_{against}{end}": round(value, 3) for end, value in values.items()}
     return row
 
@@ -112,8 +117,10 @@ def page(rows: Sequence[Row]) -> list[str]:
         f"{rows[0]['questions']:,} questions; the intervals are over them, of one training. A positive "
         "number is a loss. Steps are those of the run's gates and those of the narrow model after them; "
         "minutes are counted from the run's start to the model's end. In a gradual sweep each model has also "
-        "had the steps of those above it. The control is the dense model, trained on with the same teacher."
+        "had the steps of those above it."
     )
+    if CONTROL in against:
+        words += " The control is the dense model, trained on with the same teacher."
     commands = dict.fromkeys(f"- `{row['run']}`" for row in rows if "run" in row)
     left = [f"- {row['model']}: {row['layers']}" for row in rows if "layers" in row]
     title = "# What the models of a family lose"

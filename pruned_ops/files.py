@@ -138,7 +138,7 @@ def digest(path: Path, pattern: str = "**/*") -> str:
     inside = sorted(
         each
         for each in path.glob(pattern)
-        if each.is_file() and each.suffix != ".md" and not each.name.startswith((".", "cache-"))
+        if each.is_file() and not any(map(each.match, (".*", "*.md", "cache-*.arrow")))
     )
     lines = [f"{digest(each)} {each.relative_to(path)}\n" for each in inside]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()

@@ -124,6 +124,9 @@ def test_a_digest_is_of_contents_and_names(tmp_path: Path) -> None:
     for name in ("README.md", ".lock", "cache-1.arrow"):
         (folder / name).write_text("not data")
     assert (digest(folder), digest(folder, "*.*")) == (whole, direct)
+    (folder / "cache-of-mine.jsonl").write_text("{}")
+    assert digest(folder) != whole
+    (folder / "cache-of-mine.jsonl").unlink()
     (folder / "inner" / "rows.jsonl").write_text("{ }\n")
     assert digest(folder) != whole and digest(folder, "*.*") == direct
     (folder / "inner" / "rows.jsonl").write_text("{}\n")

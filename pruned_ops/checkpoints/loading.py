@@ -54,9 +54,9 @@ TOKENIZER_FILES = (
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 # The square of a larger number is beyond fp32, and so is what a model computes of it.
 MAX_WEIGHT = 1e18
-# NAME or OWNER/NAME. Whatever else is no folder is a mistyped path.
 # The dtypes that a GPU computes a whole model in.
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# NAME or OWNER/NAME. Whatever else is no folder is a mistyped path.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 

@@ -36,6 +36,7 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
             continue
         folder = tmp_path / ("control" if name == "control" else f"family/{name}")
         report = json.loads((folder / "report.json").read_text())
+        assert row["run"].startswith("pruned-trainer prune") and str(tmp_path) not in row["run"]
         assert row["macs"] == pytest.approx(report["pruned"]["macs"] / report["dense"]["macs"], abs=1e-4)
         for score in ("f1", "f1_span"):
             assert row[score] == pytest.approx(report["pruned"][score], abs=2e-3)
@@ -49,6 +50,12 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     text = out.with_suffix(".md").read_text(encoding="utf-8")
     assert all(line in text for line in bench_family.page(list(rows.values())))
     assert f"| macs-0.4 | {rows['macs-0.4']['times_as_fast']:.2f}x |" in text and "lost to control" in text
+
+
+def test_a_command_is_shown_without_this_machines_folders() -> None:
+    command = "pruned-trainer sweep --model /models/minilm --train-file /data/train.json --out family"
+    shown = "pruned-trainer sweep --model minilm --train-file train.json --out family"
+    assert bench_family.without_folders(command) == shown
 
 
 def test_a_folder_that_is_no_family_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

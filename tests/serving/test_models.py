@@ -120,9 +120,9 @@ def test_a_publisher_s_prompt_and_dimensions_are_used_as_encode_does(tmp_path: P
     assert served.dimension == 24 and "'query' is put before texts" in described(served)
     with TestClient(application(Service({"whole": served}, Limits()), Access(Hosts("testserver")))) as client:
         for name in (None, "document"):
-            found = client.post("/embed", json={"inputs": TEXTS, "prompt_name": name, "truncate": True})
+            answered = client.post("/embed", json={"inputs": TEXTS, "prompt_name": name, "truncate": True})
             expected = model.encode(TEXTS, prompt_name=name, normalize_embeddings=True)
-            np.testing.assert_allclose(found.json(), expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(answered.json(), expected, rtol=1e-4, atol=1e-5)
         assert client.get("/info").json()["models"][0]["default_prompt"] == "query"
 
 

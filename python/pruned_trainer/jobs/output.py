@@ -58,7 +58,7 @@ def _copy_modules(source: str, folder: Path) -> None:
     listed = file_beside(source, _SENTENCE_FILES[0])
     if listed is None:
         return
-    wanted = [*_SENTENCE_FILES]
+    to_copy = [*_SENTENCE_FILES]
     for module in read_json(listed):
         path = str(module.get("path") or "")
         if not path.strip(".") or "/" in path:  # "" is the encoder itself
@@ -66,8 +66,8 @@ def _copy_modules(source: str, folder: Path) -> None:
         if (Path(source) / path).is_dir():
             shutil.copytree(Path(source) / path, folder / path, dirs_exist_ok=True)
         else:
-            wanted += [f"{path}/{name}" for name in _MODULE_FILES]
-    for name in wanted:
+            to_copy += [f"{path}/{name}" for name in _MODULE_FILES]
+    for name in to_copy:
         file = file_beside(source, name)
         if file is not None:
             (folder / name).parent.mkdir(exist_ok=True)

@@ -28,6 +28,7 @@ from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.jobs.trainers import build_trainer, seconds_taken
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal
+from pruned_trainer.tasks.sources import find
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.phase import InterruptedTraining, Log, run, trained_as
@@ -239,9 +240,11 @@ def _digests(settings: PruneSettings) -> dict[str, str]:
     checkpoints = (settings.model, settings.teacher)
     digests = {}
     for each in settings.inputs:
-        if each is None or each == settings.cache_teacher or not Path(each).exists():  # the hub's, or written
+        if each is None or each == settings.cache_teacher:  # which the run writes
             continue
-        digests[str(Path(each).resolve())] = digest(Path(each), "*.*" if each in checkpoints else "**/*")
+        path = Path(each if each in checkpoints else find(each)[0])  # without the split of a folder
+        if path.exists():  # else it is of the hub
+            digests[str(path.resolve())] = digest(path, "*.*" if each in checkpoints else "**/*")
     return digests
 
 

@@ -153,9 +153,7 @@ BY_POSITION: dict[int, dict[int, AttentionConfig]] = {
         128: AttentionConfig(64, 32, 8, 3, programs=2),
     },
     4: {
-        16: AttentionConfig(64, 32, 4, 2),
-        32: AttentionConfig(32, 32, 4, 2),
-        64: AttentionConfig(32, 16, 8, 2),
+        **{head_dim: known[0] for head_dim, known in ATTENTION[4].items()},
         128: AttentionConfig(16, 32, 8, 2),  # 32 rows spill with a bias, by Triton 3.6 for sm_90
     },
 }
