@@ -178,7 +178,7 @@ class PrunedPreTrainedModel(PreTrainedModel):
             name_or_path, *args, output_loading_info=True, **kwargs
         )
         faults = cls._loading_faults(model, info)
-        if faults and all(cls._is_of_the_head(name) for name in faults):
+        if faults and all(cls._is_of_the_head(model, name) for name in faults):
             saved = _saved_config(name_or_path, kwargs)
             if cls._wants_a_new_head(model, saved):
                 cls._renew_head(model, saved, name_or_path, info["missing_keys"])
@@ -196,8 +196,7 @@ class PrunedPreTrainedModel(PreTrainedModel):
         """What is wrong with each tensor, by its name."""
         unexpected = set(info["unexpected_keys"])
         if not cls._has_head(model):  # a bare encoder leaves a head's tensors
-            own = f"{cls.base_model_prefix}."
-            unexpected = {key for key in unexpected if key.startswith(own) and "pooler." not in key}
+            unexpected = {key for key in unexpected if not cls._is_of_the_head(model, key)}
         mismatched = sorted(info["mismatched_keys"])
         return {
             **{key: f"missing {key}" for key in sorted(info["missing_keys"])},
@@ -210,9 +209,11 @@ class PrunedPreTrainedModel(PreTrainedModel):
         return model.base_model is not model
 
     @classmethod
-    def _is_of_the_head(cls, tensor: str) -> bool:
-        """Whether a tensor belongs to a head, as the pooler does: question answering has none."""
-        return not tensor.startswith(f"{cls.base_model_prefix}.") or "pooler." in tensor
+    def _is_of_the_head(cls, model: Any, tensor: str) -> bool:
+        """Whether a tensor belongs to a head, as the pooler does: question answering has none. Those of the
+        encoder have its prefix, but for a checkpoint of a bare encoder."""
+        inside = {cls.base_model_prefix, *model.base_model._modules}
+        return tensor.partition(".")[0] not in inside or "pooler." in tensor
 
     @classmethod
     def _wants_a_new_head(cls, model: Any, saved: Any) -> bool:

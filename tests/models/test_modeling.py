@@ -216,6 +216,20 @@ def test_a_checkpoint_that_disagrees_with_its_config_is_refused(
         AutoModelForQuestionAnswering.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForQuestionAnswering])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_layer_too_many_in_a_bare_encoders_checkpoint_is_refused(
+    kind: str, auto: Any, tmp_path: Path
+) -> None:
+    """Its tensors have no prefix that tells them from a head's."""
+    pruned_model(kind).base_model.save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "encoder.layer.7.attention.self.query.bias"
+    tensors[name] = torch.zeros(64)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"unexpected \S*{name}"):
+        auto.from_pretrained(tmp_path)
+
+
 def test_only_safetensors_are_read(tmp_path: Path) -> None:
     model = pruned_model()
     model.save_pretrained(tmp_path)
