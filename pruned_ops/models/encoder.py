@@ -21,7 +21,7 @@ from pruned_ops.models.configuration import (
     PrunedRobertaConfig,
 )
 from pruned_ops.models.disentangled import DisentangledLayer, add_relative_embeddings, relative_states
-from pruned_ops.models.families.description import Family
+from pruned_ops.models.families.description import STOCK_HEADS, Family
 from pruned_ops.models.families.known import FAMILIES
 from pruned_ops.models.inputs import check_inputs, check_positions, default_position_ids, pooled, returned
 from pruned_ops.models.model_card import write_model_card
@@ -178,9 +178,11 @@ class PrunedPreTrainedModel(PreTrainedModel):
             name_or_path, *args, output_loading_info=True, **kwargs
         )
         faults = cls._loading_faults(model, info)
-        if faults and all(cls._is_of_the_head(model, name) for name in faults):
+        # Heads of some families have tensors of the same names and shapes: then there may be no fault.
+        may_be_new = faults or model.config.family.prediction_head is not None
+        if may_be_new and all(cls._is_of_the_head(model, name) for name in faults):
             saved = _saved_config(name_or_path, kwargs)
-            if cls._wants_a_new_head(model, saved):
+            if cls._wants_a_new_head(model, saved, bool(faults)):
                 cls._renew_head(model, saved, name_or_path, info["missing_keys"])
                 faults = {}
         if faults:
@@ -216,13 +218,15 @@ class PrunedPreTrainedModel(PreTrainedModel):
         return tensor.partition(".")[0] not in inside or "pooler." in tensor
 
     @classmethod
-    def _wants_a_new_head(cls, model: Any, saved: Any) -> bool:
-        """Whether a model is asked for whose head the checkpoint of this config cannot have."""
+    def _wants_a_new_head(cls, model: Any, saved: Any, lacks: bool) -> bool:
+        """Whether a model is asked for whose head the checkpoint of this config cannot have. lacks: whether
+        tensors of the head are missing or others; otherwise only a head that is known is another one."""
         if not cls._has_head(model) or saved is None or not saved.architectures:
             return False
-        if _head_name(saved.architectures[0]) != _head_name(cls.__name__):
-            return True
-        return saved.num_labels != model.config.num_labels
+        names = {_head_name(saved.architectures[0]), _head_name(cls.__name__)}
+        if len(names) > 1:
+            return lacks or names <= set(STOCK_HEADS)
+        return lacks and saved.num_labels != model.config.num_labels
 
     @classmethod
     def _renew_head(cls, model: Any, saved: Any, name_or_path: Any, missing: Iterable[str]) -> None:
@@ -230,10 +234,15 @@ class PrunedPreTrainedModel(PreTrainedModel):
         take back what was fitted to the old head. (transformers has made new what was missing.)"""
         new = {name.rpartition(".")[0] for name in missing}
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith(f"{cls.base_model_prefix}."):
+            if name.startswith(f"{cls.base_model_prefix}."):
+                continue
+            if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=model.config.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+                new.add(name)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
                 new.add(name)
         model.config.null_score_threshold, model.config.score_calibration = 0.0, None
         warnings.warn(

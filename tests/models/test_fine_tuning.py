@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
+import family_models
+from family_models import ANSWERS, TEXTS, TOKENS
 from head_models import KINDS, natural_questions, pruned
 from inputs import pruned_model
 from pruned_ops.checkpoints.loading import load_model
@@ -143,6 +146,25 @@ def test_a_new_head_on_a_pruned_encoder(
     new.save_pretrained(tmp_path / "again")
     again = AUTO[head].from_pretrained(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(new.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "head"), [("answers", "token"), ("sequence", "token"), ("token", "sequence")]
+)
+def test_a_new_head_whose_tensors_are_called_as_the_old_ones(source: str, head: str, tmp_path: Path) -> None:
+    """ModernBERT's heads: the config alone tells what a checkpoint's is for. Its own head stays."""
+    names = {"answers": ANSWERS, "sequence": TEXTS, "token": TOKENS}
+    model = family_models.pruned("pruned_modernbert", names[source])
+    model.config.num_labels = 2 if source == "answers" else 3
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NewHeadWarning)
+        own = AUTO[source].from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.warns(NewHeadWarning, match="new, random head to be trained: classifier, head.dense, head.n"):
+        new = AUTO[head].from_pretrained(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(new[name], tensor) is name.startswith("model."), name
 
 
 def test_what_stays_refused(tmp_path: Path) -> None:
