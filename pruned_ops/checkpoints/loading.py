@@ -227,9 +227,11 @@ def load_to_fine_tune(
         model, info = AUTO_CLASSES[head].from_pretrained(
             name_or_path, output_loading_info=True, trust_remote_code=False, **of_the_config, **others
         )
-        encoder = f"{model.base_model_prefix}."
+        # A bare encoder's tensors have no prefix. A pooler is a head's, or is not read.
+        encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
         faults = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
-        faults = [name for name in faults if name.startswith(encoder)]
+        faults += sorted(f"{name} is missing" for name in info["missing_keys"] if "pooler." not in name)
+        faults = [fault for fault in faults if fault.startswith(encoder)]
         if faults:
             raise ValueError(
                 f"the tensors of its {config.model_type} encoder are not what its config says: {faults[0]}"

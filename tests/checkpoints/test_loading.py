@@ -26,6 +26,7 @@ from pruned_ops.checkpoints.loading import (
     load_any_head,
     load_config,
     load_model,
+    load_to_fine_tune,
     load_tokenizer,
 )
 from pruned_ops.models.natural_questions import load_natural_questions
@@ -190,6 +191,18 @@ def test_an_embedder_under_the_name_of_a_language_model(kind: str, tmp_path: Pat
     assert type(quantizing.load(str(tmp_path / "whole"))[0]) is type(whole)
     with pytest.raises(ValueError, match=f"it is a '{name}' with its head .*AutoModel loads and saves its"):
         load_any_head(str(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("head", ["ForQuestionAnswering", "ForSequenceClassification", "Model"])
+def test_an_encoder_that_is_not_whole_is_not_fine_tuned(head: str, tmp_path: Path) -> None:
+    """transformers makes what is missing up, at random; of a head that is what is wanted."""
+    stock("bert", "token").save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "encoder.layer.1.output.dense.weight"
+    model = load_to_fine_tune(str(tmp_path), head)
+    assert torch.equal(model.base_model.state_dict()[name], tensors.pop(f"bert.{name}"))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"encoder are not what its config says: \S*{name} is missing$"):
+        load_to_fine_tune(str(tmp_path), head)
 
 
 def test_a_head_that_is_not_known_is_refused(tmp_path: Path) -> None:
