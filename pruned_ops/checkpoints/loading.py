@@ -49,6 +49,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "sentencepiece.bpe.model",
+    "spm.model",
 )
 # A tokenizer can be made of any one of these.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
@@ -327,6 +329,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     folder = Path(name_or_path)
     if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARY_FILES):
         # Without any of them an empty tokenizer would be made.
+        pieces = sorted(path.name for path in folder.iterdir() if path.suffix in (".model", ".spm"))
+        if pieces:
+            raise FileNotFoundError(
+                f"{folder} holds {pieces[0]} without tokenizer.json, which is read here: write the fast "
+                "tokenizer beside it first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+            )
         raise FileNotFoundError(f"{folder} holds no tokenizer: {' or '.join(VOCABULARY_FILES)} is needed")
     with explained(f"the tokenizer of {name_or_path}", name_or_path):
         tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)

@@ -148,7 +148,6 @@ class _Untrimmed:
             for name, value in (described | config).items()
             if name.endswith("_token_id") and isinstance(value, (int, list)) and not isinstance(value, bool)
         }
-        _check_tokenizer_files(folder)
         tokenizer = load_tokenizer(str(folder))
         try:
             vocabulary = _vocabulary(folder, tokenizer)
@@ -282,16 +281,6 @@ def _inner_folder(root: Path) -> str:
     if modules and len(inner) != 1:
         raise ValueError(f"{root / 'modules.json'} has {len(inner)} Transformer modules; one is needed")
     return inner[0] if inner else ""
-
-
-def _check_tokenizer_files(folder: Path) -> None:
-    """ValueError where all that the folder has of a tokenizer is a SentencePiece model."""
-    pieces = [path.name for path in folder.iterdir() if path.suffix in (".model", ".spm")]
-    if pieces and not any((folder / name).is_file() for name in VOCABULARY_FILES):
-        raise ValueError(
-            f"{folder} holds {pieces[0]} without tokenizer.json, and that cannot be trimmed: write the fast "
-            "tokenizer beside it first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
-        )
 
 
 def _vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:

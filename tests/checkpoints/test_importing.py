@@ -20,7 +20,7 @@ from head_models import stock
 from inputs import logits, padded_batch, stock_model
 from pruned_ops import LayerShape
 from pruned_ops.checkpoints.importing import read_foreign
-from pruned_ops.checkpoints.loading import load_model
+from pruned_ops.checkpoints.loading import load_model, load_tokenizer
 from pruned_ops.checkpoints.tensors import Tensors
 from pruned_ops.cli import main
 from pruned_trainer import Decision, attached, compact
@@ -272,6 +272,17 @@ def test_the_command(dense: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
     AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
     assert main(["import", str(folder), str(tmp_path / "out")]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pieces", ["sentencepiece.bpe.model", "spm.model"])
+def test_a_sentence_piece_model_comes_along(pieces: str, tmp_path: Path) -> None:
+    """XLM-R's and DeBERTa's tokenizers may consist of one, and nothing else is there to load them from."""
+    folder = stored(tmp_path / "in", stock_model("xlm-roberta"), lambda config, tensors: None)
+    (folder / pieces).write_bytes(b"pieces")
+    assert main(["import", str(folder), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / pieces).read_bytes() == b"pieces"
+    with pytest.raises(FileNotFoundError, match=f"holds {pieces} without tokenizer.json, .*save_pretrained"):
+        load_tokenizer(str(tmp_path / "out"))
 
 
 class Evil:

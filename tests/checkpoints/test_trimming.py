@@ -382,7 +382,7 @@ ROWS = len(word_piece().get_vocab())
         (lambda folder: edited(folder, "config.json", model_type="gpt2"), "is a 'gpt2' model; bert, "),
         (lambda folder: edited(folder, "config.json", vocab_size=7), f"7, its word embedding {ROWS} rows"),
         (lambda folder: edited(folder, "config.json", eos_token_id=ROWS + 1), "which no piece has"),
-        (without_tokenizer_json, "holds spiece.model without tokenizer.json, and that cannot be trimmed"),
+        (without_tokenizer_json, "holds spiece.model without tokenizer.json, which is read here: write"),
         (lambda folder: with_tensor(folder, "bias_of_pieces", ROWS), "bias_of_pieces has as many rows"),
         (lambda folder: with_tensor(folder, "two.word_embeddings.weight", 5), "has 2 word embeddings"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors"),
