@@ -130,18 +130,25 @@ def check_writable(path: Path, name: str, overwrite: bool) -> None:
 def digest(path: Path, pattern: str = "**/*") -> str:
     """The SHA-256 of a file's content, or of a folder's files of this pattern and their names.
 
-    What says nothing of data or weights does not count: hidden files, Markdown, and what `datasets` caches
-    beside its files. OSError where a file cannot be read."""
+    What says nothing of data or weights does not count: hidden files and folders, Markdown, and what
+    `datasets` caches beside its files. OSError where a file cannot be read."""
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     inside = sorted(
         each
         for each in path.glob(pattern)
-        if each.is_file() and not any(map(each.match, (".*", "*.md", "cache-*.arrow")))
+        if each.is_file()
+        and not any(map(each.match, ("*.md", "cache-*.arrow")))
+        and not is_hidden(each.relative_to(path))
     )
     lines = [f"{digest(each)} {each.relative_to(path)}\n" for each in inside]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a path, from a folder on, is that of a hidden file or leads through a hidden folder."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def read_text(path: Path) -> str:

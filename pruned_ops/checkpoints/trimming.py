@@ -24,7 +24,7 @@ from pruned_ops.checkpoints.loading import (
 )
 from pruned_ops.checkpoints.tensors import Tensors, read_tensors
 from pruned_ops.checkpoints.vocabulary import Trimmed, Vocabulary
-from pruned_ops.files import check_new_folder, new_folder, read_json, read_text, shown, write_json
+from pruned_ops.files import check_new_folder, is_hidden, new_folder, read_json, read_text, shown, write_json
 from pruned_ops.models.families.description import Family
 from pruned_ops.models.families.known import BY_TYPE
 from pruned_ops.shape import checked_int
@@ -248,7 +248,7 @@ class _Untrimmed:
         anew = {"config.json", "model.safetensors", *VOCABULARY_FILES, "merges.txt"}
         taken = set(self._taken()) | {self.root / self.inner / name for name in anew}
         for path in sorted(self.root.rglob("*")):
-            if path.is_file() and path not in taken and not path.name.startswith("."):
+            if path.is_file() and path not in taken and not is_hidden(path.relative_to(self.root)):
                 yield str(path.relative_to(self.root))
 
 

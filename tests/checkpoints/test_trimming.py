@@ -271,6 +271,9 @@ def test_a_folder_of_sentence_transformers(tmp_path: Path) -> None:
     pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
     (root / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     (root / "0_Transformer" / "sentence_bert_config.json").write_text('{"max_seq_length": 40}')
+    (root / ".git").mkdir()  # neither its files nor other hidden ones are named as left out
+    for name in (".git/HEAD", ".gitattributes"):
+        (root / name).write_text("")
     done = trim_vocabulary(root, tmp_path / "out", USED)
     assert done.left_out == () and done.rows[1] < done.rows[0]
     for name in ("modules.json", "1_Pooling/config.json", "0_Transformer/sentence_bert_config.json"):
