@@ -53,6 +53,7 @@ _SIZES = {
 _FIELDS = (
     *_SIZES, "model_type", "hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id",
     "bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type", "embedding_size",
+    "tokenizer_class",
 )  # fmt: skip
 # The publishers' models that can be imported, by model type.
 _STOCK = {each.model_type: each for family in FAMILIES for each in family.stock}
@@ -125,12 +126,9 @@ class Source:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The config's fields that describe the model, and the tokenizer's class, by which the files beside
-        it load under the new model type."""
+        """The config's fields that describe the model."""
         names = [*map(self.family.own_name, _FIELDS), *self.family.dropout_fields, *self.family.fixed]
-        kept = {name: self.config[name] for name in names if name in self.config}
-        tokenizer = self.config.get("tokenizer_class") or _STOCK[self.kind].tokenizer
-        return {**kept, "tokenizer_class": tokenizer}
+        return {name: self.config[name] for name in names if name in self.config}
 
     @property
     def activation(self) -> str:

@@ -85,7 +85,10 @@ def _dense_fields(
     """The fields for the stock config, by the publisher's names, from BERT's names or the publisher's. Sizes
     of the dense model that are missing are the widest layer's."""
     fields = {family.own_name(name): value for name, value in fields.items()}
-    fields.pop("model_type", None)  # a stock config's to_dict() brings its own
+    kind = fields.pop("model_type", None)  # a stock config's to_dict() brings its own
+    tokenizer = next((each.tokenizer for each in family.stock if each.model_type == kind), None)
+    if tokenizer is not None and not fields.get("tokenizer_class"):
+        fields["tokenizer_class"] = tokenizer
     if layers is not None:
         for name, size in (
             ("num_hidden_layers", len(layers)),
@@ -116,8 +119,9 @@ class PrunedConfig:
     pooler); None where it is hidden_size.
     head_indices: for each layer, which heads of the dense model it has, where heads have a bias by relative
     position; by default all of them.
-    `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Errors: ValueError for
-    sizes that are negative, huge, or contradict each other.
+    `num_attention_heads` and `intermediate_size` stay the dense model's numbers. Of a stock config's fields
+    the model type becomes a `tokenizer_class`: a tokenizer's files may leave it to the model type which
+    tokenizer they are for. Errors: ValueError for sizes that are negative, huge, or contradict each other.
     """
 
     if TYPE_CHECKING:  # fields of the stock configs

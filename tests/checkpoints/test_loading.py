@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
 import family_models
+import pruned_ops
 from head_models import MODELS as HEAD_MODELS
 from head_models import pruned, stock
 from inputs import pruned_model, stock_model
@@ -29,6 +30,7 @@ from pruned_ops.checkpoints.loading import (
     load_to_fine_tune,
     load_tokenizer,
 )
+from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.natural_questions import load_natural_questions
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.tasks.squad.task import SquadTask
@@ -203,6 +205,26 @@ def test_an_encoder_that_is_not_whole_is_not_fine_tuned(head: str, tmp_path: Pat
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"encoder are not what its config says: \S*{name} is missing$"):
         load_to_fine_tune(str(tmp_path), head)
+
+
+def test_a_vocabulary_alone_is_the_tokenizer_of_the_stock_model(tmp_path: Path) -> None:
+    """bert-base-uncased's files name no class: its model type says it, which the pruned model has not."""
+    config = pruned_ops.PrunedBertConfig(**stock_model().config.to_dict())
+    pruned_ops.PrunedBertForQuestionAnswering(config).save_pretrained(tmp_path)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer("the cats").input_ids == [2, 5, 6, 7, 3] and tokenizer.cls_token_id == 2
+
+
+@pytest.mark.parametrize("stem", family_models.FAMILIES)
+def test_a_pruned_config_names_the_tokenizer_of_its_stock_model(stem: str) -> None:
+    stock_config = family_models.stock(stem, "").config
+    config_class = PRUNED_CONFIGS[stock_config.model_type]
+    config = config_class(**stock_config.to_dict())
+    (expected,) = (one.tokenizer for one in family_models.family_named(stem).stock if one.stem == stem)
+    assert config.tokenizer_class == config_class(**config.to_dict()).tokenizer_class == expected
+    assert config_class(**{**stock_config.to_dict(), "tokenizer_class": "Own"}).tokenizer_class == "Own"
 
 
 def test_a_head_that_is_not_known_is_refused(tmp_path: Path) -> None:
