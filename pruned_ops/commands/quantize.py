@@ -86,8 +86,8 @@ def read_texts(path: Path, limit: int, columns: Sequence[str] | None = None) -> 
         if len(parts) > 2:
             raise ValueError(f"line {number} of {path} has {len(parts)} texts; a text, or two, are needed")
         texts.append((parts[0], parts[1]) if len(parts) > 1 else parts[0])
-    step = max(1, len(texts) // limit)
-    return texts[::step][:limit]
+    used = min(limit, len(texts))
+    return [texts[i * len(texts) // used] for i in range(used)]
 
 
 def show(report: Measured) -> None:
