@@ -260,9 +260,8 @@ def _relative(logits: list[Logits], expected: list[Logits], have_spans: bool) ->
 def _answers(config: Any, material: Material, logits: list[Logits]) -> list[str]:
     """The answer to each question, at the checkpoint's own threshold."""
     contexts = [question.context for question in material.questions]
-    spans: list[Logits] = [(window[0], window[1]) for window in logits]
     threshold = getattr(config, "null_score_threshold", 0.0)
-    return [decoded.answer(threshold).answer for decoded in decode(material.windows, spans, contexts)]
+    return [decoded.answer(threshold).answer for decoded in decode(material.windows, logits, contexts)]
 
 
 def _f1(model: Any, answers: list[str] | None, material: Material) -> float | None:

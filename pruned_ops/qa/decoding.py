@@ -106,7 +106,8 @@ class Candidates:
 
     def add(self, window: Window, logits: Logits, name: str) -> None:
         """Take in one more window of the question; ValueError for logits that are not finite or do not fit
-        the window, which the message calls by `name`."""
+        the window, which the message calls by `name`. Answer type logits after the start and end logits are
+        not read."""
         start, end = _checked(logits, name, len(window))
         null = float(start[window.cls_index] + end[window.cls_index])
         self._null_score = null if self._null_score is None else min(null, self._null_score)
@@ -162,7 +163,7 @@ def decode(
 
 def _checked(pair: Logits, name: str, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Start and end logits in fp64, in which the sum of two fp32 numbers is exact, so that ties are ties."""
-    start, end = (np.asarray(values, dtype=np.float64) for values in pair)
+    start, end = (np.asarray(values, dtype=np.float64) for values in pair[:2])
     if start.shape != (length,) or end.shape != (length,):
         raise ValueError(f"{name} has {length} tokens, but logits of {start.shape} and {end.shape}")
     if not (np.isfinite(start).all() and np.isfinite(end).all()):

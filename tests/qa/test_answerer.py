@@ -22,7 +22,9 @@ import pruned_ops
 from head_models import stock
 from inputs import pruned_model, stock_model
 from pruned_ops import Answer, QuestionAnswerer
+from pruned_ops.cli import main
 from pruned_ops.models.configuration import ScoreCalibration
+from pruned_ops.models.natural_questions import with_answer_types
 from pruned_ops.qa.decoding import Decoded, decode
 from pruned_ops.qa.logits import predict_logits
 from pruned_ops.qa.windows import RefusedQuestion, cut_each, windows
@@ -340,6 +342,25 @@ def test_the_checkpoints_threshold_and_calibration_decide(tmp_path: Path) -> Non
     never = QuestionAnswerer(tmp_path, device="cpu", null_score_threshold=-1e9)
     assert all(answer.answer == "" for answer in never.answer(QUESTIONS, CONTEXTS))
     assert never.answer(QUESTIONS[3], CONTEXTS[3], allow_none=False).answer != ""
+
+
+def test_a_natural_questions_model_answers_like_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its answer types, which come after the start and end logits, are not read."""
+    plain = stock_model()
+    typed, tokenizer = with_answer_types(plain), word_tokenizer(96)
+    typed.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = QUESTIONS[1:4], CONTEXTS[1:4]
+    expected = QuestionAnswerer(plain, tokenizer).answer(*asked, allow_none=False)
+    found = QuestionAnswerer(typed, tokenizer).answer(*asked, allow_none=False)
+    assert [(a.answer, a.start, a.end) for a in found] == [(a.answer, a.start, a.end) for a in expected]
+    text = tmp_path / "text"
+    text.write_text(CONTEXTS[1])
+    argv = ["ask", tmp_path, "--question", "w1", "--context-file", text, "--device", "cpu"]
+    assert main(list(map(str, argv))) == 0
+    assert '"line": 1' in capsys.readouterr().out
 
 
 def test_a_model_passed_in_is_optimised_in_place() -> None:

@@ -119,6 +119,15 @@ def test_qa(client: Any, models: dict[str, Served]) -> None:
     assert (found["model"], found["answer"]) == ("reader", expected[0].answer)
 
 
+def test_a_natural_questions_model_is_asked_like_any_other(tmp_path: Path) -> None:
+    body = {"question": "w1", "context": words(200)}
+    with client_of(loaded(tmp_path, "reader", "pages")) as client:
+        expected, found = (
+            client.post("/v1/qa", json=body | {"model": name}).json() for name in ("reader", "pages")
+        )
+    assert found["best_span"]["answer"] == expected["best_span"]["answer"] != ""
+
+
 def test_what_it_tells_of_itself(client: Any, models: dict[str, Served]) -> None:
     assert client.get("/health").json() == {"status": "ok", "models": list(models)}
     info = client.get("/info").json()

@@ -13,6 +13,7 @@ import torch
 from transformers import BertForSequenceClassification, BertModel
 
 from inputs import shake, stock_model
+from pruned_ops.models.natural_questions import with_answer_types
 from pruned_ops.serving.application import Access, application
 from pruned_ops.serving.connections import Hosts, Server, bound
 from pruned_ops.serving.limits import Limits
@@ -52,6 +53,7 @@ MAKERS = {
     "reranker": lambda: classifier(1),
     "classifier": lambda: classifier(3),
     "reader": stock_model,
+    "pages": lambda: with_answer_types(stock_model()),
 }
 
 
