@@ -82,7 +82,9 @@ def run(arguments: argparse.Namespace) -> None:
             out = stack.enter_context(open(arguments.out, "wb"))
         try:
             source = "" if arguments.questions in (None, "-") else f"{arguments.questions}: "
-            skipped = answer_lines(answerer, lines, out, arguments.top_k, arguments.skip_bad, source)
+            skipped = answer_lines(
+                answerer, lines, out, arguments.top_k, arguments.skip_bad, source, not arguments.always_answer
+            )
         except BrokenPipeError:
             # Nobody reads on: no error. The rest of the buffer must not be written when Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -136,10 +138,7 @@ def _load(folder: Path, arguments: argparse.Namespace) -> QuestionAnswerer:
     from pruned_ops.qa.answerer import QuestionAnswerer
 
     only_errors()
-    threshold = float("inf") if arguments.always_answer else None
-    return QuestionAnswerer(
-        folder, device=arguments.device, dtype=dtype_of(arguments), null_score_threshold=threshold
-    )
+    return QuestionAnswerer(folder, device=arguments.device, dtype=dtype_of(arguments))
 
 
 def answer_lines(
@@ -149,18 +148,20 @@ def answer_lines(
     top_k: int | None = None,
     skip_bad: bool = False,
     source: str = "",
+    allow_none: bool = True,
 ) -> int:
     """Write an answer for each line, as soon as it is known; returns how many bad lines were skipped.
 
-    source: what stands before a line's number where one is named. Errors: ValueError that names the first
-    bad line, once the answers before it are written.
+    source: what stands before a line's number where one is named. top_k, allow_none: as for
+    `QuestionAnswerer.stream`. Errors: ValueError that names the first bad line, once the answers before it
+    are written.
     """
     from pruned_ops.qa.windows import RefusedQuestion
 
     reader, skipped = _Reader(lines), 0
     # The bar would be torn by answers on the same terminal.
     progress = sys.stderr.isatty() and not out.isatty()
-    for answer in answerer.stream(reader, top_k, progress=progress, keep_refused=True):
+    for answer in answerer.stream(reader, top_k, allow_none, progress=progress, keep_refused=True):
         number, name, fault = reader.under_way.popleft()
         if isinstance(answer, RefusedQuestion):
             reason = fault or f"the question {answer.reason}"

@@ -193,7 +193,7 @@ def test_ctrl_c_keeps_what_was_answered(folder: Path) -> None:
 
 
 def test_always_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model that never answers gives its best span where that is asked for."""
+    """A model that never answers gives its best span where that is asked for, with the span's own score."""
     model = stock_model()
     model.config.null_score_threshold = -1e9
     shy = save_checkpoint(model, tmp_path / "shy")
@@ -203,3 +203,7 @@ def test_always_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run(capsys, *asked)[1][0]["answer"] == ""
     status, (found,), _ = run(capsys, *asked, "--always-answer")
     assert status == 0 and found["answer"] == words(20)[found["start"] : found["end"]] != ""
+    expected = QuestionAnswerer(shy, device="cpu").answer("w1", words(20), allow_none=False)
+    assert found["score"] == pytest.approx(expected.score, abs=1e-5)
+    _, (listed,), _ = run(capsys, *asked, "--always-answer", "--top-k", 1000)
+    assert len(listed["answers"]) > 1 and all(answer["answer"] for answer in listed["answers"])
