@@ -226,12 +226,17 @@ def _texts_of(record: Any, index: int) -> Texts:
     for name, text in zip(("question", "context"), texts, strict=True):
         if not isinstance(text, str):
             raise RefusedQuestion(index, f"has {type(text).__name__} for its {name}; a string is needed")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RefusedQuestion(
-                index,
-                f"cannot be read: its {name} has half a surrogate pair (U+{ord(text[error.start]):04X}) at "
-                f"character {error.start}, which is no text",
-            ) from None
+        check_text(index, name, text)
     return texts
+
+
+def check_text(index: int, name: str, text: str) -> None:
+    """RefusedQuestion for a string that no tokenizer takes, because it holds half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RefusedQuestion(
+            index,
+            f"cannot be read: its {name} has half a surrogate pair (U+{ord(text[error.start]):04X}) at "
+            f"character {error.start}, which is no text",
+        ) from None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pruned_ops.checkpoints.loading import load_tokenizer
+from pruned_ops.qa.answer_stream import check_text
 from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.decoding import Answer
 from pruned_ops.qa.windows import RefusedQuestion, check_pairs
@@ -142,11 +143,12 @@ class QuestionAnsweringPipeline:
         def asked(index: int, record: Any) -> Any:
             try:
                 question, context = _texts(record, index)
+                question = self._shortened(index, question, options.max_question_len)
             except RefusedQuestion as refused:
                 contexts.append("")
                 return refused
             contexts.append(context)
-            return self._shortened(question, options.max_question_len), context
+            return question, context
 
         questions = itertools.starmap(asked, enumerate(records))
         for decoded in answerer.decoded(questions, reading, are_there=is_there(records)):
@@ -162,10 +164,11 @@ class QuestionAnsweringPipeline:
             answers = self._dictionaries(ranked, context, options)
             yield answers[0] if options.top_k == 1 else answers
 
-    def _shortened(self, question: str, tokens: int | None) -> str:
-        """The question's first tokens, at most so many; None leaves it whole."""
+    def _shortened(self, index: int, question: str, tokens: int | None) -> str:
+        """The question's first tokens, at most so many; None leaves it whole. Errors: RefusedQuestion."""
         if tokens is None:
             return question
+        check_text(index, "question", question)
         with self.answerer.lock:
             offsets = self.tokenizer(question, add_special_tokens=False, verbose=False).encodings[0].offsets
         return question[: offsets[tokens - 1][1]] if len(offsets) > tokens else question

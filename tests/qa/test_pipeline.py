@@ -122,6 +122,11 @@ def test_a_bad_record_is_named_and_does_not_cost_the_others(qa: Any) -> None:
         found = list(qa(records, keep_refused=True))
         assert [result.index for result in found[1:-1]] == [1, 2, 3, 4]
         assert found[0]["answer"] == found[-1]["answer"] == qa(good)["answer"]
+    half = {**good, "question": "w1 \ud83d"}
+    for options in ({}, {"max_question_len": 2}):
+        found = qa([good, half, good], keep_refused=True, **options)
+        assert found[1].index == 1 and "half a surrogate pair (U+D83D)" in str(found[1])
+        assert found[0]["answer"] == found[2]["answer"] == qa(good)["answer"]
 
 
 def test_a_generator_may_wait_for_the_answer_before(qa: Any) -> None:
