@@ -53,10 +53,13 @@ async def tokens_of(
     side: Side = "right",
     prompt_name: str | None = None,
 ) -> list[TokenSequence]:
-    """The tokens of texts, or of lists of token ids. Errors: Refusal."""
+    """The tokens of texts, or of lists of token ids, before which no prompt can be put. Errors: Refusal."""
     prompt = _prompt(served, prompt_name)
     if not isinstance(texts[0], str):
-        return served.encoder.of_ids(texts, cut)
+        if prompt_name is not None:
+            sentence = "a prompt is put before texts, and these are token ids: give its ids with them"
+            raise Refusal("invalid", sentence, "prompt_name")
+        return served.encoder.of_ids(texts, cut, side)
     for place, text in enumerate(texts):
         if not text:
             raise Refusal("empty", f"{field} {place} is empty: it has no text", field)

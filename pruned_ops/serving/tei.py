@@ -91,9 +91,14 @@ class SimilarityInputs(Form):
     sentences: Texts
 
 
+class SimilarityParameters(_Cut):
+    prompt_name: str | None = None
+
+
 class SimilarityRequest(Form):
     inputs: SimilarityInputs
-    parameters: _Cut = Field(default_factory=_Cut)
+    model: str | None = None
+    parameters: SimilarityParameters | None = None
 
 
 def _side(form: _Cut) -> Literal["left", "right"]:
@@ -216,12 +221,14 @@ async def similarity(service: Service, request: Request) -> Response:
 
 async def compared(service: Service, request: Request, form: SimilarityRequest) -> Response:
     """The same for a body that was read already."""
-    served = service.pick(form.parameters.model, "embedder")
+    asked = form.parameters or SimilarityParameters()
+    served = service.pick(asked.model if form.model is None else form.model, "embedder")
     service.check_count(form.inputs.sentences, "sentences")
     texts = [form.inputs.source_sentence, *form.inputs.sentences]
     vectors, tokens = await embeddings(
-        service, request, served, texts, "inputs", cut=_cuts(service, form.parameters)
-    )
+        service, request, served, texts, "inputs",
+        cut=_cuts(service, asked), side=_side(asked), prompt_name=asked.prompt_name,
+    )  # fmt: skip
     return as_json(vectors[1:] @ vectors[0], headers=_computed(tokens))
 
 

@@ -63,8 +63,11 @@ class TextEncoder:
                 sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), types))
         return sequences
 
-    def of_ids(self, lists: Sequence[Sequence[int]], cut: bool) -> list[TokenSequence]:
-        """Texts that come as the model's own token ids, special tokens included."""
+    def of_ids(
+        self, lists: Sequence[Sequence[int]], cut: bool, side: Side = "right"
+    ) -> list[TokenSequence]:
+        """Texts that come as the model's own token ids, special tokens included. cut, side: as for `encode`;
+        no special token is put in the place of one that is cut."""
         sequences = []
         for index, ids in enumerate(lists):
             if not ids:
@@ -75,7 +78,8 @@ class TextEncoder:
                 raise Refusal(
                     "invalid", f"input {index} has a token id outside 0 to {self._vocabulary - 1}", "input"
                 )
-            sequences.append(TokenSequence(np.array(ids[: self.max_tokens], dtype=np.int32), None))
+            kept = ids[: self.max_tokens] if side == "right" else ids[-self.max_tokens :]
+            sequences.append(TokenSequence(np.array(kept, dtype=np.int32), None))
         return sequences
 
     def _tokenizer(self, side: Side) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,39 @@ def test_tei_embeds(client: Any, models: dict[str, Served]) -> None:
     same = client.post("/embed", json={"inputs": words(78)}).json()
     np.testing.assert_allclose(right.json(), same, rtol=1e-4, atol=1e-5)
     assert not np.allclose(left.json(), same, atol=1e-2)
+
+
+def test_similarity_reads_what_embed_reads(models: dict[str, Served]) -> None:
+    """The model, the side that is cut and the prompt; on both routes."""
+    prompted = replace(models["embedder"], prompts={"query": "w9 w8 "})
+    sentences = ["w1 w2", words(90), "w3"]
+    inputs = {"source_sentence": sentences[0], "sentences": sentences[1:]}
+    left: dict[str, Any] = {"truncate": True, "truncation_direction": "Left"}
+    with client_of({"embedder": prompted, "broken": models["broken"]}) as client:
+        for asked in (left, {"truncate": True, "prompt_name": "query"}):
+            vectors = np.array(client.post("/embed", json={"inputs": sentences, **asked}).json())
+            for path in ("/similarity", "/"):
+                found = client.post(path, json={"inputs": inputs, "parameters": asked}).json()
+                np.testing.assert_allclose(found, vectors[1:] @ vectors[0], rtol=1e-4, atol=1e-5)
+        nan = {"source_sentence": "w1", "sentences": [f"w2 {BROKEN}"]}
+        for status, body in (
+            (424, {"inputs": nan, "model": "broken"}),
+            (424, {"inputs": nan, "parameters": {"model": "broken"}}),
+            (404, {"inputs": nan, "model": "gpt-9"}),
+            (200, {"inputs": nan, "parameters": None}),
+        ):
+            assert client.post("/similarity", json=body).status_code == status
+
+
+def test_token_ids_are_cut_on_the_side_that_is_said(models: dict[str, Served]) -> None:
+    prompted, ids = replace(models["embedder"], prompts={"query": "w9 w8 "}), list(range(4, 94))
+    with client_of({"embedder": prompted}) as client:
+        for side, kept in (("Left", ids[-80:]), ("Right", ids[:80])):
+            cut = {"inputs": ids, "truncate": True, "truncation_direction": side}
+            found, expected = (client.post("/embed", json=body).json() for body in (cut, {"inputs": kept}))
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        response = client.post("/embed", json={"inputs": ids[:9], "prompt_name": "query"})
+        assert response.status_code == 422 and "these are token ids" in response.json()["error"]
 
 
 def test_numbers_have_the_digits_that_float32_has() -> None:
@@ -117,6 +151,14 @@ def test_qa(client: Any, models: dict[str, Served]) -> None:
     span = found["best_span"]
     assert context[span["start"] : span["end"]] == span["answer"] != "" and found["ms"] > 0
     assert (found["model"], found["answer"]) == ("reader", expected[0].answer)
+
+
+def test_the_pipelines_form_names_its_model(models: dict[str, Served]) -> None:
+    asked = {"question": "w1", "context": "w2 w3"}
+    with client_of({"reader": models["reader"]}) as client:
+        assert client.post("/", json={"inputs": asked, "model": "gpt-9"}).status_code == 404
+        assert client.post("/", json={"inputs": asked, "model": "reader"}).json()["answer"]
+        assert client.post("/", json={"inputs": asked, "parameters": None}).json()["answer"]
 
 
 def test_a_natural_questions_model_is_asked_like_any_other(tmp_path: Path) -> None:
