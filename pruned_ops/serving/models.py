@@ -180,9 +180,15 @@ def _length(tokenizer: Any, config: Any, set_one: int | None = None) -> int:
     return min(lengths if set_one is None else [*lengths, set_one])
 
 
-def _loaded(auto_class: Any, folder: Path) -> Any:
-    """The model in a folder, in fp32, or in int8 where it was saved so."""
-    model = auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+def _loaded(auto_class: Any, folder: Path, unread: str | None = None) -> Any:
+    """The model in a folder, in fp32, or in int8 where it was saved so. unread: the module whose tensors need
+    not be there. Errors: ValueError for others that are not: transformers would draw them at random."""
+    model, info = auto_class.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+    )
+    lacking = sorted(name for name in info["missing_keys"] if unread not in name.split("."))
+    if lacking:
+        raise ValueError(f"{folder} cannot be served: it lacks {', '.join(lacking[:4])}")
     return model if getattr(model, "is_quantized", False) else model.float()
 
 
@@ -222,7 +228,8 @@ def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: 
     """An encoder whose pooling is computed here."""
     from transformers import AutoModel
 
-    model, tokenizer = _loaded(AutoModel, folder), load_tokenizer(str(folder))
+    # No pooling that is computed here reads an encoder's own pooler, and few embedders are saved with it.
+    model, tokenizer = _loaded(AutoModel, folder, unread="pooler"), load_tokenizer(str(folder))
     limit, hidden = _length(tokenizer, model.config, contents.max_tokens), model.config.hidden_size
     encoder, pooled = TextEncoder(tokenizer, limit, contents.lower_case), _Pooled(model, contents.pooling)
     place = loading.prepare(pooled, encoder, _pad(model))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertForMaskedLM
 
 for package in ("fastapi", "orjson", "prometheus_client"):
@@ -187,6 +188,24 @@ def test_what_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert main(["serve", folder, *extra]) == 2
         error = capsys.readouterr().err
         assert why in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("embedder", "encoder.layer.1.output.dense.weight"),
+        ("reranker", "bert.pooler.dense.weight"),
+        ("classifier", "classifier.bias"),
+    ],
+)
+def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path, name: str, lost: str) -> None:
+    """They would be drawn at random, and nobody would be told."""
+    (folder,) = saved(tmp_path, name)
+    path = Path(folder) / "model.safetensors"
+    left = {key: tensor.clone() for key, tensor in load_file(path).items() if key != lost}
+    save_file(left, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"cannot be served: it lacks {lost}"):
+        load(folder, "a", HERE)
 
 
 def test_int8_with_calibration_texts(tmp_path: Path) -> None:
