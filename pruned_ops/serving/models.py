@@ -175,9 +175,9 @@ def _pad(model: Any) -> int:
 
 
 def _length(tokenizer: Any, config: Any, set_one: int | None = None) -> int:
-    """The most tokens that a model takes, or fewer where its publisher set so."""
-    lengths = [longest_sequence(config), int(tokenizer.model_max_length)]
-    return min(lengths if set_one is None else [*lengths, set_one])
+    """The most tokens that a model takes, or fewer where its publisher set so: for its tokenizer, or as
+    `set_one`, which is then the tokenizer's as well, as in sentence-transformers."""
+    return min(longest_sequence(config), int(tokenizer.model_max_length) if set_one is None else set_one)
 
 
 def _loaded(auto_class: Any, folder: Path, unread: str | None = None) -> Any:

@@ -127,6 +127,28 @@ def test_a_publisher_s_prompt_and_dimensions_are_used_as_encode_does(tmp_path: P
         assert client.get("/info").json()["models"][0]["default_prompt"] == "query"
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_the_length_that_a_publisher_set_is_read_where_encode_reads_it(tmp_path: Path, kind: str) -> None:
+    """In a file of today's name or an older one; the tokenizer's own length does not matter then."""
+    place = Path(*saved(tmp_path, "embedder"))
+    word_tokenizer(96, model_max_length=16).save_pretrained(place)
+    assert load(str(place), "a", HERE).encoder.max_tokens == 16
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{name}"}
+        for path, name in (("", "Transformer"), ("1_Pooling", "Pooling"))
+    ]
+    (place / "1_Pooling").mkdir()
+    for name, value in (
+        ("modules.json", modules),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True}),
+        (f"sentence_{kind}_config.json", {"max_seq_length": 24, "do_lower_case": True}),
+    ):
+        (place / name).write_text(json.dumps(value))
+    contents = contents_of(place)
+    assert (contents.pooling, contents.max_tokens, contents.lower_case) == ("mean", 24, True)
+    assert load(str(place), "b", HERE).encoder.max_tokens == 24
+
+
 def test_prompts_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
     """A pooling that leaves a prompt's tokens out would need to know which they are."""
     prompts, folder = {"query": "w9 w8 "}, tmp_path / "whole"
