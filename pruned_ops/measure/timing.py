@@ -129,15 +129,29 @@ class Timing:
         return statistics.median(self._ratios(slower))
 
     def speedup_interval(self, slower: Timing) -> tuple[float, float]:
-        """A 95% interval for the median of `speedup_over`, by the ranks of the rounds' ratios, whatever their
-        distribution; all of them where there are fewer than 6 rounds."""
+        """An interval of at least 95% for the median of `speedup_over`, by the ranks of the rounds' ratios,
+        whatever their distribution; all of them where there are fewer than 9 rounds."""
         ratios = sorted(self._ratios(slower))
-        rank = max(0, math.floor(len(ratios) / 2 - 0.98 * math.sqrt(len(ratios))))
+        rank = _left_out(len(ratios))
         return ratios[rank], ratios[-1 - rank]
 
     def _ratios(self, slower: Timing) -> list[float]:
         """slower's seconds over this runner's, round by round."""
         return [s / own for s, own in zip(slower.seconds, self.seconds, strict=True)]
+
+
+def _left_out(number: int) -> int:
+    """How many of so many sorted values may be left out at each end, so that the others' range holds the
+    median with a probability of 95%, if any may.
+
+    The median is below all but `left` of them where at most so many are below it, which each is with a
+    probability of a half: the beginnings of the binomial distribution are added up, times 2 ** number."""
+    left, beyond = 0, 1
+    while True:
+        beyond += math.comb(number, left + 1)
+        if 40 * beyond > 2**number:  # both ends together: more than 5%
+            return left
+        left += 1
 
 
 def _percentile(values: Sequence[float], percentile: int) -> float:

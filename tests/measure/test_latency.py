@@ -312,7 +312,13 @@ def test_a_ratio_has_an_interval() -> None:
     assert own.speedup_over(slower) == 3.0 and own.speedup_interval(slower) == (1.0, 5.0)
     many = Timing(WORKLOAD, tuple(float(n) for n in range(1, 101)))
     low, high = Timing(WORKLOAD, (1.0,) * 100).speedup_interval(many)
-    assert (low, high) == (41.0, 60.0)  # the interval of a median by the binomial distribution
+    assert (low, high) == (40.0, 61.0)  # the interval of a median by the binomial distribution
+    for rounds in range(1, 101):
+        numbers = Timing(WORKLOAD, tuple(float(n) for n in range(rounds)))
+        low, high = Timing(WORKLOAD, (1.0,) * rounds).speedup_interval(numbers)
+        inside = [math.comb(rounds, below) for below in range(rounds + 1) if low < below <= high]
+        assert low + high == rounds - 1
+        assert sum(inside) >= 0.95 * 2**rounds or (low, high) == (0, rounds - 1)
 
 
 @pytest.mark.parametrize(
