@@ -74,8 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_texts(path: Path, limit: int, columns: Sequence[str] | None = None) -> list[Text]:
-    """The texts of a file, or `limit` of them spread over it. Errors: `TextFile`'s; ValueError for a line
-    with more than a pair."""
+    """The texts of a file, or `limit` of them spread evenly over it. Errors: `TextFile`'s; ValueError for a
+    line with more than a pair."""
+    from pruned_ops.measure.timing import spread  # imports torch, which --help does not wait for
+
     texts: list[Text] = []
     file = TextFile(path, columns)
     for number, parts in file.lines():
@@ -86,8 +88,7 @@ def read_texts(path: Path, limit: int, columns: Sequence[str] | None = None) -> 
         if len(parts) > 2:
             raise ValueError(f"line {number} of {path} has {len(parts)} texts; a text, or two, are needed")
         texts.append((parts[0], parts[1]) if len(parts) > 1 else parts[0])
-    used = min(limit, len(texts))
-    return [texts[i * len(texts) // used] for i in range(used)]
+    return [texts[place] for place in spread(len(texts), limit)]
 
 
 def show(report: Measured) -> None:

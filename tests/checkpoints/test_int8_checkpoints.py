@@ -239,9 +239,9 @@ def test_texts_and_pairs_to_quantize_by(tmp_path: Path) -> None:
     assert read_texts(rows, 9, ["q", "p"]) == [("q0", "p0"), ("q1", "p1"), ("q2", "p2")]
     with pytest.raises(ValueError, match=r"line 1 of .*rows.jsonl has 2 strings: name --text-columns"):
         read_texts(rows, 9)
-    lines.write_text("0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n")
-    assert read_texts(lines, 6) == ["0", "1", "3", "5", "6", "8"]  # from the whole file
-    assert read_texts(lines, 10) == list("0123456789") and read_texts(lines, 1) == ["0"]
+    lines.write_text("".join(f"{number}\n" for number in range(19)))
+    assert read_texts(lines, 10) == ["0", "2", "4", "6", "8", "10", "12", "14", "16", "18"]  # to the end
+    assert read_texts(lines, 19) == read_texts(lines, 99) == [str(number) for number in range(19)]
     lines.write_text("a\nb\tc\td")
     with pytest.raises(ValueError, match=r"line 2 of .*texts.txt has 3 texts; a text, or two, are needed"):
         read_texts(lines, 9)
