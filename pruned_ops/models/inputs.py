@@ -23,6 +23,12 @@ def longest_sequence(config: Any) -> int:
     return config.max_position_embeddings - family_of(config).first_position(config)
 
 
+def most_tokens(config: Any) -> int | None:
+    """The number of tokens in the longest sequence that the model computes; None for any, where it has no
+    table of positions."""
+    return longest_sequence(config) if family_of(config).has_positions(config) else None
+
+
 def default_position_ids(
     config: Any, input_ids: Tensor | None, batch_size: int, seqlen: int, device: torch.device
 ) -> Tensor:

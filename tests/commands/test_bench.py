@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import family_models
 import pruned_ops
 from head_models import pruned, stock
 from inputs import MODELS, READY, pruned_model, stock_model
@@ -54,6 +55,16 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+def test_sequences_are_as_long_as_the_model_takes() -> None:
+    """Any length where it has no table of positions, whatever its config says."""
+    lengths = Workload("long", ((100, 3),))
+    free = family_models.stock("DebertaV2", "")
+    (batch,) = comparison._inputs([free], lengths, False)
+    assert batch["input_ids"].shape == (2, 100)
+    with pytest.raises(ValueError, match="have 100 tokens; the model's position table allows 80"):
+        comparison._inputs([free, family_models.stock("Bert", "")], lengths, False)
 
 
 def test_dense_against_pruned(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BertModel
 
+import family_models
 import pruned_ops
 from head_models import stock
 from inputs import padded_batch, pruned_model, stock_model
@@ -252,6 +253,17 @@ def test_token_types_reach_the_model() -> None:
         expected = FAST(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([types]))
     torch.testing.assert_close(typed.start_logits, expected.start_logits[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(typed.start_logits, plain.start_logits)
+
+
+def test_without_a_table_of_positions_a_text_may_have_any_length() -> None:
+    """Here one of 100 tokens, where the config says 80."""
+    fast = pruned_ops.optimize(family_models.stock("DebertaV2", ""))
+    ids = text(100, 0)
+    (found,) = encode_many(fast, [ids])
+    expected = alone(fast, ids).last_hidden_state[0]
+    torch.testing.assert_close(found.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RefusedText, match="has 0 tokens; the model takes at least 1"):
+        list(encode_many(fast, [[]]))
 
 
 @pytest.mark.parametrize(
