@@ -33,6 +33,10 @@ class RefusedQuestion(ValueError):
         super().__init__(f"question {index} {reason}")
         self.index, self.reason = index, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and other processes make it of both; of an exception's message alone it cannot be made."""
+        return type(self), (self.index, self.reason)
+
 
 @dataclass(frozen=True, eq=False)
 class Window:

@@ -278,6 +278,10 @@ class RefusedText(ValueError):
         super().__init__(f"text {index} {reason}")
         self.index, self.reason = index, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and other processes make it of both; of an exception's message alone it cannot be made."""
+        return type(self), (self.index, self.reason)
+
 
 def encode_many(
     model: Any,

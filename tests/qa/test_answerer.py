@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import multiprocessing
+import pickle
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -238,6 +240,10 @@ def test_a_refused_entry_does_not_cost_the_others() -> None:
     assert [type(each) for each in found] == [Answer, RefusedQuestion, RefusedQuestion, Answer]
     assert [each.index for each in found[1:3]] == [1, 2]
     assert close([found[0], found[3]], one.answer(["w1", "w2"], words(90)))
+    for refused in found[1:3]:  # as a pool of processes hands them over
+        for same in (pickle.loads(pickle.dumps(refused)), copy.deepcopy(refused)):
+            assert type(same) is RefusedQuestion and str(same) == str(refused)
+            assert (same.index, same.reason) == (refused.index, refused.reason)
 
 
 def test_a_question_may_wait_for_the_answer_to_the_one_before() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from queue import Queue
 from types import SimpleNamespace
@@ -116,8 +117,9 @@ def test_a_bad_record_is_named_and_does_not_cost_the_others(qa: Any) -> None:
     for number, record in enumerate(bad, 1):
         with pytest.raises(ValueError, match=f"question {number} "):
             qa([good] * number + [record, good])
-    with pytest.raises(KeyError, match="^question 1 has no context; a dictionary"):
+    with pytest.raises(KeyError, match="^question 1 has no context; a dictionary") as lacks:
         qa([good, {"question": "w1"}])
+    assert str(pickle.loads(pickle.dumps(lacks.value))) == str(lacks.value)
     for records in ([good, *bad, good], iter([good, *bad, good])):
         found = list(qa(records, keep_refused=True))
         assert [result.index for result in found[1:-1]] == [1, 2, 3, 4]

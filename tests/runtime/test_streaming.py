@@ -292,6 +292,8 @@ def test_a_refused_text_does_not_cost_the_others() -> None:
         found = list(FAST.encode_many(texts, keep_refused=True))
         assert [one.index for one in found if isinstance(one, RefusedText)] == [1, 3]
         assert [len(found[place].start_logits) for place in (0, 2, 4)] == [2, 1, 2]
+    same = pickle.loads(pickle.dumps(found[3]))  # as a pool of processes hands it over
+    assert type(same) is RefusedText and (str(same), same.index) == (str(found[3]), 3)
 
 
 @pytest.mark.parametrize("overlapped", [False, True])
