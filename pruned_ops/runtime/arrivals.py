@@ -195,6 +195,10 @@ class ForkLock:
     def __exit__(self, *error: object) -> None:
         self._lock.release()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make copies and what is sent to another process open: nobody holds them."""
+        return ForkLock, ()
+
     @classmethod
     def renew_all(cls) -> None:
         """Open every lock of this process. In a child this comes before any of its own code."""

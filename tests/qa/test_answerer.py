@@ -374,6 +374,8 @@ def test_a_model_passed_in_is_optimised_in_place() -> None:
     one = QuestionAnswerer(model, word_tokenizer(96))
     before = one.answer("w1", words(20))
     assert one.model is model
+    for same in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):  # as for a pool of processes
+        assert same.model is not model and same.answer("w1", words(20)) == before
     pruned_ops.restore(model)
     assert one.answer("w1", words(20)).answer == before.answer
 
