@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 # The status that a shell reports of a program that wrote to a pipe which nobody reads any more.
 BROKEN_PIPE = 128 + 13
-# In a JSON string these quotes would be escaped: no line with a question and a context holds it.
-_SQUAD = re.compile(rb'"paragraphs"\s*:\s*\[')
+# In a JSON string these quotes would be escaped. A line of another data set may have paragraphs, too, beside
+# its question and its context, but not in its data.
+_SQUAD = re.compile(rb'"data"\s*:\s*\[.*?"paragraphs"\s*:\s*\[', re.DOTALL)
 
 
 def add_command(commands: Any) -> None:

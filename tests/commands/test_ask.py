@@ -16,7 +16,7 @@ from typing import IO, Any
 import pytest
 
 from inputs import stock_model
-from matching import save_checkpoint
+from matching import save_checkpoint, squad_file
 from pruned_ops import QuestionAnswerer
 from pruned_ops.cli import main
 from tiny_tokenizers import word_tokenizer, words
@@ -84,6 +84,17 @@ def test_json_lines(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert status == 2 and "--overwrite replaces it" in error
     status, _, error = run(capsys, folder, "--questions", source, "--out", source, "--overwrite")
     assert status == 2 and "is what is read" in error and source.stat().st_size
+
+
+def test_a_file_in_squads_format_is_named_and_a_line_with_paragraphs_is_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, error = run(capsys, folder, "--questions", squad_file(tmp_path / "squad.json", 2, 1))
+    assert status == 2 and "is SQuAD-format JSON; --questions takes JSON lines" in error
+    source = tmp_path / "q.jsonl"
+    source.write_bytes(lines_of({**GOOD[1], "paragraphs": [{"title": "w1"}]}))
+    status, (found,), error = run(capsys, folder, "--questions", source)
+    assert (status, found["id"], error) == (0, 7, "")
 
 
 def test_one_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
