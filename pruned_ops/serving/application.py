@@ -63,15 +63,15 @@ def application(service: Service, access: Access) -> Any:
         app.router.add_route(path, endpoint, methods=["POST"])
     _add_information(app, service)
     app.add_exception_handler(HTTPException, _unrouted)
-    routed: Any = Posted(app, posted)
-    if access.origins:
-        routed = CORSMiddleware(
-            routed,
-            allow_origins=list(access.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
-    return Guard(routed, service, access.hosts, access.keys, {*POSTED, *GOT})
+    guarded = Guard(Posted(app, posted), service, access.hosts, access.keys, {*POSTED, *GOT})
+    if not access.origins:
+        return guarded
+    return CORSMiddleware(  # around the guard: a page that may ask may also read why it is refused
+        guarded,
+        allow_origins=list(access.origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type"],
+    )
 
 
 class Posted:

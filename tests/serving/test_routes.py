@@ -321,7 +321,9 @@ def test_only_this_machines_names_are_answered(client: Any) -> None:
     assert not everywhere.include("evil.example") and Hosts("192.0.2.7").include("192.0.2.7:80")
 
 
-def test_no_other_site_may_ask_unless_it_is_named(client: Any, models: dict[str, Served]) -> None:
+def test_no_other_site_may_ask_unless_it_is_named(
+    client: Any, models: dict[str, Served], tmp_path: Path
+) -> None:
     asks = {"Origin": "https://notes.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in client.options("/embed", headers=asks).headers
     with client_of(models, Access(HERE, origins=("https://notes.example",))) as open_client:
@@ -329,6 +331,17 @@ def test_no_other_site_may_ask_unless_it_is_named(client: Any, models: dict[str,
         assert allowed.headers["access-control-allow-origin"] == "https://notes.example"
         other = open_client.options("/embed", headers=asks | {"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+    (tmp_path / "keys").write_text("a-key\n")
+    access = Access(HERE, Keys(tmp_path / "keys"), ("https://notes.example",))
+    with client_of(models, access) as guarded:
+        body, origin = {"inputs": "w1"}, {"Origin": "https://notes.example"}
+        for headers, status in ((origin, 401), (origin | {"Authorization": "Bearer a-key"}, 200)):
+            answer = guarded.post("/embed", json=body, headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == origin["Origin"]
+        elsewhere = guarded.post("/embed", json=body, headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in elsewhere.headers
+        assert guarded.get("/", headers={"Host": "evil.example"}).status_code == 421
 
 
 def test_keys(models: dict[str, Served], tmp_path: Path) -> None:
