@@ -88,10 +88,10 @@ class Part:
 
 
 class Arrival:
-    """A request whose texts are not there yet."""
+    """A request whose texts are not there yet. is_late: whether it came when the server had begun to end."""
 
-    def __init__(self, count: Callable[[int], None]) -> None:
-        self._count, self._is_over = count, False
+    def __init__(self, count: Callable[[int], None], is_late: bool) -> None:
+        self._count, self.is_late, self._is_over = count, is_late, False
 
     def is_over(self) -> None:
         """The texts are there, or will not come; saying it twice is once."""
@@ -111,7 +111,7 @@ class Batcher:
         self._coming = 0  # requests that are read or tokenised
         self._under_way: set[Job] = set()
         self._seconds_per_token = 0.0
-        self._ends = False
+        self._ends = self._has_given_up = False
         self.is_working = False
         # As a daemon it does not keep the process from ending in the middle of a long batch.
         Thread(target=self._work, name="pruned_ops-models", daemon=True).start()
@@ -129,7 +129,7 @@ class Batcher:
     def arrival(self) -> Arrival:
         """A request that is read and tokenised from now on: batches may wait for it, until their deadline."""
         self._count(1)
-        return Arrival(self._count)
+        return Arrival(self._count, self._ends)
 
     def _count(self, change: int) -> None:
         with self._changed:
@@ -149,7 +149,10 @@ class Batcher:
     def begin(self, model: Computes, sequences: list[Any], arrival: Arrival | None = None) -> Job:
         """A job of the sequences, whose `done` will have their results; `forget` has to be called after that,
         or earlier. arrival: the request whose texts these are. Errors: Refusal where too much waits, or the
-        server ends."""
+        server ends and this is no request that was under way."""
+        is_late = arrival is None or arrival.is_late
+        if self._has_given_up or (self._ends and is_late):
+            raise Refusal("ending", "the server ends")
         job = Job.of(model, sequences, asyncio.get_running_loop())
         self._add(job)
         if arrival is not None:
@@ -162,8 +165,6 @@ class Batcher:
         self._drop(job)
 
     def _add(self, job: Job) -> None:
-        if self._ends:
-            raise Refusal("ending", "the server ends")
         with self._changed:
             total = self._tokens + job.tokens
             if self._tokens and total > self._limits.queue_tokens:
@@ -195,11 +196,12 @@ class Batcher:
             self._queues[job.model].remove(job)
 
     def end(self) -> None:
-        """Take no more jobs."""
+        """Take no more requests; those that are read or tokenised now may still begin their jobs."""
         self._ends = True
 
     def give_up(self) -> None:
-        """Let everybody who waits be refused."""
+        """Let everybody who waits be refused, and whoever comes."""
+        self._has_given_up = True
         for job in self._under_way:
             if not job.done.done():
                 job.done.set_exception(Refusal("ending", "the server ends"))

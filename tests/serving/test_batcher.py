@@ -232,12 +232,26 @@ def test_its_end() -> None:
         tasks = await begun(batcher.run(model, ["a"]))
         await is_asked(model)
         tasks += await begun(batcher.run(model, ["b"]))
+        slow = batcher.arrival()
         batcher.end()
         with pytest.raises(Refusal, match="the server ends"):
             await batcher.run(model, ["c"])
         batcher.give_up()
+        with pytest.raises(Refusal, match="the server ends"):
+            await batcher.run(model, ["d"], slow)
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(answer, Refusal) and answer.reason == "ending" for answer in answers)
         model.may_answer.set()
+
+    run(work)
+
+
+def test_a_request_that_was_tokenised_when_the_end_began_is_answered() -> None:
+    async def work(batcher: Batcher) -> None:
+        early = batcher.arrival()
+        batcher.end()
+        assert await batcher.run(Held(), ["a"], early) == [1]
+        with pytest.raises(Refusal, match="the server ends"):
+            await batcher.run(Held(), ["b"], batcher.arrival())
 
     run(work)
