@@ -96,17 +96,18 @@ def _endpoint(service: Service, route: Route) -> Endpoint:
     """The route with its refusals said in the words of its API."""
 
     async def endpoint(request: Request) -> Response:
-        form: Form = form_of(request.scope["path"])
         with service.serving(request):
             try:
                 return await route(service, request)
-            except Refusal as refusal:
-                return response_of(refusal, getattr(request.state, "form", form))
+            except Refusal as refused:
+                refusal = refused
             except ClientGone:
                 return Response(status_code=_NOBODY)
             except Exception:  # a fault of ours: the server goes on, and says where it was
                 _LOG.exception("%s failed", request.scope["path"])
-                return response_of(Refusal("fault", "the server failed at this request"), form)
+                refusal = Refusal("fault", "the server failed at this request")
+            form: Form = getattr(request.state, "form", form_of(request.scope["path"]))
+            return response_of(refusal, form)
 
     return endpoint
 

@@ -404,4 +404,8 @@ def test_an_error_of_ours_is_one_sentence(
         assert response.status_code == 500
         assert response.json()["error"]["message"] == "the server failed at this request"
         assert "in a route" in caplog.text
+        monkeypatch.setattr(models["reranker"].encoder, "encode", fails)
+        response = client.post("/rerank", json={"query": "w1", "documents": ["w2"]})
+        assert response.status_code == 500  # as Jina's clients read it
+        assert response.json()["detail"] == "the server failed at this request"
         assert client.get("/health").status_code == 200
