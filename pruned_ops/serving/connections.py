@@ -157,6 +157,11 @@ class _Impatient(HttpProtocol):
         """Whether the client has still to send something."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a request is under way whose end the client has still to send."""
+        return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete
+
     def _wait_for_request(self) -> None:
         if self.sending is None:
             self.sending = self.loop.call_later(self.patience, self._drop)
@@ -199,8 +204,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         self._work.end()
+        # uvicorn closes those on which nothing is under way, once their clients have taken what is written.
         for connection in list(self.server_state.connections):
-            if isinstance(connection, _Impatient) and connection.is_sending:
+            if isinstance(connection, _Impatient) and connection.is_waited_for:
                 connection.transport.abort()
         asyncio.get_running_loop().call_later(self._grace, self._work.give_up)
         await super().shutdown(sockets)

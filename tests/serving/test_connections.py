@@ -275,6 +275,23 @@ def test_a_client_that_does_not_take_its_answer_is_dropped(slow: Slow) -> None:
         assert lives(url)
 
 
+def test_an_answer_that_is_being_taken_at_the_end_is_sent_whole(slow: Slow) -> None:
+    slow.may_answer.set()
+    slow.dimension = 20_000
+    slow.compute = lambda texts: [np.ones(20_000, dtype=np.float32)] * len(texts)  # type: ignore[method-assign]
+    body = json.dumps({"inputs": ["w1"] * 50}).encode()  # the answer is larger than what sockets buffer
+    with served({"slow": slow}) as (url, service, server), begun(url, whole(body)) as client:
+        connections: Any = server.server_state.connections
+        until(lambda: any(one.cycle is not None and one.cycle.response_complete for one in connections))
+        server.should_exit = True
+        until(lambda: service.batcher._ends)
+        received = bytearray()
+        while part := client.recv(1 << 20):
+            received += part
+    content = received.partition(b"\r\n\r\n")[2]
+    assert len(json.loads(content)) == 50
+
+
 def test_what_is_under_way_is_answered_at_the_end(slow: Slow) -> None:
     """And not what comes then, and nobody is waited for who only holds a connection."""
     with served({"slow": slow}) as (url, service, _), ThreadPoolExecutor(2) as pool:
