@@ -54,6 +54,12 @@ TOKENIZER_FILES = (
 )
 # A tokenizer can be made of any one of these.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
+# The file in which sentence-transformers keeps its encoder's settings, how long texts may be for example: it
+# reads the first of these that is there. It wrote the others in its first years.
+ENCODER_SETTINGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 # The square of a larger number is beyond fp32, and so is what a model computes of it.
 MAX_WEIGHT = 1e18
 # The dtypes that a GPU computes a whole model in.

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from pruned_ops.checkpoints.loading import (
+    ENCODER_SETTINGS,
     VOCABULARY_FILES,
     checkpoint_folder,
     load_config,
@@ -35,7 +36,7 @@ _SETTINGS = "config_sentence_transformers.json"
 # What a folder may hold beside config, weights and vocabulary, and what stays true of the trimmed model.
 _TAKEN = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json", "README.md",
-    _SETTINGS, "sentence_bert_config.json", "LICENSE", "LICENSE.txt",
+    _SETTINGS, *ENCODER_SETTINGS, "LICENSE", "LICENSE.txt",
 )  # fmt: skip
 # What is said at the end of a model card that is taken along.
 _NOTE = """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pruned_ops.checkpoints.loading import check_source, explained, read_config
+from pruned_ops.checkpoints.loading import ENCODER_SETTINGS, check_source, explained, read_config
 from pruned_ops.files import read_json, shown
 
 Kind = Literal["embedder", "sparse embedder", "reranker", "classifier", "question answering"]
@@ -14,12 +14,6 @@ Kind = Literal["embedder", "sparse embedder", "reranker", "classifier", "questio
 _MEAN = "an encoder without a pooling of its own: an embedding is the mean of its tokens"
 _DEFAULT = "the prompt {!r} is put before texts unless a request names another"
 _NO_PROMPTS = "its prompts are not served, because its pooling leaves their tokens out"
-# The encoder's settings: sentence-transformers reads the first of these files that is there. It wrote the
-# others in its first years.
-_ENCODER_SETTINGS = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
 # The poolings that are computed here. Whatever else a folder asks for is left to sentence-transformers.
 _POOLINGS = {"mean": "mean", "cls": "cls"}
 _OLD_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -112,8 +106,8 @@ def _of_library(folder: Path) -> Contents | None:
         if default is not None:
             raise ValueError(f"{folder}: its default prompt {default!r} cannot be served: {_NO_PROMPTS}")
         prompts, notes = {}, (_NO_PROMPTS,)
-    saved = (folder / name for name in _ENCODER_SETTINGS if (folder / name).is_file())
-    encoder = _settings(next(saved, folder / _ENCODER_SETTINGS[0]))
+    saved = (folder / name for name in ENCODER_SETTINGS if (folder / name).is_file())
+    encoder = _settings(next(saved, folder / ENCODER_SETTINGS[0]))
     longest, dimension = encoder.get("max_seq_length"), settings.get("truncate_dim")
     computed_here = _pooling(listed, config)
     return Contents(

@@ -270,13 +270,14 @@ def test_a_folder_of_sentence_transformers(tmp_path: Path) -> None:
     (root / "1_Pooling").mkdir()
     pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
     (root / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    (root / "0_Transformer" / "sentence_bert_config.json").write_text('{"max_seq_length": 40}')
+    settings = "0_Transformer/sentence_xlm-roberta_config.json"  # an older name of sentence_bert_config.json
+    (root / settings).write_text('{"max_seq_length": 40}')
     (root / ".git").mkdir()  # neither its files nor other hidden ones are named as left out
     for name in (".git/HEAD", ".gitattributes"):
         (root / name).write_text("")
     done = trim_vocabulary(root, tmp_path / "out", USED)
     assert done.left_out == () and done.rows[1] < done.rows[0]
-    for name in ("modules.json", "1_Pooling/config.json", "0_Transformer/sentence_bert_config.json"):
+    for name in ("modules.json", "1_Pooling/config.json", settings):
         assert (tmp_path / "out" / name).read_bytes() == (root / name).read_bytes()
     names = [tmp_path / "in" / "0_Transformer", tmp_path / "out" / "0_Transformer"]
     (_, expected), (_, found) = (outputs(name, XLMRobertaModel, USED) for name in names)

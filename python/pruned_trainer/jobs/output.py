@@ -16,7 +16,7 @@ from safetensors.torch import save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from pruned_ops.checkpoints.loading import TOKENIZER_FILES, file_beside
+from pruned_ops.checkpoints.loading import ENCODER_SETTINGS, TOKENIZER_FILES, file_beside
 from pruned_ops.checkpoints.loading import load_any_head as load_any_head
 from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
@@ -24,7 +24,7 @@ from pruned_ops.files import check_name, check_place, read_json
 from pruned_ops.models.model_card import WEIGHTS
 
 # sentence-transformers' own files beside an encoder, and those of a module that follows it.
-_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json")
 _MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 # What a run that can be resumed keeps in its partial folder: its settings and its plan.
 RUN = "run.json"
@@ -58,7 +58,8 @@ def _copy_modules(source: str, folder: Path) -> None:
     listed = file_beside(source, _SENTENCE_FILES[0])
     if listed is None:
         return
-    to_copy = [*_SENTENCE_FILES]
+    settings = (name for name in ENCODER_SETTINGS if file_beside(source, name) is not None)
+    to_copy = [*_SENTENCE_FILES, next(settings, ENCODER_SETTINGS[0])]
     for module in read_json(listed):
         path = str(module.get("path") or "")
         if not path.strip(".") or "/" in path:  # "" is the encoder itself

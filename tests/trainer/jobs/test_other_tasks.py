@@ -327,6 +327,7 @@ def test_an_embedder_of_the_hub_is_pooled_as_its_files_say_and_keeps_them(
     files = {
         "modules.json": [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": ".."}],
         "config_sentence_transformers.json": {"prompts": {}},
+        "sentence_roberta_config.json": {"max_seq_length": 40},  # an older name of sentence_bert_config.json
         "1_Pooling/config.json": {"pooling_mode_cls_token": True},
         "2_Dense/config.json": {"in_features": 32},
         "2_Dense/model.safetensors": {},
