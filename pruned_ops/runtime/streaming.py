@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.models.inputs import most_tokens
+from pruned_ops.models.inputs import IdOutsideTable, check_inputs, most_tokens
 from pruned_ops.runtime.arrivals import blocks_of, in_one_process, is_there
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder, packed_encoders
 from pruned_ops.shape import checked_int
@@ -325,16 +325,16 @@ def encode_many(
     checked_int("tokens_per_batch", tokens_per_batch, 1)
     outputs, pad = _OutputSplitter(), encoder.config.pad_token_id or 0
     runner = BatchRunner(model, pad, encoder.device, outputs.select, lanes)
-    stream = _TextStream(texts, most_tokens(encoder.config), tokens_per_batch, keep_refused)
+    stream = _TextStream(texts, encoder.config, tokens_per_batch, keep_refused)
     return in_one_process(stream.results(runner, outputs))
 
 
 class _TextStream:
     """One run over many texts."""
 
-    def __init__(self, texts: Iterable[Any], longest: int | None, tokens: int, keep_refused: bool) -> None:
-        self._texts, self._longest, self._keep_refused = texts, longest, keep_refused
-        self._tokens_per_batch = tokens
+    def __init__(self, texts: Iterable[Any], config: Any, tokens_per_batch: int, keep_refused: bool) -> None:
+        self._texts, self._config, self._keep_refused = texts, config, keep_refused
+        self._tokens_per_batch = tokens_per_batch
         self._failure: Exception | None = None
         self._waiting: dict[int, Any] = {}  # results that one before them keeps back
         self._next = 0  # the text whose result comes next
@@ -370,7 +370,7 @@ class _TextStream:
     def _read(self) -> Iterator[_Text]:
         for index, text in enumerate(self._texts):
             try:
-                yield _text(index, text, self._longest)
+                yield _text(index, text, self._config)
             except RefusedText as refused:
                 if not self._keep_refused:
                     raise
@@ -415,15 +415,15 @@ class _OutputSplitter:
         return fields["logits"] if self._kind is None else self._kind(**fields)
 
 
-def _text(index: int, text: Any, longest: int | None) -> _Text:
-    """Check a caller's text. longest: the most tokens of one, None for any. Errors: RefusedText."""
+def _text(index: int, text: Any, config: Any) -> _Text:
+    """Check a caller's text for the model of this config. Errors: RefusedText."""
     fields = dict(text) if isinstance(text, Mapping) else {"input_ids": text}
     unknown = [name for name, value in fields.items() if name not in _READ and value is not None]
     if unknown or fields.get("input_ids") is None:
         fault = f"has {', '.join(map(str, unknown))}" if unknown else "has no input_ids"
         raise RefusedText(index, f"{fault}; encode_many reads {' and '.join(_READ[:2])}")
     tensors = {name: _numbers(index, name, value) for name, value in fields.items() if value is not None}
-    tokens = len(tensors["input_ids"])
+    tokens, longest = len(tensors["input_ids"]), most_tokens(config)
     if tokens < 1 or (longest is not None and tokens > longest):
         taken = "at least 1" if longest is None else f"1 to {longest}"
         raise RefusedText(index, f"has {tokens} tokens; the model takes {taken}")
@@ -432,6 +432,10 @@ def _text(index: int, text: Any, longest: int | None) -> _Text:
             raise RefusedText(index, f"has {tokens} input_ids, but {len(values)} {name}")
     if "attention_mask" in tensors and not bool((tensors["attention_mask"] == 1).all()):
         raise RefusedText(index, "is padded: its attention_mask has zeros; give its tokens alone")
+    try:
+        check_inputs(config, tensors["input_ids"], None, None, tensors.get("token_type_ids"))
+    except IdOutsideTable as error:
+        raise RefusedText(index, f"cannot be run: {error}") from None
     return _Text(index, tensors["input_ids"], tensors.get("token_type_ids"))
 
 

@@ -278,6 +278,8 @@ def test_without_a_table_of_positions_a_text_may_have_any_length() -> None:
         ([0.5], r"text 2 cannot be read: its input_ids are torch.float32 \(1,\); whole numbers"),
         ("abc", "text 2 cannot be read: its input_ids are no numbers"),
         ([[7, 8], [7, 8]], r"text 2 cannot be read: its input_ids are torch.int64 \(2, 2\)"),
+        ([7, 100], "text 2 cannot be run: input_ids holds 100; its table has 100 rows"),
+        ({"input_ids": [7], "token_type_ids": [2]}, "text 2 cannot be run: token_type_ids holds 2; its"),
     ],
 )
 def test_bad_texts_are_named_after_the_results_before_them(bad: Any, message: str) -> None:
@@ -288,9 +290,10 @@ def test_bad_texts_are_named_after_the_results_before_them(bad: Any, message: st
 
 
 def test_a_refused_text_does_not_cost_the_others() -> None:
-    for texts in ([[7, 8], [], [9], "abc", [7, 8]], iter([[7, 8], [], [9], "abc", [7, 8]])):
+    several = [[7, 8], [], [9], "abc", [7, 8], [5000]]
+    for texts in (several, iter(several)):
         found = list(FAST.encode_many(texts, keep_refused=True))
-        assert [one.index for one in found if isinstance(one, RefusedText)] == [1, 3]
+        assert [one.index for one in found if isinstance(one, RefusedText)] == [1, 3, 5]
         assert [len(found[place].start_logits) for place in (0, 2, 4)] == [2, 1, 2]
     same = pickle.loads(pickle.dumps(found[3]))  # as a pool of processes hands it over
     assert type(same) is RefusedText and (str(same), same.index) == (str(found[3]), 3)
