@@ -336,7 +336,7 @@ class _Call:
         examples = DatasetExamples(
             judged, self.collate, self.label_names, self.metrics,
             self.args.eval_batch_size if self.args is not None else _EVAL_BATCH,
-            settings.distillation.pooling, teacher, dense,
+            settings.distillation.pooling, teacher, dense, outputs.kind,
         )  # fmt: skip
         examples.check_metrics()
         lengths = examples.arrival_lengths()

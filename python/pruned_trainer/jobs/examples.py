@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pruned_ops.qa.questions import arrival_lengths
 from pruned_trainer.distributed import say, shared
 from pruned_trainer.jobs.job import running
 from pruned_trainer.jobs.row_checks import said
-from pruned_trainer.jobs.rows import Rows, label_of
+from pruned_trainer.jobs.rows import Rows
 from pruned_trainer.tasks.faults import DataFaults
 from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind, comparable_outputs
 from pruned_trainer.tasks.resampling import interval, samples
@@ -51,8 +51,8 @@ class DatasetExamples:
 
     label_names: the entries of a batch that are labels. compute_metrics: as for transformers' Trainer; None
     for accuracy or Spearman's correlation with the labels, where there are such. teacher: what models are
-    compared with, once it is known. dense: the model before pruning, which stays as it is. pooling: as for
-    `comparable_outputs`.
+    compared with, once it is known. dense: the model before pruning, which stays as it is. kind: of the
+    models' outputs. pooling: as for `comparable_outputs`.
     """
 
     rows: Rows
@@ -107,7 +107,7 @@ class DatasetExamples:
         on these rows."""
         if self.compute_metrics is None:
             return
-        if self.gold() is None:
+        if self.gold is None:
             say(f"the {self.rows.name} has no labels: compute_metrics has nothing to measure")
             return
         result = DatasetResult(self, self._outputs(self.dense), None)
@@ -154,12 +154,23 @@ class DatasetExamples:
             for i in range(len(rows))
         ]
 
+    @cached_property
     def gold(self) -> Any:
-        """The labels of all rows as transformers' Trainer gives them to a metric; None where there are
-        none."""
-        names = [name for name in self.label_names if label_of(self.rows[0], name) is not None]
-        columns = [_stacked([np.asarray(label_of(row, name)) for row in self.rows]) for name in names]
-        return None if not columns else columns[0] if len(columns) == 1 else tuple(columns)
+        """The labels of all rows as transformers' Trainer gives them to a metric: as the collator makes them,
+        of tokens without padding; None where there are none."""
+        columns: dict[str, list[NDArray[Any]]] = {}
+        for start in range(0, len(self.rows), self.batch_size):
+            batch = self.collate(self.rows[start : start + self.batch_size])
+            mask = batch["attention_mask"].bool()
+            for name in self.label_names:
+                labels = batch.get(name)
+                if labels is None:
+                    continue
+                of_tokens = self.kind is OutputKind.TOKENS and labels.shape == mask.shape
+                each = (row[real] if of_tokens else row for row, real in zip(labels, mask, strict=True))
+                columns.setdefault(name, []).extend(row.cpu().numpy() for row in each)
+        stacked = [_stacked(column) for column in columns.values()]
+        return None if not stacked else stacked[0] if len(stacked) == 1 else tuple(stacked)
 
 
 class DatasetResult:
@@ -171,7 +182,7 @@ class DatasetResult:
         self.examples, self.outputs, self.taught = examples, outputs, taught
         # Made once, because every sample takes its rows of them.
         self._stacked_outputs = tuple(_stacked([row[name] for row in outputs]) for name in outputs[0])
-        self._gold = examples.gold()
+        self._gold = examples.gold
         if taught is not None:
             pairs = zip(outputs, taught, strict=True)
             self._agreement = np.stack([_agreed(examples.kind, own, wanted) for own, wanted in pairs])

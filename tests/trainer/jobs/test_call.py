@@ -24,6 +24,9 @@ import pruned_trainer
 from calls import HALF, TwoTowers, arguments, classifier, config, rows, unlabelled
 from pruned_trainer import Decision, Distillation, PruneResult, Target
 from pruned_trainer.jobs import call as call_module
+from pruned_trainer.jobs.examples import DatasetExamples
+from pruned_trainer.jobs.rows import Rows, as_batch
+from pruned_trainer.tasks.output_kinds import OutputKind
 from pruned_trainer.training.trainer import PruningTrainer
 from tiny_tokenizers import word_tokenizer
 
@@ -170,9 +173,44 @@ def test_a_collator_sees_the_rows_as_they_are(tmp_path: Path) -> None:
         classifier(), HALF, data, data[:8], data_collator=collate, compute_metrics=lambda predicted: {
             "gold": float(predicted.label_ids.sum())}, gate_steps=1, retrain_steps=1,
     )  # fmt: skip
-    assert result.report["dense"]["gold"] == sum(row["label"] for row in data[:8])
+    # What the metric gets is what the collator made of them, as in transformers' Trainer.
+    assert result.report["dense"]["gold"] == sum(row["label"] % 3 for row in data[:8])
     both = [{**row, "label": 99} for row in rows(24)]  # a data set's own numbers beside the models'
     assert pruned_trainer.prune(classifier(), HALF, both, both, gate_steps=1, retrain_steps=1)
+
+
+def test_metrics_get_the_labels_that_the_collator_makes() -> None:
+    """Numbers of names, also where rows lack that column; of tokens without padding, wherever that is."""
+    names, padded = ["a", "b", "c"], DataCollatorWithPadding(word_tokenizer(90))
+
+    def of_texts(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = padded([{"input_ids": row["input_ids"]} for row in batch])
+        return {**ids, "labels": torch.tensor([names.index(row["tone"]) for row in batch])}
+
+    def of_tokens(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        mask = torch.zeros(len(batch), 16, dtype=torch.long)
+        filled = {"input_ids": mask.clone(), "labels": torch.full_like(mask, -100)}
+        for place, row in enumerate(batch):
+            length = len(row["input_ids"])
+            for name, values in filled.items():
+                values[place, 16 - length :] = torch.tensor(row[name])
+            mask[place, 16 - length :] = 1
+        return {**filled, "attention_mask": mask}
+
+    def gold(data: list[dict[str, Any]], collate: Any, kind: OutputKind) -> Any:
+        given = Rows(data, "evaluation dataset", renames=False)
+        examples = DatasetExamples(given, as_batch(collate), ["labels"], None, 3, "mean", kind=kind)
+        return examples.gold
+
+    texts = rows(8)
+    toned = [{"input_ids": row["input_ids"], "tone": names[row["labels"]]} for row in texts]
+    found = gold(toned, of_texts, OutputKind.CLASSES)
+    assert found.tolist() == [row["labels"] for row in texts]
+    tagged = rows(8, per_token=True)
+    found = gold(tagged, of_tokens, OutputKind.TOKENS)
+    longest = max(len(row["labels"]) for row in tagged)
+    assert found.tolist() == [row["labels"] + [-100] * (longest - len(row["labels"])) for row in tagged]
+    assert gold(unlabelled(4), padded, OutputKind.CLASSES) is None
 
 
 def test_a_loss_and_a_collator_of_ones_own(tmp_path: Path) -> None:
