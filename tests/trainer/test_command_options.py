@@ -58,6 +58,7 @@ def test_texts_that_models_are_judged_on_are_not_trained_on(tmp_path: Path) -> N
         ("fast", ["--retrain-steps", "7"], (None, 7)),
         ("gain", ["--gate-steps", "5"], (5, demo_run.RETRAIN_STEPS)),
         ("leave-one-out", [], (None, demo_run.RETRAIN_STEPS)),
+        ("joint", ["--retrain-epochs", "0"], (None, None)),
     ],
 )
 def test_the_demo_has_steps_of_its_own_for_what_the_recipe_trains(

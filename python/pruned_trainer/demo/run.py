@@ -91,7 +91,8 @@ def _with_generated_files(settings: PruneSettings) -> PruneSettings:
         validation_file=files["validation"],
         eval_file=files["evaluation"],
     )
-    if settings.max_minutes or settings.gate_epochs or settings.retrain_epochs:
+    durations = (settings.max_minutes, settings.gate_epochs, settings.retrain_epochs)
+    if any(given is not None for given in durations):
         return settings
     steps: dict[str, Any] = {}
     if settings.trains_gates and settings.gate_steps is None:
