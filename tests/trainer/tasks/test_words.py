@@ -61,6 +61,15 @@ def test_a_word_counts_where_most_of_its_surroundings_are_seen() -> None:
     assert [window.words.tolist() for window in windows] == [[0, 1, 2], [3, 4, 5]]
 
 
+@pytest.mark.parametrize("stride", [3, 4, 128])
+def test_a_stride_as_long_as_a_window_makes_no_window_for_each_token(stride: int) -> None:
+    """128 is the default, and 128 tokens are a usual length for words with labels."""
+    words = ["is", "a", "city", "new"] * 5
+    windows = encode_words(wordpiece(), [words], 6, stride)
+    assert len(windows) == 9  # of four words each, a step of two
+    assert sorted(word for window in windows for word in window.words) == list(range(20))
+
+
 def test_bytes_with_the_space_before_a_word() -> None:
     tokenizer = byte_tokenizer()
     (window,) = encode_words(tokenizer, [["ab", "é", "c"]], 64, stride=8)

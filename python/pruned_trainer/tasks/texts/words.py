@@ -31,7 +31,9 @@ class Sentence(Encoded):
 def encode_words(
     tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sequence[str]], max_length: int, stride: int
 ) -> list[Sentence]:
-    """Each sentence's words, joined by spaces, in windows of at most max_length tokens that share `stride`.
+    """Each sentence's words, joined by spaces, in windows of at most max_length tokens that share `stride`,
+    or half of their words' tokens where that is less: a stride as long as a window would make one for each
+    token.
 
     A word that lies in several windows counts in the one where it is farthest from both ends. A word of which
     the tokenizer leaves nothing (one of zero-width characters alone) begins nowhere, and the words after it
@@ -44,7 +46,7 @@ def encode_words(
         raise FormatError(f"max_length {max_length} leaves no room for a word beside the special tokens")
     for number, words in enumerate(sentences):
         rows = tokenizer(
-            " ".join(words), truncation=True, max_length=max_length, stride=min(stride, room - 1),
+            " ".join(words), truncation=True, max_length=max_length, stride=min(stride, room // 2),
             padding=False, return_overflowing_tokens=True, return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )  # fmt: skip
