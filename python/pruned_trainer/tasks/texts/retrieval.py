@@ -3,11 +3,11 @@ files of queries and of relevance apart, as BEIR has them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pruned_ops.files import shown
 from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
@@ -19,6 +19,8 @@ TEXT, TITLE, RELEVANT = "text", "title", "relevant"
 # The columns of a file of relevance.
 QUERY_ID, CORPUS_ID, GRADE = "query-id", "corpus-id", "score"
 _IDS = ("id", "_id")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,12 @@ def read_retrieval(
     """The queries of a source, with the documents of options.corpus.
 
     A row has a query's text and the ids that are relevant to it; or, with options.queries, which holds the
-    texts, a query's id, a document's id and a score above 0. skipped: collects the faults of bad rows.
+    texts, a query's id, a document's id and a score above 0. skipped: collects the faults of bad rows, also
+    of the documents and the queries.
     Errors: FormatError that names the place, also for an id that the other file does not have.
     """
     assert options.corpus is not None
-    numbers, documents = read_corpus(options.corpus)
+    numbers, documents = read_corpus(options.corpus, skipped)
     if options.queries is None:
         where, judgements = _with_ids(source, split, options, numbers, skipped)
     else:
@@ -115,10 +118,12 @@ def _joined(
     """(the source, its queries) of rows of relevance, with the texts of options.queries."""
     assert options.queries is not None
     text = (options.text_columns or (TEXT,))[0]
-    queries = {
-        name: Example(texts_of(row, (text,), where), where)
-        for name, where, row in _by_id(read_rows(options.queries, "train"), text)
-    }
+    queries = _by_id(
+        read_rows(options.queries, "train", None, skipped),
+        text,
+        lambda row, where: Example(texts_of(row, (text,), where), where),
+        skipped,
+    )
     rows = read_rows(source, split, {QUERY_ID, CORPUS_ID, GRADE}, skipped)
     rows.need((QUERY_ID, CORPUS_ID))
     relevant: dict[str, list[int]] = {}
@@ -140,28 +145,35 @@ def _number(numbers: Mapping[str, int], value: Any, where: str) -> int:
     return numbers[str(value)]
 
 
-def _by_id(source: Source, *columns: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(id, place, row) of each row of a source with ids, which are told apart."""
+def _by_id(
+    source: Source, text: str, read: Callable[[Mapping[str, Any], str], T], skipped: Skipped | None
+) -> dict[str, T]:
+    """What `read` makes of each row and its place, by the rows' ids, which are told apart. text: the column
+    of the texts."""
     key = next((name for name in _IDS if name in source.columns), _IDS[0])
-    source.need((key, *columns))
-    seen = set()
+    source.need((key, text))
+    found: dict[str, T] = {}
     for where, row in source.placed():
-        name = value_of(row, key, where)
-        if isinstance(name, bool) or not isinstance(name, str | int) or str(name) in seen:
-            raise FormatError(f"{where}: the id {shown(name)} is none, or appears twice")
-        seen.add(str(name))
-        yield str(name), where, row
+        with skipping(skipped):
+            name = value_of(row, key, where)
+            if isinstance(name, bool) or not isinstance(name, str | int) or str(name) in found:
+                raise FormatError(f"{where}: the id {shown(name)} is none, or appears twice")
+            found[str(name)] = read(row, where)
+    return found
 
 
-def read_corpus(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+def read_corpus(path: Path, skipped: Skipped | None = None) -> tuple[dict[str, int], tuple[str, ...]]:
     """(number of each document by its id, the documents) of a file of rows with an id (or _id), a text, and
-    perhaps a title, which stands before the text."""
-    numbers: dict[str, int] = {}
-    documents: list[str] = []
-    for name, where, row in _by_id(read_rows(path, "train"), TEXT):
-        numbers[name] = len(documents)
-        (text,) = texts_of(row, (TEXT,), where)
-        documents.append(f"{row.get(TITLE) or ''} {text}".strip())
+    perhaps a title, which stands before the text. skipped: as for `read_retrieval`."""
+    documents = _by_id(read_rows(path, "train", None, skipped), TEXT, _document, skipped)
     if not documents:
-        raise FormatError(f"{path}: no documents at all")
-    return numbers, tuple(documents)
+        some(Examples(str(path), ()), skipped)
+    return {name: number for number, name in enumerate(documents)}, tuple(documents.values())
+
+
+def _document(row: Mapping[str, Any], where: str) -> str:
+    """A row's title, where it has one, and its text, which may then be empty; FormatError where both are."""
+    document = f"{row.get(TITLE) or ''} {get_field(row, TEXT, str, where)}".strip()
+    if not document:
+        raise FormatError(f"{where}: {TEXT!r} is empty")
+    return document
