@@ -1,7 +1,8 @@
 """The figures of a report, each as SVG that takes its colours from the page around it, and as PNG.
 
 The colours are based on Okabe and Ito's. Under simulated protanopia, deuteranopia and tritanopia
-(Machado et al., 2009) any two series are at least 12 apart in CIELAB; they differ in marker or line, too.
+(Machado et al., 2009) any two colours of series are at least 12 apart in CIELAB. Five series of ours differ
+in marker, too; others' are hollow, on dotted lines.
 """
 
 from __future__ import annotations
@@ -48,10 +49,8 @@ DARK = {
     "fourth": "#2fd0a0",
     "fifth": "#f5cc50",
 }
-# Colours and markers of our series and of others' series, in turn. Where ours are three, no others stand
-# beside them.
-_OURS = (("first", "o"), ("second", "s"), ("third", "D"))
-_THEIRS = (("third", "D"), ("fourth", "^"), ("fifth", "s"))
+# Colours and markers of series, in turn: ours from the first on, others' from the last.
+_COLOURS, _MARKERS = ("first", "second", "third", "fourth", "fifth"), "osD^v"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
@@ -236,7 +235,7 @@ def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) 
         for number, line in enumerate(own):
             handles.append(_draw_own(axes, line, joined, number))
         for number, line in enumerate([line for line in lines if not line.own]):
-            colour, marker = _THEIRS[number]
+            colour, marker = style(-1 - number)
             handles += axes.plot(
                 line.x, line.y, marker=marker, color=LIGHT[colour], label=line.label, linestyle=":",
                 linewidth=1, markerfacecolor="none", markeredgewidth=1.4,
@@ -255,9 +254,15 @@ def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) 
     return draw(name, f"{y_label}, over speed-up. {alt}", 2.9 + 0.19 * rows, fill)
 
 
+def style(number: int) -> tuple[str, str]:
+    """The colour and the marker of a series; those of 25 series differ in one of the two."""
+    rounds, place = divmod(number, len(_COLOURS))
+    return _COLOURS[place], _MARKERS[(place + rounds) % len(_MARKERS)]
+
+
 def _draw_own(axes: Axes, line: Line, joined: bool, number: int) -> ErrorbarContainer:
     """Draw one of our lines; number: its place among them."""
-    colour, marker = _OURS[number % len(_OURS)]
+    colour, marker = style(number)
     ends = line.ends or [(y, y) for y in line.y]
     # A point may lie outside of its interval, and a bar has no negative length.
     below = [max(y - low, 0.0) for y, (low, _) in zip(line.y, ends, strict=True)]

@@ -18,6 +18,9 @@ from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, gate_log, put
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure  # noqa: E402
+
+from pruned_trainer.report import figures  # noqa: E402
 from pruned_trainer.report.page import write_pages  # noqa: E402  (draws with it)
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -180,6 +183,20 @@ def test_natural_questions_have_their_own_scores_and_peers(tmp_path: Path) -> No
     put(tmp_path / "family", a_sweep("natural_questions"), "sweep.json")
     parsed = page(tmp_path / "family")
     assert "long F1" in parsed.texts["models"] and "short F1" in parsed.texts["curve"]
+
+
+def test_no_two_series_of_a_figure_look_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Natural Questions have four of ours beside two of others; a caller's metrics may be more."""
+    fills: list[Any] = []
+    monkeypatch.setattr(figures, "draw", lambda name, alt, height, fill: fills.append(fill))
+    for own, others in ((4, 2), (9, 0)):
+        owners = [True] * own + [False] * others
+        lines = [figures.Line(f"series {n}", [(1.5, n)], own=of_us) for n, of_us in enumerate(owners)]
+        figures.against_speed("report-speed", "points gained", lines, joined=False)
+        figure = Figure(layout="constrained")
+        fills.pop()(figure)
+        markers = [line for line in figure.axes[0].get_lines() if line.get_marker() in tuple("osD^v")]
+        assert len({(line.get_color(), line.get_marker()) for line in markers}) == len(markers) == len(lines)
 
 
 @pytest.mark.parametrize(
