@@ -61,6 +61,7 @@ _NQ_SPEEDS = (1.49, 1.83, 2.46)
 
 
 def _natural_questions(score: str, dense: float, *reached: float) -> Published:
+    """The paper's series of a score, which the official evaluator takes at its best threshold."""
     points = tuple(zip(_NQ_SPEEDS, reached, strict=True))
     hardware = "V100, fp16, batch 64"
     data = "Natural Questions, distilled"
@@ -70,8 +71,8 @@ def _natural_questions(score: str, dense: float, *reached: float) -> Published:
 PUBLISHED = {
     "squad": _SQUAD,
     "natural_questions": (
-        _natural_questions("long_f1", 70.3, 69.8, 69.3, 67.6),
-        _natural_questions("short_f1", 58.8, 58.4, 58.4, 55.4),
+        _natural_questions("long_best_f1", 70.3, 69.8, 69.3, 67.6),
+        _natural_questions("short_best_f1", 58.8, 58.4, 58.4, 55.4),
     ),
 }
 

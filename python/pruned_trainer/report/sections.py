@@ -25,6 +25,8 @@ from pruned_trainer.report.fields import (
 from pruned_trainer.report.figures import Drawing, Line
 from pruned_trainer.report.html import Section, Table
 from pruned_trainer.report.published import Published, beside
+from pruned_trainer.tasks.natural_questions.task import SCORES as NQ_SCORES
+from pruned_trainer.tasks.squad.metrics import SCORES as SQUAD_SCORES
 from pruned_trainer.tasks.task import Score
 
 MODELS = ("dense", "pruned")
@@ -245,8 +247,7 @@ def speed_section(lines: Sequence[Line], report: Fields, joined: bool) -> Sectio
 
     lines: `own_lines`. report: names the task and the data. joined: each of our lines is one family's curve.
     """
-    task, scores = task_of(report), scores_of(report)
-    series = beside(task, report.part("evaluated_on").text("data_set"))
+    series = beside(task_of(report), report.part("evaluated_on").text("data_set"))
     title = "F1 against speed, beside what others published" if series else "Scores against speed"
     section = Section("speed", title)
     theirs = [
@@ -270,7 +271,7 @@ def speed_section(lines: Sequence[Line], report: Fields, joined: bool) -> Sectio
     if any(published.dense is None for published in series):
         section.notes.append("The table also lists a series whose dense model's F1 we do not know.")
     head = ("source", "model", "data", "hardware", "score", "dense", "pruned")
-    rows = [_row(published, scores) for published in series]
+    rows = [_row(published) for published in series]
     section.tables.append(Table(head, rows, "Published by others", texts=True))
     return section
 
@@ -292,9 +293,9 @@ def own_lines(models: Sequence[Fields], scores: Sequence[Score]) -> list[Line]:
     return lines
 
 
-def _row(published: Published, scores: Sequence[Score]) -> list[str]:
+def _row(published: Published) -> list[str]:
     points = ", ".join(f"{speed:.2f}x\u00a0{value:g}" for speed, value in published.points)
-    score = next(score.label for score in scores if score.key == published.score)
+    score = next(score.label for score in (*SQUAD_SCORES, *NQ_SCORES) if score.key == published.score)
     dense = shown(published.dense, "{:g}")
     return [
         published.source, published.model, published.data, published.hardware, score, dense, points
@@ -304,7 +305,7 @@ def _row(published: Published, scores: Sequence[Score]) -> list[str]:
 def _label(published: Published) -> str:
     """The source, and what a reader must know beside its points: model, score or data, hardware."""
     source = published.source.split(",")[0]
-    what = published.data if published.score == "f1" else f"{published.score.removesuffix('_f1')} F1"
+    what = published.data if published.score == "f1" else f"{published.score.split('_')[0]} F1"
     return f"{source}: {published.model}, {what}\n({published.hardware})"
 
 
