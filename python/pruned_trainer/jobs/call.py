@@ -68,6 +68,8 @@ _OPTIONS = frozenset(
 )
 # Those of them that name a file.
 _PATHS = frozenset(("decision", "latency_table"))
+# The tokens that a tokenizer puts around a text, and behind it; unknown and masked ones are of the text.
+_AROUND = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -322,9 +324,10 @@ class _Call:
             fault = other_meaning(teacher, dense)
             if fault is not None:
                 raise ValueError(f"the teacher cannot teach the model: {fault}")
+        around = {getattr(tokenizer, name, None) for name in _AROUND} - {None}
         expected = Expected(
             configs=configs,
-            specials=frozenset(getattr(tokenizer, "all_special_ids", [config_of(dense).pad_token_id])),
+            specials=frozenset(around or {config_of(dense).pad_token_id}),
             kind=outputs.kind,
             width=next(iter(outputs.values.values())).size(-1),
             label_names=self.label_names,

@@ -179,6 +179,16 @@ def test_a_collator_sees_the_rows_as_they_are(tmp_path: Path) -> None:
     assert pruned_trainer.prune(classifier(), HALF, both, both, gate_steps=1, retrain_steps=1)
 
 
+def test_a_text_of_unknown_tokens_alone_is_a_text() -> None:
+    """As one of emoji alone is to many tokenizers."""
+    data = [*rows(16), {"input_ids": [2, 1, 3], "labels": 0}]
+    result = pruned_trainer.prune(
+        classifier(), HALF, data, data, data_collator=DataCollatorWithPadding(word_tokenizer(90)),
+        recipe="random", gate_steps=1, retrain_steps=0,
+    )  # fmt: skip
+    assert result.report["evaluated_on"]["examples"] == 17
+
+
 def test_metrics_get_the_labels_that_the_collator_makes() -> None:
     """Numbers of names, also where rows lack that column; of tokens without padding, wherever that is."""
     names, padded = ["a", "b", "c"], DataCollatorWithPadding(word_tokenizer(90))
