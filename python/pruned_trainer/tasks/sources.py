@@ -69,12 +69,15 @@ def suffix_of(source: str | Path) -> str:
 
 
 def find(source: str | Path) -> tuple[str, str | None]:
-    """Split NAME:SPLIT at its last colon, where the whole is no file or folder; the split may be None.
+    """Split NAME:SPLIT, where the whole is no file or folder, at the last colon behind one, else at the first
+    colon; the split may be None.
 
     Errors: ValueError for what cannot be a split."""
     name, split = str(source), None
     if not Path(name).exists() and ":" in name:
-        name, split = name.split(":", 1)
+        places = [place for place, letter in enumerate(name) if letter == ":"]
+        at = next((place for place in reversed(places) if Path(name[:place]).exists()), places[0])
+        name, split = name[:at], name[at + 1 :]
         if not _SPLIT.fullmatch(split):
             raise ValueError(f"{source}: no such file, and {split!r} is no split: one name, such as train")
     return name, split

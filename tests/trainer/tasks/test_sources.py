@@ -203,6 +203,9 @@ def test_splits_are_those_of_the_source(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "q.jsonl", [ROW])
     with pytest.raises(ValueError, match="is a file and has no splits: leave ':train' away"):
         read_examples(f"{path}:train", "train")
+    (tmp_path / "2026:01").mkdir()
+    Path(source).rename(tmp_path / "2026:01" / "of:us")  # the colons of a folder's name are its own
+    assert len(read_examples(tmp_path / "2026:01" / "of:us:dev", "train")) == 2
     path.rename(tmp_path / "q:train.jsonl")  # a name that exists is that file, whatever it looks like
     assert len(read_examples(tmp_path / "q:train.jsonl", "dev")) == 1
 
