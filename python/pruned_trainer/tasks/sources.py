@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,20 @@ class Source:
 
     where: what errors begin with. columns: in the order of the source; of rows without fixed columns (JSON
     lines), all that occur. names: the class names that the source itself gives to a column's whole numbers.
+    numbers: of the rows, where some of the source's may be left out.
     """
 
     where: str
     columns: tuple[str, ...]
     rows: Rows
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    numbers: Iterable[int] | None = None
+
+    @classmethod
+    def of(cls, path: Path, rows: Mapping[int, Mapping[str, Any]], columns: Iterable[str] = ()) -> Source:
+        """A file's rows, by their numbers. columns: all that occur, by default."""
+        names = dict.fromkeys(columns or (key for row in rows.values() for key in row))
+        return cls(str(path), tuple(names), list(rows.values()), numbers=list(rows))
 
     def need(self, wanted: Iterable[str], hint: str = "") -> None:
         """FormatError that names the columns that are missing, and those that there are."""
@@ -58,7 +67,8 @@ class Source:
 
     def placed(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """The rows, each with its place for errors; rows count from 0."""
-        for number, row in enumerate(self.rows):
+        numbers = count() if self.numbers is None else self.numbers
+        for number, row in zip(numbers, self.rows, strict=False):  # counting has no end
             yield f"{self.where}, row {number}", row
 
 
@@ -127,7 +137,7 @@ def _read_file(path: Path, wanted: Collection[str] | None, skipped: Skipped | No
         rows = _json_rows(path, skipped)
     else:
         raise FormatError(f"{path}: rows are read from {', '.join(READ)}, not from {suffix or 'such a file'}")
-    return Source(str(path), tuple(dict.fromkeys(key for row in rows for key in row)), rows)
+    return Source.of(path, rows)
 
 
 def _open(path: Path) -> Any:
@@ -135,13 +145,14 @@ def _open(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _json_lines(path: Path, skipped: Skipped | None) -> list[dict[str, Any]]:
-    rows = []
+def _json_lines(path: Path, skipped: Skipped | None) -> dict[int, dict[str, Any]]:
+    """The object of each line, by its number from 0."""
+    rows = {}
     try:
         with _open(path) as file:  # as bytes, whose lines end at \n only: a text may hold other line ends
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file):
                 with skipping(skipped):
-                    rows.append(_parse_line(line, f"{path}: line {number}"))
+                    rows[number] = _parse_line(line, f"{path}: line {number + 1}")
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise FormatError(f"{path}: not .gz: {error}") from None
     return rows
@@ -157,8 +168,8 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _json_rows(path: Path, skipped: Skipped | None) -> list[dict[str, Any]]:
-    """The objects in a .json file's list."""
+def _json_rows(path: Path, skipped: Skipped | None) -> dict[int, dict[str, Any]]:
+    """The objects in a .json file's list, by their numbers from 0."""
     try:
         with _open(path) as file:
             rows = parse_json(file.read())
@@ -167,12 +178,12 @@ def _json_rows(path: Path, skipped: Skipped | None) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
         kind = type(rows).__name__
         raise FormatError(f"{path}: a list of objects, one for each row, is needed; it holds one {kind}")
-    objects = []
+    objects = {}
     for number, row in enumerate(rows):
         with skipping(skipped):
             if not isinstance(row, dict):
                 raise FormatError(f"{path}, row {number}: an object is needed, not {type(row).__name__}")
-            objects.append(row)
+            objects[number] = row
     return objects
 
 
@@ -186,14 +197,14 @@ def _separated(path: Path, separator: str, skipped: Skipped | None) -> Source:
                 columns, *lines = [row for row in reader if row] or [[]]
     except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise FormatError(f"{path}: not {suffix_of(path)} in UTF-8: {error}") from None
-    rows = []
+    rows = {}
     for number, line in enumerate(lines):
         with skipping(skipped):
             if len(line) != len(columns):
                 named = f"the first line names {len(columns)} columns"
                 raise FormatError(f"{path}, row {number}: {len(line)} values, and {named}")
-            rows.append(dict(zip(columns, line, strict=True)))
-    return Source(str(path), tuple(columns), rows)
+            rows[number] = dict(zip(columns, line, strict=True))
+    return Source.of(path, rows, columns)
 
 
 @contextmanager

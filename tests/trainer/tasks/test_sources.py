@@ -307,11 +307,20 @@ def test_bad_rows_of_every_format_are_skipped_where_that_is_asked_for(name: str,
     if name == "rows.json":
         path.write_text('[{"text": "a", "label": "1"}, 3, null, {"text": "d", "label": "4"}]')
     skipped = Skipped()
-    rows = read_rows(path, "train", None, skipped).rows
-    assert list(rows) == [{"text": "a", "label": "1"}, {"text": "d", "label": "4"}] and len(skipped) == 2
+    source = read_rows(path, "train", None, skipped)
+    assert list(source.rows) == [{"text": "a", "label": "1"}, {"text": "d", "label": "4"}]
+    assert [where for where, _ in source.placed()] == [f"{path}, row 0", f"{path}, row 3"]
+    assert len(skipped) == 2
     assert skipped.faults[0].startswith(f"{path}, row 1: ")
     with pytest.raises(FormatError, match="row 1: "):
         read_rows(path, "train")
+
+
+def test_rows_after_a_line_that_is_skipped_keep_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n[\n{"text": "b"}\n')
+    places = [where for where, _ in read_rows(path, "train", None, Skipped()).placed()]
+    assert places == [f"{path}, row 0", f"{path}, row 2"]
 
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
