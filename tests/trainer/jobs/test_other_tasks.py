@@ -310,6 +310,11 @@ def test_pooling_is_what_sentence_transformers_wrote(tmp_path: Path) -> None:
                 pooling_of(str(folder), config)
         else:
             assert pooling_of(str(folder), config) == pooling
+    config.pooling = "cls"
+    assert pooling_of(str(folder), config) == "cls"
+    config.pooling = "max"
+    with pytest.raises(ValueError, match="pools by 'max', as its config says"):
+        pooling_of(str(folder), config)
 
 
 def test_compensations_of_an_embedder_are_compared_as_it_is_pooled(

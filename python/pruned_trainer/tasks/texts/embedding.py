@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pruned_ops.checkpoints.loading import file_beside, load_to_fine_tune
 from pruned_ops.files import read_json
 from pruned_trainer.tasks.faults import FormatError
+from pruned_trainer.tasks.output_kinds import POOLINGS
 from pruned_trainer.tasks.task import Score
 from pruned_trainer.tasks.texts.base import TextTask
 from pruned_trainer.tasks.texts.encoding import encode, pooled
@@ -202,8 +203,10 @@ def pooling_of(source: str, config: Any) -> str:
     """How the checkpoint's embeddings are pooled: as its config says, else as sentence-transformers wrote it
     beside the model; "mean" where neither does. Errors: ValueError for a way that is neither mean nor cls."""
     known = getattr(config, "pooling", None)
-    if known is not None:
+    if known in POOLINGS:
         return str(known)
+    if known is not None:
+        raise ValueError(f"{source} pools by {known!r}, as its config says; mean and cls are known")
     file = file_beside(source, "1_Pooling/config.json")
     if file is None:
         return "mean"
