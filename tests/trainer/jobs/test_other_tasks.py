@@ -4,7 +4,6 @@ line."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,9 @@ from pruned_trainer.jobs import output
 from pruned_trainer.pruning import compensate
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 from pruned_trainer.pruning.importance import example_losses
-from pruned_trainer.tasks.faults import FormatError
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.texts import embedding
-from pruned_trainer.tasks.texts.embedding import EmbeddingTask, pooling_of
+from pruned_trainer.tasks.texts.embedding import pooling_of
 from pruned_trainer.tasks.texts.encoding import Encoded
 from pruned_trainer.tasks.texts.examples import Example
 from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
@@ -214,37 +212,18 @@ def test_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "row 0: document '12' is not in the corpus" in refused(task, folder, bad, capsys)
 
 
-def test_documents_and_queries_that_are_bad_are_skipped_where_that_is_asked_for(tmp_path: Path) -> None:
-    """A document of a title alone is none of them: BEIR's collections have such."""
-    rows = [{"_id": "a", "title": "w1", "text": ""}, {"_id": "b", "title": "", "text": "w2"}]
-    bad = [{"_id": "c", "title": " ", "text": ""}, {"_id": "a", "text": "w3"}, {"_id": "d", "text": 4}]
-    corpus = write_rows(tmp_path / "corpus.jsonl", [*bad[:1], *rows, *bad[1:]])
-    asked = [{"_id": "q", "text": "w1"}, {"_id": "r", "text": " "}]
-    queries = write_rows(tmp_path / "queries.jsonl", asked)
-    pairs = [("q", "a"), ("q", "d"), ("r", "b")]
-    named = [{"query-id": query, "corpus-id": document, "score": 1} for query, document in pairs]
-    judged = write_rows(tmp_path / "test.tsv", named)
-    options = TaskOptions(task="embedding", corpus=corpus, queries=queries, skip_bad=True)
-    task = EmbeddingTask(options)
-    search = task.read(judged, "validation")
-    assert isinstance(search, Retrieval) and search.documents == ("w1", "w2")
-    assert [query.texts for query in search.queries] == [("w1",)] and search.relevant == ((0,),)
-    assert len(task.faults.skipped) == 6 and f"{corpus}, row 0: 'text' is empty" in task.faults.skipped
-    with pytest.raises(FormatError, match=r"corpus\.jsonl, row 0: 'text' is empty"):
-        EmbeddingTask(replace(options, skip_bad=False)).read(judged, "validation")
-
-
 def test_models_are_chosen_between_on_fewer_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All queries, and all documents that answer one; the evaluation searches the whole corpus."""
     texts = tuple(f"w{i} w{i + 1}" for i in range(20))
     queries = tuple(Example((texts[i],), f"row {i}") for i in (3, 3, 18))
-    search = Retrieval("eval", queries, ((3, 4), (3,), (18,)), texts)
+    search = Retrieval("eval", queries, ({3: 2.0, 4: 1.0}, {3: 1.0}, {18: 1.0}), texts)
     fewer = search.on_fewer(7)
     assert fewer.queries == queries and fewer.documents == tuple(texts[i] for i in (0, 3, 4, 6, 10, 14, 18))
     found = [[fewer.documents[number] for number in each] for each in fewer.relevant]
     assert found == [[texts[3], texts[4]], [texts[3]], [texts[18]]]
+    assert [list(each.values()) for each in fewer.relevant] == [[2.0, 1.0], [1.0], [1.0]]
     assert search.on_fewer(2).documents == (texts[3], texts[4], texts[18])
     assert search.on_fewer(20) == search == search.on_fewer(99)
 

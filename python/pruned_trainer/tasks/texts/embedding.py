@@ -177,7 +177,7 @@ def _search(prepared: PreparedTexts, search: Retrieval, texts: Sequence[str]) ->
     documents = np.array([place[text] for text in search.documents])
     gold = np.zeros((len(search), len(documents)))
     for row, relevant in zip(gold, search.relevant, strict=True):
-        row[list(relevant)] = 1
+        row[list(relevant)] = list(relevant.values())
 
     def similarities(embeddings: Sequence[Any]) -> FloatArray:
         vectors = np.stack(embeddings).astype(np.float64)

@@ -27,11 +27,11 @@ T = TypeVar("T")
 class Retrieval:
     """Queries with the documents that are relevant to each, and the documents that are searched.
 
-    relevant: of each query, the numbers of its documents among `documents`."""
+    relevant: of each query, the numbers of its documents among `documents`, each with how relevant it is."""
 
     where: str
     queries: tuple[Example, ...]
-    relevant: tuple[tuple[int, ...], ...]
+    relevant: tuple[Mapping[int, float], ...]
     documents: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class Retrieval:
         return replace(
             self,
             documents=tuple(self.documents[number] for number in kept),
-            relevant=tuple(tuple(place[number] for number in each) for each in self.relevant),
+            relevant=tuple({place[n]: grade for n, grade in each.items()} for each in self.relevant),
         )
 
 
@@ -68,9 +68,9 @@ def read_retrieval(
     """The queries of a source, with the documents of options.corpus.
 
     A row has a query's text and the ids that are relevant to it; or, with options.queries, which holds the
-    texts, a query's id, a document's id and a score above 0. skipped: collects the faults of bad rows, also
-    of the documents and the queries.
-    Errors: FormatError that names the place, also for an id that the other file does not have.
+    texts, a query's id, a document's id and a score, 0 or less for a document that is not relevant. skipped:
+    collects the faults of bad rows, also of the documents and the queries. Errors: FormatError that names the
+    place, also for an id that the other file does not have.
     """
     assert options.corpus is not None
     numbers, documents = read_corpus(options.corpus, skipped)
@@ -84,7 +84,7 @@ def read_retrieval(
     return Retrieval(where, queries, tuple(relevant for _, relevant in judgements), documents)
 
 
-Found = list[tuple[Example, tuple[int, ...]]]
+Found = list[tuple[Example, Mapping[int, float]]]
 
 
 def _with_ids(
@@ -104,7 +104,7 @@ def _with_ids(
             ids = [_number(numbers, value, where) for value in get_field(row, label, list, where)]
             if not ids:
                 raise FormatError(f"{where}: no document is relevant")
-            judgements.append((Example(texts_of(row, (text,), where), where), tuple(ids)))
+            judgements.append((Example(texts_of(row, (text,), where), where), dict.fromkeys(ids, 1.0)))
     return rows.where, judgements
 
 
@@ -126,16 +126,17 @@ def _joined(
     )
     rows = read_rows(source, split, {QUERY_ID, CORPUS_ID, GRADE}, skipped)
     rows.need((QUERY_ID, CORPUS_ID))
-    relevant: dict[str, list[int]] = {}
+    relevant: dict[str, dict[int, float]] = {}
     for where, row in rows.placed():
         with skipping(skipped):
             query = str(value_of(row, QUERY_ID, where))
             if query not in queries:
                 raise FormatError(f"{where}: query {shown(query)} is not among the queries")
             document = _number(numbers, value_of(row, CORPUS_ID, where), where)
-            if GRADE not in row or read_score(row[GRADE], where) > 0:
-                relevant.setdefault(query, []).append(document)
-    return rows.where, [(queries[query], tuple(ids)) for query, ids in relevant.items()]
+            grade = read_score(row[GRADE], where) if GRADE in row else 1.0
+            if grade > 0:
+                relevant.setdefault(query, {})[document] = grade
+    return rows.where, [(queries[query], grades) for query, grades in relevant.items()]
 
 
 def _number(numbers: Mapping[str, int], value: Any, where: str) -> int:
