@@ -27,6 +27,7 @@ from pruned_trainer.jobs import output
 from pruned_trainer.pruning import compensate
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 from pruned_trainer.pruning.importance import example_losses
+from pruned_trainer.tasks.faults import FormatError
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.texts import embedding
 from pruned_trainer.tasks.texts.embedding import pooling_of
@@ -35,6 +36,7 @@ from pruned_trainer.tasks.texts.examples import Example
 from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
 from pruned_trainer.tasks.texts.reranking import RerankingTask, squad_pairs
 from pruned_trainer.tasks.texts.retrieval import Retrieval
+from pruned_trainer.tasks.texts.tasks import text_task
 from pruned_trainer.training.batches import GROUP, pad_batch
 from text_files import CUT, checkpoint, ranked, scored, tagged, write_rows
 
@@ -253,6 +255,19 @@ def test_an_embedder_learns_the_scores_of_pairs(tmp_path: Path) -> None:
         assert main([*argv, "--predictions", str(said)]) == 0
         errors.append(np.square(np.array(json.loads(said.read_text())) - [r["score"] for r in rows]).mean())
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_an_embedder_reads_lines_whatever_the_columns_of_its_pairs_are(tmp_path: Path) -> None:
+    """The columns are those of the pairs that it is judged by."""
+    (tmp_path / "texts.txt").write_text("w1 w2\n\nw3\n")
+    for task, columns in (("embedding", ("one", "other")), ("reranking", ("asked", "found"))):
+        made: Any = text_task(TaskOptions(task=task, text_columns=columns))
+        if task == "embedding":
+            texts, _ = made.read_texts(tmp_path / "texts.txt", True)
+            assert [row.texts for row in texts.rows] == [("w1 w2",), ("w3",)]
+        else:
+            with pytest.raises(FormatError, match="pairs are read from .jsonl"):
+                made.read_texts(tmp_path / "texts.txt", True)
 
 
 def test_pairs_are_taken_apart_again(tmp_path: Path) -> None:

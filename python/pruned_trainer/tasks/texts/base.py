@@ -28,6 +28,8 @@ class TextTask:
 
     head: ClassVar[str]
     thresholds: ClassVar[tuple[str, ...]] = ()
+    # Whether the model reads the texts of a row together.
+    reads_pairs: ClassVar[bool] = True
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -77,7 +79,8 @@ class TextTask:
     def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
         """As `read_training`, of texts without labels."""
         with self.skipping_bad() as skipped:
-            texts = self.of_texts(read_unlabelled(source, "train", self.columns, skipped))
+            found = read_unlabelled(source, "train", self.columns, skipped, self.reads_pairs)
+            texts = self.of_texts(found)
         return (texts, None) if has_validation else texts.split(self.options.seed)
 
     def to_choose_on(self, examples: Any) -> Any:

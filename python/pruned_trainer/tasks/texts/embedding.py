@@ -57,6 +57,7 @@ class EmbeddingTask(TextTask):
     documents that are relevant to it. What is learned is the teacher's embedding of each text."""
 
     head = HEAD
+    reads_pairs = False
 
     # -- models ------------------------------------------------------------------------------------------
 

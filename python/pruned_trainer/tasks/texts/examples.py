@@ -88,13 +88,18 @@ def read_labelled(
 
 
 def read_unlabelled(
-    source: str | Path, split: str, columns: Sequence[str], skipped: Skipped | None = None
+    source: str | Path,
+    split: str,
+    columns: Sequence[str],
+    skipped: Skipped | None = None,
+    pairs: bool = True,
 ) -> Examples:
     """The texts of a source: of the columns where its ending is one of READ, or where it is a folder or a hub
-    name; of any other file, one text a line, without empty lines. Errors: as for `read_labelled`."""
+    name; of any other file, one text a line, without empty lines. pairs: whether the texts of several columns
+    belong together, and so cannot be lines. Errors: as for `read_labelled`."""
     name, _ = find(source)
     if Path(name).is_file() and suffix_of(name) not in READ:
-        if len(columns) > 1:
+        if pairs and len(columns) > 1:
             raise FormatError(
                 f"{source}: pairs are read from {', '.join(READ)} with the columns {', '.join(columns)}, not "
                 "from lines of text"
