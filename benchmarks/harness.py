@@ -219,6 +219,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _number(text: str) -> Any:
+    if text.isalpha() and text not in ("nan", "inf"):
+        return text  # float takes "infinity", which is also the name of a server
     for kind in (int, float):
         try:
             return kind(text)

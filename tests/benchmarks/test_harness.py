@@ -30,6 +30,15 @@ def test_a_csv_that_cannot_be_written_is_refused_before_the_measurement(tmp_path
         harness.out_path(out / "rows.csv", "models")
 
 
+def test_a_server_called_infinity_keeps_its_name(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    rows = [{"server": "infinity", "ms": 1.5}, {"server": "plain", "ms": float("inf")}]
+    harness.write_rows(out, rows)
+    assert harness.read_rows(out) == rows
+    harness.write_rows(out, [{"server": "plain", "ms": float("nan")}])
+    assert isinstance(harness.read_rows(out)[0]["ms"], float)  # of whom nobody was answered
+
+
 def test_what_the_user_can_mend_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def main() -> None:
         raise FileNotFoundError("there is\nno folder x")
