@@ -76,8 +76,11 @@ class Target:
             return 0
 
     async def _ask(self, request: bytes) -> int:
-        if self._idle:
+        while self._idle:
             reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                break
+            writer.close()  # the server closed what was idle too long: no request is lost by that
         else:
             reader, writer = await asyncio.open_connection(self.host, self.port)
         try:

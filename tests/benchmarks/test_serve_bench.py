@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from pathlib import Path
 
@@ -34,6 +35,25 @@ def test_the_loops_count_what_is_answered_and_refused() -> None:
 def test_who_is_not_answered_is_lost() -> None:
     load = closed_loop(Target("http://127.0.0.1:9", "/embed"), [b""], 1, 0.01)
     assert set(load.statuses) == {0}
+
+
+def test_a_connection_that_the_server_closed_loses_no_request() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()  # as after a time in which nobody asked
+
+    async def asked() -> list[int]:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            target = Target(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "/embed")
+            statuses = []
+            for _ in range(3):
+                statuses.append(await target.ask(target.request(b"")))
+                await asyncio.sleep(0.05)
+            target.close()
+            return statuses
+
+    assert asyncio.run(asked()) == [200, 200, 200]
 
 
 def test_a_rival_is_a_name_and_the_address_of_a_server() -> None:
