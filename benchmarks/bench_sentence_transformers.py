@@ -39,7 +39,7 @@ from harness import Row
 from presentation import counted, table
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.refusals import refuse_encoder
-from rivals.rival import Refused
+from rivals.rival import Refused, made_once
 from rivals.worker import BATCH_SIZES, Worker
 
 # The shapes, as sentence-transformers' page has them; only "minilm" has real weights, of a package.
@@ -85,21 +85,22 @@ def real_folder() -> Path:
 def made_folder(shape: str, folder: Path) -> Path:
     """The folder of a model of this shape, made where it is not there yet. Those with random weights read
     MiniLM's tokens."""
-    place = folder / shape
-    if place.is_dir():
-        return place
-    if shape == "minilm":
-        return Path(shutil.copytree(real_folder(), place))
-    torch.manual_seed(0)
-    model: Any = (
-        XLMRobertaModel(XLMRobertaConfig(**SIZES[shape]))
-        if shape.startswith("xlm")
-        else BertModel(BertConfig(**SIZES[shape]))
-    )
-    model.save_pretrained(place)
-    for name in TOKENIZER:
-        shutil.copy(real_folder() / name, place)
-    return place
+
+    def make(place: Path) -> None:
+        if shape == "minilm":
+            shutil.copytree(real_folder(), place, dirs_exist_ok=True)
+            return
+        torch.manual_seed(0)
+        model: Any = (
+            XLMRobertaModel(XLMRobertaConfig(**SIZES[shape]))
+            if shape.startswith("xlm")
+            else BertModel(BertConfig(**SIZES[shape]))
+        )
+        model.save_pretrained(place)
+        for name in TOKENIZER:
+            shutil.copy(real_folder() / name, place)
+
+    return made_once(folder / shape, make)
 
 
 class Plain:

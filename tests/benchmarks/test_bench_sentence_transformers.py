@@ -70,6 +70,21 @@ def test_rows_have_speed_and_quality(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "| minilm, mixed |" in page and "| runner | stsb | scifact |" in page
 
 
+def test_a_model_that_was_made_in_part_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        bench.SIZES, "bert-base", {"vocab_size": 9, "hidden_size": 12, "num_hidden_layers": 1}
+    )
+    real = tmp_path / "real"
+    monkeypatch.setattr(bench, "real_folder", lambda: real)
+    with pytest.raises(OSError):
+        bench.made_folder("bert-base", tmp_path / "made")  # it ends where the tokens are read
+    real.mkdir()
+    for name in bench.TOKENIZER:
+        (real / name).touch()
+    made = bench.made_folder("bert-base", tmp_path / "made")
+    assert {*bench.TOKENIZER, "config.json", "model.safetensors"} <= {path.name for path in made.iterdir()}
+
+
 def test_a_rival_whose_python_is_missing_is_left_out() -> None:
     with pytest.raises(Refused, match="its Python does not start: .*no/such/python"):
         Worker("no/such/python", "fastembed_worker.py", [], 1)
