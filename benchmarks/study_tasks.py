@@ -151,6 +151,20 @@ class Study:
             write_whole(path, gzip.compress("\n".join(search.on_fewer(most).documents).encode()))
         return path
 
+    def claim(self, case: Case) -> None:
+        """Write down whose models a case's folder has. ValueError where they are those of another encoder or
+        of other minutes, because what is there is not trained again."""
+        path = self.work / case.trained_in / "study.json"
+        own = {"model": self.name, "minutes": self.minutes}
+        has = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else own
+        if has != own:
+            raise ValueError(
+                f"{path.parent} has models of {has['model']}, trained for {has['minutes']:g} minutes: name "
+                "another --work"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(own))
+
     def folder(self, case: Case, step: str) -> Path:
         return self.work / case.trained_in / step
 
@@ -349,6 +363,7 @@ def main() -> None:
     for case in chosen:  # before the first of them is trained
         for split in ("train", "validation", "eval"):
             study.file(case, split)
+        study.claim(case)
     rows: list[Row] = []
     for case in chosen:
         train(study, case)
