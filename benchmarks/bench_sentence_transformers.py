@@ -276,6 +276,8 @@ def measure(arguments: argparse.Namespace, out: Path) -> list[Row]:
     texts = texts_of(arguments.data, arguments.number)
     rows: list[Row] = []
     earlier = harness.read_rows(out) if arguments.add and out.exists() else []
+    if arguments.texts and {row.get("clock", arguments.clock) for row in earlier} - {arguments.clock}:
+        raise ValueError(f"--add: times in {out} are not by --clock {arguments.clock}: name another --out")
     origin = {**harness.stamp(), "version_sentence-transformers": version("sentence-transformers")}
 
     def keep(lines: Sequence[Row]) -> None:

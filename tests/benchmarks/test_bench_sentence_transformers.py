@@ -85,6 +85,19 @@ def test_a_model_that_was_made_in_part_is_made_anew(tmp_path: Path, monkeypatch:
     assert {*bench.TOKENIZER, "config.json", "model.safetensors"} <= {path.name for path in made.iterdir()}
 
 
+def test_times_by_two_clocks_do_not_come_into_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "texts_of", lambda *_: {})
+    out = tmp_path / "rows.csv"
+    harness.write_rows(out, [{"model": "minilm", "texts": "short", "runner": "torch", "clock": "wall"}])
+    asked = {"add": True, "data": tmp_path, "number": 4, "shapes": [], "clock": "cpu"}
+    with pytest.raises(ValueError, match="not by --clock cpu: name another --out"):
+        bench.measure(SimpleNamespace(**asked, texts=["short"]), out)
+    assert bench.measure(SimpleNamespace(**asked, texts=[]), out) == []  # scores alone have no clock
+    assert bench.measure(SimpleNamespace(**asked | {"clock": "wall"}, texts=["short"]), out) == []
+
+
 def test_a_rival_whose_python_is_missing_is_left_out() -> None:
     with pytest.raises(Refused, match="its Python does not start: .*no/such/python"):
         Worker("no/such/python", "fastembed_worker.py", [], 1)
