@@ -137,6 +137,17 @@ def test_kernels_that_were_not_built_are_skipped(tmp_path: Path) -> None:
     assert "emulated: it is switched off" in log and " 2 skipped" in log
 
 
+def test_a_file_that_imports_what_is_lacking_stops_no_other(tmp_path: Path) -> None:
+    (tmp_path / "test_lacking.py").write_text("import no_such_package")
+    (tmp_path / "test_whole.py").write_text("import pytest\n@pytest.mark.alone\ndef test_it(): pass")
+    names = [str(tmp_path / name) for name in ("test_lacking.py", "test_whole.py")]
+    part = first_contact.tests(PYTHON, True, names, 200, tmp_path)
+    assert part.after is not None  # it is in one process, as all are where pytest-xdist is not there
+    outcome = run_part(replace(part, command=part.after, after=None), tmp_path, 200)
+    log = (tmp_path / "log.txt").read_text("utf-8")
+    assert " 1 passed, " in log and " 1 error" in log and outcome.faults[-1].startswith("ERROR ")
+
+
 def test_packages_that_were_brought_along_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "brought_along.py").write_text("print('found')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
