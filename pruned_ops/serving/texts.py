@@ -63,9 +63,7 @@ class TextEncoder:
                 sequences.append(TokenSequence(np.array(encoding.ids, dtype=np.int32), types))
         return sequences
 
-    def of_ids(
-        self, lists: Sequence[Sequence[int]], cut: bool, side: Side = "right"
-    ) -> list[TokenSequence]:
+    def of_ids(self, lists: Sequence[Sequence[int]], cut: bool, side: Side = "right") -> list[TokenSequence]:
         """Texts that come as the model's own token ids, special tokens included. cut, side: as for `encode`;
         no special token is put in the place of one that is cut."""
         sequences = []
