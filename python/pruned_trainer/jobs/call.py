@@ -324,7 +324,8 @@ class _Call:
             fault = other_meaning(teacher, dense)
             if fault is not None:
                 raise ValueError(f"the teacher cannot teach the model: {fault}")
-        around = {getattr(tokenizer, name, None) for name in _AROUND} - {None}
+        ids = (getattr(tokenizer, name, None) for name in _AROUND)
+        around = {number for number in ids if number is not None}
         expected = Expected(
             configs=configs,
             specials=frozenset(around or {config_of(dense).pad_token_id}),
