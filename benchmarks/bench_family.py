@@ -20,7 +20,7 @@ import harness
 import pruned_ops
 from bench_int8 import prepared
 from harness import Row
-from presentation import table
+from presentation import counted, table
 from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.files import read_json, write_whole
 from pruned_ops.models.model_card import REPORT
@@ -42,11 +42,12 @@ def scored(checkpoint: str, data: Path, questions: int | None = None) -> Evaluat
 
 def facts(report: dict[str, Any]) -> Row:
     """What a run says of the model that it made."""
-    speed, plan = report["speedup"], report["plan"]
+    speed, plan, machine = report["speedup"], report["plan"], report["machine"]
     low, high = speed["interval"]
     return {
         "asked": ", ".join(f"{unit} {value:g}" for unit, value in report["target"]["asked"].items()),
-        "times_as_fast": round(speed["reached"], 3), "times_as_fast_low": low, "times_as_fast_high": high,
+        "times_as_fast": round(speed["reached"], 4), "times_as_fast_low": low, "times_as_fast_high": high,
+        "timed_on": f"{machine['processor']}, {counted(machine['threads'], 'thread')}",
         "macs": round(report["pruned"]["macs"] / report["dense"]["macs"], 4),
         "layers": " ".join(f"{layer['num_heads']}/{layer['ffn_width']}" for layer in report["shape"]),
         "gate_steps": plan["gate_steps"], "retrain_steps": plan["retrain_steps"],
@@ -116,9 +117,11 @@ def page(rows: Sequence[Row]) -> list[str]:
     words = (
         f"{rows[0]['questions']:,} questions; the intervals are over them, of one training. A positive "
         "number is a loss. Steps are those of the run's gates and those of the narrow model after them; "
-        "minutes are counted from the run's start to the model's end. In a gradual sweep each model has also "
-        "had the steps of those above it."
+        "minutes are counted from the run's start to the model's end. A gradual sweep divides its gate steps "
+        "among the models, and each model has also had the steps of those above it."
     )
+    if machines := dict.fromkeys(row["timed_on"] for row in rows if "timed_on" in row):
+        words += f" The runs themselves timed the models: {'; '.join(machines)}."
     if CONTROL in against:
         words += " The control is the dense model, trained on with the same teacher."
     commands = dict.fromkeys(f"- `{row['run']}`" for row in rows if "run" in row)
