@@ -145,8 +145,8 @@ class Study:
             judged = [row for split in ("validation", "eval") for row in records(self.file(case, split))]
             answers = {name for row in judged for name in row["relevant"]}
             number = {row["id"]: place for place, row in enumerate(rows)}
-            found = dict.fromkeys((number[name] for name in answers), 1.0)
-            search = Retrieval("", (), (found,), tuple(map(json.dumps, rows)))
+            relevant = dict.fromkeys((number[name] for name in answers), 1.0)
+            search = Retrieval("", (), (relevant,), tuple(map(json.dumps, rows)))
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, gzip.compress("\n".join(search.on_fewer(most).documents).encode()))
         return path

@@ -31,8 +31,7 @@ from pruned_ops.models.families.known import BY_TYPE
 from pruned_ops.shape import checked_int
 
 BATCH = 1000  # texts that are tokenised at once
-# Where sentence-transformers keeps the prompts that it puts before texts.
-_SETTINGS = "config_sentence_transformers.json"
+_SETTINGS = "config_sentence_transformers.json"  # which holds the prompts that are put before texts
 # What a folder may hold beside config, weights and vocabulary, and what stays true of the trimmed model.
 _TAKEN = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json", "README.md",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pruned_ops.runtime.arrivals import RefusedItem
 from pruned_ops.shape import checked_int
 
 if TYPE_CHECKING:
@@ -25,17 +26,11 @@ Tokens = tuple[Int32Array, Int32Array]  # ids, (tokens,), and offsets, (tokens, 
 PIECE = 1 << 16
 
 
-class RefusedQuestion(ValueError):
+class RefusedQuestion(RefusedItem):
     """A question that cannot be asked. index: its place among the questions; reason: what is wrong with
     it."""
 
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(f"question {index} {reason}")
-        self.index, self.reason = index, reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and other processes make it of both; of an exception's message alone it cannot be made."""
-        return type(self), (self.index, self.reason)
+    noun = "question"
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,20 @@ def is_there(items: Any) -> bool:
     return hasattr(items, "__len__") and hasattr(items, "__getitem__")
 
 
+class RefusedItem(ValueError):
+    """An item that cannot be computed. index: its place among the items; reason: what is wrong with it."""
+
+    noun: ClassVar[str] = "item"
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"{self.noun} {index} {reason}")
+        self.index, self.reason = index, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and other processes make it of both; of an exception's message alone it cannot be made."""
+        return type(self), (self.index, self.reason)
+
+
 class Ready(Generic[T]):
     """Blocks of items that are there, read by whoever takes a block. Which items share a block does not
     depend on time."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.inputs import IdOutsideTable, check_inputs, most_tokens
-from pruned_ops.runtime.arrivals import blocks_of, in_one_process, is_there
+from pruned_ops.runtime.arrivals import RefusedItem, blocks_of, in_one_process, is_there
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder, packed_encoders
 from pruned_ops.shape import checked_int
 
@@ -271,16 +271,10 @@ class _Text:
         return len(self.input_ids)
 
 
-class RefusedText(ValueError):
+class RefusedText(RefusedItem):
     """A text that cannot be encoded. index: its place among the texts; reason: what is wrong with it."""
 
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(f"text {index} {reason}")
-        self.index, self.reason = index, reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and other processes make it of both; of an exception's message alone it cannot be made."""
-        return type(self), (self.index, self.reason)
+    noun = "text"
 
 
 def encode_many(

@@ -67,10 +67,10 @@ async def pipeline(service: Service, request: Request) -> Response:
     """POST / for question answering, in the pipelines' form: one answer, or top_k of them."""
     form = await service.read(request, PipelineRequest)
     served = service.pick(form.inputs.model if form.model is None else form.model, "question answering")
-    wanted = form.parameters or PipelineParameters()
-    top_k = wanted.top_k or 1
-    asked = form.inputs.model_copy(update={"allow_none": bool(wanted.handle_impossible_answer)})
-    ranked = await _answers(service, request, served, asked, top_k, wanted.max_answer_len)
+    parameters = form.parameters or PipelineParameters()
+    top_k = parameters.top_k or 1
+    asked = form.inputs.model_copy(update={"allow_none": bool(parameters.handle_impossible_answer)})
+    ranked = await _answers(service, request, served, asked, top_k, parameters.max_answer_len)
     answers = [vars(each) for each in ranked[:top_k]]
     return as_json(answers[0] if top_k == 1 else answers)
 

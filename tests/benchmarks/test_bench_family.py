@@ -37,6 +37,8 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         folder = tmp_path / ("control" if name == "control" else f"family/{name}")
         report = json.loads((folder / "report.json").read_text())
         assert row["run"].startswith("pruned-trainer prune") and str(tmp_path) not in row["run"]
+        assert row["timed_on"].startswith(report["machine"]["processor"])
+        assert row["times_as_fast"] == pytest.approx(report["speedup"]["reached"], abs=1e-4)
         assert row["macs"] == pytest.approx(report["pruned"]["macs"] / report["dense"]["macs"], abs=1e-4)
         for score in ("f1", "f1_span"):
             assert row[score] == pytest.approx(report["pruned"][score], abs=2e-3)
@@ -50,6 +52,7 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     text = out.with_suffix(".md").read_text(encoding="utf-8")
     assert all(line in text for line in bench_family.page(list(rows.values())))
     assert f"| macs-0.4 | {rows['macs-0.4']['times_as_fast']:.2f}x |" in text and "lost to control" in text
+    assert f"timed the models: {rows['control']['timed_on']}" in text
 
 
 def test_a_command_is_shown_without_this_machines_folders() -> None:

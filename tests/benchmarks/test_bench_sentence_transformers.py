@@ -81,8 +81,8 @@ def test_a_model_that_was_made_in_part_is_made_anew(tmp_path: Path, monkeypatch:
     real.mkdir()
     for name in bench.TOKENIZER:
         (real / name).touch()
-    made = bench.made_folder("bert-base", tmp_path / "made")
-    assert {*bench.TOKENIZER, "config.json", "model.safetensors"} <= {path.name for path in made.iterdir()}
+    folder = bench.made_folder("bert-base", tmp_path / "made")
+    assert {*bench.TOKENIZER, "config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
 
 
 def test_times_by_two_clocks_do_not_come_into_one_file(

@@ -360,8 +360,8 @@ def test_a_natural_questions_model_answers_like_any_other(
     tokenizer.save_pretrained(tmp_path)
     asked = QUESTIONS[1:4], CONTEXTS[1:4]
     expected = QuestionAnswerer(plain, tokenizer).answer(*asked, allow_none=False)
-    found = QuestionAnswerer(typed, tokenizer).answer(*asked, allow_none=False)
-    assert [(a.answer, a.start, a.end) for a in found] == [(a.answer, a.start, a.end) for a in expected]
+    answers = QuestionAnswerer(typed, tokenizer).answer(*asked, allow_none=False)
+    assert [(a.answer, a.start, a.end) for a in answers] == [(a.answer, a.start, a.end) for a in expected]
     text = tmp_path / "text"
     text.write_text(CONTEXTS[1])
     argv = ["ask", tmp_path, "--question", "w1", "--context-file", text, "--device", "cpu"]

@@ -126,9 +126,9 @@ def test_a_bad_record_is_named_and_does_not_cost_the_others(qa: Any) -> None:
         assert found[0]["answer"] == found[-1]["answer"] == qa(good)["answer"]
     half = {**good, "question": "w1 \ud83d"}
     for options in ({}, {"max_question_len": 2}):
-        found = qa([good, half, good], keep_refused=True, **options)
-        assert found[1].index == 1 and "half a surrogate pair (U+D83D)" in str(found[1])
-        assert found[0]["answer"] == found[2]["answer"] == qa(good)["answer"]
+        answers = qa([good, half, good], keep_refused=True, **options)
+        assert answers[1].index == 1 and "half a surrogate pair (U+D83D)" in str(answers[1])
+        assert answers[0]["answer"] == answers[2]["answer"] == qa(good)["answer"]
 
 
 def test_a_generator_may_wait_for_the_answer_before(qa: Any) -> None:

@@ -71,8 +71,8 @@ def test_similarity_reads_what_embed_reads(models: dict[str, Served]) -> None:
         for asked in (left, {"truncate": True, "prompt_name": "query"}):
             vectors = np.array(client.post("/embed", json={"inputs": sentences, **asked}).json())
             for path in ("/similarity", "/"):
-                found = client.post(path, json={"inputs": inputs, "parameters": asked}).json()
-                np.testing.assert_allclose(found, vectors[1:] @ vectors[0], rtol=1e-4, atol=1e-5)
+                similarities = client.post(path, json={"inputs": inputs, "parameters": asked}).json()
+                np.testing.assert_allclose(similarities, vectors[1:] @ vectors[0], rtol=1e-4, atol=1e-5)
         nan = {"source_sentence": "w1", "sentences": [f"w2 {BROKEN}"]}
         for status, body in (
             (424, {"inputs": nan, "model": "broken"}),
@@ -88,8 +88,8 @@ def test_token_ids_are_cut_on_the_side_that_is_said(models: dict[str, Served]) -
     with client_of({"embedder": prompted}) as client:
         for side, kept in (("Left", ids[-80:]), ("Right", ids[:80])):
             cut = {"inputs": ids, "truncate": True, "truncation_direction": side}
-            found, expected = (client.post("/embed", json=body).json() for body in (cut, {"inputs": kept}))
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+            vectors, expected = (client.post("/embed", json=body).json() for body in (cut, {"inputs": kept}))
+            np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5)
         response = client.post("/embed", json={"inputs": ids[:9], "prompt_name": "query"})
         assert response.status_code == 422 and "these are token ids" in response.json()["error"]
 

@@ -24,7 +24,7 @@ from pruned_ops.files import check_name, check_place, read_json
 from pruned_ops.models.model_card import WEIGHTS
 
 # sentence-transformers' own files beside an encoder, and those of a module that follows it.
-_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json")
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", *ENCODER_SETTINGS)
 _MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 # What a run that can be resumed keeps in its partial folder: its settings and its plan.
 RUN = "run.json"
@@ -58,8 +58,7 @@ def _copy_modules(source: str, folder: Path) -> None:
     listed = file_beside(source, _SENTENCE_FILES[0])
     if listed is None:
         return
-    settings = (name for name in ENCODER_SETTINGS if file_beside(source, name) is not None)
-    to_copy = [*_SENTENCE_FILES, next(settings, ENCODER_SETTINGS[0])]
+    to_copy = [*_SENTENCE_FILES]
     for module in read_json(listed):
         path = str(module.get("path") or "")
         if not path.strip(".") or "/" in path:  # "" is the encoder itself

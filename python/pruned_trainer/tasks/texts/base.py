@@ -79,8 +79,8 @@ class TextTask:
     def read_texts(self, source: Path, has_validation: bool) -> tuple[Examples, Examples | None]:
         """As `read_training`, of texts without labels."""
         with self.skipping_bad() as skipped:
-            found = read_unlabelled(source, "train", self.columns, skipped, self.reads_pairs)
-            texts = self.of_texts(found)
+            unlabelled = read_unlabelled(source, "train", self.columns, skipped, self.reads_pairs)
+            texts = self.of_texts(unlabelled)
         return (texts, None) if has_validation else texts.split(self.options.seed)
 
     def to_choose_on(self, examples: Any) -> Any:
