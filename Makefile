@@ -35,9 +35,11 @@ LIBRARIES = $(BIN)/python -c "import tomllib, sys; table = tomllib.load(open('py
 	extras = table['optional-dependencies'] | {'project': table['dependencies']}; \
 	print(*(line for extra in sys.argv[1:] for line in extras[extra]), sep='\n')"
 
-# torch, and what compiles the extension.
+# torch, and what compiles the extension; with what torch and setuptools import wherever it is (dill as datasets wants it):
+# a compiler's Python, which runs beside pip in `make ci`, never finds one of those half written.
 $(VENV)/.torch: $(VENV)/.python
-	$(BIN)/python $(PIP) $$($(BIN)/python $(HAS_TORCH) || echo "$(TORCH_SPEC)") "setuptools>=77" pybind11 ninja
+	$(BIN)/python $(PIP) $$($(BIN)/python $(HAS_TORCH) || echo "$(TORCH_SPEC)") "setuptools>=77" pybind11 ninja \
+		"dill<0.4.2" numpy packaging tqdm
 	touch $@
 
 # Those that are built (seqeval) want isolation.
@@ -80,19 +82,22 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The pages and the API reference as a site in build/site; a broken link or a missing name fails. The sources are read and
-# not imported, so the extra alone is installed: not torch, and not this project.
+# not imported, so the extra alone is installed, not torch, and not this project: into an environment of its own, because
+# two calls of pip must not write into one at a time.
 DOCS := README.md CHANGELOG.md LICENSE $(wildcard docs/*.md docs/*.css docs/*.png) benchmarks/README.md benchmarks/results \
 	python/examples
-$(VENV)/.docs: $(VENV)/.python pyproject.toml
-	$(LIBRARIES) docs >$(VENV)/docs.txt
-	$(BIN)/python $(PIP) -r $(VENV)/docs.txt
+DOCS_VENV := .venv-docs
+$(DOCS_VENV)/.installed: $(VENV)/.python pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(LIBRARIES) docs >$(DOCS_VENV)/docs.txt
+	$(DOCS_VENV)/bin/python $(PIP) -r $(DOCS_VENV)/docs.txt
 	touch $@
 
-docs: $(VENV)/.docs
+docs: $(DOCS_VENV)/.installed
 	rm -rf build/pages
 	mkdir -p build/pages
 	cp -r --parents $(DOCS) build/pages
-	$(BIN)/mkdocs build --strict
+	$(DOCS_VENV)/bin/mkdocs build --strict
 
 # What takes one core runs beside another such; what each of them says comes when it has ended. make begins them in this
 # order: the compilers first, beside pip.
@@ -263,4 +268,4 @@ gpu-%:
 	@echo "make gpu: there is no PART=$*; there are: all, first, second, tests, ops, models, train, study"; exit 2
 
 clean:
-	rm -rf $(VENV) $(VENV4) build dist pruned_ops/_C*.so *.egg-info
+	rm -rf $(VENV) $(VENV4) $(DOCS_VENV) build dist pruned_ops/_C*.so *.egg-info
