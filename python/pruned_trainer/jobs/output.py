@@ -28,8 +28,8 @@ _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", *ENCODER
 _MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 # What a run that can be resumed keeps in its partial folder: its settings and its plan.
 RUN = "run.json"
-# What a run holds a lock on, in its partial folder.
-LOCK = ".lock"
+# What a run holds a lock on, in its partial folder: by a name that no other program gives a file of its own.
+LOCK = ".pruned-trainer.lock"
 
 
 def save_checkpoint(model: Any, folder: Path, source: str, tokenizer: PreTrainedTokenizerFast | None) -> None:

@@ -24,7 +24,7 @@ from pruned_trainer import Target
 from pruned_trainer.cli import main
 from pruned_trainer.jobs import choice
 from pruned_trainer.jobs import prune as prune_module
-from pruned_trainer.jobs.output import DiskFull, OutputFolder, explained_when_full
+from pruned_trainer.jobs.output import LOCK, DiskFull, OutputFolder, explained_when_full
 from pruned_trainer.jobs.prune import prune, sweep
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
@@ -150,7 +150,15 @@ def test_a_killed_publishing_is_ended_by_any_command(tmp_path: Path) -> None:
             continue
         with pytest.raises(FileExistsError, match="out is not empty; --overwrite replaces it"):
             OutputFolder.check(out, overwrite=False)
-        assert names(out) - {".lock"} == {"new"} and names(out.parent) == {"out"}
+        assert names(out) - {LOCK} == {"new"} and names(out.parent) == {"out"}
+
+
+def test_the_lock_of_another_program_stays(tmp_path: Path) -> None:
+    """An --out that is refused may be a folder of anybody's."""
+    (tmp_path / ".lock").touch()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        OutputFolder.check(tmp_path, overwrite=False)
+    assert names(tmp_path) == {".lock"}
 
 
 def test_what_was_replaced_comes_back_where_nothing_replaces_it(tmp_path: Path) -> None:
