@@ -114,7 +114,7 @@ def check_rising(op: str, cu_seqlens: Tensor, positions: Tensor | None) -> None:
     check_positions(op, positions, int(cu_seqlens[-1]))
     if positions.numel() == 0:
         return
-    begins = torch.zeros(positions.size(0) + 1, dtype=torch.bool)
+    begins = torch.zeros(positions.size(0) + 1, dtype=torch.bool, device=positions.device)
     begins[cu_seqlens.long()] = True
     rises = positions.diff() > 0
     if int(positions.min()) < 0 or not bool((rises | begins[1:-1]).all()):

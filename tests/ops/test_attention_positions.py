@@ -14,6 +14,7 @@ import pruned_ops
 from by_position import frequencies, with_gaps
 from inputs import LENGTHS, READY, attention_arguments, cu_seqlens, moved_to, randn
 from numerics import assert_within_budget
+from pruned_ops.ops.reference import check_attention_values
 from pruned_ops.ops.registry import BackendError, use_backend
 
 KERNELS = [backend for backend in ("reference", "cpu") if backend in READY]
@@ -242,6 +243,16 @@ def test_wrong_positions_are_refused_by_name(backend: str) -> None:
                 pruned_ops.ops.attention(*good, *bad)
         with pytest.raises(RuntimeError, match="head_dim is 15, and rotary takes channels in pairs"):
             pruned_ops.ops.attention(*attention_arguments((5,), 1, 15), None, torch.ones(7))
+
+
+def test_positions_are_checked_where_they_lie() -> None:
+    """A GPU's under debug(), where torch's default device is another; here that is one without values."""
+    arguments = [*attention_arguments((5, 3), 2, 16), in_order((5, 3))]
+    fallen = [*arguments[:4], in_order((5, 3)).flip(0)]
+    with torch.device("meta"):
+        check_attention_values(*arguments)
+        with pytest.raises(RuntimeError, match="attention: positions must be at least 0 and rise"):
+            check_attention_values(*fallen)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
