@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pruned_ops.ops.checks import (
     check_bounds,
+    check_cu_seqlens,
     check_distance_rows,
     check_matrix,
     check_position_bias,
@@ -143,13 +144,7 @@ def check_attention(
         qkv.size(1) % (3 * head_dim) == 0,
         lambda: f"attention: qkv has {qkv.size(1)} columns, not a multiple of 3 * head_dim (3 * {head_dim})",
     )
-    torch._check(
-        cu_seqlens.dim() == 1 and cu_seqlens.size(0) > 0 and cu_seqlens.dtype == torch.int32,
-        lambda: (
-            f"attention: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, int32 (batch + 1,) "
-            "is needed"
-        ),
-    )
+    check_cu_seqlens("attention", cu_seqlens)
     if positions is not None:
         check_positions("attention", positions, qkv.size(0))
     if rotary is not None:
@@ -180,8 +175,13 @@ def check_attention_values(
     position_query: Tensor | None = None,
     distance_rows: Tensor | None = None,
 ) -> None:
-    """Raise RuntimeError unless cu_seqlens rises from 0 to the tokens in steps of at most max_seqlen,
-    positions rise within each sequence, and distance_rows are rows that never fall."""
+    """Raise RuntimeError unless the arguments have the shapes of `attention`, cu_seqlens rises from 0 to the
+    tokens in steps of at most max_seqlen, positions rise within each sequence, and distance_rows are rows
+    that never fall."""
+    check_attention(
+        *(qkv, cu_seqlens, max_seqlen, head_dim, positions, rotary, window, position_bias),
+        *(position_key, position_query, distance_rows),
+    )
     check_bounds("attention", qkv, cu_seqlens, max_seqlen)
     check_rising("attention", cu_seqlens, positions)
     for rows in (position_key, position_query):
@@ -337,9 +337,13 @@ def check_embed_layer_norm(
 
 def check_embed_layer_norm_values(
     input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, word: Tensor, position: Tensor,
-    token_type: Tensor, *_: object,
+    token_type: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
 ) -> None:  # fmt: skip
-    """Raise IndexError, naming the ids, if any of them lies outside its table."""
+    """Raise IndexError, naming the ids, if any of them lies outside its table; RuntimeError, naming the
+    argument, unless the shapes are those of `embed_layer_norm`."""
+    check_embed_layer_norm(
+        input_ids, position_ids, token_type_ids, word, position, token_type, norm_weight, norm_bias
+    )
     _check_ids("input_ids", input_ids, word.size(0))
     _check_ids("position_ids", position_ids, position.size(0))
     _check_ids("token_type_ids", token_type_ids, token_type.size(0))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pruned_ops.ops.checks import (
     check_bounds,
+    check_cu_seqlens,
     check_distance_rows,
     check_matrix,
     check_position_bias,
@@ -71,7 +72,7 @@ def encoder(
     rows of each head as fp32 panels. distance_rows: as in `attention`, for all of them.
     """
     check_encoder(
-        *(x, weights, widths, head_dim, positions, rotary, windows, position_bias, final_norm),
+        *(x, cu_seqlens, weights, widths, head_dim, positions, rotary, windows, position_bias, final_norm),
         *(position_keys, position_queries, distance_rows),
     )
     heads = 0  # of the attentions so far
@@ -114,6 +115,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def check_encoder(
     x: Tensor,
+    cu_seqlens: Tensor,
     weights: Sequence[Tensor],
     widths: Sequence[int],
     head_dim: int,
@@ -128,6 +130,7 @@ def check_encoder(
 ) -> None:
     """Raise RuntimeError, naming the argument, unless there is for each part what `encoder` reads."""
     check_matrix("encoder", "x", x)
+    check_cu_seqlens("encoder", cu_seqlens)
     parts = len(widths)
     torch._check(
         len(weights) == PART_TENSORS * parts,
@@ -207,7 +210,12 @@ def check_encoder_values(
     position_queries: Tensor | None = None,
     distance_rows: Tensor | None = None,
 ) -> None:
-    """Raise RuntimeError unless cu_seqlens, positions and distance_rows are as `attention` takes them."""
+    """Raise RuntimeError unless there is for each part what `encoder` reads, and cu_seqlens, positions and
+    distance_rows are as `attention` takes them."""
+    check_encoder(
+        *(x, cu_seqlens, weights, widths, head_dim, positions, rotary, windows, position_bias, final_norm),
+        *(position_keys, position_queries, distance_rows),
+    )
     check_bounds("encoder", x, cu_seqlens, max_seqlen)
     check_rising("encoder", cu_seqlens, positions)
     for panels in (position_keys, position_queries):

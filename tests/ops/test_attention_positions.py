@@ -233,7 +233,9 @@ def test_wrong_positions_are_refused_by_name(backend: str) -> None:
         ([None] * 6 + [rows], "distance_rows goes with position"),
         ([None] * 4 + [randn(0, 3, 9, 16), None, rows], "position_key has shape"),
         ([None] * 4 + [randn(0, 2, 9, 16), randn(0, 2, 9, 8), rows], "position_query has shape"),
+        ([None] * 4 + [randn(0, 9), None, rows], "position_key has shape"),
         ([None] * 4 + [randn(0, 2, 9, 16), None, rows.long()], "distance_rows is"),
+        ([None] * 4 + [randn(0, 2, 9, 16), None, rows[None]], "distance_rows is"),
         ([None] * 4 + [randn(0, 2, 2, 16), None, rows], "distance_rows must lie between 0 and 1, and never"),
         ([None] * 4 + [randn(0, 2, 9, 16), None, rows.flip(0)], "distance_rows must lie between 0 and 8"),
     ]

@@ -197,6 +197,23 @@ def test_bad_shapes_are_refused(backend: str) -> None:
         pruned_ops.ops.linear_geglu(randn(0, 4, 90), randn(1, 7, 90), randn(2, 7))
 
 
+@pytest.mark.parametrize("backend", READY)
+def test_shapes_are_looked_at_before_values(backend: str) -> None:
+    """So that the error names the argument, and not an index or a number that its values do not have."""
+    qkv, bounds, *sizes = attention_arguments((5, 3), 2, 16)
+    stack, embedding = arguments_for("encoder", 8), arguments_for("embed_layer_norm", 8)
+    with use_backend(backend):
+        for bad in (bounds[:0], bounds[0], bounds[None], bounds.long()):
+            with pytest.raises(RuntimeError, match="attention: cu_seqlens (is|has)"):
+                pruned_ops.ops.attention(qkv, bad, *sizes)
+            if backend in ("reference", *OPS["encoder"].kernels):
+                with pytest.raises(RuntimeError, match="encoder: cu_seqlens (is|has)"):
+                    pruned_ops.ops.encoder(stack[0], bad, *stack[2:])
+        embedding[3] = embedding[3][0, 0]
+        with pytest.raises(RuntimeError, match="embed_layer_norm: word has 0 dimensions"):
+            pruned_ops.ops.embed_layer_norm(*embedding)
+
+
 def checking(backend: str) -> AbstractContextManager[None]:
     """GPU backends look at values only where they are told to."""
     return pruned_ops.debug() if backend == "triton" else nullcontext()
