@@ -23,6 +23,14 @@ def check_vector(op: str, name: str, tensor: Tensor, size: int) -> None:
     )
 
 
+def check_ids(op: str, name: str, ids: Tensor) -> None:
+    """int32 or int64, of one dimension."""
+    torch._check(
+        ids.dtype in (torch.int32, torch.int64) and ids.dim() == 1,
+        lambda: f"{op}: {name} is {ids.dtype} {tuple(ids.shape)}, int32 or int64 (tokens,) is needed",
+    )
+
+
 def check_positions(op: str, positions: Tensor, tokens: int) -> None:
     """int32 (tokens,)."""
     torch._check(

@@ -20,6 +20,7 @@ from pruned_ops.ops.checks import (
     check_bounds,
     check_cu_seqlens,
     check_distance_rows,
+    check_ids,
     check_matrix,
     check_position_bias,
     check_positions,
@@ -327,7 +328,9 @@ def check_embed_layer_norm(
 ) -> None:
     """Raise RuntimeError, naming the argument, unless the shapes are those of `embed_layer_norm`."""
     check_matrix("embed_layer_norm", "word", word)
+    check_ids("embed_layer_norm", "input_ids", input_ids)
     for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+        check_ids("embed_layer_norm", name, ids)
         check_vector("embed_layer_norm", name, ids, input_ids.size(0))
     for name, table in (("position", position), ("token_type", token_type)):
         check_matrix("embed_layer_norm", name, table, word.size(1))

@@ -193,6 +193,11 @@ def test_bad_shapes_are_refused(backend: str) -> None:
             pruned_ops.ops.add_layer_norm(randn(0, 4, 90), None, randn(2, 5, 90), *norm)
         with pytest.raises(RuntimeError):
             pruned_ops.ops.linear_gelu(randn(0, 4, 90), randn(1, 8, 91), randn(2, 8))
+        embedding = arguments_for("embed_layer_norm", 8)
+        # 8 rows of 8 ids have a row for each position. Floats may have the dtype of the tables.
+        for ids in (embedding[0].expand(8, 8), embedding[0][0], embedding[0].float()):
+            with pytest.raises(RuntimeError, match="embed_layer_norm: input_ids (is|has)"):
+                pruned_ops.ops.embed_layer_norm(ids, *embedding[1:])
     with pytest.raises(RuntimeError, match="linear_geglu: weight has 7 rows, two for each unit"):
         pruned_ops.ops.linear_geglu(randn(0, 4, 90), randn(1, 7, 90), randn(2, 7))
 
