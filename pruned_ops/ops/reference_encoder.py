@@ -103,10 +103,11 @@ def encoder(
         else:
             middle = F.gelu(_panel_linear("first", taken, first, first_bias, inner))
         middle = _panel_linear("second", middle, second, second_bias, x.size(1))
-        x = x + middle if norm_first else _layer_norm(middle + x, norm[0], norm[1], eps)
+        x = middle + x  # in this order: a sum lies as its first operand does, by rows whatever x's layout
+        x = x if norm_first else _layer_norm(x, norm[0], norm[1], eps)
     if final_norm is not None:
         return _layer_norm(x, final_norm[0], final_norm[1], eps)
-    return x.clone() if not widths else x
+    return x.clone(memory_format=torch.contiguous_format) if not widths else x
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -99,6 +99,17 @@ def test_a_part_of_a_stack_runs_alone() -> None:
         assert_within_budget(ENCODER, "cpu", [*part, None, None, None, None, whole[13]])
 
 
+@pytest.mark.parametrize("backend", [name for name in ("reference", "cpu") if name in READY])
+def test_a_stack_lies_in_rows_as_it_is_traced(backend: str) -> None:
+    """Whatever the layout of x: compiled code relies on the strides of the reference."""
+    x, *rest = stack_arguments((5, 3))
+    columns_first = x.t().contiguous().t()
+    for more in (rest[:-1], [*rest[:2], [], [], *rest[4:6]]):  # without a final norm; without any part
+        with use_backend(backend):
+            torch.library.opcheck(ENCODER.overload, (columns_first, *more), test_utils="test_faketensor")
+            assert ENCODER(columns_first, *more).is_contiguous()
+
+
 @needs_extension
 def test_rows_of_a_stack_do_not_depend_on_each_other() -> None:
     """A sequence alone, and with any number of threads, gives the same bits."""
