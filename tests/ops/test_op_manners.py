@@ -245,6 +245,19 @@ def test_ids_outside_their_table_are_refused(backend: str, value: int, place: in
         pruned_ops.ops.embed_layer_norm(*arguments)
 
 
+@pytest.mark.parametrize("place", [3, 4, 5])
+@pytest.mark.parametrize("backend", READY)
+def test_a_table_without_rows_is_refused(backend: str, place: int) -> None:
+    """No id can be clamped into it."""
+    arguments = arguments_for("embed_layer_norm", 5)
+    arguments[place] = arguments[place][:0]
+    with use_backend(backend), pytest.raises((IndexError, RuntimeError), match="0 rows|has no row"):
+        pruned_ops.ops.embed_layer_norm(*arguments)
+    with use_backend(backend):
+        nothing = [ids[:0] for ids in arguments[:3]]
+        assert pruned_ops.ops.embed_layer_norm(*nothing, *arguments[3:]).shape == (0, 90)
+
+
 def test_no_preference_runs_the_first_willing_backend() -> None:
     arguments = arguments_for("add_layer_norm")
     with record() as ran:

@@ -66,6 +66,11 @@ def embed_layer_norm(
         input_ids, position_ids, token_type_ids, word, position, token_type, norm_weight, norm_bias
     )
     ids, tables = [input_ids, position_ids, token_type_ids], [word, position, token_type]
+    # Ids are clamped to the rows that there are.
+    torch._check(
+        input_ids.size(0) == 0 or all(table.size(0) > 0 for table in tables),
+        lambda: f"embed_layer_norm: a table has no row: {[tuple(table.shape) for table in tables]}",
+    )
     config = best_row_config("embed_layer_norm", word, input_ids.size(0))
     return launch_embed_layer_norm(ids, tables, norm_weight, norm_bias, eps, config)
 
