@@ -49,7 +49,7 @@ def _extension() -> dict[str, str]:
         "int8 kernels": f"runs {int8_capability()}" + (f" ({slow})" if slow else ""),
         "bf16 kernels": f"runs {bf16_capability()}"
         if bf16_capability()
-        else "this processor has neither AVX512_BF16 nor AMX",
+        else "this processor has neither AVX512_BF16 nor AMX, or ATEN_CPU_CAPABILITY forbids them",
         "cuda kernels": f"CUDA {cuda['version']}, for {cuda['architectures']}" if cuda else "not built",
         "cpu features": ", ".join(features) or "none of those asked about",
     }

@@ -12,6 +12,7 @@ import pytest
 import pruned_ops
 from processes import with_sources
 from pruned_ops import cli
+from pruned_ops.ops.backends import cpu
 from pruned_trainer import cli as trainer_cli
 
 COMMANDS = (
@@ -69,6 +70,20 @@ def test_the_installed_command_runs() -> None:
     done = started("info")
     assert (done.returncode, done.stderr) == (0, "")
     assert "linear_add_layer_norm" in done.stdout and "reference  available" in done.stdout
+
+
+@pytest.mark.skipif(cpu.extension is None, reason="pruned_ops._C is not built")
+def test_a_processor_is_not_said_to_lack_what_the_environment_forbids(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ATEN_CPU_CAPABILITY leads to the least kernels on any processor; torch reads it once."""
+    monkeypatch.setattr(cpu, "int8_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(cpu, "bf16_capability", lambda: None)
+    cli.main(["info"])
+    said = capsys.readouterr().out
+    for kind in ("int8 kernels", "bf16 kernels"):
+        (line,) = (line for line in said.splitlines() if kind in line)
+        assert "or ATEN_CPU_CAPABILITY forbids them" in line
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

@@ -58,8 +58,8 @@ def slow_int8() -> str | None:
     capability = int8_capability()
     if capability == "DEFAULT":
         return (
-            "this processor has neither AVX2 nor ARM's SDOT, so that int8 runs in plain C++, slower than "
-            "float32"
+            "this processor has neither AVX2 nor ARM's SDOT, or ATEN_CPU_CAPABILITY forbids them, so that "
+            "int8 runs in plain C++, slower than float32"
         )
     if capability == "AVX2" and extension.cpu_capability() == "AVX512":
         return (
