@@ -148,7 +148,7 @@ def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -
     if settings.recipe == "paper":
         gate_seconds *= len(settings.parts)  # each part's gates train apart
 
-    def fit() -> Plan:
+    def fit() -> tuple[Plan, float]:
         left = _left(job, minutes)
         gate_steps, retrain_steps = gate, retrain
         if gate_steps is None:  # all that the other phase leaves, where that one is given
@@ -156,10 +156,11 @@ def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -
             gate_steps = int(share / gate_seconds)
         if retrain_steps is None:
             retrain_steps = int((left - gate_steps * gate_seconds) / retrain_seconds / models)
-        return Plan(gate_steps, retrain_steps, gate_seconds, retrain_seconds)
+        return Plan(gate_steps, retrain_steps, gate_seconds, retrain_seconds), left
 
-    plan = once(fit)
-    if plan.gate_steps < (gate is None) or plan.retrain_steps < (retrain is None):
+    plan, left = once(fit)
+    given = (gate or 0) * gate_seconds + (retrain or 0) * models * retrain_seconds
+    if given > left or plan.gate_steps < (gate is None) or plan.retrain_steps < (retrain is None):
         steps = (20 if gate is None else gate) * gate_seconds + (
             20 if retrain is None else retrain
         ) * models * retrain_seconds

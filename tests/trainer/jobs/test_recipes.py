@@ -252,6 +252,19 @@ def test_minutes_are_shared_out_in_every_recipe(recipe: str, settings: PruneSett
         assert step_seconds.called == timed  # what cannot fit is refused before any step is timed
 
 
+def test_steps_that_are_given_have_to_fit_into_the_minutes(settings: PruneSettings) -> None:
+    """Also where the recipe, or a decision, gives those of the other phase, and nothing is left to plan."""
+    one = variant(settings, "given", recipe="fast", gate_steps=None, retrain_steps=100, max_minutes=20)
+    job = start(one)
+    for seconds, fits in ((1.0, True), (60.0, False)):
+        with patch.object(planning, "_step_seconds", Mock(return_value=(0.1, seconds))):
+            if fits:
+                assert make_plan(job).retrain_steps == 100
+                continue
+            with pytest.raises(ValueError, match=r"--max-minutes 20 is too little here: at least 10\d"):
+                make_plan(job)
+
+
 def test_the_models_of_a_sweep_take_their_own_time(settings: PruneSettings) -> None:
     """A step of a larger one takes longer, and all of them have to fit into the minutes."""
     job = start(variant(settings, "sizes", targets=targets_of(0.8, 0.2)))
