@@ -26,6 +26,7 @@ from pruned_trainer.jobs.precision import (
     step_seconds,
     timing_batches,
 )
+from pruned_trainer.jobs.settings_checks import places_of
 from pruned_trainer.jobs.trainers import TIMING
 from pruned_trainer.training.batches import BF16_LENGTHS, Features, pad_batch
 from pruned_trainer.training.distillation import Distillation
@@ -39,7 +40,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
     All weights train, with the config's dropout; heads that the encoder lacks start new. Errors: ValueError
     and OSError, before any training, for settings that cannot work.
     """
-    inputs = (settings.model, settings.train_file, settings.corpus, settings.queries)
+    inputs = (settings.model, *places_of(settings.train_file, settings.corpus, settings.queries))
     once(lambda: OutputFolder.check(settings.out, settings.overwrite, inputs))
     check_source(settings.model)
     task = settings.make_task()

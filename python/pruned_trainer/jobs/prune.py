@@ -28,7 +28,6 @@ from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.jobs.trainers import build_trainer, seconds_taken
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal
-from pruned_trainer.tasks.sources import find
 from pruned_trainer.tasks.task import own_thresholds
 from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.phase import InterruptedTraining, Log, run, trained_as
@@ -242,7 +241,7 @@ def _digests(settings: PruneSettings) -> dict[str, str]:
     for each in settings.inputs:
         if each is None or each == settings.cache_teacher:  # which the run writes
             continue
-        path = Path(each if each in checkpoints else find(each)[0])  # without the split of a folder
+        path = Path(each)
         if path.exists():  # else it is of the hub
             digests[str(path.resolve())] = digest(path, "*.*" if each in checkpoints else "**/*")
     return digests

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruned_ops.shape import checked_int
-from pruned_trainer.jobs.settings_checks import are_the_same, check_apart, check_finite, check_precision
+from pruned_trainer.jobs.settings_checks import (
+    are_the_same,
+    check_apart,
+    check_finite,
+    check_precision,
+    places_of,
+)
 from pruned_trainer.pruning.options import (
     BY_LABELS,
     COMPENSATIONS,
@@ -301,7 +307,8 @@ class PruneSettings:
     def inputs(self) -> tuple[Path | str | None, ...]:
         """The files and folders that the output must not replace."""
         files = (self.train_file, self.texts, self.validation_file, self.eval_file, self.corpus, self.queries)
-        return (self.model, self.teacher, self.cache_teacher, self.latency_table, self.decision, *files)
+        others = (self.model, self.teacher, self.cache_teacher, self.latency_table, self.decision)
+        return (*others, *places_of(*files))
 
     @property
     def has_labels(self) -> bool:

@@ -36,6 +36,13 @@ def are_the_same(task: str, train: Path | None, other: Path | None) -> bool:
     return train.is_file() or has_split or task == "natural_questions"
 
 
+def places_of(*sources: Path | None) -> tuple[Path, ...]:
+    """The files and folders of data, without the splits that are read of them."""
+    from pruned_trainer.tasks.sources import find  # imports torch: see the module's docstring
+
+    return tuple(Path(find(source)[0]) for source in sources if source is not None)
+
+
 def check_precision(precision: str) -> None:
     """ValueError for a precision of the training that is unknown, or that nothing here can train in."""
     if precision not in PRECISIONS:

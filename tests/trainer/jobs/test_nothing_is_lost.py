@@ -178,6 +178,20 @@ def test_a_published_run_is_not_resumed_with_other_settings(settings: PruneSetti
         prune(replace(job, resume=True))
 
 
+@pytest.mark.parametrize("command", ["prune", "finetune"])
+def test_a_folder_of_which_a_split_is_read_is_not_replaced(
+    command: str, settings: PruneSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("{}")
+    argv = [command, "--model", settings.model, "--train-file", f"{data}:train", "--out", str(data)]
+    more = ["--macs", "0.5"] if command == "prune" else []
+    assert main([*argv, "--overwrite", *more]) == 2
+    assert "data, which is needed; give another --out" in capsys.readouterr().err
+    assert (data / "train.jsonl").is_file()
+
+
 def hold(out: Path, held: Any) -> None:
     """Work in the folder of this output until the process is killed."""
     with OutputFolder(out, True, resume=True):
