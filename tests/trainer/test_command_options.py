@@ -20,14 +20,21 @@ from pruned_trainer.pruning.options import UNITS
 
 
 def test_two_splits_of_one_name_are_two_files(tmp_path: Path) -> None:
-    """Not so two times the same split, or a folder of Natural Questions, which have no splits."""
-    folder = tmp_path / "data"
+    """Not so two times the same split, a folder that has none, or one of Natural Questions, which have
+    none."""
+    folder, one = tmp_path / "data", tmp_path / "one"
     folder.mkdir()
+    one.mkdir()
+    (one / "state.json").touch()  # as `Dataset.save_to_disk` leaves it
     for task, train, judged, same in (
         ("squad", str(folder), str(folder), False),
         ("squad", "a/b", "a/b", False),
         ("squad", "a/b:train", "a/b:train", True),
         ("squad", "a/b:train", "a/b:validation", False),
+        ("squad", "a/b", "a/b:train", True),
+        ("squad", f"{folder}:train", str(folder), False),
+        ("squad", f"{folder}:validation", str(folder), True),
+        ("squad", str(one), str(one), True),
         ("natural_questions", str(folder), str(folder), True),
     ):
         argv = ["prune", "--model", "m", "--out", "o", "--macs", "0.5", "--task", task]
@@ -37,6 +44,15 @@ def test_two_splits_of_one_name_are_two_files(tmp_path: Path) -> None:
                 settings_of(parse(argv))
         else:
             assert settings_of(parse(argv))
+
+
+@pytest.mark.parametrize("names", [("a/b", "a/b:validation"), ("a/b:validation", "a/b")])
+def test_one_split_under_two_names_is_not_for_choices_and_results(names: tuple[str, str]) -> None:
+    """Where none is named, files that models are judged on are the split validation."""
+    argv = ["prune", "--model", "m", "--out", "o", "--macs", "0.5", "--train-file", "t"]
+    with pytest.raises(ValueError, match="the evaluation file is never for choices"):
+        settings_of(parse([*argv, "--validation-file", names[0], "--eval-file", names[1]]))
+    assert settings_of(parse([*argv, "--validation-file", "a/b:test", "--eval-file", "a/b"]))
 
 
 def test_texts_that_models_are_judged_on_are_not_trained_on(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 def check_apart(evaluation: Path | None, validation: Path | None = None) -> None:
     """ValueError where one file is for the results and for choices."""
-    if evaluation and validation and evaluation.resolve() == validation.resolve():
+    if evaluation is None or validation is None:
+        return
+    if _examples_of(evaluation, "validation") == _examples_of(validation, "validation"):
         raise ValueError("the evaluation file is never for choices: it cannot be the validation file too")
 
 
@@ -30,10 +32,21 @@ def check_finite(settings: Any) -> None:
 def are_the_same(task: str, train: Path | None, other: Path | None) -> bool:
     """Whether both name the same examples. Of a folder or a hub name without a split, two splits are read,
     but for Natural Questions, which have none."""
-    if train is None or other is None or train.resolve() != other.resolve():
+    if train is None or other is None:
         return False
-    has_split = ":" in str(train) and not train.exists()
-    return train.is_file() or has_split or task == "natural_questions"
+    if task == "natural_questions":
+        return train.resolve() == other.resolve()
+    return _examples_of(train, "train") == _examples_of(other, "validation")
+
+
+def _examples_of(source: Path, default_split: str) -> tuple[Path, str | None]:
+    """What is read of a source: its place, and the split of it, None where it has one set of rows alone."""
+    from pruned_trainer.tasks.sources import find  # imports torch: see the module's docstring
+
+    name, split = find(source)
+    place = Path(name)
+    is_one = place.is_file() or (place / "state.json").is_file()  # as `Dataset.save_to_disk` leaves it
+    return place.resolve(), None if is_one else split or default_split
 
 
 def places_of(*sources: Path | None) -> tuple[Path, ...]:
