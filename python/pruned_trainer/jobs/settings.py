@@ -6,18 +6,13 @@ This module imports neither torch nor transformers, so that the command line can
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruned_ops.shape import checked_int
-from pruned_trainer.jobs.settings_checks import (
-    are_the_same,
-    check_apart,
-    check_finite,
-    check_precision,
-    places_of,
-)
+from pruned_trainer.jobs.settings_checks import are_the_same, check_apart, check_finite
+from pruned_trainer.jobs.settings_checks import check_precision, places_of
 from pruned_trainer.pruning.options import (
     BY_LABELS,
     COMPENSATIONS,
@@ -254,15 +249,22 @@ class PruneSettings:
                 f"{', '.join(idle)}: for the narrow model's training, which has no steps here: give "
                 "retrain_steps or retrain_epochs"
             )
+        if self.gate_learning_rate != PruneSettings.gate_learning_rate and not self.trains_gates:
+            raise ValueError("gate_learning_rate: for the gates' training, which this run does not have")
         phases = (("gates", self.trains_gates), ("retrain", self.retrains))
-        taught = any(trains and self.distillation_in(phase).needs_teacher for phase, trains in phases)
-        for name in ("teacher", "cache_teacher"):
-            judges = name == "teacher" and not self.has_labels
-            if getattr(self, name) is not None and not taught and not judges:
-                raise ValueError(
-                    f"{name} is given, and no teacher teaches in any phase that this run trains in: leave it "
-                    "out, or see distil_in, retrain_steps and retrain_epochs"
-                )
+        losses = [self.distillation_in(phase) for phase, trains in phases if trains]
+        taught = any(each.needs_teacher for each in losses)
+        weights = replace(self.distillation, pooling=Distillation.pooling)  # which judges models, too
+        without_effect = {
+            "teacher": self.teacher is not None and self.has_labels and not taught,
+            "cache_teacher": self.cache_teacher is not None and not taught,
+            "distillation": weights != Distillation() and self.distillation not in losses,
+        }
+        for name in [name for name, is_so in without_effect.items() if is_so]:
+            raise ValueError(
+                f"{name} is given, and no teacher teaches in any phase that this run trains in: leave it "
+                "out, or see distil_in, retrain_steps and retrain_epochs"
+            )
 
     def _check_numbers(self) -> None:
         check_finite(self)

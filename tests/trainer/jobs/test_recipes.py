@@ -300,12 +300,18 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
             {"distil_in": "none", "cache_teacher": Path("c"), "distillation": Distillation(hidden=0.0)},
             "cache_teacher is given, and no teacher",
         ),
+        ({"recipe": "gain", "gate_learning_rate": 0.2}, "which this run does not have"),
+        ({"recipe": "paper", "targets": (), "distillation": Distillation(logits=2.0)}, "distillation is given"),
+        ({"recipe": "gain", "retrain_steps": 0, "distillation": Distillation(task=1.0)}, "distillation is given"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(settings, **changes)  # type: ignore[arg-type]
     for effective in (
         {"recipe": "fast", "retrain_steps": None, "max_minutes": 5.0, "average_steps": 0.5},
         {"recipe": "fast", "retrain_steps": None, "retrain_epochs": 1.0, "teacher": "t"},
+        {"recipe": "paper", "targets": (), "distillation": Distillation(logits=2.0), "distil_in": "retrain"},
+        {"recipe": "gain", "retrain_steps": 0, "distillation": Distillation(pooling="cls")},
+        {"distillation": Distillation(logits=0.0, hidden=0.0)},  # no teacher, by the weights
         {"recipe": "random", "retrain_steps": 0, "teacher": "t", "texts": Path("t.txt"), "train_file": None,
          "task": "text-classification"},  # where it is what models are compared with
     ):  # fmt: skip
