@@ -49,7 +49,7 @@ class Run:
 @dataclass(frozen=True)
 class Trained:
     """A narrow model after its training, and the folder that it is saved in. minutes: the time that the run
-    had taken by then."""
+    had taken by its last step."""
 
     model: PreTrainedModel
     chosen: Chosen
@@ -280,20 +280,20 @@ def _train_on(opened: Run, chosen: Chosen, folder: Path) -> Trained:
         say("warning: no head and no FFN unit is left, so that no token sees another; ask for less")
     narrow = chosen.load(job.dense)
     nn.Module.to(narrow, job.device)
-    log: Log = []
+    log, seconds = list[dict[str, Any]](), job.clock.seconds()
     if steps:
         say(f"retrain phase: {steps} steps of the narrow model")
         checkpoints = opened.folder.partial / "retrain"
         if folder != opened.folder.partial:  # one of several models
             checkpoints = checkpoints.with_name(f"retrain-{folder.name}")
         log = retrain(job, narrow, checkpoints, steps, decision)
-    minutes = job.clock.seconds() / 60
+        seconds = seconds_taken(checkpoints)  # also of a training that an interrupted run had ended
     if is_main():
         folder.mkdir(exist_ok=True)
         save_checkpoint(narrow, folder, job.settings.model, job.tokenizer)  # from here on it cannot be lost
         chosen.publish(folder)
     state().wait_for_everyone()
-    return Trained(narrow, chosen, folder, log, minutes)
+    return Trained(narrow, chosen, folder, log, seconds / 60)
 
 
 def _measure(opened: Run, trained: Trained, dense: Judged, gate_log: Log) -> dict[str, Any]:

@@ -203,7 +203,8 @@ def test_the_time_until_the_last_checkpoint_is_counted(
 
 
 def test_a_sweep_resumes(settings: PruneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while the second model trains: the first is not trained again, and the end is the same."""
+    """Killed while the second model trains: the first is not trained again, and the end is the same. Its
+    minutes are those until its own end, and not those of what came later."""
     targets = (Target(macs=0.7), Target(macs=0.5))
     base = variant(settings, "swept", targets=targets, retrain_steps=10)
     sweep(base)
@@ -223,9 +224,15 @@ def test_a_sweep_resumes(settings: PruneSettings, monkeypatch: pytest.MonkeyPatc
     assert seen == ["retrain-macs-0.7", "retrain-macs-0.5"]
     with pytest.raises(ValueError, match="other settings: targets"):
         sweep(replace(one, resume=True, targets=(Target(macs=0.7), Target(macs=0.4))))
+    late = one.out.with_name("swept-killed.partial") / "retrain-macs-0.5"
+    late.mkdir()
+    (late / "seconds.json").write_text('{"seconds": 6000}')
     sweep(replace(one, resume=True))
+    minutes = []
     for name in ("macs-0.7", "macs-0.5"):
         same_end(one.out / name, base.out / name)
+        minutes.append(json.loads((one.out / name / "report.json").read_text())["training"]["minutes"])
+    assert 0 < minutes[0] < 100 < minutes[1]
 
 
 def test_hidden_gates_resume(settings: PruneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
