@@ -237,7 +237,8 @@ def table_row(study: Study, seed: int, letter: str, retraining: str) -> Row:
     decision: Decision | None = None
     if letter == "half":
         narrow = half(study.job.dense)
-        changes["distillation"] = every_second_layer(study.job.dense)
+        if retraining == "distilled":
+            changes["distillation"] = every_second_layer(study.job.dense)
     else:
         decision = everything(study.job)
         if letter != "control":
