@@ -6,13 +6,12 @@ This module imports neither torch nor transformers, so that the command line can
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruned_ops.shape import checked_int
-from pruned_trainer.jobs.settings_checks import are_the_same, check_apart, check_finite
-from pruned_trainer.jobs.settings_checks import check_precision, places_of
+from pruned_trainer.jobs import settings_checks
 from pruned_trainer.pruning.options import (
     BY_LABELS,
     COMPENSATIONS,
@@ -146,10 +145,10 @@ class PruneSettings:
             )
         if not self.has_labels:
             self._check_without_labels()
-        check_apart(self.eval_file, self.validation_file)
+        settings_checks.check_apart(self.eval_file, self.validation_file)
         source = "texts" if self.train_file is None else "train_file"
         for name in ("eval_file", "validation_file"):
-            if are_the_same(self.task, getattr(self, source), getattr(self, name)):
+            if settings_checks.are_the_same(self.task, getattr(self, source), getattr(self, name)):
                 raise ValueError(
                     f"the {name} is the {source}, and models know what they were trained on: name another, "
                     f"or leave it out, so that a part of the {source} is held out"
@@ -177,7 +176,7 @@ class PruneSettings:
         check_parts(self.parts)
         if len(set(self.parts)) != len(self.parts):
             raise ValueError(f"parts are {', '.join(self.parts)}: each is said once")
-        check_precision(self.precision)
+        settings_checks.check_precision(self.precision)
 
     def _check_targets(self) -> None:
         if self.decision is None and not self.targets and self.recipe != "paper":
@@ -254,11 +253,11 @@ class PruneSettings:
         phases = (("gates", self.trains_gates), ("retrain", self.retrains))
         losses = [self.distillation_in(phase) for phase, trains in phases if trains]
         taught = any(each.needs_teacher for each in losses)
-        weights = replace(self.distillation, pooling=Distillation.pooling)  # which judges models, too
+        plain = Distillation(pooling=self.distillation.pooling)  # which judges models, too
         without_effect = {
             "teacher": self.teacher is not None and self.has_labels and not taught,
             "cache_teacher": self.cache_teacher is not None and not taught,
-            "distillation": weights != Distillation() and self.distillation not in losses,
+            "distillation": self.distillation not in (plain, *losses),
         }
         for name in [name for name, is_so in without_effect.items() if is_so]:
             raise ValueError(
@@ -267,7 +266,7 @@ class PruneSettings:
             )
 
     def _check_numbers(self) -> None:
-        check_finite(self)
+        settings_checks.check_finite(self)
         for name in ("batch_size", "align", "max_length", "save_steps", "threads"):
             if getattr(self, name) is not None:
                 checked_int(name, getattr(self, name), 1)
@@ -310,7 +309,7 @@ class PruneSettings:
         """The files and folders that the output must not replace."""
         files = (self.train_file, self.texts, self.validation_file, self.eval_file, self.corpus, self.queries)
         others = (self.model, self.teacher, self.cache_teacher, self.latency_table, self.decision)
-        return (*others, *places_of(*files))
+        return (*others, *settings_checks.places_of(*files))
 
     @property
     def has_labels(self) -> bool:
