@@ -251,6 +251,9 @@ class GatingTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train with gates, and decide at the end."""
+        teacher = self._gating_options.get("teacher")
+        if teacher is not None:  # the Trainer itself moves only the model
+            teacher.to(self.args.device)  # type: ignore[attr-defined]
         try:
             with gating(self.model, steps=self._planned_steps(), **self._gating_options) as self._gating:  # type: ignore[attr-defined]
                 result = super().train(*args, **kwargs)  # type: ignore[misc]

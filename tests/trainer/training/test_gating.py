@@ -142,6 +142,24 @@ def test_the_mixin_refuses_before_it_trains(tmp_path: Path) -> None:
         pruner(target, load_best_model_at_end=True, eval_strategy="no", save_strategy="no")
 
 
+def test_the_mixin_moves_the_teacher_to_the_trainer_s_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher is a copy from before the Trainer moved its model."""
+    model, devices = stock("bert", "sequence"), list[torch.device]()
+    teacher = copy.deepcopy(model)
+    monkeypatch.setattr(teacher, "to", devices.append)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=3, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    data = [{name: tensor[i] for name, tensor in BATCH.items()} for i in range(3)]
+    options = {"target": Target(params=0.5), "teacher": teacher}
+    trainer = Pruner(model, args, train_dataset=data, gating=options)
+    trainer.train()
+    assert devices == [trainer.args.device]
+
+
 def test_the_gates_of_a_trainer_have_all_its_steps(tmp_path: Path) -> None:
     """Of batches that gradient accumulation does not divide, the last ones are a step, too."""
     data = [{name: tensor[i] for name, tensor in BATCH.items()} for i in range(3)] * 4
