@@ -76,7 +76,7 @@ MUTANTS = [
     Mutant("pruning/gate_phase.py", "if stage else self.start", "if stage else 1.0"),
     Mutant("pruning/gate_phase.py", "(place - stage) / RAMP", "(place - stage)"),
     Mutant("pruning/gate_phase.py", '"lr": rate, "weight_decay": 0.0', '"lr": rate, "weight_decay": 0.1'),
-    Mutant("training/trainer.py", "return linear(stage, step % stage)",
+    Mutant("training/trainer.py", "return linear(end - begin, step - begin)",
            "return linear(num_training_steps, step)"),
     Mutant("training/trainer.py", "gate_rate if id(group", "weight_rate if id(group"),
     # Gates.

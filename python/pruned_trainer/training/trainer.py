@@ -190,7 +190,7 @@ class PruningTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
         assert optimizer is not None
-        stage = max(num_training_steps // self.gate_phase.stages, 1)
+        stages = self.gate_phase.stages
         gates = {id(p) for p in self.gate_phase.gates.parameters()}
 
         def linear(steps: int, step: int) -> float:
@@ -201,7 +201,9 @@ class PruningTrainer(Trainer):
             return linear(num_training_steps, step)
 
         def gate_rate(step: int) -> float:
-            return linear(stage, step % stage)
+            stage = min(step * stages // num_training_steps, stages - 1)  # as `target_at` counts them
+            begin, end = (-(-edge * num_training_steps // stages) for edge in (stage, stage + 1))
+            return linear(end - begin, step - begin)
 
         rates: Any = [
             gate_rate if id(group["params"][0]) in gates else weight_rate for group in optimizer.param_groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,13 @@ def test_short_trainings_move_faster_and_say_so(steps: int, stages: int, pace: f
     assert any(remark.startswith("warning") for remark in remarks) == warned
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_the_gates_schedule_restarts_for_each_target(stages: int, tmp_path: Path) -> None:
-    """Warm-up and decay for each target; the weights' are those of the whole training."""
-    steps, model = 80, stock_model()
+@pytest.mark.parametrize(("steps", "edges"), [(80, [0, 80]), (80, [0, 40, 80]), (242, [0, 81, 162, 242])])
+def test_the_gates_schedule_restarts_for_each_target(steps: int, edges: list[int], tmp_path: Path) -> None:
+    """Warm-up and decay for each target, from the step at which the target moves; the weights' are those of
+    the whole training."""
+    model, stages = stock_model(), len(edges) - 1
     with attached(model) as gates:
-        phase = HoldTarget(gates, SizeBudget(gates.shape, "params"), [0.8, 0.4][-stages:])
+        phase = HoldTarget(gates, SizeBudget(gates.shape, "params"), [0.8, 0.6, 0.4][-stages:])
         trainer = PruningTrainer(
             model, training_arguments(tmp_path, steps, 1, 1e-4, 0), Distillation.none(), gate_phase=phase
         )
@@ -133,15 +135,18 @@ def test_the_gates_schedule_restarts_for_each_target(stages: int, tmp_path: Path
             rates.append([group["lr"] for group in optimizer.param_groups])
             optimizer.step()
             schedule.step()
-    highest, each = 0.1 * phase.pace(steps), steps // stages
-    for stage in range(stages):
-        own = [rate[of_gates] for rate in rates[stage * each : (stage + 1) * each]]
-        assert own[0] == 0 and own[each // 20] == pytest.approx(highest) == max(own)
-        assert own[-1] < 0.05 * highest and own[each // 2] == pytest.approx(highest / 2, rel=0.06)
+    highest = 0.1 * phase.pace(steps)
+    for begin, end in pairwise(edges):
+        own, half = [rate[of_gates] for rate in rates[begin:end]], (end - begin + 1) // 2
+        assert own[0] == 0 and own[(end - begin) // 20] == pytest.approx(highest) == max(own)
+        assert own[-1] < 0.05 * highest and own[half] == pytest.approx(highest / 2, rel=0.06)
+        if begin:
+            before = phase.target_at((begin - 1) / steps)
+            assert before == pytest.approx(phase.fractions[edges.index(begin) - 1])
+            assert phase.target_at((begin + 1) / steps) < before - 1e-3
     weights = [rate[0] for rate in rates]
-    assert max(weights) == weights[4] == pytest.approx(1e-4) and weights[40] == pytest.approx(
-        0.5e-4, rel=0.06
-    )
+    assert max(weights) == weights[steps // 20] == pytest.approx(1e-4)
+    assert weights[steps // 2] == pytest.approx(0.5e-4, rel=0.06)
 
 
 def test_even_shares_cost_what_the_target_allows() -> None:
