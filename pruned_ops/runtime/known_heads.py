@@ -116,5 +116,6 @@ def hook_head(module: nn.Module) -> tuple[PackedHead | None, bool]:
     after = after_answering if issubclass(known[0], SpanHead) else after_classifying
     asked = partial(before, names, head, reads_place_0(module))
     module.register_forward_pre_hook(asked, with_kwargs=True)
-    module.register_forward_hook(partial(after, names), with_kwargs=True)
+    # The first of all: hooks that the model has already see, and may change, its logits.
+    module.register_forward_hook(partial(after, names), with_kwargs=True, prepend=True)
     return head, True

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BertForQuestionAnswering
 
 import pruned_ops
+from head_models import MODELS, fields
 from inputs import padded_batch, stock_model
 
 
@@ -58,3 +59,24 @@ def test_a_subclass_may_put_out_anything(kind: str) -> None:
             assert bool((logits[padding] == torch.finfo(logits.dtype).min).all())
             logits.masked_fill_(padding, 0)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["question-answering", "stock-bert-sequence", "pruned-roberta-token"])
+def test_hooks_that_a_model_had_see_and_change_its_logits(kind: str) -> None:
+    """Those of the model itself, registered before `optimize` as after it."""
+    model, batch = MODELS[kind](), padded_batch((9, 4), MODELS[kind]().config.pad_token_id)
+    seen: list[dict[str, torch.Size]] = []
+
+    def double(_: Any, __: Any, output: Any) -> Any:
+        seen.append({name: value.shape for name, value in fields(output).items()})
+        for name, value in fields(output).items():
+            output[name] = 2 * value
+        return output
+
+    expected = fields(pruned_ops.optimize(MODELS[kind]())(**batch))
+    model.register_forward_hook(double)
+    pruned_ops.optimize(model)
+    model.register_forward_hook(double)
+    output = fields(model(**batch))
+    assert seen == [{name: value.shape for name, value in expected.items()}] * 2
+    assert all(torch.equal(output[name], 4 * expected[name]) for name in expected)
