@@ -13,7 +13,7 @@ moved to the packed rows inside that call, in four steps:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, NamedTuple
@@ -63,15 +63,21 @@ class PackedHead:
     def computes(self) -> bool:
         """Whether this computes what the model would. It is asked at every call, because a part may be
         replaced, hooked, or put into training mode at any time."""
-        if "forward" in self.module.__dict__:
+        if "forward" in self.module.__dict__ or any(map(_is_hooked, self._own_modules())):
             return False
         for owner in (self.module, *(getattr(self.module, name, None) for name in ("classifier", "pooler"))):
             for name in ("dropout", "drop", "input_dropout"):
                 dropout = getattr(owner, name, None)
                 if not isinstance(dropout, (NoneType, nn.Identity)) and dropout.training:
                     return False
-        linears = all(type(linear) is nn.Linear and not _is_hooked(linear) for linear in self.linears)
-        return linears and self.predicts()
+        return all(type(linear) is nn.Linear for linear in self.linears) and self.predicts()
+
+    def _own_modules(self) -> Iterator[nn.Module]:
+        """The modules of the model that are not its encoder's, and those of the encoder's pooler."""
+        encoder = self.module.base_model
+        for child in (*self.module.children(), getattr(encoder, "pooler", None)):
+            if child is not None and child is not encoder:
+                yield from child.modules()
 
     def predicts(self) -> bool:
         """Whether what comes before the last linear, where the family has that, is what the class makes."""
@@ -196,11 +202,7 @@ class TextHead(PackedHead):
             type(owner) in (PrunedPooler, nn.ModuleDict) or type(owner).__module__ == self.known.__module__
         )
         expected = type(self.activation)
-        return (
-            known
-            and not _is_hooked(owner)
-            and type(getattr(owner, "activation", self.activation)) is expected
-        )
+        return known and type(getattr(owner, "activation", self.activation)) is expected
 
     def computes(self) -> bool:
         family = family_of(self.module.config)
@@ -256,10 +258,9 @@ class VocabularyHead(PackedHead):
 
 
 def are_known(modules: Iterable[nn.Module], known: type[Any]) -> bool:
-    """Whether all these modules are torch's, or of the file that a model's known class is from, and without
-    hooks."""
+    """Whether all these modules are torch's, or of the file that a model's known class is from."""
     libraries = ("torch.nn.modules.", "transformers.activations", known.__module__)
-    return all(type(one).__module__.startswith(libraries) and not _is_hooked(one) for one in modules)
+    return all(type(one).__module__.startswith(libraries) for one in modules)
 
 
 def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:

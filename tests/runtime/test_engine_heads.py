@@ -98,6 +98,12 @@ def test_a_head_that_changes_is_seen() -> None:
     assert engine.stats.invalidated == 2 and not engine.stats.outside
 
 
+def doubled(_: nn.Module, __: Any, pooled: torch.Tensor) -> torch.Tensor:
+    """A hook that changes what it sees: the texts' rows, and not the empty ones beside a graph."""
+    assert len(pooled) == 2
+    return 2 * pooled
+
+
 def changed_parts(fast: Any, change: str) -> None:
     if change == "another module":
         fast.classifier = nn.Sequential(fast.classifier)
@@ -105,6 +111,10 @@ def changed_parts(fast: Any, change: str) -> None:
         fast.classifier.register_forward_hook(lambda *_: None)
     elif change == "a hooked pooler":
         fast.base_model.pooler.register_forward_pre_hook(lambda *_: None)
+    elif change == "a hooked activation":
+        fast.base_model.pooler.activation.register_forward_hook(lambda *_: None)
+    elif change == "a hooked dropout":
+        fast.dropout.register_forward_hook(doubled)
     elif change == "another activation":
         fast.base_model.pooler.activation = nn.Identity()
     else:
@@ -112,7 +122,11 @@ def changed_parts(fast: Any, change: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["another module", "a hook", "a hooked pooler", "another activation", "another forward"]
+    "change",
+    [
+        *("another module", "a hook", "a hooked pooler", "a hooked activation", "a hooked dropout"),
+        *("another activation", "another forward"),
+    ],
 )
 def test_heads_that_are_not_as_their_class_makes_them_run_outside(change: str) -> None:
     model = stock("bert", "sequence")
@@ -122,6 +136,9 @@ def test_heads_that_are_not_as_their_class_makes_them_run_outside(change: str) -
     changed_parts(fast, change)
     if change == "another activation":
         expected = pruned_ops.optimize(fast)(**batch)
+    if change == "a hooked dropout":
+        bias = fast.classifier.bias
+        expected.logits = 2 * (expected.logits - bias) + bias
     same(fast(**batch), expected)
     same(fast(**batch), expected)
     assert engine.stats.outside == {"BertForSequenceClassification": engine.stats.replays}
