@@ -227,12 +227,12 @@ def _hook_heads(model: nn.Module) -> None:
 
 
 def _add_engines(model: Any) -> None:
-    """Give every packed encoder an engine. The first engine is also the model's. They are made on a CPU too,
-    where they do nothing, for a model that moves to a GPU later."""
+    """Give every packed encoder an engine. The first engine is also the model's, unless it has an attribute
+    of that name. They are made on a CPU too, where they do nothing, for a model that moves to a GPU later."""
     for packed in packed_encoders(model):
         if packed.engine is None:
             packed.engine = Engine(packed)
-        if "engine" not in model.__dict__:
+        if not hasattr(model, "engine"):
             model.engine = packed.engine
 
 

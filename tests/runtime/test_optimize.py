@@ -233,6 +233,19 @@ def test_a_custom_head_and_a_pooler() -> None:
     torch.testing.assert_close(found, pooled, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["engine", "encode_many"])
+def test_a_model_keeps_what_it_calls_as_we_do(name: str) -> None:
+    model, ids = torch.nn.Module(), torch.tensor([[5, 6, 7]])
+    setattr(model, name, BertModel(stock_model().config).eval())
+    encoder = getattr(model, name)
+    with torch.no_grad():
+        expected = encoder(ids).last_hidden_state
+        assert getattr(pruned_ops.optimize(model), name) is encoder
+        torch.testing.assert_close(encoder(ids).last_hidden_state, expected, atol=2e-5, rtol=1e-5)
+    assert isinstance(encoder, OptimisedEncoder)
+    assert getattr(pruned_ops.restore(model), name) is encoder and type(encoder) is BertModel
+
+
 def test_a_bare_encoder() -> None:
     encoder = BertModel(stock_model().config).eval()
     batch = padded_batch((9, 4))
