@@ -176,7 +176,9 @@ def _outputs_of(model: Any, batch: Batch) -> list[Tensor]:
     if text_model(model) is not None:
         values = [value.to_dense() if value.is_sparse else value for value in text_outputs(model, batch)]
     else:
-        named, mask = named_outputs(model(**batch)), batch.get("attention_mask")
+        named, mask, ids = named_outputs(model(**batch)), batch.get("attention_mask"), batch.get("input_ids")
+        if mask is None and ids is not None:
+            mask = torch.ones_like(ids)
         values = [value if mask is None else real_rows(name, value, mask) for name, value in named]
     return [value.reshape(len(value), -1) for value in values]
 

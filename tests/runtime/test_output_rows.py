@@ -47,3 +47,15 @@ def test_such_a_batch_calibrates() -> None:
     with int8_anywhere():
         model = optimize(natural_questions(), dtype="int8", calibration=[batch(5), batch(9)], tolerance=0.9)
     assert len(model.int8_errors) > 0
+
+
+@pytest.mark.parametrize("head", [family_models.ANSWERS, ""])
+def test_without_a_mask_every_token_is_real(head: str) -> None:
+    """Batches of several lengths have rows of tokens then, too, as with a mask of ones."""
+    model = family_models.stock("Bert", head)
+    plain = [{"input_ids": batch(tokens)["input_ids"]} for tokens in (4, 9)]
+    masked = [{**one, "attention_mask": torch.ones_like(one["input_ids"])} for one in plain]
+    found, expected = outputs_of(model, plain), outputs_of(model, masked)
+    assert len(expected[0]) == 3 * 4 + 3 * 9
+    for own, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, right, atol=2e-5, rtol=1e-5)
