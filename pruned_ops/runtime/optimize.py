@@ -19,6 +19,7 @@ from torch import nn
 from pruned_ops.models.stock import is_encoder
 from pruned_ops.ops.backends.cpu import slow_int8
 from pruned_ops.ops.registry import BACKENDS, BackendError
+from pruned_ops.runtime.cuda_graphs import CAPTURE
 from pruned_ops.runtime.encoder_weights import is_stored_in_int8
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_choice import TOLERANCE, Batch, choose_int8, leave_out_outliers
@@ -311,18 +312,19 @@ def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
     if not available:
         reasons = "; ".join(f"{backend.name}: {backend.missing}" for backend in tuners)
         raise BackendError(f"no backend can be tuned here: {reasons}")
-    timed = sum(
-        tune_backend(
-            packed.encoder.running_shape,
-            _as_run(packed, batches),
-            packed.dtype,
-            packed.device,
-            gated=packed.encoder.kind.gated,
-            norm_first=packed.encoder.kind.norm_first,
+    with CAPTURE:  # what is timed is captured, and nothing else may be meanwhile
+        timed = sum(
+            tune_backend(
+                packed.encoder.running_shape,
+                _as_run(packed, batches),
+                packed.dtype,
+                packed.device,
+                gated=packed.encoder.kind.gated,
+                norm_first=packed.encoder.kind.norm_first,
+            )
+            for tune_backend in available
+            for packed in encoders
         )
-        for tune_backend in available
-        for packed in encoders
-    )
     for packed in encoders if timed else ():
         if packed.engine is not None:
             packed.engine.invalidate()

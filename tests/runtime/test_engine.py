@@ -20,6 +20,7 @@ from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.ops.registry import BACKENDS, Backend
+from pruned_ops.runtime.cuda_graphs import CAPTURE
 from pruned_ops.runtime.engine import Engine, pieces
 from pruned_ops.runtime.packed_encoder import PackedEncoder
 from stand_in_graphs import StandIn, ids_of, with_engine
@@ -165,12 +166,14 @@ def test_warm_up_captures_what_then_only_runs() -> None:
 
 
 def test_tuning_is_of_the_sizes_that_graphs_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A choice for another number of tokens would never be found. Graphs from before have other kernels."""
+    """A choice for another number of tokens would never be found. Graphs from before have other kernels. What
+    is timed is captured, which two threads cannot do at once."""
     fast, engine = with_engine(stock_model(), max_tokens=6000)
     fast(**ids_of([9, 3]))
     timed: list[tuple[int, ...]] = []
 
     def tune(shape: Any, batches: Any, *_: Any, **kind: Any) -> int:
+        assert CAPTURE.is_held
         timed.extend(batches)
         return len(batches)
 
@@ -183,6 +186,7 @@ def test_tuning_is_of_the_sizes_that_graphs_have(monkeypatch: pytest.MonkeyPatch
     assert len(engine) == 0 and engine.stats.invalidated == 1
     fast.base_model.packed.engine = None
     assert pruned_ops.tune(fast, asked) == 3 and timed[4:] == asked
+    assert not CAPTURE.is_held
 
 
 def test_moved_cast_and_replaced_weights_are_never_read_at_their_old_place() -> None:
