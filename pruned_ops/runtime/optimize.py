@@ -182,7 +182,7 @@ def _plain_encoders(model: nn.Module, dtype: str | None) -> list[Any]:
     for name, module in model.named_modules():
         if is_encoder(module):
             int8 = dtype == "int8" or (dtype is None and is_stored_in_int8(module))
-            refusal = refuse_encoder(module, int8, dtype == "bfloat16")
+            refusal = refuse_encoder(module, int8, dtype == "bfloat16", in_place=True)
             if refusal is not None:
                 label = f"{name}, a" if name else "this"
                 raise ValueError(f"optimize cannot take {label} {type(module).__name__}: {refusal}")

@@ -36,12 +36,15 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
-def refuse_encoder(encoder: Any, int8: bool = False, bfloat16: bool = False) -> str | None:
-    """Why the packed encoder cannot compute this one; None if it can."""
+def refuse_encoder(
+    encoder: Any, int8: bool = False, bfloat16: bool = False, in_place: bool = False
+) -> str | None:
+    """Why the packed encoder cannot compute this one; None if it can. in_place: the encoder stays the object
+    that it is, so that hooks of itself and of its pooler run."""
     config = encoder.config
     return (
         _refuse_config(config)
-        or _refuse_changed_forward(encoder)
+        or _refuse_changed_forward(encoder, in_place)
         or refuse_modules(encoder)
         or refuse_parameters(encoder)
         or _refuse_mixture(encoder)
@@ -100,14 +103,15 @@ def _refuse_config(config: Any) -> str | None:
     return family.refuse(config) or refuse_activation(family.value(config, "hidden_act"))
 
 
-def _refuse_changed_forward(encoder: nn.Module) -> str | None:
+def _refuse_changed_forward(encoder: nn.Module, in_place: bool) -> str | None:
     """Refuse replaced forwards and hooks inside the encoder: they would not run any more."""
     for name, module in encoder.named_modules():
+        hooks_run = in_place and name.partition(".")[0] in ("", "pooler")
         name = name or "encoder"
         if "forward" in module.__dict__:
             return f"the forward of its {name} was replaced, and would not run"
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if not all(is_harmless(hook) for hook in hooks):
+        if not hooks_run and not all(is_harmless(hook) for hook in hooks):
             return f"its {name} has forward hooks, which would not run (gates still attached?)"
         if name.partition(".")[0] != "pooler" and _is_patched(type(module)):
             return f"the forward of {type(module).__name__}, the class of its {name}, was replaced"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import head_models
 import pruned_ops
 from family_models import FAMILIES, batch, largest_difference, outputs, stock
 from inputs import MODELS, logits, padded_batch, stock_model
@@ -161,6 +162,19 @@ def test_hooks_of_the_encoder_itself_run_and_see_all_states() -> None:
     torch.testing.assert_close(found[real] - bias, 2 * (before[real] - bias), rtol=1e-4, atol=1e-4)
     handle.remove()
     assert torch.equal(logits(model, batch), before)
+
+
+def test_hooks_that_the_encoder_and_its_pooler_had_go_on_running() -> None:
+    model, batch = head_models.stock("bert", "sequence"), padded_batch((9, 4))
+    for module in (model.bert, model.bert.pooler, model.bert.pooler.dense):
+        module.register_forward_pre_hook(lambda *_: ran.append(1))
+    model.bert.pooler.register_forward_hook(lambda *call: 2 * call[2])
+    ran: list[int] = []
+    with torch.no_grad():
+        expected = model(**batch).logits
+        found = pruned_ops.optimize(model)(**batch).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert len(ran) == 6
 
 
 def test_tables_may_be_replaced() -> None:
