@@ -7,6 +7,7 @@ ops compute.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from pruned_ops.layers.int8 import SCALE
 from pruned_ops.layers.kinds import BERT_KIND, PLAIN, ByPosition, StackKind
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.parts import PrunedAttention, PrunedFFN
+from pruned_ops.layers.released import placeholder
 from pruned_ops.layers.weights import AlignedWeights, Layout, PanelWeights, release
 from pruned_ops.ops.panels import (
     gated_rows,
@@ -236,17 +238,33 @@ class PrunedEncoder(nn.Module):
 
     def unpack(self) -> None:
         """Undo `pack`: the linears hold and use their own weights again."""
-        laid_out, layout = self._laid_out, self._layout
-        weights: list[tuple[nn.Linear, Tensor]] = []
-        if laid_out is not None and layout is not None and not layout.keep_weights:
-            weights = [
-                (linear, laid_out.weight_of(i, j).contiguous())
-                for i, j, linear in self._linears()
-                if laid_out.holds_alone(i, j)
-            ]
+        laid_out = self._laid_out
+        weights = [
+            (linear, laid_out.weight_of(i, j).contiguous())
+            for i, j, linear in self._released()
+            if laid_out is not None
+        ]
         for linear, weight in weights:
             linear.weight.data = weight
         self._laid_out = self._layout = None
+
+    def _released(self) -> Iterator[tuple[int, int, nn.Linear]]:
+        """The linears, as `_linears` gives them, whose own weights `pack` released."""
+        laid_out, layout = self._laid_out, self._layout
+        if laid_out is not None and layout is not None and not layout.keep_weights:
+            yield from (each for each in self._linears() if laid_out.holds_alone(*each[:2]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedEncoder:
+        """Make a copy in which a released weight has no memory either: a parameter's own copy would have
+        as much as its shape says."""
+        for _, _, linear in self._released():
+            nothing = placeholder(linear.weight)
+            if nothing is not None:
+                memo[id(linear.weight)] = nn.Parameter(nothing, requires_grad=False)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _apply(self, *args: Any, **kwargs: Any) -> PrunedEncoder:
         layout = self._layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,11 @@ def test_no_weight_is_kept_twice(model: Any) -> None:
         assert parameter.shape == before[name].shape and torch.equal(parameter, before[name])
         if packed or any(part in name for part in ("query", "key", "value")):
             assert parameter.untyped_storage().nbytes() == 4 * bool(parameter.numel())
+    if packed:
+        for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            linears = [linear for part in one.base_model.packed.encoder.parts for linear in part.linears]
+            sizes = [linear.weight.untyped_storage().nbytes() for linear in linears]
+            assert sizes == [4 * bool(linear.weight.numel()) for linear in linears]
     model = pruned_ops.restore(model)
     assert all(torch.equal(model.get_parameter(name), before[name]) for name in names)
     assert {type(parameter) for parameter in model.parameters()} == {torch.nn.Parameter}
