@@ -70,7 +70,7 @@ class Disentangled:
             middle = self.buckets // 2
             beyond = away.abs().clamp_min(middle)
             # In this order of operations, because it decides which way a bound of two rows is rounded.
-            whole = torch.log(torch.tensor((self.farthest - 1) / middle))
+            whole = torch.log(torch.tensor((self.farthest - 1) / middle, device="cpu"))
             power = torch.ceil(torch.log(beyond / middle) / whole * (middle - 1)) + middle
             bucket = torch.where(away.abs() <= middle, away, (power * away.sign()).long())
         return (bucket + self.span - 1).clamp(0, self.rows - 1).int()

@@ -20,7 +20,7 @@ from pruned_ops.layers.kinds import BERT_KIND, PLAIN, ByPosition, StackKind
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.parts import PrunedAttention, PrunedFFN
 from pruned_ops.layers.released import placeholder
-from pruned_ops.layers.weights import AlignedWeights, Layout, PanelWeights, release
+from pruned_ops.layers.weights import AlignedWeights, Layout, PanelWeights, cpu_zeros, release
 from pruned_ops.ops.panels import (
     gated_rows,
     int8_panels,
@@ -214,7 +214,7 @@ class PrunedEncoder(nn.Module):
             if key not in made:
                 made[key] = _panels_of(linear, key[1], layout.bfloat16, is_gated)
             panels, *scales = made[key]
-            bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+            bias = cpu_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
             bias = gated_rows(bias) if is_gated else bias
             return panels, torch.stack([bias, *scales]) if scales else bias
 

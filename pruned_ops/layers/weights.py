@@ -206,7 +206,7 @@ class OfParts:
     @classmethod
     def made(cls, parts: Sequence[Any], head_dim: int) -> OfParts:
         """Of attentions and FFNs."""
-        rotary, windows = torch.zeros(len(parts), head_dim // 2), [-1] * len(parts)
+        rotary, windows = cpu_zeros(len(parts), head_dim // 2), [-1] * len(parts)
         biases: list[Tensor | None] = [None] * len(parts)
         heads = [part.encoder_part if part.hidden_act is None else 0 for part in parts]
         attentions = [part for part in parts if part.hidden_act is None]
@@ -252,10 +252,15 @@ def _panels_of_heads(rows: Sequence[Tensor | None]) -> Tensor | None:
     return to_head_panels(torch.cat(given)) if given else None
 
 
+def cpu_zeros(*size: int) -> Tensor:
+    """Make zeros as the CPU's kernels take them, whatever dtype and device are the process's defaults."""
+    return torch.zeros(size, dtype=torch.float32, device="cpu")
+
+
 def _norm_tensors(norm: nn.LayerNorm | None) -> list[Tensor]:
     """The weight and the bias of a LayerNorm as `ops.encoder` takes them: empty where there is none."""
     if norm is None:
-        return [torch.empty(0), torch.empty(0)]
+        return [cpu_zeros(0), cpu_zeros(0)]
     weight = norm.weight.detach()
     return [weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()]
 

@@ -21,7 +21,7 @@ from pruned_ops.models.families.known import family_of
 def bucket_of_distance(bias: RelativeBias) -> Tensor:
     """The bucket, int64 (2 * reach + 1,), of each distance of a key from its query, from -reach to reach;
     farther keys are in the outermost ones."""
-    distance = torch.arange(-bias.reach, bias.reach + 1)
+    distance = torch.arange(-bias.reach, bias.reach + 1, device="cpu")
     half = bias.buckets // 2
     single = half // 2
     away = distance.abs()

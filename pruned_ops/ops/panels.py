@@ -141,7 +141,7 @@ def int8_panels(values: Tensor) -> Tensor:
     """
     out, inputs = values.shape
     count, groups = -(-out // PANEL), -(-inputs // GROUP)
-    filled = torch.zeros(count * PANEL, groups * GROUP, dtype=torch.int8)
+    filled = values.new_zeros(count * PANEL, groups * GROUP, dtype=torch.int8)
     filled[:out, :inputs] = values
     panels = filled.view(count, PANEL, groups, GROUP).transpose(1, 2)
     start = -128 * filled.sum(1, dtype=torch.int32)

@@ -59,7 +59,7 @@ def int8_losses(
             losses[name] = _loss(x, weight, weights, output)
         return output
 
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    bounds = torch.tensor([0, *lengths], device=x.device).cumsum(0, dtype=torch.int32)
     for i, part in enumerate(stack.parts):
         inner = run(i, 0, F.layer_norm(x, *_norm_of(part)) if norm_first and part.norm is not None else x)
         if isinstance(part, PrunedAttention):

@@ -285,10 +285,10 @@ class PackedEncoder(nn.Module):
     def losses_on_random_tokens(self) -> dict[str, float]:
         """What int8 takes from each linear that runs in it, by its name (see `int8_losses`). The channels
         that are large in every text are large on random tokens too."""
-        shape = (2, min(32, longest_sequence(self.config)))
-        ids = torch.randint(self.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        shape, stack = (2, min(32, longest_sequence(self.config))), self.encoder
+        generator = torch.Generator("cpu").manual_seed(0)
+        ids = torch.randint(self.config.vocab_size, shape, generator=generator, device="cpu")
         batch, inputs = packed_inputs(self.config, self.device, ids)
-        stack = self.encoder
         return int8_losses(stack, self._embed(inputs[:3]), batch.lengths, stack.int8_linears, weights=True)
 
 
@@ -337,7 +337,7 @@ class OptimisedEncoder(nn.Module):
         """Move or cast the weights, and lay them out again. An error leaves the plain encoder behind."""
         with CHANGING:
             packed = self.packed
-            if packed.linear_dtype is not None and not _stays(fn(torch.empty(0))):
+            if packed.linear_dtype is not None and not _stays(fn(packed.zeros[:0])):
                 way_out = "call pruned_ops.restore(model) before moving or casting it"
                 if packed.stored_int8:
                     way_out = "load it again and move or cast it before pruned_ops.optimize"

@@ -55,17 +55,18 @@ def refuse_encoder(
 
 
 def _refuse_int8(encoder: Any) -> str | None:
-    return _refuse_panels(torch.empty(0, dtype=torch.int8)) or _refuse_narrow(encoder, "int8")
+    return _refuse_panels(torch.int8) or _refuse_narrow(encoder, "int8")
 
 
 def _refuse_bfloat16(encoder: Any) -> str | None:
     if any(isinstance(module, Int8Linear) for module in encoder.modules()):
         return "its weights are stored in int8: load the fp32 checkpoint that they were made from"
-    return _refuse_panels(torch.empty(0, 0, 0, dtype=torch.bfloat16)) or _refuse_narrow(encoder, "bfloat16")
+    return _refuse_panels(torch.bfloat16) or _refuse_narrow(encoder, "bfloat16")
 
 
-def _refuse_panels(panels: Tensor) -> str | None:
-    """Why nothing here runs panels like these; None if something does."""
+def _refuse_panels(dtype: torch.dtype) -> str | None:
+    """Why nothing here runs panels of this dtype; None if something does."""
+    panels = torch.empty(0, 0, 0, dtype=dtype, device="cpu")
     reasons = [kernel.backend.missing or kernel.refuse(panels) for kernel in ops.encoder.kernels.values()]
     return "; ".join(reason for reason in reasons if reason) if all(reasons) else None
 

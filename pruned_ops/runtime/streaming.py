@@ -119,7 +119,7 @@ class CudaLanes:
         with torch.cuda.stream(self._copies):
             copies = {}
             for name, tensor in device.items():
-                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
                 copies[name].copy_(tensor, non_blocking=True)
             arrived = self._copies.record_event()
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.runtime.streaming import (
     LOOK_AHEAD,
     BatchRunner,
+    CudaLanes,
     HostLanes,
     RefusedText,
     Tensors,
@@ -114,6 +117,21 @@ def test_random_arrivals(lengths: list[int], tokens: int, overlapped: bool) -> N
     assert given_back == read == len(texts)
     assert sum(batch for batch, _ in seen) == len(texts)
     assert all(batch * longest <= tokens or batch == 1 for batch, longest in seen)
+
+
+def test_results_are_copied_to_the_host_whatever_device_is_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch refuses pinned memory on a GPU, which is the default device of many programs."""
+    stream = SimpleNamespace(record_event=lambda: stream, wait_event=lambda _: None, synchronize=lambda: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **others: empty(*size, **others))
+    with torch.device("meta"):
+        results = CudaLanes(torch.device("cuda")).to_host({"logits": torch.ones(2, 3, device="cpu")})()
+    assert torch.equal(results["logits"], torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("overlapped", [False, True])

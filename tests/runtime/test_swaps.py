@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
 
+import family_models
 import pruned_ops
 from inputs import logits, padded_batch, pruned_model, stock_model
+from int8_anywhere import int8_anywhere
 from pruned_ops import LayerShape
 from pruned_ops.ops.registry import OPS, Backend, Kernel
 from pruned_ops.runtime.engine import Engine
@@ -46,6 +48,23 @@ def test_casts_run_in_the_dtype_asked_for(model: Any) -> None:
         assert found.dtype == dtype and (found[~real] == torch.finfo(dtype).min).all()
         torch.testing.assert_close(found[real], expected[real], rtol=rtol, atol=atol)
     assert engine.stats.captures == 2 and engine.stats.invalidated == 1
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("stem", ["Bert", "MPNet", "DebertaV2", "ModernBert"])
+def test_defaults_of_the_process_change_nothing(stem: str, dtype: str | None) -> None:
+    """Neither another dtype nor another device; the meta device stands for a GPU."""
+    batch, models = family_models.batch("left"), [family_models.stock(stem, "") for _ in range(2)]
+    with int8_anywhere():
+        expected = family_models.outputs(pruned_ops.optimize(models[0], dtype), batch)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                fast = pruned_ops.optimize(models[1], dtype).to("cpu").float()
+                found = family_models.outputs(fast, batch)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_autocast_is_obeyed_or_refused() -> None:
