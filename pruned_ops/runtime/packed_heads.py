@@ -191,18 +191,19 @@ class TextHead(PackedHead):
             return linears
         first = self.names.first
         owner = self.module.base_model.pooler if first is None else self._owner(first)
-        return linears if owner is self.module or self._is_plain(owner) else ()
+        return linears if self._is_plain(owner) else ()
 
     def _owner(self, name: str) -> Any:
         return self.module.get_submodule(name.rpartition(".")[0])
 
     def _is_plain(self, owner: nn.Module) -> bool:
-        """Whether the module around the first linear is one that its class makes, with its activation."""
-        known = (
-            type(owner) in (PrunedPooler, nn.ModuleDict) or type(owner).__module__ == self.known.__module__
-        )
+        """Whether the module around the first linear is one that its class makes, with its activation, which
+        pruned models have themselves."""
+        own = owner is self.module or type(owner) in (PrunedPooler, nn.ModuleDict)
+        activations = [getattr(one, "activation", self.activation) for one in (owner, self.module)]
         expected = type(self.activation)
-        return known and type(getattr(owner, "activation", self.activation)) is expected
+        known = own or type(owner).__module__ == self.known.__module__
+        return known and all(type(activation) is expected for activation in activations)
 
     def computes(self) -> bool:
         family = family_of(self.module.config)

@@ -11,7 +11,7 @@ from transformers import BertModel
 
 import pruned_ops
 from counting import CustomHead
-from head_models import MODELS, fields, stock
+from head_models import MODELS, fields, pruned, stock
 from inputs import padded_batch, stock_model
 from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.runtime.engine import Engine
@@ -143,6 +143,16 @@ def test_heads_that_are_not_as_their_class_makes_them_run_outside(change: str) -
     same(fast(**batch), expected)
     assert engine.stats.outside == {"BertForSequenceClassification": engine.stats.replays}
     assert engine.stats.replays >= 2
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_another_activation_of_a_pruned_classifier_counts(kind: str) -> None:
+    model, fast = pruned(kind, "sequence"), pruned_ops.optimize(pruned(kind, "sequence"))
+    batch = ids_of([9, 4])
+    before = fast(**batch).logits
+    model.activation = fast.activation = nn.Identity()
+    assert not torch.allclose(fast(**batch).logits, before)
+    same(fast(**batch), model(**batch))
 
 
 def test_dropout_that_is_on_stays_the_models_own() -> None:
