@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BertModel, PreTrainedTokenizerFast
 
+from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_trainer.tasks.faults import FormatError
+from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.task import Score
-from pruned_trainer.tasks.texts.tagging import ENTITIES, WordAccuracy, is_bio, tags_of
+from pruned_trainer.tasks.texts.examples import read_class
+from pruned_trainer.tasks.texts.tagging import ENTITIES, TaggingTask, WordAccuracy, is_bio, tags_of
 from pruned_trainer.tasks.texts.words import encode_words
+from text_files import checkpoint, write_rows
 from tiny_tokenizers import byte_tokenizer
 
 ZERO = "\u200d\ufeff"
@@ -103,3 +108,28 @@ def test_resampled_entity_scores_are_seqeval_s() -> None:
         expected = [metric.value([gold[i] for i in rows], [said[i] for i in rows]) for rows in draws.tolist()]
         np.testing.assert_allclose(resampled, expected)
         assert 0 < expected[0] < 100
+
+
+def test_a_word_without_a_label_is_no_class_and_is_not_judged(tmp_path: Path) -> None:
+    """-100 stands for none, as in data that were made for transformers."""
+    rows = [{"tokens": ["w1", "w2", "w3"], "tags": [-100, 0, 1]}, {"tokens": ["w4"], "tags": [1]}]
+    task = TaggingTask(TaskOptions(task="token-classification", max_length=24, stride=4))
+    examples = task.read(write_rows(tmp_path / "train.jsonl", rows), "train")
+    start = checkpoint(tmp_path / "start", BertModel)
+    model = task.start_model(str(start), examples)
+    assert list(model.config.id2label.values()) == ["LABEL_0", "LABEL_1"]
+    tokenizer = load_tokenizer(str(start))
+    labels = [feature["labels"].tolist() for feature in task.features(examples, tokenizer, model)]
+    assert labels == [[-100, -100, 0, 1, -100], [-100, 1, -100]]
+    prepared = task.prepare(examples, tokenizer, model)
+    assert prepared.gold == [[None, "LABEL_0", "LABEL_1"], ["LABEL_1"]]
+    right = [["LABEL_1", "LABEL_0", "LABEL_1"], ["LABEL_1"]]
+    assert [metric.value(prepared.gold, right) for metric in prepared.metrics] == [100.0]
+    gold: list[list[str | None]] = [[None, "B-x", "I-x"], ["O"]]
+    for metric in ENTITIES:
+        assert metric.value(gold, [["B-x", "B-x", "I-x"], ["O"]]) == 100.0
+    none = write_rows(tmp_path / "none.jsonl", [{"tokens": ["w1"], "tags": [-100]}])
+    with pytest.raises(FormatError, match="row 0: no word has a label: all are -100"):
+        task.read(none, "train")
+    with pytest.raises(FormatError, match="row 1: the label is -100, which stands for none"):
+        read_class(-100, "row 1")

@@ -11,6 +11,7 @@ from typing import Any
 
 from pruned_ops.files import TextFile, shown
 from pruned_trainer.tasks.faults import FormatError, Skipped, get_field, skipping
+from pruned_trainer.tasks.output_kinds import IGNORED
 from pruned_trainer.tasks.sources import READ, find, read_rows, suffix_of
 from pruned_trainer.tasks.task import HELD_OUT
 
@@ -148,7 +149,10 @@ def texts_of(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tupl
 
 
 def read_class(value: Any, where: str) -> str | int:
-    """A class: a name, or a whole number; FormatError for anything else."""
+    """A class: a name, or a whole number; FormatError for anything else, and for the number that stands for
+    no label."""
+    if value == IGNORED and isinstance(value, int):
+        raise FormatError(f"{where}: the label is {IGNORED}, which stands for none")
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise FormatError(f"{where}: the label is {shown(value)}; a name or a whole number is needed")
     return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,8 +36,8 @@ OUTSIDE = "O"
 
 @dataclass(frozen=True)
 class TaggingTask(TextTask):
-    """token-classification: rows with a list of words and a list of their labels; texts without labels, whose
-    words are what stands between their blanks."""
+    """token-classification: rows with a list of words and a list of their labels, of which -100 stands for
+    none; texts without labels, whose words are what stands between their blanks."""
 
     head = HEAD
 
@@ -45,7 +45,7 @@ class TaggingTask(TextTask):
 
     def start_model(self, source: str, examples: Examples) -> PreTrainedModel:
         """The checkpoint's own head where its labels are the examples', else a new one."""
-        values = [label for row in examples.rows for label in row.label]
+        values = [label for row in examples.rows for label in row.label if label != IGNORED]
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if (config.architectures or [""])[0].endswith(HEAD) and Labels.of(config).fit(values, examples.names):
             return load_to_fine_tune(source, HEAD)
@@ -72,9 +72,11 @@ class TaggingTask(TextTask):
             for where, row in table.placed():
                 with skipping(skipped):
                     words = _words(row, tokens, where)
-                    labels = [read_class(value, where) for value in get_field(row, label, list, where)]
+                    labels = [_label(value, where) for value in get_field(row, label, list, where)]
                     if len(labels) != len(words):
                         raise FormatError(f"{where}: {len(words)} words, but {len(labels)} labels")
+                    if all(each == IGNORED for each in labels):
+                        raise FormatError(f"{where}: no word has a label: all are {IGNORED}")
                     rows.append(Example(words, where, tuple(labels), unit=" ".join(words)))
         return some(Examples(table.where, tuple(rows), True, tuple(table.names.get(label, ()))), skipped)
 
@@ -104,7 +106,7 @@ class TaggingTask(TextTask):
             noun="sentences",
             count=len(rows),
             windows=windows,
-            gold=[[names[number] for number in numbers] for numbers in gold],
+            gold=[[None if number == IGNORED else names[number] for number in numbers] for numbers in gold],
             metrics=ENTITIES if is_bio(names) else WORDS,
             read=lambda outputs, mask: outputs.logits,
             assemble=partial(tags_of, windows, counts, names),
@@ -121,26 +123,31 @@ class TaggingTask(TextTask):
         windows = self._encode(rows, tokenizer)
         if not examples.is_labelled:
             return [window.feature() for window in windows]
+        labels = (_token_labels(window, gold[window.sentence]) for window in windows)
         return [
-            window.feature(labels=_token_labels(window, gold[window.sentence]))
-            for window in windows
-            if len(window.words)  # else there is nothing to learn from it
+            window.feature(labels=of_tokens)
+            for window, of_tokens in zip(windows, labels, strict=True)
+            if (of_tokens != IGNORED).any()  # else there is nothing to learn from it
         ]
 
     def _with_labels(
         self, examples: Examples, model: PreTrainedModel
     ) -> tuple[Sequence[Example], list[list[int]]]:
-        """The rows, and the numbers of their words' labels; without labels, none."""
+        """The rows, and the numbers of their words' labels, IGNORED for a word without one; without labels,
+        none."""
         if not examples.is_labelled:
             return examples.rows, []
         labels, rows, numbers = Labels.of(model.config), [], []
         with self.skipping_bad() as skipped:
             for row in examples.rows:
                 with skipping(skipped):
-                    numbers.append([labels.number(value, row.where, examples.names) for value in row.label])
+                    numbers.append([
+                        IGNORED if value == IGNORED else labels.number(value, row.where, examples.names)
+                        for value in row.label
+                    ])  # fmt: skip
                     rows.append(row)
         left = some(replace(examples, rows=tuple(rows)), skipped)
-        labels_seen = {number for of_row in numbers for number in of_row}
+        labels_seen = {number for of_row in numbers for number in of_row} - {IGNORED}
         if len(labels_seen) < 2:
             raise FormatError(_one_label(left, labels.names[min(labels_seen)]))
         return rows, numbers
@@ -157,6 +164,12 @@ def _one_label(examples: Examples, label: str) -> str:
     )
 
 
+def _label(value: Any, where: str) -> str | int:
+    """A word's label: a class, or IGNORED for a word without one, as in data that were made for
+    transformers."""
+    return IGNORED if type(value) is int and value == IGNORED else read_class(value, where)
+
+
 def _words(row: Any, column: str, where: str) -> tuple[str, ...]:
     """The row's words; FormatError for anything else than a list of texts of which one is seen."""
     words = get_field(row, column, list, where)
@@ -168,7 +181,7 @@ def _words(row: Any, column: str, where: str) -> tuple[str, ...]:
 
 
 def _token_labels(window: Sentence, labels: Sequence[int]) -> NDArray[np.int64]:
-    """(tokens,): each word's label at its first token, IGNORED elsewhere."""
+    """(tokens,): each word's label, where it has one, at its first token, IGNORED elsewhere."""
     targets = np.full(len(window), IGNORED, np.int64)
     targets[window.tokens] = np.asarray(labels, np.int64)[window.words]
     return targets
@@ -193,7 +206,14 @@ def is_bio(names: Sequence[str]) -> bool:
     return all(name == OUTSIDE or name[:2] in ("B-", "I-") for name in names) and OUTSIDE in names
 
 
-# -- metrics: gold and predicted hold a list of labels for each sentence
+# -- metrics: gold and predicted hold a list of labels for each sentence, gold None for a word without one
+
+
+def _judged(gold: Any, predicted: Any) -> Iterator[tuple[list[str], list[str]]]:
+    """For each sentence the gold and the predicted labels of the words that have a label."""
+    for true, chosen in zip(gold, predicted, strict=True):
+        pairs = [pair for pair in zip(true, chosen, strict=True) if pair[0] is not None]
+        yield [label for label, _ in pairs], [label for _, label in pairs]
 
 
 @dataclass(frozen=True)
@@ -208,7 +228,8 @@ class EntityScore:
         from seqeval import metrics
 
         metric = getattr(metrics, f"{self.kind}_score")
-        return 100 * float(metric(gold, predicted, zero_division=0))
+        true, chosen = zip(*_judged(gold, predicted), strict=True)
+        return 100 * float(metric(list(true), list(chosen), zero_division=0))
 
     def statistics(self, gold: Any, predicted: Any) -> FloatArray:
         return _entity_counts(gold, predicted)
@@ -224,8 +245,8 @@ def _entity_counts(gold: Any, predicted: Any) -> FloatArray:
     from seqeval.metrics.sequence_labeling import get_entities
 
     counts = []
-    for right, chosen in zip(gold, predicted, strict=True):
-        true, predicted_entities = set(get_entities(list(right))), set(get_entities(list(chosen)))
+    for right, chosen in _judged(gold, predicted):
+        true, predicted_entities = set(get_entities(right)), set(get_entities(chosen))
         counts.append((len(true & predicted_entities), len(predicted_entities), len(true)))
     return np.array(counts, np.float64)
 
@@ -250,8 +271,8 @@ class WordAccuracy:
 
 def _word_counts(gold: Any, predicted: Any) -> FloatArray:
     """(sentences, 2): words that have the right label, and words."""
-    pairs = zip(gold, predicted, strict=True)
-    return np.array([(sum(map(str.__eq__, a, b)), len(a)) for a, b in pairs], np.float64)
+    counts = [(sum(map(str.__eq__, a, b)), len(a)) for a, b in _judged(gold, predicted)]
+    return np.array(counts, np.float64)
 
 
 ENTITIES: tuple[Metric, ...] = (
