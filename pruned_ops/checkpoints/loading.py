@@ -66,6 +66,8 @@ MAX_WEIGHT = 1e18
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # NAME or OWNER/NAME. Whatever else is no folder is a mistyped path.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+# The name of a tensor of one of an encoder's layers, in whatever family.
+_OF_A_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -240,6 +242,9 @@ def load_to_fine_tune(
         faults = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
         faults += sorted(f"{name} is missing" for name in info["missing_keys"] if "pooler." not in name)
         faults = [fault for fault in faults if fault.startswith(encoder)]
+        # A head that is not taken is no fault. A layer that is not would silently make another model.
+        surplus = sorted(name for name in info["unexpected_keys"] if _OF_A_LAYER.search(name))
+        faults += [f"it has no place for {name}" for name in surplus]
         if faults:
             raise ValueError(
                 f"the tensors of its {config.model_type} encoder are not what its config says: {faults[0]}"

@@ -207,6 +207,22 @@ def test_an_encoder_that_is_not_whole_is_not_fine_tuned(head: str, tmp_path: Pat
         load_to_fine_tune(str(tmp_path), head)
 
 
+@pytest.mark.parametrize("head", ["ForQuestionAnswering", "ForTokenClassification", "Model"])
+@pytest.mark.parametrize(("stem", "layer"), [("Bert", "bert.encoder.layer"), ("ModernBert", "model.layers")])
+def test_an_encoder_with_layers_that_its_config_does_not_know_is_not_fine_tuned(
+    stem: str, layer: str, head: str, tmp_path: Path
+) -> None:
+    """It would lose them silently; a head that is not taken is lost as it has to be."""
+    family_models.stock(stem, "SequenceClassification").save_pretrained(tmp_path)
+    load_to_fine_tune(str(tmp_path), head)
+    tensors = load_file(tmp_path / "model.safetensors")
+    first = next(name for name in sorted(tensors) if name.startswith(f"{layer}.0."))
+    surplus = first.replace(f"{layer}.0.", f"{layer}.12.")
+    save_file(tensors | {surplus: tensors[first].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"not what its config says: it has no place for \S*\.12\."):
+        load_to_fine_tune(str(tmp_path), head)
+
+
 def test_a_vocabulary_alone_is_the_tokenizer_of_the_stock_model(tmp_path: Path) -> None:
     """bert-base-uncased's files name no class: its model type says it, which the pruned model has not."""
     config = pruned_ops.PrunedBertConfig(**stock_model().config.to_dict())
