@@ -56,7 +56,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rival-model", default="", help="what the rivals call the model")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32, 64])
     parser.add_argument(
-        "--open", type=float, nargs="*", default=[0.5, 0.8], metavar="PART",
+        "--open", type=part, nargs="*", default=[0.5, 0.8], metavar="PART",
         help="rates of the open loops, as parts of the best rate (default: 0.5 0.8)",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=10, help="of each phase (default: %(default)s)")
@@ -74,6 +74,17 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--add", action="store_true", help="keep the rows that the CSV has")
     parser.add_argument("--out", type=Path, help="the CSV (default: in benchmarks/results, by the machine)")
     return parser.parse_args()
+
+
+def part(text: str) -> float:
+    """The part of a rate that --open names: with a rate of 0 no request would ever come."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no part of a rate: a number above 0 is needed")
+    return value
 
 
 def rival(text: str) -> tuple[str, Target]:
@@ -234,6 +245,10 @@ class Bench:
         shown = {key: value for key, value in line.items() if value not in ("", 0)}
         print(", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 
+    def answering(self) -> list[tuple[str, Target]]:
+        """The servers that answered the closed loops: the others have no rate to take a part of."""
+        return [(name, target) for name, target in self.targets.items() if self.best[name] > 0]
+
     def measure(self) -> None:
         """Every phase, with the servers one after another in each."""
         seconds, each = self.arguments.seconds, self.arguments.texts_per_request
@@ -244,15 +259,15 @@ class Bench:
                 load = closed_loop(target, self.requests[name], clients, seconds)
                 self.best[name] = max(self.best.get(name, 0.0), load.requests_per_s)
                 self.keep(row(name, "closed", load, each, clients=clients, offered_per_s=""))
-        for part in self.arguments.open:
-            for name, target in self.targets.items():
-                rate = part * self.best[name]
+        for share in self.arguments.open:
+            for name, target in self.answering():
+                rate = share * self.best[name]
                 load = open_loop(target, self.requests[name], rate, seconds)
-                self.keep(row(name, f"open at {part}", load, each, clients="", offered_per_s=round(rate, 1)))
+                self.keep(row(name, f"open at {share}", load, each, clients="", offered_per_s=round(rate, 1)))
         for name, target in self.targets.items() if self.arguments.memory_seconds else ():
             load = closed_loop(target, self.requests[name], 32, self.arguments.memory_seconds)
             self.keep(row(name, "memory", load, each, clients=32, offered_per_s=""))
-        for name, target in self.targets.items() if self.arguments.overload_seconds else ():
+        for name, target in self.answering() if self.arguments.overload_seconds else ():
             rate = OVERLOAD * self.best[name]
             load = open_loop(target, self.requests[name], rate, self.arguments.overload_seconds)
             self.keep(row(name, "overload", load, each, clients="", offered_per_s=round(rate, 1)))

@@ -12,6 +12,7 @@ import pytest
 for package in ("fastapi", "orjson", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
+import harness  # noqa: E402
 from pruned_ops.serving.limits import Limits  # noqa: E402
 from served import Slow, served  # noqa: E402
 from serving.load import Load, Target, closed_loop, open_loop  # noqa: E402
@@ -66,6 +67,37 @@ def test_a_rival_is_a_name_and_the_address_of_a_server() -> None:
     for wrong in ("a", "a=localhost:81/embed", "=http://localhost:81", "a=http://localhost:81,PID"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not NAME=http://HOST:PORT"):
             rival(wrong)
+
+
+def test_a_rate_of_nothing_is_refused() -> None:
+    from bench_serve import part
+
+    assert part("0.5") == 0.5
+    for wrong in ("0", "-1", "inf", "nan", "half"):
+        with pytest.raises(argparse.ArgumentTypeError, match="a number above 0 is needed"):
+            part(wrong)
+
+
+def test_a_server_that_answered_nothing_is_asked_at_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has none to take a part of; the others are measured, and their rows are kept."""
+    import bench_serve
+
+    loads = {"answers": Load(seconds=[0.1], took=0.5), "silent": Load(took=0.5)}
+    rates: list[tuple[str, float]] = []
+    monkeypatch.setattr(bench_serve, "closed_loop", lambda target, *_: loads[target])
+    monkeypatch.setattr(
+        bench_serve, "open_loop", lambda target, _, rate, *__: rates.append((target, rate)) or loads[target]
+    )
+    bench = object.__new__(bench_serve.Bench)
+    bench.arguments = argparse.Namespace(
+        seconds=1, texts_per_request=1, clients=[1], open=[0.5], memory_seconds=0, overload_seconds=1
+    )
+    rows: list[harness.Row] = []
+    bench.targets, bench.requests, bench.best = {name: name for name in loads}, dict.fromkeys(loads, []), {}
+    monkeypatch.setattr(bench, "keep", rows.append)
+    bench.measure()
+    assert rates == [("answers", 1.0), ("answers", 8.0)]
+    assert [row["server"] for row in rows if row["phase"] == "closed"] == ["answers", "silent"]
 
 
 def test_a_server_that_does_not_answer_is_refused() -> None:
