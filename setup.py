@@ -74,6 +74,12 @@ SANITIZE = SANITIZERS[os.environ.get("PRUNED_OPS_SANITIZE", "0")]
 THREADS_HEADER = ["-include", str(ROOT / "tests/tsan/std_threads.h")] if "-fno-openmp" in SANITIZE else []
 
 
+# An empty one is as good as none, for torch's build too, which reads them later.
+for name in ("CXX", "MAX_JOBS"):
+    if not os.environ.get(name, "").strip():
+        os.environ.pop(name, None)
+
+
 def knows(flags: list[str]) -> bool:
     """Whether there is a compiler, and it has these flags: gcc has those of AMX from version 11 on."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -136,6 +142,9 @@ def check_requirements() -> None:
             "unless it is called with --no-build-isolation. Install torch first, then run "
             f"`pip install --no-build-isolation .`; or set {SWITCH}=0 to do without the C++ extension"
         )
+    jobs = os.environ.get("MAX_JOBS", "1")
+    if not jobs.isdecimal() or int(jobs) == 0:
+        raise SetupError(f"MAX_JOBS is {jobs!r}; it is the number of files to compile at once, 1 or more")
     compiler = os.environ.get("CXX", "c++").split()[0]  # the one that torch's build calls
     if shutil.which(compiler) is None:
         raise SetupError(
@@ -256,7 +265,7 @@ def make_build_extension() -> type:
                 )
 
             order = CAPABILITY_FLAGS | INT8_FLAGS | BF16_FLAGS
-            jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
+            jobs = int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))
             with ThreadPoolExecutor(jobs) as pool:
                 return [each for objects in pool.map(compiled, order) for each in objects]
 

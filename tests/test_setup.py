@@ -3,6 +3,7 @@ with an old setuptools."""
 
 from __future__ import annotations
 
+import os
 import platform
 import runpy
 import sys
@@ -44,6 +45,22 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     message = refusal(monkeypatch)
     assert "there is no no-such-compiler: install g++" in message and "name another in CXX" in message
     assert "PRUNED_OPS_BUILD_EXTENSION=0" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_setting_is_as_good_as_none(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's build reads them later, and would compile with no compiler."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    for name in ("CXX", "MAX_JOBS"):
+        monkeypatch.setenv(name, empty)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert "CXX" not in os.environ and "MAX_JOBS" not in os.environ
+
+
+@pytest.mark.parametrize("jobs", ["all", "0", "-1"])
+def test_a_number_of_jobs_that_is_none_is_refused(jobs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    assert f"MAX_JOBS is {jobs!r}; it is the number of files" in refusal(monkeypatch)
 
 
 def test_with_an_old_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
