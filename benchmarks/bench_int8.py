@@ -53,8 +53,8 @@ def prepared(path: Path, checkpoint: str, questions: int | None = None) -> Quest
 
 def batches(source: Questions, model: Any, count: int) -> list[Batch]:
     """`count` batches of 8 windows, which are spread evenly over the source."""
-    step = max(1, len(source.windows) // (8 * count))
-    chosen = source.windows[::step][: 8 * count]
+    number, size = len(source.windows), min(8 * count, len(source.windows))
+    chosen = [source.windows[place * number // size] for place in range(size)]
     return [padded(chosen[i : i + 8], model.config.pad_token_id) for i in range(0, len(chosen), 8)]
 
 

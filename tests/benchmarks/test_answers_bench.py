@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,19 @@ def test_the_runners_of_questions_take_turns_after_a_round_that_is_not_timed(
     assert "3 questions, 3 windows" in shown and "QuestionAnswerer is 1.000 times as fast" in shown
     assert sorted(ran[:3]) == sorted(ran[3:6]) == sorted(ran[6:]) == ["bare", "ours", "plain"]
     assert ran[3:6] != ran[6:]
+
+
+@pytest.mark.parametrize(("windows", "first_and_last"), [(127, (0, 125)), (300, (0, 295)), (5, (0, 4))])
+def test_compared_windows_are_of_the_whole_file(
+    windows: int, first_and_last: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there are less than twice as many as are compared: the first ones alone are of few texts."""
+    monkeypatch.setattr(bench_int8, "padded", lambda chosen, pad_token_id: chosen)
+    source, model = SimpleNamespace(windows=range(windows)), SimpleNamespace(config=stock_model().config)
+    cut = bench_int8.batches(source, model, 8)  # type: ignore[arg-type]
+    places = [place for batch in cut for place in batch]
+    assert len(places) == len(set(places)) == min(64, windows)
+    assert (places[0], places[-1]) == first_and_last and places == sorted(places)
 
 
 @pytest.mark.skipif(
