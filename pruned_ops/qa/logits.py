@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def predict_logits(
     Each window has a tuple of them; its third entry, where the model has answer types, is their logits.
     windows: `Window`s, or whatever has a length, input_ids and token_type_ids.
 
-    The model runs in inference mode and without dropout; afterwards its training mode is as before. Batches
+    The model runs in inference mode and without dropout; afterwards each of its modules trains, or does not,
+    as before. Batches
     hold windows of like length, longest first, so that there is little padding and too large a batch fails at
     once. Inputs go where the model's first parameter is.
     """
@@ -69,16 +71,24 @@ def predict_logits(
     place = next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
     logits: dict[int, Any] = {}
-    was_training = model.training
+    with evaluating(model), torch.inference_mode():
+        for chosen in _batches(order, batch_size, progress):
+            batch = [windows[i] for i in chosen]
+            logits.update(zip(chosen, batch_logits(model, batch, pad_token_id, place), strict=True))
+    return [logits[i] for i in range(len(windows))]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model evaluates inside the block. After it every module is in its own mode again: who trains around
+    a frozen part keeps that in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
-            for chosen in _batches(order, batch_size, progress):
-                batch = [windows[i] for i in chosen]
-                logits.update(zip(chosen, batch_logits(model, batch, pad_token_id, place), strict=True))
+        yield
     finally:
-        model.train(was_training)
-    return [logits[i] for i in range(len(windows))]
+        for module, was_training in modes.items():
+            module.training = was_training
 
 
 def _batches(order: list[int], batch_size: int, progress: bool) -> Iterator[list[int]]:

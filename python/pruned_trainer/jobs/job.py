@@ -24,6 +24,7 @@ from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import config_of, encoders_of, model_shape, running_encoder
+from pruned_ops.qa.logits import evaluating
 from pruned_ops.runtime.optimize import optimize, restore
 from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_ops.runtime.refusals import refuse_encoder
@@ -269,12 +270,8 @@ def running(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
         fast = None if packed_encoders(model) else optimize(model, dtype=dtype)
     except ValueError as refusal:
         say(f"the {type(model).__name__} runs as it is, because {refusal}")
-        fast, training = None, model.training
-        model.eval()
-        try:
+        with evaluating(model):
             yield model
-        finally:
-            model.train(training)
         return
     try:
         yield model

@@ -386,6 +386,14 @@ def test_logits_come_back_in_order_without_padding() -> None:
     assert squad.predict_logits(model, []) == []
 
 
+def test_a_frozen_part_of_a_model_that_trains_stays_in_evaluation_mode() -> None:
+    model = Echo().train()
+    model.frozen, model.learnt = torch.nn.Dropout().eval(), torch.nn.Dropout()
+    window = Window(0, np.arange(3, dtype=np.int32), np.zeros(3, int), np.zeros((3, 2), np.int32), 0)
+    squad.predict_logits(model, [window])
+    assert (model.training, model.frozen.training, model.learnt.training) == (True, False, True)
+
+
 def test_bootstrap_interval() -> None:
     random = np.random.default_rng(5)
     first, noise = random.uniform(0, 100, 2000), random.normal(0, 10, 2000)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from pruned_ops.qa.logits import evaluating
 from pruned_ops.runtime.optimize import optimized
 from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import is_main, shared
@@ -89,9 +90,7 @@ def model_outputs(model: PreTrainedModel, windows: Sequence[Any], read: Read) ->
 def _outputs(model: PreTrainedModel, read: Read, windows: Sequence[Any]) -> list[NDArray[np.float32]]:
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
     by_window: dict[int, NDArray[np.float32]] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for rows in _batches(order):
             batch = [windows[row] for row in rows]
             inputs = {
@@ -103,8 +102,6 @@ def _outputs(model: PreTrainedModel, read: Read, windows: Sequence[Any]) -> list
             for place, row in enumerate(rows):
                 value = values[place, : len(windows[row])] if per_token else values[place]
                 by_window[row] = value.copy()
-    finally:
-        model.train(was_training)
     return [by_window[row] for row in range(len(windows))]
 
 
