@@ -17,12 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pruned_ops.checkpoints.export import GRAPH
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.heads import PrunedBertForQuestionAnswering
 from pruned_ops.models.inputs import default_position_ids
 from pruned_ops.models.stock import layers_of, model_shape
 from pruned_ops.runtime.cuda_graphs import CudaGraphs, Recorder
-from rivals.rival import Batch, Logits, Make, Refused, Rival, Run, hugging_face, onnx_graph, package
+from rivals.rival import (
+    Batch,
+    Logits,
+    Make,
+    Refused,
+    Rival,
+    Run,
+    hugging_face,
+    made_once,
+    onnx_graph,
+    package,
+)
 from torch_ways import compile_each_size, packed_flash_attention
 
 # qkv (tokens, 3, heads, head_dim), cu_seqlens, the longest sequence -> context (tokens, heads, head_dim).
@@ -209,8 +221,8 @@ def ort_cuda(model: Any, samples: Sequence[Batch], folder: Path) -> Run:
 
 def _half_graph(model: Any, folder: Path) -> str:
     """The exported graph, its attentions fused, in fp16. Errors: Refused where they were not all fused."""
-    path = folder / "fused-fp16.onnx"
-    if not path.exists():
+
+    def fuse(partial: Path) -> None:
         single = copy.deepcopy(model).cpu().float()
         exported = onnx_graph(single, folder)
         optimizer = package("onnxruntime.transformers.optimizer", "pip install onnxruntime-gpu onnx")
@@ -222,8 +234,9 @@ def _half_graph(model: Any, folder: Path) -> str:
                 f"its optimizer fused the attention of {attentions} of {expected} layers with heads"
             )
         fused.convert_float_to_float16(keep_io_types=False)
-        fused.save_model_to_file(str(path))
-    return str(path)
+        fused.save_model_to_file(str(partial / GRAPH))
+
+    return str(made_once(folder / "fused-fp16", fuse) / GRAPH)
 
 
 class OrtGraphs:

@@ -31,12 +31,13 @@ MOST_TOKENS = 4096
 
 
 def written(folder: Path, kind: str) -> Path:
-    """The checkpoint in a folder as a GGUF file of this type, beside it."""
+    """The checkpoint in a folder as a GGUF file of this type, beside it. It has its name when it is whole."""
     path = folder / f"model-{kind}.gguf"
     if path.is_file():
         return path
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    writer = gguf.GGUFWriter(str(path), "bert")
+    partial = path.with_suffix(".partial")
+    writer = gguf.GGUFWriter(str(partial), "bert")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -60,6 +61,7 @@ def written(folder: Path, kind: str) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    partial.replace(path)
     return path
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def file_of(backend: str) -> str:
 
 
 def exported(folder: Path, backend: str, samples: int, calibration: Path) -> None:
-    """Write the file that the backend runs, as its own documentation says, unless it is there.
+    """Write the file that the backend runs, as its own documentation says, unless it is there. It comes last
+    into the model's folder, when all that it needs is there.
 
     samples: how many texts of the folder `calibration` the static quantisation of OpenVINO looks at."""
     from sentence_transformers import SentenceTransformer
@@ -68,21 +70,25 @@ def exported(folder: Path, backend: str, samples: int, calibration: Path) -> Non
 
     if (folder / file_of(backend)).is_file():
         return
-    library = backend.partition("-")[0]
+    library, file = backend.partition("-")[0], folder / file_of(backend)
     model = SentenceTransformer(str(folder), device="cpu", backend=library, model_kwargs={"export": True})
-    if backend == "onnx":
-        make.export_optimized_onnx_model(model, "O3", str(folder))
-    elif backend == "onnx-int8":
-        make.export_dynamic_quantized_onnx_model(model, quantisation()[1], str(folder))
-    elif backend in ("openvino", "openvino-bf16"):
-        model.save_pretrained(str(folder))
-    else:
-        from optimum.intel import OVQuantizationConfig
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as stage:
+        if backend == "onnx":
+            make.export_optimized_onnx_model(model, "O3", stage)
+        elif backend == "onnx-int8":
+            make.export_dynamic_quantized_onnx_model(model, quantisation()[1], stage)
+        elif backend in ("openvino", "openvino-bf16"):
+            model.save_pretrained(stage)
+        else:
+            from optimum.intel import OVQuantizationConfig
 
-        make.export_static_quantized_openvino_model(
-            model, OVQuantizationConfig(num_samples=samples), str(folder), dataset_name=str(calibration),
-            dataset_config_name="default", dataset_split="train", column_name="text",
-        )  # fmt: skip
+            make.export_static_quantized_openvino_model(
+                model, OVQuantizationConfig(num_samples=samples), stage, dataset_name=str(calibration),
+                dataset_config_name="default", dataset_split="train", column_name="text",
+            )  # fmt: skip
+        file.parent.mkdir(exist_ok=True)
+        for part in sorted(Path(stage, library).iterdir(), key=lambda part: part.name == file.name):
+            part.replace(file.parent / part.name)
 
 
 def loaded(folder: Path, backend: str, threads: int, longest: int) -> Any:

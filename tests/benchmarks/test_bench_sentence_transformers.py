@@ -118,6 +118,33 @@ def test_onnx_runtime_leaves_the_cores_to_the_next_runner(monkeypatch: pytest.Mo
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
+def test_an_export_that_was_interrupted_is_not_taken_for_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is the last that comes into the model's folder, and nothing is left of one that broke off."""
+    breaks = True
+
+    def write(folder: str) -> None:
+        for name in ("openvino_model.xml", "openvino_model.bin"):
+            path = Path(folder, "openvino", name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("part" if breaks else "whole")
+            if breaks:
+                raise KeyboardInterrupt
+
+    exporter = SimpleNamespace(save_pretrained=write)
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", lambda *_, **__: exporter)
+    with pytest.raises(KeyboardInterrupt):
+        sentence_transformers_worker.exported(tmp_path, "openvino", 1, tmp_path)
+    assert not list(tmp_path.rglob("*.*"))
+    breaks = False
+    sentence_transformers_worker.exported(tmp_path, "openvino", 1, tmp_path)
+    exporter.save_pretrained = None  # what is there is not made again
+    sentence_transformers_worker.exported(tmp_path, "openvino", 1, tmp_path)
+    written = {path.name: path.read_text() for path in (tmp_path / "openvino").iterdir()}
+    assert written == {"openvino_model.xml": "whole", "openvino_model.bin": "whole"}
+
+
 def test_more_texts_than_there_are_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "stsb" / "eval.jsonl.gz", [{"text_a": "a", "text_b": "b", "score": 1}])
     write(tmp_path / "scifact" / "corpus.jsonl.gz", [{"id": "0", "title": "", "text": "c. d"}] * 3)

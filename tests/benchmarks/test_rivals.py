@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -241,3 +244,27 @@ def test_names_that_are_not_there_are_refused(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         bench_models.parsed(["--rivals", "all", "hf"])
     assert "names, or all, or none" in capsys.readouterr().err
+
+
+def test_a_gguf_that_was_interrupted_is_not_taken_for_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's file has its name when it is whole."""
+    gguf, size = MagicMock(), {"hidden_size": 12, "num_hidden_layers": 1}
+    for name, module in (("gguf", gguf), ("llama_cpp", MagicMock())):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "rivals.llama_cpp_worker", raising=False)
+    worker = importlib.import_module("rivals.llama_cpp_worker")
+    monkeypatch.delitem(sys.modules, "rivals.llama_cpp_worker")  # it is bound to the stand-ins
+    monkeypatch.setattr(worker, "_add_vocabulary", lambda *_: None)
+    monkeypatch.setattr(worker, "_tensors", lambda folder: [])
+    sizes = ("max_position_embeddings", "intermediate_size", "num_attention_heads", "layer_norm_eps")
+    (tmp_path / "config.json").write_text(json.dumps(size | dict.fromkeys(sizes, 1)))
+    gguf.GGUFWriter.side_effect = lambda path, kind: (Path(path).touch(), gguf.writer)[1]
+    gguf.writer.write_tensors_to_file.side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        worker.written(tmp_path, "f16")
+    assert not list(tmp_path.glob("*.gguf"))
+    gguf.writer.write_tensors_to_file.side_effect = None
+    assert worker.written(tmp_path, "f16") == tmp_path / "model-f16.gguf"
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model-f16.gguf"}

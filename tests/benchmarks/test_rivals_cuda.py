@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -355,3 +356,18 @@ def test_names_of_the_other_benchmark_are_refused(capsys: Any) -> None:
         with pytest.raises(SystemExit):
             bench_models.parsed(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_a_fused_graph_that_was_interrupted_is_not_taken_for_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fused = stock_model(), MagicMock()
+    monkeypatch.setattr(cuda, "onnx_graph", lambda *_: "graph")
+    monkeypatch.setattr(cuda, "package", lambda *_: MagicMock(optimize_model=lambda *_, **__: fused))
+    fused.get_fused_operator_statistics.return_value = {"Attention": model.config.num_hidden_layers}
+    fused.save_model_to_file.side_effect = (KeyboardInterrupt, None)
+    with pytest.raises(KeyboardInterrupt):
+        cuda._half_graph(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert cuda._half_graph(model, tmp_path) == cuda._half_graph(model, tmp_path)
+    assert fused.save_model_to_file.call_count == 2  # the third call takes what the second one made
