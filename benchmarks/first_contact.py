@@ -190,6 +190,20 @@ def probed(python: str) -> tuple[str, str | None]:
     return done.stdout.strip(), reason[0] if done.returncode else None
 
 
+def older_extension(root: Path = ROOT) -> str | None:
+    """The sentence that the C++ extension, which may have been brought along, is older than its sources; None
+    where it is not, or where there is none."""
+    built = sorted(root.glob("pruned_ops/_C*.so"), key=lambda path: path.stat().st_mtime)
+    sources = [path for path in (root / "csrc").rglob("*") if path.is_file()]
+    newest = max(sources, key=lambda path: path.stat().st_mtime, default=None)
+    if not built or newest is None or built[0].stat().st_mtime >= newest.stat().st_mtime:
+        return None
+    return (
+        f"WARNING: {built[0].name} is older than {newest.relative_to(root)}: its kernels may not be those of "
+        "these sources. Build it anew (python setup.py -q build_ext --inplace), or believe no result below"
+    )
+
+
 def loading(python: str, dry: bool) -> list[Part]:
     """Shows what loads; before it, the build for this GPU alone, where no extension is there that loads.
 
@@ -337,6 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     (out / LOG).write_text("", "utf-8")
     dry = arguments.device == "cpu"
     whole = TOTAL[arguments.part]
+    older = older_extension()
+    if older is not None:
+        print(older, flush=True)
     share = 1.0 if arguments.minutes is None else 60 * arguments.minutes / whole
     total = whole * share * (PATIENCE if dry else 1)
     try:
@@ -362,6 +379,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = failed_tests(outcomes[-1])
             (out / FAILED_TESTS).write_text("".join(f"{name}\n" for name in names), "utf-8")
     text = summary(outcomes)
+    if older is not None and older_extension() is not None:  # no part has built it
+        print(older, flush=True)  # once more: a machine that is lent may give back the last lines alone
     print(summary(outcomes, MOST_PRINTED), flush=True)
     (out / "summary.txt").write_text(text + "\n", "utf-8")
     files = ", ".join(sorted(path.name for path in out.iterdir()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -55,6 +56,29 @@ def test_the_second_dry_run_repeats_what_failed(tmp_path: Path) -> None:
     assert first_contact.main(["second", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert "[tests] 1 passed" in (tmp_path / "second" / "log.txt").read_text("utf-8")
     assert "right" not in (tmp_path / "second" / "kernels.jsonl").read_text("utf-8")  # times alone
+
+
+def test_an_extension_that_is_older_than_its_sources_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who brings an old build along would believe that today's kernels were tested."""
+    source, built = tmp_path / "csrc/cuda/attention.cu", tmp_path / "pruned_ops/_C.cpython-311.so"
+    for path, seconds in ((source, 2000), (built, 1000)):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    older = first_contact.older_extension(tmp_path)
+    assert older is not None and older.startswith("WARNING: _C.cpython-311.so is older than csrc/cuda/attention")
+    os.utime(built, (2000, 2000))
+    assert first_contact.older_extension(tmp_path) is None
+    built.unlink()
+    assert first_contact.older_extension(tmp_path) is None
+
+    monkeypatch.setattr(first_contact, "older_extension", lambda: older)
+    monkeypatch.setattr(first_contact, "first", lambda *_: [python("print('begun')")])
+    assert first_contact.main(["first", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == older and lines.index("[part] begun") < lines.index(older, 1)
 
 
 def test_a_part_that_hangs_is_interrupted_and_keeps_what_it_said(tmp_path: Path) -> None:
