@@ -16,6 +16,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertModel, BertTokenizerFast
@@ -27,6 +28,7 @@ from pruned_ops import Answer, QuestionAnswerer
 from pruned_ops.cli import main
 from pruned_ops.models.configuration import ScoreCalibration
 from pruned_ops.models.natural_questions import with_answer_types
+from pruned_ops.qa import answerer
 from pruned_ops.qa.decoding import Decoded, decode
 from pruned_ops.qa.logits import predict_logits
 from pruned_ops.qa.windows import RefusedQuestion, cut_each, windows
@@ -178,6 +180,18 @@ def test_what_cannot_be_asked_is_named() -> None:
             one.answer("w1", "w2", top_k)
     with pytest.raises(TypeError, match="records are a str"):
         one.stream("w1")
+
+
+def test_a_batch_is_larger_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,096 tokens leave most of it idle."""
+    tokenizer = word_tokenizer(96)
+    assert QuestionAnswerer(stock_model(), tokenizer).reading.tokens_per_batch == 4096
+    monkeypatch.setattr(answerer, "checked_device", torch.device)
+    monkeypatch.setattr(answerer, "optimize", lambda model, dtype: model)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, *_: model)
+    for options, tokens in (({}, 16384), ({"tokens_per_batch": 100}, 100)):
+        one = QuestionAnswerer(stock_model(), tokenizer, device="cuda", **options)
+        assert one.reading.tokens_per_batch == tokens
 
 
 def test_what_cannot_be_set_is_named(tmp_path: Path) -> None:
