@@ -68,7 +68,9 @@ def test_an_extension_that_is_older_than_its_sources_is_said_first(
         path.touch()
         os.utime(path, (seconds, seconds))
     older = first_contact.older_extension(tmp_path)
-    assert older is not None and older.startswith("WARNING: _C.cpython-311.so is older than csrc/cuda/attention")
+    assert older is not None and older.startswith(
+        "WARNING: _C.cpython-311.so is older than csrc/cuda/attention"
+    )
     os.utime(built, (2000, 2000))
     assert first_contact.older_extension(tmp_path) is None
     built.unlink()

@@ -219,7 +219,7 @@ def test_an_encoder_with_layers_that_its_config_does_not_know_is_not_fine_tuned(
     first = next(name for name in sorted(tensors) if name.startswith(f"{layer}.0."))
     surplus = first.replace(f"{layer}.0.", f"{layer}.12.")
     save_file(tensors | {surplus: tensors[first].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"not what its config says: it has no place for \S*\.12\."):
+    with pytest.raises(ValueError, match=r"not what its config says: it has no place for \S*\.12\."):
         load_to_fine_tune(str(tmp_path), head)
 
 

@@ -40,7 +40,10 @@ def fine_tune(settings: FineTuneSettings) -> None:
     All weights train, with the config's dropout; heads that the encoder lacks start new. Errors: ValueError
     and OSError, before any training, for settings that cannot work.
     """
-    inputs = (settings.model, *places_of(settings.train_file, settings.corpus, settings.queries))
+    inputs: tuple[str | Path, ...] = (
+        settings.model,
+        *places_of(settings.train_file, settings.corpus, settings.queries),
+    )
     once(lambda: OutputFolder.check(settings.out, settings.overwrite, inputs))
     check_source(settings.model)
     task = settings.make_task()
