@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -102,12 +102,26 @@ def new_folder(path: Path) -> Iterator[Path]:
     whole.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{whole.name}-", dir=whole.parent))
     try:
-        stage.chmod(0o755)  # as a folder that is made in the usual way, and not its maker's alone
         yield stage
+        open_to_others(stage)
         os.replace(stage, whole)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def open_to_others(folder: Path) -> None:
+    """Give a folder and what is in it the permissions that new folders and files have here, by the umask. The
+    folders of tempfile and the files of safetensors are their maker's alone, whoever is to run the model."""
+    new = folder / f".{secrets.token_hex(4)}.partial"
+    new.touch()
+    mode = new.stat().st_mode & 0o666
+    new.unlink()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            enter = (mode & 0o444) >> 2 if path.is_dir() else 0
+            with suppress(PermissionError):  # another user's, as of a run that somebody else began
+                path.chmod(path.stat().st_mode & 0o7777 | mode | enter)
 
 
 def check_writable(path: Path, name: str, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruned_ops.files import MAX_DEPTH, TextFile, digest, parse_json, read_json, read_text, shown, write_json
+from pruned_ops.files import (
+    MAX_DEPTH,
+    TextFile,
+    digest,
+    new_folder,
+    parse_json,
+    read_json,
+    read_text,
+    shown,
+    write_json,
+)
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -134,3 +145,25 @@ def test_a_digest_is_of_contents_and_names(tmp_path: Path) -> None:
     assert digest(folder) == whole
     (folder / "inner" / "rows.jsonl").rename(folder / "rows.jsonl")
     assert digest(folder) != whole != digest(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize(("umask", "of_file", "of_folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_a_new_folder_is_as_open_as_the_umask_says(
+    umask: int, of_file: int, of_folder: int, tmp_path: Path
+) -> None:
+    """Also what a library wrote for its maker alone, as safetensors does; what can be run stays so."""
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "new") as stage:
+            (stage / "inner").mkdir(mode=0o700)
+            for name, mode in (("model.safetensors", 0o600), ("inner/script", 0o700)):
+                (stage / name).touch(mode)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {
+        "new": of_folder,
+        "inner": of_folder,
+        "model.safetensors": of_file,
+        "script": of_file | 0o100,
+    }

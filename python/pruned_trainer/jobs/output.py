@@ -20,7 +20,7 @@ from pruned_ops.checkpoints.loading import ENCODER_SETTINGS, TOKENIZER_FILES, fi
 from pruned_ops.checkpoints.loading import load_any_head as load_any_head
 from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
-from pruned_ops.files import check_name, check_place, read_json
+from pruned_ops.files import check_name, check_place, open_to_others, read_json
 from pruned_ops.models.model_card import WEIGHTS
 
 # sentence-transformers' own files beside an encoder, and those of a module that follows it.
@@ -217,6 +217,7 @@ class OutputFolder:
 
     def publish(self) -> None:
         """Give the finished folder its name. What stood there before goes only after that."""
+        open_to_others(self.partial)
         replaced = self._replaced(self.path)
         if self.path.exists():
             self.path.rename(replaced)
