@@ -7,7 +7,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,17 @@ class DiskFull(OSError):
 
 
 @contextmanager
-def explained_when_full(out: Path) -> Iterator[None]:
+def explained_when_full(out: Path, cache: Path | None = None) -> Iterator[None]:
     """Turn whatever a library raises inside the block on a full disk into one sentence.
 
-    It says how the run with this --out goes on. Errors: DiskFull; all others as they are."""
+    It names the disk of the file that could not be written; where the library names no file, each disk that
+    the run writes to: that of `out`, of temporary files, and of the teacher's `cache`, where there is one. It
+    says how the run with this --out goes on. Errors: DiskFull; all others as they are."""
     try:
         yield
     except Exception as error:
-        if not _is_full(error):
+        full = _full(error)
+        if full is None:
             raise
         partial = OutputFolder.partial_of(out)
         if (partial / RUN).is_file() or (out / RUN).is_file():
@@ -95,27 +99,54 @@ def explained_when_full(out: Path) -> Iterator[None]:
             remedy = "the same command with --overwrite starts again"
         else:
             remedy = "start again"
-        place = next(folder for folder in out.absolute().parents if folder.is_dir())
-        free = shutil.disk_usage(place).free / 2**20
-        raise DiskFull(
-            f"there is no room left to write {out} ({free:.0f} MiB are free on its disk): make room, then "
-            f"{remedy}"
-        ) from error
+        places = {str(out): partial}
+        if tempfile.tempdir is not None:  # this process has asked where temporary files go
+            places[f"temporary files in {tempfile.tempdir}"] = Path(tempfile.tempdir)
+        if cache is not None:
+            places[str(cache)] = cache
+        named = " or ".join(_room(full, places))
+        raise DiskFull(f"there is no room left to write {named}: make room, then {remedy}") from error
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Whether this error, or the one that it came from, says that there was no room to write a file.
+def _full(error: BaseException | None) -> BaseException | None:
+    """This error, or the one that it came from, whichever says that there was no room to write a file; None
+    where none does.
 
     Python gives a number; safetensors (written in Rust), NumPy and torch's writer give a text alone.
     """
-    if error is None:
-        return False
     texts = (
         "No space left on device", "Disk quota exceeded", "requested and", "PytorchStreamWriter",
         "unexpected pos", "iostream error",
     )  # fmt: skip
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or any(text in str(error) for text in texts) or _is_full(error.__cause__ or error.__context__)
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(text in str(error) for text in texts):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _room(error: BaseException, places: Mapping[str, Path]) -> list[str]:
+    """What lies on the full disk and what is free there: of the place on the disk of the file that the error
+    names, or of that file; where it names none, of a place on each disk, the one with the least room first.
+
+    places: by the names that a user knows them by."""
+    by_disk: dict[int, tuple[str, Path]] = {}
+    for name, path in places.items():
+        folder = _existing(path)
+        by_disk.setdefault(folder.stat().st_dev, (name, folder))
+    file = getattr(error, "filename", None)
+    if isinstance(file, (str, bytes, os.PathLike)):
+        folder = _existing(Path(os.fsdecode(file)))
+        disk = folder.stat().st_dev
+        by_disk = {disk: by_disk.get(disk, (os.fsdecode(file), folder))}
+    free = sorted((shutil.disk_usage(folder).free / 2**20, name) for name, folder in by_disk.values())
+    return [f"{name} ({mib:.0f} MiB are free on its disk)" for mib, name in free]
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
 class OutputFolder:

@@ -89,7 +89,7 @@ def run_for_one(settings: PruneSettings, begin: Begin, page: bool = True) -> Pru
         raise ValueError(
             f"prune makes one model; sweep makes one for each of {len(settings.targets)} targets"
         )
-    with explained_when_full(settings.out), open_run(settings, begin) as opened:
+    with explained_when_full(settings.out, settings.cache_teacher), open_run(settings, begin) as opened:
         opened, choices = _choose(opened)
         trained = _train_on(opened, choices.chosen[0], opened.folder.partial)
         dense = judge(opened.job, opened.job.dense)
@@ -117,7 +117,7 @@ def sweep(settings: PruneSettings) -> dict[str, Any]:
         raise ValueError("a sweep needs one or more targets")
     if _is_published(settings):
         return _finish(settings, "sweep.json")
-    with explained_when_full(settings.out), open_run(settings) as opened:
+    with explained_when_full(settings.out, settings.cache_teacher), open_run(settings) as opened:
         opened, trained, log = (_gradually if settings.gradual else _each_from_the_gates)(opened)
         dense = judge(opened.job, opened.job.dense)
         points = [

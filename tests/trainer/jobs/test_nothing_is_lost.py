@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from jobs import Killed, command, job_settings, killed, same_end, variant
 from matching import save_checkpoint, squad_file, trained_model
 from pruned_trainer import Target
 from pruned_trainer.cli import main
-from pruned_trainer.jobs import choice
+from pruned_trainer.jobs import choice, output
 from pruned_trainer.jobs import prune as prune_module
 from pruned_trainer.jobs.output import LOCK, DiskFull, OutputFolder, explained_when_full
 from pruned_trainer.jobs.prune import prune, sweep
@@ -377,6 +379,34 @@ def test_what_libraries_raise_on_a_full_disk(error: Exception, tmp_path: Path) -
             raise ValueError("in between") from error
     with pytest.raises(ValueError, match="another"), explained_when_full(tmp_path / "out"):
         raise ValueError("another")
+
+
+def test_the_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the file that could not be written; where no file is named, each that the run writes to, with
+    the fullest first."""
+    out, cache, other = (tmp_path / name for name in ("own/out", "cache", "other/file"))
+    free = {"own": 300, "cache": 4000, "other": 1, "temporary": 20}
+
+    def disk_of(path: Path) -> Any:
+        name = path.relative_to(tmp_path).parts[0]
+        return SimpleNamespace(name=name, stat=lambda: SimpleNamespace(st_dev=list(free).index(name)))
+
+    monkeypatch.setattr(output, "_existing", disk_of)
+    monkeypatch.setattr(shutil, "disk_usage", lambda disk: SimpleNamespace(free=free[disk.name] * 2**20))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+    def named(*file: str) -> str:
+        with pytest.raises(DiskFull) as raised, explained_when_full(out, cache):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *file)
+        return str(raised.value).removeprefix("there is no room left to write ").partition(": make room")[0]
+
+    temporary = f"temporary files in {tmp_path / 'temporary'} (20 MiB are free on its disk)"
+    mine, kept = (f"{path} ({mib} MiB are free on its disk)" for path, mib in ((out, 300), (cache, 4000)))
+    assert named(str(tmp_path / "temporary/windows/0.arrow")) == temporary
+    assert named(str(cache / "logits.f32")) == kept
+    assert named(str(tmp_path / "own/out.partial/model.safetensors")) == mine
+    assert named(str(other)) == f"{other} (1 MiB are free on its disk)"
+    assert named() == f"{temporary} or {mine} or {kept}"
 
 
 def test_a_disk_that_is_full_from_the_start(settings: PruneSettings, tmp_path: Path) -> None:
