@@ -369,6 +369,23 @@ def test_an_embedder_of_the_hub_is_pooled_as_its_files_say_and_keeps_them(
         assert (out / name).read_text() == (there / name).read_text()
 
 
+def test_modules_that_an_embedder_is_trained_without_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint(tmp_path / "model", BertModel)
+    task: Any = text_task(TaskOptions(task="embedding"))
+    for kinds, named in (
+        (("Transformer", "Pooling", "Dropout", "Normalize"), ""),
+        (("Transformer", "Pooling", "Dense", "LayerNorm"), f"-- {folder} has Dense, LayerNorm among its mod"),
+    ):
+        listed = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+        (folder / "modules.json").write_text(json.dumps(listed))
+        for load in (task.load_model, lambda source: task.start_model(source, None)):
+            load(str(folder))
+            said = [line for line in capsys.readouterr().out.splitlines() if "modules" in line]
+            assert len(said) == bool(named) and all(line.startswith(named) for line in said)
+
+
 def test_ranking_measures_are_scikit_learn_s_and_know_ties() -> None:
     from pruned_trainer.tasks.texts.ranking import DiscountedGain, ReciprocalRank
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.checkpoints.loading import file_beside, load_to_fine_tune
 from pruned_ops.files import read_json
+from pruned_trainer.distributed import say
 from pruned_trainer.tasks.faults import FormatError
 from pruned_trainer.tasks.output_kinds import POOLINGS
 from pruned_trainer.tasks.task import Score
@@ -34,6 +35,8 @@ from pruned_trainer.tasks.texts.retrieval import Retrieval, read_retrieval
 HEAD = "Model"
 PAIR, SCORE = ("text_a", "text_b"), "score"
 TEXT, ID, TITLE, RELEVANT = "text", "id", "title", "relevant"
+# The modules of sentence-transformers that are computed here, or that change no cosine.
+MODULES = ("Transformer", "Pooling", "Normalize", "Dropout")
 # The documents that are searched where models are chosen between.
 CHOOSING_DOCUMENTS = 1000
 
@@ -62,14 +65,21 @@ class EmbeddingTask(TextTask):
     # -- models ------------------------------------------------------------------------------------------
 
     def start_model(self, source: str, examples: Any) -> PreTrainedModel:
-        """The bare encoder of the checkpoint."""
+        """The bare encoder of the checkpoint; a line names the modules that it is trained without."""
         model = load_to_fine_tune(source, HEAD)
-        model.config.pooling = pooling_of(source, model.config)
+        self.check_model(model, source)
         return model
 
     def check_model(self, model: PreTrainedModel, source: str) -> None:
-        """Nothing is refused; the config then says how the model's states are pooled."""
+        """A pooling that is neither mean nor cls is refused. The config then says how the model's states are
+        pooled, and a line names the modules that it is trained and judged without."""
         model.config.pooling = pooling_of(source, model.config)
+        others = other_modules(source)
+        if others:
+            say(
+                f"{source} has {', '.join(others)} among its modules (modules.json), which nothing computes "
+                "here: embeddings are trained and judged without, and the files are kept as they are"
+            )
 
     # -- data --------------------------------------------------------------------------------------------
 
@@ -198,6 +208,16 @@ def _cosines(first: FloatArray, second: FloatArray) -> FloatArray:
     """(texts,) cosines of the rows of two matrices; 0 with a vector of zeros."""
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return (first * second).sum(1) / np.maximum(norms, 1e-12)
+
+
+def other_modules(source: str) -> list[str]:
+    """The modules that sentence-transformers lists beside the checkpoint and that are not computed here, by
+    the names of their classes; none where it is no folder of sentence-transformers."""
+    file = file_beside(source, "modules.json")
+    listed = [] if file is None else read_json(file)
+    modules = [module for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
+    names = (str(module.get("type") or "").rpartition(".")[2] for module in modules)
+    return [name for name in names if name and name not in MODULES]
 
 
 def pooling_of(source: str, config: Any) -> str:
