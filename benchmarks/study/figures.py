@@ -52,6 +52,11 @@ class Results:
     def stem(self) -> str:
         return self.path.stem
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of which any piece of work is finished."""
+        return sorted({row["seed"] for row in self.rows if row["finished"] == "True" and "seed" in row})
+
     def curve(self, part: str, method: str) -> dict[float, list[Row]]:
         """Each fraction, rising, with the rows of all seeds at it."""
         points: dict[float, list[Row]] = {}
@@ -164,15 +169,16 @@ def speed_figure(results: Results) -> Drawing:
     """The points that the rows lose over their speed, with the paper's rows beside them."""
     lines = []
     for score in SCORES:
-        points, ends = [], []
+        points, ends, shown = [], [], []
         for letter in results.letters():
             loss = over_seeds(results.row(letter), f"{score}_loss")
             speed = over_seeds(results.timed(letter), "speedup")
             if letter in LETTERS and loss and speed:
                 points.append((speed[0], -loss[0]))
                 ends.append((-loss[2], -loss[1]))
+                shown.append(letter)
         order = sorted(range(len(points)), key=points.__getitem__)
-        label = f"{SCORES[score]}, rows {', '.join(x for x in results.letters() if x in LETTERS)} here"
+        label = f"{SCORES[score]}, rows {', '.join(shown)} here"
         lines.append(Line(label, [points[i] for i in order], [ends[i] for i in order]))
     paper = next(published for published in PUBLISHED["squad"] if published.source == PAPER)
     label = f"F1 in the paper: {paper.model}, {paper.data},\n{paper.hardware}"

@@ -57,6 +57,17 @@ def machine_of(row: Row) -> str:
     return f"{row['machine_processor']}, {counted(row['machine_threads'], 'thread')}"
 
 
+def of_seeds(seeds: Sequence[int]) -> str:
+    """The seeds, in words."""
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+
+
+def labelled(results: Results, label: str, rows: Sequence[Row]) -> str:
+    """The label of what these rows give, with their seeds where those are not all of the study's."""
+    own = sorted({row["seed"] for row in rows})
+    return label if own == results.seeds else f"{label} ({of_seeds(own)})"
+
+
 # The columns that `_quality` and `_scores` fill.
 QUALITY_COLUMNS = (
     "heads removed", "FFN removed", "F1 before", "span F1 before", "F1", "span F1", "F1 against dense",
@@ -71,16 +82,16 @@ def section(results: Results) -> list[str]:
     if not rows:
         return []
     first = rows[0]
-    seeds = sorted({row["seed"] for row in rows if "seed" in row})
+    seeds = results.seeds
     text = [
         f"### Profile {first['profile']}: {'; '.join(dict.fromkeys(map(machine_of, rows)))}",
         "",
-        f"Teacher {first['model']}; {'seed' if len(seeds) == 1 else 'seeds'} "
-        f"{', '.join(map(str, seeds))}. Intervals are 95%, bootstrapped over the questions; "
+        f"Teacher {first['model']}; {of_seeds(seeds)}. Intervals are 95%, bootstrapped over the questions; "
         + (
             "every model was trained once, so what another seed would change is not in them."
             if len(seeds) == 1
-            else "numbers are means over the seeds, ends the outermost of any seed."
+            else "numbers are means over the seeds, ends the outermost of any seed. Where a line has other "
+            "seeds than these, it names them."
         ),
         "",
     ]
@@ -138,7 +149,8 @@ def _curve_table(results: Results, part: str) -> list[str]:
             for method in METHODS:
                 rows = results.curve(part, method).get(fraction, [])
                 cells.append(f"{mean(rows, score)}{_behind(rows, score) if method != 'l0' else ''}")
-            lines.append([f"{SCORES[score]}, {100 * fraction:g}%", *cells])
+            label = labelled(results, f"{SCORES[score]}, {100 * fraction:g}%", points[fraction])
+            lines.append([label, *cells])
     header = [f"{PARTS[part]} removed", "L0 gates", *(f"{NAMES[m]} (behind L0)" for m in METHODS[1:])]
     return table(header, lines)
 
@@ -146,9 +158,9 @@ def _curve_table(results: Results, part: str) -> list[str]:
 def _compensated(results: Results, part: str) -> list[str]:
     """Span F1 of the same choices once the narrow models were compensated."""
     value, lines = "f1_span_compensated", []
-    for fraction in results.curve(part, "l0"):
+    for fraction, rows in results.curve(part, "l0").items():
         cells = [mean(results.curve(part, method).get(fraction, []), value) for method in METHODS]
-        lines.append([f"{100 * fraction:g}%", *cells])
+        lines.append([labelled(results, f"{100 * fraction:g}%", rows), *cells])
     header = [f"{PARTS[part]} removed, compensated: span F1", *(NAMES[method] for method in METHODS)]
     return table(header, lines)
 
@@ -215,13 +227,14 @@ def _both_retrainings(results: Results, letters: Sequence[str]) -> list[str]:
     """The table of rows at the paper's own shares, retrained in both ways."""
     first = results.row(letters[0])[0]
     rows = results.row("a")
-    lines = [["a", "-", *_quality(rows), "-", "-", *papers("a")]] if rows else []
+    label = labelled(results, "a", rows)
+    lines = [[label, "-", *_quality(rows), "-", "-", *papers("a")]] if rows else []
     for retraining in RETRAININGS:
         for letter in [*OTHERS, *(x for x in letters if x != "a")]:
             rows = results.row(letter, retraining)
             against = [change(rows, f"{score}_loss_control") for score in SCORES]
             cells = [*_quality(rows), *against, *(papers(letter) if letter in PAPERS else ["-", "-"])]
-            lines += [[letter, retraining, *cells]] if rows else []
+            lines += [[labelled(results, letter, rows), retraining, *cells]] if rows else []
     columns = [*QUALITY_COLUMNS, "F1 against control", "span F1 against control", *PAPERS_COLUMNS]
     return [
         "#### The rows of the paper's table",
@@ -287,10 +300,12 @@ def _layers_text(results: Results) -> list[str]:
     rows = results.row("e")
     if not rows:
         return []
-    text = ["#### Which layers keep what", "", *image(results, "layers", "Heads and FFN width left in row e")]
+    alt = f"Heads and FFN width left in {labelled(results, 'row e', rows[:1])}"
+    text = ["#### Which layers keep what", "", *image(results, "layers", alt)]
     lines, shares, totals = [], [], {}
     for letter in [x for x in results.letters() if x in PAPERS and x != "a"]:
-        lines.append([letter, *results.models(letter)[0]["layers"].split()])
+        one = results.models(letter)[0]
+        lines.append([labelled(results, letter, [one]), *one["layers"].split()])
     number = len(lines[0]) - 1
     text += table(["row", *(f"layer {i}" for i in range(number))], lines)
     for column, part in enumerate(("heads", "FFN units")):
@@ -323,7 +338,9 @@ def _hidden_text(results: Results) -> list[str]:
         return []
     text = ["#### Gates on hidden dimensions, as in v1 of the paper", ""]
     if points:
-        lines = [[f"{100 * fraction:g}%", *_scores(at)] for fraction, at in points.items()]
+        lines = [
+            [labelled(results, f"{100 * fraction:g}%", at), *_scores(at)] for fraction, at in points.items()
+        ]
         header = ["hidden dimensions removed, L0, no retraining", *SCORE_COLUMNS]
         text += table(header, lines)
     if rows:
@@ -342,7 +359,8 @@ def _recipes_text(results: Results) -> list[str]:
         seconds = [mean(rows, key, "{:.0f}") for key in ("gate_seconds", "retrain_seconds")]
         kept = mean(rows, "macs_kept", "{:.1f}%", 100)
         speed = mean(results.timed(rows[0]["row"]), "speedup", "{:.2f}x")
-        lines.append([name, kept, speed, " + ".join(seconds), mean(rows, "f1_span_before"), *_scores(rows)])
+        label = labelled(results, name, rows)
+        lines.append([label, kept, speed, " + ".join(seconds), mean(rows, "f1_span_before"), *_scores(rows)])
     columns = ["MACs kept", "speed-up", "seconds (gates + retraining)", "span F1 before", *SCORE_COLUMNS]
     header = ["recipe", *columns]
     return [

@@ -238,6 +238,34 @@ def _check_claims(results: study_figures.Results, text: str) -> None:
     assert "arrives as speed" in text
 
 
+def test_an_unfinished_study_does_not_pass_for_a_whole_one(tmp_path: Path) -> None:
+    """Lines of fewer seeds than the study has name them, and a figure names the rows that it shows."""
+    path = tmp_path / "study-cpu.csv"
+    about = {
+        "part": "rows", "unit": "a row", "finished": True, "kind": "row", "profile": "cpu",
+        "model": "teacher", "windows_retrained": 1920, "questions": 10, "machine_processor": "a CPU",
+        "machine_threads": 1, "date": "2026-12-01", "version_torch": "2", "version_transformers": "5",
+        "command": "python study", "mib": 9.0, "macs_cut": 2.0,
+        "f1": 50.0, "f1_span": 60.0, "f1_loss": 1.0, "f1_span_loss": 2.0,
+    }  # fmt: skip
+    rows = []
+    for row, retraining, seeds in (
+        ("a", "none", 2), ("d", "cross-entropy", 1), ("e", "distilled", 2), ("b", "distilled", 1),
+    ):  # fmt: skip
+        for seed in range(seeds):
+            own = {"row": row, "retraining": retraining, "seed": seed, "layers": f"{2 - seed}/8 1/4 1/2"}
+            rows.append({**about, **own})
+    write_rows(path, rows)
+    timed = {"study": path.name, "workload": "arrival-b8", "ms": 5.0, "speedup": 1.9, "rounds": 3}
+    write_rows(tmp_path / "study-timings-cpu.csv", [{**row, **timed} for row in rows])
+    results = study_figures.Results(path)
+    text = "\n".join(study_page.section(results))
+    assert "Teacher teacher; seeds 0, 1. " in text and "| a | - |" in text and "| e | distilled |" in text
+    assert "| b (seed 0) | distilled |" in text and "| d (seed 0) | cross-entropy |" in text
+    assert "| e (seed 0) | 2/8 | 1/4 | 1/2 |" in text  # the shape of one model is no mean
+    assert "span F1, rows a, b, e here" in study_figures.speed_figure(results).alt
+
+
 def _lasting(row: Row) -> Row:
     """What does not depend on the clock."""
     return {key: value for key, value in row.items() if "seconds" not in key}
