@@ -140,7 +140,10 @@ def _retrained(results: Results) -> Iterator[Finding]:
     better = _differences(scores, results, letters, ("distilled", ""), ("cross-entropy", ""))
     yield from _finding("distillation is better than cross-entropy to retrain with", better)
     larger = _differences(scores, results, letters, ("distilled", ""), ("distilled", ""), other="half")
-    claim = "a pruned model is better than a smaller dense one, distilled as long"
+    claim = (
+        "a pruned model is better than a smaller dense one, distilled as long (in the paper as fast, on "
+        "Natural Questions: better by 0.3 long F1, worse by 0.5 short F1)"
+    )
     for finding in _finding(claim, larger):
         cuts = [_cut(results, letter) for letter in ("half", *letters)]
         sizes = f"MACs cut {cuts[0]} by half the layers, {', '.join(cuts[1:])} by the rows"

@@ -229,6 +229,7 @@ def _check_claims(results: study_figures.Results, text: str) -> None:
     assert f"row e {won:+.1f} (" in line
     won = distilled["f1_span"] - results.row("half")[0]["f1_span"]
     (line,) = [each for each in text.splitlines() if "than a smaller dense one" in each]
+    assert "worse by 0.5 short F1" in line  # by the paper's table of RoBERTa-large
     assert f"row e {won:+.1f} (" in line and f"by half the layers, {distilled['macs_cut']:.2f}x" in line
     won = plain["f1_span"] - plain["f1_span_before"]
     (line,) = [each for each in text.splitlines() if "wins back what pruning lost" in each]
