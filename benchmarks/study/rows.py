@@ -344,19 +344,22 @@ def joint_row(study: Study, seed: int, like: Row) -> Row:
     # All seeds share the first seed's plan.
     plan = study.once("plan-joint", lambda: _equal_time(study, seed, joint, sized))
     folder.mkdir(exist_ok=True)
-    job = replace(joint, clock=Clock())
-    choices, seconds = timed_training(
-        folder / "gates", plan["gate_steps"], lambda: choose(job, folder, plan["gate_steps"])
-    )
-    (chosen,) = choices.chosen
+    job, steps = replace(joint, clock=Clock()), plan["gate_steps"]
+
+    def gates_timed() -> Row:
+        _, seconds = timed_training(folder / "gates", steps, lambda: choose(job, folder, steps))
+        return {"kind": "gates", "seconds": seconds}
+
+    seconds = study.once(f"gates-joint-seed{seed}", gates_timed)["seconds"]
+    (chosen,) = choose(job, folder, steps).chosen  # made by now, perhaps before an interruption
     narrow = chosen.load(job.dense)
     name = f"joint-retrain-seed{seed}"
     trained = _train_on(study, joint, name, narrow, chosen.decision, plan["retrain_steps"])
     shutil.rmtree(folder, ignore_errors=True)
     row = {"kind": "recipe", "row": "joint", "seed": seed, "planned_seconds": plan["planned_seconds"]}
-    row |= {"joint_pace": pace(plan["gate_steps"])}
+    row |= {"joint_pace": pace(steps)}
     row["joint_learning_rate"] = joint.settings.gate_learning_rate
-    return {"rows": [row | {"gate_steps": plan["gate_steps"], "gate_seconds": seconds} | trained]}
+    return {"rows": [row | {"gate_steps": steps, "gate_seconds": seconds} | trained]}
 
 
 def pace(steps: int) -> float:

@@ -3,8 +3,10 @@ kind of row, an interruption, and going on."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -299,3 +301,50 @@ def test_time_is_that_of_all_steps(tmp_path: Path) -> None:
     found, seconds = study_rows.timed_training(tmp_path, 10, work)
     assert found == 7 and seconds is not None and seconds > 0
     assert study_rows.timed_training(tmp_path, 5, work)[1] is None
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """What the joint row needs of a job."""
+
+    settings: Any
+    dense: Any = None
+    clock: Any = None
+
+
+def test_an_interrupted_joint_recipe_keeps_the_time_of_its_gates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gates were trained before the interruption, and are only read after it."""
+    records: dict[str, Row] = {}
+    phases: list[str] = []
+
+    def once(name: str, work: Any) -> Row:
+        if name not in records:
+            records[name] = work()
+        return records[name]
+
+    def choose(*_: Any) -> Any:
+        begun = time.process_time()
+        while not phases and time.process_time() < begun + 0.05:
+            pass
+        phases.append("chosen")
+        return SimpleNamespace(chosen=[SimpleNamespace(load=lambda dense: None, decision=None)])
+
+    def train_on(*_: Any) -> Row:
+        phases.append("trained on")
+        if phases.count("trained on") == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    (tmp_path / "training").mkdir()
+    plan = {"gate_steps": 4, "retrain_steps": 2, "planned_seconds": 1.0}
+    monkeypatch.setattr(study_rows, "_equal_time", lambda *_: plan)
+    monkeypatch.setattr(study_rows, "choose", choose)
+    monkeypatch.setattr(study_rows, "_train_on", train_on)
+    joint = _Joint(SimpleNamespace(gate_learning_rate=0.1))
+    study: Any = SimpleNamespace(work=tmp_path, job=joint, job_for=lambda *_, **__: joint, once=once)
+    with pytest.raises(KeyboardInterrupt):
+        study_rows.joint_row(study, 0, {"macs_kept": 0.5})
+    (row,) = study_rows.joint_row(study, 0, {"macs_kept": 0.5})["rows"]
+    assert row["gate_seconds"] >= 0.05 and row["gate_steps"] == 4
