@@ -269,6 +269,16 @@ def test_an_unfinished_study_does_not_pass_for_a_whole_one(tmp_path: Path) -> No
     assert "span F1, rows a, b, e here" in study_figures.speed_figure(results).alt
 
 
+def test_a_claim_on_a_share_is_judged_at_that_share(tmp_path: Path) -> None:
+    """A quarter, which a study removes first, says nothing of half of the heads."""
+    about = {"finished": True, "kind": "curve", "on": "heads", "method": "l0", "f1_loss": 1.0, "seed": 0}
+    path = tmp_path / "study-cpu.csv"
+    for fractions, judged in (((0.25,), 0), ((0.25, 0.5), 1)):
+        write_rows(path, [{**about, "fraction": fraction} for fraction in fractions])
+        text = study_claims.claims(study_figures.Results(path))
+        assert sum("without 48% of its heads" in line for line in text) == judged
+
+
 def _lasting(row: Row) -> Row:
     """What does not depend on the clock."""
     return {key: value for key, value in row.items() if "seconds" not in key}
