@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import re
 import shlex
 import sys
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from pruned_ops.files import write_whole
 from pruned_ops.measure.timing import Runner, Timing, Workload, event_seconds, interleave, machine, versions
 
 # A line of a result file: the name of a column -> its value.
@@ -203,13 +205,15 @@ def file_stem(benchmark: str, description: Mapping[str, Any], device: str = "cud
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows, with one header; an earlier file of the same machine is replaced."""
+    """Write the rows, with one header; an earlier file of the same machine is replaced, or left as it was
+    where this does not come to its end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -21,12 +21,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from transformers.utils import logging
 
 import harness
 from harness import Row, read_rows
-from study.records import Profile, Study, open_study
+from study.records import Profile, Study, open_study, save_arrays
 from study.rows import HIDDEN_ROW, OTHERS, RETRAININGS, TABLE, curve_point, joint_row, row_name, table_row
 from study.timings import timings
 
@@ -122,7 +121,7 @@ def _write(study: Study, results: Path, command: str) -> Path:
     harness.write_rows(
         path, [{**row, "command": command, "model": Path(study.job.settings.model).name} for row in rows]
     )
-    np.savez_compressed(path.with_suffix(".npz"), **study.scored())
+    save_arrays(path.with_suffix(".npz"), study.scored())
     return path
 
 

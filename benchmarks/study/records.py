@@ -3,6 +3,7 @@ done twice."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ import numpy as np
 
 import harness
 from harness import Row, read_rows
-from pruned_ops.files import write_json
+from pruned_ops.files import write_json, write_whole
 from pruned_trainer.jobs.job import Job, start
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.gates import INITIAL_LOG_ALPHA, Scores
@@ -163,6 +164,13 @@ class Study:
             arrays[f"{path.stem}/f1"] = result.question_f1.astype(np.float32)
             arrays[f"{path.stem}/f1_span"] = result.question_span_f1.astype(np.float32)
         return arrays
+
+
+def save_arrays(path: Path, arrays: Mapping[str, FloatArray]) -> None:
+    """Write an npz of these arrays; the file is there whole, or as it was before."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_whole(path, content.getvalue())
 
 
 def missing(name: str) -> EvaluationResult:

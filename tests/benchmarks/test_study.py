@@ -21,7 +21,7 @@ from study import claims as study_claims
 from study import figures as study_figures
 from study import page as study_page
 from study import rows as study_rows
-from study.records import Profile, open_study
+from study.records import Profile, open_study, save_arrays
 
 TINY = Profile(
     name="tiny", seeds=(0,), train_every=2, judged_every=2, curve_every=2, fractions=(0.5,),
@@ -358,3 +358,32 @@ def test_an_interrupted_joint_recipe_keeps_the_time_of_its_gates(
         study_rows.joint_row(study, 0, {"macs_kept": 0.5})
     (row,) = study_rows.joint_row(study, 0, {"macs_kept": 0.5})["rows"]
     assert row["gate_seconds"] >= 0.05 and row["gate_steps"] == 4
+
+
+class _Interrupted:
+    """A value during whose writing Ctrl-C comes."""
+
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_leaves_the_results_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study goes on from its files: half a file would stop it for good."""
+    rows, scores = tmp_path / "study.csv", tmp_path / "study.npz"
+    write_rows(rows, [{"f1": 1}])
+    save_arrays(scores, {"model/f1": np.ones(2)})
+
+    def half(file: Any, **_: Any) -> None:
+        file.write(b"PK")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_rows(rows, [{"f1": 2}, {"f1": _Interrupted()}])
+    with pytest.raises(KeyboardInterrupt):
+        save_arrays(scores, {})
+    assert read_rows(rows) == [{"f1": 1}]
+    with np.load(scores) as arrays:
+        assert arrays.files == ["model/f1"]
