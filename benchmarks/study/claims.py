@@ -11,7 +11,7 @@ import numpy as np
 from harness import Row
 from presentation import table
 from pruned_trainer.tasks.squad.metrics import FloatArray, bootstrap_interval
-from study.figures import NAMES, PARTS, SCORES, Results, timed
+from study.figures import NAMES, PARTS, SCORES, Results, labelled, timed
 from study.records import over_seeds
 from study.rows import row_name
 
@@ -91,7 +91,7 @@ def _choosing(results: Results) -> Iterator[Finding]:
             for fraction, rows in results.curve(part, method).items():
                 interval = over_seeds(rows, "f1_span_behind_l0")
                 if interval is not None:
-                    ahead[f"{100 * fraction:g}%"] = interval
+                    ahead[labelled(results, f"{100 * fraction:g}%", rows)] = interval
             claim = f"without retraining, L0 gates choose {PARTS[part]} better than {NAMES[method]}"
             yield from _finding(claim, ahead)
 
@@ -111,7 +111,8 @@ def _free(results: Results) -> Iterator[Finding]:
         )
         verdicts = {score: judged(_below(loss, PAPERS_POINTS)) for score, loss in lost.items()}
         numbers = "; ".join(f"{score} lost {points(loss)}" for score, loss in lost.items())
-        yield Finding(claim, together(verdicts), f"without {fraction:.0%}: {numbers}")
+        removed = labelled(results, f"without {fraction:.0%}", curve[fraction])
+        yield Finding(claim, together(verdicts), f"{removed}: {numbers}")
 
 
 def _below(loss: Interval, bound: float) -> Interval:
@@ -127,17 +128,19 @@ def _retrained(results: Results) -> Iterator[Finding]:
     yield from _finding("retraining with cross-entropy wins back what pruning lost", after)
     kept = {}
     for letter in letters:
-        loss = over_seeds(results.row(letter, "cross-entropy"), "f1_loss_control")
+        rows = results.row(letter, "cross-entropy")
+        loss = over_seeds(rows, "f1_loss_control")
         if loss is not None:
-            kept[f"row {letter}"] = (loss, _below(loss, PAPERS_LOSSES[letter]))
+            kept[letter] = (labelled(results, f"row {letter}", rows), loss)
     if kept:
-        said = ", ".join(f"{row} loses {PAPERS_LOSSES[row[-1]]:g}" for row in kept)
-        windows = results.row(next(iter(kept))[-1], "cross-entropy")[0]["windows_retrained"]
+        said = ", ".join(f"row {letter} loses {PAPERS_LOSSES[letter]:g}" for letter in kept)
+        windows = results.row(next(iter(kept)), "cross-entropy")[0]["windows_retrained"]
+        margins = {label: _below(loss, PAPERS_LOSSES[letter]) for letter, (label, loss) in kept.items()}
         yield Finding(
             f"after retraining with cross-entropy for an epoch, {said} F1",
-            together({row: judged(margin) for row, (_, margin) in kept.items()}),
+            together({label: judged(margin) for label, margin in margins.items()}),
             f"here after {windows:,} windows, F1 lost against the control: "
-            + "; ".join(f"{row} {points(x)}" for row, (x, _) in kept.items()),
+            + "; ".join(f"{label} {points(loss)}" for label, loss in kept.values()),
         )
     better = _differences(scores, results, letters, ("distilled", ""), ("cross-entropy", ""))
     yield from _finding("distillation is better than cross-entropy to retrain with", better)
@@ -171,7 +174,7 @@ def _differences(
     than the row `other`) as `second` says: question by question, over seeds."""
     found = {}
     for letter in letters:
-        seeds: list[Row] = []
+        pairs: list[Row] = []
         for row in results.row(letter, first[0]):
             names = [
                 f"{row_name(which, retraining, row['seed'])}{end}/f1_span"
@@ -180,10 +183,11 @@ def _differences(
             if all(name in scores for name in names):
                 own, against = (scores[name].astype(float) for name in names)
                 low, high = bootstrap_interval(own, against)
-                seeds.append({"won": own.mean() - against.mean(), "won_low": low, "won_high": high})
-        interval = over_seeds(seeds, "won")
+                won = {"won": own.mean() - against.mean(), "won_low": low, "won_high": high}
+                pairs.append({"seed": row["seed"], **won})
+        interval = over_seeds(pairs, "won")
         if interval is not None:
-            found[f"row {letter}"] = interval
+            found[labelled(results, f"row {letter}", pairs)] = interval
     return found
 
 
@@ -199,7 +203,8 @@ def _shape(results: Results) -> Iterator[Finding]:
         harder += [first < middle, last < middle]
     verdict = SHOWN if all(harder) else NOT_SHOWN if any(harder) else OPPOSITE
     claim = "the middle layers keep most, and both ends are pruned harder"
-    yield Finding(claim, verdict, f"row e keeps, by thirds of the layers: {'; '.join(shares)}")
+    row_e = labelled(results, "row e", rows)
+    yield Finding(claim, verdict, f"{row_e} keeps, by thirds of the layers: {'; '.join(shares)}")
 
 
 def kept_by_layer(rows: Sequence[Row], column: int) -> list[float]:
@@ -220,9 +225,10 @@ def _speed(results: Results) -> Iterator[Finding]:
     newest = next(iter(results.timings.values()), [])
     arriving = {}
     for workload in dict.fromkeys(row["workload"] for row in newest):
-        share = over_seeds(timed(newest, "e", workload), "arrives")
+        rows = timed(newest, "e", workload)
+        share = over_seeds(rows, "arrives")
         if share is not None:
-            arriving[workload] = share[0]
+            arriving[labelled(results, workload, rows)] = share[0]
     if arriving:
         verdicts = {name: SHOWN if x >= PAPERS_ARRIVING else OPPOSITE for name, x in arriving.items()}
         yield Finding(

@@ -97,6 +97,17 @@ class Results:
         return counts
 
 
+def of_seeds(seeds: Sequence[int]) -> str:
+    """The seeds, in words."""
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+
+
+def labelled(results: Results, label: str, rows: Sequence[Row]) -> str:
+    """The label of what these rows give, with their seeds where those are not all of the study's."""
+    own = sorted({row["seed"] for row in rows})
+    return label if own == results.seeds else f"{label} ({of_seeds(own)})"
+
+
 def dense_score(points: dict[float, list[Row]], score: str) -> float:
     """The dense model's score on the same questions: any row's score plus the points that it lost."""
     row = next(iter(points.values()))[0]

@@ -9,7 +9,7 @@ from harness import Row
 from presentation import counted, table
 from pruned_trainer.pruning.options import MAX_PACE
 from study.claims import claims, kept_by_layer, thirds
-from study.figures import NAMES, PARTS, SCORES, Results, dense_score, timed
+from study.figures import NAMES, PARTS, SCORES, Results, dense_score, labelled, of_seeds, timed
 from study.records import over_seeds
 from study.rows import METHODS, OTHERS, RETRAININGS
 
@@ -57,17 +57,6 @@ def machine_of(row: Row) -> str:
     return f"{row['machine_processor']}, {counted(row['machine_threads'], 'thread')}"
 
 
-def of_seeds(seeds: Sequence[int]) -> str:
-    """The seeds, in words."""
-    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
-
-
-def labelled(results: Results, label: str, rows: Sequence[Row]) -> str:
-    """The label of what these rows give, with their seeds where those are not all of the study's."""
-    own = sorted({row["seed"] for row in rows})
-    return label if own == results.seeds else f"{label} ({of_seeds(own)})"
-
-
 # The columns that `_quality` and `_scores` fill.
 QUALITY_COLUMNS = (
     "heads removed", "FFN removed", "F1 before", "span F1 before", "F1", "span F1", "F1 against dense",
@@ -90,8 +79,8 @@ def section(results: Results) -> list[str]:
         + (
             "every model was trained once, so what another seed would change is not in them."
             if len(seeds) == 1
-            else "numbers are means over the seeds, ends the outermost of any seed. Where a line has other "
-            "seeds than these, it names them."
+            else "numbers are means over the seeds, ends the outermost of any seed. What has other seeds "
+            "than these names them."
         ),
         "",
     ]
@@ -276,7 +265,8 @@ def _speed_table(results: Results, timings: Sequence[Row], letters: Sequence[str
     lines = []
     for letter in letters:
         rows = results.models(letter)
-        cells = [letter, mean(rows, "mib", "{:.1f}"), mean(rows, "macs_cut", "{:.2f}x")]
+        label = labelled(results, letter, rows)
+        cells = [label, mean(rows, "mib", "{:.1f}"), mean(rows, "macs_cut", "{:.2f}x")]
         for workload in workloads:
             timing = timed(timings, letter, workload)
             cells += [mean(timing, "ms", "{:.1f}"), mean(timing, "speedup", "{:.2f}x")]
@@ -314,9 +304,9 @@ def _layers_text(results: Results) -> list[str]:
     return [
         *text,
         "Each cell shows the heads and the FFN width that are left. The first, middle and last third of the "
-        f"layers have these shares of what row e keeps: {'; '.join(shares)}. In the paper the middle layers "
-        "keep most, and those near the embedding and near the answer are pruned harder. "
-        + _ends_text(totals),
+        f"layers have these shares of what {labelled(results, 'row e', rows)} keeps: {'; '.join(shares)}. In "
+        "the paper the middle layers keep most, and those near the embedding and near the answer are pruned "
+        "harder. " + _ends_text(totals),
         "",
     ]
 

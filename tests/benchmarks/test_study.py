@@ -249,11 +249,12 @@ def test_an_unfinished_study_does_not_pass_for_a_whole_one(tmp_path: Path) -> No
         "model": "teacher", "windows_retrained": 1920, "questions": 10, "machine_processor": "a CPU",
         "machine_threads": 1, "date": "2026-12-01", "version_torch": "2", "version_transformers": "5",
         "command": "python study", "mib": 9.0, "macs_cut": 2.0,
-        "f1": 50.0, "f1_span": 60.0, "f1_loss": 1.0, "f1_span_loss": 2.0,
+        "f1": 50.0, "f1_span": 60.0, "f1_loss": 1.0, "f1_span_loss": 2.0, "f1_loss_control": 3.0,
     }  # fmt: skip
     rows = []
     for row, retraining, seeds in (
-        ("a", "none", 2), ("d", "cross-entropy", 1), ("e", "distilled", 2), ("b", "distilled", 1),
+        ("a", "none", 2), ("d", "cross-entropy", 1), ("e", "distilled", 2), ("g", "cross-entropy", 1),
+        ("g", "distilled", 1),
     ):  # fmt: skip
         for seed in range(seeds):
             own = {"row": row, "retraining": retraining, "seed": seed, "layers": f"{2 - seed}/8 1/4 1/2"}
@@ -264,9 +265,11 @@ def test_an_unfinished_study_does_not_pass_for_a_whole_one(tmp_path: Path) -> No
     results = study_figures.Results(path)
     text = "\n".join(study_page.section(results))
     assert "Teacher teacher; seeds 0, 1. " in text and "| a | - |" in text and "| e | distilled |" in text
-    assert "| b (seed 0) | distilled |" in text and "| d (seed 0) | cross-entropy |" in text
+    assert "| g (seed 0) | distilled |" in text and "| d (seed 0) | cross-entropy |" in text
+    assert "F1 lost against the control: row g (seed 0) +3.0 (" in text
+    assert " | row e keeps, by thirds of the layers: " in text
     assert "| e (seed 0) | 2/8 | 1/4 | 1/2 |" in text  # the shape of one model is no mean
-    assert "span F1, rows a, b, e here" in study_figures.speed_figure(results).alt
+    assert "span F1, rows a, e, g here" in study_figures.speed_figure(results).alt
 
 
 def test_a_claim_on_a_share_is_judged_at_that_share(tmp_path: Path) -> None:
