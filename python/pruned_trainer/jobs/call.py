@@ -363,7 +363,6 @@ class _Call:
             budget=budget_for(settings, dense, lengths, table),
             workload=workload if table is None else table.workload,
             table=table,
-            cache=None,
             collate=self.collate,
             arguments=self.args,
             task_loss=self.loss,

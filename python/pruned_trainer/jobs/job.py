@@ -108,8 +108,8 @@ class Job:
     budget: Budget
     workload: Workload
     table: LatencyTable | None
-    cache: TeacherCache | None
     collate: Collate
+    cache: TeacherCache | None = None
     arguments: TrainingArguments | None = None
     task_loss: TaskLoss | None = None
     has_own_loss: bool = False
@@ -163,8 +163,7 @@ class Job:
 
 
 def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
-    """Load and check everything. Nothing is written yet, except a teacher cache where the settings ask for
-    one.
+    """Load and check everything. Nothing is written yet.
 
     table_file: the latency table of the interrupted run that this one resumes.
     """
@@ -190,10 +189,8 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
     budget = budget_for(settings, dense, lengths, table)
     if features is None:
         features = task.features(train, tokenizer, dense)
-    cache = None
     if settings.cache_teacher is not None:
         features = Numbered(features)
-        cache = open_cache(settings.cache_teacher, teacher, features)
     share = settings.gate_fraction
     return Job(
         settings=settings,
@@ -209,7 +206,6 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
         budget=budget,
         workload=workload if table is None else table.workload,
         table=table,
-        cache=cache,
         collate=partial(
             pad_batch, pad_token_id=dense.config.pad_token_id, limit=longest_sequence(dense.config)
         ),
@@ -432,12 +428,15 @@ def budget_for(
     return budget
 
 
-def open_cache(folder: Path, teacher: PreTrainedModel, features: Features) -> TeacherCache:
-    """The cache of this teacher's logits for these windows."""
+def open_cache(folder: Path, job: Job) -> TeacherCache:
+    """The cache of the teacher's logits for the training windows, in the dtype that it runs in. The job's
+    precision is decided by now."""
+    teacher, features = job.teacher, job.train
     mark = once(lambda: fingerprint(teacher, features))
     if not hasattr(teacher, "qa_outputs"):
         raise ValueError(
             f"cache_teacher keeps start and end logits; the teacher, a {type(teacher).__name__}, has none"
         )
     types = len(AnswerType) if isinstance(teacher, PrunedBertForNaturalQuestions) else 0
-    return TeacherCache(folder, lengths_of(features), mark, types)
+    dtype = job.teacher_dtype or str(teacher.dtype).removeprefix("torch.")
+    return TeacherCache(folder, lengths_of(features), mark, types, dtype)

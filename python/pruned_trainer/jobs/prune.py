@@ -21,7 +21,7 @@ from pruned_ops.shape import checked_int
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
 from pruned_trainer.jobs.evaluation import Judged, full_report, judge, validation_score
-from pruned_trainer.jobs.job import Job, Narrow, check_signal, running, start
+from pruned_trainer.jobs.job import Job, Narrow, check_signal, open_cache, running, start
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
 from pruned_trainer.jobs.settings import PruneSettings
@@ -190,6 +190,8 @@ def open_run(settings: PruneSettings, begin: Begin = start) -> Iterator[Run]:
     plan = recorded or make_plan(job)
     if settings.precision == "auto":
         job = replace(job, settings=replace(job.settings, precision=plan.precision))
+    if settings.cache_teacher is not None:  # which holds what the teacher says in this precision
+        job = replace(job, cache=open_cache(settings.cache_teacher, job))
     set_seed(settings.seed)  # measuring a step drew random numbers; the run is the same without
 
     def make_folder() -> OutputFolder:

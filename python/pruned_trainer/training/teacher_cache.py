@@ -4,7 +4,7 @@ where it has them.
 A window's values are written the first time it is seen; every later epoch and phase, and every later run with
 the same teacher and windows, reads them instead of asking the teacher. The folder holds
 
-    cache.json      fingerprint, number of windows, tokens: what the values belong to
+    cache.json      fingerprint, dtype, number of windows, tokens: what the values belong to
     checksums.u32   (windows,) CRC-32 of each window's values, 0 where a window has none yet
     logits.f32      little-endian fp32: start logits of window 0, its end logits, its types', window 1, ...
 
@@ -50,11 +50,19 @@ class TeacherCache:
     values at once. Either leaves a checksum that is not that of the values: such a window counts as absent.
     """
 
-    def __init__(self, folder: Path, lengths: Sequence[int], fingerprint: str, types: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        lengths: Sequence[int],
+        fingerprint: str,
+        types: int = 0,
+        dtype: str = "float32",
+    ) -> None:
         """Open the folder's cache, or make one where the folder is empty or absent.
 
         lengths: (windows,) tokens of each window. fingerprint: of teacher and windows, see `fingerprint`.
-        types: the number of answer types that the teacher has a logit for, in each window.
+        types: the number of answer types that the teacher has a logit for, in each window. dtype: in which
+        the teacher runs.
         Raises ValueError, saying what differs, where the folder holds something else; OSError where the disk
         has no room.
         """
@@ -72,6 +80,7 @@ class TeacherCache:
             "windows": len(self._lengths),
             "tokens": int(self._lengths.sum()),
             "types": types,
+            "dtype": dtype,
             "lengths_sha256": hashlib.sha256(self._lengths.astype("<i8").tobytes()).hexdigest(),
         }
         if not (folder / METADATA).exists():
@@ -207,8 +216,8 @@ class TeacherCache:
         for key, value in metadata.items():
             if stored.get(key) != value:
                 raise ValueError(
-                    f"{self.folder} is a cache of another teacher, tokenisation or data: its {key} is "
-                    f"{shown(stored.get(key))}, this run's is {shown(value)}; {remedy}"
+                    f"{self.folder} is a cache of another teacher, precision, tokenisation or data: its "
+                    f"{key} is {shown(stored.get(key))}, this run's is {shown(value)}; {remedy}"
                 )
         for name, size in self._sizes.items():
             path = self.folder / name

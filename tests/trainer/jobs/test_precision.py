@@ -19,7 +19,7 @@ from pruned_trainer.cli import main
 from pruned_trainer.jobs import finetune as finetune_module
 from pruned_trainer.jobs import plan as plan_module
 from pruned_trainer.jobs import precision as precision_module
-from pruned_trainer.jobs.job import Job, running, start
+from pruned_trainer.jobs.job import Job, open_cache, running, start
 from pruned_trainer.jobs.plan import make_plan
 from pruned_trainer.jobs.precision import STEPS_TO_COMPARE, TIMED_STEPS, WARMUP_STEPS
 from pruned_trainer.jobs.prune import prune
@@ -162,3 +162,16 @@ def test_the_teacher_runs_in_bfloat16_where_there_are_kernels_for_it(job: Job) -
     torch.testing.assert_close(taught[mask], exact[mask], atol=0.05, rtol=0.05)
     assert (taught[mask] != exact[mask]).any() or not can
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.teacher.state_dict().items())
+
+
+def test_a_cache_is_of_the_dtype_in_which_the_teacher_runs(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pruned_trainer.jobs.job.refuse_encoder", lambda *args, **kwargs: None)
+    in_fp32, in_bf16 = (
+        replace(job, settings=replace(job.settings, precision=precision)) for precision in ("fp32", "bf16")
+    )
+    for _ in range(2):  # made, and opened again
+        open_cache(tmp_path, in_bf16)
+    with pytest.raises(ValueError, match="its dtype is 'bfloat16', this run's is 'float32'"):
+        open_cache(tmp_path, in_fp32)

@@ -143,6 +143,8 @@ def test_another_runs_cache_is_refused(tmp_path: Path, lengths: list[int], name:
     with pytest.raises(ValueError, match=f"{message}.*remove it, or choose another --cache-teacher folder"):
         TeacherCache(tmp_path, lengths, name)
     assert TeacherCache(tmp_path, LENGTHS, "abc").filled == 1
+    with pytest.raises(ValueError, match="its dtype is 'float32', this run's is 'bfloat16'"):
+        TeacherCache(tmp_path, LENGTHS, "abc", dtype="bfloat16")
 
 
 def test_broken_and_foreign_folders_are_refused(tmp_path: Path) -> None:
