@@ -433,10 +433,6 @@ def open_cache(folder: Path, job: Job) -> TeacherCache:
     precision is decided by now."""
     teacher, features = job.teacher, job.train
     mark = once(lambda: fingerprint(teacher, features))
-    if not hasattr(teacher, "qa_outputs"):
-        raise ValueError(
-            f"cache_teacher keeps start and end logits; the teacher, a {type(teacher).__name__}, has none"
-        )
     types = len(AnswerType) if isinstance(teacher, PrunedBertForNaturalQuestions) else 0
     dtype = job.teacher_dtype or str(teacher.dtype).removeprefix("torch.")
     return TeacherCache(folder, lengths_of(features), mark, types, dtype)

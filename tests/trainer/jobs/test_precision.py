@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from family_models import stock
 from jobs import job_settings
 from matching import trained_model
 from pruned_ops.models.stock import find_encoder
@@ -175,3 +176,9 @@ def test_a_cache_is_of_the_dtype_in_which_the_teacher_runs(
         open_cache(tmp_path, in_bf16)
     with pytest.raises(ValueError, match="its dtype is 'bfloat16', this run's is 'float32'"):
         open_cache(tmp_path, in_fp32)
+
+
+def test_a_cache_takes_a_teacher_whose_head_has_another_name(job: Job, tmp_path: Path) -> None:
+    """ModernBERT's is no `qa_outputs`, and gives start and end logits all the same."""
+    teacher = stock("ModernBert", "QuestionAnswering")
+    assert len(open_cache(tmp_path, replace(job, teacher=teacher))) == len(job.train)
