@@ -10,7 +10,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -287,11 +287,8 @@ class _Call:
             rates = {"learning_rate": args.learning_rate, "retrain_learning_rate": args.learning_rate}
             saving = {"save_steps": int(args.save_steps)} if args.save_steps >= 1 else {}
             given = {"batch_size": batch, "precision": precision, "seed": args.seed, **rates, **saving}
-            if "max_minutes" not in options:
-                given |= _steps(args, rows, batch, recipe, options)
+            given |= _steps(args, rows, batch, recipe, options)
             options = {**given, **options}
-        known = {field.name for field in fields(CallSettings)}
-        assert options.keys() <= known
         return _settings(
             model=_name_of(self.dense),
             train_file=Path("train_dataset"),
@@ -427,7 +424,12 @@ def _check_loss(name: str, loss: Any) -> None:
 
 def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options: Mapping[str, Any]) -> Any:
     """The steps of both phases: a quarter of the arguments' to the gates, as the plan shares time out; in the
-    paper's recipe each part's gates train apart, on a part of that quarter."""
+    paper's recipe each part's gates train apart, on a part of that quarter. None where minutes decide, and a
+    ValueError where both are said."""
+    if "max_minutes" in options:
+        if args.max_steps > 0 or args.num_train_epochs != TrainingArguments.num_train_epochs:
+            raise ValueError("max_minutes, and max_steps or num_train_epochs of args: say one of them")
+        return {}
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * rows / batch)
     if options.get("decision") is not None:
         return {} if "retrain_epochs" in options else {"retrain_steps": total}
@@ -436,9 +438,7 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
     scored = score_steps(recipe, batch)
     gates = options.get("gate_steps") or scored or share
     used = 0 if scored else gates * trainings
-    steps = {}
-    if "gate_epochs" not in options:
-        steps["gate_steps"] = gates
+    steps = {} if "gate_epochs" in options else {"gate_steps": gates}
     if "retrain_epochs" not in options:
         steps["retrain_steps"] = max(0, total - used)
     return steps

@@ -279,6 +279,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "arguments as a dictionary": ({"args": {"max_steps": 4}}, "args is a dict, and a TrainingArguments is"),
     "parts as a text": ({"parts": "heads"}, "parts are 'heads': a list of one or more of heads, ffn"),
     "minutes as a text": ({"max_minutes": "5", "gate_steps": None}, "an option is of another type"),
+    "minutes and steps": (
+        {"max_minutes": 5.0, "gate_steps": None, "retrain_steps": None, "args": lambda: arguments(Path(), 4)},
+        "max_minutes, and max_steps or num_train_epochs of args: say one of them",
+    ),
+    "minutes and epochs": (
+        {"max_minutes": 5.0, "gate_steps": None, "retrain_steps": None,
+         "args": lambda: arguments(Path(), -1, num_train_epochs=5)},
+        "max_minutes, and max_steps or num_train_epochs of args: say one of them",
+    ),
     "nothing to resume": ({"out": None, "resume": True}, "resume goes on in the folder out"),
     "no path": ({"out": 5}, "out is 5, and a path is needed"),
     "a decision, no file": ({"target": None, "decision": HALF}, "decision is Target.*, and a path is needed"),
