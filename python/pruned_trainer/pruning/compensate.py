@@ -23,6 +23,7 @@ from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import config_of, find_encoder, layers_of, model_shape
+from pruned_ops.qa.logits import evaluating
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.importance import Batches
 from pruned_trainer.pruning.options import COMPENSATIONS, COMPENSATIONS_MADE
@@ -355,12 +356,7 @@ def _hooked(hooks: Any) -> Iterator[None]:
 @contextmanager
 def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
     """Put the models into evaluation mode, without any gradient, inside the block."""
-    modes = [(model, model.training) for model in models if model is not None]
-    for model, _ in modes:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for model, training in modes:
-            model.train(training)
+    with ExitStack() as stack, torch.no_grad():
+        for model in filter(None, models):
+            stack.enter_context(evaluating(model))
+        yield

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from pruned_ops import ModelShape
 from pruned_ops.models.stock import config_of, model_shape
+from pruned_ops.qa.logits import evaluating
 from pruned_trainer.distributed import shared
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget
@@ -156,11 +157,11 @@ def left_out(shape: ModelShape, parts: Sequence[str]) -> list[LeftOut]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, without gradients for its weights, inside the block."""
-    training, required = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    required = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter in required:
             parameter.requires_grad_(True)
-        model.train(training)

@@ -106,6 +106,17 @@ def test_a_choice_by_gain_is_better_than_a_random_one(trained: BertForQuestionAn
     assert found["gain"] > found["random"] + 0.1 and found["leave-one-out"] > found["random"] + 0.1, found
 
 
+def test_what_stays_in_evaluation_mode_does_so() -> None:
+    """Who trains around a frozen part keeps it there, also after scores and a compensation."""
+    model: Any = trained_model(steps=1).train()
+    model.bert.embeddings.eval()
+    decision = decide(importance.score("gain", model, batches(1), budget_of(model), ["ffn"]),
+                      budget_of(model), Target(macs=0.8))  # fmt: skip
+    compact(model, decision, batches(1), "bias")
+    assert not any(module.training for module in model.bert.embeddings.modules())
+    assert model.training and all(module.training for module in model.bert.encoder.modules())
+
+
 def test_unknown_methods_and_parts_are_refused(trained: BertForQuestionAnswering) -> None:
     with pytest.raises(ValueError, match="one of gain, leave-one-out, random"):
         importance.score("magic", trained, [], budget_of(trained), ["heads"])
