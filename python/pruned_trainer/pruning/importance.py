@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pruned_ops import ModelShape
-from pruned_ops.models.stock import config_of, model_shape
+from pruned_ops.models.disentangled import relative_norm
+from pruned_ops.models.stock import config_of, find_encoder, model_shape
 from pruned_ops.qa.logits import evaluating
 from pruned_trainer.distributed import shared
 from pruned_trainer.pruning.attach import attached
@@ -91,6 +92,8 @@ def per_cost(worth: PerGate, budget: Budget, parts: Sequence[str]) -> PerGate:
 def _gain(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool) -> PerGate:
     """Mean over examples of |d loss / d gate| with all gates at 1 (Michel et al. 2019)."""
     config = config_of(model)
+    if "hidden" in parts and relative_norm(find_encoder(model)) is not None:
+        batches = [one for batch in batches for one in _one_by_one(batch)]  # which all of a batch share
     with frozen(model), attached(model, parts=parts) as gates:
         total = PerGate.full(gates.shape, 0.0)
         examples = 0
@@ -105,14 +108,22 @@ def _gain(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bo
             gradients = torch.autograd.grad(loss, leaves)
             sums = [tensor for part in parts for tensor in total.of(part)]
             for part_sum, gradient in zip(sums, gradients, strict=True):
-                part_sum += gradient.abs().sum((0, 1)).cpu()
+                part_sum += gradient.abs().reshape(rows, gradient.size(-1)).sum(0).cpu()
             examples += rows
     return total.map(lambda t: t / max(examples, 1))
 
 
 def _for_each(rows: int, device: torch.device, values: Tensor) -> Tensor:
-    """The values once for each example, (rows, 1, gates), as leaves of the gradient."""
-    return values.to(device).expand(rows, 1, -1).clone().requires_grad_()
+    """The values once for each example, (rows, 1, gates), or (gates,) for a single one, as leaves of the
+    gradient."""
+    values = values.to(device)
+    return (values if rows == 1 else values.expand(rows, 1, -1)).clone().requires_grad_()
+
+
+def _one_by_one(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A batch of its own for each example."""
+    rows = range(len(batch["input_ids"]))
+    return [{name: tensor[row : row + 1] for name, tensor in batch.items()} for row in rows]
 
 
 def _leave_one_out(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bool) -> PerGate:

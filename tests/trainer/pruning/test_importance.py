@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import BertForQuestionAnswering
 
+from family_models import batch as padded
+from family_models import stock
 from matching import accuracy, batch_of, trained_model
 from pruned_ops.models.stock import model_shape
 from pruned_trainer import Scores, SizeBudget, Target, attached, compact, decide
@@ -59,6 +61,27 @@ def test_gain_is_the_mean_absolute_derivative(trained: BertForQuestionAnswering)
                         ends.append(mean_loss(model, gates, values, one))
                     derivatives.append(abs(ends[0] - ends[1]) / (2 * step))
         expected = sum(derivatives) / len(derivatives) / float(prices.of(part)[layer][gate])
+        assert float(scores.rank.of(part)[layer][gate]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_gain_on_hidden_dimensions_where_distances_have_a_layer_norm() -> None:
+    """DeBERTa's examples share that one's output, and each has a derivative of its own all the same."""
+    model = stock("DebertaV2", "QuestionAnswering").double()
+    positions = {name: torch.tensor([1, 2]) for name in ("start_positions", "end_positions")}
+    data, budget, step = [{**padded("right", (9, 5)), **positions}], budget_of(model), 1e-5
+    scores = importance.score("gain", model, data, budget, PARTS)
+    for part, layer, gate in (("heads", 1, 2), ("ffn", 0, 7), ("hidden", 0, 5)):
+        derivatives = []
+        with attached(model, parts=PARTS) as gates:
+            for row in range(2):
+                one = [{name: tensor[row : row + 1] for name, tensor in data[0].items()}]
+                ends = []
+                for value in (1 + step, 1 - step):
+                    values = PerGate.full(gates.shape, 1.0).map(lambda t: t.double())
+                    values.of(part)[layer][gate] = value
+                    ends.append(mean_loss(model, gates, values, one))
+                derivatives.append(abs(ends[0] - ends[1]) / (2 * step))
+        expected = sum(derivatives) / 2 / float(budget.prices(PARTS).of(part)[layer][gate])
         assert float(scores.rank.of(part)[layer][gate]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
