@@ -49,10 +49,10 @@ from pruned_trainer.pruning.attach import HALVES, HOOKS
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, score_steps
 from pruned_trainer.tasks.output_kinds import Outputs, check_comparable, comparable_outputs
-from pruned_trainer.tasks.task import HELD_OUT, without_labels
+from pruned_trainer.tasks.task import HELD_OUT, accepted, without_labels
 from pruned_trainer.training.batches import GROUP, Collate, Share
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.encoder_states import accepted, is_of_a_library
+from pruned_trainer.training.encoder_states import is_of_a_library
 from pruned_trainer.training.phase import InterruptedTraining
 from pruned_trainer.training.teaching import TaskLoss, logits_config, loss_of, other_meaning
 from pruned_trainer.training.trainer import check_arguments

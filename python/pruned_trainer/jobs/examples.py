@@ -24,9 +24,8 @@ from pruned_trainer.jobs.rows import Rows
 from pruned_trainer.tasks.faults import DataFaults
 from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind, comparable_outputs
 from pruned_trainer.tasks.resampling import interval, samples
-from pruned_trainer.tasks.task import Score, without_labels
+from pruned_trainer.tasks.task import Score, accepted, without_labels
 from pruned_trainer.training.batches import GROUP, NUMBER, Collate
-from pruned_trainer.training.encoder_states import accepted
 from pruned_trainer.training.teaching import logits_config
 
 Metrics = Callable[[EvalPrediction], Mapping[str, float]]

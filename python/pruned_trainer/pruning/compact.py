@@ -48,13 +48,18 @@ def compact(
     its own. A pruned model can be pruned again. calibration: some hundred texts like those that the model
     will read, or padded batches of inputs; no labels are needed. compensate, layer_by_layer: as for
     `compensate.compensate`. Errors: ValueError for a model without such an encoder, for a decision that was
-    made for other shapes or for hidden dimensions that the head cannot lose, and for a compensation that
-    lacks its calibration.
+    made for other shapes or for hidden dimensions that the head cannot lose, for a compensation that lacks
+    its calibration, and for a calibration of an nn.Sequential.
     """
     if calibration is None and compensate not in ("auto", "none"):
         raise ValueError(f"compensation by {compensate} needs a calibration: texts, or batches of inputs")
     if layer_by_layer and (calibration is None or compensate == "none"):
         raise ValueError("layer by layer is a way to compensate: give a calibration, and a compensation")
+    if isinstance(model, nn.Sequential) and calibration is not None and compensate != "none":
+        raise ValueError(
+            f"a {type(model).__name__} takes its inputs as one dictionary, and is not compensated: leave the "
+            "calibration out, or compact the model of transformers inside it"
+        )
     narrow = _narrow(model, decision)
     if calibration is not None and compensate != "none":
         texts = [text for text in calibration if isinstance(text, str)]

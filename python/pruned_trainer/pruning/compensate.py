@@ -28,7 +28,7 @@ from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.importance import Batches
 from pruned_trainer.pruning.options import COMPENSATIONS, COMPENSATIONS_MADE
 from pruned_trainer.tasks.output_kinds import Outputs, comparable_outputs, divergences, label_losses
-from pruned_trainer.tasks.task import is_labelled, without_labels
+from pruned_trainer.tasks.task import accepted, is_labelled, without_labels
 
 # The output projection of each part in a layer, among `LayerParts`.
 PROJECTIONS = {"heads": "attention_output", "ffn": "down"}
@@ -276,6 +276,12 @@ def _check(method: str, calibration: Batches, validation: Batches | None) -> Non
     needed = 2 if method == "auto" and validation is None else 1
     if method != "none" and len(calibration) < needed:
         raise ValueError(f"{len(calibration)} calibration batches: {method} needs {needed} or more")
+    for batch in (*calibration, *(validation or ())):
+        if "attention_mask" not in batch:
+            raise ValueError(
+                f"a batch to compensate on has no attention_mask (it has {', '.join(batch)}): without it "
+                "padding cannot be told from text"
+            )
 
 
 def _best(
@@ -325,14 +331,16 @@ def _outputs(model: PreTrainedModel, batch: dict[str, Tensor], pooling: str) -> 
 
 
 def text_batches(model: PreTrainedModel, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Texts as padded batches for `model`, by the tokenizer of the checkpoint that it was loaded from.
+    """Texts as padded batches for `model`, by the tokenizer of the checkpoint that it, or the encoder in it,
+    was loaded from.
 
     Errors: OSError or ValueError where that has no tokenizer.
     """
     if not texts:
         return []
-    tokenizer = load_tokenizer(str(model.name_or_path))
-    longest = min(TEXT_TOKENS, longest_sequence(model.config))
+    encoder = find_encoder(model)
+    tokenizer = load_tokenizer(str(getattr(model, "name_or_path", "") or encoder.name_or_path))
+    longest = min(TEXT_TOKENS, longest_sequence(encoder.config))
     ordered = sorted(texts, key=len)
     batches = []
     for start in range(0, len(ordered), TEXT_BATCH):
@@ -340,7 +348,8 @@ def text_batches(model: PreTrainedModel, texts: Sequence[str]) -> list[dict[str,
             ordered[start : start + TEXT_BATCH], truncation=True, max_length=longest, padding=True,
             return_tensors="pt",
         )  # fmt: skip
-        batches.append({name: tensor.to(model.device) for name, tensor in encoded.items()})
+        batch = {name: tensor.to(encoder.device) for name, tensor in encoded.items()}
+        batches.append(accepted(model, batch))
     return batches
 
 

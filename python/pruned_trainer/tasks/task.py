@@ -5,6 +5,7 @@ The rest of a job is the same code for every task.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
@@ -153,6 +154,15 @@ class Task(Protocol):
 def without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A batch for a model that is not to compute a loss."""
     return {name: tensor for name, tensor in batch.items() if name not in LABELS}
+
+
+def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the inputs that the model's forward has an argument for."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(inputs)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in inputs.items() if name in names}
 
 
 def is_labelled(batch: Mapping[str, Any]) -> bool:

@@ -128,12 +128,3 @@ def run_model(
 def is_of_a_library(model: nn.Module) -> bool:
     """Whether the model's class is one of transformers or of pruned_ops, and no subclass of the caller's."""
     return type(model).__module__.partition(".")[0] in ("transformers", "pruned_ops")
-
-
-def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the inputs that the model's forward has an argument for."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(inputs)
-    names = {parameter.name for parameter in parameters}
-    return {name: value for name, value in inputs.items() if name in names}

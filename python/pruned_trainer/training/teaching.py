@@ -18,10 +18,10 @@ from pruned_trainer.tasks.output_kinds import (
     divergences,
     margin_divergence,
 )
-from pruned_trainer.tasks.task import LABELS
+from pruned_trainer.tasks.task import LABELS, accepted
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.distillation_losses import HiddenProjection, hidden_loss
-from pruned_trainer.training.encoder_states import States, accepted, run_model
+from pruned_trainer.training.encoder_states import States, run_model
 from pruned_trainer.training.teacher_cache import TeacherCache
 
 # A loss of the caller's own: outputs and batch -> a scalar, or None where the batch has no labels.

@@ -266,6 +266,36 @@ def test_texts_are_a_calibration(trained: Any, tmp_path: Any) -> None:
     )
 
 
+class Embedder(torch.nn.Module):
+    """A model of one's own, which takes no token types."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.body = encoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"embedding": self.body(input_ids, attention_mask).last_hidden_state[:, 0]}
+
+
+def test_texts_are_a_calibration_of_a_model_of_ones_own(trained: Any, tmp_path: Any) -> None:
+    """The tokenizer is that of the encoder's checkpoint."""
+    model = Embedder(load_model(str(save_checkpoint(trained, tmp_path / "model"))).bert)
+    decision, texts = halved(model), [f"w{i} w{i + 1}" for i in range(16)]
+    narrow, plain = compact(model, decision, texts, "bias"), compact(model, decision)
+    assert not torch.equal(
+        narrow.body.encoder.layer[0].output.dense.bias, plain.body.encoder.layer[0].output.dense.bias
+    )
+
+
+def test_a_calibration_that_cannot_be_run_is_refused(trained: Any) -> None:
+    decision, batches = halved(trained), [batch_of(8, torch.Generator().manual_seed(i)) for i in range(2)]
+    del batches[1]["attention_mask"]
+    with pytest.raises(ValueError, match="batch to compensate on has no attention_mask .it has input_ids"):
+        compact(trained, decision, batches, "bias")
+    with pytest.raises(ValueError, match="a Sequential takes its inputs as one dictionary"):
+        compact(torch.nn.Sequential(trained), decision, batches, "bias")
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_embeddings_are_compared_as_they_are_pooled(pooling: str) -> None:
     """By the config of a bare encoder, or as the caller says: the loss is that of the pooled states."""
