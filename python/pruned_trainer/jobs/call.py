@@ -54,7 +54,7 @@ from pruned_trainer.training.batches import GROUP, Collate, Share
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.encoder_states import is_of_a_library
 from pruned_trainer.training.phase import InterruptedTraining
-from pruned_trainer.training.teaching import TaskLoss, logits_config, loss_of, other_meaning
+from pruned_trainer.training.teaching import TaskLoss, labels_nothing, logits_config, loss_of, other_meaning
 from pruned_trainer.training.trainer import check_arguments
 
 # The examples in an evaluation batch where the caller's arguments name no other number.
@@ -384,6 +384,7 @@ class _Call:
         ValueError for a loss that is needed and is none, or has no gradient."""
         batch = {name: value.to(state().device) for name, value in batch.items() if name != GROUP}
         labelled = any(name in batch for name in self.label_names)
+        labelled = labelled and not (self.loss is None and labels_nothing(batch))
         name = f"the {type(self.dense).__name__}" if self.loss is None else "the function loss"
         with torch.enable_grad(), said(f"{name} fails on the first rows"):
             outputs = self.dense(**batch)

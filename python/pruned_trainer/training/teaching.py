@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pruned_ops.models.stock import config_of
 from pruned_trainer.tasks.output_kinds import (
+    IGNORED,
     OutputKind,
     Outputs,
     check_comparable,
@@ -65,6 +66,8 @@ class Teaching:
         loss = self.own_loss(outputs, inputs) if self.own_loss is not None else loss_of(outputs)
         if loss is None:
             return torch.zeros((), device=next(iter(inputs.values())).device)
+        if self.own_loss is None and labels_nothing(inputs):
+            loss = loss.nan_to_num()  # the mean over no token at all; it has a gradient, which is 0
         return loss * self.distillation.task
 
     def parts(
@@ -159,6 +162,12 @@ def logits_config(model: nn.Module, beside: nn.Module) -> Any:
     `beside` it, which transformers may have told by the labels that it was given."""
     config = getattr(model, "config", None)
     return config_of(beside) if getattr(config, "problem_type", None) is None else config
+
+
+def labels_nothing(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether a batch has labels, and all of them are IGNORED."""
+    labels = inputs.get("labels")
+    return labels is not None and bool((labels == IGNORED).all())
 
 
 def loss_of(outputs: Any) -> Tensor | None:

@@ -97,6 +97,12 @@ def test_the_steps_of_the_arguments_are_those_of_all_trainings(
     assert steps == {"gate_steps": gates, "retrain_steps": again}
 
 
+def test_first_rows_without_a_labelled_token_have_no_loss_to_check() -> None:
+    call = call_module._Call(BertForTokenClassification(config()), None, None, None, None, None, None)
+    batch = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2)}
+    assert call._check_loss({**batch, "labels": torch.tensor([[-100, -100]])}, 0.3)
+
+
 class Embedder(nn.Module):
     """A model of one's own with no loss and no config."""
 

@@ -99,6 +99,13 @@ def test_a_batch_without_any_signal_is_refused(tmp_path: Path) -> None:
         trained(stock("bert", "sequence"), rows(8), tmp_path, distillation=Distillation.none())
 
 
+def test_a_batch_of_which_no_token_is_labelled_adds_nothing(tmp_path: Path) -> None:
+    """Its loss in transformers is the mean over nothing, NaN, and training ended there."""
+    unlabelled = [{**row, "labels": [-100] * len(row["input_ids"])} for row in rows(8)]
+    trainer = trained(stock("bert", "token"), unlabelled, tmp_path, distillation=Distillation.none())
+    assert {entry["loss_task"] for entry in trainer.state.log_history if "loss_task" in entry} == {0.0}
+
+
 def test_states_are_the_same_however_they_are_found() -> None:
     model = stock_model()
     with torch.no_grad():
