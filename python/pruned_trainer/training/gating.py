@@ -53,7 +53,7 @@ class Gating:
     ) -> None:
         self.model, self.budget, self.target, self.phase = model, budget, target, phase
         self.teaching, self.steps, self.align = teaching, steps, align
-        self.done = 0
+        self.done, self._drawn = 0, 0
         self._states, self._is_priced = states, False
         self._optimizer = torch.optim.AdamW([phase.group(steps)])
         warm = max(1, steps // 20)
@@ -82,15 +82,29 @@ class Gating:
         return self.price() + self.taught(Call(inputs, outputs, states, False), groups)
 
     def price(self) -> Tensor:
-        """What open gates cost in this step; 0 while the model is in evaluation mode."""
+        """What open gates cost in this step; 0 while the model is in evaluation mode.
+
+        Errors: ValueError where gradient checkpointing would compute one call with the gates of another."""
         self.facts = {}
         if self._states is not None:
             self._states.clear()
         if not self.model.training:
             return torch.zeros((), device=self._device)
+        self._check_calls()
         price, self.facts = self.phase.loss(self.done / self.steps)
         self._is_priced = True
         return price
+
+    def _check_calls(self) -> None:
+        drawn = int(self.phase.gates.draws)
+        calls, self._drawn = drawn - self._drawn, drawn
+        modules = find_encoder(self.model).modules()
+        if calls > 1 and any(getattr(module, "gradient_checkpointing", False) for module in modules):
+            raise ValueError(
+                "gradient checkpointing computes the layers anew in the backward pass, and those of the "
+                f"{calls} calls of the model in this step all with the gates of the last: leave it out "
+                "(model.gradient_checkpointing_disable())"
+            )
 
     def taught(self, call: Call, groups: Tensor | None = None) -> Tensor:
         """How far one call of the model is from its teacher."""
@@ -136,7 +150,7 @@ class Gating:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.phase.gates.load_state_dict(state["gates"])
-        self.phase.followed = None
+        self.phase.followed, self._drawn = None, int(self.phase.gates.draws)
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self.done = state["done"]

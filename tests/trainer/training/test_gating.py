@@ -111,6 +111,19 @@ def test_a_step_that_leaves_the_gates_as_they_are_is_an_error() -> None:
         gates.step()
 
 
+def test_several_calls_in_a_step_and_gradient_checkpointing_are_refused() -> None:
+    """Each call has gates of its own, and the layers of all would be computed anew with the last ones."""
+    model = stock("bert", "sequence").train()
+    with gating(model, Target(params=0.5), 4) as gates:
+        model(**BATCH)
+        gates.loss(model(**BATCH), BATCH)
+        model.gradient_checkpointing_enable()
+        gates.loss(model(**BATCH), BATCH)
+        model(**BATCH)
+        with pytest.raises(ValueError, match="the 2 calls of the model in this step"):
+            gates.loss(model(**BATCH), BATCH)
+
+
 def test_gates_that_go_back_to_a_state_go_on_as_from_it() -> None:
     """Also to the step that was the last one."""
     model = stock("bert", "sequence").train()
