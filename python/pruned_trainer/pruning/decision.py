@@ -76,14 +76,15 @@ class Decision:
         hidden = source.hidden_size if self.hidden is None else len(self.hidden.indices)
         return replace(source, layers=tuple(layer.shape for layer in self.layers), hidden_size=hidden)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the decision as JSON; the file is there whole, or as it was before."""
-        write_json(path, {"format": FORMAT, **asdict(self)})
+        write_json(Path(path), {"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def load(cls, path: Path) -> Decision:
+    def load(cls, path: Path | str) -> Decision:
         """Read a file that `save` wrote; ValueError that names the file and the place for any other, and
         FileNotFoundError where there is none."""
+        path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}; the decision.json of a pruning run is needed")
         data = read_json(path, "decision file")

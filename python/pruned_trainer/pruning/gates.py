@@ -107,14 +107,14 @@ class Scores:
     rank: PerGate
     values: PerGate
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the scores; the file is there whole, or as it was before."""
         content = io.BytesIO()
         torch.save({"rank": vars(self.rank), "values": vars(self.values)}, content)
-        write_whole(path, content.getvalue())
+        write_whole(Path(path), content.getvalue())
 
     @classmethod
-    def load(cls, path: Path) -> Scores:
+    def load(cls, path: Path | str) -> Scores:
         """Read a file that `save` wrote."""
         loaded = torch.load(path, weights_only=True)
         return cls(PerGate(**loaded["rank"]), PerGate(**loaded["values"]))

@@ -20,6 +20,7 @@ from pruned_trainer import (
     Decision,
     Gates,
     PerGate,
+    Scores,
     SizeBudget,
     Target,
     attach,
@@ -102,6 +103,17 @@ def random_decision(gates: Gates, align: int = 8, fraction: float = 0.5) -> tupl
     scatter(gates)
     budget = SizeBudget(gates.shape, "macs", [20, 3, 11])
     return decide(gates.scores(), budget, Target(macs=fraction), align), budget
+
+
+def test_a_path_may_be_a_text(tmp_path: Path) -> None:
+    """As the page on pruning from Python writes it."""
+    decision = Decision((LayerDecision(Kept((0,), (1.0,)), Kept((), ())),), 1, {}, {})
+    decision.save(f"{tmp_path}/decision.json")
+    assert Decision.load(f"{tmp_path}/decision.json") == decision
+    shape = ModelShape((LayerShape(1, 2),), 4, 4)
+    scores = Scores(PerGate.full(shape, 0.5), PerGate.full(shape, 1.0))
+    scores.save(f"{tmp_path}/scores.pt")
+    assert torch.equal(Scores.load(f"{tmp_path}/scores.pt").rank.hidden, scores.rank.hidden)
 
 
 @pytest.mark.parametrize("align", [1, 8])
