@@ -110,8 +110,6 @@ def worth(
     layers = layers_of(find_encoder(model))
     for (part, i), at_place in moments.items():
         number = len(worths.of(part)[i])
-        if number == 0:
-            continue
         projection = getattr(layers[i], PROJECTIONS[part])
         covariance = at_place.covariance(projection.bias is not None)
         rises = removal_rises(
@@ -126,11 +124,15 @@ def moments_of(
     model: nn.Module, batches: Batches, parts: Sequence[str], seed: int = 0, pooling: str = "mean",
     progress: bool = False,
 ) -> dict[Place, Moments]:  # fmt: skip
-    """The moments of every output projection of these parts, from a forward pass and DRAWS backward passes
-    over each batch."""
+    """The moments of every output projection of these parts that has inputs, from a forward pass and DRAWS
+    backward passes over each batch."""
     layers = layers_of(find_encoder(model))
-    places = [(part, i) for i in range(len(layers)) for part in parts]
-    moments = {place: Moments() for place in places}
+    moments = {
+        (part, i): Moments()
+        for i, layer in enumerate(layers)
+        for part in parts
+        if getattr(layer, PROJECTIONS[part]).in_features
+    }
     config, generator = config_of(model), torch.Generator().manual_seed(seed)
     with frozen(model), torch.enable_grad():
         for batch in tqdm(batches, desc="curvature", disable=not progress):

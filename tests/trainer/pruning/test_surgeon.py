@@ -13,8 +13,9 @@ from transformers import BertForQuestionAnswering
 
 from matching import batch_of, trained_model
 from pruned_ops.models.stock import model_shape
-from pruned_trainer import SizeBudget, Target, compact, decide
+from pruned_trainer import Decision, SizeBudget, Target, compact, decide
 from pruned_trainer.pruning import importance, surgeon
+from pruned_trainer.pruning.decision import Kept, LayerDecision
 from pruned_trainer.tasks.output_kinds import comparable_outputs, drawn_losses
 from pruned_trainer.tasks.task import without_labels
 
@@ -183,6 +184,18 @@ def test_parts_that_no_projection_has_are_refused_and_empty_layers_are_none(
     narrow = compact(trained, decide(scores, budget, Target(macs=0.8), align=1))
     again = surgeon.score(narrow, batches(1), SizeBudget(model_shape(narrow), "macs", [14]), ("ffn",))
     assert [len(x) for x in again.rank.ffn] == [layer.ffn_width for layer in model_shape(narrow).layers]
+
+
+def test_a_layer_without_heads_has_nothing_to_score(trained: BertForQuestionAnswering) -> None:
+    """No gradient comes to its output projection, which only has a bias."""
+    whole = Kept(tuple(range(48)), (1.0,) * 48)
+    layers = LayerDecision(Kept((), ()), whole), LayerDecision(Kept((1, 2), (1.0, 1.0)), Kept((), ()))
+    narrow = compact(trained, Decision(layers, 1, {}, {}))
+    budget = SizeBudget(model_shape(narrow), "macs", [14])
+    scores = surgeon.score(narrow, batches(1), budget, ("heads", "ffn"))
+    assert [len(heads) for heads in scores.rank.heads] == [0, 2]
+    assert [len(units) for units in scores.rank.ffn] == [48, 0]
+    assert all(bool(torch.isfinite(x).all()) for x in (*scores.rank.heads, *scores.rank.ffn))
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
