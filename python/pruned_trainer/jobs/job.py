@@ -23,7 +23,7 @@ from pruned_ops.measure.timing import Workload, threads
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.stock import config_of, encoders_of, model_shape, running_encoder
+from pruned_ops.models.stock import config_of, encoders_of, find_encoder, model_shape, running_encoder
 from pruned_ops.qa.logits import evaluating
 from pruned_ops.runtime.optimize import optimize, restore
 from pruned_ops.runtime.packed_encoder import packed_encoders
@@ -33,7 +33,7 @@ from pruned_trainer.distributed import once, per_process, say, state
 from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
-from pruned_trainer.pruning.compact import check_prunable
+from pruned_trainer.pruning.compact import check_prunable, unmade_hidden
 from pruned_trainer.pruning.compensate import refuse_compensation
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import BY_LABELS
@@ -420,9 +420,12 @@ def budget_for(
     check_prunable(dense, settings.parts)
     refuse_compensation(dense, settings.compensation)
     shape = model_shape(dense)
-    if not settings.targets:
-        return SizeBudget(shape, "macs", lengths)
-    budget = make_budget(settings.targets[0], shape, lengths, table)
+    budget: Budget
+    if settings.targets:
+        budget = make_budget(settings.targets[0], shape, lengths, table)
+    else:
+        budget = SizeBudget(shape, "macs", lengths)
+    budget.unmade_hidden = unmade_hidden(find_encoder(dense))
     for target in settings.targets:
         budget.check_reachable(target, settings.parts, settings.width_align or 1)
     return budget

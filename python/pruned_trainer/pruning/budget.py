@@ -37,7 +37,11 @@ class ShareOfGates:
 
 class Budget(ABC):
     """The cost of an encoder, as a fraction of the dense encoder's: `fraction` for a shape that was chosen,
-    `expected` for gates while they train."""
+    `expected` for gates while they train.
+
+    unmade_hidden: a hidden size that no narrow model can have (`compact.unmade_hidden`)."""
+
+    unmade_hidden: int | None = None
 
     def __init__(self, dense: ModelShape) -> None:
         if not any(layer.num_heads or layer.ffn_width for layer in dense.layers):

@@ -98,6 +98,13 @@ def check_prunable(model: nn.Module, parts: Sequence[str]) -> None:
         _check_hidden(model, encoder, _known_around(model, encoder))
 
 
+def unmade_hidden(encoder: Any) -> int | None:
+    """The hidden size that no narrow model of this encoder can have: that of its embeddings, where there is a
+    projection between the two, which a pruned class makes for unequal ones alone."""
+    config = encoder.config
+    return None if projection_of(encoder) is None else family_of(config).embedding_size(config)
+
+
 def _check_described(encoder: Any) -> None:
     """ValueError for an encoder with modules that its config does not describe, which its pruned class would
     be without, and for one of int8 weights."""
@@ -164,7 +171,7 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
     }
     if family.projection is not None and projection_of(encoder) is None:
         fields["embedding_size"] = shape.hidden_size
-    elif family.projection is not None and shape.hidden_size == family.embedding_size(config):
+    elif shape.hidden_size == unmade_hidden(encoder):
         raise ValueError(
             f"the decision keeps {shape.hidden_size} hidden dimensions, as many as the embeddings have: such "
             f"a {family.name} has no {family.projection}, which this one needs; keep more or fewer"

@@ -231,6 +231,8 @@ def _shape(scores: Scores, budget: Budget, threshold: float, align: int) -> Mode
     hidden = scores.rank.hidden
     # A model needs at least one hidden dimension.
     size = round_up(max(count(hidden), 1), align, hidden.numel())
+    if size == budget.unmade_hidden:
+        size = size - align if size > align else min(size + align, hidden.numel())
     return replace(budget.dense, layers=layers, hidden_size=size)
 
 

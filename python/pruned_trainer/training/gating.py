@@ -19,7 +19,7 @@ from pruned_ops.models.stock import choose_encoder, config_of, find_encoder, mod
 from pruned_ops.shape import checked_int
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget, make_budget
-from pruned_trainer.pruning.compact import check_prunable
+from pruned_trainer.pruning.compact import check_prunable, unmade_hidden
 from pruned_trainer.pruning.decision import Decision, decide
 from pruned_trainer.pruning.gate_phase import SETTLING_STEPS, HoldTarget
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target
@@ -204,6 +204,7 @@ def gating(
         choose_encoder(model, encoder)
     check_prunable(model, parts)
     budget, table_align = _budget(model, target, lengths, workload)
+    budget.unmade_hidden = unmade_hidden(find_encoder(model))
     align = align or table_align
     budget.check_reachable(target, parts, align)
     with ExitStack() as stack:

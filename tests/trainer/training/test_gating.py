@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
 import pruned_ops
+from family_models import stock as family_stock
 from head_models import SIZES, stock
 from inputs import padded_batch, stock_model
-from pruned_trainer import Distillation, GatingTrainerMixin, Target, compact, gating
+from pruned_trainer import Distillation, GatingTrainerMixin, PerGate, Scores, Target, compact, decide, gating
 from pruned_trainer.pruning.budget import SizeBudget
+from pruned_trainer.pruning.decision import decide_at
 from pruned_trainer.training.gating import Gating
 from tiny_tokenizers import word_tokenizer, words
 
@@ -109,6 +112,22 @@ def test_a_step_that_leaves_the_gates_as_they_are_is_an_error() -> None:
         outputs = model(**BATCH)
         (outputs.loss + gates.loss(outputs, BATCH)).backward()
         gates.step()
+
+
+def test_a_hidden_size_that_no_narrow_model_can_have_is_not_decided() -> None:
+    """An ELECTRA of 48 dimensions has no projection of embeddings of 48, whose weights would be lost."""
+    model = family_stock("Electra", "QuestionAnswering")
+    with gating(model, Target(params=0.99), 1, parts=["hidden"]) as gates:
+        budget = gates.budget
+    rank = PerGate.full(budget.dense, float("inf"))
+    rank.hidden = torch.arange(64.0)
+    scores = Scores(rank, PerGate.full(budget.dense, 1.0))
+    cost = budget.fraction(replace(budget.dense, hidden_size=48))
+    decision = decide(scores, budget, Target(params=cost + 1e-9))
+    assert decision.hidden is not None and len(decision.hidden.indices) == 40
+    assert compact(model, decision).config.hidden_size == 40
+    wide = decide_at(scores, budget, 30.0, align=48)  # where there is no smaller one
+    assert wide.hidden is not None and len(wide.hidden.indices) == 64
 
 
 def test_several_calls_in_a_step_and_gradient_checkpointing_are_refused() -> None:
