@@ -14,10 +14,10 @@ from pruned_trainer.training.batches import Features, lengths_of
 class CrossPairs(Sequence[dict[str, Any]]):
     """Pairs of a window's first text (the question) and another window's second text, without labels.
 
-    features: windows of two texts. share: so many pairs are made for each window. separator: the id of the
-    token between the two texts and at the end. max_length: the tokens of a pair; a longer second text is cut.
-    The seed draws which texts go together. They are put together when they are asked for, so that features on
-    disk stay there. Errors: ValueError where a window has one text only.
+    features: windows of two texts, of which the second may be empty. share: so many pairs are made for each
+    window. separator: the id of the token between the two texts and at the end. max_length: the tokens of a
+    pair; a longer second text is cut. The seed draws which texts go together. They are put together when they
+    are asked for, so that features on disk stay there. Errors: ValueError where no window has a second text.
     """
 
     def __init__(
@@ -33,8 +33,12 @@ class CrossPairs(Sequence[dict[str, Any]]):
         lengths = lengths_of(features)
         # Nearly: the length of the window that the longer of the two texts comes from.
         self.lengths = [lengths[row] for row in self.second]
-        if number:
-            _parts(features[0]["input_ids"], separator)
+        ids = (feature["input_ids"] for feature in features)
+        if number and all(_question(each, separator) == len(each) for each in ids):
+            raise ValueError(
+                "the windows hold one text each: pairs are made of a question and a text (squad, "
+                "natural_questions, pair-classification, reranking)"
+            )
 
     def __len__(self) -> int:
         return len(self.first)
@@ -43,8 +47,8 @@ class CrossPairs(Sequence[dict[str, Any]]):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         first, second = (self.features[rows[number]] for rows in (self.first, self.second))
-        question = slice(0, _parts(first["input_ids"], self.separator))
-        text = slice(_parts(second["input_ids"], self.separator), None)
+        question = slice(0, _question(first["input_ids"], self.separator))
+        text = slice(_question(second["input_ids"], self.separator), None)
         pair = {}
         for name in ("input_ids", "token_type_ids", "attention_mask"):
             if name in first:
@@ -56,18 +60,11 @@ class CrossPairs(Sequence[dict[str, Any]]):
         return pair
 
 
-def _parts(ids: Any, separator: int) -> int:
-    """The number of tokens of the first text, with the separators that follow it (RoBERTa has two).
-
-    Errors: ValueError where no second text follows."""
+def _question(ids: Any, separator: int) -> int:
+    """The number of tokens of the first text, with the separators that follow it (RoBERTa has two): all of
+    them where no second text follows."""
     separators = np.flatnonzero(np.asarray(ids) == separator)
-    if len(separators):
-        end = int(separators[0]) + 1
-        while end < len(ids) and ids[end] == separator:
-            end += 1
-        if end < len(ids):
-            return end
-    raise ValueError(
-        "the windows hold one text each: pairs are made of a question and a text (squad, natural_questions, "
-        "pair-classification, reranking)"
-    )
+    end = int(separators[0]) + 1 if len(separators) else len(ids)
+    while end < len(ids) and ids[end] == separator:
+        end += 1
+    return end

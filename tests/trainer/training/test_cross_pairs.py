@@ -53,6 +53,16 @@ def test_two_separators_between_the_texts_and_no_types() -> None:
         assert pair["input_ids"].tolist() == [CLS, first + 1, SEP, SEP, 51 + second, SEP]
 
 
+def test_a_window_without_a_second_text_makes_pairs_all_the_same() -> None:
+    """A question of SQuAD whose context is empty has none: training ended where it was drawn."""
+    windows = [_window([1], []), _window([2], [52])]
+    pairs = CrossPairs(windows, 8.0, SEP, 99)
+    assert {*pairs.second} == {0, 1}
+    for pair, first, second in zip(pairs, pairs.first, pairs.second, strict=True):
+        question = [CLS, 1, SEP, SEP] if first == 0 else [CLS, 2, SEP]
+        assert pair["input_ids"].tolist() == [*question, *([] if second == 0 else [52, SEP])]
+
+
 def test_one_text_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="the windows hold one text each"):
         CrossPairs([{"input_ids": np.array([CLS, 5, SEP])}], 1.0, SEP, 99)
