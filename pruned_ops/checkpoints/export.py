@@ -147,7 +147,7 @@ def _original(model: Any) -> Any:
 
 
 def _refuse_head(model: Any, head: PackedHead | None) -> str | None:
-    """Why the head would compute something else in a graph: it is not made of plain linears any more."""
+    """Why the head would compute something else in a graph: it is not as its class makes it."""
     if head is None:
         pooler = getattr(model, "pooler", None)
         linears = () if pooler is None else (pooler.dense,)
@@ -157,6 +157,8 @@ def _refuse_head(model: Any, head: PackedHead | None) -> str | None:
             return "its head is another one than its class makes"
         if not head.predicts():
             return "what comes before its last linear is not what its class makes"
+        if head.is_hooked():
+            return "its head has hooks, or another forward, which a graph would not have"
     names = {module: name for name, module in model.named_modules()}
     for linear in linears:
         if type(linear) is not nn.Linear:

@@ -63,7 +63,7 @@ class PackedHead:
     def computes(self) -> bool:
         """Whether this computes what the model would. It is asked at every call, because a part may be
         replaced, hooked, or put into training mode at any time."""
-        if "forward" in self.module.__dict__ or any(map(_is_hooked, self._own_modules())):
+        if "forward" in self.module.__dict__ or self.is_hooked():
             return False
         for owner in (self.module, *(getattr(self.module, name, None) for name in ("classifier", "pooler"))):
             for name in ("dropout", "drop", "input_dropout"):
@@ -71,6 +71,10 @@ class PackedHead:
                 if not isinstance(dropout, (NoneType, nn.Identity)) and dropout.training:
                     return False
         return all(type(linear) is nn.Linear for linear in self.linears) and self.predicts()
+
+    def is_hooked(self) -> bool:
+        """Whether a module of the head, or the encoder's pooler, has hooks or another forward."""
+        return any(map(_is_hooked, self._own_modules()))
 
     def _own_modules(self) -> Iterator[nn.Module]:
         """The modules of the model that are not its encoder's, and those of the encoder's pooler."""
@@ -259,9 +263,10 @@ class VocabularyHead(PackedHead):
 
 
 def are_known(modules: Iterable[nn.Module], known: type[Any]) -> bool:
-    """Whether all these modules are torch's, or of the file that a model's known class is from."""
+    """Whether all these modules are torch's, or of the file that a model's known class is from, and without
+    hooks."""
     libraries = ("torch.nn.modules.", "transformers.activations", known.__module__)
-    return all(type(one).__module__.startswith(libraries) for one in modules)
+    return all(type(one).__module__.startswith(libraries) and not _is_hooked(one) for one in modules)
 
 
 def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:

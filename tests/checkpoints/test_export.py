@@ -330,6 +330,11 @@ def with_head(model: Any) -> Any:
     return model
 
 
+def with_hook_on_head(model: Any) -> Any:
+    model.classifier.dropout.register_forward_hook(lambda *_: None)
+    return model
+
+
 def with_classifier(model: Any) -> Any:
     model.classifier = nn.Linear(64, 3)
     return model
@@ -353,6 +358,7 @@ def with_pooler(model: PrunedBertModel) -> Any:
         (lambda: with_pooler(pruned("bert", "sequence").bert), "its pooler.dense is a Sequential"),
         (lambda: stock_model().half(), r"it holds torch.float16: call model.float\(\) first"),
         (lambda: with_hook(stock_model()), "has forward hooks"),
+        (lambda: with_hook_on_head(stock("roberta", "sequence")), "its head has hooks, or another forward"),
         (lambda: with_head(stock_model()), "its qa_outputs is a Sequential"),
         (lambda: stock_model(hidden_act="tanh"), "hidden_act is 'tanh'"),
     ],
