@@ -184,7 +184,7 @@ def _differences(
                 own, against = (scores[name].astype(float) for name in names)
                 low, high = bootstrap_interval(own, against)
                 won = {"won": own.mean() - against.mean(), "won_low": low, "won_high": high}
-                pairs.append({"seed": row["seed"], **won})
+                pairs.append({"kind": row["kind"], "seed": row["seed"], **won})
         interval = over_seeds(pairs, "won")
         if interval is not None:
             found[labelled(results, f"row {letter}", pairs)] = interval

@@ -53,9 +53,13 @@ class Results:
         return self.path.stem
 
     @property
-    def seeds(self) -> list[int]:
-        """The seeds of which any piece of work is finished."""
-        return sorted({row["seed"] for row in self.rows if row["finished"] == "True" and "seed" in row})
+    def seeds(self) -> dict[str, list[int]]:
+        """The seeds of which any is finished, for each kind of row."""
+        kinds: dict[str, set[int]] = {}
+        for row in self.rows:
+            if row["finished"] == "True" and "seed" in row:
+                kinds.setdefault(row["kind"], set()).add(row["seed"])
+        return {kind: sorted(seeds) for kind, seeds in kinds.items()}
 
     def curve(self, part: str, method: str) -> dict[float, list[Row]]:
         """Each fraction, rising, with the rows of all seeds at it."""
@@ -103,9 +107,9 @@ def of_seeds(seeds: Sequence[int]) -> str:
 
 
 def labelled(results: Results, label: str, rows: Sequence[Row]) -> str:
-    """The label of what these rows give, with their seeds where those are not all of the study's."""
+    """The label of what these rows of one kind give, with their seeds where the kind has others, too."""
     own = sorted({row["seed"] for row in rows})
-    return label if own == results.seeds else f"{label} ({of_seeds(own)})"
+    return label if not rows or own == results.seeds[rows[0]["kind"]] else f"{label} ({of_seeds(own)})"
 
 
 def dense_score(points: dict[float, list[Row]], score: str) -> float:

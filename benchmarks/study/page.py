@@ -71,21 +71,32 @@ def section(results: Results) -> list[str]:
     if not rows:
         return []
     first = rows[0]
-    seeds = results.seeds
     text = [
         f"### Profile {first['profile']}: {'; '.join(dict.fromkeys(map(machine_of, rows)))}",
         "",
-        f"Teacher {first['model']}; {of_seeds(seeds)}. Intervals are 95%, bootstrapped over the questions; "
-        + (
-            "every model was trained once, so what another seed would change is not in them."
-            if len(seeds) == 1
-            else "numbers are means over the seeds, ends the outermost of any seed. What has other seeds "
-            "than these names them."
-        ),
+        f"Teacher {first['model']}; {seeds_text(results)}",
         "",
     ]
     for part in (claims, _curves_text, _rows_text, _layers_text, _hidden_text, _recipes_text, _origin_text):
         text += part(results)
+    return text
+
+
+def seeds_text(results: Results) -> str:
+    """Which seeds each kind of row has, and what that means for its intervals."""
+    kinds: dict[str, list[str]] = {}
+    for kind, own in results.seeds.items():
+        kinds.setdefault(of_seeds(own), []).append(f"{kind}s")
+    text = "; ".join(f"{', '.join(names)}: {own}" for own, names in kinds.items()) + "."
+    if len(kinds) == 1:
+        text = f"{next(iter(kinds))}."
+    text += " Intervals are 95%, bootstrapped over the questions."
+    several = [len(own) > 1 for own in results.seeds.values()]
+    if any(several):
+        text += " Of several seeds, numbers are means, and ends the outermost of any seed."
+        text += " What has other seeds than these names them."
+    if not all(several):
+        text += " Where there is one seed, what another would change is in no interval."
     return text
 
 

@@ -270,6 +270,13 @@ def test_an_unfinished_study_does_not_pass_for_a_whole_one(tmp_path: Path) -> No
     assert " | row e keeps, by thirds of the layers: " in text
     assert "| e (seed 0) | 2/8 | 1/4 | 1/2 |" in text  # the shape of one model is no mean
     assert "span F1, rows a, e, g here" in study_figures.speed_figure(results).alt
+    curve = {"kind": "curve", "on": "heads", "method": "l0", "fraction": 0.5, "seed": 2}
+    write_rows(path, [*rows, {**about, **curve}])
+    results = study_figures.Results(path)
+    assert study_page.seeds_text(results).startswith("rows: seeds 0, 1; curves: seed 2. Intervals are 95%")
+    assert study_figures.labelled(results, "g", results.row("g", "distilled")) == "g (seed 0)"
+    (at_half,) = results.curve("heads", "l0").values()
+    assert study_figures.labelled(results, "50%", at_half) == "50%"
 
 
 def test_a_claim_on_a_share_is_judged_at_that_share(tmp_path: Path) -> None:
