@@ -107,9 +107,11 @@ def of_seeds(seeds: Sequence[int]) -> str:
 
 
 def labelled(results: Results, label: str, rows: Sequence[Row]) -> str:
-    """The label of what these rows of one kind give, with their seeds where the kind has others, too."""
+    """The label of what these rows of one kind give, with their seeds where the kind has others, too. Times
+    have no kind: they are those of rows."""
     own = sorted({row["seed"] for row in rows})
-    return label if not rows or own == results.seeds[rows[0]["kind"]] else f"{label} ({of_seeds(own)})"
+    every = results.seeds[rows[0].get("kind", "row")] if rows else own
+    return label if own == every else f"{label} ({of_seeds(own)})"
 
 
 def dense_score(points: dict[float, list[Row]], score: str) -> float:

@@ -162,12 +162,10 @@ def test_an_order_is_stated_only_where_the_interval_allows(tmp_path: Path) -> No
     assert "L0 against random: in span F1 not to be told apart at 50%." in text  # -6 to 0 over two seeds
     assert "| 63.00 (-3.0; -6.0 to 0.0) |" in text
     assert "- L0's gates: 50% from those held at 45%." in text
-    assert (
-        "| without retraining, L0 gates choose heads better than gain | shown | 50% +3.0 (+1.0 to +5.0) |"
-        in text
-    )
+    claim = "| without retraining, L0 gates choose heads better than gain | "
+    assert claim + "shown | 50% (seed 0) +3.0 (+1.0 to +5.0) |" in text
     assert "choose heads better than random | not shown | 50% -3.0 (-6.0 to +0.0) |" in text
-    assert "without 50%: F1 lost -2.0 (-2.0 to -2.0); span F1 lost +10.0 (+10.0 to +10.0)" in text
+    assert "without 50% (seed 0): F1 lost -2.0 (-2.0 to -2.0); span F1 lost +10.0 (+10.0 to +10.0)" in text
     assert "not retrained | shown at F1; the opposite at span F1 |" in text
     assert "L0 removes none of the shares tried for less than 5 points of both" in text
     assert "missing above, are pieces of these parts: rows, 2 of seed 0, 1 of seed 1." in text

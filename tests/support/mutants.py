@@ -121,12 +121,12 @@ MUTANTS = [
     Mutant("pruning/compensate.py", "if reached < least:", "if reached > least:"),
     Mutant("pruning/compensate.py", "if reached < least:", "if reached < 2 * least:"),
     Mutant("pruning/compensate.py", "            compensator.reset()\n", ""),
-    Mutant("pruning/compensate.py", "        model.eval()\n    try", "        pass\n    try"),
-    Mutant("pruning/compensate.py", "            model.train(training)\n", "            pass\n"),
+    Mutant("pruning/compensate.py", "stack.enter_context(evaluating(model))", "pass"),
     Mutant("tasks/output_kinds.py", "teacher_log.exp() * (teacher_log - student_log)",
            "teacher_log.exp() * (student_log - teacher_log)"),
     # Importance.
-    Mutant("pruning/importance.py", "gradient.abs().sum((0, 1))", "gradient.sum((0, 1)).abs()"),
+    Mutant("pruning/importance.py", "gradient.abs().reshape(rows, gradient.size(-1)).sum(0)",
+           "gradient.reshape(rows, gradient.size(-1)).sum(0).abs()"),
     Mutant("pruning/importance.py", "value / price.clamp(min=1e-12)", "value"),
     Mutant("pruning/importance.py", "(loss - open_loss) / group.numel()", "loss - open_loss"),
 ]  # fmt: skip

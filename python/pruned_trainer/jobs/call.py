@@ -383,8 +383,8 @@ class _Call:
         """Whether there is a loss beside the teacher's, for the first rows. weight: that of the loss. Errors:
         ValueError for a loss that is needed and is none, or has no gradient."""
         batch = {name: value.to(state().device) for name, value in batch.items() if name != GROUP}
-        labelled = any(name in batch for name in self.label_names)
-        labelled = labelled and not (self.loss is None and labels_nothing(batch))
+        nothing = self.loss is None and "labels" in batch and bool(labels_nothing(batch["labels"]))
+        labelled = any(name in batch for name in self.label_names) and not nothing
         name = f"the {type(self.dense).__name__}" if self.loss is None else "the function loss"
         with torch.enable_grad(), said(f"{name} fails on the first rows"):
             outputs = self.dense(**batch)

@@ -66,8 +66,9 @@ class Teaching:
         loss = self.own_loss(outputs, inputs) if self.own_loss is not None else loss_of(outputs)
         if loss is None:
             return torch.zeros((), device=next(iter(inputs.values())).device)
-        if self.own_loss is None and labels_nothing(inputs):
-            loss = loss.nan_to_num()  # the mean over no token at all; it has a gradient, which is 0
+        if self.own_loss is None and "labels" in inputs:
+            # The mean over no token at all is NaN; 0 has a gradient of 0. The host does not wait for it.
+            loss = torch.where(labels_nothing(inputs["labels"]), loss.nan_to_num(), loss)
         return loss * self.distillation.task
 
     def parts(
@@ -164,10 +165,9 @@ def logits_config(model: nn.Module, beside: nn.Module) -> Any:
     return config_of(beside) if getattr(config, "problem_type", None) is None else config
 
 
-def labels_nothing(inputs: Mapping[str, Tensor]) -> bool:
-    """Whether a batch has labels, and all of them are IGNORED."""
-    labels = inputs.get("labels")
-    return labels is not None and bool((labels == IGNORED).all())
+def labels_nothing(labels: Tensor) -> Tensor:
+    """Whether all labels of a batch are IGNORED, as a bool () where they are."""
+    return (labels == IGNORED).all()
 
 
 def loss_of(outputs: Any) -> Tensor | None:

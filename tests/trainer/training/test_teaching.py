@@ -104,6 +104,7 @@ def test_a_batch_of_which_no_token_is_labelled_adds_nothing(tmp_path: Path) -> N
     unlabelled = [{**row, "labels": [-100] * len(row["input_ids"])} for row in rows(8)]
     trainer = trained(stock("bert", "token"), unlabelled, tmp_path, distillation=Distillation.none())
     assert {entry["loss_task"] for entry in trainer.state.log_history if "loss_task" in entry} == {0.0}
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
 
 
 def test_states_are_the_same_however_they_are_found() -> None:
