@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from pruned_ops.commands import (
     trim_vocabulary,
 )
 
+# The status that a shell reports of a program that wrote to a pipe which nobody reads any more.
+BROKEN_PIPE = 128 + 13
 # In the order of their help: what most people need comes first.
 COMMANDS = (info, check, bench, quantize, serve, ask, convert, trim_vocabulary, latency_table)
 
@@ -49,7 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command that was parsed; returns the exit status. What the user can mend is one line on stderr,
     not a traceback."""
     try:
-        return arguments.run(arguments) or 0  # a command that has no status of its own succeeded
+        status = arguments.run(arguments) or 0  # a command that has no status of its own succeeded
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Nobody reads on: no error. The rest of the buffer must not be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -20,8 +20,6 @@ from pruned_ops.files import check_writable, parse_json, read_text
 if TYPE_CHECKING:
     from pruned_ops.qa.answerer import QuestionAnswerer
 
-# The status that a shell reports of a program that wrote to a pipe which nobody reads any more.
-BROKEN_PIPE = 128 + 13
 # In a JSON string these quotes would be escaped. A line of another data set may have paragraphs, too, beside
 # its question and its context, but not in its data.
 _SQUAD = re.compile(rb'"data"\s*:\s*\[.*?"paragraphs"\s*:\s*\[', re.DOTALL)
@@ -81,15 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
             out = sys.stdout.buffer
         else:
             out = stack.enter_context(open(arguments.out, "wb"))
-        try:
-            source = "" if arguments.questions in (None, "-") else f"{arguments.questions}: "
-            skipped = answer_lines(
-                answerer, lines, out, arguments.top_k, arguments.skip_bad, source, not arguments.always_answer
-            )
-        except BrokenPipeError:
-            # Nobody reads on: no error. The rest of the buffer must not be written when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(BROKEN_PIPE)
+        source = "" if arguments.questions in (None, "-") else f"{arguments.questions}: "
+        skipped = answer_lines(
+            answerer, lines, out, arguments.top_k, arguments.skip_bad, source, not arguments.always_answer
+        )
     if skipped:
         print(f"{skipped} bad line{'s' if skipped > 1 else ''} skipped", file=sys.stderr)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,22 @@ def test_a_folder_that_is_not_there(command: str, tmp_path: Path, capsys: pytest
         "checkpoint is needed\n"
     )
     assert not Path(file).exists()
+
+
+def test_a_pipe_that_nobody_reads_ends_a_command_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in `pruned-ops info | head -3`: whether the command or the last flush finds it out."""
+
+    def printing(_: argparse.Namespace, flush: bool) -> None:
+        print("a line", flush=flush)
+
+    for flush in (True, False):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as pipe:
+            monkeypatch.setattr(sys, "stdout", pipe)
+            command = partial(printing, flush=flush)
+            assert cli.run(argparse.Namespace(command="info", run=command)) == cli.BROKEN_PIPE
+            monkeypatch.undo()
+    assert capsys.readouterr().err == ""
