@@ -133,11 +133,11 @@ def _retrained(results: Results) -> Iterator[Finding]:
         if loss is not None:
             kept[letter] = (labelled(results, f"row {letter}", rows), loss)
     if kept:
-        said = ", ".join(f"row {letter} loses {PAPERS_LOSSES[letter]:g}" for letter in kept)
+        losses_there = ", ".join(f"row {letter} loses {PAPERS_LOSSES[letter]:g}" for letter in kept)
         windows = results.row(next(iter(kept)), "cross-entropy")[0]["windows_retrained"]
         margins = {label: _below(loss, PAPERS_LOSSES[letter]) for letter, (label, loss) in kept.items()}
         yield Finding(
-            f"after retraining with cross-entropy for an epoch, {said} F1",
+            f"after retraining with cross-entropy for an epoch, {losses_there} F1",
             together({label: judged(margin) for label, margin in margins.items()}),
             f"here after {windows:,} windows, F1 lost against the control: "
             + "; ".join(f"{label} {points(loss)}" for label, loss in kept.values()),

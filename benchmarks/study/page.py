@@ -305,8 +305,8 @@ def _layers_text(results: Results) -> list[str]:
     text = ["#### Which layers keep what", "", *image(results, "layers", alt)]
     lines, shares, totals = [], [], {}
     for letter in [x for x in results.letters() if x in PAPERS and x != "a"]:
-        one = results.models(letter)[0]
-        lines.append([labelled(results, letter, [one]), *one["layers"].split()])
+        model = results.models(letter)[0]
+        lines.append([labelled(results, letter, [model]), *model["layers"].split()])
     number = len(lines[0]) - 1
     text += table(["row", *(f"layer {i}" for i in range(number))], lines)
     for column, part in enumerate(("heads", "FFN units")):

@@ -238,26 +238,23 @@ class PrunedEncoder(nn.Module):
 
     def unpack(self) -> None:
         """Undo `pack`: the linears hold and use their own weights again."""
-        laid_out = self._laid_out
-        weights = [
-            (linear, laid_out.weight_of(i, j).contiguous())
-            for i, j, linear in self._released()
-            if laid_out is not None
-        ]
+        weights = [(linear, own.contiguous()) for linear, own in self._released()]
         for linear, weight in weights:
             linear.weight.data = weight
         self._laid_out = self._layout = None
 
-    def _released(self) -> Iterator[tuple[int, int, nn.Linear]]:
-        """The linears, as `_linears` gives them, whose own weights `pack` released."""
+    def _released(self) -> Iterator[tuple[nn.Linear, Tensor]]:
+        """The linears whose own weights `pack` released, with the weights as they are laid out."""
         laid_out, layout = self._laid_out, self._layout
         if laid_out is not None and layout is not None and not layout.keep_weights:
-            yield from (each for each in self._linears() if laid_out.holds_alone(*each[:2]))
+            for i, j, linear in self._linears():
+                if laid_out.holds_alone(i, j):
+                    yield linear, laid_out.weight_of(i, j)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedEncoder:
         """Make a copy in which a released weight has no memory either: a parameter's own copy would have
         as much as its shape says."""
-        for _, _, linear in self._released():
+        for linear, _ in self._released():
             nothing = placeholder(linear.weight)
             if nothing is not None:
                 memo[id(linear.weight)] = nn.Parameter(nothing, requires_grad=False)

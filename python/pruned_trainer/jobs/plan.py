@@ -159,8 +159,8 @@ def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -
         return Plan(gate_steps, retrain_steps, gate_seconds, retrain_seconds), left
 
     plan, left = once(fit)
-    given = (gate or 0) * gate_seconds + (retrain or 0) * models * retrain_seconds
-    if given > left or plan.gate_steps < (gate is None) or plan.retrain_steps < (retrain is None):
+    given_seconds = (gate or 0) * gate_seconds + (retrain or 0) * models * retrain_seconds
+    if given_seconds > left or plan.gate_steps < (gate is None) or plan.retrain_steps < (retrain is None):
         steps = (20 if gate is None else gate) * gate_seconds + (
             20 if retrain is None else retrain
         ) * models * retrain_seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -41,48 +42,43 @@ def mean_loss(model: Any, gates: Any, values: PerGate, data: list[dict[str, torc
     return float(torch.cat(losses).mean())
 
 
-def test_gain_is_the_mean_absolute_derivative(trained: BertForQuestionAnswering) -> None:
-    """Against finite differences of each example's loss, for a gate of each part."""
-    model = copy.deepcopy(trained).double()
-    data, budget = batches(2, 3), budget_of(model)
+def check_gain(
+    model: Any, data: list[dict[str, torch.Tensor]], places: Sequence[tuple[str, int, int]]
+) -> None:
+    """Against finite differences of each example's loss, for gates at these (part, layer, gate)."""
+    budget, step = budget_of(model), 1e-5
     scores = importance.score("gain", model, data, budget, PARTS)
     prices = budget.prices(PARTS)
-    step = 1e-5
-    for part, layer, gate in (("heads", 0, 1), ("heads", 1, 3), ("ffn", 1, 7), ("hidden", 0, 5)):
+    rows = [
+        {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        for batch in data
+        for row in range(len(batch["input_ids"]))
+    ]
+    for part, layer, gate in places:
         derivatives = []
         with attached(model, parts=PARTS) as gates:
-            for batch in data:
-                for row in range(3):
-                    one = [{name: tensor[row : row + 1] for name, tensor in batch.items()}]
-                    ends = []
-                    for value in (1 + step, 1 - step):
-                        values = PerGate.full(gates.shape, 1.0).map(lambda t: t.double())
-                        values.of(part)[layer][gate] = value
-                        ends.append(mean_loss(model, gates, values, one))
-                    derivatives.append(abs(ends[0] - ends[1]) / (2 * step))
-        expected = sum(derivatives) / len(derivatives) / float(prices.of(part)[layer][gate])
+            for row in rows:
+                ends = []
+                for value in (1 + step, 1 - step):
+                    values = PerGate.full(gates.shape, 1.0).map(lambda t: t.double())
+                    values.of(part)[layer][gate] = value
+                    ends.append(mean_loss(model, gates, values, [row]))
+                derivatives.append(abs(ends[0] - ends[1]) / (2 * step))
+        expected = sum(derivatives) / len(rows) / float(prices.of(part)[layer][gate])
         assert float(scores.rank.of(part)[layer][gate]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_gain_is_the_mean_absolute_derivative(trained: BertForQuestionAnswering) -> None:
+    model = copy.deepcopy(trained).double()
+    check_gain(model, batches(2, 3), [("heads", 0, 1), ("heads", 1, 3), ("ffn", 1, 7), ("hidden", 0, 5)])
 
 
 def test_gain_on_hidden_dimensions_where_distances_have_a_layer_norm() -> None:
     """DeBERTa's examples share that one's output, and each has a derivative of its own all the same."""
     model = stock("DebertaV2", "QuestionAnswering").double()
     positions = {name: torch.tensor([1, 2]) for name in ("start_positions", "end_positions")}
-    data, budget, step = [{**padded("right", (9, 5)), **positions}], budget_of(model), 1e-5
-    scores = importance.score("gain", model, data, budget, PARTS)
-    for part, layer, gate in (("heads", 1, 2), ("ffn", 0, 7), ("hidden", 0, 5)):
-        derivatives = []
-        with attached(model, parts=PARTS) as gates:
-            for row in range(2):
-                one = [{name: tensor[row : row + 1] for name, tensor in data[0].items()}]
-                ends = []
-                for value in (1 + step, 1 - step):
-                    values = PerGate.full(gates.shape, 1.0).map(lambda t: t.double())
-                    values.of(part)[layer][gate] = value
-                    ends.append(mean_loss(model, gates, values, one))
-                derivatives.append(abs(ends[0] - ends[1]) / (2 * step))
-        expected = sum(derivatives) / 2 / float(budget.prices(PARTS).of(part)[layer][gate])
-        assert float(scores.rank.of(part)[layer][gate]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    data = [{**padded("right", (9, 5)), **positions}]
+    check_gain(model, data, [("heads", 1, 2), ("ffn", 0, 7), ("hidden", 0, 5)])
 
 
 def test_leave_one_out_is_what_closing_costs(trained: BertForQuestionAnswering) -> None:
