@@ -55,7 +55,7 @@ def test_without_a_mask_every_token_is_real(head: str) -> None:
     model = family_models.stock("Bert", head)
     plain = [{"input_ids": batch(tokens)["input_ids"]} for tokens in (4, 9)]
     masked = [{**one, "attention_mask": torch.ones_like(one["input_ids"])} for one in plain]
-    found, expected = outputs_of(model, plain), outputs_of(model, masked)
+    without, expected = outputs_of(model, plain), outputs_of(model, masked)
     assert len(expected[0]) == 3 * 4 + 3 * 9
-    for own, right in zip(found, expected, strict=True):
+    for own, right in zip(without, expected, strict=True):
         torch.testing.assert_close(own, right, atol=2e-5, rtol=1e-5)

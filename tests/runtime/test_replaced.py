@@ -172,8 +172,8 @@ def test_hooks_that_the_encoder_and_its_pooler_had_go_on_running() -> None:
     ran: list[int] = []
     with torch.no_grad():
         expected = model(**batch).logits
-        found = pruned_ops.optimize(model)(**batch).logits
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+        optimised = pruned_ops.optimize(model)(**batch).logits
+    torch.testing.assert_close(optimised, expected, atol=2e-5, rtol=1e-5)
     assert len(ran) == 6
 
 

@@ -61,10 +61,10 @@ def test_defaults_of_the_process_change_nothing(stem: str, dtype: str | None) ->
         try:
             with torch.device("meta"):
                 fast = pruned_ops.optimize(models[1], dtype).to("cpu").float()
-                found = family_models.outputs(fast, batch)
+                outputs = family_models.outputs(fast, batch)
         finally:
             torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(outputs[name], expected[name]) for name in expected)
 
 
 def test_autocast_is_obeyed_or_refused() -> None:
