@@ -38,9 +38,20 @@ def job_settings(folder: Path, model: BertForQuestionAnswering) -> PruneSettings
     )
 
 
+def changed(settings: PruneSettings, **changes: Any) -> PruneSettings:
+    """The same job with other settings, without the rates of trainings that it has no more."""
+    rates = {name: getattr(PruneSettings, name) for name in ("learning_rate", "retrain_learning_rate")}
+    plain = replace(settings, **{**rates, **changes})
+    has_use = {
+        "learning_rate": plain.trains_weights_with_gates, "retrain_learning_rate": plain.retrains
+    }  # fmt: skip
+    kept = {name: getattr(settings, name) for name in has_use if has_use[name] and name not in changes}
+    return replace(plain, **kept)
+
+
 def variant(settings: PruneSettings, name: str, **changes: Any) -> PruneSettings:
     """The same job with other settings, into a folder of its own."""
-    return replace(settings, out=settings.out.with_name(name), **changes)
+    return changed(settings, out=settings.out.with_name(name), **changes)
 
 
 def losses(log: list[dict[str, Any]]) -> list[float]:
@@ -53,9 +64,9 @@ def command(one: PruneSettings, *more: str) -> list[str]:
         "-m", "pruned_trainer.cli", "prune", "--model", one.model, "--train-file", str(one.train_file),
         "--validation-file", str(one.validation_file), "--eval-file", str(one.eval_file), "--out",
         str(one.out), "--macs", "0.5", "--gate-steps", str(one.gate_steps), "--retrain-steps",
-        str(one.retrain_steps), "--batch-size", "32", "--learning-rate", "5e-4",
-        "--retrain-learning-rate", "2e-3", "--max-length", "24", "--stride", "4", "--save-steps",
-        str(one.save_steps), *more,
+        str(one.retrain_steps), "--batch-size", "32", "--learning-rate", str(one.learning_rate),
+        "--retrain-learning-rate", str(one.retrain_learning_rate), "--max-length", "24", "--stride", "4",
+        "--save-steps", str(one.save_steps), *more,
     ]  # fmt: skip
 
 

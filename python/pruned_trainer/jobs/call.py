@@ -3,14 +3,11 @@ and training arguments; the engine is the command line's."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
-import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from transformers.utils.generic import find_labels
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import (
-    OPTIMISED,
     choose_encoder,
     config_of,
     encoders_of,
@@ -30,6 +26,7 @@ from pruned_ops.models.stock import (
     running_encoder,
 )
 from pruned_trainer.distributed import say, state, world_size
+from pruned_trainer.jobs.call_checks import check_kinds, check_loss, checked_path, working_copy
 from pruned_trainer.jobs.examples import DatasetExamples, DatasetTask, Metrics
 from pruned_trainer.jobs.job import (
     BATCH_SIZE,
@@ -45,7 +42,6 @@ from pruned_trainer.jobs.prune import finished, run_for_one
 from pruned_trainer.jobs.row_checks import Expected, check_rows, first_batch, said
 from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
 from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
-from pruned_trainer.pruning.attach import HALVES, HOOKS
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, score_steps
 from pruned_trainer.tasks.output_kinds import Outputs, check_comparable, comparable_outputs
@@ -129,13 +125,13 @@ def prune(
         raise ValueError(
             f"prune has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(_OPTIONS))}"
         )
-    _check_kinds(target, data_collator, compute_metrics, args, distillation, loss, workload)
+    check_kinds(target, data_collator, compute_metrics, args, distillation, loss, workload)
     # None stands for the default, as everywhere.
     options = {name: value for name, value in options.items() if value is not None}
     if distillation is not None:
         options["distillation"] = distillation
-    options |= {name: _path(name, options[name]) for name in _PATHS & options.keys()}
-    dense = _copied(model, "model")
+    options |= {name: checked_path(name, options[name]) for name in _PATHS & options.keys()}
+    dense = working_copy(model, "model")
     if encoder is not None:
         choose_encoder(dense, encoder)
     find_encoder(dense)
@@ -144,22 +140,26 @@ def prune(
             f"a {type(dense).__name__} takes its inputs as one dictionary: prune it in its own trainer, by "
             "the GatingTrainerMixin, or from the command line"
         )
-    teacher = None if teacher is None else _copied(teacher, "teacher")
+    teacher = None if teacher is None else working_copy(teacher, "teacher")
     call = _Call(dense, teacher, data_collator, compute_metrics, args, loss, workload)
     rows = call.rows(train_dataset, "training dataset")
-    judged = call.rows(eval_dataset, "evaluation dataset") if eval_dataset is not None else None
-    if judged is None:
-        rows, judged = _held_out(rows, call.seed)
+    if eval_dataset is None:
+        rows, judged = _held_out(rows, call.seed, "no evaluation dataset")
+        validation = judged
+    else:
+        judged = validation = call.rows(eval_dataset, "evaluation dataset")
+        if _chooses(recipe, options):  # never on what the report is about
+            rows, validation = _held_out(rows, call.seed, "the best is chosen on rows of their own")
     if out is None and options.get("resume"):
         raise ValueError("resume goes on in the folder out, and none is given")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _path("out", out) if out is not None else Path(scratch) / "out"
+        folder = checked_path("out", out) if out is not None else Path(scratch) / "out"
         held_out = eval_dataset is None
         settings = call.settings(target, len(rows), held_out, recipe, folder, options)
         try:
             pruned = finished(settings, dense) or run_for_one(
                 settings,
-                lambda settings, table: call.begin(settings, table, rows, judged),
+                lambda settings, table: call.begin(settings, table, rows, validation, judged),
                 page=out is not None,
             )
         except InterruptedTraining:
@@ -171,61 +171,20 @@ def prune(
     return PruneResult(pruned.model, pruned.decision, pruned.report)
 
 
-def _check_kinds(
-    target: Any, collator: Any, metrics: Any, args: Any, distillation: Any, loss: Any, workload: Any
-) -> None:
-    """Errors: ValueError for an argument that is something else than what it stands for."""
-    for name, value, kind in (
-        ("target", target, Target), ("args", args, TrainingArguments),
-        ("distillation", distillation, Distillation), ("workload", workload, Workload),
-    ):  # fmt: skip
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name} is a {type(value).__name__}, and a {kind.__name__} is needed")
-    for name, value in (("data_collator", collator), ("compute_metrics", metrics), ("loss", loss)):
-        if value is not None and not callable(value):
-            raise ValueError(f"{name} is a {type(value).__name__}, and a function is needed")
+def _chooses(recipe: str, options: Mapping[str, Any]) -> bool:
+    """Whether the run keeps what scores best of several: of ways to compensate, or of weights."""
+    compensation = options.get("compensate", "auto" if recipe == "fast" else "none")
+    return compensation == "auto" or bool(options.get("average_steps"))
 
 
-def _path(name: str, value: Any) -> Path:
-    """The path that an option holds. Errors: ValueError where it holds none."""
-    if not isinstance(value, (str, os.PathLike)) or not str(value):
-        raise ValueError(f"{name} is {value!r}, and a path is needed")
-    return Path(value)
-
-
-def _copied(model: Any, whose: str) -> Any:
-    """A copy of the caller's model to work on, in evaluation mode and at least in float32. Errors: ValueError
-    where it is no model that can be copied and run."""
-    if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise ValueError(f"the {whose} is {kind}: a model is needed, loaded (of a pipeline its .model)")
-    inner = getattr(model, "_orig_mod", model.module if isinstance(model, nn.DataParallel) else None)
-    if inner is not None:  # what torch.compile, or DataParallel, put around it
-        kind, plain = type(model).__name__, type(inner).__name__
-        raise ValueError(f"the {whose} is a {kind}: give the {plain} inside it")
-    if hasattr(model, HOOKS):
-        raise ValueError(f"gates are attached to the {whose} already: detach(model) first")
-    if not any(getattr(type(module), OPTIMISED, False) for module in model.modules()):
-        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-            if tensor.is_meta:
-                raise ValueError(f"the {whose}'s {name} is on the meta device, without values: load them")
-    with said(f"the {whose} cannot be copied"):
-        copied = copy.deepcopy(model).eval()
-    halves = {p.dtype for p in copied.parameters()} & {*HALVES}
-    if halves:
-        say(f"the {whose}'s weights are {', '.join(map(str, halves))}: float32 is what it is used in here")
-        nn.Module.float(copied)
-    return copied
-
-
-def _held_out(rows: Rows, seed: int) -> tuple[Rows, Rows]:
-    """The rows without HELD_OUT of them, and those."""
+def _held_out(rows: Rows, seed: int, why: str) -> tuple[Rows, Rows]:
+    """The rows without HELD_OUT of them, and those. why: the reason, for the user."""
     if len(rows) < 2:
         raise ValueError(f"the {rows.name} has one row, and none can be held out to judge models on")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     number = max(1, round(HELD_OUT * len(rows)))
-    say(f"no evaluation dataset: {number} rows of the training dataset are held out")
+    say(f"{why}: {number} rows of the training dataset are held out")
     return rows.part(sorted(order[number:])), rows.part(sorted(order[:number]))
 
 
@@ -284,12 +243,11 @@ class _Call:
                 )
             batch = args.train_batch_size * args.gradient_accumulation_steps * world_size()
             precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-            rates = {"learning_rate": args.learning_rate, "retrain_learning_rate": args.learning_rate}
             saving = {"save_steps": int(args.save_steps)} if args.save_steps >= 1 else {}
-            given = {"batch_size": batch, "precision": precision, "seed": args.seed, **rates, **saving}
+            given = {"batch_size": batch, "precision": precision, "seed": args.seed, **saving}
             given |= _steps(args, rows, batch, recipe, options)
             options = {**given, **options}
-        return _settings(
+        settings = _settings(
             model=_name_of(self.dense),
             train_file=Path("train_dataset"),
             eval_file=None if held_out else Path("eval_dataset"),
@@ -300,9 +258,19 @@ class _Call:
             command="pruned_trainer.prune",
             **options,
         )
+        if args is None:
+            return settings
+        rates = (
+            ("learning_rate", settings.trains_weights_with_gates),
+            ("retrain_learning_rate", settings.retrains and "retrain_learning_rate" not in options),
+        )
+        return replace(settings, **{name: args.learning_rate for name, has_use in rates if has_use})
 
-    def begin(self, settings: PruneSettings, table_file: Path | None, rows: Rows, judged: Rows) -> Job:
-        """Check everything, and make the job."""
+    def begin(
+        self, settings: PruneSettings, table_file: Path | None, rows: Rows, validation: Rows, judged: Rows
+    ) -> Job:
+        """Check everything, and make the job. validation: the rows that choices are made on; judged: those
+        that the report is about."""
         clock, dense = Clock(), self.dense
         teacher = dense if self.teacher is None else self.teacher
         for model in (dense, teacher):
@@ -331,16 +299,21 @@ class _Call:
             label_names=self.label_names,
             is_strict=self.loss is None and is_of_a_library(dense),
         )
-        for data in (rows, judged):
+        apart = validation is not judged
+        for data in (rows, validation, judged) if apart else (rows, judged):
             check_rows(data, self.collate, own_collator, expected)
         has_own_loss = self._check_loss(first, weights.task)
-        examples = DatasetExamples(
-            judged, self.collate, self.label_names, self.metrics,
-            self.args.eval_batch_size if self.args is not None else _EVAL_BATCH,
-            settings.distillation.pooling, teacher, dense, outputs.kind,
-        )  # fmt: skip
-        examples.check_metrics()
-        lengths = examples.arrival_lengths()
+        size = self.args.eval_batch_size if self.args is not None else _EVAL_BATCH
+
+        def examples(data: Rows) -> DatasetExamples:
+            return DatasetExamples(
+                data, self.collate, self.label_names, self.metrics, size, weights.pooling, teacher, dense,
+                outputs.kind,
+            )  # fmt: skip
+
+        evaluation = examples(judged)
+        evaluation.check_metrics()
+        lengths = evaluation.arrival_lengths()
         workload = self.workload or Workload.arrival_order(
             lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES
         )
@@ -355,8 +328,8 @@ class _Call:
             task=DatasetTask(),  # type: ignore[arg-type]
             train=rows,
             gate_train=Share(rows, share, settings.seed) if share < 1 else rows,
-            validation=examples,
-            evaluation=examples,
+            validation=examples(validation) if apart else evaluation,
+            evaluation=evaluation,
             budget=budget_for(settings, dense, lengths, table),
             workload=workload if table is None else table.workload,
             table=table,
@@ -390,9 +363,9 @@ class _Call:
             outputs = self.dense(**batch)
             loss = loss_of(outputs) if self.loss is None else self.loss(outputs, batch)
         if weight > 0 and labelled:
-            _check_loss(name, loss)
+            check_loss(name, loss)
         elif weight > 0 and self.loss is not None and loss is not None:
-            _check_loss(name, loss)
+            check_loss(name, loss)
         return loss is not None
 
 
@@ -407,20 +380,6 @@ def _settings(**values: Any) -> CallSettings:
 def _known_config(whose: str, model: nn.Module) -> dict[str, Any]:
     """The config of a model's encoder, where it has one that is known."""
     return {whose: running_encoder(model).config} if encoders_of(model) else {}
-
-
-def _check_loss(name: str, loss: Any) -> None:
-    if loss is None:
-        raise ValueError(
-            f"{name} returns no loss for a batch with labels: give loss=, a function of outputs and "
-            "batch, or leave the labels out"
-        )
-    if not isinstance(loss, Tensor) or loss.dim():
-        raise ValueError(f"the loss of {name} is no scalar tensor")
-    if not loss.requires_grad:
-        raise ValueError(f"the loss of {name} has no gradient: it was computed without one, or detached")
-    if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss of {name} is {float(loss.detach())} on the first rows")
 
 
 def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options: Mapping[str, Any]) -> Any:
@@ -440,6 +399,11 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
     gates = options.get("gate_steps") or scored or share
     used = 0 if scored else gates * trainings
     steps = {} if "gate_epochs" in options else {"gate_steps": gates}
+    if "gate_steps" in options and used >= total and not {"retrain_epochs", "retrain_steps"} & options.keys():
+        raise ValueError(
+            f"gate_steps leaves none of the {total} steps of args to the narrow model: {used} are the "
+            "gates'; give retrain_steps, which may be 0"
+        )
     if "retrain_epochs" not in options:
         steps["retrain_steps"] = max(0, total - used)
     return steps

@@ -248,8 +248,7 @@ class PruneSettings:
                 f"{', '.join(idle)}: for the narrow model's training, which has no steps here: give "
                 "retrain_steps or retrain_epochs"
             )
-        if self.gate_learning_rate != PruneSettings.gate_learning_rate and not self.trains_gates:
-            raise ValueError("gate_learning_rate: for the gates' training, which this run does not have")
+        settings_checks.check_have_a_training(self)
         phases = (("gates", self.trains_gates), ("retrain", self.retrains))
         losses = [self.distillation_in(phase) for phase, trains in phases if trains]
         taught = any(each.needs_teacher for each in losses)
@@ -320,6 +319,11 @@ class PruneSettings:
     def trains_gates(self) -> bool:
         """Whether a phase of gates comes before the retraining."""
         return self.decision is None and self.recipe not in UNTRAINED
+
+    @property
+    def trains_weights_with_gates(self) -> bool:
+        """Whether the weights train in the gates' phase, too."""
+        return self.trains_gates and self.recipe == "joint"
 
     @property
     def retrains(self) -> bool:

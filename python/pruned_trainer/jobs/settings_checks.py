@@ -29,6 +29,21 @@ def check_finite(settings: Any) -> None:
             raise ValueError(f"{name} is {value}: a finite number is needed")
 
 
+def check_have_a_training(settings: Any) -> None:
+    """ValueError for a setting of a training that a run with these `PruneSettings` does not have."""
+    gates, weights = settings.trains_gates, settings.trains_weights_with_gates
+    retrains = settings.retrains
+    for name, happens, training in (
+        ("gate_learning_rate", gates, "the gates' training"),
+        ("learning_rate", weights, "the training of weights beside gates"),
+        ("retrain_learning_rate", retrains, "the narrow model's training"),
+        ("dropout", gates or retrains, "a training"),
+        ("train_embeddings", weights or retrains, "a training of weights"),
+    ):
+        if not happens and getattr(settings, name) != getattr(type(settings), name):
+            raise ValueError(f"{name}: for {training}, which this run does not have")
+
+
 def are_the_same(task: str, train: Path | None, other: Path | None) -> bool:
     """Whether both name the same examples. Of a folder or a hub name without a split, two splits are read,
     but for Natural Questions, which have none."""

@@ -26,6 +26,7 @@ from pruned_trainer import Decision, Distillation, PruneResult, Target
 from pruned_trainer.jobs import call as call_module
 from pruned_trainer.jobs.examples import DatasetExamples
 from pruned_trainer.jobs.rows import Rows, as_batch
+from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.output_kinds import OutputKind
 from pruned_trainer.training.trainer import PruningTrainer
 from tiny_tokenizers import word_tokenizer
@@ -78,6 +79,57 @@ def test_the_report_says_whose_rows_were_judged_on(tmp_path: Path) -> None:
         )
         about = result.report["evaluated_on"]
         assert about["file"] == name and about["threshold_chosen_on_these"] is False
+
+
+class _Begun(Exception):
+    """Ends a call once its job is made."""
+
+
+@pytest.mark.parametrize(
+    ("more", "chooses"),
+    [
+        ({"recipe": "random", "compensate": "auto"}, True),
+        ({"recipe": "random", "retrain_steps": 4, "average_steps": 0.5}, True),
+        ({"recipe": "fast"}, True),
+        ({"recipe": "fast", "compensate": "bias"}, False),
+        ({"recipe": "random"}, False),
+    ],
+)
+def test_nothing_is_chosen_on_the_rows_that_the_report_is_about(
+    more: dict[str, Any], chooses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = []
+
+    def only_begin(settings: Any, begin: Any, page: bool) -> None:
+        jobs.append(begin(settings, None))
+        raise _Begun
+
+    monkeypatch.setattr(call_module, "run_for_one", only_begin)
+    training, judged = rows(40), rows(16, 1)
+    with pytest.raises(_Begun):
+        pruned_trainer.prune(classifier(), HALF, training, judged, gate_steps=1, **more)
+    (job,) = jobs
+    lists = [[data[k]["input_ids"] for k in range(len(data))] for data in (job.train, job.evaluation.rows)]
+    assert lists[1] == [row["input_ids"] for row in judged]
+    if not chooses:
+        assert job.validation is job.evaluation and lists[0] == [row["input_ids"] for row in training]
+        return
+    chosen_on = [job.validation.rows[k]["input_ids"] for k in range(len(job.validation.rows))]
+    assert len(chosen_on) == 2 and len(lists[0]) == 38
+    assert sorted(lists[0] + chosen_on) == sorted(row["input_ids"] for row in training)
+
+
+def test_the_rate_of_the_arguments_goes_to_each_training_that_there_is(tmp_path: Path) -> None:
+    """Both of joint's, the narrow model's alone of a recipe without gates, and nothing's without steps."""
+    call = call_module._Call(classifier(), None, None, None, arguments(tmp_path), None, None)
+    for recipe, options, rates in (
+        ("joint", {}, (1e-3, 1e-3)),
+        ("joint", {"retrain_learning_rate": 5e-3}, (1e-3, 5e-3)),
+        ("gain", {}, (PruneSettings.learning_rate, 1e-3)),
+        ("random", {"retrain_steps": 0}, (PruneSettings.learning_rate, PruneSettings.retrain_learning_rate)),
+    ):
+        settings = call.settings(HALF, 64, False, recipe, tmp_path / "out", options)
+        assert (settings.learning_rate, settings.retrain_learning_rate) == rates
 
 
 @pytest.mark.parametrize(

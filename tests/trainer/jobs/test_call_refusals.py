@@ -288,6 +288,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
          "args": lambda: arguments(Path(), -1, num_train_epochs=5)},
         "max_minutes, and max_steps or num_train_epochs of args: say one of them",
     ),
+    "all steps to the gates": (
+        {"args": lambda: arguments(Path(), 10), "gate_steps": 40, "retrain_steps": None},
+        "gate_steps leaves none of the 10 steps of args to the narrow model: 40 are the gates'",
+    ),
     "nothing to resume": ({"out": None, "resume": True}, "resume goes on in the folder out"),
     "no path": ({"out": 5}, "out is 5, and a path is needed"),
     "a decision, no file": ({"target": None, "decision": HALF}, "decision is Target.*, and a path is needed"),

@@ -282,6 +282,8 @@ def test_the_models_of_a_sweep_take_their_own_time(settings: PruneSettings) -> N
 
 
 def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
+    rates = {name: getattr(PruneSettings, name) for name in ("learning_rate", "retrain_learning_rate")}
+    settings = replace(settings, **rates)
     for changes, message in (
         ({"lambda_ffn": 2.0}, "prices of the paper's recipe"),
         ({"recipe": "gain", "penalty": "open"}, "penalty has no meaning there"),
@@ -301,6 +303,11 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
             "cache_teacher is given, and no teacher",
         ),
         ({"recipe": "gain", "gate_learning_rate": 0.2}, "which this run does not have"),
+        ({"recipe": "gain", "learning_rate": 0.2}, "learning_rate: for the training of weights beside gates"),
+        ({"recipe": "paper", "learning_rate": 0.2}, "learning_rate: for the training of weights beside"),
+        ({"retrain_steps": 0, "retrain_learning_rate": 0.2}, "retrain_learning_rate: for the narrow model's"),
+        ({"recipe": "fast", "retrain_steps": None, "dropout": 0.1}, "dropout: for a training, which this"),
+        ({"recipe": "paper", "retrain_steps": 0, "train_embeddings": True}, "for a training of weights"),
         ({"recipe": "paper", "targets": (), "distillation": Distillation(logits=2.0)}, "distillation is"),
         ({"recipe": "gain", "retrain_steps": 0, "distillation": Distillation(task=1.0)}, "distillation is"),
     ):
@@ -311,6 +318,8 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         {"recipe": "fast", "retrain_steps": None, "retrain_epochs": 1.0, "teacher": "t"},
         {"recipe": "paper", "targets": (), "distillation": Distillation(logits=2.0), "distil_in": "retrain"},
         {"recipe": "gain", "retrain_steps": 0, "distillation": Distillation(pooling="cls")},
+        {"recipe": "paper", "retrain_steps": 0, "dropout": 0.1},  # of the gates' training
+        {"retrain_steps": 0, "learning_rate": 0.2, "train_embeddings": True},
         {"distillation": Distillation(logits=0.0, hidden=0.0)},  # no teacher, by the weights
         {"recipe": "random", "retrain_steps": 0, "teacher": "t", "texts": Path("t.txt"), "train_file": None,
          "task": "text-classification"},  # where it is what models are compared with

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jobs import Killed, command, job_settings, killed, losses, same_end, variant
+from jobs import Killed, changed, command, job_settings, killed, losses, same_end, variant
 from matching import trained_model
 from pruned_trainer import Target
 from pruned_trainer.cli import main
@@ -127,7 +127,7 @@ def test_resuming_what_cannot_be_resumed(settings: PruneSettings, monkeypatch: p
     (partial / "run.json").write_text("{")
     with pytest.raises(ValueError, match="holds no run that can be resumed"):
         prune(replace(one, resume=True))
-    prune(replace(one, overwrite=True, gate_steps=2, retrain_steps=0))
+    prune(changed(one, overwrite=True, gate_steps=2, retrain_steps=0))
     assert not partial.exists() and one.out.is_dir()
 
 

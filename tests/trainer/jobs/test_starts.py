@@ -14,7 +14,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from head_models import stock
 from inputs import padded_batch
-from jobs import Killed, job_settings, same_end, variant
+from jobs import Killed, changed, job_settings, same_end, variant
 from matching import trained_model
 from pruned_trainer import Decision, SizeBudget, Target, attached, compact, decide
 from pruned_trainer.cli import main
@@ -118,7 +118,7 @@ def test_a_decision_is_trained_on(settings: PruneSettings, capsys: pytest.Captur
     """The same one makes the same model again, and a report without gates."""
     first = variant(settings, "decided-first")
     prune(first)
-    one = replace(
+    one = changed(
         first, out=first.out.with_name("decided"), targets=(), gate_steps=None,
         decision=first.out / "decision.json",
     )  # fmt: skip

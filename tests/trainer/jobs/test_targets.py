@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from jobs import job_settings, variant
+from jobs import changed, job_settings, variant
 from matching import save_checkpoint, trained_model
 from pruned_ops import LayerShape
 from pruned_ops.measure.latency import LatencyTable
@@ -83,7 +83,7 @@ def test_milliseconds(timed: Path, settings: PruneSettings, monkeypatch: pytest.
     """A target in milliseconds, to its end; what is reached is measured."""
     dense = json.loads((timed / "report.json").read_text())["latency_table"]["dense"]["predicted_ms"]
     asked = Target(latency_ms=0.8 * dense)
-    one = replace(of_wide(settings, timed, "ms", asked), gate_steps=5, retrain_steps=0, align=8)
+    one = changed(of_wide(settings, timed, "ms", asked), gate_steps=5, retrain_steps=0, align=8)
     monkeypatch.setattr(
         timed_choice, "measured_fraction", lambda job, narrow, _: job.budget.fraction(narrow.config.shape)
     )
@@ -150,7 +150,7 @@ def test_what_is_served_in_int8_is_measured_in_int8(
 
     monkeypatch.setattr(evaluation, "Judged", scored)
     one = variant(settings, "int8", targets=(Target(speedup=1.02),), dtype="int8", threads=1, recipe="random")
-    report = prune(replace(one, retrain_steps=0))
+    report = prune(changed(one, retrain_steps=0))
     assert LatencyTable.load(one.out / "latency.json").dtype == "int8"
     assert LatencyTable.load(one.out / "latency.json").machine["threads"] == 1
     assert runs and {dtype for dtype, _ in runs} == {"int8"}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jobs import job_settings
+from jobs import changed, job_settings
 from matching import trained_model
 from pruned_trainer.jobs.job import start
 from pruned_trainer.jobs.output import load_tokenizer
@@ -73,7 +72,7 @@ def test_each_window_is_altered_as_often_as_any_other() -> None:
 @pytest.fixture
 def settings(tmp_path: Path) -> PruneSettings:
     one = job_settings(tmp_path, trained_model(steps=1))
-    return replace(
+    return changed(
         one, recipe="random", gate_steps=1, retrain_steps=None, retrain_epochs=1.0, masked_texts=0.5,
         shuffled_texts=0.25, cross_pairs=0.25,
     )  # fmt: skip

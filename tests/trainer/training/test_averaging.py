@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from jobs import job_settings, killed, same_end, variant
+from jobs import changed, job_settings, killed, same_end, variant
 from matching import batch_of, trained_model
 from pruned_trainer import Distillation, PruningTrainer
 from pruned_trainer.jobs import prune as prune_module
@@ -68,7 +68,7 @@ def test_the_mean_of_the_last_steps(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
     one = job_settings(tmp_path_factory.mktemp("averaged"), trained_model(steps=1))
-    return replace(one, recipe="random", gate_steps=1, retrain_steps=20, average_steps=0.5, save_steps=7)
+    return changed(one, recipe="random", gate_steps=1, retrain_steps=20, average_steps=0.5, save_steps=7)
 
 
 def _chosen(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs import job_settings
+from jobs import changed, job_settings
 from matching import trained_model
 from pruned_trainer.jobs.job import start
 from pruned_trainer.jobs.prune import prune
@@ -91,7 +91,7 @@ def test_each_epoch_has_its_own_order_which_a_resumed_run_finds_again() -> None:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
     one = job_settings(tmp_path_factory.mktemp("pairs"), trained_model(steps=1))
-    return replace(
+    return changed(
         one, recipe="random", gate_steps=1, retrain_steps=None, retrain_epochs=1.0, cross_pairs=0.5
     )
 

@@ -82,9 +82,9 @@ def printed(settings: PruneSettings) -> str:
     with pytest.MonkeyPatch.context() as patch:
         killed(begun, "retrain", 55, patch)  # an epoch has 18 steps; the checkpoint is of step 50
     jobs = [command(begun, "--resume")]
-    jobs += [
-        command(variant(settings, f"two-{recipe}", save_steps=200), "--recipe", recipe) for recipe in RECIPES
-    ]
+    for recipe in RECIPES:
+        two = variant(settings, f"two-{recipe}", save_steps=200, recipe=recipe)
+        jobs.append(command(two, "--recipe", recipe))
     return in_two_processes(settings.out.with_name("in_turn.py"), [job[2:] for job in jobs])
 
 
