@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 
-from pruned_ops.command_line import CommandParser
+from pruned_ops.command_line import CommandParser, status_of_a_broken_pipe
 from pruned_ops.commands import (
     ask,
     bench,
@@ -21,8 +20,6 @@ from pruned_ops.commands import (
     trim_vocabulary,
 )
 
-# The status that a shell reports of a program that wrote to a pipe which nobody reads any more.
-BROKEN_PIPE = 128 + 13
 # In the order of their help: what most people need comes first.
 COMMANDS = (info, check, bench, quantize, serve, ask, convert, trim_vocabulary, latency_table)
 
@@ -56,9 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Nobody reads on: no error. The rest of the buffer must not be written when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return status_of_a_broken_pipe()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

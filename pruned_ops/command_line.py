@@ -12,6 +12,16 @@ from typing import Any
 from pruned_ops.shape import checked_int
 from pruned_ops.version import __version__
 
+# The status that a shell reports of a program that wrote to a pipe which nobody reads any more.
+BROKEN_PIPE = 128 + 13
+
+
+def status_of_a_broken_pipe() -> int:
+    """The exit status where nobody reads on, as in `pruned-ops info | head`; what is left of the output is
+    not written when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser whose help page ends an option's sentence with its default, where it has one and the sentence

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from pruned_ops.command_line import CommandParser, dtype_of
+from pruned_ops.command_line import CommandParser, dtype_of, status_of_a_broken_pipe
 from pruned_ops.files import TextFile, check_writable, write_json
 from pruned_trainer.command_options import (
     DEMO_MACS,
@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         library.set_verbosity_error()
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
         leave()
+    except BrokenPipeError:
+        return status_of_a_broken_pipe()
     except InterruptedTraining as stop:
         print(stop, file=sys.stderr)
         return 130

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import pruned_ops
 from processes import with_sources
 from pruned_ops import cli
+from pruned_ops.command_line import BROKEN_PIPE
 from pruned_ops.ops.backends import cpu
 from pruned_trainer import cli as trainer_cli
 
@@ -161,8 +163,9 @@ def test_a_folder_that_is_not_there(command: str, tmp_path: Path, capsys: pytest
     assert not Path(file).exists()
 
 
+@pytest.mark.parametrize("program", [cli, trainer_cli], ids=["pruned-ops", "pruned-trainer"])
 def test_a_pipe_that_nobody_reads_ends_a_command_quietly(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in `pruned-ops info | head -3`: whether the command or the last flush finds it out."""
 
@@ -172,9 +175,9 @@ def test_a_pipe_that_nobody_reads_ends_a_command_quietly(
     for flush in (True, False):
         reader, writer = os.pipe()
         os.close(reader)
+        command = argparse.Namespace(command="info", run=partial(printing, flush=flush))
         with open(writer, "w") as pipe:
             monkeypatch.setattr(sys, "stdout", pipe)
-            command = partial(printing, flush=flush)
-            assert cli.run(argparse.Namespace(command="info", run=command)) == cli.BROKEN_PIPE
+            assert program.run(command) == BROKEN_PIPE
             monkeypatch.undo()
     assert capsys.readouterr().err == ""
