@@ -78,14 +78,18 @@ THREADS_HEADER = ["-include", str(ROOT / "tests/tsan/std_threads.h")] if "-fno-o
 for name in ("CXX", "MAX_JOBS"):
     if not os.environ.get(name, "").strip():
         os.environ.pop(name, None)
+COMPILER = os.environ.get("CXX", "c++")
+try:
+    COMPILER_WORDS = shlex.split(COMPILER)
+except ValueError as error:
+    raise SystemExit(f"CXX is {COMPILER!r}, which is no command line: {error}") from error
 
 
 def knows(flags: list[str]) -> bool:
     """Whether there is a compiler, and it has these flags: gcc has those of AMX from version 11 on."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     try:
         done = subprocess.run(
-            [*compiler, *flags, "-fsyntax-only", "-x", "c++", "-"], input=b"", capture_output=True
+            [*COMPILER_WORDS, *flags, "-fsyntax-only", "-x", "c++", "-"], input=b"", capture_output=True
         )
     except OSError:
         return False
@@ -145,7 +149,7 @@ def check_requirements() -> None:
     jobs = os.environ.get("MAX_JOBS", "1")
     if not jobs.isdecimal() or int(jobs) == 0:
         raise SetupError(f"MAX_JOBS is {jobs!r}; it is the number of files to compile at once, 1 or more")
-    compiler = os.environ.get("CXX", "c++").split()[0]  # the one that torch's build calls
+    compiler = COMPILER.split()[0]  # the one that torch's build calls
     if shutil.which(compiler) is None:
         raise SetupError(
             f"building pruned_ops._C needs a C++ compiler, and there is no {compiler}: install g++ "

@@ -47,6 +47,13 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "PRUNED_OPS_BUILD_EXTENSION=0" in message and "\n" not in message
 
 
+def test_a_compiler_with_a_quote_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setenv("CXX", "g++ 'never closed")
+    with pytest.raises(SystemExit, match=r"CXX is \"g\+\+ 'never closed\", which is no command line"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_setting_is_as_good_as_none(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's build reads them later, and would compile with no compiler."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pruned_trainer.jobs.precision import (
 )
 from pruned_trainer.jobs.settings_checks import places_of
 from pruned_trainer.jobs.trainers import TIMING
+from pruned_trainer.tasks.task import Task
 from pruned_trainer.training.batches import BF16_LENGTHS, Features, pad_batch
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.phase import run, training_arguments
@@ -47,6 +49,12 @@ def fine_tune(settings: FineTuneSettings) -> None:
     once(lambda: OutputFolder.check(settings.out, settings.overwrite, inputs))
     check_source(settings.model)
     task = settings.make_task()
+    with explained_when_full(settings.out):  # which the windows that are kept on disk may find full, too
+        _fine_tune(settings, task, inputs)
+
+
+def _fine_tune(settings: FineTuneSettings, task: Task, inputs: Sequence[str | Path]) -> None:
+    """Read, train and write, once the settings are found to work."""
     set_seed(settings.seed)
     examples, _ = task.read_training(settings.train_file, has_validation=True)
     tokenizer = load_tokenizer(settings.model)
@@ -55,10 +63,7 @@ def fine_tune(settings: FineTuneSettings) -> None:
     check_length(settings.max_length, model.config)
     say(f"tokenising {task.describe(examples)}")
     trained, features = task.to_fine_tune(examples, tokenizer, model)
-    with (
-        explained_when_full(settings.out),
-        once(lambda: OutputFolder(settings.out, settings.overwrite, inputs)) as folder,
-    ):
+    with once(lambda: OutputFolder(settings.out, settings.overwrite, inputs)) as folder:
         train(
             trained,
             features,

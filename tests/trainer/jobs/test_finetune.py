@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +55,24 @@ def test_a_classifier_gives_its_encoder(labels: int, task: str, tmp_path: Path) 
             source.bert.embeddings.position_embeddings.weight, atol=1e-3,
         )  # fmt: skip
         assert close.float().mean() > 0.9
+
+
+def test_a_disk_too_full_for_the_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of Natural Questions lie on disk before the first step."""
+
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(NaturalQuestionsTask, "to_fine_tune", no_space)
+    model = save_checkpoint(BertForQuestionAnswering(BertConfig(**SIZES)), tmp_path / "model")
+    train = matching_file(tmp_path / "train.jsonl", 40, 1)
+    argv = ["--model", str(model), "--train-file", str(train), "--out", str(tmp_path / "out")]
+    assert main(["finetune", *argv, "--task", "natural_questions", *CUT]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "pruned-trainer finetune: there is no room left to write " in error
+    assert error.endswith("make room, then start again")
 
 
 def test_a_pruned_classifier_gives_its_encoder(tmp_path: Path) -> None:
