@@ -215,8 +215,8 @@ cuda-compile: $(STAMP)
 # ARGS="--max-minutes 8" in parts. The benchmarks begin nothing after --minutes, name what they left out, and are
 # interrupted after that; what was measured by then is written.
 OUT ?= build/gpu
-GPU_TESTS := $(addprefix tests/,ops/test_triton.py ops/test_cuda.py ops/test_cuda_refusals.py runtime/test_graph_inputs.py \
-	runtime/test_engine_gpu.py runtime/test_optimize.py::test_packed_is_padded_on_a_gpu)
+GPU_TESTS := $(addprefix tests/,ops/test_triton.py ops/test_triton_choices.py ops/test_cuda.py ops/test_cuda_refusals.py \
+	runtime/test_graph_inputs.py runtime/test_engine_gpu.py runtime/test_optimize.py::test_packed_is_padded_on_a_gpu)
 # Behind ours, packages that were brought along.
 WITH_PACKAGES := PYTHONPATH=.:python$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: $(addprefix gpu-,$(if $(filter all,$(PART)),first second,$(PART)))

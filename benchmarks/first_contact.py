@@ -52,8 +52,8 @@ MOST_FILES = 8
 MOST_PRINTED = 40
 # Files, and of one that is about much else its one test on a GPU.
 GPU_TESTS = (
-    *("tests/ops/test_triton.py", "tests/ops/test_cuda.py", "tests/runtime/test_graph_inputs.py"),
-    "tests/runtime/test_engine_gpu.py",
+    *("tests/ops/test_triton.py", "tests/ops/test_triton_choices.py", "tests/ops/test_cuda.py"),
+    *("tests/runtime/test_graph_inputs.py", "tests/runtime/test_engine_gpu.py"),
     "tests/runtime/test_optimize.py::test_packed_is_padded_on_a_gpu",
 )
 # Run by the second call where no list of failed tests is there.
