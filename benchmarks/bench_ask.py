@@ -25,7 +25,7 @@ from pruned_ops.checkpoints.loading import load_model, load_tokenizer
 from pruned_ops.measure.timing import Runner, Workload, machine, versions
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.qa.windows import Window, windows
-from pruned_ops.runtime.streaming import token_batches
+from pruned_ops.runtime.batch_runner import token_batches
 from pruned_trainer.tasks.squad.examples import load_squad
 
 

@@ -36,8 +36,8 @@ from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import NaturalQuestionsOutput
 from pruned_ops.models.natural_questions import load_natural_questions
 from pruned_ops.qa.logits import batch_logits
+from pruned_ops.runtime.batch_runner import padded
 from pruned_ops.runtime.refusals import refuse_encoder
-from pruned_ops.runtime.streaming import padded
 from pruned_trainer.tasks.natural_questions.documents import Document, read_documents
 from pruned_trainer.tasks.natural_questions.predictions import decode_documents
 from pruned_trainer.tasks.natural_questions.windows import NqWindow, cut_document, located, with_markers

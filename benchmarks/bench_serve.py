@@ -158,7 +158,7 @@ def alone(model: str, seconds: str, *options: str) -> None:
     """The process of `bare`: prints texts a second."""
     import torch
 
-    from pruned_ops.runtime.streaming import TOKENS_ON_A_CPU, token_batches
+    from pruned_ops.runtime.batch_runner import TOKENS_ON_A_CPU, token_batches
     from pruned_ops.serving.models import Loading, load
 
     texts = json.load(sys.stdin)

@@ -25,10 +25,10 @@ from pruned_ops.qa.decoding import Logits, decode
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.qa.questions import Question, answer_scores
 from pruned_ops.qa.windows import RefusedQuestion, Window, windows
+from pruned_ops.runtime.batch_runner import padded
 from pruned_ops.runtime.int8_choice import TOLERANCE, relative_error
 from pruned_ops.runtime.known_heads import gives_answers, gives_labels
 from pruned_ops.runtime.optimize import optimized
-from pruned_ops.runtime.streaming import padded
 
 SAVED, OPTIMISED = "saved", "optimised"
 NARROW = ("bfloat16", "int8")  # the dtypes of `optimize` that are no rounding of fp32

@@ -12,7 +12,7 @@ from pruned_ops.qa.decoding import Candidates, Decoded
 from pruned_ops.qa.logits import select_logits, split_logits
 from pruned_ops.qa.windows import RefusedQuestion, Window, cut_each
 from pruned_ops.runtime.arrivals import Arrivals, ForkLock, blocks_of, in_one_process
-from pruned_ops.runtime.streaming import LOOK_AHEAD, BatchRunner, Tensors
+from pruned_ops.runtime.batch_runner import LOOK_AHEAD, BatchRunner, Tensors
 from pruned_ops.shape import checked_int
 
 # A token of English text takes about so many. Only how far ahead is read depends on it.

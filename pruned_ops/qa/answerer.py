@@ -25,8 +25,8 @@ from pruned_ops.qa.answer_stream import AnswerStream, Reading
 from pruned_ops.qa.decoding import Answer, Decoded
 from pruned_ops.qa.windows import RefusedQuestion, check_cut, check_pairs
 from pruned_ops.runtime.arrivals import ForkLock, is_there
+from pruned_ops.runtime.batch_runner import TOKENS_ON_A_CPU, TOKENS_ON_A_GPU
 from pruned_ops.runtime.optimize import optimize
-from pruned_ops.runtime.streaming import TOKENS_ON_A_CPU, TOKENS_ON_A_GPU
 from pruned_ops.shape import checked_int
 
 # The defaults of Hugging Face's question-answering scripts, and of this project's trainer.

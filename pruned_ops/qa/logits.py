@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pruned_ops.qa.decoding import Logits
-from pruned_ops.runtime.streaming import Tensors, padded
+from pruned_ops.runtime.batch_runner import Tensors, padded
 from pruned_ops.shape import checked_int
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruned_ops.runtime.batch_runner import LOOK_AHEAD, TOKENS_ON_A_CPU, TOKENS_ON_A_GPU, token_batches
 from pruned_ops.runtime.packed_encoder import packed_encoders
-from pruned_ops.runtime.streaming import LOOK_AHEAD, TOKENS_ON_A_CPU, TOKENS_ON_A_GPU, token_batches
 
 _LIBRARY = "sentence_transformers"
 # The models whose texts are cut, with the method that they offer and the output that it reads.

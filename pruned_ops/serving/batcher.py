@@ -15,7 +15,7 @@ from threading import Condition, Thread
 from time import monotonic
 from typing import Any, Protocol
 
-from pruned_ops.runtime.streaming import token_batches
+from pruned_ops.runtime.batch_runner import token_batches
 from pruned_ops.serving.limits import Limits
 from pruned_ops.serving.refusals import Refusal
 

@@ -25,7 +25,7 @@ class Limits:
     texts: int = 2048  # as OpenAI's API has it
     requests: int = 512  # as TEI has it
     queue_tokens: int = 1 << 17
-    batch_tokens: int = 4096  # streaming's for a CPU; it is not imported, so that --help needs no torch
+    batch_tokens: int = 4096  # TOKENS_ON_A_CPU, which is not imported, so that --help needs no torch
     wait_ms: float = 5.0
     patience: float = 30.0
     grace: float = 20.0

@@ -26,9 +26,9 @@ from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.int8_checkpoints import dequantised
 from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.logits import select_logits, split_logits
+from pruned_ops.runtime.batch_runner import BatchRunner, Tensors, padded, token_batches
 from pruned_ops.runtime.optimize import optimize, restore
 from pruned_ops.runtime.packed_encoder import packed_encoders
-from pruned_ops.runtime.streaming import BatchRunner, Tensors, padded, token_batches
 from pruned_ops.serving.folders import Contents, Kind, contents_of, folder_of
 from pruned_ops.serving.texts import TextEncoder
 

@@ -23,15 +23,8 @@ import pruned_ops
 from head_models import stock
 from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops.layers.packing import PackedBatch
-from pruned_ops.runtime.streaming import (
-    LOOK_AHEAD,
-    BatchRunner,
-    CudaLanes,
-    HostLanes,
-    RefusedText,
-    Tensors,
-    encode_many,
-)
+from pruned_ops.runtime.batch_runner import LOOK_AHEAD, BatchRunner, CudaLanes, HostLanes, Tensors
+from pruned_ops.runtime.streaming import RefusedText, encode_many
 
 HUNG = 300  # seconds after which a thread or a child is taken to hang
 FAST = pruned_ops.optimize(stock_model())

@@ -13,7 +13,7 @@ import pytest
 for package in ("fastapi", "orjson", "prometheus_client"):
     pytest.importorskip(package, reason='the server is not installed: pip install "pruned_ops[serve]"')
 
-from pruned_ops.runtime.streaming import TOKENS_ON_A_CPU  # noqa: E402
+from pruned_ops.runtime.batch_runner import TOKENS_ON_A_CPU  # noqa: E402
 from pruned_ops.serving.batcher import Batcher  # noqa: E402
 from pruned_ops.serving.limits import Limits  # noqa: E402
 from pruned_ops.serving.metrics import Metrics  # noqa: E402

@@ -25,10 +25,10 @@ from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import config_of, encoders_of, find_encoder, model_shape, running_encoder
 from pruned_ops.qa.logits import evaluating
+from pruned_ops.runtime.batch_runner import padded
 from pruned_ops.runtime.optimize import optimize, restore
 from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_ops.runtime.refusals import refuse_encoder
-from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import once, per_process, say, state
 from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings

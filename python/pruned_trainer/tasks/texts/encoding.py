@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.qa.logits import evaluating
+from pruned_ops.runtime.batch_runner import padded
 from pruned_ops.runtime.optimize import optimized
-from pruned_ops.runtime.streaming import padded
 from pruned_trainer.distributed import is_main, shared
 from pruned_trainer.tasks.faults import FormatError
 
