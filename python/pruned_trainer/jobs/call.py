@@ -26,7 +26,13 @@ from pruned_ops.models.stock import (
     running_encoder,
 )
 from pruned_trainer.distributed import say, state, world_size
-from pruned_trainer.jobs.call_checks import check_kinds, check_loss, checked_path, working_copy
+from pruned_trainer.jobs.call_checks import (
+    check_kinds,
+    check_loss,
+    checked_path,
+    digest_of_weights,
+    working_copy,
+)
 from pruned_trainer.jobs.examples import DatasetExamples, DatasetTask, Metrics
 from pruned_trainer.jobs.job import (
     BATCH_SIZE,
@@ -143,11 +149,13 @@ def prune(
     teacher = None if teacher is None else working_copy(teacher, "teacher")
     call = _Call(dense, teacher, data_collator, compute_metrics, args, loss, workload)
     rows = call.rows(train_dataset, "training dataset")
+    datasets = [rows]
     if eval_dataset is None:
         rows, judged = _held_out(rows, call.seed, "no evaluation dataset")
         validation = judged
     else:
         judged = validation = call.rows(eval_dataset, "evaluation dataset")
+        datasets.append(judged)
         if _chooses(recipe, options):  # never on what the report is about
             rows, validation = _held_out(rows, call.seed, "the best is chosen on rows of their own")
     if out is None and options.get("resume"):
@@ -161,6 +169,7 @@ def prune(
                 settings,
                 lambda settings, table: call.begin(settings, table, rows, validation, judged),
                 page=out is not None,
+                digests={} if out is None else call.digests(datasets),
             )
         except InterruptedTraining:
             if out is not None:
@@ -260,11 +269,18 @@ class _Call:
         )
         if args is None:
             return settings
-        rates = (
-            ("learning_rate", settings.trains_weights_with_gates),
-            ("retrain_learning_rate", settings.retrains and "retrain_learning_rate" not in options),
-        )
-        return replace(settings, **{name: args.learning_rate for name, has_use in rates if has_use})
+        rates: dict[str, Any] = {}
+        if settings.trains_weights_with_gates:
+            rates["learning_rate"] = args.learning_rate
+        if settings.retrains:
+            rates["retrain_learning_rate"] = options.get("retrain_learning_rate", args.learning_rate)
+        return replace(settings, **rates)
+
+    def digests(self, datasets: Iterable[Rows]) -> dict[str, str]:
+        """The digests of the models and the rows, by which a resumed call knows that they are the same."""
+        models = {"the model": self.dense} | ({} if self.teacher is None else {"the teacher": self.teacher})
+        of_rows = {f"the {data.name}": data.digest() for data in datasets}
+        return {name: digest_of_weights(model) for name, model in models.items()} | of_rows
 
     def begin(
         self, settings: PruneSettings, table_file: Path | None, rows: Rows, validation: Rows, judged: Rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import os
 from pathlib import Path
@@ -66,6 +67,16 @@ def working_copy(model: Any, whose: str) -> Any:
         say(f"the {whose}'s weights are {', '.join(map(str, halves))}: float32 is what it is used in here")
         nn.Module.float(copied)
     return copied
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """The SHA-256 of a model's state dict."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        content.update(values.numpy().data)
+    return content.hexdigest()
 
 
 def check_loss(name: str, loss: Any) -> None:

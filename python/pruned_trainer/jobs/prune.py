@@ -81,15 +81,20 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     return run_for_one(settings, start).report
 
 
-def run_for_one(settings: PruneSettings, begin: Begin, page: bool = True) -> Pruned:
+def run_for_one(
+    settings: PruneSettings, begin: Begin, page: bool = True, digests: Mapping[str, str] | None = None
+) -> Pruned:
     """The whole job for the one target of the settings, whatever made it: files or a caller's datasets.
 
-    page: whether report.html is written, too."""
+    page: whether report.html is written, too. digests: as for `open_run`."""
     if len(settings.targets) > 1:
         raise ValueError(
             f"prune makes one model; sweep makes one for each of {len(settings.targets)} targets"
         )
-    with explained_when_full(settings.out, settings.cache_teacher), open_run(settings, begin) as opened:
+    with (
+        explained_when_full(settings.out, settings.cache_teacher),
+        open_run(settings, begin, digests) as opened,
+    ):
         opened, choices = _choose(opened)
         trained = _train_on(opened, choices.chosen[0], opened.folder.partial)
         dense = judge(opened.job, opened.job.dense)
@@ -170,17 +175,21 @@ def _gradually(opened: Run) -> tuple[Run, list[Trained], Log]:
 
 
 @contextmanager
-def open_run(settings: PruneSettings, begin: Begin = start) -> Iterator[Run]:
+def open_run(
+    settings: PruneSettings, begin: Begin = start, digests: Mapping[str, str] | None = None
+) -> Iterator[Run]:
     """Check, load, plan and only then make the folder, or take up what an interrupted run left; the folder is
-    this run's alone until the end of the block."""
+    this run's alone until the end of the block.
+
+    digests: those of what a caller gave that lies in no file, by its name in messages."""
     partial = OutputFolder.partial_of(settings.out)
     once(lambda: OutputFolder.check(settings.out, settings.overwrite, settings.inputs, settings.resume))
     if settings.decision is not None:
         Decision.load(settings.decision)  # refuses what is none
     recorded = once(lambda: _recorded_plan(partial, settings)) if settings.resume else None
-    digests = once(lambda: _digests(settings)) if settings.resumable else {}
+    inputs = once(lambda: {**_digests(settings), **(digests or {})}) if settings.resumable else {}
     if recorded is not None:
-        once(lambda: _check_unchanged(partial, digests))
+        once(lambda: _check_unchanged(partial, inputs))
     set_seed(settings.seed)
     table_file = partial / _TABLE if recorded and (partial / _TABLE).is_file() else None
     earlier = seconds_taken(partial) if recorded is not None else 0.0
@@ -200,7 +209,7 @@ def open_run(settings: PruneSettings, begin: Begin = start) -> Iterator[Run]:
     with once(make_folder) as folder:
         if is_main():
             if settings.resumable:
-                record = {"settings": settings.to_json(), "plan": plan.to_json(), "inputs": digests}
+                record = {"settings": settings.to_json(), "plan": plan.to_json(), "inputs": inputs}
                 write_json(folder.partial / RUN, record)
             if job.table is not None:
                 job.table.save(folder.partial / _TABLE)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from pruned_trainer.training.batches import GROUP, Collate, pad_batch
@@ -62,6 +64,17 @@ class Rows(Sequence[dict[str, Any]]):
     def part(self, numbers: Sequence[int]) -> Rows:
         """The rows of these numbers alone."""
         return Rows([self.data[number] for number in numbers], self.name, self.columns, self.renames)
+
+    def digest(self) -> str:
+        """The SHA-256 of the rows' names and values."""
+        content = hashlib.sha256()
+        for row in self:
+            for column in sorted(row):
+                values = np.asarray(row[column].cpu() if isinstance(row[column], Tensor) else row[column])
+                about = f"{column} {values.dtype} {values.shape} "
+                plain = repr(row[column]).encode() if values.dtype.hasobject else values.tobytes()
+                content.update(about.encode() + plain)
+        return content.hexdigest()
 
     @property
     def left_out(self) -> list[str]:

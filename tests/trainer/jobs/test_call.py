@@ -100,7 +100,7 @@ def test_nothing_is_chosen_on_the_rows_that_the_report_is_about(
 ) -> None:
     jobs = []
 
-    def only_begin(settings: Any, begin: Any, page: bool) -> None:
+    def only_begin(settings: Any, begin: Any, **_: Any) -> None:
         jobs.append(begin(settings, None))
         raise _Begun
 
@@ -312,9 +312,10 @@ def test_a_loss_and_a_collator_of_ones_own(tmp_path: Path) -> None:
 def test_an_interrupted_call_goes_on_where_it_has_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def call(out: Path | None, **more: Any) -> PruneResult:
+    def call(out: Path | None, number: int = 24, **more: Any) -> PruneResult:
         args = arguments(tmp_path, save_steps=1)
-        return pruned_trainer.prune(classifier(), HALF, rows(24), rows(16, 1), args=args, out=out, **more)
+        options = {"model": classifier(), "eval_dataset": rows(16, 1), **more}
+        return pruned_trainer.prune(target=HALF, train_dataset=rows(number), args=args, out=out, **options)
 
     whole, step = call(None), PruningTrainer.training_step
 
@@ -332,6 +333,15 @@ def test_an_interrupted_call_goes_on_where_it_has_a_folder(
             call(out)
     with pytest.raises(OSError, match="an earlier run was interrupted"):
         call(out)
+    other: Any = classifier()
+    other.classifier.bias.data += 1
+    for name, changes in {
+        "the training dataset": {"number": 23},
+        "the evaluation dataset": {"eval_dataset": rows(16, 2)},
+        "the model": {"model": other},
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name} changed since .*out.partial was started"):
+            call(out, resume=True, **changes)
     result = call(out, resume=True)
     assert result.decision == whole.decision
     expected = whole.model.state_dict()
