@@ -6,6 +6,7 @@ Every reader of logits decodes here: the trainer's evaluation all questions at o
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,8 @@ def decode(
 
     logits: a (start, end) pair per window, (tokens,) each. contexts: `Window.question_index` points into it.
     A span begins and ends with a context token, has at most max_answer_tokens of them, and loses whitespace
-    at its ends (byte-level tokens can hold some). Its score is start logit + end logit. Spans of the same
+    at its ends (byte-level tokens can hold some). It has all marks of its last letter, which tokenizers that
+    strip accents leave out of their tokens. Its score is start logit + end logit. Spans of the same
     characters count once, with their best score. Equal scores go to the earlier start, then the earlier end.
     The null score is the lowest start + end logit at the CLS token over the windows, as in BERT's own script:
     a question has no answer only if no window has one.
@@ -203,14 +205,28 @@ def _best_spans(
 
 
 def _distinct(scores: NDArray[np.float64], starts: Int32Array, ends: Int32Array, context: str) -> Ranked:
-    """The different spans of characters, without whitespace at their ends, each with its best score."""
+    """The different spans of characters, without whitespace at their ends and with the marks of their last
+    letters, each with its best score."""
     best: dict[Span, float] = {}
     for score, start, end in zip(scores.tolist(), starts.tolist(), ends.tolist(), strict=True):
         text = context[start:end]
-        span = (end - len(text.lstrip()), start + len(text.rstrip()))
-        if span[0] < span[1]:
+        first, last = end - len(text.lstrip()), start + len(text.rstrip())
+        if first < last:
+            span = (first, after_marks(context, last))
             best[span] = max(score, best.get(span, score))
     return _ranked(best)
+
+
+def after_marks(context: str, end: int) -> int:
+    """The place from `end` on at which no mark is left that belongs to the letter before it."""
+    while end < len(context) and is_mark(context[end]):
+        end += 1
+    return end
+
+
+def is_mark(character: str) -> bool:
+    """Whether this is an accent, a vowel sign or another mark that is written onto the letter before it."""
+    return unicodedata.category(character).startswith("M")
 
 
 def _ranked(spans: dict[Span, float]) -> Ranked:

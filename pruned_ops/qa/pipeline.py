@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.qa.answer_stream import check_text
 from pruned_ops.qa.answerer import QuestionAnswerer
-from pruned_ops.qa.decoding import Answer
+from pruned_ops.qa.decoding import Answer, after_marks, is_mark
 from pruned_ops.qa.windows import RefusedQuestion, check_pairs
 from pruned_ops.runtime.arrivals import is_there
 from pruned_ops.shape import checked_int
@@ -210,6 +209,7 @@ def aligned(tokenizer: Any, context: str, start: int, end: int) -> tuple[int, in
     # Scripts without spaces: what a tokenizer takes for a word there may be the whole sentence.
     wide[0] = max([wide[0], *(i + 1 for i in range(wide[0], start) if _joins(context, i))])
     wide[1] = min([wide[1], *(i + 1 for i in range(end - 1, wide[1] - 1) if _joins(context, i))])
+    wide[1] = after_marks(context, wide[1])
     text = context[slice(*wide)]
     return wide[1] - len(text.lstrip()), wide[0] + len(text.rstrip())
 
@@ -227,11 +227,7 @@ def _joins(context: str, place: int) -> bool:
     """Whether a word may end between this character and the next, though no space is there: next to a
     character of a script without spaces, but not before a mark that belongs to it."""
     pair = context[place : place + 2]
-    return len(pair) == 2 and _SPACELESS.search(pair) is not None and not _is_mark(pair[1])
-
-
-def _is_mark(character: str) -> bool:
-    return unicodedata.category(character).startswith("M")
+    return len(pair) == 2 and _SPACELESS.search(pair) is not None and not is_mark(pair[1])
 
 
 def _records(inputs: tuple[Any, ...], texts: dict[str, Any]) -> Any:

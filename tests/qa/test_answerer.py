@@ -15,6 +15,7 @@ from queue import Queue
 from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -156,6 +157,18 @@ def test_odd_texts_are_answered(context: str) -> None:
         assert answer.answer == context[answer.start : answer.end]
     if not context.strip():
         assert answer == Answer("", 1.0, 0, 0)
+
+
+@pytest.mark.parametrize("word", ["cafe\u0301", "שבו\u05b9ם\u05b4"])
+def test_an_answer_has_the_marks_of_its_last_letter(word: str) -> None:
+    """BERT's tokenizer strips those that are characters of their own, and leaves them out of its tokens."""
+    context = f"un {word} x"
+    (window,) = windows(wordpiece_tokenizer(), ["who"], [context])
+    first, last = window.context_range
+    logits = np.zeros((2, len(window)), np.float32)
+    logits[0, first + 2] = logits[1, last - 2] = 5.0  # "u", "##n", the word's letters, "x"
+    (decoded,) = decode([window], [(logits[0], logits[1])], [context])
+    assert decoded.best == Answer(word, 10.0, 3, 3 + len(word))
 
 
 def test_what_cannot_be_asked_is_named() -> None:

@@ -184,6 +184,14 @@ def test_scripts_without_spaces_are_not_widened_to_the_sentence(
     assert context[slice(*aligned(tokenizer, context, start, start + len(span)))] == expected
 
 
+def test_whole_words_have_the_marks_of_their_last_letter() -> None:
+    """BERT's tokenizer strips an accent that is a character of its own, and leaves it out of the word."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "caf", "##e"]
+    wordpiece = BertTokenizerFast(vocab={token: i for i, token in enumerate(pieces)})
+    context = "un cafe\u0301, ball"
+    assert context[slice(*aligned(wordpiece, context, 3, 6))] == "cafe\u0301"  # "caf"
+
+
 def test_answers_are_whole_words_unless_asked_otherwise() -> None:
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "play", "##ing", "ball", ",", "un"]
     wordpiece = BertTokenizerFast(vocab={token: i for i, token in enumerate(pieces)})
