@@ -110,7 +110,9 @@ def check_pairs(questions: Sequence[Any], contexts: Sequence[Any]) -> None:
 def check_cut(tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int) -> None:
     """The errors that `windows` raises for these whatever the questions: ValueError for sizes that cannot be,
     TypeError for a tokenizer that does not know offsets."""
-    if not 0 <= stride < max_length:
+    checked_int("max_length", max_length, 1)
+    checked_int("stride", stride, 0)
+    if stride >= max_length:
         raise ValueError(f"stride {stride} must be at least 0 and less than max_length {max_length}")
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed")

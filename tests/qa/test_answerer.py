@@ -212,6 +212,7 @@ def test_what_cannot_be_set_is_named(tmp_path: Path) -> None:
     for options, message in (
         ({"max_length": 81}, "windows of 81 tokens are too long: the model takes sequences of 80"),
         ({"stride": 80}, "stride 80"),
+        ({"stride": 26.5}, "stride is 26.5: an integer is needed"),
         ({"tokens_per_batch": 0}, "tokens_per_batch is 0"),
         ({"max_answer_tokens": 1.5}, "max_answer_tokens is 1.5"),
         ({"null_score_threshold": math.nan}, "null_score_threshold is nan"),

@@ -103,6 +103,7 @@ def test_what_is_refused_by_name(qa: Any) -> None:
             "question 0 cannot be cut: the stride of 28 is too large; .* can share 25 of them at most",
         ),
         ({**asked, "doc_stride": 100}, ValueError, "stride 100"),
+        ({**asked, "max_seq_len": 40, "doc_stride": 40 / 2}, ValueError, "stride is 20.0: an integer"),
         ({**asked, "max_seq_len": 81}, ValueError, "windows of 81 tokens are too long"),
         ({**asked, "max_anser_len": 3}, TypeError, "takes no max_anser_len; it takes top_k"),
         ({"question": words(90), "context": "w2"}, ValueError, "question 0 is too long"),

@@ -136,8 +136,14 @@ def test_refusals_of_windows() -> None:
         windows(tokenizer, ["w1", "w2"], ["w1"])
     with pytest.raises(ValueError, match="stride 128 must be at least 0 and less than max_length 100"):
         windows(tokenizer, ["w1"], ["w1"], max_length=100)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        windows(tokenizer, ["w1"], ["w1"], batch_size=0)
+    for sizes, message in (
+        ({"stride": -1}, "stride is -1"),
+        ({"stride": 8.0}, "stride is 8.0: an integer"),
+        ({"max_length": 40.0, "stride": 8}, "max_length is 40.0: an integer"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            windows(tokenizer, ["w1"], [words(200)], **sizes)
     with pytest.raises(TypeError, match="sequences of strings"):
         windows(tokenizer, "w1", "w2")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
