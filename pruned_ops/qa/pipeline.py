@@ -248,9 +248,11 @@ def _records(inputs: tuple[Any, ...], texts: dict[str, Any]) -> Any:
         return _spread(records)
     if isinstance(records, (list, tuple)):
         return list(itertools.chain.from_iterable(map(_spread, records)))
-    if not isinstance(records, Iterable):
-        raise ValueError(f"a {type(records).__name__} is no question with its context")
-    return records
+    if isinstance(records, Iterable):
+        return records
+    if is_there(records):  # torch's data sets have places, and no iterator
+        return (records[place] for place in range(len(records)))
+    raise ValueError(f"a {type(records).__name__} is no question with its context")
 
 
 def _spread(record: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tokenizers import pre_tokenizers
+from torch.utils.data import Dataset
 from transformers import BertTokenizerFast
 
 import pruned_ops
@@ -163,6 +164,20 @@ def test_a_data_set_is_not_held(qa: Any) -> None:
 
     rows = Rows()
     assert next(qa(rows))["answer"] and rows.read <= 2000
+
+
+def test_a_data_set_of_torch_is_one(qa: Any) -> None:
+    """It has a length and items, and no iterator; this one has an item at any place that is asked for."""
+
+    class Rows(Dataset[Any]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, place: int) -> Any:
+            return {"question": f"w{place}", "context": CONTEXT}
+
+    answers, expected = qa(Rows()), qa([Rows()[place] for place in range(3)])
+    assert [found["answer"] for found in answers] == [found["answer"] for found in expected]
 
 
 @pytest.mark.parametrize(
