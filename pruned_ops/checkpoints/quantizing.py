@@ -30,7 +30,7 @@ from pruned_ops.runtime.int8_choice import named_outputs, outputs_of, real_rows,
 from pruned_ops.runtime.optimize import optimize
 from pruned_ops.runtime.packed_encoder import optimised_encoders
 from pruned_ops.runtime.saving import measured
-from pruned_ops.runtime.texts import text_batches, text_model, text_outputs
+from pruned_ops.runtime.texts import library_class, text_batches, text_model, text_outputs
 
 # A text, or a pair of texts.
 Text = str | tuple[str, str]
@@ -147,8 +147,7 @@ def _load_text_model(name: str) -> Any:
             f"{name} is a model of sentence-transformers: pip install sentence-transformers"
         ) from None
     saved = file_beside(name, "config_sentence_transformers.json")
-    model_type = None if saved is None else read_json(saved).get("model_type")
-    kind = model_type if model_type in ("SparseEncoder", "CrossEncoder") else "SentenceTransformer"
+    kind = "SentenceTransformer" if saved is None else library_class(read_json(saved), saved)
     return getattr(sentence_transformers, kind)(name, device="cpu").eval()
 
 

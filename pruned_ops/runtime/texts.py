@@ -14,11 +14,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pruned_ops.files import shown
 from pruned_ops.runtime.batch_runner import LOOK_AHEAD, TOKENS_ON_A_CPU, TOKENS_ON_A_GPU, token_batches
 from pruned_ops.runtime.packed_encoder import packed_encoders
 
@@ -71,6 +73,16 @@ def text_model(model: Any) -> _Kind | None:
                 return None
             return _Kind(name, _INSIDE if inside else method, output)
     return None
+
+
+def library_class(settings: Mapping[str, Any], path: Path) -> str:
+    """The class of sentence-transformers whose model was saved with these settings, which the file at `path`
+    holds. ValueError for one that is not known here: another class would load it with a mean pooling in place
+    of its own modules."""
+    name, known = settings.get("model_type") or "SentenceTransformer", [name for name, *_ in _MODELS]
+    if name not in known:
+        raise ValueError(f"{path} says that it is a {shown(name)}; known are {', '.join(known)}")
+    return name
 
 
 def hook_texts(model: nn.Module) -> None:

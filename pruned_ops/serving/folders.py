@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pruned_ops.checkpoints.loading import ENCODER_SETTINGS, check_source, explained, read_config
 from pruned_ops.files import read_json, shown
+from pruned_ops.runtime.texts import library_class
 
 Kind = Literal["embedder", "sparse embedder", "reranker", "classifier", "question answering"]
 
@@ -59,11 +60,11 @@ def folder_of(source: str) -> Path:
 def contents_of(folder: Path) -> Contents:
     """What a folder holds. Errors: OSError where files are missing; ValueError for what cannot be served."""
     config = read_config(folder)
+    architecture = str((config.get("architectures") or ["a model without a class"])[0])
     if (folder / "modules.json").is_file():
-        contents = _of_library(folder)
+        contents = _of_library(folder, architecture)
         if contents is not None:
             return contents
-    architecture = str((config.get("architectures") or ["a model without a class"])[0])
     if architecture.endswith("ForSequenceClassification"):
         return Contents("reranker" if _labels(config) == 1 else "classifier")
     if architecture.endswith(("ForQuestionAnswering", "ForNaturalQuestions")):
@@ -82,21 +83,25 @@ def _labels(config: dict[str, Any]) -> int:
     return len(names) if isinstance(names, dict) else int(config.get("num_labels", 2))
 
 
-def _of_library(folder: Path) -> Contents | None:
+def _of_library(folder: Path, architecture: str) -> Contents | None:
     """What sentence-transformers saved there; None for a CrossEncoder, which is a classifier with its
     tokenizer."""
     listed = read_json(folder / "modules.json")
     if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
         raise ValueError(f"{folder / 'modules.json'} has to hold a list of modules")
-    settings = _settings(folder / "config_sentence_transformers.json")
+    path = folder / "config_sentence_transformers.json"
+    settings = _settings(path)
+    saved_as = library_class(settings, path)
     kinds = [str(module.get("type", "")) for module in listed]
-    if settings.get("model_type") == "CrossEncoder" or any("cross_encoder" in kind for kind in kinds):
+    if saved_as == "CrossEncoder" or any("cross_encoder" in kind for kind in kinds):
         if settings.get("default_prompt_name") is not None:
             raise ValueError(f"{folder} is a CrossEncoder with a default prompt, which is not served")
+        if not architecture.endswith("ForSequenceClassification"):
+            raise ValueError(f"{folder} is a CrossEncoder of {shown(architecture)}, which gives no scores")
         return None
     prompts, default = _prompts(folder, settings)
     notes = () if default is None else (_DEFAULT.format(default),)
-    if settings.get("model_type") == "SparseEncoder" or any("sparse_encoder" in kind for kind in kinds):
+    if saved_as == "SparseEncoder" or any("sparse_encoder" in kind for kind in kinds):
         return Contents(
             "sparse embedder", "SparseEncoder", "splade", prompts=prompts, default_prompt=default, notes=notes
         )

@@ -273,6 +273,16 @@ def test_quantize_takes_a_folder_of_sentence_transformers(tmp_path: Path) -> Non
     assert ((found - expected) ** 2).sum() <= 0.2**2 * (expected**2).sum()
 
 
+def test_quantize_refuses_what_it_would_load_as_another_model(tmp_path: Path) -> None:
+    """sentence-transformers would give a model of another class a mean pooling, and save it so."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    folder = Path(text_folder(tmp_path / "many vectors"))
+    (folder / "modules.json").write_text("[]")
+    (folder / "config_sentence_transformers.json").write_text('{"model_type": "MultiVectorEncoder"}')
+    with pytest.raises(ValueError, match="says that it is a 'MultiVectorEncoder'; known are"):
+        quantizing.load(str(folder))
+
+
 def test_an_embedder_on_the_hub_keeps_its_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is loaded as sentence-transformers loads it; a bare encoder would have another pooling."""
     st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")

@@ -168,6 +168,21 @@ def test_prompts_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
         load(str(folder), "whole", HERE)
 
 
+def test_what_would_be_served_as_another_kind_is_refused(tmp_path: Path) -> None:
+    """sentence-transformers would load the first with a mean pooling, and transformers the second without the
+    modules that its scores come of."""
+    place = Path(*saved(tmp_path, "embedder"))
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    (place / "modules.json").write_text(json.dumps(modules))
+    for kind, message in (
+        ("MultiVectorEncoder", "says that it is a 'MultiVectorEncoder'; known are"),
+        ("CrossEncoder", "is a CrossEncoder of 'BertModel', which gives no scores"),
+    ):
+        (place / "config_sentence_transformers.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ValueError, match=message):
+            contents_of(place)
+
+
 def test_a_cross_encoder_and_a_sparse_encoder(tmp_path: Path) -> None:
     library: Any = pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
     (folder,) = saved(tmp_path, "reranker")
