@@ -59,7 +59,7 @@ async def tokens_of(
         if prompt_name is not None:
             sentence = "a prompt is put before texts, and these are token ids: give its ids with them"
             raise Refusal("invalid", sentence, "prompt_name")
-        return served.encoder.of_ids(texts, cut, side)
+        return await service.beside(characters(texts), lambda: served.encoder.of_ids(texts, cut, side))
     for place, text in enumerate(texts):
         if not text:
             raise Refusal("empty", f"{field} {place} is empty: it has no text", field)

@@ -163,8 +163,8 @@ class Service:
             )  # fmt: skip
 
     async def beside(self, size: int, work: Callable[[], T], may_wait: bool = False) -> T:
-        """What is made of texts of so many characters, by their tokenizer for example. Long ones do not hold
-        up the server, nor does work that may have to wait for others'."""
+        """What is made of texts of so many characters or ids, by their tokenizer for example. Long ones do
+        not hold up the server, nor does work that may have to wait for others'."""
         if size <= _AT_ONCE and not may_wait:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._beside, work)
@@ -201,8 +201,8 @@ def _misshapen(error: ValidationError) -> Refusal:
     return Refusal("invalid", f"{place}: {message}" if place else message, names[0] if names else None)
 
 
-def characters(texts: Iterable[str]) -> int:
-    """The characters of texts together."""
+def characters(texts: Iterable[str | list[int]]) -> int:
+    """The characters of texts, or the token ids of lists, together."""
     return sum(map(len, texts))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,23 @@ def test_token_ids_are_cut_on_the_side_that_is_said(models: dict[str, Served]) -
             np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5)
         response = client.post("/embed", json={"inputs": ids[:9], "prompt_name": "query"})
         assert response.status_code == 422 and "these are token ids" in response.json()["error"]
+
+
+def test_many_token_ids_do_not_hold_up_the_server(
+    client: Any, models: dict[str, Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are checked beside it, as a long text is tokenised."""
+    encoder, threads = models["embedder"].encoder, list[str]()
+    own = encoder.of_ids
+
+    def of_ids(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return own(*arguments)
+
+    monkeypatch.setattr(encoder, "of_ids", of_ids)
+    for count in (9, 5000):
+        assert client.post("/embed", json={"inputs": [5] * count, "truncate": True}).status_code == 200
+    assert ["pruned_ops-texts" in name for name in threads] == [False, True]
 
 
 def test_numbers_have_the_digits_that_float32_has() -> None:
