@@ -43,7 +43,8 @@ class QuestionAnswerer:
 
     model: a checkpoint's folder or hub name, or a question-answering model. A model that is passed in is
     optimised in place and stays so until `pruned_ops.restore(model)`.
-    tokenizer: the fast tokenizer beside the model; needed with a model that is passed in.
+    tokenizer: the fast tokenizer beside the model, or its folder or hub name; needed with a model that is
+    passed in.
     device: where the model runs; by default a checkpoint goes to the GPU where there is one, and a model
     passed in stays where it is. dtype: None, or "bfloat16" or "int8" on a CPU (see `optimize`); on a GPU
     "float16" or "bfloat16", in which all of a checkpoint runs then (cast a model that is passed in yourself).
@@ -75,6 +76,8 @@ class QuestionAnswerer:
         null_score_threshold: float | None = None,
         tokens_per_batch: int | None = None,
     ) -> None:
+        if isinstance(tokenizer, (str, PathLike)):
+            tokenizer = load_tokenizer(str(tokenizer))
         is_loaded = isinstance(model, (str, PathLike))
         if is_loaded:
             tokenizer = load_tokenizer(str(model)) if tokenizer is None else tokenizer

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.qa.answer_stream import check_text
 from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.decoding import Answer, after_marks, is_mark
@@ -85,8 +84,6 @@ def pipeline(
         )
     if framework not in (None, "pt"):
         raise ValueError(f"framework is {framework!r}; the models here are torch's, 'pt'")
-    if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer)
     if isinstance(device, int):
         device = "cpu" if device < 0 else f"cuda:{device}"
     defaults = _Options().updated(options)

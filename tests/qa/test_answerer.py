@@ -207,6 +207,15 @@ def test_a_batch_is_larger_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.reading.tokens_per_batch == tokens
 
 
+def test_a_tokenizer_may_be_named_by_its_folder(tmp_path: Path) -> None:
+    stock_model().save_pretrained(tmp_path)
+    word_tokenizer(96).save_pretrained(tmp_path)
+    expected = QuestionAnswerer(stock_model(), word_tokenizer(96)).answer("w1", words(20))
+    assert QuestionAnswerer(stock_model(), str(tmp_path)).answer("w1", words(20)) == expected
+    found = pruned_ops.pipeline("question-answering", stock_model(), tmp_path)("w1", words(20))
+    assert found["answer"] in words(20)
+
+
 def test_what_cannot_be_set_is_named(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(96)
     for options, message in (
