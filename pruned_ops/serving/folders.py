@@ -89,6 +89,10 @@ def _of_library(folder: Path, architecture: str) -> Contents | None:
     listed = read_json(folder / "modules.json")
     if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
         raise ValueError(f"{folder / 'modules.json'} has to hold a list of modules")
+    saved = (folder / name for name in ENCODER_SETTINGS if (folder / name).is_file())
+    encoder = _settings(next(saved, folder / ENCODER_SETTINGS[0]))
+    if {"common", "text"} & set(encoder.get("processing_kwargs") or ()):
+        raise ValueError(f"{folder}: its processing_kwargs, by which texts are tokenised, are not served")
     path = folder / "config_sentence_transformers.json"
     settings = _settings(path)
     saved_as = library_class(settings, path)
@@ -111,8 +115,6 @@ def _of_library(folder: Path, architecture: str) -> Contents | None:
         if default is not None:
             raise ValueError(f"{folder}: its default prompt {default!r} cannot be served: {_NO_PROMPTS}")
         prompts, notes = {}, (_NO_PROMPTS,)
-    saved = (folder / name for name in ENCODER_SETTINGS if (folder / name).is_file())
-    encoder = _settings(next(saved, folder / ENCODER_SETTINGS[0]))
     longest, dimension = encoder.get("max_seq_length"), settings.get("truncate_dim")
     computed_here = _pooling(listed, config)
     return Contents(

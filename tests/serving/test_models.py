@@ -183,6 +183,19 @@ def test_what_would_be_served_as_another_kind_is_refused(tmp_path: Path) -> None
             contents_of(place)
 
 
+def test_a_publisher_s_own_arguments_of_the_tokenizer_are_refused(tmp_path: Path) -> None:
+    """`encode` would cut texts by these, for example."""
+    place = Path(*saved(tmp_path, "embedder"))
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    (place / "modules.json").write_text(json.dumps(modules))
+    settings = place / "sentence_bert_config.json"
+    settings.write_text(json.dumps({"processing_kwargs": {"image": {"size": 8}}}))
+    assert contents_of(place).kind == "embedder"
+    settings.write_text(json.dumps({"processing_kwargs": {"text": {"max_length": 8}}}))
+    with pytest.raises(ValueError, match="its processing_kwargs, by which texts are tokenised, are not"):
+        contents_of(place)
+
+
 def test_a_cross_encoder_and_a_sparse_encoder(tmp_path: Path) -> None:
     library: Any = pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
     (folder,) = saved(tmp_path, "reranker")
