@@ -102,6 +102,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError("--skip-bad goes with --data")
     for length in arguments.lengths:
         checked_int("a length of --lengths", length, 1)
+    sequences = arguments.batch_size * arguments.batches
+    if len(arguments.lengths) > sequences:
+        raise ValueError(
+            f"{len(arguments.lengths)} lengths are more than the {sequences} sequences that are timed: give "
+            "a larger --batch-size, or more --batches"
+        )
     if arguments.html is not None:
         check_writable(arguments.html, "--html", arguments.overwrite)
 

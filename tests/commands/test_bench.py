@@ -176,6 +176,18 @@ def test_workloads(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert real.name == "arrival-b4" and {n for batch in real.batches for n in batch} == {14}
 
 
+def test_no_length_is_left_out(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """As the last one of five would be, of four batches of one sequence."""
+    status, screen, error = run(capsys, folders[0], "--lengths", 2, 4, 6, 8, 30, "--batch-size", 1)
+    assert (status, screen) == (2, "") and error == (
+        "pruned-ops bench: 5 lengths are more than the 4 sequences that are timed: give a larger "
+        "--batch-size, or more --batches\n"
+    )
+    small = ("--batch-size", 1, "--batches", 3, "--rounds", 1)
+    status, screen, _ = run(capsys, folders[0], "--lengths", 2, 4, 6, *small)
+    assert status == 0 and "mixed-b1: 3 batches, 12 tokens" in screen
+
+
 def test_windows_of_a_file_are_no_longer_than_the_model_takes(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
