@@ -42,13 +42,19 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "models",
         nargs="+",
-        type=model_place,
+        type=_named_place,
         metavar="MODEL",
         help="folder or hub name of a model; NAME=MODEL calls it NAME",
     )
     _add_access(parser)
     _add_loading(parser)
     _add_limits(parser)
+
+
+def _named_place(text: str) -> str:
+    """MODEL or NAME=MODEL, out of an argument; ~ is the home folder where MODEL begins with it."""
+    name, separator, place = model_place(text).partition("=")
+    return name + separator + model_place(place)
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
