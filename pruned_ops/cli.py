@@ -48,6 +48,8 @@ def build_parser() -> CommandParser:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command that was parsed; returns the exit status. What the user can mend is one line on stderr,
     not a traceback."""
+    import torch  # which the package has imported by now, and the parser does without
+
     try:
         status = arguments.run(arguments) or 0  # a command that has no status of its own succeeded
         sys.stdout.flush()
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"pruned-ops {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

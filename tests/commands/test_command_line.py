@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import pruned_ops
 from processes import with_sources
@@ -163,6 +164,17 @@ def test_a_folder_that_is_not_there(command: str, tmp_path: Path, capsys: pytest
         "checkpoint is needed\n"
     )
     assert not Path(file).exists()
+
+
+def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """As for a batch that is too large for a GPU."""
+
+    def too_large(_: argparse.Namespace) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    assert cli.run(argparse.Namespace(command="bench", run=too_large)) == 2
+    error = capsys.readouterr().err
+    assert error == "pruned-ops bench: CUDA out of memory. Tried to allocate 9 GiB\n"
 
 
 @pytest.mark.parametrize("program", [cli, trainer_cli], ids=["pruned-ops", "pruned-trainer"])
