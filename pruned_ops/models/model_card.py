@@ -81,7 +81,7 @@ def model_card(model_class: str, config: Any, report: Mapping[str, Any] | None) 
         "Attention heads and feed-forward units that the task did not need are cut out of the weights: "
         "layers differ in size, nothing is masked. No code comes with the checkpoint; `trust_remote_code` "
         "is not needed.", "",
-        *_loading(loader, kind),
+        *_loading(loader, getattr(config, "quantization_config", None) is not None),
         *_shapes(config),
         *(_numbers(report) if report else ["## Scores and speed", "", "Not known of this checkpoint.", ""]),
         f"`{model_class}`, written by pruned_ops {__version__}.",
@@ -89,7 +89,8 @@ def model_card(model_class: str, config: Any, report: Mapping[str, Any] | None) 
     return "\n".join(lines) + "\n"
 
 
-def _loading(loader: str, kind: str) -> Iterator[str]:
+def _loading(loader: str, in_int8: bool) -> Iterator[str]:
+    """How to load it. in_int8: whether its linears are stored so, and cannot be trained."""
     where = '"PATH_OR_HUB_NAME"'
     yield from ("## Load it", "", "```python")
     if loader == "load_natural_questions":
@@ -99,7 +100,8 @@ def _loading(loader: str, kind: str) -> Iterator[str]:
         yield "import pruned_ops  # teaches the Auto classes what a pruned checkpoint is"
         yield from (f"from transformers import {loader}", "")
         load = f"{loader}.from_pretrained({where})"
-    yield f"model = {load}  # plain torch, padded; it can be trained on"
+    use = "linear layers in int8; it can only be run" if in_int8 else "it can be trained on"
+    yield f"model = {load}  # plain torch, padded; {use}"
     yield "model = pruned_ops.optimize(model)  # the same calls, fast, for inference"
     if loader == "AutoModelForQuestionAnswering":
         yield f"answerer = pruned_ops.QuestionAnswerer({where})  # answers out of texts of any length"

@@ -121,7 +121,8 @@ def test_what_cannot_be_done(folder: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_its_weights_in_fp32(folder: Path) -> None:
-    """transformers' own method makes a plain model of it, which is saved, trained and cast as any other."""
+    """transformers' own method makes a plain model of it, which is saved, trained and cast as any other; its
+    card says so, and the other's does not."""
     batch = padded_batch((9, 4, 1))
     model = load_model(str(folder), takes_int8=True)
     expected = logits(model, batch)
@@ -129,6 +130,9 @@ def test_its_weights_in_fp32(folder: Path) -> None:
     assert torch.equal(logits(plain, batch), expected)
     assert not any(isinstance(module, Int8Linear) for module in plain.modules())
     plain.save_pretrained(folder.with_name("plain"))
+    uses = {"int8": "linear layers in int8; it can only be run", "plain": "it can be trained on"}
+    for name, use in uses.items():
+        assert f"  # plain torch, padded; {use}\n" in (folder.with_name(name) / "README.md").read_text()
     assert torch.equal(logits(load_model(str(folder.with_name("plain"))), batch), expected)
     assert plain.double().dtype == torch.float64
 
