@@ -29,12 +29,13 @@ class Int8Linear(nn.Module):
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def to_linear(self) -> nn.Linear:
-        """A plain linear in fp32 with the weight that this one stands for: weight * scale."""
+        """A plain linear in fp32, to be run or trained, with the weight that this one stands for: weight *
+        scale."""
         linear = nn.Linear(1, 1, self.bias is not None)  # nothing large is initialised in vain
         linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.weight = nn.Parameter(self.weight.float() * self.weight_scale[:, None], requires_grad=False)
+        linear.weight = nn.Parameter(self.weight.float() * self.weight_scale[:, None])
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+            linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear
 
     def extra_repr(self) -> str:

@@ -126,8 +126,11 @@ def test_its_weights_in_fp32(folder: Path) -> None:
     batch = padded_batch((9, 4, 1))
     model = load_model(str(folder), takes_int8=True)
     expected = logits(model, batch)
+    stored = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     plain = model.dequantize()
     assert torch.equal(logits(plain, batch), expected)
+    trained = [parameter for name in stored for parameter in plain.get_submodule(name).parameters()]
+    assert trained and all(parameter.requires_grad for parameter in trained)
     assert not any(isinstance(module, Int8Linear) for module in plain.modules())
     plain.save_pretrained(folder.with_name("plain"))
     uses = {"int8": "linear layers in int8; it can only be run", "plain": "it can be trained on"}
