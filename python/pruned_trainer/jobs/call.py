@@ -48,6 +48,7 @@ from pruned_trainer.jobs.prune import finished, run_for_one
 from pruned_trainer.jobs.row_checks import Expected, check_rows, first_batch, said
 from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
 from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
+from pruned_trainer.jobs.trainers import check_callers_arguments
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, score_steps
 from pruned_trainer.tasks.output_kinds import Outputs, check_comparable, comparable_outputs
@@ -57,7 +58,6 @@ from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.encoder_states import is_of_a_library
 from pruned_trainer.training.phase import InterruptedTraining
 from pruned_trainer.training.teaching import TaskLoss, labels_nothing, logits_config, loss_of, other_meaning
-from pruned_trainer.training.trainer import check_arguments
 
 # The examples in an evaluation batch where the caller's arguments name no other number.
 _EVAL_BATCH = 32
@@ -245,7 +245,7 @@ class _Call:
         rows. held_out: whether models are judged on rows of the training dataset."""
         args = self.args
         if args is not None:
-            check_arguments(args)
+            check_callers_arguments(args)
             if args.dataloader_drop_last and rows < args.train_batch_size * world_size():
                 raise ValueError(
                     f"dataloader_drop_last leaves no batch of {args.train_batch_size} of the {rows} rows"

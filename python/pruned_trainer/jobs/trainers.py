@@ -19,7 +19,7 @@ from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import BF16_LENGTHS
 from pruned_trainer.training.callbacks import tensorboard_writer
 from pruned_trainer.training.phase import training_arguments
-from pruned_trainer.training.trainer import PruningTrainer
+from pruned_trainer.training.trainer import PruningTrainer, check_arguments
 
 # The training arguments of a trainer whose steps are only timed.
 TIMING: dict[str, Any] = {"train_sampling_strategy": "sequential", "save_strategy": "no"}
@@ -32,6 +32,18 @@ OWN_ARGUMENTS: dict[str, Any] = {
 }  # fmt: skip
 # Beside a phase's checkpoints: the seconds that the run had taken at the last of them.
 _SECONDS = "seconds.json"
+
+
+def check_callers_arguments(args: TrainingArguments) -> None:
+    """ValueError for a caller's training arguments that ask for what a run does not do."""
+    check_arguments(args)
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end chooses by evaluations on the way, and models are judged at the end "
+            "alone: leave it out"
+        )
+    if args.push_to_hub:
+        raise ValueError("push_to_hub: nothing is uploaded here; leave it out, and push the result's model")
 
 
 def build_trainer(

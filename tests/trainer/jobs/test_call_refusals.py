@@ -272,6 +272,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another optimiser": (
         {"args": lambda: arguments(Path(), optim="adafactor")}, "optim is adafactor: .* by AdamW",
     ),
+    "a model of an earlier step": (
+        {"args": lambda: arguments(
+            Path(), load_best_model_at_end=True, eval_strategy="no", save_strategy="no"
+        )},
+        "load_best_model_at_end chooses by evaluations on the way, and models are judged at the end alone",
+    ),
+    "an upload": ({"args": lambda: arguments(Path(), push_to_hub=True)}, "push_to_hub: nothing is uploaded"),
     "no whole batch": (
         {"args": lambda: arguments(Path(), dataloader_drop_last=True), "train_dataset": GOOD[:4]},
         "dataloader_drop_last leaves no batch of 8 of the 4 rows",
