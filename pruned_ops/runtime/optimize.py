@@ -61,8 +61,9 @@ def optimize(
     question-answering logits the dtype's minimum. `model.encode_many(texts)` runs any number of tokenised
     texts at full rate, in order, where the model takes input_ids and attention_mask; a SentenceTransformer, a
     CrossEncoder and a SparseEncoder do so in their own `encode` and `predict`, whose `batch_size` then has
-    no effect. While the weights are laid out the encoders' own are still there; they are released at the
-    end. Any error leaves the model as it was. Threads may call this while others run the model.
+    no effect (but for a SparseEncoder, which tokenizes so many texts at once). While the weights are laid out
+    the encoders' own are still there; they are released at the end. Any error leaves the model as it was.
+    Threads may call this while others run the model.
     dtype: None keeps the weights' own. "bfloat16" rounds the weights and the inputs of the linears to
     bfloat16 and sums in fp32, on a CPU with AVX512_BF16 or AMX. "int8" runs the linears in int8, with a scale
     for each channel of the weights and each token of the activations, on a CPU; the fp32 weights are kept,

@@ -174,6 +174,10 @@ def test_a_sparse_encoder_is_the_same(tmp_path: Path, batches_of_64_tokens: None
     assert_same(
         fast.encode([], convert_to_sparse_tensor=False), plain.encode([], convert_to_sparse_tensor=False)
     )
+    together: list[int] = []  # its batch_size has an effect
+    fast[0].register_forward_pre_hook(lambda module, args: together.append(len(args[0]["attention_mask"])))
+    fast.encode(MIXED, batch_size=2)
+    assert sum(together) == len(MIXED) and max(together) <= 2
 
 
 def test_it_is_saved_copied_and_pickled(pair: tuple[Any, Any], tmp_path: Path) -> None:
