@@ -202,7 +202,7 @@ def repaired_answer(answer: GoldAnswer, context: str) -> GoldAnswer:
     is not sure.
 
     The place is sure where the answer's text, any blank for any other, occurs exactly once within NEAR
-    characters of answer_start, or of the place that answer_start means if it counts bytes, UTF-16 units or
+    characters of answer_start, or at the place that answer_start means if it counts bytes, UTF-16 units or
     another number of characters a line end, and that as whole words.
     """
     text, start = answer
