@@ -23,9 +23,13 @@ from inputs import stock_model
 from matching import save_checkpoint
 from pruned_ops import Answer
 from pruned_ops.cli import main as pruned_ops_main
+from pruned_ops.models.families.known import FAMILIES
 from pruned_ops.models.natural_questions import with_answer_types
 from pruned_ops.runtime.refusals import refuse_encoder
+from pruned_ops.serving.limits import Limits
+from pruned_trainer import Distillation
 from pruned_trainer.cli import main as pruned_trainer_main
+from pruned_trainer.jobs.settings import BATCH_SIZE, PAPER_BATCH_SIZE, PruneSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -184,6 +188,41 @@ def test_make_targets_and_scripts_exist(line: str) -> None:
         shared = [path for path in (ROOT / "benchmarks").glob("*/*.py") if "results" not in path.parts]
         sources = "".join(path.read_text(encoding="utf-8") for path in (script, *shared))
         assert options_in(line) <= options_in(sources)
+
+
+def table(page: str, head: str) -> list[list[str]]:
+    """The cells of the table under this line."""
+    text = PAGES[page].partition(f"\n{head}\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[1:]]
+
+
+def test_the_families_of_the_page_are_the_codes() -> None:
+    rows = table("docs/run.md", "| encoder | `model_type` | pruned |")
+    said = {pruned.strip("`"): kinds.replace("`", "").split(", ") for _, kinds, pruned in rows}
+    assert said == {family.pruned_type: [one.model_type for one in family.stock] for family in FAMILIES}
+
+
+def test_the_limits_of_a_server_are_the_codes() -> None:
+    said = [row[:2] for row in table("docs/serve.md", "| option | default | beyond it |")]
+    said += re.findall(r"(`--[a-z-]+`)(?: tokens)? \(([\d,]+)\)", PAGES["docs/serve.md"])
+    limits = {
+        option.split("`")[1][2:].replace("-", "_"): float(text.replace(",", "")) for option, text in said
+    }
+    assert limits == {name: getattr(Limits(), name) for name in limits} and len(limits) == 8
+
+
+def test_the_defaults_of_a_training_are_the_codes() -> None:
+    for options, text, _ in table("docs/choosing.md", "| option | default | what it is |"):
+        if options == "`--batch-size`":
+            assert text == f"{BATCH_SIZE} (`paper`: {PAPER_BATCH_SIZE})"
+            continue
+        names = [name.strip("`-").replace("-", "_") for name in options.split(", ")]
+        for name, default in zip(names, text.split(", "), strict=True):
+            assert getattr(PruneSettings, name) == (False if default == "off" else float(default)), name
+    weights = re.findall(r"`--distil-(\w+) ([\d.]+)`", PAGES["docs/choosing.md"])
+    assert {name: float(weight) for name, weight in weights} == {
+        name: getattr(Distillation(), name) for name in ("task", "logits", "hidden", "temperature")
+    }
 
 
 def anchors(text: str) -> set[str]:
