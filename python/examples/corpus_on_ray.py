@@ -25,6 +25,7 @@ import torch
 
 from pruned_ops import Answer, QuestionAnswerer
 from pruned_ops.files import parse_json
+from pruned_ops.qa.windows import RefusedQuestion
 
 # A part of a file, as a row of Ray's data: path, number, first and last, which are bytes of JSON lines or row
 # groups of Parquet.
@@ -51,7 +52,7 @@ def blocks_of(path: Path, records: int) -> Iterator[Block]:
 
 
 def records_of(block: Block) -> Iterator[Any]:
-    """A block's records; a line that is no JSON gives a string that says so."""
+    """A block's records; a line that is no JSON gives the refusal that says so."""
     if block["path"].endswith(".parquet"):
         from pyarrow.parquet import ParquetFile
 
@@ -59,12 +60,12 @@ def records_of(block: Block) -> Iterator[Any]:
         return
     with open(block["path"], "rb") as file:
         file.seek(block["first"])
-        for line in file.read(block["last"] - block["first"]).splitlines():
+        for number, line in enumerate(file.read(block["last"] - block["first"]).splitlines()):
             if line.strip():
                 try:
                     yield parse_json(line)
                 except ValueError as error:
-                    yield f"no JSON: {error}"
+                    yield RefusedQuestion(number, f"is no JSON: {error}")
 
 
 def answers_file(out: Path, block: Block) -> Path:
@@ -90,8 +91,7 @@ class Worker:
             answers = self.answerer.stream(records, progress=False, keep_refused=True)
             for number, (record, answer) in enumerate(zip(records, answers, strict=True)):
                 key = record.get("id") if isinstance(record, dict) else None
-                reason = record if isinstance(record, str) else getattr(answer, "reason", None)
-                fields = asdict(answer) if isinstance(answer, Answer) else {"refused": reason}
+                fields = asdict(answer) if isinstance(answer, Answer) else {"refused": answer.reason}
                 row = {"id": f"{path.stem}:{number}" if key is None else key, **fields}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(partial, path)
