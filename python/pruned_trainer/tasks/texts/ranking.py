@@ -30,8 +30,8 @@ class Ranking(Mean):
 
 @dataclass(frozen=True)
 class ReciprocalRank(Ranking):
-    """1 over the place of the first relevant text, 0 where none is among the first TOP. Texts of equal score
-    share the last of their places, so that a model that says the same of all gains nothing by their order."""
+    """1 over the place of the first relevant text, 0 where none is among the first TOP. Of equal scores those
+    of relevant texts come last, so that a model that says the same of all gains nothing by their order."""
 
     score: Score = Score("mrr", f"MRR@{TOP}")
 
@@ -39,7 +39,7 @@ class ReciprocalRank(Ranking):
         if not (relevance > 0).any():
             return 0.0
         best = scores[relevance > 0].max()
-        place = int((scores >= best).sum()) if (scores == best).sum() > 1 else int((scores > best).sum()) + 1
+        place = int((scores[relevance <= 0] >= best).sum()) + 1
         return 1 / place if place <= TOP else 0.0
 
 
