@@ -212,3 +212,10 @@ def test_a_part_of_the_questions_keeps_every_paragraph(study: Study) -> None:
     assert json.loads(study.file(case, "eval").read_text()) == one_in(5, squad)
     with gzip.open(study.data / "classes" / "eval.jsonl.gz") as lines:
         assert len(list(lines)) == 60
+
+
+def test_the_page_counts_its_trainings() -> None:
+    trained = [case for case in study_tasks.CASES if case.models is None]
+    assert sum(len(case.speedups) + (case.epochs is not None) for case in trained) == 12
+    page = (Path(__file__).resolve().parents[2] / "docs" / "develop.md").read_text(encoding="utf-8")
+    assert "a study of twelve trainings of `--minutes` each" in " ".join(page.split())
