@@ -160,11 +160,13 @@ def _openness(log: Sequence[Fields], report: Fields) -> Drawing | None:
 
 
 def _first_names(log: Sequence[Fields], prefix: str) -> list[str]:
-    """The names with this prefix in the first entry that has any: parts may be trained one after another."""
+    """The names with this prefix in the first entry that has any, because parts may be trained one after
+    another; in the order of the layers, because the log of a training that was resumed has layer_10 before
+    layer_2."""
     for entry in log:
         names = [name for name in entry if name.startswith(prefix)]
         if names:
-            return names
+            return sorted(names, key=lambda name: (len(name), name))
     return []
 
 

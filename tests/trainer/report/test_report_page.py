@@ -284,6 +284,16 @@ def test_runs_without_gates_or_without_a_target_held(tmp_path: Path) -> None:
     assert not (tmp_path / "gain" / "report-gates.png").exists()
 
 
+def test_the_layers_of_a_resumed_training_are_drawn_in_their_order(tmp_path: Path) -> None:
+    """Its log goes on from a checkpoint's, in which the names are sorted as texts."""
+    counts = {f"open_heads/layer_{i}": i + 1.0 for i in range(12)}
+    log = [dict(sorted({**counts, "step": step}.items())) for step in (5, 10)]
+    assert list(log[0]).index("open_heads/layer_10") < list(log[0]).index("open_heads/layer_2")
+    parsed = page(put(tmp_path / "out", a_report(layers=12, training={"gates": log, "retrain": []})))
+    shares = ", ".join(f"{(i + 1) / 12:.2f}" for i in range(12))
+    assert f"heads at the end: {shares}" in parsed.source
+
+
 def test_a_gradual_sweep_s_pages_draw_the_training_of_their_model(tmp_path: Path) -> None:
     """The log has that of every target; a family's page draws the largest model's."""
     second = [{**e, "wanted": e["wanted"] / 2, "expected": 0.3} if "wanted" in e else e for e in gate_log(3)]
