@@ -143,20 +143,26 @@ def training_section(report: Fields, models: Sequence[Fields]) -> Section:
 
 
 def _openness(log: Sequence[Fields], report: Fields) -> Drawing | None:
-    dense = report.part("dense_shape")
     panels = []
-    for part, key, title in (
-        ("heads", "num_heads", "heads"),
-        ("ffn", "ffn_width", "FFN units"),
-        ("hidden", "hidden_size", "hidden dimensions"),
-    ):
-        full, prefix = dense.count(key), f"open_{part}/"
-        curves = _over_steps(log, _first_names(log, prefix))
-        if full and curves:
+    for part, title in (("heads", "heads"), ("ffn", "FFN units"), ("hidden", "hidden dimensions")):
+        names = _first_names(log, f"open_{part}/")
+        full, curves = _all_gates(report, part, len(names)), _over_steps(log, names)
+        if any(full) and curves:
             steps, values = curves
-            shares = [[min(value / full, 1.0) for value in row] for row in values]
+            pairs = zip(values, full, strict=True)
+            shares = [[min(value / max(count, 1), 1.0) for value in row] for row, count in pairs]
             panels.append((title, steps, shares))
     return figures.openness("report-gates", panels) if panels else None
+
+
+def _all_gates(report: Fields, part: str, rows: int) -> list[int]:
+    """How many gates each row of a part's figure has; empty where the report does not say."""
+    keys = {"heads": "num_heads", "ffn": "ffn_width", "hidden": "hidden_size"}
+    layers = dense_shapes(report)
+    if part != "hidden" and len(layers) == rows:
+        return [heads if part == "heads" else ffn for heads, ffn in layers]
+    widest = report.part("dense_shape").count(keys[part])
+    return [] if widest is None else [widest] * rows
 
 
 def _first_names(log: Sequence[Fields], prefix: str) -> list[str]:

@@ -318,7 +318,11 @@ def test_a_dense_model_that_was_pruned_before_is_counted_as_it_is(tmp_path: Path
     report["dense_shape"]["layers"] = [
         {"num_heads": h, "ffn_width": w} for h, w in zip(heads, widths, strict=True)
     ]
+    counts: dict[str, Any] = {"heads": heads, "ffn": [width / 2 for width in widths]}
+    open_gates = {f"open_{part}/layer_{i}": n for part in counts for i, n in enumerate(counts[part])}
+    report["training"]["gates"] = [{"step": 5, **open_gates}]
     parsed = page(put(tmp_path / "out", report))
+    assert "heads at the end: 1.00, 1.00, 1.00; FFN units at the end: 0.50, 0.50, 0.50" in parsed.source
     assert "heads: 3 of 19" in parsed.texts["layers"] and "FFN width: 300 of 2032" in parsed.texts["layers"]
     assert "The widest dense layers have 12 heads" in parsed.texts["layers"]
     assert "heads 19 3 0.158 of dense" in " ".join(parsed.texts["scores"].split())
