@@ -36,17 +36,7 @@ from pruned_ops.measure.layer_times import (
     head_counts,
     measure_table,
 )
-from pruned_ops.measure.timing import (
-    SETTLED,
-    Runner,
-    Timing,
-    Workload,
-    interleave,
-    machine,
-    processor_of,
-    threads,
-    versions,
-)
+from pruned_ops.measure.timing import Runner, Workload, machine, versions
 from pruned_ops.ops.panels import PART_TENSORS
 from pruned_ops.qa.questions import arrival_lengths, window_lengths
 from pruned_ops.qa.windows import windows
@@ -167,15 +157,6 @@ def test_refuse_names_what_differs() -> None:
     both = table(hidden_size=64, dtype="bfloat16").refuse(SHAPE, "gelu")
     assert both == "it was made with dtype bfloat16, here is float32; with hidden_size 64, here is 32"
     assert "device cpu, here is cuda" in (made.refuse(SHAPE, "gelu", device="cuda") or "")
-
-
-def test_processors_of_arm_differ() -> None:
-    """They have no name, and a table of one is refused on another."""
-    one = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\nprocessor\t: 1\n"
-    assert processor_of(one).endswith(" (implementer 0x41, part 0xd0c)")
-    assert processor_of(one) != processor_of(one.replace("0xd0c", "0xd40"))
-    x86 = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\n"
-    assert processor_of(x86) == "AMD EPYC (family 25, model 17)"
 
 
 def test_remake_command() -> None:
@@ -303,52 +284,6 @@ def test_timed_parts_have_the_panels_of_a_packed_encoder(dtype: str) -> None:
             expected = packed.weights[PART_TENSORS * number + 2 * place :][:2]
             assert [(t.shape, t.dtype) for t in (panels, bias)] == [(t.shape, t.dtype) for t in expected]
             assert (panels.data_ptr() - row.memory.data_ptr()) % 64 == 0
-
-
-def test_a_ratio_has_an_interval() -> None:
-    """Ranks of the rounds' ratios: all of them at first, the inner ones of many."""
-    own = Timing(WORKLOAD, (1.0,) * 5)
-    slower = Timing(WORKLOAD, (2.0, 1.0, 3.0, 5.0, 4.0))
-    assert own.speedup_over(slower) == 3.0 and own.speedup_interval(slower) == (1.0, 5.0)
-    many = Timing(WORKLOAD, tuple(float(n) for n in range(1, 101)))
-    low, high = Timing(WORKLOAD, (1.0,) * 100).speedup_interval(many)
-    assert (low, high) == (40.0, 61.0)  # the interval of a median by the binomial distribution
-    for rounds in range(1, 101):
-        numbers = Timing(WORKLOAD, tuple(float(n) for n in range(rounds)))
-        low, high = Timing(WORKLOAD, (1.0,) * rounds).speedup_interval(numbers)
-        inside = [math.comb(rounds, below) for below in range(rounds + 1) if low < below <= high]
-        assert low + high == rounds - 1
-        assert sum(inside) >= 0.95 * 2**rounds or (low, high) == (0, rounds - 1)
-
-
-@pytest.mark.parametrize(
-    ("noise", "second", "rounds"),
-    [(0.0, 1.0, 5), (2 * SETTLED, 1.0, 20), (2 * SETTLED, 5.0, 8), (2 * SETTLED, 50.0, 5)],
-)
-def test_timing_goes_on_until_a_ratio_is_settled(noise: float, second: float, rounds: int) -> None:
-    """Without noise the rounds that were asked for are enough; with too much of it there is an end, sooner
-    where a round takes long."""
-    calls = {"own": 0, "slower": 0}
-
-    def seconds(call: Any) -> float:
-        name = call()
-        calls[name] += 1
-        return second * (1.0 if name == "own" else 2.0 * (1 + noise * (-1) ** calls[name]))
-
-    runners = {name: (lambda batch, name=name: name) for name in calls}
-    workload = Workload("one", ((1,),))
-    timings = interleave(runners, workload, [{}], 5, warmup=1, seconds=seconds, settle=("own", "slower"))
-    assert {len(timing.seconds) for timing in timings.values()} == {rounds}
-    assert calls == {"own": rounds + 1, "slower": rounds + 1}
-
-
-def test_threads_are_given_back() -> None:
-    before = torch.get_num_threads()
-    with pytest.raises(KeyError), threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-        raise KeyError
-    with threads(None):
-        assert torch.get_num_threads() == before
 
 
 def test_measure_refuses() -> None:
