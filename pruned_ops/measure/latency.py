@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from pruned_ops.files import read_json, write_json
+from pruned_ops.layers.kinds import BERT_KIND, StackKind
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.measure.timing import Workload, machine, versions
+from pruned_ops.models.families.known import family_of
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.shape import MAX_WIDTH, LayerShape, ModelShape, checked_int
 
@@ -115,10 +117,13 @@ class LatencyTable:
         return min(align for align, cost in self.alignment if cost <= ALIGN_TOLERANCE)
 
     def refuse(
-        self, shape: ModelShape, hidden_act: str, dtype: str = "float32", device: str = "cpu"
+        self, shape: ModelShape, config: Any, dtype: str = "float32", device: str = "cpu"
     ) -> str | None:
-        """Why this table does not hold for a model of this shape here and now: a sentence that names all that
-        differs, or None where the table holds."""
+        """Why this table does not hold for a model of this shape and config here and now: a sentence that
+        names all that differs, or None where the table holds. Errors: ValueError for a config of no known
+        family."""
+        family = family_of(config)
+        hidden_act = family.value(config, "hidden_act")
         heads = max((layer.num_heads for layer in shape.layers), default=0)
         width = max((layer.ffn_width for layer in shape.layers), default=0)
         here = {**machine(), "device": device}
@@ -131,7 +136,8 @@ class LatencyTable:
                 pairs.append((f"{name} up to", points[-1][0], needed))
         if all(recorded == needed for _, recorded, needed in pairs):  # else the layer may not even run here
             widest = LayerShape(heads, width)
-            ran = layer_backends(shape.hidden_size, shape.head_dim, widest, hidden_act, device)
+            sizes = shape.hidden_size, shape.head_dim, widest
+            ran = layer_backends(*sizes, hidden_act, device, family.kind(config))
             pairs += [(f"{op} on backend", self.backends.get(op), backend) for op, backend in ran.items()]
         differences = [f"{n} {a or 'none'}, here is {b or 'none'}" for n, a, b in pairs if a != b]
         return f"it was made with {'; with '.join(differences)}" if differences else None
@@ -192,11 +198,20 @@ def _parse_workload(value: object) -> Workload:
 
 
 def layer_backends(
-    hidden_size: int, head_dim: int, shape: LayerShape, hidden_act: str, device: torch.device | str
+    hidden_size: int,
+    head_dim: int,
+    shape: LayerShape,
+    hidden_act: str,
+    device: torch.device | str,
+    kind: StackKind = BERT_KIND,
 ) -> dict[str, str]:
-    """The backend that runs each op of a layer of this shape here: one token is run through such a layer."""
+    """The backend that runs each op of a layer of this shape and kind here: one token is run through such a
+    layer."""
+    model_shape = ModelShape((shape,), hidden_size, head_dim)
     with torch.random.fork_rng(devices=[]):
-        encoder = PrunedEncoder(ModelShape((shape,), hidden_size, head_dim), hidden_act=hidden_act).to(device)
+        encoder = PrunedEncoder(model_shape, hidden_act=hidden_act, kind=kind).to(device)
     encoder.pack()
     batch = PackedBatch.from_mask(None, 1, 1, torch.device(device))
-    return backends_of(lambda: encoder(torch.zeros(1, hidden_size, device=device), batch))
+    x = torch.zeros(1, hidden_size, device=device)
+    positions = torch.zeros(1, dtype=torch.int32, device=device)
+    return backends_of(lambda: encoder(x, batch, positions=positions))

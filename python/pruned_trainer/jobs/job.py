@@ -20,7 +20,6 @@ from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload, threads
-from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import config_of, encoders_of, find_encoder, model_shape, running_encoder
@@ -401,9 +400,7 @@ def latency_table(
     if not file.is_file():
         raise FileNotFoundError(f"there is no latency table {file}; pruned-ops latency-table makes one")
     table = LatencyTable.load(file)
-    config = config_of(dense)
-    activation = family_of(config).value(config, "hidden_act")
-    described = model_shape(dense), activation, settings.served_dtype or "float32", device
+    described = model_shape(dense), config_of(dense), settings.served_dtype or "float32", device
     with threads(settings.threads):
         refusal = once(lambda: table.refuse(*described))
     if refusal is not None:
