@@ -44,6 +44,7 @@ class LatencyTable:
     attention, ffn: (num_heads, ms) and (ffn_width, ms), sizes rising from 0 to the dense one, ms never
     falling. alignment: (align, relative cost of FFN widths that are odd multiples of it); 1.0 is the best.
     backends: op -> the backend that ran it. command: the command line that made the table, where one did.
+    family: what people call the family of the model, such as BERT; tables of earlier versions do not say it.
     Errors: ValueError that names the field for any other value.
     """
 
@@ -60,6 +61,7 @@ class LatencyTable:
     versions: dict[str, Any]
     backends: dict[str, Any]
     command: str | None = None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "head_dim"):
@@ -84,9 +86,9 @@ class LatencyTable:
         try:
             if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
                 raise ValueError(f'an object with "format": {FORMAT} is needed')
-            names = {field.name for field in fields(cls)}
-            if names != set(data):
-                raise ValueError(f"missing or unknown: {', '.join(sorted(names ^ set(data)))}")
+            wrong = ({field.name for field in fields(cls)} ^ set(data)) - {"family"}
+            if wrong:
+                raise ValueError(f"missing or unknown: {', '.join(sorted(wrong))}")
             data["workload"] = _parse_workload(data["workload"])
             points = {name: _parse_points(name, data[name]) for name in ("attention", "ffn", "alignment")}
             return cls(**{**data, **points})
@@ -129,7 +131,8 @@ class LatencyTable:
         here = {**machine(), "device": device}
         pairs = [(name, self.machine.get(name), here[name]) for name in _MACHINE]
         pairs += [(name, self.versions.get(name), versions()[name]) for name in _VERSIONS]
-        pairs += [("dtype", self.dtype, dtype), ("hidden_size", self.hidden_size, shape.hidden_size)]
+        pairs += [("family", self.family, family.name), ("dtype", self.dtype, dtype)]
+        pairs += [("hidden_size", self.hidden_size, shape.hidden_size)]
         pairs += [("head_dim", self.head_dim, shape.head_dim), ("hidden_act", self.hidden_act, hidden_act)]
         for name, points, needed in (("num_heads", self.attention, heads), ("ffn_width", self.ffn, width)):
             if needed > points[-1][0]:

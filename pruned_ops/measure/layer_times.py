@@ -100,6 +100,7 @@ def measure_table(
         versions=versions(),
         backends=backends,
         command=command,
+        family=empty.family.name,
     )
 
 

@@ -55,6 +55,7 @@ def table(**changes: Any) -> LatencyTable:
         ((0, 0.5), (1, 1.0), (4, 4.0)), ((0, 0.25), (32, 2.25), (40, 8.25)),
         ((8, 1.125), (16, 1.015625), (32, 1.0)), {**machine(), "device": "cpu"}, versions(),
         layer_backends(32, 8, LayerShape(4, 40), "gelu", "cpu"), "pruned-ops latency-table t.json --length 9",
+        "BERT",
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -84,11 +85,14 @@ def test_save_and_load(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     table().save(path)
     assert LatencyTable.load(path) == table()
-    assert json.loads(path.read_text())["format"] == 1
+    data = json.loads(path.read_text())
+    assert data.pop("family") == "BERT" and data["format"] == 1
     with pytest.raises(TypeError):
         table(machine={"no": object()}).save(path)
     assert LatencyTable.load(path) == table()
     assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+    path.write_text(json.dumps(data))  # as earlier versions wrote it: --overwrite replaces it
+    assert LatencyTable.load(path) == table(family=None)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,8 @@ def test_refuse_names_what_differs() -> None:
         (table(head_dim=16), "head_dim 16, here is 8"),
         (table(hidden_act="relu"), "hidden_act relu, here is gelu"),
         (table(dtype="bfloat16"), "dtype bfloat16, here is float32"),
+        (table(family="DeBERTa"), "family DeBERTa, here is BERT"),
+        (table(family=None), "family none, here is BERT"),
         (table(attention=((0, 1.0), (3, 1.0))), "num_heads up to 3, here is 4"),
         (table(ffn=((0, 1.0), (32, 1.0))), "ffn_width up to 32, here is 40"),
         (table(backends={**made.backends, "encoder": "none such"}), "encoder on backend none such, here"),
