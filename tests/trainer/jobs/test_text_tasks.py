@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForSequenceClassification,
     BertForQuestionAnswering,
@@ -19,10 +21,13 @@ from transformers import (
 
 import pruned_ops
 from jobs import killed, same_end
+from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.runtime import optimize as packing
 from pruned_trainer.cli import main, parse, settings_of
 from pruned_trainer.jobs.prune import prune
-from pruned_trainer.tasks.options import TEXT_COLUMNS
+from pruned_trainer.tasks.options import TEXT_COLUMNS, TaskOptions
+from pruned_trainer.tasks.texts.classification import ClassificationTask
+from pruned_trainer.training.batches import pad_batch
 from text_files import CUT, checkpoint, classified, scored, write_rows
 
 PRUNE = ("--macs", "0.6", "--gate-steps", "4", "--retrain-steps", "4", "--batch-size", "8", *CUT)
@@ -87,6 +92,19 @@ def test_a_head_that_fits_is_kept_and_another_is_made_new(classifier: Path, tmp_
         assert main([*argv, "--train-file", str(train), "--out", str(tmp_path / name)]) == 0
         config = AutoModelForSequenceClassification.from_pretrained(tmp_path / name).config
         assert list(config.id2label.values()) == (["high", "low"] if kept else labels)
+
+
+def test_a_head_of_several_labels_at_once_learns_one_for_each_text(tmp_path: Path) -> None:
+    """A classifier of such labels is a fine start, but its own loss takes a number for each label."""
+    fields = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    folder = checkpoint(tmp_path / "model", BertForSequenceClassification, **fields)
+    task = ClassificationTask(TaskOptions(task="text-classification", max_length=24))
+    rows = [{"text": f"w{i}", "label": i % 3} for i in range(6)]
+    examples = task.read(write_rows(tmp_path / "train.jsonl", rows), "train")
+    model = task.start_model(str(folder), examples)
+    batch = pad_batch(task.features(examples, load_tokenizer(str(folder)), model), 0)
+    outputs = model(**batch)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, batch["labels"]))
 
 
 def test_scores_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

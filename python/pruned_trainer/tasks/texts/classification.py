@@ -29,6 +29,7 @@ from pruned_trainer.tasks.texts.prepared import PreparedTexts
 HEAD = "ForSequenceClassification"
 COLUMNS = {"text-classification": ("text",), "pair-classification": ("text_a", "text_b")}
 NOUNS = {"text-classification": "texts", "pair-classification": "pairs"}
+ONE_LABEL = "single_label_classification"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ClassificationTask(TextTask):
     # -- models ------------------------------------------------------------------------------------------
 
     def start_model(self, source: str, examples: Examples) -> PreTrainedModel:
-        """The checkpoint's own head where its labels are the examples', else a new one."""
+        """The checkpoint's own head where its labels are the examples', else a new one; of several labels it
+        learns to say one for each text."""
         if self.options.scores is not None:
             return load_to_fine_tune(source, HEAD, num_labels=1, problem_type="regression")
         values = [row.label for row in examples.rows]
@@ -58,13 +60,11 @@ class ClassificationTask(TextTask):
         if (config.architectures or [""])[0].endswith(HEAD):
             known = Labels.of(config)
             if config.num_labels > 1 and known.fit(values, examples.names):
-                return load_to_fine_tune(source, HEAD)
+                return load_to_fine_tune(source, HEAD, problem_type=ONE_LABEL)
         labels = Labels.found_in(values, examples.names)
         if len(labels.names) < 2:
             raise FormatError(one_class(examples, labels.names[0]))
-        return load_to_fine_tune(
-            source, HEAD, **labels.to_config(), problem_type="single_label_classification"
-        )
+        return load_to_fine_tune(source, HEAD, **labels.to_config(), problem_type=ONE_LABEL)
 
     def check_model(self, model: PreTrainedModel, source: str) -> None:
         labels = len(Labels.of(model.config).names)
