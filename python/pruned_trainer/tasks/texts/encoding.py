@@ -81,9 +81,14 @@ def encoded(rows: Any, row: int) -> Encoded:
 
 def model_outputs(model: PreTrainedModel, windows: Sequence[Any], read: Read) -> list[NDArray[np.float32]]:
     """What the model says of each window, in their order: fp32, without the padding of what has a row for
-    each token. The model runs packed meanwhile, on all processes."""
+    each token. The model runs packed meanwhile, on all processes. Errors: ValueError for numbers that are not
+    finite."""
     with optimized(model):
-        return shared(partial(_outputs, model, read), windows)
+        outputs = shared(partial(_outputs, model, read), windows)
+    for number, values in enumerate(outputs):
+        if not np.isfinite(values).all():
+            raise ValueError(f"the model's outputs for window {number} are not finite")
+    return outputs
 
 
 @torch.inference_mode()
