@@ -157,6 +157,8 @@ def test_squad_as_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         question = pair.where.split("'")[1]
         assert pair.label == (pair.texts[1] == own[question])
         assert articles[pair.texts[1]] == articles[own[question]]
+    # An article has ten paragraphs, of which some have no question that is answerable.
+    assert len(pairs) == 10 * sum(pair.label for pair in pairs)
     train, held_out = squad_pairs(file, None, 0).split(0)
     sides = [{articles[row.texts[1]] for row in part.rows} for part in (train, held_out)]
     assert sides[0] and sides[1] and not sides[0] & sides[1]

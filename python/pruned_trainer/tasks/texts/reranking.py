@@ -209,18 +209,20 @@ def _is_squad(path: Path) -> bool:
 
 def squad_pairs(path: Path, negatives: int | None, seed: int, skipped: Skipped | None = None) -> Examples:
     """SQuAD's answerable questions, each with its own paragraph, which is relevant, and with others of its
-    article, which are not.
+    article, which are not, whatever is asked of them.
 
     negatives: how many others, drawn with the seed; all by default. A question whose article has no other
     paragraph is left out. Errors: FormatError for a file that is not SQuAD's, or without such a question.
     """
-    asked = [example for example in load_squad(path, "raise", skipped).examples if example.answers]
+    examples = load_squad(path, "raise", skipped).examples
     paragraphs: dict[str, dict[str, None]] = {}
-    for example in asked:
+    for example in examples:
         paragraphs.setdefault(example.title, {})[example.context] = None
     rng = random.Random(seed)
     rows: list[Example] = []
-    for example in asked:
+    for example in examples:
+        if not example.answers:
+            continue
         others = [text for text in paragraphs[example.title] if text != example.context]
         if negatives is not None and len(others) > negatives:
             others = rng.sample(others, negatives)
