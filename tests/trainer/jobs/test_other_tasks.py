@@ -169,6 +169,9 @@ def test_squad_as_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert task.read(file, "validation").rows == pairs  # all of them judge
     model = checkpoint(tmp_path / "model", BertForSequenceClassification, num_labels=1)
     assert evaluated(["--task", "reranking"], model, file, capsys)["total"] == sum(p.label for p in pairs)
+    apart = squad_file(tmp_path / "apart.json", 4, 1, articles=4)
+    with pytest.raises(FormatError, match="no answerable question has another paragraph in its article"):
+        squad_pairs(apart, None, 0)
 
 
 def test_similar_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -386,18 +389,6 @@ def test_modules_that_an_embedder_is_trained_without_are_named(
             load(str(folder))
             said = [line for line in capsys.readouterr().out.splitlines() if "modules" in line]
             assert len(said) == bool(named) and all(line.startswith(named) for line in said)
-
-
-def test_ranking_measures_are_scikit_learn_s_and_know_ties() -> None:
-    from pruned_trainer.tasks.texts.ranking import DiscountedGain, ReciprocalRank
-
-    relevance, scores = np.array([0.0, 1, 0, 0]), np.array([3.0, 2, 2, 1])
-    assert ReciprocalRank().of_query(relevance, scores) == 1 / 3  # of two equals the worse place
-    assert ReciprocalRank().of_query(relevance, np.zeros(4)) == 1 / 4
-    # Of two relevant equals, as one document that is there twice, one is first.
-    assert ReciprocalRank().of_query(np.array([1.0, 0, 1]), np.array([3.0, 2, 3])) == 1
-    assert ReciprocalRank().of_query(np.array([1.0, *[0] * 10]), np.arange(11.0)) == 0
-    assert DiscountedGain().of_query(np.array([0.0, 1]), np.array([2.0, 1])) == pytest.approx(1 / np.log2(3))
 
 
 PRUNE = ("--macs", "0.6", "--gate-steps", "2", "--retrain-steps", "2", "--batch-size", "8", *CUT)

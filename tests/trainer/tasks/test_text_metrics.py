@@ -9,6 +9,7 @@ import pytest
 
 from pruned_trainer.tasks.texts import metrics
 from pruned_trainer.tasks.texts.metrics import Metric, loss_interval
+from pruned_trainer.tasks.texts.ranking import DiscountedGain, ReciprocalRank
 
 RNG = np.random.default_rng(0)
 GOLD = RNG.integers(3, size=60)
@@ -54,3 +55,13 @@ def test_the_interval_is_paired() -> None:
     interval = loss_interval(metrics.Accuracy(), GOLD, LOGITS, worse)
     loss = metrics.Accuracy().value(GOLD, LOGITS) - metrics.Accuracy().value(GOLD, worse)
     assert interval is not None and interval[0] <= loss <= interval[1] and interval[1] - interval[0] < 20
+
+
+def test_ranking_measures_are_scikit_learn_s_and_know_ties() -> None:
+    relevance, scores = np.array([0.0, 1, 0, 0]), np.array([3.0, 2, 2, 1])
+    assert ReciprocalRank().of_query(relevance, scores) == 1 / 3  # of two equals the worse place
+    assert ReciprocalRank().of_query(relevance, np.zeros(4)) == 1 / 4
+    # Of two relevant equals, as one document that is there twice, one is first.
+    assert ReciprocalRank().of_query(np.array([1.0, 0, 1]), np.array([3.0, 2, 3])) == 1
+    assert ReciprocalRank().of_query(np.array([1.0, *[0] * 10]), np.arange(11.0)) == 0
+    assert DiscountedGain().of_query(np.array([0.0, 1]), np.array([2.0, 1])) == pytest.approx(1 / np.log2(3))

@@ -228,7 +228,11 @@ def squad_pairs(path: Path, negatives: int | None, seed: int, skipped: Skipped |
             others = rng.sample(others, negatives)
         if others:
             rows += _ranked(example, others, str(path))
-    return some(Examples(str(path), tuple(rows)), skipped)
+    if not rows:
+        raise FormatError(
+            f"{path}: no answerable question has another paragraph in its article, to be told from its own"
+        )
+    return Examples(str(path), tuple(rows))
 
 
 def _ranked(example: SquadExample, others: Sequence[str], name: str) -> Iterator[Example]:
