@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
 
-from nq_pages import annotation, page, parsed
+from nq_pages import annotation, matching_file, page, parsed
 from pruned_ops.models.heads import AnswerType
-from pruned_trainer.tasks.natural_questions.documents import read_documents
+from pruned_trainer.tasks.natural_questions.documents import NqFormatError, read_documents
+from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.tasks.natural_questions.windows import (
     NqWindow,
     answer_span,
@@ -179,3 +181,12 @@ def test_candidates_that_overlap() -> None:
     placed = located(windows[0], read, 0)
     assert placed.candidate[feature["start_positions"]] == 1
     assert covers(placed, feature["start_positions"], feature["end_positions"]) == (5, 6)
+
+
+def test_of_too_few_documents_none_is_held_out(tmp_path: Path) -> None:
+    """Each is held out by a draw of its own; all of these have annotations."""
+    task = NaturalQuestionsTask(max_length=32, stride=8)
+    training, held_out = task.read_training(matching_file(tmp_path / "train.jsonl", 3, 2), False)
+    assert held_out is not None and len(task.prepare(training, word_tokenizer())) == 3
+    with pytest.raises(NqFormatError, match=r"train\.jsonl: .* holds out 5% .*: give a validation file"):
+        task.prepare(held_out, word_tokenizer())

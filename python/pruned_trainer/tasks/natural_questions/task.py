@@ -235,6 +235,11 @@ class NaturalQuestionsTask:
                     windows += [located(window, page, len(documents)) for window in cut_windows]
                     documents.append(document.without_text())
         self.faults.add(skipped)
+        if examples.held_out and not documents:
+            raise NqFormatError(
+                f"{examples.files[0]}: the draw holds out {examples.fraction:.0%} of the documents, and none "
+                "of so few: give a validation file"
+            )
         annotators = max((len(document.labels) for document in documents), default=0)
         if not annotators:
             raise NqFormatError(f"{examples.files[0]}: no document has an annotation to score by")
