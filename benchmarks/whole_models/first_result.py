@@ -48,9 +48,12 @@ class FirstResult:
 
     @classmethod
     def read(cls, results: Path) -> FirstResult:
-        """The newest of each kind of file in the folder."""
+        """The newest of each kind of file in the folder; the scores are those of the models that were timed,
+        which are of the same processor."""
         speeds = {row["runner"]: row for row in _newest(results.glob("natural-questions-speed-*.csv"))}
-        scored = (path for path in results.glob("natural-questions-*.csv") if "-speed-" not in path.name)
+        processor = speeds[BASELINE]["machine_processor"]
+        files = (path for path in results.glob("natural-questions-*.csv") if "-speed-" not in path.name)
+        scored = (path for path in files if read_rows(path)[0]["machine_processor"] == processor)
         models = {row["model"]: row for row in _newest(scored)}
         int8 = _newest(results.glob("int8-*.csv"))  # the dense model comes first, then a pruned one
         full, quantised = (
