@@ -133,8 +133,10 @@ async def _closed(target: Target, requests: Sequence[bytes], clients: int, secon
     order = iter(range(1 << 60))
 
     async def client() -> None:
-        while time.perf_counter() < start + seconds:
+        while True:  # once at least, however late it comes to its turn
             await _timed(target, requests[next(order) % len(requests)], load)
+            if time.perf_counter() >= start + seconds:
+                return
 
     watch = asyncio.create_task(_watch(target, load))
     await asyncio.gather(*(client() for _ in range(clients)))

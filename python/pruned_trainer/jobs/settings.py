@@ -129,6 +129,7 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _in_order(self.targets))
+        settings_checks.check_finite(self)
         self.check_task()
         self._check_choices()
         self._check_targets()
@@ -265,7 +266,6 @@ class PruneSettings:
             )
 
     def _check_numbers(self) -> None:
-        settings_checks.check_finite(self)
         for name in ("batch_size", "align", "max_length", "save_steps", "threads"):
             if getattr(self, name) is not None:
                 checked_int(name, getattr(self, name), 1)
