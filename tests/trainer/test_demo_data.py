@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertModel
 
+from pruned_trainer.cli import main
+from pruned_trainer.demo import run as demo_run
 from pruned_trainer.demo.questions import (
     KINDS,
     PARTS,
@@ -25,6 +28,7 @@ from pruned_trainer.demo.questions import (
     write_demo_set,
 )
 from pruned_trainer.demo.wordings import RELATIONS, SPLITS, parse
+from text_files import CUT, checkpoint
 
 DEMO = demo_set()
 
@@ -170,3 +174,24 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> 
         assert first[split].read_bytes() == again[split].read_bytes()
         assert first[split].read_bytes() != other[split].read_bytes()
         assert json.loads(first[split].read_text(encoding="utf-8")) == getattr(DEMO, split)
+
+
+def test_files_of_ones_own_are_read_as_prune_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that does not stand at its answer_start is moved where its place is sure."""
+    answer = {"text": "w2", "answer_start": 4}  # it stands at 3
+    qas = [{"id": "q", "question": "w2", "answers": [answer], "is_impossible": False}]
+    article = {"title": "t", "paragraphs": [{"context": "w1 w2 w3", "qas": qas}]}
+    model = checkpoint(tmp_path / "model", BertModel)
+    argv = ["demo", "--model", str(model), "--out", str(tmp_path / "out"), *CUT]
+    for split in ("train", "eval"):
+        (tmp_path / f"{split}.json").write_text(json.dumps({"version": "v2.0", "data": [article]}))
+        argv += [f"--{split}-file", str(tmp_path / f"{split}.json")]
+
+    def train(model: Any, features: Any, *_: Any) -> None:
+        raise ValueError(f"the answer begins at token {features[0]['start_positions']}")
+
+    monkeypatch.setattr(demo_run, "train", train)
+    assert main(argv) == 2
+    assert "the answer begins at token 4" in capsys.readouterr().err  # [CLS] w2 [SEP] w1 w2

