@@ -198,15 +198,15 @@ def table(page: str, head: str) -> list[list[str]]:
 
 def test_the_families_of_the_page_are_the_codes() -> None:
     rows = table("docs/run.md", "| encoder | `model_type` | pruned |")
-    said = {pruned.strip("`"): kinds.replace("`", "").split(", ") for _, kinds, pruned in rows}
-    assert said == {family.pruned_type: [one.model_type for one in family.stock] for family in FAMILIES}
+    families = {pruned.strip("`"): kinds.replace("`", "").split(", ") for _, kinds, pruned in rows}
+    assert families == {family.pruned_type: [one.model_type for one in family.stock] for family in FAMILIES}
 
 
 def test_the_limits_of_a_server_are_the_codes() -> None:
-    said = [row[:2] for row in table("docs/serve.md", "| option | default | beyond it |")]
-    said += re.findall(r"(`--[a-z-]+`)(?: tokens)? \(([\d,]+)\)", PAGES["docs/serve.md"])
+    on_page = [row[:2] for row in table("docs/serve.md", "| option | default | beyond it |")]
+    on_page += re.findall(r"(`--[a-z-]+`)(?: tokens)? \(([\d,]+)\)", PAGES["docs/serve.md"])
     limits = {
-        option.split("`")[1][2:].replace("-", "_"): float(text.replace(",", "")) for option, text in said
+        option.split("`")[1][2:].replace("-", "_"): float(text.replace(",", "")) for option, text in on_page
     }
     assert limits == {name: getattr(Limits(), name) for name in limits} and len(limits) == 8
 

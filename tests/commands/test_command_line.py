@@ -130,8 +130,8 @@ def test_a_path_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     said = cli.parse(["quantize", "~/model", "~/new", "--texts=~/texts.txt"])
     assert (said.model, said.out) == ("/home/me/model", Path("/home/me/new"))
     assert cli.parse(["serve", "~/model", "owner/name"]).models == ["/home/me/model", "owner/name"]
-    said = cli.parse(["serve", "rank=~/ranker", "rank=owner/name", "~/a=b"])
-    assert said.models == ["rank=/home/me/ranker", "rank=owner/name", "/home/me/a=b"]
+    serve = cli.parse(["serve", "rank=~/ranker", "rank=owner/name", "~/a=b"])
+    assert serve.models == ["rank=/home/me/ranker", "rank=owner/name", "/home/me/a=b"]
     assert cli.parse(["ask", "model", "--questions=~/asked.jsonl"]).questions == "/home/me/asked.jsonl"
     said = trainer_cli.parse(
         [

@@ -267,10 +267,10 @@ def test_measure_every_family(stem: str, dtype: str | None) -> None:
 def test_a_table_holds_for_the_family_that_it_was_made_for() -> None:
     """Layers whose LayerNorms come first have other ops than BERT's, where they do not run in one call."""
     dense = stock("ModernBert", "", hidden_act="silu").config
-    made = measure_table(dense, WORKLOAD, 1, progress=False)
-    assert "attention" in made.backends and "linear_add_layer_norm" not in made.backends
+    measured = measure_table(dense, WORKLOAD, 1, progress=False)
+    assert "attention" in measured.backends and "linear_add_layer_norm" not in measured.backends
     shape = ModelShape((LayerShape(4, 96),) * 2, 64, 16)
-    assert made.refuse(shape, dense) is None
+    assert measured.refuse(shape, dense) is None
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])

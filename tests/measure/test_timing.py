@@ -16,9 +16,9 @@ WORKLOAD = Workload("tiny", ((5, 3), (9, 1)))
 
 def test_processors_of_arm_differ() -> None:
     """They have no name, and a table of one is refused on another."""
-    one = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\nprocessor\t: 1\n"
-    assert processor_of(one).endswith(" (implementer 0x41, part 0xd0c)")
-    assert processor_of(one) != processor_of(one.replace("0xd0c", "0xd40"))
+    neoverse = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\nprocessor\t: 1\n"
+    assert processor_of(neoverse).endswith(" (implementer 0x41, part 0xd0c)")
+    assert processor_of(neoverse) != processor_of(neoverse.replace("0xd0c", "0xd40"))
     x86 = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\n"
     assert processor_of(x86) == "AMD EPYC (family 25, model 17)"
 

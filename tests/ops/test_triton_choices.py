@@ -114,8 +114,8 @@ def test_the_model_chooses_what_fits_the_shape() -> None:
     # As many tiles as there are multiprocessors beat fewer, larger ones, and splitting.
     for tokens, width, hidden, tiles in ((256, 3072, 768, 96), (128, 1536, 384, 48), (1408, 768, 384, 132)):
         best = tuning.fitting(known, tokens, width, hidden, 2, True, h200)[0]
-        made = -(-tokens // best.block_m) * -(-width // best.block_n)
-        assert best.split_k == 1 and tiles <= made <= 132, (tokens, width, hidden, best)
+        launched = -(-tokens // best.block_m) * -(-width // best.block_n)
+        assert best.split_k == 1 and tiles <= launched <= 132, (tokens, width, hidden, best)
     for config in tuning.fitting(known, 4096, 3072, 768, 2, True, a100):
         assert not config.tma and config.shared_bytes(2) <= configs.SHARED_MEMORY[80]
     assert not any(c.tma for c in tuning.fitting(known, 4096, 3072, 768, 2, False, h200))

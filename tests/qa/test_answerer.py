@@ -212,8 +212,8 @@ def test_a_tokenizer_may_be_named_by_its_folder(tmp_path: Path) -> None:
     word_tokenizer(96).save_pretrained(tmp_path)
     expected = QuestionAnswerer(stock_model(), word_tokenizer(96)).answer("w1", words(20))
     assert QuestionAnswerer(stock_model(), str(tmp_path)).answer("w1", words(20)) == expected
-    found = pruned_ops.pipeline("question-answering", stock_model(), tmp_path)("w1", words(20))
-    assert found["answer"] in words(20)
+    by_folder = pruned_ops.pipeline("question-answering", stock_model(), tmp_path)("w1", words(20))
+    assert by_folder["answer"] in words(20)
 
 
 def test_what_cannot_be_set_is_named(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
 from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
 from pruned_trainer.jobs.trainers import check_callers_arguments
 from pruned_trainer.pruning.decision import Decision
-from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, score_steps
+from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, compensation_of, score_steps
 from pruned_trainer.tasks.output_kinds import Outputs, check_comparable, comparable_outputs
 from pruned_trainer.tasks.task import HELD_OUT, accepted, without_labels
 from pruned_trainer.training.batches import GROUP, Collate, Share
@@ -182,7 +182,7 @@ def prune(
 
 def _chooses(recipe: str, options: Mapping[str, Any]) -> bool:
     """Whether the run keeps what scores best of several: of ways to compensate, or of weights."""
-    compensation = options.get("compensate", "auto" if recipe == "fast" else "none")
+    compensation = compensation_of(recipe, options.get("compensate"))
     return compensation == "auto" or bool(options.get("average_steps"))
 
 
@@ -253,9 +253,9 @@ class _Call:
             batch = args.train_batch_size * args.gradient_accumulation_steps * world_size()
             precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
             saving = {"save_steps": int(args.save_steps)} if args.save_steps >= 1 else {}
-            given = {"batch_size": batch, "precision": precision, "seed": args.seed, **saving}
-            given |= _steps(args, rows, batch, recipe, options)
-            options = {**given, **options}
+            by_args = {"batch_size": batch, "precision": precision, "seed": args.seed, **saving}
+            by_args |= _steps(args, rows, batch, recipe, options)
+            options = {**by_args, **options}
         settings = _settings(
             model=_name_of(self.dense),
             train_file=Path("train_dataset"),

@@ -70,9 +70,11 @@ def working_copy(model: Any, whose: str) -> Any:
 
 
 def digest_of_weights(model: nn.Module) -> str:
-    """The SHA-256 of a model's state dict."""
+    """The SHA-256 of the tensors in a model's state dict."""
     content = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # a module's own extra state
+            continue
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         content.update(values.numpy().data)

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from pruned_trainer.training.batches import GROUP, Collate, pad_batch
@@ -66,14 +65,10 @@ class Rows(Sequence[dict[str, Any]]):
         return Rows([self.data[number] for number in numbers], self.name, self.columns, self.renames)
 
     def digest(self) -> str:
-        """The SHA-256 of the rows' names and values."""
+        """The SHA-256 of the rows' names and values; an object that is no plain value counts by its class."""
         content = hashlib.sha256()
         for row in self:
-            for column in sorted(row):
-                values = np.asarray(row[column].cpu() if isinstance(row[column], Tensor) else row[column])
-                about = f"{column} {values.dtype} {values.shape} "
-                plain = repr(row[column]).encode() if values.dtype.hasobject else values.tobytes()
-                content.update(about.encode() + plain)
+            content.update(repr(sorted(_plain(row).items())).encode(errors="surrogatepass"))
         return content.hexdigest()
 
     @property
@@ -91,6 +86,17 @@ def label_of(row: Mapping[str, Any], name: str) -> Any:
     """The labels of a row, by the models' name for them; None where it has none."""
     own = _label_name(row) if name == "labels" else name
     return None if own is None else row.get(own)
+
+
+def _plain(value: Any) -> Any:
+    """A value in Python's own types, which say the same in every process."""
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__  # tensors, arrays
 
 
 def _is_iterable(data: Any) -> bool:

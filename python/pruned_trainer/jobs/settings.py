@@ -21,6 +21,7 @@ from pruned_trainer.pruning.options import (
     UNTRAINED,
     Target,
     check_parts,
+    compensation_of,
 )
 from pruned_trainer.tasks.options import NULL_RATE, PAIRED, TEXT_COLUMNS, TaskOptions
 from pruned_trainer.training.distillation import Distillation
@@ -350,14 +351,13 @@ class PruneSettings:
 
     @property
     def width_align(self) -> int | None:
-        """The number that FFN widths and the hidden size are rounded up to a multiple of; None where the
-        latency table has it."""
+        """What FFN widths and the hidden size are multiples of; None where the latency table has it."""
         return self.align or (None if self.is_timed else WIDTH_ALIGN)
 
     @property
     def compensation(self) -> str:
-        """How the narrow model is compensated when it is made: what was asked for, or the recipe's way."""
-        return self.compensate or ("auto" if self.recipe == "fast" else "none")
+        """See `compensation_of`."""
+        return compensation_of(self.recipe, self.compensate)
 
     @property
     def default_retrain_epochs(self) -> float:

@@ -103,6 +103,11 @@ def check_parts(parts: Sequence[str]) -> None:
         )
 
 
+def compensation_of(recipe: str, asked_for: str | None) -> str:
+    """How the narrow model is compensated when it is made: what was asked for, or the recipe's way."""
+    return asked_for or ("auto" if recipe == "fast" else "none")
+
+
 def score_steps(recipe: str, batch_size: int) -> int | None:
     """The minibatches of so many examples that hold a recipe's SCORE_WINDOWS; None where it has none."""
     windows = SCORE_WINDOWS.get(recipe)

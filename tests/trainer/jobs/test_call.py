@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -346,6 +347,26 @@ def test_an_interrupted_call_goes_on_where_it_has_a_folder(
     assert result.decision == whole.decision
     expected = whole.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in result.model.state_dict().items())
+
+
+def test_rows_of_any_kind_have_a_digest() -> None:
+    """Of ragged lists, bfloat16 and dictionaries, too; values count, and not how they are held."""
+
+    def digest(**row: Any) -> str:
+        return Rows([row], "training dataset").digest()
+
+    for value, other in (
+        ([[1, 2], [3]], [[1, 2], [4]]),
+        (torch.ones(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)),
+        ({"text": ["a"], "answer_start": [0]}, {"text": ["a"], "answer_start": [1]}),
+        ("a\ud800", "b"),
+        (None, 0),
+    ):
+        assert digest(input_ids=[5], more=value) == digest(more=value, input_ids=[5])
+        assert digest(input_ids=[5], more=value) != digest(input_ids=[5], more=other)
+    as_array, as_tensor = np.array([5, 6]), torch.tensor([5, 6])
+    assert digest(input_ids=[5, 6]) == digest(input_ids=as_array) == digest(input_ids=as_tensor)
+    assert digest(input_ids=[5], more=object()) == digest(input_ids=[5], more=object())
 
 
 def test_the_encoder_that_is_named_is_pruned() -> None:
