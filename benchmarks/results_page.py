@@ -42,7 +42,7 @@ OTHERS = {
     "sentence-transformers": ("sentence-transformers-",),
     "Servers": ("serve-",),
     "Other tasks": ("tasks-",),
-    "Natural Questions": ("natural-questions-",),
+    "Natural Questions": ("natural-questions-", "paper-natural-questions-"),
     "Where the time of a layer goes": ("avx2-", "parts-"),
     "More": ("",),
 }

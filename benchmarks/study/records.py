@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,20 +69,12 @@ class Profile:
 
 
 @dataclass
-class Study:
-    """A study under way. questions, held: the curves are scored on these, and their thresholds chosen on
-    those; the rows use the job's. note: the circumstances, written into every row that is made now."""
+class Records:
+    """The finished pieces of a study in its folder. note: the circumstances, written into every record that
+    is made now."""
 
-    profile: Profile
-    job: Job
     work: Path
-    questions: Questions
-    held: Questions
-    note: str = ""
-
-    def job_for(self, seed: int, **changes: Any) -> Job:
-        """The job with this seed and these settings."""
-        return replace(self.job, settings=replace(self.job.settings, seed=seed, **changes))
+    note: str = field(default="", kw_only=True)
 
     def once(self, name: str, work: Callable[[], Row]) -> Row:
         """The record of this name: from disk, or made by `work` now, with the stamp of a row and the note."""
@@ -96,6 +88,29 @@ class Study:
         """The record of this name, if there is one."""
         path = self.work / "records" / f"{name}.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def scores(self, name: str, work: Callable[[], Scores]) -> Scores:
+        """The gates' or importance scores of this name: from disk, or computed by `work` now."""
+        path = self.work / "scores" / f"{name}.pt"
+        if not path.is_file():
+            print(f"== {name}", flush=True)
+            work().save(path)
+        return Scores.load(path)
+
+
+@dataclass
+class Study(Records):
+    """A study of SQuAD 2.0 under way. questions, held: the curves are scored on these, and their thresholds
+    chosen on those; the rows use the job's."""
+
+    profile: Profile
+    job: Job
+    questions: Questions
+    held: Questions
+
+    def job_for(self, seed: int, **changes: Any) -> Job:
+        """The job with this seed and these settings."""
+        return replace(self.job, settings=replace(self.job.settings, seed=seed, **changes))
 
     def adopt(self, path: Path) -> int:
         """Take over the pieces that a CSV of this study has and this folder lacks, with the scores of the
@@ -136,14 +151,6 @@ class Study:
             f1, span = (arrays[f"{name}/{score}"].astype(np.float64) for score in ("f1", "f1_span"))
             result = {"metrics": {"f1": f1.mean()}, "f1_span": span.mean() if len(span) else None}
             write_json(target, {**result, "question_f1": f1.tolist(), "question_span_f1": span.tolist()})
-
-    def scores(self, name: str, work: Callable[[], Scores]) -> Scores:
-        """The gates' or importance scores of this name: from disk, or computed by `work` now."""
-        path = self.work / "scores" / f"{name}.pt"
-        if not path.is_file():
-            print(f"== {name}", flush=True)
-            work().save(path)
-        return Scores.load(path)
 
     def result(self, name: str, work: Callable[[], EvaluationResult]) -> EvaluationResult:
         """A model's scores, question by question, without answers: from disk, or computed by `work` now."""
@@ -208,7 +215,7 @@ def open_study(profile: Profile, model: str, data: Path, work: Path, note: str =
     def fewer(source: Any) -> Any:
         return job.task.prepare(source.examples[:: profile.curve_every], job.tokenizer, job.dense)
 
-    return Study(profile, job, work, fewer(job.evaluation), fewer(job.validation), note)
+    return Study(work, profile, job, fewer(job.evaluation), fewer(job.validation), note=note)
 
 
 def every_nth(source: Path, every: int, folder: Path) -> Path:

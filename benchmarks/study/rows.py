@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from harness import Row
 from pruned_ops import ModelShape
+from pruned_ops.models.configuration import PrunedConfig
 from pruned_ops.models.stock import find_encoder, model_shape
 from pruned_trainer.jobs.choice import choose, compensated, score_batches
 from pruned_trainer.jobs.evaluation import model_facts
@@ -251,17 +252,21 @@ def table_row(study: Study, seed: int, letter: str, retraining: str) -> Row:
 def by_shares(study: Study, seed: int, letter: str) -> tuple[Decision, float | None]:
     """The decision that removes a letter's shares of each part, by gates that were held to them; and the
     seconds that their training took."""
-    shares = HIDDEN_SHARES if letter == HIDDEN_ROW else TABLE[letter]
-    rank, values = (PerGate.full(study.job.budget.dense, value) for value in (float("inf"), 1.0))
-    seconds: list[float | None] = []
-    for part, share in zip(PARTS, shares, strict=False):
-        if share:
-            scores, took = gates(study, seed, part, share)
-            places = scores.rank.places().map(partial(_above, share))
-            rank, values = rank.replace(part, places), values.replace(part, scores.values)
-            seconds.append(took)
+    letters = HIDDEN_SHARES if letter == HIDDEN_ROW else TABLE[letter]
+    shares = {part: share for part, share in zip(PARTS, letters, strict=False) if share}
+    trained = {part: gates(study, seed, part, share) for part, share in shares.items()}
+    seconds = [took for _, took in trained.values()]
     took_all = None if None in seconds else sum(s for s in seconds if s is not None)
-    return decide_at(Scores(rank, values), study.job.budget, 0.0, study.job.align), took_all
+    return at_shares(study.job, {part: scores for part, (scores, _) in trained.items()}, shares), took_all
+
+
+def at_shares(job: Job, scores: Mapping[str, Scores], shares: Mapping[str, float]) -> Decision:
+    """The decision that removes these shares of each part, the lowest-ranking first, by scores of its own."""
+    rank, values = (PerGate.full(job.budget.dense, value) for value in (float("inf"), 1.0))
+    for part, share in shares.items():
+        places = scores[part].rank.places().map(partial(_above, share))
+        rank, values = rank.replace(part, places), values.replace(part, scores[part].values)
+    return decide_at(Scores(rank, values), job.budget, 0.0, job.align)
 
 
 def _above(share: float, places: Tensor) -> Tensor:
@@ -280,6 +285,8 @@ def half(dense: PreTrainedModel) -> PreTrainedModel:
     encoder: Any = find_encoder(shorter).encoder
     encoder.layer = nn.ModuleList(list(encoder.layer)[1::2])
     shorter.config.num_hidden_layers = len(encoder.layer)
+    if isinstance(shorter.config, PrunedConfig):
+        shorter.config.layer_shapes = shorter.config.layer_shapes[1::2]
     return shorter
 
 
