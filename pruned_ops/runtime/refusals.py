@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from pruned_ops import ops
 from pruned_ops.layers.int8 import Int8Linear
 from pruned_ops.layers.parts import PrunedLinear, refuse_activation
+from pruned_ops.models.configuration import PrunedConfig
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import (
     ENCODER_NAMES,
@@ -136,17 +137,23 @@ def refuse_modules(encoder: Any, beside: Collection[str] = ()) -> str | None:
     modules of the encoder that are not looked at."""
     family = family_of(encoder.config)
     pooler = {"add_pooling_layer": False} if family.has_pooler else {}
+    config = copy.deepcopy(encoder.config)
     try:
+        if isinstance(config, PrunedConfig):
+            type(config).from_dict(config.to_dict())  # whose fields were changed since it checked them
         with torch.device("meta"):
-            described: Any = type(encoder)(copy.deepcopy(encoder.config), **pooler)
+            described: Any = type(encoder)(config, **pooler)
     except Exception as error:
         return f"{type(encoder).__name__} cannot be made from its config ({error})"
     layers, configured = len(layer_list(encoder)), len(layer_list(described))
     if layers != configured:
-        field = family.own_name("num_hidden_layers")
+        fields = f"config.{family.own_name('num_hidden_layers')} = {layers}"
+        if isinstance(config, PrunedConfig):
+            lists = ["layer_shapes", *(["head_indices"] if family.relative_bias is not None else [])]
+            fields += f", and config.{' and config.'.join(lists)} to their entries of those that are left,"
         return (
-            f"it has {layers} layers and its config says {configured}: set "
-            f"config.{field} = {layers} if layers were dropped on purpose"
+            f"it has {layers} layers and its config says {configured}: set {fields} if layers were dropped "
+            "on purpose"
         )
     known = dict(_computed(described))
     for name, module in _computed(encoder):

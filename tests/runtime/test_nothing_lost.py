@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForQuestionAnswering, BertModel
 
 import pruned_ops
+from family_models import ANSWERS, pruned
 from inputs import MODELS, logits, padded_batch, pruned_model, stock_model
+from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder
 from thorough import EVERYTHING
 
@@ -150,6 +152,30 @@ def test_a_refused_model_keeps_its_weights(change: Any, message: str) -> None:
     assert_is(model, before, identities)
     pruned_ops.restore(model)
     assert_is(model, before, identities)
+
+
+@pytest.mark.parametrize("kind", ["pruned_bert", "pruned_mpnet"])
+def test_a_pruned_model_without_a_layer_runs_once_its_config_says_so(kind: str) -> None:
+    """What the refusal names is enough, and all of it is needed."""
+    model = pruned(kind, ANSWERS)
+    layers = find_encoder(model).encoder.layer
+    del layers[0]
+    fields = ["layer_shapes", *(["head_indices"] if kind == "pruned_mpnet" else [])]
+    message = (
+        f"it has {len(layers)} layers and its config says {len(layers) + 1}: set config.num_hidden_layers = "
+        f"{len(layers)}, and config.{' and config.'.join(fields)} to their entries of those that are left"
+    )
+    with pytest.raises(ValueError, match=message):
+        pruned_ops.optimize(model)
+    model.config.num_hidden_layers = len(layers)
+    for name in fields:
+        with pytest.raises(ValueError, match=f"cannot be made from its config .*{name}"):
+            pruned_ops.optimize(model)
+        setattr(model.config, name, getattr(model.config, name)[1:])
+    batch = padded_batch()
+    real, expected = batch["attention_mask"].bool(), logits(model, batch)
+    found = logits(pruned_ops.optimize(model), batch)
+    torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-5)
 
 
 def share_layer(model: Any) -> None:
