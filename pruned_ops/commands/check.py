@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pruned_ops.qa.agreement import Finding, Report
     from pruned_ops.qa.questions import Question
 
+# How many of a file's questions are asked, where nothing is said.
+LIMIT = 200
+
 
 def add_command(commands: Any) -> None:
     """Add the command and its options to the parser's commands."""
@@ -34,7 +37,10 @@ def add_command(commands: Any) -> None:
         "--text-file", type=Path, metavar="FILE", help="text in UTF-8 (default: a short sample)"
     )
     texts.add_argument(
-        "--limit", type=int, default=200, metavar="N", help="how many of --questions are asked, at most"
+        "--limit",
+        type=int,
+        metavar="N",
+        help=f"how many of --questions are asked, at most (default: {LIMIT})",
     )
     texts.add_argument(
         "--skip-bad", action="store_true", help="skip and count questions that cannot be read or cut"
@@ -64,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pruned_ops.qa.agreement import BATCH_SIZE, TOLERANCE, check, cut_material
 
     check_counts(arguments, "limit")
+    if arguments.questions is None and (arguments.limit is not None or arguments.skip_bad):
+        raise ValueError("--limit and --skip-bad go with --questions")
     tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
     if arguments.tolerance is not None and dtype_of(arguments) is None and not is_quantised(arguments.folder):
         raise ValueError("--tolerance goes with --dtype, or with a checkpoint of int8 weights")
@@ -116,7 +124,7 @@ def _questions(arguments: argparse.Namespace, skipped: list[str] | None) -> tupl
     if arguments.questions is None:
         return "the built-in sample", list(SAMPLE)
     questions = read_questions(arguments.questions, skipped)
-    chosen = in_arrival_order(questions, arguments.limit)
+    chosen = in_arrival_order(questions, LIMIT if arguments.limit is None else arguments.limit)
     total = f"{len(questions):,}"
     which = f"{len(chosen)} of {total}" if len(chosen) < len(questions) else f"all {total}"
     return f"{which} questions of {arguments.questions}", chosen

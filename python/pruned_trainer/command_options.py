@@ -204,7 +204,7 @@ def _add_columns(options: Options) -> None:
 
 def _add_windows(options: Options) -> None:
     options.add("max_length", "tokens of a window, at most")
-    options.add("stride", "tokens that two neighbouring windows share")
+    options.add("stride", "squad, natural_questions, token-classification: tokens that two windows share")
 
 
 def _add_natural_questions(options: Options) -> None:

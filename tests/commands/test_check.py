@@ -215,6 +215,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ((folder, "--text-file", tmp_path / "none"), "No such file"),
         ((folder, "--questions", text), "is no SQuAD-format JSON"),
         ((folder, "--limit", 0), "--limit is 0"),
+        ((folder, "--limit", 5), "--limit and --skip-bad go with --questions"),
+        ((folder, "--skip-bad"), "--limit and --skip-bad go with --questions"),
         ((folder, "--backends", "fast"), "there is no backend 'fast'; there are reference, "),
         ((folder, "--device", "nowhere"), "device nowhere cannot be used here"),
     ]

@@ -21,7 +21,7 @@ SIZES: dict[str, Any] = {
     "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 # The options of commands on these models: 20 words and the special tokens fit.
-CUT = ("--max-length", "24", "--stride", "4")
+CUT = ("--max-length", "24")
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pruned_trainer.jobs.settings import make_task
 from pruned_trainer.jobs.settings_checks import check_finite, check_precision
-from pruned_trainer.tasks.options import NULL_RATE, TaskOptions
+from pruned_trainer.tasks.options import NULL_RATE, STRIDE, TaskOptions
 
 if TYPE_CHECKING:
     from pruned_trainer.tasks.task import Task
@@ -33,7 +33,7 @@ class FineTuneSettings:
     batch_size: int = 16
     learning_rate: float = 5e-5
     max_length: int = 384
-    stride: int = 128
+    stride: int = STRIDE
     seed: int = 0
     precision: str = "auto"
     null_rate: float = NULL_RATE

@@ -23,7 +23,7 @@ from pruned_trainer.pruning.options import (
     check_parts,
     compensation_of,
 )
-from pruned_trainer.tasks.options import NULL_RATE, PAIRED, TEXT_COLUMNS, TaskOptions
+from pruned_trainer.tasks.options import NULL_RATE, PAIRED, STRIDE, TEXT_COLUMNS, TaskOptions
 from pruned_trainer.training.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class PruneSettings:
     align: int | None = None
     compensate: str | None = None
     max_length: int = 384
-    stride: int = 128
+    stride: int = STRIDE
     seed: int = 0
     save_steps: int = 200
     tensorboard: bool = False

@@ -20,6 +20,10 @@ TEXT_COLUMNS = {
 TASKS = ("squad", "natural_questions", *TEXT_COLUMNS)
 # Tasks whose windows hold two texts, a question and what may answer it.
 PAIRED = ("squad", "natural_questions", "pair-classification", "reranking")
+# Tasks whose texts are cut into windows that overlap, and how many tokens two neighbours share; the others
+# cut a text off.
+WINDOWED = ("squad", "natural_questions", "token-classification")
+STRIDE = 128
 # The share of the Natural Questions windows without an answer that the paper's own code trains on.
 NULL_RATE = 0.02
 
@@ -38,7 +42,7 @@ class TaskOptions:
 
     task: str = "squad"
     max_length: int = 384
-    stride: int = 128
+    stride: int = STRIDE
     seed: int = 0
     null_rate: float = NULL_RATE
     num_proc: int = 1
@@ -54,6 +58,10 @@ class TaskOptions:
             raise ValueError(f"task is {self.task!r}; one of {TASKS} is needed")
         if self.task != "natural_questions" and (self.null_rate, self.num_proc) != (NULL_RATE, 1):
             raise ValueError("null_rate and num_proc are for --task natural_questions")
+        if self.task not in WINDOWED and self.stride != STRIDE:
+            raise ValueError(
+                f"stride is for tasks in overlapping windows, and {self.task} cuts a text off at max_length"
+            )
         if not 0 <= self.null_rate <= 1:
             raise ValueError(f"null_rate is {self.null_rate}: it must lie in [0, 1]")
         for name, least in (("num_proc", 1), ("max_length", 1), ("stride", 0)):

@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,6 +127,7 @@ def _read_file(path: Path, wanted: Collection[str] | None, skipped: Skipped | No
     suffix = suffix_of(path)
     if suffix in ARROW and path.suffix.lower() != ".gz":
         table = _arrow_table(path, suffix)
+        _check_once(path, table.column_names)
         chosen = table.select([name for name in table.column_names if wanted is None or name in wanted])
         rows_of_batches = (row for batch in chosen.to_batches() for row in batch.to_pylist())
         return Source(str(path), tuple(table.column_names), rows_of_batches)
@@ -197,6 +199,7 @@ def _separated(path: Path, separator: str, skipped: Skipped | None) -> Source:
                 columns, *lines = [row for row in reader if row] or [[]]
     except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise FormatError(f"{path}: not {suffix_of(path)} in UTF-8: {error}") from None
+    _check_once(path, columns)
     rows = {}
     for number, line in enumerate(lines):
         with skipping(skipped):
@@ -205,6 +208,13 @@ def _separated(path: Path, separator: str, skipped: Skipped | None) -> Source:
                 raise FormatError(f"{path}, row {number}: {len(line)} values, and {named}")
             rows[number] = dict(zip(columns, line, strict=True))
     return Source.of(path, rows, columns)
+
+
+def _check_once(path: Path, columns: Sequence[str]) -> None:
+    """FormatError where two columns have one name, of which a row would keep the last."""
+    repeated = [repr(name) for name, times in Counter(columns).items() if times > 1]
+    if repeated:
+        raise FormatError(f"{path}: there are several columns {', '.join(repeated)}: give each its own name")
 
 
 @contextmanager

@@ -263,6 +263,7 @@ def test_models_with_another_head(
     [
         (["--text-columns", "a", "b"], "text_columns names 2 columns, and text-classification has 1"),
         (["--scores", "s", "--label-column", "l"], "name one of them"),
+        (["--stride", "8"], "stride is for tasks in overlapping windows, and text-classification cuts"),
         (["--num-proc", "2"], "null_rate and num_proc are for --task natural_questions"),
         (["--texts", "t.txt"], "name one of them"),
         (["--cache-teacher", "c", "--distil-hidden", "0"], "start and end logits, which text-classification"),

@@ -316,6 +316,22 @@ def test_bad_rows_of_every_format_are_skipped_where_that_is_asked_for(name: str,
         read_rows(path, "train")
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.parquet"])
+def test_columns_of_one_name_are_refused(name: str, tmp_path: Path) -> None:
+    """A row would keep the last of them, whichever was meant."""
+    path = tmp_path / name
+    if name == "rows.parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = [pyarrow.array([text]) for text in ("a", "b", "1")]
+        parquet.write_table(pyarrow.table(columns, names=["text", "text", "label"]), path)
+    else:
+        path.write_text("text text label\na b 1\n".replace(" ", "," if name == "rows.csv" else "\t"))
+    with pytest.raises(
+        FormatError, match=f"^{path}: there are several columns 'text': give each its own name"
+    ):
+        read_rows(path, "train", None, Skipped())
+
+
 def test_rows_after_a_line_that_is_skipped_keep_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n[\n{"text": "b"}\n')
