@@ -184,7 +184,7 @@ def test_files_of_ones_own_are_read_as_prune_reads_them(
     qas = [{"id": "q", "question": "w2", "answers": [answer], "is_impossible": False}]
     article = {"title": "t", "paragraphs": [{"context": "w1 w2 w3", "qas": qas}]}
     model = checkpoint(tmp_path / "model", BertModel)
-    argv = ["demo", "--model", str(model), "--out", str(tmp_path / "out"), *CUT]
+    argv = ["demo", "--model", str(model), "--out", str(tmp_path / "out"), *CUT, "--stride", "4"]
     for split in ("train", "eval"):
         (tmp_path / f"{split}.json").write_text(json.dumps({"version": "v2.0", "data": [article]}))
         argv += [f"--{split}-file", str(tmp_path / f"{split}.json")]
