@@ -234,7 +234,7 @@ gpu-ready:
 
 # -s INT: pytest then still prints what failed. The leading "-" lets make go on. Tests with a time limit run alone. A
 # process of tests that hangs or loses the GPU ends, and another takes its place (tests/support/gpu_watch.py).
-SPREAD := $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8 --dist worksteal)
+SPREAD := $(if $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo there),-n 8 --dist worksteal)
 SANITIZED := $(WITH_PACKAGES) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -s INT -k 20 110 compute-sanitizer --error-exitcode 1 --tool
 gpu-tests: gpu-ready
 	-$(WITH_PACKAGES) PRUNED_OPS_TEST_SECONDS=45 timeout -s INT -k 20 300 $(PYTHON) -m pytest -q -rfE --continue-on-collection-errors -m "not alone" $(SPREAD) $(GPU_TESTS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -212,6 +214,23 @@ def test_the_tests_that_are_named_are_there() -> None:
         path, _, function = name.partition("::")
         assert f"def {function}(" in (root / path).read_text("utf-8") if function else (root / path).exists()
         assert name.removeprefix("tests/") in makefile
+
+
+def planned(target: str, python: str = "true") -> str:
+    """What make would run for a target, with this for its Python."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    command = ["make", "-n", target, f"PYTHON={python}"]
+    root, environment = Path(first_contact.__file__).parents[1], os.environ | {"MAKEFLAGS": ""}
+    make = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    return " ".join(make.stdout.split())
+
+
+def test_make_spreads_the_tests_where_xdist_is_there() -> None:
+    """A word too few, and pytest would look for a file of the name 8, and run nothing."""
+    tests = "tests/ops/test_triton.py tests/ops/test_triton_choices.py"
+    assert f'-m "not alone" -n 8 --dist worksteal {tests}' in planned("gpu-tests")
+    assert f'-m "not alone" {tests}' in planned("gpu-tests", python="false")  # nothing can be imported
 
 
 def test_what_was_wrong_comes_first() -> None:
