@@ -262,7 +262,7 @@ gpu-train: gpu-ready
 		--max-minutes $(or $(MINUTES),6) --out $(OUT)/train --overwrite $(ARGS)
 
 gpu-study: gpu-ready
-	$(WITH_PACKAGES) $(PYTHON) benchmarks/study_squad.py --profile gpu $(ARGS)
+	$(WITH_PACKAGES) $(PYTHON) benchmarks/study_squad.py --profile gpu --results $(OUT) $(ARGS)
 
 gpu-%:
 	@echo "make gpu: there is no PART=$*; there are: all, first, second, tests, ops, models, train, study"; exit 2

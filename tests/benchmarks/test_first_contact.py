@@ -233,6 +233,13 @@ def test_make_spreads_the_tests_where_xdist_is_there() -> None:
     assert f'-m "not alone" {tests}' in planned("gpu-tests", python="false")  # nothing can be imported
 
 
+def test_everything_of_make_gpu_goes_to_its_folder() -> None:
+    """A machine that is lent gives back that one alone."""
+    for part in ("first", "second", "ops", "models", "train", "study"):
+        plan = planned(f"gpu-{part}")
+        assert " --out build/gpu" in plan or " --results build/gpu" in plan, part
+
+
 def test_what_was_wrong_comes_first() -> None:
     outcomes = [
         Outcome("tests", "exit status 1", 97.0, ["FAILED tests/a.py::test_b[c] - AssertionError: 1 - 2"]),
