@@ -184,7 +184,7 @@ def row(server: str, phase: str, load: Load, each: int, **more: Any) -> harness.
     """A line of the result file."""
     answered = load.statuses[200]
     refused = load.statuses[429] + load.statuses[503]
-    memory = [size / 1e6 for size in load.memory]
+    memory = [size / 1e6 for size in load.memory if size]  # 0: not known
     return {
         "server": server,
         "phase": phase,

@@ -40,12 +40,14 @@ def _cell(row: Row) -> tuple[str, str]:
         return "first answer after the start, s", f"{row['seconds']:.1f}"
     if phase == "closed":
         name = f"{counted(row['clients'], 'client')}, texts/s (p50, p99 in ms; CPU ms a request)"
-        cpu = f"; {row['cpu_ms']:.1f}" if "cpu_ms" in row else ""
+        cpu = f"; {row['cpu_ms']:.1f}" if row.get("cpu_ms") else ""
         return name, f"{row['texts_per_s']:.0f} ({row['ms_p50']:.0f}, {row['ms_p99']:.0f}{cpu})"
     if phase == "overload":
         name = "overload: answered + refused + lost (p99 in ms)"
         return name, f"{row['answered']} + {row['refused']} + {row['lost']} ({row['ms_p99']:.0f})"
     if phase == "memory":
         name = "MB after the first second, and after the last (minutes)"
+        if not row.get("mb_first"):  # a rival's, whose process is not known
+            return name, ""
         return name, f"{row['mb_first']:.0f}, {row['mb_last']:.0f} ({row['seconds'] / 60:.0f})"
     return f"{phase} of its best rate: p50, p99 in ms", f"{row['ms_p50']:.0f}, {row['ms_p99']:.0f}"

@@ -122,6 +122,21 @@ def test_a_vocabulary_without_words_is_refused(tmp_path: Path) -> None:
             texts_of(tmp_path)
 
 
+def test_a_rival_whose_process_is_not_known_has_its_line() -> None:
+    """As the one in the benchmark's usage: its CPU time and its memory stay empty."""
+    from bench_serve import row
+    from serving.page import page
+
+    load = Load(seconds=[0.1, 0.2], took=2.0, memory=[0, 0])
+    load.statuses[200] = 2
+    about = {"texts_per_request": 1, "machine_threads": 2}
+    rows = [row("infinity", phase, load, 1, clients=32) | about for phase in ("closed", "memory")]
+    assert [rows[0][name] for name in ("cpu_ms", "mb_first", "mb_most", "mb_last")] == [""] * 4
+    text = page(rows)
+    assert "| 32 clients, texts/s (p50, p99 in ms; CPU ms a request) | 1 (200, 200) |" in text
+    assert "| MB after the first second, and after the last (minutes) |  |" in text
+
+
 def test_texts_and_rows(tmp_path: Path) -> None:
     from bench_serve import LONGEST, SHORTEST, TEXTS, requests_of, row, texts_of
 
