@@ -21,7 +21,7 @@ import pruned_ops
 from harness import Row
 from kernels.journal import FAILED, WRONG
 from pruned_ops.measure.timing import Timing, Workload
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.stock import layer_list, model_shape
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.shape import ModelShape
 from rivals.cuda import SizedBatch, build_cuda_rival, packed_batch
@@ -251,7 +251,7 @@ def _rates(runner: Runner, timing: Timing, peak: dict[str, float]) -> Row:
     """Real products a second, and bytes of weights a second, beside the ceilings."""
     seconds = timing.ms(50) / 1000 * len(timing.workload.batches)
     flops = 2.0 * sum(runner.shape.macs(lengths) for lengths in timing.workload.batches)
-    weights = sum(p.numel() * p.element_size() for p in runner.model.base_model.encoder.parameters())
+    weights = sum(p.nbytes for p in layer_list(runner.model.base_model).parameters())
     moved = weights * len(timing.workload.batches) / seconds
     return {
         "gflops": round(flops / seconds / 1e9, 1),

@@ -20,7 +20,7 @@ import bench_models
 import harness
 import pruned_ops
 from inputs import MODELS, padded_batch, stock_model
-from pruned_ops.measure.timing import Workload
+from pruned_ops.measure.timing import Timing, Workload
 from rivals import cuda
 from rivals.rival import Batch, Logits, NotInstalled, Refused, Run, compare_logits, forward
 from whole_models import cases, goals
@@ -195,6 +195,19 @@ def test_the_goals_run_end_to_end(tiny: None, tmp_path: Path) -> None:
     assert "varlen pruned is left out: varlen is measured on a GPU only" in table
     assert "ours / best float32 rival" in table and "| lengths48-384-b8 | pruned |" in table
     assert (tmp_path / "goals.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["mpnet", "modernbert"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_weights_of_every_family_are_counted(
+    name: str, pruned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the layers, wherever the family's modules have them."""
+    monkeypatch.setitem(cases.SIZES, name, cases.SIZES[name] | TINY)
+    runner = goals.ours(cases.random_model(name, pruned), "dense")
+    timing = Timing(Workload.fixed(4, 1, 1), (1.0,))
+    rates = goals._rates(runner, timing, {"flops": 1e5, "bytes": 1e3})
+    assert rates["percent_of_copy"] > 0 and rates["percent_of_peak"] > 0
 
 
 def test_what_no_time_is_left_for_is_left_out_by_name(tiny: None, tmp_path: Path) -> None:
