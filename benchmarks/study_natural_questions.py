@@ -249,6 +249,8 @@ def open_study(
     path = work / "study.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != about:
         raise ValueError(f"{work} holds a study of another model, data or size; give another --work")
+    if not path.is_file():  # what is there is of a run that could not begin, perhaps on other data
+        shutil.rmtree(work / "data", ignore_errors=True)
     for folder in ("records", "scores", "training", "data"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     judged = [every_nth(data / name, every, work / "data") for name in FILES[1:]]

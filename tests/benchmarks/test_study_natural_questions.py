@@ -114,6 +114,15 @@ def test_what_was_chosen_by_another_task_is_another_choice(argv: list[str], tmp_
     assert max(shapes) - min(shapes) <= 2 * opened.job.align and len(set(heads)) > 1
 
 
+def test_a_run_that_could_not_begin_leaves_no_documents_to_the_next(argv: list[str], tmp_path: Path) -> None:
+    options = study.parsed(argv)
+    squad = (options.squad, options.squad_file)
+    with pytest.raises((OSError, ValueError)):
+        study.open_study(str(tmp_path / "none"), options.data, squad, tmp_path, 4, 2)
+    opened = study.open_study(options.model, options.data, squad, tmp_path, 4, 4)
+    assert len(opened.job.evaluation) == 10  # every fourth of 40
+
+
 def test_another_study_in_its_folder_is_refused(argv: list[str], tmp_path: Path) -> None:
     run(argv, tmp_path)
     changed = [*argv[:-1], "1"]
