@@ -164,19 +164,19 @@ class NqStudy(Records):
             row |= points(self.result(control).losses(result), "_control")
         left, _ = self.narrow(model.size, model.chosen, compensate=False)
         ways = ", ".join(f"{part} {way}" for part, way in record["compensation"].items())
-        return row | self.facts(left) | {"compensation": ways} | self.about(record)
+        return row | self.facts(left) | {"compensation": ways} | self.about(record, self.steps)
 
     def dense_row(self) -> Row:
         """The fields of the dense model as it came."""
         record, scores = self.judge_dense(), self.result("dense").scores()
         row: Row = {"model": "as it came", "chosen": "-", "retraining": "none"}
         row |= {key: scores[key] for key in SCORE_KEYS} | self.facts(self.job.dense) | {"speedup": 1.0}
-        return row | self.about(record)
+        return row | self.about(record, 0)
 
-    def about(self, record: Row) -> Row:
+    def about(self, record: Row, steps: int) -> Row:
         """The fields of a row that say how much was trained and judged, when and where."""
         size = self.job.settings.train_batch
-        about = {"retrain_steps": self.steps, "retrain_windows": self.steps * size}
+        about = {"retrain_steps": steps, "retrain_windows": steps * size}
         about |= {"documents": len(self.job.evaluation), "date": record["date"]}
         return about | {k: v for k, v in record.items() if k.startswith(("machine_", "version_"))}
 
@@ -280,7 +280,7 @@ def every_nth(source: Path, every: int, folder: Path) -> Path:
 
 def lines_of(rows: Sequence[Row]) -> list[str]:
     """The page: a line for each model, in points of F1."""
-    dense = rows[0]
+    dense, last = rows[0], rows[-1]
     header = ["model", "chosen by", "trained on with", "MACs cut", "speed", "long F1", "short F1"]
     header += [f"{kind} F1 against {what}" for what in ("dense", "control") for kind in KINDS]
     header += ["paper: long, short F1 against dense"]
@@ -288,7 +288,7 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
     words = (
         f"The dense model as it came has {dense['long_f1']:.2f} long F1 and {dense['short_f1']:.2f} short "
         f"F1, on {dense['documents']} documents. Every other model was trained on for "
-        f"{dense['retrain_steps']} steps, with {dense['retrain_windows']:,} windows in all. The "
+        f"{last['retrain_steps']} steps, with {last['retrain_windows']:,} windows in all. The "
         "control is the dense model, trained on so with the same loss. Brackets hold 95% intervals over the "
         f"documents, of one training. The rows remove the paper's shares of heads and FFN units ({shares}). "
         "The paper's numbers are of RoBERTa-large, trained on for longer; its small model is RoBERTa-base. "

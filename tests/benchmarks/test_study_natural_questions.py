@@ -62,6 +62,7 @@ def test_it_stops_goes_on_and_compares(
     assert names == [(m.size, m.chosen, m.retraining) for m in study.MODELS if m.name in ONLY]
     dense, control, own, squad, half, entropy = rows
     assert dense["documents"] == 20 and dense["macs_cut"] == 1.0  # every second of 40
+    assert [row["retrain_steps"] for row in rows] == [0, 4, 4, 4, 4, 4]
     assert entropy["compensation"] == own["compensation"]
     for row in (own, squad, entropy):  # five of eight heads
         assert row["heads_removed"] == 0.625 and row["macs_cut"] == pytest.approx(own["macs_cut"], rel=0.1)
@@ -81,6 +82,7 @@ def test_it_stops_goes_on_and_compares(
     assert own["short_f1"] == pytest.approx(200 * right / (predicted + gold), abs=1e-4)
     page = (tmp_path / "out.md").read_text()
     assert page.count("| row c |") == 3 and "every second layer" in page and "on 20 documents" in page
+    assert "trained on for 4 steps" in page
 
     timed = _timed(argv, tmp_path, monkeypatch)
     assert timed[0]["speedup"] == 1.0 and {row["model"] for row in timed if "speedup" in row} >= {"c", "half"}
