@@ -8,7 +8,8 @@ thresholds that were chosen on the validation file.
 
 A study that was stopped goes on with the same command: finished rows are on disk, and a training goes on from
 its last checkpoint.
-Usage: python benchmarks/study_natural_questions.py --model DENSE --data FOLDER --squad TEACHER
+Usage: python benchmarks/study_natural_questions.py --model DENSE --data FOLDER --squad TEACHER \\
+           --squad-file SQUAD/train.json [--timings]
 """
 
 from __future__ import annotations
@@ -194,6 +195,16 @@ class NqStudy(Records):
         timings, _ = time_models({**first, **models}, self.job.workload)
         return {size: timings[size].speedup_over(timings["as it came"]) for size in sizes}
 
+    @property
+    def timed_file(self) -> Path:
+        """Where the last speedups are kept, for the pages of later runs."""
+        return self.work / "speedups.json"
+
+    def timed(self) -> dict[str, float]:
+        """The speedups of the sizes that were timed."""
+        path = self.timed_file
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
     def arrays(self) -> dict[str, Any]:
         """For every document under every model that was judged: (documents, 3) of right, predicted and gold
         answers, long and short, at the model's thresholds."""
@@ -319,9 +330,9 @@ def _is(model: Model, row: Row) -> bool:
     return (model.size, model.chosen, model.retraining) == (row["model"], row["chosen"], row["retraining"])
 
 
-def write(study: NqStudy, out: Path, command: str, speedups: Mapping[str, float]) -> None:
-    """The CSV of all finished rows, the page beside it, and the documents' counts as an npz. speedups: by
-    size, where they were timed."""
+def write(study: NqStudy, out: Path, command: str) -> None:
+    """The CSV of all finished rows, the page beside it, and the documents' counts as an npz."""
+    speedups = study.timed()
     rows = [study.row(model) for model in MODELS if study.finished(model.name)]
     for row in rows:
         row |= {"speedup": speedups[row["model"]]} if row["model"] in speedups else {}
@@ -367,15 +378,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.steps, arguments.every,
     )  # fmt: skip
     study.judge_dense()
-    write(study, out, command, {})
+    write(study, out, command)
     for model in MODELS:
         if arguments.only is None or model.name in arguments.only:
             study.row(model)
-            write(study, out, command, {})
+            write(study, out, command)
             print(f"written: {out}", flush=True)
     if arguments.timings:
         sizes = dict.fromkeys(model.size for model in MODELS if study.finished(model.name))
-        write(study, out, command, study.speedups(list(sizes)))
+        write_json(study.timed_file, study.speedups(list(sizes)))
+        write(study, out, command)
 
 
 if __name__ == "__main__":

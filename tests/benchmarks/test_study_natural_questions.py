@@ -86,6 +86,7 @@ def test_it_stops_goes_on_and_compares(
 
     timed = _timed(argv, tmp_path, monkeypatch)
     assert timed[0]["speedup"] == 1.0 and {row["model"] for row in timed if "speedup" in row} >= {"c", "half"}
+    assert run(argv, tmp_path) == timed  # a run that times nothing keeps what was timed
 
 
 def _stopped_at_the_second(retrain: Any) -> Any:
