@@ -127,7 +127,6 @@ class PrunedConfig:
     if TYPE_CHECKING:  # fields of the stock configs
         model_type: ClassVar[str]
         to_dict: Callable[[], dict[str, Any]]
-        from_dict: ClassVar[Callable[[dict[str, Any]], Any]]
         hidden_size: int
         hidden_act: str
         num_hidden_layers: int

@@ -140,7 +140,8 @@ def refuse_modules(encoder: Any, beside: Collection[str] = ()) -> str | None:
     config = copy.deepcopy(encoder.config)
     try:
         if isinstance(config, PrunedConfig):
-            type(config).from_dict(config.to_dict())  # whose fields were changed since it checked them
+            kind: Any = type(config)
+            kind.from_dict(config.to_dict())  # whose fields were changed since it checked them
         with torch.device("meta"):
             described: Any = type(encoder)(config, **pooler)
     except Exception as error:
