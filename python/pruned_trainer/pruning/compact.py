@@ -123,11 +123,29 @@ def _known_around(model: nn.Module, encoder: Any) -> Any:
     there is none, or where something in it was replaced."""
     for module in model.modules():
         if pruned_counterpart(type(module)) is not None and module.base_model is encoder:
-            replaced = {"forward", "_loss_function"} & module.__dict__.keys()
-            if _FORWARD_BEFORE in module.__dict__:  # Accelerate's, which goes with the training
-                replaced.discard("forward")
-            return module if not replaced and _has_own_tensors(module) else None
+            is_replaced = "_loss_function" in vars(module) or _has_own_forward(module)
+            return module if not is_replaced and _has_own_tensors(module) else None
     return None
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward in the place of its class's, which is not Accelerate's: that one goes
+    with the training."""
+    own = vars(module)
+    forward = own.get(_FORWARD_BEFORE, own.get("forward"))
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def without_autocast(module: nn.Module) -> None:
+    """Take off the forward that Accelerate put on the module to train it under autocast, so that it runs in
+    its own dtype afterwards; by the forward that was there before."""
+    own = vars(module)
+    if _FORWARD_BEFORE not in own:
+        return
+    is_own, before = _has_own_forward(module), own.pop(_FORWARD_BEFORE)
+    own.pop("forward", None)
+    if is_own:
+        module.forward = before
 
 
 def _has_own_tensors(module: Any) -> bool:
@@ -226,9 +244,7 @@ def _copied_around(model: nn.Module, old: Any, new: Any) -> Any:
     for module in copied.modules():
         for name in _ONLY_IN_TRAINING & module._modules.keys():
             del module._modules[name]
-        if _FORWARD_BEFORE in module.__dict__:
-            for name in ("forward", _FORWARD_BEFORE):
-                module.__dict__.pop(name, None)
+        without_autocast(module)
     if isinstance(copied, PreTrainedModel):
         # A forward that hands its keywords on to the encoder would give it the Trainer's, which it refuses.
         copied.accepts_loss_kwargs = False  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from pruned_ops.models.stock import find_encoder, words_of
 from pruned_trainer.distributed import on_any
+from pruned_trainer.pruning.compact import without_autocast
 from pruned_trainer.training.callbacks import stop_on_interrupt
 from pruned_trainer.training.distillation_losses import HiddenProjection
 from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
@@ -50,13 +51,6 @@ def run(trainer: PruningTrainer, name: str, resumable: bool = True) -> Log:
     HiddenProjection.detach(trainer.model)
     without_autocast(trainer.model)
     return trainer.state.log_history
-
-
-def without_autocast(model: nn.Module) -> None:
-    """Take off the forward that Accelerate put on the model to train it under autocast, so that it is scored
-    and timed in its own dtype afterwards."""
-    for name in ("forward", "_original_forward"):
-        vars(model).pop(name, None)
 
 
 def training_arguments(

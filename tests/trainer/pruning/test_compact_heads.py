@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from inputs import padded_batch, shake
 from pruned_ops.models.stock import choose_encoder, find_encoder
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer import Decision, SizeBudget, Target, attached, compact, decide
-from pruned_trainer.pruning.compact import check_prunable
+from pruned_trainer.pruning.compact import check_prunable, without_autocast
 from tiny_tokenizers import word_tokenizer, words
 
 BATCH = padded_batch((20, 3, 11), pad_token_id=1)
@@ -150,6 +151,35 @@ def test_a_changed_head_keeps_its_class() -> None:
         assert type(narrow) is type(model) and type(narrow.bert) is pruned_ops.PrunedBertModel
         with torch.no_grad():
             torch.testing.assert_close(narrow(**BATCH).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_forward_of_the_model_s_own_outlives_autocast() -> None:
+    """Accelerate wraps it to train under autocast; compaction and the end of a training take that off alone."""
+
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = BertForSequenceClassification.forward(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._original_forward(*args, **kwargs)
+
+    torch.manual_seed(0)
+    model: Any = shake(BertForSequenceClassification(dense_config()).eval(), 0)
+    model.forward = own = MethodType(doubled, model)
+    without_autocast(model)  # there is none: in fp32 Accelerate leaves a model as it is
+    assert model.forward is own
+    model._original_forward, model.forward = own, MethodType(wrapped, model)
+    _, expected, narrow = decided(model, lambda m: m(**BATCH).logits)
+    assert narrow.forward.__func__ is doubled and "_original_forward" not in vars(narrow)
+    with torch.no_grad():
+        torch.testing.assert_close(narrow(**BATCH).logits, expected, atol=1e-4, rtol=1e-4)
+    without_autocast(model)
+    assert model.forward is own and "_original_forward" not in vars(model)
+    del model.forward
+    model._original_forward, model.forward = model.forward, MethodType(wrapped, model)
+    without_autocast(model)
+    assert not {"forward", "_original_forward"} & vars(model).keys()
 
 
 @pytest.mark.parametrize("head", ["sequence", "token"])
