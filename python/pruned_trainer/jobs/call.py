@@ -413,11 +413,16 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
     share = max(1, round(GATE_SHARE * total / trainings))
     scored = score_steps(recipe, batch)
     gates = options.get("gate_steps") or scored or share
+    epochs = options.get("gate_epochs")
+    if isinstance(epochs, (int, float)) and math.isfinite(epochs):  # else the settings refuse it
+        seen = max(1, round(options.get("gate_fraction", 1.0) * rows))
+        gates = math.ceil(math.ceil(seen / batch) * epochs)
     used = 0 if scored else gates * trainings
     steps = {} if "gate_epochs" in options else {"gate_steps": gates}
-    if "gate_steps" in options and used >= total and not {"retrain_epochs", "retrain_steps"} & options.keys():
+    said = {"gate_steps", "gate_epochs"} & options.keys()
+    if said and used >= total and not {"retrain_epochs", "retrain_steps"} & options.keys():
         raise ValueError(
-            f"gate_steps leaves none of the {total} steps of args to the narrow model: {used} are the "
+            f"{said.pop()} leaves none of the {total} steps of args to the narrow model: {used} are the "
             "gates'; give retrain_steps, which may be 0"
         )
     if "retrain_epochs" not in options:

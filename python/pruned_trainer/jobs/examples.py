@@ -191,7 +191,7 @@ class DatasetResult:
         """The classes, labels of tokens, or scores, of each example; of other kinds none."""
         kind = self.examples.kind
         if kind in (OutputKind.CLASSES, OutputKind.TOKENS):
-            return [next(iter(row.values())).argmax(-1).tolist() for row in self.outputs]
+            return [_classes(next(iter(row.values()))).tolist() for row in self.outputs]
         if kind in (OutputKind.SCORES, OutputKind.LABELS):
             return [next(iter(row.values())).tolist() for row in self.outputs]
         return None
@@ -268,7 +268,12 @@ def _agreed(kind: OutputKind, own: RowOutputs, wanted: RowOutputs) -> NDArray[np
         return np.array([_cosine(first, second)])
     if kind is OutputKind.LABELS:
         return np.array([float(((first > 0) == (second > 0)).mean())])
-    return np.array([float(np.mean([np.mean(a.argmax(-1) == b.argmax(-1)) for a, b in values]))])
+    return np.array([float(np.mean([np.mean(_classes(a) == _classes(b)) for a, b in values]))])
+
+
+def _classes(logits: NDArray[Any]) -> NDArray[Any]:
+    """The class of the largest logit, without the last axis; of one logit, whether it is above 0."""
+    return (logits[..., 0] > 0).astype(np.int64) if logits.shape[-1] == 1 else logits.argmax(-1)
 
 
 def _cosine(first: NDArray[Any], second: NDArray[Any]) -> float:

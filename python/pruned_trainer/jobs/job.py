@@ -32,7 +32,7 @@ from pruned_trainer.distributed import once, per_process, say, state
 from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
-from pruned_trainer.pruning.compact import check_prunable, unmade_hidden
+from pruned_trainer.pruning.compact import check_decision, check_prunable, unmade_hidden
 from pruned_trainer.pruning.compensate import refuse_compensation
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import BY_LABELS
@@ -413,8 +413,15 @@ def budget_for(
     settings: PruneSettings, dense: PreTrainedModel, lengths: Sequence[int], table: LatencyTable | None
 ) -> Budget:
     """The budget in the targets' unit (MACs where there is no target); ValueError for a target out of
-    reach, and for parts or a compensation that the model does not allow."""
+    reach, and for parts, a compensation or a decision that the model does not allow."""
     check_prunable(dense, settings.parts)
+    if settings.decision is not None:
+        decision = Decision.load(settings.decision)
+        check_decision(dense, decision)
+        if settings.task == "embedding" and decision.hidden is not None:
+            raise ValueError(
+                f"{settings.decision} cuts hidden dimensions, and an embedding is as wide as the hidden size"
+            )
     refuse_compensation(dense, settings.compensation)
     shape = model_shape(dense)
     budget: Budget

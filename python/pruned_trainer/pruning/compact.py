@@ -73,16 +73,23 @@ def compact(
 
 def _narrow(model: Any, decision: Decision) -> Any:
     """The model without the closed parts."""
+    check_decision(model, decision)
     encoder = find_encoder(model)
-    _check_described(encoder)
-    _check_fits(decision, encoder_shape(encoder))
     around = _known_around(model, encoder)
-    if decision.hidden is not None:
-        refuse_hidden(encoder)
-        _check_hidden(model, encoder, around)
     old = encoder if around is None else around
     new = _narrow_known(old, encoder, decision)
     return new if old is model else _copied_around(model, old, new)
+
+
+def check_decision(model: nn.Module, decision: Decision) -> None:
+    """ValueError for a decision that was made for another shape than the encoder's in `model`, or for hidden
+    dimensions that its head cannot lose."""
+    encoder = find_encoder(model)
+    _check_described(encoder)
+    _check_fits(decision, encoder_shape(encoder))
+    if decision.hidden is not None:
+        refuse_hidden(encoder)
+        _check_hidden(model, encoder, _known_around(model, encoder))
 
 
 def check_prunable(model: nn.Module, parts: Sequence[str]) -> None:

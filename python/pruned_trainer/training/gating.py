@@ -17,6 +17,7 @@ from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.stock import choose_encoder, config_of, find_encoder, model_shape
 from pruned_ops.shape import checked_int
+from pruned_trainer.distributed import once
 from pruned_trainer.pruning.attach import attached
 from pruned_trainer.pruning.budget import Budget, make_budget
 from pruned_trainer.pruning.compact import check_prunable, unmade_hidden
@@ -227,7 +228,8 @@ def _budget(
         return make_budget(target, model_shape(model), lengths, None), _ALIGN
     work = workload or Workload.fixed(_LENGTH, _BATCH, _BATCHES)
     encoder = find_encoder(model)
-    table = measure_table(config_of(encoder), work, device=encoder.device.type)
+    # Once, because processes that decide by tables of their own would cut different models out.
+    table = once(lambda: measure_table(config_of(encoder), work, device=encoder.device.type))
     return make_budget(target, model_shape(model), lengths, table), table.align
 
 

@@ -25,6 +25,7 @@ import pruned_trainer
 from calls import HALF, TwoTowers, arguments, classifier, config, rows, unlabelled
 from pruned_trainer import Decision, Distillation, PruneResult, Target
 from pruned_trainer.jobs import call as call_module
+from pruned_trainer.jobs import examples as examples_module
 from pruned_trainer.jobs.examples import DatasetExamples
 from pruned_trainer.jobs.rows import Rows, as_batch
 from pruned_trainer.jobs.settings import PruneSettings
@@ -141,13 +142,29 @@ def test_the_rate_of_the_arguments_goes_to_each_training_that_there_is(tmp_path:
         ("paper", {"parts": ["ffn"]}, 25, 75),
         ("random", {}, 1, 100),
         ("joint", {"gate_steps": 40}, 40, 60),
+        ("joint", {"gate_epochs": 5.0}, None, 60),
+        ("paper", {"gate_epochs": 2.0, "gate_fraction": 0.5}, None, 84),
     ],
 )
 def test_the_steps_of_the_arguments_are_those_of_all_trainings(
-    recipe: str, more: dict[str, Any], gates: int, again: int, tmp_path: Path
+    recipe: str, more: dict[str, Any], gates: int | None, again: int, tmp_path: Path
 ) -> None:
     steps = call_module._steps(arguments(tmp_path, 100), 64, 8, recipe, more)
-    assert steps == {"gate_steps": gates, "retrain_steps": again}
+    assert steps == {**({} if gates is None else {"gate_steps": gates}), "retrain_steps": again}
+
+
+def test_epochs_of_gates_that_leave_no_step_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gate_epochs leaves none of the 100 steps of args"):
+        call_module._steps(arguments(tmp_path, 100), 64, 8, "joint", {"gate_epochs": 13.0})
+
+
+def test_a_token_s_one_logit_is_for_or_against() -> None:
+    """The largest of one logit says nothing: every two models would agree."""
+    own, other = ({"logits": np.array(values)[:, None]} for values in ([1.0, -2.0, 3.0], [0.5, 2.0, -1.0]))
+    assert examples_module._agreed(OutputKind.TOKENS, own, other) == pytest.approx(1 / 3)
+    assert examples_module._classes(own["logits"]).tolist() == [1, 0, 1]
+    several = {"logits": np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])}
+    assert examples_module._classes(several["logits"]).tolist() == [1, 0, 0]
 
 
 def test_first_rows_without_a_labelled_token_have_no_loss_to_check() -> None:

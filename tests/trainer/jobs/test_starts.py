@@ -131,6 +131,12 @@ def test_a_decision_is_trained_on(settings: PruneSettings, capsys: pytest.Captur
     argv = ["prune", "--model", one.model, "--train-file", str(one.train_file), "--out", new]
     assert main([*argv, "--decision", missing]) == 2
     assert f"there is no file {missing}" in capsys.readouterr().err
+    other = json.loads((first.out / "decision.json").read_text())
+    other["layers"] *= 2  # as of a model of twice the layers
+    (one.out / "other.json").write_text(json.dumps(other))
+    assert main([*argv, "--decision", str(one.out / "other.json")]) == 2
+    assert "layers" in capsys.readouterr().err
+    assert not list(one.out.parent.glob("new*"))  # refused before there is anything to resume
 
 
 @pytest.mark.parametrize(

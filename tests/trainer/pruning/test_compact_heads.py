@@ -154,7 +154,7 @@ def test_a_changed_head_keeps_its_class() -> None:
 
 
 def test_a_forward_of_the_model_s_own_outlives_autocast() -> None:
-    """Accelerate wraps it to train under autocast; compaction and the end of a training take that off alone."""
+    """Accelerate wraps it to train under autocast; compaction and the end of a training take that off."""
 
     def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = BertForSequenceClassification.forward(self, *args, **kwargs)
