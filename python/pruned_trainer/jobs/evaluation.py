@@ -143,6 +143,8 @@ def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict
     report.update(dense.result.losses(pruned.result))
     report["target"] = {"asked": target, "reached": chosen.decision.reached}
     measured = {"speedup": speedup, "latency_ms": timings["pruned"].ms(50)}
+    if job.settings.decision is not None:  # which may have been made on texts of other lengths
+        measured |= {unit: report["pruned"][unit] / report["dense"][unit] for unit in ("params", "macs")}
     for unit in set(measured) & set(target):  # the decision's own numbers are the table's
         report["target"]["reached"] = {unit: measured[unit]}
     if job.table is not None:

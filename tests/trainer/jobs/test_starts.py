@@ -118,22 +118,24 @@ def test_a_decision_is_trained_on(settings: PruneSettings, capsys: pytest.Captur
     """The same one makes the same model again, and a report without gates."""
     first = variant(settings, "decided-first")
     prune(first)
+    decided = json.loads((first.out / "decision.json").read_text())
+    file = first.out.with_name("of-other-lengths.json")
+    file.write_text(json.dumps({**decided, "reached": {"macs": 0.01}}))
     one = changed(
-        first, out=first.out.with_name("decided"), targets=(), gate_steps=None,
-        decision=first.out / "decision.json",
+        first, out=first.out.with_name("decided"), targets=(), gate_steps=None, decision=file
     )  # fmt: skip
     report = prune(one)
     assert kept(one.out) == kept(first.out) and report["recipe"] == "decision"
     assert report["plan"]["gate_steps"] == 0 and report["training"]["gates"] == []
     assert report["target"]["asked"] == {"macs": 0.5}
+    assert report["target"]["reached"]["macs"] == pytest.approx(decided["reached"]["macs"])
     assert (one.out / "report.html").is_file()
     new, missing = str(one.out.with_name("new")), str(one.out / "none.json")
     argv = ["prune", "--model", one.model, "--train-file", str(one.train_file), "--out", new]
     assert main([*argv, "--decision", missing]) == 2
     assert f"there is no file {missing}" in capsys.readouterr().err
-    other = json.loads((first.out / "decision.json").read_text())
-    other["layers"] *= 2  # as of a model of twice the layers
-    (one.out / "other.json").write_text(json.dumps(other))
+    twice = {**decided, "layers": 2 * decided["layers"]}  # as of a model of twice the layers
+    (one.out / "other.json").write_text(json.dumps(twice))
     assert main([*argv, "--decision", str(one.out / "other.json")]) == 2
     assert "layers" in capsys.readouterr().err
     assert not list(one.out.parent.glob("new*"))  # refused before there is anything to resume
