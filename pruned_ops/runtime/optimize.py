@@ -43,6 +43,7 @@ DTYPES = (None, "bfloat16", "int8")  # of the linears
 _HEAD = "_pruned_ops_head"
 _MODES = "_pruned_ops_modes"
 _MANY = "encode_many"
+_TRAIN = "train"
 
 
 def optimize(
@@ -138,6 +139,7 @@ def _optimize(
             setattr(model, _MANY, partial(encode_many, model))
         hook_texts(model)
         hook_saving(model)
+        _hook_training(model)
         for encoder in encoders:
             packed[encoder].release(encoder)
     except BaseException:
@@ -238,6 +240,26 @@ def _add_engines(model: Any) -> None:
             model.engine = packed.engine
 
 
+def _hook_training(model: nn.Module) -> None:
+    """Let whatever holds an optimised encoder leave its modules in their modes where that refuses training:
+    torch visits some of them before it."""
+    for module in model.modules():
+        is_around = not isinstance(module, OptimisedEncoder) and bool(optimised_encoders(module))
+        if is_around and _TRAIN not in vars(module):
+            module.__dict__[_TRAIN] = partial(_train, module)
+
+
+def _train(model: nn.Module, mode: bool = True) -> Any:
+    """The model's own `train`. Where it fails, every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        return type(model).train(model, mode)
+    except BaseException:
+        for module, training in modes:
+            module.training = training
+        raise
+
+
 def restore(model: nn.Module) -> Any:
     """Undo `optimize`: give the encoders their own parameters back, with their values, and the mode in which
     they were. Returns the model.
@@ -259,11 +281,12 @@ def _restore(model: nn.Module) -> Any:
         for module in list(model.modules()):
             if isinstance(module.__dict__.get("engine"), Engine):
                 del module.engine
+            for name in (_MANY, _TRAIN):
+                method = module.__dict__.get(name)
+                if isinstance(method, partial) and method.func in (encode_many, _train):
+                    del module.__dict__[name]
         unhook_texts(model)
         unhook_saving(model)
-        many = model.__dict__.get(_MANY)
-        if isinstance(many, partial) and many.func is encode_many:
-            delattr(model, _MANY)
         for measured in ("int8_errors", "int8_losses"):
             model.__dict__.pop(measured, None)
         for module, training in model.__dict__.pop(_MODES, ()):
