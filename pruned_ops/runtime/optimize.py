@@ -44,6 +44,7 @@ _HEAD = "_pruned_ops_head"
 _MODES = "_pruned_ops_modes"
 _MANY = "encode_many"
 _TRAIN = "train"
+_MEASURED = ("int8_errors", "int8_losses")
 
 
 def optimize(
@@ -115,7 +116,7 @@ def _optimize(
     graphs: bool,
     keep_fp32: bool,
 ) -> None:
-    """Check everything, lay everything out, and release the encoders' own weights last."""
+    """Check everything, lay everything out, release the encoders' own weights, and set the hooks last."""
     encoders, int8 = _plain_encoders(model, dtype), dtype == "int8"
     if calibration is not None and any(is_stored_in_int8(encoder) for encoder in encoders):
         raise ValueError("this model's weights are stored in int8 already: calibration is for fp32 weights")
@@ -123,6 +124,9 @@ def _optimize(
     if int8:
         _warn_slow_int8()
     packed = {encoder: PackedEncoder(encoder, dtype, keep_fp32) for encoder in encoders}
+    stacks = [each.encoder for each in packed_encoders(model)]  # of encoders that were optimised before
+    earlier = [(stack, stack.laid_out, stack.int8_linears) for stack in stacks]
+    measured = {name: vars(model)[name] for name in _MEASURED if name in vars(model)}
     modes = [(module, module.training) for module in model.modules()]
     try:
         for encoder in encoders:
@@ -133,6 +137,8 @@ def _optimize(
             choose_int8(model, calibration, tolerance)
         elif int8:
             leave_out_outliers(model)
+        for encoder in encoders:
+            packed[encoder].release(encoder)
         if graphs:
             _add_engines(model)
         if serves(model) and not hasattr(model, _MANY):  # a method of that name stays the model's own
@@ -140,14 +146,20 @@ def _optimize(
         hook_texts(model)
         hook_saving(model)
         _hook_training(model)
-        for encoder in encoders:
-            packed[encoder].release(encoder)
     except BaseException:
         for encoder in encoders:
             if isinstance(encoder, OptimisedEncoder):
                 remove(encoder)
-        model.__dict__[_MODES] = modes
-        _restore(model)
+        if not earlier:  # else whatever holds those encoders goes on with them
+            _unhook(model)
+        for name in _MEASURED:
+            vars(model).pop(name, None)
+        vars(model).update(measured)
+        for module, training in modes:
+            module.training = training
+        for stack, laid_out, linears in earlier:
+            if stack.laid_out is not laid_out:
+                stack.pack(False, linears)
         raise
     model.__dict__.setdefault(_MODES, modes)
 
@@ -278,20 +290,25 @@ def _restore(model: nn.Module) -> Any:
     with CHANGING, torch.inference_mode(False), torch.no_grad():
         for encoder in optimised_encoders(model):
             remove(encoder)
-        for module in list(model.modules()):
-            if isinstance(module.__dict__.get("engine"), Engine):
-                del module.engine
-            for name in (_MANY, _TRAIN):
-                method = module.__dict__.get(name)
-                if isinstance(method, partial) and method.func in (encode_many, _train):
-                    del module.__dict__[name]
-        unhook_texts(model)
-        unhook_saving(model)
-        for measured in ("int8_errors", "int8_losses"):
-            model.__dict__.pop(measured, None)
+        _unhook(model)
         for module, training in model.__dict__.pop(_MODES, ()):
             module.training = training
     return model
+
+
+def _unhook(model: nn.Module) -> None:
+    """Take away all that `optimize` put on the modules around the encoders, but for the hooks of heads."""
+    for module in list(model.modules()):
+        if isinstance(module.__dict__.get("engine"), Engine):
+            del module.engine
+        for name in (_MANY, _TRAIN):
+            method = module.__dict__.get(name)
+            if isinstance(method, partial) and method.func in (encode_many, _train):
+                del module.__dict__[name]
+    unhook_texts(model)
+    unhook_saving(model)
+    for measured in _MEASURED:
+        model.__dict__.pop(measured, None)
 
 
 @contextmanager

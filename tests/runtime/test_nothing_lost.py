@@ -17,8 +17,9 @@ from transformers import AutoModel, AutoModelForQuestionAnswering, BertModel
 import pruned_ops
 from family_models import ANSWERS, pruned
 from inputs import MODELS, logits, padded_batch, pruned_model, stock_model
+from int8_anywhere import int8_anywhere
 from pruned_ops.models.stock import find_encoder
-from pruned_ops.runtime.packed_encoder import OptimisedEncoder
+from pruned_ops.runtime.packed_encoder import OptimisedEncoder, PackedEncoder
 from thorough import EVERYTHING
 
 
@@ -125,6 +126,41 @@ def test_int8_that_fails_gives_the_model_back() -> None:
                 assert_is(model, before, identities)
         pruned_ops.restore(model)
         assert_is(model, before, identities)
+
+
+def test_a_part_that_was_optimised_before_stays_so_where_the_whole_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    part, other = stock_model(), stock_model(seed=1).train()
+    both, batch = nn.ModuleList([part, other]), padded_batch()
+    before, identities = state(other), [id(parameter) for parameter in other.parameters()]
+    expected = logits(pruned_ops.optimize(part), batch)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedEncoder, "release", fail)
+        with pytest.raises(MemoryError, match="injected"):
+            pruned_ops.optimize(both)
+    assert isinstance(part.bert, OptimisedEncoder) and hasattr(part, "encode_many")
+    assert torch.equal(logits(part, batch), expected)
+    assert_is(other, before, identities)
+    assert both.training and not part.training and all(module.training for module in other.modules())
+
+
+def test_a_part_stays_in_int8_where_the_whole_fails() -> None:
+    """The calibration of both, which changes what runs in int8, ends at a model without a forward."""
+    part, batch = stock_model(), padded_batch()
+    both = nn.ModuleList([part, stock_model(seed=1)])
+    with int8_anywhere():
+        expected = logits(pruned_ops.optimize(part, dtype="int8"), batch)
+        stack = part.bert.packed.encoder
+        linears, losses = stack.int8_linears, part.int8_losses
+        with pytest.raises(NotImplementedError):
+            pruned_ops.optimize(both, dtype="int8", calibration=[{}])
+        assert part.bert.packed.encoder is stack and stack.int8_linears == linears
+        assert part.int8_losses is losses and torch.equal(logits(part, batch), expected)
 
 
 def dropped(model: Any) -> None:
