@@ -127,7 +127,9 @@ def _optimize(
     stacks = [each.encoder for each in packed_encoders(model)]  # of encoders that were optimised before
     earlier = [(stack, stack.laid_out, stack.int8_linears) for stack in stacks]
     measured = {name: vars(model)[name] for name in _MEASURED if name in vars(model)}
-    modes = [(module, module.training) for module in model.modules()]
+    inside = {module for encoder in optimised_encoders(model) for module in encoder.modules()}
+    # Encoders that were optimised before know the modes of their modules themselves.
+    modes = [(module, module.training) for module in model.modules() if module not in inside]
     try:
         for encoder in encoders:
             install(encoder, packed[encoder])
@@ -161,7 +163,10 @@ def _optimize(
             if stack.laid_out is not laid_out:
                 stack.pack(False, linears)
         raise
-    model.__dict__.setdefault(_MODES, modes)
+    # Modes that are noted already are still to be restored if an encoder is optimised; else they are old.
+    noted = vars(model).get(_MODES, []) if earlier else []
+    known = {module for module, _ in noted}
+    model.__dict__[_MODES] = noted + [pair for pair in modes if pair[0] not in known]
 
 
 def _is_optimised(model: nn.Module, dtype: str | None) -> bool:
@@ -291,8 +296,9 @@ def _restore(model: nn.Module) -> Any:
         for encoder in optimised_encoders(model):
             remove(encoder)
         _unhook(model)
-        for module, training in model.__dict__.pop(_MODES, ()):
-            module.training = training
+        for root in model.modules():  # of two that noted a module's mode, the inner one did so first
+            for module, training in root.__dict__.pop(_MODES, ()):
+                module.training = training
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -175,20 +174,6 @@ def test_training_and_loading_are_refused(model: Any) -> None:
         fast.train()
     with pytest.raises(RuntimeError, match="restore.*loading"):
         fast.load_state_dict({}, strict=False)
-
-
-def test_training_that_is_refused_leaves_every_module_in_evaluation_mode() -> None:
-    """Also those that torch visits before the encoder: a caller that goes on would run with dropout."""
-    model = nn.Sequential(nn.Dropout(0.5), nn.ModuleList([nn.Dropout(0.5), stock_model()]))
-    for fast in (pruned_ops.optimize(model), copy.deepcopy(model)):
-        for around in (fast, fast[1], fast[1][1]):
-            with pytest.raises(RuntimeError, match="inference-only.*restore"):
-                around.train()
-            assert not any(module.training for module in fast.modules())
-        assert fast[0].train().training and fast.eval() is fast and not fast[0].training
-        pruned_ops.restore(fast)
-        assert not any("train" in vars(module) for module in fast.modules())
-        assert all(module.training for module in fast.train().modules())
 
 
 @pytest.mark.parametrize(
