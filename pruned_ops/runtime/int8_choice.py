@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,24 +30,27 @@ TOLERANCE = 0.15
 _ALONE = 0.5
 
 
-def leave_out_outliers(model: nn.Module) -> dict[str, float]:
+def leave_out_outliers(model: nn.Module, new: Collection[PackedEncoder]) -> dict[str, float]:
     """Leave in fp32 the linears of an optimised model that would lose too much in int8 (see `int8_losses`),
     because some of their inputs or weights are many times as large as the rest.
 
+    new: the encoders whose linears are chosen; what was chosen of others, maybe by a calibration, stays.
     Returns every linear's loss on random tokens by its name, which `model.int8_losses` holds too. Warns where
     a linear is left out.
     """
     losses: dict[str, float] = {}
+    left_out: dict[str, float] = {}
     for prefix, packed in _packed_by_name(model).items():
         if packed.stored_int8:  # there is nothing else to run
             continue
         own_losses = packed.losses_on_random_tokens()
-        high = above_limit(own_losses)
+        high = above_limit(own_losses) if packed in new else {}
         if high:
             packed.encoder.pack(False, packed.encoder.int8_linears - set(high))
         losses.update({f"{prefix}.{name}": loss for name, loss in own_losses.items()})
+        left_out.update({f"{prefix}.{name}": loss for name, loss in high.items()})
     model.__dict__["int8_losses"] = losses
-    if high := above_limit(losses):
+    if high := above_limit(left_out):
         warnings.warn(
             f"{len(high)} of {len(losses)} linears stay in float32, because int8 would lose {told(high)}: "
             "some of their inputs or weights are many times as large as the rest; with calibration=batches "

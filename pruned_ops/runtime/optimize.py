@@ -138,7 +138,7 @@ def _optimize(
         if calibration is not None:
             choose_int8(model, calibration, tolerance)
         elif int8:
-            leave_out_outliers(model)
+            leave_out_outliers(model, packed.values())
         for encoder in encoders:
             packed[encoder].release(encoder)
         if graphs:

@@ -129,6 +129,17 @@ def test_the_watch_warns_once_where_text_has_outliers() -> None:
             logits(fast, padded_batch())
 
 
+def test_what_a_calibration_chose_of_a_part_stays_where_the_whole_is_optimised_without() -> None:
+    part = everywhere_in_int8(planted("context", 1000.0))
+    both: Any = torch.nn.ModuleList([part, stock_model()])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*stay in float32")
+        pruned_ops.optimize(both, dtype="int8")
+    encoder = part.bert.packed.encoder
+    assert encoder.int8_linears == set(encoder.linear_names)
+    assert len(both.int8_losses) == 24 and both.int8_losses[f"0.bert.encoder.{PLACES['context']}"] > LIMIT
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_calibration_leaves_out_the_outlier_alone(place: str) -> None:
     """A random model is off by more than a real one, and so the tolerance is larger."""
