@@ -98,13 +98,16 @@ def optimize(
         raise ValueError("keep_fp32=False is for dtype='bfloat16'")
     # What is made here outlives the caller's inference mode.
     with CHANGING, torch.inference_mode(False), torch.no_grad():
-        if not isinstance(model, nn.Module) or not _is_optimised(model, dtype):
-            _optimize(model, dtype, calibration, tolerance, graphs, keep_fp32)
-        elif calibration is not None or (not keep_fp32 and any(p.keeps_fp32 for p in packed_encoders(model))):
+        is_module = isinstance(model, nn.Module)
+        is_optimised = is_module and _is_optimised(model, dtype)
+        keeps_fp32 = is_module and any(packed.keeps_fp32 for packed in packed_encoders(model))
+        if (is_optimised and calibration is not None) or (keeps_fp32 and not keep_fp32):
             raise ValueError(
                 "this model is optimised already, and calibration and keep_fp32=False are for laying its "
                 "weights out: pruned_ops.restore(model) first"
             )
+        if not is_optimised:
+            _optimize(model, dtype, calibration, tolerance, graphs, keep_fp32)
     return model
 
 
