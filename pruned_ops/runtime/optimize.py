@@ -173,8 +173,8 @@ def _optimize(
 
 
 def _is_optimised(model: nn.Module, dtype: str | None) -> bool:
-    """Whether the model is optimised already. Errors: ValueError where it is, in another dtype. What was
-    stored in int8 runs in int8 when nothing is asked for, too."""
+    """Whether the model is optimised already, itself and not only a part of it. Errors: ValueError where it
+    is, in another dtype. What was stored in int8 runs in int8 when nothing is asked for, too."""
     if any(
         packed.linear_dtype != dtype and not (packed.stored_int8 and dtype is None)
         for packed in packed_encoders(model)
@@ -182,7 +182,8 @@ def _is_optimised(model: nn.Module, dtype: str | None) -> bool:
         raise ValueError("this model is optimised already, in another dtype: pruned_ops.restore(model) first")
     if any(map(is_encoder, model.modules())):
         return False
-    return all(_HEAD in parent.__dict__ for parent, _ in _parents(model)) and bool(packed_encoders(model))
+    is_hooked = _MODES in vars(model) and all(_HEAD in vars(parent) for parent, _ in _parents(model))
+    return is_hooked and bool(packed_encoders(model))
 
 
 def _parents(model: nn.Module) -> list[tuple[nn.Module, Any]]:
@@ -243,8 +244,10 @@ def _hook_heads(model: nn.Module) -> None:
         if _HEAD not in parent.__dict__:
             parent.__dict__[_HEAD] = hook_head(parent)
         head, hooked = parent.__dict__[_HEAD]
-        encoder.packed.around.append(type(parent if hooked else model).__name__)
-        if head is not None:
+        name = type(parent if hooked else model).__name__
+        if name not in encoder.packed.around:
+            encoder.packed.around.append(name)
+        if head is not None and head not in encoder.packed.heads:
             encoder.packed.heads.append(head)
     for encoder in optimised_encoders(model):
         encoder.packed.around = encoder.packed.around or [type(model).__name__]

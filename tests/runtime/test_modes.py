@@ -26,6 +26,21 @@ def test_training_that_is_refused_leaves_every_module_in_evaluation_mode() -> No
         assert all(module.training for module in fast.train().modules())
 
 
+def test_a_model_around_an_optimised_one_is_optimised_too() -> None:
+    """It is in evaluation mode, and has what `optimize` gives to a model."""
+    inner = pruned_ops.optimize(stock_model())
+    around = CustomHead(inner)
+    for _ in range(2):  # twice is once
+        assert pruned_ops.optimize(around) is around
+        assert not any(module.training for module in around.modules())
+        assert hasattr(around, "encode_many") and around.engine is inner.engine
+        assert len(inner.bert.packed.heads) < 2 and inner.bert.packed.around == ["BertForQuestionAnswering"]
+    pruned_ops.restore(around)
+    assert around.training and around.head.training and not inner.training
+    for model in (around, inner):
+        assert not {"encode_many", "engine", "train"} & set(vars(model))
+
+
 def test_restore_gives_back_the_mode_of_a_part_that_was_optimised_before() -> None:
     """And none that an earlier `optimize` noted."""
     part = stock_model().train()
