@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -127,12 +128,7 @@ def _optimize(
     if int8:
         _warn_slow_int8()
     packed = {encoder: PackedEncoder(encoder, dtype, keep_fp32) for encoder in encoders}
-    stacks = [each.encoder for each in packed_encoders(model)]  # of encoders that were optimised before
-    earlier = [(stack, stack.laid_out, stack.int8_linears) for stack in stacks]
-    measured = {name: vars(model)[name] for name in _MEASURED if name in vars(model)}
-    inside = {module for encoder in optimised_encoders(model) for module in encoder.modules()}
-    # Encoders that were optimised before know the modes of their modules themselves.
-    modes = [(module, module.training) for module in model.modules() if module not in inside]
+    before = _Before.of(model)
     try:
         for encoder in encoders:
             install(encoder, packed[encoder])
@@ -155,21 +151,51 @@ def _optimize(
         for encoder in encoders:
             if isinstance(encoder, OptimisedEncoder):
                 remove(encoder)
-        if not earlier:  # else whatever holds those encoders goes on with them
+        before.give_back(model)
+        raise
+    before.note_modes(model)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a model was before `optimize`, but for the encoders that this one optimises.
+
+    stacks: those of encoders that were optimised earlier, with their layouts and what of them runs in int8.
+    measured: what `_MEASURED` names. modes: of the modules outside of those encoders, which know theirs."""
+
+    stacks: list[tuple[Any, Any, frozenset[str]]]
+    measured: dict[str, Any]
+    modes: list[tuple[nn.Module, bool]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Before:
+        stacks = [packed.encoder for packed in packed_encoders(model)]
+        inside = {module for encoder in optimised_encoders(model) for module in encoder.modules()}
+        return cls(
+            [(stack, stack.laid_out, stack.int8_linears) for stack in stacks],
+            {name: vars(model)[name] for name in _MEASURED if name in vars(model)},
+            [(module, module.training) for module in model.modules() if module not in inside],
+        )
+
+    def give_back(self, model: nn.Module) -> None:
+        """Undo the rest, once the encoders are what they were."""
+        if not self.stacks:  # else whatever holds those encoders goes on with them
             _unhook(model)
         for name in _MEASURED:
             vars(model).pop(name, None)
-        vars(model).update(measured)
-        for module, training in modes:
+        vars(model).update(self.measured)
+        for module, training in self.modes:
             module.training = training
-        for stack, laid_out, linears in earlier:
+        for stack, laid_out, linears in self.stacks:
             if stack.laid_out is not laid_out:
                 stack.pack(False, linears)
-        raise
-    # Modes that are noted already are still to be restored if an encoder is optimised; else they are old.
-    noted = vars(model).get(_MODES, []) if earlier else []
-    known = {module for module, _ in noted}
-    model.__dict__[_MODES] = noted + [pair for pair in modes if pair[0] not in known]
+
+    def note_modes(self, model: nn.Module) -> None:
+        """Note the modes for `restore`. Those that are noted already are still to be restored if an encoder
+        was optimised; else they are old."""
+        noted = vars(model).get(_MODES, []) if self.stacks else []
+        known = {module for module, _ in noted}
+        model.__dict__[_MODES] = noted + [pair for pair in self.modes if pair[0] not in known]
 
 
 def _is_optimised(model: nn.Module, dtype: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""The modes of an optimised model's modules: evaluation as long as it is optimised, and their own after it."""
+"""The modes of an optimised model's modules: evaluation while it is optimised, and their own after it."""
 
 from __future__ import annotations
 
