@@ -30,6 +30,7 @@ from pruned_trainer.jobs.plan import GATE_SHARE, RESERVE, make_plan
 from pruned_trainer.jobs.prune import prune, sweep
 from pruned_trainer.jobs.settings import RECIPES, PruneSettings
 from pruned_trainer.pruning.gate_phase import GatePhase
+from pruned_trainer.tasks.options import STRIDE
 from pruned_trainer.training.teacher_cache import TeacherCache
 from thorough import EVERYTHING
 
@@ -322,7 +323,7 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         {"retrain_steps": 0, "learning_rate": 0.2, "train_embeddings": True},
         {"distillation": Distillation(logits=0.0, hidden=0.0)},  # no teacher, by the weights
         {"recipe": "random", "retrain_steps": 0, "teacher": "t", "texts": Path("t.txt"), "train_file": None,
-         "task": "text-classification"},  # where it is what models are compared with
+         "task": "text-classification", "stride": STRIDE},  # where it is what models are compared with
     ):  # fmt: skip
         assert replace(settings, **effective)  # type: ignore[arg-type]
 

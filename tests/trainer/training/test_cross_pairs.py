@@ -13,6 +13,7 @@ from matching import trained_model
 from pruned_trainer.jobs.job import start
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.tasks.options import STRIDE
 from pruned_trainer.training.batches import Both, LengthGroupedSampler
 from pruned_trainer.training.cross_pairs import CrossPairs
 from pruned_trainer.training.distillation import Distillation
@@ -121,7 +122,7 @@ def test_a_job_trains_on_them(settings: PruneSettings) -> None:
             "cross_pairs have no labels, and no teacher teaches",
         ),
         ({"cross_pairs": 0.0, "masked_texts": 1.0, "distil_in": "none"}, "masked_texts have no labels"),
-        ({"task": "text-classification"}, "cross_pairs are of a question and a text: for squad"),
+        ({"task": "text-classification", "stride": STRIDE}, "cross_pairs are of a question and a text: for squad"),
     ],
 )
 def test_refusals(settings: PruneSettings, changes: dict[str, object], message: str) -> None:
