@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 import harness
 from harness import Row
-from presentation import table
+from presentation import counted, table
 from pruned_ops.files import write_json, write_whole
 from pruned_ops.models.stock import model_shape
 from pruned_trainer.jobs.choice import compensated, score_batches
@@ -289,8 +289,15 @@ def every_nth(source: Path, every: int, folder: Path) -> Path:
 # -- what is written -------------------------------------------------------------------------------------
 
 
-def lines_of(rows: Sequence[Row]) -> list[str]:
-    """The page: a line for each model, in points of F1."""
+def page(rows: Sequence[Row]) -> str:
+    """The page: a line for each model, in points of F1; then the machine and the command."""
+    last = rows[-1]
+    threads = counted(last["machine_threads"], "thread")
+    foot = f"{last['machine_processor']}, {threads}; torch {last['version_torch']}; {last['date']}. "
+    return "\n".join([*_lines(rows), f"{foot}`{last['command']}`"]) + "\n"
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
     dense, last = rows[0], rows[-1]
     header = ["model", "chosen by", "trained on with", "MACs cut", "speed", "long F1", "short F1"]
     header += [f"{kind} F1 against {what}" for what in ("dense", "control") for kind in KINDS]
@@ -303,7 +310,7 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
         "control is the dense model, trained on so with the same loss. Brackets hold 95% intervals over the "
         f"documents, of one training. The rows remove the paper's shares of heads and FFN units ({shares}). "
         "The paper's numbers are of RoBERTa-large, trained on for longer; its small model is RoBERTa-base. "
-        "By what SQuAD's gates had chosen (BERT-large, 53%/65%), it lost 1.9 long and 5.1 short F1."
+        "There BERT-large lost 1.9 long and 5.1 short F1 by what SQuAD's gates had chosen (53%/65%)."
     )
     return [words, "", *table(header, [_cells(row) for row in rows[1:]])]
 
@@ -336,12 +343,9 @@ def write(study: NqStudy, out: Path, command: str) -> None:
     rows = [study.row(model) for model in MODELS if study.finished(model.name)]
     for row in rows:
         row |= {"speedup": speedups[row["model"]]} if row["model"] in speedups else {}
-    rows = [study.dense_row(), *rows]
-    harness.write_rows(out, [{**row, "command": command} for row in rows])
-    last = rows[-1]
-    foot = f"{last['machine_processor']}, {last['machine_threads']} threads; torch {last['version_torch']}; "
-    foot += f"{last['date']}. `{command}`"
-    write_whole(out.with_suffix(".md"), "\n".join([*lines_of(rows), foot]) + "\n")
+    rows = [{**row, "command": command} for row in (study.dense_row(), *rows)]
+    harness.write_rows(out, rows)
+    write_whole(out.with_suffix(".md"), page(rows))
     save_arrays(out.with_suffix(".npz"), study.arrays())
 
 

@@ -15,6 +15,7 @@ import bench_natural_questions
 import bench_sentence_transformers
 import harness
 import results_page
+import study_natural_questions
 from reports import a_report, put
 from serving.page import page as servers_page
 from study.figures import Results
@@ -38,6 +39,7 @@ OWN_PAGES: dict[str, Callable[[list[harness.Row]], str]] = {
     "serve-": servers_page,
     "bfloat16-": markdown,
     "models-random-": markdown,
+    "paper-natural-questions-": study_natural_questions.page,
     "natural-questions-speed-": lambda rows: "\n".join(bench_natural_questions.lines(rows)) + "\n",
 }
 

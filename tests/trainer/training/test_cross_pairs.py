@@ -122,7 +122,10 @@ def test_a_job_trains_on_them(settings: PruneSettings) -> None:
             "cross_pairs have no labels, and no teacher teaches",
         ),
         ({"cross_pairs": 0.0, "masked_texts": 1.0, "distil_in": "none"}, "masked_texts have no labels"),
-        ({"task": "text-classification", "stride": STRIDE}, "cross_pairs are of a question and a text: for squad"),
+        (
+            {"task": "text-classification", "stride": STRIDE},
+            "cross_pairs are of a question and a text: for squad",
+        ),
     ],
 )
 def test_refusals(settings: PruneSettings, changes: dict[str, object], message: str) -> None:
