@@ -213,7 +213,7 @@ def _source(path: Path, rows: Sequence[Row]) -> str:
     first, commands = rows[0], list(dict.fromkeys(row["command"] for row in rows if "command" in row))
     earlier = _command_in(path.with_suffix(".md")) or COMMANDS.get(path.name)
     shown = [f"`{command}`" for command in commands or ([earlier] if earlier else [])]
-    files = [path.with_suffix(kind) for kind in (".csv", ".md", ".png")]
+    files = [path.with_suffix(kind) for kind in (".csv", ".md", ".png", ".npz")]
     links = [f"[{file.name}](results/{file.name})" for file in files if file.is_file()]
     about = "; ".join([_machine(first), f"torch {first['version_torch']}", str(first["date"]), *shown])
     return f"{about}: {', '.join(links)}."

@@ -233,7 +233,9 @@ def test_what_follows_from_the_rest_is_compensated(biases: bool, layer_by_layer:
         refused = "of heads and ffn have no bias in this ModernBertModel"
         with pytest.raises(ValueError, match=refused):
             compact(model, decision, batches, "bias")
-        settings: Any = SimpleNamespace(parts=("heads", "ffn"), compensation="bias", targets=())
+        settings: Any = SimpleNamespace(
+            parts=("heads", "ffn"), compensation="bias", targets=(), decision=None
+        )
         with pytest.raises(ValueError, match=refused):  # before any training
             budget_for(settings, model, [5], None)
 
