@@ -419,10 +419,10 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
         gates = math.ceil(math.ceil(seen / batch) * epochs)
     used = 0 if scored else gates * trainings
     steps = {} if "gate_epochs" in options else {"gate_steps": gates}
-    said = {"gate_steps", "gate_epochs"} & options.keys()
-    if said and used >= total and not {"retrain_epochs", "retrain_steps"} & options.keys():
+    option = next((name for name in ("gate_steps", "gate_epochs") if name in options), None)
+    if option is not None and used >= total and not {"retrain_epochs", "retrain_steps"} & options.keys():
         raise ValueError(
-            f"{said.pop()} leaves none of the {total} steps of args to the narrow model: {used} are the "
+            f"{option} leaves none of the {total} steps of args to the narrow model: {used} are the "
             "gates'; give retrain_steps, which may be 0"
         )
     if "retrain_epochs" not in options:
