@@ -43,7 +43,7 @@ from pruned_trainer.pruning import importance, surgeon
 from pruned_trainer.pruning.compact import compact
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.gates import Scores
-from pruned_trainer.pruning.options import Target
+from pruned_trainer.pruning.options import DEFAULT_PARTS, Target
 from pruned_trainer.tasks.natural_questions.metrics import AnswerStats
 from pruned_trainer.tasks.natural_questions.task import NqResult
 from study.records import Records, save_arrays
@@ -51,7 +51,6 @@ from study.rows import RETRAININGS, at_shares, every_second_layer, everything, h
 
 # The shares of heads and of FFN units that the paper's rows remove.
 SHARES = {"b": (0.42, 0.40), "c": (0.53, 0.55), "d": (0.68, 0.75)}
-PARTS = ("heads", "ffn")
 # Minibatches of windows that `fast` scores by.
 SCORED = 8
 # Tokens of a window, and those that two neighbours share.
@@ -112,13 +111,19 @@ class NqStudy(Records):
         if size not in SHARES:
             return everything(self.job)
         ranked = self.scores(f"scores-{chosen}", partial(self._scores, chosen))
-        return at_shares(self.job, dict.fromkeys(PARTS, ranked), dict(zip(PARTS, SHARES[size], strict=True)))
+        return at_shares(
+            self.job,
+            dict.fromkeys(DEFAULT_PARTS, ranked),
+            dict(zip(DEFAULT_PARTS, SHARES[size], strict=True)),
+        )
 
     def _scores(self, chosen: str) -> Scores:
         if chosen == "random":
-            return importance.score("random", self.job.dense, [], self.job.budget, PARTS)
+            return importance.score("random", self.job.dense, [], self.job.budget, DEFAULT_PARTS)
         job = self.job if chosen == "fast" else squad_job(*self.squad, self.work / "training")
-        return surgeon.score(job.dense, score_batches(job, SCORED), job.budget, PARTS, job.settings.seed)
+        return surgeon.score(
+            job.dense, score_batches(job, SCORED), job.budget, DEFAULT_PARTS, job.settings.seed
+        )
 
     def judge_dense(self) -> Row:
         """Judge the dense model as it came, once. Returns its record."""
@@ -186,7 +191,7 @@ class NqStudy(Records):
         lengths = self.job.validation.arrival_lengths()
         dense, own = (model_facts(each, lengths)["macs"] for each in (self.job.dense, left))
         shares = removed(self.job, model_shape(left))
-        return {**{f"{part}_removed": shares[part] for part in PARTS}, "macs_cut": dense / own}
+        return {**{f"{part}_removed": shares[part] for part in DEFAULT_PARTS}, "macs_cut": dense / own}
 
     def speedups(self, sizes: Sequence[str]) -> dict[str, float]:
         """How many times as fast as the dense model each size is, all in turn; any weights take as long."""

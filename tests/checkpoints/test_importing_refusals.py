@@ -31,7 +31,7 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
     """Spoil a checkpoint; what its refusal says, and a head_dim to ask for."""
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    said, head_dim = "", None
+    message, head_dim = "", None
     if name == "no json":
         (folder / "config.json").write_text("{")
         return "is no JSON", None
@@ -40,34 +40,34 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Evil()}))
         return "cannot be read as tensors alone", None
     if name == "other model":
-        config["model_type"], said = "albert", "is a 'albert' model"
+        config["model_type"], message = "albert", "is a 'albert' model"
     if name == "no norm":
-        config["layer_norm_type"], said = "no_norm", "has no_norm in place of LayerNorm"
+        config["layer_norm_type"], message = "no_norm", "has no_norm in place of LayerNorm"
     if name == "half a layer":
         tensors = {n: t for n, t in tensors.items() if "layer.1.attention.self" not in n}
-        said = "layer 1 lacks attention.self.key.bias"
+        message = "layer 1 lacks attention.self.key.bias"
     if name == "classifier":
         tensors["classifier.weight"] = tensors.pop("qa_outputs.weight")
-        said = "no question-answering head"
+        message = "no question-answering head"
     if name == "sequence classifier":
         config["architectures"] = ["BertForSequenceClassification"]
-        said = "no sequence classification head (classifier); outside the encoder: qa_outputs.bias"
+        message = "no sequence classification head (classifier); outside the encoder: qa_outputs.bias"
     if name == "sizes that disagree":
         key = "bert.encoder.layer.2.intermediate.dense.bias"
-        tensors[key], said = tensors[key][:5], "intermediate.dense.bias is (5,), beside the others (96,)"
+        tensors[key], message = tensors[key][:5], "intermediate.dense.bias is (5,), beside the others (96,)"
     if name == "head_dim":
-        said, head_dim = "no multiple of head_dim 24: say a head's width", 24
+        message, head_dim = "no multiple of head_dim 24: say a head's width", 24
     if name == "pruned_heads":
-        config["pruned_heads"], said = {"1": [0]}, "pruned_heads takes 1 of 4 heads from layer 1"
+        config["pruned_heads"], message = {"1": [0]}, "pruned_heads takes 1 of 4 heads from layer 1"
     if name == "hostile":
-        config["vocab_size"], said = 1 << 40, "vocab_size is 1099511627776"
+        config["vocab_size"], message = 1 << 40, "vocab_size is 1099511627776"
     if name == "hostile layers":
-        config["num_hidden_layers"], said = 1 << 40, "num_hidden_layers is 1099511627776"
+        config["num_hidden_layers"], message = 1 << 40, "num_hidden_layers is 1099511627776"
     if name == "too many layers":
-        config["num_hidden_layers"], said = 2, "there are tensors of layer 2, the config has 2 layers"
+        config["num_hidden_layers"], message = 2, "there are tensors of layer 2, the config has 2 layers"
     if name == "cofi's gates":
         torch.save({}, folder / "zs.pt")
-        said = "zs.pt beside weights that are not narrowed"
+        message = "zs.pt beside weights that are not narrowed"
     if name == "truncated":
         (folder / "model.safetensors").write_bytes(b"no tensors")
         return "model.safetensors cannot be read", None
@@ -76,15 +76,15 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
         torch.save({"x": torch.zeros(1).expand(1 << 20, 1 << 10)}, folder / "pytorch_model.bin")
         return "x repeats its memory", None
     if name == "heads":
-        config["num_attention_heads"], said = 5, "5 heads do not divide a hidden size of 64"
+        config["num_attention_heads"], message = 5, "5 heads do not divide a hidden size of 64"
     if name == "vocabulary":
-        config["vocab_size"], said = 120, "word_embeddings"
+        config["vocab_size"], message = 120, "word_embeddings"
     if name == "mask":
         torch.save((torch.ones(3, 5), None), folder / "mask.pt")
-        said = "the mask of heads has 5 columns"
+        message = "the mask of heads has 5 columns"
     (folder / "config.json").write_text(json.dumps(config))
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
-    return said, head_dim
+    return message, head_dim
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,10 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
 )  # fmt: skip
 def test_what_is_refused(name: str, tmp_path: Path) -> None:
     folder = stored(tmp_path / "in", stock_model(), lambda config, tensors: None)
-    said, head_dim = broken(folder, name)
+    message, head_dim = broken(folder, name)
     with pytest.raises(ValueError) as refusal:
         pruned_ops.import_checkpoint(folder, head_dim)
-    assert said and said in str(refusal.value)
+    assert message and message in str(refusal.value)
 
 
 QUERY = "bert.encoder.layer.1.attention.self.query.bias"

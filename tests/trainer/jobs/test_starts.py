@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from matching import trained_model
 from pruned_trainer import Decision, SizeBudget, Target, attached, compact, decide
 from pruned_trainer.cli import main
 from pruned_trainer.jobs import prune as prune_module
+from pruned_trainer.jobs.job import budget_for
 from pruned_trainer.jobs.prune import prune, sweep
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.pruning.decision import Kept, LayerDecision
 from pruned_trainer.pruning.expand import close, expanded
 
 TARGETS = (Target(macs=0.7), Target(macs=0.45))
@@ -140,6 +143,19 @@ def test_a_decision_is_trained_on(settings: PruneSettings, capsys: pytest.Captur
     assert main([*argv, *cut, "--decision", str(one.out / "other.json")]) == 2
     assert "the decision is for 4 layers, the model has 2" in capsys.readouterr().err
     assert not list(one.out.parent.glob("new*"))  # refused before there is anything to resume
+
+
+def test_a_decision_that_cuts_hidden_dimensions_is_none_for_an_embedder(tmp_path: Path) -> None:
+    heads, ffn, hidden = (Kept(tuple(range(size)), (1.0,) * size) for size in (4, 48, 16))
+    Decision((LayerDecision(heads, ffn),) * 2, 1, {}, {}, hidden).save(tmp_path / "decision.json")
+    fields = {"parts": ("heads", "ffn"), "compensation": "none", "targets": ()}
+    for task in ("squad", "embedding"):
+        settings: Any = SimpleNamespace(**fields, decision=tmp_path / "decision.json", task=task)
+        if task == "squad":
+            assert budget_for(settings, trained_model(), [5], None).dense.hidden_size == 32
+        else:
+            with pytest.raises(ValueError, match="cuts hidden dimensions, and an embedding is as wide"):
+                budget_for(settings, trained_model(), [5], None)
 
 
 @pytest.mark.parametrize(
