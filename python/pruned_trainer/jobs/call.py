@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def prune(
     with tempfile.TemporaryDirectory() as scratch:
         folder = checked_path("out", out) if out is not None else Path(scratch) / "out"
         held_out = eval_dataset is None
-        settings = call.settings(target, len(rows), held_out, recipe, folder, options)
+        with _types_said():
+            settings = call.settings(target, len(rows), held_out, recipe, folder, options)
         try:
             pruned = finished(settings, dense) or run_for_one(
                 settings,
@@ -256,7 +258,7 @@ class _Call:
             by_args = {"batch_size": batch, "precision": precision, "seed": args.seed, **saving}
             by_args |= _steps(args, rows, batch, recipe, options)
             options = {**by_args, **options}
-        settings = _settings(
+        settings = CallSettings(
             model=_name_of(self.dense),
             train_file=Path("train_dataset"),
             eval_file=None if held_out else Path("eval_dataset"),
@@ -385,10 +387,11 @@ class _Call:
         return loss is not None
 
 
-def _settings(**values: Any) -> CallSettings:
-    """The settings with these values. Errors: ValueError, also for a value of another type."""
+@contextmanager
+def _types_said() -> Iterator[None]:
+    """Turn the TypeError of an option of another type inside the block into a ValueError of one sentence."""
     try:
-        return CallSettings(**values)
+        yield
     except TypeError as error:
         raise ValueError(f"an option is of another type than it can be ({error})") from error
 
@@ -413,9 +416,9 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
     share = max(1, round(GATE_SHARE * total / trainings))
     scored = score_steps(recipe, batch)
     gates = options.get("gate_steps") or scored or share
-    epochs = options.get("gate_epochs")
-    if isinstance(epochs, (int, float)) and math.isfinite(epochs):  # else the settings refuse it
-        seen = max(1, round(options.get("gate_fraction", 1.0) * rows))
+    epochs, fraction = options.get("gate_epochs"), options.get("gate_fraction", 1.0)
+    if epochs is not None and math.isfinite(epochs) and math.isfinite(fraction):  # else settings refuse them
+        seen = max(1, round(fraction * rows))
         gates = math.ceil(math.ceil(seen / batch) * epochs)
     used = 0 if scored else gates * trainings
     steps = {} if "gate_epochs" in options else {"gate_steps": gates}

@@ -134,8 +134,8 @@ class PruneSettings:
         self.check_task()
         self._check_choices()
         self._check_targets()
-        self._check_effects()
         self._check_numbers()
+        self._check_effects()
         self._check_steps()
 
     def check_task(self) -> None:
@@ -267,9 +267,10 @@ class PruneSettings:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("batch_size", "align", "max_length", "save_steps", "threads"):
+        whole = ("batch_size", "align", "max_length", "save_steps", "threads", "gate_steps", "retrain_steps")
+        for name in whole:
             if getattr(self, name) is not None:
-                checked_int(name, getattr(self, name), 1)
+                checked_int(name, getattr(self, name), 0 if name == "retrain_steps" else 1)
         for name in ("learning_rate", "gate_learning_rate", "retrain_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
@@ -284,12 +285,11 @@ class PruneSettings:
             raise ValueError(f"dropout is {self.dropout}: it must lie in [0, 1)")
 
     def _check_steps(self) -> None:
-        for name in ("max_minutes", "gate_steps", "gate_epochs"):
+        for name in ("max_minutes", "gate_epochs"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
-        for name in ("retrain_steps", "retrain_epochs"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.retrain_epochs is not None and self.retrain_epochs < 0:
+            raise ValueError(f"retrain_epochs is {self.retrain_epochs}: it must not be negative")
         for phase in ("gate", "retrain"):
             if getattr(self, f"{phase}_epochs") is not None and (
                 getattr(self, f"{phase}_steps") is not None or self.max_minutes

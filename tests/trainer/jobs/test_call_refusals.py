@@ -286,6 +286,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "arguments as a dictionary": ({"args": {"max_steps": 4}}, "args is a dict, and a TrainingArguments is"),
     "parts as a text": ({"parts": "heads"}, "parts are 'heads': a list of one or more of heads, ffn"),
     "minutes as a text": ({"max_minutes": "5", "gate_steps": None}, "an option is of another type"),
+    "steps as a text": (
+        {"gate_steps": "5", "args": lambda: arguments(Path())}, "an option is of another type than it can be",
+    ),
+    "a share as a text": (
+        {"gate_steps": None, "gate_epochs": 1.0, "gate_fraction": "half", "args": lambda: arguments(Path())},
+        "an option is of another type than it can be",
+    ),
+    "a share that is no number": (
+        {"gate_steps": None, "gate_epochs": 1.0, "gate_fraction": float("inf"),
+         "args": lambda: arguments(Path())},
+        "gate_fraction is inf: a finite number is needed",
+    ),
+    "half a step": ({"retrain_steps": 2.5}, "retrain_steps is 2.5: an integer is needed"),
     "minutes and steps": (
         {"max_minutes": 5.0, "gate_steps": None, "retrain_steps": None, "args": lambda: arguments(Path(), 4)},
         "max_minutes, and max_steps or num_train_epochs of args: say one of them",
