@@ -84,6 +84,12 @@ def make_plan(job: Job) -> Plan:
         raise ValueError(
             f"{plan.gate_steps} gate steps cannot pass {len(settings.targets)} targets one after another"
         )
+    averaged = round(plan.retrain_steps * settings.average_steps)
+    if settings.average_steps and averaged < 2:
+        raise ValueError(
+            f"average_steps is {settings.average_steps:g}, which is {averaged} of {plan.retrain_steps} "
+            "retrain steps, and a mean needs two: ask for a larger share or more steps, or leave it out"
+        )
     return plan
 
 

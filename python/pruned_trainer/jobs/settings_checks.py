@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pruned_trainer.pruning.options import BY_LABELS, PARTS
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -30,15 +32,24 @@ def check_finite(settings: Any) -> None:
 
 
 def check_have_a_training(settings: Any) -> None:
-    """ValueError for a setting of a training that a run with these `PruneSettings` does not have."""
+    """ValueError for a setting of a training, or of another thing, that a run with these `PruneSettings` does
+    not have."""
     gates, weights = settings.trains_gates, settings.trains_weights_with_gates
-    retrains = settings.retrains
+    retrains, scores = settings.retrains, settings.recipe in ("fast", *BY_LABELS)
+    prices = zip(("lambda_attention", "lambda_ffn", "lambda_hidden"), PARTS, strict=True)
     for name, happens, training in (
         ("gate_learning_rate", gates, "the gates' training"),
         ("learning_rate", weights, "the training of weights beside gates"),
         ("retrain_learning_rate", retrains, "the narrow model's training"),
         ("dropout", gates or retrains, "a training"),
         ("train_embeddings", weights or retrains, "a training of weights"),
+        ("tensorboard", gates or retrains, "a training"),
+        (
+            "gate_fraction",
+            gates or scores or settings.compensation != "none",
+            "a choice or a compensation by training windows",
+        ),
+        *((name, part in settings.parts, f"gates on {part}") for name, part in prices),
     ):
         if not happens and getattr(settings, name) != getattr(type(settings), name):
             raise ValueError(f"{name}: for {training}, which this run does not have")

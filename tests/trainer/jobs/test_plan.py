@@ -47,3 +47,11 @@ def test_a_small_batch_scores_as_many_windows(
         assert windows <= plan.gate_steps * size < windows + size
     arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=100, use_cpu=True)
     assert call._steps(arguments, 1000, 8, recipe, {}) == {"gate_steps": windows // 8, "retrain_steps": 100}
+
+
+def test_a_share_that_leaves_no_two_steps_to_average_is_refused(settings: PruneSettings) -> None:
+    one = variant(settings, "averaged", retrain_steps=10, average_steps=0.14)
+    job = start(one)
+    with pytest.raises(ValueError, match="average_steps is 0.14, which is 1 of 10 retrain steps, and a mean"):
+        make_plan(job)
+    assert make_plan(replace(job, settings=replace(one, retrain_steps=11))).retrain_steps == 11

@@ -309,6 +309,9 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         ({"retrain_steps": 0, "retrain_learning_rate": 0.2}, "retrain_learning_rate: for the narrow model's"),
         ({"recipe": "fast", "retrain_steps": None, "dropout": 0.1}, "dropout: for a training, which this"),
         ({"recipe": "paper", "retrain_steps": 0, "train_embeddings": True}, "for a training of weights"),
+        ({"recipe": "random", "gate_fraction": 0.5}, "gate_fraction: for a choice or a comp"),
+        ({"recipe": "random", "retrain_steps": 0, "tensorboard": True}, "tensorboard: for a training, which"),
+        ({"recipe": "paper", "targets": (), "lambda_hidden": 2.0}, "lambda_hidden: for gates on hidden"),
         ({"recipe": "paper", "targets": (), "distillation": Distillation(logits=2.0)}, "distillation is"),
         ({"recipe": "gain", "retrain_steps": 0, "distillation": Distillation(task=1.0)}, "distillation is"),
     ):
@@ -322,6 +325,8 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         {"recipe": "paper", "retrain_steps": 0, "dropout": 0.1},  # of the gates' training
         {"retrain_steps": 0, "learning_rate": 0.2, "train_embeddings": True},
         {"distillation": Distillation(logits=0.0, hidden=0.0)},  # no teacher, by the weights
+        {"recipe": "gain", "gate_fraction": 0.5, "tensorboard": True},
+        {"recipe": "random", "gate_fraction": 0.5, "compensate": "bias"},  # which is worked out on windows
         {"recipe": "random", "retrain_steps": 0, "teacher": "t", "texts": Path("t.txt"), "train_file": None,
          "task": "text-classification", "stride": STRIDE},  # where it is what models are compared with
     ):  # fmt: skip
