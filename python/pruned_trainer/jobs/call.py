@@ -349,6 +349,7 @@ class _Call:
             validation=examples(validation) if apart else evaluation,
             evaluation=evaluation,
             budget=budget_for(settings, dense, lengths, table),
+            lengths=lengths,
             workload=workload if table is None else table.workload,
             table=table,
             collate=self.collate,

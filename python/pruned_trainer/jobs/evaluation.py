@@ -88,7 +88,7 @@ class Judged:
         return {
             **self.result.scores(),
             **self.thresholds,
-            **model_facts(self.model, job.validation.arrival_lengths()),
+            **model_facts(self.model, job.lengths),
         }
 
 

@@ -86,12 +86,12 @@ class Job:
 
     dense: the model as it came, frozen. teacher: the model that distils it; the same one, unless the settings
     name another. train, gate_train: the training windows, and the share of them that gates are trained on.
-    workload: the batches that are timed. table: how long each part of a layer takes, where a target is a
-    time. collate: makes a padded batch of windows. arguments: the caller's own training arguments, whose
-    steps, rates and folders the run sets. task_loss: as for `PruningTrainer`. has_own_loss: whether the model
-    or `task_loss` makes a loss of the windows, whatever their labels are called. retrain_windows: what the
-    narrow model is trained on, where it is more than `train`. earlier: the narrow model of a larger target,
-    which the gates' training begins with.
+    lengths: those of the texts that MACs are counted for, in tokens. workload: the batches that are timed.
+    table: how long each part of a layer takes, where a target is a time. collate: makes a padded batch of
+    windows. arguments: the caller's own training arguments, whose steps, rates and folders the run sets.
+    task_loss: as for `PruningTrainer`. has_own_loss: whether the model or `task_loss` makes a loss of the
+    windows, whatever their labels are called. retrain_windows: what the narrow model is trained on, where it
+    is more than `train`. earlier: the narrow model of a larger target, which the gates' training begins with.
     """
 
     settings: PruneSettings
@@ -105,6 +105,7 @@ class Job:
     validation: Prepared
     evaluation: Prepared
     budget: Budget
+    lengths: Sequence[int]
     workload: Workload
     table: LatencyTable | None
     collate: Collate
@@ -203,6 +204,7 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
         validation=validation,
         evaluation=evaluation,
         budget=budget,
+        lengths=lengths,
         workload=workload if table is None else table.workload,
         table=table,
         collate=partial(

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from transformers import (
 
 import pruned_trainer
 from calls import HALF, TwoTowers, arguments, classifier, config, rows, unlabelled
+from pruned_ops.models.stock import model_shape
 from pruned_trainer import Decision, Distillation, PruneResult, Target
 from pruned_trainer.jobs import call as call_module
 from pruned_trainer.jobs import examples as examples_module
+from pruned_trainer.jobs.evaluation import Judged
 from pruned_trainer.jobs.examples import DatasetExamples
 from pruned_trainer.jobs.rows import Rows, as_batch
 from pruned_trainer.jobs.settings import PruneSettings
@@ -87,6 +90,20 @@ class _Begun(Exception):
     """Ends a call once its job is made."""
 
 
+def begun(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> Any:
+    """The job of a call that ends before its training."""
+    jobs = []
+
+    def only_begin(settings: Any, begin: Any, **_: Any) -> None:
+        jobs.append(begin(settings, None))
+        raise _Begun
+
+    monkeypatch.setattr(call_module, "run_for_one", only_begin)
+    with pytest.raises(_Begun):
+        pruned_trainer.prune(*args, **options)
+    return jobs[0]
+
+
 @pytest.mark.parametrize(
     ("more", "chooses"),
     [
@@ -100,17 +117,8 @@ class _Begun(Exception):
 def test_nothing_is_chosen_on_the_rows_that_the_report_is_about(
     more: dict[str, Any], chooses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = []
-
-    def only_begin(settings: Any, begin: Any, **_: Any) -> None:
-        jobs.append(begin(settings, None))
-        raise _Begun
-
-    monkeypatch.setattr(call_module, "run_for_one", only_begin)
     training, judged = rows(40), rows(16, 1)
-    with pytest.raises(_Begun):
-        pruned_trainer.prune(classifier(), HALF, training, judged, gate_steps=1, **more)
-    (job,) = jobs
+    job = begun(monkeypatch, classifier(), HALF, training, judged, gate_steps=1, **more)
     lists = [[data[k]["input_ids"] for k in range(len(data))] for data in (job.train, job.evaluation.rows)]
     assert lists[1] == [row["input_ids"] for row in judged]
     if not chooses:
@@ -119,6 +127,20 @@ def test_nothing_is_chosen_on_the_rows_that_the_report_is_about(
     chosen_on = [job.validation.rows[k]["input_ids"] for k in range(len(job.validation.rows))]
     assert len(chosen_on) == 2 and len(lists[0]) == 38
     assert sorted(lists[0] + chosen_on) == sorted(row["input_ids"] for row in training)
+
+
+def test_what_is_counted_is_counted_on_the_rows_that_the_report_is_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where choices are made on others: budget, workload and report have the same lengths."""
+    longer = [{**row, "input_ids": 3 * row["input_ids"]} for row in rows(16, 1)]
+    job = begun(monkeypatch, classifier(), HALF, rows(40), longer, recipe="fast")
+    lengths = job.evaluation.arrival_lengths()
+    assert job.validation is not job.evaluation and job.budget.lengths == lengths
+    assert sorted(length for batch in job.workload.batches for length in batch) == sorted(lengths)
+    result: Any = SimpleNamespace(scores=dict)
+    macs = Judged(job.dense, {}, result).to_json(job)["macs"]
+    assert macs == model_shape(job.dense).macs(lengths) / len(lengths)
 
 
 def test_the_rate_of_the_arguments_goes_to_each_training_that_there_is(tmp_path: Path) -> None:
