@@ -42,6 +42,8 @@ GATE_SHARE = 0.25
 RESERVE = 0.05
 # The usual number of choices that are timed before one meets a target in time.
 TIMED_CHOICES = 3
+# The validation windows by which the time of a scoring is told.
+SCORED_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,10 @@ def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -
     models = max(len(settings.targets), 1)
     if settings.recipe == "paper":
         gate_seconds *= len(settings.parts)  # each part's gates train apart
+    averaging = once(lambda: _averaging_seconds(job))
 
     def fit() -> tuple[Plan, float]:
-        left = _left(job, minutes)
+        left = _left(job, minutes) - averaging
         gate_steps, retrain_steps = gate, retrain
         if gate_steps is None:  # all that the other phase leaves, where that one is given
             share = left * GATE_SHARE if retrain is None else left - retrain * retrain_seconds * models
@@ -170,7 +173,7 @@ def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -
         steps = (20 if gate is None else gate) * gate_seconds + (
             20 if retrain is None else retrain
         ) * models * retrain_seconds
-        raise _too_little(job, minutes, steps)
+        raise _too_little(job, minutes, steps + averaging)
     return plan
 
 
@@ -180,7 +183,7 @@ def _left(job: Job, minutes: float) -> float:
 
 
 def _too_little(job: Job, minutes: float, steps: float) -> ValueError:
-    """The refusal of minutes in which steps of so many seconds do not fit."""
+    """The refusal of minutes in which steps (and what comes after them) of so many seconds do not fit."""
     needed = (job.clock.seconds() + _deciding_seconds(job) + steps) / 60 / (1 - RESERVE)
     return ValueError(f"--max-minutes {minutes:g} is too little here: at least {needed:.1f} are needed")
 
@@ -240,6 +243,23 @@ def _deciding_seconds(job: Job) -> float:
         rounds * len(choice_workload(job, target).batches) * round_seconds(job, target)
         for target in job.settings.targets
     )
+
+
+def _averaging_seconds(job: Job) -> float:
+    """Seconds that scoring the last weights of each target's model, and their mean, will take: what the dense
+    model takes for some of the validation windows, for all of them and as often as they are passed."""
+    if not job.settings.average_steps:
+        return 0.0
+    windows, size = job.validation.windows, job.settings.train_batch
+    some = windows[:: max(len(windows) // SCORED_WINDOWS, 1)][:SCORED_WINDOWS]
+    batches = [job.unlabelled_batch(some[begin : begin + size]) for begin in range(0, len(some), size)]
+    with running(job.dense) as dense, torch.no_grad():
+        start = time.perf_counter()
+        for batch in batches:
+            dense(**batch)
+        seconds = time.perf_counter() - start
+    passes = 2 * (1 + bool(job.task.thresholds))  # thresholds are chosen in a pass of their own
+    return max(len(job.settings.targets), 1) * passes * seconds * len(windows) / len(some)
 
 
 def _score_seconds(job: Job, choices: int) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,3 +57,31 @@ def test_a_share_that_leaves_no_two_steps_to_average_is_refused(settings: PruneS
     with pytest.raises(ValueError, match="average_steps is 0.14, which is 1 of 10 retrain steps, and a mean"):
         make_plan(job)
     assert make_plan(replace(job, settings=replace(one, retrain_steps=11))).retrain_steps == 11
+
+
+def test_the_minutes_count_the_scoring_of_averaged_weights(
+    settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All validation windows, twice for a threshold and twice at it, by each target's model."""
+    one = variant(
+        settings, "scored-mean", recipe="random", gate_steps=1, retrain_steps=None, max_minutes=20.0,
+        average_steps=0.2, precision="fp32",
+    )  # fmt: skip
+    job, now = start(one), [0.0]
+    windows = len(job.validation.windows)
+
+    class Slow:
+        """A model that takes a second for a window."""
+
+        def __call__(self, input_ids: Any, **_: Any) -> None:
+            now[0] += len(input_ids)
+
+    monkeypatch.setattr(planning, "running", lambda model: nullcontext(Slow()))
+    monkeypatch.setattr(planning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(planning, "_step_seconds", lambda _: (0.0, 1.0))
+    for targets in (one.targets, (Target(macs=0.7), Target(macs=0.4))):
+        several = replace(job, settings=replace(one, targets=targets))
+        assert planning._averaging_seconds(several) == pytest.approx(len(targets) * 4 * windows)
+    counted = make_plan(job).retrain_steps
+    without = make_plan(replace(job, settings=replace(one, average_steps=0.0))).retrain_steps
+    assert without - counted == pytest.approx(4 * windows, abs=2)
