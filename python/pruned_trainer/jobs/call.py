@@ -19,13 +19,7 @@ from transformers.utils.generic import find_labels
 
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.stock import (
-    choose_encoder,
-    config_of,
-    encoders_of,
-    find_encoder,
-    running_encoder,
-)
+from pruned_ops.models.stock import config_of, encoders_of, find_encoder, running_encoder
 from pruned_trainer.distributed import say, state, world_size
 from pruned_trainer.jobs.call_checks import (
     check_kinds,
@@ -58,7 +52,14 @@ from pruned_trainer.training.batches import GROUP, Collate, Share
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.encoder_states import is_of_a_library
 from pruned_trainer.training.phase import InterruptedTraining
-from pruned_trainer.training.teaching import TaskLoss, labels_nothing, logits_config, loss_of, other_meaning
+from pruned_trainer.training.teaching import (
+    TaskLoss,
+    choose_encoders,
+    labels_nothing,
+    logits_config,
+    loss_of,
+    other_meaning,
+)
 
 # The examples in an evaluation batch where the caller's arguments name no other number.
 _EVAL_BATCH = 32
@@ -139,15 +140,15 @@ def prune(
         options["distillation"] = distillation
     options |= {name: checked_path(name, options[name]) for name in _PATHS & options.keys()}
     dense = working_copy(model, "model")
+    teacher = None if teacher is None else working_copy(teacher, "teacher")
     if encoder is not None:
-        choose_encoder(dense, encoder)
+        choose_encoders(dense, teacher, encoder)
     find_encoder(dense)
     if isinstance(dense, nn.Sequential):
         raise ValueError(
             f"a {type(dense).__name__} takes its inputs as one dictionary: prune it in its own trainer, by "
             "the GatingTrainerMixin, or from the command line"
         )
-    teacher = None if teacher is None else working_copy(teacher, "teacher")
     call = _Call(dense, teacher, data_collator, compute_metrics, args, loss, workload)
     rows = call.rows(train_dataset, "training dataset")
     datasets = [rows]

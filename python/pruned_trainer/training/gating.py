@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload
-from pruned_ops.models.stock import choose_encoder, config_of, find_encoder, model_shape
+from pruned_ops.models.stock import config_of, find_encoder, model_shape
 from pruned_ops.shape import checked_int
 from pruned_trainer.distributed import once
 from pruned_trainer.pruning.attach import attached
@@ -28,7 +28,7 @@ from pruned_trainer.training.batches import GROUP
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.distillation_losses import HiddenProjection
 from pruned_trainer.training.encoder_states import Call, States, capturing, recording
-from pruned_trainer.training.teaching import Teaching
+from pruned_trainer.training.teaching import Teaching, choose_encoders
 
 # FFN widths are rounded up to a multiple of this, where no latency table says another.
 _ALIGN = 8
@@ -202,7 +202,7 @@ def gating(
     if teacher is None and weights.needs_teacher:
         raise ValueError("the distillation losses need a teacher")
     if encoder is not None:
-        choose_encoder(model, encoder)
+        choose_encoders(model, teacher, encoder)
     check_prunable(model, parts)
     budget, table_align = _budget(model, target, lengths, workload)
     budget.unmade_hidden = unmade_hidden(find_encoder(model))

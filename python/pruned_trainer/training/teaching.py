@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruned_ops.models.stock import config_of
+from pruned_ops.models.stock import choose_encoder, config_of, encoders_of
 from pruned_trainer.tasks.output_kinds import (
     IGNORED,
     OutputKind,
@@ -142,6 +142,14 @@ class Teaching:
             start, end, *types = (logits.cpu() for logits in taught.values.values())
             self.cache.store(numbers.cpu(), start, end, mask.cpu(), *types)
         return taught, states
+
+
+def choose_encoders(model: nn.Module, teacher: nn.Module | None, name: str) -> None:
+    """Let the encoder of this name be the one that is meant in a model with several, and in a teacher with
+    several. Errors: ValueError where there is none."""
+    choose_encoder(model, name)
+    if teacher is not None and len(encoders_of(teacher)) > 1:
+        choose_encoder(teacher, name)
 
 
 def other_meaning(teacher: nn.Module, student: nn.Module) -> str | None:

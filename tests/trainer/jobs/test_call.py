@@ -24,7 +24,7 @@ from transformers import (
 
 import pruned_trainer
 from calls import HALF, TwoTowers, arguments, classifier, config, rows, unlabelled
-from pruned_ops.models.stock import model_shape
+from pruned_ops.models.stock import model_shape, running_encoder
 from pruned_trainer import Decision, Distillation, PruneResult, Target
 from pruned_trainer.jobs import call as call_module
 from pruned_trainer.jobs import examples as examples_module
@@ -416,3 +416,12 @@ def test_the_encoder_that_is_named_is_pruned() -> None:
     )  # fmt: skip
     assert type(result.model.query) is BertModel and type(result.model.passage).__name__ == "PrunedBertModel"
     assert result.report["speedup"]["reached"] > 0
+
+
+def test_of_a_teacher_with_several_encoders_the_one_of_that_name_teaches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its hidden states are compared, and not those of its first encoder."""
+    taught = {"teacher": TwoTowers(), "encoder": "passage", "recipe": "random"}
+    job = begun(monkeypatch, TwoTowers(), HALF, unlabelled(24), unlabelled(16), **taught)
+    assert job.teacher is not job.dense and running_encoder(job.teacher) is job.teacher.passage

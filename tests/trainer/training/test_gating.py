@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
 import pruned_ops
+from calls import TwoTowers
 from family_models import stock as family_stock
 from head_models import SIZES, stock
 from inputs import padded_batch, stock_model
+from pruned_ops.models.stock import running_encoder
 from pruned_trainer import Distillation, GatingTrainerMixin, PerGate, Scores, Target, compact, decide, gating
 from pruned_trainer.pruning.budget import SizeBudget
 from pruned_trainer.pruning.decision import decide_at
@@ -65,6 +67,13 @@ def test_hidden_states_teach_in_a_loop_too() -> None:
         pass
     with pytest.raises(ValueError, match="cannot be met"), gating(model, Target(params=1e-9), 3):
         pass
+
+
+def test_of_a_teacher_with_several_encoders_the_one_of_that_name_teaches() -> None:
+    teacher = TwoTowers()
+    weights = Distillation(hidden=1.0)
+    with gating(TwoTowers(), Target(params=0.5), 1, teacher, weights, encoder="passage"):
+        assert running_encoder(teacher) is teacher.passage
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
