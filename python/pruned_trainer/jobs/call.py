@@ -303,7 +303,7 @@ class _Call:
         first, _ = (first_batch(data, self.collate, own_collator, configs) for data in (rows, judged))
         weights = settings.distillation
         outputs = self._outputs(dense, "model", first, weights.pooling)
-        if teacher is not dense and weights.needs_teacher:
+        if teacher is not dense:  # the report has the agreement with it, whether it teaches or not
             check_comparable(outputs, self._outputs(teacher, "teacher", first, weights.pooling))
             fault = other_meaning(teacher, dense)
             if fault is not None:

@@ -140,6 +140,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": (
         {"teacher": lambda: BertForTokenClassification(config())}, "teacher gives tokens, and the student cl",
     ),
+    "another kind that only judges": (
+        {"teacher": lambda: BertForTokenClassification(config()), "distillation": Distillation.none()},
+        "teacher gives tokens, and the student classes",
+    ),
     "no signal": (
         {"train_dataset": unlabelled(8), "distillation": Distillation.none()}, "gates phase would have",
     ),
