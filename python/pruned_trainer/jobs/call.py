@@ -248,7 +248,7 @@ class _Call:
         rows. held_out: whether models are judged on rows of the training dataset."""
         args = self.args
         if args is not None:
-            check_callers_arguments(args)
+            check_callers_arguments(args, self.dense)
             if args.dataloader_drop_last and rows < args.train_batch_size * world_size():
                 raise ValueError(
                     f"dataloader_drop_last leaves no batch of {args.train_batch_size} of the {rows} rows"

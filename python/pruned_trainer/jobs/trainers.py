@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from pruned_ops.files import read_json, write_json
@@ -34,9 +35,14 @@ OWN_ARGUMENTS: dict[str, Any] = {
 _SECONDS = "seconds.json"
 
 
-def check_callers_arguments(args: TrainingArguments) -> None:
-    """ValueError for a caller's training arguments that ask for what a run does not do."""
+def check_callers_arguments(args: TrainingArguments, model: nn.Module) -> None:
+    """ValueError for a caller's training arguments that ask for what a run, or the model, does not do."""
     check_arguments(args)
+    if args.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
+        raise ValueError(
+            f"gradient_checkpointing: a {type(model).__name__} has no gradient_checkpointing_enable, which "
+            "models of transformers have: leave it out"
+        )
     if args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end chooses by evaluations on the way, and models are judged at the end "

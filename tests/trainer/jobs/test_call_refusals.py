@@ -287,6 +287,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"args": lambda: arguments(Path(), dataloader_drop_last=True), "train_dataset": GOOD[:4]},
         "dataloader_drop_last leaves no batch of 8 of the 4 rows",
     ),
+    "gradient checkpointing of a module that has none": (
+        {"args": lambda: arguments(Path(), gradient_checkpointing=True), "model": TwoTowers,
+         "encoder": "passage", "train_dataset": unlabelled(16), "eval_dataset": unlabelled(16)},
+        "gradient_checkpointing: a TwoTowers has no gradient_checkpointing_enable",
+    ),
     "arguments as a dictionary": ({"args": {"max_steps": 4}}, "args is a dict, and a TrainingArguments is"),
     "parts as a text": ({"parts": "heads"}, "parts are 'heads': a list of one or more of heads, ffn"),
     "minutes as a text": ({"max_minutes": "5", "gate_steps": None}, "an option is of another type"),
