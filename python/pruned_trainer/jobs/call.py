@@ -249,10 +249,6 @@ class _Call:
         args = self.args
         if args is not None:
             check_callers_arguments(args, self.dense)
-            if args.dataloader_drop_last and rows < args.train_batch_size * world_size():
-                raise ValueError(
-                    f"dataloader_drop_last leaves no batch of {args.train_batch_size} of the {rows} rows"
-                )
             batch = args.train_batch_size * args.gradient_accumulation_steps * world_size()
             precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
             saving = {"save_steps": int(args.save_steps)} if args.save_steps >= 1 else {}
@@ -272,6 +268,11 @@ class _Call:
         )
         if args is None:
             return settings
+        seen = max(1, round(settings.gate_fraction * rows)) if settings.trains_gates else rows
+        if args.dataloader_drop_last and seen < args.train_batch_size * world_size():
+            raise ValueError(
+                f"dataloader_drop_last leaves no batch of {args.train_batch_size} of the {seen} rows"
+            )
         rates: dict[str, Any] = {}
         if settings.trains_weights_with_gates:
             rates["learning_rate"] = args.learning_rate

@@ -287,6 +287,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"args": lambda: arguments(Path(), dataloader_drop_last=True), "train_dataset": GOOD[:4]},
         "dataloader_drop_last leaves no batch of 8 of the 4 rows",
     ),
+    "no whole batch of the gates' share": (
+        {"args": lambda: arguments(Path(), dataloader_drop_last=True), "gate_fraction": 0.25},
+        "dataloader_drop_last leaves no batch of 8 of the 4 rows",
+    ),
     "gradient checkpointing of a module that has none": (
         {"args": lambda: arguments(Path(), gradient_checkpointing=True), "model": TwoTowers,
          "encoder": "passage", "train_dataset": unlabelled(16), "eval_dataset": unlabelled(16)},
