@@ -139,6 +139,8 @@ def prune(
     if distillation is not None:
         options["distillation"] = distillation
     options |= {name: checked_path(name, options[name]) for name in _PATHS & options.keys()}
+    if workload is not None and "latency_table" in options:
+        raise ValueError("a latency table is of a workload of its own: give workload or latency_table")
     dense = working_copy(model, "model")
     teacher = None if teacher is None else working_copy(teacher, "teacher")
     if encoder is not None:

@@ -194,6 +194,8 @@ def gating(
     checked_int("steps", steps, 1)
     if align is not None:
         checked_int("align", align, 1)
+    if workload is not None and not target.is_time:
+        raise ValueError(f"a workload is for a target in time, and this one is {target}: leave it out")
     if teacher is not None and {*map(id, teacher.parameters())} & {*map(id, model.parameters())}:
         raise ValueError(
             "the teacher has the model's own weights, which the gates will change: give copy.deepcopy(model)"

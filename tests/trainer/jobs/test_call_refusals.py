@@ -18,7 +18,8 @@ from transformers import (
 import pruned_ops
 import pruned_trainer
 from calls import HALF, TwoTowers, arguments, classifier, config, rows, unlabelled
-from pruned_trainer import Distillation
+from pruned_ops.measure.timing import Workload
+from pruned_trainer import Distillation, Target
 from pruned_trainer.training.trainer import PruningTrainer
 from tiny_tokenizers import word_tokenizer
 
@@ -324,6 +325,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "all steps to the gates": (
         {"args": lambda: arguments(Path(), 10), "gate_steps": 40, "retrain_steps": None},
         "gate_steps leaves none of the 10 steps of args to the narrow model: 40 are the gates'",
+    ),
+    "two workloads": (
+        {"target": Target(speedup=1.5), "workload": Workload.fixed(8, 2, 1), "latency_table": "table.json"},
+        "a latency table is of a workload of its own: give workload or latency_table",
     ),
     "nothing to resume": ({"out": None, "resume": True}, "resume goes on in the folder out"),
     "no path": ({"out": 5}, "out is 5, and a path is needed"),

@@ -17,6 +17,7 @@ from calls import TwoTowers
 from family_models import stock as family_stock
 from head_models import SIZES, stock
 from inputs import padded_batch, stock_model
+from pruned_ops.measure.timing import Workload
 from pruned_ops.models.stock import running_encoder
 from pruned_trainer import Distillation, GatingTrainerMixin, PerGate, Scores, Target, compact, decide, gating
 from pruned_trainer.pruning.budget import SizeBudget
@@ -80,6 +81,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no target": ({"target": 0.5}, "target is a float, and a Target is needed"),
     "no steps": ({"steps": 0}, "steps is 0: at least 1"),
     "half a step": ({"steps": 2.5}, "steps is 2.5: an integer"),
+    "batches that nothing is timed on": (
+        {"workload": Workload.fixed(8, 2, 1)}, "a workload is for a target in time, and this one is 0.5",
+    ),
     "no multiple": ({"align": 0}, "align is 0: at least 1"),
     "itself": ({"teacher": "itself"}, "teacher has the model's own weights"),
     "half precision": ({"model": lambda: stock("bert", "sequence").bfloat16()}, "gates train in float32"),
