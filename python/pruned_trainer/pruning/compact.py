@@ -4,7 +4,8 @@ the closed parts; compensated for them, if the caller has inputs to do it on."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ def compact(
     made for other shapes or for hidden dimensions that the head cannot lose, for a compensation that lacks
     its calibration, and for a calibration of an nn.Sequential.
     """
+    if isinstance(calibration, (str, PathLike, Mapping)):
+        kind = type(calibration).__name__
+        raise ValueError(f"calibration is a {kind}: a list of texts, or of batches of inputs, is needed")
     if calibration is None and compensate not in ("auto", "none"):
         raise ValueError(f"compensation by {compensate} needs a calibration: texts, or batches of inputs")
     if layer_by_layer and (calibration is None or compensate == "none"):

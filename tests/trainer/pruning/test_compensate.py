@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -292,6 +293,9 @@ def test_a_calibration_that_cannot_be_run_is_refused(trained: Any) -> None:
     del batches[1]["attention_mask"]
     with pytest.raises(ValueError, match="batch to compensate on has no attention_mask .it has input_ids"):
         compact(trained, decision, batches, "bias")
+    for one in ("texts.txt", Path("texts.txt"), batches[0]):  # of which letters or names would be the texts
+        with pytest.raises(ValueError, match=f"calibration is a {type(one).__name__}: a list of texts, or"):
+            compact(trained, decision, one)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a Sequential takes its inputs as one dictionary"):
         compact(torch.nn.Sequential(trained), decision, batches, "bias")
 
