@@ -95,7 +95,7 @@ class Target:
 
 def check_parts(parts: Sequence[str]) -> None:
     """ValueError unless these are one or more of PARTS."""
-    if isinstance(parts, str):
+    if isinstance(parts, str) or not isinstance(parts, Sequence):
         raise ValueError(f"parts are {parts!r}: a list of one or more of {', '.join(PARTS)} is needed")
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(

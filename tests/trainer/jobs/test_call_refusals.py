@@ -299,6 +299,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "arguments as a dictionary": ({"args": {"max_steps": 4}}, "args is a dict, and a TrainingArguments is"),
     "parts as a text": ({"parts": "heads"}, "parts are 'heads': a list of one or more of heads, ffn"),
+    "parts as a set": ({"parts": {"heads"}}, r"parts are \{'heads'\}: a list of one or more of heads, ffn"),
     "minutes as a text": ({"max_minutes": "5", "gate_steps": None}, "an option is of another type"),
     "steps as a text": (
         {"gate_steps": "5", "args": lambda: arguments(Path())}, "an option is of another type than it can be",
