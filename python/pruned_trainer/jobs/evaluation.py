@@ -21,7 +21,7 @@ from pruned_ops.models.stock import config_of, model_shape, running_encoder
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import Chosen
-from pruned_trainer.jobs.examples import AGREEMENT
+from pruned_trainer.jobs.examples import AGREEMENT, DatasetExamples
 from pruned_trainer.jobs.job import TIMED_ROUNDS, Job, timed_part
 from pruned_trainer.report.published import data_set_of
 from pruned_trainer.tasks.task import Result
@@ -107,11 +107,13 @@ def judge(
 def validation_score(job: Job, model: PreTrainedModel) -> float:
     """One number by which to choose between models: the mean of the scores on the validation examples, at the
     thresholds that are best there; the agreement with the teacher alone where there is one, because of a
-    caller's own metrics nobody knows whether more is better."""
+    caller's own metrics nobody knows whether more is better. 0 where none of them is defined."""
     prepared = job.validation
     scores = prepared.evaluate(model, prepared.best_thresholds(model)).scores()
     keys = [line.key for line in prepared.score_lines if line.has_loss]
-    values = [scores[key] for key in ([AGREEMENT] if AGREEMENT in scores else keys)]
+    if AGREEMENT in scores or isinstance(prepared, DatasetExamples):  # which may be too few to have one
+        keys = [AGREEMENT]
+    values = [scores.get(key) for key in keys]
     return statistics.fmean([value for value in values if value is not None] or [0.0])
 
 

@@ -18,6 +18,7 @@ from matching import batch_of, trained_model
 from pruned_trainer import Distillation, PruningTrainer
 from pruned_trainer.jobs import prune as prune_module
 from pruned_trainer.jobs.evaluation import validation_score
+from pruned_trainer.jobs.examples import DatasetExamples
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.task import Score
@@ -129,5 +130,14 @@ def test_models_of_a_call_are_chosen_between_by_their_agreement() -> None:
         job: Any = SimpleNamespace(validation=prepared)
         return validation_score(job, cast(Any, None))
 
+    def of_one_row(mse: float) -> float:
+        """Of a call whose teacher says one number, which alone has no rank."""
+        examples: Any = DatasetExamples.__new__(DatasetExamples)
+        examples._names = ("mse",)
+        examples.evaluate = lambda model, thresholds: SimpleNamespace(scores=lambda: {"mse": mse})
+        job: Any = SimpleNamespace(validation=examples)
+        return validation_score(job, cast(Any, None))
+
     assert scored(mse=0.5, agreement=90.0) > scored(mse=40.0, agreement=80.0)
+    assert of_one_row(0.5) == of_one_row(40.0)
     assert scored(accuracy=80.0, f1=70.0) == 75.0
