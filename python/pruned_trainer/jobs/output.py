@@ -23,6 +23,7 @@ from pruned_ops.checkpoints.loading import load_model as load_model
 from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
 from pruned_ops.files import check_name, check_place, open_to_others, read_json
 from pruned_ops.models.model_card import WEIGHTS
+from pruned_ops.models.stock import is_encoder
 
 # sentence-transformers' own files beside an encoder, and those of a module that follows it.
 _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", *ENCODER_SETTINGS)
@@ -35,11 +36,12 @@ LOCK = ".pruned-trainer.lock"
 
 def save_checkpoint(model: Any, folder: Path, source: str, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Write weights and config, and the tokenizer files of `source` as they are (saved anew where `source` is
-    no folder). A module that is no model of transformers is saved by its own `save`, or as weights alone."""
+    no folder). A model of sentence-transformers is saved by its own `save`, another module as weights alone.
+    """
     logging.disable_progress_bar()
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(folder)
-    elif hasattr(model, "save"):  # sentence-transformers
+    elif any(kind.__module__.startswith("sentence_transformers.") for kind in type(model).__mro__):
         model.save(str(folder))
     else:
         save_model(model, str(folder / WEIGHTS))
@@ -49,14 +51,18 @@ def save_checkpoint(model: Any, folder: Path, source: str, tokenizer: PreTrained
         shutil.copyfile(file, folder / file.name)
     if not files and tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if type(model).__name__.endswith("Model"):  # a bare encoder
+    if is_encoder(model):
         _copy_modules(source, folder)
 
 
 def _copy_modules(source: str, folder: Path) -> None:
     """Copy what sentence-transformers keeps beside an encoder, which says how its states become embeddings:
-    its own files, and the small folders of the modules that follow. source: a folder or a hub name."""
-    listed = file_beside(source, _SENTENCE_FILES[0])
+    its own files, and the small folders of the modules that follow. source: a folder or a hub name; nothing
+    where it is neither, as of a model that was made from a config."""
+    try:
+        listed = file_beside(source, _SENTENCE_FILES[0])
+    except OSError:
+        return
     if listed is None:
         return
     to_copy = [*_SENTENCE_FILES]

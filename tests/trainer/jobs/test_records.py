@@ -1,4 +1,5 @@
-"""What a run wrote down, spoilt: one line names the file and the place, and shows nothing of the content."""
+"""What a run writes down, and what of it is spoilt: one line names the file and the place, and shows nothing
+of the content."""
 
 from __future__ import annotations
 
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
+from transformers import BertModel
 
+from calls import config
 from pruned_trainer import Target
 from pruned_trainer.jobs.choice import _recorded
-from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, _take_lock
+from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, _take_lock, save_checkpoint
 from pruned_trainer.jobs.prune import _recorded_plan
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.report.fields import Fields
@@ -135,3 +139,23 @@ def test_a_lock_that_a_killed_process_left_in_its_output_goes(tmp_path: Path) ->
     (out / RUN).touch()  # a run that has to be finished holds it meanwhile
     OutputFolder.end_publishing(out)
     assert (out / LOCK).exists()
+
+
+class OwnModel(nn.Module):
+    """A model around an encoder, with a method that has nothing to do with folders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = BertModel(config(), add_pooling_layer=False)
+
+    def save(self) -> None:
+        raise AssertionError("nobody asked for this")
+
+
+@pytest.mark.parametrize("kind", [OwnModel, lambda: BertModel(config())])
+def test_a_trained_model_is_saved_whatever_it_is_called_and_wherever_it_came_from(
+    kind: Any, tmp_path: Path
+) -> None:
+    """By its weights, also where the place that it was loaded from is gone."""
+    save_checkpoint(kind(), tmp_path, "/gone/since/then", None)
+    assert (tmp_path / "model.safetensors").is_file()
