@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
@@ -277,6 +277,15 @@ class PruningTrainer(Trainer):
             if self.gate_phase is not None:
                 logs.update(_open_gates(self.gate_phase))
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save as the Trainer does; of a module that is no model of transformers, copies of the tensors, as
+        safetensors refuses those that share memory."""
+        if state_dict is None and not isinstance(self.model, PreTrainedModel):
+            assert self.model is not None
+            tensors = {k: v for k, v in self.model.state_dict().items() if isinstance(v, Tensor)}
+            state_dict = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -36,6 +36,7 @@ from pruned_trainer.tasks.squad.task import Questions
 from pruned_trainer.training.batches import pad_batch
 from pruned_trainer.training.distillation_losses import HiddenProjection, hidden_loss
 from pruned_trainer.training.phase import prepare_student, training_arguments
+from pruned_trainer.training.trainer import last_checkpoint
 
 HEADS, FFN = 4, 48  # of the trained model
 PLANTED_HEADS, PLANTED_FFN = 4, 48  # useless ones put beside them
@@ -256,6 +257,38 @@ def test_the_whole_job(settings: PruneSettings, monkeypatch: pytest.MonkeyPatch)
     assert written["pruned"]["macs"] / written["dense"]["macs"] == pytest.approx(
         decision.reached["macs"], rel=1e-6
     )
+
+
+class Tied(nn.Module):
+    """A model of one's own whose outputs are made by the word embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = trained_model(steps=1).bert
+        self.words = nn.Linear(32, WORDS + 4, bias=False)
+        self.words.weight = self.body.embeddings.word_embeddings.weight
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, Any]:
+        states = self.body(input_ids, attention_mask=attention_mask).last_hidden_state
+        return {"loss": self.words(states).square().mean()}
+
+
+def test_a_module_with_weights_in_two_places_has_checkpoints(tmp_path: Path) -> None:
+    trainers = [
+        PruningTrainer(
+            Tied(),
+            training_arguments(tmp_path, 2, 8, 1e-3, 0, save_strategy="steps", save_steps=1),
+            Distillation.none(),
+            train_dataset=features(8, 1),
+            data_collator=partial(pad_batch, pad_token_id=0),
+        )
+        for _ in range(2)
+    ]
+    trainers[0].train()
+    trainers[1].train_from(last_checkpoint(tmp_path))
+    first, second = (trainer.model.state_dict() for trainer in trainers)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert trainers[1].model.words.weight is trainers[1].model.body.embeddings.word_embeddings.weight
 
 
 def test_same_seed_steps_and_data_give_the_same_result(settings: PruneSettings) -> None:
