@@ -19,7 +19,7 @@ from transformers.utils.generic import find_labels
 
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.inputs import longest_sequence
-from pruned_ops.models.stock import config_of, encoders_of, find_encoder, running_encoder
+from pruned_ops.models.stock import encoders_of, find_encoder, running_encoder
 from pruned_trainer.distributed import say, state, world_size
 from pruned_trainer.jobs.call_checks import (
     check_kinds,
@@ -228,8 +228,8 @@ class _Call:
     def collate(self) -> Collate:
         if self.collator is not None:
             return as_batch(self.collator)
-        limit = longest_sequence(find_encoder(self.dense).config)
-        return default_collate(config_of(self.dense).pad_token_id, limit)
+        config = find_encoder(self.dense).config
+        return default_collate(config.pad_token_id, longest_sequence(config))
 
     def rows(self, data: Iterable[Any], name: str) -> Rows:
         """The data, with the columns that the model takes (all of them, where the caller said so)."""
@@ -315,7 +315,7 @@ class _Call:
         around = {number for number in ids if number is not None}
         expected = Expected(
             configs=configs,
-            specials=frozenset(around or {config_of(dense).pad_token_id}),
+            specials=frozenset(around or {find_encoder(dense).config.pad_token_id}),
             kind=outputs.kind,
             width=next(iter(outputs.values.values())).size(-1),
             label_names=self.label_names,

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def working_copy(model: Any, whose: str) -> Any:
     if inner is not None:  # what torch.compile, or DataParallel, put around it
         kind, plain = type(model).__name__, type(inner).__name__
         raise ValueError(f"the {whose} is a {kind}: give the {plain} inside it")
+    if whose == "model" and isinstance(getattr(model, "config", None), Mapping):
+        raise ValueError(
+            "the model's config is a dictionary, and transformers' Trainer sets attributes of what models "
+            "call so: call it otherwise"
+        )
     if hasattr(model, HOOKS):
         raise ValueError(f"gates are attached to the {whose} already: detach(model) first")
     if not any(getattr(type(module), OPTIMISED, False) for module in model.modules()):

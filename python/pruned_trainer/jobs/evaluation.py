@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import pruned_ops
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.timing import Timing, Workload, interleave, is_settled, machine, threads, versions
-from pruned_ops.models.stock import config_of, model_shape, running_encoder
+from pruned_ops.models.stock import model_shape, running_encoder
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once, say
 from pruned_trainer.jobs.choice import Chosen
@@ -52,8 +52,8 @@ def time_models(
     ran each op, by the models' names. dtype: as for `optimize`. stock: models that are timed beside them as
     they are. settle: as for `interleave`."""
     first = next(iter(models.values()))
-    config, device = config_of(first), running_encoder(first).device
-    inputs = workload.inputs(config.vocab_size, config.pad_token_id, device)
+    encoder = running_encoder(first)
+    inputs = workload.inputs(encoder.config.vocab_size, encoder.config.pad_token_id, encoder.device)
     backends: dict[str, Any] = {}
     with ExitStack() as stack:
         for name, model in models.items():

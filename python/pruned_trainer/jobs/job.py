@@ -50,6 +50,7 @@ from pruned_trainer.training.batches import (
     pad_batch,
 )
 from pruned_trainer.training.cross_pairs import CrossPairs
+from pruned_trainer.training.encoder_states import sizes_of
 from pruned_trainer.training.teacher_cache import TeacherCache, fingerprint
 from pruned_trainer.training.teaching import TaskLoss, other_meaning
 
@@ -381,7 +382,7 @@ def check_phases(settings: PruneSettings, dense: nn.Module, teacher: nn.Module) 
     for phase in ("gates", "retrain"):
         distillation = settings.distillation_in(phase)
         if distillation.hidden:
-            layers = [config_of(model).num_hidden_layers for model in (dense, teacher)]
+            layers = [sizes_of(model).num_hidden_layers for model in (dense, teacher)]
             distillation.layer_pairs(*layers)
 
 
@@ -392,17 +393,16 @@ def latency_table(
 
     Errors: ValueError for a table of another machine or model.
     """
-    file, device = settings.latency_table or table_file, running_encoder(dense).device.type
+    file, encoder = settings.latency_table or table_file, running_encoder(dense)
+    config, device = encoder.config, encoder.device.type
     if file is None:
         say("measuring how long each part of a layer takes (pruned-ops latency-table keeps such a table)")
         with threads(settings.threads):
-            return once(
-                lambda: measure_table(config_of(dense), workload, device=device, dtype=settings.served_dtype)
-            )
+            return once(lambda: measure_table(config, workload, device=device, dtype=settings.served_dtype))
     if not file.is_file():
         raise FileNotFoundError(f"there is no latency table {file}; pruned-ops latency-table makes one")
     table = LatencyTable.load(file)
-    described = model_shape(dense), config_of(dense), settings.served_dtype or "float32", device
+    described = model_shape(dense), config, settings.served_dtype or "float32", device
     with threads(settings.threads):
         refusal = once(lambda: table.refuse(*described))
     if refusal is not None:

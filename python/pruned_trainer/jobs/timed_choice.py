@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from pruned_ops import ModelShape
 from pruned_ops.measure.timing import Workload, interleave, threads
-from pruned_ops.models.stock import config_of
+from pruned_ops.models.stock import running_encoder
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import say
 from pruned_trainer.jobs.job import Job, paused, timed_part
@@ -74,7 +74,7 @@ def measured_fraction(job: Job, narrow: PreTrainedModel, target: Target) -> floa
     model, for a target in milliseconds), both as the pruned model will be served, measured interleaved until
     the ratio is settled."""
     workload = choice_workload(job, target)
-    config, settings = config_of(job.dense), job.settings
+    config, settings = running_encoder(job.dense).config, job.settings
     dense_part, narrow_part = timed_part(job.dense), timed_part(narrow.eval())
     inputs = workload.inputs(config.vocab_size, config.pad_token_id, job.device)
     dtype = settings.served_dtype

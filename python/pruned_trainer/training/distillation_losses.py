@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruned_ops.models.stock import config_of
 from pruned_trainer.pruning.attach import holder_of
 from pruned_trainer.training.distillation import Distillation
+from pruned_trainer.training.encoder_states import sizes_of
 
 _NAME = "distillation_projection"
 
@@ -42,7 +42,7 @@ class HiddenProjection(nn.Module):
         kept_hidden: the teacher's dimensions that the student's dimensions stand for; the first ones by
         default. Errors: ValueError as for `Distillation.layer_pairs`.
         """
-        student_config, teacher_config = config_of(model), config_of(teacher)
+        student_config, teacher_config = sizes_of(model), sizes_of(teacher)
         pairs = distillation.layer_pairs(student_config.num_hidden_layers, teacher_config.num_hidden_layers)
         sizes = student_config.hidden_size, teacher_config.hidden_size
         needs_matrix = distillation.projection or sizes[0] != sizes[1]

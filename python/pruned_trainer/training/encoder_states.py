@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pruned_ops.models.stock import running_encoder
+from pruned_ops.models.stock import config_of, running_encoder
 
 
 class States(NamedTuple):
@@ -123,6 +123,15 @@ def run_model(
         return outputs, [States(outputs.hidden_states, inputs["attention_mask"])]
     with capturing(own) as states:
         return model(**inputs), states
+
+
+def sizes_of(model: nn.Module) -> Any:
+    """The config that has the sizes of the encoder in a model: the encoder's, whatever the model itself calls
+    its config; the model's where no encoder in it is known."""
+    try:
+        return running_encoder(model).config
+    except ValueError:
+        return config_of(model)
 
 
 def is_of_a_library(model: nn.Module) -> bool:

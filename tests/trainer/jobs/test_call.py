@@ -33,6 +33,7 @@ from pruned_trainer.jobs.examples import DatasetExamples
 from pruned_trainer.jobs.rows import Rows, as_batch
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.output_kinds import OutputKind
+from pruned_trainer.training.distillation_losses import HiddenProjection
 from pruned_trainer.training.trainer import PruningTrainer
 from tiny_tokenizers import word_tokenizer
 
@@ -206,6 +207,22 @@ class Embedder(nn.Module):
         states = self.body(input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask[:, :, None].to(states.dtype)
         return {"embedding": (states * mask).sum(1) / mask.sum(1)}
+
+
+class Configured(Embedder):
+    """One that calls something else its config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(dropout=0.1)
+
+
+def test_sizes_are_those_of_the_encoder_whatever_a_model_calls_its_config(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = begun(monkeypatch, Configured(), HALF, unlabelled(24), unlabelled(16), recipe="random")
+    projection = HiddenProjection.attach(job.dense, job.teacher, Distillation())
+    assert projection.matrix is None and projection.pairs == [(1, 1), (2, 2)]
 
 
 @pytest.mark.parametrize("head", ["classes", "scores", "tokens", "embeddings"])

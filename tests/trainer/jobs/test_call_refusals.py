@@ -84,6 +84,12 @@ def replaced() -> Any:
     return model
 
 
+def with_a_dictionary() -> Any:
+    model: Any = TwoTowers()
+    model.config = {"dropout": 0.1}
+    return model
+
+
 def broken() -> Any:
     model = classifier()
     model.bert.encoder.layer[0].output.dense.weight.data[0, 0] = float("nan")
@@ -261,6 +267,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another module": ({"model": replaced}, "cannot be pruned, because layer 1's intermediate.* is a ReLU"),
     "broken weights": ({"model": broken}, "the model gives NaN for the first rows"),
     "one dictionary": ({"model": lambda: nn.Sequential(classifier())}, "a Sequential takes its inputs as"),
+    "a dictionary as its config": (
+        {"model": with_a_dictionary, "encoder": "passage"}, "the model's config is a dictionary, and transf",
+    ),
     "a subclass": ({"model": Renamed}, "bert, a Mine, is a subclass of BertModel"),
     "a teacher of other words": (
         {"teacher": lambda: classifier(vocab_size=50)}, "row . .* does not fit the teacher: input_ids holds",
