@@ -385,10 +385,11 @@ class _Call:
         with torch.enable_grad(), said(f"{name} fails on the first rows"):
             outputs = self.dense(**batch)
             loss = loss_of(outputs) if self.loss is None else self.loss(outputs, batch)
-        if weight > 0 and labelled:
+        if weight > 0 and (labelled or (self.loss is not None and loss is not None)):
             check_loss(name, loss)
-        elif weight > 0 and self.loss is not None and loss is not None:
-            check_loss(name, loss)
+            trained = [parameter for parameter in self.dense.parameters() if parameter.requires_grad]
+            with said(f"the gradient of the loss of {name} fails on the first rows"):
+                torch.autograd.grad(loss, trained, allow_unused=True)
         return loss is not None
 
 

@@ -32,6 +32,18 @@ class Detached(BertForSequenceClassification):
         return output
 
 
+class OneWay(torch.autograd.Function):
+    """As a loss of whole numbers may be: it has a gradient until somebody asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError("one way")
+
+
 def without_mask(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor([row["input_ids"][:4] for row in batch])}
 
@@ -249,6 +261,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a loss that is no number": (
         {"loss": lambda outputs, batch: outputs["logits"].sum() * float("nan")}, "loss is nan on the first",
+    ),
+    "a loss without a way back": (
+        {"loss": lambda outputs, batch: OneWay.apply(outputs["logits"])},
+        r"the gradient of the loss of the function loss fails on the first rows \(RuntimeError: one way",
     ),
     "metrics that fail": (
         {"compute_metrics": lambda predicted: 1 / 0}, "compute_metrics fails on the evaluation dataset",
