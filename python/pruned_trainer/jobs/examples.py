@@ -32,6 +32,8 @@ Metrics = Callable[[EvalPrediction], Mapping[str, float]]
 # What a model says of one example: arrays by name, without padding.
 RowOutputs = dict[str, NDArray[Any]]
 AGREEMENT = "agreement"
+# What else the report says of a model, by names that no metric of the caller's can have.
+_TAKEN = (AGREEMENT, "metrics", "params", "macs", "params_with_embeddings", "bytes", "workloads")
 # Fewer samples than elsewhere, because the caller's metric may be slow.
 RESAMPLES = 200
 
@@ -238,6 +240,9 @@ class DatasetResult:
             if not isinstance(computed, Mapping):
                 kind = type(computed).__name__
                 raise TypeError(f"it gives a {kind}, and a dictionary of numbers is needed")
+            taken = [name for name in _TAKEN if name in computed]
+            if taken:
+                raise ValueError(f"it gives {', '.join(taken)}, by which the report calls something else")
             metrics = {name: float(value) for name, value in computed.items() if _is_number(value)}
         elif isinstance(gold, np.ndarray):
             metrics = self._against_labels(gold, rows)

@@ -270,6 +270,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"compute_metrics": lambda predicted: 1 / 0}, "compute_metrics fails on the evaluation dataset",
     ),
     "metrics without names": ({"compute_metrics": lambda predicted: 0.5}, "it gives a float, and a dict"),
+    "metrics by the names of others": (
+        {"compute_metrics": lambda predicted: {"agreement": 0.5, "macs": 1.0}},
+        "evaluation dataset .ValueError: it gives agreement, macs, by which the report calls something else",
+    ),
     "metrics by name": ({"compute_metrics": "accuracy"}, "compute_metrics is a str, and a function"),
     # Models.
     "a name": ({"model": lambda: "bert"}, "the model is a str: a model is needed"),
