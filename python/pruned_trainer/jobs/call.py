@@ -170,11 +170,12 @@ def prune(
         with _types_said():
             settings = call.settings(target, len(rows), held_out, recipe, folder, options)
         try:
-            pruned = finished(settings, dense) or run_for_one(
+            digests = {} if out is None else call.digests(datasets)
+            pruned = finished(settings, dense, digests) or run_for_one(
                 settings,
                 lambda settings, table: call.begin(settings, table, rows, validation, judged),
                 page=out is not None,
-                digests={} if out is None else call.digests(datasets),
+                digests=digests,
             )
         except InterruptedTraining:
             if out is not None:

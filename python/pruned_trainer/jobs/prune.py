@@ -103,11 +103,12 @@ def run_for_one(
     return Pruned(trained.model, trained.chosen.decision, report)
 
 
-def finished(settings: PruneSettings, dense: Any) -> Pruned | None:
-    """What a run into this folder made that was killed once its output had its name; None where none was."""
+def finished(settings: PruneSettings, dense: Any, digests: Mapping[str, str]) -> Pruned | None:
+    """What a run into this folder made that was killed once its output had its name; None where none was.
+    digests: as for `open_run`."""
     if not _is_published(settings):
         return None
-    report = _finish(settings, REPORT)
+    report = _finish(settings, REPORT, digests)
     chosen = Chosen.published(settings.out)
     return Pruned(chosen.load(dense), chosen.decision, report)
 
@@ -410,14 +411,15 @@ def _is_published(settings: PruneSettings) -> bool:
     return settings.resume and once(work)
 
 
-def _finish(settings: PruneSettings, name: str) -> dict[str, Any]:
+def _finish(settings: PruneSettings, name: str, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Clean up after a run that was killed once its output had its name; the report of this name from it.
 
-    Errors: ValueError where that run had other settings."""
+    Errors: ValueError where that run had other settings, or what a caller gave had other digests."""
 
     def work() -> dict[str, Any]:
         with explained_when_full(settings.out), locked(settings.out):
             _recorded_plan(settings.out, settings)
+            _check_unchanged(settings.out, digests or {})
             _clean_up(settings.out)
         return read_json(settings.out / name, "report")
 

@@ -17,7 +17,7 @@ from calls import config
 from pruned_trainer import Target
 from pruned_trainer.jobs.choice import _recorded
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, _take_lock, save_checkpoint
-from pruned_trainer.jobs.prune import _recorded_plan
+from pruned_trainer.jobs.prune import _recorded_plan, finished
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.report.fields import Fields
 from pruned_trainer.training.teacher_cache import METADATA, TeacherCache
@@ -139,6 +139,16 @@ def test_a_lock_that_a_killed_process_left_in_its_output_goes(tmp_path: Path) ->
     (out / RUN).touch()  # a run that has to be finished holds it meanwhile
     OutputFolder.end_publishing(out)
     assert (out / LOCK).exists()
+
+
+def test_what_a_call_published_is_not_what_other_rows_make(tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", "the training dataset"
+    out.mkdir()
+    one = replace(SETTINGS, out=out, resume=True)
+    record = {"settings": one.to_json(), "plan": STEPS, "inputs": {rows: "a digest"}}
+    (out / RUN).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"{rows} changed since .*out was started"):
+        finished(one, None, {rows: "another"})
 
 
 class OwnModel(nn.Module):
