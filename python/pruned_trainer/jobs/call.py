@@ -43,7 +43,7 @@ from pruned_trainer.jobs.prune import finished, run_for_one
 from pruned_trainer.jobs.row_checks import Expected, check_rows, first_batch, said
 from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
 from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
-from pruned_trainer.jobs.trainers import check_callers_arguments
+from pruned_trainer.jobs.trainers import check_callers_arguments, steps_asked
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, compensation_of, score_steps
 from pruned_trainer.tasks.output_kinds import Outputs, check_comparable, comparable_outputs
@@ -416,7 +416,7 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
         if args.max_steps > 0 or args.num_train_epochs != TrainingArguments.num_train_epochs:
             raise ValueError("max_minutes, and max_steps or num_train_epochs of args: say one of them")
         return {}
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * rows / batch)
+    total = steps_asked(args, rows, batch)
     if options.get("decision") is not None:
         return {} if "retrain_epochs" in options else {"retrain_steps": total}
     trainings = len(options.get("parts", DEFAULT_PARTS)) if recipe == "paper" else 1

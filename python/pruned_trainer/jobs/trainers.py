@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -50,6 +51,11 @@ def check_callers_arguments(args: TrainingArguments, model: nn.Module) -> None:
         )
     if args.push_to_hub:
         raise ValueError("push_to_hub: nothing is uploaded here; leave it out, and push the result's model")
+
+
+def steps_asked(args: TrainingArguments, rows: int, batch_size: int) -> int:
+    """The steps that training arguments ask for, of so many rows in batches of so many."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * rows / batch_size)
 
 
 def build_trainer(
@@ -129,9 +135,13 @@ def _arguments(
     # With the gates' seed the retraining would begin with the windows that they have had, in the same order.
     seed = settings.seed if phase else settings.seed + 1
     if job.arguments is not None:
+        warm = job.arguments.warmup_steps
+        if warm >= 1:  # the same part of this phase as of the steps of all; below 1 it is a part already
+            every = steps_asked(job.arguments, len(job.train), settings.train_batch)
+            warm = min(round(warm * steps / max(every, 1)), steps)
         own: dict[str, Any] = {
             "max_steps": steps, "learning_rate": rate, "seed": seed, "output_dir": str(folder),
-            **OWN_ARGUMENTS, **more,
+            "warmup_steps": warm, **OWN_ARGUMENTS, **more,
         }  # fmt: skip
         return replace(job.arguments, **own)
     return training_arguments(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import TrainingArguments
 
+from calls import arguments
 from jobs import job_settings, variant
 from matching import trained_model
 from pruned_trainer import Target
-from pruned_trainer.jobs import call
+from pruned_trainer.jobs import call, trainers
 from pruned_trainer.jobs import plan as planning
 from pruned_trainer.jobs.job import start
 from pruned_trainer.jobs.plan import make_plan
@@ -47,8 +49,8 @@ def test_a_small_batch_scores_as_many_windows(
     for size in (4, 16, 48):
         plan = make_plan(replace(job, settings=replace(one, batch_size=size)))
         assert windows <= plan.gate_steps * size < windows + size
-    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=100, use_cpu=True)
-    assert call._steps(arguments, 1000, 8, recipe, {}) == {"gate_steps": windows // 8, "retrain_steps": 100}
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=100, use_cpu=True)
+    assert call._steps(args, 1000, 8, recipe, {}) == {"gate_steps": windows // 8, "retrain_steps": 100}
 
 
 def test_a_share_that_leaves_no_two_steps_to_average_is_refused(settings: PruneSettings) -> None:
@@ -85,3 +87,13 @@ def test_the_minutes_count_the_scoring_of_averaged_weights(
     counted = make_plan(job).retrain_steps
     without = make_plan(replace(job, settings=replace(one, average_steps=0.0))).retrain_steps
     assert without - counted == pytest.approx(4 * windows, abs=2)
+
+
+def test_the_warm_up_of_the_arguments_takes_the_same_part_of_each_phase(tmp_path: Path) -> None:
+    """A part of the steps is one already."""
+    own = SimpleNamespace(seed=0, save_steps=200, train_batch=8)
+    for warmup_steps, steps, warm in ((50, 25, 12), (50, 75, 38), (0, 25, 0), (500, 25, 25), (0.2, 25, 5)):
+        args = arguments(tmp_path, 100, warmup_steps=warmup_steps)
+        job: Any = SimpleNamespace(settings=own, arguments=args, train=range(64))
+        phase = trainers._arguments(job, tmp_path, steps, 1e-3, None, False)
+        assert phase.max_steps == steps and phase.get_warmup_steps(steps) == warm
