@@ -20,7 +20,7 @@ from pruned_ops.models.families.description import Family, LayerNames
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import pruned_counterpart
 from pruned_ops.models.relative_bias import heads_of_layers
-from pruned_ops.models.stock import config_of, encoder_shape, find_encoder, projection_of
+from pruned_ops.models.stock import choose_encoder, config_of, encoder_shape, find_encoder, projection_of
 from pruned_ops.runtime.refusals import refuse_modules, refuse_parameters
 from pruned_trainer.pruning.attach import HOOKS, refuse_hidden
 from pruned_trainer.pruning.compensate import compensate as compensate_narrow
@@ -39,6 +39,7 @@ def compact(
     calibration: Sequence[str] | Sequence[dict[str, Tensor]] | None = None,
     compensate: str = "auto",
     layer_by_layer: bool = False,
+    encoder: str | None = None,
 ) -> Any:
     """A new model that computes what `model` computes under the decision's gates, without the closed parts;
     with a calibration, compensated for what was removed.
@@ -48,10 +49,13 @@ def compact(
     counterpart, which the Auto classes load. Any other model is copied, with a pruned encoder in the place of
     its own. A pruned model can be pruned again. calibration: some hundred texts like those that the model
     will read, or padded batches of inputs; no labels are needed. compensate, layer_by_layer: as for
-    `compensate.compensate`. Errors: ValueError for a model without such an encoder, for a decision that was
-    made for other shapes or for hidden dimensions that the head cannot lose, for a compensation that lacks
-    its calibration, and for a calibration of an nn.Sequential.
+    `compensate.compensate`. encoder: the name of the one that the decision is for, where the model has
+    several. Errors: ValueError for a model without such an encoder, for a decision that was made for other
+    shapes or for hidden dimensions that the head cannot lose, for a compensation that lacks its calibration,
+    and for a calibration of an nn.Sequential.
     """
+    if encoder is not None:
+        choose_encoder(model, encoder)
     if isinstance(calibration, (str, PathLike, Mapping)):
         kind = type(calibration).__name__
         raise ValueError(f"calibration is a {kind}: a list of texts, or of batches of inputs, is needed")

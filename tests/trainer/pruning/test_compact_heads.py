@@ -111,11 +111,15 @@ def test_a_model_with_two_encoders_is_pruned_in_the_one_that_is_named() -> None:
         choose_encoder(model, "document")
     choose_encoder(model, "passage")
     assert find_encoder(copy.deepcopy(model)) is not find_encoder(model) is model.passage
-    _, expected, narrow = decided(model, lambda m: m(**BATCH)["embedding"])
+    decision, expected, narrow = decided(model, lambda m: m(**BATCH)["embedding"])
     assert type(narrow) is TwoTowers and type(narrow.query) is BertModel
     assert type(narrow.passage) is pruned_ops.PrunedBertModel and find_encoder(narrow) is narrow.passage
     with torch.no_grad():
         torch.testing.assert_close(narrow(**BATCH)["embedding"], expected, atol=1e-4, rtol=1e-4)
+    # As a new process shapes a model to load the weights into.
+    again = compact(TwoTowers(), decision, encoder="passage")
+    again.load_state_dict(narrow.state_dict())
+    assert type(again.query) is BertModel and type(again.passage) is pruned_ops.PrunedBertModel
 
 
 def test_what_is_tied_stays_tied_in_the_users_own_class() -> None:
