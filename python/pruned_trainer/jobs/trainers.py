@@ -24,7 +24,9 @@ from pruned_trainer.training.phase import training_arguments
 from pruned_trainer.training.trainer import PruningTrainer, check_arguments
 
 # The training arguments of a trainer whose steps are only timed.
-TIMING: dict[str, Any] = {"train_sampling_strategy": "sequential", "save_strategy": "no"}
+TIMING: dict[str, Any] = {
+    "train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": [],
+}  # fmt: skip
 # What a run decides itself, whatever the caller's training arguments say: it evaluates at its end, trains on
 # batches that have their columns, and keeps the last checkpoint of a phase, whole, until its output is whole.
 OWN_ARGUMENTS: dict[str, Any] = {

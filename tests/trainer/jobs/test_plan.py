@@ -97,3 +97,12 @@ def test_the_warm_up_of_the_arguments_takes_the_same_part_of_each_phase(tmp_path
         job: Any = SimpleNamespace(settings=own, arguments=args, train=range(64))
         phase = trainers._arguments(job, tmp_path, steps, 1e-3, None, False)
         assert phase.max_steps == steps and phase.get_warmup_steps(steps) == warm
+
+
+def test_steps_that_are_only_timed_are_reported_nowhere(tmp_path: Path) -> None:
+    """Wherever the caller's arguments report a training."""
+    args = replace(arguments(tmp_path, 100), report_to=["tensorboard"])
+    own = SimpleNamespace(seed=0, save_steps=200, train_batch=8)
+    job: Any = SimpleNamespace(settings=own, arguments=args, train=range(64))
+    for timing, places in ((False, ["tensorboard"]), (True, [])):
+        assert trainers._arguments(job, tmp_path, 10, 1e-3, None, timing).report_to == places
