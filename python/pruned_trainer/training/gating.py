@@ -203,6 +203,8 @@ def gating(
     weights = distillation or (Distillation.none() if teacher is None else Distillation(task=1.0, hidden=0.0))
     if teacher is None and weights.needs_teacher:
         raise ValueError("the distillation losses need a teacher")
+    if teacher is not None and not weights.needs_teacher:
+        raise ValueError("a teacher is given, and no loss of the distillation asks it: leave the teacher out")
     if encoder is not None:
         choose_encoders(model, teacher, encoder)
     check_prunable(model, parts)

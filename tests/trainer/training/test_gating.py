@@ -85,6 +85,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"workload": Workload.fixed(8, 2, 1)}, "a workload is for a target in time, and this one is 0.5",
     ),
     "no multiple": ({"align": 0}, "align is 0: at least 1"),
+    "a teacher that nothing asks": (
+        {"teacher": stock("bert", "sequence"), "distillation": Distillation.none()},
+        "a teacher is given, and no loss of the distillation asks it",
+    ),
     "itself": ({"teacher": "itself"}, "teacher has the model's own weights"),
     "half precision": ({"model": lambda: stock("bert", "sequence").bfloat16()}, "gates train in float32"),
     "optimised": ({"model": lambda: pruned_ops.optimize(stock("bert", "sequence"))}, "is optimised: prun"),
