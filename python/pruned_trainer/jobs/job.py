@@ -417,10 +417,13 @@ def budget_for(
     """The budget in the targets' unit (MACs where there is no target); ValueError for a target out of
     reach, and for parts, a compensation or a decision that the model does not allow."""
     check_prunable(dense, settings.parts)
+    embeds = settings.task == "embedding" or find_encoder(dense) is dense
+    if embeds and "hidden" in settings.parts:
+        raise ValueError("an embedding is as wide as the hidden size: parts hidden cannot be pruned")
     if settings.decision is not None:
         decision = Decision.load(settings.decision)
         check_decision(dense, decision)
-        if settings.task == "embedding" and decision.hidden is not None:
+        if embeds and decision.hidden is not None:
             raise ValueError(
                 f"{settings.decision} cuts hidden dimensions, and an embedding is as wide as the hidden size"
             )

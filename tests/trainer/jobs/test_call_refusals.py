@@ -171,6 +171,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": lambda: OnlyLogits(), "train_dataset": unlabelled(8), "parts": ("heads", "hidden")},
         "hidden dimensions cannot be pruned",
     ),
+    "hidden dimensions of a bare encoder": (
+        {"model": lambda: BertModel(config(), add_pooling_layer=False), "train_dataset": unlabelled(16),
+         "eval_dataset": unlabelled(16), "parts": ("heads", "hidden")},
+        "an embedding is as wide as the hidden size: parts hidden cannot be pruned",
+    ),
     "unknown option": ({"gate_step": 3}, "prune has no option gate_step; it has align"),
     # Rows.
     "a table": ({"train_dataset": Table()}, r"training dataset is a Table: .*to_dict\("),
