@@ -23,7 +23,7 @@ from pruned_ops.models.stock import encoders_of, find_encoder, running_encoder
 from pruned_trainer.distributed import say, state, world_size
 from pruned_trainer.jobs.call_checks import (
     check_kinds,
-    check_loss,
+    checked_loss,
     checked_path,
     digest_of_weights,
     working_copy,
@@ -387,10 +387,10 @@ class _Call:
             outputs = self.dense(**batch)
             loss = loss_of(outputs) if self.loss is None else self.loss(outputs, batch)
         if weight > 0 and (labelled or (self.loss is not None and loss is not None)):
-            check_loss(name, loss)
+            scalar = checked_loss(name, loss)
             trained = [parameter for parameter in self.dense.parameters() if parameter.requires_grad]
             with said(f"the gradient of the loss of {name} fails on the first rows"):
-                torch.autograd.grad(loss, trained, allow_unused=True)
+                torch.autograd.grad(scalar, trained, allow_unused=True)
         return loss is not None
 
 

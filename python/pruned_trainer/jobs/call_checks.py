@@ -87,8 +87,8 @@ def digest_of_weights(model: nn.Module) -> str:
     return content.hexdigest()
 
 
-def check_loss(name: str, loss: Any) -> None:
-    """Errors: ValueError where the loss of the first rows is nothing to train on. name: whose loss it is."""
+def checked_loss(name: str, loss: Any) -> Tensor:
+    """The loss of the first rows. name: whose it is. Errors: ValueError where it is nothing to train on."""
     if loss is None:
         raise ValueError(
             f"{name} returns no loss for a batch with labels: give loss=, a function of outputs and "
@@ -100,3 +100,4 @@ def check_loss(name: str, loss: Any) -> None:
         raise ValueError(f"the loss of {name} has no gradient: it was computed without one, or detached")
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"the loss of {name} is {float(loss.detach())} on the first rows")
+    return loss
