@@ -50,13 +50,19 @@ def _save_int8(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> An
     """The model's own `save_pretrained`, with int8 weights. Where the caller gives the `state_dict` to be
     saved, that is saved as it is."""
     own = getattr(type(model), _SAVE)
-    if kwargs.get("state_dict") is not None or len(args) > 1:
+    # transformers' second argument after the folder is the state_dict.
+    by_position = args[1] if len(args) > 1 else None
+    if by_position is not None or kwargs.get("state_dict") is not None:
         return own(model, save_directory, *args, **kwargs)
     with CHANGING:
         state, linears = int8_state(model)
         model.config.quantization_config = Int8Config(linears, vars(model).get(_MEASURED)).to_dict()
+        if len(args) > 1:
+            args = (args[0], state, *args[2:])
+        else:
+            kwargs["state_dict"] = state
         try:
-            return own(model, save_directory, *args, **kwargs, state_dict=state)
+            return own(model, save_directory, *args, **kwargs)
         finally:
             del model.config.quantization_config
 

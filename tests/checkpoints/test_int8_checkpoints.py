@@ -111,6 +111,14 @@ def test_a_loaded_model_is_saved_copied_and_pickled(tmp_path: Path) -> None:
         fast.bert.double()
 
 
+def test_arguments_may_be_given_by_position(tmp_path: Path) -> None:
+    batch, fast = padded_batch(), pruned_ops.optimize(stock_model(), dtype="int8")
+    for name, arguments in (("main", (True,)), ("no-state", (True, None)), ("no-push", (True, None, False))):
+        fast.save_pretrained(tmp_path / name, *arguments)
+        again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / name).eval()
+        assert torch.equal(logits(pruned_ops.optimize(again), batch), logits(fast, batch)), name
+
+
 def test_linears_that_stay_fp32_are_saved_so(tmp_path: Path) -> None:
     batches = [padded_batch((9, 4, 1), seed=seed) for seed in range(2)]
     model = stock_model()
