@@ -152,15 +152,16 @@ class Study:
         return path
 
     def claim(self, case: Case) -> None:
-        """Write down whose models a case's folder has. ValueError where they are those of another encoder or
-        of other minutes, because what is there is not trained again."""
+        """Write down whose models a case's folder has. ValueError where they are those of another encoder, of
+        other minutes or of other data, because what is there is not trained again."""
         path = self.work / case.trained_in / "study.json"
-        own = {"model": self.name, "minutes": self.minutes}
-        has = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else own
+        own = {"model": self.name, "minutes": self.minutes, "data": str(self.data.resolve())}
+        # What an earlier version wrote names no data.
+        has = own | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
         if has != own:
             raise ValueError(
-                f"{path.parent} has models of {has['model']}, trained for {has['minutes']:g} minutes: name "
-                "another --work"
+                f"{path.parent} has models of {has['model']}, trained for {has['minutes']:g} minutes on "
+                f"{has['data']}: name another --work"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(own))

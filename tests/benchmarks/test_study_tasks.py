@@ -127,16 +127,18 @@ def test_finished_steps_are_not_done_again_and_interrupted_ones_go_on(
     ]
 
 
-def test_models_of_another_encoder_or_of_other_minutes_are_not_taken(study: Study, tmp_path: Path) -> None:
+def test_models_of_another_encoder_other_minutes_or_data_are_not_taken(study: Study, tmp_path: Path) -> None:
     study.claim(CLASSES)
     study.claim(CLASSES)  # the same study goes on, and another speed may be asked for
     replace(study, speedups=(3.0,)).claim(CLASSES)
-    for other in (replace(study, model="another/encoder"), replace(study, minutes=6.0)):
-        with pytest.raises(ValueError, match="classes has models of start, trained for 5 minutes: .*--work"):
+    others = ({"model": "another/encoder"}, {"minutes": 6.0}, {"data": tmp_path / "other"})
+    for number, changes in enumerate(others):
+        other = replace(study, **changes)
+        with pytest.raises(ValueError, match="has models of start, trained for 5 minutes on .*--work"):
             other.claim(CLASSES)
         with pytest.raises(ValueError, match="name another --work"):
             other.claim(replace(VECTORS, models="classes"))
-        replace(other, work=tmp_path / other.name).claim(CLASSES)
+        replace(other, work=tmp_path / f"work{number}").claim(CLASSES)
 
 
 def test_other_speedups_may_be_asked_for(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
