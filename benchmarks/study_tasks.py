@@ -307,10 +307,14 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
 
 
 def write(rows: Sequence[Row], path: Path, command: str) -> None:
-    """The CSV, and the page beside it. What the file has of other cases and models stays."""
-    done = {(row["model"], row["case"]) for row in rows}
+    """Write the CSV, and the page beside it. What the file has of other cases, models and speeds stays."""
+
+    def place(row: Row) -> tuple[str, str, float]:
+        return row["model"], row["case"], row["asked"]
+
+    measured_now = set(map(place, rows))
     earlier = read_rows(path) if path.is_file() else []
-    kept = [row for row in earlier if (row["model"], row["case"]) not in done]
+    kept = [row for row in earlier if place(row) not in measured_now]
     order = [case.name for case in CASES]
     new = [{**row, "command": command} for row in rows]
     rows = sorted([*kept, *new], key=lambda row: order.index(row["case"]))

@@ -82,6 +82,9 @@ def test_each_case_has_a_row_with_its_control_and_int8(study: Study, tmp_path: P
     assert classes_again["model"] == "start"
     study_tasks.write([{**classes, "model": "other", "dense": 7.0}], tmp_path / "tasks.csv", "python study")
     assert [row["dense"] for row in read_rows(tmp_path / "tasks.csv")][:2] == [12.5, 7.0]
+    study_tasks.write([{**vectors, "asked": 3.0}], tmp_path / "tasks.csv", "python study --speedups 3")
+    at_both_speeds = [row["asked"] for row in read_rows(tmp_path / "tasks.csv") if row["case"] == "vectors"]
+    assert at_both_speeds == [2.0, 3.0]  # what was measured at another speed stays
     page = (tmp_path / "tasks.md").read_text()
     assert "| start | vectors: spearman |" in page and "| start | classes: accuracy | 12.5 |" in page
     assert "| other | classes: accuracy | 7.0 |" in page
