@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pruned_ops.measure.latency import LatencyTable
     from pruned_ops.measure.timing import Workload
 
+# Tokens of a window of --data, at most, and those that two windows share, where nothing is said.
+MAX_LENGTH, STRIDE = 384, 128
+
 
 def add_command(commands: Any) -> None:
     """Add the command and its options to the parser's commands."""
@@ -41,10 +44,16 @@ def add_command(commands: Any) -> None:
     workload.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a batch")
     workload.add_argument("--batches", type=int, default=16, metavar="N", help="batches of the workload")
     workload.add_argument(
-        "--max-length", type=int, default=384, metavar="N", help="tokens of a window of --data, at most"
+        "--max-length",
+        type=int,
+        metavar="N",
+        help=f"tokens of a window of --data, at most (default: {MAX_LENGTH})",
     )
     workload.add_argument(
-        "--stride", type=int, default=128, metavar="N", help="tokens that two windows of --data share"
+        "--stride",
+        type=int,
+        metavar="N",
+        help=f"tokens that two windows of --data share (default: {STRIDE})",
     )
     running = parser.add_argument_group("how the model will run")
     add_dtype(running, "dtype of the linear layers; bfloat16 and int8 run on a CPU")
@@ -66,6 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     check_counts(arguments, "batch_size", "batches", "rounds", "length", "max_length", "threads")
+    if arguments.data is None and (arguments.max_length is not None or arguments.stride is not None):
+        raise ValueError("--max-length and --stride go with --data")
     check_output(arguments.file, arguments.overwrite)
     only_errors()
     config = load_config(arguments.model)
@@ -106,8 +117,8 @@ def make_workload(arguments: argparse.Namespace) -> Workload:
     lengths = window_lengths(
         arguments.data,
         load_tokenizer(str(arguments.model)),
-        arguments.max_length,
-        arguments.stride,
+        MAX_LENGTH if arguments.max_length is None else arguments.max_length,
+        STRIDE if arguments.stride is None else arguments.stride,
         needed=size * batches,
     )
     return Workload.arrival_order(lengths, size, batches)

@@ -382,6 +382,8 @@ def test_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ([new, *fixed, "--threads", "0"], "--threads is 0"),
         ([new, *fixed, "--rounds", "-1"], "--rounds is -1"),
         ([new, "--model", model, "--length", "0"], "--length is 0"),
+        ([new, *fixed, "--max-length", "20"], "--max-length and --stride go with --data"),
+        ([new, *fixed, "--stride", "4"], "--max-length and --stride go with --data"),
         ([new, "--model", model, "--length", "81"], "position table allows 80"),
         ([new, "--model", str(tmp_path), "--length", "9"], "holds no config"),
         ([new, "--model", str(tmp_path / "broken"), "--length", "9"], "cannot be loaded"),
