@@ -27,9 +27,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="time a checkpoint here, beside Hugging Face's runtime and the dense model",
-        description="Time the checkpoint in DIR in our runtime, and as saved in plain Hugging Face (eager, "
-        "sdpa, padded); with --dense that model, too. All take the same batches in turn, in one process. "
-        "Leave the machine alone meanwhile.",
+        description="Time the checkpoint in DIR in our runtime, and as saved in plain Hugging Face (padded, "
+        "with the attention that it takes by default); with --dense that model, too. All take the same "
+        "batches in turn, in one process. Leave the machine alone meanwhile.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a checkpoint")
