@@ -31,6 +31,7 @@ import pruned_ops
 from harness import Row
 from presentation import counted
 from pruned_ops.checkpoints.loading import load_tokenizer
+from pruned_ops.files import write_whole
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.heads import NaturalQuestionsOutput
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = measure(arguments)
     harness.write_rows(out, rows)
     text = "\n".join(lines(rows))
-    out.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+    write_whole(out.with_suffix(".md"), f"{text}\n")
     print(f"{text}\nwritten to {out} and {out.with_suffix('.md').name}")
 
 

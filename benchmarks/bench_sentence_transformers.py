@@ -37,6 +37,7 @@ import pruned_ops
 from embedding_tasks import TASKS, TEXTS, calibration_of, normalised, texts_of
 from harness import Row
 from presentation import counted, table
+from pruned_ops.files import write_whole
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.refusals import refuse_encoder
 from rivals.rival import Refused, made_once
@@ -317,7 +318,7 @@ def _place(row: Row) -> tuple[str, str, str]:
 def write(out: Path, rows: Sequence[Row]) -> None:
     """Write the rows as a CSV and as a page."""
     harness.write_rows(out, rows)
-    out.with_suffix(".md").write_text(page(rows), encoding="utf-8")
+    write_whole(out.with_suffix(".md"), page(rows))
 
 
 def page(rows: Sequence[Row]) -> str:

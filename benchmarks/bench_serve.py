@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import harness
+from pruned_ops.files import write_whole
 from serving.load import Load, Target, closed_loop, open_loop
 from serving.page import page
 
@@ -241,7 +242,7 @@ class Bench:
     def keep(self, line: harness.Row) -> None:
         self.rows.append(line | self.origin)
         harness.write_rows(self.out, self.rows)
-        self.out.with_suffix(".md").write_text(page(self.rows), encoding="utf-8")
+        write_whole(self.out.with_suffix(".md"), page(self.rows))
         shown = {key: value for key, value in line.items() if value not in ("", 0)}
         print(", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from pruned_ops.files import write_whole
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -26,12 +29,15 @@ def save_figure(
     description: str | None = None,
 ) -> str | None:
     """Write a PNG that `fill` draws on a matplotlib figure of this size in inches; `description` becomes the
-    PNG's text of that name. Returns None, or the reason why no figure can be drawn here."""
+    PNG's text of that name. The file is there whole, or as it was before. Returns None, or the reason why no
+    figure can be drawn here."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         return f"no figure: matplotlib cannot be imported ({error})"
     figure = Figure(figsize=size, layout="constrained")
     fill(figure)
-    figure.savefig(path, dpi=dpi, facecolor="white", metadata={"Description": description})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi, facecolor="white", metadata={"Description": description})
+    write_whole(path, drawn.getvalue())
     return None

@@ -17,7 +17,7 @@ from typing import Any
 import harness
 from harness import Row, read_rows
 from presentation import counted, table
-from pruned_ops.files import write_json
+from pruned_ops.files import write_json, write_whole
 from study.figures import Results, figures
 from study.page import mean, section
 from whole_models import first_result
@@ -336,10 +336,8 @@ def main() -> None:
     written = draw_figures(harness.RESULTS)
     readme, here = ROOT / "README.md", Path(__file__).with_name("README.md")
     first_result.draw(FirstResult.read(harness.RESULTS), ROOT / first_result.PICTURE)
-    readme.write_text(
-        with_first_result(readme.read_text(encoding="utf-8"), harness.RESULTS), encoding="utf-8"
-    )
-    here.write_text(page(harness.RESULTS), encoding="utf-8")
+    write_whole(readme, with_first_result(readme.read_text(encoding="utf-8"), harness.RESULTS))
+    write_whole(here, page(harness.RESULTS))
     for path in (*written, ROOT / first_result.PICTURE, here, readme):
         print(f"written: {path.relative_to(ROOT)}")
 

@@ -9,12 +9,13 @@ from typing import Any
 import harness
 from harness import Row
 from presentation import save_figure
+from pruned_ops.files import write_whole
 
 
 def write_tables(out: Path, rows: Sequence[Row], left_out: Sequence[str]) -> None:
     """Write the rows as CSV and Markdown. left_out: the cases that there was no time for, or that failed."""
     harness.write_rows(out, rows)
-    out.with_suffix(".md").write_text(markdown(rows, left_out), encoding="utf-8")
+    write_whole(out.with_suffix(".md"), markdown(rows, left_out))
 
 
 def write_report(out: Path, rows: Sequence[Row], left_out: Sequence[str]) -> None:

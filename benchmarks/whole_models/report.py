@@ -11,6 +11,7 @@ from rich.table import Table
 import harness
 from harness import Row
 from presentation import counted, save_figure
+from pruned_ops.files import write_whole
 from pruned_ops.measure.timing import Workload
 
 CEILINGS_NOTE = "Of the ceilings: of torch's products, and of copying, which all weights once would take."
@@ -21,7 +22,7 @@ def write_report(out: Path, rows: Sequence[Row]) -> None:
     """Write the rows as CSV, Markdown and PNG."""
     harness.write_rows(out, rows)
     if any("refused" not in row for row in rows):
-        out.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+        write_whole(out.with_suffix(".md"), markdown(rows))
     reason = draw(rows, out.with_suffix(".png"))
     if reason is not None:
         print(reason)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from kernels.report import of_ceiling, write_report
+import pytest
+from matplotlib.figure import Figure
+
+from kernels.report import of_ceiling, write_report, write_tables
+from presentation import save_figure
 
 
 def row(runner: str, ms: float, ratio: float) -> dict[str, object]:
@@ -28,3 +33,27 @@ def test_shares_and_ratios(tmp_path: Path) -> None:
     assert "| torch sdpa | 20 (20-40) | 25% | 2.00x |" in text
     assert "- linear_gelu, base half is left out: no time" in text and "a card, torch.float16" in text
     assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_is_whole_where_the_command_is_no_utf_8(tmp_path: Path) -> None:
+    """As a command with a file's name in another encoding is."""
+    rows = [row("ours", 0.01, 1.0) | {"command": "python ops \udce9"}]
+    write_tables(tmp_path / "ops.csv", rows, [])
+    assert (tmp_path / "ops.md").read_text("utf-8").endswith("2026-01-01: `python ops \\udce9`\n")
+
+
+def test_a_figure_whose_drawing_is_interrupted_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ops.png"
+    path.write_bytes(b"as before")
+
+    def interrupted(figure: Figure, place: Any, **_: Any) -> None:
+        file = place if hasattr(place, "write") else place.open("wb")
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_figure(path, (1, 1), lambda figure: None)
+    assert path.read_bytes() == b"as before"
