@@ -26,7 +26,7 @@ from pruned_ops.ops.registry import backends_of
 from pruned_ops.shape import ModelShape
 from rivals.cuda import SizedBatch, build_cuda_rival, packed_batch
 from rivals.rival import Batch, Logits, Refused, Run, compare_logits, forward
-from whole_models.cases import Source
+from whole_models.cases import Source, fingerprint
 
 OURS, OURS_MANY = "ours", "ours-encode-many"
 # A rival may err by this much more than twice the error of Hugging Face's own fp16 against fp32.
@@ -96,13 +96,14 @@ def ours(model: Any, model_name: str) -> Runner:
 
 
 def all_runners(
-    source: Source, names: Sequence[str], device: str, dtype: torch.dtype, folder: Path
+    source: Source, names: Sequence[str], device: str, dtype: torch.dtype, folder: Path, cached: bool
 ) -> list[Runner]:
-    """Ours and the named rivals on each of the source's models; none of them is built yet."""
+    """Ours and the named rivals on each of the source's models; none of them is built yet. cached: whether
+    the folder may hold the rivals' files of other models, and keeps these for a later run."""
     runners = []
     for model_name in source.names:
         model = source.load(model_name, device).to(dtype)
-        files = folder / model_name
+        files = folder / (fingerprint(model) if cached else model_name)
         runners.append(ours(model, model_name))
         for name in names:
             make = partial(build_cuda_rival, name, model, [], files)
@@ -281,7 +282,8 @@ def measure_goals(
     device, deadline = arguments.device, Deadline(arguments.minutes)
     dtype = torch.float16 if device == "cuda" else torch.float32
     peak = harness.ceilings(dtype, device)
-    runners, rows_of = all_runners(source, names, device, dtype, folder), dict[str, list[Row]]()
+    runners = all_runners(source, names, device, dtype, folder, arguments.cache is not None)
+    rows_of = dict[str, list[Row]]()
     passes = (False, True) if any(runner.runtime in SLOW for runner in runners) else (False,)
     for slow in passes:  # the slow ones last, and then all anew beside them
         for workload in chosen:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -208,6 +209,24 @@ def test_the_weights_of_every_family_are_counted(
     timing = Timing(Workload.fixed(4, 1, 1), (1.0,))
     rates = goals._rates(runner, timing, {"flops": 1e5, "bytes": 1e3})
     assert rates["percent_of_copy"] > 0 and rates["percent_of_peak"] > 0
+
+
+def test_the_files_that_are_kept_are_of_one_model_each(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the folder of --cache, where the graph of an earlier run's model stood in for this run's."""
+    source = cases.Source("none", "none", "minilm", ("dense",))
+
+    def files(cached: bool) -> Path:
+        _, rival = goals.all_runners(source, ["hf"], "cpu", torch.float32, tmp_path, cached)
+        assert isinstance(rival.make, partial)
+        return Path(rival.make.args[-1])
+
+    first = files(cached=True)
+    assert files(cached=True) == first and first.parent == tmp_path
+    assert files(cached=False) == tmp_path / "dense"
+    monkeypatch.setitem(cases.SIZES, "minilm", TINY | {"num_hidden_layers": 4})
+    assert files(cached=True) != first
 
 
 def test_what_no_time_is_left_for_is_left_out_by_name(tiny: None, tmp_path: Path) -> None:
