@@ -131,6 +131,8 @@ def main() -> None:
     if on_gpu and not torch.cuda.is_available():
         print_bounds(console, arguments.measured)
         return
+    if arguments.measured is not None:
+        raise ValueError("--measured stands beside bounds, which --device cuda prints where there is no GPU")
     out = harness.out_path(arguments.out, "ops", arguments.device)
     place = Place(torch.float16 if on_gpu else torch.float32, arguments.device, on_gpu and arguments.compile)
     many = 8 if on_gpu else 1

@@ -95,6 +95,15 @@ def test_results_are_written_after_every_case(monkeypatch: pytest.MonkeyPatch, t
     assert "| linear_gelu |" in out.with_suffix(".md").read_text("utf-8")
 
 
+def test_measured_times_are_refused_where_no_bounds_are_printed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_ops.harness, "ceilings", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(sys, "argv", ["bench_ops.py", "--measured", str(tmp_path / "kernels.jsonl")])
+    with pytest.raises(ValueError, match="bounds, which --device cuda prints where there is no GPU"):
+        bench_ops.main()
+
+
 LIMITS = ("recompile_limit", "fail_on_recompile_limit_hit")
 
 
