@@ -262,6 +262,10 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
         parser.error("--rivals takes names, or all, or none")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    if arguments.models == ["pruned"] and arguments.pruned == "none" and arguments.random is None:
+        parser.error("--models pruned: --pruned none leaves that model out, so that there is none to time")
+    if arguments.memory and arguments.out is not None:
+        parser.error("--out: --memory prints what it measures, and writes no file")
     arguments.goals = arguments.goals or arguments.device == "cuda"
     if arguments.minutes is not None and not arguments.goals:
         parser.error("--minutes goes with --device cuda or --goals")

@@ -390,6 +390,18 @@ def test_names_of_the_other_benchmark_are_refused(capsys: Any) -> None:
         assert message in capsys.readouterr().err
 
 
+def test_options_that_leave_nothing_to_do_or_to_write_are_refused(capsys: Any) -> None:
+    for arguments, message in (
+        (["--models", "pruned", "--pruned", "none"], "--pruned none leaves that model out"),
+        (["--memory", "--out", "memory.csv"], "--memory prints what it measures, and writes no file"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_models.parsed(arguments)
+        assert message in capsys.readouterr().err
+    random = ["--models", "pruned", "--pruned", "none", "--random", "minilm"]
+    assert bench_models.parsed(random).models == ["pruned"]
+
+
 def test_a_fused_graph_that_was_interrupted_is_not_taken_for_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
