@@ -251,15 +251,15 @@ def _averaging_seconds(job: Job) -> float:
     if not job.settings.average_steps:
         return 0.0
     windows, size = job.validation.windows, job.settings.train_batch
-    some = windows[:: max(len(windows) // SCORED_WINDOWS, 1)][:SCORED_WINDOWS]
-    batches = [job.unlabelled_batch(some[begin : begin + size]) for begin in range(0, len(some), size)]
+    sample = windows[:: max(len(windows) // SCORED_WINDOWS, 1)][:SCORED_WINDOWS]
+    batches = [job.unlabelled_batch(sample[begin : begin + size]) for begin in range(0, len(sample), size)]
     with running(job.dense) as dense, torch.no_grad():
         start = time.perf_counter()
         for batch in batches:
             dense(**batch)
         seconds = time.perf_counter() - start
     passes = 2 * (1 + bool(job.task.thresholds))  # thresholds are chosen in a pass of their own
-    return max(len(job.settings.targets), 1) * passes * seconds * len(windows) / len(some)
+    return max(len(job.settings.targets), 1) * passes * seconds * len(windows) / len(sample)
 
 
 def _score_seconds(job: Job, choices: int) -> float:

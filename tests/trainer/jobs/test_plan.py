@@ -54,22 +54,22 @@ def test_a_small_batch_scores_as_many_windows(
 
 
 def test_a_share_that_leaves_no_two_steps_to_average_is_refused(settings: PruneSettings) -> None:
-    one = variant(settings, "averaged", retrain_steps=10, average_steps=0.14)
-    job = start(one)
+    averaging = variant(settings, "averaged", retrain_steps=10, average_steps=0.14)
+    job = start(averaging)
     with pytest.raises(ValueError, match="average_steps is 0.14, which is 1 of 10 retrain steps, and a mean"):
         make_plan(job)
-    assert make_plan(replace(job, settings=replace(one, retrain_steps=11))).retrain_steps == 11
+    assert make_plan(replace(job, settings=replace(averaging, retrain_steps=11))).retrain_steps == 11
 
 
 def test_the_minutes_count_the_scoring_of_averaged_weights(
     settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All validation windows, twice for a threshold and twice at it, by each target's model."""
-    one = variant(
+    averaging = variant(
         settings, "scored-mean", recipe="random", gate_steps=1, retrain_steps=None, max_minutes=20.0,
         average_steps=0.2, precision="fp32",
     )  # fmt: skip
-    job, now = start(one), [0.0]
+    job, now = start(averaging), [0.0]
     windows = len(job.validation.windows)
 
     class Slow:
@@ -81,11 +81,11 @@ def test_the_minutes_count_the_scoring_of_averaged_weights(
     monkeypatch.setattr(planning, "running", lambda model: nullcontext(Slow()))
     monkeypatch.setattr(planning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(planning, "_step_seconds", lambda _: (0.0, 1.0))
-    for targets in (one.targets, (Target(macs=0.7), Target(macs=0.4))):
-        several = replace(job, settings=replace(one, targets=targets))
+    for targets in (averaging.targets, (Target(macs=0.7), Target(macs=0.4))):
+        several = replace(job, settings=replace(averaging, targets=targets))
         assert planning._averaging_seconds(several) == pytest.approx(len(targets) * 4 * windows)
     counted = make_plan(job).retrain_steps
-    without = make_plan(replace(job, settings=replace(one, average_steps=0.0))).retrain_steps
+    without = make_plan(replace(job, settings=replace(averaging, average_steps=0.0))).retrain_steps
     assert without - counted == pytest.approx(4 * windows, abs=2)
 
 

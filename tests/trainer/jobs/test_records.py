@@ -144,11 +144,11 @@ def test_a_lock_that_a_killed_process_left_in_its_output_goes(tmp_path: Path) ->
 def test_what_a_call_published_is_not_what_other_rows_make(tmp_path: Path) -> None:
     out, rows = tmp_path / "out", "the training dataset"
     out.mkdir()
-    one = replace(SETTINGS, out=out, resume=True)
-    record = {"settings": one.to_json(), "plan": STEPS, "inputs": {rows: "a digest"}}
+    resumed = replace(SETTINGS, out=out, resume=True)
+    record = {"settings": resumed.to_json(), "plan": STEPS, "inputs": {rows: "a digest"}}
     (out / RUN).write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"{rows} changed since .*out was started"):
-        finished(one, None, {rows: "another"})
+        finished(resumed, None, {rows: "another"})
 
 
 class OwnModel(nn.Module):
