@@ -234,7 +234,7 @@ def test_what_follows_from_the_rest_is_compensated(biases: bool, layer_by_layer:
         with pytest.raises(ValueError, match=refused):
             compact(model, decision, batches, "bias")
         settings: Any = SimpleNamespace(
-            parts=("heads", "ffn"), compensation="bias", targets=(), decision=None
+            task="squad", parts=("heads", "ffn"), compensation="bias", targets=(), decision=None
         )
         with pytest.raises(ValueError, match=refused):  # before any training
             budget_for(settings, model, [5], None)
