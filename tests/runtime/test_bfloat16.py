@@ -193,7 +193,7 @@ def test_what_serving_refuses() -> None:
 @needs_bf16
 def test_what_is_served_keeps_no_fp32_weights() -> None:
     model = stock_model()
-    Loading(device="cpu", dtype="bfloat16").prepare(model, None)  # type: ignore[arg-type]
+    Loading(device="cpu", dtype="bfloat16").prepare(model, None, 0)  # type: ignore[arg-type]
     weight = model.bert.encoder.layer[0].output.dense.weight
     assert model.bert.packed.encoder.runs_in_bfloat16
     assert torch.equal(weight, weight.bfloat16().float())
