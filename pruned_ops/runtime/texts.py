@@ -209,21 +209,22 @@ def _characters(text: Any) -> int:
     return 1
 
 
-def _forward(model: Any, features: Any, **kwargs: Any) -> Any:
-    """The model's own forward, batch by batch where `encode` or `predict` is running it."""
+def _forward(model: Any, input: Any, **kwargs: Any) -> Any:
+    """The model's own forward, batch by batch where `encode` or `predict` is running it. `input` is what
+    sentence-transformers calls the features, which callers may give by that name."""
     own = type(model).forward
     if torch.compiler.is_compiling():
-        return own(model, features, **kwargs)
+        return own(model, input, **kwargs)
     cut: _Cut | None = getattr(_RUNNING, "cut", None)
     if cut is None or cut.model is not model:
-        return own(model, features, **kwargs)
-    places = _places(features, cut.tokens)
+        return own(model, input, **kwargs)
+    places = _places(input, cut.tokens)
     if len(places) < 2:
-        return own(model, features, **kwargs)
+        return own(model, input, **kwargs)
     output = cut.output
-    outputs = [own(model, _rows(features, rows), **kwargs)[output] for rows in places]
+    outputs = [own(model, _rows(input, rows), **kwargs)[output] for rows in places]
     order = torch.tensor([row for rows in places for row in rows], device=outputs[0].device)
-    return {**features, output: torch.cat(outputs).index_select(0, order.argsort())}
+    return {**input, output: torch.cat(outputs).index_select(0, order.argsort())}
 
 
 def _places(features: Any, tokens: int) -> list[list[int]]:

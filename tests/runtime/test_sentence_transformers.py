@@ -105,6 +105,12 @@ def test_all_that_the_forward_puts_out_is_the_same(pair: tuple[Any, Any], batche
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_the_forward_takes_its_argument_by_name(pair: tuple[Any, Any], batches_of_64_tokens: None) -> None:
+    features = pair[0].tokenize(MIXED)
+    found, expected = (model(input=dict(features))["sentence_embedding"] for model in reversed(pair))
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
 def test_queries_documents_and_similarity(pair: tuple[Any, Any]) -> None:
     plain, fast = pair
     for name in ("encode_query", "encode_document"):
