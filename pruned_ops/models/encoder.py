@@ -159,8 +159,8 @@ class PrunedPreTrainedModel(PreTrainedModel):
         return False
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         """Load as any Hugging Face model, but refuse a checkpoint whose tensors are not exactly the config's.
 
@@ -175,21 +175,22 @@ class PrunedPreTrainedModel(PreTrainedModel):
         model: Any
         info: dict[str, Any]
         model, info = super().from_pretrained(  # type: ignore[misc]
-            name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         faults = cls._loading_faults(model, info)
         # Heads of some families have tensors of the same names and shapes: then there may be no fault.
         may_be_new = faults or model.config.family.prediction_head is not None
         if may_be_new and all(cls._is_of_the_head(model, name) for name in faults):
-            saved = _saved_config(name_or_path, kwargs)
+            saved = _saved_config(pretrained_model_name_or_path, kwargs)
             if cls._wants_a_new_head(model, saved, bool(faults)):
-                cls._renew_head(model, saved, name_or_path, info["missing_keys"])
+                cls._renew_head(model, saved, pretrained_model_name_or_path, info["missing_keys"])
                 faults = {}
         if faults:
             shown = "; ".join([*faults.values()][:8])
             more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise ValueError(
-                f"the tensors in {name_or_path} are not what its config.json describes: {shown}{more}"
+                f"the tensors in {pretrained_model_name_or_path} are not what its config.json describes: "
+                f"{shown}{more}"
             )
         return (model, info) if output_loading_info else model
 
