@@ -100,8 +100,19 @@ def dequantised(model: Any) -> Any:
 
 def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same numbers in half the bytes: fp32 matrices that fp16 holds exactly, in fp16. Loading makes them
-    fp32 again."""
-    return {name: _exactly_half(tensor) for name, tensor in state.items()}
+    fp32 again. Names that share one matrix, as a masked language model's embeddings and decoder, share the
+    new one, so that it is stored once."""
+    halves: dict[Any, Tensor] = {}
+    for tensor in state.values():
+        place = _place(tensor)
+        if place not in halves:
+            halves[place] = _exactly_half(tensor)
+    return {name: halves[_place(tensor)] for name, tensor in state.items()}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same elements in memory, and for no others of one state."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _exactly_half(tensor: Tensor) -> Tensor:

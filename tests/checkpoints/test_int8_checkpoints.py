@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+)
 
 import family_models
 import pruned_ops
@@ -113,8 +118,14 @@ def test_a_loaded_model_is_saved_copied_and_pickled(tmp_path: Path) -> None:
 
 def test_arguments_may_be_given_by_position(tmp_path: Path) -> None:
     batch, fast = padded_batch(), pruned_ops.optimize(stock_model(), dtype="int8")
-    for name, arguments in (("main", (True,)), ("no-state", (True, None)), ("no-push", (True, None, False))):
-        fast.save_pretrained(tmp_path / name, *arguments)
+    by_name: dict[str, Any] = {"state_dict": None}
+    for name, arguments, named in (
+        ("main", (True,), {}),
+        ("no-state", (True, None), {}),
+        ("no-push", (True, None, False), {}),
+        ("no-state-by-name", (), by_name),
+    ):
+        fast.save_pretrained(tmp_path / name, *arguments, **named)
         again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / name).eval()
         assert torch.equal(logits(pruned_ops.optimize(again), batch), logits(fast, batch)), name
 
@@ -217,6 +228,18 @@ def test_matrices_that_fp16_holds_exactly_take_half_the_bytes() -> None:
     found = halved({"exact": exact, "other": other, "vector": vector})
     assert [found[name].dtype for name in found] == [torch.float16, torch.float32, torch.float32]
     assert torch.equal(found["exact"].float(), exact)
+
+
+def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
+    """A masked language model's decoder is its table of tokens."""
+    tied = BertForMaskedLM.from_pretrained(text_folder(tmp_path / "fp32", "SparseEncoder"))
+    word_tokenizer(400).save_pretrained(tmp_path / "fp32")
+    quantize(str(tmp_path / "fp32"), tmp_path / "int8", sentences([5, 20, 60] * 8), 0.5)
+    shape = tuple(tied.get_input_embeddings().weight.shape)
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    assert [tensor.dtype for tensor in stored.values() if tuple(tensor.shape) == shape] == [torch.float16]
+    again = BertForMaskedLM.from_pretrained(tmp_path / "int8")
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
 def test_quantize_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
