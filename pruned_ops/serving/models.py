@@ -208,10 +208,13 @@ class _Pooled(nn.Module):
 
 
 class _Chain(nn.Module):
-    """The modules of a model of sentence-transformers, but for a normalisation at the end."""
+    """The modules of a model of sentence-transformers, but for a normalisation at the end.
 
-    def __init__(self, modules: list[Any]) -> None:
+    max_active_dims: how many numbers of an embedding, the largest, stay; None for all."""
+
+    def __init__(self, modules: list[Any], max_active_dims: int | None) -> None:
         super().__init__()
+        self._max_active_dims = max_active_dims
         while type(modules[-1]).__name__ == "Normalize":
             modules.pop()
         self.chain = nn.ModuleList(modules)
@@ -221,7 +224,13 @@ class _Chain(nn.Module):
         for module in self.chain:
             features = module(features)
         embedding = features["sentence_embedding"]
-        return embedding.to_dense() if embedding.is_sparse else embedding
+        if embedding.is_sparse:
+            embedding = embedding.to_dense()
+        if self._max_active_dims is None:
+            return embedding
+        from sentence_transformers.util import select_max_active_dims
+
+        return select_max_active_dims(embedding, self._max_active_dims)
 
 
 def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
@@ -291,7 +300,7 @@ def _of_library(folder: Path, source: str, name: str, loading: Loading, contents
     inner, tokenizer = model[0].auto_model, model.tokenizer
     limit = _length(tokenizer, inner.config, model.max_seq_length)
     encoder = TextEncoder(tokenizer, limit, bool(getattr(model[0], "do_lower_case", False)))
-    embedder = _Chain(list(model))
+    embedder = _Chain(list(model), getattr(model, "max_active_dims", None))
     place = loading.prepare(embedder, encoder, _pad(inner))
     # The name of this method is another one before sentence-transformers 5.4.
     dimension = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension

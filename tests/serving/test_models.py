@@ -208,13 +208,16 @@ def test_a_cross_encoder_and_a_sparse_encoder(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
     mask = save_checkpoint(BertForMaskedLM(stock_model().config).eval(), tmp_path / "mask")
-    sparse = library.SparseEncoder(str(mask), device="cpu")
-    sparse.save_pretrained(str(tmp_path / "sparse"))
-    served = load(str(tmp_path / "sparse"), "sparse", HERE)
-    assert served.kind == "sparse embedder"
-    found = np.stack(served.compute(served.encoder.encode(TEXTS, cut=True)))
-    expected = sparse.encode(TEXTS, convert_to_sparse_tensor=False, convert_to_tensor=True)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    for most in (None, 3):
+        sparse = library.SparseEncoder(str(mask), device="cpu", max_active_dims=most)
+        place = str(tmp_path / f"sparse-{most}")
+        sparse.save_pretrained(place)
+        served = load(place, "sparse", HERE)
+        assert served.kind == "sparse embedder"
+        found = np.stack(served.compute(served.encoder.encode(TEXTS, cut=True)))
+        expected = sparse.encode(TEXTS, convert_to_sparse_tensor=False, convert_to_tensor=True)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert most is None or int((found != 0).sum(1).max()) == most
 
 
 def test_what_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
