@@ -168,6 +168,7 @@ class Truth:
 
 def _check(runner: Runner, inputs: list[Batch], truth: Truth) -> str | None:
     """Run every batch once; return why the runner's logits cannot be right, None where they can."""
+    eager_before = _eager(runner)
     with torch.inference_mode():
         if runner.run is None:
             runner.run = runner.make()
@@ -182,8 +183,13 @@ def _check(runner: Runner, inputs: list[Batch], truth: Truth) -> str | None:
     shown = "; ".join(f"{op}: {backend}" for op, backend in backends.items()) or "its own"
     runner.facts |= {"error": error, "allowed_error": allowed, "backends": shown}
     if runner.optimised is not None:
-        runner.facts["without_graph"] = runner.optimised.engine.stats.eager
+        runner.facts["without_graph"] = _eager(runner) - eager_before
     return None
+
+
+def _eager(runner: Runner) -> int:
+    """How many batches our model has run without a graph so far, in all workloads."""
+    return 0 if runner.optimised is None else runner.optimised.engine.stats.eager
 
 
 def timed(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -349,6 +350,24 @@ def test_batches_that_ran_without_a_graph_are_a_fault() -> None:
     assert bench_models.why_left_out(row | {"without_graph": 0}) is None
     found = bench_models.why_left_out(row | {"without_graph": 3})
     assert found == "FAILED  one  ours dense: 3 batches ran without a graph"
+
+
+def test_batches_without_a_graph_are_of_their_own_workload() -> None:
+    """Not of those before, which their own rows tell."""
+    model = stock_model()
+    hf, stats = forward(model), SimpleNamespace(eager=0)
+    optimised = SimpleNamespace(engine=SimpleNamespace(stats=stats))
+    without: list[int] = []
+    for misses in (1, 0):
+
+        def run(batch: Batch, misses: int = misses) -> Logits:
+            stats.eager += misses
+            return hf(batch)
+
+        runner = goals.Runner("ours", "dense", lambda run=run: run, model, optimised=optimised)
+        goals.prepared([runner], Workload("one", ((20, 3, 11),)), [BATCHES[0]], goals.Deadline(None))
+        without.append(runner.facts["without_graph"])
+    assert without[0] > 0 and without[1] == 0
 
 
 def test_a_gpus_milliseconds_are_shown_with_their_fractions() -> None:
