@@ -4,6 +4,7 @@ torch's attention and flash attention, copying. One that computes something else
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -110,8 +111,7 @@ class Sweep:
         make = partial(self._inputs, shapes)
         if self.place.device != "cuda":
             return host_seconds(rotated(make, call, 1)[0])
-        times = sorted(replay_seconds(rotated(make, call, input_sets(nbytes)), ROUNDS))
-        return times[len(times) // 2]
+        return statistics.median(replay_seconds(rotated(make, call, input_sets(nbytes)), ROUNDS))
 
     def _inputs(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         return [self.place.tensor(*shape) for shape in shapes]
