@@ -60,11 +60,12 @@ def losses(log: list[dict[str, Any]]) -> list[float]:
 
 def command(one: PruneSettings, *more: str) -> list[str]:
     """The command line of a job."""
+    gates = [] if one.gate_steps is None else ["--gate-steps", str(one.gate_steps)]
     return [
         "-m", "pruned_trainer.cli", "prune", "--model", one.model, "--train-file", str(one.train_file),
         "--validation-file", str(one.validation_file), "--eval-file", str(one.eval_file), "--out",
-        str(one.out), "--macs", "0.5", "--gate-steps", str(one.gate_steps), "--retrain-steps",
-        str(one.retrain_steps), "--batch-size", "32", "--learning-rate", str(one.learning_rate),
+        str(one.out), "--macs", "0.5", *gates, "--retrain-steps", str(one.retrain_steps),
+        "--batch-size", "32", "--learning-rate", str(one.learning_rate),
         "--retrain-learning-rate", str(one.retrain_learning_rate), "--max-length", "24", "--stride", "4",
         "--save-steps", str(one.save_steps), *more,
     ]  # fmt: skip

@@ -253,9 +253,7 @@ class _Call:
         if args is not None:
             check_callers_arguments(args, self.dense)
             batch = args.train_batch_size * args.gradient_accumulation_steps * world_size()
-            precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-            saving = {"save_steps": int(args.save_steps)} if args.save_steps >= 1 else {}
-            by_args = {"batch_size": batch, "precision": precision, "seed": args.seed, **saving}
+            by_args = {"batch_size": batch, "seed": args.seed}
             by_args |= _steps(args, rows, batch, recipe, options)
             options = {**by_args, **options}
         settings = CallSettings(
@@ -276,12 +274,16 @@ class _Call:
             raise ValueError(
                 f"dataloader_drop_last leaves no batch of {args.train_batch_size} of the {seen} rows"
             )
-        rates: dict[str, Any] = {}
+        of_trainings: dict[str, Any] = {}
         if settings.trains_weights_with_gates:
-            rates["learning_rate"] = args.learning_rate
+            of_trainings["learning_rate"] = args.learning_rate
         if settings.retrains:
-            rates["retrain_learning_rate"] = options.get("retrain_learning_rate", args.learning_rate)
-        return replace(settings, **rates)
+            of_trainings["retrain_learning_rate"] = options.get("retrain_learning_rate", args.learning_rate)
+        if settings.trains_gates or settings.retrains:
+            of_trainings["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            if args.save_steps >= 1:
+                of_trainings["save_steps"] = options.get("save_steps", int(args.save_steps))
+        return replace(settings, **of_trainings)
 
     def digests(self, datasets: Iterable[Rows]) -> dict[str, str]:
         """The digests of the models and the rows, by which a resumed call knows that they are the same."""
@@ -428,7 +430,7 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
         seen = max(1, round(fraction * rows))
         gates = math.ceil(math.ceil(seen / batch) * epochs)
     used = 0 if scored else gates * trainings
-    steps = {} if "gate_epochs" in options else {"gate_steps": gates}
+    steps = {} if "gate_epochs" in options or recipe == "random" else {"gate_steps": gates}
     option = next((name for name in ("gate_steps", "gate_epochs") if name in options), None)
     if option is not None and used >= total and not {"retrain_epochs", "retrain_steps"} & options.keys():
         raise ValueError(

@@ -44,6 +44,10 @@ def check_have_a_training(settings: Any) -> None:
         ("dropout", gates or retrains, "a training"),
         ("train_embeddings", weights or retrains, "a training of weights"),
         ("tensorboard", gates or retrains, "a training"),
+        ("save_steps", gates or retrains, "a training"),
+        ("precision", gates or retrains or settings.precision == "fp32", "a training"),
+        ("gate_steps", gates or scores, "a choice by training windows"),
+        ("gate_epochs", gates or scores, "a choice by training windows"),
         (
             "gate_fraction",
             gates or scores or settings.compensation != "none",

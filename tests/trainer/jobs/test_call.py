@@ -81,7 +81,7 @@ def test_the_report_says_whose_rows_were_judged_on(tmp_path: Path) -> None:
     threshold on them."""
     for judged, name in ((rows(16, 1), "eval_dataset"), (None, "held-out validation examples")):
         result = pruned_trainer.prune(
-            classifier(), HALF, rows(40), judged, recipe="random", gate_steps=1, retrain_steps=0
+            classifier(), HALF, rows(40), judged, recipe="random", gate_steps=None, retrain_steps=0
         )
         about = result.report["evaluated_on"]
         assert about["file"] == name and about["threshold_chosen_on_these"] is False
@@ -119,7 +119,7 @@ def test_nothing_is_chosen_on_the_rows_that_the_report_is_about(
     more: dict[str, Any], chooses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training, judged = rows(40), rows(16, 1)
-    job = begun(monkeypatch, classifier(), HALF, training, judged, gate_steps=1, **more)
+    job = begun(monkeypatch, classifier(), HALF, training, judged, **more)
     lists = [[data[k]["input_ids"] for k in range(len(data))] for data in (job.train, job.evaluation.rows)]
     assert lists[1] == [row["input_ids"] for row in judged]
     if not chooses:
@@ -163,7 +163,7 @@ def test_the_rate_of_the_arguments_goes_to_each_training_that_there_is(tmp_path:
         ("joint", {}, 25, 75),
         ("paper", {}, 12, 76),  # of either part
         ("paper", {"parts": ["ffn"]}, 25, 75),
-        ("random", {}, 1, 100),
+        ("random", {}, None, 100),  # a choice by chance reads no windows
         ("joint", {"gate_steps": 40}, 40, 60),
         ("joint", {"gate_epochs": 5.0}, None, 60),
         ("paper", {"gate_epochs": 2.0, "gate_fraction": 0.5}, None, 84),
@@ -299,7 +299,7 @@ def test_a_text_of_unknown_tokens_alone_is_a_text() -> None:
     data = [*rows(16), {"input_ids": [2, 1, 3], "labels": 0}]
     result = pruned_trainer.prune(
         classifier(), HALF, data, data, data_collator=DataCollatorWithPadding(word_tokenizer(90)),
-        recipe="random", gate_steps=1, retrain_steps=0,
+        recipe="random", gate_steps=None, retrain_steps=0,
     )  # fmt: skip
     assert result.report["evaluated_on"]["examples"] == 17
 

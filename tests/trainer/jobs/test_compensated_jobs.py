@@ -22,7 +22,7 @@ from pruned_trainer.pruning.options import Target
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
     one = job_settings(tmp_path_factory.mktemp("compensated"), trained_model())
-    return variant(one, "out", recipe="random", gate_steps=1, retrain_steps=0)
+    return variant(one, "out", recipe="random", gate_steps=None, retrain_steps=0)
 
 
 def saved(out: Path) -> dict[str, torch.Tensor]:

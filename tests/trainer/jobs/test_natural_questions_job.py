@@ -130,7 +130,7 @@ def test_a_small_roberta_from_end_to_end(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_family(folder: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [*job(folder, dense, "family"), "--recipe", "random", "--gate-steps", "1", "--retrain-steps", "1"]
+    argv = [*job(folder, dense, "family"), "--recipe", "random", "--retrain-steps", "1"]
     argv[argv.index("--macs") : argv.index("--macs") + 2] = ["--macs", "0.8", "0.5"]
     place = argv.index("--gate-fraction")  # a choice by chance looks at no windows
     del argv[place : place + 2]
@@ -274,7 +274,7 @@ def test_a_cached_teacher_teaches_the_same(
 
 
 def test_the_record_of_a_run_names_its_task(folder: Path, dense: Path, tmp_path: Path) -> None:
-    one = settings_of(folder, dense, tmp_path, gate_steps=1, retrain_steps=0, recipe="random")
+    one = settings_of(folder, dense, tmp_path, gate_steps=None, retrain_steps=0, recipe="random")
     report = prune(one)
     assert report["task"] == "natural_questions" and one.to_json()["task"] == "natural_questions"
     assert variant(one, "x", task="natural_questions").differences(one.to_json()) == ["out"]

@@ -66,7 +66,7 @@ def test_the_minutes_count_the_scoring_of_averaged_weights(
 ) -> None:
     """All validation windows, twice for a threshold and twice at it, by each target's model."""
     averaging = variant(
-        settings, "scored-mean", recipe="random", gate_steps=1, retrain_steps=None, max_minutes=20.0,
+        settings, "scored-mean", recipe="random", gate_steps=None, retrain_steps=None, max_minutes=20.0,
         average_steps=0.2, precision="fp32",
     )  # fmt: skip
     job, now = start(averaging), [0.0]

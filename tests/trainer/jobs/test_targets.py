@@ -149,7 +149,8 @@ def test_what_is_served_in_int8_is_measured_in_int8(
         return score(model, *rest)
 
     monkeypatch.setattr(evaluation, "Judged", scored)
-    one = variant(settings, "int8", targets=(Target(speedup=1.02),), dtype="int8", threads=1, recipe="random")
+    one = variant(settings, "int8", targets=(Target(speedup=1.02),), dtype="int8", threads=1, recipe="random",
+                  gate_steps=None)  # fmt: skip
     report = prune(changed(one, retrain_steps=0))
     assert LatencyTable.load(one.out / "latency.json").dtype == "int8"
     assert LatencyTable.load(one.out / "latency.json").machine["threads"] == 1

@@ -73,7 +73,7 @@ def test_each_window_is_altered_as_often_as_any_other() -> None:
 def settings(tmp_path: Path) -> PruneSettings:
     one = job_settings(tmp_path, trained_model(steps=1))
     return changed(
-        one, recipe="random", gate_steps=1, retrain_steps=None, retrain_epochs=1.0, masked_texts=0.5,
+        one, recipe="random", gate_steps=None, retrain_steps=None, retrain_epochs=1.0, masked_texts=0.5,
         shuffled_texts=0.25, cross_pairs=0.25,
     )  # fmt: skip
 

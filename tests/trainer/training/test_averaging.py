@@ -69,7 +69,7 @@ def test_the_mean_of_the_last_steps(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
     one = job_settings(tmp_path_factory.mktemp("averaged"), trained_model(steps=1))
-    return changed(one, recipe="random", gate_steps=1, retrain_steps=20, average_steps=0.5, save_steps=7)
+    return changed(one, recipe="random", gate_steps=None, retrain_steps=20, average_steps=0.5, save_steps=7)
 
 
 def _chosen(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:

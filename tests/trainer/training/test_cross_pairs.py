@@ -93,7 +93,7 @@ def test_each_epoch_has_its_own_order_which_a_resumed_run_finds_again() -> None:
 def settings(tmp_path_factory: pytest.TempPathFactory) -> PruneSettings:
     one = job_settings(tmp_path_factory.mktemp("pairs"), trained_model(steps=1))
     return changed(
-        one, recipe="random", gate_steps=1, retrain_steps=None, retrain_epochs=1.0, cross_pairs=0.5
+        one, recipe="random", gate_steps=None, retrain_steps=None, retrain_epochs=1.0, cross_pairs=0.5
     )
 
 

@@ -83,7 +83,8 @@ def printed(settings: PruneSettings) -> str:
         killed(begun, "retrain", 55, patch)  # an epoch has 18 steps; the checkpoint is of step 50
     jobs = [command(begun, "--resume")]
     for recipe in RECIPES:
-        two = variant(settings, f"two-{recipe}", save_steps=200, recipe=recipe)
+        steps = {"gate_steps": None} if recipe == "random" else {}
+        two = variant(settings, f"two-{recipe}", save_steps=200, recipe=recipe, **steps)
         jobs.append(command(two, "--recipe", recipe))
     return in_two_processes(settings.out.with_name("in_turn.py"), [job[2:] for job in jobs])
 
