@@ -208,15 +208,13 @@ class _Pooled(nn.Module):
 
 
 class _Chain(nn.Module):
-    """The modules of a model of sentence-transformers, but for a normalisation at the end.
+    """The modules of a model of sentence-transformers.
 
     max_active_dims: how many numbers of an embedding, the largest, stay; None for all."""
 
     def __init__(self, modules: list[Any], max_active_dims: int | None) -> None:
         super().__init__()
         self._max_active_dims = max_active_dims
-        while type(modules[-1]).__name__ == "Normalize":
-            modules.pop()
         self.chain = nn.ModuleList(modules)
 
     def forward(self, **inputs: Any) -> Tensor:
@@ -289,8 +287,8 @@ def _question_answering(folder: Path, source: str, name: str, loading: Loading, 
 
 
 def _of_library(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
-    """A model of sentence-transformers, with that library's modules. A normalisation at its end is left to
-    the routes, which can be asked for embeddings without it."""
+    """A model of sentence-transformers, with that library's modules. An embedder's normalisation at its end
+    is left to the routes, which can be asked for embeddings without it; that of sparse ones cannot."""
     try:
         import sentence_transformers
     except ImportError as error:
@@ -300,7 +298,10 @@ def _of_library(folder: Path, source: str, name: str, loading: Loading, contents
     inner, tokenizer = model[0].auto_model, model.tokenizer
     limit = _length(tokenizer, inner.config, model.max_seq_length)
     encoder = TextEncoder(tokenizer, limit, bool(getattr(model[0], "do_lower_case", False)))
-    embedder = _Chain(list(model), getattr(model, "max_active_dims", None))
+    modules = list(model)
+    while contents.kind == "embedder" and type(modules[-1]).__name__ == "Normalize":
+        modules.pop()
+    embedder = _Chain(modules, getattr(model, "max_active_dims", None))
     place = loading.prepare(embedder, encoder, _pad(inner))
     # The name of this method is another one before sentence-transformers 5.4.
     dimension = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension

@@ -196,6 +196,15 @@ def test_a_publisher_s_own_arguments_of_the_tokenizer_are_refused(tmp_path: Path
         contents_of(place)
 
 
+def normalisation() -> Any:
+    """sentence-transformers' class, which earlier versions have elsewhere."""
+    try:
+        from sentence_transformers.sentence_transformer.modules import Normalize
+    except ImportError:  # before 5.4
+        from sentence_transformers.models import Normalize
+    return Normalize
+
+
 def test_a_cross_encoder_and_a_sparse_encoder(tmp_path: Path) -> None:
     library: Any = pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
     (folder,) = saved(tmp_path, "reranker")
@@ -208,9 +217,11 @@ def test_a_cross_encoder_and_a_sparse_encoder(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
     mask = save_checkpoint(BertForMaskedLM(stock_model().config).eval(), tmp_path / "mask")
-    for most in (None, 3):
+    for most, normalises in ((None, False), (3, False), (3, True)):
         sparse = library.SparseEncoder(str(mask), device="cpu", max_active_dims=most)
-        place = str(tmp_path / f"sparse-{most}")
+        if normalises:
+            sparse.append(normalisation()())
+        place = str(tmp_path / f"sparse-{most}-{normalises}")
         sparse.save_pretrained(place)
         served = load(place, "sparse", HERE)
         assert served.kind == "sparse embedder"
