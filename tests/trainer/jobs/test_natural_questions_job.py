@@ -132,8 +132,9 @@ def test_a_small_roberta_from_end_to_end(folder: Path, tmp_path: Path) -> None:
 def test_a_family(folder: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*job(folder, dense, "family"), "--recipe", "random", "--retrain-steps", "1"]
     argv[argv.index("--macs") : argv.index("--macs") + 2] = ["--macs", "0.8", "0.5"]
-    place = argv.index("--gate-fraction")  # a choice by chance looks at no windows
-    del argv[place : place + 2]
+    for option in ("--gate-fraction", "--gate-steps"):  # a choice by chance looks at no windows
+        place = argv.index(option)
+        del argv[place : place + 2]
     assert main(["sweep", *argv[1:]]) == 0
     assert "short F1" in capsys.readouterr().out
     found = json.loads((folder / "family" / "sweep.json").read_text())
