@@ -113,10 +113,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 def open_to_others(folder: Path) -> None:
     """Give a folder and what is in it the permissions that new folders and files have here, by the umask. The
     folders of tempfile and the files of safetensors are their maker's alone, whoever is to run the model."""
-    new = folder / f".{secrets.token_hex(4)}.partial"
-    new.touch()
-    mode = new.stat().st_mode & 0o666
-    new.unlink()
+    probe = folder / f".{secrets.token_hex(4)}.partial"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o666
+    probe.unlink()
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             enter = (mode & 0o444) >> 2 if path.is_dir() else 0
@@ -150,13 +150,13 @@ def digest(path: Path, pattern: str = "**/*") -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     inside = sorted(
-        each
-        for each in path.glob(pattern)
-        if each.is_file()
-        and not any(map(each.match, ("*.md", "cache-*.arrow")))
-        and not is_hidden(each.relative_to(path))
+        entry
+        for entry in path.glob(pattern)
+        if entry.is_file()
+        and not any(map(entry.match, ("*.md", "cache-*.arrow")))
+        and not is_hidden(entry.relative_to(path))
     )
-    lines = [f"{digest(each)} {each.relative_to(path)}\n" for each in inside]
+    lines = [f"{digest(entry)} {entry.relative_to(path)}\n" for entry in inside]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -56,7 +56,7 @@ _FIELDS = (
     "tokenizer_class",
 )  # fmt: skip
 # The publishers' models that can be imported, by model type.
-_STOCK = {each.model_type: each for family in FAMILIES for each in family.stock}
+_STOCK = {stock.model_type: stock for family in FAMILIES for stock in family.stock}
 
 
 def import_checkpoint(folder: str | Path, head_dim: int | None = None) -> Any:
@@ -300,10 +300,10 @@ def _check_layer(source: Source, number: int, layer: Tensors, head_dim: int) -> 
         "down.weight": (hidden, inner), "down.bias": (hidden,),
     }  # fmt: skip
     for name, shape in expected.items():
-        found, spelt = tuple(layer[name].shape), source.family.layer.spelt(name)
-        if found != shape:
+        actual, spelt = tuple(layer[name].shape), source.family.layer.spelt(name)
+        if actual != shape:
             raise ValueError(
-                f"{source.folder}: layer {number}'s {spelt} is {found}, beside the others {shape} is needed"
+                f"{source.folder}: layer {number}'s {spelt} is {actual}, beside the others {shape} is needed"
             )
     if width % head_dim:
         raise ValueError(

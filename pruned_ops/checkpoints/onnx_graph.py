@@ -225,10 +225,10 @@ def _attention(nodes: Nodes, x: str, layer: _Layer) -> str:
     split = nodes.vector(0, 0, num_heads, head_dim)
 
     def heads(part: str, order: list[int]) -> str:
-        made = nodes.add("Reshape", _projected(nodes, x, layer, part), split)
+        projected = nodes.add("Reshape", _projected(nodes, x, layer, part), split)
         if rotation is not None and part != "value":
-            made = rotation.turned(nodes, made)
-        return nodes.add("Transpose", made, perm=order)
+            projected = rotation.turned(nodes, projected)
+        return nodes.add("Transpose", projected, perm=order)
 
     query, key, value = heads("query", [0, 2, 1, 3]), heads("key", [0, 2, 3, 1]), heads("value", [0, 2, 1, 3])
     scores, products = nodes.add("MatMul", query, key), 1

@@ -86,12 +86,12 @@ class Relative:
     def products(self, nodes: Nodes, query: str, key: str, num_heads: int) -> list[str]:
         """The products of query (batch, heads, seqlen, head_dim) and key (batch, heads, head_dim, seqlen),
         (batch, heads, seqlen, seqlen) each."""
-        rows, found = nodes.add("Expand", self.rows, nodes.vector(1, num_heads, 1, 1)), []
+        rows, products = nodes.add("Expand", self.rows, nodes.vector(1, num_heads, 1, 1)), []
         if self.keys:
-            found.append(nodes.add("GatherElements", nodes.add("MatMul", query, self.keys), rows, axis=3))
+            products.append(nodes.add("GatherElements", nodes.add("MatMul", query, self.keys), rows, axis=3))
         if self.queries:
-            found.append(nodes.add("GatherElements", nodes.add("MatMul", self.queries, key), rows, axis=2))
-        return found
+            products.append(nodes.add("GatherElements", nodes.add("MatMul", self.queries, key), rows, axis=2))
+        return products
 
 
 def relative_products(nodes: Nodes, encoder: Any, head_dim: int) -> list[Relative] | None:
@@ -137,12 +137,12 @@ def rotations(nodes: Nodes, kind: StackKind, layers: int, head_dim: int) -> list
     """By what each layer rotates its queries and keys; None for one that does not."""
     of_layers = [kind.of_layer(number) for number in range(layers)]
     by_base: dict[float | None, Rotation | None] = {None: None}
-    for each in of_layers:
-        frequencies = each.frequencies(head_dim)
-        if frequencies is None or each.rotary_base in by_base:
+    for of_layer in of_layers:
+        frequencies = of_layer.frequencies(head_dim)
+        if frequencies is None or of_layer.rotary_base in by_base:
             continue
-        both = nodes.weight(f"frequencies_{each.rotary_base}", torch.cat([frequencies, frequencies]))
+        both = nodes.weight(f"frequencies_{of_layer.rotary_base}", torch.cat([frequencies, frequencies]))
         place = nodes.add("Unsqueeze", nodes.real(_one_row(nodes)), nodes.vector(1, 2))
         angles = nodes.add("Mul", place, both)
-        by_base[each.rotary_base] = Rotation(nodes.add("Cos", angles), nodes.add("Sin", angles))
-    return [by_base[each.rotary_base] for each in of_layers]
+        by_base[of_layer.rotary_base] = Rotation(nodes.add("Cos", angles), nodes.add("Sin", angles))
+    return [by_base[of_layer.rotary_base] for of_layer in of_layers]

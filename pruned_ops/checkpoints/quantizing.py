@@ -221,7 +221,7 @@ def _write(
     folder: Path,
     report: Measured,
     batches: Sequence[Mapping[str, Any]],
-    found: Sequence[Tensor],
+    outputs: Sequence[Tensor],
 ) -> Measured:
     """Save the model with what was measured, load it again, and hold its outputs against those measured."""
     measured(model, asdict(report))
@@ -232,7 +232,7 @@ def _write(
     report = Measured(**{**asdict(report), "megabytes": megabytes})
     _note(folder, asdict(report))
     again = optimize(load(str(folder))[0])
-    if not all(torch.equal(*pair) for pair in zip(_by_text(again, batches), found, strict=True)):
+    if not all(torch.equal(*pair) for pair in zip(_by_text(again, batches), outputs, strict=True)):
         raise RuntimeError("the int8 model gives other outputs when it is loaded again: nothing was written")
     return report
 

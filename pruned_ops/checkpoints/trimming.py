@@ -98,8 +98,8 @@ def trim_vocabulary(
     counts = source.vocabulary.count(_batches(texts))
     if not counts:
         raise ValueError("there is no piece in the texts: nothing says what is to be kept")
-    wanted = sorted(counts.keys() - always, key=lambda piece: (-counts[piece], piece))[:keep]
-    trimmed = source.vocabulary.trim(wanted, always, source.padding)
+    most_frequent = sorted(counts.keys() - always, key=lambda piece: (-counts[piece], piece))[:keep]
+    trimmed = source.vocabulary.trim(most_frequent, always, source.padding)
     source.check_positions(trimmed)
     with new_folder(target) as stage:
         parameters = source.write(stage, trimmed)
@@ -116,10 +116,10 @@ def _check_arguments(
     """OSError or ValueError for what cannot be written to, or read twice."""
     if keep is not None:
         checked_int("keep", keep, 0)
-    for given in (texts, held_out):
-        if isinstance(given, (str, Iterator)):
+    for source_texts in (texts, held_out):
+        if isinstance(source_texts, (str, Iterator)):
             raise ValueError(
-                f"the texts are a {type(given).__name__}; a list, or what can be read twice, is needed"
+                f"the texts are a {type(source_texts).__name__}; a list, or what can be read twice, is needed"
             )
     check_new_folder(target)
 
@@ -177,10 +177,8 @@ class _Untrimmed:
         """The ids of pieces that the config names, and of those that the loader makes special tokens."""
         known = set(self.vocabulary.ids.values())
         special = known & self.tokenizer.added_tokens_decoder.keys()
-        named = {
-            one for value in self.fields.values() for one in (value if isinstance(value, list) else [value])
-        }
-        without = sorted(one for one in named - known if isinstance(one, int) and one >= 0)
+        named = {piece for ids in self.fields.values() for piece in (ids if isinstance(ids, list) else [ids])}
+        without = sorted(piece for piece in named - known if isinstance(piece, int) and piece >= 0)
         if without:
             raise ValueError(
                 f"the config in {self.root / self.inner} names id {without[0]}, which no piece has"
@@ -193,7 +191,8 @@ class _Untrimmed:
         path = self.root / _SETTINGS
         settings = read_json(path) if path.is_file() else None
         prompts = settings.get("prompts") if isinstance(settings, dict) else None
-        return [one for one in prompts.values() if isinstance(one, str)] if isinstance(prompts, dict) else []
+        texts = prompts.values() if isinstance(prompts, dict) else ()
+        return [text for text in texts if isinstance(text, str)]
 
     @property
     def padding(self) -> int | None:
@@ -233,10 +232,10 @@ class _Untrimmed:
         return _numbers(self.tensors), _numbers(tensors)
 
     def _new_config(self, trimmed: Trimmed) -> dict[str, Any]:
-        new = trimmed.new_ids
+        new_ids = trimmed.new_ids
         changed = {
-            name: [new.get(one, one) for one in value] if isinstance(value, list) else new.get(value, value)
-            for name, value in self.fields.items()
+            name: [new_ids.get(old, old) for old in ids] if isinstance(ids, list) else new_ids.get(ids, ids)
+            for name, ids in self.fields.items()
         }
         # Fields that the file leaves to their defaults are written where the default is another piece now.
         changed = {
@@ -250,9 +249,9 @@ class _Untrimmed:
         """The source's files that are copied as they are."""
         places = {self.root, self.root / self.inner}
         files = [place / name for place in places for name in _TAKEN if (place / name).is_file()]
-        for one in _modules(self.root):
-            if one["path"] not in ("", self.inner):
-                files += [path for path in (self.root / one["path"]).rglob("*") if path.is_file()]
+        for module in _modules(self.root):
+            if module["path"] not in ("", self.inner):
+                files += [path for path in (self.root / module["path"]).rglob("*") if path.is_file()]
         return files
 
     def left_out(self) -> Iterator[str]:
@@ -271,16 +270,16 @@ def _modules(root: Path) -> list[dict[str, str]]:
         return []
     modules = read_json(path)
     if not isinstance(modules, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("path"), str) and isinstance(one.get("type"), str)
-        for one in modules
+        isinstance(module, dict) and all(isinstance(module.get(key), str) for key in ("path", "type"))
+        for module in modules
     ):
         raise ValueError(f"{path} is no list of modules with a path and a type")
-    for one in modules:
-        if ".." in Path(one["path"]).parts or Path(one["path"]).is_absolute():
-            raise ValueError(f"{path} leads out of its folder: {shown(one['path'])}")
-        if one["type"].rpartition(".")[2] not in _MODULES:
+    for module in modules:
+        if ".." in Path(module["path"]).parts or Path(module["path"]).is_absolute():
+            raise ValueError(f"{path} leads out of its folder: {shown(module['path'])}")
+        if module["type"].rpartition(".")[2] not in _MODULES:
             raise ValueError(
-                f"{path} has a {one['type'].rpartition('.')[2]}, which may know the vocabulary; "
+                f"{path} has a {module['type'].rpartition('.')[2]}, which may know the vocabulary; "
                 f"{', '.join(_MODULES)} do not"
             )
     return modules
@@ -289,7 +288,7 @@ def _modules(root: Path) -> list[dict[str, str]]:
 def _inner_folder(root: Path) -> str:
     """Where in the folder the model lies: its name, or "" for the folder itself."""
     modules = _modules(root)
-    inner = [one["path"] for one in modules if one["type"].endswith(".Transformer")]
+    inner = [module["path"] for module in modules if module["type"].endswith(".Transformer")]
     if modules and len(inner) != 1:
         raise ValueError(f"{root / 'modules.json'} has {len(inner)} Transformer modules; one is needed")
     return inner[0] if inner else ""
@@ -422,19 +421,19 @@ class _Comparison:
         new_ids, total, same, pieces, gone, unknown = self._trimmed.new_ids, 0, 0, 0, 0, [0, 0]
         for batch in _batches(texts):
             pair = [
-                [one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast(batch)]
+                [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch)]
                 for tokenizer in (self._before, self._after)
             ]
-            for text, old, new in zip(batch, *pair, strict=True):
-                mapped = [new_ids.get(piece) for piece in old]
-                total, pieces, gone = total + 1, pieces + len(old), gone + mapped.count(None)
-                if mapped == new:
+            for text, before, after in zip(batch, *pair, strict=True):
+                mapped = [new_ids.get(piece) for piece in before]
+                total, pieces, gone = total + 1, pieces + len(before), gone + mapped.count(None)
+                if mapped == after:
                     same += 1
                 elif None not in mapped and self._all_kept(text):
                     raise ValueError(
                         f"the trimmed tokenizer cuts a text of kept pieces otherwise: {shown(text)}"
                     )
-                for at, (tokenizer, ids) in enumerate(((self._before, old), (self._after, new))):
+                for at, (tokenizer, ids) in enumerate(((self._before, before), (self._after, after))):
                     unknown[at] += 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
         return Agreement(total, same, pieces, gone, (unknown[0], unknown[1]))
 

@@ -45,7 +45,7 @@ class Trimmed:
     @property
     def new_ids(self) -> dict[int, int]:
         """Old id -> new id, of the pieces that stayed."""
-        return {old: new for new, old in enumerate(self.old_ids)}
+        return {old_id: new_id for new_id, old_id in enumerate(self.old_ids)}
 
 
 class Vocabulary:
@@ -71,7 +71,7 @@ class Vocabulary:
             vocab = {piece: number for number, (piece, _) in enumerate(vocab)}
         # The ids of the model's pieces, and of all tokens that are added to them.
         self._ids: dict[str, int] = vocab
-        self._added: dict[str, int] = {one["content"]: one["id"] for one in definition["added_tokens"]}
+        self._added: dict[str, int] = {token["content"]: token["id"] for token in definition["added_tokens"]}
 
     @classmethod
     def read(cls, text: str) -> Vocabulary:
@@ -144,12 +144,12 @@ class Vocabulary:
         them of. fixed: the piece that has the same id afterwards, where the others are enough for that; the
         others keep their order."""
         kept = self._closed({*wanted, *always})
-        own = set(self._ids.values())
-        old_ids = sorted(kept & own)
+        model_ids = set(self._ids.values())
+        old_ids = sorted(kept & model_ids)
         if fixed in old_ids and fixed < len(old_ids):
             old_ids.remove(fixed)
             old_ids.insert(fixed, fixed)
-        old_ids += sorted(kept - own)  # tokens that are added behind the model's pieces
+        old_ids += sorted(kept - model_ids)  # tokens that are added behind the model's pieces
         trimmed = Trimmed({}, old_ids)
         return Trimmed(self._renumbered(trimmed.new_ids), old_ids)
 
@@ -222,8 +222,8 @@ def _template_ids(processor: Any) -> Iterator[int]:
         yield processor["cls"][1]
         yield processor["sep"][1]
     elif kind == "Sequence":
-        for one in processor["processors"]:
-            yield from _template_ids(one)
+        for step in processor["processors"]:
+            yield from _template_ids(step)
     elif kind not in (None, "ByteLevel"):
         raise ValueError(f"its post-processor is a {kind}, whose ids are not known")
 

@@ -142,8 +142,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _limits(arguments: argparse.Namespace) -> Limits:
     """The limits that the options set. Errors: ValueError for numbers that cannot be."""
     check_counts(arguments, *_COUNTS)
-    given = {name: getattr(arguments, name) for name in (*_COUNTS, *_SECONDS)}
-    return Limits(**given, auto_truncate=arguments.auto_truncate)
+    limits = {name: getattr(arguments, name) for name in (*_COUNTS, *_SECONDS)}
+    return Limits(**limits, auto_truncate=arguments.auto_truncate)
 
 
 def _loading(arguments: argparse.Namespace) -> Loading:

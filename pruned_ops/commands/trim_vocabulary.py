@@ -57,24 +57,27 @@ def run(arguments: argparse.Namespace) -> None:
     texts = TextFile(arguments.texts, columns)
     held_out = None if arguments.held_out is None else TextFile(arguments.held_out, columns)
     only_errors()
-    done = trim_vocabulary(arguments.folder, arguments.out, texts, arguments.keep, held_out)
-    for name, (before, after) in (("word embedding rows", done.rows), ("parameters", done.parameters)):
+    trimming = trim_vocabulary(arguments.folder, arguments.out, texts, arguments.keep, held_out)
+    for name, (before, after) in (
+        ("word embedding rows", trimming.rows),
+        ("parameters", trimming.parameters),
+    ):
         print(f"{name}: {before:,} -> {after:,} ({after / before:.1%})")
-    print(f"{arguments.texts}: {_said(done.texts)}")
-    if done.held_out is not None:
-        print(f"{arguments.held_out}: {_said(done.held_out)}")
-    if done.left_out:
-        print(f"not taken along: {', '.join(done.left_out)}")
+    print(f"{arguments.texts}: {_said(trimming.texts)}")
+    if trimming.held_out is not None:
+        print(f"{arguments.held_out}: {_said(trimming.held_out)}")
+    if trimming.left_out:
+        print(f"not taken along: {', '.join(trimming.left_out)}")
     print(f"written to {arguments.out}")
 
 
-def _said(found: Agreement) -> str:
+def _said(agreement: Agreement) -> str:
     """What the texts of a file lose, in words."""
-    if found.same == found.texts:
-        return f"all {found.texts:,} texts are cut as before"
-    before, after = found.unknown
+    if agreement.same == agreement.texts:
+        return f"all {agreement.texts:,} texts are cut as before"
+    before, after = agreement.unknown
     return (
-        f"{found.same:,} of {found.texts:,} texts ({found.same / found.texts:.2%}) are cut as before, "
-        f"{found.texts - found.same:,} are not wholly kept: {found.gone:,} of {found.pieces:,} pieces were "
-        f"removed; unknown pieces {before:,} -> {after:,}"
+        f"{agreement.same:,} of {agreement.texts:,} texts ({agreement.same / agreement.texts:.2%}) are cut as "
+        f"before, {agreement.texts - agreement.same:,} are not wholly kept: {agreement.gone:,} of "
+        f"{agreement.pieces:,} pieces were removed; unknown pieces {before:,} -> {after:,}"
     )

@@ -125,8 +125,8 @@ class StackKind:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer's attention; empty where none has one."""
-        found = tuple(each.window for each in self.by_position or ())
-        return () if all(window is None for window in found) else found
+        windows = tuple(of_layer.window for of_layer in self.by_position or ())
+        return () if all(window is None for window in windows) else windows
 
     def of_layer(self, layer: int) -> ByPosition:
         """What the attention of a layer does with positions."""

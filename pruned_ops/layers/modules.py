@@ -204,16 +204,15 @@ class PrunedEncoder(nn.Module):
     def _panels(self, layout: Layout) -> PanelWeights:
         quantised = {id(self.get_submodule(name)) for name in layout.int8}
         gated = {layer.ffn.up for layer in self.layers} if self.kind.gated else set[nn.Linear]()
-        made: dict[
-            tuple[int, bool], tuple[Tensor, ...]
-        ] = {}  # a weight that two linears share lies there once
+        # A weight that two linears share lies there once.
+        laid_out: dict[tuple[int, bool], tuple[Tensor, ...]] = {}
 
         def lay_out(linear: nn.Linear) -> tuple[Tensor, Tensor]:
             key = (id(linear.weight), id(linear) in quantised)
             is_gated = linear in gated
-            if key not in made:
-                made[key] = _panels_of(linear, key[1], layout.bfloat16, is_gated)
-            panels, *scales = made[key]
+            if key not in laid_out:
+                laid_out[key] = _panels_of(linear, key[1], layout.bfloat16, is_gated)
+            panels, *scales = laid_out[key]
             bias = cpu_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
             bias = gated_rows(bias) if is_gated else bias
             return panels, torch.stack([bias, *scales]) if scales else bias
@@ -238,7 +237,7 @@ class PrunedEncoder(nn.Module):
 
     def unpack(self) -> None:
         """Undo `pack`: the linears hold and use their own weights again."""
-        weights = [(linear, own.contiguous()) for linear, own in self._released()]
+        weights = [(linear, weight.contiguous()) for linear, weight in self._released()]
         for linear, weight in weights:
             linear.weight.data = weight
         self._laid_out = self._layout = None

@@ -152,11 +152,12 @@ class PrunedAttention(_Part):
         if not self.kind.reads_positions:
             return ()
         self.place_rotary()
-        given = positions, self.rotary, self.by_position.window, self.position_bias
+        position_arguments = positions, self.rotary, self.by_position.window, self.position_bias
         terms = self.kind.disentangled
         if terms is None:
-            return given
-        return *given, self.position_key, self.position_query, terms.distance_rows.to(self.qkv.weight.device)
+            return position_arguments
+        distance_rows = terms.distance_rows.to(self.qkv.weight.device)
+        return *position_arguments, self.position_key, self.position_query, distance_rows
 
     def place_rotary(self) -> None:
         """Move the frequencies to where the weights are, which may have been set after the module was made:

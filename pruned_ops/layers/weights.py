@@ -248,8 +248,8 @@ class OfParts:
 
 def _panels_of_heads(rows: Sequence[Tensor | None]) -> Tensor | None:
     """The rows (heads, rows, head_dim) of several attentions as panels, one after the other."""
-    given = [each.detach() for each in rows if each is not None]
-    return to_head_panels(torch.cat(given)) if given else None
+    present_rows = [of_attention.detach() for of_attention in rows if of_attention is not None]
+    return to_head_panels(torch.cat(present_rows)) if present_rows else None
 
 
 def cpu_zeros(*size: int) -> Tensor:

@@ -86,8 +86,8 @@ def compare(
     kind = None if dtype == "fp32" else dtype
     optimised = {name: optimize(copy.deepcopy(model), dtype=kind) for name, model in models.items()}
     kinds = {name: packed_encoders(model)[0].linear_dtype for name, model in optimised.items()}
-    given, models = models, {name: dequantised(model) for name, model in models.items()}
-    stored = tuple(name for name, model in models.items() if model is not given[name])
+    original_models, models = models, {name: dequantised(model) for name, model in models.items()}
+    stored = tuple(name for name, model in models.items() if model is not original_models[name])
     first = next(iter(models))
     runners: dict[str, Runner] = {}
     for name, model in models.items():

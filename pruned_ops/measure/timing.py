@@ -137,7 +137,7 @@ class Timing:
 
     def _ratios(self, slower: Timing) -> list[float]:
         """slower's seconds over this runner's, round by round."""
-        return [s / own for s, own in zip(slower.seconds, self.seconds, strict=True)]
+        return [slow / fast for slow, fast in zip(slower.seconds, self.seconds, strict=True)]
 
 
 def _left_out(number: int) -> int:
@@ -181,15 +181,15 @@ def interleave(
     names = list(runners)
     calls: dict[str, list[float]] = {name: [] for name in names}
 
-    def is_enough(done: int) -> bool:
-        if done < rounds:
+    def is_enough(rounds_run: int) -> bool:
+        if rounds_run < rounds:
             return False
-        if settle is None or done >= MOST_ROUNDS * rounds:
+        if settle is None or rounds_run >= MOST_ROUNDS * rounds:
             return True
         if sum(map(sum, calls.values())) >= SETTLING_SECONDS:
             return True
-        own, slower = (_timing(workload, tuple(calls[name]), len(inputs)) for name in settle)
-        return is_settled(own.speedup_over(slower), own.speedup_interval(slower))
+        faster, slower = (_timing(workload, tuple(calls[name]), len(inputs)) for name in settle)
+        return is_settled(faster.speedup_over(slower), faster.speedup_interval(slower))
 
     with torch.inference_mode():
         number = -warmup

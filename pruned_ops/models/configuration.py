@@ -86,7 +86,7 @@ def _dense_fields(
     of the dense model that are missing are the widest layer's."""
     fields = {family.own_name(name): value for name, value in fields.items()}
     kind = fields.pop("model_type", None)  # a stock config's to_dict() brings its own
-    tokenizer = next((each.tokenizer for each in family.stock if each.model_type == kind), None)
+    tokenizer = next((stock.tokenizer for stock in family.stock if stock.model_type == kind), None)
     if tokenizer is not None and not fields.get("tokenizer_class"):
         fields["tokenizer_class"] = tokenizer
     if layers is not None:

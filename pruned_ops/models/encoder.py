@@ -233,7 +233,7 @@ class PrunedPreTrainedModel(PreTrainedModel):
     def _renew_head(cls, model: Any, saved: Any, name_or_path: Any, missing: Iterable[str]) -> None:
         """Make everything on top of the encoder new, also what another head has under the same name, and
         take back what was fitted to the old head. (transformers has made new what was missing.)"""
-        new = {name.rpartition(".")[0] for name in missing}
+        renewed = {name.rpartition(".")[0] for name in missing}
         for name, module in model.named_modules():
             if name.startswith(f"{cls.base_model_prefix}."):
                 continue
@@ -241,15 +241,15 @@ class PrunedPreTrainedModel(PreTrainedModel):
                 nn.init.normal_(module.weight, std=model.config.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-                new.add(name)
+                renewed.add(name)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-                new.add(name)
+                renewed.add(name)
         model.config.null_score_threshold, model.config.score_calibration = 0.0, None
         warnings.warn(
             f"{name_or_path} is a {saved.architectures[0]} with {saved.num_labels} labels: this "
             f"{cls.__name__} with {model.config.num_labels} has its encoder, and a new, random head to be "
-            f"trained: {', '.join(sorted(new))}",
+            f"trained: {', '.join(sorted(renewed))}",
             NewHeadWarning,
             stacklevel=4,
         )
@@ -274,8 +274,8 @@ def _misshapen(mismatched: Any, model: nn.Module) -> tuple[str, str]:
     if isinstance(mismatched, str):
         expected = tuple(model.state_dict()[mismatched].shape)
         return mismatched, f"{mismatched} has another shape than config.json says, {expected}"
-    key, found, expected = mismatched
-    return key, f"{key} has shape {tuple(found)}, config.json says {tuple(expected)}"
+    key, actual, expected = mismatched
+    return key, f"{key} has shape {tuple(actual)}, config.json says {tuple(expected)}"
 
 
 def _saved_config(name_or_path: Any, arguments: dict[str, Any]) -> Any:
@@ -350,9 +350,11 @@ class PrunedBertModel(PrunedPreTrainedModel):
         encoder, which are not read here; another thread may restore the encoder between its head's forward
         and this one. of_decoders: arguments of decoders, such as encoder_hidden_states, which stock heads
         pass as None. Errors: TypeError where one of them is set."""
-        given = [name for name, value in of_decoders.items() if value is not None and value is not False]
-        if given:
-            raise TypeError(f"a {type(self).__name__} takes no {', '.join(given)}")
+        present_names = [
+            name for name, value in of_decoders.items() if value is not None and value is not False
+        ]
+        if present_names:
+            raise TypeError(f"a {type(self).__name__} takes no {', '.join(present_names)}")
         check_inputs(self.config, input_ids, inputs_embeds, position_ids, token_type_ids)
         check_positions(self.config, position_ids)
         if output_attentions or (output_attentions is None and self.config.output_attentions):

@@ -381,7 +381,7 @@ def head_name(architecture: str) -> str:
     model has such a head."""
     name = architecture.partition("For")[2]
     if name not in _PRUNED:
-        known = ", ".join(f"For{one}" for one in _PRUNED if one)
+        known = ", ".join(f"For{head}" for head in _PRUNED if head)
         raise ValueError(f"it is a {architecture[:100]!r}; known are encoders without a head and {known}")
     return name
 

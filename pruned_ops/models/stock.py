@@ -177,7 +177,7 @@ def layer_list(encoder: Any) -> Any:
 def layers_of(encoder: Any) -> list[LayerParts]:
     """The parts of every layer of an encoder. Errors: AttributeError where one of them is not there."""
     names = family_of(encoder.config).layer
-    parts = [(each.name, getattr(names, each.name)) for each in fields(LayerNames)]
+    parts = [(field.name, getattr(names, field.name)) for field in fields(LayerNames)]
     return [
         LayerParts(**{part: layer.get_submodule(name) for part, name in parts})
         for layer in layer_list(encoder)

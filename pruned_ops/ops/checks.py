@@ -80,12 +80,13 @@ def check_relative(
 def _check_rows(
     op: str, name: str, tensor: Tensor, first: tuple[int, ...], shape: tuple[int | None, ...]
 ) -> None:
-    found, wanted = tuple(tensor.shape), tuple("rows" if size is None else size for size in shape)
-    fits = len(found) == len(shape) and all(
-        size is None or size == own for size, own in zip(shape, found, strict=True)
+    actual, expected = tuple(tensor.shape), tuple("rows" if size is None else size for size in shape)
+    fits = len(actual) == len(shape) and all(
+        size is None or size == actual_size for size, actual_size in zip(shape, actual, strict=True)
     )
     torch._check(
-        fits and found == first, lambda: f"{op}: {name} has shape {found}, {wanted} is needed, one for all"
+        fits and actual == first,
+        lambda: f"{op}: {name} has shape {actual}, {expected} is needed, one for all",
     )
 
 

@@ -81,7 +81,7 @@ def encoder(
         inner = inner_width(part, head_dim)
         taken = _layer_norm(x, norm[0], norm[1], eps) if norm_first and norm[0].numel() else x
         if is_attention(part):
-            own = slice(heads, heads + part)
+            own_heads = slice(heads, heads + part)
             qkv = _panel_linear("first", taken, first, first_bias, 3 * inner)
             middle = attention(
                 qkv,
@@ -91,9 +91,9 @@ def encoder(
                 positions,
                 None if rotary is None else rotary[i],
                 None if windows is None or windows[i] < 0 else windows[i],
-                None if position_bias is None else position_bias[own],
-                None if position_keys is None else from_head_panels(position_keys[own]),
-                None if position_queries is None else from_head_panels(position_queries[own]),
+                None if position_bias is None else position_bias[own_heads],
+                None if position_keys is None else from_head_panels(position_keys[own_heads]),
+                None if position_queries is None else from_head_panels(position_queries[own_heads]),
                 distance_rows,
             )
             heads += part

@@ -124,7 +124,8 @@ def cut_material(
     """The questions' windows, cut as the trainer's evaluation cuts them. skipped: collects what is wrong with
     each question that cannot be cut, which is then left out."""
     max_length = min(MAX_LENGTH, longest_sequence(config))
-    texts, contexts = [one.question for one in questions], [one.context for one in questions]
+    texts = [question.question for question in questions]
+    contexts = [question.context for question in questions]
     refused: list[RefusedQuestion] = []
     collected = None if skipped is None else refused
     cut = windows(tokenizer, texts, contexts, max_length, max_length // 3, refused=collected)
@@ -177,10 +178,13 @@ def check(
             continue
         error, difference = _largest(logits, truth), _largest(logits, saved)
         f1, changed = None, None if answers is None else len(answers)
-        others = _said(model, material, logits) if np.isfinite(error) else None  # else nothing can be read
-        if answers is not None and others is not None:
-            f1 = _f1(model, others, material)
-            changed = sum(answer != other for answer, other in zip(answers, others, strict=True))
+        # Nothing can be read from outputs that are not finite.
+        fast_answers = _said(model, material, logits) if np.isfinite(error) else None
+        if answers is not None and fast_answers is not None:
+            f1 = _f1(model, fast_answers, material)
+            changed = sum(
+                answer != fast_answer for answer, fast_answer in zip(answers, fast_answers, strict=True)
+            )
         findings.append(
             Finding(name, error, difference, _relative(logits, saved, gives_answers(model)), f1, changed, ran)
         )
@@ -224,9 +228,9 @@ def _batch_outputs(model: Any, batch: Sequence[Window]) -> Iterator[Any]:
 def _largest(logits: list[Logits], expected: list[Logits]) -> float:
     """The largest difference of two runs' logits; NaN where there is one."""
     differences = [
-        np.abs(array.astype(np.float64) - other).max()
+        np.abs(array.astype(np.float64) - expected_array).max()
         for window, expected_window in zip(logits, expected, strict=True)
-        for array, other in zip(window, expected_window, strict=True)
+        for array, expected_array in zip(window, expected_window, strict=True)
     ]
     return float(np.max(differences))
 

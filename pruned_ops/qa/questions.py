@@ -143,8 +143,8 @@ def window_lengths(
     lengths: list[int] = []
     step = needed or len(questions)
     for first in range(0, len(questions), step):
-        some, refused = questions[first : first + step], list[RefusedQuestion]()
-        texts, contexts = [one.question for one in some], [one.context for one in some]
+        chunk, refused = questions[first : first + step], list[RefusedQuestion]()
+        texts, contexts = [question.question for question in chunk], [question.context for question in chunk]
         try:
             cut = windows(tokenizer, texts, contexts, max_length, stride, refused=refused)
         except (ValueError, TypeError) as error:

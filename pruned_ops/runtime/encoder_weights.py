@@ -79,12 +79,12 @@ def _set_relative(stack: PrunedEncoder, original: Any, int8: Sequence[str]) -> N
             return
         if relative.device.type == "cuda":
             raise ValueError(DISTANCES_ON_GPU)
-        for i, (layer, own) in enumerate(zip(stack.layers, layers_of(original), strict=True)):
-            query, key = own.query, own.key
+        for i, (layer, stock) in enumerate(zip(stack.layers, layers_of(original), strict=True)):
+            query, key = stock.query, stock.key
             if f"layers.{i}.attention.qkv" in int8:
                 query, key = _in_int8(query), _in_int8(key)
-            made = by_distance(kind, relative, query, key, stack.head_dim)
-            for name, rows in zip(("position_key", "position_query"), made, strict=True):
+            tables = by_distance(kind, relative, query, key, stack.head_dim)
+            for name, rows in zip(("position_key", "position_query"), tables, strict=True):
                 if rows is not None:
                     parameter = nn.Parameter(rows.contiguous(), requires_grad=False)
                     setattr(layer.attention, name, parameter)
@@ -148,11 +148,11 @@ def taken_weights(original: Any, stack: PrunedEncoder) -> Iterator[tuple[nn.Para
             for name in _parameter_names(sources[module]):
                 first = 0
                 for source in sources[module]:
-                    own, held = source.get_parameter(name), module.get_parameter(name)
-                    last = first + own.size(0)
-                    address = own.data_ptr()
-                    if type(own) is nn.Parameter and not (
+                    parameter, held = source.get_parameter(name), module.get_parameter(name)
+                    last = first + parameter.size(0)
+                    address = parameter.data_ptr()
+                    if type(parameter) is nn.Parameter and not (
                         address == held.data_ptr() == stack.read(2 * i + part, linear, name).data_ptr()
                     ):
-                        yield own, Rows(stack, 2 * i + part, linear, name, first, last)
+                        yield parameter, Rows(stack, 2 * i + part, linear, name, first, last)
                     first = last

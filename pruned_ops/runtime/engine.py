@@ -305,16 +305,16 @@ class Engine:
         """The size of the graph that is to run a batch: the batch's own, as long as there is room for another
         graph. After that it is the smallest that holds the batch, or else a new and coarse one: of batches of
         all sizes, as a server's are, nearly each would have a graph recorded for it, and another dropped."""
-        own = Bucket.of(tokens, batch, max_seqlen, self.waste)
-        if (own, id(head)) in self._graphs or len(self._graphs) < self.max_graphs:
-            return own
+        own_bucket = Bucket.of(tokens, batch, max_seqlen, self.waste)
+        if (own_bucket, id(head)) in self._graphs or len(self._graphs) < self.max_graphs:
+            return own_bucket
         most = 2 * self.waste
         holding = (
             kept
             for kept, of_head in self._graphs
             if of_head == id(head) and kept.holds(tokens, batch, max_seqlen, most)
         )
-        return min(holding, key=lambda kept: (kept.tokens, kept.batch), default=own.coarser())
+        return min(holding, key=lambda kept: (kept.tokens, kept.batch), default=own_bucket.coarser())
 
     def _graph(self, tokens: int, batch: int, max_seqlen: int, head: PackedHead | None) -> _Graph | None:
         """The graph that runs a batch, captured now if it is new; None where it cannot be."""

@@ -208,7 +208,7 @@ def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     than a quarter of their size, as for a single text, that quarter is taken.
     """
     errors = []
-    for own, right in zip(found, exact, strict=True):
+    for output, right in zip(found, exact, strict=True):
         varies, size = (right - right.mean(0)).norm(), right.norm()
-        errors.append((own - right).norm() / torch.maximum(varies, FLOOR * size).clamp_min(1e-30))
+        errors.append((output - right).norm() / torch.maximum(varies, FLOOR * size).clamp_min(1e-30))
     return float(torch.stack(errors).max().nan_to_num(nan=math.inf, posinf=math.inf))

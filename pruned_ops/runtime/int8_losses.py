@@ -130,9 +130,9 @@ class Int8Watch:
             return
         first = int(cu_seqlens[number])
         rows = x[first : first + min(lengths[number], _MOST_TOKENS)]
-        found = int8_losses(stack, rows, [len(rows)], stack.int8_linears, weights=False)
-        self.losses = {name: max(loss, self.losses.get(name, 0.0)) for name, loss in found.items()}
-        if high := above_limit(found):
+        losses = int8_losses(stack, rows, [len(rows)], stack.int8_linears, weights=False)
+        self.losses = {name: max(loss, self.losses.get(name, 0.0)) for name, loss in losses.items()}
+        if high := above_limit(losses):
             self.warned = True
             warnings.warn(
                 f"int8 loses {told(high)} on this text: some of their inputs are many times as large as the "

@@ -203,10 +203,10 @@ class TextHead(PackedHead):
     def _is_plain(self, owner: nn.Module) -> bool:
         """Whether the module around the first linear is one that its class makes, with its activation, which
         pruned models have themselves."""
-        own = owner is self.module or type(owner) in (PrunedPooler, nn.ModuleDict)
-        activations = [getattr(one, "activation", self.activation) for one in (owner, self.module)]
+        is_ours = owner is self.module or type(owner) in (PrunedPooler, nn.ModuleDict)
+        activations = [getattr(module, "activation", self.activation) for module in (owner, self.module)]
         expected = type(self.activation)
-        known = own or type(owner).__module__ == self.known.__module__
+        known = is_ours or type(owner).__module__ == self.known.__module__
         return known and all(type(activation) is expected for activation in activations)
 
     def computes(self) -> bool:
@@ -266,7 +266,7 @@ def are_known(modules: Iterable[nn.Module], known: type[Any]) -> bool:
     """Whether all these modules are torch's, or of the file that a model's known class is from, and without
     hooks."""
     libraries = ("torch.nn.modules.", "transformers.activations", known.__module__)
-    return all(type(one).__module__.startswith(libraries) and not _is_hooked(one) for one in modules)
+    return all(type(module).__module__.startswith(libraries) and not _is_hooked(module) for module in modules)
 
 
 def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:

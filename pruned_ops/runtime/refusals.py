@@ -198,9 +198,9 @@ def _refuse_module(name: str, module: nn.Module, known: nn.Module) -> str | None
             continue
         if attribute == "padding_idx" and kind is nn.Embedding:
             continue  # it matters for gradients alone
-        own = getattr(module, attribute, None)
-        if isinstance(value, (bool, int, float, str, type(None))) and own != value:
-            return f"{place} has {attribute} {own!r}, and the config says {value!r}"
+        actual = getattr(module, attribute, None)
+        if isinstance(value, (bool, int, float, str, type(None))) and actual != value:
+            return f"{place} has {attribute} {actual!r}, and the config says {value!r}"
     for parameter, described in known._parameters.items():
         refusal = _refuse_parameter(module._parameters.get(parameter), described)
         if refusal is not None:

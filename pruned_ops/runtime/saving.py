@@ -49,11 +49,11 @@ def _encoders(model: nn.Module) -> dict[str, Any]:
 def _save_int8(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own `save_pretrained`, with int8 weights. Where the caller gives the `state_dict` to be
     saved, that is saved as it is."""
-    own = getattr(type(model), _SAVE)
+    own_save = getattr(type(model), _SAVE)
     # transformers' second argument after the folder is the state_dict.
     by_position = args[1] if len(args) > 1 else None
     if by_position is not None or kwargs.get("state_dict") is not None:
-        return own(model, save_directory, *args, **kwargs)
+        return own_save(model, save_directory, *args, **kwargs)
     with CHANGING:
         state, linears = int8_state(model)
         model.config.quantization_config = Int8Config(linears, vars(model).get(_MEASURED)).to_dict()
@@ -62,7 +62,7 @@ def _save_int8(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> An
         else:
             kwargs["state_dict"] = state
         try:
-            return own(model, save_directory, *args, **kwargs)
+            return own_save(model, save_directory, *args, **kwargs)
         finally:
             del model.config.quantization_config
 

@@ -141,21 +141,21 @@ def text_outputs(model: nn.Module, features: Mapping[str, Any]) -> list[Tensor]:
 
 def _run_texts(model: Any, kind: _Kind, *args: Any, **kwargs: Any) -> Any:
     """The model's own `encode`, `predict` or `_inference`, with its forward cut into batches."""
-    own = getattr(type(model), kind.method)
-    names = _argument_names(own)
+    own_method = getattr(type(model), kind.method)
+    names = _argument_names(own_method)
     if _argument("output_value", kind.output, names, args, kwargs) != kind.output:
-        return own(
+        return own_method(
             model, *args, **kwargs
         )  # all that the forward puts out is asked for, in the caller's batches
     tokens = _tokens(model, kind)
     inputs = args[0] if args else kwargs.get("inputs", kwargs.get("sentences"))
-    given = _argument("batch_size", 32, names, args, kwargs)
-    if kind.name != "SparseEncoder" and isinstance(inputs, (list, tuple)) and len(inputs) and given > 0:
+    batch_size = _argument("batch_size", 32, names, args, kwargs)
+    if kind.name != "SparseEncoder" and isinstance(inputs, (list, tuple)) and len(inputs) and batch_size > 0:
         args, kwargs = _with_batch_size(_texts_at_once(model, inputs, tokens), names, args, kwargs)
     outer = getattr(_RUNNING, "cut", None)
     _RUNNING.cut = _Cut(model, kind.output, tokens)
     try:
-        return own(model, *args, **kwargs)
+        return own_method(model, *args, **kwargs)
     finally:
         _RUNNING.cut = outer
 
@@ -212,17 +212,17 @@ def _characters(text: Any) -> int:
 def _forward(model: Any, input: Any, **kwargs: Any) -> Any:
     """The model's own forward, batch by batch where `encode` or `predict` is running it. `input` is what
     sentence-transformers calls the features, which callers may give by that name."""
-    own = type(model).forward
+    own_forward = type(model).forward
     if torch.compiler.is_compiling():
-        return own(model, input, **kwargs)
+        return own_forward(model, input, **kwargs)
     cut: _Cut | None = getattr(_RUNNING, "cut", None)
     if cut is None or cut.model is not model:
-        return own(model, input, **kwargs)
+        return own_forward(model, input, **kwargs)
     places = _places(input, cut.tokens)
     if len(places) < 2:
-        return own(model, input, **kwargs)
+        return own_forward(model, input, **kwargs)
     output = cut.output
-    outputs = [own(model, _rows(input, rows), **kwargs)[output] for rows in places]
+    outputs = [own_forward(model, _rows(input, rows), **kwargs)[output] for rows in places]
     order = torch.tensor([row for rows in places for row in rows], device=outputs[0].device)
     return {**input, output: torch.cat(outputs).index_select(0, order.argsort())}
 

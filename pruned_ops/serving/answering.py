@@ -51,13 +51,13 @@ async def answer(service: Service, request: Request) -> Response:
     form = await service.read(request, AnswerRequest)
     served = service.pick(form.model, "question answering")
     ranked = await _answers(service, request, served, form, max(2, form.top_k), None)
-    span = next((each for each in ranked if each.answer), None)
+    span = next((answer for answer in ranked if answer.answer), None)
     return as_json(
         {
             "model": served.name,
             **vars(ranked[0]),
             "best_span": None if span is None else vars(span),
-            "answers": [vars(each) for each in ranked[: form.top_k]],
+            "answers": [vars(answer) for answer in ranked[: form.top_k]],
             "ms": 1000 * (time.perf_counter() - start),
         }
     )
@@ -71,7 +71,7 @@ async def pipeline(service: Service, request: Request) -> Response:
     top_k = parameters.top_k or 1
     asked = form.inputs.model_copy(update={"allow_none": bool(parameters.handle_impossible_answer)})
     ranked = await _answers(service, request, served, asked, top_k, parameters.max_answer_len)
-    answers = [vars(each) for each in ranked[:top_k]]
+    answers = [vars(answer) for answer in ranked[:top_k]]
     return as_json(answers[0] if top_k == 1 else answers)
 
 

@@ -53,7 +53,7 @@ def folder_of(source: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     with explained(source, source):
         return Path(
-            snapshot_download(source, allow_patterns=[*patterns, *(f"*/{each}" for each in patterns)])
+            snapshot_download(source, allow_patterns=[*patterns, *(f"*/{pattern}" for pattern in patterns)])
         )
 
 

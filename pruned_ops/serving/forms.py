@@ -61,7 +61,7 @@ def _documents(value: Any) -> Any:
     """A list of texts, or of objects that hold one as their `text`."""
     if type(value) is not list:
         raise ValueError("a list of texts is needed")
-    texts = [each.get("text") if type(each) is dict else each for each in value]
+    texts = [document.get("text") if type(document) is dict else document for document in value]
     if not all(type(text) is str for text in texts):
         raise ValueError("each document has to be a text, or an object with a text")
     return texts

@@ -57,10 +57,10 @@ class Keys:
     def include(self, header: bytes) -> bool:
         """Whether the header brings one of the keys. How long it takes tells nothing of them."""
         kind, _, key = header.partition(b" ")
-        given = sha256(key.strip()).digest()
+        digest = sha256(key.strip()).digest()
         is_known = False
         for known in self._hashes:
-            is_known |= hmac.compare_digest(given, known)
+            is_known |= hmac.compare_digest(digest, known)
         return is_known and kind.lower() == b"bearer"
 
 

@@ -67,7 +67,7 @@ class Loading:
         Returns the device. Errors: ValueError for one that cannot be used here."""
         device = self.device
         if device is None:
-            quantised = (each for each in model.modules() if getattr(each, "is_quantized", False))
+            quantised = (module for module in model.modules() if getattr(module, "is_quantized", False))
             device = default_device(next(quantised, None))
         place = checked_device(device)
         cast, dtype = cast_and_dtype(self.dtype, place)
@@ -118,7 +118,7 @@ class Served:
         ((_, tensors),) = self.runner.run([sequences])
         if self.answerer is not None:
             windows = list(split_logits(sequences, tensors))
-            return [each if all(np.isfinite(part).all() for part in each) else None for each in windows]
+            return [window if all(np.isfinite(part).all() for part in window) else None for window in windows]
         values = tensors["values"]
         rows, finite = values.numpy(), torch.isfinite(values).all(1).tolist()
         # Copies: a view would keep the whole batch for as long as one client takes to read its answer.

@@ -30,8 +30,8 @@ async def create_embeddings(service: Service, request: Request) -> Response:
         cut=service.limits.auto_truncate, dimensions=form.dimensions,
     )  # fmt: skip
     data = [
-        {"object": "embedding", "index": place, "embedding": each}
-        for place, each in enumerate(_written(vectors, form.encoding_format))
+        {"object": "embedding", "index": place, "embedding": embedding}
+        for place, embedding in enumerate(_written(vectors, form.encoding_format))
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return as_json({"object": "list", "data": data, "model": served.name, "usage": usage})

@@ -72,10 +72,10 @@ class Service:
         """The model of this name, or the first of these kinds. Errors: Refusal where there is none, and for
         one of another kind."""
         fitting = self.of_kinds(*kinds)
-        wanted = " or ".join(f"{_ARTICLES[kind]}{kind}" for kind in kinds)
+        needed = " or ".join(f"{_ARTICLES[kind]}{kind}" for kind in kinds)
         if name is None:
             if not fitting:
-                raise Refusal("wrong_model", f"no model is served that this route is for: it needs {wanted}")
+                raise Refusal("wrong_model", f"no model is served that this route is for: it needs {needed}")
             return fitting[0]
         served = self._aliases.get(name)
         if served is None:
@@ -83,7 +83,7 @@ class Service:
             raise Refusal("unknown_model", f"there is no model {shown(name)}; there is {names}", "model")
         if served not in fitting:
             is_one = f"{_ARTICLES[served.kind]}{served.kind}"
-            sentence = f"{served.name} is {is_one}, and this route needs {wanted}"
+            sentence = f"{served.name} is {is_one}, and this route needs {needed}"
             raise Refusal("wrong_model", sentence, "model")
         return served
 

@@ -47,8 +47,8 @@ def refuse(config: Any) -> str | None:
     terms = disentangled(config)
     if terms is None:
         named = {"pos_att_type": config.pos_att_type, "norm_rel_ebd": is_normed(config)}
-        given = [name for name, value in named.items() if value]
-        return f"{given[0]} is given without relative_attention" if given else None
+        present_names = [name for name, value in named.items() if value]
+        return f"{present_names[0]} is given without relative_attention" if present_names else None
     return _refuse_terms(config, terms)
 
 

@@ -49,7 +49,7 @@ class LayerNames:
         """The name of a tensor by what it is, from the publisher's: "attention.self.query.weight" ->
         "query.weight". Another name is returned as it is."""
         module, _, kind = tensor.rpartition(".")
-        roles = (each.name for each in fields(self) if getattr(self, each.name) == module)
+        roles = (part.name for part in fields(self) if getattr(self, part.name) == module)
         return next((f"{role}.{kind}" for role in roles), tensor)
 
     def spelt(self, tensor: str) -> str:
@@ -203,7 +203,7 @@ class Family:
     @property
     def model_types(self) -> tuple[str, ...]:
         """The model types of all configs, the pruned one last."""
-        return (*(each.model_type for each in self.stock), self.pruned_type)
+        return (*(stock.model_type for stock in self.stock), self.pruned_type)
 
     def own_name(self, name: str) -> str:
         """The publisher's name of a config's field, from BERT's."""
@@ -242,8 +242,8 @@ class Family:
 
     def has_positions(self, config: Any) -> bool:
         """Whether the embedding has a table of positions."""
-        said = self.positions_field is None or bool(getattr(config, self.positions_field))
-        return said and self.embeddings.positions is not None
+        is_configured = self.positions_field is None or bool(getattr(config, self.positions_field))
+        return is_configured and self.embeddings.positions is not None
 
     def has_token_types(self, config: Any) -> bool:
         """Whether the embedding has a table of token types."""

@@ -23,12 +23,12 @@ FAMILIES = (BERT, ROBERTA, DISTILBERT, ERNIE, DATA2VEC_TEXT, ELECTRA, MPNET, MOD
 BY_TYPE: dict[str, Family] = {kind: family for family in FAMILIES for kind in family.model_types}
 # The names of the publishers' encoder classes.
 STOCK_ENCODERS: dict[str, Family] = {
-    f"{each.stem}Model": family for family in FAMILIES for each in family.stock
+    f"{stock.stem}Model": family for family in FAMILIES for stock in family.stock
 }
 _STOCK_HEADS: dict[str, tuple[Family, str]] = {
-    f"{each.stem}For{head}": (family, head)
+    f"{stock.stem}For{head}": (family, head)
     for family in FAMILIES
-    for each in family.stock
+    for stock in family.stock
     for head in STOCK_HEADS
 }
 # Where transformers keeps its own models.

@@ -52,9 +52,9 @@ def _refuse_by_position(
     arguments = (
         ("positions", positions), ("rotary", rotary), ("window", window), ("position_bias", position_bias),
     )  # fmt: skip
-    given = [name for name, value in arguments if value is not None]
-    if given:
-        return f"{' and '.join(given)} given; the kernel knows no positions, Triton's do: pip install triton"
+    passed = [name for name, value in arguments if value is not None]
+    if passed:
+        return f"{' and '.join(passed)} given; the kernel knows no positions, Triton's do: pip install triton"
     return None
 
 

@@ -60,9 +60,9 @@ def refuse_by_distance(
     arguments = (
         ("position_key", position_key), ("position_query", position_query), ("distance_rows", distance_rows),
     )  # fmt: skip
-    given = [name for name, value in arguments if value is not None]
-    if given:
-        return f"{' and '.join(given)} given; of the kernels only those of the cpu take that"
+    passed = [name for name, value in arguments if value is not None]
+    if passed:
+        return f"{' and '.join(passed)} given; of the kernels only those of the cpu take that"
     return None
 
 

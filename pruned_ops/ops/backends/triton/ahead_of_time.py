@@ -121,9 +121,9 @@ def attention_case(
     types |= _integers("window reach stride_qkv stride_out")
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "PRECISION": "ieee", "UPCAST": False}
     constants |= {"POSITIONS": window, "WINDOW": window, "BIAS": bias}
-    given = {"positions": "*i32" if window else None, "bias": f"*{dtype}" if bias else None}
-    types |= {name: kind for name, kind in given.items() if kind is not None}
-    constants |= {name: None for name, kind in given.items() if kind is None}
+    optional_types = {"positions": "*i32" if window else None, "bias": f"*{dtype}" if bias else None}
+    types |= {name: kind for name, kind in optional_types.items() if kind is not None}
+    constants |= {name: None for name, kind in optional_types.items() if kind is None}
     shared = (config.warps, config.stages, dtype, f"head_dim {head_dim}, {config}", config.block_m)
     if config.sequences:
         segment = config.block_m // config.sequences

@@ -171,8 +171,8 @@ def short_attention_kernel(
         key_position = tl.where(inside, position, NOWHERE)
         scores = _by_position(scores, position, key_position, bias, window, reach, HEAD_DIM, BIAS)
     else:
-        own = (lanes // SEGMENT)[:, None] == (lanes // SEGMENT)[None, :]
-        scores = tl.where(own & inside[None, :], scores, float("-inf"))
+        same_sequence = (lanes // SEGMENT)[:, None] == (lanes // SEGMENT)[None, :]
+        scores = tl.where(same_sequence & inside[None, :], scores, float("-inf"))
     value = tl.load(across + 2 * width, mask=inside[:, None], other=0.0)
     highest = tl.maximum(tl.max(scores, 1), LOWEST)
     weights = tl.exp2((scores - highest[:, None]) * scale)

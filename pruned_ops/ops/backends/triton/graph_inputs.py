@@ -36,9 +36,11 @@ def load_graph_inputs_kernel(
     if PLACES:
         tl.store(rows + 3 * row_stride + place, tl.load(places + place, mask=inside), mask=inside)
     known = place <= batch
-    own = tl.load(cu_seqlens + place, mask=known, other=0)
+    bound = tl.load(cu_seqlens + place, mask=known, other=0)
     filling = tl.load(cu_seqlens + batch) + (place - batch) * longest
-    tl.store(bounds + place, tl.where(known, own, tl.minimum(filling, room_tokens)), mask=place <= room_batch)
+    tl.store(
+        bounds + place, tl.where(known, bound, tl.minimum(filling, room_tokens)), mask=place <= room_batch
+    )
 
 
 @launch.on_its_device
@@ -51,10 +53,10 @@ def load_graph_inputs(
     at room_tokens, and empty from there on."""
     tokens, batch, room_batch = ids[0].size(0), cu_seqlens.size(0) - 1, bounds.size(0) - 1
     programs = triton.cdiv(max(tokens, room_batch + 1), BLOCK)
-    own = [row.contiguous() for row in ids]
-    places = own[3] if len(own) > 3 else None
+    contiguous_ids = [row.contiguous() for row in ids]
+    places = contiguous_ids[3] if len(contiguous_ids) > 3 else None
     load_graph_inputs_kernel[(programs,)](
-        *own[:3], places, cu_seqlens.contiguous(), rows, bounds,
+        *contiguous_ids[:3], places, cu_seqlens.contiguous(), rows, bounds,
         tokens, batch, room_tokens, room_batch, rows.stride(0), longest,
         PLACES=places is not None, BLOCK=BLOCK,
         num_warps=WARPS, **launch.OPTIONS,

@@ -98,16 +98,16 @@ def tune(
     timed; those known already are not timed again.
     """
     known = tuning.known(device)
-    wanted = dict.fromkeys(problems(shape, batches, dtype, gated, norm_first))
-    new = [problem for problem in wanted if problem not in known]
-    if not new:
+    needed = dict.fromkeys(problems(shape, batches, dtype, gated, norm_first))
+    untimed = [problem for problem in needed if problem not in known]
+    if not untimed:
         return 0
-    progress = tqdm(new, desc=f"timing kernels on {device}", unit="shape", disable=len(new) < 2)
+    progress = tqdm(untimed, desc=f"timing kernels on {device}", unit="shape", disable=len(untimed) < 2)
     with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         timed = {problem: fastest(problem, device, timer) for problem in progress}
     tuning.remember(device, timed)
     tuning.forget()
-    return len(new)
+    return len(untimed)
 
 
 def problems(
