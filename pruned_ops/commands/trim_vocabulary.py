@@ -77,7 +77,7 @@ def _said(agreement: Agreement) -> str:
         return f"all {agreement.texts:,} texts are cut as before"
     before, after = agreement.unknown
     return (
-        f"{agreement.same:,} of {agreement.texts:,} texts ({agreement.same / agreement.texts:.2%}) are cut as "
-        f"before, {agreement.texts - agreement.same:,} are not wholly kept: {agreement.gone:,} of "
+        f"{agreement.same:,} of {agreement.texts:,} texts ({agreement.same / agreement.texts:.2%}) are cut "
+        f"as before, {agreement.texts - agreement.same:,} are not wholly kept: {agreement.gone:,} of "
         f"{agreement.pieces:,} pieces were removed; unknown pieces {before:,} -> {after:,}"
     )
