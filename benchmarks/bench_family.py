@@ -125,9 +125,9 @@ def page(rows: Sequence[Row]) -> list[str]:
     if CONTROL in against:
         words += " The control is the dense model, trained on with the same teacher."
     commands = dict.fromkeys(f"- `{row['run']}`" for row in rows if "run" in row)
-    left = [f"- {row['model']}: {row['layers']}" for row in rows if "layers" in row]
+    layers = [f"- {row['model']}: {row['layers']}" for row in rows if "layers" in row]
     title = "# What the models of a family lose"
-    return [title, "", words, "", *table(header, lines), "Heads/FFN width of each layer:", "", *left, "",
+    return [title, "", words, "", *table(header, lines), "Heads/FFN width of each layer:", "", *layers, "",
             "The runs:", "", *commands]  # fmt: skip
 
 

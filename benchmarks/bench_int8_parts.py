@@ -105,14 +105,14 @@ def child(model: str, dtype: str, batch: int, length: int, threads: int, seconds
     """Run the encoder for so long, three times at least, and print what the parent has to know: how often it
     ran in all, the milliseconds of a run between `start` and `end`, and the peak."""
     torch.set_num_threads(threads)
-    given = arguments(model, dtype, batch, length)
+    inputs = arguments(model, dtype, batch, length)
     calls, used = 0, 0.0
     with torch.inference_mode():
         for _ in range(3):
-            ops.encoder(*given)
+            ops.encoder(*inputs)
         start, used = time.monotonic(), time.process_time()
         while calls < 3 or time.monotonic() < start + seconds:
-            ops.encoder(*given)
+            ops.encoder(*inputs)
             calls += 1
         end, used = time.monotonic(), time.process_time() - used
     maps = Path("/proc/self/maps").read_text().splitlines()
@@ -147,13 +147,13 @@ def samples(run: list[str], folder: Path) -> tuple[dict[str, float], Counter[str
     ]
     facts = json.loads(subprocess.run([*record, *run], check=True, capture_output=True, text=True).stdout)
     script = ["perf", "script", "-i", str(data), "-F", "time,ip,dso"]
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for line in subprocess.run(script, check=True, capture_output=True, text=True).stdout.splitlines():
         match = re.match(r"\s*([\d.]+):\s+([0-9a-f]+) \((.*)\)", line)
         if match and facts["start"] <= float(match[1]) <= facts["end"]:
             ours = os.path.realpath(match[3]) == os.path.realpath(extension.__file__)  # type: ignore[union-attr]
-            found[hex(int(match[2], 16) - facts["base"]) if ours else Path(match[3]).name] += 1
-    return facts, found
+            counts[hex(int(match[2], 16) - facts["base"]) if ours else Path(match[3]).name] += 1
+    return facts, counts
 
 
 def instructions(run: list[str], folder: Path) -> tuple[dict[str, float], Counter[str]]:
@@ -163,10 +163,10 @@ def instructions(run: list[str], folder: Path) -> tuple[dict[str, float], Counte
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
     process = subprocess.run([*grind, *run], check=True, capture_output=True, text=True, env=environment)
     facts = json.loads(process.stdout)
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for address, count in costs(out.read_text()):
-        found[hex(address)] += count / facts["calls"]  # type: ignore[assignment]
-    return facts, found
+        counts[hex(address)] += count / facts["calls"]  # type: ignore[assignment]
+    return facts, counts
 
 
 def costs(text: str) -> Iterator[tuple[int, int]]:
@@ -219,8 +219,8 @@ def measure(model: str, dtype: str, batch: int, length: int, options: argparse.N
     run = child_command(model, dtype, batch, length, options.threads, seconds)
     kernels = extension.int8_capability() if dtype == "int8" else extension.cpu_capability()  # type: ignore
     with tempfile.TemporaryDirectory() as folder:
-        facts, found = (instructions if options.instructions else samples)(run, Path(folder))
-    counted = parts(found)
+        facts, place_counts = (instructions if options.instructions else samples)(run, Path(folder))
+    counted = parts(place_counts)
     total = sum(counted.values())
     return [
         {

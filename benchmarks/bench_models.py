@@ -133,10 +133,10 @@ def row_facts(timings: dict[str, Timing], entries: list[Contender], peak: float)
     for entry in entries:
         timing = timings[entry.name]
         rivals = [
-            other.name
-            for other in entries
-            if other.runtime not in (OURS, *OURS_NARROW)
-            and (other.model, other.precision) == (entry.model, entry.precision)
+            rival.name
+            for rival in entries
+            if rival.runtime not in (OURS, *OURS_NARROW)
+            and (rival.model, rival.precision) == (entry.model, entry.precision)
         ]
         flops = 2.0 * sum(entry.shape.macs(lengths) for lengths in timing.workload.batches)
         rate = timing.sequences_per_s / timing.workload.sequences * flops

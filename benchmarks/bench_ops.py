@@ -37,7 +37,7 @@ def timed(case: Case, runners: Runners, device: str, rounds: int) -> tuple[dict[
     if device == "cpu":
         return interleave(runners, workload, [{}], rounds, warmup=3), []
     more = [case.make() for _ in range(input_sets(case.bytes) - 1)]
-    sets = [runners, *(own | ours_elsewhere(case, own) for own in more)]
+    sets = [runners, *(case_runners | ours_elsewhere(case, case_runners) for case_runners in more)]
     timings: dict[str, Timing] = {}
     failures = []
     for name in runners:

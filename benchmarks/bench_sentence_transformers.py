@@ -231,9 +231,9 @@ def timed(models: Mapping[str, Any], texts: Sequence[str], rounds: int, clock: s
     for number in range(-1, rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            took = seconds_of(models[name], texts, clock)
+            elapsed = seconds_of(models[name], texts, clock)
             if number >= 0:
-                seconds[name].append(took)
+                seconds[name].append(elapsed)
     return seconds
 
 
@@ -249,7 +249,7 @@ def speed_rows(
     expected = normalised(plain.encode(texts[:32]))
     lines = []
     for name, model in runners.models.items():
-        ratios = [base / own for base, own in zip(seconds[BASELINE], seconds[name], strict=True)]
+        ratios = [base_s / model_s for base_s, model_s in zip(seconds[BASELINE], seconds[name], strict=True)]
         median = statistics.median(seconds[name])
         cosines = (normalised(model.encode(texts[:32])) * expected).sum(1)
         lines.append(
@@ -283,8 +283,8 @@ def measure(arguments: argparse.Namespace, out: Path) -> list[Row]:
 
     def keep(lines: Sequence[Row]) -> None:
         rows.extend({**line, **origin} for line in lines)
-        new = {_place(row) for row in rows}
-        write(out, [*(row for row in earlier if _place(row) not in new), *rows])
+        measured_places = {_place(row) for row in rows}
+        write(out, [*(row for row in earlier if _place(row) not in measured_places), *rows])
 
     for shape in arguments.shapes:
         with Runners(shape, arguments) as runners:
@@ -351,11 +351,11 @@ def page(rows: Sequence[Row]) -> str:
     if scores:
         documents = max(row.get("documents") or 0 for row in scores)
         tasks = list(dict.fromkeys(row["texts"] for row in scores))
-        said = {
+        meanings = {
             "stsb": "stsb: Spearman's correlation on half of the STS-B test pairs.",
             "scifact": f"scifact: nDCG@10 of the evaluation claims over {documents} abstracts.",
         }
-        lines += [" ".join(["Scores x 100 of minilm.", *(said[task] for task in tasks)]), ""]
+        lines += [" ".join(["Scores x 100 of minilm.", *(meanings[task] for task in tasks)]), ""]
         of = {(row["runner"], row["texts"]): row["score"] for row in scores}
         cells = [
             [name, *(f"{of[name, task]:.2f}" if (name, task) in of else "" for task in tasks)]

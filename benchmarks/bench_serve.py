@@ -151,8 +151,10 @@ def check_answer(target: Target, model: str) -> None:
 def bare(model: Path, options: Sequence[str], texts: Sequence[str], seconds: float) -> float:
     """Texts a second of the model alone, in a process of its own."""
     command = [sys.executable, __file__, "--alone", str(model), str(seconds), *options]
-    done = subprocess.run(command, input=json.dumps(texts), stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    completed = subprocess.run(
+        command, input=json.dumps(texts), stdout=subprocess.PIPE, text=True, check=True
+    )
+    return float(completed.stdout.split()[-1])
 
 
 def alone(model: str, seconds: str, *options: str) -> None:
@@ -252,26 +254,37 @@ class Bench:
 
     def measure(self) -> None:
         """Every phase, with the servers one after another in each."""
-        seconds, each = self.arguments.seconds, self.arguments.texts_per_request
+        seconds, texts_per_request = self.arguments.seconds, self.arguments.texts_per_request
         for name, target in self.targets.items():
             closed_loop(target, self.requests[name], 8, min(seconds, 3))
         for clients in self.arguments.clients:
             for name, target in self.targets.items():
                 load = closed_loop(target, self.requests[name], clients, seconds)
                 self.best[name] = max(self.best.get(name, 0.0), load.requests_per_s)
-                self.keep(row(name, "closed", load, each, clients=clients, offered_per_s=""))
+                self.keep(row(name, "closed", load, texts_per_request, clients=clients, offered_per_s=""))
         for share in self.arguments.open:
             for name, target in self.answering():
                 rate = share * self.best[name]
                 load = open_loop(target, self.requests[name], rate, seconds)
-                self.keep(row(name, f"open at {share}", load, each, clients="", offered_per_s=round(rate, 1)))
+                self.keep(
+                    row(
+                        name,
+                        f"open at {share}",
+                        load,
+                        texts_per_request,
+                        clients="",
+                        offered_per_s=round(rate, 1),
+                    )
+                )
         for name, target in self.targets.items() if self.arguments.memory_seconds else ():
             load = closed_loop(target, self.requests[name], 32, self.arguments.memory_seconds)
-            self.keep(row(name, "memory", load, each, clients=32, offered_per_s=""))
+            self.keep(row(name, "memory", load, texts_per_request, clients=32, offered_per_s=""))
         for name, target in self.answering() if self.arguments.overload_seconds else ():
             rate = OVERLOAD * self.best[name]
             load = open_loop(target, self.requests[name], rate, self.arguments.overload_seconds)
-            self.keep(row(name, "overload", load, each, clients="", offered_per_s=round(rate, 1)))
+            self.keep(
+                row(name, "overload", load, texts_per_request, clients="", offered_per_s=round(rate, 1))
+            )
 
 
 def main() -> None:

@@ -105,10 +105,12 @@ def run_part(part: Part, folder: Path, seconds: float) -> Outcome:
     statuses: list[str] = []
     with (folder / LOG).open("a", encoding="utf-8") as log:
         for command in (part.command, *([part.after] if part.after else [])):
-            left = seconds - (time.monotonic() - start)
+            seconds_left = seconds - (time.monotonic() - start)
             if part.after and command is part.command:
-                left *= BEFORE_AFTER
-            statuses.append(_run(command, part, left, log, faults) if left > 0 else "no time was left")
+                seconds_left *= BEFORE_AFTER
+            statuses.append(
+                _run(command, part, seconds_left, log, faults) if seconds_left > 0 else "no time was left"
+            )
     status = "ok" if set(statuses) == {"ok"} else next(status for status in statuses if status != "ok")
     return Outcome(part.name, status, time.monotonic() - start, faults)
 
@@ -141,8 +143,8 @@ def _run(command: list[str], part: Part, seconds: float, log: TextIO, faults: li
 def environment() -> dict[str, str]:
     """The parts' environment. Packages that were brought along are still found."""
     packages = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(packages), "PYTHONUNBUFFERED": "1", "COLUMNS": COLUMNS}
-    return os.environ | own
+    added = {"PYTHONPATH": os.pathsep.join(packages), "PYTHONUNBUFFERED": "1", "COLUMNS": COLUMNS}
+    return os.environ | added
 
 
 def _pass_on(process: subprocess.Popen[str], name: str, log: TextIO, faults: list[str]) -> None:
@@ -181,13 +183,13 @@ def probed(python: str) -> tuple[str, str | None]:
     """The GPU's capability, and why the package does not load with kernels for it, None where it does.
 
     Errors: NoGpu; subprocess.TimeoutExpired after IMPORT seconds."""
-    done = subprocess.run(
+    completed = subprocess.run(
         [python, "-c", PROBE], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=IMPORT
     )
-    reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-    if not done.stdout.strip():
+    reason = completed.stderr.strip().splitlines()[-1:] or [f"exit status {completed.returncode}"]
+    if not completed.stdout.strip():
         raise NoGpu(reason[0])
-    return done.stdout.strip(), reason[0] if done.returncode else None
+    return completed.stdout.strip(), reason[0] if completed.returncode else None
 
 
 def older_extension(root: Path = ROOT) -> str | None:
@@ -367,12 +369,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     outcomes: list[Outcome] = []
     for part in parts:
-        left = total - GRACE - (time.monotonic() - start)
+        seconds_left = total - GRACE - (time.monotonic() - start)
         print(
-            f"--- {part.name}: at most {min(part.seconds, left):.0f} s: {' '.join(part.command)}", flush=True
+            f"--- {part.name}: at most {min(part.seconds, seconds_left):.0f} s: {' '.join(part.command)}",
+            flush=True,
         )
-        if left > 0:
-            outcomes.append(run_part(part, out, min(part.seconds, left)))
+        if seconds_left > 0:
+            outcomes.append(run_part(part, out, min(part.seconds, seconds_left)))
         else:
             outcomes.append(Outcome(part.name, "left out: no time was left", 0, []))
         if part.name == "tests":

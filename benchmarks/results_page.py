@@ -76,9 +76,9 @@ def take(out: Path, results: Path, title: str) -> Path:
 
 def _removed(report: dict[str, Any]) -> dict[str, float]:
     """The shares of heads and of FFN units that a run removed."""
-    dense, left = report["dense_shape"], report["shape"]
+    dense, pruned = report["dense_shape"], report["shape"]
     return {
-        name: round(1 - sum(layer[key] for layer in left) / (dense[key] * len(left)), 4)
+        name: round(1 - sum(layer[key] for layer in pruned) / (dense[key] * len(pruned)), 4)
         for name, key in (("heads_removed", "num_heads"), ("ffn_removed", "ffn_width"))
     }
 

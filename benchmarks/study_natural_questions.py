@@ -168,9 +168,9 @@ class NqStudy(Records):
         control = f"dense-{model.retraining}"
         if model.name != control and self.finished(control):
             row |= points(self.result(control).losses(result), "_control")
-        left, _ = self.narrow(model.size, model.chosen, compensate=False)
+        narrowed, _ = self.narrow(model.size, model.chosen, compensate=False)
         ways = ", ".join(f"{part} {way}" for part, way in record["compensation"].items())
-        return row | self.facts(left) | {"compensation": ways} | self.about(record, self.steps)
+        return row | self.facts(narrowed) | {"compensation": ways} | self.about(record, self.steps)
 
     def dense_row(self) -> Row:
         """The fields of the dense model as it came."""
@@ -189,9 +189,12 @@ class NqStudy(Records):
     def facts(self, left: PreTrainedModel) -> Row:
         """The shares that a model lacks, and how many times fewer multiply-accumulates it has."""
         lengths = self.job.validation.arrival_lengths()
-        dense, own = (model_facts(each, lengths)["macs"] for each in (self.job.dense, left))
+        dense_macs, narrow_macs = (model_facts(model, lengths)["macs"] for model in (self.job.dense, left))
         shares = removed(self.job, model_shape(left))
-        return {**{f"{part}_removed": shares[part] for part in DEFAULT_PARTS}, "macs_cut": dense / own}
+        return {
+            **{f"{part}_removed": shares[part] for part in DEFAULT_PARTS},
+            "macs_cut": dense_macs / narrow_macs,
+        }
 
     def speedups(self, sizes: Sequence[str]) -> dict[str, float]:
         """How many times as fast as the dense model each size is, all in turn; any weights take as long."""
@@ -328,7 +331,7 @@ def _cells(row: Row) -> list[str]:
     cells += [f"{row[f'{kind}_f1']:.2f}" for kind in KINDS]
     cells += [_change(row, f"{kind}_f1_loss{when}") for when in ("", "_control") for kind in KINDS]
     both = zip(paper, DENSE_OF_PAPER, strict=True) if paper else ()
-    return [*cells, ", ".join(f"{own - dense:+.1f}" for own, dense in both) or "-"]
+    return [*cells, ", ".join(f"{paper_f1 - dense_f1:+.1f}" for paper_f1, dense_f1 in both) or "-"]
 
 
 def _change(row: Row, loss: str) -> str:

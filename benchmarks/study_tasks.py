@@ -155,16 +155,16 @@ class Study:
         """Write down whose models a case's folder has. ValueError where they are those of another encoder, of
         other minutes or of other data, because what is there is not trained again."""
         path = self.work / case.trained_in / "study.json"
-        own = {"model": self.name, "minutes": self.minutes, "data": str(self.data.resolve())}
+        record = {"model": self.name, "minutes": self.minutes, "data": str(self.data.resolve())}
         # What an earlier version wrote names no data.
-        has = own | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
-        if has != own:
+        has = record | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+        if has != record:
             raise ValueError(
                 f"{path.parent} has models of {has['model']}, trained for {has['minutes']:g} minutes on "
                 f"{has['data']}: name another --work"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(own))
+        write_whole(path, json.dumps(record))
 
     def folder(self, case: Case, step: str) -> Path:
         return self.work / case.trained_in / step
@@ -316,8 +316,8 @@ def write(rows: Sequence[Row], path: Path, command: str) -> None:
     earlier = read_rows(path) if path.is_file() else []
     kept = [row for row in earlier if place(row) not in measured_now]
     order = [case.name for case in CASES]
-    new = [{**row, "command": command} for row in rows]
-    rows = sorted([*kept, *new], key=lambda row: order.index(row["case"]))
+    new_rows = [{**row, "command": command} for row in rows]
+    rows = sorted([*kept, *new_rows], key=lambda row: order.index(row["case"]))
     harness.write_rows(path, rows)
     words = (
         "Points of the score that pruning lost, with 95% intervals over the examples, of one training. The "

@@ -26,15 +26,15 @@ def run_watched(work: Work, path: Path, seconds: float) -> None:
     attempt that it was at is a row FAILED of the journal at `path`, and another process goes on behind it;
     but none after a process that began nothing. work: it is pickled."""
     context = multiprocessing.get_context("spawn")
-    done: list[Facts] = []
+    attempts: list[Facts] = []
     while True:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(work, theirs, tuple(done)), daemon=True)
+        process = context.Process(target=_work, args=(work, theirs, tuple(attempts)), daemon=True)
         process.start()
         theirs.close()
-        before, ended = len(done), False
+        before, ended = len(attempts), False
         try:
-            ended, at = _followed(ours, done, seconds)
+            ended, at = _followed(ours, attempts, seconds)
         finally:  # of an interrupt, too
             if not ended:
                 process.kill()
@@ -45,12 +45,12 @@ def run_watched(work: Work, path: Path, seconds: float) -> None:
             reason = f"status {process.exitcode}" if ended else f"nothing came for {seconds:.0f} s"
             with Journal(path) as journal:
                 journal.note(FAILED, **at, error=f"the process was ended: {reason}")
-        if len(done) == before:
+        if len(attempts) == before:
             return
 
 
-def _followed(connection: Connection, done: list[Facts], seconds: float) -> tuple[bool, Facts]:
-    """Whether the process ended by itself, and what it was at. What it begins is added to `done`."""
+def _followed(connection: Connection, attempts: list[Facts], seconds: float) -> tuple[bool, Facts]:
+    """Whether the process ended by itself, and what it was at. What it begins is added to `attempts`."""
     at: Facts = {}
     while connection.poll(seconds):
         try:
@@ -58,15 +58,15 @@ def _followed(connection: Connection, done: list[Facts], seconds: float) -> tupl
         except (EOFError, OSError):  # the latter where it was killed in the middle of a word
             return True, at
         if at:
-            done.append(at)
+            attempts.append(at)
     return False, at
 
 
-def _work(work: Work, connection: Connection, done: Collection[Facts]) -> None:
+def _work(work: Work, connection: Connection, attempts: Collection[Facts]) -> None:
     faulthandler.enable()
     status = 0
     try:
-        work(connection.send, done)
+        work(connection.send, attempts)
     except GpuLost:
         status = LOST
     os._exit(status)  # what would be tidied up is on the GPU

@@ -48,8 +48,8 @@ class Worker:
         except EOFError:
             self._process.wait()
             self._said.seek(0)
-            said = self._said.read().decode(errors="replace").strip().splitlines()
-            raise Refused(f"{script} ended: {said[-1] if said else 'it said nothing'}") from None
+            lines = self._said.read().decode(errors="replace").strip().splitlines()
+            raise Refused(f"{script} ended: {lines[-1] if lines else 'it said nothing'}") from None
 
     def encode(self, texts: Sequence[str], show_progress_bar: bool = False) -> Any:
         """The vectors (texts, dimensions). The pipe's time counts: some milliseconds a thousand texts."""

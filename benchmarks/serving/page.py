@@ -17,7 +17,7 @@ def page(rows: Sequence[Row]) -> str:
     for row in rows:
         name, cell = _cell(row)
         lines.setdefault(name, {})[row["server"]] = cell
-    cells = [[name, *(found.get(server, "") for server in servers)] for name, found in lines.items()]
+    cells = [[name, *(by_server.get(server, "") for server in servers)] for name, by_server in lines.items()]
     return "\n".join(
         [
             "# Servers of one embedder over loopback",

@@ -39,10 +39,16 @@ class Finding:
 
 def claims(results: Results) -> list[str]:
     """The section of the page: a line for each claim that the study's finished pieces can judge."""
-    found = [*_choosing(results), *_free(results), *_retrained(results), *_shape(results), *_speed(results)]
-    if not found:
+    findings = [
+        *_choosing(results),
+        *_free(results),
+        *_retrained(results),
+        *_shape(results),
+        *_speed(results),
+    ]
+    if not findings:
         return []
-    lines = [[one.claim, one.verdict, one.numbers] for one in found]
+    lines = [[finding.claim, finding.verdict, finding.numbers] for finding in findings]
     return [
         "#### The paper's claims",
         "",
@@ -65,7 +71,7 @@ def together(verdicts: Mapping[str, str]) -> str:
     if len(set(verdicts.values())) == 1:
         return next(iter(verdicts.values()))
     places = {
-        verdict: ", ".join(place for place, own in verdicts.items() if own == verdict)
+        verdict: ", ".join(place for place, its_verdict in verdicts.items() if its_verdict == verdict)
         for verdict in (SHOWN, NOT_SHOWN, OPPOSITE)
     }
     return "; ".join(f"{verdict} at {where}" for verdict, where in places.items() if where)
@@ -79,7 +85,7 @@ def _finding(claim: str, differences: Mapping[str, Interval]) -> Iterator[Findin
     """The finding on a claim that all of these differences are above 0; none without any."""
     if differences:
         verdicts = {place: judged(difference) for place, difference in differences.items()}
-        numbers = "; ".join(f"{place} {points(each)}" for place, each in differences.items())
+        numbers = "; ".join(f"{place} {points(difference)}" for place, difference in differences.items())
         yield Finding(claim, together(verdicts), numbers)
 
 
@@ -144,7 +150,7 @@ def _retrained(results: Results) -> Iterator[Finding]:
         )
     better = _differences(scores, results, letters, ("distilled", ""), ("cross-entropy", ""))
     yield from _finding("distillation is better than cross-entropy to retrain with", better)
-    larger = _differences(scores, results, letters, ("distilled", ""), ("distilled", ""), other="half")
+    larger = _differences(scores, results, letters, ("distilled", ""), ("distilled", ""), other_letter="half")
     claim = (
         "a pruned model is better than a smaller dense one, distilled as long (in the paper as fast, on "
         "Natural Questions: better by 0.3 long F1, worse by 0.5 short F1)"
@@ -168,27 +174,27 @@ def _scores(results: Results) -> Mapping[str, FloatArray]:
 
 def _differences(
     scores: Mapping[str, FloatArray], results: Results, letters: Sequence[str], first: tuple[str, str],
-    second: tuple[str, str], other: str | None = None,
+    second: tuple[str, str], other_letter: str | None = None,
 ) -> dict[str, Interval]:  # fmt: skip
     """By how many points of span F1 each row is better, retrained and ended as `first` says, than itself (or
-    than the row `other`) as `second` says: question by question, over seeds."""
-    found = {}
+    than the row `other_letter`) as `second` says: question by question, over seeds."""
+    intervals = {}
     for letter in letters:
         pairs: list[Row] = []
         for row in results.row(letter, first[0]):
             names = [
                 f"{row_name(which, retraining, row['seed'])}{end}/f1_span"
-                for which, (retraining, end) in ((letter, first), (other or letter, second))
+                for which, (retraining, end) in ((letter, first), (other_letter or letter, second))
             ]
             if all(name in scores for name in names):
-                own, against = (scores[name].astype(float) for name in names)
-                low, high = bootstrap_interval(own, against)
-                won = {"won": own.mean() - against.mean(), "won_low": low, "won_high": high}
+                own_f1, other_f1 = (scores[name].astype(float) for name in names)
+                low, high = bootstrap_interval(own_f1, other_f1)
+                won = {"won": own_f1.mean() - other_f1.mean(), "won_low": low, "won_high": high}
                 pairs.append({"kind": row["kind"], "seed": row["seed"], **won})
         interval = over_seeds(pairs, "won")
         if interval is not None:
-            found[labelled(results, f"row {letter}", pairs)] = interval
-    return found
+            intervals[labelled(results, f"row {letter}", pairs)] = interval
+    return intervals
 
 
 def _shape(results: Results) -> Iterator[Finding]:

@@ -109,9 +109,9 @@ def of_seeds(seeds: Sequence[int]) -> str:
 def labelled(results: Results, label: str, rows: Sequence[Row]) -> str:
     """The label of what these rows of one kind give, with their seeds where the kind has others, too. Times
     have no kind: they are those of rows."""
-    own = sorted({row["seed"] for row in rows})
-    every = results.seeds[rows[0].get("kind", "row")] if rows else own
-    return label if own == every else f"{label} ({of_seeds(own)})"
+    seeds = sorted({row["seed"] for row in rows})
+    every = results.seeds[rows[0].get("kind", "row")] if rows else seeds
+    return label if seeds == every else f"{label} ({of_seeds(seeds)})"
 
 
 def dense_score(points: dict[float, list[Row]], score: str) -> float:

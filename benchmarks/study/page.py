@@ -85,13 +85,13 @@ def section(results: Results) -> list[str]:
 def seeds_text(results: Results) -> str:
     """Which seeds each kind of row has, and what that means for its intervals."""
     kinds: dict[str, list[str]] = {}
-    for kind, own in results.seeds.items():
-        kinds.setdefault(of_seeds(own), []).append(f"{kind}s")
-    text = "; ".join(f"{', '.join(names)}: {own}" for own, names in kinds.items()) + "."
+    for kind, seeds in results.seeds.items():
+        kinds.setdefault(of_seeds(seeds), []).append(f"{kind}s")
+    text = "; ".join(f"{', '.join(names)}: {which}" for which, names in kinds.items()) + "."
     if len(kinds) == 1:
         text = f"{next(iter(kinds))}."
     text += " Intervals are 95%, bootstrapped over the questions."
-    several = [len(own) > 1 for own in results.seeds.values()]
+    several = [len(seeds) > 1 for seeds in results.seeds.values()]
     if any(several):
         text += " Of several seeds, numbers are means, and ends the outermost of any seed."
         text += " What has other seeds than these names them."
@@ -379,8 +379,8 @@ def _joint_text(row: Row) -> str:
     """What the joint recipe's steps were, and how well its plan was kept."""
     text = ""
     if row.get("gate_seconds") and row.get("retrain_seconds"):
-        took = row["gate_seconds"] + row["retrain_seconds"]
-        text += f" It was planned for {row['planned_seconds']:.0f} s, and took {took:.0f} s."
+        total_seconds = row["gate_seconds"] + row["retrain_seconds"]
+        text += f" It was planned for {row['planned_seconds']:.0f} s, and took {total_seconds:.0f} s."
     rate = row["joint_pace"] * row["joint_learning_rate"]
     return text + (
         f" It had {row['gate_steps']} gate steps, so its gates moved {row['joint_pace']:.1f} times as fast, "

@@ -126,18 +126,18 @@ class Study(Records):
                 pieces.setdefault(row["unit"], []).append(row)
         about = {**self.profile.seen(), "model": Path(self.job.settings.model).name}
         for row in (row for rows in pieces.values() for row in rows):
-            other = next((name for name, value in about.items() if row.get(name) != value), None)
-            if other is not None:
+            field = next((name for name, value in about.items() if row.get(name) != value), None)
+            if field is not None:
                 raise ValueError(
-                    f"{path} is of another study: {other} is {row.get(other)} there and {about[other]} here; "
+                    f"{path} is of another study: {field} is {row.get(field)} there and {about[field]} here; "
                     "give other --results"
                 )
         lacking = {unit: rows for unit, rows in pieces.items() if self.finished(unit) is None}
         beside = {"part", "unit", "finished", "command", *about}
         for unit, rows in lacking.items():
             stamp = {key: value for key, value in rows[0].items() if key.startswith(STAMP)}
-            own = [{k: v for k, v in row.items() if k not in beside and k not in stamp} for row in rows]
-            write_json(self.work / "records" / f"{unit}.json", {"rows": own, **stamp})
+            own_rows = [{k: v for k, v in row.items() if k not in beside and k not in stamp} for row in rows]
+            write_json(self.work / "records" / f"{unit}.json", {"rows": own_rows, **stamp})
         self._adopt_scores(path.with_suffix(".npz"))
         return len(lacking)
 

@@ -65,10 +65,10 @@ def timed_training(folder: Path, steps: int, work: Callable[[], Any]) -> tuple[A
     checkpoint is timed over the steps that are left; the seconds are None where none are."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     before = last_checkpoint(folder)
-    left = steps - (int(before.name.rpartition("-")[2]) if before else 0)
+    steps_left = steps - (int(before.name.rpartition("-")[2]) if before else 0)
     start = clock()
     result = work()
-    return result, (clock() - start) * steps / left if left else None
+    return result, (clock() - start) * steps / steps_left if steps_left else None
 
 
 def row_name(letter: str, retraining: str, seed: int) -> str:
@@ -88,8 +88,8 @@ def gates(study: Study, seed: int, part: str, share: float) -> tuple[Scores, flo
         rate = {"gate_learning_rate": profile.gate_learning_rate}
         job = study.job_for(seed, batch_size=profile.gate_batch, distil_in="none", **rate)
         training = partial(_held_gates, job, folder, part, 1 - share, profile.gate_steps)
-        scores, took = timed_training(folder, profile.gate_steps, training)
-        seconds.append(took)
+        scores, training_seconds = timed_training(folder, profile.gate_steps, training)
+        seconds.append(training_seconds)
         return scores
 
     scores = study.scores(name, work)
@@ -255,7 +255,7 @@ def by_shares(study: Study, seed: int, letter: str) -> tuple[Decision, float | N
     letters = HIDDEN_SHARES if letter == HIDDEN_ROW else TABLE[letter]
     shares = {part: share for part, share in zip(PARTS, letters, strict=False) if share}
     trained = {part: gates(study, seed, part, share) for part, share in shares.items()}
-    seconds = [took for _, took in trained.values()]
+    seconds = [part_seconds for _, part_seconds in trained.values()]
     took_all = None if None in seconds else sum(s for s in seconds if s is not None)
     return at_shares(study.job, {part: scores for part, (scores, _) in trained.items()}, shares), took_all
 
@@ -302,7 +302,7 @@ def _against_control(study: Study, name: str, letter: str, retraining: str, seed
     if letter in ("control", HIDDEN_ROW):
         return {}
     study.once(control, partial(table_row, study, seed, "control", retraining))
-    both = [study.result(each, partial(missing, each)) for each in (name, control)]
+    both = [study.result(result_name, partial(missing, result_name)) for result_name in (name, control)]
     return {key: value for key, value in numbers(*both, "_control").items() if "loss" in key}
 
 
@@ -329,13 +329,13 @@ def facts(study: Study, model: PreTrainedModel) -> Row:
     """What is left of the dense model: a model's sizes, its shape, and the fractions that are removed."""
     job = study.job
     lengths = job.validation.arrival_lengths()
-    left, dense = model_facts(model, lengths), model_facts(job.dense, lengths)
+    narrow, dense = model_facts(model, lengths), model_facts(job.dense, lengths)
     shape = model_shape(model)
     return {
         **{f"{part}_removed": value for part, value in removed(job, shape).items()},
-        "mib": left["bytes"] / 2**20,
-        "macs_cut": dense["macs"] / left["macs"] if left["macs"] else None,  # None: nothing is left
-        "macs_kept": left["macs"] / dense["macs"],
+        "mib": narrow["bytes"] / 2**20,
+        "macs_cut": dense["macs"] / narrow["macs"] if narrow["macs"] else None,  # None: nothing is left
+        "macs_kept": narrow["macs"] / dense["macs"],
         "hidden_size": shape.hidden_size,
         "layers": " ".join(f"{layer.num_heads}/{layer.ffn_width}" for layer in shape.layers),
         "questions": len(job.evaluation),

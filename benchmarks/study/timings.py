@@ -44,19 +44,19 @@ def timings(study: Study, rows: Sequence[Row], batch_size: int) -> list[Row]:
     measured, _ = time_models(models, workload)
     timed = []
     for row in rows:
-        own = measured[f"{row['row']}-seed{row['seed']}"]
-        speedup, cut = own.speedup_over(measured["dense"]), row.get("macs_cut")
+        timing = measured[f"{row['row']}-seed{row['seed']}"]
+        speedup, cut = timing.speedup_over(measured["dense"]), row.get("macs_cut")
         timed.append(
             {
                 "row": row["row"],
                 "seed": row["seed"],
                 "workload": workload.name,
                 "ms_dense": round(measured["dense"].ms(50), 3),
-                "ms": round(own.ms(50), 3),
+                "ms": round(timing.ms(50), 3),
                 "speedup": round(speedup, 3),
                 "macs_cut": round(cut, 3) if cut else None,
                 "arrives": round(speedup / cut, 3) if cut else None,
-                "rounds": len(own.seconds),
+                "rounds": len(timing.seconds),
             }
         )
     return timed

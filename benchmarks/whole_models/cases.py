@@ -120,7 +120,7 @@ def random_model(name: str, pruned: bool) -> Any:
     if not pruned:
         return AutoModelForQuestionAnswering.from_config(config).eval()
     names = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
-    shapes = half_shapes(*(sizes[each] for each in names), FFN_KEPT.get(name, 0.5))
+    shapes = half_shapes(*(sizes[key] for key in names), FFN_KEPT.get(name, 0.5))
     family = family_of(config)
     more: dict[str, Any] = {}
     if family.relative_bias is not None:

@@ -181,13 +181,13 @@ def _fill(figure: Any, result: FirstResult) -> None:
     figure.text(0.035, 0.045, scores, fontsize=14, color=MUTED)
     axes = figure.add_axes((0.035, 0.115, 0.93, 0.68))
     speeds = [result.times_as_fast(runner) for runner in LABELS]
-    left = 0.75 * max(speeds)  # the room for the labels, in units of a bar
+    label_room = 0.75 * max(speeds)  # the room for the labels, in units of a bar
     axes.barh(PLACES, speeds, height=0.8, color=[COLOURS[_kind(runner)] for runner in LABELS])
     for place, speed, runner in zip(PLACES, speeds, LABELS, strict=True):
-        axes.text(-left, place, LABELS[runner], va="center_baseline", fontsize=15, color=INK)
+        axes.text(-label_room, place, LABELS[runner], va="center_baseline", fontsize=15, color=INK)
         number = _times(result, runner)
         axes.text(speed + 0.15, place, number, va="center_baseline", fontsize=16, color=INK, weight="bold")
-    axes.set_xlim(-left, 1.15 * max(speeds))
+    axes.set_xlim(-label_room, 1.15 * max(speeds))
     axes.set_ylim(PLACES[-1] + 0.5, -0.5)
     axes.axis("off")
 

@@ -161,8 +161,8 @@ class Truth:
             with torch.inference_mode():
                 logits = {id(batch): exact(batch) for batch in self.samples}
             repeat = lambda batch: logits[id(batch)]  # noqa: E731
-            own = compare_logits(forward(runner.model), repeat, self.samples, "any")
-            self._known[runner.model_name] = repeat, 2 * own["max_error"] + SLACK
+            own_errors = compare_logits(forward(runner.model), repeat, self.samples, "any")
+            self._known[runner.model_name] = repeat, 2 * own_errors["max_error"] + SLACK
         return self._known[runner.model_name]
 
 
@@ -235,9 +235,9 @@ def rows(
     for runner in ready:
         timing = timings[runner.name]
         rivals = [
-            other.name
-            for other in ready
-            if other.model_name == runner.model_name and not other.runtime.startswith(OURS)
+            rival.name
+            for rival in ready
+            if rival.model_name == runner.model_name and not rival.runtime.startswith(OURS)
         ]
         extra[runner.name] = {
             "runtime": runner.runtime,
@@ -307,7 +307,9 @@ def measure_goals(
             measured = measured + [row | harness.stamp() for row in refused]
             rows_of[workload.name] = [row | {"device": device} for row in measured]
             show(workload, rows_of[workload.name])
-    return sorted((row for each in rows_of.values() for row in each), key=lambda row: "refused" in row)
+    return sorted(
+        (row for workload_rows in rows_of.values() for row in workload_rows), key=lambda row: "refused" in row
+    )
 
 
 def _measured(
@@ -329,10 +331,14 @@ def _measured(
         return [], [left_out(runner, workload, _in_a_line(error), FAILED) for runner in ready]
     failed = list[Row]()
     if workload.name.startswith("offline"):
-        for own in [runner for runner in ready if runner.runtime == OURS]:
-            many = Runner(OURS_MANY, own.model_name, own.make, own.model, facts=own.facts)
+        for our_runner in [runner for runner in ready if runner.runtime == OURS]:
+            many = Runner(
+                OURS_MANY, our_runner.model_name, our_runner.make, our_runner.model, facts=our_runner.facts
+            )
             try:
-                timings[many.name] = encoded_many(own, workload, inputs, len(timings[own.name].seconds))
+                timings[many.name] = encoded_many(
+                    our_runner, workload, inputs, len(timings[our_runner.name].seconds)
+                )
             except Exception as error:  # the others were timed
                 failed.append(left_out(many, workload, _in_a_line(error), FAILED))
             else:

@@ -115,8 +115,8 @@ def _beside(cells: dict[tuple[Any, Any, Any], Row], workload: str, model: str, n
 def _beside_ceilings(row: Row | None) -> list[str]:
     if row is None:
         return ["-", "-"]
-    own = row.get("speedup_vs_own_dense")  # which may have been left out
-    dense = "-" if own is None or row["model"] == "dense" else f"{own:.2f}x"
+    speedup = row.get("speedup_vs_own_dense")  # which may have been left out
+    dense = "-" if speedup is None or row["model"] == "dense" else f"{speedup:.2f}x"
     return [dense, f"{row['percent_of_peak']:.0f}%, {row['percent_of_copy']:.0f}%"]
 
 

@@ -125,14 +125,14 @@ def main() -> None:
         sys.exit("two of the files have one name, and so would their answers: give them different names")
     arguments.out.mkdir(parents=True, exist_ok=True)
     blocks = [block for path in arguments.files for block in blocks_of(path.absolute(), arguments.block)]
-    left = [block for block in blocks if not answers_file(arguments.out, block).exists()]
-    print(f"{len(blocks)} blocks, {len(left)} of them to be answered")
-    if left:
+    unanswered = [block for block in blocks if not answers_file(arguments.out, block).exists()]
+    print(f"{len(blocks)} blocks, {len(unanswered)} of them to be answered")
+    if unanswered:
         local_cpus = None if arguments.address else arguments.workers * arguments.cpus
         ray.init(address=arguments.address, num_cpus=local_cpus)
         model = str(Path(arguments.model).absolute()) if Path(arguments.model).exists() else arguments.model
         worker_arguments = (model, str(arguments.out.absolute()), arguments.cpus)
-        counts = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(
+        counts = ray.data.from_items(unanswered, override_num_blocks=len(unanswered)).map_batches(
             Worker,
             fn_constructor_args=worker_arguments,
             batch_size=1,
