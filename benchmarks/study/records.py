@@ -126,10 +126,10 @@ class Study(Records):
                 pieces.setdefault(row["unit"], []).append(row)
         about = {**self.profile.seen(), "model": Path(self.job.settings.model).name}
         for row in (row for rows in pieces.values() for row in rows):
-            field = next((name for name, value in about.items() if row.get(name) != value), None)
-            if field is not None:
+            key = next((name for name, value in about.items() if row.get(name) != value), None)
+            if key is not None:
                 raise ValueError(
-                    f"{path} is of another study: {field} is {row.get(field)} there and {about[field]} here; "
+                    f"{path} is of another study: {key} is {row.get(key)} there and {about[key]} here; "
                     "give other --results"
                 )
         lacking = {unit: rows for unit, rows in pieces.items() if self.finished(unit) is None}

@@ -232,7 +232,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if dtype is not None or stored_int8:
         optimize(model, dtype=dtype)
     check_length(arguments.max_length, model.config)
-    prepared = [task.prepare(found, tokenizer, model, teacher) for found in examples]
+    prepared = [task.prepare(file_examples, tokenizer, model, teacher) for file_examples in examples]
     thresholds = prepared[1].best_thresholds(model) if len(prepared) == 2 else own_thresholds(model, task)
     result = prepared[0].evaluate(model, thresholds)
     terminal.print_scores(result.scores(), thresholds, prepared[0].metric_digits)

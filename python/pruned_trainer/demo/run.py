@@ -90,7 +90,7 @@ def _with_generated_files(settings: PruneSettings) -> PruneSettings:
         eval_file=files["evaluation"],
     )
     durations = (settings.max_minutes, settings.gate_epochs, settings.retrain_epochs)
-    if any(given is not None for given in durations):
+    if any(duration is not None for duration in durations):
         return settings
     steps: dict[str, Any] = {}
     if settings.trains_gates and settings.gate_steps is None:

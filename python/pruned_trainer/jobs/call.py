@@ -222,8 +222,8 @@ class _Call:
     @property
     def label_names(self) -> list[str]:
         """The entries of a batch that only the loss reads."""
-        given = self.args.label_names if self.args is not None else None
-        return list(given or find_labels(type(self.dense)) or ["labels"])
+        given_names = self.args.label_names if self.args is not None else None
+        return list(given_names or find_labels(type(self.dense)) or ["labels"])
 
     @property
     def collate(self) -> Collate:
@@ -373,10 +373,10 @@ class _Call:
         with torch.no_grad(), said(f"the {whose} fails on the first rows, without labels"):
             outputs = model(**accepted(model, asked))
         config, mask = logits_config(model, self.dense), asked["attention_mask"]
-        found = comparable_outputs(outputs, config, mask, pooling)
-        if any(bool(values.isnan().any()) for values in found.values.values()):
+        comparable = comparable_outputs(outputs, config, mask, pooling)
+        if any(bool(values.isnan().any()) for values in comparable.values.values()):
             raise ValueError(f"the {whose} gives NaN for the first rows: it cannot be pruned, or teach")
-        return found
+        return comparable
 
     def _check_loss(self, batch: Mapping[str, Tensor], weight: float) -> bool:
         """Whether there is a loss beside the teacher's, for the first rows. weight: that of the loss. Errors:

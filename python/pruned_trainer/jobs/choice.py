@@ -362,11 +362,11 @@ def compensated(job: Job, student: PreTrainedModel, decision: Decision) -> tuple
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     validation = [job.unlabelled_batch(group) for group in groups]
     calibration = score_batches(job, -(-CALIBRATION_WINDOWS // size))
-    done = compensate(
+    compensation = compensate(
         narrow, student, decision, calibration, method, validation, job.dense, pooling=job.pooling
     )
-    say(f"compensated: {done}")
-    return narrow, replace(decision, compensation=done.methods)
+    say(f"compensated: {compensation}")
+    return narrow, replace(decision, compensation=compensation.methods)
 
 
 def tokens_of(window: Any) -> int:

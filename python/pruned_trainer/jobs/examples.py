@@ -168,8 +168,8 @@ class DatasetExamples:
                 if labels is None:
                     continue
                 of_tokens = self.kind is OutputKind.TOKENS and labels.shape == mask.shape
-                each = (row[real] if of_tokens else row for row, real in zip(labels, mask, strict=True))
-                columns.setdefault(name, []).extend(row.cpu().numpy() for row in each)
+                label_rows = (row[real] if of_tokens else row for row, real in zip(labels, mask, strict=True))
+                columns.setdefault(name, []).extend(row.cpu().numpy() for row in label_rows)
         stacked = [_stacked(column) for column in columns.values()]
         return None if not stacked else stacked[0] if len(stacked) == 1 else tuple(stacked)
 
@@ -186,7 +186,7 @@ class DatasetResult:
         self._gold = examples.gold
         if taught is not None:
             pairs = zip(outputs, taught, strict=True)
-            self._agreement = np.stack([_agreed(examples.kind, own, wanted) for own, wanted in pairs])
+            self._agreement = np.stack([_agreed(examples.kind, *pair) for pair in pairs])
 
     @property
     def predictions(self) -> Any:
@@ -208,11 +208,11 @@ class DatasetResult:
         """What is lost from this to the pruned model, by metric, with 95% bootstrap intervals over the
         examples, which are paired; None for an interval that the metric has no values for."""
         every = np.arange(len(self.outputs))
-        own, others = self._measured(every), pruned._measured(every)
+        scores, pruned_scores = self._measured(every), pruned._measured(every)
         intervals = self._resampled(pruned)
         losses: dict[str, Any] = {}
-        for name in own.keys() & others.keys():
-            losses[f"{name}_loss"] = own[name] - others[name]
+        for name in scores.keys() & pruned_scores.keys():
+            losses[f"{name}_loss"] = scores[name] - pruned_scores[name]
             values = [sample[name] for sample in intervals if name in sample]
             losses[f"{name}_loss_interval"] = interval(values, least=RESAMPLES // 2)
         return losses
@@ -222,10 +222,12 @@ class DatasetResult:
         samples_of_scores = []
         for rows in itertools.chain.from_iterable(samples(len(self.outputs), RESAMPLES)):
             try:
-                own, others = self._measured(rows), pruned._measured(rows)
+                scores, pruned_scores = self._measured(rows), pruned._measured(rows)
             except Exception:  # of the caller's metric, which may need every class in the sample
                 continue
-            samples_of_scores.append({name: own[name] - others[name] for name in own if name in others})
+            samples_of_scores.append(
+                {name: scores[name] - pruned_scores[name] for name in scores if name in pruned_scores}
+            )
         return samples_of_scores
 
     def _measured(self, rows: NDArray[np.int64]) -> dict[str, float]:
@@ -262,9 +264,9 @@ class DatasetResult:
         return {}
 
 
-def _agreed(kind: OutputKind, own: RowOutputs, wanted: RowOutputs) -> NDArray[np.float64]:
+def _agreed(kind: OutputKind, outputs: RowOutputs, taught: RowOutputs) -> NDArray[np.float64]:
     """How far two models agree on one example, from 0 to 1: (1,). Of one score, both of them: (2,)."""
-    values = [(own[name], wanted[name]) for name in wanted]
+    values = [(outputs[name], taught[name]) for name in taught]
     first, second = values[0]
     if kind is OutputKind.SCORES:
         pair = np.array([first[0], second[0]]) if len(first) == 1 else np.array([_cosine(first, second)])

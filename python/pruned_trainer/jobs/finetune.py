@@ -103,7 +103,9 @@ def _fastest(model: nn.Module, features: Features, steps: int, batch_size: int, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not is_worth_comparing(steps, device):
         return "fp32"
-    seconds = {each: _step_seconds(model, features, batch_size, seed, each) for each in COMPARED}
+    seconds = {
+        precision: _step_seconds(model, features, batch_size, seed, precision) for precision in COMPARED
+    }
     ratio = once(lambda: seconds["bf16"] / seconds["fp32"])  # the main process's times are everyone's
     return faster(ratio)
 

@@ -218,10 +218,10 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
 def _with_unlabelled(settings: PruneSettings, features: Features, tokenizer: Any) -> Both | None:
     """The training windows with those that are made of them; None where none are asked for."""
     seed = settings.seed
-    made: list[Features] = []
+    derived: list[Features] = []
     if settings.cross_pairs:
         separator, size = tokenizer.sep_token_id, settings.max_length
-        made.append(CrossPairs(features, settings.cross_pairs, separator, size, seed))
+        derived.append(CrossPairs(features, settings.cross_pairs, separator, size, seed))
     named = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
     bounds = {getattr(tokenizer, name) for name in named} - {None}
     if settings.masked_texts:
@@ -229,12 +229,12 @@ def _with_unlabelled(settings: PruneSettings, features: Features, tokenizer: Any
             raise ValueError(
                 "the tokenizer has no mask token: masked_texts needs one (shuffled_texts does not)"
             )
-        made.append(AlteredWindows(features, settings.masked_texts, bounds, tokenizer.mask_token_id, seed))
+        derived.append(AlteredWindows(features, settings.masked_texts, bounds, tokenizer.mask_token_id, seed))
     if settings.shuffled_texts:
-        made.append(AlteredWindows(features, settings.shuffled_texts, bounds, seed=seed))
-    if not made:
+        derived.append(AlteredWindows(features, settings.shuffled_texts, bounds, seed=seed))
+    if not derived:
         return None
-    windows = Both(features, *made)
+    windows = Both(features, *derived)
     windows.check_batches(settings.train_batch)
     return windows
 

@@ -152,7 +152,7 @@ def _room(error: BaseException, places: Mapping[str, Path]) -> list[str]:
 
 def _existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    return next(candidate for candidate in (path.absolute(), *path.absolute().parents) if candidate.exists())
 
 
 class OutputFolder:
@@ -175,8 +175,8 @@ class OutputFolder:
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _take_lock(self.partial)
         # What a killed process was writing; nobody else writes here now.
-        left = self.partial.rglob("*.partial") if resume else _content(self.partial)
-        for entry in [*left]:
+        leftovers = self.partial.rglob("*.partial") if resume else _content(self.partial)
+        for entry in [*leftovers]:
             _remove(entry)
 
     def __enter__(self) -> OutputFolder:

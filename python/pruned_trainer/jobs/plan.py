@@ -158,18 +158,26 @@ def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -
     averaging = once(lambda: _averaging_seconds(job))
 
     def fit() -> tuple[Plan, float]:
-        left = _left(job, minutes) - averaging
+        seconds_left = _left(job, minutes) - averaging
         gate_steps, retrain_steps = gate, retrain
         if gate_steps is None:  # all that the other phase leaves, where that one is given
-            share = left * GATE_SHARE if retrain is None else left - retrain * retrain_seconds * models
+            share = (
+                seconds_left * GATE_SHARE
+                if retrain is None
+                else seconds_left - retrain * retrain_seconds * models
+            )
             gate_steps = int(share / gate_seconds)
         if retrain_steps is None:
-            retrain_steps = int((left - gate_steps * gate_seconds) / retrain_seconds / models)
-        return Plan(gate_steps, retrain_steps, gate_seconds, retrain_seconds), left
+            retrain_steps = int((seconds_left - gate_steps * gate_seconds) / retrain_seconds / models)
+        return Plan(gate_steps, retrain_steps, gate_seconds, retrain_seconds), seconds_left
 
-    plan, left = once(fit)
+    plan, seconds_left = once(fit)
     given_seconds = (gate or 0) * gate_seconds + (retrain or 0) * models * retrain_seconds
-    if given_seconds > left or plan.gate_steps < (gate is None) or plan.retrain_steps < (retrain is None):
+    if (
+        given_seconds > seconds_left
+        or plan.gate_steps < (gate is None)
+        or plan.retrain_steps < (retrain is None)
+    ):
         steps = (20 if gate is None else gate) * gate_seconds + (
             20 if retrain is None else retrain
         ) * models * retrain_seconds
@@ -204,7 +212,9 @@ def _step_seconds(job: Job) -> tuple[float, float]:
         running(job.teacher, job.teacher_dtype) as teacher,
     ):
         decisions = _any_decisions(job, gates)
-        retrain = statistics.mean(_narrow_seconds(timed, student, teacher, each) for each in decisions)
+        retrain = statistics.mean(
+            _narrow_seconds(timed, student, teacher, decision) for decision in decisions
+        )
         if settings.trains_gates:
             phase = gate_phase_for(job, gates)
             freeze_for(job, student, gates)

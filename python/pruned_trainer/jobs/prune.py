@@ -147,7 +147,7 @@ def _each_from_the_gates(opened: Run) -> tuple[Run, list[Trained], Log]:
     trained on from there."""
     opened, choices = _choose(opened)
     pairs = zip(choices.chosen, opened.job.settings.targets, strict=True)
-    trained = [_train_on(opened, one, opened.folder.partial / target.name) for one, target in pairs]
+    trained = [_train_on(opened, chosen, opened.folder.partial / target.name) for chosen, target in pairs]
     return opened, trained, choices.log
 
 
@@ -250,12 +250,12 @@ def _digests(settings: PruneSettings) -> dict[str, str]:
     files that lie in it directly."""
     checkpoints = (settings.model, settings.teacher)
     digests = {}
-    for each in settings.inputs:
-        if each is None or each == settings.cache_teacher:  # which the run writes
+    for source in settings.inputs:
+        if source is None or source == settings.cache_teacher:  # which the run writes
             continue
-        path = Path(each)
+        path = Path(source)
         if path.exists():  # else it is of the hub
-            digests[str(path.resolve())] = digest(path, "*.*" if each in checkpoints else "**/*")
+            digests[str(path.resolve())] = digest(path, "*.*" if source in checkpoints else "**/*")
     return digests
 
 
@@ -263,7 +263,7 @@ def _check_unchanged(partial: Path, digests: Mapping[str, str]) -> None:
     """Refuse to go on with other data or weights than the interrupted run began with."""
     known = read_json(partial / RUN, "record of a run").get("inputs")
     known = known if isinstance(known, dict) else {}  # earlier versions recorded none
-    changed = [path for path, found in digests.items() if known.get(path, found) != found]
+    changed = [path for path, current in digests.items() if known.get(path, current) != current]
     if changed:
         raise ValueError(
             f"{', '.join(changed)} changed since {partial} was started: put back what was there to --resume, "

@@ -85,7 +85,7 @@ def check_rows(rows: Rows, collate: Collate, own_collator: bool, expected: Expec
     if not own_collator:
         _check_columns(rows, expected)
     _check_labelled(rows, expected.label_names)
-    lengths, has_labels, given = list[int](), False, False
+    lengths, has_labels, is_labelled = list[int](), False, False
     for start in range(0, len(rows), _AT_ONCE):
         batch = _batch(rows, start, min(_AT_ONCE, len(rows) - start), collate)
         lengths += _lengths(rows, start, batch, expected.specials)
@@ -93,8 +93,8 @@ def check_rows(rows: Rows, collate: Collate, own_collator: bool, expected: Expec
             _check_length(rows, start, batch, lengths, whose, config)
             _check_ids(rows, start, batch, whose, config)
         if "labels" in batch:
-            given, has_labels = True, _check_labels(rows, start, batch, expected) or has_labels
-    if given and not has_labels and expected.is_strict:
+            is_labelled, has_labels = True, _check_labels(rows, start, batch, expected) or has_labels
+    if is_labelled and not has_labels and expected.is_strict:
         raise ValueError(f"the {rows.name} labels no token at all: every label of it is {IGNORED}")
     rows.lengths = lengths
 
@@ -130,10 +130,10 @@ def _check_columns(rows: Rows, expected: Expected) -> None:
 
 
 def _check_same_columns(rows: Rows, number: int, row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    present, wanted = ({n for n, v in r.items() if v is not None} - {"attention_mask"} for r in (row, first))
-    for name in sorted(wanted - present):
+    present, needed = ({n for n, v in r.items() if v is not None} - {"attention_mask"} for r in (row, first))
+    for name in sorted(needed - present):
         raise ValueError(f"row {number} of the {rows.name} has no {name}, which row 0 has")
-    for name in sorted(present - wanted):
+    for name in sorted(present - needed):
         raise ValueError(f"row {number} of the {rows.name} has {name}, which row 0 has not")
 
 
@@ -160,9 +160,9 @@ def _check_numbers(rows: Rows, number: int, row: Mapping[str, Any]) -> dict[str,
 
 def _check_labelled(rows: Rows, names: Sequence[str]) -> None:
     """Errors: ValueError where some rows have labels and some have none."""
-    given = [name for name in names if label_of(rows[0], name) is not None]
+    label_names = [name for name in names if label_of(rows[0], name) is not None]
     for number, row in enumerate(rows):
-        for name in given:
+        for name in label_names:
             if label_of(row, name) is None:
                 raise ValueError(f"row {number} of the {rows.name} has no {name}, which row 0 has")
 
@@ -247,13 +247,13 @@ def _check_labels(rows: Rows, start: int, batch: Mapping[str, Tensor], expected:
     if kind is OutputKind.CLASSES and labels.is_floating_point() and labels.shape == (len(labels), width):
         kind = OutputKind.LABELS  # as transformers takes them
     if kind in _FORMS and (expected.is_strict or kind in (OutputKind.CLASSES, OutputKind.TOKENS)):
-        found = _FORMS[kind](labels, batch["input_ids"].shape, width)
-        if not found.has_form and expected.is_strict:
-            _refuse_label(rows, start, labels[0].tolist(), f": {found.needed}")
-        if found.has_form and bool(found.wrong.any()):
-            place = int(found.wrong.reshape(len(labels), -1).any(1).nonzero()[0])
-            label = labels[place][found.wrong[place]].flatten()[0].item()
-            _refuse_label(rows, start + place, label, found.why_wrong or f": {found.needed}")
+        form = _FORMS[kind](labels, batch["input_ids"].shape, width)
+        if not form.has_form and expected.is_strict:
+            _refuse_label(rows, start, labels[0].tolist(), f": {form.needed}")
+        if form.has_form and bool(form.wrong.any()):
+            place = int(form.wrong.reshape(len(labels), -1).any(1).nonzero()[0])
+            label = labels[place][form.wrong[place]].flatten()[0].item()
+            _refuse_label(rows, start + place, label, form.why_wrong or f": {form.needed}")
     return kind is not OutputKind.TOKENS or bool((labels != IGNORED).any())
 
 

@@ -52,9 +52,9 @@ class Rows(Sequence[dict[str, Any]]):
                 f"row {number} of the {self.name} is a {type(row).__name__}: a dictionary is needed"
             )
         named = {name: value for name, value in row.items() if self._keeps(name)}
-        other = _label_name(named)
-        if self.renames and other in _LABEL_NAMES:
-            named["labels"] = named[other]
+        label_name = _label_name(named)
+        if self.renames and label_name in _LABEL_NAMES:
+            named["labels"] = named[label_name]
         return {k: v for k, v in named.items() if k not in _LABEL_NAMES} if self.renames else named
 
     def _keeps(self, column: str) -> bool:
@@ -84,8 +84,8 @@ def _label_name(row: Mapping[str, Any]) -> str | None:
 
 def label_of(row: Mapping[str, Any], name: str) -> Any:
     """The labels of a row, by the models' name for them; None where it has none."""
-    own = _label_name(row) if name == "labels" else name
-    return None if own is None else row.get(own)
+    column = _label_name(row) if name == "labels" else name
+    return None if column is None else row.get(column)
 
 
 def _plain(value: Any) -> Any:
@@ -93,9 +93,9 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, bytes, int, float)):
         return value
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(entry) for entry in value]
     return value.tolist() if hasattr(value, "tolist") else type(value).__name__  # tensors, arrays
 
 
@@ -128,9 +128,9 @@ def as_batch(collate: Callable[[Any], Mapping[str, Any]]) -> Collate:
     """The batches of the caller's own collator, as plain dictionaries of tensors."""
 
     def batch(features: Any, multiple: int = 1) -> dict[str, Tensor]:
-        made = collate(list(features))
-        if not isinstance(made, Mapping):
-            raise TypeError(f"it gives a {type(made).__name__}, and a dictionary of tensors is needed")
-        return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        collated = collate(list(features))
+        if not isinstance(collated, Mapping):
+            raise TypeError(f"it gives a {type(collated).__name__}, and a dictionary of tensors is needed")
+        return {name: value for name, value in collated.items() if isinstance(value, Tensor)}
 
     return batch

@@ -253,7 +253,7 @@ class PruneSettings:
         settings_checks.check_have_a_training(self)
         phases = (("gates", self.trains_gates), ("retrain", self.retrains))
         losses = [self.distillation_in(phase) for phase, trains in phases if trains]
-        taught = any(each.needs_teacher for each in losses)
+        taught = any(loss.needs_teacher for loss in losses)
         plain = Distillation(pooling=self.distillation.pooling)  # which judges models, too
         without_effect = {
             "teacher": self.teacher is not None and self.has_labels and not taught,

@@ -141,11 +141,11 @@ def _arguments(
         if warm >= 1:  # the same part of this phase as of the steps of all; below 1 it is a part already
             every = steps_asked(job.arguments, len(job.train), settings.train_batch)
             warm = min(round(warm * steps / max(every, 1)), steps)
-        own: dict[str, Any] = {
+        overrides: dict[str, Any] = {
             "max_steps": steps, "learning_rate": rate, "seed": seed, "output_dir": str(folder),
             "warmup_steps": warm, **OWN_ARGUMENTS, **more,
         }  # fmt: skip
-        return replace(job.arguments, **own)
+        return replace(job.arguments, **overrides)
     return training_arguments(
         folder,
         steps,

@@ -104,8 +104,8 @@ class Budget(ABC):
         """ValueError for a target that the dense model meets already, or that is missed even with every gate
         on these parts closed; the error says what is within reach. align: the fewest hidden dimensions that
         stay."""
-        wanted = self.wanted(target)
-        if wanted >= 1:
+        allowed = self.wanted(target)
+        if allowed >= 1:
             raise ValueError(f"target {target}: the dense model costs no more than that")
         layers = tuple(
             LayerShape(0 if "heads" in parts else layer.num_heads, 0 if "ffn" in parts else layer.ffn_width)
@@ -113,7 +113,7 @@ class Budget(ABC):
         )
         hidden = min(align, self.dense.hidden_size) if "hidden" in parts else self.dense.hidden_size
         least = self.fraction(replace(self.dense, layers=layers, hidden_size=hidden))
-        if wanted < least:
+        if allowed < least:
             within = f"{1 / least:.2f}x" if target.unit == "speedup" else f"{least * self._scale(target):.4g}"
             raise ValueError(
                 f"target {target} cannot be met: with every gate on {', '.join(parts)} closed "

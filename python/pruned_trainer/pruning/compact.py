@@ -84,9 +84,9 @@ def _narrow(model: Any, decision: Decision) -> Any:
     check_decision(model, decision)
     encoder = find_encoder(model)
     around = _known_around(model, encoder)
-    old = encoder if around is None else around
-    new = _narrow_known(old, encoder, decision)
-    return new if old is model else _copied_around(model, old, new)
+    known = encoder if around is None else around
+    narrow = _narrow_known(known, encoder, decision)
+    return narrow if known is model else _copied_around(model, known, narrow)
 
 
 def check_decision(model: nn.Module, decision: Decision) -> None:
@@ -146,19 +146,19 @@ def _known_around(model: nn.Module, encoder: Any) -> Any:
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a module has a forward in the place of its class's, which is not Accelerate's: that one goes
     with the training."""
-    own = vars(module)
-    forward = own.get(_FORWARD_BEFORE, own.get("forward"))
+    attributes = vars(module)
+    forward = attributes.get(_FORWARD_BEFORE, attributes.get("forward"))
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def without_autocast(module: nn.Module) -> None:
     """Take off the forward that Accelerate put on the module to train it under autocast, so that it runs in
     its own dtype afterwards; by the forward that was there before."""
-    own = vars(module)
-    if _FORWARD_BEFORE not in own:
+    attributes = vars(module)
+    if _FORWARD_BEFORE not in attributes:
         return
-    is_own, before = _has_own_forward(module), own.pop(_FORWARD_BEFORE)
-    own.pop("forward", None)
+    is_own, before = _has_own_forward(module), attributes.pop(_FORWARD_BEFORE)
+    attributes.pop("forward", None)
     if is_own:
         module.forward = before
 
@@ -238,16 +238,16 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
     return narrow.to(encoder.device, encoder.dtype).train(old.training)
 
 
-def _copied_around(model: nn.Module, old: Any, new: Any) -> Any:
-    """A copy of `model` with `new` where `old` stands, and without what only its training needs.
+def _copied_around(model: nn.Module, replaced: Any, replacement: Any) -> Any:
+    """A copy of `model` with `replacement` where `replaced` stands, and without what only its training needs.
 
-    What the model shares with the old part (a config, an output matrix that is the word embeddings) its copy
-    shares with the new one."""
-    own = dict(new.named_parameters())
-    memo: dict[int, Any] = {id(old): new, id(old.config): new.config}
-    for name, parameter in old.named_parameters():
-        if name in own and own[name].shape == parameter.shape:
-            memo[id(parameter)] = own[name]
+    What the model shares with the replaced part (a config, an output matrix that is the word embeddings) its
+    copy shares with the replacement."""
+    new_parameters = dict(replacement.named_parameters())
+    memo: dict[int, Any] = {id(replaced): replacement, id(replaced.config): replacement.config}
+    for name, parameter in replaced.named_parameters():
+        if name in new_parameters and new_parameters[name].shape == parameter.shape:
+            memo[id(parameter)] = new_parameters[name]
     for module in model.modules():
         for name in _ONLY_IN_TRAINING & module._modules.keys():
             memo[id(module._modules[name])] = nn.Identity()

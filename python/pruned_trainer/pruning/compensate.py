@@ -54,11 +54,11 @@ class Compensation:
     loss_after: float | None = None
 
     def __str__(self) -> str:
-        done = ", ".join(f"{method} on {part}" for part, method in self.methods.items() if method != "none")
+        ways = ", ".join(f"{method} on {part}" for part, method in self.methods.items() if method != "none")
         losses = (
             "" if self.loss_before is None else f"; loss {self.loss_before:z.4f} to {self.loss_after:z.4f}"
         )
-        return (done or "none") + losses
+        return (ways or "none") + losses
 
 
 def refuse_compensation(model: nn.Module, method: str) -> None:
@@ -81,8 +81,8 @@ class _ErrorMoments:
     sums: list[Tensor] = field(default_factory=list)
 
     def add(self, kept: Tensor, error: Tensor) -> None:
-        found = [kept.sum(0), error.sum(0), kept.T @ kept, error.T @ kept]
-        self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
+        batch_sums = [kept.sum(0), error.sum(0), kept.T @ kept, error.T @ kept]
+        self.sums = [a + b for a, b in zip(self.sums, batch_sums, strict=True)] if self.sums else batch_sums
         self.tokens += len(kept)
 
     def corrections(self, method: str, ridge: float, has_bias: bool) -> tuple[Tensor | None, Tensor]:
@@ -168,9 +168,9 @@ class _Compensator:
                 raw.append(inputs[0][real].double()[:, kept])
 
             def after_gates(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                left = raw.pop()
+                kept_inputs = raw.pop()
                 whole = inputs[0][real].double() @ rows.T
-                moments[place].add(left, whole - left @ weight.double().T)
+                moments[place].add(kept_inputs, whole - kept_inputs @ weight.double().T)
 
             yield source.register_forward_pre_hook(before_gates, prepend=True)
             yield source.register_forward_pre_hook(after_gates)
@@ -184,24 +184,24 @@ class _Compensator:
     def moments_in_turn(self, place: Place) -> _ErrorMoments:
         """The moments of one place in the narrow model as it is now: its own inputs, and what the sum with
         its output lacks of the source model's, whatever the reason."""
-        moments, sums, left = _ErrorMoments(), list[Tensor](), list[Tensor]()
+        moments, sums, kept_inputs = _ErrorMoments(), list[Tensor](), list[Tensor]()
 
         def keep(into: list[Tensor], real: Tensor, columns: Any) -> Callable[..., None]:
             return lambda _, inputs: into.append(inputs[0][real].double()[:, columns])
 
         for batch in self.batches:
             real = batch["attention_mask"].bool()
-            norm, own_norm = (_norm_after(each, place) for each in (self.model, self.narrow))
+            norm, own_norm = (_norm_after(model, place) for model in (self.model, self.narrow))
             with _hooked([norm.register_forward_pre_hook(keep(sums, real, self.hidden))]):
                 self.model(**without_labels(batch))
-            own = [
+            narrow_hooks = [
                 own_norm.register_forward_pre_hook(keep(sums, real, slice(None))),
-                self.projection(place).register_forward_pre_hook(keep(left, real, slice(None))),
+                self.projection(place).register_forward_pre_hook(keep(kept_inputs, real, slice(None))),
             ]
-            with _hooked(own):
+            with _hooked(narrow_hooks):
                 self.narrow(**without_labels(batch))
             whole, lacking = sums
-            moments.add(left.pop(), whole - lacking)
+            moments.add(kept_inputs.pop(), whole - lacking)
             sums.clear()
         return moments
 
@@ -258,8 +258,8 @@ def compensate(
             compensator.reset()
             for place in compensator.places():
                 if methods[place[0]] != "none":
-                    found = compensator.moments_in_turn(place) if moments is None else moments[place]
-                    compensator.correct(place, found, methods[place[0]])
+                    place_moments = compensator.moments_in_turn(place) if moments is None else moments[place]
+                    compensator.correct(place, place_moments, methods[place[0]])
 
         if method != "auto":
             methods = dict.fromkeys(PARTS, method)
@@ -314,13 +314,15 @@ def _loss_on(
         outputs = [_outputs(narrow, batch, pooling) for batch in batches]
         if labelled:
             config = config_of(narrow)
-            each = [label_losses(own, batch, config) for own, batch in zip(outputs, batches, strict=True)]
-        else:
-            each = [
-                divergences(own, wanted, batch["attention_mask"])
-                for own, wanted, batch in zip(outputs, expected, batches, strict=True)
+            losses = [
+                label_losses(output, batch, config) for output, batch in zip(outputs, batches, strict=True)
             ]
-        return float(torch.cat(each).double().mean())
+        else:
+            losses = [
+                divergences(output, target, batch["attention_mask"])
+                for output, target, batch in zip(outputs, expected, batches, strict=True)
+            ]
+        return float(torch.cat(losses).double().mean())
 
     return loss
 

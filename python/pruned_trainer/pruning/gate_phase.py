@@ -84,15 +84,15 @@ class GatePhase(ABC):
 
     def remarks(self, steps: int) -> list[str]:
         """Sentences for the user where a training of `steps` steps is too short for the gates."""
-        each, pace, remarks = steps // self.stages, self.pace(steps), []
+        steps_each, pace, remarks = steps // self.stages, self.pace(steps), []
         if pace > 1:
             remarks.append(
-                f"{each} steps a target are fewer than the {SETTLING_STEPS} that gates need: their rate is "
-                f"{self.gate_learning_rate * pace:.3g}, {pace:.3g} times {self.gate_learning_rate:g}"
+                f"{steps_each} steps a target are fewer than the {SETTLING_STEPS} that gates need: their "
+                f"rate is {self.gate_learning_rate * pace:.3g}, {pace:.3g} times {self.gate_learning_rate:g}"
             )
-        if each < FEW_STEPS:
+        if steps_each < FEW_STEPS:
             remarks.append(
-                f"warning: gates do not settle in {each} steps, and the choice will be partly noise; "
+                f"warning: gates do not settle in {steps_each} steps, and the choice will be partly noise; "
                 f"{FEW_STEPS} or more are needed"
             )
         return remarks
@@ -140,13 +140,13 @@ class HoldTarget(GatePhase):
     def loss(self, progress: float) -> tuple[Tensor, dict[str, float]]:
         """The term for one step of training; the multiplier follows the gap, once for all minibatches of a
         step, which have the same progress."""
-        wanted = self.target_at(progress)
+        target_fraction = self.target_at(progress)
         expected = self.budget.expected(self.gates.probabilities(self.penalty))
-        gap = expected - wanted
+        gap = expected - target_fraction
         if progress != self.followed:
             self.lagrangian.follow(gap, MULTIPLIER_RATE)
             self.followed = progress
-        facts = {"expected": float(expected.detach()), "wanted": wanted}
+        facts = {"expected": float(expected.detach()), "wanted": target_fraction}
         return self.lagrangian(gap), facts | {"multiplier": float(self.lagrangian.multiplier)}
 
 

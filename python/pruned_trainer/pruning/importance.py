@@ -93,7 +93,8 @@ def _gain(model: nn.Module, batches: Batches, parts: Sequence[str], progress: bo
     """Mean over examples of |d loss / d gate| with all gates at 1 (Michel et al. 2019)."""
     config = config_of(model)
     if "hidden" in parts and relative_norm(find_encoder(model)) is not None:
-        batches = [one for batch in batches for one in _one_by_one(batch)]  # which all of a batch share
+        # All examples of a batch share the norm of the relative embeddings.
+        batches = [example for batch in batches for example in _one_by_one(batch)]
     with frozen(model), attached(model, parts=parts) as gates:
         total = PerGate.full(gates.shape, 0.0)
         examples = 0

@@ -50,12 +50,12 @@ class Target:
     latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        given = [unit for unit in UNITS if getattr(self, unit) is not None]
-        if len(given) != 1:
+        given_units = [unit for unit in UNITS if getattr(self, unit) is not None]
+        if len(given_units) != 1:
             raise ValueError(
-                f"exactly one target of {', '.join(UNITS)} is needed; got {', '.join(given) or 'none'}"
+                f"exactly one target of {', '.join(UNITS)} is needed; got {', '.join(given_units) or 'none'}"
             )
-        unit, number = given[0], getattr(self, given[0])
+        unit, number = given_units[0], getattr(self, given_units[0])
         if isinstance(number, bool) or not isinstance(number, Real):
             raise ValueError(f"target {unit} is {number!r}: a number is needed")
         value = self.value

@@ -73,8 +73,8 @@ class Moments:
         return self.gradients / self.drawn
 
 
-def _sum(old: Tensor | None, new: Tensor) -> Tensor:
-    return new if old is None else old + new
+def _sum(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
 
 
 def score(
@@ -193,17 +193,17 @@ def removal_rises(
     weighed = curvature @ matrix
     stays = torch.ones(number, dtype=torch.bool, device=matrix.device)
     while len(names):
-        each = _block_rises(matrix, weighed, inverse, size, stays)
-        values, going = each.topk(min(at_a_time, int(stays.sum())), largest=False, sorted=True)
+        block_rises = _block_rises(matrix, weighed, inverse, size, stays)
+        values, going = block_rises.topk(min(at_a_time, int(stays.sum())), largest=False, sorted=True)
         columns = _columns(going, size)
-        own = torch.linalg.inv(inverse[columns][:, columns])
-        together = (own * (matrix[:, columns].T @ weighed[:, columns])).sum().clamp(min=0.0)
+        going_inverse = torch.linalg.inv(inverse[columns][:, columns])
+        together = (going_inverse * (matrix[:, columns].T @ weighed[:, columns])).sum().clamp(min=0.0)
         shares = values * (together / values.sum().clamp(min=torch.finfo(torch.float64).tiny))
         for name, share in zip(names[going], shares, strict=True):
             least = torch.maximum(least, share)
             rises[name] = least
         stays[going] = False
-        step = own @ inverse[columns]
+        step = going_inverse @ inverse[columns]
         for every in (matrix, weighed, inverse):  # in place; what goes becomes 0
             every.addmm_(every[:, columns], step, alpha=-1)
         if 2 * int(stays.sum()) <= len(stays):  # not each time: a copy takes longer than a step
@@ -218,10 +218,10 @@ def _block_rises(matrix: Tensor, weighed: Tensor, inverse: Tensor, size: int, st
     weighed: curvature @ matrix."""
     number = len(stays)
     every = torch.arange(number, device=matrix.device)
-    own = inverse.view(number, size, number, size)[every, :, every]
-    own[~stays] = torch.eye(size).to(own)
-    blocks, products = (each.view(-1, number, size).permute(1, 2, 0) for each in (matrix, weighed))
-    rises = (torch.linalg.inv(own) * (blocks @ products.mT)).sum((1, 2)).clamp(min=0.0)
+    diagonal_blocks = inverse.view(number, size, number, size)[every, :, every]
+    diagonal_blocks[~stays] = torch.eye(size).to(diagonal_blocks)
+    blocks, products = (columns.view(-1, number, size).permute(1, 2, 0) for columns in (matrix, weighed))
+    rises = (torch.linalg.inv(diagonal_blocks) * (blocks @ products.mT)).sum((1, 2)).clamp(min=0.0)
     return rises.masked_fill(~stays, math.inf)
 
 

@@ -230,9 +230,9 @@ def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) 
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
-        own = [line for line in lines if line.own]
+        own_lines = [line for line in lines if line.own]
         handles: list[Any] = []
-        for number, line in enumerate(own):
+        for number, line in enumerate(own_lines):
             handles.append(_draw_own(axes, line, joined, number))
         for number, line in enumerate([line for line in lines if not line.own]):
             colour, marker = style(-1 - number)

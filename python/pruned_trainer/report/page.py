@@ -82,9 +82,9 @@ def _headline(report: Fields) -> list[tuple[str, str]]:
         gained = change(report, score) if score.has_loss else None
         if gained:
             headline.append((f"{gained[0]:+z.2f}", f"{score.label} ({gained[1]:+z.2f} to {gained[2]:+z.2f})"))
-    full, left = dense.number("macs"), pruned.number("macs")
-    if full and left is not None:
-        headline.append((f"{left / full:.0%}", "of the encoder's MACs left"))
+    full, kept = dense.number("macs"), pruned.number("macs")
+    if full and kept is not None:
+        headline.append((f"{kept / full:.0%}", "of the encoder's MACs left"))
     target = report.part("target")
     for unit in target.part("asked"):
         value = target.part("asked").number(unit)
@@ -185,8 +185,8 @@ def _models(sweep: Fields, points: Sequence[Fields], reports: Mapping[str, Field
             for text in (shown(point.number(score.key), "{:.2f}"), change_text(point, score))
         ]
         first = Link(name, f"./{quote(name)}/report.html") if name in reports else name
-        left = shapes(point)
-        counts = [f"{sum(layer[column] for layer in left):,}" if left else "-" for column in (0, 1)]
+        layers = shapes(point)
+        counts = [f"{sum(layer[column] for layer in layers):,}" if layers else "-" for column in (0, 1)]
         speed = shown(point.part("speedup").number("reached"), "{:.2f}x")
         rows.append([first, *_targets(point), speed, *cells, *counts, *_sizes(point)])
     workloads = {point.part("speedup").text("workload") for point in points} - {None}

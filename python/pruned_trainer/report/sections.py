@@ -69,9 +69,9 @@ def scores_and_sizes(report: Fields) -> Section:
         ("encoder MACs a sequence", "macs", "{:,.0f}\u00a0M", 1e6),
         ("size on disk (fp32)", "bytes", "{:.1f}\u00a0MiB", 2**20),
     ):
-        full, left = dense.number(key), pruned.number(key)
-        share = f"{left / full:.3f} of dense" if full and left is not None else ""
-        rows.append([label, shown(full, form, scale), shown(left, form, scale), share])
+        full, kept = dense.number(key), pruned.number(key)
+        share = f"{kept / full:.3f} of dense" if full and kept is not None else ""
+        rows.append([label, shown(full, form, scale), shown(kept, form, scale), share])
     for label, count, kept in _kept(report):
         rows.append([label, str(count), str(kept), f"{kept / count:.3f} of dense" if count else ""])
     rows = [row for row in rows if row[1:3] != ["-", "-"]]
@@ -81,10 +81,10 @@ def scores_and_sizes(report: Fields) -> Section:
 
 def _kept(report: Fields) -> list[tuple[str, int, int]]:
     """(name, dense, pruned) of the numbers of heads, the FFN widths and the hidden size."""
-    dense, left = dense_shapes(report), shapes(report)
+    dense, pruned = dense_shapes(report), shapes(report)
     counts = []
-    for column, label in enumerate(("heads", "FFN widths, together") if dense and left else ()):
-        full, kept = (sum(layer[column] for layer in layers) for layers in (dense, left))
+    for column, label in enumerate(("heads", "FFN widths, together") if dense and pruned else ()):
+        full, kept = (sum(layer[column] for layer in layers) for layers in (dense, pruned))
         counts.append((label, full, kept))
     size, hidden = report.part("dense_shape").count("hidden_size"), report.count("hidden_size")
     if size is not None and hidden is not None:
@@ -95,14 +95,14 @@ def _kept(report: Fields) -> list[tuple[str, int, int]]:
 def layers_section(report: Fields) -> Section:
     """The heads and the FFN width that each layer keeps, as bars."""
     section = Section("layers", "What is left of each layer")
-    dense, left = dense_shapes(report), shapes(report)
-    if left and len(dense) == len(left):
+    dense, pruned = dense_shapes(report), shapes(report)
+    if pruned and len(dense) == len(pruned):
         heads, ffn = (max(layer[column] for layer in dense) for column in (0, 1))
         which = "A dense layer has" if len({*dense}) == 1 else "The widest dense layers have"
         section.notes.append(
             f"{which} {heads} heads and an FFN width of {ffn}; layer 0 follows the embedding."
         )
-        section.drawings.append(figures.layers("report-layers", left, dense))
+        section.drawings.append(figures.layers("report-layers", pruned, dense))
     return section
 
 
@@ -211,7 +211,7 @@ def _trainings(log: Sequence[Fields]) -> list[list[Fields]]:
 
 def _wanted(log: Sequence[Fields]) -> list[float]:
     """The costs that were wanted of the gates, in the order of the log."""
-    return [wanted for entry in log if (wanted := entry.number("wanted")) is not None]
+    return [cost for entry in log if (cost := entry.number("wanted")) is not None]
 
 
 def _distance(training: Sequence[Fields], model: Fields) -> float:
@@ -389,8 +389,9 @@ def _plan(report: Fields) -> Section:
         ("retrain steps", "retrain_steps", "retrain_step_seconds"),
     ):
         if plan.number(steps) is not None:
-            each = plan.number(seconds)
-            rows.append((label, f"{plan.number(steps):,.0f}", "" if each is None else f"{each:.2f} s each"))
+            step_seconds = plan.number(seconds)
+            time = "" if step_seconds is None else f"{step_seconds:.2f} s each"
+            rows.append((label, f"{plan.number(steps):,.0f}", time))
     if minutes is not None:
         rows.append(("minutes until the model was trained", f"{minutes:.1f}", ""))
     return Section("plan", "Steps and time", tables=[Table((), rows)] if rows else [])

@@ -74,10 +74,10 @@ def _result_table(report: Mapping[str, Any]) -> Table:
     def row(
         name: str, value_of: Callable[[Mapping[str, Any]], float | None], form: str, ratio: bool = True
     ) -> None:
-        full, left = value_of(dense), value_of(pruned)
-        if full is not None and left is not None:
-            compared = f"{left / full:.3f}" if ratio and full else f"{left - full:+z.2f}"
-            table.add_row(name, form.format(full), form.format(left), compared)
+        full, kept = value_of(dense), value_of(pruned)
+        if full is not None and kept is not None:
+            compared = f"{kept / full:.3f}" if ratio and full else f"{kept - full:+z.2f}"
+            table.add_row(name, form.format(full), form.format(kept), compared)
 
     for score in _score_lines(report):
         row(score.label, itemgetter(score.key), "{:.2f}", ratio=False)
@@ -99,8 +99,8 @@ def _layer_bars(report: Mapping[str, Any], width: int = 16) -> Table:
     for column in ("layer", f"heads of {dense['num_heads']}", "", f"FFN width of {dense['ffn_width']}", ""):
         table.add_column(column, no_wrap=True)
 
-    def bar(left: int, full: int) -> str:
-        return "█" * round(width * left / max(full, 1))
+    def bar(kept: int, full: int) -> str:
+        return "█" * round(width * kept / max(full, 1))
 
     for i, layer in enumerate(report["shape"]):
         heads, ffn = layer["num_heads"], layer["ffn_width"]
