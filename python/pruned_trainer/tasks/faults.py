@@ -53,10 +53,10 @@ class DataFaults:
             (self.skipped, skipped.faults if skipped else (), "bad lines skipped"),
             (self.repaired, repaired, "answers moved to where their text stands"),
         ):
-            new = [fault for fault in dict.fromkeys(faults) if fault not in record]
-            record.update(dict.fromkeys(new))
-            if new and is_main():
-                print(f"-- {what}: {len(new)}; the first: {new[0]}", flush=True)
+            new_faults = [fault for fault in dict.fromkeys(faults) if fault not in record]
+            record.update(dict.fromkeys(new_faults))
+            if new_faults and is_main():
+                print(f"-- {what}: {len(new_faults)}; the first: {new_faults[0]}", flush=True)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, with the first few sentences, as report.json holds them."""

@@ -132,9 +132,9 @@ def check_comparable(student: Outputs, teacher: Outputs) -> None:
             "the student's head is needed"
         )
     for name, values in teacher.values.items():
-        own = student.values.get(name)
-        if own is None or own.shape[1:] != values.shape[1:]:
-            size = "none" if own is None else own.size(-1)
+        student_values = student.values.get(name)
+        if student_values is None or student_values.shape[1:] != values.shape[1:]:
+            size = "none" if student_values is None else student_values.size(-1)
             raise ValueError(
                 f"the teacher's {name} have a width of {values.size(-1)}, and the student's of {size}: a "
                 "teacher with the student's head is needed"
@@ -157,11 +157,11 @@ def divergences(student: Outputs, teacher: Outputs, mask: Tensor, temperature: f
 
 
 def _of_spans(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
-    each = []
+    losses = []
     for name, target in teacher.values.items():
         everything = real if name != "answer_type_logits" else torch.ones_like(target, dtype=torch.bool)
-        each.append(_kl(student.values[name], target, everything, temperature))
-    return torch.stack(each).mean(0) * temperature**2
+        losses.append(_kl(student.values[name], target, everything, temperature))
+    return torch.stack(losses).mean(0) * temperature**2
 
 
 def _of_classes(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
@@ -175,11 +175,11 @@ def _of_labels(student: Outputs, teacher: Outputs, real: Tensor, temperature: fl
 
 def _of_tokens(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
     if teacher.only.size(-1) == 1:
-        each = _two_sided(student.only, teacher.only, temperature)[..., 0]
+        token_losses = _two_sided(student.only, teacher.only, temperature)[..., 0]
     else:
         everything = torch.ones_like(teacher.only, dtype=torch.bool)
-        each = _kl(student.only, teacher.only, everything, temperature)
-    return each.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1) * temperature**2
+        token_losses = _kl(student.only, teacher.only, everything, temperature)
+    return token_losses.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1) * temperature**2
 
 
 def _of_scores(student: Outputs, teacher: Outputs, real: Tensor, temperature: float) -> Tensor:
@@ -237,10 +237,10 @@ def margin_divergence(student: Outputs, teacher: Outputs, groups: Tensor) -> Ten
     same = (groups[:, None] == groups[None, :]).triu(1)
     if not bool(same.any()):
         return student.only.new_zeros(())
-    own, wanted = (
+    student_margins, teacher_margins = (
         score[:, None, :] - score[None, :, :] for score in (student.only, teacher.only.to(student.only))
     )
-    return (own - wanted).square().mean(-1)[same].mean()
+    return (student_margins - teacher_margins).square().mean(-1)[same].mean()
 
 
 def drawn_losses(outputs: Outputs, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -270,11 +270,11 @@ def drawn_losses(outputs: Outputs, mask: Tensor, generator: torch.Generator | No
     real = mask.bool()
     if outputs.kind is OutputKind.SPANS:
         lowest = torch.finfo(outputs.values["start_logits"].dtype).min
-        each = [
+        losses = [
             drawn(logits if name == "answer_type_logits" else logits.masked_fill(~real, lowest))
             for name, logits in outputs.values.items()
         ]
-        return torch.stack(each).sum(0) / len(each) ** 0.5
+        return torch.stack(losses).sum(0) / len(losses) ** 0.5
     values = outputs.only
     if outputs.kind is OutputKind.CLASSES:
         return drawn(values)
@@ -319,8 +319,8 @@ def label_losses(student: Outputs, batch: Mapping[str, Tensor], config: Any = No
     labels, logits = batch["labels"], student.only
     if student.kind is OutputKind.TOKENS:
         counted = labels != IGNORED
-        each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-        return each.sum(1) / counted.sum(1).clamp(min=1)
+        token_losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+        return token_losses.sum(1) / counted.sum(1).clamp(min=1)
     if student.kind is OutputKind.CLASSES:
         return F.cross_entropy(logits, labels.flatten(), reduction="none")
     targets = labels.reshape(logits.shape).to(logits)

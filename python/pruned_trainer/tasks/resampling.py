@@ -19,8 +19,8 @@ def samples(size: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[In
     """The rows of the examples in each sample, (some samples, size) at a time. The same seed draws the same
     ones, so that two models are compared on the same samples."""
     rng = np.random.default_rng(seed)
-    for done in range(0, resamples, _AT_ONCE):
-        yield rng.integers(size, size=(min(_AT_ONCE, resamples - done), size))
+    for drawn in range(0, resamples, _AT_ONCE):
+        yield rng.integers(size, size=(min(_AT_ONCE, resamples - drawn), size))
 
 
 def counts(rows: IntArray, size: int) -> FloatArray:

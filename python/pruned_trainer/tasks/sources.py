@@ -123,12 +123,12 @@ def read_rows(
     return _read_hub(name, split or default_split, wanted)
 
 
-def _read_file(path: Path, wanted: Collection[str] | None, skipped: Skipped | None) -> Source:
+def _read_file(path: Path, columns: Collection[str] | None, skipped: Skipped | None) -> Source:
     suffix = suffix_of(path)
     if suffix in ARROW and path.suffix.lower() != ".gz":
         table = _arrow_table(path, suffix)
         _check_once(path, table.column_names)
-        chosen = table.select([name for name in table.column_names if wanted is None or name in wanted])
+        chosen = table.select([name for name in table.column_names if columns is None or name in columns])
         rows_of_batches = (row for batch in chosen.to_batches() for row in batch.to_pylist())
         return Source(str(path), tuple(table.column_names), rows_of_batches)
     if suffix in SEPARATED:
@@ -246,7 +246,9 @@ def _arrow_table(path: Path, suffix: str) -> Any:
     return table
 
 
-def _read_folder(path: Path, split: str | None, default_split: str, wanted: Collection[str] | None) -> Source:
+def _read_folder(
+    path: Path, split: str | None, default_split: str, columns: Collection[str] | None
+) -> Source:
     datasets = _library("datasets", path)
     is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     # The cache is not the user's: where a folder's README lists its files, `datasets` compares names and not
@@ -263,17 +265,17 @@ def _read_folder(path: Path, split: str | None, default_split: str, wanted: Coll
         except Exception as error:  # datasets, pyarrow and each reader raise their own kind
             raise FormatError(f"{path}: not a folder that `datasets` can read: {_reason(error)}") from None
         if isinstance(loaded, Mapping):
-            found = _read_split(loaded, str(path), split or default_split, wanted)
-            return Source(found.where, found.columns, list(found.rows), found.names)
+            source = _read_split(loaded, str(path), split or default_split, columns)
+            return Source(source.where, source.columns, list(source.rows), source.names)
         if split is not None and str(loaded.split) != split:
             own_split = f"it is {loaded.split!s}" if loaded.split else "it has none"
             raise ValueError(f"{path}: no split {split!r}: {own_split}")
-        found = _of_dataset(str(path), loaded, wanted)
+        source = _of_dataset(str(path), loaded, columns)
         # The rows are read before the folder of the cache goes.
-        return Source(found.where, found.columns, list(found.rows), found.names)
+        return Source(source.where, source.columns, list(source.rows), source.names)
 
 
-def _read_hub(name: str, split: str, wanted: Collection[str] | None) -> Source:
+def _read_hub(name: str, split: str, columns: Collection[str] | None) -> Source:
     if not _HUB_NAME.fullmatch(name) or name.startswith(".") or suffix_of(name) in READ:
         raise FileNotFoundError(f"{name}: no such file or folder (nor a hub name, which is OWNER/NAME)")
     datasets = _library("datasets", name)
@@ -288,26 +290,26 @@ def _read_hub(name: str, split: str, wanted: Collection[str] | None) -> Source:
     except Exception as error:  # datasets, the hub's client, pyarrow and each reader raise their own kind
         text = f"{name}: no such file here, and the hub's data set cannot be read: {_reason(error)}"
         raise ValueError(text) from None
-    return _read_split(loaded, name, split, wanted)
+    return _read_split(loaded, name, split, columns)
 
 
-def _read_split(splits: Mapping[str, Any], name: str, split: str, wanted: Collection[str] | None) -> Source:
+def _read_split(splits: Mapping[str, Any], name: str, split: str, columns: Collection[str] | None) -> Source:
     if split not in splits:
         choice = f"choose with {name}:{next(iter(splits), 'train')}"
         raise ValueError(f"{name}: no split {split!r}; there are {', '.join(splits) or 'none'} ({choice})")
-    return _of_dataset(f"{name}, split {split!r}", splits[split], wanted)
+    return _of_dataset(f"{name}, split {split!r}", splits[split], columns)
 
 
-def _of_dataset(where: str, dataset: Any, wanted: Collection[str] | None) -> Source:
+def _of_dataset(where: str, dataset: Any, columns: Collection[str] | None) -> Source:
     try:
         dataset.data.validate(full=True)  # as in `_arrow_table`: such files are mapped into memory unchecked
     except ValueError as error:  # pyarrow's ArrowInvalid is one
         raise FormatError(f"{where}: not a data set: {_reason(error)}") from None
-    columns = [column for column in dataset.column_names if wanted is None or column in wanted]
+    decoded = [column for column in dataset.column_names if columns is None or column in columns]
     # Only these columns are decoded; a saved data set may remember a format that turns lists into tensors.
-    rows = dataset.with_format(None).select_columns(columns)
-    names = {column: _class_names(dataset.features[column]) for column in columns}
-    known = {column: found for column, found in names.items() if found}
+    rows = dataset.with_format(None).select_columns(decoded)
+    names = {column: _class_names(dataset.features[column]) for column in decoded}
+    known = {column: classes for column, classes in names.items() if classes}
     return Source(where, tuple(dataset.column_names), rows, known)
 
 

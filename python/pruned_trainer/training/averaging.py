@@ -49,12 +49,14 @@ class WeightAverage(TrainerCallback):
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """The model has the mean inside the block, and its own weights after it."""
-        own = {name: weight.detach().clone() for name, weight in trained(model) if name in self._means}
+        own_weights = {
+            name: weight.detach().clone() for name, weight in trained(model) if name in self._means
+        }
         self.keep(model)
         try:
             yield
         finally:
-            _put(model, own)
+            _put(model, own_weights)
 
     def keep(self, model: nn.Module) -> None:
         """Give the model the mean for good; nothing where no step has counted."""

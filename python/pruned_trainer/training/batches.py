@@ -129,7 +129,9 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     ) -> None:
         self.lengths, self.batch_size, self.seed, self.steps = list(lengths), batch_size, seed, steps
         kinds = kinds or [0] * len(self.lengths)
-        self._kinds = [[i for i, kind in enumerate(kinds) if kind == one] for one in sorted({*kinds})]
+        self._kinds = [
+            [i for i, row_kind in enumerate(kinds) if row_kind == kind] for kind in sorted({*kinds})
+        ]
 
     def __len__(self) -> int:
         return sum(self._full(len(rows)) for rows in self._kinds)

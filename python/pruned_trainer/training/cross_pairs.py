@@ -34,7 +34,7 @@ class CrossPairs(Sequence[dict[str, Any]]):
         # Nearly: the length of the window that the longer of the two texts comes from.
         self.lengths = [lengths[row] for row in self.second]
         ids = (feature["input_ids"] for feature in features)
-        if number and all(_question(each, separator) == len(each) for each in ids):
+        if number and all(_question(window_ids, separator) == len(window_ids) for window_ids in ids):
             raise ValueError(
                 "the windows hold one text each: pairs are made of a question and a text (squad, "
                 "natural_questions, pair-classification, reranking)"

@@ -95,8 +95,8 @@ def recording(model: nn.Module, with_states: bool) -> Iterator[list[Call]]:
 def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The tensors of a call by their arguments' names."""
     names = list(inspect.signature(forward).parameters)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {name: value for name, value in given.items() if isinstance(value, Tensor) and value.dim()}
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.dim()}
 
 
 def run_model(
@@ -112,16 +112,16 @@ def run_model(
     takes its inputs as one dictionary. Models of transformers and of pruned_ops are asked for their states;
     in others they are collected at the encoder.
     """
-    own = model if inner is None else inner
+    unwrapped = model if inner is None else inner
     if as_one:
-        with capturing(own, with_states) as states:
+        with capturing(unwrapped, with_states) as states:
             return model(dict(inputs)), states
     if not with_states:
         return model(**inputs), []
-    if is_of_a_library(own):
+    if is_of_a_library(unwrapped):
         outputs = model(**inputs, output_hidden_states=True)
         return outputs, [States(outputs.hidden_states, inputs["attention_mask"])]
-    with capturing(own) as states:
+    with capturing(unwrapped) as states:
         return model(**inputs), states
 
 

@@ -289,8 +289,8 @@ class GatingTrainerMixin:
         if arguments.max_steps > 0:
             return int(arguments.max_steps)
         batches = len(self.get_train_dataloader())  # type: ignore[attr-defined]
-        each = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-        return max(1, math.ceil(each * arguments.num_train_epochs))
+        epoch_steps = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+        return max(1, math.ceil(epoch_steps * arguments.num_train_epochs))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

@@ -97,11 +97,11 @@ class Teaching:
         mask, parts = inputs["attention_mask"], {}
         taught, teacher_states = self._taught(inputs, numbers, as_one)
         if weights.logits > 0:
-            own = comparable_outputs(outputs, config_of(self.student), mask, weights.pooling)
-            check_comparable(own, taught)
-            loss = divergences(own, taught, mask, weights.temperature).mean()
-            if groups is not None and own.kind is OutputKind.SCORES:
-                loss = loss + margin_divergence(own, taught, groups)
+            student_outputs = comparable_outputs(outputs, config_of(self.student), mask, weights.pooling)
+            check_comparable(student_outputs, taught)
+            loss = divergences(student_outputs, taught, mask, weights.temperature).mean()
+            if groups is not None and student_outputs.kind is OutputKind.SCORES:
+                loss = loss + margin_divergence(student_outputs, taught, groups)
             parts["logits"] = loss * weights.logits
         if weights.hidden > 0:
             parts["hidden"] = self.hidden_part(states, teacher_states)
@@ -112,8 +112,8 @@ class Teaching:
         assert self.projection is not None
         states = states[len(states) - len(teacher_states) :]
         losses = [
-            hidden_loss(own.hidden, wanted.hidden, own.mask.bool(), self.projection)
-            for own, wanted in zip(states, teacher_states, strict=True)
+            hidden_loss(student_call.hidden, teacher_call.hidden, student_call.mask.bool(), self.projection)
+            for student_call, teacher_call in zip(states, teacher_states, strict=True)
         ]
         return torch.stack(losses).mean() * self.distillation.hidden
 
@@ -157,7 +157,7 @@ def other_meaning(teacher: nn.Module, student: nn.Module) -> str | None:
     configs tell; None where they do not."""
     configs = [getattr(model, "config", None) for model in (teacher, student)]
     labels = [getattr(config, "id2label", None) or {} for config in configs]
-    names = [[str(each[number]).casefold() for number in sorted(each)] for each in labels]
+    names = [[str(id2label[number]).casefold() for number in sorted(id2label)] for id2label in labels]
     if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
         return f"its labels are {', '.join(names[0])}, in another order than the student's"
     poolings = [getattr(config, "pooling", None) for config in configs]

@@ -195,11 +195,11 @@ def curve(stats: AnswerStats) -> tuple[FloatArray, FloatArray, FloatArray]:
 def mean_threshold(stats: AnswerStats, resamples: int = 200, seed: int = 0) -> float:
     """The mean, over resamples of the documents, of the threshold that is best on each; 0 where every F1 is
     0. On other documents it does better than the one threshold that is best here."""
-    found: list[float] = []
+    best_thresholds: list[float] = []
     for rows in samples(len(stats.score), resamples, seed):
         thresholds, f1 = _bests(stats, counts(rows, len(stats.score)))
-        found += thresholds[f1 > 0].tolist()
-    return float(np.mean(found)) if found else 0.0
+        best_thresholds += thresholds[f1 > 0].tolist()
+    return float(np.mean(best_thresholds)) if best_thresholds else 0.0
 
 
 def best_f1_loss_interval(

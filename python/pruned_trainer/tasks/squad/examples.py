@@ -249,12 +249,12 @@ def split_articles(
     sizes = Counter(groups)  # in the order of the examples
     if len(sizes) < 2:
         raise ValueError(f"nothing can be held out of {len(sizes)} paragraphs: pass a validation file")
-    names, held, left = list(sizes), set(), fraction * len(examples)
+    names, held, room = list(sizes), set(), fraction * len(examples)
     random.Random(seed).shuffle(names)
     for name in names:
-        if sizes[name] <= left:
+        if sizes[name] <= room:
             held.add(name)
-            left -= sizes[name]
+            room -= sizes[name]
     held = held or {min(names, key=lambda name: sizes[name])}
     train = [example for group, example in zip(groups, examples, strict=True) if group not in held]
     return train, [example for group, example in zip(groups, examples, strict=True) if group in held]

@@ -223,7 +223,12 @@ def _likeliest(behind: FloatArray, right: NDArray[np.bool_]) -> ScoreCalibration
             np.linspace(max(low, middle - width), min(high, middle + width), _POINTS)
             for (low, high), middle, width in zip(bounds, centre, reach, strict=True)
         )
-        losses = np.array([_losses(behind, targets, np.exp(each), np.exp(others)) for each in temperatures])
+        losses = np.array(
+            [
+                _losses(behind, targets, np.exp(log_temperature), np.exp(others))
+                for log_temperature in temperatures
+            ]
+        )
         best = np.unravel_index(losses.argmin(), losses.shape)
         centre = [float(temperatures[best[0]]), float(others[best[1]])]
         reach = [float(axis[1] - axis[0]) for axis in (temperatures, others)]

@@ -50,9 +50,9 @@ class TextTask:
         """The model, with the task's head; ValueError, with what makes the right one, for any other."""
         model = load_any_head(source, takes_int8)
         if head_of(model.config) != self.head:
-            found, task = type(model).__name__, self.options.task
+            class_name, task = type(model).__name__, self.options.task
             raise ValueError(
-                f"the model is a {found}, and {task} needs one whose class ends in {self.head}: "
+                f"the model is a {class_name}, and {task} needs one whose class ends in {self.head}: "
                 f"pruned-trainer finetune --task {task} makes one"
             )
         self.check_model(model, source)

@@ -105,7 +105,7 @@ class ClassificationTask(TextTask):
             gold=np.array(gold),
             metrics=metrics.SCORES if scored else metrics.CLASSES,
             read=lambda outputs, mask: outputs.logits,
-            assemble=(lambda found: np.stack(found)[:, 0]) if scored else np.stack,
+            assemble=(lambda logits: np.stack(logits)[:, 0]) if scored else np.stack,
             show=(lambda predicted: predicted.tolist())
             if scored
             else (lambda predicted: named(predicted, names)),
@@ -143,9 +143,9 @@ class ClassificationTask(TextTask):
                 with skipping(skipped):
                     numbers.append(labels.number(row.label, row.where, examples.names))
                     rows.append(row)
-        left = some(replace(examples, rows=tuple(rows)), skipped)
+        labelled = some(replace(examples, rows=tuple(rows)), skipped)
         if len(set(numbers)) < 2:
-            raise FormatError(one_class(left, labels.names[numbers[0]]))
+            raise FormatError(one_class(labelled, labels.names[numbers[0]]))
         return rows, numbers
 
     def _encode(self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:

@@ -82,5 +82,5 @@ class PairTraining(nn.Module):
             return ModelOutput(loss=F.mse_loss((left * right).sum(-1), labels.to(vectors)))
         if len(left) < 2:
             raise ValueError("a batch of one pair has no other text to tell its second from: --batch-size 2")
-        own = torch.arange(len(left), device=left.device)
-        return ModelOutput(loss=F.cross_entropy(SCALE * left @ right.T, own))
+        targets = torch.arange(len(left), device=left.device)
+        return ModelOutput(loss=F.cross_entropy(SCALE * left @ right.T, targets))

@@ -35,15 +35,15 @@ class TextResult:
     def losses(self, pruned: TextResult) -> dict[str, Any]:
         """Points lost from this to the pruned model, with 95% bootstrap intervals over the examples."""
         losses: dict[str, Any] = {}
-        own, others = self.scores(), pruned.scores()
+        scores, pruned_scores = self.scores(), pruned.scores()
         for metric in self.metrics:
             key = metric.score.key
             if not metric.score.has_loss:
                 continue
             interval = None
-            if own[key] is not None and others[key] is not None:
+            if scores[key] is not None and pruned_scores[key] is not None:
                 interval = loss_interval(metric, self.gold, self.predicted, pruned.predicted)
-            losses[f"{key}_loss"] = None if interval is None else own[key] - others[key]
+            losses[f"{key}_loss"] = None if interval is None else scores[key] - pruned_scores[key]
             losses[f"{key}_loss_interval"] = interval
         return losses
 

@@ -127,7 +127,7 @@ class RerankingTask(TextTask):
             gold=grouped([row.label for row in examples.rows], numbers),
             metrics=RANKING,
             read=_score,
-            assemble=lambda found: grouped(_flat(found), numbers),
+            assemble=lambda logits: grouped(_flat(logits), numbers),
             show=partial(_by_query, queries),
         )
 
@@ -151,9 +151,9 @@ def _score(outputs: Any, mask: Any) -> Any:
     return outputs.logits
 
 
-def _flat(found: Sequence[Any]) -> Any:
+def _flat(logits: Sequence[Any]) -> Any:
     """(pairs,) of the (1,) logits of each."""
-    return np.concatenate(found)
+    return np.concatenate(logits)
 
 
 def _listed(predicted: Any) -> list[float]:

@@ -58,7 +58,7 @@ class Retrieval:
         return replace(
             self,
             documents=tuple(self.documents[number] for number in kept),
-            relevant=tuple({place[n]: grade for n, grade in each.items()} for each in self.relevant),
+            relevant=tuple({place[n]: grade for n, grade in grades.items()} for grades in self.relevant),
         )
 
 
@@ -153,14 +153,14 @@ def _by_id(
     of the texts."""
     key = next((name for name in _IDS if name in source.columns), _IDS[0])
     source.need((key, text))
-    found: dict[str, T] = {}
+    by_id: dict[str, T] = {}
     for where, row in source.placed():
         with skipping(skipped):
             name = value_of(row, key, where)
-            if isinstance(name, bool) or not isinstance(name, str | int) or str(name) in found:
+            if isinstance(name, bool) or not isinstance(name, str | int) or str(name) in by_id:
                 raise FormatError(f"{where}: the id {shown(name)} is none, or appears twice")
-            found[str(name)] = read(row, where)
-    return found
+            by_id[str(name)] = read(row, where)
+    return by_id
 
 
 def read_corpus(path: Path, skipped: Skipped | None = None) -> tuple[dict[str, int], tuple[str, ...]]:

@@ -75,7 +75,7 @@ class TaggingTask(TextTask):
                     labels = [_label(value, where) for value in get_field(row, label, list, where)]
                     if len(labels) != len(words):
                         raise FormatError(f"{where}: {len(words)} words, but {len(labels)} labels")
-                    if all(each == IGNORED for each in labels):
+                    if all(value == IGNORED for value in labels):
                         raise FormatError(f"{where}: no word has a label: all are {IGNORED}")
                     rows.append(Example(words, where, tuple(labels), unit=" ".join(words)))
         return some(Examples(table.where, tuple(rows), True, tuple(table.names.get(label, ()))), skipped)
@@ -146,10 +146,10 @@ class TaggingTask(TextTask):
                         for value in row.label
                     ])  # fmt: skip
                     rows.append(row)
-        left = some(replace(examples, rows=tuple(rows)), skipped)
+        labelled = some(replace(examples, rows=tuple(rows)), skipped)
         labels_seen = {number for of_row in numbers for number in of_row} - {IGNORED}
         if len(labels_seen) < 2:
-            raise FormatError(_one_label(left, labels.names[min(labels_seen)]))
+            raise FormatError(_one_label(labelled, labels.names[min(labels_seen)]))
         return rows, numbers
 
     def _encode(self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Sentence]:

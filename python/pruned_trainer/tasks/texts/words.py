@@ -69,8 +69,8 @@ def _windows(rows: Any, words: Sequence[str], sentence: int) -> list[Sentence]:
                 homes[word] = margin, row
     windows = []
     for row, firsts in enumerate(first_tokens):
-        own = [(word, token) for word, (_, token) in firsts.items() if homes[word][1] == row]
-        window, pairs = encoded(rows, row), np.array(own, np.int64).reshape(-1, 2)
+        own_words = [(word, token) for word, (_, token) in firsts.items() if homes[word][1] == row]
+        window, pairs = encoded(rows, row), np.array(own_words, np.int64).reshape(-1, 2)
         windows.append(Sentence(window.input_ids, window.token_type_ids, sentence, pairs[:, 0], pairs[:, 1]))
     return windows
 
