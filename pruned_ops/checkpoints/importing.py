@@ -12,51 +12,22 @@ Nowhere else is structure inferred from tensor sizes and from zeros.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.activations import ACT2FN
 
-from pruned_ops.checkpoints.loading import check_weights, checkpoint_folder, read_config
-from pruned_ops.checkpoints.tensors import Tensors, read_tensors, unpickled
+from pruned_ops.checkpoints.foreign import CLASSIFIER, POOLER, Source, numbers_of, open_source
+from pruned_ops.checkpoints.loading import check_weights
+from pruned_ops.checkpoints.tensors import Tensors, unpickled
 from pruned_ops.files import shown
-from pruned_ops.models.families.description import Family, LayerNames, TextHeadNames
-from pruned_ops.models.families.known import BY_TYPE, FAMILIES
+from pruned_ops.models.families.description import LayerNames
 from pruned_ops.models.heads import pruned_class
-from pruned_ops.shape import MAX_LAYERS, MAX_WIDTH, LayerShape, checked_int
+from pruned_ops.shape import MAX_WIDTH, LayerShape, checked_int
 
-# The tensors of a layer, by what they are there: whatever a family calls them, they have these names here.
 _PARTS = {f"{part.name}.{kind}" for part in fields(LayerNames) for kind in ("weight", "bias")}
-# Tensors that do not bear on the outputs: position numbers, CoFi's gates and its distillation matrix.
-_LEFT_OUT = re.compile(r"(^|\.)(position_ids|token_type_ids|(mha_)?layer_transformation|l0_module|cls)(\.|$)")
-_POOLER = ("pooler.dense.weight", "pooler.dense.bias")
-_CLASSIFIER = ("classifier.weight", "classifier.bias")
-# What follows "For" in a class's name -> how a head is called, and its tensors.
-_HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "": ("encoder without a head", ()),
-    "QuestionAnswering": ("question-answering head (qa_outputs)", ("qa_outputs.weight", "qa_outputs.bias")),
-    "SequenceClassification": ("sequence classification head (classifier)", _CLASSIFIER),
-    "TokenClassification": ("token classification head (classifier)", _CLASSIFIER),
-}
-# The sizes in a config, by BERT's names, and the largest of each.
-_SIZES = {
-    "hidden_size": MAX_WIDTH, "num_attention_heads": MAX_WIDTH, "intermediate_size": MAX_WIDTH,
-    "num_hidden_layers": MAX_LAYERS, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 24,
-    "type_vocab_size": MAX_WIDTH,
-}  # fmt: skip
-# The fields of a foreign config that describe the model, by BERT's names, beside those of dropout; the others
-# are that tool's own.
-_FIELDS = (
-    *_SIZES, "model_type", "hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id",
-    "bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type", "embedding_size",
-    "tokenizer_class",
-)  # fmt: skip
-# The publishers' models that can be imported, by model type.
-_STOCK = {stock.model_type: stock for family in FAMILIES for stock in family.stock}
 
 
 def import_checkpoint(folder: str | Path, head_dim: int | None = None) -> Any:
@@ -99,160 +70,6 @@ def _check_biases(source: Source, layers: dict[int, Tensors], head_dim: int) -> 
                 f"{source.folder}: layer {number} has fewer than {dense} heads, and nothing says which "
                 f"columns of {bias.name} are theirs"
             )
-
-
-@dataclass
-class Source:
-    """A foreign checkpoint: its config, its tensors by name within the encoder, those of the head of this
-    name, and notes on what was recognised so far. heads: those of each layer's heads that have an effect."""
-
-    folder: Path
-    kind: str
-    head_name: str
-    config: dict[str, Any]
-    encoder: Tensors
-    head: Tensors
-    notes: list[str] = field(default_factory=list)
-    heads: list[list[int]] = field(default_factory=list)
-
-    @property
-    def family(self) -> Family:
-        """The description of the encoder."""
-        return BY_TYPE[self.kind]
-
-    def size(self, name: str) -> int:
-        """A size that the config holds, by BERT's name."""
-        return self.config[self.family.own_name(name)]
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The config's fields that describe the model."""
-        names = [*map(self.family.own_name, _FIELDS), *self.family.dropout_fields, *self.family.fixed]
-        return {name: self.config[name] for name in names if name in self.config}
-
-    @property
-    def activation(self) -> str:
-        """The activation's name, which transformers knows."""
-        name = self.config.get(self.family.own_name("hidden_act"), "gelu")
-        if not isinstance(name, str) or name not in ACT2FN:
-            raise ValueError(f"{self.folder}: hidden_act {shown(name)} is not known")
-        return name
-
-    @property
-    def head_dim(self) -> int:
-        """A head's width: the config's head_dim, or its hidden_size / num_attention_heads."""
-        if self.config.get("head_dim"):
-            return self.config["head_dim"]
-        hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
-        if hidden % heads:
-            raise ValueError(
-                f"{self.folder}: {heads} heads do not divide a hidden size of {hidden}: say a head's width "
-                "(head_dim)"
-            )
-        return hidden // heads
-
-
-def open_source(folder: Path) -> Source:
-    """The checkpoint in a folder, with every tensor in fp32. Errors: OSError where files are missing;
-    ValueError for a model that cannot be imported."""
-    checkpoint_folder(folder)
-    config = read_config(folder)
-    if config.get("quantization_config"):
-        raise ValueError(
-            f"{folder}: its weights are quantised, and can only be run: give the fp32 checkpoint"
-        )
-    kind = _checked_kind(folder, config)
-    family = BY_TYPE[kind]
-    prefix, words = f"{family.prefix}.", tuple(f"{name}." for name in family.words_head)
-    tensors: Tensors = {}
-    for name, tensor in read_tensors(folder).items():
-        name = name.removeprefix("module.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if not _LEFT_OUT.search(name) and not name.startswith(words):
-            tensors[name] = _numbers(tensor, f"{folder}: {shown(name)}")
-    if not any(name.startswith(prefix) for name in tensors):  # a bare encoder saves its tensors without it
-        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
-    encoder = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-    head = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-    head_name = _head_name(config, set(encoder) | set(head), family.text_head)
-    pools_texts = head_name == "SequenceClassification" and family.text_head.first is None
-    if head_name != "" and not pools_texts:
-        encoder = {name: tensor for name, tensor in encoder.items() if name not in _POOLER}
-    _check_head(folder, head_name, encoder, head, family.text_head)
-    return Source(folder, kind, head_name, config, encoder, head)
-
-
-def _head_name(config: dict[str, Any], names: set[str], text_head: TextHeadNames) -> str:
-    """What follows "For" in the name of the model's class: as the config says, or else by the tensors."""
-    architectures = config.get("architectures")
-    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
-        name = architectures[0].partition("For")[2]
-        if name in _HEADS and (name or architectures[0].endswith("Model")):
-            return name
-    if "qa_outputs.weight" in names:
-        return "QuestionAnswering"
-    first = _POOLER[0] if text_head.first is None else f"{text_head.first}.weight"
-    if {first, f"{text_head.last}.weight"} <= names:
-        return "SequenceClassification"
-    return "TokenClassification" if _CLASSIFIER[0] in names else ""
-
-
-def _check_head(folder: Path, name: str, encoder: Tensors, head: Tensors, text_head: TextHeadNames) -> None:
-    """ValueError where the tensors outside the encoder are not those of the head."""
-    called, expected = _HEADS[name]
-    lacking: set[str] = set()
-    if name == "SequenceClassification":
-        linears = [name for name in (text_head.first, text_head.last) if name is not None]
-        expected = tuple(f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias"))
-        if text_head.first is None:
-            lacking = set(_POOLER) - set(encoder)
-    if set(head) != set(expected) or lacking:
-        others = ", ".join(sorted(head)[:5]) or "none"
-        besides = f"; it lacks {', '.join(sorted(lacking))}" if lacking else ""
-        raise ValueError(f"{folder} has no {called}; outside the encoder: {others}{besides}")
-
-
-def _checked_kind(folder: Path, config: dict[str, Any]) -> str:
-    """The model type of a config that can be imported; ValueError for any other config."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _STOCK:
-        raise ValueError(f"{folder} is a {shown(kind)} model; {', '.join(_STOCK)} can be imported")
-    family = BY_TYPE[kind]
-    if family.stack_kind is not None and family.relative_bias is None:
-        raise ValueError(
-            f"{folder} is a {family.name}, of which no other tool's checkpoints are known: a dense one needs "
-            "no import, and is pruned and optimised as it is"
-        )
-    norm, positions = config.get("layer_norm_type"), config.get("position_embedding_type")
-    if norm not in (None, "layer_norm"):
-        raise ValueError(f"{folder} has {str(norm)[:60]} in place of LayerNorm: not supported")
-    if positions not in (None, "absolute"):
-        raise ValueError(f"{folder} has {str(positions)[:60]} positions; only absolute ones")
-    for name, high in _SIZES.items():  # before anything is as large as they say
-        if name not in family.constants:
-            name = family.own_name(name)
-            checked_int(f"{folder}: {name}", config.get(name), 1, high)
-    for name in family.dropout_fields:
-        if not isinstance(config.get(name), (float, int, NoneType)):
-            raise ValueError(f"{folder}: {name} is {shown(config[name])}: a number is needed")
-    pruned = config.get("pruned_heads") or {}
-    if not isinstance(pruned, dict) or not all(isinstance(heads, list) for heads in pruned.values()):
-        raise ValueError(f"{folder}: pruned_heads is {shown(pruned)}, not layer -> heads")
-    tokenizer = config.get("tokenizer_class")
-    if not isinstance(tokenizer, (str, NoneType)):
-        raise ValueError(f"{folder}: tokenizer_class is {shown(tokenizer)}: a name is needed")
-    return kind
-
-
-def _numbers(tensor: object, where: str) -> Tensor:
-    """A copy in fp32, in which masks and constants can be folded; ValueError for anything but a plain tensor
-    of finite numbers."""
-    plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-    if not isinstance(tensor, Tensor) or not plain or tensor.is_quantized or tensor.is_complex():
-        raise ValueError(f"{where} is no plain tensor of real numbers")
-    numbers = tensor.detach().to(torch.float32, copy=True)
-    check_weights([(where, numbers)])
-    return numbers
 
 
 def _layers(source: Source) -> dict[int, Tensors]:
@@ -326,7 +143,7 @@ def _check_layer(source: Source, number: int, layer: Tensors, head_dim: int) -> 
 def _fold_masks(source: Source, layers: dict[int, Tensors], head_dim: int) -> None:
     """Fold the masks beside a dense model, which multiply contexts and FFN activations, into the weights."""
     for part, mask in _masks(source).items():
-        numbers = _numbers(mask, f"{source.folder}: the mask of {part}")
+        numbers = numbers_of(mask, f"{source.folder}: the mask of {part}")
         if numbers.dim() != 2 or len(numbers) != len(layers):
             raise ValueError(f"{source.folder}: the mask of {part} is no matrix with a row for each layer")
         for row, layer in zip(numbers, layers.values(), strict=True):
@@ -343,8 +160,9 @@ def _fold_masks(source: Source, layers: dict[int, Tensors], head_dim: int) -> No
 def _masks(source: Source) -> dict[str, Any]:
     """The masks of "heads" and "ffn" in the files beside the weights."""
     folder = source.folder
+    is_narrowed = source.notes or _widths(source)[0] != source.size("hidden_size")
     for name in ("zs.pt", "l0_module.pt"):
-        if (folder / name).is_file() and not source.notes:
+        if (folder / name).is_file() and not is_narrowed:
             raise ValueError(
                 f"{folder} has {name} beside weights that are not narrowed: let CoFi prune them first "
                 "(prune_model_with_z), then import what it saves"
@@ -354,11 +172,15 @@ def _masks(source: Source) -> dict[str, Any]:
         pair = unpickled(folder / "mask.pt")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"{folder / 'mask.pt'} is no pair of masks")
-        masks = dict(zip(("heads", "ffn"), pair, strict=True))
+        masks = {part: mask for part, mask in zip(("heads", "ffn"), pair, strict=True) if mask is not None}
     for name, part in (("head_mask.pt", "heads"), ("ffn_mask.pt", "ffn"), ("neuron_mask.pt", "ffn")):
-        if (folder / name).is_file():
-            masks[part] = unpickled(folder / name)
-    return {part: mask for part, mask in masks.items() if mask is not None}
+        mask = unpickled(folder / name) if (folder / name).is_file() else None
+        if mask is None:
+            continue
+        if part in masks:
+            raise ValueError(f"{folder} has two masks of {part}, one of them in {name}: take one away")
+        masks[part] = mask
+    return masks
 
 
 def _drop_dead(layer: Tensors, head_dim: int, activation: Any) -> tuple[list[bool], int]:
@@ -392,6 +214,10 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
     model_class = pruned_class(source.head_name, source.kind)
     shapes = [LayerShape(len(x["query.bias"]) // head_dim, len(x["up.bias"])) for x in layers]
     hidden, embedding = _widths(source)
+    if source.head_name == "" and "For" in source.architecture:
+        source.notes.append(
+            f"the head of a {shown(source.architecture)}, left out: the encoder alone is here"
+        )
     if hidden != source.size("hidden_size"):
         source.notes.append(f"hidden size {hidden} of {source.size('hidden_size')}")
     described = {
@@ -402,7 +228,7 @@ def _build(source: Source, layers: list[Tensors], head_dim: int) -> Any:
         **({} if source.family.relative_bias is None else {"head_indices": source.heads}),
         **_head_sizes(source, hidden),
     }
-    has_head, pooled = source.head_name != "", _POOLER[0] in source.encoder
+    has_head, pooled = source.head_name != "", POOLER[0] in source.encoder
     try:
         config = model_class.config_class(**described)
         with torch.device("meta"):
@@ -440,10 +266,10 @@ def _head_sizes(source: Source, hidden: int) -> dict[str, int]:
     narrower encoder, and leaves its rows.)"""
     sizes = {}
     names = source.family.text_head
-    first = source.encoder.get(_POOLER[0], source.head.get(f"{names.first}.weight"))
+    first = source.encoder.get(POOLER[0], source.head.get(f"{names.first}.weight"))
     if first is not None and first.dim() == 2 and first.size(0) != hidden:
         sizes["pooler_size"] = first.size(0)
-    last = source.head.get(f"{names.last}.weight", source.head.get(_CLASSIFIER[0]))
+    last = source.head.get(f"{names.last}.weight", source.head.get(CLASSIFIER[0]))
     if last is not None and last.dim() == 2 and "id2label" not in source.config:
         sizes["num_labels"] = last.size(0)
     return sizes

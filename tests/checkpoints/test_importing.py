@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
@@ -208,6 +209,26 @@ def test_a_bare_encoder(tmp_path: Path) -> None:
         ours, theirs = model(**padded_batch((9, 4))), dense(**padded_batch((9, 4)))
     torch.testing.assert_close(ours.pooler_output, theirs.pooler_output, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(ours.last_hidden_state[0], theirs.last_hidden_state[0], atol=2e-5, rtol=1e-4)
+
+
+def test_cofis_gates_beside_a_narrower_hidden_size_alone(tmp_path: Path) -> None:
+    """The weights are narrowed: nothing is left for the gates to do."""
+    hidden = list(range(0, 64, 3))
+    whole = [(range(HEADS), range(FFN))] * LAYERS
+    narrow = compact(stock_model(), decision(whole, hidden))
+    folder = saved_as(tmp_path / "in", "CoFiBertModel", narrow, {})
+    torch.save({}, folder / "zs.pt")
+    assert f"hidden size {len(hidden)} of 64" in read_foreign(folder)[1]
+
+
+@pytest.mark.parametrize("kind", ["MaskedLM", "NextSentencePrediction"])
+def test_a_head_that_is_left_out_is_named(kind: str, tmp_path: Path) -> None:
+    config = stock_model().config
+    model = getattr(transformers, f"BertFor{kind}")(config)
+    model.save_pretrained(tmp_path)
+    imported, notes = read_foreign(tmp_path)
+    assert type(imported).__name__ == "PrunedBertModel"
+    assert notes == [f"the head of a 'BertFor{kind}', left out: the encoder alone is here"]
 
 
 @pytest.mark.parametrize("names", [("mask.pt",), ("head_mask.pt", "neuron_mask.pt")])

@@ -79,6 +79,12 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
         config["num_attention_heads"], message = 5, "5 heads do not divide a hidden size of 64"
     if name == "vocabulary":
         config["vocab_size"], message = 120, "word_embeddings"
+    if name == "two masks":
+        torch.save((torch.ones(3, 4), None), folder / "mask.pt")
+        torch.save(torch.ones(3, 4), folder / "head_mask.pt")
+        message = "two masks of heads, one of them in head_mask.pt"
+    if name == "choices":
+        config["architectures"], message = ["BertForMultipleChoice"], "which chooses among texts"
     if name == "mask":
         torch.save((torch.ones(3, 5), None), folder / "mask.pt")
         message = "the mask of heads has 5 columns"
@@ -93,6 +99,7 @@ def broken(folder: Path, name: str) -> tuple[str, int | None]:
         "no json", "code in a pickle", "other model", "no norm", "half a layer", "classifier",
         "sizes that disagree", "head_dim", "pruned_heads", "hostile", "vocabulary", "mask", "hostile layers",
         "too many layers", "sequence classifier", "cofi's gates", "truncated", "repeated memory", "heads",
+        "two masks", "choices",
     ],
 )  # fmt: skip
 def test_what_is_refused(name: str, tmp_path: Path) -> None:
