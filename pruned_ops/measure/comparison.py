@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruned_ops.measure.launch_bound import HALF, TWIN, LaunchBound, half_of, tiny_twin
 from pruned_ops.measure.timing import Runner, Timing, Workload, interleave, machine, versions
-from pruned_ops.models.inputs import most_tokens
+from pruned_ops.models.inputs import most_tokens, padding_id
 from pruned_ops.models.int8_checkpoints import dequantised
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import backends_of
@@ -124,7 +124,7 @@ def _inputs(models: Sequence[Any], workload: Workload, fixed: bool) -> list[dict
         raise ValueError(
             f"the sequences have {longest} tokens; the model's position table allows {min(tables)}"
         )
-    padding = {config.pad_token_id for config in configs}
+    padding = {padding_id(config) for config in configs}
     if len(padding) > 1:
         raise ValueError("the two models pad with different ids, so they do not take the same inputs")
     vocabulary = min(config.vocab_size for config in configs)

@@ -22,7 +22,7 @@ from pruned_ops.measure.latency import LatencyTable, Points
 from pruned_ops.measure.timing import Runner, Workload, machine, spread, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedConfig
 from pruned_ops.models.heads import pruned_class
-from pruned_ops.models.inputs import default_position_ids
+from pruned_ops.models.inputs import default_position_ids, padding_id
 from pruned_ops.ops.panels import GROUP, LEVELS, PAIR, PANEL, gated_out
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.runtime.cuda_graphs import CudaGraphs
@@ -325,7 +325,7 @@ def part_inputs(config: Any, chosen: Workload, device: torch.device | str) -> li
     """The inputs of each batch: padded ids and mask for the base, and packed rows x (tokens, hidden_size)
     with their positions for the parts."""
     generator = torch.Generator().manual_seed(0)
-    batches = chosen.inputs(config.vocab_size, config.pad_token_id, device)
+    batches = chosen.inputs(config.vocab_size, padding_id(config), device)
     for batch in batches:
         mask = batch["attention_mask"]
         packed = PackedBatch.from_mask(mask, mask.size(0), mask.size(1), torch.device(device))

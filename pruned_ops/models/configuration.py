@@ -222,7 +222,8 @@ class PrunedConfig:
                 checked_int(family.own_name(name), family.value(self, name), low, high)
         if family.projection is not None:
             checked_int("embedding_size", family.embedding_size(self), 1, MAX_WIDTH)
-        checked_int("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
+        if self.pad_token_id is not None or family.positions_from_padding:
+            checked_int("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
         for name in ("layer_norm_eps", "initializer_range"):
             value = family.value(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:

@@ -29,6 +29,12 @@ def most_tokens(config: Any) -> int | None:
     return longest_sequence(config) if family_of(config).has_positions(config) else None
 
 
+def padding_id(config: Any) -> int:
+    """The token id to fill batches up with: the config's pad_token_id, or 0 where it has none. No output of
+    a real token depends on it."""
+    return 0 if config.pad_token_id is None else config.pad_token_id
+
+
 def default_position_ids(
     config: Any, input_ids: Tensor | None, batch_size: int, seqlen: int, device: torch.device
 ) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.inputs import longest_sequence, padding_id
 from pruned_ops.models.int8_checkpoints import dequantised
 from pruned_ops.ops.registry import BackendError, record, use_backend
 from pruned_ops.qa.decoding import Logits, decode
@@ -207,7 +207,7 @@ def logits_of(model: Any, material: Material) -> tuple[list[Logits], dict[str, d
         for first in range(0, len(material.windows), BATCH_SIZE):
             batch = material.windows[first : first + BATCH_SIZE]
             if gives_answers(model):
-                logits += batch_logits(model, batch, model.config.pad_token_id, model.device)
+                logits += batch_logits(model, batch, padding_id(model.config), model.device)
             else:
                 logits += _batch_outputs(model, batch)
     return logits, {op: dict(counts) for op, counts in ran.items()}
@@ -216,7 +216,7 @@ def logits_of(model: Any, material: Material) -> tuple[list[Logits], dict[str, d
 def _batch_outputs(model: Any, batch: Sequence[Window]) -> Iterator[Any]:
     """The outputs of a model without answers, for each window: of a text as they are, of its tokens without
     padding."""
-    inputs = padded(batch, model.config.pad_token_id).items()
+    inputs = padded(batch, padding_id(model.config)).items()
     output = model(**{name: tensor.to(model.device) for name, tensor in inputs})
     named = {
         name: tensor.cpu().numpy() for name, tensor in output.items() if isinstance(tensor, torch.Tensor)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pruned_ops.models.configuration import SCORED
+from pruned_ops.models.inputs import padding_id
 from pruned_ops.qa.decoding import Candidates, Decoded
 from pruned_ops.qa.logits import select_logits, split_logits
 from pruned_ops.qa.windows import RefusedQuestion, Window, cut_each
@@ -81,7 +82,7 @@ class AnswerStream:
     ) -> None:
         self._tokenizer, self._reading, self._lock = tokenizer, reading, lock
         device = next(model.parameters()).device
-        self._runner = BatchRunner(model, model.config.pad_token_id, device, select_logits)
+        self._runner = BatchRunner(model, padding_id(model.config), device, select_logits)
         self._tokens = LOOK_AHEAD * reading.tokens_per_batch
         enough = self._tokens * _CHARACTERS_PER_TOKEN
         self._least = enough // _QUESTIONS_OF_A_BLOCK  # what the shortest question counts, in characters

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruned_ops.models.inputs import IdOutsideTable, check_inputs, most_tokens
+from pruned_ops.models.inputs import IdOutsideTable, check_inputs, most_tokens, padding_id
 from pruned_ops.runtime.arrivals import RefusedItem, blocks_of, in_one_process, is_there
 from pruned_ops.runtime.batch_runner import (
     LOOK_AHEAD,
@@ -100,7 +100,7 @@ def encode_many(
     if tokens_per_batch is None:
         tokens_per_batch = TOKENS_ON_A_GPU if encoder.device.type == "cuda" else TOKENS_ON_A_CPU
     checked_int("tokens_per_batch", tokens_per_batch, 1)
-    outputs, pad = _OutputSplitter(), encoder.config.pad_token_id or 0
+    outputs, pad = _OutputSplitter(), padding_id(encoder.config)
     runner = BatchRunner(model, pad, encoder.device, outputs.select, lanes)
     stream = _TextStream(texts, encoder.config, tokens_per_batch, keep_refused)
     return in_one_process(stream.results(runner, outputs))

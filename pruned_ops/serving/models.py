@@ -22,7 +22,7 @@ from pruned_ops.checkpoints.loading import (
     load_tokenizer,
     only_errors,
 )
-from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.inputs import longest_sequence, padding_id
 from pruned_ops.models.int8_checkpoints import dequantised
 from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.logits import select_logits, split_logits
@@ -171,7 +171,7 @@ def _dtype(model: nn.Module) -> str:
 
 
 def _pad(model: Any) -> int:
-    return model.config.pad_token_id or 0
+    return padding_id(model.config)
 
 
 def _length(tokenizer: Any, config: Any, set_one: int | None = None) -> int:

@@ -17,6 +17,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 import pruned_ops
 from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops import LayerShape, ModelShape, PrunedBertConfig, PrunedRobertaConfig
+from pruned_ops.measure.comparison import compare
+from pruned_ops.measure.timing import Workload
+from tiny_tokenizers import word_tokenizer
 
 CLASSES: dict[str, tuple[Any, Any]] = {
     "bert": (PrunedBertConfig, pruned_ops.PrunedBertForQuestionAnswering),
@@ -254,3 +257,25 @@ def test_shape_counts() -> None:
         pairs = sum(window is None or distance <= window for distance in near)
         windowed = ModelShape(shape.layers * 2, 8, 4, windows=(None, window))
         assert windowed.macs(lengths) == 2 * by_hand - 2 * 8 * (len(near) - pairs)
+
+
+def test_a_config_without_a_padding_id(tmp_path: Path) -> None:
+    """Batches are filled up with id 0, and no real token's outputs depend on it; RoBERTa counts by it."""
+    dense, same = stock_model(pad_token_id=None), stock_model(pad_token_id=0)
+    same.load_state_dict(dense.state_dict())
+    narrow = pruned_ops.PrunedBertForQuestionAnswering(PrunedBertConfig(**dense.config.to_dict()))
+    narrow.load_state_dict(dense.state_dict())
+    narrow.save_pretrained(tmp_path)
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path).eval()
+    assert again.config.pad_token_id is None
+    questions, contexts = ["w1 w2", "w3"], ["w4 w5 w6 w7", "w8 w9"]
+    answers = [
+        pruned_ops.QuestionAnswerer(model, word_tokenizer(96)).answer(questions, contexts)
+        for model in (dense, again, same)
+    ]
+    for other in answers[:2]:
+        assert [a.answer for a in other] == [a.answer for a in answers[2]]
+        assert [a.score for a in other] == pytest.approx([a.score for a in answers[2]], abs=1e-5)
+    assert compare({"dense": pruned_ops.restore(dense)}, Workload.fixed(7, 2, 1), rounds=1).rows
+    with pytest.raises(ValueError, match="pad_token_id is None: an integer is needed"):
+        PrunedRobertaConfig(pad_token_id=None)

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.utils.generic import find_labels
 
 from pruned_ops.measure.timing import Workload
-from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.inputs import longest_sequence, padding_id
 from pruned_ops.models.stock import encoders_of, find_encoder, running_encoder
 from pruned_trainer.distributed import say, state, world_size
 from pruned_trainer.jobs.call_checks import (
@@ -230,7 +230,7 @@ class _Call:
         if self.collator is not None:
             return as_batch(self.collator)
         config = find_encoder(self.dense).config
-        return default_collate(config.pad_token_id, longest_sequence(config))
+        return default_collate(padding_id(config), longest_sequence(config))
 
     def rows(self, data: Iterable[Any], name: str) -> Rows:
         """The data, with the columns that the model takes (all of them, where the caller said so)."""
@@ -318,7 +318,7 @@ class _Call:
         around = {number for number in ids if number is not None}
         expected = Expected(
             configs=configs,
-            specials=frozenset(around or {find_encoder(dense).config.pad_token_id}),
+            specials=frozenset(around or {padding_id(find_encoder(dense).config)}),
             kind=outputs.kind,
             width=next(iter(outputs.values.values())).size(-1),
             label_names=self.label_names,

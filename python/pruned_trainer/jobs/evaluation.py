@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 import pruned_ops
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.timing import Timing, Workload, interleave, is_settled, machine, threads, versions
+from pruned_ops.models.inputs import padding_id
 from pruned_ops.models.stock import model_shape, running_encoder
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import once, say
@@ -53,7 +54,7 @@ def time_models(
     they are. settle: as for `interleave`."""
     first = next(iter(models.values()))
     encoder = running_encoder(first)
-    inputs = workload.inputs(encoder.config.vocab_size, encoder.config.pad_token_id, encoder.device)
+    inputs = workload.inputs(encoder.config.vocab_size, padding_id(encoder.config), encoder.device)
     backends: dict[str, Any] = {}
     with ExitStack() as stack:
         for name, model in models.items():

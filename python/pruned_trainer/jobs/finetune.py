@@ -14,7 +14,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from pruned_ops.checkpoints.loading import check_source
-from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.inputs import longest_sequence, padding_id
 from pruned_ops.models.stock import find_encoder
 from pruned_trainer.distributed import is_main, once, per_process, say
 from pruned_trainer.jobs.finetune_settings import FineTuneSettings
@@ -135,7 +135,7 @@ def _trainer(model: nn.Module, features: Features, arguments: TrainingArguments)
         train_dataset=features,
         data_collator=partial(
             pad_batch,
-            pad_token_id=config.pad_token_id,
+            pad_token_id=padding_id(config),
             multiple=BF16_LENGTHS if rounds else 1,
             limit=longest_sequence(config),
         ),

@@ -21,7 +21,7 @@ from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload, threads
 from pruned_ops.models.heads import AnswerType, PrunedBertForNaturalQuestions
-from pruned_ops.models.inputs import longest_sequence
+from pruned_ops.models.inputs import longest_sequence, padding_id
 from pruned_ops.models.stock import config_of, encoders_of, find_encoder, model_shape, running_encoder
 from pruned_ops.qa.logits import evaluating
 from pruned_ops.runtime.batch_runner import padded
@@ -131,7 +131,7 @@ class Job:
         """Windows to judge models on as a padded batch, on the model's device."""
         if isinstance(windows[0], Mapping):
             return without_labels(self.batch(windows))
-        batch = padded(windows, config_of(self.dense).pad_token_id)
+        batch = padded(windows, padding_id(config_of(self.dense)))
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @property
@@ -209,7 +209,7 @@ def start(settings: PruneSettings, table_file: Path | None = None) -> Job:
         workload=workload if table is None else table.workload,
         table=table,
         collate=partial(
-            pad_batch, pad_token_id=dense.config.pad_token_id, limit=longest_sequence(dense.config)
+            pad_batch, pad_token_id=padding_id(dense.config), limit=longest_sequence(dense.config)
         ),
         retrain_windows=_with_unlabelled(settings, features, tokenizer),
     )

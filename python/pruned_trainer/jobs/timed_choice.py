@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from pruned_ops import ModelShape
 from pruned_ops.measure.timing import Workload, interleave, threads
+from pruned_ops.models.inputs import padding_id
 from pruned_ops.models.stock import running_encoder
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.distributed import say
@@ -76,7 +77,7 @@ def measured_fraction(job: Job, narrow: PreTrainedModel, target: Target) -> floa
     workload = choice_workload(job, target)
     config, settings = running_encoder(job.dense).config, job.settings
     dense_part, narrow_part = timed_part(job.dense), timed_part(narrow.eval())
-    inputs = workload.inputs(config.vocab_size, config.pad_token_id, job.device)
+    inputs = workload.inputs(config.vocab_size, padding_id(config), job.device)
     dtype = settings.served_dtype
     with (
         threads(settings.threads),

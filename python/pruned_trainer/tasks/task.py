@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
+from pruned_ops.models.inputs import padding_id
 from pruned_ops.qa.logits import predict_logits
 from pruned_trainer.distributed import is_main
 from pruned_trainer.tasks.faults import DataFaults
@@ -177,4 +178,4 @@ def own_thresholds(model: PreTrainedModel, task: Task) -> dict[str, float]:
 
 def model_logits(model: PreTrainedModel, batch_size: int, windows: Sequence[Any]) -> list[Any]:
     """`predict_logits` with the model's padding token, and with a progress bar on the main process."""
-    return predict_logits(model, windows, batch_size, model.config.pad_token_id, progress=is_main())
+    return predict_logits(model, windows, batch_size, padding_id(model.config), progress=is_main())
