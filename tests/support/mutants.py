@@ -65,7 +65,7 @@ MUTANTS = [
     Mutant("pruning/gates.py", "INITIAL_LOG_ALPHA = 2.5", "INITIAL_LOG_ALPHA = 2.0"),
     Mutant("pruning/gate_phase.py", ", MAX_PACE)", ", 100.0)"),
     Mutant("pruning/gate_phase.py", "max(steps // self.stages, 1)", "max(steps, 1)"),
-    Mutant("pruning/gate_phase.py", "if each < FEW_STEPS:", "if each <= FEW_STEPS:"),
+    Mutant("pruning/gate_phase.py", "if steps_each < FEW_STEPS:", "if steps_each <= FEW_STEPS:"),
     Mutant("pruning/gate_phase.py", "self.multiplier += rate * gap.detach()",
            "self.multiplier += rate * gap.detach() - 0.1 * self.multiplier"),
     Mutant("pruning/gate_phase.py", "self.multiplier += rate * gap.detach()",
