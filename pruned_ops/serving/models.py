@@ -145,14 +145,16 @@ def load(source: str, name: str, loading: Loading) -> Served:
 
 def load_all(sources: Sequence[str], loading: Loading) -> dict[str, Served]:
     """The models by the names that requests call them: NAME of NAME=MODEL, or the last part of MODEL.
-    Errors: as `load`'s; ValueError for two of one name."""
+    Errors: as `load`'s; ValueError for two of one name, and for NAME=MODEL without one of the two."""
     places: dict[str, str] = {}
     for source in sources:
         name, separator, place = source.partition("=")
         if not separator or Path(source).exists():
             place = source
             name = Path(source).resolve().name if Path(source).is_dir() else source
-        if not name or name in places:
+        if not name or not place:
+            raise ValueError(f"{source!r} has no {'model' if name else 'name'}: NAME=MODEL is needed")
+        if name in places:
             raise ValueError(f"two models are called {name!r}: give one another name, as NAME={place}")
         places[name] = place
     return {name: load(place, name, loading) for name, place in places.items()}

@@ -240,6 +240,9 @@ def test_what_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (folder,) = saved(tmp_path, "embedder")
     with pytest.raises(ValueError, match="two models are called 'embedder': give one another name"):
         load_all([folder, folder], HERE)
+    for source, lacking in ((f"={folder}", "name"), ("embedder=", "model")):
+        with pytest.raises(ValueError, match=f"'{source}' has no {lacking}: NAME=MODEL is needed"):
+            load_all([source], HERE)
     for extra, why in (
         (["--texts-file", "none.txt"], "none.txt"),
         (["--texts", "0"], "--texts is 0"),

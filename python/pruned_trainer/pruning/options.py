@@ -59,6 +59,7 @@ class Target:
         if isinstance(number, bool) or not isinstance(number, Real):
             raise ValueError(f"target {unit} is {number!r}: a number is needed")
         value = self.value
+        object.__setattr__(self, unit, value)  # of Python's own type, which a run's JSON takes
         if unit in ("params", "macs") and not 0 < value < 1:
             raise ValueError(f"target {unit} is {value}: a fraction kept between 0 and 1 is needed")
         if unit == "speedup" and not 1 < value < float("inf"):

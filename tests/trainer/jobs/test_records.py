@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import nn
 from transformers import BertModel
@@ -30,6 +31,14 @@ NO_JSON = [
     (b'{"secret": "\xff"}', "can't decode byte 0xff in position 12"),
     (b"[" * 100_000, "nested more than 64 deep"),
 ]
+
+
+def test_a_target_of_numpys_numbers_is_recorded() -> None:
+    given = (Target(macs=np.float32(0.5)), Target(speedup=np.int64(2)))  # type: ignore[arg-type]
+    assert json.loads(json.dumps([asdict(target) for target in given])) == [
+        asdict(Target(macs=0.5)),
+        asdict(Target(speedup=2.0)),
+    ]
 
 
 def refused(read: Any, message: str) -> None:
