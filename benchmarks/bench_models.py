@@ -266,6 +266,10 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
         parser.error("--models pruned: --pruned none leaves that model out, so that there is none to time")
     if arguments.memory and arguments.out is not None:
         parser.error("--out: --memory prints what it measures, and writes no file")
+    for name in ("rivals", "rounds", "minutes", "cpu_time"):
+        if arguments.memory and getattr(arguments, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option}: --memory counts the memory of ours and hf, and times nothing")
     arguments.goals = arguments.goals or arguments.device == "cuda"
     if arguments.minutes is not None and not arguments.goals:
         parser.error("--minutes goes with --device cuda or --goals")

@@ -193,7 +193,7 @@ class NqStudy(Records):
         shares = removed(self.job, model_shape(left))
         return {
             **{f"{part}_removed": shares[part] for part in DEFAULT_PARTS},
-            "macs_cut": dense_macs / narrow_macs,
+            "macs_cut": dense_macs / narrow_macs if narrow_macs else None,  # None: nothing is left
         }
 
     def speedups(self, sizes: Sequence[str]) -> dict[str, float]:
@@ -327,7 +327,7 @@ def _cells(row: Row) -> list[str]:
     """A model's line of the page."""
     paper = next(model.paper for model in MODELS if _is(model, row))
     cells = [NAMES[row["model"]], CHOSEN[row["chosen"]] if row["model"] in SHARES else "-", row["retraining"]]
-    cells += [f"{row['macs_cut']:.2f}x", f"{row['speedup']:.2f}x" if "speedup" in row else "-"]
+    cells += [f"{row[key]:.2f}x" if row.get(key) else "-" for key in ("macs_cut", "speedup")]
     cells += [f"{row[f'{kind}_f1']:.2f}" for kind in KINDS]
     cells += [_change(row, f"{kind}_f1_loss{when}") for when in ("", "_control") for kind in KINDS]
     both = zip(paper, DENSE_OF_PAPER, strict=True) if paper else ()

@@ -413,6 +413,8 @@ def test_options_that_leave_nothing_to_do_or_to_write_are_refused(capsys: Any) -
     for arguments, message in (
         (["--models", "pruned", "--pruned", "none"], "--pruned none leaves that model out"),
         (["--memory", "--out", "memory.csv"], "--memory prints what it measures, and writes no file"),
+        (["--memory", "--rivals", "ort"], "--rivals: --memory counts the memory of ours and hf"),
+        (["--memory", "--rounds", "2"], "--rounds: --memory counts the memory of ours and hf"),
     ):
         with pytest.raises(SystemExit):
             bench_models.parsed(arguments)
