@@ -121,6 +121,7 @@ class ModelShape:
     def macs(self, lengths: Sequence[int]) -> int:
         """The multiply-accumulates of the layers' matrix products for sequences of these lengths (tokens),
         where each token attends to those of its sequence that lie in the layer's window."""
+        lengths = [int(length) for length in lengths]  # 32 bits, as in an array, are too few for the sum
         tokens = sum(lengths)
         windows = self.windows or (None,) * len(self.layers)
         pairs = {window: sum(_pairs(length, window) for length in lengths) for window in set(windows)}

@@ -246,6 +246,10 @@ def _check_without_labels(arguments: argparse.Namespace) -> None:
         raise ValueError("texts without labels are judged beside a teacher: name it with --teacher")
     if arguments.validation_file is not None:
         raise ValueError("thresholds are chosen on labels: --validation-file does not go with --texts")
+    for name in ("corpus", "queries", "label_column"):
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for examples with labels, and --texts has none")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -252,6 +253,8 @@ def test_shape_counts() -> None:
     lengths = [3, 5]
     by_hand = sum(n * (4 * 8 * 8 + 2 * 8 * 10) + 2 * n * n * 8 for n in lengths)
     assert shape.macs(lengths) == by_hand
+    wide = ModelShape((LayerShape(12, 3072),) * 12, 768, 64)
+    assert wide.macs(np.array([384, 384], np.int32)) == wide.macs([384, 384])  # type: ignore[arg-type]
     for window in (None, 0, 1, 3, 9):
         near = [abs(q - k) for n in lengths for q in range(n) for k in range(n)]
         pairs = sum(window is None or distance <= window for distance in near)

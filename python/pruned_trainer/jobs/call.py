@@ -51,7 +51,7 @@ from pruned_trainer.tasks.task import HELD_OUT, accepted, without_labels
 from pruned_trainer.training.batches import GROUP, Collate, Share
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.encoder_states import is_of_a_library
-from pruned_trainer.training.phase import InterruptedTraining
+from pruned_trainer.training.phase import InterruptedTraining, precision_of
 from pruned_trainer.training.teaching import (
     TaskLoss,
     choose_encoders,
@@ -280,7 +280,7 @@ class _Call:
         if settings.retrains:
             of_trainings["retrain_learning_rate"] = options.get("retrain_learning_rate", args.learning_rate)
         if settings.trains_gates or settings.retrains:
-            of_trainings["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            of_trainings["precision"] = precision_of(args)
             if args.save_steps >= 1:
                 of_trainings["save_steps"] = options.get("save_steps", int(args.save_steps))
         return replace(settings, **of_trainings)
@@ -349,7 +349,7 @@ class _Call:
             clock=clock,
             dense=dense,
             teacher=teacher,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer if hasattr(tokenizer, "save_pretrained") else None,
             task=DatasetTask(),  # type: ignore[arg-type]
             train=rows,
             gate_train=Share(rows, share, settings.seed) if share < 1 else rows,

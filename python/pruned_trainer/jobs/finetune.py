@@ -121,8 +121,7 @@ def _step_seconds(model: nn.Module, features: Features, batch_size: int, seed: i
 def _arguments(
     folder: Path, steps: int, batch_size: int, rate: float, seed: int, precision: str, **more: Any
 ) -> TrainingArguments:
-    half = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
-    return training_arguments(folder, steps, per_process(batch_size), rate, seed, **half, **more)
+    return training_arguments(folder, steps, per_process(batch_size), rate, seed, precision, **more)
 
 
 def _trainer(model: nn.Module, features: Features, arguments: TrainingArguments) -> PruningTrainer:

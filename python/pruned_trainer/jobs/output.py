@@ -34,10 +34,18 @@ RUN = "run.json"
 LOCK = ".pruned-trainer.lock"
 
 
-def save_checkpoint(model: Any, folder: Path, source: str, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """Write weights and config, and the tokenizer files of `source` as they are (saved anew where `source` is
-    no folder). A model of sentence-transformers is saved by its own `save`, another module as weights alone.
-    """
+def save_checkpoint(
+    model: Any,
+    folder: Path,
+    source: str,
+    tokenizer: PreTrainedTokenizerFast | None,
+    is_the_sources: bool = True,
+) -> None:
+    """Write weights and config, and the tokenizer. A model of sentence-transformers is saved by its own
+    `save`, another module as weights alone.
+
+    source: the folder, or the name on the hub, that the model came from. is_the_sources: whether the
+    tokenizer is that of `source`, whose files are then copied as they are, if it is a folder."""
     logging.disable_progress_bar()
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(folder)
@@ -46,7 +54,8 @@ def save_checkpoint(model: Any, folder: Path, source: str, tokenizer: PreTrained
     else:
         save_model(model, str(folder / WEIGHTS))
     logging.enable_progress_bar()
-    files = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    is_copied = is_the_sources or tokenizer is None
+    files = [Path(source) / name for name in TOKENIZER_FILES if is_copied and (Path(source) / name).is_file()]
     for file in files:
         shutil.copyfile(file, folder / file.name)
     if not files and tokenizer is not None:

@@ -24,7 +24,7 @@ from pruned_trainer.jobs.evaluation import Judged, full_report, judge, validatio
 from pruned_trainer.jobs.job import Job, Narrow, check_signal, open_cache, running, start
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
-from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
 from pruned_trainer.jobs.trainers import build_trainer, seconds_taken
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.report import terminal
@@ -302,7 +302,9 @@ def _train_on(opened: Run, chosen: Chosen, folder: Path) -> Trained:
         seconds = seconds_taken(checkpoints)  # also of a training that an interrupted run had ended
     if is_main():
         folder.mkdir(exist_ok=True)
-        save_checkpoint(narrow, folder, job.settings.model, job.tokenizer)  # from here on it cannot be lost
+        settings = job.settings
+        own = settings.task == OWN_TASK  # whose collator has the caller's tokenizer
+        save_checkpoint(narrow, folder, settings.model, job.tokenizer, not own)  # from here on it is not lost
         chosen.publish(folder)
     state().wait_for_everyone()
     return Trained(narrow, chosen, folder, log, seconds / 60)

@@ -256,7 +256,7 @@ class PruneSettings:
         taught = any(loss.needs_teacher for loss in losses)
         plain = Distillation(pooling=self.distillation.pooling)  # which judges models, too
         without_effect = {
-            "teacher": self.teacher is not None and self.has_labels and not taught,
+            "teacher": self.teacher is not None and settings_checks.judges_by_labels(self) and not taught,
             "cache_teacher": self.cache_teacher is not None and not taught,
             "distillation": self.distillation not in (plain, *losses),
         }

@@ -36,6 +36,7 @@ def check_have_a_training(settings: Any) -> None:
     not have."""
     gates, weights = settings.trains_gates, settings.trains_weights_with_gates
     retrains, scores = settings.retrains, settings.recipe in ("fast", *BY_LABELS)
+    labelled = judges_by_labels(settings)
     prices = zip(("lambda_attention", "lambda_ffn", "lambda_hidden"), PARTS, strict=True)
     for name, happens, training in (
         ("gate_learning_rate", gates, "the gates' training"),
@@ -53,10 +54,20 @@ def check_have_a_training(settings: Any) -> None:
             gates or scores or settings.compensation != "none",
             "a choice or a compensation by training windows",
         ),
+        ("corpus", labelled, "examples with labels"),
+        ("queries", labelled, "examples with labels"),
+        ("label_column", labelled, "examples with labels"),
         *((name, part in settings.parts, f"gates on {part}") for name, part in prices),
     ):
         if not happens and getattr(settings, name) != getattr(type(settings), name):
             raise ValueError(f"{name}: for {training}, which this run does not have")
+    if not settings.has_labels and settings.distillation.task != type(settings.distillation).task:
+        raise ValueError("distil_task weighs the loss on labels, and the training has none")
+
+
+def judges_by_labels(settings: Any) -> bool:
+    """Whether the models of a run with these `PruneSettings` are judged by labels, and not by a teacher."""
+    return settings.texts is None or (settings.eval_file or settings.validation_file) is not None
 
 
 def are_the_same(task: str, train: Path | None, other: Path | None) -> bool:

@@ -20,7 +20,7 @@ from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import BF16_LENGTHS
 from pruned_trainer.training.callbacks import tensorboard_writer
-from pruned_trainer.training.phase import training_arguments
+from pruned_trainer.training.phase import set_autocast, training_arguments
 from pruned_trainer.training.trainer import PruningTrainer, check_arguments
 
 # The training arguments of a trainer whose steps are only timed.
@@ -141,9 +141,11 @@ def _arguments(
         if warm >= 1:  # the same part of this phase as of the steps of all; below 1 it is a part already
             every = steps_asked(job.arguments, len(job.train), settings.train_batch)
             warm = min(round(warm * steps / max(every, 1)), steps)
+        set_autocast(settings.precision)
         overrides: dict[str, Any] = {
             "max_steps": steps, "learning_rate": rate, "seed": seed, "output_dir": str(folder),
-            "warmup_steps": warm, **OWN_ARGUMENTS, **more,
+            "warmup_steps": warm, "bf16": settings.precision == "bf16", "fp16": settings.precision == "fp16",
+            **OWN_ARGUMENTS, **more,
         }  # fmt: skip
         return replace(job.arguments, **overrides)
     return training_arguments(
@@ -152,8 +154,7 @@ def _arguments(
         per_process(settings.train_batch),
         rate,
         seed,
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
+        settings.precision,
         torch_compile=settings.compile and phase is None,
         **more,
     )

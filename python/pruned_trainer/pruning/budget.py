@@ -131,9 +131,9 @@ class SizeBudget(Budget):
     def __init__(self, dense: ModelShape, unit: str, lengths: Sequence[int] = ()) -> None:
         if unit not in ("params", "macs"):
             raise ValueError(f"unit is {unit!r}; params or macs is needed")
-        if unit == "macs" and not lengths:
-            raise ValueError("MACs depend on the sequence lengths, and none were given")
         self.unit, self.lengths = unit, list(lengths)
+        if unit == "macs" and not self.lengths:
+            raise ValueError("MACs depend on the sequence lengths, and none were given")
         super().__init__(dense)
         self._at_dense, self._at_one = self._counts(dense.hidden_size), self._counts(1)
 

@@ -235,6 +235,9 @@ def _narrow_known(old: Any, encoder: Any, decision: Decision) -> Any:
             others |= {f"{prefix}embeddings.{name}" for name in vars(family.embeddings).values()}
         _slice_hidden(state, decision.hidden, family, others)
     narrow.load_state_dict(state)
+    trains = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
+    for name, parameter in narrow.named_parameters():
+        parameter.requires_grad_(trains.get(name, True))
     return narrow.to(encoder.device, encoder.dtype).train(old.training)
 
 

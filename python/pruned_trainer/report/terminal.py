@@ -148,10 +148,9 @@ def print_sweep(sweep: Mapping[str, Any], console: Console | None = None) -> Non
     for point in sweep["points"]:
         cells = [point["folder"], f"{point['speedup']['reached']:.2f}"]
         for key, _, _ in scores:
-            if point[key] is None or point[f"{key}_loss_interval"] is None:
-                cells += ["-", ""]
-                continue
-            low, high = point[f"{key}_loss_interval"]
-            cells += [f"{point[key]:.2f}", f"{point[f'{key}_loss']:.2f} ({low:.2f} to {high:.2f})"]
+            score, loss, ends = (point[name] for name in (key, f"{key}_loss", f"{key}_loss_interval"))
+            interval = "" if ends is None else f" ({ends[0]:.2f} to {ends[1]:.2f})"
+            cells.append("-" if score is None else f"{score:.2f}")
+            cells.append("" if loss is None else f"{loss:.2f}{interval}")
         table.add_row(*cells)
     (console or Console()).print(table)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pruned_ops.models.inputs import first_tokens
+
 # The label of a token that no loss counts, as transformers has it.
 IGNORED = -100
 # The fields that hold an embedding of each text, under the names that libraries give them.
@@ -93,9 +95,9 @@ def comparable_outputs(outputs: Any, config: Any, mask: Tensor | None, pooling: 
 
 
 def pooled(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """(batch, seqlen, hidden) -> (batch, hidden): the mean over the real tokens, or the first token's."""
+    """(batch, seqlen, hidden) -> (batch, hidden): the mean over the real tokens, or the first one's."""
     if pooling == "cls":
-        return states[:, 0]
+        return first_tokens(states, mask)
     if mask is None:
         raise ValueError("the mean over the real tokens needs an attention_mask")
     real = mask.to(states.device, states.dtype)[:, :, None]

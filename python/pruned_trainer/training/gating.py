@@ -28,6 +28,7 @@ from pruned_trainer.training.batches import GROUP
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.distillation_losses import HiddenProjection
 from pruned_trainer.training.encoder_states import Call, States, capturing, recording
+from pruned_trainer.training.phase import precision_of
 from pruned_trainer.training.teaching import Teaching, choose_encoders
 
 # FFN widths are rounded up to a multiple of this, where no latency table says another.
@@ -254,9 +255,11 @@ class GatingTrainerMixin:
 
     def __init__(self, *args: Any, gating: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.model_init is not None:  # type: ignore[attr-defined]
+            raise ValueError("model_init makes another model when training begins, without gates: give model")
         if self.args.n_gpu > 1:  # type: ignore[attr-defined]
             raise ValueError("several GPUs in one process are not supported: start a process each (torchrun)")
-        if self.args.fp16:  # type: ignore[attr-defined]
+        if precision_of(self.args) == "fp16":  # type: ignore[attr-defined]
             raise ValueError("gates do not train in fp16, whose gradients are scaled: bf16 and fp32 work")
         if self.args.load_best_model_at_end:  # type: ignore[attr-defined]
             raise ValueError(

@@ -3,6 +3,7 @@ itself."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from pruned_trainer.training.callbacks import stop_on_interrupt
 from pruned_trainer.training.distillation_losses import HiddenProjection
 from pruned_trainer.training.trainer import PruningTrainer, last_checkpoint
 
+# Where Accelerate, and TrainingArguments that say nothing of it, read in what precision to train.
+_AUTOCAST = "ACCELERATE_MIXED_PRECISION"
 # The entries that the Trainer logged, in order.
 Log = list[dict[str, Any]]
 
@@ -53,10 +56,31 @@ def run(trainer: PruningTrainer, name: str, resumable: bool = True) -> Log:
     return trainer.state.log_history
 
 
+def precision_of(arguments: TrainingArguments) -> str:
+    """What these train in: fp32, bf16 or fp16. Where they say nothing, what a launcher set (`accelerate
+    launch --mixed_precision`), which transformers 5 notes in them."""
+    launched = getattr(arguments, "mixed_precision", "no")
+    named = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else launched
+    return "fp32" if named == "no" else named
+
+
+def set_autocast(precision: str) -> None:
+    """Have the next training run in this precision. TrainingArguments and Accelerate read it in the
+    environment as well, where a launcher, or transformers 4 for an earlier training, has left another."""
+    os.environ[_AUTOCAST] = "no" if precision == "fp32" else precision
+
+
 def training_arguments(
-    folder: Path, steps: int, batch_size: int, learning_rate: float, seed: int, **more: Any
+    folder: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    precision: str = "fp32",
+    **more: Any,
 ) -> TrainingArguments:
     """Warm-up and linear decay, batches of like lengths, progress bars. batch_size: of one process."""
+    set_autocast(precision)
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -65,6 +89,8 @@ def training_arguments(
         "warmup_steps": max(1, steps // 20),
         "weight_decay": 0.01,
         "seed": seed,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
         "logging_steps": max(1, steps // 20),
         "save_strategy": "no",
         "report_to": [],

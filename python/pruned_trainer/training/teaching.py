@@ -163,6 +163,9 @@ def other_meaning(teacher: nn.Module, student: nn.Module) -> str | None:
     poolings = [getattr(config, "pooling", None) for config in configs]
     if None not in poolings and poolings[0] != poolings[1]:
         return f"its embeddings are pooled by {poolings[0]}, and the student's by {poolings[1]}"
+    widths = [getattr(config, "hidden_size", None) for config in configs]
+    if None not in poolings and widths[0] != widths[1]:
+        return f"its embeddings have {widths[0]} numbers, and the student's {widths[1]}"
     return None
 
 

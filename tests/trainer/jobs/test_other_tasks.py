@@ -291,6 +291,9 @@ def test_pairs_are_taken_apart_again(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="a batch of one pair has no other text"):
             PairTraining(encoder, "mean")(**alone)
     torch.testing.assert_close(loss, (cosine - torch.tensor([0.25, 1.0])).square().mean())
+    PairTraining(encoder, "mean")(**batch).loss.backward()
+    idle = [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle  # several processes would wait for its gradient
 
 
 def test_pooling_is_what_sentence_transformers_wrote(tmp_path: Path) -> None:

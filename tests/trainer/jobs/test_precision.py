@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.task import without_labels
 from pruned_trainer.training.attention_precision import AttentionInFp32
 from pruned_trainer.training.batches import pad_batch
+from pruned_trainer.training.phase import precision_of, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,16 @@ def test_the_run_trains_in_it(
     shapes = [pad_batch(rows, 0, 32, limit)["input_ids"].shape for limit in (None, 64, 50, 40, 33)]
     assert [longest for _, longest in shapes] == [64, 64, 50, 40, 40]
     assert pad_batch(rows, 0)["input_ids"].size(1) == 40
+
+
+def test_a_launcher_does_not_change_the_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does an earlier training of this process, after which transformers 4 leaves its own there."""
+    for left in ("bf16", "no"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", left)
+        for precision in ("fp32", "bf16"):
+            arguments = training_arguments(tmp_path, 1, 2, 1e-3, 0, precision)
+            assert precision_of(arguments) == precision
+            assert os.environ["ACCELERATE_MIXED_PRECISION"] == precision.replace("fp32", "no")
 
 
 @pytest.mark.parametrize(("ratio", "chosen"), [(0.5, "bf16"), (2.0, "fp32")])

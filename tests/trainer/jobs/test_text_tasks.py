@@ -120,6 +120,13 @@ def test_scores_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*evaluate, *task]) == 0
     printed = capsys.readouterr().out
     assert "spearman" in printed and "pearson" in printed
+    reranker = checkpoint(
+        tmp_path / "reranker", BertForSequenceClassification, num_labels=1,
+        problem_type="multi_label_classification",
+    )  # fmt: skip
+    prune = ["prune", *task, "--model", str(reranker), "--train-file", str(train), "--macs", "0.6"]
+    steps = ["--gate-steps", "2", "--retrain-steps", "1", "--validation-file", str(judged)]
+    assert main([*prune, *steps, "--out", str(tmp_path / "pruned")]) == 0
     rows = [{**row, "label": i % 2} for i, row in enumerate(scored(4, 4))]
     evaluate[evaluate.index(str(judged))] = str(write_rows(tmp_path / "classes.jsonl", rows))
     refused(capsys, [*evaluate, "--task", "pair-classification"], "gives one score: say which column")
@@ -136,6 +143,7 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "unknown number": ([{"text": "w1", "label": 2}], "row 0: label 2 is none of the model's: high, low"),
     "no label": ([{"text": "w1", "label": None}], "row 0: the label is None; a name or a whole number"),
+    "empty label": ([{"text": "w1", "label": " "}], "train.jsonl, row 0: the label is empty"),
     "empty text": ([{"text": " \t", "label": "low"}], "train.jsonl, row 0: 'text' is empty"),
     "no text": ([{"text": 3, "label": "low"}], "row 0: 'text' has type int, not str"),
     "one class": (
@@ -295,6 +303,7 @@ def test_the_commands_on_the_page_of_other_tasks_parse() -> None:
         (["--distil-in", "retrain"], "texts have no labels, so that the teacher teaches in both phases"),
         (["--distil-logits", "0", "--distil-hidden", "0"], "with a weight above 0"),
         (["--recipe", "gain"], "recipe gain scores by the loss on them: fast and joint need none"),
+        (["--distil-task", "0.9"], "distil_task weighs the loss on labels, and the training has none"),
         (["--task", "squad"], "squad has no form without answers"),
         (["--task", "pair-classification"], "pairs are read from .jsonl"),
     ],
@@ -307,6 +316,17 @@ def test_what_texts_without_labels_cannot_do(
     place = argv.index("--train-file")
     argv[place : place + 2] = ["--texts", str(tmp_path / "texts.txt")]
     refused(capsys, argv, message)
+
+
+def test_a_column_of_labels_is_for_files_that_have_labels(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["--task", "text-classification", "--texts", "t.txt", "--label-column", "l", *CUT]
+    model = str(classifier / "model")
+    argv = ["prune", *texts, "--model", model, "--macs", "0.5", "--out", str(tmp_path / "out")]
+    refused(capsys, argv, "label_column: for examples with labels, which this run does not have")
+    evaluate = ["evaluate", *texts, "--model", model, "--teacher", model]
+    refused(capsys, evaluate, "--label-column is for examples with labels")
 
 
 def test_texts_need_no_column_for_a_model_of_one_score(

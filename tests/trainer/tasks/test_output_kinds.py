@@ -94,6 +94,8 @@ def test_a_bare_encoder_is_pooled_over_its_real_tokens() -> None:
     torch.testing.assert_close(
         comparable_outputs({"last_hidden_state": states}, None, MASK, "cls").only, states[:, 0]
     )
+    on_the_left = comparable_outputs({"last_hidden_state": states}, None, MASK.flip(1), "cls").only
+    torch.testing.assert_close(on_the_left[1], states[1, 2])
 
 
 def test_margins_count_within_a_query() -> None:

@@ -178,9 +178,11 @@ class Pruner(GatingTrainerMixin, Trainer):
 
 
 def test_the_mixin_refuses_before_it_trains(tmp_path: Path) -> None:
+    def of_args(**more: Any) -> TrainingArguments:
+        return TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, **more)
+
     def pruner(gating: dict[str, Any], **more: Any) -> Any:
-        args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, **more)
-        return Pruner(stock("bert", "sequence"), args, train_dataset=[BATCH], gating=gating)
+        return Pruner(stock("bert", "sequence"), of_args(**more), train_dataset=[BATCH], gating=gating)
 
     target = {"target": Target(params=0.5)}
     with pytest.raises(ValueError, match="gating has no option steps, teachers; its options are align"):
@@ -189,6 +191,8 @@ def test_the_mixin_refuses_before_it_trains(tmp_path: Path) -> None:
         pruner({})
     with pytest.raises(ValueError, match="load_best_model_at_end would take a step"):
         pruner(target, load_best_model_at_end=True, eval_strategy="no", save_strategy="no")
+    with pytest.raises(ValueError, match="model_init makes another model when training begins"):
+        Pruner(args=of_args(), model_init=lambda: stock("bert", "sequence"), gating=target)
 
 
 def test_the_mixin_moves_the_teacher_to_the_trainer_s_device(

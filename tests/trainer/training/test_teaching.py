@@ -175,3 +175,7 @@ def test_a_teacher_whose_numbers_mean_something_else_is_known_by_its_config() ->
     assert other_meaning(*encoders) is None
     encoders[1].config.pooling = "mean"
     assert other_meaning(*encoders) == "its embeddings are pooled by cls, and the student's by mean"
+    encoders[1].config.pooling = "cls"
+    assert other_meaning(*encoders) is None
+    encoders[0].config.hidden_size = 96
+    assert other_meaning(*encoders) == "its embeddings have 96 numbers, and the student's 64"

@@ -74,6 +74,8 @@ class ClassificationTask(TextTask):
             raise ValueError(
                 f"{source} gives several labels at once; {self.options.task} has one for each text"
             )
+        if labels == 1:  # also where it was trained as a reranker, whose loss takes labels of another shape
+            model.config.problem_type = "regression"
 
     # -- data --------------------------------------------------------------------------------------------
 

@@ -149,12 +149,14 @@ def texts_of(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tupl
 
 
 def read_class(value: Any, where: str) -> str | int:
-    """A class: a name, or a whole number; FormatError for anything else, and for the number that stands for
-    no label."""
+    """A class: a name, or a whole number; FormatError for anything else, for an empty name, and for the
+    number that stands for no label."""
     if value == IGNORED and isinstance(value, int):
         raise FormatError(f"{where}: the label is {IGNORED}, which stands for none")
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise FormatError(f"{where}: the label is {shown(value)}; a name or a whole number is needed")
+    if isinstance(value, str) and not value.strip():
+        raise FormatError(f"{where}: the label is empty")
     return value
 
 

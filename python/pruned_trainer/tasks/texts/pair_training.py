@@ -50,6 +50,8 @@ class PairTraining(nn.Module):
         super().__init__()
         self.encoder, self.pooling = encoder, pooling
         self.config = encoder.config
+        if getattr(encoder, "pooler", None) is not None:  # which no loss reads: processes would wait for it
+            encoder.pooler.requires_grad_(False)
 
     def forward(
         self,

@@ -40,11 +40,11 @@ class TextResult:
             key = metric.score.key
             if not metric.score.has_loss:
                 continue
-            interval = None
+            loss, interval = None, None
             if scores[key] is not None and pruned_scores[key] is not None:
+                loss = scores[key] - pruned_scores[key]
                 interval = loss_interval(metric, self.gold, self.predicted, pruned.predicted)
-            losses[f"{key}_loss"] = None if interval is None else scores[key] - pruned_scores[key]
-            losses[f"{key}_loss_interval"] = interval
+            losses[f"{key}_loss"], losses[f"{key}_loss_interval"] = loss, interval
         return losses
 
 
