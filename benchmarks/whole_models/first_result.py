@@ -112,13 +112,14 @@ def lines(result: FirstResult) -> list[str]:
         f"MiniLM-L6 finds answers in documents, on {first['machine_threads']} cores of an "
         f"{first['machine_processor']}. It runs {times['ours dense']} as in Hugging Face with its default "
         f"attention, and its logits differ by at most {ours['max_error']:.0e}. In int8 it runs "
-        f"{times['ours-int8 dense']}; on SQuAD 2.0 data int8 cost it {result.int8_loss:.1f} F1. The pruned "
-        f"model runs {times['ours pruned']}. In int8 the pruned model runs {times['ours-int8 pruned']}. "
+        f"{times['ours-int8 dense']}; another MiniLM-L6, on SQuAD 2.0 data, lost {result.int8_loss:.1f} F1 "
+        f"by int8. The pruned model runs {times['ours pruned']}. In int8 the pruned model runs "
+        f"{times['ours-int8 pruned']}. "
         f"Pruning changed the F1 of short answers by {result.change('short')}. It changed the F1 of long "
         f"answers by {result.change('long')}. "
     )
     if result.newer is not None:
-        text += _newer(result.newer, result.pruned["training_minutes"])
+        text += _newer(result.newer)
     dates = dict.fromkeys(pair.speeds[BASELINE]["date"] for pair in (result, result.newer) if pair)
     text += f"[What was measured]({DETAILS}), {' and '.join(dates)}."
     return [
@@ -128,25 +129,21 @@ def lines(result: FirstResult) -> list[str]:
     ]
 
 
-def _newer(newer: FirstResult, minutes: float) -> str:
-    """The sentences about a pair that the picture does not show, whose training may have been longer."""
+def _newer(newer: FirstResult) -> str:
+    """The sentences about a pair that the picture does not show: another dense model, pruned otherwise."""
     first = newer.speeds[BASELINE]
-    trained = f"Trained for {newer.pruned['training_minutes']:.0f} minutes instead of {minutes:.0f}"
     return (
-        f"{trained}, another pruned model changed the F1 of short answers by {newer.change('short')}. On an "
-        f"{first['machine_processor']}, which has {newer.capability} alone, it runs "
-        f"{newer.times_as_fast('ours pruned'):.1f} times as fast, and the dense model "
+        f"In another pair of models, whose pruned one was trained on for "
+        f"{newer.pruned['training_minutes']:.0f} minutes, pruning changed the F1 of short answers by "
+        f"{newer.change('short')}. On an "
+        f"{first['machine_processor']}, which has {newer.capability} alone, its pruned model runs "
+        f"{newer.times_as_fast('ours pruned'):.1f} times as fast, and its dense model "
         f"{newer.times_as_fast('ours dense'):.1f} times. "
     )
 
 
 def _times(result: FirstResult, runner: str) -> str:
     return f"{result.times_as_fast(runner):.1f}x"
-
-
-def _tokens(row: Row) -> int:
-    """Tokens of a document, the mean, to two digits."""
-    return int(round(row["real_tokens"] / row["documents"], -2))
 
 
 def description(result: FirstResult) -> str:
@@ -170,8 +167,7 @@ def _fill(figure: Any, result: FirstResult) -> None:
     first = result.speeds[BASELINE]
     figure.text(0.035, 0.905, "How many times as fast as Hugging Face", fontsize=19, color=INK, weight="bold")
     setting = (
-        f"MiniLM-L6 finds answers in documents of about {_tokens(first):,} tokens, on "
-        f"{first['machine_threads']} CPU cores"
+        f"MiniLM-L6 finds answers in documents of several windows, on {first['machine_threads']} CPU cores"
     )
     scores = (
         f"F1 of long / short answers in fp32: {result.scores('ours dense')}; "
