@@ -111,8 +111,8 @@ def add_prune(parser: argparse.ArgumentParser, several: bool = False) -> None:
     else:
         options.add(
             "gradual",
-            "each target begins with the trained model of the one before it, and trains the gates anew "
-            "(default: one training of the gates passes them all)",
+            "each target begins with the trained model of the one before it, whose heads and FFN units are "
+            "chosen between anew (default: one training of the gates, or one scoring, is for them all)",
         )
     _add_weights(parser)
     _add_distillation(parser)

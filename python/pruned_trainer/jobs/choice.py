@@ -280,14 +280,16 @@ def together(job: Job, scores: Mapping[str, Scores]) -> Scores:
 
 
 def _scored(job: Job, steps: int) -> tuple[list[Scores], Log]:
-    """Importance scores over `steps` minibatches of the training file, the same for each target."""
-    settings = job.settings
+    """Importance scores over `steps` minibatches of the training file, the same for each target; of the
+    job's earlier narrow model, where it has one."""
+    settings, earlier = job.settings, job.earlier
     batches = score_batches(job, steps)
 
     def score() -> Scores:
         if settings.recipe == "fast":
+            model, left = (job.dense, None) if earlier is None else earlier
             return surgeon.score(
-                job.dense, batches, job.budget, settings.parts, settings.seed, job.pooling, is_main()
+                model, batches, job.budget, settings.parts, settings.seed, job.pooling, is_main(), left
             )
         return importance.score(
             settings.recipe, job.dense, batches, job.budget, settings.parts, settings.seed, is_main()
@@ -353,8 +355,12 @@ def write_compensated(
 
 def compensated(job: Job, student: PreTrainedModel, decision: Decision) -> tuple[PreTrainedModel, Decision]:
     """The narrow model of the decision, compensated on training windows in the way that is best on validation
-    windows; and the decision, which says how."""
-    narrow, method = compact(student, decision), job.settings.compensation
+    windows; and the decision, which says how. Where no gates were trained, it is cut out of the job's earlier
+    narrow model, if there is one."""
+    cut, method = decision, job.settings.compensation
+    if job.earlier is not None and not job.settings.trains_gates:
+        student, cut = job.earlier.model, decision.within(job.earlier.decision)
+    narrow = compact(student, cut)
     if method == "none":
         return narrow, decision
     size, windows = job.settings.train_batch, job.validation.windows
@@ -363,7 +369,7 @@ def compensated(job: Job, student: PreTrainedModel, decision: Decision) -> tuple
     validation = [job.unlabelled_batch(group) for group in groups]
     calibration = score_batches(job, -(-CALIBRATION_WINDOWS // size))
     compensation = compensate(
-        narrow, student, decision, calibration, method, validation, job.dense, pooling=job.pooling
+        narrow, student, cut, calibration, method, validation, job.dense, pooling=job.pooling
     )
     say(f"compensated: {compensation}")
     return narrow, replace(decision, compensation=compensation.methods)

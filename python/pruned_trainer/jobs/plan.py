@@ -155,6 +155,8 @@ def _in_minutes(job: Job, minutes: float, seconds: tuple[float, float] | None) -
     models = max(len(settings.targets), 1)
     if settings.recipe == "paper":
         gate_seconds *= len(settings.parts)  # each part's gates train apart
+    if settings.gradual and not settings.trains_gates:
+        gate_seconds *= models  # each model is scored
     averaging = once(lambda: _averaging_seconds(job))
 
     def fit() -> tuple[Plan, float]:

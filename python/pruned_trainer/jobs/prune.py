@@ -153,7 +153,7 @@ def _each_from_the_gates(opened: Run) -> tuple[Run, list[Trained], Log]:
 
 def _gradually(opened: Run) -> tuple[Run, list[Trained], Log]:
     """The models of a sweep, of which each begins as the one before it: the gates train anew for each target,
-    on an equal share of the steps."""
+    on an equal share of the steps, or the model before it is scored."""
     job, trained, log = opened.job, list[Trained](), Log()
     targets, steps = job.settings.targets, opened.plan.gate_steps
     for number, target in enumerate(targets):
@@ -162,7 +162,9 @@ def _gradually(opened: Run) -> tuple[Run, list[Trained], Log]:
         settings = replace(job.settings, targets=(target,), gradual=False, seed=seed)
         folder = opened.folder.partial / f"{_STAGE}{number}"
         folder.mkdir(exist_ok=True)
-        share = round(steps * (number + 1) / len(targets)) - round(steps * number / len(targets))
+        share = steps
+        if job.settings.trains_gates:
+            share = round(steps * (number + 1) / len(targets)) - round(steps * number / len(targets))
         stage = replace(
             opened,
             job=replace(job, settings=settings, earlier=earlier),

@@ -217,8 +217,8 @@ class PruneSettings:
             raise ValueError("a target holds the gates to a share: the lambda multiples are for runs without")
         if self.recipe in UNTRAINED and self.penalty != "one":
             raise ValueError(f"recipe {self.recipe} trains no gates: penalty has no meaning there")
-        if self.gradual and (self.recipe != "joint" or "hidden" in self.parts):
-            raise ValueError("gradual trains gates on heads and ffn anew for each target: --recipe joint")
+        if self.gradual and (self.recipe not in ("joint", "fast") or "hidden" in self.parts):
+            raise ValueError("gradual chooses heads and ffn anew for each target: --recipe joint or fast")
         if self.gradual and len(self.targets) < 2:
             raise ValueError("gradual goes from each target to the next: name two or more")
         if self.recipe == "fast" and "hidden" in self.parts:

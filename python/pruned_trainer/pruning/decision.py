@@ -93,6 +93,25 @@ class Decision:
         except ValueError as error:
             raise ValueError(f"{path} is no decision file: {error}") from None
 
+    def within(self, earlier: Decision) -> Decision:
+        """The same choice about the model that `earlier` left, by indices into what stayed there; both are on
+        heads and FFN units of one source model. Errors: ValueError where `earlier` removed what this keeps.
+        """
+        layers = tuple(
+            LayerDecision(_within(now.heads, before.heads), _within(now.ffn, before.ffn))
+            for now, before in zip(self.layers, earlier.layers, strict=True)
+        )
+        return replace(self, layers=layers)
+
+    def spread(self, numbers: PerGate, shape: ModelShape, missing: float) -> PerGate:
+        """Numbers for the heads and FFN units that stay, at their places among those of the source model,
+        whose shape this is; `missing` for the others. The numbers of the hidden size are left as they are."""
+        spread = PerGate.full(shape, missing).replace("hidden", numbers)
+        for part in ("heads", "ffn"):
+            for place, layer, kept in zip(spread.of(part), self.layers, numbers.of(part), strict=True):
+                place[list(getattr(layer, part).indices)] = kept
+        return spread
+
     def values(self, shape: ModelShape) -> PerGate:
         """The gate values for `Gates.fix` on the source model, whose shape this is; gates that do not stay
         are 0."""
@@ -158,6 +177,14 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} is {shown(value)}: a number is needed")
     return float(value)
+
+
+def _within(now: Kept, before: Kept) -> Kept:
+    """The gates `now` by their places among those of `before`."""
+    places = {index: place for place, index in enumerate(before.indices)}
+    if not places.keys() >= set(now.indices):
+        raise ValueError("what an earlier decision removed cannot be kept")
+    return Kept(tuple(places[index] for index in now.indices), now.values)
 
 
 def _spread(kept: Kept, size: int) -> Tensor:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from pruned_ops.models.stock import LayerParts, config_of, find_encoder, layers_of, model_shape
 from pruned_trainer.pruning.budget import Budget
 from pruned_trainer.pruning.compensate import PROJECTIONS, RIDGE, Place
+from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.gates import PerGate, Scores
 from pruned_trainer.pruning.importance import Batches, frozen, per_cost
 from pruned_trainer.tasks.output_kinds import comparable_outputs, drawn_losses
@@ -79,11 +80,17 @@ def _sum(total: Tensor | None, term: Tensor) -> Tensor:
 
 def score(
     model: nn.Module, batches: Batches, budget: Budget, parts: Sequence[str], seed: int = 0,
-    pooling: str = "mean", progress: bool = False,
+    pooling: str = "mean", progress: bool = False, earlier: Decision | None = None,
 ) -> Scores:  # fmt: skip
-    """Scores of every gate on `parts`, as `importance.score` makes them: `worth` for what it costs."""
+    """Scores of every gate on `parts`, as `importance.score` makes them: `worth` for what it costs.
+
+    earlier: the decision that left `model` of the budget's dense model, where one did; what it removed ranks
+    below everything."""
     rank = PerGate.full(budget.dense, math.inf)
-    ranked = per_cost(worth(model, batches, parts, seed, pooling, progress), budget, parts)
+    worths = worth(model, batches, parts, seed, pooling, progress)
+    if earlier is not None:
+        worths = earlier.spread(worths, budget.dense, -math.inf)
+    ranked = per_cost(worths, budget, parts)
     for part in parts:
         rank = rank.replace(part, ranked)
     return Scores(rank, PerGate.full(budget.dense, 1.0))

@@ -117,6 +117,36 @@ def test_a_gradual_sweep_goes_from_model_to_model_and_resumes(
         same_end(killed.out / name, one.out / name)
 
 
+def test_a_gradual_sweep_without_gates_scores_each_model_anew(
+    settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = variant(
+        settings, "gradual-fast", recipe="fast", targets=TARGETS, gradual=True, align=1, compensate="none",
+        gate_steps=2, retrain_steps=3,
+    )  # fmt: skip
+    begun: list[Any] = []
+    original = prune_module.choose
+
+    def watched(job: Any, folder: Path, steps: int) -> Any:
+        choices = original(job, folder, steps)
+        begun.append((steps, choices.chosen[0].decision, choices.chosen[0].load(job.dense)))
+        return choices
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune_module, "choose", watched)
+        sweep(one)
+    large, small = (one.out / target.name for target in TARGETS)
+    assert kept(small) < kept(large)
+    (first_steps, before, _), (second_steps, decision, narrow) = begun
+    assert first_steps == second_steps == 2  # minibatches, for each scoring
+    trained = AutoModelForQuestionAnswering.from_pretrained(large)
+    expected = compact(trained, decision.within(before)).state_dict()
+    found = narrow.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    with pytest.raises(ValueError, match="what an earlier decision removed cannot be kept"):
+        before.within(decision)
+
+
 def test_a_decision_is_trained_on(settings: PruneSettings, capsys: pytest.CaptureFixture[str]) -> None:
     """The same one makes the same model again, and a report without gates."""
     first = variant(settings, "decided-first")
@@ -164,7 +194,7 @@ def test_a_decision_that_cuts_hidden_dimensions_is_none_for_an_embedder(tmp_path
         ({"gradual": True}, "gradual goes from each target to the next: name two or more"),
         (
             {"gradual": True, "targets": TARGETS, "recipe": "gain"},
-            "gradual trains gates on heads and ffn anew",
+            "gradual chooses heads and ffn anew for each target: --recipe joint or fast",
         ),
         ({"decision": Path("d.json")}, "a decision has met its target: give one of the two"),
         ({"decision": Path("d.json"), "targets": ()}, "no recipe and no steps of gates go with it"),
