@@ -1,9 +1,10 @@
-"""What the models of a family lose that `pruned-trainer sweep` made on SQuAD data, beside the dense model and
-a control: the dense model, trained on for some minutes as they were.
+"""What models lose that `pruned-trainer sweep` or `prune` made on SQuAD data, beside the dense model and a
+control: the dense model, trained on for some minutes as they were.
 
 Each model is scored on eval.json, with the null threshold that is best for it on validation.json; the losses
-have 95% intervals over the questions. Speed, size and steps are those that the runs reported.
-Usage: python benchmarks/bench_family.py FAMILY --dense TEACHER --data SQUAD_FOLDER [--control OUT]
+have 95% intervals over the questions. All are timed in turn, in fp32, in batches of 8 as the questions come.
+Steps and minutes are those that the runs reported.
+Usage: python benchmarks/bench_family.py FAMILY [OUT ...] --dense TEACHER --data SQUAD_FOLDER [--control OUT]
 """
 
 from __future__ import annotations
@@ -17,42 +18,59 @@ from typing import Any
 from transformers.utils import logging
 
 import harness
-import pruned_ops
 from bench_int8 import prepared
 from harness import Row
 from presentation import counted, table
 from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.files import read_json, write_whole
+from pruned_ops.measure.timing import Workload
 from pruned_ops.models.model_card import REPORT
+from pruned_ops.runtime.optimize import optimized
+from pruned_trainer.jobs.evaluation import model_facts, time_models
+from pruned_trainer.jobs.job import BATCH_SIZE, TIMED_BATCHES
 from pruned_trainer.jobs.output import load_model
 from pruned_trainer.tasks.squad.metrics import EvaluationResult
 
 SCORES = {"f1": "F1", "f1_span": "span F1"}
 DENSE, CONTROL = "dense", "control"
+SWEEP = "sweep.json"  # what `pruned-trainer sweep` leaves
 
 
-def scored(checkpoint: str, data: Path, questions: int | None = None) -> EvaluationResult:
-    """What a checkpoint reaches on the evaluation questions, or on so many of them, drawn with seed 0."""
-    model = pruned_ops.optimize(load_model(checkpoint))
+def scored(model: Any, checkpoint: str, data: Path, questions: int | None = None) -> EvaluationResult:
+    """What the model of a checkpoint reaches on the evaluation questions, or on so many of them, drawn with
+    seed 0."""
     validation, evaluation = (
         prepared(data / name, checkpoint, questions) for name in ("validation.json", "eval.json")
     )
-    return evaluation.evaluate(model, validation.best_thresholds(model))
+    with optimized(model) as fast:
+        return evaluation.evaluate(fast, validation.best_thresholds(fast))
 
 
 def facts(report: dict[str, Any]) -> Row:
     """What a run says of the model that it made."""
-    speed, plan, machine = report["speedup"], report["plan"], report["machine"]
-    low, high = speed["interval"]
+    plan = report["plan"]
     return {
         "asked": ", ".join(f"{unit} {value:g}" for unit, value in report["target"]["asked"].items()),
-        "times_as_fast": round(speed["reached"], 4), "times_as_fast_low": low, "times_as_fast_high": high,
-        "timed_on": f"{machine['processor']}, {counted(machine['threads'], 'thread')}",
-        "macs": round(report["pruned"]["macs"] / report["dense"]["macs"], 4),
         "layers": " ".join(f"{layer['num_heads']}/{layer['ffn_width']}" for layer in report["shape"]),
         "gate_steps": plan["gate_steps"], "retrain_steps": plan["retrain_steps"],
         "minutes": round(report["training"]["minutes"], 1), "run": without_folders(report["command"]),
     }  # fmt: skip
+
+
+def measured(models: dict[str, Any], lengths: Sequence[int]) -> dict[str, Row]:
+    """How many times as fast as the dense model each one is, and the share of its multiply-accumulates."""
+    workload = Workload.arrival_order(lengths, min(BATCH_SIZE, len(lengths)), TIMED_BATCHES)
+    timings, _ = time_models(models, workload)
+    macs = {name: model_facts(model, lengths)["macs"] for name, model in models.items()}
+    rows = {}
+    for name in models.keys() - {DENSE}:
+        low, high = timings[name].speedup_interval(timings[DENSE])
+        rows[name] = {
+            "times_as_fast": round(timings[name].speedup_over(timings[DENSE]), 4),
+            "times_as_fast_low": round(low, 4), "times_as_fast_high": round(high, 4),
+            "macs": round(macs[name] / macs[DENSE], 4),
+        }  # fmt: skip
+    return rows
 
 
 def without_folders(command: str) -> str:
@@ -72,22 +90,34 @@ def losses(model: EvaluationResult, other: EvaluationResult, against: str) -> Ro
     return row
 
 
-def measure(family: Path, dense: str, control: Path | None, data: Path, questions: int | None) -> list[Row]:
-    """A row for the dense model, for the control, and for each model of the family."""
-    points = read_json(family / "sweep.json", "sweep")["points"]
-    folders = {point["folder"]: family / point["folder"] for point in points}
+def models_in(family: Path) -> dict[str, Path]:
+    """The folders of the models that a sweep made, by their names; or the one that a prune made."""
+    if not (family / SWEEP).is_file():
+        return {family.resolve().name: family}
+    points = read_json(family / SWEEP, "sweep")["points"]
+    return {point["folder"]: family / point["folder"] for point in points}
+
+
+def measure(
+    families: Sequence[Path], dense: str, control: Path | None, data: Path, questions: int | None
+) -> list[Row]:
+    """A row for the dense model, for the control, and for each model of the families."""
+    folders = {} if control is None else {CONTROL: control}
+    for family in families:
+        for name, folder in models_in(family).items():
+            folders[f"{family.resolve().name}/{name}" if name in folders else name] = folder
     reports = {name: read_json(folder / REPORT, "report") for name, folder in folders.items()}
-    if control is not None:
-        folders, reports = {CONTROL: control, **folders}, {CONTROL: read_json(control / REPORT), **reports}
-    results = {DENSE: scored(dense, data, questions)}
-    results |= {name: scored(str(folder), data, questions) for name, folder in folders.items()}
+    sources = {DENSE: dense, **{name: str(folder) for name, folder in folders.items()}}
+    models = {name: load_model(source) for name, source in sources.items()}
+    results = {name: scored(models[name], source, data, questions) for name, source in sources.items()}
+    speeds = measured(models, prepared(data / "eval.json", dense, questions).arrival_lengths())
     rows = []
     for name, result in results.items():
         row: Row = {"model": name, **{score: round(getattr(result, score), 3) for score in SCORES}}
         for against in (DENSE, CONTROL):
             if against in results and name not in (DENSE, against):
                 row |= losses(result, results[against], against)
-        row |= facts(reports[name]) if name in reports else {}
+        row |= {**speeds[name], **facts(reports[name])} if name in reports else {}
         rows.append(row | {"questions": len(result.question_f1), **harness.stamp()})
     return rows
 
@@ -116,12 +146,12 @@ def page(rows: Sequence[Row]) -> list[str]:
         lines.append(cells)
     words = (
         f"{rows[0]['questions']:,} questions; the intervals are over them, of one training. A positive "
-        "number is a loss. Steps are those of the run's gates and those of the narrow model after them; "
-        "minutes are counted from the run's start to the model's end. A gradual sweep divides its gate steps "
-        "among the models, and each model has also had the steps of those above it."
+        "number is a loss. Steps are those of the run's gates (or minibatches scored) and those of the "
+        "narrow model after them; minutes are counted from the run's start to the model's end. A gradual "
+        "sweep divides its gate steps among the models, and each model has also had the steps of those above "
+        f"it. All were timed in turn, in batches of 8, on an {rows[0]['machine_processor']}, "
+        f"{counted(rows[0]['machine_threads'], 'thread')}."
     )
-    if machines := dict.fromkeys(row["timed_on"] for row in rows if "timed_on" in row):
-        words += f" The runs themselves timed the models: {'; '.join(machines)}."
     if CONTROL in against:
         words += " The control is the dense model, trained on with the same teacher."
     commands = dict.fromkeys(f"- `{row['run']}`" for row in rows if "run" in row)
@@ -133,7 +163,8 @@ def page(rows: Sequence[Row]) -> list[str]:
 
 def command_of(arguments: argparse.Namespace) -> str:
     """The command, without this machine's paths, so that it can be repeated elsewhere."""
-    words = "python benchmarks/bench_family.py FAMILY --dense TEACHER --data SQUAD"
+    words = "python benchmarks/bench_family.py FAMILY"
+    words += " OUT" * (len(arguments.family) - 1) + " --dense TEACHER --data SQUAD"
     words += " --control OUT" if arguments.control else ""
     return words + (f" --questions {arguments.questions}" if arguments.questions else "")
 
@@ -142,7 +173,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("family", type=Path, metavar="FAMILY", help="folder that pruned-trainer sweep made")
+    parser.add_argument(
+        "family",
+        type=Path,
+        nargs="+",
+        metavar="FAMILY",
+        help="folders that pruned-trainer sweep or prune made",
+    )
     parser.add_argument("--dense", required=True, metavar="TEACHER", help="the model that was pruned")
     parser.add_argument("--data", type=Path, required=True, help="folder with validation.json and eval.json")
     parser.add_argument(

@@ -21,24 +21,24 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     base = variant(base, "family", recipe="random", gate_steps=None, retrain_steps=0)
     sweep(variant(base, "family", targets=(Target(macs=0.7), Target(macs=0.4))))
     prune(variant(base, "control", targets=(Target(macs=0.999),), retrain_steps=2))
+    prune(variant(base, "alone", targets=(Target(macs=0.5),)))
     out = tmp_path / "found.csv"
     monkeypatch.setattr(
         sys, "argv",
-        ["bench_family.py", str(tmp_path / "family"), "--dense", base.model, "--data", str(tmp_path),
-         "--control", str(tmp_path / "control"), "--out", str(out)],
+        ["bench_family.py", str(tmp_path / "family"), str(tmp_path / "alone"), "--dense", base.model,
+         "--data", str(tmp_path), "--control", str(tmp_path / "control"), "--out", str(out)],
     )  # fmt: skip
     bench_family.main()
     rows = {row["model"]: row for row in harness.read_rows(out)}
-    assert list(rows) == ["dense", "control", "macs-0.7", "macs-0.4"]
+    assert list(rows) == ["dense", "control", "macs-0.7", "macs-0.4", "alone"]
     for name, row in rows.items():
         assert str(tmp_path) not in row["command"] and row["questions"] == 100
         if name == "dense":
             continue
-        folder = tmp_path / ("control" if name == "control" else f"family/{name}")
+        folder = tmp_path / (name if name in ("control", "alone") else f"family/{name}")
         report = json.loads((folder / "report.json").read_text())
         assert row["run"].startswith("pruned-trainer prune") and str(tmp_path) not in row["run"]
-        assert row["timed_on"].startswith(report["machine"]["processor"])
-        assert row["times_as_fast"] == pytest.approx(report["speedup"]["reached"], abs=1e-4)
+        assert row["times_as_fast_low"] <= row["times_as_fast"] <= row["times_as_fast_high"]
         assert row["macs"] == pytest.approx(report["pruned"]["macs"] / report["dense"]["macs"], abs=1e-4)
         for score in ("f1", "f1_span"):
             assert row[score] == pytest.approx(report["pruned"][score], abs=2e-3)
@@ -52,7 +52,6 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     text = out.with_suffix(".md").read_text(encoding="utf-8")
     assert all(line in text for line in bench_family.page(list(rows.values())))
     assert f"| macs-0.4 | {rows['macs-0.4']['times_as_fast']:.2f}x |" in text and "lost to control" in text
-    assert f"timed the models: {rows['control']['timed_on']}" in text
 
 
 def test_a_command_is_shown_without_this_machines_folders() -> None:
