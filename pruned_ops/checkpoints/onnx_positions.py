@@ -10,7 +10,7 @@ import torch
 
 from pruned_ops.checkpoints.onnx_nodes import Nodes
 from pruned_ops.layers.kinds import StackKind
-from pruned_ops.models.disentangled import by_distance, relative_states
+from pruned_ops.models.disentangled import relative_states
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.relative_bias import bias_by_distance, heads_of_layers
 from pruned_ops.models.stock import layers_of
@@ -107,7 +107,7 @@ def relative_products(nodes: Nodes, encoder: Any, head_dim: int) -> list[Relativ
         if layer.query.out_features == 0:
             layers.append(Relative("", "", rows))
             continue
-        keys, queries = by_distance(kind, states, layer.query, layer.key, head_dim)
+        keys, queries = kind.by_distance(states, layer.query, layer.key, head_dim)
         named = f"layer.{number}.position"
         layers.append(
             Relative(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -74,6 +75,22 @@ class Disentangled:
             power = torch.ceil(torch.log(beyond / middle) / whole * (middle - 1)) + middle
             bucket = torch.where(away.abs() <= middle, away, (power * away.sign()).long())
         return (bucket + self.span - 1).clamp(0, self.rows - 1).int()
+
+    def by_distance(
+        self,
+        relative: Tensor,
+        query: Callable[[Tensor], Tensor],
+        key: Callable[[Tensor], Tensor],
+        head_dim: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What a layer's linears make of the states of distances (rows, hidden_size): the keys that queries
+        are multiplied by, and the queries that keys are multiplied by, (num_heads, rows, head_dim) each, in
+        the order of `distance_rows`; None for a product that there is not."""
+
+        def heads(linear: Callable[[Tensor], Tensor]) -> Tensor:
+            return linear(relative).flip(0).unflatten(-1, (-1, head_dim)).transpose(0, 1)
+
+        return heads(key) if self.to_positions else None, heads(query) if self.to_content else None
 
     def rows_between(self, seqlen: int, device: torch.device) -> Tensor:
         """The row for each query and key of a padded sequence: int64 (seqlen, seqlen)."""

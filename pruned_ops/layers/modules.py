@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruned_ops.layers.int8 import SCALE
@@ -24,6 +26,7 @@ from pruned_ops.layers.weights import AlignedWeights, Layout, PanelWeights, cpu_
 from pruned_ops.ops.panels import (
     gated_rows,
     int8_panels,
+    quantize,
     to_bf16_panels,
     to_int8_panels,
     to_panels,
@@ -72,9 +75,29 @@ def _as_it_is(rows: Tensor) -> Tensor:
     return rows
 
 
+_OWN_WEIGHTS = Layout(keep_weights=True, int8=frozenset())
+
+
+def _weight_in_layout(linear: nn.Linear, name: str, layout: Layout) -> Tensor:
+    """The weight (out, in) that a checkpoint of this layout would hold: rounded where it runs in int8, and
+    where bfloat16 rounds it for good. name: from `linear_names`."""
+    weight = linear.weight.detach()
+    if not weight.is_floating_point():
+        scales = linear.get_parameter(SCALE).detach()
+        return weight.to(scales.dtype) * scales[:, None]
+    if name in layout.int8:
+        values, row_scales = quantize(weight)
+        return values * row_scales
+    return weight.bfloat16().to(weight.dtype) if layout.bfloat16 and not layout.keep_fp32 else weight
+
+
 class PrunedEncoder(nn.Module):
     """A stack of layers of different shapes over a packed batch. kind: the ways in which it differs from
-    BERT's. Errors: ValueError for a kind that is not computed."""
+    BERT's. Errors: ValueError for a kind that is not computed.
+
+    relative (rows, hidden_size): the states of distances, of a kind that is disentangled. Where they are set,
+    `pack` makes every attention's `position_key` and `position_query` of them and of its weights, as these
+    run; else both are the caller's to set."""
 
     def __init__(
         self,
@@ -104,6 +127,7 @@ class PrunedEncoder(nn.Module):
             nn.LayerNorm(shape.hidden_size, eps, bias=kind.norm_bias) if kind.final_norm else None
         )
         self.shape, self.head_dim, self.kind = shape, shape.head_dim, kind
+        self.relative: nn.Parameter | None = None
         self._laid_out: PanelWeights | AlignedWeights | None = None
         self._layout: Layout | None = None  # None until `pack` is called
 
@@ -159,7 +183,7 @@ class PrunedEncoder(nn.Module):
 
         On a CPU they become panels, with which all layers run in one call; on a GPU they are aligned. Where
         neither layout applies, the linears' own weights are used. The layout holds the weights as they are
-        now; it is made anew when the module is moved or cast.
+        now; it is made anew when the module is moved or cast. So is what attentions multiply by distance.
         keep_weights=False releases the linears' own weights, which read as NaN until `unpack`.
         int8: the names (from `linear_names`) of the linears that shall run in int8; they keep their weights,
         unless these are int8 themselves (with `weight_scale` beside them, see `layers.int8.Int8Linear`). Such
@@ -179,7 +203,14 @@ class PrunedEncoder(nn.Module):
             if isinstance(module, nn.Linear) and not module.weight.is_floating_point()
         }
         layout = Layout(keep_weights, frozenset(int8) | stored, bfloat16, keep_fp32)
-        laid_out = self._lay_out(layout)
+        held = [(layer.attention.position_key, layer.attention.position_query) for layer in self.layers]
+        self._place_distances(layout)
+        try:
+            laid_out = self._lay_out(layout)
+        except BaseException:
+            for layer, rows in zip(self.layers, held, strict=True):
+                layer.attention.position_key, layer.attention.position_query = rows
+            raise
         # All weights are laid out before the first is released, so that an error leaves them as they were.
         self._laid_out, self._layout = laid_out, layout
         if laid_out is not None and not keep_weights:
@@ -187,7 +218,30 @@ class PrunedEncoder(nn.Module):
                 release([linear for i, j, linear in self._linears() if laid_out.holds_alone(i, j)])
             except BaseException:
                 self._laid_out = self._layout = None
+                self._place_distances(_OWN_WEIGHTS)
                 raise
+
+    @torch.no_grad()
+    def _place_distances(self, layout: Layout) -> None:
+        """Make what every attention multiplies by distance of its weights in this layout, so that both change
+        together."""
+        relative, kind = self.relative, self.kind.disentangled
+        if relative is None or kind is None:
+            return
+        if PanelWeights.refuse(self.parts) is not None:
+            layout = _OWN_WEIGHTS  # nothing is narrow but in panels
+        for i, layer in enumerate(self.layers):
+            qkv = layer.attention.qkv
+            weights = _weight_in_layout(qkv, f"layers.{i}.attention.qkv", layout).tensor_split(3)
+            biases = (None, None, None) if qkv.bias is None else qkv.bias.tensor_split(3)
+            query, key, _ = (
+                partial(F.linear, weight=weight, bias=bias)
+                for weight, bias in zip(weights, biases, strict=True)
+            )
+            by_distance = kind.by_distance(relative, query, key, self.head_dim)
+            for name, rows in zip(("position_key", "position_query"), by_distance, strict=True):
+                if rows is not None:
+                    setattr(layer.attention, name, nn.Parameter(rows.contiguous(), requires_grad=False))
 
     def _linears(self) -> Iterator[tuple[int, int, nn.Linear]]:
         """Every linear, after the number of its part and its own number in it."""
@@ -241,6 +295,7 @@ class PrunedEncoder(nn.Module):
         for linear, weight in weights:
             linear.weight.data = weight
         self._laid_out = self._layout = None
+        self._place_distances(_OWN_WEIGHTS)
 
     def _released(self) -> Iterator[tuple[nn.Linear, Tensor]]:
         """The linears whose own weights `pack` released, with the weights as they are laid out."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruned_ops.layers.kinds import Disentangled
 from pruned_ops.models.configuration import PrunedConfig
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.modules import put
@@ -37,7 +36,7 @@ class DisentangledLayer(NormLastLayer):
             return self._context(x, additive_mask)
         query, key, value = self._heads(x)
         linears = self.get_submodule(self.names.query), self.get_submodule(self.names.key)
-        of_distances = by_distance(self.kind, relative, *linears, self.head_dim)
+        of_distances = self.kind.by_distance(relative, *linears, self.head_dim)
         row = self.kind.rows_between(x.size(1), x.device).expand(*query.shape[:3], -1)
         scores, scale = None, (self.head_dim * (1 + self.kind.products)) ** -0.5
         if of_distances[0] is not None:
@@ -50,19 +49,6 @@ class DisentangledLayer(NormLastLayer):
         dropout = self.attention_dropout.p if self.training else 0.0
         context = F.scaled_dot_product_attention(query, key, value, scores, dropout, scale=scale)
         return context.transpose(1, 2).flatten(2)
-
-
-def by_distance(
-    kind: Disentangled, relative: Tensor, query: Any, key: Any, head_dim: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """What a layer's linears make of the states of distances (rows, hidden_size): the keys that queries are
-    multiplied by, and the queries that keys are multiplied by, (num_heads, rows, head_dim) each, in the order
-    of `Disentangled.distance_rows`; None for a product that there is not."""
-
-    def heads(linear: Any) -> Tensor:
-        return linear(relative).flip(0).unflatten(-1, (-1, head_dim)).transpose(0, 1)
-
-    return heads(key) if kind.to_positions else None, heads(query) if kind.to_content else None
 
 
 def add_relative_embeddings(encoder: nn.Module, config: PrunedConfig) -> None:

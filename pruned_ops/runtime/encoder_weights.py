@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruned_ops.layers.int8 import SCALE, Int8Linear
 from pruned_ops.layers.modules import PrunedEncoder
 from pruned_ops.layers.released import Rows
-from pruned_ops.models.disentangled import by_distance, relative_states
+from pruned_ops.models.disentangled import relative_states
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.relative_bias import bias_by_distance, heads_of_layers
 from pruned_ops.models.stock import LayerParts, encoder_shape, layers_of
-from pruned_ops.ops.panels import quantize
 from pruned_ops.runtime.refusals import DISTANCES_ON_GPU
 
 
@@ -46,11 +43,10 @@ def laid_out(
                 seen[key] = nn.Parameter(values, requires_grad=False)
             setattr(module, name, seen[key])
     _set_biases(stack, original)
-    names = stack.linear_names if int8 is None else int8
-    _set_relative(stack, original, names)
+    _set_relative(stack, original)
     for layer in stack.layers:
         layer.attention.place_rotary()
-    stack.pack(False, names, bfloat16, keep_fp32)
+    stack.pack(False, stack.linear_names if int8 is None else int8, bfloat16, keep_fp32)
     return stack.eval()
 
 
@@ -69,33 +65,16 @@ def _set_biases(stack: PrunedEncoder, original: Any) -> None:
         layer.attention.position_bias = nn.Parameter(rows, requires_grad=False)
 
 
-def _set_relative(stack: PrunedEncoder, original: Any, int8: Sequence[str]) -> None:
-    """Give the attention of every layer what its linears make of embeddings of distances, where the encoder
-    has such embeddings. int8: the linears whose weights are rounded for it, so that a checkpoint of those
-    gives the same. Errors: ValueError on a GPU."""
+def _set_relative(stack: PrunedEncoder, original: Any) -> None:
+    """Give a stack the states of distances of which `PrunedEncoder.pack` makes keys and queries, where the
+    encoder has such embeddings. Errors: ValueError on a GPU."""
     with torch.no_grad():
-        relative, kind = relative_states(original), stack.kind.disentangled
-        if relative is None or kind is None:
-            return
-        if relative.device.type == "cuda":
-            raise ValueError(DISTANCES_ON_GPU)
-        for i, (layer, stock) in enumerate(zip(stack.layers, layers_of(original), strict=True)):
-            query, key = stock.query, stock.key
-            if f"layers.{i}.attention.qkv" in int8:
-                query, key = _in_int8(query), _in_int8(key)
-            tables = by_distance(kind, relative, query, key, stack.head_dim)
-            for name, rows in zip(("position_key", "position_query"), tables, strict=True):
-                if rows is not None:
-                    parameter = nn.Parameter(rows.contiguous(), requires_grad=False)
-                    setattr(layer.attention, name, parameter)
-
-
-def _in_int8(linear: Any) -> Any:
-    """What a linear computes with its weight rounded to int8; the linear itself where it is stored so."""
-    if isinstance(linear, Int8Linear):
-        return linear
-    values, scales = quantize(linear.weight.detach())
-    return partial(F.linear, weight=values * scales, bias=linear.bias)
+        relative = relative_states(original)
+    if relative is None:
+        return
+    if relative.device.type == "cuda":
+        raise ValueError(DISTANCES_ON_GPU)
+    stack.relative = nn.Parameter(relative.detach(), requires_grad=False)
 
 
 def _sources(packed: Any, stock: LayerParts) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
