@@ -172,18 +172,23 @@ def _batches(model: Any, tokenizer: Any, texts: Sequence[Text]) -> list[dict[str
 
 def _by_text(model: Any, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """A vector for every text: the model's outputs for it, at its real tokens."""
-    vectors = []
     with torch.inference_mode():
-        for batch in batches:
-            if text_model(model) is not None:
-                (rows,) = text_outputs(model, batch)
-                vectors += [row.flatten().clone() for row in (rows.to_dense() if rows.is_sparse else rows)]
-                continue
-            mask, named = batch["attention_mask"], named_outputs(model(**batch))
-            for row in map(slice, range(len(mask)), range(1, len(mask) + 1)):
-                parts = [real_rows(name, value[row], mask[row]) for name, value in named]
-                vectors.append(torch.cat([part.flatten() for part in parts]))
-    return vectors
+        if text_model(model) is not None:
+            outputs = (text_outputs(model, batch)[0] for batch in batches)
+            return [row.flatten().clone() for rows in outputs for row in _dense(rows)]
+        of_texts = real_rows(output for batch in batches for output in _texts_of(model, batch))
+        return [torch.cat([rows.flatten() for rows in outputs]) for outputs in of_texts]
+
+
+def _dense(rows: Tensor) -> Tensor:
+    return rows.to_dense() if rows.is_sparse else rows
+
+
+def _texts_of(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[list[tuple[str, Tensor]], Tensor]]:
+    """The outputs by name and the mask of each text of a batch, as batches of one."""
+    mask, named = batch["attention_mask"], named_outputs(model(**batch))
+    for row in map(slice, range(len(mask)), range(1, len(mask) + 1)):
+        yield [(name, value[row]) for name, value in named], mask[row]
 
 
 def _round_tables(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pruned_ops.runtime.int8_losses import FLOOR, above_limit, told
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder, PackedEncoder, packed_encoders
-from pruned_ops.runtime.streaming import is_per_text
+from pruned_ops.runtime.streaming import is_per_text, is_per_token
 from pruned_ops.runtime.texts import text_batches, text_model, text_outputs
 
 Batch = Mapping[str, Any]  # a model's arguments, or the features of a model of sentence-transformers
@@ -171,33 +171,59 @@ def outputs_of(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     """Each of the model's outputs over all batches, as (rows, numbers): a row for each real token, or for
     each text. Of a model of sentence-transformers it is what its `encode` or `predict` reads."""
     with torch.no_grad(), _unwatched(model):
-        of_batches = [_outputs_of(model, batch) for batch in batches]
-    return [torch.cat(rows) for rows in zip(*of_batches, strict=True)]
+        of_batches = real_rows(_outputs_of(model, batch) for batch in batches)
+    return [
+        torch.cat([rows.reshape(len(rows), -1) for rows in output])
+        for output in zip(*of_batches, strict=True)
+    ]
 
 
-def _outputs_of(model: Any, batch: Batch) -> list[Tensor]:
+def _outputs_of(model: Any, batch: Batch) -> tuple[list[tuple[str, Tensor]], Tensor | None]:
+    """What a model gives for a batch, by name, and the batch's mask; None for rows that are texts' alone."""
     if text_model(model) is not None:
-        values = [value.to_dense() if value.is_sparse else value for value in text_outputs(model, batch)]
-    else:
-        named, mask, ids = named_outputs(model(**batch)), batch.get("attention_mask"), batch.get("input_ids")
-        if mask is None and ids is not None:
-            mask = torch.ones_like(ids)
-        values = [value if mask is None else real_rows(name, value, mask) for name, value in named]
-    return [value.reshape(len(value), -1) for value in values]
+        values = text_outputs(model, batch)
+        return [("", value.to_dense() if value.is_sparse else value) for value in values], None
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is None and ids is not None:
+        mask = torch.ones_like(ids)
+    return named_outputs(model(**batch)), mask
 
 
 def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
-    """The tensors of what a model returned, with their names; "" where they have none."""
-    if isinstance(output, Mapping):
-        named = list(output.items())
-    else:
-        named = [("", value) for value in ([output] if isinstance(output, Tensor) else output)]
-    return [(name, value) for name, value in named if isinstance(value, Tensor)]
+    """The tensors of what a model returned for texts, with their names; "" where they have none. One tensor
+    alone is named as `encode_many` takes it."""
+    if isinstance(output, Tensor):
+        output = {"logits": output}
+    named = list(output.items()) if isinstance(output, Mapping) else [("", value) for value in output]
+    return [(name, value) for name, value in named if isinstance(value, Tensor) and value.dim()]
 
 
-def real_rows(name: str, value: Tensor, mask: Tensor) -> Tensor:
-    """The rows of the real tokens (tokens, ...), of an output for tokens; one for texts as it is."""
-    return value if is_per_text(name, value) or value.shape[:2] != mask.shape else value[mask.bool()]
+def real_rows(batches: Iterable[tuple[list[tuple[str, Tensor]], Tensor | None]]) -> list[list[Tensor]]:
+    """The rows of each batch's outputs: those of the real tokens (tokens, ...) of an output for tokens, and
+    one for texts as it is.
+
+    batches: each with its outputs by name and the mask (batch, seqlen), or no mask where all rows are texts'.
+    Names tell what rows are, and so does a third dimension. Two dimensions under another name are tokens only
+    where every batch has as many numbers as tokens."""
+    in_batches = [[_without_padding(*output, mask) for output in named] for named, mask in batches]
+    of_tokens = [all(mask is not None for _, mask in output) for output in zip(*in_batches, strict=True)]
+    return [
+        [
+            value[mask.bool()] if is_of_tokens and mask is not None else value
+            for is_of_tokens, (value, mask) in zip(of_tokens, outputs, strict=True)
+        ]
+        for outputs in in_batches
+    ]
+
+
+def _without_padding(name: str, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The rows of an output of a batch; with the mask where it cannot be told by this batch alone whether
+    padding has to be taken out of them."""
+    if mask is None or value.shape[:2] != mask.shape or is_per_text(name, value):
+        return value, None
+    if value.dim() > 2 or is_per_token(name):
+        return value[mask.bool()], None
+    return value, mask
 
 
 def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -160,6 +160,11 @@ def is_per_text(name: str, values: Tensor) -> bool:
     return name in _PER_TEXT or (name == "logits" and values.dim() < 3)
 
 
+def is_per_token(name: str) -> bool:
+    """Whether an output of this name has a row for each token, even one of two dimensions."""
+    return name in _PER_TOKEN
+
+
 class _OutputSplitter:
     """Splits a model's outputs: `select` returns a batch's tensors, and `of_text` the outputs of one text."""
 

@@ -49,6 +49,52 @@ def test_such_a_batch_calibrates() -> None:
     assert len(model.int8_errors) > 0
 
 
+class Embedder(torch.nn.Module):
+    """Gives one tensor (texts, hidden_size), alone or in a tuple, or by a name of its own."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.encoder, self.form = family_models.stock("Bert", "", hidden_size=32), form
+
+    def forward(self, **inputs: Any) -> Any:
+        embedding = self.encoder(**inputs).last_hidden_state[:, 0]
+        return {"tensor": embedding, "tuple": (embedding,), "name": {"embedding": embedding}}[self.form]
+
+
+@pytest.mark.parametrize(
+    ("form", "batches"),
+    [
+        ("tensor", [batch(32, 4), batch(10, 6)]),
+        ("tensor", [batch(32, 4), batch(32, 6)]),
+        ("tuple", [batch(32, 4), batch(10, 6)]),
+        ("name", [batch(10, 6), batch(32, 4)]),
+    ],
+)
+def test_as_many_tokens_as_an_embedding_has_numbers(form: str, batches: list[dict[str, Any]]) -> None:
+    model = Embedder(form)
+    (found,) = outputs_of(model, batches)
+    with torch.no_grad():
+        expected = torch.cat([model.encoder(**inputs).last_hidden_state[:, 0] for inputs in batches])
+    assert found.shape == (10, 32) and torch.equal(found, expected)
+    assert [len(vector) for vector in _by_text(model, batches)] == [32] * 10
+    with int8_anywhere():
+        fast = optimize(model, dtype="int8", calibration=batches, tolerance=0.9)
+    assert len(fast.int8_errors) > 0
+
+
+def test_outputs_without_names_and_losses() -> None:
+    """Scores of tokens in a tuple are theirs, in batches of several lengths or of one; and a loss, which is
+    there where labels are, is nobody's."""
+    model, named = (family_models.stock("Bert", family_models.ANSWERS) for _ in range(2))
+    model.config.return_dict = False
+    for batches in ([batch(9), batch(4)], [batch(9)]):
+        positions = torch.zeros(3, dtype=torch.long)
+        labelled = [{**one, "start_positions": positions, "end_positions": positions} for one in batches]
+        for given in (batches, labelled):
+            pairs = zip(outputs_of(model, given), outputs_of(named, batches), strict=True)
+            assert all(torch.equal(found, expected) for found, expected in pairs)
+
+
 @pytest.mark.parametrize("head", [family_models.ANSWERS, ""])
 def test_without_a_mask_every_token_is_real(head: str) -> None:
     """Batches of several lengths have rows of tokens then, too, as with a mask of ones."""
