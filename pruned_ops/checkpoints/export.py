@@ -23,8 +23,10 @@ from pruned_ops.checkpoints.loading import (
     load_tokenizer,
 )
 from pruned_ops.files import check_place
+from pruned_ops.layers.int8 import DEQUANTIZE
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.stock import is_encoder
+from pruned_ops.runtime.encoder_weights import is_stored_in_int8
 from pruned_ops.runtime.known_heads import packed_head
 from pruned_ops.runtime.optimize import restore
 from pruned_ops.runtime.packed_encoder import OptimisedEncoder
@@ -124,6 +126,8 @@ def _original(model: Any) -> Any:
     """The model with its own encoder: itself, or a restored copy of an optimised model. ValueError for a
     model whose graph would compute something else."""
     name = type(model).__name__
+    if isinstance(model, nn.Module) and is_stored_in_int8(model):
+        raise ValueError(f"this {name} cannot be exported, its weights are stored in int8: {DEQUANTIZE}")
     if isinstance(getattr(model, "base_model", None), OptimisedEncoder):
         model = restore(copy.deepcopy(model))
     head = packed_head(model)

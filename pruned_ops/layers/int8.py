@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALE = "weight_scale"
+# What to do where int8 weights cannot be taken, for errors to say.
+DEQUANTIZE = "load it, and call model.dequantize() before pruned_ops.optimize"
 
 
 class Int8Linear(nn.Module):

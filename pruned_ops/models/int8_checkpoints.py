@@ -18,7 +18,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pruned_ops.files import shown
-from pruned_ops.layers.int8 import Int8Linear
+from pruned_ops.layers.int8 import DEQUANTIZE, Int8Linear
+from pruned_ops.models.stock import OPTIMISED
 
 METHOD = "pruned_ops_int8"
 
@@ -81,7 +82,11 @@ class Int8Quantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, *arguments: Any, **settings: Any) -> Any:
-        """Put a plain linear in the place of every `Int8Linear`; `model.dequantize()` calls it."""
+        """Put a plain linear in the place of every `Int8Linear`; `model.dequantize()` calls it.
+
+        Errors: RuntimeError for an optimised model, which would go on with the int8 weights."""
+        if any(getattr(type(module), OPTIMISED, False) for module in model.modules()):
+            raise RuntimeError(f"an optimised model would go on with its int8 weights: {DEQUANTIZE}")
         for name, module in [*model.named_modules()]:
             if isinstance(module, Int8Linear):
                 model.set_submodule(name, module.to_linear())

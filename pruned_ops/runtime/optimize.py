@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruned_ops.layers.int8 import DEQUANTIZE
 from pruned_ops.models.stock import is_encoder
 from pruned_ops.ops.backends.cpu import slow_int8
 from pruned_ops.ops.registry import BACKENDS, BackendError
@@ -316,8 +317,7 @@ def restore(model: nn.Module) -> Any:
     Errors: ValueError for a model that was loaded from int8 weights: it never had others."""
     if any(packed.stored_int8 for packed in packed_encoders(model)):
         raise ValueError(
-            "this model was loaded from int8 weights, and there are no fp32 weights to restore: load the "
-            "fp32 checkpoint that it was made from"
+            f"this model was loaded from int8 weights, and there are no fp32 weights to restore: {DEQUANTIZE}"
         )
     return _restore(model)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from pruned_ops import ops
+from pruned_ops.layers.int8 import DEQUANTIZE
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, free, freed_values, placeholder, seal, unseal
 from pruned_ops.models.families.known import family_of
@@ -338,9 +339,8 @@ class OptimisedEncoder(nn.Module):
         with CHANGING:
             packed = self.packed
             if packed.linear_dtype is not None and not _stays(fn(packed.zeros[:0])):
-                way_out = "call pruned_ops.restore(model) before moving or casting it"
-                if packed.stored_int8:
-                    way_out = "load it again and move or cast it before pruned_ops.optimize"
+                restoring = "call pruned_ops.restore(model) before moving or casting it"
+                way_out = DEQUANTIZE if packed.stored_int8 else restoring
                 raise RuntimeError(
                     f"this model runs in {packed.linear_dtype}, on a CPU, beside float32 weights: {way_out}"
                 )

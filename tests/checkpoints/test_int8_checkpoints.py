@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from pruned_ops.checkpoints.loading import load_model
 from pruned_ops.checkpoints.quantizing import GateNotMet, quantize
 from pruned_ops.cli import main
 from pruned_ops.commands.quantize import read_texts
-from pruned_ops.layers.int8 import Int8Linear
+from pruned_ops.layers.int8 import DEQUANTIZE, Int8Linear
 from pruned_ops.models.int8_checkpoints import Int8Config, halved
 from text_models import sentences, text_folder
 from tiny_tokenizers import word_tokenizer
@@ -112,8 +113,30 @@ def test_a_loaded_model_is_saved_copied_and_pickled(tmp_path: Path) -> None:
             ValueError, match="loaded from int8 weights, and there are no fp32 weights to restore"
         ):
             pruned_ops.restore(twin)
-    with pytest.raises(RuntimeError, match="load it again and move or cast it before pruned_ops.optimize"):
+    with pytest.raises(RuntimeError, match=re.escape(f"beside float32 weights: {DEQUANTIZE}")):
         fast.bert.double()
+
+
+def test_every_refusal_says_how_to_get_fp32_weights(tmp_path: Path) -> None:
+    """And that way leads there: the same weights as those of the file, to export, restore, cast and train."""
+    saved(stock_model(), tmp_path / "int8")
+    plain, fast = (AutoModelForQuestionAnswering.from_pretrained(tmp_path / "int8") for _ in range(2))
+    expected, own = logits(plain.eval(), padded_batch()), fast.state_dict()
+    pruned_ops.optimize(fast)
+    for refused in (
+        lambda: pruned_ops.export_onnx(plain, tmp_path / "onnx"),
+        lambda: pruned_ops.export_onnx(fast, tmp_path / "onnx"),
+        lambda: pruned_ops.restore(fast),
+        fast.dequantize,
+        fast.bert.double,
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(DEQUANTIZE)):
+            refused()
+    assert fast.is_quantized and fast.state_dict().keys() == own.keys()
+    for fp32 in (plain.dequantize(), pruned_ops.restore(pruned_ops.optimize(plain))):
+        assert torch.equal(logits(fp32, padded_batch()), expected)
+    assert pruned_ops.export_onnx(pruned_ops.optimize(plain), tmp_path / "onnx").is_file()
+    assert plain.double().dtype == torch.float64 and pruned_ops.restore(plain).train().training
 
 
 def test_arguments_may_be_given_by_position(tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ def _check_described(encoder: Any) -> None:
     be without, and for one of int8 weights."""
     if any(isinstance(module, Int8Linear) for module in encoder.modules()):
         raise ValueError(
-            "the encoder's weights are stored in int8, and are neither trained nor cut: give the fp32 "
-            "checkpoint that they were made from"
+            "the encoder's weights are stored in int8, and are neither trained nor cut: call "
+            "model.dequantize() first"
         )
     refusal = refuse_modules(encoder, _ONLY_IN_TRAINING)
     if refusal is not None:
