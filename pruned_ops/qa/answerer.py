@@ -26,7 +26,7 @@ from pruned_ops.qa.decoding import Answer, Decoded
 from pruned_ops.qa.windows import RefusedQuestion, check_cut, check_pairs
 from pruned_ops.runtime.arrivals import ForkLock, is_there
 from pruned_ops.runtime.batch_runner import TOKENS_ON_A_CPU, TOKENS_ON_A_GPU
-from pruned_ops.runtime.optimize import optimize
+from pruned_ops.runtime.optimize import optimize, own_dtype
 from pruned_ops.shape import checked_int
 
 # The defaults of Hugging Face's question-answering scripts, and of this project's trainer.
@@ -48,6 +48,7 @@ class QuestionAnswerer:
     device: where the model runs; by default a checkpoint goes to the GPU where there is one, and a model
     passed in stays where it is. dtype: None, or "bfloat16" or "int8" on a CPU (see `optimize`); on a GPU
     "float16" or "bfloat16", in which all of a checkpoint runs then (cast a model that is passed in yourself).
+    None leaves a model that is optimised already as it is, say with what a calibration chose.
     max_length, stride: tokens of a window, and tokens that two neighbouring windows of a text share; by
     default 384 (less where the model takes less) and a third of it. max_answer_tokens: tokens of the longest
     answer. null_score_threshold: the answer is "" where the score of "no answer" exceeds the best span's by
@@ -107,6 +108,7 @@ class QuestionAnswerer:
         if dtype in HALVES and is_loaded:
             cast, dtype = cast_and_dtype(dtype, model.device)
             model = model.to(cast or model.dtype)
+        dtype = own_dtype(model) if dtype is None else dtype
         self.model, self.tokenizer = optimize(model, dtype=dtype), tokenizer
         # Held while the tokenizer works: it takes no two callers at once.
         self.lock = ForkLock()

@@ -213,6 +213,14 @@ def _is_optimised(model: nn.Module, dtype: str | None) -> bool:
     return is_hooked and bool(packed_encoders(model))
 
 
+def own_dtype(model: nn.Module) -> str | None:
+    """The dtype that `optimize` would have to be asked for to leave a model as it is: that of its encoders,
+    which are optimised already. None where one of them is not, or they run in several."""
+    dtypes = {packed.linear_dtype for packed in packed_encoders(model)}
+    is_whole = len(dtypes) == 1 and not any(map(is_encoder, model.modules()))
+    return dtypes.pop() if is_whole else None
+
+
 def _parents(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """The modules that have an optimised encoder as their child, each with that encoder."""
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from queue import Queue
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from transformers import BertTokenizerFast
 
 import pruned_ops
 from inputs import stock_model
+from int8_anywhere import int8_anywhere
 from pruned_ops.qa.pipeline import aligned
 from pruned_ops.qa.windows import RefusedQuestion
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
@@ -226,3 +228,25 @@ def test_answers_are_whole_words_unless_asked_otherwise() -> None:
     assert not {found["answer"] for found in qa(**asked, align_to_words=False)} <= set(
         asked["context"].split()
     )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("make", [pruned_ops.pipeline, pruned_ops.QuestionAnswerer])
+def test_an_int8_model_stays_what_its_calibration_made_of_it(make: Any, whole: bool) -> None:
+    """Nobody asks for a dtype; with an encoder that was optimised alone, the head is added to it."""
+    task = ["question-answering"] if make is pruned_ops.pipeline else []
+    model, tokenizer = stock_model(), word_tokenizer(96)
+    texts = [words(1 + i % 4) for i in range(8)], [words(5 + 3 * i) for i in range(8)]
+    inputs = dict(tokenizer(*texts, padding=True, return_tensors="pt"))
+    part = model if whole else model.bert
+    with int8_anywhere(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        pruned_ops.optimize(part, dtype="int8", calibration=[inputs], tolerance=0.06)
+        chosen, errors = model.bert.packed.encoder.int8_linears, part.int8_errors
+        makers = [make(*task, model, tokenizer, dtype=dtype) for dtype in (None, "int8")]
+        answerers = [getattr(maker, "answerer", maker) for maker in makers]
+        found = [answerer.answer(*texts) for answerer in answerers]
+        assert 0 < len(chosen) < 12 and model.bert.packed.encoder.int8_linears == chosen
+        assert part.int8_errors == errors and found[0] == found[1]
+        with pytest.raises(ValueError, match="in another dtype"):
+            make(*task, model, tokenizer, dtype="bfloat16")
