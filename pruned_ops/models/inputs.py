@@ -99,6 +99,15 @@ def check_positions(config: Any, position_ids: Tensor | None) -> None:
         )
 
 
+def without_size(arguments: dict[str, Any], input_ids: Tensor | None) -> dict[str, Any]:
+    """The arguments without the size of the padded batch, which ModernBERT's heads of transformers 4 say
+    beside the ids."""
+    size = {name: arguments[name] for name in ("batch_size", "seq_len") if name in arguments}
+    if not size or input_ids is None or tuple(size.values()) != tuple(input_ids.shape):
+        return arguments
+    return {name: value for name, value in arguments.items() if name not in size}
+
+
 def packed_inputs(
     config: Any,
     device: torch.device,
@@ -182,7 +191,16 @@ def mean_states(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     return means.to(states.dtype)
 
 
-def returned(output: Output, config: Any, return_dict: bool | None) -> Output | tuple[Any, ...]:
-    """A model's output as its caller wants it: a tuple where return_dict, or else the config's, is False."""
+def returned(
+    output: Output, config: Any, return_dict: bool | None, keeps_pooler: bool = False
+) -> Output | tuple[Any, ...]:
+    """A model's output as its caller wants it: a tuple where return_dict, or else the config's, is False.
+
+    keeps_pooler: whether the tuple of an encoder without a pooler has None in that one's place."""
     wants_dict = config.return_dict if return_dict is None else return_dict
-    return output if wants_dict else output.to_tuple()
+    if wants_dict:
+        return output
+    places = output.to_tuple()
+    if keeps_pooler and "pooler_output" not in output:
+        return (places[0], None, *places[1:])
+    return places

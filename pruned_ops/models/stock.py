@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -193,6 +194,17 @@ def projection_of(encoder: Any) -> Any:
     """The linear between embeddings and layers; None where they are equally wide."""
     name = family_of(encoder.config).projection
     return None if name is None else encoder._modules.get(name)
+
+
+def tuple_keeps_pooler(encoder: Any) -> bool:
+    """Whether the tuple that an encoder returns has None in the place of a pooler that it lacks, so that what
+    follows is where the heads look for it. The publisher's classes that have an argument return_dict make the
+    tuple so; in the others' and in ours there is nothing that is None."""
+    kind = type(encoder)
+    makes_tuple = (
+        stock_encoder(kind) is not None and "return_dict" in inspect.signature(kind.forward).parameters
+    )
+    return makes_tuple and family_of(encoder.config).has_pooler
 
 
 def hidden_norms(encoder: Any) -> list[Any]:

@@ -23,8 +23,15 @@ from pruned_ops.layers.int8 import DEQUANTIZE
 from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, free, freed_values, placeholder, seal, unseal
 from pruned_ops.models.families.known import family_of
-from pruned_ops.models.inputs import begins_padded, longest_sequence, packed_inputs, pooled, returned
-from pruned_ops.models.stock import encoder_class, projection_of
+from pruned_ops.models.inputs import (
+    begins_padded,
+    longest_sequence,
+    packed_inputs,
+    pooled,
+    returned,
+    without_size,
+)
+from pruned_ops.models.stock import encoder_class, projection_of, tuple_keeps_pooler
 from pruned_ops.runtime.encoder_weights import is_stored_in_int8, laid_out, taken_weights
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_losses import Int8Watch, int8_losses
@@ -76,6 +83,7 @@ class PackedEncoder(nn.Module):
         self.types = tables.get(names.token_types)
         self.projection = projection_of(original)
         self.pooler = getattr(original, "pooler", None)
+        self._keeps_pooler = tuple_keeps_pooler(original)
         self._set_zeros()
         chosen = None if self.int8 and not self.stored_int8 else ()
         self.encoder = laid_out(original, chosen, self.linear_dtype == "bfloat16", keep_fp32)
@@ -153,7 +161,7 @@ class PackedEncoder(nn.Module):
         head_run: receives the outputs of its head; last_hidden_state and pooler_output then have no rows.
         packed_batch: where the real tokens are, from a caller that knows it; the mask is then not looked at.
         """
-        self._check_arguments(_without_size(unsupported, input_ids), output_attentions, inputs_embeds)
+        self._check_arguments(without_size(unsupported, input_ids), output_attentions, inputs_embeds)
         self._check_autocast()
         if not torch.compiler.is_compiling():
             for kind, forward in self._forwards:
@@ -179,7 +187,7 @@ class PackedEncoder(nn.Module):
             pooler_output=pooled(self.pooler, last, mask) if self.pooler is not None else None,
             hidden_states=tuple(batch.unpack(state) for state in collect) if collect else None,
         )
-        return returned(output, self.config, return_dict)
+        return returned(output, self.config, return_dict, self._keeps_pooler)
 
     def _last_states(
         self,
@@ -291,15 +299,6 @@ class PackedEncoder(nn.Module):
         ids = torch.randint(self.config.vocab_size, shape, generator=generator, device="cpu")
         batch, inputs = packed_inputs(self.config, self.device, ids)
         return int8_losses(stack, self._embed(inputs[:3]), batch.lengths, stack.int8_linears, weights=True)
-
-
-def _without_size(arguments: dict[str, Any], input_ids: Tensor | None) -> dict[str, Any]:
-    """The arguments without the size of the padded batch, which ModernBERT's heads of transformers 4 say
-    beside the ids."""
-    size = {name: arguments[name] for name in ("batch_size", "seq_len") if name in arguments}
-    if not size or input_ids is None or tuple(size.values()) != tuple(input_ids.shape):
-        return arguments
-    return {name: value for name, value in arguments.items() if name not in size}
 
 
 class OptimisedEncoder(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,43 @@ def test_packed_is_stock(stem: str, head: str, kind: str) -> None:
     rows = {number for name, number in counter.rows if number and name not in of_texts}
     assert rows == {int(inputs["attention_mask"].sum())}
     assert largest_difference(outputs(pruned_ops.restore(fast), inputs), expected) == 0
+
+
+def assert_same_places(found: Any, expected: Any, real: torch.Tensor) -> None:
+    """That nested tuples have the same tensors, and None, in the same places; states at real tokens."""
+    if isinstance(expected, tuple):
+        assert isinstance(found, tuple) and len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same_places(one, other, real)
+    elif expected is None:
+        assert found is None
+    else:
+        assert found.shape == expected.shape
+        at = real if expected.shape[: real.dim()] == real.shape else ...
+        torch.testing.assert_close(found[at], expected[at], atol=CLOSE, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("stem", "head"), MODELS)
+def test_tuples_have_the_stock_places(stem: str, head: str) -> None:
+    """By the argument and by the config, with hidden states, and of encoders without a pooler."""
+    inputs = batch("right")
+    real, may_lack_pooler = inputs["attention_mask"].bool(), not head and family_named(stem).has_pooler
+    calls: list[dict[str, Any]] = [{"return_dict": False}]
+    if stem != "ModernBert" or not HEADS_ARE_PADDED:  # transformers 4's gives other last hidden states
+        calls.append({"output_hidden_states": True, "return_dict": False})
+    if stem != "ModernBert" or not head:  # whose stock heads fail where the config asks for tuples
+        calls.append({"output_hidden_states": True} if len(calls) > 1 else {})
+    for lacks_pooler in (False, True) if may_lack_pooler else (False,):
+        for settings in calls:
+            model = stock(stem, head)
+            if lacks_pooler:
+                model.pooler = None
+            model.config.return_dict = "return_dict" in settings
+            with torch.no_grad():
+                expected = model(**inputs, **settings)
+                found = pruned_ops.optimize(model)(**inputs, **settings)
+            assert isinstance(expected, tuple)
+            assert_same_places(found, expected, real)
 
 
 @pytest.mark.parametrize(("pruned_type", "head"), HEADS)
