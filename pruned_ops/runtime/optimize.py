@@ -38,7 +38,7 @@ from pruned_ops.runtime.packed_encoder import (
 from pruned_ops.runtime.refusals import refuse_encoder, refuse_model
 from pruned_ops.runtime.saving import hook_saving, unhook_saving
 from pruned_ops.runtime.streaming import encode_many, serves
-from pruned_ops.runtime.texts import hook_texts, unhook_texts
+from pruned_ops.runtime.texts import hook_texts, refuse_expansion, unhook_texts
 
 DTYPES = (None, "bfloat16", "int8")  # of the linears
 
@@ -237,6 +237,9 @@ def _plain_encoders(model: nn.Module, dtype: str | None) -> list[Any]:
         refusal = refuse_model(model)
         if refusal is not None:
             raise ValueError(refusal)
+    refusal = refuse_expansion(model)
+    if refusal is not None:
+        raise ValueError(refusal)
     encoders = []
     for name, module in model.named_modules():
         if is_encoder(module):

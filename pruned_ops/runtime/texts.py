@@ -85,6 +85,29 @@ def library_class(settings: Mapping[str, Any], path: Path) -> str:
     return name
 
 
+def refuse_expansion(model: nn.Module) -> str | None:
+    """Why `optimize` cannot take a ColBERT that scores what its encoder sees as padding; None for any other
+    model. By default ColBERT's queries are filled up with tokens whose attention_mask is 0, and the states of
+    these tokens are scored; an optimised encoder has 0 there. Models of sentence-transformers and of PyLate
+    say so in their attributes."""
+    for module in model.modules():
+        expansion = getattr(module, "query_expansion", None)
+        if isinstance(expansion, Mapping) and not expansion.get("attend"):
+            setting = 'query_expansion with "attend": True'
+        elif getattr(module, "do_query_expansion", None) is True and not getattr(
+            module, "attend_to_expansion_tokens", False
+        ):
+            setting = "attend_to_expansion_tokens to True"
+        else:
+            continue
+        return (
+            f"optimize cannot take this {type(model).__name__}: the tokens that fill up its queries have "
+            "attention_mask 0, and their embeddings are scored, which an optimised encoder does not compute: "
+            f"set {setting} if it was trained so, or leave it as it is"
+        )
+    return None
+
+
 def hook_texts(model: nn.Module) -> None:
     """Put the two methods on every model of sentence-transformers in `model`. A forward of the user's own
     stays, and its texts are not cut. The encoders inside run packed in any case."""

@@ -29,7 +29,19 @@ CUTS_PAIRS = hasattr(st.CrossEncoder, "preprocess")  # since 5.4
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 MIXED = sentences([3, 40, 0, 11, 1, 0, 25, 7])
 INT8 = refuse_encoder(stock_model().bert, int8=True)
+needs_multi_vectors = pytest.mark.skipif(
+    not hasattr(st, "MultiVectorEncoder"), reason="this sentence-transformers has no MultiVectorEncoder"
+)
 needs_int8 = pytest.mark.skipif(INT8 is not None, reason=str(INT8))
+
+
+def multi_vector_encoder(folder: str, expansion: dict[str, Any] | None) -> Any:
+    """A ColBERT without a projection, whose queries are filled up as `expansion` says."""
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
+    modules = [Transformer(folder, query_expansion=expansion), MultiVectorMask()]
+    return st.MultiVectorEncoder(modules=modules, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +196,49 @@ def test_a_sparse_encoder_is_the_same(tmp_path: Path, batches_of_64_tokens: None
     fast[0].register_forward_pre_hook(lambda module, args: together.append(len(args[0]["attention_mask"])))
     fast.encode(MIXED, batch_size=2)
     assert sum(together) == len(MIXED) and max(together) <= 2
+
+
+@needs_multi_vectors
+@pytest.mark.parametrize(
+    "expansion", [None, {"strategy": "fixed", "attend": True, "length": 12, "token": "w7"}]
+)
+def test_a_multi_vector_encoder_is_the_same(expansion: dict[str, Any] | None, folder: str) -> None:
+    plain, fast = (multi_vector_encoder(folder, expansion) for _ in range(2))
+    pruned_ops.optimize(fast)
+    queries, documents = MIXED[:2], MIXED[3:]
+    for name, inputs in (("encode_query", queries), ("encode_document", documents)):
+        assert_same(getattr(fast, name)(inputs), getattr(plain, name)(inputs))
+    found, expected = (
+        model.similarity(model.encode_query(queries), model.encode_document(documents))
+        for model in (fast, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@needs_multi_vectors
+def test_expansion_that_nothing_attends_to_is_refused(folder: str) -> None:
+    """Its tokens are padding to the encoder, and scored."""
+    message = (
+        r"this MultiVectorEncoder: the tokens .* set query_expansion with \"attend\": True if .* or leave"
+    )
+    model = multi_vector_encoder(folder, {"strategy": "min", "length": 12, "token": "w7"})
+    expected = model.encode_query(MIXED[:2])
+    with pytest.raises(ValueError, match=message):
+        pruned_ops.optimize(model)
+    assert_same(model.encode_query(MIXED[:2]), expected)
+    optimised = pruned_ops.optimize(multi_vector_encoder(folder, None))
+    optimised[0].query_expansion = model[0].query_expansion
+    with pytest.raises(ValueError, match=message):
+        pruned_ops.optimize(st.MultiVectorEncoder(modules=list(optimised), device="cpu"))
+
+
+def test_expansion_of_pylate_is_refused(folder: str) -> None:
+    model = st.SentenceTransformer(folder, device="cpu")
+    model.do_query_expansion, model.attend_to_expansion_tokens = True, False
+    with pytest.raises(ValueError, match="set attend_to_expansion_tokens to True if it was trained so"):
+        pruned_ops.optimize(model)
+    model.attend_to_expansion_tokens = True
+    pruned_ops.optimize(model)
 
 
 def test_it_is_saved_copied_and_pickled(pair: tuple[Any, Any], tmp_path: Path) -> None:
