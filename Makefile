@@ -122,6 +122,7 @@ test-transformers4: $(STAMP) $(VENV4)/.installed
 	PRUNED_OPS_TRANSFORMERS5="$(abspath $(BIN)/python)" PYTHONPATH=.:python $(VENV4)/bin/python -m pytest -q $(ON_ALL_CORES) \
 		tests/models/test_modeling.py tests/models/test_families.py tests/models/test_family_traps.py tests/runtime/test_optimize.py \
 		tests/checkpoints/test_importing.py tests/checkpoints/test_importing_refusals.py tests/checkpoints/test_trimming.py \
+		tests/checkpoints/test_trimming_readings.py \
 		tests/models/test_transformers4.py tests/runtime/test_sentence_transformers.py tests/checkpoints/test_int8_checkpoints.py \
 		-k "not triton"
 

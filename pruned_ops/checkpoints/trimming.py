@@ -23,6 +23,7 @@ from pruned_ops.checkpoints.loading import (
     load_tokenizer,
     read_config,
 )
+from pruned_ops.checkpoints.sentence_folder import SETTINGS, Reading, inner_folder, modules_of
 from pruned_ops.checkpoints.tensors import Tensors, read_tensors
 from pruned_ops.checkpoints.vocabulary import Trimmed, Vocabulary
 from pruned_ops.files import check_new_folder, is_hidden, new_folder, read_json, read_text, shown, write_json
@@ -30,12 +31,11 @@ from pruned_ops.models.families.description import Family
 from pruned_ops.models.families.known import BY_TYPE
 from pruned_ops.shape import checked_int
 
-BATCH = 1000  # texts that are tokenised at once
-_SETTINGS = "config_sentence_transformers.json"  # which holds the prompts that are put before texts
+BATCH = 1000  # texts that are tokenised at once, each behind each prompt
 # What a folder may hold beside config, weights and vocabulary, and what stays true of the trimmed model.
 _TAKEN = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json", "README.md",
-    _SETTINGS, *ENCODER_SETTINGS, "LICENSE", "LICENSE.txt",
+    SETTINGS, *ENCODER_SETTINGS, "LICENSE", "LICENSE.txt",
 )  # fmt: skip
 # What is said at the end of a model card that is taken along.
 _NOTE = """
@@ -44,15 +44,14 @@ _NOTE = """
 pruned_ops kept {:,} of the {:,} rows of the word embedding. Texts whose pieces were kept have the outputs
 that they had.
 """
-# The modules of sentence-transformers that do not know the vocabulary.
-_MODULES = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout")
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How the trimmed tokenizer cuts texts, beside the one before. texts, same: how many there are, and how
-    many of them are cut into the same pieces. pieces, gone: how many pieces the tokenizer before cuts them
-    into, and how many of those were removed. unknown: unknown pieces before and after."""
+    many of them are cut into the same pieces, by themselves and behind every prompt. pieces, gone: how many
+    pieces the tokenizer before cuts all that into, and how many of those were removed. unknown: unknown
+    pieces before and after."""
 
     texts: int
     same: int
@@ -94,8 +93,9 @@ def trim_vocabulary(
     source, target = _Untrimmed.open(Path(model)), Path(out)
     _check_arguments(target, texts, keep, held_out)
     always = source.vocabulary.always(source.named)
-    always.update(source.vocabulary.count(_batches(source.prompts)))
-    counts = source.vocabulary.count(_batches(texts))
+    always.update(source.vocabulary.count([source.reading.forms("")]))
+    forms = (form for text in texts for form in source.reading.forms(text))
+    counts = source.vocabulary.count(_batches(forms, BATCH))
     if not counts:
         raise ValueError("there is no piece in the texts: nothing says what is to be kept")
     most_frequent = sorted(counts.keys() - always, key=lambda piece: (-counts[piece], piece))[:keep]
@@ -127,10 +127,12 @@ def _check_arguments(
 @dataclass(frozen=True)
 class _Untrimmed:
     """The checkpoint that is trimmed. root: its folder. inner: where in it config, weights and tokenizer lie.
-    named: the ids that the config names, in the fields `fields`."""
+    reading: what becomes of a text before the tokenizer. named: the ids that the config names, in the fields
+    `fields`."""
 
     root: Path
     inner: str
+    reading: Reading
     config: dict[str, Any]
     fields: dict[str, Any]
     tokenizer: Any
@@ -140,7 +142,7 @@ class _Untrimmed:
 
     @classmethod
     def open(cls, root: Path) -> _Untrimmed:
-        inner = _inner_folder(root)
+        inner = inner_folder(root)
         folder = checkpoint_folder(root / inner)
         config = read_config(folder)
         kind = config.get("model_type")
@@ -165,7 +167,7 @@ class _Untrimmed:
                 f"{folder} cannot be trimmed: its tokenizer has ids up to {highest}, its word embedding has "
                 f"{rows} rows"
             )
-        return cls(root, inner, config, fields, tokenizer, vocabulary, tensors, rows)
+        return cls(root, inner, Reading.of(root), config, fields, tokenizer, vocabulary, tensors, rows)
 
     @property
     def family(self) -> Family:
@@ -184,15 +186,6 @@ class _Untrimmed:
                 f"the config in {self.root / self.inner} names id {without[0]}, which no piece has"
             )
         return named & known | special
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompts that sentence-transformers puts before texts, whatever the texts are."""
-        path = self.root / _SETTINGS
-        settings = read_json(path) if path.is_file() else None
-        prompts = settings.get("prompts") if isinstance(settings, dict) else None
-        texts = prompts.values() if isinstance(prompts, dict) else ()
-        return [text for text in texts if isinstance(text, str)]
 
     @property
     def padding(self) -> int | None:
@@ -249,7 +242,7 @@ class _Untrimmed:
         """The source's files that are copied as they are."""
         places = {self.root, self.root / self.inner}
         files = [place / name for place in places for name in _TAKEN if (place / name).is_file()]
-        for module in _modules(self.root):
+        for module in modules_of(self.root):
             if module["path"] not in ("", self.inner):
                 files += [path for path in (self.root / module["path"]).rglob("*") if path.is_file()]
         return files
@@ -261,37 +254,6 @@ class _Untrimmed:
         for path in sorted(self.root.rglob("*")):
             if path.is_file() and path not in taken and not is_hidden(path.relative_to(self.root)):
                 yield str(path.relative_to(self.root))
-
-
-def _modules(root: Path) -> list[dict[str, str]]:
-    """The modules of a folder of sentence-transformers; none where it is a plain checkpoint."""
-    path = root / "modules.json"
-    if not path.is_file():
-        return []
-    modules = read_json(path)
-    if not isinstance(modules, list) or not all(
-        isinstance(module, dict) and all(isinstance(module.get(key), str) for key in ("path", "type"))
-        for module in modules
-    ):
-        raise ValueError(f"{path} is no list of modules with a path and a type")
-    for module in modules:
-        if ".." in Path(module["path"]).parts or Path(module["path"]).is_absolute():
-            raise ValueError(f"{path} leads out of its folder: {shown(module['path'])}")
-        if module["type"].rpartition(".")[2] not in _MODULES:
-            raise ValueError(
-                f"{path} has a {module['type'].rpartition('.')[2]}, which may know the vocabulary; "
-                f"{', '.join(_MODULES)} do not"
-            )
-    return modules
-
-
-def _inner_folder(root: Path) -> str:
-    """Where in the folder the model lies: its name, or "" for the folder itself."""
-    modules = _modules(root)
-    inner = [module["path"] for module in modules if module["type"].endswith(".Transformer")]
-    if modules and len(inner) != 1:
-        raise ValueError(f"{root / 'modules.json'} has {len(inner)} Transformer modules; one is needed")
-    return inner[0] if inner else ""
 
 
 def _vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:
@@ -400,6 +362,7 @@ class _Comparison:
 
     def __init__(self, source: _Untrimmed, trimmed: Trimmed, folder: Path) -> None:
         self._before, self._trimmed, self._vocabulary = source.tokenizer, trimmed, source.vocabulary
+        self._reading = source.reading
         self._after: Any = load_tokenizer(str(folder))
         new_ids = trimmed.new_ids
         expected = {p: new_ids[old] for p, old in source.vocabulary.ids.items() if old in new_ids}
@@ -419,31 +382,42 @@ class _Comparison:
     def __call__(self, texts: Iterable[str]) -> Agreement:
         """Cut the texts with both. Errors: ValueError for a text of kept pieces that is cut otherwise."""
         new_ids, total, same, pieces, gone, unknown = self._trimmed.new_ids, 0, 0, 0, 0, [0, 0]
-        for batch in _batches(texts):
-            pair = [
-                [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch)]
-                for tokenizer in (self._before, self._after)
-            ]
-            for text, before, after in zip(batch, *pair, strict=True):
+        tokenizers = self._before, self._after
+        for forms in self._cut(texts):
+            total, is_same = total + 1, True
+            for form, before, after in forms:
                 mapped = [new_ids.get(piece) for piece in before]
-                total, pieces, gone = total + 1, pieces + len(before), gone + mapped.count(None)
-                if mapped == after:
-                    same += 1
-                elif None not in mapped and self._all_kept(text):
+                pieces, gone = pieces + len(before), gone + mapped.count(None)
+                is_same = is_same and mapped == after
+                if mapped != after and None not in mapped and self._all_kept(form):
                     raise ValueError(
-                        f"the trimmed tokenizer cuts a text of kept pieces otherwise: {shown(text)}"
+                        f"the trimmed tokenizer cuts a text of kept pieces otherwise: {shown(form)}"
                     )
-                for at, (tokenizer, ids) in enumerate(((self._before, before), (self._after, after))):
+                for at, (tokenizer, ids) in enumerate(zip(tokenizers, (before, after), strict=True)):
                     unknown[at] += 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
+            same += is_same
         return Agreement(total, same, pieces, gone, (unknown[0], unknown[1]))
+
+    def _cut(self, texts: Iterable[str]) -> Iterator[list[tuple[str, list[int], list[int]]]]:
+        """For each text its forms, with the ids that the tokenizers before and after cut them into."""
+        for batch in _batches(texts, max(1, BATCH // len(self._reading.forms("")))):
+            forms = [self._reading.forms(text) for text in batch]
+            flat = [form for of_text in forms for form in of_text]
+            before, after = (
+                [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(flat)]
+                for tokenizer in (self._before, self._after)
+            )
+            cut = zip(flat, before, after, strict=True)
+            for of_text in forms:
+                yield list(islice(cut, len(of_text)))
 
     def _all_kept(self, text: str) -> bool:
         """Whether all pieces of a text were kept, with those that unknown words matched."""
         return self._vocabulary.count([[text]]).keys() <= self._trimmed.new_ids.keys()
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts, BATCH at a time."""
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts, so many at a time."""
     left = iter(texts)
-    while batch := list(islice(left, BATCH)):
+    while batch := list(islice(left, size)):
         yield batch
