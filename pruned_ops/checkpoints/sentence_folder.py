@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruned_ops.checkpoints.loading import ENCODER_SETTINGS
 from pruned_ops.files import read_json, shown
 
 SETTINGS = "config_sentence_transformers.json"  # which holds the prompts that are put before texts
@@ -48,21 +49,29 @@ def inner_folder(root: Path) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """How texts come to the tokenizer. prompts: what may be put before any of them."""
+    """How texts come to the tokenizer. prompts: what may be put before any of them. lower_case: whether they
+    are made lower-case first, whatever the tokenizer does."""
 
     prompts: tuple[str, ...]
+    lower_case: bool
 
     @classmethod
     def of(cls, root: Path) -> Reading:
         """That of a folder; a plain checkpoint's tokenizer gets the texts as they are."""
         prompts = _object(root / SETTINGS).get("prompts")
         named = prompts.values() if isinstance(prompts, dict) else ()
-        return cls(tuple(dict.fromkeys(text for text in named if text and isinstance(text, str))))
+        lower_case = False
+        if modules_of(root):
+            files = [root / inner_folder(root) / name for name in ENCODER_SETTINGS]
+            file = next((file for file in files if file.is_file()), files[0])
+            lower_case = bool(_object(file).get("do_lower_case"))
+        return cls(tuple(dict.fromkeys(text for text in named if text and isinstance(text, str))), lower_case)
 
     def forms(self, text: str) -> list[str]:
         """What the tokenizer may get for a text: the text itself, and the text behind each prompt. The pieces
         at its beginning may be others there."""
-        return [prompt + text for prompt in ("", *self.prompts)]
+        forms = [prompt + text for prompt in ("", *self.prompts)]
+        return [form.lower() for form in forms] if self.lower_case else forms
 
 
 def _object(path: Path) -> dict[str, Any]:

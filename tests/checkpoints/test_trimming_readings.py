@@ -1,4 +1,4 @@
-"""Trimmed folders of sentence-transformers, which puts prompts before texts."""
+"""Trimmed folders of sentence-transformers, which puts prompts before texts and may make them lower-case."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from pruned_ops import trim_vocabulary
+from text_models import text_folder
 
 TEXTS = ["Paris is big", "Rome is old", "Oslo is cold"]
 PROMPTS = {"query": "query: ", "document": "", "again": "query: "}
@@ -74,3 +77,37 @@ def test_a_text_is_the_same_only_behind_every_prompt(tmp_path: Path) -> None:
         assert done.held_out is not None and done.held_out.texts == 1
         same[name] = done.held_out.same, done.held_out.gone
     assert same == {"plain": (1, 0), "prompted": (0, 1)}
+
+
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_roberta_config.json"])
+def test_texts_are_counted_in_lower_case(name: str, tmp_path: Path) -> None:
+    """Where the folder says so, and its tokenizer does not do it."""
+    source = Path(text_folder(tmp_path / "in"))
+    folder_of_library(source, do_lower_case=True)
+    (source / "sentence_bert_config.json").rename(source / name)
+    settings = {"prompts": {"query": "W9 "}}
+    (source / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    done = trim_vocabulary(source, tmp_path / "out", ["W1 W2", "W4"], held_out=["w1 W4", "W5"])
+    left = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    assert {"w1", "w2", "w4", "w9"} <= left.keys() and "w5" not in left
+    assert (done.texts.same, done.texts.unknown) == (2, (0, 0))
+    assert done.held_out is not None and (done.held_out.same, done.held_out.unknown) == (1, (0, 2))
+    (source / name).write_text('{"do_lower_case": false}')
+    cased = trim_vocabulary(source, tmp_path / "cased", ["w1 W2"])
+    assert "w2" not in AutoTokenizer.from_pretrained(tmp_path / "cased").get_vocab()
+    assert cased.texts.unknown == (3, 3)
+
+
+def test_the_librarys_embeddings_stay(tmp_path: Path) -> None:
+    """Of texts with a prompt, in lower case."""
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    plain = st.SentenceTransformer(text_folder(tmp_path / "plain"), device="cpu", prompts={"query": "W9 "})
+    plain.save_pretrained(str(tmp_path / "in"))
+    path = tmp_path / "in" / "sentence_bert_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_lower_case": True}))
+    texts = ["W1 W2 W3", "w4 W2"]
+    trim_vocabulary(tmp_path / "in", tmp_path / "out", texts)
+    before, after = (st.SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("in", "out"))
+    for settings in ({}, {"prompt_name": "query"}):
+        np.testing.assert_array_equal(after.encode(texts, **settings), before.encode(texts, **settings))
+    assert not np.array_equal(after.encode("W1"), after.encode("W2"))
