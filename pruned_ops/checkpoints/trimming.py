@@ -134,7 +134,7 @@ class _Untrimmed:
     inner: str
     reading: Reading
     config: dict[str, Any]
-    fields: dict[str, Any]
+    fields: dict[str, int | list[int]]
     tokenizer: Any
     vocabulary: Vocabulary
     tensors: Tensors
@@ -148,12 +148,7 @@ class _Untrimmed:
         kind = config.get("model_type")
         if not isinstance(kind, str) or kind not in BY_TYPE:
             raise ValueError(f"{folder} is a {shown(kind)} model; {', '.join(BY_TYPE)} are known")
-        described = load_config(folder).to_dict()
-        fields = {
-            name: value
-            for name, value in (described | config).items()
-            if name.endswith("_token_id") and isinstance(value, (int, list)) and not isinstance(value, bool)
-        }
+        fields = _token_ids(folder, load_config(folder).to_dict() | config)
         tokenizer = load_tokenizer(str(folder))
         try:
             vocabulary = _vocabulary(folder, tokenizer)
@@ -180,7 +175,7 @@ class _Untrimmed:
         known = set(self.vocabulary.ids.values())
         special = known & self.tokenizer.added_tokens_decoder.keys()
         named = {piece for ids in self.fields.values() for piece in (ids if isinstance(ids, list) else [ids])}
-        without = sorted(piece for piece in named - known if isinstance(piece, int) and piece >= 0)
+        without = sorted(piece for piece in named - known if piece >= 0)
         if without:
             raise ValueError(
                 f"the config in {self.root / self.inner} names id {without[0]}, which no piece has"
@@ -254,6 +249,21 @@ class _Untrimmed:
         for path in sorted(self.root.rglob("*")):
             if path.is_file() and path not in taken and not is_hidden(path.relative_to(self.root)):
                 yield str(path.relative_to(self.root))
+
+
+def _token_ids(folder: Path, config: dict[str, Any]) -> dict[str, int | list[int]]:
+    """The fields of a config that name ids of pieces. Errors: ValueError for one that holds something else
+    than an id, several or none."""
+    fields = {}
+    for name, value in config.items():
+        if not name.endswith("_token_id") or value is None:
+            continue
+        if any(type(one) is not int for one in (value if isinstance(value, list) else [value])):
+            raise ValueError(
+                f"the config in {folder} has {name} {shown(value)}; an id or a list of ids is needed"
+            )
+        fields[name] = value
+    return fields
 
 
 def _vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:

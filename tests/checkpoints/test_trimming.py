@@ -397,6 +397,7 @@ ROWS = len(word_piece().get_vocab())
         (lambda folder: edited(folder, "config.json", model_type="gpt2"), "is a 'gpt2' model; bert, "),
         (lambda folder: edited(folder, "config.json", vocab_size=7), f"7, its word embedding {ROWS} rows"),
         (lambda folder: edited(folder, "config.json", eos_token_id=ROWS + 1), "which no piece has"),
+        (lambda folder: edited(folder, "config.json", end_token_id=[[1]]), "has end_token_id .*; an id or a"),
         (without_tokenizer_json, "holds spiece.model without tokenizer.json, which is read here: write"),
         (lambda folder: with_tensor(folder, "bias_of_pieces", ROWS), "bias_of_pieces has as many rows"),
         (lambda folder: with_tensor(folder, "two.word_embeddings.weight", 5), "has 2 word embeddings"),
