@@ -67,7 +67,7 @@ def precision_of(arguments: TrainingArguments) -> str:
 def set_autocast(precision: str) -> None:
     """Have the next training run in this precision. TrainingArguments and Accelerate read it in the
     environment as well, where a launcher, or transformers 4 for an earlier training, has left another."""
-    os.environ[_AUTOCAST] = "no" if precision == "fp32" else precision
+    os.environ[_AUTOCAST] = precision if precision in ("bf16", "fp16") else "no"
 
 
 def training_arguments(

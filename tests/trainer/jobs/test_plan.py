@@ -91,7 +91,7 @@ def test_the_minutes_count_the_scoring_of_averaged_weights(
 
 def test_the_warm_up_of_the_arguments_takes_the_same_part_of_each_phase(tmp_path: Path) -> None:
     """A part of the steps is one already."""
-    own = SimpleNamespace(seed=0, save_steps=200, train_batch=8)
+    own = SimpleNamespace(seed=0, save_steps=200, train_batch=8, precision="fp32")
     for warmup_steps, steps, warm in ((50, 25, 12), (50, 75, 38), (0, 25, 0), (500, 25, 25), (0.2, 25, 5)):
         args = arguments(tmp_path, 100, warmup_steps=warmup_steps)
         job: Any = SimpleNamespace(settings=own, arguments=args, train=range(64))
@@ -102,7 +102,7 @@ def test_the_warm_up_of_the_arguments_takes_the_same_part_of_each_phase(tmp_path
 def test_steps_that_are_only_timed_are_reported_nowhere(tmp_path: Path) -> None:
     """Wherever the caller's arguments report a training."""
     args = replace(arguments(tmp_path, 100), report_to=["tensorboard"])
-    own = SimpleNamespace(seed=0, save_steps=200, train_batch=8)
+    own = SimpleNamespace(seed=0, save_steps=200, train_batch=8, precision="fp32")
     job: Any = SimpleNamespace(settings=own, arguments=args, train=range(64))
     for timing, places in ((False, ["tensorboard"]), (True, [])):
         assert trainers._arguments(job, tmp_path, 10, 1e-3, None, timing).report_to == places

@@ -286,6 +286,10 @@ def test_the_models_of_a_sweep_take_their_own_time(settings: PruneSettings) -> N
 def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
     rates = {name: getattr(PruneSettings, name) for name in ("learning_rate", "retrain_learning_rate")}
     settings = replace(settings, **rates)
+    untrained: dict[str, Any] = {
+        "recipe": "random", "retrain_steps": 0, "teacher": "t", "texts": Path("t.txt"), "train_file": None,
+        "task": "text-classification", "stride": STRIDE,
+    }  # fmt: skip
     for changes, message in (
         ({"lambda_ffn": 2.0}, "prices of the paper's recipe"),
         ({"recipe": "gain", "penalty": "open"}, "penalty has no meaning there"),
@@ -300,6 +304,7 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         ({"recipe": "random", "retrain_steps": 0, "teacher": "t"}, "no teacher teaches in any phase"),
         ({"recipe": "random", "distil_in": "gates", "teacher": "t"}, "no teacher teaches in any phase"),
         ({"recipe": "paper", "targets": (), "teacher": "t"}, "no teacher teaches in any phase"),
+        (untrained, "no teacher teaches in any phase"),  # and the files have labels
         (
             {"distil_in": "none", "cache_teacher": Path("c"), "distillation": Distillation(hidden=0.0)},
             "cache_teacher is given, and no teacher",
@@ -335,9 +340,12 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         {"recipe": "gain", "gate_steps": 4, "save_steps": 5, "precision": "fp32"},  # the narrow model trains
         {"recipe": "joint", "retrain_steps": 0, "save_steps": 5, "precision": "bf16"},
         {"recipe": "random", "gate_fraction": 0.5, "compensate": "bias"},  # which is worked out on windows
-        {"recipe": "random", "retrain_steps": 0, "teacher": "t", "texts": Path("t.txt"), "train_file": None,
-         "task": "text-classification", "stride": STRIDE},  # where it is what models are compared with
-    ):  # fmt: skip
+        {
+            **untrained,
+            "validation_file": None,
+            "eval_file": None,
+        },  # the teacher is what they are compared with
+    ):
         chance = {"gate_steps": None} if effective.get("recipe") == "random" else {}
         assert replace(settings, **{**chance, **effective})  # type: ignore[arg-type]
 
