@@ -28,7 +28,7 @@ from pruned_trainer.jobs.prune import prune
 from pruned_trainer.tasks.options import TEXT_COLUMNS, TaskOptions
 from pruned_trainer.tasks.texts.classification import ClassificationTask
 from pruned_trainer.training.batches import pad_batch
-from text_files import CUT, checkpoint, classified, scored, write_rows
+from text_files import CUT, checkpoint, classified, write_rows
 
 PRUNE = ("--macs", "0.6", "--gate-steps", "4", "--retrain-steps", "4", "--batch-size", "8", *CUT)
 
@@ -105,31 +105,6 @@ def test_a_head_of_several_labels_at_once_learns_one_for_each_text(tmp_path: Pat
     batch = pad_batch(task.features(examples, load_tokenizer(str(folder)), model), 0)
     outputs = model(**batch)
     torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, batch["labels"]))
-
-
-def test_scores_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A column of numbers makes a model of one output, which is judged by correlation."""
-    train, judged = (write_rows(tmp_path / f"{n}.json", scored(n, n)) for n in (64, 30))
-    start = checkpoint(tmp_path / "start", BertModel)
-    task = ["--task", "pair-classification", "--scores", "score", *CUT]
-    argv = ["finetune", *task, "--model", str(start), "--train-file", str(train), "--out"]
-    assert main([*argv, str(tmp_path / "model")]) == 0
-    assert BertForSequenceClassification.from_pretrained(tmp_path / "model").config.num_labels == 1
-    capsys.readouterr()
-    evaluate = ["evaluate", "--model", str(tmp_path / "model"), "--eval-file", str(judged), *CUT]
-    assert main([*evaluate, *task]) == 0
-    printed = capsys.readouterr().out
-    assert "spearman" in printed and "pearson" in printed
-    reranker = checkpoint(
-        tmp_path / "reranker", BertForSequenceClassification, num_labels=1,
-        problem_type="multi_label_classification",
-    )  # fmt: skip
-    prune = ["prune", *task, "--model", str(reranker), "--train-file", str(train), "--macs", "0.6"]
-    steps = ["--gate-steps", "2", "--retrain-steps", "1", "--validation-file", str(judged)]
-    assert main([*prune, *steps, "--out", str(tmp_path / "pruned")]) == 0
-    rows = [{**row, "label": i % 2} for i, row in enumerate(scored(4, 4))]
-    evaluate[evaluate.index(str(judged))] = str(write_rows(tmp_path / "classes.jsonl", rows))
-    refused(capsys, [*evaluate, "--task", "pair-classification"], "gives one score: say which column")
 
 
 BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
