@@ -174,14 +174,9 @@ def _by_text(model: Any, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """A vector for every text: the model's outputs for it, at its real tokens."""
     with torch.inference_mode():
         if text_model(model) is not None:
-            outputs = (text_outputs(model, batch)[0] for batch in batches)
-            return [row.flatten().clone() for rows in outputs for row in _dense(rows)]
+            return [row.flatten().clone() for batch in batches for row in text_outputs(model, batch)]
         of_texts = real_rows(output for batch in batches for output in _texts_of(model, batch))
         return [torch.cat([rows.flatten() for rows in outputs]) for outputs in of_texts]
-
-
-def _dense(rows: Tensor) -> Tensor:
-    return rows.to_dense() if rows.is_sparse else rows
 
 
 def _texts_of(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[list[tuple[str, Tensor]], Tensor]]:

@@ -181,8 +181,7 @@ def outputs_of(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
 def _outputs_of(model: Any, batch: Batch) -> tuple[list[tuple[str, Tensor]], Tensor | None]:
     """What a model gives for a batch, by name, and the batch's mask; None for rows that are texts' alone."""
     if text_model(model) is not None:
-        values = text_outputs(model, batch)
-        return [("", value.to_dense() if value.is_sparse else value) for value in values], None
+        return [("", text_outputs(model, batch))], None
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if mask is None and ids is not None:
         mask = torch.ones_like(ids)

@@ -151,15 +151,16 @@ def text_batches(model: nn.Module, texts: Sequence[Any]) -> list[dict[str, Any]]
     return [dict(prepare(ordered[i : i + at_once])) for i in range(0, len(ordered), at_once)]
 
 
-def text_outputs(model: nn.Module, features: Mapping[str, Any]) -> list[Tensor]:
-    """What `encode` or `predict` would read from the forward on these features."""
+def text_outputs(model: nn.Module, features: Mapping[str, Any]) -> Tensor:
+    """What `encode` or `predict` would read from the forward on these features, as a dense tensor."""
     kind = text_model(model)
     assert kind is not None
     device = next(model.parameters()).device
     moved = {
         name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()
     }
-    return [model(moved)[kind.output]]
+    outputs: Tensor = model(moved)[kind.output]
+    return outputs.to_dense() if outputs.is_sparse else outputs
 
 
 def _run_texts(model: Any, kind: _Kind, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ import bench_family
 import harness
 from jobs import job_settings, variant
 from matching import trained_model
+from pruned_ops.measure.timing import Timing, Workload
 from pruned_trainer import Target
 from pruned_trainer.jobs.prune import prune, sweep
 
@@ -22,6 +24,13 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     sweep(variant(base, "family", targets=(Target(macs=0.7), Target(macs=0.4))))
     prune(variant(base, "control", targets=(Target(macs=0.999),), retrain_steps=2))
     prune(variant(base, "alone", targets=(Target(macs=0.5),)))
+    rounds = {"dense": 4.0, "control": 3.9, "macs-0.7": 3.0, "macs-0.4": 2.0, "alone": 2.5}  # seconds
+
+    def timed(models: dict[str, Any], workload: Workload) -> tuple[dict[str, Timing], None]:
+        assert workload.name.startswith("arrival") and models.keys() == rounds.keys()
+        return {name: Timing(workload, (rounds[name],) * 9) for name in models}, None
+
+    monkeypatch.setattr(bench_family, "time_models", timed)
     out = tmp_path / "found.csv"
     monkeypatch.setattr(
         sys, "argv",
@@ -38,7 +47,8 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         folder = tmp_path / (name if name in ("control", "alone") else f"family/{name}")
         report = json.loads((folder / "report.json").read_text())
         assert row["run"].startswith("pruned-trainer prune") and str(tmp_path) not in row["run"]
-        assert row["times_as_fast_low"] <= row["times_as_fast"] <= row["times_as_fast_high"]
+        for end in ("", "_low", "_high"):
+            assert row[f"times_as_fast{end}"] == pytest.approx(rounds["dense"] / rounds[name], abs=1e-4)
         assert row["macs"] == pytest.approx(report["pruned"]["macs"] / report["dense"]["macs"], abs=1e-4)
         for score in ("f1", "f1_span"):
             assert row[score] == pytest.approx(report["pruned"][score], abs=2e-3)
@@ -52,6 +62,8 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     text = out.with_suffix(".md").read_text(encoding="utf-8")
     assert all(line in text for line in bench_family.page(list(rows.values())))
     assert f"| macs-0.4 | {rows['macs-0.4']['times_as_fast']:.2f}x |" in text and "lost to control" in text
+    machine = f"{rows['dense']['machine_processor']}, {rows['dense']['machine_threads']} thread"
+    assert f"All were timed in turn, in batches of 8, on an {machine}" in text
 
 
 def test_a_command_is_shown_without_this_machines_folders() -> None:

@@ -109,9 +109,9 @@ def test_tuples_have_the_stock_places(stem: str, head: str) -> None:
             model.config.return_dict = "return_dict" in settings
             with torch.no_grad():
                 expected = model(**inputs, **settings)
-                found = pruned_ops.optimize(model)(**inputs, **settings)
+                packed = pruned_ops.optimize(model)(**inputs, **settings)
             assert isinstance(expected, tuple)
-            assert_same_places(found, expected, real)
+            assert_same_places(packed, expected, real)
 
 
 @pytest.mark.parametrize(("pruned_type", "head"), HEADS)

@@ -245,8 +245,8 @@ def test_an_int8_model_stays_what_its_calibration_made_of_it(make: Any, whole: b
         chosen, errors = model.bert.packed.encoder.int8_linears, part.int8_errors
         makers = [make(*task, model, tokenizer, dtype=dtype) for dtype in (None, "int8")]
         answerers = [getattr(maker, "answerer", maker) for maker in makers]
-        found = [answerer.answer(*texts) for answerer in answerers]
+        answers = [answerer.answer(*texts) for answerer in answerers]
         assert 0 < len(chosen) < 12 and model.bert.packed.encoder.int8_linears == chosen
-        assert part.int8_errors == errors and found[0] == found[1]
+        assert part.int8_errors == errors and answers[0] == answers[1]
         with pytest.raises(ValueError, match="in another dtype"):
             make(*task, model, tokenizer, dtype="bfloat16")

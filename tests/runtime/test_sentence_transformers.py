@@ -208,11 +208,11 @@ def test_a_multi_vector_encoder_is_the_same(expansion: dict[str, Any] | None, fo
     queries, documents = MIXED[:2], MIXED[3:]
     for name, inputs in (("encode_query", queries), ("encode_document", documents)):
         assert_same(getattr(fast, name)(inputs), getattr(plain, name)(inputs))
-    found, expected = (
+    packed_scores, plain_scores = (
         model.similarity(model.encode_query(queries), model.encode_document(documents))
         for model in (fast, plain)
     )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(packed_scores, plain_scores, rtol=1e-4, atol=1e-3)
 
 
 @needs_multi_vectors

@@ -34,8 +34,8 @@ NO_JSON = [
 
 
 def test_a_target_of_numpys_numbers_is_recorded() -> None:
-    given = (Target(macs=np.float32(0.5)), Target(speedup=np.int64(2)))  # type: ignore[arg-type]
-    assert json.loads(json.dumps([asdict(target) for target in given])) == [
+    targets = (Target(macs=np.float32(0.5)), Target(speedup=np.int64(2)))  # type: ignore[arg-type]
+    assert json.loads(json.dumps([asdict(target) for target in targets])) == [
         asdict(Target(macs=0.5)),
         asdict(Target(speedup=2.0)),
     ]

@@ -120,7 +120,7 @@ def test_a_gradual_sweep_goes_from_model_to_model_and_resumes(
 def test_a_gradual_sweep_without_gates_scores_each_model_anew(
     settings: PruneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = variant(
+    gradual = variant(
         settings, "gradual-fast", recipe="fast", targets=TARGETS, gradual=True, align=1, compensate="none",
         gate_steps=2, retrain_steps=3,
     )  # fmt: skip
@@ -134,15 +134,16 @@ def test_a_gradual_sweep_without_gates_scores_each_model_anew(
 
     with monkeypatch.context() as patch:
         patch.setattr(prune_module, "choose", watched)
-        sweep(one)
-    large, small = (one.out / target.name for target in TARGETS)
+        sweep(gradual)
+    large, small = (gradual.out / target.name for target in TARGETS)
     assert kept(small) < kept(large)
     (first_steps, before, _), (second_steps, decision, narrow) = begun
     assert first_steps == second_steps == 2  # minibatches, for each scoring
     trained = AutoModelForQuestionAnswering.from_pretrained(large)
     expected = compact(trained, decision.within(before)).state_dict()
-    found = narrow.state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    tensors = narrow.state_dict()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
     with pytest.raises(ValueError, match="what an earlier decision removed cannot be kept"):
         before.within(decision)
 

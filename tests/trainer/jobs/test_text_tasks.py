@@ -304,17 +304,6 @@ def test_a_column_of_labels_is_for_files_that_have_labels(
     refused(capsys, evaluate, "--label-column is for examples with labels")
 
 
-def test_texts_need_no_column_for_a_model_of_one_score(
-    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = checkpoint(tmp_path / "score", BertForSequenceClassification, num_labels=1)
-    texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(row["text"] for row in classified(20, 9)))
-    argv = ["evaluate", "--task", "text-classification", "--model", str(model), "--teacher", str(model), *CUT]
-    assert main([*argv, "--texts", str(texts)]) == 0
-    assert "agreement  100.00" in capsys.readouterr().out
-
-
 def test_prune_says_what_was_lost(
     classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

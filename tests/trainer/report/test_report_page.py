@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pruned_trainer.cli import main
 from pruned_trainer.jobs.prune import _draw
 from pruned_trainer.report.published import data_set_of
-from pruned_trainer.report.terminal import _change
+from pruned_trainer.report.terminal import _change, print_sweep
+from pruned_trainer.tasks.task import Score
 from reports import FIGURES, SECTIONS, SWEEP, a_report, a_sweep, gate_log, put
 
 pytest.importorskip("matplotlib")
@@ -382,3 +384,14 @@ def test_a_run_ends_well_where_nothing_can_draw(
     monkeypatch.setitem(sys.modules, "pruned_trainer.report.page", None)
     _draw(put(tmp_path / "out", a_report()))
     assert "no report.html" in capsys.readouterr().out and not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_score_of_a_family_is_shown_without_its_interval() -> None:
+    lines = [Score("f1", "F1").to_json(), Score("f1_span", "span F1").to_json()]
+    point = {"folder": "macs-0.5", "speedup": {"reached": 2.0}, "f1": 61.5, "f1_loss": 1.25, "f1_span": None}
+    intervals = {"f1_loss_interval": None, "f1_span_loss": None, "f1_span_loss_interval": None}
+    console = Console(record=True, width=120)
+    dense = {"f1": 62.75, "f1_span": None}
+    print_sweep({"score_lines": lines, "dense": dense, "points": [point | intervals]}, console)
+    row = next(line for line in console.export_text().splitlines() if "macs-0.5" in line)
+    assert [cell.strip() for cell in row.split("\u2502")[2:-1]] == ["2.00", "61.50", "1.25", "-", ""]

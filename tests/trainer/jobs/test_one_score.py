@@ -1,4 +1,5 @@
-"""Pairs of texts with a score each, through the commands: fine-tuned, scored, and pruned."""
+"""Models of one score, through the commands: fine-tuned on pairs with a score each, scored and pruned; and
+judged by texts alone."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 from transformers import BertForSequenceClassification, BertModel
 
 from pruned_trainer.cli import main
-from text_files import CUT, checkpoint, scored, write_rows
+from text_files import CUT, checkpoint, classified, scored, write_rows
 
 
 def test_scores_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,3 +36,14 @@ def test_scores_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     evaluate[evaluate.index(str(judged))] = str(write_rows(tmp_path / "classes.jsonl", rows))
     assert main([*evaluate, "--task", "pair-classification"]) == 2
     assert "gives one score: say which column" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_texts_need_no_column_for_a_model_of_one_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = checkpoint(tmp_path / "score", BertForSequenceClassification, num_labels=1)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(row["text"] for row in classified(20, 9)))
+    argv = ["evaluate", "--task", "text-classification", "--model", str(model), "--teacher", str(model), *CUT]
+    assert main([*argv, "--texts", str(texts)]) == 0
+    assert "agreement  100.00" in capsys.readouterr().out
