@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -44,6 +45,18 @@ NO_TESTS = 5
 SETTLE = 2
 # Into a pipe, lines and tables would be cut after 80 columns: pytest's, before the reason of a failure.
 COLUMNS = "200"
+# What the parts import beside torch. The tests' environment imports hypothesis, bench_models accelerate.
+PACKAGES = (
+    "accelerate",
+    "hypothesis",
+    "jinja2",
+    "numpy",
+    "pytest",
+    "rich",
+    "safetensors",
+    "tqdm",
+    "transformers",
+)
 # Lines that begin so go into the summary.
 FAULTS = ("WRONG", "FAILED", "ERROR")
 FAILED_TESTS, LOG = "failed-tests.txt", "log.txt"
@@ -126,7 +139,10 @@ def _run(command: list[str], part: Part, seconds: float, log: TextIO, faults: li
     except OSError as error:
         return f"cannot be started: {error}"
     # A thread of its own: a process that waits for a broken driver cannot be killed, and holds the pipe.
-    reader = threading.Thread(target=_pass_on, args=(process, part.name, log, faults), daemon=True)
+    last_lines: deque[str] = deque(maxlen=1)
+    reader = threading.Thread(
+        target=_pass_on, args=(process, part.name, log, faults, last_lines), daemon=True
+    )
     reader.start()
     if not _ends(process, max(seconds, 1)):
         process.send_signal(signal.SIGINT)
@@ -137,7 +153,9 @@ def _run(command: list[str], part: Part, seconds: float, log: TextIO, faults: li
     if time.monotonic() - start >= seconds:
         return f"interrupted after {seconds:.0f} s"
     code = process.wait()
-    return "ok" if code == 0 or (code == NO_TESTS and "pytest" in command) else f"exit status {code}"
+    if code == 0 or (code == NO_TESTS and "pytest" in command):
+        return "ok"
+    return f'exit status {code} after "{last_lines[0]}"' if last_lines else f"exit status {code}"
 
 
 def environment() -> dict[str, str]:
@@ -147,14 +165,18 @@ def environment() -> dict[str, str]:
     return os.environ | added
 
 
-def _pass_on(process: subprocess.Popen[str], name: str, log: TextIO, faults: list[str]) -> None:
-    """Print a part's lines, and keep those that are faults."""
+def _pass_on(
+    process: subprocess.Popen[str], name: str, log: TextIO, faults: list[str], last_lines: deque[str]
+) -> None:
+    """Print a part's lines, and keep those that are faults, and the last that says something."""
     assert process.stdout is not None
     for line in process.stdout:
         for file in (sys.stdout, log):
             print(f"[{name}] {line}", end="", file=file, flush=True)
         if line.startswith(FAULTS):
             faults.append(line.strip())
+        if line.strip(" \n>"):
+            last_lines.append(line.strip())
 
 
 def _ends(process: subprocess.Popen[str], seconds: float) -> bool:
@@ -203,6 +225,17 @@ def older_extension(root: Path = ROOT) -> str | None:
     return (
         f"WARNING: {built[0].name} is older than {newest.relative_to(root)}: its kernels may not be those of "
         "these sources. Build it anew (python setup.py -q build_ext --inplace), or believe no result below"
+    )
+
+
+def lacking_packages() -> str | None:
+    """The sentence that names the PACKAGES that this Python lacks; None where all are there."""
+    lacking = [name for name in PACKAGES if find_spec(name) is None]
+    if not lacking:
+        return None
+    return (
+        f"WARNING: this Python lacks {', '.join(lacking)}: parts below end at their imports. Install them, "
+        "or bring a folder that holds them, and name it in PYTHONPATH"
     )
 
 
@@ -353,9 +386,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     (out / LOG).write_text("", "utf-8")
     dry = arguments.device == "cpu"
     whole = TOTAL[arguments.part]
-    older = older_extension()
-    if older is not None:
-        print(older, flush=True)
+    older, lacking = older_extension(), lacking_packages()
+    for warning in filter(None, (older, lacking)):
+        print(warning, flush=True)
     share = 1.0 if arguments.minutes is None else 60 * arguments.minutes / whole
     total = whole * share * (PATIENCE if dry else 1)
     try:
@@ -382,8 +415,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = failed_tests(outcomes[-1])
             (out / FAILED_TESTS).write_text("".join(f"{name}\n" for name in names), "utf-8")
     text = summary(outcomes)
-    if older is not None and older_extension() is not None:  # no part has built it
-        print(older, flush=True)  # once more: a machine that is lent may give back the last lines alone
+    if older_extension() is None:  # a part has built it
+        older = None
+    for warning in filter(None, (older, lacking)):
+        print(warning, flush=True)  # once more: a machine that is lent may give back the last lines alone
     print(summary(outcomes, MOST_PRINTED), flush=True)
     (out / "summary.txt").write_text(text + "\n", "utf-8")
     files = ", ".join(sorted(path.name for path in out.iterdir()))

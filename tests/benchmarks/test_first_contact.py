@@ -21,6 +21,7 @@ from pruned_ops.ops.registry import BACKENDS, OPS
 from thorough import only_in_test_all
 
 PYTHON = sys.executable
+ROOT = first_contact.ROOT
 
 
 def python(code: str, seconds: float = 30, name: str = "part") -> Part:
@@ -83,6 +84,37 @@ def test_an_extension_that_is_older_than_its_sources_is_said_first(
     assert first_contact.main(["first", "--device", "cpu", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == older and lines.index("[part] begun") < lines.index(older, 1)
+
+
+IMPORTED = """
+import sys
+import bench_kernels, bench_models, environment
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+
+
+def test_what_this_python_lacks_is_named_first_and_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Minutes of a GPU would be spent on parts that end at their imports."""
+    assert first_contact.lacking_packages() is None
+    monkeypatch.setattr(first_contact, "older_extension", lambda: None)
+    monkeypatch.setattr(first_contact, "PACKAGES", ("pytest", "no_such_package", "nor_this"))
+    monkeypatch.setattr(first_contact, "first", lambda *_: [python("import no_such_package")])
+    assert first_contact.main(["first", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("WARNING: this Python lacks no_such_package, nor_this: parts")
+    assert lines.count(lines[0]) == 2
+    reason = "exit status 1 after \"ModuleNotFoundError: No module named 'no_such_package'\""
+    assert f"part: {reason}, " in (tmp_path / "first" / "summary.txt").read_text("utf-8")
+
+
+def test_the_packages_that_are_looked_for_are_those_that_the_parts_import() -> None:
+    folders = [str(ROOT / name) for name in (".", "python", "benchmarks", "tests/support")]
+    command = [PYTHON, "-c", IMPORTED]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    imported = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert set(first_contact.PACKAGES) <= set(imported.stdout.split())
 
 
 def test_a_part_that_hangs_is_interrupted_and_keeps_what_it_said(tmp_path: Path) -> None:
