@@ -183,8 +183,9 @@ def split_cases(dtype: str) -> list[Case]:
 
 
 def kernel_of(case: Case, target: int) -> Any:
-    """Triton's kernel for sm_`target`. Pointers, and the sizes that strides come from, are taken to be
-    multiples of 16, as `optimize` lays weights out, but for those that the kernel is not specialised on."""
+    """Triton's kernel for sm_`target`. Pointers, the sizes that strides come from, and the columns of a share
+    are taken to be multiples of 16, as `optimize` lays weights out, but for those that the kernel is not
+    specialised on. (`tuning` leaves other sizes to torch.)"""
     signature = {**case.types, **dict.fromkeys(case.constants, "constexpr")}
     arguments = list(case.kernel.arg_names)
     general = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
@@ -192,7 +193,9 @@ def kernel_of(case: Case, target: int) -> Any:
         name
         for name, kind in case.types.items()
         if name not in general
-        and (kind.startswith("*") or name.startswith("stride") or name in ("width", "hidden", "inner"))
+        and (
+            kind.startswith("*") or name.startswith("stride") or name in ("width", "hidden", "inner", "share")
+        )
     ]
     source = ASTSource(
         case.kernel,

@@ -100,19 +100,20 @@ class Chip:
 def linear_gelu_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
     """The configuration for x (tokens, hidden) and weight (width, hidden); None stands for torch's GEMM and
     GELU. Batches whose tokens lie in one bucket share a choice."""
-    return _activated_config("linear_gelu", x, weight.size(0), launch.tma_takes(x, weight))
+    return _activated_config("linear_gelu", x, weight, weight.size(0), launch.tma_takes(x, weight))
 
 
 def linear_geglu_config(x: Tensor, weight: Tensor) -> GemmConfig | None:
     """The configuration for x (tokens, hidden) and weight (2 * width, hidden); None stands for torch's GEMM
     and GEGLU."""
-    return _activated_config("linear_geglu", x, weight.size(0) // 2, False)
+    return _activated_config("linear_geglu", x, weight, weight.size(0) // 2, False)
 
 
-def _activated_config(op: str, x: Tensor, width: int, tma: bool) -> GemmConfig | None:
+def _activated_config(op: str, x: Tensor, weight: Tensor, width: int, tma: bool) -> GemmConfig | None:
     if x.dtype == torch.float32 and launch.precision(x.dtype) == "ieee":
         return None
-    config = _chosen(Problem(op, str(x.dtype), bucket(x.size(0)), width, x.size(1)), tma, x.device)
+    problem = Problem(op, str(x.dtype), bucket(x.size(0)), width, x.size(1))
+    config = _chosen(problem, tma, x.device, launch.in_16_bytes(width, x, weight))
     return config if isinstance(config, GemmConfig) else None
 
 
@@ -122,7 +123,7 @@ def linear_add_layer_norm_config(x: Tensor, weight: Tensor) -> GemmConfig | None
     if x.size(1) == 0 or x.size(0) == 0 or x.dtype == torch.float32:
         return None
     problem = Problem("linear_add_layer_norm", str(x.dtype), bucket(x.size(0)), weight.size(0), x.size(1))
-    config = _chosen(problem, False, x.device)
+    config = _chosen(problem, False, x.device, launch.in_16_bytes(weight.size(0), x, weight))
     return config if isinstance(config, GemmConfig) else None
 
 
@@ -154,14 +155,15 @@ def length_bucket(longest: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(problem: Problem, tma: bool, device: torch.device) -> Config | None:
-    """The timed choice if it can run these tensors, else the model's. None stands for torch's own kernels."""
+def _chosen(problem: Problem, tma: bool, device: torch.device, aligned: bool = True) -> Config | None:
+    """The timed choice if it can run these tensors, else the model's. None stands for torch's own kernels.
+    aligned: as of `modelled`."""
     timed = known(device)
     if problem in timed:
         config = timed[problem]
         if config is None or config in candidates(problem, tma, Chip.of(device)):
             return config
-    return modelled(problem, tma, Chip.of(device))
+    return modelled(problem, tma, Chip.of(device), aligned)
 
 
 def forget() -> None:
@@ -169,9 +171,12 @@ def forget() -> None:
     _chosen.cache_clear()
 
 
-def modelled(problem: Problem, tma: bool, chip: Chip) -> Config | None:
-    """The choice by the model; None stands for torch's own kernels."""
+def modelled(problem: Problem, tma: bool, chip: Chip, aligned: bool = True) -> Config | None:
+    """The choice by the model; None stands for torch's own kernels. aligned: whether a GEMM's matrices move
+    16 bytes at a time; where they do not, only TMA is faster than torch."""
     fit = candidates(problem, tma, chip)
+    if not aligned:
+        return next((config for config in fit if isinstance(config, GemmConfig) and config.tma), None)
     if problem.op != "linear_add_layer_norm":
         if not fit:
             raise RuntimeError(f"no configuration of {problem.op} fits {chip.shared_memory} bytes of memory")
@@ -249,8 +254,15 @@ def modelled_time(config: GemmConfig, tokens: int, width: int, hidden: int, chip
 def known(device: torch.device) -> dict[Problem, Config | None]:
     """The choices that were timed on this GPU, read once per process. A choice of None stands for torch's
     own kernels."""
-    path = file_of(device)
-    if not path.is_file():
+    try:
+        path = file_of(device)
+        if not path.is_file():
+            return {}
+    except (RuntimeError, OSError) as error:  # there is no home folder, or it may not be read
+        warnings.warn(
+            f"what pruned_ops.tune timed is not looked up ({error}); a model chooses the kernels. "
+            "PRUNED_OPS_CACHE names another folder for it.", RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
         return {}
     try:
         saved = read_json(path, "record of timed choices")
