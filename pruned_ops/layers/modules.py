@@ -225,23 +225,29 @@ class PrunedEncoder(nn.Module):
     def _place_distances(self, layout: Layout) -> None:
         """Make what every attention multiplies by distance of its weights in this layout, so that both change
         together."""
-        relative, kind = self.relative, self.kind.disentangled
-        if relative is None or kind is None:
+        if self.relative is None or self.kind.disentangled is None:
             return
         if PanelWeights.refuse(self.parts) is not None:
             layout = _OWN_WEIGHTS  # nothing is narrow but in panels
         for i, layer in enumerate(self.layers):
             qkv = layer.attention.qkv
-            weights = _weight_in_layout(qkv, f"layers.{i}.attention.qkv", layout).tensor_split(3)
-            biases = (None, None, None) if qkv.bias is None else qkv.bias.tensor_split(3)
-            query, key, _ = (
-                partial(F.linear, weight=weight, bias=bias)
-                for weight, bias in zip(weights, biases, strict=True)
-            )
-            by_distance = kind.by_distance(relative, query, key, self.head_dim)
+            by_distance = self.by_distance(i, _weight_in_layout(qkv, f"layers.{i}.attention.qkv", layout))
             for name, rows in zip(("position_key", "position_query"), by_distance, strict=True):
                 if rows is not None:
                     setattr(layer.attention, name, nn.Parameter(rows.contiguous(), requires_grad=False))
+
+    def by_distance(self, layer: int, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """A layer's keys and queries by distance, (num_heads, rows, head_dim) each, with this weight of its
+        `qkv`; None for those that it has not, both where the stack has no states of distances."""
+        kind, bias = self.kind.disentangled, self.layers[layer].attention.qkv.bias
+        if self.relative is None or kind is None:
+            return None, None
+        biases = (None, None, None) if bias is None else bias.tensor_split(3)
+        query, key, _ = (
+            partial(F.linear, weight=rows, bias=of_rows)
+            for rows, of_rows in zip(weight.tensor_split(3), biases, strict=True)
+        )
+        return kind.by_distance(self.relative, query, key, self.head_dim)
 
     def _linears(self) -> Iterator[tuple[int, int, nn.Linear]]:
         """Every linear, after the number of its part and its own number in it."""

@@ -147,8 +147,11 @@ class PrunedAttention(_Part):
             )
         return self._added(context, second_weight, self.output.bias, x)
 
-    def given_positions(self, positions: Tensor | None) -> tuple[Any, ...]:
-        """The arguments of `ops.attention` for what depends on positions; none where nothing does."""
+    def given_positions(
+        self, positions: Tensor | None, by_distance: tuple[Tensor | None, Tensor | None] | None = None
+    ) -> tuple[Any, ...]:
+        """The arguments of `ops.attention` for what depends on positions; none where nothing does.
+        by_distance: instead of the own `position_key` and `position_query`."""
         if not self.kind.reads_positions:
             return ()
         self.place_rotary()
@@ -157,7 +160,8 @@ class PrunedAttention(_Part):
         if terms is None:
             return position_arguments
         distance_rows = terms.distance_rows.to(self.qkv.weight.device)
-        return *position_arguments, self.position_key, self.position_query, distance_rows
+        key, query = (self.position_key, self.position_query) if by_distance is None else by_distance
+        return *position_arguments, key, query, distance_rows
 
     def place_rotary(self) -> None:
         """Move the frequencies to where the weights are, which may have been set after the module was made:

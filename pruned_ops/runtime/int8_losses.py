@@ -33,6 +33,8 @@ FLOOR = 0.25
 _LEAST_TOKENS, _MOST_TOKENS = 8, 64
 _TOLD = 4  # linears that a warning names
 
+ByDistance = tuple[Tensor | None, Tensor | None]  # see `PrunedEncoder.by_distance`
+
 
 @torch.no_grad()
 def int8_losses(
@@ -43,7 +45,9 @@ def int8_losses(
     x (tokens, hidden_size): sequences of these lengths, back to back. names: from `stack.linear_names`.
     weights: whether the weights lose too, or the activations alone. A loss is the error of an output channel
     relative to how much it varies over the tokens, in the L2 norm; the median of the linear's channels. To
-    the output of a part's second linear the part's input is added first, as the model adds it.
+    the output of a part's second linear the part's input is added first, as the model adds it. Rounded
+    weights of DeBERTa's queries and keys lose in those by distance, too, which are made of them, and by which
+    alone a head may tell places apart: there a loss is the worst head's, and the larger one counts.
     """
     norm_first = stack.kind.norm_first
     by_linear = {id(stack.get_submodule(name)): name for name in stack.linear_names}
@@ -63,7 +67,15 @@ def int8_losses(
     for i, part in enumerate(stack.parts):
         inner = run(i, 0, F.layer_norm(x, *_norm_of(part)) if norm_first and part.norm is not None else x)
         if isinstance(part, PrunedAttention):
-            inner = attention(inner, bounds, max(lengths), stack.head_dim, *part.given_positions(None))
+            qkv, by_distance = by_linear[id(part.qkv)], None
+            if weights:
+                weight = _weight_of(stack, i, 0)
+                by_distance = stack.by_distance(i // 2, weight)
+                if qkv in names:
+                    rounded = stack.by_distance(i // 2, _rounded(weight))
+                    losses[qkv] = max(losses[qkv], _worst_head(rounded, by_distance))
+            positions = part.given_positions(None, by_distance)
+            inner = attention(inner, bounds, max(lengths), stack.head_dim, *positions)
         else:
             inner = part.activated(inner)
         x = run(i, 1, inner, added=x)
@@ -93,9 +105,25 @@ def _loss(x: Tensor, weight: Tensor, weights: bool, output: Tensor) -> float:
         error = F.linear(rounded, _rounded(weight)) - F.linear(x, weight)
     else:
         error = F.linear(rounded - x, weight)
+    return float(_of_channels(error, output).median())
+
+
+def _worst_head(rounded: ByDistance, exact: ByDistance) -> float:
+    """The largest loss of a head's keys, or queries, by distance; 0 where there are none."""
+    losses = [
+        float(_of_channels(of_head - right, right).median())
+        for heads, right_heads in zip(rounded, exact, strict=True)
+        if heads is not None and right_heads is not None
+        for of_head, right in zip(heads, right_heads, strict=True)
+    ]
+    return max(losses, default=0.0)
+
+
+def _of_channels(error: Tensor, output: Tensor) -> Tensor:
+    """The error (rows, channels) of each channel, relative to how much the output varies over the rows."""
     varies, size = (output - output.mean(0)).norm(dim=0), output.norm(dim=0)
-    least = (size * FLOOR).clamp_min(torch.finfo(x.dtype).tiny)
-    return float((error.norm(dim=0) / torch.maximum(varies, least)).median())
+    least = (size * FLOOR).clamp_min(torch.finfo(output.dtype).tiny)
+    return error.norm(dim=0) / torch.maximum(varies, least)
 
 
 def _rounded(rows: Tensor) -> Tensor:

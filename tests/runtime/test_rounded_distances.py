@@ -48,6 +48,18 @@ def planted(size: float = 60.0) -> Any:
     return model
 
 
+def planted_head(linear: str, size: float) -> Any:
+    """The same in one head's queries or keys alone."""
+    model, before = planted(size), planted(1.0)
+    parts = [of.deberta.encoder.layer[0].attention.self for of in (model, before)]
+    with torch.no_grad():
+        for name in ("query_proj", "key_proj"):
+            weight, weight_before = (part.get_submodule(name).weight for part in parts)
+            stays = slice(16 if name == linear else 0, None)
+            weight[stays] = weight_before[stays]
+    return model
+
+
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(**batch("right")).logits
@@ -86,6 +98,44 @@ def test_a_calibration_sees_what_rounding_costs_there() -> None:
     expected = int8_choice.relative_error([logits(everywhere)], [exact])
     fast = pruned_ops.optimize(planted(), dtype="int8", calibration=[batch("right")], tolerance=0.1)
     assert fast.int8_errors[name] == pytest.approx(expected, rel=0.05) and expected > 0.2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: planted(1000.0),
+        lambda: planted_head("query_proj", 1000.0),
+        lambda: planted_head("key_proj", 1000.0),
+    ],
+)
+def test_random_tokens_see_what_rounding_costs_there(make: Any) -> None:
+    """Without a calibration: next to nothing of a token is lost, and the keys and queries by distance are, of
+    one head or of all: with them in int8 the logits of all were off by 1.1."""
+    model = make()
+    exact = logits(model)
+    with pytest.warns(RuntimeWarning, match=r"1 of 8 linears stay in float32.*deberta\.encoder\.layers\.0"):
+        fast = pruned_ops.optimize(model, dtype="int8")
+    assert set(stack_of(fast).linear_names) - stack_of(fast).int8_linears == {QKV}
+    assert fast.int8_losses[f"deberta.encoder.{QKV}"] > 0.3
+    assert all(same(tables(fast)[:2], tables(pruned_ops.optimize(make()))[:2]))
+    assert (logits(fast) - exact).abs().max() < 0.15
+
+
+def test_random_tokens_leave_a_model_without_outliers_in_int8() -> None:
+    fast = pruned_ops.optimize(planted(1.0), dtype="int8")
+    assert stack_of(fast).int8_linears == set(stack_of(fast).linear_names)
+    assert max(fast.int8_losses.values()) < 0.05
+
+
+def test_random_tokens_judge_linears_where_all_before_is_fp32() -> None:
+    """Also what is multiplied by distance before them: it is no loss of theirs."""
+    model = planted()
+    pruned_ops.optimize(model, dtype="int8")
+    stack = stack_of(model)
+    before = dict(model.int8_losses)
+    stack.pack(True, stack.linear_names)
+    again = model.base_model.packed.losses_on_random_tokens()
+    assert {f"deberta.encoder.{name}": loss for name, loss in again.items()} == before
 
 
 @pytest.mark.parametrize("options", [{"calibration": [batch("right")], "tolerance": 0.1}, {}])
