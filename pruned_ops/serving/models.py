@@ -176,6 +176,11 @@ def _pad(model: Any) -> int:
     return padding_id(model.config)
 
 
+def _vocabulary(model: Any) -> int:
+    """The rows of a model's table of words."""
+    return int(model.get_input_embeddings().weight.size(0))
+
+
 def _length(tokenizer: Any, config: Any, set_one: int | None = None) -> int:
     """The most tokens that a model takes, or fewer where its publisher set so: for its tokenizer, or as
     `set_one`, which is then the tokenizer's as well, as in sentence-transformers."""
@@ -240,7 +245,8 @@ def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: 
     # No pooling that is computed here reads an encoder's own pooler, and few embedders are saved with it.
     model, tokenizer = _loaded(AutoModel, folder, unread="pooler"), load_tokenizer(str(folder))
     limit, hidden = _length(tokenizer, model.config, contents.max_tokens), model.config.hidden_size
-    encoder, pooled = TextEncoder(tokenizer, limit, contents.lower_case), _Pooled(model, contents.pooling)
+    encoder = TextEncoder(tokenizer, limit, _vocabulary(model), contents.lower_case)
+    pooled = _Pooled(model, contents.pooling)
     place = loading.prepare(pooled, encoder, _pad(model))
     return Served(
         name,
@@ -261,7 +267,7 @@ def _classifier(folder: Path, source: str, name: str, loading: Loading, contents
     from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = _loaded(AutoModelForSequenceClassification, folder), load_tokenizer(str(folder))
-    encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
+    encoder = TextEncoder(tokenizer, _length(tokenizer, model.config), _vocabulary(model))
     place = loading.prepare(model, encoder, _pad(model))
     return Served(
         name,
@@ -279,7 +285,7 @@ def _question_answering(folder: Path, source: str, name: str, loading: Loading, 
     model, tokenizer = load_model(str(folder), takes_int8=True), load_tokenizer(str(folder))
     if loading.plain:  # transformers has no kernels for int8 weights
         model = dequantised(model)
-    encoder = TextEncoder(tokenizer, _length(tokenizer, model.config))
+    encoder = TextEncoder(tokenizer, _length(tokenizer, model.config), _vocabulary(model))
     place = loading.prepare(model, encoder, _pad(model))
     answerer = QuestionAnswerer(model, tokenizer, dtype=cast_and_dtype(loading.dtype, place)[1])
     if loading.plain:
@@ -299,7 +305,8 @@ def _of_library(folder: Path, source: str, name: str, loading: Loading, contents
     model = library_class(str(folder), device="cpu", trust_remote_code=False)
     inner, tokenizer = model[0].auto_model, model.tokenizer
     limit = _length(tokenizer, inner.config, model.max_seq_length)
-    encoder = TextEncoder(tokenizer, limit, bool(getattr(model[0], "do_lower_case", False)))
+    lower_case = bool(getattr(model[0], "do_lower_case", False))
+    encoder = TextEncoder(tokenizer, limit, _vocabulary(inner), lower_case)
     modules = list(model)
     while contents.kind == "embedder" and type(modules[-1]).__name__ == "Normalize":
         modules.pop()

@@ -37,12 +37,12 @@ class TextEncoder:
     """Tokenises texts and pairs as a model was trained, at most `max_tokens` of each.
 
     tokenizer: the fast tokenizer beside the model; it stays as it is, and any thread may use it. The calls
-    for one encoder come from one thread."""
+    for one encoder come from one thread. vocabulary: the rows of the model's table of words, which may be
+    more than the tokenizer's tokens, or fewer."""
 
-    def __init__(self, tokenizer: Any, max_tokens: int, lower_case: bool = False) -> None:
-        self.max_tokens, self._lower_case = max_tokens, lower_case
+    def __init__(self, tokenizer: Any, max_tokens: int, vocabulary: int, lower_case: bool = False) -> None:
+        self.max_tokens, self._vocabulary, self._lower_case = max_tokens, vocabulary, lower_case
         self._has_types = "token_type_ids" in tokenizer.model_input_names
-        self._vocabulary = len(tokenizer)
         self._serialised = tokenizer.backend_tokenizer.to_str()
         self._cutting: dict[Side, Any] = {}
 
@@ -55,8 +55,7 @@ class TextEncoder:
             for encoding in tokenizer.encode_batch_fast(batch):
                 if not cut and encoding.overflowing:
                     raise self._too_long(len(sequences), "tokens", self.max_tokens)
-                if not encoding.ids:
-                    raise Refusal("empty", f"input {len(sequences)} has no token", "input")
+                self._check_ids(encoding.ids, len(sequences))
                 types = np.array(encoding.type_ids, dtype=np.int32) if self._has_types else None
                 if types is not None and not types.any():
                     types = None
@@ -68,17 +67,20 @@ class TextEncoder:
         no special token is put in the place of one that is cut."""
         sequences = []
         for index, ids in enumerate(lists):
-            if not ids:
-                raise Refusal("empty", f"input {index} has no token", "input")
             if len(ids) > self.max_tokens and not cut:
                 raise self._too_long(index, "tokens", self.max_tokens)
-            if any(not 0 <= number < self._vocabulary for number in ids):
-                raise Refusal(
-                    "invalid", f"input {index} has a token id outside 0 to {self._vocabulary - 1}", "input"
-                )
+            self._check_ids(ids, index)
             kept = ids[: self.max_tokens] if side == "right" else ids[-self.max_tokens :]
             sequences.append(TokenSequence(np.array(kept, dtype=np.int32), None))
         return sequences
+
+    def _check_ids(self, ids: Sequence[int], index: int) -> None:
+        """Refusal where there is no token, or one that the model has no embedding of."""
+        if not ids:
+            raise Refusal("empty", f"input {index} has no token", "input")
+        if min(ids) < 0 or max(ids) >= self._vocabulary:
+            last = self._vocabulary - 1
+            raise Refusal("invalid", f"input {index} has a token id outside 0 to {last}", "input")
 
     def _tokenizer(self, side: Side) -> Any:
         """A tokenizer that cuts on this side, and does not pad. It is the encoder's own, because the settings

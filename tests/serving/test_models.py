@@ -320,6 +320,28 @@ def test_texts_are_cut_or_refused(tmp_path: Path) -> None:
     assert len(encoder.encode(["x " * 10_000_000], cut=True)[0]) == 80
 
 
+@pytest.mark.parametrize("library", [False, True])
+def test_ids_are_checked_against_the_model_s_table(library: bool, tmp_path: Path) -> None:
+    """Many models have more rows than their tokenizer has tokens, and a tokenizer may have got tokens that
+    the model has no rows of."""
+    (folder,) = saved(tmp_path, "embedder")
+    if library:
+        sentence_transformer(tmp_path, {"pooling_mode": "max"})
+        folder = str(tmp_path / "whole")
+    word_tokenizer(90).save_pretrained(folder)
+    encoder = load(folder, "a", HERE).encoder
+    assert encoder.of_ids([[99, 0]], cut=False)[0].input_ids.tolist() == [99, 0]
+    for number in (-1, 100):
+        with pytest.raises(Refusal, match="input 1 has a token id outside 0 to 99"):
+            encoder.of_ids([[3], [3, number]], cut=False)
+    word_tokenizer(110).save_pretrained(folder)
+    encoder = load(folder, "a", HERE).encoder
+    assert len(encoder.encode(["w95"], cut=False)[0]) == 3
+    for refuse in (lambda: encoder.of_ids([[3], [109]], False), lambda: encoder.encode(["w1", "w105"], True)):
+        with pytest.raises(Refusal, match="input 1 has a token id outside 0 to 99"):
+            refuse()
+
+
 def test_packed_is_what_runs(tmp_path: Path) -> None:
     served = loaded(tmp_path, "reader")["reader"]
     assert served.answerer is not None and packed_encoders(served.answerer.model)
