@@ -34,7 +34,8 @@ from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.decoding import Answer
 from pruned_ops.qa.pipeline import pipeline
 from pruned_ops.runtime import attention_interface as attention_interface
-from pruned_ops.runtime.optimize import optimize, restore, tune
+from pruned_ops.runtime.optimize import optimize, restore
+from pruned_ops.runtime.tune import tune
 from pruned_ops.shape import LayerShape, ModelShape
 from pruned_ops.version import __version__
 

@@ -20,8 +20,7 @@ from torch import nn
 from pruned_ops.layers.int8 import DEQUANTIZE
 from pruned_ops.models.stock import is_encoder
 from pruned_ops.ops.backends.cpu import slow_int8
-from pruned_ops.ops.registry import BACKENDS, BackendError
-from pruned_ops.runtime.cuda_graphs import CAPTURE
+from pruned_ops.ops.registry import BACKENDS
 from pruned_ops.runtime.encoder_weights import is_stored_in_int8
 from pruned_ops.runtime.engine import Engine
 from pruned_ops.runtime.int8_choice import TOLERANCE, Batch, choose_int8, leave_out_outliers
@@ -378,51 +377,27 @@ def optimized(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
         _restore(fast)
 
 
-def tune(model: nn.Module, batches: Iterable[Sequence[int]]) -> int:
-    """Time the GPU kernels' configurations on this optimised model's shapes and these batches.
-
-    The fastest configurations are kept, on disk too, and later runs with batches of about these sizes use
-    them. Without it a model of the kernels' time chooses. Graphs that were recorded before are dropped where
-    a shape was timed.
-    batches: the lengths, in tokens, of the sequences of each batch. They are timed in the sizes in which they
-    run: as graphs, which round them up. Returns how many shapes were timed; known shapes are not timed again.
-    Errors: ValueError where `model` is not optimised or not on a GPU, or a batch is empty; BackendError where
-    no backend can be tuned.
-    """
-    batches = [tuple(lengths) for lengths in batches]
-    if any(not lengths or min(lengths) < 1 for lengths in batches):
-        raise ValueError("a batch of no sequences, or with one of no tokens, cannot be tuned for")
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Undo `optimize` inside the block. After it the model runs as before, the linears in int8 that had been
+    chosen, too. Errors: as `restore`'s."""
     encoders = packed_encoders(model)
-    if not encoders:
-        raise ValueError("tune takes an optimised model: call pruned_ops.optimize(model) first")
-    if any(encoder.device.type != "cuda" for encoder in encoders):
-        raise ValueError("tune times GPU kernels, and this model is on the CPU: call model.to('cuda') first")
-    tuners = {backend: backend.tune for backend in BACKENDS.values() if backend.tune is not None}
-    available = [tune_backend for backend, tune_backend in tuners.items() if backend.missing is None]
-    if not available:
-        reasons = "; ".join(f"{backend.name}: {backend.missing}" for backend in tuners)
-        raise BackendError(f"no backend can be tuned here: {reasons}")
-    with CAPTURE:  # what is timed is captured, and nothing else may be meanwhile
-        timed = sum(
-            tune_backend(
-                packed.encoder.running_shape,
-                _as_run(packed, batches),
-                packed.dtype,
-                packed.device,
-                gated=packed.encoder.kind.gated,
-                norm_first=packed.encoder.kind.norm_first,
-            )
-            for tune_backend in available
-            for packed in encoders
-        )
-    for packed in encoders if timed else ():
-        if packed.engine is not None:
-            packed.engine.invalidate()
-    return timed
-
-
-def _as_run(packed: PackedEncoder, batches: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    """Batches of the sizes in which these run: as graphs, if there are any."""
-    if packed.engine is None:
-        return batches
-    return [size for lengths in batches for size in packed.engine.lengths_of_graphs(lengths)]
+    chosen = [(packed.encoder.int8_linears, packed.watch) for packed in encoders]
+    first = encoders[0]  # they are all of one dtype
+    options = (first.linear_dtype, None, TOLERANCE, first.engine is not None, first.keeps_fp32)
+    measured = {name: vars(model)[name] for name in _MEASURED if name in vars(model)}
+    del encoders, first  # and the memory of what they have laid out
+    restore(model)
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore"):  # it was said when they were chosen
+            optimize(model, *options)
+        with CHANGING, torch.inference_mode(False):
+            for packed, (linears, watch) in zip(packed_encoders(model), chosen, strict=True):
+                if packed.int8:
+                    packed.encoder.pack(False, linears)
+                packed.watch = watch
+        for name in _MEASURED:
+            vars(model).pop(name, None)
+        vars(model).update(measured)

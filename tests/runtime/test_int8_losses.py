@@ -16,6 +16,8 @@ from inputs import READY, logits, padded_batch, pruned_model, stock_model
 from pruned_ops.runtime import int8_losses
 from pruned_ops.runtime.int8_choice import TOLERANCE
 from pruned_ops.runtime.int8_losses import LIMIT, Int8Watch
+from pruned_ops.runtime.optimize import restored
+from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_ops.runtime.refusals import refuse_encoder
 
 pytestmark = pytest.mark.skipif(
@@ -183,3 +185,28 @@ def test_calibration_of_a_real_embedder(size: float) -> None:
     encoder = fast[0].auto_model.packed.encoder
     hurt = {"layers.2.ffn.down"} if size > 1 else set()
     assert set(encoder.linear_names) - encoder.int8_linears == hurt
+
+
+@pytest.mark.parametrize("calibration", [None, [padded_batch()]])
+def test_restored_for_a_while_it_comes_back_with_what_was_chosen(calibration: Any) -> None:
+    """Also what a calibration had chosen, without that, and without a second warning."""
+    model = planted("inner", 100.0)
+    batch = padded_batch()
+    exact = logits(model, batch)
+    with pytest.warns(RuntimeWarning, match="linears stay in float32"):
+        pruned_ops.optimize(model, dtype="int8", calibration=calibration)
+    expected, before = logits(model, batch), model.bert.packed
+    measured = "int8_losses" if calibration is None else "int8_errors"
+    values = getattr(model, measured)
+    with warnings.catch_warnings(action="error"):
+        with restored(model):
+            assert not packed_encoders(model)
+            assert torch.equal(logits(model, batch), exact)
+        with pytest.raises(KeyError), restored(model):
+            raise KeyError
+    after = model.bert.packed
+    assert after is not before and after.watch is before.watch
+    assert after.encoder.int8_linears == before.encoder.int8_linears < set(after.encoder.linear_names)
+    assert torch.equal(logits(model, batch), expected) and getattr(model, measured) == values
+    assert hasattr(model, "int8_losses") == (calibration is None)
+    assert torch.equal(logits(pruned_ops.restore(model), batch), exact)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from pruned_ops.models.inputs import longest_sequence, padding_id
 from pruned_ops.models.stock import config_of, encoders_of, find_encoder, model_shape, running_encoder
 from pruned_ops.qa.logits import evaluating
 from pruned_ops.runtime.batch_runner import padded
-from pruned_ops.runtime.optimize import optimize, restore
+from pruned_ops.runtime.optimize import optimize, restore, restored
 from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.distributed import once, per_process, say, state
@@ -282,15 +282,9 @@ def running(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
 def paused(model: nn.Module, dtype: str | None) -> Iterator[None]:
     """Inside the block the model is as it was before `running` where that runs it in another dtype than this
     one: a teacher can then be timed as it would be served, while it teaches."""
-    others = {packed.linear_dtype for packed in packed_encoders(model)} - {dtype}
-    if not others:
+    runs_as_asked = {packed.linear_dtype for packed in packed_encoders(model)} <= {dtype}
+    with nullcontext() if runs_as_asked else restored(model):
         yield
-        return
-    restore(model)
-    try:
-        yield
-    finally:
-        optimize(model, dtype=others.pop())
 
 
 def timed_part(model: Any) -> Any:

@@ -15,13 +15,14 @@ from family_models import stock
 from jobs import job_settings
 from matching import trained_model
 from pruned_ops.models.stock import find_encoder
-from pruned_ops.runtime.optimize import optimize
+from pruned_ops.runtime.optimize import optimize, restore
+from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.cli import main
 from pruned_trainer.jobs import finetune as finetune_module
 from pruned_trainer.jobs import plan as plan_module
 from pruned_trainer.jobs import precision as precision_module
-from pruned_trainer.jobs.job import Job, open_cache, running, start
+from pruned_trainer.jobs.job import Job, open_cache, paused, running, start
 from pruned_trainer.jobs.plan import make_plan
 from pruned_trainer.jobs.precision import STEPS_TO_COMPARE, TIMED_STEPS, WARMUP_STEPS
 from pruned_trainer.jobs.prune import prune
@@ -175,6 +176,25 @@ def test_the_teacher_runs_in_bfloat16_where_there_are_kernels_for_it(job: Job) -
     torch.testing.assert_close(taught[mask], exact[mask], atol=0.05, rtol=0.05)
     assert (taught[mask] != exact[mask]).any() or not can
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.teacher.state_dict().items())
+
+
+def test_a_model_is_paused_where_it_runs_in_another_dtype(job: Job) -> None:
+    """It comes back with the linears in int8 that were chosen for it."""
+    encoder = find_encoder(job.dense)
+    if refuse_encoder(encoder, int8=True) is not None:
+        pytest.skip("no int8 kernels here")
+    batch = without_labels(job.batch(job.train[:2]))
+    optimize(job.dense, dtype="int8", calibration=[batch], tolerance=1e9)
+    chosen = [*encoder.packed.encoder.int8_linears][1:]
+    encoder.packed.encoder.pack(False, chosen)
+    try:
+        with paused(job.dense, "int8"):
+            assert packed_encoders(job.dense)
+        with paused(job.dense, None):
+            assert not packed_encoders(job.dense)
+        assert encoder.packed.encoder.int8_linears == set(chosen)
+    finally:
+        restore(job.dense)
 
 
 def test_a_cache_is_of_the_dtype_in_which_the_teacher_runs(
