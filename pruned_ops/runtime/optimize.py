@@ -236,9 +236,9 @@ def _plain_encoders(model: nn.Module, dtype: str | None) -> list[Any]:
         refusal = refuse_model(model)
         if refusal is not None:
             raise ValueError(refusal)
-    refusal = refuse_expansion(model)
+    refusal = next(filter(None, map(refuse_expansion, model.modules())), None)
     if refusal is not None:
-        raise ValueError(refusal)
+        raise ValueError(f"optimize cannot take this {type(model).__name__}: {refusal}")
     encoders = []
     for name, module in model.named_modules():
         if is_encoder(module):

@@ -36,6 +36,7 @@ _FLATTENS = "can_flatten_inputs"
 _FLATTENED = "_pruned_ops_flattened"
 # At most so many texts are tokenized at once, and padded to the longest of them.
 _TEXTS_AT_ONCE = 1024
+_EXPANSIONS = ("query_expansion", "do_query_expansion")  # what fills up a ColBERT's queries
 _CHARACTERS_PER_TOKEN = 4  # of English text, about; batches are bounded by tokens whatever it really is
 # A masked language model writes a row of the vocabulary for each token.
 _TOKENS_OF_WIDE_OUTPUTS = 1024
@@ -85,37 +86,44 @@ def library_class(settings: Mapping[str, Any], path: Path) -> str:
     return name
 
 
-def refuse_expansion(model: nn.Module) -> str | None:
-    """Why `optimize` cannot take a ColBERT that scores what its encoder sees as padding; None for any other
-    model. By default ColBERT's queries are filled up with tokens whose attention_mask is 0, and the states of
-    these tokens are scored; an optimised encoder has 0 there. Models of sentence-transformers and of PyLate
-    say so in their attributes."""
-    for module in model.modules():
-        expansion = getattr(module, "query_expansion", None)
-        if isinstance(expansion, Mapping) and not expansion.get("attend"):
-            setting = 'query_expansion with "attend": True'
-        elif getattr(module, "do_query_expansion", None) is True and not getattr(
-            module, "attend_to_expansion_tokens", False
-        ):
-            setting = "attend_to_expansion_tokens to True"
-        else:
-            continue
-        return (
-            f"optimize cannot take this {type(model).__name__}: the tokens that fill up its queries have "
-            "attention_mask 0, and their embeddings are scored, which an optimised encoder does not compute: "
-            f"set {setting} if it was trained so, or leave it as it is"
-        )
-    return None
+def refuse_expansion(module: nn.Module) -> str | None:
+    """Why a module cannot run around an optimised encoder that is of a ColBERT, and scores what its encoder
+    sees as padding; None for any other module. By default ColBERT's queries are filled up with tokens whose
+    attention_mask is 0, and the states of these tokens are scored; an optimised encoder has 0 there. Models
+    of sentence-transformers and of PyLate say so in their attributes."""
+    expansion = getattr(module, "query_expansion", None)
+    if isinstance(expansion, Mapping) and not expansion.get("attend"):
+        setting = 'query_expansion with "attend": True'
+    elif getattr(module, "do_query_expansion", None) is True and not getattr(
+        module, "attend_to_expansion_tokens", False
+    ):
+        setting = "attend_to_expansion_tokens to True"
+    else:
+        return None
+    return (
+        "the tokens that fill up its queries have attention_mask 0, and their embeddings are scored, which "
+        f"an optimised encoder does not compute: set {setting} if it was trained so, or leave it as it is"
+    )
+
+
+def _check_expansion(module: nn.Module) -> None:
+    """ValueError where queries were set to be filled up after `optimize`, which refuses it."""
+    refusal = refuse_expansion(module)
+    if refusal is not None:
+        raise ValueError(f"this {type(module).__name__} was changed after optimize: {refusal}")
 
 
 def hook_texts(model: nn.Module) -> None:
-    """Put the two methods on every model of sentence-transformers in `model`. A forward of the user's own
-    stays, and its texts are not cut. The encoders inside run packed in any case."""
+    """Put the two methods on every model of sentence-transformers in `model`, and a forward that checks it
+    on every module that may be set to fill up queries. A forward of the user's own stays, and its texts are
+    not cut. The encoders inside run packed in any case."""
     for module in model.modules():
         kind = text_model(module)
         if kind is not None and not {kind.method, "forward"} & set(vars(module)):
             module.__dict__[kind.method] = partial(_run_texts, module, kind)
             module.__dict__["forward"] = partial(_forward, module)
+        elif any(hasattr(module, name) for name in _EXPANSIONS) and "forward" not in vars(module):
+            module.__dict__["forward"] = partial(_checked_forward, module)
         if vars(module).get(_FLATTENS):  # for flash attention without padding, which is not there already
             module.__dict__[_FLATTENED] = module.__dict__[_FLATTENS]
             module.__dict__[_FLATTENS] = False
@@ -125,7 +133,7 @@ def unhook_texts(model: nn.Module) -> None:
     """Undo `hook_texts`."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, partial) and value.func in (_run_texts, _forward):
+            if isinstance(value, partial) and value.func in (_run_texts, _forward, _checked_forward):
                 del module.__dict__[name]
         if _FLATTENED in vars(module):
             module.__dict__[_FLATTENS] = module.__dict__.pop(_FLATTENED)
@@ -239,6 +247,7 @@ def _forward(model: Any, input: Any, **kwargs: Any) -> Any:
     own_forward = type(model).forward
     if torch.compiler.is_compiling():
         return own_forward(model, input, **kwargs)
+    _check_expansion(model)
     cut: _Cut | None = getattr(_RUNNING, "cut", None)
     if cut is None or cut.model is not model:
         return own_forward(model, input, **kwargs)
@@ -249,6 +258,13 @@ def _forward(model: Any, input: Any, **kwargs: Any) -> Any:
     outputs = [own_forward(model, _rows(input, rows), **kwargs)[output] for rows in places]
     order = torch.tensor([row for rows in places for row in rows], device=outputs[0].device)
     return {**input, output: torch.cat(outputs).index_select(0, order.argsort())}
+
+
+def _checked_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward, unless it is set to fill up queries with what is padding to its encoder."""
+    if not torch.compiler.is_compiling():
+        _check_expansion(module)
+    return type(module).forward(module, *args, **kwargs)
 
 
 def _places(features: Any, tokens: int) -> list[list[int]]:

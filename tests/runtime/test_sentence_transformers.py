@@ -232,6 +232,38 @@ def test_expansion_that_nothing_attends_to_is_refused(folder: str) -> None:
         pruned_ops.optimize(st.MultiVectorEncoder(modules=list(optimised), device="cpu"))
 
 
+@needs_multi_vectors
+def test_expansion_that_is_set_after_optimize_is_refused_by_the_call(folder: str) -> None:
+    expansion = {"strategy": "fixed", "attend": True, "length": 12, "token": "w7"}
+    model = pruned_ops.optimize(multi_vector_encoder(folder, dict(expansion)))
+    expected = model.encode_query(MIXED[:2])
+    copied = pickle.loads(pickle.dumps(model))
+    message = "this Transformer was changed after optimize: the tokens .* set query_expansion with"
+    for fast in (model, copy.deepcopy(model), copied):
+        attending = fast[0].query_expansion
+        fast[0].query_expansion = {**attending, "attend": False}
+        with pytest.raises(ValueError, match=message):
+            fast.encode_query(MIXED[:2])
+        fast[0].query_expansion = attending
+        assert_same(fast.encode_query(MIXED[:2]), expected)
+    late = pruned_ops.optimize(multi_vector_encoder(folder, None))
+    late[0].query_expansion = {"strategy": "min", "length": 12, "token": "w7"}
+    with pytest.raises(ValueError, match=message):
+        late.encode_query(MIXED[:2])
+    pruned_ops.restore(late).encode_query(MIXED[:2])
+
+
+def test_expansion_of_pylate_that_is_set_after_optimize_is_refused_by_the_call(folder: str) -> None:
+    model = st.SentenceTransformer(folder, device="cpu")
+    model.do_query_expansion, model.attend_to_expansion_tokens = True, True
+    expected = pruned_ops.optimize(model).encode(MIXED)
+    model.attend_to_expansion_tokens = False
+    with pytest.raises(ValueError, match="changed after optimize: .* set attend_to_expansion_tokens to True"):
+        model.encode(MIXED)
+    model.do_query_expansion = False
+    assert_same(model.encode(MIXED), expected)
+
+
 def test_expansion_of_pylate_is_refused(folder: str) -> None:
     model = st.SentenceTransformer(folder, device="cpu")
     model.do_query_expansion, model.attend_to_expansion_tokens = True, False
