@@ -247,7 +247,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 def _add_length(parser: argparse.ArgumentParser) -> None:
     options = Options.titled(parser, "how long it trains", PruneSettings)
     options.add("gate_epochs", "epochs of the gates' training (default: 1)", type=float)
-    scored = {recipe: windows for recipe, windows in SCORE_WINDOWS.items() if windows > 1}
+    scored = {recipe: windows for recipe, windows in SCORE_WINDOWS.items() if windows}
     scores = ", ".join(f"{recipe}: {windows} windows" for recipe, windows in scored.items())
     options.add(
         "gate_steps",

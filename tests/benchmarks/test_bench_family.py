@@ -46,6 +46,7 @@ def test_losses_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
             continue
         folder = tmp_path / (name if name in ("control", "alone") else f"family/{name}")
         report = json.loads((folder / "report.json").read_text())
+        assert row["gate_steps"] == 0  # a choice by chance
         assert row["run"].startswith("pruned-trainer prune") and str(tmp_path) not in row["run"]
         for end in ("", "_low", "_high"):
             assert row[f"times_as_fast{end}"] == pytest.approx(rounds["dense"] / rounds[name], abs=1e-4)

@@ -15,6 +15,7 @@ from matching import save_checkpoint, squad_file
 from pruned_trainer import Target
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.jobs.settings_checks import has_batches
 from pruned_trainer.training.trainer import PruningTrainer
 
 
@@ -39,11 +40,14 @@ def job_settings(folder: Path, model: BertForQuestionAnswering) -> PruneSettings
 
 
 def changed(settings: PruneSettings, **changes: Any) -> PruneSettings:
-    """The same job with other settings, without the rates of trainings that it has no more."""
-    rates = {name: getattr(PruneSettings, name) for name in ("learning_rate", "retrain_learning_rate")}
+    """The same job with other settings, without the rates of trainings that it has no more, nor a batch size
+    where it has no batches."""
+    names = ("learning_rate", "retrain_learning_rate", "batch_size")
+    rates = {name: getattr(PruneSettings, name) for name in names}
     plain = replace(settings, **{**rates, **changes})
     has_use = {
-        "learning_rate": plain.trains_weights_with_gates, "retrain_learning_rate": plain.retrains
+        "learning_rate": plain.trains_weights_with_gates, "retrain_learning_rate": plain.retrains,
+        "batch_size": has_batches(plain),
     }  # fmt: skip
     kept = {name: getattr(settings, name) for name in has_use if has_use[name] and name not in changes}
     return replace(plain, **kept)

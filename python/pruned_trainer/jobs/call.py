@@ -43,6 +43,7 @@ from pruned_trainer.jobs.prune import finished, run_for_one
 from pruned_trainer.jobs.row_checks import Expected, check_rows, first_batch, said
 from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
 from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
+from pruned_trainer.jobs.settings_checks import has_batches
 from pruned_trainer.jobs.trainers import check_callers_arguments, steps_asked
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, compensation_of, score_steps
@@ -253,8 +254,7 @@ class _Call:
         if args is not None:
             check_callers_arguments(args, self.dense)
             batch = args.train_batch_size * args.gradient_accumulation_steps * world_size()
-            by_args = {"batch_size": batch, "seed": args.seed}
-            by_args |= _steps(args, rows, batch, recipe, options)
+            by_args = {"seed": args.seed, **_steps(args, rows, batch, recipe, options)}
             options = {**by_args, **options}
         settings = CallSettings(
             model=_name_of(self.dense),
@@ -274,7 +274,7 @@ class _Call:
             raise ValueError(
                 f"dataloader_drop_last leaves no batch of {args.train_batch_size} of the {seen} rows"
             )
-        of_trainings: dict[str, Any] = {}
+        of_trainings: dict[str, Any] = {"batch_size": batch} if has_batches(settings) else {}
         if settings.trains_weights_with_gates:
             of_trainings["learning_rate"] = args.learning_rate
         if settings.retrains:
@@ -424,12 +424,12 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
     trainings = len(options.get("parts", DEFAULT_PARTS)) if recipe == "paper" else 1
     share = max(1, round(GATE_SHARE * total / trainings))
     scored = score_steps(recipe, batch)
-    gates = options.get("gate_steps") or scored or share
+    gates = options.get("gate_steps") or (share if scored is None else scored)
     epochs, fraction = options.get("gate_epochs"), options.get("gate_fraction", 1.0)
     if epochs is not None and math.isfinite(epochs) and math.isfinite(fraction):  # else settings refuse them
         seen = max(1, round(fraction * rows))
         gates = math.ceil(math.ceil(seen / batch) * epochs)
-    used = 0 if scored else gates * trainings
+    used = gates * trainings if scored is None else 0
     steps = {} if "gate_epochs" in options or recipe == "random" else {"gate_steps": gates}
     option = next((name for name in ("gate_steps", "gate_epochs") if name in options), None)
     if option is not None and used >= total and not {"retrain_epochs", "retrain_steps"} & options.keys():

@@ -31,6 +31,7 @@ from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.distributed import once, per_process, say, state
 from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
+from pruned_trainer.jobs.settings_checks import has_batches
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget
 from pruned_trainer.pruning.compact import check_decision, check_prunable, unmade_hidden
 from pruned_trainer.pruning.compensate import refuse_compensation
@@ -368,7 +369,8 @@ def load_teacher(
 def check_phases(settings: PruneSettings, dense: nn.Module, teacher: nn.Module) -> None:
     """ValueError where the processes cannot share a batch, the teacher's layers cannot be compared, or the
     model cannot run here in the dtype that it shall be served in."""
-    per_process(settings.train_batch)
+    if has_batches(settings):
+        per_process(settings.train_batch)
     dtype = settings.served_dtype
     refusal = refuse_encoder(running_encoder(dense), dtype == "int8", dtype == "bfloat16") if dtype else None
     if refusal is not None:

@@ -279,7 +279,8 @@ def _choose(opened: Run, folder: Path | None = None) -> tuple[Run, Choices]:
     job, steps = opened.job, opened.plan.gate_steps
     towards = ", ".join(str(target) for target in job.settings.targets) or "the paper's prices"
     if job.settings.decision is None:
-        say(f"{job.settings.recipe}: {steps} steps, towards {towards}")
+        how = f"{steps} steps" if steps else "a choice by chance, without steps"
+        say(f"{job.settings.recipe}: {how}, towards {towards}")
     choices = choose(job, folder or opened.folder.partial, steps)
     clock = replace(job.clock, earlier=max(job.clock.earlier, choices.earlier_seconds))
     return replace(opened, job=replace(job, clock=clock)), choices

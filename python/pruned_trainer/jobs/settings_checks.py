@@ -35,7 +35,7 @@ def check_have_a_training(settings: Any) -> None:
     """ValueError for a setting of a training, or of another thing, that a run with these `PruneSettings` does
     not have."""
     gates, weights = settings.trains_gates, settings.trains_weights_with_gates
-    retrains, scores = settings.retrains, settings.recipe in ("fast", *BY_LABELS)
+    retrains, scores = settings.retrains, _scores_windows(settings)
     labelled = judges_by_labels(settings)
     prices = zip(("lambda_attention", "lambda_ffn", "lambda_hidden"), PARTS, strict=True)
     for name, happens, training in (
@@ -47,6 +47,7 @@ def check_have_a_training(settings: Any) -> None:
         ("tensorboard", gates or retrains, "a training"),
         ("save_steps", gates or retrains, "a training"),
         ("precision", gates or retrains or settings.precision == "fp32", "a training"),
+        ("batch_size", has_batches(settings), "a training, a choice or a compensation by training windows"),
         ("gate_steps", gates or scores, "a choice by training windows"),
         ("gate_epochs", gates or scores, "a choice by training windows"),
         (
@@ -63,6 +64,18 @@ def check_have_a_training(settings: Any) -> None:
             raise ValueError(f"{name}: for {training}, which this run does not have")
     if not settings.has_labels and settings.distillation.task != type(settings.distillation).task:
         raise ValueError("distil_task weighs the loss on labels, and the training has none")
+
+
+def has_batches(settings: Any) -> bool:
+    """Whether a run with these `PruneSettings` has batches of training windows, and not a choice by chance,
+    or one that is made already, alone."""
+    trains = settings.trains_gates or settings.retrains
+    return trains or _scores_windows(settings) or settings.compensation != "none"
+
+
+def _scores_windows(settings: Any) -> bool:
+    """Whether training windows are what parts are scored by."""
+    return settings.recipe in ("fast", *BY_LABELS)
 
 
 def judges_by_labels(settings: Any) -> bool:

@@ -27,7 +27,7 @@ BY_LABELS = ("gain", "leave-one-out")
 UNTRAINED = ("fast", *METHODS)
 # The windows that they score by, where nothing else is asked for. Leave-one-out passes over them again for
 # every head and group.
-SCORE_WINDOWS = {"fast": 128, "gain": 1024, "leave-one-out": 128, "random": 1}
+SCORE_WINDOWS = {"fast": 128, "gain": 1024, "leave-one-out": 128, "random": 0}
 # How compaction makes up for what it removes (`compensate.compensate`): in one of the ways that are made, in
 # whichever is best for each part, or not at all.
 COMPENSATIONS_MADE = ("bias", "least-squares")

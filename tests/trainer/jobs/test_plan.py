@@ -19,6 +19,7 @@ from pruned_trainer.jobs import call, trainers
 from pruned_trainer.jobs import plan as planning
 from pruned_trainer.jobs.job import start
 from pruned_trainer.jobs.plan import make_plan
+from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 
 
@@ -51,6 +52,20 @@ def test_a_small_batch_scores_as_many_windows(
         assert windows <= plan.gate_steps * size < windows + size
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=100, use_cpu=True)
     assert call._steps(args, 1000, 8, recipe, {}) == {"gate_steps": windows // 8, "retrain_steps": 100}
+
+
+def test_a_choice_by_chance_has_no_steps(
+    settings: PruneSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither trains gates nor scores windows, in the plan, the report and what is said; and a call from
+    Python gives all its steps to the narrow model."""
+    assert prune(variant(settings, "chance", recipe="random", gate_steps=None, retrain_steps=1))["plan"] == {
+        "gate_steps": 0, "retrain_steps": 1, "gate_step_seconds": None, "retrain_step_seconds": None,
+        "precision": "fp32",
+    }  # fmt: skip
+    assert "random: a choice by chance, without steps, towards" in capsys.readouterr().out
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=100, use_cpu=True)
+    assert call._steps(args, 1000, 8, "random", {}) == {"retrain_steps": 100}
 
 
 def test_a_share_that_leaves_no_two_steps_to_average_is_refused(settings: PruneSettings) -> None:

@@ -234,7 +234,7 @@ def test_minutes_are_shared_out_in_every_recipe(recipe: str, settings: PruneSett
     def planned(job: Job) -> tuple[float, float]:
         plan = make_plan(job)
         assert plan.gate_step_seconds is not None and plan.retrain_step_seconds is not None
-        assert plan.gate_steps >= 1 and plan.retrain_steps >= 1
+        assert (plan.gate_steps >= 1) == (recipe != "random") and plan.retrain_steps >= 1
         return plan.gate_steps * plan.gate_step_seconds, plan.retrain_steps * plan.retrain_step_seconds
 
     gates, again = planned(job)
@@ -285,7 +285,8 @@ def test_the_models_of_a_sweep_take_their_own_time(settings: PruneSettings) -> N
 
 def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
     rates = {name: getattr(PruneSettings, name) for name in ("learning_rate", "retrain_learning_rate")}
-    settings = replace(settings, **rates)
+    settings = replace(settings, batch_size=None, **rates)
+    decided: dict[str, Any] = {"decision": Path("decision.json"), "targets": (), "gate_steps": None}
     untrained: dict[str, Any] = {
         "recipe": "random", "retrain_steps": 0, "teacher": "t", "texts": Path("t.txt"), "train_file": None,
         "task": "text-classification", "stride": STRIDE,
@@ -321,6 +322,8 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         ({"recipe": "gain", "retrain_steps": 0, "precision": "bf16"}, "precision: for a training, which"),
         ({"recipe": "random", "gate_steps": 4}, "gate_steps: for a choice by training windows, which this"),
         ({"recipe": "random", "gate_epochs": 1.0}, "gate_epochs: for a choice by training windows"),
+        ({"recipe": "random", "retrain_steps": 0, "batch_size": 8}, "batch_size: for a training, a choice or"),
+        (decided | {"retrain_steps": 0, "batch_size": 8}, "batch_size: for a training, a choice or"),
         ({"recipe": "paper", "targets": (), "lambda_hidden": 2.0}, "lambda_hidden: for gates on hidden"),
         ({"recipe": "paper", "targets": (), "distillation": Distillation(logits=2.0)}, "distillation is"),
         ({"recipe": "gain", "retrain_steps": 0, "distillation": Distillation(task=1.0)}, "distillation is"),
@@ -340,6 +343,9 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         {"recipe": "gain", "gate_steps": 4, "save_steps": 5, "precision": "fp32"},  # the narrow model trains
         {"recipe": "joint", "retrain_steps": 0, "save_steps": 5, "precision": "bf16"},
         {"recipe": "random", "gate_fraction": 0.5, "compensate": "bias"},  # which is worked out on windows
+        {"recipe": "random", "retrain_steps": 0, "batch_size": 8, "compensate": "bias"},
+        {"recipe": "gain", "retrain_steps": 0, "batch_size": 8},
+        decided | {"batch_size": 8},
         {
             **untrained,
             "validation_file": None,
