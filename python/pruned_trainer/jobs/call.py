@@ -43,11 +43,11 @@ from pruned_trainer.jobs.prune import finished, run_for_one
 from pruned_trainer.jobs.row_checks import Expected, check_rows, first_batch, said
 from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
 from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
-from pruned_trainer.jobs.settings_checks import has_batches
+from pruned_trainer.jobs.settings_checks import check_temperature, has_batches
 from pruned_trainer.jobs.trainers import check_callers_arguments, steps_asked
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, compensation_of, score_steps
-from pruned_trainer.tasks.output_kinds import Outputs, check_comparable, comparable_outputs
+from pruned_trainer.tasks.output_kinds import DISTRIBUTIONS, Outputs, check_comparable, comparable_outputs
 from pruned_trainer.tasks.task import HELD_OUT, accepted, without_labels
 from pruned_trainer.training.batches import GROUP, Collate, Share
 from pruned_trainer.training.distillation import Distillation
@@ -309,6 +309,7 @@ class _Call:
         first, _ = (first_batch(data, self.collate, own_collator, configs) for data in (rows, judged))
         weights = settings.distillation
         outputs = self._outputs(dense, "model", first, weights.pooling)
+        check_temperature(weights, None if outputs.kind in DISTRIBUTIONS else outputs.kind.value)
         if teacher is not dense:  # the report has the agreement with it, whether it teaches or not
             check_comparable(outputs, self._outputs(teacher, "teacher", first, weights.pooling))
             fault = other_meaning(teacher, dense)

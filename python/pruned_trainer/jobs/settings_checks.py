@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pruned_trainer.pruning.options import BY_LABELS, PARTS
+from pruned_trainer.training.distillation import Distillation
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -64,6 +65,18 @@ def check_have_a_training(settings: Any) -> None:
             raise ValueError(f"{name}: for {training}, which this run does not have")
     if not settings.has_labels and settings.distillation.task != type(settings.distillation).task:
         raise ValueError("distil_task weighs the loss on labels, and the training has none")
+    numbers = settings.task in ("embedding", "reranking") or getattr(settings, "scores", None) is not None
+    check_temperature(settings.distillation, "embeddings or scores" if numbers else None)
+
+
+def check_temperature(distillation: Distillation, numbers: str | None) -> None:
+    """ValueError for a temperature of no distributions. numbers: what a model gives in their place, in words;
+    None for one that gives them."""
+    if distillation.temperature == Distillation.temperature:
+        return
+    why = f"the model gives {numbers}" if numbers is not None else "the weight of the logits is 0"
+    if numbers is not None or not distillation.logits:
+        raise ValueError(f"a temperature softens distributions that are compared, and {why}: leave it out")
 
 
 def has_batches(settings: Any) -> bool:

@@ -43,6 +43,10 @@ class OutputKind(StrEnum):
     SPARSE = "sparse"
 
 
+# The kinds whose divergence is of distributions, which a temperature softens.
+DISTRIBUTIONS = (OutputKind.SPANS, OutputKind.CLASSES, OutputKind.LABELS, OutputKind.TOKENS)
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What a model says of a batch: its kind, and the tensors by the names that every model of the kind

@@ -118,6 +118,11 @@ GOOD = rows(16)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a temperature of scores": (
+        {"model": regressor, "train_dataset": unlabelled(16), "eval_dataset": unlabelled(16),
+         "distillation": Distillation(temperature=3.0)},
+        "a temperature softens distributions that are compared, and the model gives scores: leave it out",
+    ),
     "missing column": (
         {"train_dataset": [{"text": "a"}] * 4}, r"training dataset has no column input_ids \(it has text\)",
     ),

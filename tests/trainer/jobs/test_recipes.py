@@ -287,6 +287,7 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
     rates = {name: getattr(PruneSettings, name) for name in ("learning_rate", "retrain_learning_rate")}
     settings = replace(settings, batch_size=None, **rates)
     decided: dict[str, Any] = {"decision": Path("decision.json"), "targets": (), "gate_steps": None}
+    embeds: dict[str, Any] = {"task": "embedding", "stride": STRIDE}
     untrained: dict[str, Any] = {
         "recipe": "random", "retrain_steps": 0, "teacher": "t", "texts": Path("t.txt"), "train_file": None,
         "task": "text-classification", "stride": STRIDE,
@@ -322,9 +323,33 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         ({"recipe": "gain", "retrain_steps": 0, "precision": "bf16"}, "precision: for a training, which"),
         ({"recipe": "random", "gate_steps": 4}, "gate_steps: for a choice by training windows, which this"),
         ({"recipe": "random", "gate_epochs": 1.0}, "gate_epochs: for a choice by training windows"),
-        ({"recipe": "random", "retrain_steps": 0, "batch_size": 8}, "batch_size: for a training, a choice or"),
+        (
+            {"recipe": "random", "retrain_steps": 0, "batch_size": 8},
+            "batch_size: for a training, a choice or",
+        ),
         (decided | {"retrain_steps": 0, "batch_size": 8}, "batch_size: for a training, a choice or"),
         ({"recipe": "paper", "targets": (), "lambda_hidden": 2.0}, "lambda_hidden: for gates on hidden"),
+        (
+            {"distillation": Distillation(logits=0.0, temperature=3.0)},
+            "and the weight of the logits is 0: leave",
+        ),
+        (
+            embeds | {"distillation": Distillation(temperature=3.0)},
+            "the model gives embeddings or scores: leave",
+        ),
+        (
+            embeds | {"task": "reranking", "distillation": Distillation(temperature=3.0)},
+            "gives embeddings or",
+        ),
+        (
+            {
+                **embeds,
+                "task": "text-classification",
+                "scores": "s",
+                "distillation": Distillation(temperature=3.0),
+            },
+            "a temperature softens distributions that are compared, and the model gives embeddings or scores",
+        ),
         ({"recipe": "paper", "targets": (), "distillation": Distillation(logits=2.0)}, "distillation is"),
         ({"recipe": "gain", "retrain_steps": 0, "distillation": Distillation(task=1.0)}, "distillation is"),
     ):
@@ -345,6 +370,8 @@ def test_options_without_effect_are_refused(settings: PruneSettings) -> None:
         {"recipe": "random", "gate_fraction": 0.5, "compensate": "bias"},  # which is worked out on windows
         {"recipe": "random", "retrain_steps": 0, "batch_size": 8, "compensate": "bias"},
         {"recipe": "gain", "retrain_steps": 0, "batch_size": 8},
+        embeds | {"task": "text-classification", "distillation": Distillation(temperature=3.0)},
+        embeds | {"distillation": Distillation(logits=2.0)},
         decided | {"batch_size": 8},
         {
             **untrained,
