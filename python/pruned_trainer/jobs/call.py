@@ -26,6 +26,8 @@ from pruned_trainer.jobs.call_checks import (
     checked_loss,
     checked_path,
     digest_of_weights,
+    name_of,
+    told_of_call,
     working_copy,
 )
 from pruned_trainer.jobs.examples import DatasetExamples, DatasetTask, Metrics
@@ -257,7 +259,7 @@ class _Call:
             by_args = {"seed": args.seed, **_steps(args, rows, batch, recipe, options)}
             options = {**by_args, **options}
         settings = CallSettings(
-            model=_name_of(self.dense),
+            model=name_of(self.dense),
             train_file=Path("train_dataset"),
             eval_file=None if held_out else Path("eval_dataset"),
             out=out,
@@ -286,10 +288,13 @@ class _Call:
         return replace(settings, **of_trainings)
 
     def digests(self, datasets: Iterable[Rows]) -> dict[str, str]:
-        """The digests of the models and the rows, by which a resumed call knows that they are the same."""
+        """The digests of the models and the rows, and what else was given, by which a resumed call knows that
+        they are the same."""
         models = {"the model": self.dense} | ({} if self.teacher is None else {"the teacher": self.teacher})
         of_rows = {f"the {data.name}": data.digest() for data in datasets}
-        return {name: digest_of_weights(model) for name, model in models.items()} | of_rows
+        functions = {"loss": self.loss, "data_collator": self.collator, "compute_metrics": self.metrics}
+        rest = told_of_call(self.dense, self.args, self.workload, functions)
+        return {name: digest_of_weights(model) for name, model in models.items()} | of_rows | rest
 
     def begin(
         self, settings: PruneSettings, table_file: Path | None, rows: Rows, validation: Rows, judged: Rows
@@ -441,8 +446,3 @@ def _steps(args: TrainingArguments, rows: int, batch: int, recipe: str, options:
     if "retrain_epochs" not in options:
         steps["retrain_steps"] = max(0, total - used)
     return steps
-
-
-def _name_of(model: Any) -> str:
-    """Where the model came from, or its class's name."""
-    return str(getattr(model, "name_or_path", "") or type(model).__name__)

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from pruned_ops.measure.timing import Workload
-from pruned_ops.models.stock import OPTIMISED
+from pruned_ops.models.stock import OPTIMISED, find_encoder
 from pruned_trainer.distributed import say
 from pruned_trainer.jobs.row_checks import said
 from pruned_trainer.pruning.attach import HALVES, HOOKS
 from pruned_trainer.pruning.options import Target
 from pruned_trainer.training.distillation import Distillation
+
+# The training arguments that decide what a training comes to and that no setting of the run holds.
+_DECISIVE = (
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor",
+)  # fmt: skip
 
 
 def check_kinds(
@@ -85,6 +91,39 @@ def digest_of_weights(model: nn.Module) -> str:
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         content.update(values.numpy().data)
     return content.hexdigest()
+
+
+def name_of(model: Any) -> str:
+    """Where the model came from, or its class's name."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def told_of_call(
+    dense: nn.Module, args: TrainingArguments | None, workload: Workload | None, functions: Mapping[str, Any]
+) -> dict[str, str]:
+    """What a call was given beside models, rows and settings, in words, by its name in messages: by these a
+    resumed call knows that it is the same. functions: by the names of the arguments; of what one holds inside
+    nothing is known."""
+    encoder = find_encoder(dense)
+    values = {
+        **{name: _qualified(function) for name, function in functions.items()},
+        "encoder": next(name or "the model" for name, module in dense.named_modules() if module is encoder),
+        "workload": "none"
+        if workload is None
+        else f"{workload.name} {hashlib.sha256(repr(workload).encode()).hexdigest()[:8]}",
+    }
+    decisive = {f"args.{name}": getattr(args, name, "none") for name in _DECISIVE}
+    return values | {name: str(getattr(value, "value", value)) for name, value in decisive.items()}
+
+
+def _qualified(function: Any) -> str:
+    """The qualified name of a function, of the class of an object that is called, or of what is bound or
+    partial."""
+    if function is None:
+        return "none"
+    named = getattr(function, "func", function)  # what functools.partial holds
+    named = named if hasattr(named, "__qualname__") else type(named)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def checked_loss(name: str, loss: Any) -> Tensor:

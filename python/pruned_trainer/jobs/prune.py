@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from pruned_ops.files import digest, read_json, write_json
+from pruned_ops.files import read_json, write_json
 from pruned_ops.models.encoder import PrunedPreTrainedModel
 from pruned_ops.models.model_card import REPORT, write_model_card
 from pruned_ops.runtime.optimize import optimized
-from pruned_ops.shape import checked_int
 from pruned_trainer.distributed import is_main, once, say, state
 from pruned_trainer.jobs.choice import Choices, Chosen, choose, remove_choices
 from pruned_trainer.jobs.evaluation import Judged, full_report, judge, validation_score
 from pruned_trainer.jobs.job import Job, Narrow, check_signal, open_cache, running, start
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, explained_when_full, locked, save_checkpoint
 from pruned_trainer.jobs.plan import Plan, make_plan
+from pruned_trainer.jobs.records import check_unchanged, digests_of, recorded_plan
 from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
 from pruned_trainer.jobs.trainers import build_trainer, seconds_taken
 from pruned_trainer.pruning.decision import Decision
@@ -189,10 +189,10 @@ def open_run(
     once(lambda: OutputFolder.check(settings.out, settings.overwrite, settings.inputs, settings.resume))
     if settings.decision is not None:
         Decision.load(settings.decision)  # refuses what is none
-    recorded = once(lambda: _recorded_plan(partial, settings)) if settings.resume else None
-    inputs = once(lambda: {**_digests(settings), **(digests or {})}) if settings.resumable else {}
+    recorded = once(lambda: recorded_plan(partial, settings)) if settings.resume else None
+    inputs = once(lambda: {**digests_of(settings), **(digests or {})}) if settings.resumable else {}
     if recorded is not None:
-        once(lambda: _check_unchanged(partial, inputs))
+        once(lambda: check_unchanged(partial, inputs))
     set_seed(settings.seed)
     table_file = partial / _TABLE if recorded and (partial / _TABLE).is_file() else None
     earlier = seconds_taken(partial) if recorded is not None else 0.0
@@ -217,60 +217,6 @@ def open_run(
             if job.table is not None:
                 job.table.save(folder.partial / _TABLE)
         yield Run(job, plan, folder)
-
-
-def _recorded_plan(partial: Path, settings: PruneSettings) -> Plan:
-    """The plan of the interrupted run; ValueError where that run had other settings, or left no record."""
-    record, reason = partial / RUN, ""
-    try:
-        recorded = read_json(record, "record of a run")
-        plan = Plan(**recorded["plan"])
-        for name in ("gate_steps", "retrain_steps"):
-            checked_int(f"{record}: plan.{name}", getattr(plan, name), 0)
-        known: Mapping[str, Any] = dict(recorded["settings"])
-        if "targets" not in known:
-            raise KeyError("targets")
-    except KeyError as error:
-        reason = f"{record} has no {error}"
-    except (TypeError, AttributeError):
-        reason = f"{record} is no record of a run"
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    if reason:
-        raise ValueError(f"{partial} holds no run that can be resumed ({reason}); --overwrite starts anew")
-    differing = settings.differences(known)
-    if differing:
-        raise ValueError(
-            f"{partial} was started with other settings: {', '.join(differing)}; give the same ones to "
-            "--resume, or --overwrite to start anew"
-        )
-    return plan
-
-
-def _digests(settings: PruneSettings) -> dict[str, str]:
-    """The digests of the files and folders that a run reads, by their paths; of a checkpoint's folder, of the
-    files that lie in it directly."""
-    checkpoints = (settings.model, settings.teacher)
-    digests = {}
-    for source in settings.inputs:
-        if source is None or source == settings.cache_teacher:  # which the run writes
-            continue
-        path = Path(source)
-        if path.exists():  # else it is of the hub
-            digests[str(path.resolve())] = digest(path, "*.*" if source in checkpoints else "**/*")
-    return digests
-
-
-def _check_unchanged(partial: Path, digests: Mapping[str, str]) -> None:
-    """Refuse to go on with other data or weights than the interrupted run began with."""
-    known = read_json(partial / RUN, "record of a run").get("inputs")
-    known = known if isinstance(known, dict) else {}  # earlier versions recorded none
-    changed = [path for path, current in digests.items() if known.get(path, current) != current]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)} changed since {partial} was started: put back what was there to --resume, "
-            "or give --overwrite to start anew"
-        )
 
 
 def _choose(opened: Run, folder: Path | None = None) -> tuple[Run, Choices]:
@@ -423,8 +369,8 @@ def _finish(settings: PruneSettings, name: str, digests: Mapping[str, str] | Non
 
     def work() -> dict[str, Any]:
         with explained_when_full(settings.out), locked(settings.out):
-            _recorded_plan(settings.out, settings)
-            _check_unchanged(settings.out, digests or {})
+            recorded_plan(settings.out, settings)
+            check_unchanged(settings.out, digests or {})
             _clean_up(settings.out)
         return read_json(settings.out / name, "report")
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from transformers import AutoTokenizer, BertForSequenceClassification, DataCollatorWithPadding
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
 
 import pruned_trainer
-from calls import HALF, classifier, rows
+from calls import HALF, arguments, classifier, rows
 from matching import save_checkpoint
+from pruned_ops.measure.timing import Workload
+from pruned_trainer.training.trainer import PruningTrainer
 from tiny_tokenizers import word_tokenizer
 
 
@@ -28,6 +40,51 @@ def test_what_the_caller_froze_stays_frozen_and_the_tokenizer_is_the_callers(tmp
     assert torch.equal(result.model.classifier.weight, model.classifier.weight)
     assert not torch.equal(result.model.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
     assert "brandnew" in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+
+
+def mean_loss(outputs: Any, batch: Any) -> Tensor:
+    return outputs.logits.pow(2).mean()
+
+
+def other_loss(outputs: Any, batch: Any) -> Tensor:
+    return outputs.logits.pow(4).mean()
+
+
+def test_a_resumed_call_with_another_function_is_refused_and_the_sentence_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss, the collator, the metrics, and what of the arguments decides."""
+    out, step = tmp_path / "out", PruningTrainer.training_step
+    collator, other = DataCollatorWithPadding(word_tokenizer(90)), partial(default_data_collator)
+
+    def call(**more: Any) -> Any:
+        options = {"loss": mean_loss, "data_collator": collator, "args": arguments(tmp_path), **more}
+        return pruned_trainer.prune(classifier(), HALF, rows(24), rows(8, 1), out=out, **options)
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.gate_phase is None:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PruningTrainer, "training_step", interrupted)
+        call()
+    mine, theirs = __name__, "transformers.data.data_collator"
+    for changes, told in (
+        ({"loss": other_loss}, rf"loss \({mine}.mean_loss then, {mine}.other_loss now\)"),
+        ({"loss": None}, rf"loss \({mine}.mean_loss then, none now\)"),
+        (
+            {"data_collator": other},
+            rf"data_collator \({theirs}.DataCollatorWithPadding then, {theirs}.default_data_collator now\)",
+        ),
+        ({"compute_metrics": lambda predicted: {}}, r"compute_metrics \(none then, .*<lambda> now\)"),
+        ({"args": arguments(tmp_path, weight_decay=0.5)}, r"args.weight_decay \(0.0 then, 0.5 now\)"),
+        ({"workload": Workload.fixed(8, 2, 2)}, r"workload \(none then, fixed8-b2 .* now\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^{told} changed since .*out.partial was started: put back"):
+            call(resume=True, **changes)
+    assert call(resume=True, data_collator=DataCollatorWithPadding(word_tokenizer(90))).report
+    assert not out.with_name("out.partial").exists()
 
 
 def test_a_collators_tokenizer_that_cannot_be_saved_is_left_out() -> None:

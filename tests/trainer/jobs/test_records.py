@@ -18,7 +18,8 @@ from calls import config
 from pruned_trainer import Target
 from pruned_trainer.jobs.choice import _recorded
 from pruned_trainer.jobs.output import LOCK, RUN, OutputFolder, _take_lock, save_checkpoint
-from pruned_trainer.jobs.prune import _recorded_plan, finished
+from pruned_trainer.jobs.prune import finished
+from pruned_trainer.jobs.records import recorded_plan
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.report.fields import Fields
 from pruned_trainer.training.teacher_cache import METADATA, TeacherCache
@@ -55,7 +56,7 @@ def test_a_file_that_is_no_json(content: bytes, place: str, tmp_path: Path) -> N
     for path in (record, choice, report, metadata):
         path.write_bytes(content)
     refused(
-        lambda: _recorded_plan(tmp_path, SETTINGS), f"resumed .*{RUN} is no record of a run: .*{place}.*overw"
+        lambda: recorded_plan(tmp_path, SETTINGS), f"resumed .*{RUN} is no record of a run: .*{place}.*overw"
     )
     refused(lambda: _recorded(choice), f"choice.json is no record of a choice: .*{place}")
     refused(lambda: Fields.read(report), f"report.json is no JSON: .*{place}")
@@ -83,7 +84,7 @@ def test_a_file_that_is_no_json(content: bytes, place: str, tmp_path: Path) -> N
 )
 def test_a_record_of_something_else(record: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / RUN).write_text(json.dumps(record))
-    refused(lambda: _recorded_plan(tmp_path, SETTINGS), f"{message}.*--overwrite starts anew")
+    refused(lambda: recorded_plan(tmp_path, SETTINGS), f"{message}.*--overwrite starts anew")
 
 
 def test_a_right_record_is_read(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_right_record_is_read(tmp_path: Path) -> None:
     assert "resumable" not in SETTINGS.to_json()
     del settings["resumable"]
     (tmp_path / RUN).write_text(json.dumps({"plan": STEPS, "settings": settings}))
-    assert _recorded_plan(tmp_path, replace(SETTINGS, resumable=False)).gate_steps == 1
+    assert recorded_plan(tmp_path, replace(SETTINGS, resumable=False)).gate_steps == 1
 
 
 @pytest.mark.parametrize(
@@ -154,10 +155,10 @@ def test_what_a_call_published_is_not_what_other_rows_make(tmp_path: Path) -> No
     out, rows = tmp_path / "out", "the training dataset"
     out.mkdir()
     resumed = replace(SETTINGS, out=out, resume=True)
-    record = {"settings": resumed.to_json(), "plan": STEPS, "inputs": {rows: "a digest"}}
+    record = {"settings": resumed.to_json(), "plan": STEPS, "inputs": {rows: "a" * 64}}
     (out / RUN).write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"{rows} changed since .*out was started"):
-        finished(resumed, None, {rows: "another"})
+        finished(resumed, None, {rows: "b" * 64})
 
 
 class OwnModel(nn.Module):
