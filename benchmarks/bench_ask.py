@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging
 
 import harness
+from option_types import at_least
 from presentation import counted
 from pruned_ops import QuestionAnswerer
 from pruned_ops.checkpoints.loading import load_model, load_tokenizer
@@ -59,10 +60,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("pruned", metavar="PRUNED", help="a checkpoint that was pruned from it")
     parser.add_argument("--data", type=Path, required=True, help="SQuAD-format JSON")
     parser.add_argument(
-        "--questions", type=int, default=300, help="how many are asked (default: %(default)s)"
+        "--questions", type=at_least(1), default=300, help="how many are asked (default: %(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="times that every runner runs (default: %(default)s)"
+        "--rounds", type=at_least(1), default=3, help="times that every runner runs (default: %(default)s)"
     )
     return parser.parse_args()
 

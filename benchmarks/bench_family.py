@@ -20,6 +20,7 @@ from transformers.utils import logging
 import harness
 from bench_int8 import prepared
 from harness import Row
+from option_types import at_least
 from presentation import counted, table
 from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.files import read_json, write_whole
@@ -187,7 +188,7 @@ def main() -> None:
         help="folder of the dense model, trained on: prune --recipe random --macs 0.999 (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--questions", type=int, metavar="N", help="of validation and evaluation each (default: all)"
+        "--questions", type=at_least(1), metavar="N", help="of validation and evaluation each (default: all)"
     )
     parser.add_argument(
         "--out", type=Path, help="CSV to write (default: in benchmarks/results/, named after the machine)"

@@ -24,6 +24,7 @@ from transformers.utils import logging
 import harness
 import pruned_ops
 from harness import Row
+from option_types import at_least
 from pruned_ops.checkpoints.loading import check_source
 from pruned_ops.runtime.batch_runner import padded
 from pruned_trainer.jobs.output import load_model, load_tokenizer
@@ -124,7 +125,10 @@ def parsed() -> argparse.Namespace:
         "--data", type=Path, required=True, help="folder with train.json, validation.json, eval.json"
     )
     parser.add_argument(
-        "--questions", type=int, metavar="N", help="of validation and evaluation each, at most (default: all)"
+        "--questions",
+        type=at_least(1),
+        metavar="N",
+        help="of validation and evaluation each, at most (default: all)",
     )
     parser.add_argument(
         "--threshold", type=float, help="the null threshold (default: the best on validation questions)"

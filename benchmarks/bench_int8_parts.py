@@ -31,6 +31,7 @@ from torch import Tensor
 
 import harness
 from harness import Row
+from option_types import above, at_least
 from pruned_ops import ops
 from pruned_ops.ops.backends.cpu import extension
 from pruned_ops.ops.panels import (
@@ -278,9 +279,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=1, help="of the runtime (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=4, help="that each batch runs (default: %(default)s)"
+        "--threads", type=at_least(1), default=1, help="of the runtime (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=above(0), default=4, help="that each batch runs (default: %(default)s)"
     )
     names = [f"{batch}x{length}" for batch, length in BATCHES]
     parser.add_argument("--batches", nargs="*", default=names, choices=names, help="sequences x tokens")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from kernels.journal import FAILED, WRONG, Facts, rows_in
 from kernels.watch import run_watched
+from option_types import above
 
 # Seconds that an attempt may take, its compilation and the import of torch included. A CPU that does other
 # things besides is no failure.
@@ -30,7 +31,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument(
-        "--minutes", type=float, default=3.0, help="what is not begun by then is left out by name"
+        "--minutes", type=above(0), default=3.0, help="what is not begun by then is left out by name"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run")
     parser.add_argument("--only-times", action="store_true", help="time kernels without comparing them first")

@@ -31,6 +31,7 @@ import harness
 import pruned_ops
 from harness import Row
 from kernels.journal import FAILED
+from option_types import above, at_least
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
 from pruned_ops.ops.registry import backends_of
@@ -236,7 +237,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--workloads", nargs="+", default=["*"], help="their names or patterns, as arrival-* (default: all)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=7, help="times that every workload runs (default: %(default)s)"
+        "--rounds", type=at_least(1), default=7, help="times that every workload runs (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="an eighth of the batches: a look, not a result")
     parser.add_argument(
@@ -244,7 +245,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         help="time what this process computes, with one thread (OMP_NUM_THREADS=1), beside other work",
     )  # fmt: skip
     parser.add_argument(
-        "--minutes", type=float,
+        "--minutes", type=above(0),
         help="leave out what is not begun by then; with --device cuda or --goals (default: no limit)",
     )  # fmt: skip
     parser.add_argument(

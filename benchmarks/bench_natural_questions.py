@@ -29,6 +29,7 @@ from transformers.utils import logging
 import harness
 import pruned_ops
 from harness import Row
+from option_types import at_least
 from presentation import counted
 from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.files import write_whole
@@ -229,10 +230,10 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("pruned", metavar="PRUNED", help="a checkpoint that was pruned from it")
     parser.add_argument("--data", type=Path, required=True, help="Natural Questions JSONL")
     parser.add_argument(
-        "--documents", type=int, default=24, help="how many are drawn from it (default: %(default)s)"
+        "--documents", type=at_least(1), default=24, help="how many are drawn from it (default: %(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="times that every runner runs (default: %(default)s)"
+        "--rounds", type=at_least(1), default=5, help="times that every runner runs (default: %(default)s)"
     )
     parser.add_argument(
         "--out", type=Path, help="CSV to write (default: in benchmarks/results/, named after the machine)"

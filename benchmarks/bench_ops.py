@@ -23,6 +23,7 @@ from harness import Row
 from kernels.cases import MIXED, MODELS, Case, Place, Runners, cases
 from kernels.report import write_report, write_tables
 from kernels.rotation import input_sets
+from option_types import above, at_least
 from pruned_ops.measure.graph_timing import replay_seconds
 from pruned_ops.measure.timing import Timing, Workload, interleave
 from pruned_ops.ops.registry import OPS, backends_of
@@ -103,7 +104,7 @@ def parsed() -> argparse.Namespace:
         "--device", choices=("cpu", "cuda"), default="cpu", help="where ops run (default: %(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=51,
+        "--rounds", type=at_least(1), default=51,
         help="times that every case runs on a CPU; on a GPU its time decides (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -112,7 +113,7 @@ def parsed() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few rounds of one model: a look, not a result")
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"),
+        "--minutes", type=above(0), default=float("inf"),
         help="leave out, by name, what is not begun by then (default: no limit)",
     )  # fmt: skip
     parser.add_argument(

@@ -36,6 +36,7 @@ import harness
 import pruned_ops
 from embedding_tasks import TASKS, TEXTS, calibration_of, normalised, texts_of
 from harness import Row
+from option_types import at_least
 from presentation import counted, table
 from pruned_ops.files import write_whole
 from pruned_ops.models.stock import find_encoder
@@ -392,8 +393,8 @@ def parsed() -> argparse.Namespace:
         "--folder", type=Path, default=Path("build/sentence-transformers"),
         help="where models are made, exported and kept for the next run (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--number", type=int, default=1000, metavar="N", help="texts of each kind")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds that are timed")
+    parser.add_argument("--number", type=at_least(1), default=1000, metavar="N", help="texts of each kind")
+    parser.add_argument("--rounds", type=at_least(1), default=3, metavar="N", help="rounds that are timed")
     parser.add_argument(
         "--quality", nargs="*", choices=TASKS, default=list(TASKS), help="tasks that are scored"
     )
@@ -406,12 +407,12 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument(
         "--documents",
-        type=int,
+        type=at_least(1),
         default=5183,
         metavar="N",
         help="abstracts that scifact searches (default: all)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of every runner (default: torch's)")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="of every runner (default: torch's)")
     parser.add_argument(
         "--clock",
         choices=["wall", "cpu"],

@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import harness
+from option_types import above, at_least, no_less_than
 from pruned_ops.files import write_whole
 from serving.load import Load, Target, closed_loop, open_loop
 from serving.page import page
@@ -55,23 +56,26 @@ def parsed() -> argparse.Namespace:
         help="a server that runs already, and its process; .../embed is asked as TEI, others as OpenAI's API",
     )
     parser.add_argument("--rival-model", default="", help="what the rivals call the model")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32, 64])
+    parser.add_argument("--clients", type=at_least(1), nargs="+", default=[1, 4, 16, 32, 64])
     parser.add_argument(
         "--open", type=part, nargs="*", default=[0.5, 0.8], metavar="PART",
         help="rates of the open loops, as parts of the best rate (default: 0.5 0.8)",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=10, help="of each phase (default: %(default)s)")
+    parser.add_argument("--seconds", type=above(0), default=10, help="of each phase (default: %(default)s)")
     parser.add_argument(
-        "--overload-seconds", type=float, default=60, help="of the overload (default: %(default)s; 0: none)"
+        "--overload-seconds",
+        type=no_less_than(0),
+        default=60,
+        help="of the overload (default: %(default)s; 0: none)",
     )
     parser.add_argument(
         "--memory-seconds",
-        type=float,
+        type=no_less_than(0),
         default=0,
         help="of a closed loop of 32 clients, for memory",
     )
-    parser.add_argument("--texts-per-request", type=int, default=1, metavar="N")
-    parser.add_argument("--threads", type=int, help="threads of each model (default: all cores)")
+    parser.add_argument("--texts-per-request", type=at_least(1), default=1, metavar="N")
+    parser.add_argument("--threads", type=at_least(1), help="threads of each model (default: all cores)")
     parser.add_argument("--add", action="store_true", help="keep the rows that the CSV has")
     parser.add_argument("--out", type=Path, help="the CSV (default: in benchmarks/results, by the machine)")
     return parser.parse_args()

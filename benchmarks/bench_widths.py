@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 import harness
+from option_types import at_least
 from presentation import counted
 from pruned_ops import ops
 from pruned_ops.measure.timing import Runner, Workload, interleave
@@ -40,10 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hidden", type=int, default=384, help="the hidden size (default: %(default)s)")
-    parser.add_argument("--around", type=int, default=768, help="the middle width (default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=200, help="times that every width runs (default: %(default)s)"
+        "--hidden", type=at_least(1), default=384, help="the hidden size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--around", type=at_least(1), default=768, help="the middle width (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=200, help="times that every width runs (default: %(default)s)"
     )
     arguments = parser.parse_args()
     console = Console()

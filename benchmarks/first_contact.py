@@ -25,6 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
+from option_types import above
+
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds of a whole call.
 TOTAL = {"first": 540, "second": 240}
@@ -285,7 +287,7 @@ def kernels(python: str, device: str, minutes: float, out: Path, *more: str) -> 
     command = [python, "benchmarks/bench_kernels.py", "--device", device, "--out", str(out)]
     # Triton's interpreter, where it is switched on, is as slow as a GPU is fast.
     return Part(
-        "kernels", [*command, "--minutes", f"{minutes:.2f}", *more], 60 * minutes + 10,
+        "kernels", [*command, "--minutes", f"{minutes:.4g}", *more], 60 * minutes + 10,
         environment={"TRITON_INTERPRET": "0"},
     )  # fmt: skip
 
@@ -299,7 +301,7 @@ def models(
         workloads = ["fixed128-b1"]
     else:
         command += ["--device", "cuda", "--random", "large", "--rounds", ROUNDS, "--rivals", *rivals]
-    command += ["--minutes", f"{minutes:.2f}", "--workloads", *workloads]
+    command += ["--minutes", f"{minutes:.4g}", "--workloads", *workloads]
     return Part("models", command, 60 * minutes + 30)
 
 
@@ -370,7 +372,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--failed", type=Path, help="second: tests, one a line (default: what failed)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run")
     parser.add_argument(
-        "--minutes", type=float, help="of the whole call, shared among its parts (default: first 9, second 4)"
+        "--minutes",
+        type=above(0),
+        help="of the whole call, shared among its parts (default: first 9, second 4)",
     )
     arguments = parser.parse_args(argv)
     if arguments.failed is not None and not arguments.failed.is_file():

@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 import harness
 from harness import Row
+from option_types import at_least
 from presentation import counted, table
 from pruned_ops.files import write_json, write_whole
 from pruned_ops.models.stock import model_shape
@@ -365,10 +366,13 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {', '.join(FILES)}")
     parser.add_argument("--squad", required=True, help="a SQuAD checkpoint of the dense model's sizes")
     parser.add_argument("--squad-file", type=Path, required=True, help="SQuAD JSON that it was trained on")
-    parser.add_argument("--steps", type=int, default=100, help="of each retraining (default: %(default)s)")
     parser.add_argument(
-        "--every", type=int, default=2, help="one in so many documents is judged (default: %(default)s)"
+        "--steps", type=at_least(1), default=100, help="of each retraining (default: %(default)s)"
     )
+    parser.add_argument(
+        "--every", type=at_least(1), default=2,
+        help="one in so many documents is judged (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--only", nargs="*", choices=[model.name for model in MODELS], help="models to make (default: all)"
     )

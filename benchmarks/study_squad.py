@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 import harness
 from harness import Row, read_rows
+from option_types import above
 from study.records import Profile, Study, open_study, save_arrays
 from study.rows import HIDDEN_ROW, OTHERS, RETRAININGS, TABLE, curve_point, joint_row, row_name, table_row
 from study.timings import timings
@@ -170,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the CSVs (default: benchmarks/results/)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-minutes", type=float, help="begin no piece of work after that (default: no limit)"
+        "--max-minutes", type=above(0), help="begin no piece of work after that (default: no limit)"
     )
     parser.add_argument("--note", default="", help="the circumstances, written beside every number")
     return parser
@@ -184,7 +185,7 @@ def main() -> None:
         parser.error("--data and --model are needed where PRUNED_OPS_DATA does not say where they are")
     logging.set_verbosity_error()
     work = arguments.work or Path("build", f"study-{arguments.profile}")
-    until = begun + 60 * arguments.max_minutes if arguments.max_minutes else float("inf")
+    until = float("inf") if arguments.max_minutes is None else begun + 60 * arguments.max_minutes
     # Without this machine's paths, so that it can be repeated elsewhere.
     command = f"python benchmarks/study_squad.py --profile {arguments.profile} --data SQUAD --model TEACHER"
     try:

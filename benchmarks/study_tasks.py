@@ -28,6 +28,7 @@ from transformers.utils import logging
 import harness
 from embedding_tasks import records
 from harness import Row, read_rows
+from option_types import above
 from presentation import table
 from pruned_ops import optimize
 from pruned_ops.files import write_whole
@@ -345,10 +346,11 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each case")
     parser.add_argument("--model", required=True, help="the encoder that is fine-tuned: a folder or hub name")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of each training")
+    parser.add_argument("--minutes", type=above(0), default=30.0, help="of each training")
     parser.add_argument(
-        "--speedups", type=float, nargs="+", default=(), metavar="N", help="asked for (default: the case's)"
-    )
+        "--speedups", type=above(1), nargs="+", default=(), metavar="N",
+        help="asked for (default: the case's)",
+    )  # fmt: skip
     folders = list(dict.fromkeys(case.folder for case in CASES))
     parser.add_argument(
         "--only", nargs="+", choices=folders, default=(), help="folders of cases to do (default: all)"
