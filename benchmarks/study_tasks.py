@@ -18,8 +18,10 @@ import json
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from harness import Row, read_rows
 from option_types import above
 from presentation import table
 from pruned_ops import optimize
-from pruned_ops.files import write_whole
+from pruned_ops.files import digest, write_whole
 from pruned_ops.measure.comparison import compare
 from pruned_ops.measure.latency import LatencyTable
 from pruned_trainer.cli import parse
@@ -113,6 +115,13 @@ class Study:
         """What the encoder is called in the results."""
         return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
 
+    @cached_property
+    def encoder(self) -> str:
+        """The encoder's config and weights, as the first digits of their hash, by which it is told from
+        another of its name; "" for one of the hub, whose name says it."""
+        folder = Path(self.model)
+        return f"sha256:{digest(folder, '*.*')[:12]}" if folder.is_dir() else ""
+
     def asked(self, case: Case) -> tuple[float, ...]:
         return self.speedups or case.speedups
 
@@ -157,12 +166,13 @@ class Study:
         other minutes or of other data, because what is there is not trained again."""
         path = self.work / case.trained_in / "study.json"
         record = {"model": self.name, "minutes": self.minutes, "data": str(self.data.resolve())}
-        # What an earlier version wrote names no data.
+        record["encoder"] = self.encoder
+        # What an earlier version wrote names no data, and no encoder but by its folder's name.
         has = record | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
         if has != record:
             raise ValueError(
-                f"{path.parent} has models of {has['model']}, trained for {has['minutes']:g} minutes on "
-                f"{has['data']}: name another --work"
+                f"{path.parent} has models of {_named(has['model'], has['encoder'])}, trained for "
+                f"{has['minutes']:g} minutes on {has['data']}: name another --work"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(record))
@@ -248,7 +258,13 @@ def score(study: Study, case: Case) -> list[Row]:
         low, high = lost.get(f"{key}_interval") or (None, None)
         return {f"{name}_loss": lost[key], f"{name}_loss_low": low, f"{name}_loss_high": high}
 
-    about = {"model": study.name, "case": case.name, "score": case.score, "dense": dense.scores()[case.score]}
+    about = {
+        "model": study.name,
+        "encoder": study.encoder,
+        "case": case.name,
+        "score": case.score,
+        "dense": dense.scores()[case.score],
+    }
     about |= {"examples": len(examples), "minutes": study.minutes}
     if case.epochs is not None:
         about |= losses("control", result_of(str(study.folder(case, "control"))))
@@ -281,6 +297,11 @@ def task_of(study: Study, case: Case) -> Task:
     return make_task(TaskOptions.of(parse(argv)))
 
 
+def _named(model: str, encoder: str | None) -> str:
+    """An encoder's name, with what it is told from others of the name by."""
+    return f"{model} ({encoder})" if encoder else model
+
+
 # -- what is written -------------------------------------------------------------------------------------
 
 
@@ -293,9 +314,12 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
         interval = f" ({row[f'{name}_loss_low']:+z.1f} to {row[f'{name}_loss_high']:+z.1f})"
         return f"{row[f'{name}_loss']:+z.2f}" + (interval if row.get(f"{name}_loss_low") is not None else "")
 
+    encoders = {(row["model"], row.get("encoder")) for row in rows}
+    ambiguous = [name for name, number in Counter(name for name, _ in encoders).items() if number > 1]
     cells = [
         [
-            row["model"], f"{row['case']}: {row['score']}", f"{row['dense']:.1f}",
+            _named(row["model"], row.get("encoder") if row["model"] in ambiguous else None),
+            f"{row['case']}: {row['score']}", f"{row['dense']:.1f}",
             f"{row['against_our_dense']:.2f}x",
             lost(row, "pruned"), lost(row, "control"), f"{row['fp32_against_hugging_face']:.1f}x",
             lost(row, "int8"), f"{row['int8_against_hugging_face']:.1f}x",
@@ -308,14 +332,15 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
 
 
 def write(rows: Sequence[Row], path: Path, command: str) -> None:
-    """Write the CSV, and the page beside it. What the file has of other cases, models and speeds stays."""
+    """Write the CSV, and the page beside it. What the file has of other cases, models and speeds stays; a row
+    of an earlier version is of the encoder that has its name."""
 
     def place(row: Row) -> tuple[str, str, float]:
         return row["model"], row["case"], row["asked"]
 
-    measured_now = set(map(place, rows))
+    measured_now = {(*place(row), encoder) for row in rows for encoder in (row.get("encoder"), None)}
     earlier = read_rows(path) if path.is_file() else []
-    kept = [row for row in earlier if place(row) not in measured_now]
+    kept = [row for row in earlier if (*place(row), row.get("encoder")) not in measured_now]
     order = [case.name for case in CASES]
     new_rows = [{**row, "command": command} for row in rows]
     rows = sorted([*kept, *new_rows], key=lambda row: order.index(row["case"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,11 +138,45 @@ def test_models_of_another_encoder_other_minutes_or_data_are_not_taken(study: St
     others = ({"model": "another/encoder"}, {"minutes": 6.0}, {"data": tmp_path / "other"})
     for number, changes in enumerate(others):
         other = replace(study, **changes)
-        with pytest.raises(ValueError, match="has models of start, trained for 5 minutes on .*--work"):
+        with pytest.raises(ValueError, match="has models of start .*, trained for 5 minutes on .*--work"):
             other.claim(CLASSES)
         with pytest.raises(ValueError, match="name another --work"):
             other.claim(replace(VECTORS, models="classes"))
         replace(other, work=tmp_path / f"work{number}").claim(CLASSES)
+
+
+def test_two_encoders_of_one_name_are_two(study: Study, tmp_path: Path) -> None:
+    """Their folders' names are the same; one that is moved is still itself. No path gets into the results."""
+    other = str(checkpoint(tmp_path / "elsewhere" / "start", BertModel, initializer_range=0.5))
+    moved = shutil.copytree(study.model, tmp_path / "moved" / "start")
+    study.claim(CLASSES)
+    replace(study, model=str(moved)).claim(CLASSES)
+    message = rf"has models of start \({study.encoder}\), trained for 5 minutes on .*: name another --work"
+    with pytest.raises(ValueError, match=message):
+        replace(study, model=other).claim(CLASSES)
+    claimed = study.work / "classes" / "study.json"
+    record = json.loads(claimed.read_text())
+    claimed.write_text(json.dumps({name: record[name] for name in record.keys() - {"encoder"}}))
+    replace(study, model=other).claim(CLASSES)  # of an earlier version, which knew the name alone
+
+    def row(study: Study, dense: float, **more: Any) -> dict[str, Any]:
+        about = {"model": study.name, "case": "classes", "score": "accuracy", "asked": 2.0, "dense": dense}
+        return {**about, **SPEEDS, **more}
+
+    def written(*rows: dict[str, Any]) -> list[tuple[float, str | None]]:
+        study_tasks.write(rows, tmp_path / "tasks.csv", "python study")
+        return [(row["dense"], row.get("encoder")) for row in read_rows(tmp_path / "tasks.csv")]
+
+    second = replace(study, model=other)
+    assert study.encoder.startswith("sha256:") and second.encoder != study.encoder
+    assert written(row(study, 1.0)) == [(1.0, None)]
+    assert written(row(study, 2.0, encoder=study.encoder)) == [(2.0, study.encoder)]
+    assert "| start | classes" in (tmp_path / "tasks.md").read_text()
+    both = [(2.0, study.encoder), (3.0, second.encoder)]
+    assert written(row(second, 3.0, encoder=second.encoder)) == both
+    page = (tmp_path / "tasks.md").read_text()
+    assert all(f"| start ({name}) | classes" in page for _, name in both) and str(tmp_path) not in page
+    assert replace(study, model="hub/encoder").encoder == ""
 
 
 def test_other_speedups_may_be_asked_for(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
