@@ -34,7 +34,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--minutes", type=above(0), default=3.0, help="what is not begun by then is left out by name"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run")
-    parser.add_argument("--only-times", action="store_true", help="time kernels without comparing them first")
+    parser.add_argument(
+        "--only-times",
+        action="store_true",
+        help="time kernels without comparing them first, the last ones first",
+    )
     return parser.parse_args(argv)
 
 

@@ -1,5 +1,5 @@
-"""How a kernel alone is timed on cold inputs: the call is repeated on so many sets of inputs that L2 holds
-none of them when it comes round again."""
+"""How a kernel alone is timed on cold memory: the call is repeated on so many sets of inputs and outputs that
+L2 holds none of them when it comes round again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ MOST_SETS = 64
 
 
 def input_sets(nbytes: float) -> int:
-    """How many sets of inputs of so many bytes are larger than three times L2, up to MOST_SETS."""
+    """How many sets of inputs and outputs of so many bytes are larger than three times L2; MOST_SETS at
+    most."""
     return min(MOST_SETS, 1 + int(3 * L2 / nbytes))
 
 

@@ -305,8 +305,10 @@ class AlignedWeights:
             fill = 0 if part.hidden_act is None else -second.in_features % _channels(second.weight)
             # A gated FFN's units have a row in each half.
             halves = 2 if _is_gated(part) else 1
-            bias = None if first.bias is None else _filled(first.bias.detach(), halves, fill)
-            self.biases.append(bias)
+            rows = first.bias
+            if rows is None and part.hidden_act == "gelu":  # the op takes one: made here, once
+                rows = first.weight.new_zeros(first.out_features)
+            self.biases.append(None if rows is None else _filled(rows.detach(), halves, fill))
             first_weight = _filled(first.weight.detach(), halves, fill)
             self.weights.append((_aligned(first_weight), _aligned(second.weight.detach(), columns=fill)))
 

@@ -160,7 +160,7 @@ def _row(
 def _title(workload: Workload, inputs: Sequence[Mapping[str, Tensor]], fixed: bool) -> str:
     """What was measured, and where."""
     padded = sum(batch["input_ids"].numel() for batch in inputs)
-    host = machine()
+    host = machine(inputs[0]["input_ids"].device)
     on_gpu = inputs[0]["input_ids"].device.type == "cuda"
     return (
         f"{workload.name}: {len(workload.batches)} batches, {workload.tokens:,} tokens, {padded:,} with "

@@ -44,17 +44,19 @@ def replay_seconds(
     """The seconds of one call in each round, as a part of a graph that holds all the calls in turn, repeated
     until there are CALLS of them.
 
-    Give the calls different inputs, which together are larger than the L2 cache: each then reads its own from
-    memory, as in a model. recorder, clock: by default those of the current GPU; tests give others.
+    Give the calls different inputs, which together with the outputs are larger than the L2 cache: each then
+    reads its own from memory, as in a model, and writes its own to memory, because the outputs of all calls
+    are kept until the next ones are there. recorder, clock: by default those of the current GPU; tests give
+    others.
     """
     recorder = CudaGraphs(torch.device("cuda", torch.cuda.current_device())) if recorder is None else recorder
     clock = queued_seconds if clock is None else clock
     repeats = -(-CALLS // len(calls))
 
     def all_calls() -> None:
+        outputs: list[Any] = []
         for _ in range(repeats):
-            for call in calls:
-                call()
+            outputs = [call() for call in calls]  # noqa: F841  an output that is freed lends its memory to the next
 
     with torch.inference_mode():
         replay = recorder.record(all_calls)

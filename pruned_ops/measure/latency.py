@@ -128,7 +128,7 @@ class LatencyTable:
         hidden_act = family.value(config, "hidden_act")
         heads = max((layer.num_heads for layer in shape.layers), default=0)
         width = max((layer.ffn_width for layer in shape.layers), default=0)
-        here = {**machine(), "device": device}
+        here = {**machine(device), "device": device}
         pairs = [(name, self.machine.get(name), here[name]) for name in _MACHINE]
         pairs += [(name, self.versions.get(name), versions()[name]) for name in _VERSIONS]
         pairs += [("family", self.family, family.name), ("dtype", self.dtype, dtype)]

@@ -19,7 +19,7 @@ from pruned_ops.layers.parts import PrunedAttention, PrunedFFN
 from pruned_ops.layers.weights import AlignedWeights, PanelWeights
 from pruned_ops.measure.graph_timing import GraphClock, HostClock
 from pruned_ops.measure.latency import LatencyTable, Points
-from pruned_ops.measure.timing import Runner, Workload, machine, spread, versions
+from pruned_ops.measure.timing import Runner, Workload, current_device, machine, spread, versions
 from pruned_ops.models.configuration import PRUNED_CONFIGS, PrunedConfig
 from pruned_ops.models.heads import pruned_class
 from pruned_ops.models.inputs import default_position_ids, padding_id
@@ -75,12 +75,13 @@ def measure_table(
     densest = ("base", f"attention {dense.num_heads}", f"ffn {dense.ffn_width}")  # what `refuse` compares
     backends = backends_of(lambda: [runners[name](inputs[0]) for name in densest])
     clock = clock or default_clock(torch.device(device))
-    # This turn is not counted: work that is done once (threads, buffers, the clock's rise) is over after it.
-    first = time_parts(runners, inputs[:1], 1, progress=False, clock=clock)
-    seconds = sum(milliseconds for name, milliseconds in first.items() if name != "base") / 1000
-    kept = spread(len(inputs), affordable(chosen, seconds, rounds))
-    chosen = Workload(chosen.name, tuple(chosen.batches[i] for i in kept))
-    ms = time_parts(runners, [inputs[i] for i in kept], rounds, progress, clock)
+    with current_device(torch.device(device)):  # whose streams the clock's events are recorded on
+        # This turn is not counted: what is done once (threads, buffers, the clock's rise) is over after it.
+        first = time_parts(runners, inputs[:1], 1, progress=False, clock=clock)
+        seconds = sum(milliseconds for name, milliseconds in first.items() if name != "base") / 1000
+        kept = spread(len(inputs), affordable(chosen, seconds, rounds))
+        chosen = Workload(chosen.name, tuple(chosen.batches[i] for i in kept))
+        ms = time_parts(runners, [inputs[i] for i in kept], rounds, progress, clock)
     # To the workload's mean batch.
     scale = workload.mean_tokens / chosen.mean_tokens
     base, attention, ffn, alignment = _curves(
@@ -96,7 +97,7 @@ def measure_table(
         attention=attention,
         ffn=ffn,
         alignment=alignment,
-        machine={**machine(), "device": str(device)},
+        machine={**machine(device), "device": str(device)},
         versions=versions(),
         backends=backends,
         command=command,

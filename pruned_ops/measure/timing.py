@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -236,6 +236,12 @@ def event_seconds(call: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1000
 
 
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """A GPU is the current one inside the block: its streams are those on which events are recorded. On a CPU
+    nothing changes."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """torch computes on a CPU with so many threads inside the block; None leaves the number as it is."""
@@ -247,14 +253,16 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def machine() -> dict[str, Any]:
-    """The machine that numbers are measured on: processor, cores, threads, instruction set, accelerator."""
+def machine(device: torch.device | str | None = None) -> dict[str, Any]:
+    """The machine that numbers are measured on: processor, cores, threads, instruction set, accelerator.
+    device: the GPU, where it need not be the current one."""
+    gpu = None if device is None or torch.device(device).type != "cuda" else device
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -282,13 +282,15 @@ def first_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
 def mean_rows(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(tokens, hidden) -> (batch, hidden): the mean over the tokens of each sequence; zeros where it has
     none. Halves are added in fp32: in bf16 a sum stands still at some 256 times a number, and fp16 ends at
-    65,504."""
-    lengths, wide = cu_seqlens.diff().long(), torch.promote_types(states.dtype, torch.float32)
-    token = torch.arange(states.size(0), device=states.device)
-    sequence = torch.bucketize(token, cu_seqlens[1:].long(), right=True)
-    sums = states.new_zeros(lengths.size(0), states.size(1), dtype=wide)
-    means = sums.index_add_(0, sequence, states.to(wide)) / lengths.clamp(min=1)[:, None]
-    return means.to(states.dtype)
+    65,504. The tokens of a sequence are added in their order, on every device."""
+    lengths, bounds = cu_seqlens.diff().long(), cu_seqlens.long()
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    if states.device.type == "cpu":  # where segment_reduce takes 19 times as long
+        sequence = torch.bucketize(torch.arange(states.size(0)), bounds[1:], right=True)
+        sums = wide.new_zeros(lengths.size(0), states.size(1)).index_add_(0, sequence, wide)
+    else:  # where index_add_ adds in any order
+        sums = torch.segment_reduce(wide, "sum", offsets=bounds, axis=0, unsafe=True)
+    return (sums / lengths.clamp(min=1)[:, None]).to(states.dtype)
 
 
 def _is_hooked(module: Any) -> bool:

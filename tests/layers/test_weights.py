@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import pruned_ops
 from inputs import ODD_SHAPES, cu_seqlens, padded_batch, randn
 from pruned_ops import LayerShape, ModelShape, PrunedEncoder
+from pruned_ops.layers.kinds import StackKind
 from pruned_ops.layers.parts import PrunedFFN
 from pruned_ops.layers.weights import ALIGNMENT, AlignedWeights, PanelWeights
 from pruned_ops.ops.registry import OPS, is_given_up
@@ -57,6 +58,22 @@ def test_matrices_begin_and_go_on_at_whole_alignments(dtype: torch.dtype) -> Non
         assert weight.stride(0) * weight.element_size() % ALIGNMENT == 0
     assert up.size(0) == down.size(1) == parts.biases[0].size(0) == (64 if dtype == torch.float16 else 48)
     assert not up[35:].any() and not down[:, 35:].any() and not parts.biases[0][35:].any()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_bias_that_is_not_there_is_zeros_made_once(gated: bool, as_on_a_gpu: None) -> None:
+    """Made in every forward pass, they were a kernel of every graph."""
+    torch.manual_seed(0)
+    part = (
+        PrunedFFN(48, 7, kind=StackKind(norm_first=True, gated=gated, ffn_bias=False))
+        .double()
+        .requires_grad_(False)
+    )
+    x = randn(1, 9, 48).double()
+    expected, parts = part(x), AlignedWeights([part])
+    (bias,) = parts.biases
+    assert bias is not None and bias.numel() == parts.weights[0][0].size(0) and not bias.any()
+    torch.testing.assert_close(parts(x, cu_seqlens((9,)), 9), expected, rtol=1e-13, atol=1e-13)
 
 
 def test_an_aligned_weight_is_not_copied() -> None:

@@ -62,6 +62,24 @@ def test_a_graph_holds_many_calls_on_inputs_in_turn() -> None:
     assert len(clocked) == 5 and recorder.launched == 5 and recorder.recorded == 1  # one is not counted
 
 
+def test_no_output_of_a_turn_lends_its_memory_to_another() -> None:
+    """Freed at once, the outputs of all calls would be one block, which L2 holds."""
+    alive: set[int] = set()
+    most = 0
+
+    class Output:
+        def __init__(self) -> None:
+            nonlocal most
+            alive.add(id(self))
+            most = max(most, len(alive))
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    replay_seconds([Output] * 5, 1, Recorder(), lambda call: 1.0)
+    assert 5 <= most <= 10  # those of a turn, and of the one before
+
+
 def test_a_gpu_is_busy_for_a_while_before_it_is_timed() -> None:
     """Its clock is low while a kernel is compiled, and takes a while to rise."""
     worked = [0.0]

@@ -4,12 +4,22 @@ asserts a speed."""
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from pruned_ops.measure.timing import SETTLED, Timing, Workload, interleave, processor_of, threads
+from pruned_ops.measure.timing import (
+    SETTLED,
+    Timing,
+    Workload,
+    current_device,
+    interleave,
+    machine,
+    processor_of,
+    threads,
+)
 
 WORKLOAD = Workload("tiny", ((5, 3), (9, 1)))
 
@@ -58,6 +68,20 @@ def test_timing_goes_on_until_a_ratio_is_settled(noise: float, second: float, ro
     timings = interleave(runners, workload, [{}], 5, warmup=1, seconds=seconds, settle=("own", "slower"))
     assert {len(timing.seconds) for timing in timings.values()} == {rounds}
     assert calls == {"own": rounds + 1, "slower": rounds + 1}
+
+
+def test_a_gpu_that_is_not_the_current_one_is_named_and_made_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else events would be recorded on the streams of another, and their times would be about nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    assert machine("cuda:1")["accelerator"] == "GPU cuda:1"
+    assert machine()["accelerator"] == machine("cpu")["accelerator"] == "GPU None"
+    entered: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: (entered.append(device), nullcontext())[1])
+    for name in ("cpu", "cuda:1"):
+        with current_device(torch.device(name)):
+            pass
+    assert entered == [torch.device("cuda:1")]
 
 
 def test_threads_are_given_back() -> None:

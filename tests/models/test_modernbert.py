@@ -104,6 +104,10 @@ def test_the_mean_of_a_text_is_that_of_its_tokens(kind: str) -> None:
 def test_means_of_rows() -> None:
     states, bounds = torch.arange(12.0).view(6, 2), torch.tensor([0, 2, 2, 6], dtype=torch.int32)
     assert mean_rows(states, bounds).tolist() == [[1.0, 2.0], [0.0, 0.0], [7.0, 8.0]]
+    # As elsewhere than on a CPU.
+    sums = torch.segment_reduce(states, "sum", offsets=bounds.long(), axis=0, unsafe=True)
+    assert sums.tolist() == [[2.0, 4.0], [0.0, 0.0], [28.0, 32.0]]
+    assert mean_rows(states.to("meta"), bounds.to("meta")).shape == (3, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
