@@ -181,32 +181,35 @@ def head_of(config: PretrainedConfig) -> str:
     raise ValueError(f"its config says that it is {shown(name) if name else 'no class'}; known are {heads}")
 
 
-def load_any_head(name_or_path: str, takes_int8: bool = False) -> PreTrainedModel:
+def load_any_head(
+    name_or_path: str, takes_int8: bool = False, encoder_alone: bool = False
+) -> PreTrainedModel:
     """The model, stock or pruned, of a folder or a hub name, with the head that it was saved with,
     in evaluation mode. An encoder without a head has a pooler where the checkpoint has one.
 
-    takes_int8, errors: as `load_model`'s, and ValueError for a head that is not known.
-    """
+    encoder_alone: leave out whatever head or pooler there is. takes_int8, errors: as `load_model`'s, and
+    ValueError for a head that is not known."""
     check_source(name_or_path)
     with explained(name_or_path, name_or_path), warnings.catch_warnings():
         warnings.simplefilter("ignore", NewHeadWarning)  # refused below
         config = supported_config(name_or_path)
         if not takes_int8:
             _check_not_quantised(config)
-        head = head_of(config)
+        head = "Model" if encoder_alone else head_of(config)
         model_class = AUTO_CLASSES.get(head) or natural_questions_class(config.model_type)
-        settings: Any = {
-            "output_loading_info": True, "trust_remote_code": False, "ignore_mismatched_sizes": True,
-        }  # fmt: skip
+        settings: Any = dict(output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True)
         # Embedders may be saved without the pooler, which they do not use: then none is made up.
-        has_pooler = AUTO_CLASSES.get(head) is AutoModel and family_of(config).has_pooler
-        pooler = {"add_pooling_layer": False} if has_pooler else {}
+        pooler = {"add_pooling_layer": False} if head == "Model" and family_of(config).has_pooler else {}
         model, info = model_class.from_pretrained(name_or_path, **settings, **pooler)
-        if pooler and any("pooler." in name for name in info["unexpected_keys"]):
+        unexpected = info["unexpected_keys"]
+        if encoder_alone:
+            unexpected = [name for name in unexpected if _OF_A_LAYER.search(name)]
+        elif pooler and any("pooler." in name for name in unexpected):
             model, info = model_class.from_pretrained(name_or_path, **settings, add_pooling_layer=True)
         _check_shapes(info)
-        _refuse_language_head(config, info["unexpected_keys"])
-        _check_tensors(info["missing_keys"], info["unexpected_keys"], "checkpoint of its class")
+        if not encoder_alone:
+            _refuse_language_head(config, unexpected)
+        _check_tensors(info["missing_keys"], unexpected, "checkpoint of its class")
         check_weights(model.named_parameters())
     return _in_fp32(model).eval()
 

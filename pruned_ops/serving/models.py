@@ -18,6 +18,7 @@ from pruned_ops.checkpoints.loading import (
     checkpoint_folder,
     default_device,
     first_line,
+    load_any_head,
     load_model,
     load_tokenizer,
     only_errors,
@@ -187,18 +188,6 @@ def _length(tokenizer: Any, config: Any, set_one: int | None = None) -> int:
     return min(longest_sequence(config), int(tokenizer.model_max_length) if set_one is None else set_one)
 
 
-def _loaded(auto_class: Any, folder: Path, unread: str | None = None) -> Any:
-    """The model in a folder, in fp32, or in int8 where it was saved so. unread: the module whose tensors need
-    not be there. Errors: ValueError for others that are not: transformers would draw them at random."""
-    model, info = auto_class.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
-    )
-    lacking = sorted(name for name in info["missing_keys"] if unread not in name.split("."))
-    if lacking:
-        raise ValueError(f"{folder} cannot be served: it lacks {', '.join(lacking[:4])}")
-    return model if getattr(model, "is_quantized", False) else model.float()
-
-
 class _Pooled(nn.Module):
     """An encoder and its pooling: tokens -> embeddings (texts, dimensions)."""
 
@@ -240,10 +229,9 @@ class _Chain(nn.Module):
 
 def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
     """An encoder whose pooling is computed here."""
-    from transformers import AutoModel
-
     # No pooling that is computed here reads an encoder's own pooler, and few embedders are saved with it.
-    model, tokenizer = _loaded(AutoModel, folder, unread="pooler"), load_tokenizer(str(folder))
+    model: Any = load_any_head(str(folder), takes_int8=True, encoder_alone=True)
+    tokenizer = load_tokenizer(str(folder))
     limit, hidden = _length(tokenizer, model.config, contents.max_tokens), model.config.hidden_size
     encoder = TextEncoder(tokenizer, limit, _vocabulary(model), contents.lower_case)
     pooled = _Pooled(model, contents.pooling)
@@ -264,9 +252,8 @@ def _embedder(folder: Path, source: str, name: str, loading: Loading, contents: 
 
 
 def _classifier(folder: Path, source: str, name: str, loading: Loading, contents: Contents) -> Served:
-    from transformers import AutoModelForSequenceClassification
-
-    model, tokenizer = _loaded(AutoModelForSequenceClassification, folder), load_tokenizer(str(folder))
+    model: Any = load_any_head(str(folder), takes_int8=True)
+    tokenizer = load_tokenizer(str(folder))
     encoder = TextEncoder(tokenizer, _length(tokenizer, model.config), _vocabulary(model))
     place = loading.prepare(model, encoder, _pad(model))
     return Served(

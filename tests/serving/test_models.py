@@ -271,8 +271,40 @@ def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path, name: str, lost:
     path = Path(folder) / "model.safetensors"
     left = {key: tensor.clone() for key, tensor in load_file(path).items() if key != lost}
     save_file(left, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"cannot be served: it lacks {lost}"):
+    with pytest.raises(ValueError, match=f"it is no checkpoint of its class: it lacks {lost}"):
         load(folder, "a", HERE)
+
+
+@pytest.mark.parametrize("name", ["embedder", "classifier"])
+def test_a_folder_of_another_model_than_its_config_says_is_refused(tmp_path: Path, name: str) -> None:
+    """A layer more would be left out; a weight that is no number would make NaN of every text."""
+    (folder,) = saved(tmp_path, name)
+    config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"tensors that its config does not describe: \S*encoder.layer.2"):
+        load(folder, "a", HERE)
+    (folder,) = saved(tmp_path, name)
+    tensors = load_file(weights)
+    tensors[next(key for key in tensors if key.endswith("layer.1.output.dense.weight"))].fill_(float("nan"))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="layer.1.output.dense.weight holds numbers from nan"):
+        load(folder, "a", HERE)
+
+
+def test_an_embedder_that_is_saved_with_a_head_is_served_without(tmp_path: Path) -> None:
+    """As rubert-tiny2 is, which sentence-transformers reads so, too."""
+    whole = BertForMaskedLM(stock_model().config).eval()
+    whole.save_pretrained(tmp_path)
+    word_tokenizer(96).save_pretrained(tmp_path)
+    modules = [{"path": path, "type": f"models.{path[2:] or 'Transformer'}"} for path in ("", "1_Pooling")]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    served = load(str(tmp_path), "a", HERE)
+    sequences = served.encoder.encode(TEXTS[:1], cut=True)
+    with torch.inference_mode():
+        expected = whole.bert(torch.tensor(sequences[0].input_ids)[None]).last_hidden_state[0, 0]
+    np.testing.assert_allclose(served.compute(sequences)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_int8_with_calibration_texts(tmp_path: Path) -> None:
