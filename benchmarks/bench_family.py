@@ -22,14 +22,13 @@ from bench_int8 import prepared
 from harness import Row
 from option_types import at_least
 from presentation import counted, table
-from pruned_ops.checkpoints.loading import check_source
+from pruned_ops.checkpoints.loading import check_source, load_model
 from pruned_ops.files import read_json, write_whole
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.model_card import REPORT
 from pruned_ops.runtime.optimize import optimized
 from pruned_trainer.jobs.evaluation import model_facts, time_models
 from pruned_trainer.jobs.job import BATCH_SIZE, TIMED_BATCHES
-from pruned_trainer.jobs.output import load_model
 from pruned_trainer.tasks.squad.metrics import EvaluationResult
 
 SCORES = {"f1": "F1", "f1_span": "span F1"}

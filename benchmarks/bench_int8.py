@@ -25,9 +25,8 @@ import harness
 import pruned_ops
 from harness import Row
 from option_types import at_least
-from pruned_ops.checkpoints.loading import check_source
+from pruned_ops.checkpoints.loading import check_source, load_model, load_tokenizer
 from pruned_ops.runtime.batch_runner import padded
-from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import THRESHOLD, Questions
 from rivals.cpu import build_cpu_rival

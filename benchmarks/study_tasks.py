@@ -33,11 +33,11 @@ from harness import Row, read_rows
 from option_types import above
 from presentation import table
 from pruned_ops import optimize
+from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_ops.files import digest, write_whole
 from pruned_ops.measure.comparison import compare
 from pruned_ops.measure.latency import LatencyTable
 from pruned_trainer.cli import parse
-from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import make_task
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.task import Task

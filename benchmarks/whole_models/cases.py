@@ -16,11 +16,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForQuestionAnsweri
 
 from pruned_ops import LayerShape
 from pruned_ops.checkpoints import export
-from pruned_ops.checkpoints.loading import check_source, supported_config
+from pruned_ops.checkpoints.loading import check_source, load_model, load_tokenizer, supported_config
 from pruned_ops.measure.timing import Workload
 from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.families.known import family_of
-from pruned_trainer.jobs.output import load_model, load_tokenizer
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
 from rivals.rival import Batch, Logits, Run

@@ -167,14 +167,8 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 
 def _compact(arguments: argparse.Namespace) -> None:
-    from pruned_ops.checkpoints.loading import check_source, head_of
-    from pruned_trainer.jobs.output import (
-        OutputFolder,
-        explained_when_full,
-        load_any_head,
-        load_tokenizer,
-        save_checkpoint,
-    )
+    from pruned_ops.checkpoints.loading import check_source, head_of, load_any_head, load_tokenizer
+    from pruned_trainer.jobs.output import OutputFolder, explained_when_full, save_checkpoint
     from pruned_trainer.pruning.compact import compact
     from pruned_trainer.pruning.decision import Decision
     from pruned_trainer.tasks.texts.embedding import HEAD as EMBEDDER
@@ -203,8 +197,8 @@ def _compact(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from pruned_ops import optimize
+    from pruned_ops.checkpoints.loading import load_tokenizer
     from pruned_trainer.jobs.job import check_length, load_teacher
-    from pruned_trainer.jobs.output import load_tokenizer
     from pruned_trainer.report import terminal
     from pruned_trainer.tasks.task import own_thresholds
 

@@ -418,7 +418,7 @@ def test_a_model_passed_in_is_optimised_in_place() -> None:
 
 
 def test_f1_on_real_questions_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pruned_trainer.jobs.output import load_model, load_tokenizer
+    from pruned_ops.checkpoints.loading import load_model, load_tokenizer
     from pruned_trainer.tasks.squad.metrics import official_metrics, question_scores
     from pruned_trainer.tasks.squad.sources import read_examples
     from pruned_trainer.tasks.squad.task import THRESHOLD, Questions

@@ -13,11 +13,11 @@ from typing import Any
 from transformers import set_seed
 from transformers.utils import logging
 
-from pruned_ops.checkpoints.loading import check_source, load_to_fine_tune
+from pruned_ops.checkpoints.loading import check_source, load_to_fine_tune, load_tokenizer
 from pruned_trainer.demo.questions import write_demo_set
 from pruned_trainer.distributed import say, world_size
 from pruned_trainer.jobs.finetune import train
-from pruned_trainer.jobs.output import OutputFolder, explained_when_full, load_tokenizer, save_checkpoint
+from pruned_trainer.jobs.output import OutputFolder, explained_when_full, save_checkpoint
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.phase import prepare_student

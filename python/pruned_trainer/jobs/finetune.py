@@ -13,13 +13,13 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
-from pruned_ops.checkpoints.loading import check_source
+from pruned_ops.checkpoints.loading import check_source, load_tokenizer
 from pruned_ops.models.inputs import longest_sequence, padding_id
 from pruned_ops.models.stock import find_encoder
 from pruned_trainer.distributed import is_main, once, per_process, say
 from pruned_trainer.jobs.finetune_settings import FineTuneSettings
 from pruned_trainer.jobs.job import check_length
-from pruned_trainer.jobs.output import OutputFolder, explained_when_full, load_tokenizer, save_checkpoint
+from pruned_trainer.jobs.output import OutputFolder, explained_when_full, save_checkpoint
 from pruned_trainer.jobs.precision import (
     COMPARED,
     faster,

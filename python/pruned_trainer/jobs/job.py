@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
-from pruned_ops.checkpoints.loading import check_source
+from pruned_ops.checkpoints.loading import check_source, load_tokenizer
 from pruned_ops.measure.latency import LatencyTable
 from pruned_ops.measure.layer_times import measure_table
 from pruned_ops.measure.timing import Workload, threads
@@ -29,7 +29,6 @@ from pruned_ops.runtime.optimize import optimize, restore, restored
 from pruned_ops.runtime.packed_encoder import packed_encoders
 from pruned_ops.runtime.refusals import refuse_encoder
 from pruned_trainer.distributed import once, per_process, say, state
-from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.jobs.settings_checks import has_batches
 from pruned_trainer.pruning.budget import Budget, SizeBudget, make_budget

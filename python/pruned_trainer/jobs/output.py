@@ -1,5 +1,4 @@
-"""Output folders and checkpoints, written whole or not at all; `load_any_head` and `load_tokenizer` are the
-runtime's."""
+"""Output folders and checkpoints, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,9 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from pruned_ops.checkpoints.loading import ENCODER_SETTINGS, TOKENIZER_FILES, file_beside
-from pruned_ops.checkpoints.loading import load_any_head as load_any_head
-from pruned_ops.checkpoints.loading import load_model as load_model
-from pruned_ops.checkpoints.loading import load_tokenizer as load_tokenizer
 from pruned_ops.files import check_name, check_place, open_to_others, read_json
 from pruned_ops.models.model_card import WEIGHTS
 from pruned_ops.models.stock import is_encoder

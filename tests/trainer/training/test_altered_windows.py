@@ -9,8 +9,8 @@ import pytest
 
 from jobs import changed, job_settings
 from matching import trained_model
+from pruned_ops.checkpoints.loading import load_tokenizer
 from pruned_trainer.jobs.job import start
-from pruned_trainer.jobs.output import load_tokenizer
 from pruned_trainer.jobs.prune import prune
 from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.training.altered_windows import MASKED, AlteredWindows
