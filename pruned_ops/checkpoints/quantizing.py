@@ -21,6 +21,7 @@ from pruned_ops.checkpoints.loading import (
     load_tokenizer,
     supported_config,
 )
+from pruned_ops.checkpoints.sentence_folder import MODULES, SETTINGS
 from pruned_ops.files import check_new_folder, new_folder, read_json
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
@@ -38,7 +39,6 @@ Text = str | tuple[str, str]
 # not chosen by are within it.
 _FRACTIONS = (0.8, 0.4, 0.2)
 _TEXTS_AT_ONCE = 16
-_MODULES = "modules.json"  # a folder of sentence-transformers has it
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def load(name: str) -> tuple[Any, Any]:
     Errors: ImportError where sentence-transformers is needed and not there; else as `load_model`'s."""
     check_source(name)
     with explained(name, name):
-        if file_beside(name, _MODULES) is not None:
+        if file_beside(name, MODULES) is not None:
             return _load_text_model(name), None
     tokenizer = load_tokenizer(name)
     with explained(name, name):
@@ -146,7 +146,7 @@ def _load_text_model(name: str) -> Any:
         raise ImportError(
             f"{name} is a model of sentence-transformers: pip install sentence-transformers"
         ) from None
-    saved = file_beside(name, "config_sentence_transformers.json")
+    saved = file_beside(name, SETTINGS)
     kind = "SentenceTransformer" if saved is None else library_class(read_json(saved), saved)
     return getattr(sentence_transformers, kind)(name, device="cpu").eval()
 

@@ -23,7 +23,7 @@ from pruned_ops.checkpoints.loading import (
     load_tokenizer,
     read_config,
 )
-from pruned_ops.checkpoints.sentence_folder import SETTINGS, Reading, inner_folder, modules_of
+from pruned_ops.checkpoints.sentence_folder import MODULES, SETTINGS, Reading, inner_folder, modules_of
 from pruned_ops.checkpoints.tensors import Tensors, read_tensors
 from pruned_ops.checkpoints.vocabulary import Trimmed, Vocabulary
 from pruned_ops.files import check_new_folder, is_hidden, new_folder, read_json, read_text, shown, write_json
@@ -34,9 +34,11 @@ from pruned_ops.shape import checked_int
 BATCH = 1000  # texts that are tokenised at once, each behind each prompt
 # What a folder may hold beside config, weights and vocabulary, and what stays true of the trimmed model.
 _TAKEN = (
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json", "README.md",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", MODULES, "README.md",
     SETTINGS, *ENCODER_SETTINGS, "LICENSE", "LICENSE.txt",
 )  # fmt: skip
+# The modules of sentence-transformers that do not know the vocabulary.
+_MODULES = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout")
 # What is said at the end of a model card that is taken along.
 _NOTE = """
 ## Trimmed vocabulary
@@ -142,6 +144,14 @@ class _Untrimmed:
 
     @classmethod
     def open(cls, root: Path) -> _Untrimmed:
+        if not root.is_dir():
+            checkpoint_folder(root)  # which says so
+        for module in modules_of(str(root)):
+            if module.name not in _MODULES:
+                raise ValueError(
+                    f"{root / MODULES} has a {module.name}, which may know the vocabulary; "
+                    f"{', '.join(_MODULES)} do not"
+                )
         inner = inner_folder(root)
         folder = checkpoint_folder(root / inner)
         config = read_config(folder)
@@ -237,9 +247,9 @@ class _Untrimmed:
         """The source's files that are copied as they are."""
         places = {self.root, self.root / self.inner}
         files = [place / name for place in places for name in _TAKEN if (place / name).is_file()]
-        for module in modules_of(self.root):
-            if module["path"] not in ("", self.inner):
-                files += [path for path in (self.root / module["path"]).rglob("*") if path.is_file()]
+        for module in modules_of(str(self.root)):
+            if module.path not in ("", self.inner):
+                files += [path for path in (self.root / module.path).rglob("*") if path.is_file()]
         return files
 
     def left_out(self) -> Iterator[str]:

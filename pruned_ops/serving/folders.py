@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pruned_ops.checkpoints.loading import ENCODER_SETTINGS, check_source, explained, read_config
-from pruned_ops.files import read_json, shown
+from pruned_ops.checkpoints.sentence_folder import (
+    SETTINGS,
+    Module,
+    modules_of,
+    object_in,
+    pooling_config,
+    pooling_modes,
+)
+from pruned_ops.files import shown
 from pruned_ops.runtime.texts import library_class
 
 Kind = Literal["embedder", "sparse embedder", "reranker", "classifier", "question answering"]
@@ -16,8 +24,7 @@ _MEAN = "an encoder without a pooling of its own: an embedding is the mean of it
 _DEFAULT = "the prompt {!r} is put before texts unless a request names another"
 _NO_PROMPTS = "its prompts are not served, because its pooling leaves their tokens out"
 # The poolings that are computed here. Whatever else a folder asks for is left to sentence-transformers.
-_POOLINGS = {"mean": "mean", "cls": "cls"}
-_OLD_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+_POOLINGS = ("mean", "cls")
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,9 @@ def contents_of(folder: Path) -> Contents:
     """What a folder holds. Errors: OSError where files are missing; ValueError for what cannot be served."""
     config = read_config(folder)
     architecture = str((config.get("architectures") or ["a model without a class"])[0])
-    if (folder / "modules.json").is_file():
-        contents = _of_library(folder, architecture)
+    modules = modules_of(str(folder))
+    if modules:
+        contents = _of_library(folder, modules, architecture)
         if contents is not None:
             return contents
     if architecture.endswith("ForSequenceClassification"):
@@ -83,21 +91,17 @@ def _labels(config: dict[str, Any]) -> int:
     return len(names) if isinstance(names, dict) else int(config.get("num_labels", 2))
 
 
-def _of_library(folder: Path, architecture: str) -> Contents | None:
+def _of_library(folder: Path, modules: list[Module], architecture: str) -> Contents | None:
     """What sentence-transformers saved there; None for a CrossEncoder, which is a classifier with its
     tokenizer."""
-    listed = read_json(folder / "modules.json")
-    if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
-        raise ValueError(f"{folder / 'modules.json'} has to hold a list of modules")
     saved = (folder / name for name in ENCODER_SETTINGS if (folder / name).is_file())
-    encoder = _settings(next(saved, folder / ENCODER_SETTINGS[0]))
+    encoder = object_in(next(saved, folder / ENCODER_SETTINGS[0]))
     if {"common", "text"} & set(encoder.get("processing_kwargs") or ()):
         raise ValueError(f"{folder}: its processing_kwargs, by which texts are tokenised, are not served")
-    path = folder / "config_sentence_transformers.json"
-    settings = _settings(path)
+    path = folder / SETTINGS
+    settings = object_in(path)
     saved_as = library_class(settings, path)
-    kinds = [str(module.get("type", "")) for module in listed]
-    if saved_as == "CrossEncoder" or any("cross_encoder" in kind for kind in kinds):
+    if saved_as == "CrossEncoder" or any("cross_encoder" in module.type for module in modules):
         if settings.get("default_prompt_name") is not None:
             raise ValueError(f"{folder} is a CrossEncoder with a default prompt, which is not served")
         if not architecture.endswith("ForSequenceClassification"):
@@ -105,18 +109,17 @@ def _of_library(folder: Path, architecture: str) -> Contents | None:
         return None
     prompts, default = _prompts(folder, settings)
     notes = () if default is None else (_DEFAULT.format(default),)
-    if saved_as == "SparseEncoder" or any("sparse_encoder" in kind for kind in kinds):
+    if saved_as == "SparseEncoder" or any("sparse_encoder" in module.type for module in modules):
         return Contents(
             "sparse embedder", "SparseEncoder", "splade", prompts=prompts, default_prompt=default, notes=notes
         )
-    pooling: dict[str, Any] = next((module for module in listed if _class_name(module) == "Pooling"), {})
-    config = _settings(folder / str(pooling.get("path", "")) / "config.json")
+    config = pooling_config(str(folder))
     if prompts and config.get("include_prompt", True) is not True:
         if default is not None:
             raise ValueError(f"{folder}: its default prompt {default!r} cannot be served: {_NO_PROMPTS}")
         prompts, notes = {}, (_NO_PROMPTS,)
     longest, dimension = encoder.get("max_seq_length"), settings.get("truncate_dim")
-    computed_here = _pooling(listed, config)
+    computed_here = _pooling(modules, config)
     return Contents(
         "embedder",
         library="" if computed_here else "SentenceTransformer",
@@ -141,27 +144,13 @@ def _prompts(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, str], st
     return prompts, default
 
 
-def _class_name(module: dict[str, Any]) -> str:
-    return str(module.get("type", "")).rpartition(".")[2]
-
-
-def _pooling(listed: list[dict[str, Any]], config: dict[str, Any]) -> str:
+def _pooling(modules: list[Module], config: dict[str, Any]) -> str:
     """The pooling of a model that is an encoder, a pooling that is computed here (of this config) and, it may
     be, a normalisation; "" for any other."""
-    names = [_class_name(module) for module in listed]
+    names = [module.name for module in modules]
     if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
         return ""
-    if listed[0].get("path"):  # its files lie elsewhere
+    if modules[0].path:  # its files lie elsewhere
         return ""
-    mode = config.get("pooling_mode")
-    modes = [mode] if mode is not None else [
-        _OLD_POOLINGS.get(name) for name, is_on in config.items()
-        if name.startswith("pooling_mode_") and is_on
-    ]  # fmt: skip
-    return _POOLINGS.get(modes[0], "") if len(modes) == 1 and isinstance(modes[0], str) else ""
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no file or another value."""
-    value = read_json(path) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
+    modes = pooling_modes(config)
+    return modes[0] if len(modes) == 1 and modes[0] in _POOLINGS else ""

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors.torch import save_model
@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from pruned_ops.checkpoints.loading import ENCODER_SETTINGS, TOKENIZER_FILES, file_beside
-from pruned_ops.files import check_name, check_place, open_to_others, read_json
+from pruned_ops.checkpoints.sentence_folder import MODULES, SETTINGS, modules_of
+from pruned_ops.files import check_name, check_place, open_to_others
 from pruned_ops.models.model_card import WEIGHTS
 from pruned_ops.models.stock import is_encoder
 
 # sentence-transformers' own files beside an encoder, and those of a module that follows it.
-_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", *ENCODER_SETTINGS)
+_SENTENCE_FILES = (MODULES, SETTINGS, *ENCODER_SETTINGS)
 _MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 # What a run that can be resumed keeps in its partial folder: its settings and its plan.
 RUN = "run.json"
@@ -65,15 +66,14 @@ def _copy_modules(source: str, folder: Path) -> None:
     its own files, and the small folders of the modules that follow. source: a folder or a hub name; nothing
     where it is neither, as of a model that was made from a config."""
     try:
-        listed = file_beside(source, _SENTENCE_FILES[0])
+        modules = modules_of(source)
     except OSError:
         return
-    if listed is None:
+    if not modules:
         return
     to_copy = [*_SENTENCE_FILES]
-    for module in read_json(listed):
-        path = str(module.get("path") or "")
-        if not path.strip(".") or "/" in path:  # "" is the encoder itself
+    for path in (str(PurePosixPath(module.path)) for module in modules):
+        if path == ".":  # the encoder itself
             continue
         if (Path(source) / path).is_dir():
             shutil.copytree(Path(source) / path, folder / path, dirs_exist_ok=True)
@@ -82,7 +82,7 @@ def _copy_modules(source: str, folder: Path) -> None:
     for name in to_copy:
         file = file_beside(source, name)
         if file is not None:
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
 
 

@@ -20,17 +20,12 @@ from transformers import (
 )
 
 from matching import squad_file
-from pruned_ops.checkpoints import loading
 from pruned_ops.checkpoints.loading import load_any_head, load_tokenizer
 from pruned_trainer.cli import main
-from pruned_trainer.jobs import output
-from pruned_trainer.pruning import compensate
-from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 from pruned_trainer.pruning.importance import example_losses
 from pruned_trainer.tasks.faults import FormatError
 from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.texts import embedding
-from pruned_trainer.tasks.texts.embedding import pooling_of
 from pruned_trainer.tasks.texts.encoding import Encoded
 from pruned_trainer.tasks.texts.examples import Example
 from pruned_trainer.tasks.texts.pair_training import PairTraining, pair_features
@@ -294,104 +289,6 @@ def test_pairs_are_taken_apart_again(tmp_path: Path) -> None:
     PairTraining(encoder, "mean")(**batch).loss.backward()
     idle = [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle  # several processes would wait for its gradient
-
-
-def test_pooling_is_what_sentence_transformers_wrote(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "model", BertModel)
-    config = BertModel.from_pretrained(folder).config
-    assert pooling_of(str(folder), config) == "mean"
-    (folder / "1_Pooling").mkdir()
-    for written, pooling in (
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-        ({"pooling_mode": "mean"}, "mean"),
-        ({"pooling_mode_max_tokens": True}, None),
-    ):
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps(written))
-        if pooling is None:
-            with pytest.raises(ValueError, match="pools by pooling_mode_max_tokens"):
-                pooling_of(str(folder), config)
-        else:
-            assert pooling_of(str(folder), config) == pooling
-    config.pooling = "cls"
-    assert pooling_of(str(folder), config) == "cls"
-    config.pooling = "max"
-    with pytest.raises(ValueError, match="pools by 'max', as its config says"):
-        pooling_of(str(folder), config)
-
-
-def test_compensations_of_an_embedder_are_compared_as_it_is_pooled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And the narrow embedder's config says so; `prune` compares them so, too."""
-    folder, out = checkpoint(tmp_path / "model", BertModel), tmp_path / "out"
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    heads, units = Kept((0, 2), (1.0,) * 2), Kept(tuple(range(20)), (1.0,) * 20)
-    Decision((LayerDecision(heads, units),) * 2, 1, {}, {}).save(tmp_path / "decision.json")
-    (tmp_path / "texts.txt").write_text("".join(f"w{i % 20} w{i % 7} w{i % 3}\n" for i in range(40)))
-    seen = set[str]()
-    compared = compensate.comparable_outputs
-
-    def watched(outputs: Any, config: Any, mask: Any, pooling: str = "mean") -> Any:
-        seen.add(pooling)
-        return compared(outputs, config, mask, pooling)
-
-    monkeypatch.setattr(compensate, "comparable_outputs", watched)
-    argv = ["compact", "--model", str(folder), "--decision", str(tmp_path / "decision.json")]
-    assert main([*argv, "--calibration", str(tmp_path / "texts.txt"), "--out", str(out)]) == 0
-    assert seen == {"cls"} and json.loads((out / "config.json").read_text())["pooling"] == "cls"
-
-    seen.clear()
-    monkeypatch.setattr("pruned_trainer.jobs.prune._draw", lambda folder: None)  # another test's, and slow
-    rows = write_rows(tmp_path / "train.jsonl", scored(80, 1))
-    argv = ["prune", "--task", "embedding", "--recipe", "fast", "--model", str(folder), "--macs", "0.7", *CUT]
-    assert main([*argv, "--train-file", str(rows), "--out", str(tmp_path / "pruned")]) == 0
-    assert seen == {"cls"}
-
-
-def test_an_embedder_of_the_hub_is_pooled_as_its_files_say_and_keeps_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there, out = tmp_path / "on the hub", tmp_path / "out"
-    files = {
-        "modules.json": [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": ".."}],
-        "config_sentence_transformers.json": {"prompts": {}},
-        "sentence_roberta_config.json": {"max_seq_length": 40},  # an older name of sentence_bert_config.json
-        "1_Pooling/config.json": {"pooling_mode_cls_token": True},
-        "2_Dense/config.json": {"in_features": 32},
-        "2_Dense/model.safetensors": {},
-    }
-    for name, content in files.items():
-        (there / name).parent.mkdir(parents=True, exist_ok=True)
-        (there / name).write_text(json.dumps(content))
-
-    def on_the_hub(name: str, file: str, **_: Any) -> str | None:
-        path = there / file
-        return str(path) if name == "publisher/embedder" and path.is_file() else None
-
-    monkeypatch.setattr(loading, "cached_file", on_the_hub)
-    model = BertModel.from_pretrained(checkpoint(tmp_path / "model", BertModel))
-    assert pooling_of("publisher/embedder", model.config) == "cls"
-    output.save_checkpoint(model, out, "publisher/embedder", None)
-    for name in files:
-        assert (out / name).read_text() == (there / name).read_text()
-
-
-def test_modules_that_an_embedder_is_trained_without_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = checkpoint(tmp_path / "model", BertModel)
-    task: Any = text_task(TaskOptions(task="embedding"))
-    for kinds, named in (
-        (("Transformer", "Pooling", "Dropout", "Normalize"), ""),
-        (("Transformer", "Pooling", "Dense", "LayerNorm"), f"-- {folder} has Dense, LayerNorm among its mod"),
-    ):
-        listed = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]
-        (folder / "modules.json").write_text(json.dumps(listed))
-        for load in (task.load_model, lambda source: task.start_model(source, None)):
-            load(str(folder))
-            said = [line for line in capsys.readouterr().out.splitlines() if "modules" in line]
-            assert len(said) == bool(named) and all(line.startswith(named) for line in said)
 
 
 PRUNE = ("--macs", "0.6", "--gate-steps", "2", "--retrain-steps", "2", "--batch-size", "8", *CUT)

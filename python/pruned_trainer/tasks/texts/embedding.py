@@ -13,8 +13,8 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruned_ops.checkpoints.loading import file_beside, load_to_fine_tune
-from pruned_ops.files import read_json
+from pruned_ops.checkpoints.loading import load_to_fine_tune
+from pruned_ops.checkpoints.sentence_folder import modules_of, pooling_config, pooling_modes
 from pruned_trainer.distributed import say
 from pruned_trainer.tasks.faults import FormatError
 from pruned_trainer.tasks.output_kinds import POOLINGS
@@ -213,11 +213,7 @@ def _cosines(first: FloatArray, second: FloatArray) -> FloatArray:
 def other_modules(source: str) -> list[str]:
     """The modules that sentence-transformers lists beside the checkpoint and that are not computed here, by
     the names of their classes; none where it is no folder of sentence-transformers."""
-    file = file_beside(source, "modules.json")
-    listed = [] if file is None else read_json(file)
-    modules = [module for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
-    names = (str(module.get("type") or "").rpartition(".")[2] for module in modules)
-    return [name for name in names if name and name not in MODULES]
+    return [module.name for module in modules_of(source) if module.name not in MODULES]
 
 
 def pooling_of(source: str, config: Any) -> str:
@@ -228,13 +224,7 @@ def pooling_of(source: str, config: Any) -> str:
         return str(known)
     if known is not None:
         raise ValueError(f"{source} pools by {known!r}, as its config says; mean and cls are known")
-    file = file_beside(source, "1_Pooling/config.json")
-    if file is None:
-        return "mean"
-    written = read_json(file)
-    chosen = [name for name, value in written.items() if name.startswith("pooling_mode") and value is True]
-    chosen = chosen or [f"pooling_mode_{written.get('pooling_mode')}"]
-    for name, pooling in (("pooling_mode_mean_tokens", "mean"), ("pooling_mode_cls_token", "cls")):
-        if chosen in ([name], [f"pooling_mode_{pooling}"]):
-            return pooling
-    raise ValueError(f"{source} pools by {', '.join(chosen)}; mean and the first token (cls) are known")
+    modes = pooling_modes(pooling_config(source))
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise ValueError(f"{source} pools by {', '.join(modes) or 'nothing'}; mean and cls are known")
+    return modes[0]
