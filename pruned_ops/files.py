@@ -141,8 +141,9 @@ def check_writable(path: Path, name: str, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists; --overwrite replaces it")
 
 
-def digest(path: Path, pattern: str = "**/*") -> str:
-    """The SHA-256 of a file's content, or of a folder's files of this pattern and their names.
+def digest(path: Path, *patterns: str) -> str:
+    """The SHA-256 of a file's content, or of a folder's files of these patterns, all by default, and their
+    names.
 
     What says nothing of data or weights does not count: hidden files and folders, Markdown, and what
     `datasets` caches beside its files. OSError where a file cannot be read."""
@@ -151,7 +152,7 @@ def digest(path: Path, pattern: str = "**/*") -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     inside = sorted(
         entry
-        for entry in path.glob(pattern)
+        for entry in {entry for pattern in patterns or ("**/*",) for entry in path.glob(pattern)}
         if entry.is_file()
         and not any(map(entry.match, ("*.md", "cache-*.arrow")))
         and not is_hidden(entry.relative_to(path))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pruned_ops.checkpoints.sentence_folder import modules_of
 from pruned_ops.files import digest, read_json
 from pruned_ops.shape import checked_int
 from pruned_trainer.jobs.output import RUN
@@ -45,8 +47,7 @@ def recorded_plan(partial: Path, settings: PruneSettings) -> Plan:
 
 
 def digests_of(settings: PruneSettings) -> dict[str, str]:
-    """The digests of the files and folders that a run reads, by their paths; of a checkpoint's folder, of the
-    files that lie in it directly."""
+    """The digests of the files and folders that a run reads, by their paths. Errors: `modules_of`'s."""
     checkpoints = (settings.model, settings.teacher)
     digests = {}
     for source in settings.inputs:
@@ -54,8 +55,15 @@ def digests_of(settings: PruneSettings) -> dict[str, str]:
             continue
         path = Path(source)
         if path.exists():  # else it is of the hub
-            digests[str(path.resolve())] = digest(path, "*.*" if source in checkpoints else "**/*")
+            digests[str(path.resolve())] = digest(path, *(_read_of(path) if source in checkpoints else ()))
     return digests
+
+
+def _read_of(checkpoint: Path) -> list[str]:
+    """The patterns of what is read of a checkpoint's folder: the files in it, and all in those of its
+    modules, which say how an embedder is pooled. What else lies there may be earlier checkpoints."""
+    folders = [glob.escape(module.path) for module in modules_of(str(checkpoint))]
+    return ["*.*", *(f"{folder}/**/*" for folder in folders if folder.strip("./"))]
 
 
 def check_unchanged(partial: Path, digests: Mapping[str, str]) -> None:
