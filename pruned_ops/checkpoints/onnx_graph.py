@@ -120,7 +120,7 @@ def _bare_outputs(nodes: Nodes, x: str, encoder: Any) -> list[Any]:
     outputs = [_value("last_hidden_state", "batch", "seqlen", hidden, kind=real)]
     if getattr(encoder, "pooler", None) is not None:
         dense, is_ours = encoder.pooler.dense, isinstance(encoder, PrunedPreTrainedModel)
-        first = _first(nodes, x) if is_ours else _place_0(nodes, x)  # as `inputs.pooled` has it, or the stock
+        first = _first(nodes, x) if is_ours else _place_0(nodes, x)  # as `apply_pooler` has it, or the stock
         nodes.add("Tanh", nodes.linear(first, "pooler.dense", dense), called="pooler_output")
         outputs.append(_value("pooler_output", "batch", dense.out_features, kind=real))
     return outputs

@@ -23,7 +23,13 @@ from pruned_ops.models.configuration import (
 from pruned_ops.models.disentangled import DisentangledLayer, add_relative_embeddings, relative_states
 from pruned_ops.models.families.description import STOCK_HEADS, Family
 from pruned_ops.models.families.known import FAMILIES
-from pruned_ops.models.inputs import check_inputs, check_positions, default_position_ids, pooled, returned
+from pruned_ops.models.inputs import (
+    apply_pooler,
+    check_inputs,
+    check_positions,
+    default_position_ids,
+    returned,
+)
 from pruned_ops.models.model_card import write_model_card
 from pruned_ops.models.modules import dropout_of, put
 from pruned_ops.models.norm_first import NormFirstLayer
@@ -126,7 +132,7 @@ def run_layers(
 
 
 class PrunedPooler(nn.Module):
-    """The pooler of BERT's kind, which reads position 0 of what `inputs.pooled` gives it: (batch, seqlen,
+    """The pooler of BERT's kind, which reads position 0 of what `apply_pooler` gives it: (batch, seqlen,
     hidden_size) -> (batch, width)."""
 
     def __init__(self, config: PrunedConfig) -> None:
@@ -385,7 +391,7 @@ class PrunedBertModel(PrunedPreTrainedModel):
                 collect[-1] = x
         output = BaseModelOutputWithPooling(
             last_hidden_state=x,
-            pooler_output=pooled(self.pooler, x, attention_mask) if self.pooler is not None else None,
+            pooler_output=apply_pooler(self.pooler, x, attention_mask) if self.pooler is not None else None,
             hidden_states=tuple(collect) if collect else None,
         )
         return returned(output, self.config, return_dict)

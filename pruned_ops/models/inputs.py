@@ -12,6 +12,8 @@ from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.models.families.known import family_of
 
 Output = TypeVar("Output", bound=ModelOutput)
+# How an encoder's states become an embedding, see `pool_tokens`.
+POOLINGS = ("mean", "cls")
 
 
 class IdOutsideTable(IndexError, ValueError):
@@ -167,7 +169,7 @@ def begins_padded(attention_mask: Tensor | None) -> bool:
     return torch.compiler.is_compiling() or bool((attention_mask[:, 0] == 0).any())
 
 
-def pooled(pooler: Any, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+def apply_pooler(pooler: Any, states: Tensor, attention_mask: Tensor | None) -> Tensor:
     """What an encoder's pooler makes of hidden states (batch, seqlen, hidden).
 
     The publishers' poolers and ours read position 0. Where that is padding, they get the first real token's
@@ -189,6 +191,12 @@ def mean_states(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     wide = torch.promote_types(states.dtype, torch.float32)
     means = (states * real).sum(1, dtype=wide) / real.sum(1, dtype=wide).clamp(min=1)
     return means.to(states.dtype)
+
+
+def pool_tokens(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+    """(batch, seqlen, hidden) -> (batch, hidden), by one of POOLINGS: the mean over the real tokens of each
+    row, or the first of them, on whichever side the padding is; zeros where a row has none."""
+    return (first_tokens if pooling == "cls" else mean_states)(states, attention_mask)
 
 
 def returned(

@@ -24,10 +24,10 @@ from pruned_ops.layers.packing import PackedBatch
 from pruned_ops.layers.released import ReleasedParameter, free, freed_values, placeholder, seal, unseal
 from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import (
+    apply_pooler,
     begins_padded,
     longest_sequence,
     packed_inputs,
-    pooled,
     returned,
     without_size,
 )
@@ -184,7 +184,7 @@ class PackedEncoder(nn.Module):
             last = self._last_states(inputs, batch, head_run, collect)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
-            pooler_output=pooled(self.pooler, last, mask) if self.pooler is not None else None,
+            pooler_output=apply_pooler(self.pooler, last, mask) if self.pooler is not None else None,
             hidden_states=tuple(batch.unpack(state) for state in collect) if collect else None,
         )
         return returned(output, self.config, return_dict, self._keeps_pooler)

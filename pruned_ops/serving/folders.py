@@ -16,6 +16,7 @@ from pruned_ops.checkpoints.sentence_folder import (
     pooling_modes,
 )
 from pruned_ops.files import shown
+from pruned_ops.models.inputs import POOLINGS
 from pruned_ops.runtime.texts import library_class
 
 Kind = Literal["embedder", "sparse embedder", "reranker", "classifier", "question answering"]
@@ -23,8 +24,6 @@ Kind = Literal["embedder", "sparse embedder", "reranker", "classifier", "questio
 _MEAN = "an encoder without a pooling of its own: an embedding is the mean of its tokens"
 _DEFAULT = "the prompt {!r} is put before texts unless a request names another"
 _NO_PROMPTS = "its prompts are not served, because its pooling leaves their tokens out"
-# The poolings that are computed here. Whatever else a folder asks for is left to sentence-transformers.
-_POOLINGS = ("mean", "cls")
 
 
 @dataclass(frozen=True)
@@ -146,11 +145,11 @@ def _prompts(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, str], st
 
 def _pooling(modules: list[Module], config: dict[str, Any]) -> str:
     """The pooling of a model that is an encoder, a pooling that is computed here (of this config) and, it may
-    be, a normalisation; "" for any other."""
+    be, a normalisation; "" for any other, which is left to sentence-transformers."""
     names = [module.name for module in modules]
     if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
         return ""
     if modules[0].path:  # its files lie elsewhere
         return ""
     modes = pooling_modes(config)
-    return modes[0] if len(modes) == 1 and modes[0] in _POOLINGS else ""
+    return modes[0] if len(modes) == 1 and modes[0] in POOLINGS else ""

@@ -23,7 +23,7 @@ from pruned_ops.checkpoints.loading import (
     load_tokenizer,
     only_errors,
 )
-from pruned_ops.models.inputs import longest_sequence, padding_id
+from pruned_ops.models.inputs import longest_sequence, padding_id, pool_tokens
 from pruned_ops.models.int8_checkpoints import dequantised
 from pruned_ops.qa.answerer import QuestionAnswerer
 from pruned_ops.qa.logits import select_logits, split_logits
@@ -196,11 +196,8 @@ class _Pooled(nn.Module):
         self.encoder, self._pooling = encoder, pooling
 
     def forward(self, **inputs: Any) -> Tensor:
-        hidden = self.encoder(**inputs).last_hidden_state.float()  # sums of halves are beyond float16
-        if self._pooling == "cls":
-            return hidden[:, 0]
-        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1)
+        states = self.encoder(**inputs).last_hidden_state.float()  # so that no half rounds an embedding
+        return pool_tokens(states, inputs["attention_mask"], self._pooling)
 
 
 class _Chain(nn.Module):

@@ -20,6 +20,7 @@ from inputs import padded_batch, pruned_model, stock_model
 from pruned_ops import LayerShape, ModelShape, PrunedBertConfig, PrunedRobertaConfig
 from pruned_ops.measure.comparison import compare
 from pruned_ops.measure.timing import Workload
+from pruned_ops.models.inputs import pool_tokens
 from tiny_tokenizers import word_tokenizer
 
 CLASSES: dict[str, tuple[Any, Any]] = {
@@ -282,3 +283,11 @@ def test_a_config_without_a_padding_id(tmp_path: Path) -> None:
     assert compare({"dense": pruned_ops.restore(dense)}, Workload.fixed(7, 2, 1), rounds=1).rows
     with pytest.raises(ValueError, match="pad_token_id is None: an integer is needed"):
         PrunedRobertaConfig(pad_token_id=None)
+
+
+@pytest.mark.parametrize(("pooling", "expected"), [("mean", 4.0), ("cls", 3.0)])
+def test_tokens_are_pooled_on_whichever_side_the_padding_is(pooling: str, expected: float) -> None:
+    states = torch.tensor([[3.0, 5.0, 9.0], [9.0, 3.0, 5.0], [1.0, 1.0, 1.0]])[:, :, None]
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0]])
+    assert pool_tokens(states, mask, pooling).tolist() == [[expected], [expected], [0.0]]
+    assert pool_tokens(states, None, pooling)[2].tolist() == [1.0]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruned_ops.models.inputs import first_tokens
+from pruned_ops.models.inputs import pool_tokens
 
 # The label of a token that no loss counts, as transformers has it.
 IGNORED = -100
@@ -20,7 +20,6 @@ IGNORED = -100
 _EMBEDDINGS = (
     "sentence_embedding", "sentence_embeddings", "embedding", "embeddings", "text_embeds", "sparse_embedding",
 )  # fmt: skip
-POOLINGS = ("mean", "cls")
 # A config's problem_type where each logit is a label of its own, in transformers' words.
 MULTI_LABEL: Final = "multi_label_classification"
 
@@ -71,7 +70,7 @@ def comparable_outputs(outputs: Any, config: Any, mask: Tensor | None, pooling: 
 
     outputs: a mapping of names to tensors, such as transformers' ModelOutput, or the logits alone. mask:
     (batch, seqlen), not 0 at tokens that are no padding; a bare encoder's outputs need it. pooling: how a
-    bare encoder's last hidden states become an embedding, one of POOLINGS. Errors: ValueError where nothing
+    bare encoder's last hidden states become an embedding, see `pool_tokens`. Errors: ValueError where nothing
     is recognised.
     """
     fields = {"logits": outputs} if isinstance(outputs, Tensor) else outputs
@@ -91,21 +90,13 @@ def comparable_outputs(outputs: Any, config: Any, mask: Tensor | None, pooling: 
         if isinstance(fields.get(name), Tensor):
             return _logits(fields[name], config)
     if isinstance(fields.get("last_hidden_state"), Tensor):
-        return _embedding(pooled(fields["last_hidden_state"], mask, pooling), config)
+        if mask is None and pooling == "mean":
+            raise ValueError("the mean over the real tokens needs an attention_mask")
+        return _embedding(pool_tokens(fields["last_hidden_state"], mask, pooling), config)
     raise ValueError(
         f"nothing in the model's outputs ({', '.join(fields) or 'none'}) can be compared with a teacher's: "
         f"logits, start_logits and end_logits, last_hidden_state or one of {', '.join(_EMBEDDINGS)} is needed"
     )
-
-
-def pooled(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """(batch, seqlen, hidden) -> (batch, hidden): the mean over the real tokens, or the first one's."""
-    if pooling == "cls":
-        return first_tokens(states, mask)
-    if mask is None:
-        raise ValueError("the mean over the real tokens needs an attention_mask")
-    real = mask.to(states.device, states.dtype)[:, :, None]
-    return (states * real).sum(1) / real.sum(1).clamp(min=1)
 
 
 def _embedding(values: Tensor, config: Any) -> Outputs:

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruned_ops.checkpoints.loading import load_to_fine_tune
 from pruned_ops.checkpoints.sentence_folder import modules_of, pooling_config, pooling_modes
+from pruned_ops.models.inputs import POOLINGS, pool_tokens
 from pruned_trainer.distributed import say
 from pruned_trainer.tasks.faults import FormatError
-from pruned_trainer.tasks.output_kinds import POOLINGS
 from pruned_trainer.tasks.task import Score
 from pruned_trainer.tasks.texts.base import TextTask
-from pruned_trainer.tasks.texts.encoding import encode, pooled
+from pruned_trainer.tasks.texts.encoding import encode
 from pruned_trainer.tasks.texts.examples import (
     Examples,
     read_labelled,
@@ -122,7 +122,7 @@ class EmbeddingTask(TextTask):
             windows=encode(tokenizer, [(text,) for text in texts], self.options.max_length),
             gold=None,
             metrics=AGREEMENT,
-            read=partial(pooled, model.config.pooling),
+            read=partial(_embeddings, model.config.pooling),
             assemble=np.stack,
             show=lambda predicted: {"texts": len(predicted)},
         )
@@ -157,6 +157,11 @@ class EmbeddingTask(TextTask):
         )
         features = pair_features(list(zip(first, second, strict=True)), scores)
         return PairTraining(model, model.config.pooling), features
+
+
+def _embeddings(pooling: str, outputs: Any, mask: Tensor) -> Tensor:
+    """(texts, width) of an encoder's outputs."""
+    return pool_tokens(outputs.last_hidden_state, mask, pooling)
 
 
 def _distinct(examples: Examples | Retrieval) -> list[str]:

@@ -110,16 +110,6 @@ def _outputs(model: PreTrainedModel, read: Read, windows: Sequence[Any]) -> list
     return [by_window[row] for row in range(len(windows))]
 
 
-def pooled(pooling: str, outputs: Any, mask: Tensor) -> Tensor:
-    """(batch, width) of the last hidden states (batch, seqlen, width): the mean over the real tokens, or
-    the first one's."""
-    states = outputs.last_hidden_state
-    if pooling == "cls":
-        return states[:, 0]
-    real = mask[:, :, None].to(states)
-    return (states * real).sum(1) / real.sum(1).clamp(min=1)
-
-
 def _batches(order: list[int]) -> Iterator[list[int]]:
     starts = range(0, len(order), BATCH_SIZE)
     if is_main():

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from pruned_trainer.tasks.texts.encoding import Encoded, pooled
+from pruned_ops.models.inputs import pool_tokens
+from pruned_trainer.tasks.texts.encoding import Encoded
 
 # What cosines are multiplied with before the softmax over a batch's texts, as sentence-transformers has it.
 SCALE = 20.0
@@ -78,7 +79,8 @@ class PairTraining(nn.Module):
         if token_type_ids is not None:
             inputs["token_type_ids"] = taken_apart(token_type_ids, 0)
         mask = real.long()
-        vectors = F.normalize(pooled(self.pooling, self.encoder(**inputs, attention_mask=mask), mask), dim=-1)
+        states = self.encoder(**inputs, attention_mask=mask).last_hidden_state
+        vectors = F.normalize(pool_tokens(states, mask, self.pooling), dim=-1)
         left, right = vectors.chunk(2)
         if labels is not None:
             return ModelOutput(loss=F.mse_loss((left * right).sum(-1), labels.to(vectors)))
