@@ -31,7 +31,7 @@ from pruned_ops.runtime.int8_choice import named_outputs, outputs_of, real_rows,
 from pruned_ops.runtime.optimize import optimize
 from pruned_ops.runtime.packed_encoder import optimised_encoders
 from pruned_ops.runtime.saving import measured
-from pruned_ops.runtime.texts import library_class, text_batches, text_model, text_outputs
+from pruned_ops.runtime.texts import library_class, text_batches, text_model, text_outputs, tokenized_batches
 
 # A text, or a pair of texts.
 Text = str | tuple[str, str]
@@ -157,17 +157,7 @@ def _batches(model: Any, tokenizer: Any, texts: Sequence[Text]) -> list[dict[str
         return text_batches(model, [text if isinstance(text, str) else list(text) for text in texts])
     longest = min(longest_sequence(find_encoder(model).config), 512)
     ordered = sorted(texts, key=lambda text: -len(" ".join((text,) if isinstance(text, str) else text)))
-    batches = []
-    for first in range(0, len(ordered), _TEXTS_AT_ONCE):
-        chosen = ordered[first : first + _TEXTS_AT_ONCE]
-        pairs = [(text, None) if isinstance(text, str) else text for text in chosen]
-        ours, theirs = (list(part) for part in zip(*pairs, strict=True))
-        second = None if all(part is None for part in theirs) else [part or "" for part in theirs]
-        encoded = tokenizer(
-            ours, second, truncation=True, max_length=longest, padding=True, return_tensors="pt"
-        )
-        batches.append(dict(encoded))
-    return batches
+    return tokenized_batches(tokenizer, ordered, longest, _TEXTS_AT_ONCE)
 
 
 def _by_text(model: Any, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:

@@ -159,6 +159,22 @@ def text_batches(model: nn.Module, texts: Sequence[Any]) -> list[dict[str, Any]]
     return [dict(prepare(ordered[i : i + at_once])) for i in range(0, len(ordered), at_once)]
 
 
+def tokenized_batches(
+    tokenizer: Any, texts: Sequence[str | tuple[str, str]], longest: int, at_once: int
+) -> list[dict[str, Tensor]]:
+    """Texts, or pairs of them, in their order as padded batches of so many, cut to `longest` tokens."""
+    batches = []
+    for start in range(0, len(texts), at_once):
+        pairs = [(text, None) if isinstance(text, str) else text for text in texts[start : start + at_once]]
+        first, second = (list(part) for part in zip(*pairs, strict=True))
+        others = None if all(part is None for part in second) else [part or "" for part in second]
+        encoded = tokenizer(
+            first, others, truncation=True, max_length=longest, padding=True, return_tensors="pt"
+        )
+        batches.append(dict(encoded))
+    return batches
+
+
 def text_outputs(model: nn.Module, features: Mapping[str, Any]) -> Tensor:
     """What `encode` or `predict` would read from the forward on these features, as a dense tensor."""
     kind = text_model(model)

@@ -23,8 +23,8 @@ from pruned_ops.models.relative_bias import heads_of_layers
 from pruned_ops.models.stock import choose_encoder, config_of, encoder_shape, find_encoder, projection_of
 from pruned_ops.runtime.refusals import refuse_modules, refuse_parameters
 from pruned_trainer.pruning.attach import HOOKS, refuse_hidden
+from pruned_trainer.pruning.compensate import calibration_batches
 from pruned_trainer.pruning.compensate import compensate as compensate_narrow
-from pruned_trainer.pruning.compensate import text_batches
 from pruned_trainer.pruning.decision import Decision, Kept, LayerDecision
 
 # The submodules that go with the training of a model.
@@ -71,7 +71,8 @@ def compact(
     narrow = _narrow(model, decision)
     if calibration is not None and compensate != "none":
         texts = [text for text in calibration if isinstance(text, str)]
-        batches = [batch for batch in calibration if not isinstance(batch, str)] + text_batches(model, texts)
+        batches = [batch for batch in calibration if not isinstance(batch, str)]
+        batches += calibration_batches(model, texts)
         pooling = getattr(config_of(model), "pooling", "mean")  # an embedder's, where its config says it
         compensate_narrow(
             narrow, model, decision, batches, compensate, layer_by_layer=layer_by_layer, pooling=pooling

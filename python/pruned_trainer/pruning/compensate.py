@@ -24,6 +24,7 @@ from pruned_ops.models.families.known import family_of
 from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import config_of, find_encoder, layers_of, model_shape
 from pruned_ops.qa.logits import evaluating
+from pruned_ops.runtime.texts import tokenized_batches
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.importance import Batches
 from pruned_trainer.pruning.options import COMPENSATIONS, COMPENSATIONS_MADE
@@ -332,7 +333,7 @@ def _outputs(model: PreTrainedModel, batch: dict[str, Tensor], pooling: str) -> 
     return comparable_outputs(outputs, config_of(model), mask, pooling)
 
 
-def text_batches(model: PreTrainedModel, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+def calibration_batches(model: PreTrainedModel, texts: Sequence[str]) -> list[dict[str, Tensor]]:
     """Texts as padded batches for `model`, by the tokenizer of the checkpoint that it, or the encoder in it,
     was loaded from.
 
@@ -343,16 +344,11 @@ def text_batches(model: PreTrainedModel, texts: Sequence[str]) -> list[dict[str,
     encoder = find_encoder(model)
     tokenizer = load_tokenizer(str(getattr(model, "name_or_path", "") or encoder.name_or_path))
     longest = min(TEXT_TOKENS, longest_sequence(encoder.config))
-    ordered = sorted(texts, key=len)
-    batches = []
-    for start in range(0, len(ordered), TEXT_BATCH):
-        encoded = tokenizer(
-            ordered[start : start + TEXT_BATCH], truncation=True, max_length=longest, padding=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        batch = {name: tensor.to(encoder.device) for name, tensor in encoded.items()}
-        batches.append(accepted(model, batch))
-    return batches
+    batches = tokenized_batches(tokenizer, sorted(texts, key=len), longest, TEXT_BATCH)
+    return [
+        accepted(model, {name: tensor.to(encoder.device) for name, tensor in batch.items()})
+        for batch in batches
+    ]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from matching import batch_of, save_checkpoint, trained_model
 from pruned_ops.checkpoints.loading import load_model
 from pruned_trainer import Decision, SizeBudget, Target, attached, compact, decide
 from pruned_trainer.pruning import importance
-from pruned_trainer.pruning.compensate import PARTS, compensate, text_batches
+from pruned_trainer.pruning.compensate import PARTS, calibration_batches, compensate
 from pruned_trainer.pruning.decision import Kept, LayerDecision
 from pruned_trainer.pruning.options import COMPENSATIONS_MADE
 
@@ -257,7 +257,7 @@ def test_auto_keeps_nothing_that_hurts(trained: Any) -> None:
 def test_texts_are_a_calibration(trained: Any, tmp_path: Any) -> None:
     loaded = load_model(str(save_checkpoint(trained, tmp_path / "model")))
     texts = [" ".join(f"w{(7 * i + j) % 24}" for j in range(1 + i % 40)) for i in range(40)]
-    batches = text_batches(loaded, texts)
+    batches = calibration_batches(loaded, texts)
     assert sum(len(batch["input_ids"]) for batch in batches) == 40
     assert max(batch["input_ids"].size(1) for batch in batches) == 32  # the longest that the model takes
     decision = halved(loaded)
