@@ -32,7 +32,7 @@ from pruned_trainer.jobs.trainers import TIMING
 from pruned_trainer.tasks.task import Task
 from pruned_trainer.training.batches import BF16_LENGTHS, Features, pad_batch
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.phase import run, training_arguments
+from pruned_trainer.training.phase import autocast_in, precision_of, run, training_arguments
 from pruned_trainer.training.trainer import PruningTrainer
 
 
@@ -127,15 +127,16 @@ def _arguments(
 def _trainer(model: nn.Module, features: Features, arguments: TrainingArguments) -> PruningTrainer:
     config: Any = model.config
     rounds = arguments.bf16 and not torch.cuda.is_available()
-    return PruningTrainer(
-        model,
-        arguments,
-        Distillation.none(),
-        train_dataset=features,
-        data_collator=partial(
-            pad_batch,
-            pad_token_id=padding_id(config),
-            multiple=BF16_LENGTHS if rounds else 1,
-            limit=longest_sequence(config),
-        ),
-    )
+    with autocast_in(precision_of(arguments)):
+        return PruningTrainer(
+            model,
+            arguments,
+            Distillation.none(),
+            train_dataset=features,
+            data_collator=partial(
+                pad_batch,
+                pad_token_id=padding_id(config),
+                multiple=BF16_LENGTHS if rounds else 1,
+                limit=longest_sequence(config),
+            ),
+        )

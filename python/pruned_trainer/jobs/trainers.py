@@ -20,7 +20,7 @@ from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.training.averaging import WeightAverage
 from pruned_trainer.training.batches import BF16_LENGTHS
 from pruned_trainer.training.callbacks import tensorboard_writer
-from pruned_trainer.training.phase import set_autocast, training_arguments
+from pruned_trainer.training.phase import autocast_in, training_arguments
 from pruned_trainer.training.trainer import PruningTrainer, check_arguments
 
 # The training arguments of a trainer whose steps are only timed.
@@ -81,19 +81,20 @@ def build_trainer(
     distillation = settings.distillation_in("gates" if phase else "retrain")
     distillation = replace(distillation, pooling=job.pooling)
     rounds = settings.precision == "bf16" and job.device.type == "cpu"
-    trainer = PruningTrainer(
-        model,
-        _arguments(job, folder, steps, rate, phase, timing),
-        distillation,
-        teacher=teacher if distillation.needs_teacher else None,
-        gate_phase=phase,
-        cache=job.cache,
-        kept_hidden=kept_hidden,
-        task_loss=job.task_loss,
-        average=average,
-        train_dataset=job.gate_train if phase else job.retrain_data,
-        data_collator=partial(job.collate, multiple=BF16_LENGTHS) if rounds else job.collate,
-    )
+    with autocast_in(settings.precision):
+        trainer = PruningTrainer(
+            model,
+            _arguments(job, folder, steps, rate, phase, timing),
+            distillation,
+            teacher=teacher if distillation.needs_teacher else None,
+            gate_phase=phase,
+            cache=job.cache,
+            kept_hidden=kept_hidden,
+            task_loss=job.task_loss,
+            average=average,
+            train_dataset=job.gate_train if phase else job.retrain_data,
+            data_collator=partial(job.collate, multiple=BF16_LENGTHS) if rounds else job.collate,
+        )
     if not timing:
         trainer.add_callback(_KeepTime(job.clock, folder / _SECONDS))
     if settings.tensorboard and not timing and is_main():
@@ -141,7 +142,6 @@ def _arguments(
         if warm >= 1:  # the same part of this phase as of the steps of all; below 1 it is a part already
             every = steps_asked(job.arguments, len(job.train), settings.train_batch)
             warm = min(round(warm * steps / max(every, 1)), steps)
-        set_autocast(settings.precision)
         overrides: dict[str, Any] = {
             "max_steps": steps, "learning_rate": rate, "seed": seed, "output_dir": str(folder),
             "warmup_steps": warm, "bf16": settings.precision == "bf16", "fp16": settings.precision == "fp16",

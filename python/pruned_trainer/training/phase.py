@@ -64,10 +64,20 @@ def precision_of(arguments: TrainingArguments) -> str:
     return "fp32" if named == "no" else named
 
 
-def set_autocast(precision: str) -> None:
-    """Have the next training run in this precision. TrainingArguments and Accelerate read it in the
-    environment as well, where a launcher, or transformers 4 for an earlier training, has left another."""
+@contextmanager
+def autocast_in(precision: str) -> Iterator[None]:
+    """Training arguments and trainers that are made inside the block are of this precision. TrainingArguments
+    and Accelerate read it in the environment as well, where a launcher, or transformers 4 for an earlier
+    training, has left another: that is there again after the block, for the caller's own trainings."""
+    before = os.environ.get(_AUTOCAST)
     os.environ[_AUTOCAST] = precision if precision in ("bf16", "fp16") else "no"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_AUTOCAST]
+        else:
+            os.environ[_AUTOCAST] = before
 
 
 def training_arguments(
@@ -80,7 +90,6 @@ def training_arguments(
     **more: Any,
 ) -> TrainingArguments:
     """Warm-up and linear decay, batches of like lengths, progress bars. batch_size: of one process."""
-    set_autocast(precision)
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -104,7 +113,8 @@ def training_arguments(
         # search for unused ones would not see it.
         "ddp_find_unused_parameters": False,
     }
-    return TrainingArguments(**{**values, **more})
+    with autocast_in(precision):
+        return TrainingArguments(**{**values, **more})
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""What `pruned_trainer.prune` keeps of what its caller gave: what is frozen, and the tokenizer."""
+"""What `pruned_trainer.prune` keeps of what its caller gave: what is frozen, the tokenizer, and the precision
+of the launcher."""
 
 from __future__ import annotations
 
@@ -99,3 +100,17 @@ def test_a_collators_tokenizer_that_cannot_be_saved_is_left_out() -> None:
     assert pruned_trainer.prune(
         classifier(), HALF, data, data[:8], data_collator=collate, gate_steps=1, retrain_steps=1
     )
+
+
+@pytest.mark.parametrize("launched", ["bf16", None])
+def test_the_launchers_precision_is_there_for_the_callers_next_training(
+    launched: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call itself trains in its own, also by the caller's arguments."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    args, data = arguments(tmp_path), rows(24)
+    monkeypatch.setenv(name, launched) if launched else monkeypatch.delenv(name, raising=False)
+    for options in ({"args": args}, {"gate_steps": 1, "retrain_steps": 1}):
+        report = pruned_trainer.prune(classifier(), HALF, data, data[:8], **options).report  # type: ignore[arg-type]
+        assert report["plan"]["precision"] == "fp32"
+        assert os.environ.get(name) == launched

@@ -30,7 +30,7 @@ from pruned_trainer.jobs.settings import PruneSettings
 from pruned_trainer.tasks.task import without_labels
 from pruned_trainer.training.attention_precision import AttentionInFp32
 from pruned_trainer.training.batches import pad_batch
-from pruned_trainer.training.phase import precision_of, training_arguments
+from pruned_trainer.training.phase import autocast_in, precision_of, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,11 @@ def test_a_launcher_does_not_change_the_precision(tmp_path: Path, monkeypatch: p
     for left in ("bf16", "no"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", left)
         for precision in ("fp32", "bf16"):
+            with autocast_in(precision):
+                assert os.environ["ACCELERATE_MIXED_PRECISION"] == precision.replace("fp32", "no")
             arguments = training_arguments(tmp_path, 1, 2, 1e-3, 0, precision)
             assert precision_of(arguments) == precision
-            assert os.environ["ACCELERATE_MIXED_PRECISION"] == precision.replace("fp32", "no")
+            assert os.environ["ACCELERATE_MIXED_PRECISION"] == left
 
 
 @pytest.mark.parametrize(("ratio", "chosen"), [(0.5, "bf16"), (2.0, "fp32")])
