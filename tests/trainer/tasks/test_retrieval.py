@@ -41,6 +41,23 @@ def test_documents_and_queries_that_are_bad_are_skipped_where_that_is_asked_for(
         EmbeddingTask(replace(options, skip_bad=False)).read(judged, "validation")
 
 
+def test_a_query_to_which_no_document_is_relevant_is_a_fault(tmp_path: Path) -> None:
+    """However often it is judged. A query that is not judged at all (s) is none."""
+    corpus = write_rows(tmp_path / "corpus.jsonl", [{"_id": n, "text": f"w{n}"} for n in range(2)])
+    queries = write_rows(tmp_path / "queries.jsonl", [{"_id": q, "text": f"w{q}"} for q in "qrs"])
+    grades = [("q", 0, 0), ("r", 0, 0), ("q", 1, -1), ("r", 1, 2)]
+    rows = [{"query-id": query, "corpus-id": number, "score": grade} for query, number, grade in grades]
+    judged = write_rows(tmp_path / "test.tsv", rows)
+    options = TaskOptions(task="embedding", corpus=corpus, queries=queries, skip_bad=True)
+    task = EmbeddingTask(options)
+    search = task.read(judged, "validation")
+    assert isinstance(search, Retrieval) and search.relevant == ({1: 2.0},)
+    (fault,) = task.faults.skipped
+    assert fault == f"{judged}, row 0: no document is relevant to query 'q'"
+    with pytest.raises(FormatError, match="no document is relevant to query 'q'"):
+        EmbeddingTask(replace(options, skip_bad=False)).read(judged, "validation")
+
+
 def test_scores_of_documents_are_the_gains_of_ndcg(tmp_path: Path) -> None:
     """As the grades of BEIR's files are; the other metrics ask only whether a document is relevant."""
     corpus = write_rows(tmp_path / "corpus.jsonl", [{"_id": n, "text": f"w{n}"} for n in range(3)])

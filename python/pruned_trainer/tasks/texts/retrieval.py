@@ -70,7 +70,7 @@ def read_retrieval(
     A row has a query's text and the ids that are relevant to it; or, with options.queries, which holds the
     texts, a query's id, a document's id and a score, 0 or less for a document that is not relevant. skipped:
     collects the faults of bad rows, also of the documents and the queries. Errors: FormatError that names the
-    place, also for an id that the other file does not have.
+    place, also for an id that the other file does not have, and for a query to which no document is relevant.
     """
     assert options.corpus is not None
     numbers, documents = read_corpus(options.corpus, skipped)
@@ -127,6 +127,7 @@ def _joined(
     rows = read_rows(source, split, {QUERY_ID, CORPUS_ID, GRADE}, skipped)
     rows.need((QUERY_ID, CORPUS_ID))
     relevant: dict[str, dict[int, float]] = {}
+    places: dict[str, str] = {}
     for where, row in rows.placed():
         with skipping(skipped):
             query = str(value_of(row, QUERY_ID, where))
@@ -134,8 +135,13 @@ def _joined(
                 raise FormatError(f"{where}: query {shown(query)} is not among the queries")
             document = _number(numbers, value_of(row, CORPUS_ID, where), where)
             grade = read_score(row[GRADE], where) if GRADE in row else 1.0
+            places.setdefault(query, where)
             if grade > 0:
                 relevant.setdefault(query, {})[document] = grade
+    for query, where in places.items():
+        with skipping(skipped):
+            if query not in relevant:
+                raise FormatError(f"{where}: no document is relevant to query {shown(query)}")
     return rows.where, [(queries[query], grades) for query, grades in relevant.items()]
 
 
