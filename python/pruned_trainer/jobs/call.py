@@ -74,7 +74,7 @@ _OPTIONS = frozenset(
     "average_steps dtype threads".split()
 )
 # Those of them that name a file.
-_PATHS = frozenset(("decision", "latency_table"))
+_PATHS = ("decision", "latency_table")
 # The tokens that a tokenizer puts around a text, and behind it; unknown and masked ones are of the text.
 _AROUND = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id")
 
@@ -141,7 +141,7 @@ def prune(
     options = {name: value for name, value in options.items() if value is not None}
     if distillation is not None:
         options["distillation"] = distillation
-    options |= {name: checked_path(name, options[name]) for name in _PATHS & options.keys()}
+    options |= {name: checked_path(name, options[name]) for name in _PATHS if name in options}
     if workload is not None and "latency_table" in options:
         raise ValueError("a latency table is of a workload of its own: give workload or latency_table")
     dense = working_copy(model, "model")

@@ -148,7 +148,7 @@ def full_report(job: Job, chosen: Chosen, dense: Judged, pruned: Judged) -> dict
     measured = {"speedup": speedup, "latency_ms": timings["pruned"].ms(50)}
     if job.settings.decision is not None:  # which may have been made on texts of other lengths
         measured |= {unit: report["pruned"][unit] / report["dense"][unit] for unit in ("params", "macs")}
-    for unit in set(measured) & set(target):  # the decision's own numbers are the table's
+    for unit in (unit for unit in measured if unit in target):  # the decision's own numbers are the table's
         report["target"]["reached"] = {unit: measured[unit]}
     if job.table is not None:
         report["latency_table"] = _prediction_errors(job.table, models, timings)

@@ -34,8 +34,9 @@ RowOutputs = dict[str, NDArray[Any]]
 AGREEMENT = "agreement"
 # What else the report says of a model, by names that no metric of the caller's can have.
 _TAKEN = (AGREEMENT, "metrics", "params", "macs", "params_with_embeddings", "bytes", "workloads")
-# Fewer samples than elsewhere, because the caller's metric may be slow.
-RESAMPLES = 200
+# Fewer samples than elsewhere, because the caller's metric may be slow. An interval needs nearly all of them,
+# because those on which a metric gives a number are not drawn by chance.
+RESAMPLES, NEARLY_ALL = 200, 190
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class DatasetResult:
         self._gold = examples.gold
         if taught is not None:
             pairs = zip(outputs, taught, strict=True)
-            self._agreement = np.stack([_agreed(examples.kind, *pair) for pair in pairs])
+            self._agreed = np.stack([_agreed(examples.kind, *pair) for pair in pairs])
 
     @property
     def predictions(self) -> Any:
@@ -206,32 +207,41 @@ class DatasetResult:
 
     def losses(self, pruned: DatasetResult) -> dict[str, Any]:
         """What is lost from this to the pruned model, by metric, with 95% bootstrap intervals over the
-        examples, which are paired; None for an interval that the metric has no values for."""
+        examples, which are paired; None for an interval of a metric that gives fewer than NEARLY_ALL of its
+        samples a number. A line says for how many it gives none."""
         every = np.arange(len(self.outputs))
-        scores, pruned_scores = self._measured(every), pruned._measured(every)
-        intervals = self._resampled(pruned)
+        resampled, fault = self._resampled(pruned)
         losses: dict[str, Any] = {}
-        for name in scores.keys() & pruned_scores.keys():
-            losses[f"{name}_loss"] = scores[name] - pruned_scores[name]
-            values = [sample[name] for sample in intervals if name in sample]
-            losses[f"{name}_loss_interval"] = interval(values, least=RESAMPLES // 2)
+        for name, lost in _differences(self._measured(every), pruned._measured(every)).items():
+            values = [sample[name] for sample in resampled if name in sample]
+            ends = interval(values, least=NEARLY_ALL)
+            losses |= {f"{name}_loss": lost, f"{name}_loss_interval": ends}
+            if len(values) < RESAMPLES:
+                missing = (
+                    f"{RESAMPLES - len(values)} of the {RESAMPLES} samples of the {self.examples.rows.name}"
+                )
+                why, so = (f" ({fault})" if fault else ""), ("" if ends else ": its loss has no interval")
+                say(f"{name} is no number on {missing}{why}{so}")
         return losses
 
-    def _resampled(self, pruned: DatasetResult) -> list[dict[str, float]]:
-        """The losses on RESAMPLES samples of the examples; a sample that a metric refuses is left out."""
-        samples_of_scores = []
+    def _resampled(self, pruned: DatasetResult) -> tuple[list[dict[str, float]], str]:
+        """(the losses on each of RESAMPLES samples of the examples, how the caller's metric first failed):
+        where it fails, as one may that needs every class in the sample, there is the agreement alone."""
+        losses, fault = [], ""
         for rows in itertools.chain.from_iterable(samples(len(self.outputs), RESAMPLES)):
             try:
-                scores, pruned_scores = self._measured(rows), pruned._measured(rows)
-            except Exception:  # of the caller's metric, which may need every class in the sample
-                continue
-            samples_of_scores.append(
-                {name: scores[name] - pruned_scores[name] for name in scores if name in pruned_scores}
-            )
-        return samples_of_scores
+                lost = _differences(self._metrics(rows), pruned._metrics(rows))
+            except Exception as error:
+                lost, fault = {}, fault or f"{type(error).__name__}: {error}"
+            losses.append(lost | _differences(self._agreement(rows), pruned._agreement(rows)))
+        return losses, fault
 
     def _measured(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """The metrics and the agreement on these examples."""
+        return self._metrics(rows) | self._agreement(rows)
+
+    def _metrics(self, rows: NDArray[np.int64]) -> dict[str, float]:
+        """The caller's metrics, or those of labels, on these examples, where they are finite."""
         examples, metrics = self.examples, dict[str, float]()
         gold = self._gold
         if examples.compute_metrics is not None and gold is not None:
@@ -248,11 +258,16 @@ class DatasetResult:
             metrics = {name: float(value) for name, value in computed.items() if _is_number(value)}
         elif isinstance(gold, np.ndarray):
             metrics = self._against_labels(gold, rows)
-        if self.taught is not None:
-            agreed = self._agreement[rows]
-            by_rank = examples.kind is OutputKind.SCORES and agreed.shape[1] == 2
-            metrics[AGREEMENT] = _spearman(agreed) if by_rank else 100 * float(agreed.mean())
         return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+    def _agreement(self, rows: NDArray[np.int64]) -> dict[str, float]:
+        """The agreement with the teacher on these examples, where there is one and it is finite."""
+        if self.taught is None:
+            return {}
+        agreed = self._agreed[rows]
+        by_rank = self.examples.kind is OutputKind.SCORES and agreed.shape[1] == 2
+        agreement = _spearman(agreed) if by_rank else 100 * float(agreed.mean())
+        return {AGREEMENT: agreement} if np.isfinite(agreement) else {}
 
     def _against_labels(self, gold: NDArray[Any], rows: NDArray[np.int64]) -> dict[str, float]:
         """Accuracy of classes and Spearman's correlation of scores, in percent, where no metric was given."""
@@ -262,6 +277,11 @@ class DatasetResult:
         if self.examples.kind is OutputKind.SCORES and values.shape[1] == 1:
             return {"spearman": _spearman(np.stack([values[rows, 0], gold[rows].reshape(-1)], 1))}
         return {}
+
+
+def _differences(scores: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
+    """What is lost from these scores to the others, in the order of these, of those that both have."""
+    return {name: score - others[name] for name, score in scores.items() if name in others}
 
 
 def _agreed(kind: OutputKind, outputs: RowOutputs, taught: RowOutputs) -> NDArray[np.float64]:
