@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -27,6 +29,16 @@ _SENTENCE_FILES = (MODULES, SETTINGS, *ENCODER_SETTINGS)
 _MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 # What a run that can be resumed keeps in its partial folder: its settings and its plan.
 RUN = "run.json"
+# What libraries that give no number say where they cannot write on: the system, NumPy, and torch's writer.
+_FULL: tuple[tuple[Any, re.Pattern[str]], ...] = (
+    ((OSError, RuntimeError, SafetensorError), re.compile("No space left on device|Disk quota exceeded")),
+    (OSError, re.compile(r"^\d+ requested and \d+ written$")),
+    (
+        RuntimeError,
+        re.compile(r"inline_container\.cc:\d+\] \. (unexpected pos \d|PytorchStreamWriter failed writing)"),
+    ),
+    (RuntimeError, re.compile("^basic_ios::clear: iostream error$")),
+)
 # What a run holds a lock on, in its partial folder: by a name that no other program gives a file of its own.
 LOCK = ".pruned-trainer.lock"
 
@@ -123,17 +135,12 @@ def _full(error: BaseException | None) -> BaseException | None:
     """This error, or the one that it came from, whichever says that there was no room to write a file; None
     where none does.
 
-    Python gives a number; safetensors (written in Rust), NumPy and torch's writer give a text alone.
-    """
-    texts = (
-        "No space left on device", "Disk quota exceeded", "requested and", "PytorchStreamWriter",
-        "unexpected pos", "iostream error",
-    )  # fmt: skip
+    Python gives a number; safetensors (written in Rust), NumPy and torch's writer give a text alone."""
     while error is not None:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or any(text in str(error) for text in texts):
+        numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if numbered or any(isinstance(error, kind) and text.search(str(error)) for kind, text in _FULL):
             return error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -368,6 +369,7 @@ def test_a_full_disk(
         OSError("4096 requested and 512 written"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 556352 vs 556244"),
         RuntimeError("basic_ios::clear: iostream error"),
+        RuntimeError("write(): fd 3 failed with No space left on device"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
     ids=str,
@@ -377,8 +379,26 @@ def test_what_libraries_raise_on_a_full_disk(error: Exception, tmp_path: Path) -
     with pytest.raises(DiskFull, match="there is no room left to write .*: make room, then start again"):
         with explained_when_full(tmp_path / "out"):
             raise ValueError("in between") from error
-    with pytest.raises(ValueError, match="another"), explained_when_full(tmp_path / "out"):
-        raise ValueError("another")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("you requested and cannot have"),
+        ValueError("No space left on device"),
+        OSError("4096 bytes requested and none there"),
+        RuntimeError("a shader's iostream error"),
+        RuntimeError("PytorchStreamReader failed reading file data/0: unexpected pos 3"),
+    ],
+    ids=str,
+)
+def test_what_says_something_else_is_no_full_disk(error: Exception, tmp_path: Path) -> None:
+    """Nor is an error that came after a full disk was dealt with (from None)."""
+    with pytest.raises(type(error), match=re.escape(str(error))), explained_when_full(tmp_path / "out"):
+        try:
+            no_space()
+        except OSError:
+            raise error from None
 
 
 def test_the_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
