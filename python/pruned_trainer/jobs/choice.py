@@ -205,7 +205,7 @@ def train_jointly(job: Job, folder: Path, steps: int) -> Log:
         def decide_next(number: int) -> None:
             decide_for(job, folder, number, student, gates.scores(), targets[number])
 
-        trainer.add_callback(_AtSteps(_ends(phase, steps), decide_next))
+        trainer.add_callback(_AtSteps(phase.stage_ends(steps), decide_next))
         return run(trainer, "gate", settings.resumable)
 
 
@@ -214,11 +214,6 @@ def announced(phase: GatePhase, steps: int) -> GatePhase:
     for remark in phase.remarks(steps):
         say(remark)
     return phase
-
-
-def _ends(phase: GatePhase, steps: int) -> list[int]:
-    """The step at which each of the phase's targets has had its share of the steps."""
-    return [round(steps * (k + 1) / phase.stages) for k in range(phase.stages)]
 
 
 def _paper(job: Job, folder: Path, steps: int) -> tuple[list[Scores], Log]:
@@ -261,7 +256,7 @@ def paper_gates(job: Job, folder: Path, part: str, steps: int) -> tuple[list[Sco
                 gates.scores().save(files[number])
             state().wait_for_everyone()
 
-        trainer.add_callback(_AtSteps(_ends(phase, steps), keep))
+        trainer.add_callback(_AtSteps(phase.stage_ends(steps), keep))
         log = run(trainer, "gate", settings.resumable)
     return [Scores.load(file) for file in files], log
 
@@ -313,7 +308,7 @@ def score_batches(job: Job, steps: int) -> list[dict[str, Tensor]]:
 
 
 class _AtSteps(TrainerCallback):
-    """Calls `work` with the number of each of these rising steps when training has reached it.
+    """Calls `work` with the number of each of these steps, which do not fall, when training has reached it.
 
     The last call comes at the end of training, when the last checkpoint is whole: a run that is killed then
     resumes there, past the last step.
@@ -323,8 +318,9 @@ class _AtSteps(TrainerCallback):
         self.steps, self.work = list(steps), work
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.steps[:-1]:
-            self.work(self.steps.index(state.global_step))
+        for number, step in enumerate(self.steps[:-1]):
+            if step == state.global_step:
+                self.work(number)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= self.steps[-1]:  # else somebody stopped it

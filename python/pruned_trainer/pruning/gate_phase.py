@@ -73,6 +73,11 @@ class GatePhase(ABC):
         """The number of targets that are held one after another."""
         return 1
 
+    def stage_ends(self, steps: int) -> list[int]:
+        """The number of steps after which each target's share of a training of `steps` steps is over. Where
+        that is no whole number it is the next: the step in between is the target's, too."""
+        return [-(-steps * (k + 1) // self.stages) for k in range(self.stages)]
+
     def group(self, steps: int) -> dict[str, Any]:
         """The optimiser's parameter group of the gates, for a training of `steps` steps."""
         rate = self.gate_learning_rate * self.pace(steps)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import zipfile
+from bisect import bisect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -190,7 +191,7 @@ class PruningTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
         assert optimizer is not None
-        stages = self.gate_phase.stages
+        edges = [0, *self.gate_phase.stage_ends(num_training_steps)]
         gates = {id(p) for p in self.gate_phase.gates.parameters()}
 
         def linear(steps: int, step: int) -> float:
@@ -201,8 +202,8 @@ class PruningTrainer(Trainer):
             return linear(num_training_steps, step)
 
         def gate_rate(step: int) -> float:
-            stage = min(step * stages // num_training_steps, stages - 1)  # as `target_at` counts them
-            begin, end = (-(-edge * num_training_steps // stages) for edge in (stage, stage + 1))
+            stage = min(bisect(edges, step), len(edges) - 1)
+            begin, end = edges[stage - 1], edges[stage]
             return linear(end - begin, step - begin)
 
         rates: Any = [

@@ -1,4 +1,5 @@
-"""The gate phase: the paper's prices, the Lagrangian's arithmetic, rates and their schedule."""
+"""The gate phase: the paper's prices, the Lagrangian's arithmetic, rates and their schedule, and when each
+target is decided."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from inputs import stock_model
 from pruned_ops import LayerShape, ModelShape
@@ -21,6 +23,7 @@ from pruned_trainer import (
     SizeBudget,
     attached,
 )
+from pruned_trainer.jobs.choice import _AtSteps
 from pruned_trainer.pruning.budget import ShareOfGates
 from pruned_trainer.pruning.gate_phase import Lagrangian
 from pruned_trainer.pruning.gates import COUNTED, INITIAL_LOG_ALPHA, Scores, deterministic_gate
@@ -116,6 +119,16 @@ def test_short_trainings_move_faster_and_say_so(steps: int, stages: int, pace: f
     assert any(remark.startswith("warning") for remark in remarks) == warned
 
 
+@pytest.mark.parametrize(("steps", "ends"), [(100, [34, 67, 100]), (30, [10, 20, 30]), (2, [1, 2, 2])])
+def test_a_target_is_held_until_its_stage_ends(steps: int, ends: list[int]) -> None:
+    """The last step before an end still goes towards the target of that stage, and the next one does not."""
+    phase = HoldTarget(Gates(SHAPE), SizeBudget(SHAPE, "params"), [0.6, 0.4, 0.2])
+    assert phase.stage_ends(steps) == ends
+    held = [phase.start, *phase.fractions]
+    for (begin, end), (before, target) in zip(pairwise([0, *ends]), pairwise(held), strict=True):
+        assert all(target - 1e-9 <= phase.target_at(step / steps) <= before for step in range(begin, end))
+
+
 @pytest.mark.parametrize(("steps", "edges"), [(80, [0, 80]), (80, [0, 40, 80]), (242, [0, 81, 162, 242])])
 def test_the_gates_schedule_restarts_for_each_target(steps: int, edges: list[int], tmp_path: Path) -> None:
     """Warm-up and decay for each target, from the step at which the target moves; the weights' are those of
@@ -135,6 +148,7 @@ def test_the_gates_schedule_restarts_for_each_target(steps: int, edges: list[int
             rates.append([group["lr"] for group in optimizer.param_groups])
             optimizer.step()
             schedule.step()
+    assert phase.stage_ends(steps) == edges[1:]
     highest = 0.1 * phase.pace(steps)
     for begin, end in pairwise(edges):
         own, half = [rate[of_gates] for rate in rates[begin:end]], (end - begin + 1) // 2
@@ -192,3 +206,14 @@ def test_the_multiplier_follows_once_for_all_minibatches_of_a_step() -> None:
             facts = [phase.loss(step / 3)[1] for _ in range(minibatches)]
         multipliers.append(facts[-1]["multiplier"])
     assert multipliers[0] > 0 and multipliers[1] == pytest.approx(multipliers[0])
+
+
+def test_every_target_is_decided_where_there_are_fewer_steps_than_targets() -> None:
+    """Several at once then; the last at the end of training."""
+    decided: list[tuple[int, int]] = []
+    state = TrainerState()
+    callback = _AtSteps([1, 1, 2, 2], lambda number: decided.append((state.global_step, number)))
+    for state.global_step in (1, 2):
+        callback.on_step_end(None, state, None)
+    callback.on_train_end(None, state, None)
+    assert decided == [(1, 0), (1, 1), (2, 2), (2, 3)]
