@@ -346,6 +346,7 @@ def test_every_launch_asks_for_fused_products(monkeypatch: pytest.MonkeyPatch) -
     launch_linear_gelu(*arguments, GemmConfig(16, 32, 32, 4, 2))
     arguments = moved(arguments_for("linear_geglu", 5, 40, 8), torch.float16)
     launch_linear_geglu(*arguments, GemmConfig(16, 32, 32, 4, 2, split_k=2))
+    launch_linear_geglu(*arguments, GemmConfig(16, 32, 32, 4, 2))
     arguments = moved(arguments_for("linear_add_layer_norm"), torch.float16)
     launch_linear_add_layer_norm(*arguments, tuning.fused_configs(arguments[1].size(0), torch.float16)[0])
     ids, bounds = [torch.ones(5, dtype=torch.int64, device=DEVICE)] * 3, cu_seqlens((5,)).to(DEVICE)
