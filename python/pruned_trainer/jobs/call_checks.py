@@ -21,6 +21,7 @@ from pruned_trainer.jobs.row_checks import said
 from pruned_trainer.pruning.attach import HALVES, HOOKS
 from pruned_trainer.pruning.options import Target
 from pruned_trainer.training.distillation import Distillation
+from pruned_trainer.training.teacher_cache import update_with_weights
 
 # The training arguments that decide what a training comes to and that no setting of the run holds.
 _DECISIVE = (
@@ -83,14 +84,9 @@ def working_copy(model: Any, whose: str) -> Any:
 
 def digest_of_weights(model: nn.Module) -> str:
     """The SHA-256 of the tensors in a model's state dict."""
-    content = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):  # a module's own extra state
-            continue
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        content.update(values.numpy().data)
-    return content.hexdigest()
+    digest = hashlib.sha256()
+    update_with_weights(digest, model)
+    return digest.hexdigest()
 
 
 def name_of(model: Any) -> str:

@@ -167,6 +167,9 @@ def change(report: Fields, score: Score) -> tuple[float, float, float] | None:
 
 
 def change_text(report: Fields, score: Score) -> str:
-    """`change` as a table's cell."""
+    """`change` as a table's cell; the points alone where there is no interval."""
     gained = change(report, score)
-    return "-" if gained is None else "{:+z.2f} ({:+z.2f} to {:+z.2f})".format(*gained)
+    if gained is not None:
+        return "{:+z.2f} ({:+z.2f} to {:+z.2f})".format(*gained)
+    loss = report.number(f"{score.key}_loss")
+    return "-" if loss is None else f"{-loss:+z.2f}"

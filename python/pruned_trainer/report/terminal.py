@@ -60,8 +60,8 @@ def _print_targets(report: Mapping[str, Any], console: Console) -> None:
 
 
 def _change(report: Mapping[str, Any], name: str, loss: str) -> str:
-    low, high = report[f"{loss}_interval"]
-    return f"{name} [bold]{-report[loss]:+z.2f}[/] points (95% interval {-high:+z.2f} to {-low:+z.2f})"
+    points, ends = f"{name} [bold]{-report[loss]:+z.2f}[/] points", report[f"{loss}_interval"]
+    return points if ends is None else f"{points} (95% interval {-ends[1]:+z.2f} to {-ends[0]:+z.2f})"
 
 
 def _result_table(report: Mapping[str, Any]) -> Table:

@@ -237,15 +237,22 @@ def fingerprint(model: nn.Module, features: Sequence[Mapping[str, Any]]) -> str:
     fields = config.to_dict() if config is not None else {}
     known = {key: value for key, value in fields.items() if key not in _NOT_COMPUTED}
     digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    update_with_weights(digest, model)
     for feature in features:
         for name in ("input_ids", "token_type_ids"):
             ids = np.asarray(feature.get(name, ()), dtype="<i8")
             digest.update(f"{name} {len(ids)}".encode())
             digest.update(ids.tobytes())
     return digest.hexdigest()
+
+
+def update_with_weights(digest: hashlib._Hash, model: nn.Module) -> None:
+    """Add the tensors of a model's state dict to a digest, by name. What a module keeps there beside tensors
+    (its extra state) does not count."""
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _mapped(path: Path, dtype: str) -> NDArray[Any]:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pruned_trainer.cli import main
 from pruned_trainer.jobs.prune import _draw
+from pruned_trainer.report.fields import Fields, change_text, scores_of
 from pruned_trainer.report.published import data_set_of
 from pruned_trainer.report.terminal import _change, print_sweep
 from pruned_trainer.tasks.task import Score
@@ -395,3 +396,12 @@ def test_a_score_of_a_family_is_shown_without_its_interval() -> None:
     print_sweep({"score_lines": lines, "dense": dense, "points": [point | intervals]}, console)
     row = next(line for line in console.export_text().splitlines() if "macs-0.5" in line)
     assert [cell.strip() for cell in row.split("\u2502")[2:-1]] == ["2.00", "61.50", "1.25", "-", ""]
+
+
+def test_a_change_without_an_interval_is_shown_alone() -> None:
+    """A metric may have no value on samples of the rows, and a known loss all the same."""
+    report = a_report(f1_loss_interval=None)
+    (score, *_) = scores_of(Fields(Path("report.json"), report))
+    assert change_text(Fields(Path("report.json"), report), score) == "-0.50"
+    assert _change(report, "F1", "f1_loss") == "F1 [bold]-0.50[/] points"
+    assert _change(report, "span F1", "f1_span_loss").endswith(" points (95% interval -1.75 to +0.25)")

@@ -39,3 +39,10 @@ def test_numbers_are_places_where_no_name_is_one() -> None:
     with pytest.raises(FormatError, match="label 'warm' is none"):
         named.number(0, "row", ["warm", "cold"])
     assert Labels(("LABEL_0", "LABEL_1")).number(1, "row", ["warm", "cold"]) == 1
+
+
+def test_a_number_that_can_be_no_label_is_refused() -> None:
+    """A head of ten million rows would be made for it."""
+    assert len(Labels.found_in(["0", "99999"]).names) == 100_000
+    with pytest.raises(ValueError, match="a label is 9999999, .* number the 3 labels from 0 on"):
+        Labels.found_in([0, 1, 9999999])

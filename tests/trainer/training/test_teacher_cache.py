@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pruned_trainer.jobs.call_checks import digest_of_weights
 from pruned_trainer.training.teacher_cache import CHECKSUMS, LOGITS, METADATA, TeacherCache, fingerprint
 
 LENGTHS = [3, 0, 5, 1]
@@ -280,3 +281,21 @@ def test_metadata_says_what_the_cache_is(tmp_path: Path) -> None:
     read = json.loads((tmp_path / METADATA).read_text())
     assert (read["fingerprint"], read["windows"], read["tokens"]) == ("abc", 4, 9)
     assert (tmp_path / LOGITS).stat().st_size == 2 * 4 * 9
+
+
+def test_extra_state_of_a_module_is_no_weight() -> None:
+    """A state dict may hold a module's own objects beside its tensors."""
+
+    class WithState(Teacher):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+    torch.manual_seed(0)
+    plain = Teacher(layers=2)
+    stateful = WithState(layers=2)
+    stateful.load_state_dict(plain.state_dict(), strict=False)
+    assert fingerprint(stateful, []) == fingerprint(plain, [])
+    assert digest_of_weights(stateful) == digest_of_weights(plain)
+    with torch.no_grad():
+        stateful.linear.bias[0] += 1
+    assert digest_of_weights(stateful) != digest_of_weights(plain)

@@ -16,6 +16,10 @@ _DEFAULT = re.compile(r"LABEL_\d+")
 _NUMBER = re.compile(r"\d+")
 
 
+# Labels that are numbers lie below this: a head has a row for each, and more would be ids of something else.
+MOST_NUMBERED = 100_000
+
+
 @dataclass(frozen=True)
 class Labels:
     """The names of a model's labels, in the order of its logits."""
@@ -35,7 +39,13 @@ class Labels:
             return cls(tuple(names))
         distinct = {str(value) for value in values}
         if all(_NUMBER.fullmatch(value) for value in distinct):
-            return cls(tuple(f"LABEL_{number}" for number in range(max(map(int, distinct)) + 1)))
+            largest = max(map(int, distinct))
+            if largest >= MOST_NUMBERED:
+                raise ValueError(
+                    f"a label is {largest}, and a head has a row for each number up to the largest label: "
+                    f"number the {len(distinct)} labels from 0 on"
+                )
+            return cls(tuple(f"LABEL_{number}" for number in range(largest + 1)))
         return cls(tuple(sorted(distinct)))
 
     @property
