@@ -338,3 +338,10 @@ SECTIONS: tuple[Callable[[Sweep], None], ...] = (
     *(ceilings, attention, linear_gelu, norms, linears),
     linear_add_layer_norms,
 )
+
+
+def in_order(again: bool) -> tuple[Callable[[Sweep], None], ...]:
+    """The sections of a sweep. again: first the ceilings, and then those for which an earlier sweep may have
+    had no time."""
+    first, *others = SECTIONS
+    return (first, *reversed(others)) if again else SECTIONS

@@ -13,7 +13,7 @@ import harness
 from kernels.cases import Place
 from kernels.journal import Facts, GpuLost, Journal
 from kernels.right import check_all
-from kernels.sweep import SECTIONS, Sweep
+from kernels.sweep import Sweep, in_order
 from pruned_ops.ops.registry import BACKENDS
 
 DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
@@ -34,12 +34,9 @@ def check_and_time(
             journal.note("runs on", gpu=gpu, torch=torch.__version__, **backends)
         places = [Place(dtype, arguments.device) for dtype in DTYPES[arguments.device]]
         sweep = Sweep(journal, places[0], tiny)
-        ceilings, *kernels = SECTIONS
-        if arguments.only_times:  # the second time: what the first had no time for comes first
-            sections = [partial(section, sweep) for section in (ceilings, *reversed(kernels))]
-        else:
-            sections = [partial(check_all, journal, place, tiny) for place in places]
-            sections += [partial(section, sweep) for section in SECTIONS]
+        sections = [partial(section, sweep) for section in in_order(arguments.only_times)]
+        if not arguments.only_times:
+            sections = [*(partial(check_all, journal, place, tiny) for place in places), *sections]
         for section in sections:
             try:
                 section()

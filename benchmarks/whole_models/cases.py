@@ -22,6 +22,7 @@ from pruned_ops.models.configuration import PRUNED_CONFIGS
 from pruned_ops.models.families.known import family_of
 from pruned_trainer.tasks.squad.examples import load_squad
 from pruned_trainer.tasks.squad.task import Questions
+from pruned_trainer.training.teacher_cache import weights_content
 from rivals.rival import Batch, Logits, Run
 
 # Fields of the configs for --random: MiniLM-L6, BERT-base and BERT-large, and the base sizes of families
@@ -205,7 +206,6 @@ def fingerprint(model: Any) -> str:
     for path in (exporter, *graph):
         digest.update(path.read_bytes())
     digest.update(model.config.to_json_string(use_diff=False).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    for content in weights_content(model):
+        digest.update(content)
     return digest.hexdigest()[:16]

@@ -23,7 +23,7 @@ from kernels.cases import Model, Place, cases
 from kernels.journal import GpuLost, Journal, rows_in
 from kernels.rotation import L2, MOST_SETS, input_sets, rotated
 from kernels.watch import run_watched
-from pruned_ops.ops.registry import OPS
+from pruned_ops.ops.registry import BACKENDS, OPS
 
 SMALL = Model("small", 32, 2, 16, 40)
 
@@ -161,6 +161,24 @@ def test_what_no_time_is_left_for_is_named(tmp_path: Path) -> None:
         sweep.ceilings(sweep.Sweep(journal, Place(torch.float32, "cpu"), True))
     rows = rows_in(tmp_path / "kernels.jsonl")
     assert {row["verdict"] for row in rows} == {"left out"} and len(rows) >= 7
+
+
+def test_a_second_sweep_begins_where_the_first_may_have_ended() -> None:
+    assert sweep.in_order(False)[0] is sweep.in_order(True)[0] is sweep.ceilings
+    assert sweep.in_order(True)[1:] == sweep.in_order(False)[:0:-1]
+
+
+@pytest.mark.skipif(BACKENDS["triton"].missing is not None, reason="Triton is not here")
+def test_cublas_adds_into_a_residual_that_is_given_up() -> None:
+    """What the engine runs is what split kernels are timed beside; it changes its residual."""
+    place = Place(torch.float32, "cpu")
+    x, weight, residual = place.tensor(20, 64), place.tensor(72, 64), place.tensor(20, 72)
+    vectors = [place.tensor(72) for _ in range(3)]
+    reference = OPS["linear_add_layer_norm"].reference
+    expected, before = sweep._normed(reference, vectors, x, weight, residual), residual.clone()
+    computed = sweep._normed(sweep._into_residual, vectors, x, weight, residual)
+    torch.testing.assert_close(computed, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(residual, before + x @ weight.t(), rtol=1e-4, atol=1e-4)
 
 
 def test_on_a_gpu_no_kernel_of_the_cpus_is_asked() -> None:

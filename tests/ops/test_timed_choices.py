@@ -241,6 +241,26 @@ def test_the_time_of_the_gpu_counts_and_not_the_hosts(sets: int, monkeypatch: py
     assert gpu.captured >= max(timing.LAUNCHES - 4, sets) and gpu.streams == 1
 
 
+def test_outputs_of_a_turn_do_not_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would be written into L2: freed at once, one lends its memory to the next."""
+    alive: list[int] = []
+
+    class Output:
+        def __init__(self) -> None:
+            alive.append(alive[-1] + 1 if alive else 1)
+
+        def __del__(self) -> None:
+            alive.append(alive[-1] - 1)
+
+    works: Any = [Output] * 5
+    with monkeypatch.context() as patch:
+        Gpu().install(patch)
+        patch.setattr(timing, "WARM_UP", 0.0)
+        timing.graph_ms(works)
+        timing._stream.cache_clear()
+    assert 5 <= max(alive) <= 10 and alive[-1] == 0
+
+
 def test_launches_take_turns_on_more_numbers_than_l2_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing.launch, "l2_bytes", lambda _: 100_000)
     found: list[int] = []

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 @pytest.fixture(scope="module")
-def made() -> list[dict[str, Any]]:
+def compiled() -> list[dict[str, Any]]:
     """What compile_triton.py says, in a process in which the interpreter is off."""
     everything = ["--all"] if os.environ.get("PRUNED_OPS_COMPILE_ALL") else []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -34,6 +34,37 @@ def made() -> list[dict[str, Any]]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def made(compiled: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of these, the kernels as they are launched."""
+    return [kernel for kernel in compiled if kernel["aligned"]]
+
+
+def test_products_of_odd_sizes_would_spill_or_wait(compiled: list[dict[str, Any]]) -> None:
+    """Why those are torch's: without 16 bytes at a time a configuration takes nearly all registers, and some
+    spill; what shared memory it takes is of one stage or two."""
+    odd = [kernel for kernel in compiled if not kernel["aligned"]]
+    aligned = {
+        (kernel["kernel"], kernel["config"]): kernel
+        for kernel in compiled
+        if kernel["aligned"] and (kernel["dtype"], kernel["target"]) == ("fp16", 90)
+    }
+    assert {kernel["kernel"] for kernel in odd} == {"linear_gelu_kernel", "linear_add_layer_norm_kernel"}
+    for kernel in odd:
+        launched = aligned[kernel["kernel"], kernel["config"]]
+        assert kernel["registers"] >= 250 and kernel["shared"] < 0.6 * launched["shared"], kernel
+    assert any(kernel["spilled"] for kernel in odd)
+
+
+def test_a_split_product_is_compiled_as_it_is_launched(made: list[dict[str, Any]]) -> None:
+    """Its shares are whole blocks of columns. Were they of any number, it would take 254 registers."""
+    split = [kernel for kernel in made if kernel["kernel"] == "partial_linear_kernel"]
+    of_sm_90 = [
+        kernel["registers"] for kernel in split if kernel["target"] == 90 and kernel["dtype"] == "fp16"
+    ]
+    assert of_sm_90 and max(of_sm_90) <= 128, of_sm_90
 
 
 def test_triton_kernels_are_all_compiled(made: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from pruned_trainer.jobs.row_checks import said
 from pruned_trainer.pruning.attach import HALVES, HOOKS
 from pruned_trainer.pruning.options import Target
 from pruned_trainer.training.distillation import Distillation
-from pruned_trainer.training.teacher_cache import update_with_weights
+from pruned_trainer.training.teacher_cache import weights_content
 
 # The training arguments that decide what a training comes to and that no setting of the run holds.
 _DECISIVE = (
@@ -85,7 +85,8 @@ def working_copy(model: Any, whose: str) -> Any:
 def digest_of_weights(model: nn.Module) -> str:
     """The SHA-256 of the tensors in a model's state dict."""
     digest = hashlib.sha256()
-    update_with_weights(digest, model)
+    for content in weights_content(model):
+        digest.update(content)
     return digest.hexdigest()
 
 

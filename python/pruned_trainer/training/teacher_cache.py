@@ -19,7 +19,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,8 @@ def fingerprint(model: nn.Module, features: Sequence[Mapping[str, Any]]) -> str:
     fields = config.to_dict() if config is not None else {}
     known = {key: value for key, value in fields.items() if key not in _NOT_COMPUTED}
     digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    update_with_weights(digest, model)
+    for content in weights_content(model):
+        digest.update(content)
     for feature in features:
         for name in ("input_ids", "token_type_ids"):
             ids = np.asarray(feature.get(name, ()), dtype="<i8")
@@ -246,13 +247,13 @@ def fingerprint(model: nn.Module, features: Sequence[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def update_with_weights(digest: hashlib._Hash, model: nn.Module) -> None:
-    """Add the tensors of a model's state dict to a digest, by name. What a module keeps there beside tensors
-    (its extra state) does not count."""
+def weights_content(model: nn.Module) -> Iterator[bytes | memoryview]:
+    """The names, dtypes, shapes and bytes of the tensors in a model's state dict, in the order of the names,
+    for a digest. What a module keeps there beside tensors (its extra state) does not count."""
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            yield f"{name} {value.dtype} {tuple(value.shape)}".encode()
+            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _mapped(path: Path, dtype: str) -> NDArray[Any]:

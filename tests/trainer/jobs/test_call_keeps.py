@@ -70,13 +70,13 @@ def test_a_resumed_call_with_another_function_is_refused_and_the_sentence_says_w
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PruningTrainer, "training_step", interrupted)
         call()
-    mine, theirs = __name__, "transformers.data.data_collator"
+    this_module, library = __name__, "transformers.data.data_collator"
     for changes, told in (
-        ({"loss": other_loss}, rf"loss \({mine}.mean_loss then, {mine}.other_loss now\)"),
-        ({"loss": None}, rf"loss \({mine}.mean_loss then, none now\)"),
+        ({"loss": other_loss}, rf"loss \({this_module}.mean_loss then, {this_module}.other_loss now\)"),
+        ({"loss": None}, rf"loss \({this_module}.mean_loss then, none now\)"),
         (
             {"data_collator": other},
-            rf"data_collator \({theirs}.DataCollatorWithPadding then, {theirs}.default_data_collator now\)",
+            rf"data_collator \({library}.DataCollatorWithPadding then, {library}.default_data_collator now\)",
         ),
         ({"compute_metrics": lambda predicted: {}}, r"compute_metrics \(none then, .*<lambda> now\)"),
         ({"args": arguments(tmp_path, weight_decay=0.5)}, r"args.weight_decay \(0.0 then, 0.5 now\)"),

@@ -17,8 +17,8 @@ def results(metrics: Any, size: int = 40) -> list[DatasetResult]:
     """Of a dense model that is always right, like its teacher, and of a pruned one that is wrong on the first
     row alone, whose label is the only 0 among 1s."""
     data = [{**row, "labels": int(number > 0)} for number, row in enumerate(rows(size))]
-    given = Rows(data, "evaluation dataset")
-    examples = DatasetExamples(given, default_collate(0, 16), ["labels"], metrics, 8, "mean")
+    labelled = Rows(data, "evaluation dataset")
+    examples = DatasetExamples(labelled, default_collate(0, 16), ["labels"], metrics, 8, "mean")
     right = [{"logits": np.eye(2)[row["labels"]]} for row in data]
     return [DatasetResult(examples, outputs, right) for outputs in (right, [right[1], *right[1:]])]
 

@@ -90,7 +90,7 @@ def test_compensations_of_an_embedder_are_compared_as_it_is_pooled(
 def test_an_embedder_of_the_hub_is_pooled_as_its_files_say_and_keeps_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = tmp_path / "on the hub"
+    hub_folder = tmp_path / "on the hub"
     files = {
         "modules.json": [
             {"path": path, "type": f"models.{path.rpartition('_')[2] or 'Transformer'}"}
@@ -103,21 +103,21 @@ def test_an_embedder_of_the_hub_is_pooled_as_its_files_say_and_keeps_them(
         "inner/2_Dense/model.safetensors": {},
     }
     for name, content in files.items():
-        (there / name).parent.mkdir(parents=True, exist_ok=True)
-        (there / name).write_text(json.dumps(content))
+        (hub_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub_folder / name).write_text(json.dumps(content))
 
     def on_the_hub(name: str, file: str, **_: Any) -> str | None:
-        path = there / file
+        path = hub_folder / file
         return str(path) if name == "publisher/embedder" and path.is_file() else None
 
     monkeypatch.setattr(loading, "cached_file", on_the_hub)
     model = BertModel.from_pretrained(checkpoint(tmp_path / "model", BertModel))
     assert pooling_of("publisher/embedder", model.config) == "cls"
-    for source in ("publisher/embedder", str(there)):
+    for source in ("publisher/embedder", str(hub_folder)):
         out = tmp_path / f"out of {source.rpartition('/')[2]}"
         output.save_checkpoint(model, out, source, None)
         for name in files:
-            assert (out / name).read_text() == (there / name).read_text()
+            assert (out / name).read_text() == (hub_folder / name).read_text()
 
 
 def test_modules_that_an_embedder_is_trained_without_are_named(
@@ -132,8 +132,8 @@ def test_modules_that_an_embedder_is_trained_without_are_named(
         in_library(folder, **{kind: {} for kind in kinds})
         for load in (task.load_model, lambda source: task.start_model(source, None)):
             load(str(folder))
-            said = [line for line in capsys.readouterr().out.splitlines() if "modules" in line]
-            assert len(said) == bool(named) and all(line.startswith(named) for line in said)
+            remarks = [line for line in capsys.readouterr().out.splitlines() if "modules" in line]
+            assert len(remarks) == bool(named) and all(line.startswith(named) for line in remarks)
 
 
 def test_a_pooling_is_read_where_it_lies(tmp_path: Path) -> None:

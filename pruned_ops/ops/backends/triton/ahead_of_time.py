@@ -37,7 +37,8 @@ class Case:
     """A kernel with the types of its arguments, and its constants.
 
     rows: the rows of its matrix tile; 0 if it has none. programs: how many of it a multiprocessor of sm_90
-    has to hold at once.
+    has to hold at once. aligned: whether the sizes that strides come from, and the columns of a share, are
+    multiples of 16, as `optimize` lays weights out; `tuning` leaves products of other sizes to torch.
     """
 
     kernel: Any
@@ -50,6 +51,7 @@ class Case:
     rows: int = 0
     tma: bool = False
     programs: int = 1
+    aligned: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,19 +185,16 @@ def split_cases(dtype: str) -> list[Case]:
 
 
 def kernel_of(case: Case, target: int) -> Any:
-    """Triton's kernel for sm_`target`. Pointers, the sizes that strides come from, and the columns of a share
-    are taken to be multiples of 16, as `optimize` lays weights out, but for those that the kernel is not
-    specialised on. (`tuning` leaves other sizes to torch.)"""
+    """Triton's kernel for sm_`target`. Pointers are taken to be multiples of 16, and so are the sizes of an
+    aligned case, but for those that the kernel is not specialised on."""
     signature = {**case.types, **dict.fromkeys(case.constants, "constexpr")}
     arguments = list(case.kernel.arg_names)
     general = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
+    sizes = ("stride", "width", "hidden", "inner", "share") if case.aligned else ()
     aligned = [
         name
         for name, kind in case.types.items()
-        if name not in general
-        and (
-            kind.startswith("*") or name.startswith("stride") or name in ("width", "hidden", "inner", "share")
-        )
+        if name not in general and (kind.startswith("*") or name.startswith(sizes))
     ]
     source = ASTSource(
         case.kernel,

@@ -115,7 +115,8 @@ def in_16_bytes(width: int, *matrices: Tensor) -> bool:
     """Whether kernels read these matrices, and write another of `width` columns, 16 bytes at a time.
 
     Triton knows that where bases are multiples of 16 bytes, and strides and sizes of 16 numbers. Else it
-    moves 2 bytes at once, without a pipeline, and GEMM configurations that fill the registers spill."""
+    moves 2 bytes at once, and a GEMM takes nearly all registers, or spills some, and has a shorter pipeline
+    (test_triton_compiled.py)."""
     sizes = [width, *(n for x in matrices for n in (x.size(1), x.stride(0)))]
     return not any(n % 16 for n in sizes) and all(x.data_ptr() % ALIGNMENT == 0 for x in matrices)
 

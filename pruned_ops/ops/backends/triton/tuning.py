@@ -173,7 +173,7 @@ def forget() -> None:
 
 def modelled(problem: Problem, tma: bool, chip: Chip, aligned: bool = True) -> Config | None:
     """The choice by the model; None stands for torch's own kernels. aligned: whether a GEMM's matrices move
-    16 bytes at a time; where they do not, only TMA is faster than torch."""
+    16 bytes at a time; where they do not, TMA loads them, or the product is torch's."""
     fit = candidates(problem, tma, chip)
     if not aligned:
         return next((config for config in fit if isinstance(config, GemmConfig) and config.tma), None)
