@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-from kernels.journal import FAILED, WRONG, Facts, rows_in
-from kernels.watch import run_watched
 from option_types import above
+from single_kernels.journal import FAILED, WRONG, Facts, rows_in
+from single_kernels.watch import run_watched
 
 # Seconds that an attempt may take, its compilation and the import of torch included. A CPU that does other
 # things besides is no failure.
@@ -50,7 +50,7 @@ def work(
     done: Collection[Facts],
 ) -> None:
     """What the watched process does. It alone imports torch."""
-    from kernels.worker import check_and_time
+    from single_kernels.worker import check_and_time
 
     check_and_time(arguments, path, end, tell, done)
 

@@ -30,7 +30,6 @@ from transformers.utils import logging
 import harness
 import pruned_ops
 from harness import Row
-from kernels.journal import FAILED
 from option_types import above, at_least
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import model_shape
@@ -39,6 +38,7 @@ from pruned_ops.shape import ModelShape
 from rivals.cpu import CPU_RIVALS, build_cpu_rival
 from rivals.cuda import CUDA_RIVALS
 from rivals.rival import Batch, Refused, Run, compare_logits, forward
+from single_kernels.journal import FAILED
 from whole_models.cases import (
     SAMPLES,
     SIZES,

@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/bench_ops.py [--device cpu|cuda] [--quick]
 On a GPU the launches of CUDA graphs are timed, so that the host's share of a call does not count, over
-inputs that L2 does not hold. Without a GPU, --device cuda prints bounds instead of times (kernels/bounds.py,
-kernels/goals.py). A bound is not a result.
+inputs that L2 does not hold. Without a GPU, --device cuda prints bounds instead of times
+(single_kernels/bounds.py, single_kernels/goals.py). A bound is not a result.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rich.table import Table
 import harness
 import pruned_ops
 from harness import Row
-from kernels.cases import MIXED, MODELS, Case, Place, Runners, cases
-from kernels.report import write_report, write_tables
-from kernels.rotation import input_sets
 from option_types import above, at_least
 from pruned_ops.measure.graph_timing import replay_seconds
 from pruned_ops.measure.timing import Timing, Workload, interleave
 from pruned_ops.ops.registry import OPS, backends_of
+from single_kernels.cases import MIXED, MODELS, Case, Place, Runners, cases
+from single_kernels.report import write_report, write_tables
+from single_kernels.rotation import input_sets
 
 REPLAYS = 9
 
@@ -163,9 +163,9 @@ def main() -> None:
 
 def print_bounds(console: Console, measured: Path | None) -> None:
     """The least times on a GPU that is not here, by its ceilings and by the schedules of the kernels."""
-    from kernels.bounds import bounds  # needs Triton
-    from kernels.goals import goal_tables
-    from kernels.names import measured_times
+    from single_kernels.bounds import bounds  # needs Triton
+    from single_kernels.goals import goal_tables
+    from single_kernels.names import measured_times
     from whole_models.cases import goal_workloads
 
     for lengths in (MIXED * 8, (128,) * 8):

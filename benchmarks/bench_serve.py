@@ -196,7 +196,7 @@ def row(server: str, phase: str, load: Load, each: int, **more: Any) -> harness.
         "server": server,
         "phase": phase,
         **more,
-        "seconds": round(load.took, 2),
+        "seconds": round(load.elapsed, 2),
         "requests": sum(load.statuses.values()),
         "answered": answered,
         "refused": refused,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,8 @@ def stsb(model: Any, data: Path, documents: int) -> float:
 def scifact(model: Any, data: Path, documents: int) -> float:
     """nDCG@10 of the claims' abstracts by cosine, with title and text, as in BEIR. Of the abstracts, those
     that a claim needs and then the first others are searched, `documents` in all."""
+    from sklearn.metrics import ndcg_score
+
     claims = list(records(data / "scifact" / "eval.jsonl.gz"))
     needed = {document for claim in claims for document in claim["relevant"]}
     corpus = sorted(records(data / "scifact" / "corpus.jsonl.gz"), key=lambda row: row["id"] not in needed)
@@ -78,13 +79,8 @@ def scifact(model: Any, data: Path, documents: int) -> float:
         model.encode([f"{row['title']} {row['text']}" for row in corpus], show_progress_bar=False)
     )
     asked = normalised(model.encode([claim["text"] for claim in claims], show_progress_bar=False))
-    discounts, gains = 1 / np.log2(np.arange(2, 12)), []
-    for claim, scores in zip(claims, asked @ matrix.T, strict=True):
-        relevant = set(claim["relevant"])
-        is_relevant = [corpus[i]["id"] in relevant for i in np.argsort(-scores)[:10]]
-        best = discounts[: len(relevant)].sum()
-        gains.append(float((discounts[: len(is_relevant)] * np.array(is_relevant)).sum() / best))
-    return 100 * statistics.mean(gains)
+    relevance = [[float(row["id"] in claim["relevant"]) for row in corpus] for claim in claims]
+    return 100 * float(ndcg_score(relevance, asked @ matrix.T, k=10))
 
 
 # A task -> its score, times 100, of a model with `encode`.

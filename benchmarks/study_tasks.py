@@ -117,7 +117,7 @@ class Study:
 
     @cached_property
     def encoder(self) -> str:
-        """The encoder's config and weights, as the first digits of their hash, by which it is told from
+        """The files of the encoder's folder, as the first digits of their hash, by which it is told from
         another of its name; "" for one of the hub, whose name says it."""
         folder = Path(self.model)
         return f"sha256:{digest(folder, '*.*')[:12]}" if folder.is_dir() else ""
@@ -314,7 +314,7 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
         interval = f" ({row[f'{name}_loss_low']:+z.1f} to {row[f'{name}_loss_high']:+z.1f})"
         return f"{row[f'{name}_loss']:+z.2f}" + (interval if row.get(f"{name}_loss_low") is not None else "")
 
-    encoders = {(row["model"], row.get("encoder")) for row in rows}
+    encoders = {(row["model"], row["encoder"]) for row in rows if row.get("encoder")}
     ambiguous = [name for name, number in Counter(name for name, _ in encoders).items() if number > 1]
     cells = [
         [

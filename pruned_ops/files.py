@@ -15,6 +15,7 @@ import secrets
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -189,18 +190,20 @@ def read_json(path: Path, what: str = "JSON", max_bytes: int | None = MAX_RECORD
         raise ValueError(f"{path} is no {what}: {error}") from None
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes, unique: bool = False) -> Any:
     """The value of a JSON text in UTF-8, with or without a byte order mark.
 
-    Errors: ValueError for any other text, for half a surrogate pair, for a number that is not finite or
-    beyond every float, and for a value that is nested more than MAX_DEPTH deep. The message is one line that
-    names the place and never quotes the text.
+    unique: whether an object that has a name twice is refused; else the last value counts. Errors: ValueError
+    for any other text, for half a surrogate pair, for a number that is not finite or beyond every float, and
+    for a value that is nested more than MAX_DEPTH deep. The message is one line that names the place, and
+    quotes nothing of the text but a number or a name.
     """
     text = _decoded(content)
     if not text.strip():
         raise ValueError("it is empty")
     try:
-        value = (_LONG_NUMBERS if _LONG_NUMBER.search(text) else _NUMBERS).decode(text)
+        parse_int = _int if _LONG_NUMBER.search(text) else None
+        value = _DECODERS[parse_int, _unique if unique else None].decode(text)
     except _NumberFault as error:
         at = next(match.start(1) for match in _TOKEN.finditer(text) if match[1] == error.number)
         raise ValueError(f"{shown(error.number)} is no finite number: {_place(text, at)}") from None
@@ -243,22 +246,23 @@ class TextFile:
 
     Each line of a file in UTF-8 is a text, which may hold any separator but a line feed; in a file that ends
     in .jsonl, all strings in the value of a line are texts, or those in these columns of it. Either may end
-    in .gz. Texts without any character but spaces are passed over. Errors: OSError where there is no file;
-    ValueError that names the line for one that cannot be read or lacks a column, and for columns of a file
-    that is no .jsonl.
+    in .gz. Texts without any character but spaces are passed over; with `in_place`, for texts that belong
+    together by their places, only lines that hold no other texts are, and each column is one text. Errors:
+    OSError where there is no file; ValueError that names the line for one that cannot be read, lacks a
+    column, or holds something else where a text is needed, and for columns of a file that is no .jsonl.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str] | None = None) -> None:
+    def __init__(self, path: Path, columns: Sequence[str] | None = None, in_place: bool = False) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is no file; a file of texts is needed")
-        self.path, self.columns = path, columns
+        self.path, self.columns, self.in_place = path, columns, in_place
         self.is_json = path.name.removesuffix(".gz").endswith(".jsonl")
         if columns is not None and not self.is_json:
             raise ValueError(f"{path} has no columns: only a .jsonl file has")
 
     def __iter__(self) -> Iterator[str]:
         for _, texts in self.lines():
-            yield from texts
+            yield from (text for text in texts if text.strip())
 
     def lines(self) -> Iterator[tuple[int, list[str]]]:
         """The texts of each line that has any, with its number."""
@@ -267,10 +271,10 @@ class TextFile:
                 for number, line in enumerate(file, 1):
                     try:
                         texts = self._texts(line) if self.is_json and line.strip() else [_one_line(line)]
-                        texts = [text.rstrip("\r\n") for text in texts if text.strip()]
+                        texts = [text.rstrip("\r\n") for text in texts if self.in_place or text.strip()]
                     except ValueError as error:
                         raise ValueError(f"{self.path}, line {number}: {error}") from None
-                    if texts:
+                    if any(text.strip() for text in texts):
                         yield number, texts
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{self.path} is no whole gzip file: {error}") from None
@@ -284,6 +288,9 @@ class TextFile:
             lacking = [name for name in self.columns if name not in value]
             if lacking:
                 raise ValueError(f"there is no column {shown(lacking[0])}; there are {shown(list(value))}")
+            for name in self.columns if self.in_place else ():
+                if not isinstance(value[name], str):
+                    raise ValueError(f"column {shown(name)} holds {shown(value[name])}; a text is needed")
             value = [value[name] for name in self.columns]
         return _strings(value)
 
@@ -342,8 +349,23 @@ def _is_deep(value: object) -> bool:
     return True
 
 
-_NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_raise_number_fault)
-_LONG_NUMBERS = json.JSONDecoder(parse_float=_float, parse_constant=_raise_number_fault, parse_int=_int)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values; ValueError where a name comes twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        repeated = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"an object names {shown(repeated)} twice")
+    return value
+
+
+# By what makes integers of their digits, and objects of their names and values; None for Python's own.
+_DECODERS: dict[tuple[Any, Any], json.JSONDecoder] = {
+    (parse_int, hook): json.JSONDecoder(
+        parse_float=_float, parse_constant=_raise_number_fault, parse_int=parse_int, object_pairs_hook=hook
+    )
+    for parse_int in (None, _int)
+    for hook in (None, _unique)
+}
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100

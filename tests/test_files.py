@@ -47,6 +47,14 @@ def test_what_only_looks_hostile_is_taken(content: bytes) -> None:
     assert parse_json(content) == json.loads(content)
 
 
+def test_a_name_that_comes_twice_is_refused_where_it_is_asked_for() -> None:
+    content = b'{"a": [{"b": 1, "c": 12345678901234567890, "b": 2}]}'
+    assert parse_json(content) == {"a": [{"b": 2, "c": 12345678901234567890}]}
+    with pytest.raises(ValueError, match="^an object names 'b' twice$"):
+        parse_json(content, unique=True)
+    assert parse_json(b'{"b": {"b": 1}}', unique=True) == {"b": {"b": 1}}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Collection
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ FLOORS = {
     ROOT.parent / "benchmarks": (
         ("scripts",),
         ("study", "whole_models"),
-        ("kernels", "rivals", "serving"),
+        ("single_kernels", "rivals", "serving"),
         ("harness", "presentation", "torch_ways"),
     ),
 }
@@ -229,6 +230,17 @@ def test_layers_in_a_model_of_ones_own() -> None:
         together = encoder.layers[0](x, batch.cu_seqlens, batch.max_seqlen)
     assert out.shape == x.shape and torch.isfinite(out).all()
     torch.testing.assert_close(together[6:], alone)
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tests/support", "python", "python/examples"])
+def test_no_module_hides_a_package_that_is_installed(folder: str) -> None:
+    """A script's folder comes first on Python's path: a module of the name of a library that transformers
+    imports would be imported in its place."""
+    modules = {path.stem for path in (ROOT.parent / folder).iterdir() if path.suffix in ("", ".py")}
+    assert modules & (set(packages_distributions()) | sys.stdlib_module_names) <= {
+        "pruned_trainer",
+        "pruned_cli",
+    }
 
 
 def test_version_is_what_the_changelog_says() -> None:

@@ -25,19 +25,19 @@ LOST = 120.0
 @dataclass
 class Load:
     """What came of a load. seconds: of each answered request. statuses: how many requests ended so; 0 for
-    those that were lost. took: seconds from the first request to the last answer. cpu: seconds that the
+    those that were lost. elapsed: seconds from the first request to the last answer. cpu: seconds that the
     server's process computed meanwhile, 0 where it is not known. memory: resident bytes of
     the server's process, once a second."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
-    took: float = 0.0
+    elapsed: float = 0.0
     cpu: float = 0.0
     memory: list[int] = field(default_factory=list)
 
     @property
     def requests_per_s(self) -> float:
-        return len(self.seconds) / self.took if self.took else 0.0
+        return len(self.seconds) / self.elapsed if self.elapsed else 0.0
 
     @property
     def cpu_ms(self) -> float:
@@ -140,14 +140,14 @@ async def _closed(target: Target, requests: Sequence[bytes], clients: int, secon
 
     watch = asyncio.create_task(_watch(target, load))
     await asyncio.gather(*(client() for _ in range(clients)))
-    load.took, load.cpu = time.perf_counter() - start, target.cpu() - cpu
+    load.elapsed, load.cpu = time.perf_counter() - start, target.cpu() - cpu
     watch.cancel()
     target.close()
     return load
 
 
-async def _open(target: Target, requests: Sequence[bytes], rate: float, seconds: float, seed: int) -> Load:
-    load, start, cpu, choose = Load(), time.perf_counter(), target.cpu(), random.Random(seed)
+async def _open(target: Target, requests: Sequence[bytes], rate: float, seconds: float) -> Load:
+    load, start, cpu, choose = Load(), time.perf_counter(), target.cpu(), random.Random(0)
     under_way: set[asyncio.Task[None]] = set()
     watch = asyncio.create_task(_watch(target, load))
     due, number = 0.0, 0
@@ -164,7 +164,7 @@ async def _open(target: Target, requests: Sequence[bytes], rate: float, seconds:
             await asyncio.sleep(0)  # where the rate is beyond what the clients can send, answers are read too
     if under_way:
         await asyncio.wait(under_way)
-    load.took, load.cpu = time.perf_counter() - start, target.cpu() - cpu
+    load.elapsed, load.cpu = time.perf_counter() - start, target.cpu() - cpu
     watch.cancel()
     target.close()
     return load
@@ -175,6 +175,6 @@ def closed_loop(target: Target, requests: Sequence[bytes], clients: int, seconds
     return asyncio.run(_closed(target, requests, clients, seconds))
 
 
-def open_loop(target: Target, requests: Sequence[bytes], rate: float, seconds: float, seed: int = 0) -> Load:
+def open_loop(target: Target, requests: Sequence[bytes], rate: float, seconds: float) -> Load:
     """Requests that come by chance, `rate` a second in the mean, whether or not others are answered."""
-    return asyncio.run(_open(target, requests, rate, seconds, seed))
+    return asyncio.run(_open(target, requests, rate, seconds))

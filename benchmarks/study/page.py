@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from harness import Row
@@ -370,22 +370,30 @@ def _recipes_text(results: Results) -> list[str]:
         *table(header, lines),
         "Seconds are the processor's, or the clock's on a GPU. The joint recipe's number of steps was "
         "planned so that it takes as long as row e; steps of both were timed one after the other for it."
-        + _joint_text(joint[0]),
+        + _joint_text(joint),
         "",
     ]
 
 
-def _joint_text(row: Row) -> str:
-    """What the joint recipe's steps were, and how well its plan was kept."""
+def _joint_text(rows: Sequence[Row]) -> str:
+    """What the joint recipe's steps were in each seed, and how well its plan was kept."""
     text = ""
-    if row.get("gate_seconds") and row.get("retrain_seconds"):
-        total_seconds = row["gate_seconds"] + row["retrain_seconds"]
-        text += f" It was planned for {row['planned_seconds']:.0f} s, and took {total_seconds:.0f} s."
-    rate = row["joint_pace"] * row["joint_learning_rate"]
+    if all(row.get("gate_seconds") and row.get("retrain_seconds") for row in rows):
+        planned = _each(f"{row['planned_seconds']:.0f} s" for row in rows)
+        needed = _each(f"{row['gate_seconds'] + row['retrain_seconds']:.0f} s" for row in rows)
+        text += f" It was planned for {planned}, and took {needed}."
+    steps, paces = (_each(f"{row[name]:g}" for row in rows) for name in ("gate_steps", "joint_pace"))
+    rates = _each(f"{row['joint_pace'] * row['joint_learning_rate']:.2f}" for row in rows)
     return text + (
-        f" It had {row['gate_steps']} gate steps, so its gates moved {row['joint_pace']:.1f} times as fast, "
-        f"at a rate of {rate:.2f}; the most is {MAX_PACE:g} times."
+        f" It had {steps} gate steps, so its gates moved {paces} times as fast, at a rate of {rates}; the "
+        f"most is {MAX_PACE:g} times."
     )
+
+
+def _each(values: Iterable[str]) -> str:
+    """The values of all seeds, in their order; a single one where they are the same."""
+    listed = list(values)
+    return ", ".join(listed[:1] if len({*listed}) == 1 else listed)
 
 
 def _origin_text(results: Results) -> list[str]:

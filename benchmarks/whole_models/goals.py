@@ -19,13 +19,13 @@ import torch
 import harness
 import pruned_ops
 from harness import Row
-from kernels.journal import FAILED, WRONG
 from pruned_ops.measure.timing import Timing, Workload
 from pruned_ops.models.stock import layer_list, model_shape
 from pruned_ops.ops.registry import backends_of
 from pruned_ops.shape import ModelShape
 from rivals.cuda import SizedBatch, build_cuda_rival, packed_batch
 from rivals.rival import Batch, Logits, Refused, Run, compare_logits, forward
+from single_kernels.journal import FAILED, WRONG
 from whole_models.cases import Source, fingerprint
 
 OURS, OURS_MANY = "ours", "ours-encode-many"

@@ -35,7 +35,7 @@ def modules_of(source: str) -> list[Module]:
     if file is None:
         return []
     listed = read_json(file)
-    if not isinstance(listed, list) or not all(
+    if not (isinstance(listed, list) and listed) or not all(
         isinstance(module, dict) and all(isinstance(module.get(key), str) for key in Module._fields)
         for module in listed
     ):

@@ -139,11 +139,11 @@ class Vocabulary:
         named, ids = {number: tokenizer.id_to_token(number) for number in counts}, self.ids
         return Counter({ids[piece]: counts[number] for number, piece in named.items() if piece in ids})
 
-    def trim(self, wanted: Collection[int], always: Collection[int], fixed: int | None = None) -> Trimmed:
-        """The tokenizer with the pieces that are wanted, those that stay always, and those that BPE makes
+    def trim(self, used: Collection[int], always: Collection[int], fixed: int | None = None) -> Trimmed:
+        """The tokenizer with the pieces that are used, those that stay always, and those that BPE makes
         them of. fixed: the piece that has the same id afterwards, where the others are enough for that; the
         others keep their order."""
-        kept = self._closed({*wanted, *always})
+        kept = self._closed({*used, *always})
         model_ids = set(self._ids.values())
         old_ids = sorted(kept & model_ids)
         if fixed in old_ids and fixed < len(old_ids):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Time the models, print the times, and draw them where that is asked for."""
     from pruned_ops.checkpoints.loading import load_folder
     from pruned_ops.measure.comparison import compare
+    from pruned_ops.measure.timing import threads
     from pruned_ops.models.inputs import longest_sequence
 
     check_arguments(arguments)
@@ -85,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         name: load_folder(folder, arguments.device, takes_int8=True) for name, folder in folders.items()
     }
     workload = make_workload(arguments, min(longest_sequence(model.config) for model in models.values()))
-    with _threads(arguments.threads):
+    with threads(arguments.threads):
         benchmark = compare(
             models, workload, arguments.rounds, arguments.dtype, fixed=arguments.padding == "fixed"
         )
@@ -137,20 +136,6 @@ def make_workload(arguments: argparse.Namespace, longest: int = WINDOW) -> Workl
     return Workload(
         f"mixed-b{size}", tuple(tuple(mixed[first : first + size]) for first in range(0, len(mixed), size))
     )
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Let torch use this number of CPU threads inside the block; None leaves it as it is."""
-    import torch
-
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def show(benchmark: Benchmark) -> None:

@@ -79,7 +79,7 @@ def read_texts(path: Path, limit: int, columns: Sequence[str] | None = None) -> 
     from pruned_ops.measure.timing import spread  # imports torch, which --help does not wait for
 
     texts: list[Text] = []
-    file = TextFile(path, columns)
+    file = TextFile(path, columns, in_place=True)
     for number, parts in file.lines():
         if not file.is_json:
             parts = parts[0].split("\t")

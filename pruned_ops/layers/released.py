@@ -4,7 +4,7 @@ to, which would change nothing there."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,7 +55,8 @@ class ReleasedParameter(nn.Parameter):
 
     rows: where the stack has its values; until it is given back it has a shape then and no memory, and
     reading it makes a copy of its values, which is right and slow. None where it keeps its memory, because
-    the stack reads the same or has made something else of it. Errors: RuntimeError where it is written to."""
+    the stack reads the same or has made something else of it. Errors: RuntimeError where it is written to, or
+    is to get a gradient."""
 
     rows: Rows | None
 
@@ -74,6 +75,11 @@ class ReleasedParameter(nn.Parameter):
                 written.append(args[0] if args else kwargs)
             sets = any(map(_holds_one, written))
         with torch._C.DisableTorchFunctionSubclass():
+            if name in ("requires_grad", "requires_grad_") and _is_asked(args[1:], kwargs, sets):
+                raise RuntimeError(
+                    "a weight that an optimised model has laid out for its kernels would get no gradient: "
+                    "call pruned_ops.restore(model) before training"
+                )
             if name in _METADATA:
                 return func(*args, **kwargs)
             if sets:
@@ -113,6 +119,12 @@ def _holds_one(argument: Any) -> bool:
     return isinstance(argument, ReleasedParameter) or (
         isinstance(argument, (tuple, list)) and any(map(_holds_one, argument))
     )
+
+
+def _is_asked(args: tuple[Any, ...], kwargs: Mapping[str, Any], sets: bool) -> bool:
+    """Whether `requires_grad` is set to True, or `requires_grad_` is called so."""
+    value = args[0] if args else kwargs.get("requires_grad", True)
+    return sets and bool(value)
 
 
 def _is_in_place(name: str) -> bool:

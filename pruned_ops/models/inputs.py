@@ -195,7 +195,10 @@ def mean_states(states: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 def pool_tokens(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     """(batch, seqlen, hidden) -> (batch, hidden), by one of POOLINGS: the mean over the real tokens of each
-    row, or the first of them, on whichever side the padding is; zeros where a row has none."""
+    row, or the first of them, on whichever side the padding is; zeros where a row has none. Errors:
+    ValueError for another pooling."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}; {' or '.join(POOLINGS)} is needed")
     return (first_tokens if pooling == "cls" else mean_states)(states, attention_mask)
 
 

@@ -156,7 +156,8 @@ def _numbers(report: Mapping[str, Any]) -> Iterator[str]:
     if machine:
         place = machine.get("accelerator") or machine.get("processor")
         torch = _mapping(report.get("versions")).get("torch")
-        yield f"Timed on {place}, {machine.get('threads')} threads, torch {torch}."
+        threads = machine.get("threads")
+        yield f"Timed on {place}, {threads} thread{'' if threads == 1 else 's'}, torch {torch}."
     yield from ("Both by pruned-trainer when the checkpoint was made.", "")
 
 

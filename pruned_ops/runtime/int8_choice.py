@@ -225,7 +225,7 @@ def _without_padding(name: str, value: Tensor, mask: Tensor | None) -> tuple[Ten
     return value, mask
 
 
-def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def relative_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """How far outputs (rows, numbers) are off, relative to how much the exact ones vary from row to row, in
     the L2 norm; of several outputs, the worst. Infinite where one is not a number.
 
@@ -233,7 +233,7 @@ def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     than a quarter of their size, as for a single text, that quarter is taken.
     """
     errors = []
-    for output, right in zip(found, exact, strict=True):
+    for output, right in zip(outputs, exact, strict=True):
         varies, size = (right - right.mean(0)).norm(), right.norm()
         errors.append((output - right).norm() / torch.maximum(varies, FLOOR * size).clamp_min(1e-30))
     return float(torch.stack(errors).max().nan_to_num(nan=math.inf, posinf=math.inf))

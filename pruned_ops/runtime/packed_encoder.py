@@ -210,6 +210,7 @@ class PackedEncoder(nn.Module):
     ) -> None:
         """Refuse by name the arguments that are set and that an optimised encoder does not take."""
         names = {name for name, value in unsupported.items() if value is not None and value is not False}
+        names -= {"use_cache"}  # which an encoder does without, optimised or not
         if output_attentions or (
             output_attentions is None and getattr(self.config, "output_attentions", False)
         ):

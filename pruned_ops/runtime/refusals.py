@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
 
 from pruned_ops import ops
 from pruned_ops.layers.int8 import Int8Linear
@@ -106,17 +108,19 @@ def _refuse_config(config: Any) -> str | None:
 
 
 def _refuse_changed_forward(encoder: nn.Module, in_place: bool) -> str | None:
-    """Refuse replaced forwards and hooks inside the encoder: they would not run any more."""
+    """Refuse replaced methods and hooks inside the encoder: they would not run any more."""
     for name, module in encoder.named_modules():
         hooks_run = in_place and name.partition(".")[0] in ("", "pooler")
         name = name or "encoder"
-        if "forward" in module.__dict__:
-            return f"the forward of its {name} was replaced, and would not run"
+        method = next((method for method in module.__dict__ if is_method(type(module), method)), None)
+        if method is not None:
+            return f"the {method} of its {name} was replaced, and would not run"
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if not hooks_run and not all(is_harmless(hook) for hook in hooks):
             return f"its {name} has forward hooks, which would not run (gates still attached?)"
-        if name.partition(".")[0] != "pooler" and _is_patched(type(module)):
-            return f"the forward of {type(module).__name__}, the class of its {name}, was replaced"
+        method = None if name.partition(".")[0] == "pooler" else _patched_method(type(module))
+        if method is not None:
+            return f"the {method} of {type(module).__name__}, the class of its {name}, was replaced"
     return None
 
 
@@ -127,9 +131,22 @@ def is_harmless(hook: Any) -> bool:
     return getattr(hook, "__module__", None) == _CAPTURING or asks_for_gradients
 
 
-def _is_patched(kind: type[Any]) -> bool:
-    """Whether a function from elsewhere was set as the forward of this class."""
-    return getattr(kind.forward, "__module__", None) not in {base.__module__ for base in kind.__mro__}
+def is_method(kind: type[Any], name: str) -> bool:
+    """Whether the class has a method of this name."""
+    return inspect.isfunction(inspect.getattr_static(kind, name, None))
+
+
+def _patched_method(kind: type[Any]) -> str | None:
+    """The name of a method of this class, or of one that it comes from, that a function from elsewhere was
+    set as. The classes that every model of transformers comes from are not looked at, and no `__init__`: it
+    has run, and the library `kernels` sets one of its own where transformers names a function for it."""
+    homes = {base.__module__ for base in kind.__mro__}
+    for base in kind.__mro__:
+        methods = {} if issubclass(PreTrainedModel, base) else vars(base)
+        for name, method in methods.items():
+            if name != "__init__" and inspect.isfunction(method) and method.__module__ not in homes:
+                return name
+    return None
 
 
 def refuse_modules(encoder: Any, beside: Collection[str] = ()) -> str | None:

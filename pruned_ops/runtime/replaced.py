@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from pruned_ops.models.stock import projection_of
-from pruned_ops.runtime.refusals import WITHOUT_EFFECT, is_harmless
+from pruned_ops.runtime.refusals import WITHOUT_EFFECT, is_harmless, is_method
 
 _MISSING = object()
 _DICTIONARIES = ("_parameters", "_modules")
@@ -30,10 +30,10 @@ def raise_on_change(kind: type[nn.Module], change: str) -> NoReturn:
 class ReplacedModule(nn.Module):
     """The part of a replaced module's class that comes before its own class.
 
-    Errors: RuntimeError for a hook, a submodule, a parameter, a forward or a setting that is set in it."""
+    Errors: RuntimeError for a hook, a submodule, a parameter, a method or a setting that is set in it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_used = name in ("forward", "__class__") or isinstance(value, nn.Module)
+        is_used = name == "__class__" or is_method(type(self), name) or isinstance(value, nn.Module)
         if is_used or not _is_read(self) and (isinstance(value, nn.Parameter) or _is_setting(self, name)):
             if getattr(self, name, _MISSING) is not value:
                 raise_on_change(type(self), f"another {name}")

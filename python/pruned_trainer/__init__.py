@@ -14,12 +14,13 @@ from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.trainer import PruningTrainer
 
 if TYPE_CHECKING:
-    from pruned_trainer.jobs.call import PruneResult, prune
+    from pruned_trainer.jobs.call import prune
+    from pruned_trainer.jobs.prune import PruneResult
     from pruned_trainer.training.gating import Gating, GatingTrainerMixin, gating
 
 # What brings in more of the library than most of its callers need: imported when it is asked for.
 _LATER = {
-    "PruneResult": "pruned_trainer.jobs.call",
+    "PruneResult": "pruned_trainer.jobs.prune",
     "prune": "pruned_trainer.jobs.call",
     "Gating": "pruned_trainer.training.gating",
     "GatingTrainerMixin": "pruned_trainer.training.gating",

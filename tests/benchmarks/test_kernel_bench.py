@@ -18,12 +18,12 @@ import bench_kernels
 import bench_ops
 import dying_work
 import torch_ways
-from kernels import right, sweep
-from kernels.cases import Model, Place, cases
-from kernels.journal import GpuLost, Journal, rows_in
-from kernels.rotation import L2, MOST_SETS, input_sets, rotated
-from kernels.watch import run_watched
 from pruned_ops.ops.registry import BACKENDS, OPS
+from single_kernels import right, sweep
+from single_kernels.cases import Model, Place, cases
+from single_kernels.journal import GpuLost, Journal, rows_in
+from single_kernels.rotation import L2, MOST_SETS, input_sets, rotated
+from single_kernels.watch import run_watched
 
 SMALL = Model("small", 32, 2, 16, 40)
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from kernels.report import of_ceiling, write_report, write_tables
 from presentation import save_figure
+from single_kernels.report import of_ceiling, write_report, write_tables
 
 
 def row(runner: str, ms: float, ratio: float) -> dict[str, object]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kernels.journal import Journal
-from kernels.names import add_layer_norm_name, measured_times
-from kernels.schedule import ENDS, MULTIPROCESSORS, Launched, Schedule, Work, estimate, parsed
+from single_kernels.journal import Journal
+from single_kernels.names import add_layer_norm_name, measured_times
+from single_kernels.schedule import ENDS, MULTIPROCESSORS, Launched, Schedule, Work, estimate, parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two instructions, a loop of six with two products and one special function, an epilogue of three.
@@ -36,10 +36,10 @@ CODE = """
 """
 REAL = """
 import json
-from kernels.goals import LARGE, PLACE, choices
-from kernels.cases import cases
-from kernels.goals import problem_of, schedule_of
-from kernels.names import described
+from single_kernels.goals import LARGE, PLACE, choices
+from single_kernels.cases import cases
+from single_kernels.goals import problem_of, schedule_of
+from single_kernels.names import described
 from pruned_ops.ops.backends.triton import ahead_of_time, configs
 config = configs.LINEAR_GELU[2][0]
 gemm = schedule_of(ahead_of_time.gemm_case(config, "fp16"))

@@ -82,7 +82,7 @@ def test_a_server_that_answered_nothing_is_asked_at_no_rate(monkeypatch: pytest.
     """It has none to take a part of; the others are measured, and their rows are kept."""
     import bench_serve
 
-    loads = {"answers": Load(seconds=[0.1], took=0.5), "silent": Load(took=0.5)}
+    loads = {"answers": Load(seconds=[0.1], elapsed=0.5), "silent": Load(elapsed=0.5)}
     rates: list[tuple[str, float]] = []
     monkeypatch.setattr(bench_serve, "closed_loop", lambda target, *_: loads[target])
     monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_a_rival_whose_process_is_not_known_has_its_line() -> None:
     from bench_serve import row
     from serving.page import page
 
-    load = Load(seconds=[0.1, 0.2], took=2.0, memory=[0, 0])
+    load = Load(seconds=[0.1, 0.2], elapsed=2.0, memory=[0, 0])
     load.statuses[200] = 2
     about = {"texts_per_request": 1, "machine_threads": 2}
     rows = [row("infinity", phase, load, 1, clients=32) | about for phase in ("closed", "memory")]
@@ -150,7 +150,7 @@ def test_texts_and_rows(tmp_path: Path) -> None:
         asked = requests_of(Target("http://127.0.0.1:9", path), texts, 4, "minilm")
         assert len(asked) == TEXTS // 4
         assert json.loads(asked[1].partition(b"\r\n\r\n")[2])[field] == texts[4:8]
-    load = Load(seconds=[0.1, 0.2], took=2.0, memory=[5_000_000, 7_000_000])
+    load = Load(seconds=[0.1, 0.2], elapsed=2.0, memory=[5_000_000, 7_000_000])
     load.statuses.update({200: 2, 429: 3, 0: 1})
     line = row("ours", "closed", load, 4)
     assert (line["answered"], line["refused"], line["lost"]) == (2, 3, 1)

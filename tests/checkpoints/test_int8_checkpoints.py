@@ -301,6 +301,23 @@ def test_texts_and_pairs_to_quantize_by(tmp_path: Path) -> None:
         read_texts(lines, 9)
 
 
+def test_the_texts_of_a_pair_keep_their_places(tmp_path: Path) -> None:
+    """A blank first text is no reason to take the second for the first, nor a label for the only text."""
+    rows, blank = tmp_path / "rows.jsonl", [("", "x"), ("x", " "), ("", ""), ("a", "b")]
+    rows.write_text("".join(json.dumps({"p": p, "q": q}) + "\n" for p, q in blank))
+    assert read_texts(rows, 9, ["p", "q"]) == [("", "x"), ("x", " "), ("a", "b")]
+    assert read_texts(rows, 9, ["p"]) == ["x", "a"]
+    with pytest.raises(ValueError, match=r"line 1 of .* has 2 strings: name --text-columns"):
+        read_texts(rows, 9)
+    for value in (5, None, ["one", "two"], {"text": "x"}):
+        rows.write_text(json.dumps({"p": value, "q": "x"}))
+        for columns in (["p"], ["q", "p"]):
+            with pytest.raises(
+                ValueError, match=r"rows.jsonl, line 1: column 'p' holds .*; a text is needed"
+            ):
+                read_texts(rows, 9, columns)
+
+
 def test_quantize_refuses_what_changes_too_much(tmp_path: Path) -> None:
     model = pruned_model()
     model.save_pretrained(tmp_path / "fp32")

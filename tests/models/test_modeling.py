@@ -291,3 +291,5 @@ def test_tokens_are_pooled_on_whichever_side_the_padding_is(pooling: str, expect
     mask = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0]])
     assert pool_tokens(states, mask, pooling).tolist() == [[expected], [expected], [0.0]]
     assert pool_tokens(states, None, pooling)[2].tolist() == [1.0]
+    with pytest.raises(ValueError, match="pooling is 'max'; mean or cls is needed"):
+        pool_tokens(states, mask, "max")

@@ -139,7 +139,7 @@ def test_why_cuda_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bench_ops_times_every_backend_that_takes_an_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row for each beside `ours`, which is the one that runs by itself."""
     import bench_ops
-    from kernels.cases import Case
+    from single_kernels.cases import Case
 
     op, arguments = OPS["linear_gelu"], arguments_for("linear_gelu")
     ran: list[str] = []

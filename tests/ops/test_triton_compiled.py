@@ -44,7 +44,7 @@ def made(compiled: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_products_of_odd_sizes_would_spill_or_wait(compiled: list[dict[str, Any]]) -> None:
     """Why those are torch's: without 16 bytes at a time a configuration takes nearly all registers, and some
-    spill; what shared memory it takes is of one stage or two."""
+    spill (one, by Triton 3.6, all but 32 of them); what shared memory it takes is of one stage or two."""
     odd = [kernel for kernel in compiled if not kernel["aligned"]]
     aligned = {
         (kernel["kernel"], kernel["config"]): kernel
@@ -54,7 +54,8 @@ def test_products_of_odd_sizes_would_spill_or_wait(compiled: list[dict[str, Any]
     assert {kernel["kernel"] for kernel in odd} == {"linear_gelu_kernel", "linear_add_layer_norm_kernel"}
     for kernel in odd:
         launched = aligned[kernel["kernel"], kernel["config"]]
-        assert kernel["registers"] >= 250 and kernel["shared"] < 0.6 * launched["shared"], kernel
+        assert kernel["registers"] >= 250 or kernel["spilled"] >= 1000, kernel
+        assert kernel["shared"] < 0.6 * launched["shared"], kernel
     assert any(kernel["spilled"] for kernel in odd)
 
 

@@ -51,6 +51,10 @@ def test_other_models_are_refused() -> None:
             "output.LayerNorm is a Identity, not the LayerNorm",
         ),
         (lambda layer: setattr(layer, "forward", lambda x: x), "forward of its encoder.layer.1 was replaced"),
+        (
+            lambda layer: setattr(layer, "feed_forward_chunk", lambda x: x),
+            "feed_forward_chunk of its encoder.layer.1 was replaced",
+        ),
     ):
         changed = stock_model()
         change(changed.bert.encoder.layer[1])
@@ -174,6 +178,54 @@ def test_training_and_loading_are_refused(model: Any) -> None:
         fast.train()
     with pytest.raises(RuntimeError, match="restore.*loading"):
         fast.load_state_dict({}, strict=False)
+
+
+@pytest.mark.parametrize("method", ["forward", "feed_forward_chunk", "__init__"])
+def test_methods_set_in_a_class_are_refused_but_for_the_one_that_made_the_module(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library `kernels` sets the `__init__` of classes of transformers, where it is installed."""
+    model, kind = stock_model(), type(stock_model().bert.encoder.layer[0])
+    own = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda self, *args, **kwargs: own(self, *args, **kwargs))
+    if method == "__init__":
+        assert pruned_ops.optimize(model) is model
+    else:
+        with pytest.raises(ValueError, match=f"the {method} of BertLayer, the class of its encoder.layer.0"):
+            pruned_ops.optimize(model)
+
+
+def test_an_encoder_that_would_learn_nothing_does_not_ask_to_be_trained(model: Any) -> None:
+    """In evaluation mode a training would pass it by in silence. A head on it can be trained alone."""
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    fast = pruned_ops.optimize(model)
+    weight = fast.base_model.encoder.layer[0].output.dense.weight
+    for ask in (
+        fast.requires_grad_,
+        lambda: weight.requires_grad_(requires_grad=True),
+        lambda: setattr(weight, "requires_grad", True),
+    ):
+        with pytest.raises(RuntimeError, match=r"no gradient: call pruned_ops\.restore\(model\) before tr"):
+            ask()
+        assert not weight.requires_grad
+    fast.base_model.requires_grad_(False)
+    weight.requires_grad = False
+    states = fast.base_model(**padded_batch())[0]
+    head = nn.Linear(states.size(-1), 2)
+    head(states).sum().backward()
+    assert head.weight.grad is not None and head.weight.grad.any()
+    assert [parameter.requires_grad for parameter in pruned_ops.restore(fast).parameters()] == asked
+    fast.requires_grad_(True)
+
+
+def test_a_cache_of_keys_is_nothing_to_an_encoder() -> None:
+    """Transformers' own encoders take the argument, and do without."""
+    stock, batch = stock_model().bert, padded_batch()
+    expected = stock(**batch, use_cache=True)
+    states = pruned_ops.optimize(stock)(**batch, use_cache=True)[0]
+    assert type(expected).__name__ == "BaseModelOutputWithPoolingAndCrossAttentions"
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(states[real], expected[0][real], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

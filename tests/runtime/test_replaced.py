@@ -55,6 +55,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "layer in another's place": lambda bert: bert.encoder.layer.__setitem__(0, bert.encoder.layer[1]),
     "no last layer": lambda bert: bert.encoder.layer.__delitem__(-1),
     "forward of an object": lambda bert: setattr(bert.encoder.layer[1], "forward", lambda x, *_: x),
+    "method of an object": lambda bert: setattr(bert.encoder.layer[1], "feed_forward_chunk", lambda x: x),
     "class of an object": lambda bert: setattr(bert.encoder.layer[1], "__class__", nn.Identity),
     "eps": lambda bert: setattr(bert.encoder.layer[1].output.LayerNorm, "eps", 1.0),
     "weight": lambda bert: setattr(

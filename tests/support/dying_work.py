@@ -1,4 +1,4 @@
-"""Work for kernels.watch that ends its processes. Without torch, so that they start at once."""
+"""Work for single_kernels.watch that ends its processes. Without torch, so that they start at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from kernels.journal import Facts, Journal
+from single_kernels.journal import Facts, Journal
 
 
 def work(path: str, tell: Callable[[Facts], None], done: Collection[Facts]) -> None:

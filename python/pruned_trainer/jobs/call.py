@@ -41,13 +41,12 @@ from pruned_trainer.jobs.job import (
     latency_table,
 )
 from pruned_trainer.jobs.plan import GATE_SHARE
-from pruned_trainer.jobs.prune import finished, run_for_one
+from pruned_trainer.jobs.prune import PruneResult, finished, run_for_one
 from pruned_trainer.jobs.row_checks import Expected, check_rows, first_batch, said
 from pruned_trainer.jobs.rows import Rows, as_batch, columns_of, default_collate
 from pruned_trainer.jobs.settings import OWN_TASK, PruneSettings
 from pruned_trainer.jobs.settings_checks import check_temperature, has_batches
 from pruned_trainer.jobs.trainers import check_callers_arguments, steps_asked
-from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import DEFAULT_PARTS, Target, compensation_of, score_steps
 from pruned_trainer.tasks.output_kinds import DISTRIBUTIONS, Outputs, check_comparable, comparable_outputs
 from pruned_trainer.tasks.task import HELD_OUT, accepted, without_labels
@@ -77,15 +76,6 @@ _OPTIONS = frozenset(
 _PATHS = ("decision", "latency_table")
 # The tokens that a tokenizer puts around a text, and behind it; unknown and masked ones are of the text.
 _AROUND = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id")
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """A pruned model, trained on; the decision that made it; and what report.json holds."""
-
-    model: Any
-    decision: Decision
-    report: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -174,7 +164,7 @@ def prune(
             settings = call.settings(target, len(rows), held_out, recipe, folder, options)
         try:
             digests = {} if out is None else call.digests(datasets)
-            pruned = finished(settings, dense, digests) or run_for_one(
+            return finished(settings, dense, digests) or run_for_one(
                 settings,
                 lambda settings, table: call.begin(settings, table, rows, validation, judged),
                 page=out is not None,
@@ -186,7 +176,6 @@ def prune(
             raise InterruptedTraining(
                 "stopped, and nothing is kept: with out= the same call would go on (resume=True)"
             ) from None
-    return PruneResult(pruned.model, pruned.decision, pruned.report)
 
 
 def _chooses(recipe: str, options: Mapping[str, Any]) -> bool:

@@ -25,8 +25,9 @@ from pruned_trainer.training.teacher_cache import weights_content
 
 # The training arguments that decide what a training comes to and that no setting of the run holds.
 _DECISIVE = (
-    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "neftune_noise_alpha", "data_seed",
+    "dataloader_drop_last", "train_sampling_strategy", "label_names",
 )  # fmt: skip
 
 

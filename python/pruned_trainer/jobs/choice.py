@@ -168,7 +168,7 @@ def gate_phase_for(job: Job, gates: Gates) -> GatePhase:
     there are targets, it holds the share of each part's gates that they allow."""
     settings, budget = job.settings, job.budget
     rate, penalty = settings.gate_learning_rate, settings.penalty
-    fractions = [budget.wanted(target) for target in settings.targets]
+    fractions = [budget.allowed_fraction(target) for target in settings.targets]
     if settings.recipe == "joint":
         return HoldTarget(gates, budget, fractions, rate, penalty)
     if not fractions:

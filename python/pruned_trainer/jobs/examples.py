@@ -25,6 +25,7 @@ from pruned_trainer.tasks.faults import DataFaults
 from pruned_trainer.tasks.output_kinds import IGNORED, OutputKind, comparable_outputs
 from pruned_trainer.tasks.resampling import interval, samples
 from pruned_trainer.tasks.task import Score, accepted, without_labels
+from pruned_trainer.tasks.texts.metrics import Spearman
 from pruned_trainer.training.batches import GROUP, NUMBER, Collate
 from pruned_trainer.training.teaching import logits_config
 
@@ -210,7 +211,8 @@ class DatasetResult:
         examples, which are paired; None for an interval of a metric that gives fewer than NEARLY_ALL of its
         samples a number. A line says for how many it gives none."""
         every = np.arange(len(self.outputs))
-        resampled, fault = self._resampled(pruned)
+        resampled, faults = self._resampled(pruned)
+        why = f" (compute_metrics fails on {len(faults)} of them: {faults[0]})" if faults else ""
         losses: dict[str, Any] = {}
         for name, lost in _differences(self._measured(every), pruned._measured(every)).items():
             values = [sample[name] for sample in resampled if name in sample]
@@ -220,21 +222,21 @@ class DatasetResult:
                 missing = (
                     f"{RESAMPLES - len(values)} of the {RESAMPLES} samples of the {self.examples.rows.name}"
                 )
-                why, so = (f" ({fault})" if fault else ""), ("" if ends else ": its loss has no interval")
-                say(f"{name} is no number on {missing}{why}{so}")
+                say(f"{name} is no number on {missing}{why}{'' if ends else ': its loss has no interval'}")
         return losses
 
-    def _resampled(self, pruned: DatasetResult) -> tuple[list[dict[str, float]], str]:
-        """(the losses on each of RESAMPLES samples of the examples, how the caller's metric first failed):
-        where it fails, as one may that needs every class in the sample, there is the agreement alone."""
-        losses, fault = [], ""
+    def _resampled(self, pruned: DatasetResult) -> tuple[list[dict[str, float]], list[str]]:
+        """(the losses on each of RESAMPLES samples of the examples, the errors of the caller's metric): where
+        it fails, as one may that needs every class in the sample, there is the agreement alone."""
+        losses, faults = [], list[str]()
         for rows in itertools.chain.from_iterable(samples(len(self.outputs), RESAMPLES)):
             try:
                 lost = _differences(self._metrics(rows), pruned._metrics(rows))
             except Exception as error:
-                lost, fault = {}, fault or f"{type(error).__name__}: {error}"
+                lost = {}
+                faults.append(f"{type(error).__name__}: {error}")
             losses.append(lost | _differences(self._agreement(rows), pruned._agreement(rows)))
-        return losses, fault
+        return losses, faults
 
     def _measured(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """The metrics and the agreement on these examples."""
@@ -266,7 +268,7 @@ class DatasetResult:
             return {}
         agreed = self._agreed[rows]
         by_rank = self.examples.kind is OutputKind.SCORES and agreed.shape[1] == 2
-        agreement = _spearman(agreed) if by_rank else 100 * float(agreed.mean())
+        agreement = Spearman().value(*agreed.T) if by_rank else 100 * float(agreed.mean())
         return {AGREEMENT: agreement} if np.isfinite(agreement) else {}
 
     def _against_labels(self, gold: NDArray[Any], rows: NDArray[np.int64]) -> dict[str, float]:
@@ -275,7 +277,7 @@ class DatasetResult:
         if self.examples.kind is OutputKind.CLASSES and gold.ndim == 1:
             return {"accuracy": 100 * float((values[rows].argmax(-1) == gold[rows]).mean())}
         if self.examples.kind is OutputKind.SCORES and values.shape[1] == 1:
-            return {"spearman": _spearman(np.stack([values[rows, 0], gold[rows].reshape(-1)], 1))}
+            return {"spearman": Spearman().value(gold[rows].reshape(-1), values[rows, 0])}
         return {}
 
 
@@ -306,14 +308,6 @@ def _classes(logits: NDArray[Any]) -> NDArray[Any]:
 def _cosine(first: NDArray[Any], second: NDArray[Any]) -> float:
     size = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / size if size else 0.0
-
-
-def _spearman(pairs: NDArray[Any]) -> float:
-    from scipy.stats import spearmanr
-
-    if np.ptp(pairs[:, 0]) == 0 or np.ptp(pairs[:, 1]) == 0:
-        return float("nan")
-    return 100 * float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
 
 
 def _is_number(value: Any) -> bool:

@@ -30,7 +30,8 @@ from pruned_trainer.jobs.precision import (
 from pruned_trainer.jobs.settings_checks import places_of
 from pruned_trainer.jobs.trainers import TIMING
 from pruned_trainer.tasks.task import Task
-from pruned_trainer.training.batches import BF16_LENGTHS, Features, pad_batch
+from pruned_trainer.tasks.windows import Features
+from pruned_trainer.training.batches import BF16_LENGTHS, pad_batch
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.phase import autocast_in, precision_of, run, training_arguments
 from pruned_trainer.training.trainer import PruningTrainer

@@ -37,16 +37,15 @@ from pruned_trainer.pruning.compensate import refuse_compensation
 from pruned_trainer.pruning.decision import Decision
 from pruned_trainer.pruning.options import BY_LABELS
 from pruned_trainer.tasks.task import Prepared, Task, is_labelled, without_labels
+from pruned_trainer.tasks.windows import Features, lengths_of
 from pruned_trainer.training.altered_windows import AlteredWindows
 from pruned_trainer.training.batches import (
     GROUP,
     NUMBER,
     Both,
     Collate,
-    Features,
     Numbered,
     Share,
-    lengths_of,
     pad_batch,
 )
 from pruned_trainer.training.cross_pairs import CrossPairs
@@ -150,7 +149,7 @@ class Job:
     @property
     def pooling(self) -> str:
         """How a bare encoder's states become an embedding: as an embedder's config says, or the settings."""
-        pooling: str = getattr(config_of(self.dense), "pooling", self.settings.distillation.pooling)
+        pooling: str = getattr(config_of(self.dense), "pooling", None) or self.settings.distillation.pooling
         return pooling
 
     @property

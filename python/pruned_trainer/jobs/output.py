@@ -29,7 +29,8 @@ _SENTENCE_FILES = (MODULES, SETTINGS, *ENCODER_SETTINGS)
 _MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 # What a run that can be resumed keeps in its partial folder: its settings and its plan.
 RUN = "run.json"
-# What libraries that give no number say where they cannot write on: the system, NumPy, and torch's writer.
+# What libraries that give no number say where they cannot write on: the system, NumPy, torch's writer, and
+# tokenizers, which raises a plain Exception with Rust's words.
 _FULL: tuple[tuple[Any, re.Pattern[str]], ...] = (
     ((OSError, RuntimeError, SafetensorError), re.compile("No space left on device|Disk quota exceeded")),
     (OSError, re.compile(r"^\d+ requested and \d+ written$")),
@@ -38,6 +39,7 @@ _FULL: tuple[tuple[Any, re.Pattern[str]], ...] = (
         re.compile(r"inline_container\.cc:\d+\] \. (unexpected pos \d|PytorchStreamWriter failed writing)"),
     ),
     (RuntimeError, re.compile("^basic_ios::clear: iostream error$")),
+    (Exception, re.compile(rf"\(os error ({errno.ENOSPC}|{errno.EDQUOT})\)$")),
 )
 # What a run holds a lock on, in its partial folder: by a name that no other program gives a file of its own.
 LOCK = ".pruned-trainer.lock"
@@ -135,7 +137,7 @@ def _full(error: BaseException | None) -> BaseException | None:
     """This error, or the one that it came from, whichever says that there was no room to write a file; None
     where none does.
 
-    Python gives a number; safetensors (written in Rust), NumPy and torch's writer give a text alone."""
+    Python gives a number; other writers give a text alone."""
     while error is not None:
         numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if numbered or any(isinstance(error, kind) and text.search(str(error)) for kind, text in _FULL):

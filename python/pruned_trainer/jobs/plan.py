@@ -31,7 +31,7 @@ from pruned_trainer.pruning.decision import Decision, decide, decide_at
 from pruned_trainer.pruning.gate_phase import GatePhase
 from pruned_trainer.pruning.gates import Gates
 from pruned_trainer.pruning.options import UNTRAINED, score_steps
-from pruned_trainer.training.batches import Features
+from pruned_trainer.tasks.windows import Features
 from pruned_trainer.training.phase import prepare_student
 
 # The part of the training time that goes to the gates. The rest trains the narrow model, which learns more in

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pruned_trainer.distributed import say
-from pruned_trainer.training.batches import Features, lengths_of
+from pruned_trainer.tasks.windows import Features, lengths_of
 from pruned_trainer.training.callbacks import StepClock
 from pruned_trainer.training.trainer import PruningTrainer
 

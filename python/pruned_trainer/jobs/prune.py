@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -58,8 +58,9 @@ class Trained:
     minutes: float
 
 
-class Pruned(NamedTuple):
-    """What a run makes for one target."""
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model, trained on; the decision that made it; and what report.json holds."""
 
     model: Any
     decision: Decision
@@ -83,7 +84,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
 
 def run_for_one(
     settings: PruneSettings, begin: Begin, page: bool = True, digests: Mapping[str, str] | None = None
-) -> Pruned:
+) -> PruneResult:
     """The whole job for the one target of the settings, whatever made it: files or a caller's datasets.
 
     page: whether report.html is written, too. digests: as for `open_run`."""
@@ -100,17 +101,17 @@ def run_for_one(
         dense = judge(opened.job, opened.job.dense)
         report = _measure(opened, trained, dense, choices.log)
         publish(opened.folder, page)
-    return Pruned(trained.model, trained.chosen.decision, report)
+    return PruneResult(trained.model, trained.chosen.decision, report)
 
 
-def finished(settings: PruneSettings, dense: Any, digests: Mapping[str, str]) -> Pruned | None:
+def finished(settings: PruneSettings, dense: Any, digests: Mapping[str, str]) -> PruneResult | None:
     """What a run into this folder made that was killed once its output had its name; None where none was.
     digests: as for `open_run`."""
     if not _is_published(settings):
         return None
     report = _finish(settings, REPORT, digests)
     chosen = Chosen.published(settings.out)
-    return Pruned(chosen.load(dense), chosen.decision, report)
+    return PruneResult(chosen.load(dense), chosen.decision, report)
 
 
 def sweep(settings: PruneSettings) -> dict[str, Any]:

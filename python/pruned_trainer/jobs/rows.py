@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pruned_trainer.tasks.windows import Windows
 from pruned_trainer.training.batches import GROUP, Collate, pad_batch
 
 # The names that data sets give their labels, beside the one of the models' argument.
 _LABEL_NAMES = ("label", "label_ids")
 
 
-class Rows(Sequence[dict[str, Any]]):
+class Rows(Windows):
     """The rows of a dataset, or of any iterable of dictionaries, under the models' argument names.
 
     name: what the dataset is called in messages. columns: those that are kept, None for all. renames: whether
@@ -43,13 +44,11 @@ class Rows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        row = self.data[number]
+    def at(self, position: int) -> dict[str, Any]:
+        row = self.data[position]
         if not isinstance(row, Mapping):
             raise ValueError(
-                f"row {number} of the {self.name} is a {type(row).__name__}: a dictionary is needed"
+                f"row {position} of the {self.name} is a {type(row).__name__}: a dictionary is needed"
             )
         named = {name: value for name, value in row.items() if self._keeps(name)}
         label_name = _label_name(named)

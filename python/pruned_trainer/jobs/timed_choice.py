@@ -35,7 +35,7 @@ def decide_in_time(job: Job, student: PreTrainedModel, scores: Scores, target: T
     time that it asks the table for, and decides again. Errors: ValueError, with the fastest time that was
     measured, where none of ATTEMPTS choices meets the target.
     """
-    allowed = job.budget.wanted(target)
+    allowed = job.budget.allowed_fraction(target)
     fraction = allowed * AIM
     best: Decision | None = None
     timed: dict[ModelShape, float] = {}
@@ -102,4 +102,4 @@ def choice_workload(job: Job, target: Target) -> Workload:
 
 def round_seconds(job: Job, target: Target) -> float:
     """Seconds that both models take for a batch, by the table, where the narrow one meets the target."""
-    return job.budget.total * (1 + job.budget.wanted(target)) / 1000
+    return job.budget.total * (1 + job.budget.allowed_fraction(target)) / 1000

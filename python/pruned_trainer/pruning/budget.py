@@ -59,7 +59,7 @@ class Budget(ABC):
         counts."""
 
     @abstractmethod
-    def wanted(self, target: Target) -> float:
+    def allowed_fraction(self, target: Target) -> float:
         """The fraction of the dense cost that the target allows; ValueError for a target in another unit."""
 
     def fraction(self, shape: ModelShape) -> float:
@@ -104,7 +104,7 @@ class Budget(ABC):
         """ValueError for a target that the dense model meets already, or that is missed even with every gate
         on these parts closed; the error says what is within reach. align: the fewest hidden dimensions that
         stay."""
-        allowed = self.wanted(target)
+        allowed = self.allowed_fraction(target)
         if allowed >= 1:
             raise ValueError(f"target {target}: the dense model costs no more than that")
         layers = tuple(
@@ -140,7 +140,7 @@ class SizeBudget(Budget):
     def cost(self, shape: ModelShape) -> float:
         return shape.parameters() if self.unit == "params" else shape.macs(self.lengths)
 
-    def wanted(self, target: Target) -> float:
+    def allowed_fraction(self, target: Target) -> float:
         if target.unit != self.unit:
             raise ValueError(f"target {target.unit} is not held by a budget of {self.unit}")
         return target.value
@@ -185,7 +185,7 @@ class LatencyBudget(Budget):
             raise ValueError("the table was measured at one hidden size: hidden gates go with params or macs")
         return self.table.predict(shape.layers)
 
-    def wanted(self, target: Target) -> float:
+    def allowed_fraction(self, target: Target) -> float:
         if target.unit == "speedup":
             return 1 / target.value
         if target.unit == "latency_ms":

@@ -73,7 +73,7 @@ def compact(
         texts = [text for text in calibration if isinstance(text, str)]
         batches = [batch for batch in calibration if not isinstance(batch, str)]
         batches += calibration_batches(model, texts)
-        pooling = getattr(config_of(model), "pooling", "mean")  # an embedder's, where its config says it
+        pooling = getattr(config_of(model), "pooling", None) or "mean"  # an embedder's, where it says it
         compensate_narrow(
             narrow, model, decision, batches, compensate, layer_by_layer=layer_by_layer, pooling=pooling
         )

@@ -209,7 +209,7 @@ def decide(
     within, instead of the target's own, where measured time has shown that the two differ. Errors: ValueError
     where not even the smallest choice fits.
     """
-    limit = budget.wanted(target) if fraction is None else fraction
+    limit = budget.allowed_fraction(target) if fraction is None else fraction
     finite = [t[torch.isfinite(t)] for part in (scores.rank.heads, scores.rank.ffn) for t in part]
     finite.append(scores.rank.hidden[torch.isfinite(scores.rank.hidden)])
     thresholds = torch.cat([*finite, torch.tensor([torch.inf])]).unique()

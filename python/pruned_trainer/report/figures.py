@@ -51,6 +51,8 @@ DARK = {
 }
 # Colours and markers of series, in turn: ours from the first on, others' from the last.
 _COLOURS, _MARKERS = ("first", "second", "third", "fourth", "fifth"), "osD^v"
+# Axes of speed and of score are at least so long, so that what is the same is not drawn as a difference.
+_LEAST_SPEEDS, _LEAST_POINTS = 1.0, 2.0
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
@@ -241,6 +243,11 @@ def against_speed(name: str, y_label: str, lines: Sequence[Line], joined: bool) 
                 linewidth=1, markerfacecolor="none", markeredgewidth=1.4,
             )  # fmt: skip
         axes.autoscale_view()
+        for limits, set_limits, least in (
+            (axes.get_xlim(), axes.set_xlim, _LEAST_SPEEDS), (axes.get_ylim(), axes.set_ylim, _LEAST_POINTS),
+        ):  # fmt: skip
+            wider = max(0.0, least - (limits[1] - limits[0])) / 2
+            set_limits(limits[0] - wider, limits[1] + wider)
         axes.set_xlabel("times as fast as the same system's dense model")
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.7)

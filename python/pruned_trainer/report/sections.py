@@ -128,7 +128,10 @@ def training_section(report: Fields, models: Sequence[Fields]) -> Section:
         )
     openness = _openness(log, report)
     if openness:
-        section.notes.append("Expected number of open gates in each layer, as a share of the dense layer's.")
+        section.notes.append(
+            "Expected number of open gates in each layer, counted as for the target (--penalty), as a share "
+            "of the dense layer's."
+        )
         section.drawings.append(openness)
     target = None if held_apart else _target(log, models)
     if target:

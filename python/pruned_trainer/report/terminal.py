@@ -16,6 +16,8 @@ from pruned_trainer.tasks.task import Score
 
 # The scores for which a line of 80 characters has room.
 _SCORES_OF_A_SWEEP = 2
+# Characters of a dense layer's bar, of which two fit a line of 80.
+_BAR_WIDTH = 16
 
 
 def _score_lines(report: Mapping[str, Any]) -> list[Score]:
@@ -90,8 +92,8 @@ def _result_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _layer_bars(report: Mapping[str, Any], width: int = 16) -> Table:
-    """Bars of what is left of each layer. width: characters of a dense layer's bar; 16 fit 80 columns."""
+def _layer_bars(report: Mapping[str, Any]) -> Table:
+    """Bars of what is left of each layer."""
     dense = report["dense_shape"]
     hidden = report["hidden_size"]
     narrower = f", hidden size {hidden} of {dense['hidden_size']}" if hidden != dense["hidden_size"] else ""
@@ -100,7 +102,7 @@ def _layer_bars(report: Mapping[str, Any], width: int = 16) -> Table:
         table.add_column(column, no_wrap=True)
 
     def bar(kept: int, full: int) -> str:
-        return "█" * round(width * kept / max(full, 1))
+        return "█" * round(_BAR_WIDTH * kept / max(full, 1))
 
     for i, layer in enumerate(report["shape"]):
         heads, ffn = layer["num_heads"], layer["ffn_width"]

@@ -54,9 +54,10 @@ class DataFaults:
             (self.repaired, repaired, "answers moved to where their text stands"),
         ):
             new_faults = [fault for fault in dict.fromkeys(faults) if fault not in record]
+            number = f"{len(new_faults)} more" if record else f"{len(new_faults)}"
             record.update(dict.fromkeys(new_faults))
             if new_faults and is_main():
-                print(f"-- {what}: {len(new_faults)}; the first: {new_faults[0]}", flush=True)
+                print(f"-- {what}: {number}; the first: {new_faults[0]}", flush=True)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, with the first few sentences, as report.json holds them."""

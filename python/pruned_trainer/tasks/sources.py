@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pruned_ops.files import parse_json
+from pruned_ops.files import parse_json, shown
 from pruned_trainer.tasks.faults import FormatError, Skipped, skipping
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -59,11 +59,11 @@ class Source:
         names = dict.fromkeys(columns or (key for row in rows.values() for key in row))
         return cls(str(path), tuple(names), list(rows.values()), numbers=list(rows))
 
-    def need(self, wanted: Iterable[str], hint: str = "") -> None:
+    def require(self, columns: Iterable[str], hint: str = "") -> None:
         """FormatError that names the columns that are missing, and those that there are."""
-        missing = [repr(column) for column in wanted if column not in self.columns]
+        missing = [repr(column) for column in columns if column not in self.columns]
         if missing and self.columns:
-            listed = ", ".join(self.columns)
+            listed = ", ".join(map(repr, self.columns))
             raise FormatError(f"{self.where}: no column {', '.join(missing)}; there are {listed}{hint}")
 
     def placed(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -97,7 +97,7 @@ def find(source: str | Path) -> tuple[str, str | None]:
 def read_rows(
     source: str | Path,
     default_split: str,
-    wanted: Collection[str] | None = None,
+    columns: Collection[str] | None = None,
     skipped: Skipped | None = None,
 ) -> Source:
     """The rows of a file, a folder or a data set of the hub.
@@ -105,7 +105,7 @@ def read_rows(
     source: a file with one of the endings READ; a folder that `Dataset.save_to_disk` or
     `DatasetDict.save_to_disk` wrote, or that has the hub's layout; else a hub name. Folders and hub names may
     end in ":split"; default_split serves where they do not and there are splits. What comes from the hub
-    stays in the cache of `datasets`. wanted: the columns that are decoded where a source has fixed ones; all
+    stays in the cache of `datasets`. columns: those that are decoded where a source has fixed ones; all
     by default. skipped: collects the faults of lines that cannot be read; they are refused without it.
 
     Errors name the source, the split and the line: FileNotFoundError where there is no such file, OSError
@@ -115,12 +115,12 @@ def read_rows(
     name, split = find(source)
     path = Path(name)
     if path.is_dir():
-        return _read_folder(path, split, default_split, wanted)
+        return _read_folder(path, split, default_split, columns)
     if path.exists():
         if split is not None:
             raise ValueError(f"{path} is a file and has no splits: leave ':{split}' away")
-        return _read_file(path, wanted, skipped)
-    return _read_hub(name, split or default_split, wanted)
+        return _read_file(path, columns, skipped)
+    return _read_hub(name, split or default_split, columns)
 
 
 def _read_file(path: Path, columns: Collection[str] | None, skipped: Skipped | None) -> Source:
@@ -162,7 +162,7 @@ def _json_lines(path: Path, skipped: Skipped | None) -> dict[int, dict[str, Any]
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = parse_json(line)
+        row = parse_json(line, unique=True)
     except ValueError as error:
         raise FormatError(f"{where} is not JSON: {error}") from None
     if not isinstance(row, dict):
@@ -174,7 +174,7 @@ def _json_rows(path: Path, skipped: Skipped | None) -> dict[int, dict[str, Any]]
     """The objects in a .json file's list, by their numbers from 0."""
     try:
         with _open(path) as file:
-            rows = parse_json(file.read())
+            rows = parse_json(file.read(), unique=True)
     except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise FormatError(f"{path} is no JSON: {error}") from None
     if not isinstance(rows, list):
@@ -204,7 +204,8 @@ def _separated(path: Path, separator: str, skipped: Skipped | None) -> Source:
     for number, line in enumerate(lines):
         with skipping(skipped):
             if len(line) != len(columns):
-                named = f"the first line names {len(columns)} columns"
+                listed = ", ".join(map(shown, columns[:8]))
+                named = f"{len(columns)} in the first line ({listed}), separated by {separator!r}"
                 raise FormatError(f"{path}, row {number}: {len(line)} values, and {named}")
             rows[number] = dict(zip(columns, line, strict=True))
     return Source.of(path, rows, columns)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pruned_trainer.training.batches import Features, lengths_of
+from pruned_trainer.tasks.windows import Features, Windows, lengths_of
 
 # Of the tokens of a text so many are hidden, as in BERT's own pretraining (Devlin et al. 2019).
 MASKED = 0.15
@@ -17,7 +17,7 @@ MASKED = 0.15
 READ = ("input_ids", "token_type_ids", "attention_mask")
 
 
-class AlteredWindows(Sequence[dict[str, Any]]):
+class AlteredWindows(Windows):
     """Windows whose texts are altered, without labels; as long as the windows that they are made of.
 
     features: windows of one text or two. share: so many are made for each window. specials: ids of tokens
@@ -47,12 +47,9 @@ class AlteredWindows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        place = range(len(self))[number]
-        window = self.features[self.rows[place]]
-        rng = np.random.default_rng((self.seed, place))
+    def at(self, position: int) -> dict[str, Any]:
+        window = self.features[self.rows[position]]
+        rng = np.random.default_rng((self.seed, position))
         altered = {name: window[name] for name in READ if name in window}
         ids = np.array(altered["input_ids"])
         for text in self._texts(ids):

@@ -1,5 +1,4 @@
-"""Batches of training windows: the windows as sequences, in memory or on disk alike, their order, and their
-padding."""
+"""Batches of training windows: which windows a phase trains on, their order, and their padding."""
 
 from __future__ import annotations
 
@@ -12,9 +11,8 @@ from torch import Tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pruned_trainer.tasks.output_kinds import IGNORED
+from pruned_trainer.tasks.windows import Features, Windows, lengths_of
 
-# Training windows: ids and labels by the models' argument names.
-Features = Sequence[dict[str, Any]]
 # What an example has for the trainer alone: its number among all of them, and the query that it belongs to
 # where scores of one query are compared.
 NUMBER, GROUP = "number", "group"
@@ -30,19 +28,12 @@ class Collate(Protocol):
     def __call__(self, features: Any, multiple: int = 1) -> dict[str, Tensor]: ...
 
 
-def lengths_of(features: Features) -> list[int]:
-    """Tokens of each window, from the sequence's own `lengths` where it has them (windows on disk are then
-    not read)."""
-    known = getattr(features, "lengths", None)
-    return list(known) if known is not None else [len(feature["input_ids"]) for feature in features]
-
-
 def entries(value: Any) -> int | None:
     """How many entries a list, an array or a tensor has; None for a single number."""
     return len(value) if hasattr(value, "__len__") and getattr(value, "ndim", True) else None
 
 
-class Numbered(Sequence[dict[str, Any]]):
+class Numbered(Windows):
     """The same windows, each with its position among all of them as NUMBER."""
 
     def __init__(self, features: Features) -> None:
@@ -51,13 +42,11 @@ class Numbered(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._features)
 
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        return {**self._features[number], NUMBER: range(len(self))[number]}
+    def at(self, position: int) -> dict[str, Any]:
+        return {**self._features[position], NUMBER: position}
 
 
-class Share(Sequence[dict[str, Any]]):
+class Share(Windows):
     """A fraction of the windows, drawn with a seed and kept in their order; at least one of them."""
 
     def __init__(self, features: Features, fraction: float, seed: int) -> None:
@@ -70,13 +59,11 @@ class Share(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self._features[row] for row in self._rows[number]]
-        return self._features[self._rows[number]]
+    def at(self, position: int) -> dict[str, Any]:
+        return self._features[self._rows[position]]
 
 
-class Both(Sequence[dict[str, Any]]):
+class Both(Windows):
     """The training windows, then unlabelled ones. Each batch of the trainer's is of one kind: `kinds` says
     which (0 or 1) each window is."""
 
@@ -97,14 +84,11 @@ class Both(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        place = range(len(self))[number]
+    def at(self, position: int) -> dict[str, Any]:
         for part in self._parts:
-            if place < len(part):
-                return part[place]
-            place -= len(part)
+            if position < len(part):
+                return part[position]
+            position -= len(part)
         raise AssertionError("the parts are as long as their lengths")
 
 

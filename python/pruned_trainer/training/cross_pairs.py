@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from pruned_trainer.training.batches import Features, lengths_of
+from pruned_trainer.tasks.windows import Features, Windows, lengths_of
 
 
-class CrossPairs(Sequence[dict[str, Any]]):
+class CrossPairs(Windows):
     """Pairs of a window's first text (the question) and another window's second text, without labels.
 
     features: windows of two texts, of which the second may be empty. share: so many pairs are made for each
@@ -43,13 +42,11 @@ class CrossPairs(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.first)
 
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        first, second = (self.features[rows[number]] for rows in (self.first, self.second))
+    def at(self, position: int) -> dict[str, Any]:
+        first, second = (self.features[rows[position]] for rows in (self.first, self.second))
         question = slice(0, _question(first["input_ids"], self.separator))
         text = slice(_question(second["input_ids"], self.separator), None)
-        pair = {}
+        pair: dict[str, Any] = {}
         for name in ("input_ids", "token_type_ids", "attention_mask"):
             if name in first:
                 whole = np.concatenate([first[name][question], second[name][text]])

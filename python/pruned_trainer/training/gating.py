@@ -215,7 +215,7 @@ def gating(
     budget.check_reachable(target, parts, align)
     with ExitStack() as stack:
         gates = stack.enter_context(attached(model, seed, parts))
-        phase = HoldTarget(gates, budget, [budget.wanted(target)], gate_learning_rate)
+        phase = HoldTarget(gates, budget, [budget.allowed_fraction(target)], gate_learning_rate)
         gates.requires_grad_(True)
         if teacher is not None:
             teacher.eval()

@@ -22,11 +22,12 @@ from transformers.training_args import OptimizerNames
 
 from pruned_trainer.distributed import on_any
 from pruned_trainer.pruning.gate_phase import GatePhase
+from pruned_trainer.tasks.windows import lengths_of
 from pruned_trainer.training.allocator import keep_freed_memory
 from pruned_trainer.training.attention_precision import AttentionInFp32
 from pruned_trainer.training.averaging import FILE as AVERAGE
 from pruned_trainer.training.averaging import WeightAverage
-from pruned_trainer.training.batches import GROUP, NUMBER, LengthGroupedSampler, lengths_of
+from pruned_trainer.training.batches import GROUP, NUMBER, LengthGroupedSampler
 from pruned_trainer.training.callbacks import OneLineProgress
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.encoder_states import run_model
@@ -47,6 +48,9 @@ def check_arguments(args: TrainingArguments) -> None:
     if args.optim not in _OPTIMISERS:
         name, known = OptimizerNames(args.optim).value, ", ".join(_OPTIMISERS)
         raise ValueError(f"optim is {name}: weights and gates are trained by AdamW ({known})")
+    for name in ("optim_args", "optim_target_modules"):
+        if getattr(args, name, None):
+            raise ValueError(f"{name} is of optimisers that are not used here: leave it out")
 
 
 class PruningTrainer(Trainer):
@@ -364,8 +368,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _open_gates(phase: GatePhase) -> dict[str, float]:
-    """The expected number of open gates in each layer, and of open hidden dimensions."""
-    counts = phase.gates.probabilities()
+    """The expected number of open gates in each layer, and of open hidden dimensions, counted as the phase's
+    penalty counts them."""
+    counts = phase.gates.probabilities(phase.penalty)
     return {
         f"open_{part}/{f'layer_{i}' if part != 'hidden' else 'model'}": float(tensor.detach().sum())
         for part in phase.gates.parts

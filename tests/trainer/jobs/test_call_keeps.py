@@ -80,6 +80,10 @@ def test_a_resumed_call_with_another_function_is_refused_and_the_sentence_says_w
         ),
         ({"compute_metrics": lambda predicted: {}}, r"compute_metrics \(none then, .*<lambda> now\)"),
         ({"args": arguments(tmp_path, weight_decay=0.5)}, r"args.weight_decay \(0.0 then, 0.5 now\)"),
+        (
+            {"args": arguments(tmp_path, neftune_noise_alpha=5.0)},
+            r"args.neftune_noise_alpha \(None then, 5.0 now\)",
+        ),
         ({"workload": Workload.fixed(8, 2, 2)}, r"workload \(none then, fixed8-b2 .* now\)"),
     ):
         with pytest.raises(ValueError, match=f"^{told} changed since .*out.partial was started: put back"):

@@ -46,7 +46,8 @@ def test_a_metric_that_fails_on_many_samples_has_no_interval(capsys: pytest.Capt
     assert number / RESAMPLES == pytest.approx((1 - 1 / 40) ** 40, abs=0.1)
     assert line == (
         f"-- accuracy is no number on {number} of the {RESAMPLES} samples of the evaluation dataset "
-        "(ValueError: only one class is present): its loss has no interval"
+        f"(compute_metrics fails on {number} of them: ValueError: only one class is present): its loss has "
+        "no interval"
     )
 
 
@@ -68,6 +69,29 @@ def test_a_metric_that_fails_on_few_samples_has_an_interval(capsys: pytest.Captu
         line.startswith(f"-- accuracy is no number on 2 of the {RESAMPLES} samples")
         and "no interval" not in line
     )
+
+
+def test_an_error_is_told_apart_from_a_metric_that_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that fails once, and is NaN wherever a class is missing."""
+    calls = []
+
+    def of_both(predicted: Any) -> dict[str, float]:
+        calls.append(predicted)
+        if len(calls) == 50:
+            raise ZeroDivisionError("once")
+        both = (predicted.label_ids == 0).any()
+        return accuracy(predicted) | {"both": accuracy(predicted)["accuracy"] if both else float("nan")}
+
+    dense, pruned = results(of_both)
+    losses = dense.losses(pruned)
+    assert losses["accuracy_loss_interval"] is not None and losses["both_loss_interval"] is None
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        f"-- accuracy is no number on 1 of the {RESAMPLES} samples of the evaluation dataset"
+    )
+    assert second.startswith("-- both is no number on ") and int(second.split()[6]) > 20
+    for line in (first, second):
+        assert "(compute_metrics fails on 1 of them: ZeroDivisionError: once)" in line
 
 
 def test_losses_are_in_the_order_of_the_metrics(capsys: pytest.CaptureFixture[str]) -> None:

@@ -310,6 +310,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a teacher's name": ({"teacher": lambda: "bert"}, "the teacher is a str: a model is needed"),
     # Arguments.
     "a number": ({"target": 0.5}, "target is a float, and a Target is needed"),
+    "arguments of another optimiser": (
+        {"args": lambda: arguments(Path(), optim_args="b=0.5")}, "optim_args is of optimisers that are not",
+    ),
     "smoothed labels": (
         {"args": lambda: arguments(Path(), label_smoothing_factor=0.1)}, "label_smoothing_factor is not app",
     ),

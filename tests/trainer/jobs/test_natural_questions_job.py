@@ -31,7 +31,8 @@ from pruned_trainer.pruning.importance import example_losses
 from pruned_trainer.tasks.natural_questions.metrics import nq_metrics
 from pruned_trainer.tasks.natural_questions.task import NaturalQuestionsTask
 from pruned_trainer.tasks.output_kinds import Outputs, comparable_outputs, divergences
-from pruned_trainer.training.batches import Share, lengths_of
+from pruned_trainer.tasks.windows import lengths_of
+from pruned_trainer.training.batches import Share
 from pruned_trainer.training.distillation import Distillation
 from pruned_trainer.training.teacher_cache import TeacherCache
 from tiny_tokenizers import byte_tokenizer, word_tokenizer

@@ -77,11 +77,11 @@ def test_words_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ("row", "message"),
     [
         ({"tokens": ["w1", "w2"], "tags": ["O"]}, "row 0: 2 words, but 1 labels"),
-        ({"tokens": ["w1"], "tags": ["B-c"]}, "row 0: label 'B-c' is none of the model's: B-a, O"),
+        ({"tokens": ["w1"], "tags": ["B-c"]}, "row 0: label 'B-c' is none of the model's: 'B-a', 'O'"),
         ({"tokens": ["", " "], "tags": ["O", "O"]}, "row 0: 'tokens' is empty"),
         ({"tokens": "w1", "tags": ["O"]}, "row 0: 'tokens' has type str, not list"),
         ({"tokens": ["w1"], "tags": ["O"]}, "the words of all 1 rows have the label 'O'"),
-        ({"words": ["w1"], "tags": ["O"]}, "no column 'tokens'; there are words, tags"),
+        ({"words": ["w1"], "tags": ["O"]}, "no column 'tokens'; there are 'words', 'tags'"),
     ],
 )
 def test_bad_sentences(
@@ -101,7 +101,7 @@ def test_where_all_sentences_are_bad_the_first_fault_is_said(
     file = write_rows(tmp_path / "eval.jsonl", [{"tokens": ["w1", "w2"], "tags": ["B-c", "O"]}])
     said = refused(["--task", "token-classification", "--skip-bad"], model, file, capsys)
     assert said.endswith(
-        f"(1 were skipped; the first: {file}, row 0: label 'B-c' is none of the model's: B-a, O)"
+        f"(1 were skipped; the first: {file}, row 0: label 'B-c' is none of the model's: 'B-a', 'O')"
     )
 
 

@@ -77,7 +77,8 @@ def test_weights_are_frozen_while_gates_train(
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_the_penalty_counts_as_it_says(penalty: str, settings: PruneSettings) -> None:
-    """By the share of open gates in the log of the first step, when all gates are as they start."""
+    """By the share of open gates in the log of the first step, when all gates are as they start. What the
+    page draws of each layer, after the step, is counted so, too."""
     one = variant(
         settings, f"penalty-{penalty}", recipe="paper", targets=(), penalty=penalty, gate_steps=2,
         retrain_steps=0,
@@ -85,7 +86,10 @@ def test_the_penalty_counts_as_it_says(penalty: str, settings: PruneSettings) ->
     first = next(entry for entry in prune(one)["training"]["gates"] if "open_heads" in entry)
     counted = open_probability if penalty == "open" else one_probability
     assert settings.penalty == "one"
-    assert first["open_heads"] == pytest.approx(float(counted(torch.tensor(INITIAL_LOG_ALPHA))), abs=1e-4)
+    at_start = float(counted(torch.tensor(INITIAL_LOG_ALPHA)))
+    assert first["open_heads"] == pytest.approx(at_start, abs=1e-4)
+    in_layers = [value for name, value in first.items() if name.startswith("open_heads/")]
+    assert sum(in_layers) / HEADS == pytest.approx(at_start, abs=0.02)
 
 
 @pytest.mark.parametrize("taught", ["gates", "retrain"])

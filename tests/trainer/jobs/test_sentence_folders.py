@@ -150,11 +150,31 @@ def test_a_pooling_is_read_where_it_lies(tmp_path: Path) -> None:
         assert pooling_of(str(folder), config) == contents_of(folder).pooling == pooling
 
 
+def test_a_second_checkpoint_that_the_library_would_load_is_refused(tmp_path: Path) -> None:
+    """The one that was trained would lie beside it, and nobody would load it."""
+    folder = checkpoint(tmp_path / "model", BertModel)
+    in_library(folder, Pooling={"pooling_mode": "mean"})
+    listed = json.loads((folder / "modules.json").read_text())
+    task: Any = text_task(TaskOptions(task="embedding"))
+    for path in ("0_Transformer", "./0_Transformer", "", "."):
+        listed[0]["path"] = path
+        (folder / "modules.json").write_text(json.dumps(listed))
+        for load in (task.load_model, lambda source: task.start_model(source, None)):
+            if path.strip("."):
+                with pytest.raises(
+                    ValueError, match=f"a checkpoint, and the one of its modules.json in {path}"
+                ):
+                    load(str(folder))
+            else:
+                load(str(folder))
+
+
 @pytest.mark.parametrize(
     ("listed", "fault"),
     [
         ({"path": ""}, "is no list of modules with a path and a type"),
         ([{"path": ""}], "is no list of modules with a path and a type"),
+        ([], "is no list of modules with a path and a type"),
         ([{"path": "../other", "type": "models.Dense"}], "leads out of its folder: '../other'"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_slow_machine_times_choices_on_fewer_batches(
 
     seen: list[Workload] = []
     monkeypatch.setattr(timed_choice, "interleave", by_tokens)
-    both = 100 * (1 + job.budget.wanted(target)) / 1000
+    both = 100 * (1 + job.budget.allowed_fraction(target)) / 1000
     for batches, most in ((16, 1e3), (4, 4.5 * (timed_choice.ROUNDS + 1) * both), (1, 1e-3)):
         monkeypatch.setattr(timed_choice, "MOST_SECONDS", most)
         assert timed_choice.measured_fraction(job, copy.deepcopy(job.dense), target) == pytest.approx(0.6)
@@ -282,9 +282,12 @@ def test_expected_latency_is_the_table_s(timed: Path) -> None:
         assert float(expected) == pytest.approx((2 + 9 + 1 + (0.9 * 4.0 + 0.1 * 5.5) + 10) / 40)
         (slope,) = torch.autograd.grad(expected, [counts.ffn[0]])
     assert slope.tolist() == pytest.approx([(0.9 * 0.25 + 0.1 * 9 / 48) / 40] * 48)
-    assert budget.wanted(Target(speedup=4.0)) == 0.25 and budget.wanted(Target(latency_ms=10.0)) == 0.25
+    assert (
+        budget.allowed_fraction(Target(speedup=4.0)) == 0.25
+        and budget.allowed_fraction(Target(latency_ms=10.0)) == 0.25
+    )
     with pytest.raises(ValueError, match="not held by a budget of measured time"):
-        budget.wanted(Target(macs=0.5))
+        budget.allowed_fraction(Target(macs=0.5))
 
 
 def test_a_choice_is_corrected_until_its_measured_time_meets_the_target(

@@ -204,6 +204,19 @@ def test_no_two_series_of_a_figure_look_alike(monkeypatch: pytest.MonkeyPatch) -
         assert len({(line.get_color(), line.get_marker()) for line in markers}) == len(markers) == len(lines)
 
 
+def test_scores_that_do_not_move_are_drawn_on_axes_of_some_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    fills: list[Any] = []
+    monkeypatch.setattr(figures, "draw", lambda name, alt, height, fill: fills.append(fill))
+    for points in ([(2.0, 0.0)], [(2.0, 0.0), (4.0, -9.0)]):
+        lines = [figures.Line(name, points, [(y, y) for _, y in points]) for name in ("accuracy", "F1")]
+        figures.against_speed("report-speed", "points gained", lines, joined=False)
+        figure = Figure(layout="constrained")
+        fills.pop()(figure)
+        (left, right), (low, high) = figure.axes[0].get_xlim(), figure.axes[0].get_ylim()
+        assert right - left >= 1 and high - low >= 2
+        assert all(left < x < right and low < y < high for x, y in points)
+
+
 @pytest.mark.parametrize(
     ("absent", "named"),
     [

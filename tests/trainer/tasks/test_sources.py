@@ -171,7 +171,7 @@ def test_errors_name_source_split_row_and_question(tmp_path: Path, write: Write)
 @pytest.mark.parametrize("write", KINDS)
 def test_missing_columns_are_named_with_those_there_are(tmp_path: Path, write: Write) -> None:
     rows = [{"id": "q0", "text": "x", "answers": ANSWERS}] * 2
-    message = "no column 'question', 'context'; there are id, text, answers$"
+    message = "no column 'question', 'context'; there are 'id', 'text', 'answers'$"
     with pytest.raises(SquadFormatError, match=message):
         read_examples(write(tmp_path, rows), "validation")
 

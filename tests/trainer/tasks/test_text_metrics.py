@@ -9,6 +9,7 @@ import pytest
 
 from pruned_trainer.tasks.texts import metrics
 from pruned_trainer.tasks.texts.metrics import Metric, loss_interval
+from pruned_trainer.tasks.texts.prepared import TextResult
 from pruned_trainer.tasks.texts.ranking import DiscountedGain, ReciprocalRank
 
 RNG = np.random.default_rng(0)
@@ -65,3 +66,14 @@ def test_ranking_measures_are_scikit_learn_s_and_know_ties() -> None:
     assert ReciprocalRank().of_query(np.array([1.0, 0, 1]), np.array([3.0, 2, 3])) == 1
     assert ReciprocalRank().of_query(np.array([1.0, *[0] * 10]), np.arange(11.0)) == 0
     assert DiscountedGain().of_query(np.array([0.0, 1]), np.array([2.0, 1])) == pytest.approx(1 / np.log2(3))
+
+
+def test_a_model_that_says_one_thing_is_said_to_be_no_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is lost against it, whatever is pruned."""
+    gold, varied = np.array([0, 1, 1]), np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    constant = np.array([[0.0, 1.0]] * 3)
+    for predicted, warns in ((constant, True), (varied, False)):
+        dense = TextResult(metrics.CLASSES, gold, predicted, None)
+        assert dense.losses(dense)["accuracy_loss"] == 0
+        printed = capsys.readouterr().out
+        assert ("the dense model gives all 3 texts one class: a loss against it says" in printed) == warns

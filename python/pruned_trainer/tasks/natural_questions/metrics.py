@@ -25,7 +25,7 @@ from pruned_trainer.tasks.natural_questions.documents import (
     read_label,
     read_lines,
 )
-from pruned_trainer.tasks.resampling import FloatArray, counts, interval, samples
+from pruned_trainer.tasks.resampling import RESAMPLES, FloatArray, counts, interval, samples
 
 # How many annotators must give an answer before the question counts as having one.
 MIN_ANNOTATORS = 2
@@ -192,23 +192,23 @@ def curve(stats: AnswerStats) -> tuple[FloatArray, FloatArray, FloatArray]:
     return score[last], precision[last], recall[last]
 
 
-def mean_threshold(stats: AnswerStats, resamples: int = 200, seed: int = 0) -> float:
-    """The mean, over resamples of the documents, of the threshold that is best on each; 0 where every F1 is
-    0. On other documents it does better than the one threshold that is best here."""
+def mean_threshold(stats: AnswerStats) -> float:
+    """The mean, over 200 resamples of the documents, of the threshold that is best on each; 0 where every F1
+    is 0. On other documents it does better than the one threshold that is best here."""
     best_thresholds: list[float] = []
-    for rows in samples(len(stats.score), resamples, seed):
+    for rows in samples(len(stats.score), 200):
         thresholds, f1 = _bests(stats, counts(rows, len(stats.score)))
         best_thresholds += thresholds[f1 > 0].tolist()
     return float(np.mean(best_thresholds)) if best_thresholds else 0.0
 
 
 def best_f1_loss_interval(
-    first: AnswerStats, second: AnswerStats, resamples: int = 1000, seed: int = 0
+    first: AnswerStats, second: AnswerStats, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """95% percentile interval, in percent, of the F1 of `first` at its best threshold less that of `second`
     at its own; both are chosen anew on every resample of the documents, which are the same for both."""
     differences = []
-    for rows in samples(len(first.score), resamples, seed):
+    for rows in samples(len(first.score), resamples):
         times = counts(rows, len(first.score))
         differences.append(100 * (_bests(first, times)[1] - _bests(second, times)[1]))
     return _interval(differences)
@@ -263,19 +263,17 @@ def _f1(correct: FloatArray, predicted: FloatArray, gold: FloatArray) -> FloatAr
     return 2 * correct / np.maximum(predicted + gold, 1)
 
 
-def f1_loss_interval(
-    first: NDArray[np.int64], second: NDArray[np.int64], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def f1_loss_interval(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[float, float]:
     """95% percentile interval of F1(first) - F1(second), in percent.
 
     first, second: (documents, 3), what `AnswerStats.counts_at` returns for the same documents. These are
-    resampled with replacement, as pairs. The same seed gives the same interval.
+    resampled with replacement, as pairs, and the same ones each time.
     """
     if first.shape != second.shape or not len(first):
         raise ValueError(f"counts of shapes {first.shape} and {second.shape} are no pairs")
     both = np.stack([first, second], 1).astype(np.float64)
     differences: list[FloatArray] = []
-    for rows in samples(len(both), resamples, seed):
+    for rows in samples(len(both)):
         sums = np.einsum("sd,dmk->smk", counts(rows, len(both)), both)
         f1 = _f1(sums[..., 0], sums[..., 1], sums[..., 2])
         differences.append(100 * (f1[:, 0] - f1[:, 1]))

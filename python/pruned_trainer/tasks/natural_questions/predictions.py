@@ -18,6 +18,8 @@ NqLogits = tuple[FloatArray, FloatArray, FloatArray]  # start, end: (tokens,); a
 
 # The score of a document without any word, as in the paper's own code: below all others, and valid JSON.
 LOWEST = -10000.0
+# The longest short answer, in tokens of the model.
+MAX_ANSWER_TOKENS = 30
 NO_SPAN = {"start_token": -1, "end_token": -1, "start_byte": -1, "end_byte": -1}
 
 
@@ -37,11 +39,11 @@ class NqAnswer:
 
 
 def decode_documents(
-    windows: Sequence[NqWindow], logits: Sequence[NqLogits], documents: int, max_answer_tokens: int = 30
+    windows: Sequence[NqWindow], logits: Sequence[NqLogits], documents: int
 ) -> list[NqAnswer]:
     """The best-scoring short span over all windows of each document, numbered 0 to documents - 1.
 
-    A span begins and ends in words of one candidate and has at most max_answer_tokens of the model's tokens.
+    A span begins and ends in words of one candidate and has at most MAX_ANSWER_TOKENS of the model's tokens.
     Equal scores go to the earlier window, then the earlier start, then the earlier end. ValueError for logits
     that are not finite or do not fit, and for a document without a window.
     """
@@ -49,7 +51,7 @@ def decode_documents(
         raise ValueError(f"{len(windows)} windows, but logits of {len(logits)}")
     best: list[NqAnswer | None] = [None] * documents
     for number, (window, values) in enumerate(zip(windows, logits, strict=True)):
-        answer = _best_span(window, _checked(values, number, len(window)), max_answer_tokens)
+        answer = _best_span(window, _checked(values, number, len(window)))
         best_so_far = best[window.document]
         if best_so_far is None or answer.score > best_so_far.score:
             best[window.document] = answer
@@ -70,13 +72,13 @@ def _checked(values: NqLogits, number: int, length: int) -> NqLogits:
     return start, end, types
 
 
-def _best_span(window: NqWindow, logits: NqLogits, max_answer_tokens: int) -> NqAnswer:
+def _best_span(window: NqWindow, logits: NqLogits) -> NqAnswer:
     start, end, types = logits
     words = np.flatnonzero(window.candidate >= 0)
     if not len(words):
         return NqAnswer(-1, -1, -1, LOWEST, "NONE")
     begin, stop = int(words[0]), int(words[-1]) + 1
-    width = min(max_answer_tokens, stop - begin)
+    width = min(MAX_ANSWER_TOKENS, stop - begin)
     # Row i, column d is the span from token i to i + d, if both belong to words of the same candidate.
     candidate = np.concatenate([window.candidate[begin:stop], np.full(width - 1, -1, dtype=np.int32)])
     ends = np.concatenate([end[begin:stop], np.full(width - 1, -np.inf)])

@@ -31,6 +31,7 @@ from pruned_trainer.tasks.natural_questions.documents import (
     NqFormatError,
     read_documents,
 )
+from pruned_trainer.tasks.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -221,7 +222,7 @@ def is_held_out(document: Document, fraction: float, seed: int) -> bool:
     return random.Random(f"held out {seed} {document.id}").random() < fraction
 
 
-class ArrowWindows(Sequence[dict[str, Any]]):
+class ArrowWindows(Windows):
     """Training windows in a temporary folder, which is removed with this object.
 
     lengths: of each window, in tokens. skipped: the bad lines that were left out.
@@ -235,13 +236,9 @@ class ArrowWindows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, number: Any) -> Any:
-        """The window, as `features` gave it; a list of windows for a slice."""
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        row = self._rows[int(number) % len(self)]
+    def at(self, position: int) -> dict[str, Any]:
+        """The window, as `features` gave it."""
+        row = self._rows[position]
         scalars = {name: int(row[name]) for name in ("start_positions", "end_positions", "answer_types")}
         ids = {name: np.asarray(row[name], np.int32) for name in ("input_ids", "token_type_ids")}
         return {**ids, "attention_mask": np.ones_like(ids["input_ids"]), **scalars}

@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from pruned_ops.models.configuration import SCORED, ScoreCalibration
 from pruned_ops.qa.decoding import Decoded
 from pruned_ops.qa.questions import answer_scores
-from pruned_ops.shape import checked_int
 from pruned_trainer.tasks.resampling import interval, samples
 from pruned_trainer.tasks.squad.examples import Example, parse_squad
 from pruned_trainer.tasks.task import Score
@@ -243,22 +242,17 @@ def _losses(behind: FloatArray, targets: FloatArray, temperature: float, others:
     return (np.log(total) - (1 - targets)[:, None] * wrong).mean(0)
 
 
-def bootstrap_interval(
-    first: ArrayLike, second: ArrayLike, resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of mean(first - second), both scored on the same questions in the same order.
+def bootstrap_interval(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
+    """The 95% percentile interval of mean(first - second).
 
-    first, second: (questions,), any unit; the interval is in that unit. Questions are resampled with
-    replacement, as pairs. The same seed gives the same interval.
+    first, second: (questions,), scores of the same questions in the same order, in any unit; the interval is
+    in it. Questions are resampled with replacement, as pairs, and the same ones each time.
     """
     if np.shape(first) != np.shape(second) or np.ndim(first) != 1 or not np.size(first):
         raise ValueError(f"scores of shapes {np.shape(first)} and {np.shape(second)} are no pairs")
-    checked_int("resamples", resamples, 1)
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}: it must lie between 0 and 1")
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    means = [difference[rows].mean(axis=1) for rows in samples(difference.size, resamples, seed)]
-    ends = interval(np.concatenate(means), level)
+    means = [difference[rows].mean(axis=1) for rows in samples(difference.size)]
+    ends = interval(np.concatenate(means))
     if ends is None:
         raise ValueError("the scores are no finite numbers")
     return ends

@@ -52,7 +52,7 @@ def read_examples(
         return list(load_squad(source, "raise", skipped, repaired).examples)
     try:
         rows = read_rows(source, default_split, NEEDED + OPTIONAL, skipped)
-        rows.need(NEEDED, hint)
+        rows.require(NEEDED, hint)
     except FormatError as error:
         raise SquadFormatError(str(error)) from None
     placed = _placed_examples(rows, skipped)

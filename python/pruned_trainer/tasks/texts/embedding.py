@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -71,8 +71,15 @@ class EmbeddingTask(TextTask):
         return model
 
     def check_model(self, model: PreTrainedModel, source: str) -> None:
-        """A pooling that is neither mean nor cls is refused. The config then says how the model's states are
-        pooled, and a line names the modules that it is trained and judged without."""
+        """A pooling that is neither mean nor cls is refused, and an encoder that its modules.json has
+        elsewhere than the checkpoint that was loaded. The config then says how the model's states are pooled,
+        and a line names the modules that it is trained and judged without."""
+        inner = [module.path for module in modules_of(source) if module.name == "Transformer"]
+        if inner and PurePosixPath(inner[0]) != PurePosixPath():
+            raise ValueError(
+                f"{source} has a checkpoint, and the one of its modules.json in {inner[0]}: keep the one "
+                'that is meant, in the folder itself, with the path "" in modules.json'
+            )
         model.config.pooling = pooling_of(source, model.config)
         others = other_modules(source)
         if others:

@@ -77,7 +77,7 @@ def read_labelled(
     """
     table = read_rows(source, split, {*columns, label}, skipped)
     hint = "" if label in table.columns else "; --texts takes texts without labels"
-    table.need((*columns, label), hint)
+    table.require((*columns, label), hint)
     rows = []
     for where, row in table.placed():
         with skipping(skipped):
@@ -108,7 +108,7 @@ def read_unlabelled(
         rows = tuple(_lines(Path(name)))
         return some(Examples(str(source), rows, False), skipped)
     table = read_rows(source, split, columns, skipped)
-    table.need(columns)
+    table.require(columns)
     read = []
     for where, row in table.placed():
         with skipping(skipped):
@@ -149,11 +149,13 @@ def texts_of(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tupl
 
 
 def read_class(value: Any, where: str) -> str | int:
-    """A class: a name, or a whole number; FormatError for anything else, for an empty name, and for the
-    number that stands for no label."""
+    """A class: a name, a whole number, which 2.0 is as well, or false or true; FormatError for anything else,
+    for an empty name, and for the number that stands for no label."""
+    if isinstance(value, float) and value.is_integer():  # as a column is read that lacks some labels
+        value = int(value)
     if value == IGNORED and isinstance(value, int):
         raise FormatError(f"{where}: the label is {IGNORED}, which stands for none")
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    if not isinstance(value, str | int):
         raise FormatError(f"{where}: the label is {shown(value)}; a name or a whole number is needed")
     if isinstance(value, str) and not value.strip():
         raise FormatError(f"{where}: the label is empty")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from unicodedata import normalize
 
 from pruned_ops.files import shown
 from pruned_trainer.tasks.faults import FormatError
@@ -68,9 +69,9 @@ class Labels:
 
     def number(self, value: str | int, where: str, names: Sequence[str] = ()) -> int:
         """The number of a row's label: by the name that the source gives to its number; by its name, which
-        may be a number; else by the number itself. Errors: FormatError, with the place, for a label that the
-        model does not have."""
-        name = value
+        may be a number, or false or true in capitals or not; else by the number itself, 0 and 1 of the two.
+        Errors: FormatError, with the place, for a label that the model does not have."""
+        name = self._truth(value) if isinstance(value, bool) else value
         is_number = isinstance(value, int) or (
             value not in self.names and _NUMBER.fullmatch(value) is not None
         )
@@ -83,8 +84,14 @@ class Labels:
         is_place = is_number and not self.are_numbers and not (names and self.are_named)
         if is_place and 0 <= int(value) < len(self.names):
             return int(value)
-        listed = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
-        raise FormatError(f"{where}: label {shown(name)} is none of the model's: {listed}")
+        listed = ", ".join(map(shown, self.names[:8])) + (", ..." if len(self.names) > 8 else "")
+        looks_alike = normalize("NFC", str(name)) in (normalize("NFC", name) for name in self.names)
+        why = " (which has the one that looks like it in other Unicode characters)" if looks_alike else ""
+        raise FormatError(f"{where}: label {shown(name)} is none of the model's: {listed}{why}")
+
+    def _truth(self, value: bool) -> str | int:
+        """What the model calls false or true, by whatever case; the number where it has no such name."""
+        return next((name for name in self.names if name.lower() == str(value).lower()), int(value))
 
     def fit(self, values: Iterable[Any], names: Sequence[str] = ()) -> bool:
         """Whether all of these labels are among the model's, by name."""

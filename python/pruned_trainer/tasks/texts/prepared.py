@@ -10,9 +10,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pruned_ops.qa.questions import arrival_lengths
+from pruned_trainer.distributed import say
 from pruned_trainer.tasks.task import Score
 from pruned_trainer.tasks.texts.encoding import Read, model_outputs
-from pruned_trainer.tasks.texts.metrics import Metric, loss_interval, score_lines
+from pruned_trainer.tasks.texts.metrics import Accuracy, Metric, is_constant, loss_interval, score_lines
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,8 @@ class TextResult:
 
     def losses(self, pruned: TextResult) -> dict[str, Any]:
         """Points lost from this to the pruned model, with 95% bootstrap intervals over the examples."""
+        if any(isinstance(metric, Accuracy) for metric in self.metrics) and is_constant(self.predicted):
+            say(f"the dense model gives all {len(self.gold)} texts one class: a loss against it says little")
         losses: dict[str, Any] = {}
         scores, pruned_scores = self.scores(), pruned.scores()
         for metric in self.metrics:

@@ -87,7 +87,7 @@ class RerankingTask(TextTask):
         label = self.options.scores or self.options.label_column or RELEVANT
         table = read_rows(source, split, {query, passage, label}, skipped)
         hint = "" if label in table.columns else "; --texts takes pairs without labels"
-        table.need((query, passage, label), hint)
+        table.require((query, passage, label), hint)
         rows: list[Example] = []
         for where, row in table.placed():
             with skipping(skipped):

@@ -97,7 +97,7 @@ def _with_ids(
     """(the source, its queries) of rows that name the documents themselves."""
     text, label = (options.text_columns or (TEXT,))[0], options.label_column or RELEVANT
     rows = read_rows(source, split, {text, label}, skipped)
-    rows.need((text, label), "" if label in rows.columns else "; --queries takes files of relevance")
+    rows.require((text, label), "" if label in rows.columns else "; --queries takes files of relevance")
     judgements: Found = []
     for where, row in rows.placed():
         with skipping(skipped):
@@ -125,7 +125,7 @@ def _joined(
         skipped,
     )
     rows = read_rows(source, split, {QUERY_ID, CORPUS_ID, GRADE}, skipped)
-    rows.need((QUERY_ID, CORPUS_ID))
+    rows.require((QUERY_ID, CORPUS_ID))
     relevant: dict[str, dict[int, float]] = {}
     places: dict[str, str] = {}
     for where, row in rows.placed():
@@ -158,7 +158,7 @@ def _by_id(
     """What `read` makes of each row and its place, by the rows' ids, which are told apart. text: the column
     of the texts."""
     key = next((name for name in _IDS if name in source.columns), _IDS[0])
-    source.need((key, text))
+    source.require((key, text))
     by_id: dict[str, T] = {}
     for where, row in source.placed():
         with skipping(skipped):

@@ -67,7 +67,7 @@ class TaggingTask(TextTask):
         with self.skipping_bad() as skipped:
             table = read_rows(source, split, {tokens, label}, skipped)
             hint = "" if label in table.columns else "; --texts takes texts without labels"
-            table.need((tokens, label), hint)
+            table.require((tokens, label), hint)
             rows = []
             for where, row in table.placed():
                 with skipping(skipped):

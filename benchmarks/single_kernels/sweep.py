@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import EPS, Place
-from kernels.journal import WRONG, Journal
-from kernels.names import add_layer_norm_name, attention_name, described, linear_gelu_name
-from kernels.right import ready_backends, relative
-from kernels.rotation import input_sets, rotated
 from pruned_ops.measure.graph_timing import replay_seconds
 from pruned_ops.measure.timing import host_seconds
 from pruned_ops.ops.registry import OPS, given_up
+from single_kernels.cases import EPS, Place
+from single_kernels.journal import WRONG, Journal
+from single_kernels.names import add_layer_norm_name, attention_name, described, linear_gelu_name
+from single_kernels.right import ready_backends, relative
+from single_kernels.rotation import input_sets, rotated
 from torch_ways import packed_flash_attention
 
 SPREAD = tuple(48 + 336 * place // 31 for place in range(32))

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 import harness
-from kernels.cases import Place
-from kernels.journal import Facts, GpuLost, Journal
-from kernels.right import check_all
-from kernels.sweep import Sweep, in_order
 from pruned_ops.ops.registry import BACKENDS
+from single_kernels.cases import Place
+from single_kernels.journal import Facts, GpuLost, Journal
+from single_kernels.right import check_all
+from single_kernels.sweep import Sweep, in_order
 
 DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
 

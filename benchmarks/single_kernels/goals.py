@@ -14,9 +14,9 @@ import torch
 from rich import box
 from rich.table import Table
 
-from kernels.cases import Case, Model, Place, cases
-from kernels.names import Measured, add_layer_norm_name, attention_name, described, linear_gelu_name
-from kernels.schedule import CEILINGS, MULTIPROCESSORS, Estimate, Launched, Schedule, estimate, parsed
+from single_kernels.cases import Case, Model, Place, cases
+from single_kernels.names import Measured, add_layer_norm_name, attention_name, described, linear_gelu_name
+from single_kernels.schedule import CEILINGS, MULTIPROCESSORS, Estimate, Launched, Schedule, estimate, parsed
 
 os.environ.pop("TRITON_INTERPRET", None)  # which would switch compilation off
 

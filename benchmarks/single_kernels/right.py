@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cases import EPS, Place
-from kernels.journal import WRONG, Facts, Journal
 from pruned_ops.ops.registry import BACKENDS, OPS
+from single_kernels.cases import EPS, Place
+from single_kernels.journal import WRONG, Facts, Journal
 
 # Sequences around the edges of tiles, one of them empty.
 LENGTHS = (1, 63, 64, 65, 128, 129, 300, 384, 0, 17)

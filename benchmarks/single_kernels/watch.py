@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from kernels.journal import FAILED, Facts, GpuLost, Journal
+from single_kernels.journal import FAILED, Facts, GpuLost, Journal
 
 # It is given what to call with the facts of an attempt that begins, and with none at its end; and the facts
 # of the attempts of earlier processes.

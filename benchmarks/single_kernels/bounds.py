@@ -11,8 +11,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-from kernels.cases import MODELS, Case, Place, cases
-from kernels.schedule import CEILINGS
+from single_kernels.cases import MODELS, Case, Place, cases
+from single_kernels.schedule import CEILINGS
 
 os.environ.pop("TRITON_INTERPRET", None)  # which would switch compilation off
 
