@@ -28,9 +28,8 @@ from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import find_encoder
 from pruned_ops.runtime.encoder_weights import int8_sources, is_stored_in_int8
 from pruned_ops.runtime.int8_choice import named_outputs, outputs_of, real_rows, relative_error
-from pruned_ops.runtime.optimize import optimize
+from pruned_ops.runtime.optimize import optimize, warn_slow_int8
 from pruned_ops.runtime.packed_encoder import optimised_encoders
-from pruned_ops.runtime.saving import measured
 from pruned_ops.runtime.texts import library_class, text_batches, text_model, text_outputs, tokenized_batches
 
 # A text, or a pair of texts.
@@ -83,6 +82,7 @@ def quantize(
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; a number between 0 and 1 is needed")
     calibration, held_out = texts[::2], texts[1::2]
+    warn_slow_int8(stacklevel=3)
     for fraction in _FRACTIONS:
         model, tokenizer = load(name)
         if is_stored_in_int8(model):
@@ -92,9 +92,8 @@ def quantize(
         fp32_bytes = _bytes(model.state_dict())
         if round_tables:
             _round_tables(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # what stays fp32 is in the report
-            chosen_by = _batches(model, tokenizer, calibration)
+        chosen_by = _batches(model, tokenizer, calibration)
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # the report says it
             optimize(model, dtype="int8", calibration=chosen_by, tolerance=fraction * tolerance)
         rounded, error = _by_text(model, batches), relative_error(outputs_of(model, batches), exact_outputs)
         if error <= tolerance:
@@ -214,14 +213,15 @@ def _write(
     outputs: Sequence[Tensor],
 ) -> Measured:
     """Save the model with what was measured, load it again, and hold its outputs against those measured."""
-    measured(model, asdict(report))
     model.save_pretrained(str(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     megabytes = sum(path.stat().st_size for path in _weight_files(folder)) / 1e6
     report = Measured(**{**asdict(report), "megabytes": megabytes})
     _note(folder, asdict(report))
-    again = optimize(load(str(folder))[0])
+    again, _ = load(str(folder))
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        optimize(again)
     if not all(torch.equal(*pair) for pair in zip(_by_text(again, batches), outputs, strict=True)):
         raise RuntimeError("the int8 model gives other outputs when it is loaded again: nothing was written")
     return report

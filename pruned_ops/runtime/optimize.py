@@ -125,9 +125,9 @@ def _optimize(
     if calibration is not None and any(is_stored_in_int8(encoder) for encoder in encoders):
         raise ValueError("this model's weights are stored in int8 already: calibration is for fp32 weights")
     _warn_without_backend(encoders)
-    if int8:
-        _warn_slow_int8()
     packed = {encoder: PackedEncoder(encoder, dtype, keep_fp32) for encoder in encoders}
+    if any(laid_out.int8 for laid_out in packed.values()):
+        warn_slow_int8(stacklevel=4)
     before = _Before.of(model)
     try:
         for encoder in encoders:
@@ -269,10 +269,12 @@ def _warn_without_backend(encoders: Sequence[Any]) -> None:
 _warned = False
 
 
-def _warn_slow_int8() -> None:
+def warn_slow_int8(stacklevel: int) -> None:
+    """Warn where int8 is not expected to be faster than float32 on this processor."""
     reason = slow_int8()
     if reason is not None:
-        warnings.warn(f"int8 will not be faster than float32 here: {reason}", RuntimeWarning, stacklevel=4)
+        text = f"int8 will not be faster than float32 here: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel)
 
 
 def _hook_heads(model: nn.Module) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,6 @@ from pruned_ops.runtime.encoder_weights import int8_sources
 from pruned_ops.runtime.packed_encoder import CHANGING, OptimisedEncoder
 
 _SAVE = "save_pretrained"
-_MEASURED = "_pruned_ops_int8_measured"
 
 
 def hook_saving(model: nn.Module) -> None:
@@ -38,7 +36,6 @@ def unhook_saving(model: nn.Module) -> None:
         saving = vars(module).get(_SAVE)
         if isinstance(saving, partial) and saving.func is _save_int8:
             del module.__dict__[_SAVE]
-        module.__dict__.pop(_MEASURED, None)
 
 
 def _encoders(model: nn.Module) -> dict[str, Any]:
@@ -56,7 +53,7 @@ def _save_int8(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> An
         return own_save(model, save_directory, *args, **kwargs)
     with CHANGING:
         state, linears = int8_state(model)
-        model.config.quantization_config = Int8Config(linears, vars(model).get(_MEASURED)).to_dict()
+        model.config.quantization_config = Int8Config(linears).to_dict()
         if len(args) > 1:
             args = (args[0], state, *args[2:])
         else:
@@ -86,10 +83,3 @@ def int8_state(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
         state[f"{place}.weight"], state[f"{place}.{SCALE}"] = weight, scale
         linears.append(name)
     return halved(state), linears
-
-
-def measured(model: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Let the next `save_pretrained` of every model of transformers in `model` write these facts down."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.__dict__[_MEASURED] = dict(facts)

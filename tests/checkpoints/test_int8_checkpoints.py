@@ -283,6 +283,22 @@ def test_quantize_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capture
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
 
 
+def test_that_int8_is_slow_here_is_said_whenever_a_model_begins_to_run_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by `quantize`, once, and for a model that was loaded from int8 weights."""
+    monkeypatch.setattr("pruned_ops.runtime.optimize.slow_int8", lambda: "it has no VNNI")
+    message = "^int8 will not be faster than float32 here: it has no VNNI$"
+    text_folder(tmp_path / "fp32", "CrossEncoder", hidden_size=64, intermediate_size=256)
+    with pytest.warns(RuntimeWarning, match=message) as warned:
+        quantize(str(tmp_path / "fp32"), tmp_path / "int8", sentences([5, 20, 60] * 8), 0.5)
+    assert [entry.filename for entry in warned if issubclass(entry.category, RuntimeWarning)] == [__file__]
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+    with pytest.warns(RuntimeWarning, match=message) as warned:
+        pruned_ops.optimize(again)
+    assert warned[0].filename == __file__
+
+
 def test_texts_and_pairs_to_quantize_by(tmp_path: Path) -> None:
     """Lines, and JSON lines as other commands read them; a label is not the second of a pair."""
     lines, rows = tmp_path / "texts.txt", tmp_path / "rows.jsonl"
