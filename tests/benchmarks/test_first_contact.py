@@ -317,8 +317,9 @@ def test_what_a_gpu_machine_may_lack_is_not_imported_at_once() -> None:
     """By what the calls run: torch and transformers are there, and nothing is downloaded."""
     lacking = {"ctranslate2", "datasets", "onnx", "onnxruntime", "openvino", "triton"}
     root = Path(first_contact.__file__).parent
-    folders = [root / name for name in ("kernels", "rivals", "whole_models")]
+    folders = [root / name for name in ("single_kernels", "rivals", "whole_models")]
     paths = [root / "bench_kernels.py", root / "bench_models.py", root / "harness.py"]
+    assert all(folder.is_dir() for folder in folders)
     paths += [path for folder in folders for path in folder.glob("*.py") if not path.match("*_worker.py")]
     assert len(paths) > 15
     for path in paths:
