@@ -101,12 +101,17 @@ def optimize(
     with CHANGING, torch.inference_mode(False), torch.no_grad():
         is_module = isinstance(model, nn.Module)
         is_optimised = is_module and _is_optimised(model, dtype)
-        keeps_fp32 = is_module and any(packed.keeps_fp32 for packed in packed_encoders(model))
-        if (is_optimised and calibration is not None) or (keeps_fp32 and not keep_fp32):
-            raise ValueError(
-                "this model is optimised already, and calibration and keep_fp32=False are for laying its "
-                "weights out: pruned_ops.restore(model) first"
-            )
+        present = packed_encoders(model) if is_module else []
+        for name, conflicts in (
+            ("calibration", is_optimised and calibration is not None),
+            ("keep_fp32=False", not keep_fp32 and any(packed.keeps_fp32 for packed in present)),
+            ("graphs=False", not graphs and any(packed.engine is not None for packed in present)),
+        ):
+            if conflicts:
+                raise ValueError(
+                    f"this model is optimised already, and {name} would have no effect: "
+                    "pruned_ops.restore(model) first"
+                )
         if not is_optimised:
             _optimize(model, dtype, calibration, tolerance, graphs, keep_fp32)
     return model
@@ -365,9 +370,15 @@ def _unhook(model: nn.Module) -> None:
 def optimized(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
     """`with optimized(model) as fast:` runs packed inside the block. After it the model is as before.
 
-    dtype, and errors: as for `optimize`. A model that is optimised already stays as it is, in its own dtype
-    where None is asked for."""
+    dtype, and errors: as for `optimize`. A model whose encoders are all optimised already stays as it is, in
+    its own dtype where None is asked for. One of which only a part is optimised is refused: what is around
+    that part would be taken for restored after the block, or for optimised inside it."""
     if packed_encoders(model):
+        if any(map(is_encoder, model.modules())):
+            raise ValueError(
+                f"a part of this {type(model).__name__} is optimised already, and a part is not: "
+                "pruned_ops.optimize or pruned_ops.restore the whole model first"
+            )
         if dtype is not None:
             _is_optimised(model, dtype)  # refuses another dtype
         yield model  # whoever optimised it will restore it

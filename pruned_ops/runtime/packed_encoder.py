@@ -239,12 +239,12 @@ class PackedEncoder(nn.Module):
         collect: list[Tensor] | None,
     ) -> Outputs:
         """`compute` by the engine's graphs, where there may be any: on a GPU."""
-        if self.engine is not None and (self.device.type == "cuda" or self.engine.recorder is not None):
+        if (engine := self.engine) is not None and (engine.recorder or self.device.type == "cuda"):
             if self.encoder.kind.reads_places and len(inputs) == 3:  # a graph reads them in any case
                 inputs = (*inputs, torch.arange(batch.tokens, device=self.device) % max(batch.seqlen, 1))
             if head is None or head.in_graph:
-                return self.engine.run(inputs, batch, head, collect)
-            rows = self.engine.run(inputs, batch, None, collect).rows
+                return engine.run(inputs, batch, head, collect)
+            rows = engine.run(inputs, batch, None, collect).rows
             assert rows is not None
             return head(rows, batch.cu_seqlens)
         return self.compute(inputs, batch.cu_seqlens, batch.max_seqlen, head, collect)
@@ -436,7 +436,7 @@ def remove(encoder: Any) -> None:
         parameter.requires_grad_(True)
     for module, training in encoder.__dict__.pop("modes"):
         module.training = training
-    del encoder.__dict__["packed"]
+    encoder.__dict__.pop("packed").engine = None  # each holds the other, and with it what is laid out
 
 
 def _give_back(encoder: Any) -> None:

@@ -316,7 +316,14 @@ def test_restore_takes_the_engine_away_and_graphs_can_be_declined() -> None:
     model = pruned_ops.optimize(stock_model())
     assert isinstance(model.engine, Engine) and not model.engine.serves
     assert not hasattr(pruned_ops.restore(model), "engine")
-    assert not hasattr(pruned_ops.optimize(stock_model(), graphs=False), "engine")
+    declined = pruned_ops.optimize(stock_model(), graphs=False)
+    assert not hasattr(declined, "engine")
+    for graphs in (False, True):  # the default asks for nothing
+        assert pruned_ops.optimize(declined, graphs=graphs) is declined and not hasattr(declined, "engine")
+    fast = pruned_ops.optimize(model)
+    with pytest.raises(ValueError, match="optimised already, and graphs=False would have no effect: .*rest"):
+        pruned_ops.optimize(fast, graphs=False)
+    assert fast.engine is fast.bert.packed.engine
 
 
 def test_settings_are_checked() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import transformers
 from transformers import BertModel
 
 import pruned_ops
+from calls import TwoTowers
 from counting import CustomHead, RowCounter
 from head_models import stock as stock_classifier
 from inputs import MODELS, READY, logits, padded_batch, pruned_model, shake, stock_model
@@ -192,6 +195,32 @@ def test_optimized_is_a_block(model: Any) -> None:
     with optimized(model) as fast:
         assert isinstance(fast.base_model, OptimisedEncoder)
     assert not isinstance(model.base_model, OptimisedEncoder) and not model.training
+
+
+def test_a_block_for_a_model_of_which_a_part_is_optimised_is_refused() -> None:
+    towers = TwoTowers().eval()
+    pruned_ops.optimize(towers.passage)
+    with pytest.raises(ValueError, match="a part of this TwoTowers is optimised"), optimized(towers):
+        pass
+    assert [isinstance(tower, OptimisedEncoder) for tower in towers.children()] == [False, True]
+    pruned_ops.optimize(towers.query)
+    with optimized(towers) as fast:
+        assert fast is towers
+    assert all(isinstance(tower, OptimisedEncoder) for tower in towers.children())
+
+
+def test_restore_frees_what_was_laid_out_at_once(model: Any) -> None:
+    """Not when Python's collector runs."""
+    pruned_ops.optimize(model)
+    packed, engine = weakref.ref(model.base_model.packed), weakref.ref(model.engine)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        pruned_ops.restore(model)
+        assert packed() is None and engine() is None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def test_a_block_in_another_dtype_is_refused_and_one_in_none_stays_as_it_is(model: Any) -> None:
