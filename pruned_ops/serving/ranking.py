@@ -12,6 +12,7 @@ from pydantic import Field
 from pruned_ops.serving import refusals, tei
 from pruned_ops.serving.forms import AnyForm, Documents, Form, sigmoid
 from pruned_ops.serving.models import Served
+from pruned_ops.serving.refusals import Refusal
 from pruned_ops.serving.service import Service, as_json
 from pruned_ops.serving.texts import Text
 
@@ -24,6 +25,7 @@ class RankingRequest(Form):
     documents: Documents
     top_n: int | None = Field(default=None, ge=1)
     return_documents: bool | None = None
+    max_tokens_per_doc: int | None = Field(default=None, ge=1)
 
 
 async def cohere_v1(service: Service, request: Request) -> Response:
@@ -44,12 +46,22 @@ async def rerank(service: Service, request: Request) -> Response:
     if "documents" not in fields:
         return await tei.rerank(service, request, service.parsed(fields, tei.RerankRequest))
     request.state.form = refusals.reranking
+    if "texts" in fields:
+        raise Refusal("invalid", "a request has texts or documents, not both", "texts")
     return await _ranked(service, request, service.parsed(fields, RankingRequest), version="1")
 
 
 async def _ranked(service: Service, request: Request, form: RankingRequest, version: str) -> Response:
     """A document that is too long is cut, as both APIs do."""
     served = service.pick(form.model, "reranker")
+    longest = served.encoder.max_tokens
+    if form.max_tokens_per_doc is not None and form.max_tokens_per_doc < longest:
+        raise Refusal(
+            "invalid",
+            f"max_tokens_per_doc is {form.max_tokens_per_doc}; documents are cut where query and document "
+            f"have {longest} tokens, and not before: send shorter ones",
+            "max_tokens_per_doc",
+        )
     service.check_count(form.documents, "documents")
     pairs: list[Text] = [(form.query, document) for document in form.documents]
     logits, tokens = await tei.logits_of(service, request, served, pairs, True, field="query")

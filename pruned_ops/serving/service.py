@@ -102,6 +102,8 @@ class Service:
         body = await self._body(request)
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal("media_type", "the request has to come as application/json")
+        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise Refusal("media_type", "the body has to come uncompressed, without a Content-Encoding")
         try:
             if len(body) <= _AT_ONCE:
                 return form.model_validate(parse_json(body))
@@ -197,6 +199,8 @@ def _misshapen(error: ValidationError) -> Refusal:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     names = [str(part) for part in first["loc"]]
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("model_type", "model_attributes_type"):  # their own sentence names a class of ours
+        message = "a JSON object is needed"
     place = ".".join(names)
     return Refusal("invalid", f"{place}: {message}" if place else message, names[0] if names else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 from collections.abc import Iterator
@@ -140,6 +141,8 @@ def test_jina_reranks_on_the_same_route(client: Any) -> None:
         assert answer["model"] == "reranker" and answer["usage"]["total_tokens"] == 10
         first = answer["results"][0]
         assert first["document"]["text"] == ["w1", "w2"][first["index"]]
+    both = client.post("/rerank", json={"query": "w5", "documents": ["w1"], "texts": ["w2"]})
+    assert both.status_code == 400 and "texts or documents, not both" in both.json()["message"]
     refused = client.post("/rerank", json={"query": "w5", "documents": [3]})
     assert refused.status_code == 400 and "each document has to be a text" in refused.json()["detail"]
 
@@ -242,7 +245,8 @@ def test_bad_input(client: Any, path: str) -> None:
         (b'{"inputs": "\xff"}', "invalid start byte"),
         (b'{"inputs": "\\ud83d"}', "half a surrogate pair"),
         (b"[" * 100_000, "nested"),
-        (b'["w1"]', "dictionary"),
+        (b'["w1"]', "a JSON object is needed"),
+        (b"null", "a JSON object is needed"),
         (b"{}", ""),
         (json.dumps(body_of(path, {"a": 1})).encode(), field),
         (json.dumps(body_of(path, 3)).encode(), field),
@@ -257,6 +261,8 @@ def test_bad_input(client: Any, path: str) -> None:
     if path != "/embed":
         refused(client, path, wrong, "this route needs", 400, 424)
     assert client.post(path, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
+    zipped = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert client.post(path, content=gzip.compress(b"{}"), headers=zipped).status_code == 415
     assert client.get(path).status_code == 405
     huge = json.dumps(body_of(path, "w" * 10_000_000 if text == "w1" else ["w" * 10_000_000])).encode()
     refused(client, path, huge, "a request of at most 8000000 bytes", 413)
@@ -307,6 +313,9 @@ def test_numbers_that_cannot_be(client: Any) -> None:
         ("/predict", {"inputs": "w1", "parameters": {"top_k": 0}}, "top_k"),
         ("/predict", {"inputs": "w1", "parameters": {"function_to_apply": "tanh"}}, "function_to_apply"),
         ("/v1/rerank", {"query": "w1", "documents": ["w1"], "top_n": 0}, "top_n"),
+        ("/v2/rerank", {"query": "w1", "documents": ["w1"], "max_tokens_per_doc": 0}, "max_tokens_per_doc"),
+        ("/v2/rerank", {"query": "w1", "documents": ["w1"], "max_tokens_per_doc": 2}, "send shorter ones"),
+        ("/predict", {"inputs": "w1", "parameters": 3}, "parameters: a JSON object is needed"),
         ("/v1/qa", {"question": "w1 " * 90, "context": "w1"}, "the question is too long"),
         ("/v1/qa", {"question": "w1 " * 400, "context": "w1"}, "at most 1000 characters"),
     ):
