@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pruned_ops.models.configuration import SCORED
@@ -60,6 +61,12 @@ class _Block:
     last: bool = False
 
 
+def _characters(read: Read, least: int) -> int:
+    """The characters that a record counts among those of a block."""
+    texts = read[1]
+    return least if isinstance(texts, RefusedQuestion) else max(least, sum(map(len, texts)))
+
+
 class AnswerStream:
     """One run over many questions, to be iterated once.
 
@@ -85,8 +92,9 @@ class AnswerStream:
         self._runner = BatchRunner(model, padding_id(model.config), device, select_logits)
         self._tokens = LOOK_AHEAD * reading.tokens_per_batch
         enough = self._tokens * _CHARACTERS_PER_TOKEN
-        self._least = enough // _QUESTIONS_OF_A_BLOCK  # what the shortest question counts, in characters
-        self._records = blocks_of(self._read(records), are_there, enough, self._characters)
+        least = enough // _QUESTIONS_OF_A_BLOCK  # what the shortest question counts, in characters
+        # A method would hold this object, and so keep a generator of the caller's open until gc runs.
+        self._records = blocks_of(self._read(records), are_there, enough, partial(_characters, least=least))
         self._failure: Exception | None = None
         self._contexts: dict[int, str] = {}
         self._candidates: dict[int, Candidates] = {}
@@ -128,11 +136,6 @@ class AnswerStream:
                 yield index, _texts_of(record, index)
             except RefusedQuestion as refused:
                 yield index, refused
-
-    def _characters(self, read: Read) -> int:
-        """The characters that a record counts among those of a block."""
-        texts = read[1]
-        return self._least if isinstance(texts, RefusedQuestion) else max(self._least, sum(map(len, texts)))
 
     def _cut(self) -> Iterator[_Block]:
         """Blocks of windows. This runs in the thread."""

@@ -77,7 +77,8 @@ class Ready(Generic[T]):
         return block or None
 
     def close(self) -> None:
-        """Nothing has to be ended."""
+        """Let go of the items. Nothing has to be ended."""
+        self._items = iter(())
 
 
 class Arrivals(Generic[T]):
@@ -150,9 +151,10 @@ class Arrivals(Generic[T]):
         try:
             for item in self._items:
                 if not self._added(item, self._weigh(item)):
-                    return
+                    break
         except BaseException as error:  # the caller's iterable may raise any; `take` raises it again
             failure = error
+        self._items = ()  # a generator that nobody else holds is closed here
         with self._changed:
             self._is_over, self._failure = True, failure
             self._changed.notify_all()

@@ -8,7 +8,7 @@ results of the one before are copied back.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -171,7 +171,8 @@ class BatchRunner:
 
         Yields each batch with its results on the host. A block is read when all batches before it are
         computed, except for `lanes.ahead` of them. An empty block says that the next one is not there yet:
-        the batches before it are finished first, and then ([], {}) is yielded."""
+        the batches before it are finished first, and then ([], {}) is yielded. A generator of blocks is
+        closed at the end, and where the model raises an error, too."""
 
         def batches() -> Iterator[list[T]]:
             for block in blocks:
@@ -180,7 +181,11 @@ class BatchRunner:
                 for places in token_batches(block, tokens):
                     yield [block[place] for place in places]
 
-        return self.run(batches())
+        try:
+            yield from self.run(batches())
+        finally:
+            if isinstance(blocks, Generator):
+                blocks.close()  # the traceback of an error would keep it open, and its threads waiting
 
     def run(self, batches: Iterable[list[T]]) -> Iterator[tuple[list[T], Tensors]]:
         """Run these batches. Yields each with its results on the host, in the order given; ([], {}) for an

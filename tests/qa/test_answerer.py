@@ -302,14 +302,17 @@ def test_a_question_may_wait_for_the_answer_to_the_one_before() -> None:
 
 
 def test_who_stops_early_ends_the_threads() -> None:
-    """One is blocked in the caller's generator until that goes on, and then ends."""
-    one, go_on = answerer_of("bert"), Event()
+    """One is blocked in the caller's generator until that goes on, and then ends, and lets go of it."""
+    one, go_on, is_closed = answerer_of("bert"), Event(), Event()
 
     def endless() -> Iterator[Any]:
-        yield "w1", words(5)
-        go_on.wait(HUNG)
-        yield "w2", words(5)
-        raise AssertionError("nobody asked for a third")
+        try:
+            yield "w1", words(5)
+            go_on.wait(HUNG)
+            yield "w2", words(5)
+            raise AssertionError("nobody asked for a third")
+        finally:
+            is_closed.set()
 
     before = set(threading.enumerate())
     stream = one.stream(endless(), progress=False)
@@ -319,7 +322,7 @@ def test_who_stops_early_ends_the_threads() -> None:
     assert reader.daemon
     go_on.set()
     reader.join(HUNG)
-    assert not reader.is_alive()
+    assert not reader.is_alive() and is_closed.is_set()
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import repeat
 from queue import Queue
 from types import SimpleNamespace
 from typing import Any
@@ -339,6 +341,22 @@ def test_a_child_that_goes_on_with_its_parents_results_is_told() -> None:
     process.start()
     process.join(HUNG)
     assert process.exitcode == 0 and len(list(stream)) == 2
+
+
+def test_an_error_of_the_model_leaves_no_thread_waiting() -> None:
+    model = pruned_ops.optimize(stock_model())
+
+    def fails(*args: Any) -> None:
+        raise OSError("the model is gone")
+
+    hook = model.register_forward_pre_hook(fails)
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="the model is gone") as failure:
+        next(model.encode_many(repeat([7, 8]), tokens_per_batch=2))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(HUNG)
+        assert not thread.is_alive(), failure  # whose traceback holds the stream
+    hook.remove()
 
 
 def test_an_error_of_the_iterable_comes_after_the_results_before_it() -> None:
