@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from pruned_ops.measure.comparison import Benchmark
     from pruned_ops.measure.timing import Workload
 
-WINDOW = 384  # tokens of a window of --data, at most; fewer where a model takes fewer
-
 
 def add_command(commands: Any) -> None:
     """Add the command and its options to the parser's commands."""
@@ -111,21 +109,20 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         check_writable(arguments.html, "--html", arguments.overwrite)
 
 
-def make_workload(arguments: argparse.Namespace, longest: int = WINDOW) -> Workload:
+def make_workload(arguments: argparse.Namespace, longest: int) -> Workload:
     """Batches of the lengths of a file's questions in arrival order, or of those given, mixed (seed 0).
     longest: tokens that the models take."""
     from pruned_ops.checkpoints.loading import load_tokenizer
     from pruned_ops.measure.timing import Workload
     from pruned_ops.qa.questions import window_lengths
+    from pruned_ops.qa.windows import window_sizes
 
     size, batches = arguments.batch_size, arguments.batches
     if arguments.data is not None:
         tokenizer = load_tokenizer(str(arguments.folder))
         skipped: list[str] | None = [] if arguments.skip_bad else None
-        window = min(WINDOW, longest)
-        lengths = window_lengths(
-            arguments.data, tokenizer, window, window // 3, needed=size * batches, skipped=skipped
-        )
+        sizes = window_sizes(longest)
+        lengths = window_lengths(arguments.data, tokenizer, *sizes, needed=size * batches, skipped=skipped)
         say_skipped(skipped)
         return Workload.arrival_order(lengths, size, batches)
     choices: list[int] = arguments.lengths

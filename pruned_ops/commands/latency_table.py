@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from pruned_ops.measure.latency import LatencyTable
     from pruned_ops.measure.timing import Workload
 
-# Tokens of a window of --data, at most, and those that two windows share, where nothing is said.
-MAX_LENGTH, STRIDE = 384, 128
-
 
 def add_command(commands: Any) -> None:
     """Add the command and its options to the parser's commands."""
@@ -47,13 +44,13 @@ def add_command(commands: Any) -> None:
         "--max-length",
         type=int,
         metavar="N",
-        help=f"tokens of a window of --data, at most (default: {MAX_LENGTH})",
+        help="tokens of a window of --data, at most (default: 384, or as many as the model takes)",
     )
     workload.add_argument(
         "--stride",
         type=int,
         metavar="N",
-        help=f"tokens that two windows of --data share (default: {STRIDE})",
+        help="tokens that two windows of --data share (default: a third of --max-length)",
     )
     running = parser.add_argument_group("how the model will run")
     add_dtype(running, "dtype of the linear layers; bfloat16 and int8 run on a CPU")
@@ -82,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.model)
     device = arguments.device or default_device()
     checked_device(device)
-    workload, dtype = make_workload(arguments), dtype_of(arguments)
+    workload, dtype = make_workload(arguments, config), dtype_of(arguments)
     with threads(arguments.threads):
         table = measure_table(
             config, workload, arguments.rounds, device, command=arguments.command_line, dtype=dtype
@@ -105,22 +102,21 @@ def check_output(path: Path, overwrite: bool) -> None:
             raise ValueError(f"{error}; it is not replaced") from error
 
 
-def make_workload(arguments: argparse.Namespace) -> Workload:
-    """Batches of the lengths of a file's questions in arrival order, or of one length."""
+def make_workload(arguments: argparse.Namespace, config: Any) -> Workload:
+    """Batches of the lengths of a file's questions in arrival order, or of one length. config: the model's,
+    which says how long its sequences may be."""
     from pruned_ops.checkpoints.loading import load_tokenizer
     from pruned_ops.measure.timing import Workload
+    from pruned_ops.models.inputs import longest_sequence
     from pruned_ops.qa.questions import window_lengths
+    from pruned_ops.qa.windows import window_sizes
 
     size, batches = arguments.batch_size, arguments.batches
     if arguments.data is None:
         return Workload.fixed(arguments.length, size, batches)
-    lengths = window_lengths(
-        arguments.data,
-        load_tokenizer(str(arguments.model)),
-        MAX_LENGTH if arguments.max_length is None else arguments.max_length,
-        STRIDE if arguments.stride is None else arguments.stride,
-        needed=size * batches,
-    )
+    sizes = window_sizes(longest_sequence(config), arguments.max_length, arguments.stride)
+    tokenizer = load_tokenizer(str(arguments.model))
+    lengths = window_lengths(arguments.data, tokenizer, *sizes, needed=size * batches)
     return Workload.arrival_order(lengths, size, batches)
 
 

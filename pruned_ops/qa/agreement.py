@@ -24,7 +24,7 @@ from pruned_ops.ops.registry import BackendError, record, use_backend
 from pruned_ops.qa.decoding import Logits, decode
 from pruned_ops.qa.logits import batch_logits
 from pruned_ops.qa.questions import Question, answer_scores
-from pruned_ops.qa.windows import RefusedQuestion, Window, windows
+from pruned_ops.qa.windows import RefusedQuestion, Window, window_sizes, windows
 from pruned_ops.runtime.batch_runner import padded
 from pruned_ops.runtime.int8_choice import TOLERANCE, relative_error
 from pruned_ops.runtime.known_heads import gives_answers, gives_labels
@@ -32,7 +32,7 @@ from pruned_ops.runtime.optimize import optimized
 
 SAVED, OPTIMISED = "saved", "optimised"
 NARROW = ("bfloat16", "int8")  # the dtypes of `optimize` that are no rounding of fp32
-BATCH_SIZE, MAX_LENGTH = 8, 384
+BATCH_SIZE = 8
 # An op of a backend may err twice as much as plain torch does, plus SLACK. The errors of a model's ops add
 # up, in each backend in another way: twice that is allowed. A fault is hundreds of times as large.
 TIMES, SLACK = 4, 1e-5
@@ -123,12 +123,12 @@ def cut_material(
 ) -> Material:
     """The questions' windows, cut as the trainer's evaluation cuts them. skipped: collects what is wrong with
     each question that cannot be cut, which is then left out."""
-    max_length = min(MAX_LENGTH, longest_sequence(config))
     texts = [question.question for question in questions]
     contexts = [question.context for question in questions]
     refused: list[RefusedQuestion] = []
     collected = None if skipped is None else refused
-    cut = windows(tokenizer, texts, contexts, max_length, max_length // 3, refused=collected)
+    sizes = window_sizes(longest_sequence(config))
+    cut = windows(tokenizer, texts, contexts, *sizes, refused=collected)
     if skipped is None or not refused:
         return Material(name, questions, cut)
     skipped += [str(error) for error in refused]

@@ -23,14 +23,12 @@ from pruned_ops.models.inputs import longest_sequence
 from pruned_ops.models.stock import is_encoder_class
 from pruned_ops.qa.answer_stream import AnswerStream, Reading
 from pruned_ops.qa.decoding import Answer, Decoded
-from pruned_ops.qa.windows import RefusedQuestion, check_cut, check_pairs
+from pruned_ops.qa.windows import RefusedQuestion, check_cut, check_pairs, window_sizes
 from pruned_ops.runtime.arrivals import ForkLock, is_there
 from pruned_ops.runtime.batch_runner import TOKENS_ON_A_CPU, TOKENS_ON_A_GPU
 from pruned_ops.runtime.optimize import optimize, own_dtype
 from pruned_ops.shape import checked_int
 
-# The defaults of Hugging Face's question-answering scripts, and of this project's trainer.
-_MAX_LENGTH, _STRIDE_PARTS = 384, 3
 # The heads of transformers' own classes that find no answer in a text, by their names.
 _OTHER_HEAD = re.compile(
     "For(SequenceClassification|TokenClassification|MaskedLM|MultipleChoice|NextSentencePrediction|"
@@ -88,9 +86,7 @@ class QuestionAnswerer:
             raise ValueError(f"a {type(model).__name__} has no tokenizer with it: pass its tokenizer too")
         _check_kind(model)
         config = model.config
-        if max_length is None:
-            max_length = min(_MAX_LENGTH, longest_sequence(config))
-        stride = max_length // _STRIDE_PARTS if stride is None else stride
+        max_length, stride = window_sizes(longest_sequence(config), max_length, stride)
         if device is not None:
             device = checked_device(device)
         if tokens_per_batch is None:  # as for `encode_many`: few rows leave most of a GPU idle
@@ -227,11 +223,7 @@ def _check_kind(model: Any) -> None:
 
 def _check_reading(reading: Reading, config: Any, tokenizer: Any) -> None:
     """ValueError for windows that are too long for the model; `check_cut`'s errors."""
-    longest = longest_sequence(config)
-    if reading.max_length > longest:
-        raise ValueError(
-            f"windows of {reading.max_length} tokens are too long: the model takes sequences of {longest}"
-        )
+    window_sizes(longest_sequence(config), reading.max_length, reading.stride)
     check_cut(tokenizer, reading.max_length, reading.stride)
 
 

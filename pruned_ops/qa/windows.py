@@ -24,6 +24,8 @@ Tokens = tuple[Int32Array, Int32Array]  # ids, (tokens,), and offsets, (tokens, 
 
 # So many characters of a context are tokenised at once. A tokenizer takes a hundred times their memory.
 PIECE = 1 << 16
+# The defaults of Hugging Face's question-answering scripts, and of this project's trainer.
+MAX_LENGTH, _STRIDE_PARTS = 384, 3
 
 
 class RefusedQuestion(RefusedItem):
@@ -101,6 +103,21 @@ def windows(
     return all_windows
 
 
+def window_sizes(longest: int, max_length: int | None = None, stride: int | None = None) -> tuple[int, int]:
+    """The max_length and the stride of windows for a model that takes sequences of `longest` tokens: by
+    default MAX_LENGTH, or `longest` where that is less, and a third of max_length. Errors: ValueError for
+    sizes that cannot be, and for windows that are too long for the model."""
+    max_length = min(MAX_LENGTH, longest) if max_length is None else checked_int("max_length", max_length, 1)
+    if max_length > longest:
+        raise ValueError(
+            f"windows of {max_length} tokens are too long: the model takes sequences of {longest}"
+        )
+    stride = max_length // _STRIDE_PARTS if stride is None else checked_int("stride", stride, 0)
+    if stride >= max_length:
+        raise ValueError(f"stride {stride} must be at least 0 and less than max_length {max_length}")
+    return max_length, stride
+
+
 def check_pairs(questions: Sequence[Any], contexts: Sequence[Any]) -> None:
     """ValueError unless there are as many contexts as questions."""
     if len(questions) != len(contexts):
@@ -110,10 +127,7 @@ def check_pairs(questions: Sequence[Any], contexts: Sequence[Any]) -> None:
 def check_cut(tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int) -> None:
     """The errors that `windows` raises for these whatever the questions: ValueError for sizes that cannot be,
     TypeError for a tokenizer that does not know offsets."""
-    checked_int("max_length", max_length, 1)
-    checked_int("stride", stride, 0)
-    if stride >= max_length:
-        raise ValueError(f"stride {stride} must be at least 0 and less than max_length {max_length}")
+    window_sizes(max_length, max_length, stride)
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed")
 

@@ -167,12 +167,12 @@ def arguments(**given: Any) -> argparse.Namespace:
 
 
 def test_workloads(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    assert make_workload(arguments()) == Workload.fixed(7, 4, 3)
-    mixed = make_workload(arguments(lengths=[2, 4, 30]))
+    assert make_workload(arguments(), 384) == Workload.fixed(7, 4, 3)
+    mixed = make_workload(arguments(lengths=[2, 4, 30]), 384)
     assert sorted(sum(map(list, mixed.batches), [])) == [2] * 4 + [4] * 4 + [30] * 4
     assert len(mixed.batches) == 3 and len(set(mixed.batches)) > 1
     path = squad_file(tmp_path / "squad.json", 20, 1)
-    real = make_workload(arguments(data=path, folder=folders[0]))
+    real = make_workload(arguments(data=path, folder=folders[0]), 384)
     assert real.name == "arrival-b4" and {n for batch in real.batches for n in batch} == {14}
 
 
@@ -207,13 +207,13 @@ def test_bad_questions_are_skipped_where_that_is_asked(
     long = {"question": words(400), "context": words(500)}
     path.write_text("\n".join(map(json.dumps, [good] * 5 + [{"question": 1}] + [long] * 3 + [good])))
     with pytest.raises(ValueError, match="line 6 is no object with a question and a context"):
-        make_workload(arguments(data=path, folder=folders[0], batch_size=2, batches=2))
-    real = make_workload(arguments(data=path, folder=folders[0], batch_size=2, batches=2, skip_bad=True))
+        make_workload(arguments(data=path, folder=folders[0], batch_size=2, batches=2), 384)
+    real = make_workload(arguments(data=path, folder=folders[0], batch_size=2, batches=2, skip_bad=True), 384)
     assert [len(batch) for batch in real.batches] == [2, 2]
     assert "bad questions skipped; the first: " in capsys.readouterr().err
     path.write_text(json.dumps(long))
     with pytest.raises(ValueError, match="holds no question that can be asked"):
-        make_workload(arguments(data=path, folder=folders[0], skip_bad=True))
+        make_workload(arguments(data=path, folder=folders[0], skip_bad=True), 384)
     status, _, error = run(capsys, folders[0], "--skip-bad")
     assert status == 2 and "--skip-bad goes with --data" in error
 

@@ -41,7 +41,7 @@ from pruned_ops.ops.panels import PART_TENSORS
 from pruned_ops.qa.questions import arrival_lengths, window_lengths
 from pruned_ops.qa.windows import windows
 from pruned_ops.runtime.refusals import refuse_encoder
-from tiny_tokenizers import word_tokenizer
+from tiny_tokenizers import word_tokenizer, words
 
 REFUSED = refuse_encoder(stock_model().bert, bfloat16=True)  # bfloat16 on this processor
 SHAPE = ModelShape((LayerShape(2, 20), LayerShape(4, 40)), 32, 8)
@@ -356,8 +356,8 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     argv += ["--dtype", "int8", "--threads", "1"]
     assert main(argv) == 0
     screen = capsys.readouterr().out
-    for words in ("num_heads", "ffn_width", "a quarter", "dense", "alignment", f"written to {path}"):
-        assert words in screen
+    for text in ("num_heads", "ffn_width", "a quarter", "dense", "alignment", f"written to {path}"):
+        assert text in screen
     made = LatencyTable.load(path)
     assert made.workload.name == "arrival-b3" and [len(b) for b in made.workload.batches] == [3, 3]
     assert made.command == " ".join(["pruned-ops", *argv])
@@ -368,6 +368,17 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert LatencyTable.load(path) == made
     assert main([*fixed, "--overwrite"]) == 0
     assert LatencyTable.load(path).workload == Workload("fixed9-b2", ((9, 9),) * 2)
+
+
+def test_windows_of_data_are_as_long_as_the_model_takes(folder: Path, tmp_path: Path) -> None:
+    """As in `pruned-ops bench`; and a window that is shorter than the usual stride has its own."""
+    path, data = tmp_path / "table.json", tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"question": "w1", "context": words(200)}))
+    argv = ["latency-table", str(path), "--model", str(folder / "model"), "--data", str(data)]
+    argv += ["--rounds", "1", "--batch-size", "2", "--batches", "1", "--overwrite"]
+    for more, longest in (([], 80), (["--max-length", "60"], 60)):
+        assert main([*argv, *more]) == 0
+        assert LatencyTable.load(path).workload.batches == ((longest, longest),)
 
 
 def test_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -392,6 +403,7 @@ def test_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ([new, "--model", model, "--data", str(tmp_path / "missing.json")], "missing.json"),
         ([new, "--model", model, "--data", str(tmp_path / "text")], "is no SQuAD-format JSON"),
         ([new, "--model", model, "--data", data, "--stride", "500"], "stride 500"),
+        ([new, "--model", model, "--data", data, "--max-length", "81"], "windows of 81 tokens are too long"),
         ([new, "--model", model, "--data", data, "--batch-size", "99"], "do not fill a batch of 99"),
         ([str(tmp_path), *fixed], "is a folder"),
         ([str(tmp_path / "no/t.json"), *fixed], "is no folder"),

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, RobertaTokenizerFast
 
 from pruned_ops.qa import windows as windows_module
 from pruned_ops.qa.decoding import Answer, Decoded, decode
-from pruned_ops.qa.windows import Window, windows
+from pruned_ops.qa.windows import Window, window_sizes, windows
 from real_data import real_data
 from tiny_tokenizers import byte_tokenizer, word_tokenizer, words
 
@@ -109,6 +109,20 @@ def test_roberta_layout_without_token_types() -> None:
         "</s>",
     ]
     assert window.token_type_ids.tolist() == [0] * 6
+
+
+def test_window_sizes_fit_the_model_where_nothing_else_is_said() -> None:
+    assert window_sizes(512) == (384, 128) and window_sizes(80) == (80, 26)
+    assert window_sizes(512, 100) == (100, 33) and window_sizes(80, None, 0) == (80, 0)
+    for sizes, message in (
+        ((80, 81), "windows of 81 tokens are too long: the model takes sequences of 80"),
+        ((512, 100, 100), "stride 100 must be at least 0 and less than max_length 100"),
+        ((80, None, 128), "stride 128 must be .* less than max_length 80"),
+        ((80, 0), "max_length is 0"),
+        ((80, None, -1), "stride is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            window_sizes(*sizes)
 
 
 def test_order_and_question_index_hold_across_batches() -> None:
