@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruned_ops.command_line import add_dtype, check_counts, dtype_of
+from pruned_ops.command_line import add_dtype, check_counts, dtype_of, say_skipped
 from pruned_ops.files import check_writable
 from pruned_ops.shape import LayerShape
 
@@ -52,6 +52,9 @@ def add_command(commands: Any) -> None:
         metavar="N",
         help="tokens that two windows of --data share (default: a third of --max-length)",
     )
+    workload.add_argument(
+        "--skip-bad", action="store_true", help="skip and count questions of --data that cannot be cut"
+    )
     running = parser.add_argument_group("how the model will run")
     add_dtype(running, "dtype of the linear layers; bfloat16 and int8 run on a CPU")
     running.add_argument(
@@ -74,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_counts(arguments, "batch_size", "batches", "rounds", "length", "max_length", "threads")
     if arguments.data is None and (arguments.max_length is not None or arguments.stride is not None):
         raise ValueError("--max-length and --stride go with --data")
+    if arguments.data is None and arguments.skip_bad:
+        raise ValueError("--skip-bad goes with --data")
     check_output(arguments.file, arguments.overwrite)
     only_errors()
     config = load_config(arguments.model)
@@ -116,7 +121,9 @@ def make_workload(arguments: argparse.Namespace, config: Any) -> Workload:
         return Workload.fixed(arguments.length, size, batches)
     sizes = window_sizes(longest_sequence(config), arguments.max_length, arguments.stride)
     tokenizer = load_tokenizer(str(arguments.model))
-    lengths = window_lengths(arguments.data, tokenizer, *sizes, needed=size * batches)
+    skipped: list[str] | None = [] if arguments.skip_bad else None
+    lengths = window_lengths(arguments.data, tokenizer, *sizes, needed=size * batches, skipped=skipped)
+    say_skipped(skipped)
     return Workload.arrival_order(lengths, size, batches)
 
 

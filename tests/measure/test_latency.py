@@ -381,6 +381,21 @@ def test_windows_of_data_are_as_long_as_the_model_takes(folder: Path, tmp_path: 
         assert LatencyTable.load(path).workload.batches == ((longest, longest),)
 
 
+def test_bad_questions_are_skipped_where_that_is_asked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = tmp_path / "table.json", tmp_path / "bad.jsonl"
+    good, long = {"question": "w1", "context": words(11)}, {"question": words(99), "context": words(99)}
+    data.write_text("\n".join(map(json.dumps, [good, {"question": 1}, long, good])))
+    argv = ["latency-table", str(path), "--model", str(folder / "model"), "--data", str(data)]
+    argv += ["--rounds", "1", "--batch-size", "2", "--batches", "2"]
+    assert main(argv) == 2 and "bad.jsonl: line 2 is no object" in capsys.readouterr().err
+    assert not path.exists()
+    assert main([*argv, "--skip-bad"]) == 0
+    assert "2 bad questions skipped; the first: " in capsys.readouterr().err
+    assert LatencyTable.load(path).workload.batches == ((15, 15),)
+
+
 def test_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new, model, data = str(tmp_path / "new.json"), str(folder / "model"), str(folder / "data.json")
     (tmp_path / "text").write_text("mine")
@@ -395,6 +410,7 @@ def test_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ([new, "--model", model, "--length", "0"], "--length is 0"),
         ([new, *fixed, "--max-length", "20"], "--max-length and --stride go with --data"),
         ([new, *fixed, "--stride", "4"], "--max-length and --stride go with --data"),
+        ([new, *fixed, "--skip-bad"], "--skip-bad goes with --data"),
         ([new, "--model", model, "--length", "81"], "position table allows 80"),
         ([new, "--model", str(tmp_path), "--length", "9"], "holds no config"),
         ([new, "--model", str(tmp_path / "broken"), "--length", "9"], "cannot be loaded"),
