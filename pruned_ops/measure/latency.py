@@ -10,6 +10,7 @@ parameters and MACs do not.
 from __future__ import annotations
 
 import math
+import shlex
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -34,6 +35,9 @@ FORMAT = 1
 ALIGN_TOLERANCE = 1.02
 _MACHINE = ("processor", "cores", "threads", "cpu_capability", "accelerator", "device")
 _VERSIONS = ("torch", "pruned-ops")
+_WORKLOAD_OPTIONS = (
+    "--data", "--length", "--batch-size", "--batches", "--max-length", "--stride", "--skip-bad", "--rounds"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,50 @@ class LatencyTable:
         differences = [f"{n} {a or 'none'}, here is {b or 'none'}" for n, a, b in pairs if a != b]
         return f"it was made with {'; with '.join(differences)}" if differences else None
 
-    def remake_command(self, path: str | Path) -> str:
-        """The command that makes this table again, in place of the file at `path`."""
-        command = self.command or f"pruned-ops latency-table {path} --model CHECKPOINT --data SQUAD.json"
-        return command if "--overwrite" in command.split() else f"{command} --overwrite"
+    def remake_command(
+        self,
+        path: str | Path,
+        model: str | Path,
+        dtype: str = "float32",
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> str:
+        """The command that replaces the file at `path` by a table for this model as it is run here, of the
+        workload that this table is of. SQUAD.json stands in it for a file that the table does not name."""
+        command = ["pruned-ops", "latency-table", str(path), "--model", str(model), *self._workload_options()]
+        command += [] if dtype == "float32" else ["--dtype", dtype]
+        command += ["--device", device]
+        command += [] if threads is None else ["--threads", str(threads)]
+        return shlex.join([*command, "--overwrite"])
+
+    def _workload_options(self) -> list[str]:
+        """The options of `pruned-ops latency-table` that make this workload: those of the command that the
+        table was made by, else those that its lengths say."""
+        options = _workload_options(self.command or "")
+        if "--data" in options or "--length" in options:
+            return options
+        lengths = {length for batch in self.workload.batches for length in batch}
+        sizes = {len(batch) for batch in self.workload.batches}
+        options = ["--length", str(*lengths)] if len(lengths) == 1 else ["--data", "SQUAD.json"]
+        options += ["--batch-size", str(*sizes)] if len(sizes) == 1 else []
+        return [*options, "--batches", str(len(self.workload.batches))]
+
+
+def _workload_options(command: str) -> list[str]:
+    """Those of a command's options, with their values, that say what is timed and how often; an option may be
+    cut short there, as argparse allows."""
+    try:
+        words = iter(shlex.split(command))
+    except ValueError:  # no line of a shell
+        return []
+    kept = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        options = [option for option in _WORKLOAD_OPTIONS if len(name) > 2 and option.startswith(name)]
+        if len(options) == 1:
+            has_value = options[0] != "--skip-bad"
+            kept += [options[0], *([value if equals else next(words, "")] if has_value else [])]
+    return kept
 
 
 def _interpolate(name: str, points: Points, size: int) -> float:

@@ -61,10 +61,12 @@ def measure_table(
     running maximum would keep one slow measurement.
     On a GPU a chain is a CUDA graph, as in an optimised model, and the GPU's clock times it; the model with
     empty layers is timed as a call, with what the host does before its graph. clock: for tests.
-    Errors: ValueError for another model, no round, an empty batch, sequences longer than the model takes, or
-    a dtype that cannot run here.
+    Errors: ValueError for another model, no round, an empty batch, sequences longer than the model takes, a
+    dtype that cannot run here, or another one than int8 for a checkpoint whose weights are stored in int8.
     """
     checked_int("rounds", rounds, 1)
+    if dtype != "int8" and getattr(config, "quantization_config", None):
+        raise ValueError("this model's weights are stored in int8, and it runs in int8: dtype int8 is needed")
     chosen = chosen_batches(workload)
     empty, dense = empty_config(config)
     longest = max(map(max, workload.batches))

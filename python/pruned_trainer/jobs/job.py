@@ -400,7 +400,7 @@ def latency_table(
     with threads(settings.threads):
         refusal = once(lambda: table.refuse(*described))
     if refusal is not None:
-        remake = table.remake_command(file)
+        remake = table.remake_command(file, settings.model, *described[2:], settings.threads)
         raise ValueError(f"{file} cannot be used: {refusal}; make it again: {remake}")
     return table
 
