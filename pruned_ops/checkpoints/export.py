@@ -36,6 +36,8 @@ from pruned_ops.runtime.refusals import refuse_encoder
 GRAPH = "model.onnx"
 # A protobuf, and so an ONNX file, holds less than so many bytes.
 LARGEST = 1 << 31
+# The files in which a checkpoint keeps its weights.
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def export_onnx(
@@ -46,12 +48,13 @@ def export_onnx(
     model: a checkpoint's folder, whose tokenizer is copied too, or a model in fp32: for question answering,
     sequence or token classification, or an encoder without a head. An optimised model stays as it is: a copy
     of it gets the original fp32 weights back and is exported. The graph takes batches of any size and length,
-    padded on any side. overwrite: replaces files of the same names in `path`; others stay. token_types:
-    whether the graph asks for token_type_ids; by default where the model has several types and the tokenizer
-    in its folder, if there is one, gives them.
+    padded on any side. overwrite: replaces files of the same names in `path`, and for a checkpoint's folder
+    those of an earlier export's tokenizer; others stay. token_types: whether the graph asks for
+    token_type_ids; by default where the model has several types and the tokenizer in its folder, if there is
+    one, gives them.
     Errors: ImportError without the package onnx; OSError where there is no checkpoint, or `path` is there
-    already or cannot be written; ValueError for another model, or one whose graph would compute something
-    else.
+    already, holds another checkpoint's weights or cannot be written; ValueError for another model, or one
+    whose graph would compute something else.
     """
     try:
         from pruned_ops.checkpoints.onnx_graph import plain_graph
@@ -60,9 +63,10 @@ def export_onnx(
             f'the package onnx cannot be imported ({error}): pip install onnx (the extra "onnx" brings it '
             "with ONNX Runtime)"
         ) from error
-    with _staged(Path(path), overwrite) as stage:
-        if isinstance(model, (str, PathLike)):
-            folder = checkpoint_folder(Path(model))
+    source = Path(model) if isinstance(model, (str, PathLike)) else None
+    with _staged(Path(path), overwrite, source) as stage:
+        if source is not None:
+            folder = checkpoint_folder(source)
             for name in ("config.json", *TOKENIZER_FILES):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, stage / name)
@@ -95,9 +99,10 @@ def _gives_types(folder: Path) -> bool | None:
 
 
 @contextmanager
-def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
+def _staged(out: Path, overwrite: bool, source: Path | None) -> Iterator[Path]:
     """A folder inside `out` whose files move up into `out` when the block ends well; nothing is left of it
-    otherwise."""
+    otherwise. source: the checkpoint's folder that is exported; files of another tokenizer in `out` would be
+    read beside its own, and are removed."""
     if out.suffix == ".onnx":
         raise ValueError(f"{out} names a file; a folder is needed, {GRAPH} is written into it")
     if out.exists() and not out.is_dir():
@@ -109,10 +114,18 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
     check_place(out if is_new else out / GRAPH)
     if not is_new and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; --overwrite (overwrite=True) replaces an export in it")
+    is_other = source is not None and not is_new and source.resolve() != out
+    if is_other and any(True for pattern in WEIGHTS for _ in out.glob(pattern)):
+        raise FileExistsError(
+            f"{out} holds the weights of another checkpoint, whose config would be replaced: name another folder"
+        )
     out.mkdir(exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as stage:
             yield Path(stage)
+            for name in TOKENIZER_FILES if is_other else ():
+                if not (Path(stage) / name).exists():
+                    (out / name).unlink(missing_ok=True)
             # The graph comes last: where it is, the rest is.
             for file in sorted(Path(stage).iterdir(), key=lambda file: file.name == GRAPH):
                 os.replace(file, out / file.name)

@@ -228,13 +228,19 @@ def _joins(context: str, place: int) -> bool:
 
 
 def _records(inputs: tuple[Any, ...], texts: dict[str, Any]) -> Any:
-    """The questions of a call: a list where it passed them at once, else the iterable that it passed."""
+    """The questions of a call: a list where it passed them at once, else the iterable that it passed.
+    TypeError where it passed some in one way and some in another, of which only one way would be read."""
+    ways = ["inputs by place"] if inputs else []
+    ways += [f"{name}=" for name in ("X", "data") if name in texts]
+    ways += ["question= and context="] if "question" in texts or "context" in texts else []
+    if len(ways) > 1:
+        raise TypeError(f"questions are passed in one way; given {', and '.join(ways)}")
     if len(inputs) == 2 and all(isinstance(text, str) for text in inputs):
         return [{"question": inputs[0], "context": inputs[1]}]
     if inputs:
         records: Any = inputs[0] if len(inputs) == 1 else list(inputs)
     elif "X" in texts or "data" in texts:
-        records = texts["X"] if "X" in texts else texts["data"]
+        (records,) = texts.values()
     elif "question" in texts and "context" in texts:
         records = texts
     else:

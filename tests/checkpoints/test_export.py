@@ -289,6 +289,25 @@ def test_the_command_writes_a_folder_that_is_usable(
     assert pruned_ops.PrunedBertForQuestionAnswering.from_pretrained(checkpoint)
 
 
+def test_another_export_leaves_nothing_of_the_earlier_tokenizer(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither does an export go into the folder of another checkpoint, whose config it would replace."""
+    out, earlier = tmp_path / "out", ("vocab.txt", "added_tokens.json", "mine.txt")
+    pruned_ops.export_onnx(checkpoint, out)
+    for name in earlier:
+        (out / name).write_text("{}")
+    pruned_ops.export_onnx(stock_model(), out, overwrite=True)  # a model has no tokenizer of its own
+    assert all((out / name).is_file() for name in earlier)
+    pruned_ops.export_onnx(checkpoint, out, overwrite=True)
+    assert [(out / name).exists() for name in earlier] == [False, False, True]
+    other = save_checkpoint(stock_model(), tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    assert main(["export", str(checkpoint), "--onnx", str(other), "--overwrite"]) == 2
+    assert "holds the weights of another checkpoint" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+
+
 def test_a_symlink_stays_one(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     path = pruned_ops.export_onnx(stock_model(), tmp_path / "link")

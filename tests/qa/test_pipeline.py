@@ -94,6 +94,8 @@ def test_what_is_refused_by_name(qa: Any) -> None:
         ({"question": "", "context": "w1"}, ValueError, "question is empty"),
         ({"question": "w1", "context": None}, ValueError, "context is a NoneType"),
         ({"question": "w1"}, ValueError, "question and context are needed; given question"),
+        ({**asked, "data": [asked]}, TypeError, "in one way; given data=, and question= and context="),
+        ({"X": [asked], "data": [asked]}, TypeError, "in one way; given X=, and data="),
         ({"data": [{"question": "w1"}]}, KeyError, "has no context"),
         ({"data": [5]}, ValueError, "a int is no question"),
         ({"data": 5}, ValueError, "a int is no question"),
@@ -113,6 +115,8 @@ def test_what_is_refused_by_name(qa: Any) -> None:
     ):
         with pytest.raises(error, match=message):
             qa(**given)
+    with pytest.raises(TypeError, match="in one way; given inputs by place, and question= and context="):
+        qa([asked], **asked)
 
 
 def test_a_bad_record_is_named_and_does_not_cost_the_others(qa: Any) -> None:
