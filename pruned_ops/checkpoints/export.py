@@ -117,7 +117,7 @@ def _staged(out: Path, overwrite: bool, source: Path | None) -> Iterator[Path]:
     is_other = source is not None and not is_new and source.resolve() != out
     if is_other and any(True for pattern in WEIGHTS for _ in out.glob(pattern)):
         raise FileExistsError(
-            f"{out} holds the weights of another checkpoint, whose config would be replaced: name another folder"
+            f"{out} holds another checkpoint's weights, whose config would be replaced: name another folder"
         )
     out.mkdir(exist_ok=True)
     try:

@@ -54,7 +54,7 @@ class TextEncoder:
         for batch in _in_pieces([self._limited(text, cut, i, side) for i, text in enumerate(texts)]):
             for encoding in tokenizer.encode_batch_fast(batch):
                 if not cut and encoding.overflowing:
-                    raise self._too_long(len(sequences), "tokens", self.max_tokens)
+                    raise self._too_long(texts[len(sequences)], len(sequences), "tokens", self.max_tokens)
                 self._check_ids(encoding.ids, len(sequences))
                 types = np.array(encoding.type_ids, dtype=np.int32) if self._has_types else None
                 if types is not None and not types.any():
@@ -68,7 +68,7 @@ class TextEncoder:
         sequences = []
         for index, ids in enumerate(lists):
             if len(ids) > self.max_tokens and not cut:
-                raise self._too_long(index, "tokens", self.max_tokens)
+                raise self._too_long(ids, index, "tokens", self.max_tokens)
             self._check_ids(ids, index)
             kept = ids[: self.max_tokens] if side == "right" else ids[-self.max_tokens :]
             sequences.append(TokenSequence(np.array(kept, dtype=np.int32), None))
@@ -94,20 +94,20 @@ class TextEncoder:
 
     def _limited(self, text: Text, cut: bool, index: int, side: Side) -> Text:
         limit = CHARACTERS_PER_TOKEN * self.max_tokens
-        if isinstance(text, tuple):
-            first, second = (self._limited(part, cut, index, side) for part in text)
-            assert isinstance(first, str) and isinstance(second, str)
-            return first, second
-        if len(text) > limit:
-            if not cut:
-                raise self._too_long(index, "characters", limit)
-            text = text[:limit] if side == "right" else text[-limit:]
-        return text.lower() if self._lower_case else text
+        parts = list(text) if isinstance(text, tuple) else [text]
+        if not cut and any(len(part) > limit for part in parts):
+            raise self._too_long(text, index, "characters", limit)
+        parts = [part[:limit] if side == "right" else part[-limit:] for part in parts]
+        parts = [part.lower() for part in parts] if self._lower_case else parts
+        return (parts[0], parts[1]) if isinstance(text, tuple) else parts[0]
 
-    def _too_long(self, index: int, unit: str, limit: int) -> Refusal:
+    def _too_long(self, text: Text | Sequence[int], index: int, unit: str, limit: int) -> Refusal:
+        has = f"input {index} has"
+        if isinstance(text, tuple):
+            has = f"input {index} is a pair {'of which one text' if unit == 'characters' else 'that'} has"
         return Refusal(
             "too_large",
-            f"input {index} has more than {limit} {unit}, and the model takes {self.max_tokens} tokens: "
+            f"{has} more than {limit} {unit}, and the model takes {self.max_tokens} tokens: "
             "shorten it, or ask for truncation",
             "input",
         )

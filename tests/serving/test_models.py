@@ -344,6 +344,12 @@ def test_texts_are_cut_or_refused(tmp_path: Path) -> None:
         encoder.encode(["w1", words(79)], cut=False)
     with pytest.raises(Refusal, match="input 0 has more than 20000 characters"):
         encoder.encode(["x" * 20_001], cut=False)
+    for query, sentence in (
+        (words(70), "input 1 is a pair that has more than 80 tokens"),
+        ("x" * 20_001, "input 1 is a pair of which one text has more than 20000 characters"),
+    ):
+        with pytest.raises(Refusal, match=sentence):
+            encoder.encode([("w1", "w2"), (query, words(9))], cut=False)
     right, left = (encoder.encode([words(90)], True, side)[0].input_ids for side in ("right", "left"))
     assert right.tolist() == whole.input_ids.tolist() and left[1:-1].tolist() == list(range(16, 94))
     pair = encoder.encode([("w1 w2", words(100))], cut=True)[0]
