@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import BertModel
 
+from pruned_ops.checkpoints.loading import load_tokenizer
+from pruned_trainer.tasks.options import TaskOptions
 from pruned_trainer.tasks.texts import metrics
+from pruned_trainer.tasks.texts.encoding import model_outputs
 from pruned_trainer.tasks.texts.metrics import Metric, loss_interval
-from pruned_trainer.tasks.texts.prepared import TextResult
 from pruned_trainer.tasks.texts.ranking import DiscountedGain, ReciprocalRank
+from pruned_trainer.tasks.texts.tasks import text_task
+from text_files import checkpoint, classified, tagged, write_rows
 
 RNG = np.random.default_rng(0)
 GOLD = RNG.integers(3, size=60)
@@ -68,12 +75,24 @@ def test_ranking_measures_are_scikit_learn_s_and_know_ties() -> None:
     assert DiscountedGain().of_query(np.array([0.0, 1]), np.array([2.0, 1])) == pytest.approx(1 / np.log2(3))
 
 
-def test_a_model_that_says_one_thing_is_said_to_be_no_measure(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_a_model_that_says_one_thing_is_said_to_be_no_measure(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing is lost against it, whatever is pruned."""
-    gold, varied = np.array([0, 1, 1]), np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
-    constant = np.array([[0.0, 1.0]] * 3)
-    for predicted, warns in ((constant, True), (varied, False)):
-        dense = TextResult(metrics.CLASSES, gold, predicted, None)
-        assert dense.losses(dense)["accuracy_loss"] == 0
-        printed = capsys.readouterr().out
-        assert ("the dense model gives all 3 texts one class: a loss against it says" in printed) == warns
+    made = text_task(TaskOptions(task=task, max_length=24))
+    rows = tagged(6, 1) if task == "token-classification" else classified(6, 1)
+    examples = made.read(write_rows(tmp_path / "train.jsonl", rows), "train")
+    start = checkpoint(tmp_path / "start", BertModel)
+    model = made.start_model(str(start), examples)
+    prepared = made.prepare(examples, load_tokenizer(str(start)), model)
+    logits = model_outputs(model, prepared.windows, prepared.read)
+    medians = np.median(np.concatenate([of.reshape(-1, model.config.num_labels) for of in logits]), axis=0)
+    label = model.config.id2label[model.config.num_labels - 1]
+    model.classifier.bias.data -= torch.from_numpy(medians)  # no class is the likeliest everywhere
+    for more, warns in ((0.0, False), (1e4, True)):
+        model.classifier.bias.data[-1] += more
+        dense = prepared.evaluate(model, {})
+        assert 0.0 in dense.losses(dense).values()
+        sentence = f"the dense model gives the class {label!r} to whatever it reads"
+        assert (sentence in capsys.readouterr().out) == warns

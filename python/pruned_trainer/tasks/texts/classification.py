@@ -111,6 +111,7 @@ class ClassificationTask(TextTask):
             show=(lambda predicted: predicted.tolist())
             if scored
             else (lambda predicted: named(predicted, names)),
+            classes_of=None if scored else (lambda logits: [names[n] for n in logits.argmax(-1)]),
         )
         if examples.is_labelled:
             return prepared

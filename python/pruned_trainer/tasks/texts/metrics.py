@@ -93,11 +93,6 @@ def _classes(predicted: Any) -> IntArray:
     return np.asarray(predicted).argmax(-1)
 
 
-def is_constant(predicted: Any) -> bool:
-    """Whether the likeliest class of all of several examples is the same."""
-    return len(predicted) > 1 and len(np.unique(_classes(predicted))) == 1
-
-
 @dataclass(frozen=True)
 class MacroF1:
     """The mean over the classes of their F1. gold, predicted: as for `Accuracy`."""

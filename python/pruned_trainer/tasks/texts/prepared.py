@@ -13,19 +13,21 @@ from pruned_ops.qa.questions import arrival_lengths
 from pruned_trainer.distributed import say
 from pruned_trainer.tasks.task import Score
 from pruned_trainer.tasks.texts.encoding import Read, model_outputs
-from pruned_trainer.tasks.texts.metrics import Accuracy, Metric, is_constant, loss_interval, score_lines
+from pruned_trainer.tasks.texts.metrics import Metric, loss_interval, score_lines
 
 
 @dataclass(frozen=True, eq=False)
 class TextResult:
     """What a model says of the examples, and the metrics of it. predictions: the same for people, as JSON.
 
-    predicted, gold: as the metrics take them."""
+    predicted, gold: as the metrics take them. classes: the class that the model gives to each text or word;
+    None of a task without classes."""
 
     metrics: Sequence[Metric]
     gold: Any
     predicted: Any
     predictions: Any
+    classes: Sequence[Any] | None = None
 
     def scores(self) -> dict[str, Any]:
         """Each metric's value, by its key; None where it is not defined. metrics: the number of
@@ -35,8 +37,11 @@ class TextResult:
 
     def losses(self, pruned: TextResult) -> dict[str, Any]:
         """Points lost from this to the pruned model, with 95% bootstrap intervals over the examples."""
-        if any(isinstance(metric, Accuracy) for metric in self.metrics) and is_constant(self.predicted):
-            say(f"the dense model gives all {len(self.gold)} texts one class: a loss against it says little")
+        if self.classes is not None and len(self.classes) > 1 and len(set(self.classes)) == 1:
+            say(
+                f"the dense model gives the class {self.classes[0]!r} to whatever it reads: a loss against "
+                "it says little"
+            )
         losses: dict[str, Any] = {}
         scores, pruned_scores = self.scores(), pruned.scores()
         for metric in self.metrics:
@@ -61,7 +66,8 @@ class PreparedTexts:
 
     count, noun: the number of examples, and what they are called. gold: their labels, as the metrics take
     them. read: takes from a model's outputs for a window what is judged. assemble: joins what was read of all
-    windows to a prediction for each example. show: turns the predictions into JSON for people.
+    windows to a prediction for each example. show: turns the predictions into JSON for people. classes_of:
+    takes from the predictions the class of each text or word; None for a task without classes.
     """
 
     noun: str
@@ -72,6 +78,7 @@ class PreparedTexts:
     read: Read
     assemble: Callable[[list[Any]], Any]
     show: Callable[[Any], Any]
+    classes_of: Callable[[Any], Sequence[Any]] | None = None
 
     metric_digits = 2
 
@@ -102,7 +109,8 @@ class PreparedTexts:
     def evaluate(self, model: PreTrainedModel, thresholds: Mapping[str, float]) -> TextResult:
         """The result of `model`, which runs packed meanwhile, on all processes."""
         predicted = self.predictions_of(model)
-        return TextResult(self.metrics, self.gold, predicted, self.show(predicted))
+        classes = None if self.classes_of is None else self.classes_of(predicted)
+        return TextResult(self.metrics, self.gold, predicted, self.show(predicted), classes)
 
     def taught_by(
         self, teacher: PreTrainedModel | None, gold_of: Callable[[Any], Any], metrics: Sequence[Metric]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ class TaggingTask(TextTask):
             read=lambda outputs, mask: outputs.logits,
             assemble=partial(tags_of, windows, counts, names),
             show=lambda predicted: predicted,
+            classes_of=lambda predicted: list(chain.from_iterable(predicted)),
         )
         if examples.is_labelled:
             return prepared
