@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,13 @@ from pruned_ops.checkpoints.loading import (
 )
 from pruned_ops.checkpoints.sentence_folder import MODULES, SETTINGS, Reading, inner_folder, modules_of
 from pruned_ops.checkpoints.tensors import Tensors, read_tensors
+from pruned_ops.checkpoints.trimmed_texts import BATCH, Agreement, Comparison, batches, check_texts
 from pruned_ops.checkpoints.vocabulary import Trimmed, Vocabulary
 from pruned_ops.files import check_new_folder, is_hidden, new_folder, read_json, read_text, shown, write_json
 from pruned_ops.models.families.description import Family
 from pruned_ops.models.families.known import BY_TYPE
 from pruned_ops.shape import checked_int
 
-BATCH = 1000  # texts that are tokenised at once, each behind each prompt
 # What a folder may hold beside config, weights and vocabulary, and what stays true of the trimmed model.
 _TAKEN = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", MODULES, "README.md",
@@ -46,20 +45,6 @@ _NOTE = """
 pruned_ops kept {:,} of the {:,} rows of the word embedding. Texts whose pieces were kept have the outputs
 that they had.
 """
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How the trimmed tokenizer cuts texts, beside the one before. texts, same: how many there are, and how
-    many of them are cut into the same pieces, by themselves and behind every prompt. pieces, gone: how many
-    pieces the tokenizer before cuts all that into, and how many of those were removed. unknown: unknown
-    pieces before and after."""
-
-    texts: int
-    same: int
-    pieces: int
-    gone: int
-    unknown: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -85,19 +70,24 @@ def trim_vocabulary(
     need. Every text whose pieces are kept has the outputs that it had.
 
     model: a stock or pruned model under any head, or a folder of sentence-transformers around one.
-    out: a new folder. texts, held_out: gone through twice; what the second ones would lose is counted. keep:
-    only so many of the pieces are kept, those that the texts have most often, beside special tokens, prompts
-    of sentence-transformers, single characters and what BPE makes pieces of; by default all that the texts
-    have.
+    out: a new folder. texts, held_out: gone through several times; what the second ones would lose is
+    counted. keep: only so many of the pieces are kept, those that the texts have most often, beside special
+    tokens, prompts of sentence-transformers, single characters and what BPE makes pieces of; by default all
+    that the texts have.
     Errors: OSError where there is no checkpoint, or `out` cannot be written; ValueError for a tokenizer or a
-    model whose pieces cannot be removed, which says why.
+    model whose pieces cannot be removed, which says why, and for an entry that is no string.
     """
     source, target = _Untrimmed.open(Path(model)), Path(out)
-    _check_arguments(target, texts, keep, held_out)
+    if keep is not None:
+        checked_int("keep", keep, 0)
+    check_new_folder(target)
+    check_texts("texts", texts)
+    if held_out is not None and not check_texts("held_out", held_out):
+        raise ValueError("held_out holds no text")
     always = source.vocabulary.always(source.named)
     always.update(source.vocabulary.count([source.reading.forms("")]))
     forms = (form for text in texts for form in source.reading.forms(text))
-    counts = source.vocabulary.count(_batches(forms, BATCH))
+    counts = source.vocabulary.count(batches(forms, BATCH))
     if not counts:
         raise ValueError("there is no piece in the texts: nothing says what is to be kept")
     most_frequent = sorted(counts.keys() - always, key=lambda piece: (-counts[piece], piece))[:keep]
@@ -105,25 +95,12 @@ def trim_vocabulary(
     source.check_positions(trimmed)
     with new_folder(target) as stage:
         parameters = source.write(stage, trimmed)
-        compare = _Comparison(source, trimmed, stage / source.inner)
+        before = source.tokenizer, source.vocabulary, source.reading
+        compare = Comparison(*before, trimmed, stage / source.inner)
         seen = compare(texts)
         unseen = None if held_out is None else compare(held_out)
     rows = source.rows, len(trimmed.old_ids)
     return Trimming(rows, parameters, seen, unseen, tuple(source.left_out()))
-
-
-def _check_arguments(
-    target: Path, texts: Iterable[str], keep: int | None, held_out: Iterable[str] | None
-) -> None:
-    """OSError or ValueError for what cannot be written to, or read twice."""
-    if keep is not None:
-        checked_int("keep", keep, 0)
-    for source_texts in (texts, held_out):
-        if isinstance(source_texts, (str, Iterator)):
-            raise ValueError(
-                f"the texts are a {type(source_texts).__name__}; a list, or what can be read twice, is needed"
-            )
-    check_new_folder(target)
 
 
 @dataclass(frozen=True)
@@ -373,71 +350,3 @@ def _write_tokenizer(source: Path, folder: Path, vocabulary: Vocabulary, trimmed
                 if token["content"] in renamed
             }
             write_json(settings, fields)
-
-
-class _Comparison:
-    """Holds the trimmed tokenizer, as stock transformers loads it, against the one before.
-
-    Errors: ValueError where it has other pieces or ids than were written."""
-
-    def __init__(self, source: _Untrimmed, trimmed: Trimmed, folder: Path) -> None:
-        self._before, self._trimmed, self._vocabulary = source.tokenizer, trimmed, source.vocabulary
-        self._reading = source.reading
-        self._after: Any = load_tokenizer(str(folder))
-        new_ids = trimmed.new_ids
-        expected = {p: new_ids[old] for p, old in source.vocabulary.ids.items() if old in new_ids}
-        loaded = self._after.get_vocab()
-        odd = sorted(
-            piece for piece in expected.keys() | loaded.keys() if expected.get(piece) != loaded.get(piece)
-        )
-        if odd:
-            raise ValueError(
-                f"{type(self._after).__name__} does not load the trimmed tokenizer as it was written: "
-                f"{shown(odd[0])} has the id {loaded.get(odd[0])}, not {expected.get(odd[0])}"
-            )
-        for tokenizer in (self._before, self._after):
-            tokenizer.backend_tokenizer.no_padding()
-            tokenizer.backend_tokenizer.no_truncation()
-
-    def __call__(self, texts: Iterable[str]) -> Agreement:
-        """Cut the texts with both. Errors: ValueError for a text of kept pieces that is cut otherwise."""
-        new_ids, total, same, pieces, gone, unknown = self._trimmed.new_ids, 0, 0, 0, 0, [0, 0]
-        tokenizers = self._before, self._after
-        for forms in self._cut(texts):
-            total, is_same = total + 1, True
-            for form, before, after in forms:
-                mapped = [new_ids.get(piece) for piece in before]
-                pieces, gone = pieces + len(before), gone + mapped.count(None)
-                is_same = is_same and mapped == after
-                if mapped != after and None not in mapped and self._all_kept(form):
-                    raise ValueError(
-                        f"the trimmed tokenizer cuts a text of kept pieces otherwise: {shown(form)}"
-                    )
-                for at, (tokenizer, ids) in enumerate(zip(tokenizers, (before, after), strict=True)):
-                    unknown[at] += 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
-            same += is_same
-        return Agreement(total, same, pieces, gone, (unknown[0], unknown[1]))
-
-    def _cut(self, texts: Iterable[str]) -> Iterator[list[tuple[str, list[int], list[int]]]]:
-        """For each text its forms, with the ids that the tokenizers before and after cut them into."""
-        for batch in _batches(texts, max(1, BATCH // len(self._reading.forms("")))):
-            forms = [self._reading.forms(text) for text in batch]
-            flat = [form for of_text in forms for form in of_text]
-            before, after = (
-                [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(flat)]
-                for tokenizer in (self._before, self._after)
-            )
-            cut = zip(flat, before, after, strict=True)
-            for of_text in forms:
-                yield list(islice(cut, len(of_text)))
-
-    def _all_kept(self, text: str) -> bool:
-        """Whether all pieces of a text were kept, with those that unknown words matched."""
-        return self._vocabulary.count([[text]]).keys() <= self._trimmed.new_ids.keys()
-
-
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """The texts, so many at a time."""
-    left = iter(texts)
-    while batch := list(islice(left, size)):
-        yield batch

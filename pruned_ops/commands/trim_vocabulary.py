@@ -10,7 +10,7 @@ from pruned_ops.files import TextFile
 from pruned_ops.shape import checked_int
 
 if TYPE_CHECKING:
-    from pruned_ops.checkpoints.trimming import Agreement
+    from pruned_ops.checkpoints.trimmed_texts import Agreement
 
 
 def add_command(commands: Any) -> None:

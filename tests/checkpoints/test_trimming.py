@@ -412,13 +412,6 @@ def test_what_is_refused(spoil: Callable[[Path], Any], message: str, tmp_path: P
     assert sorted(tmp_path.iterdir()) == [folder] * folder.exists()
 
 
-@pytest.mark.parametrize("texts", [iter(USED), "the cat"])
-def test_texts_are_read_twice(texts: Any, tmp_path: Path) -> None:
-    folder, _ = checkpoint("bert classifier", tmp_path / "in")
-    with pytest.raises(ValueError, match="a list, or what can be read twice, is needed"):
-        trim_vocabulary(folder, tmp_path / "out", texts)
-
-
 def test_other_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = checkpoint("bert classifier", tmp_path / "in")
     small, _ = checkpoint("roberta tagger", tmp_path / "small")

@@ -111,3 +111,25 @@ def test_the_librarys_embeddings_stay(tmp_path: Path) -> None:
     for settings in ({}, {"prompt_name": "query"}):
         np.testing.assert_array_equal(after.encode(texts, **settings), before.encode(texts, **settings))
     assert not np.array_equal(after.encode("W1"), after.encode("W2"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "held_out", "message"),
+    [
+        (iter(["the cat"]), None, "texts is a list_iterator; a list, or what can be read twice, is needed"),
+        ("the cat", None, "texts is a str; a list, or what can be read twice, is needed"),
+        ({"the cat": 1}, None, "texts is a dict; a list, or"),
+        (5, None, "texts is a int; a list, or"),
+        (["the cat", None], None, "texts: entry 1 is a NoneType; a string is needed"),
+        ([("the", "cat")], None, "texts: entry 0 is a tuple; a string is needed"),
+        (["the cat"], [b"the"], "held_out: entry 0 is a bytes; a string is needed"),
+        (["the cat"], [], "held_out holds no text"),
+    ],
+)
+def test_texts_are_texts_that_can_be_read_again(
+    texts: Any, held_out: Any, message: str, tmp_path: Path
+) -> None:
+    folder = byte_level_folder(tmp_path / "in", {})
+    with pytest.raises(ValueError, match=message):
+        trim_vocabulary(folder, tmp_path / "out", texts, held_out=held_out)
+    assert sorted(tmp_path.iterdir()) == [folder]
