@@ -86,10 +86,11 @@ def run(arguments: argparse.Namespace) -> int:
     say_skipped(skipped)
     must_run = arguments.backends is not None
     report = check(model, material, backends, must_run, dtype_of(arguments), tolerance)
+    count = len(material.windows)
     print(
         f"{arguments.folder}: {type(model).__name__} on {model.device}, {material.name}: "
-        f"{len(material.windows)} windows of {material.tokens:,} tokens, in batches of {BATCH_SIZE} padded "
-        "to their longest"
+        f"{count} window{'s' if count > 1 else ''} of {material.tokens:,} tokens, in batches of {BATCH_SIZE} "
+        "padded to their longest"
     )
     show(report)
     return 1 if report.faulty or report.same_weights is False else 0
