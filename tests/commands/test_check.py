@@ -129,7 +129,7 @@ def test_triton_where_it_is_asked_for(
     text = tmp_path / "text.txt"
     text.write_text(words(12))
     status, screen, _ = run(capsys, folder, "--text-file", text, "--backends", "triton", "--device", "cpu")
-    assert status == 0 and "attention: triton" in screen and f"{text}: 1 windows of 15 tokens" in screen
+    assert status == 0 and "attention: triton" in screen and f"{text}: 1 window of 15 tokens" in screen
 
 
 @pytest.mark.parametrize("natural_questions", [False, True])
